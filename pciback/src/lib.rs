@@ -1,0 +1,1 @@
+//! What a Xen guest may see and do with a PCI function, and how that is served.

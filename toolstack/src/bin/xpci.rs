@@ -1,0 +1,2 @@
+//! xpci
+fn main() {}

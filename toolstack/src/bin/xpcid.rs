@@ -1,0 +1,2 @@
+//! xpcid
+fn main() {}

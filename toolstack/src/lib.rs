@@ -1,0 +1,1 @@
+//! The xpci service and command.
