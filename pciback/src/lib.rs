@@ -1,1 +1,14 @@
 //! What a Xen guest may see and do with a PCI function, and how that is served.
+//!
+//! Direction of dependencies: `spec` <- `config` <- `pv` -> `platform`. Everything in `spec` and `config` is pure:
+//! hardware, hypervisor, xenstore and guests are reached only through the small traits of [`platform`].
+
+pub mod address;
+pub mod config;
+pub mod function;
+pub mod platform;
+pub mod pv;
+pub mod spec;
+
+pub use address::{Sbdf, SbdfError};
+pub use function::{DomId, FunctionState};

@@ -1,0 +1,76 @@
+//! The one error of everything outside.
+
+use std::fmt;
+use std::io;
+
+use nix::errno::Errno;
+use thiserror::Error;
+
+/// A result of the platform.
+pub type Result<T> = std::result::Result<T, PlatformError>;
+
+/// What was attempted, on what, and why it failed.
+#[derive(Debug, Error)]
+#[error("{action} {subject}: {cause}")]
+pub struct PlatformError {
+    /// A verb phrase without a subject: `assign`, `map the shared page of`.
+    pub action: &'static str,
+    /// The function, domain, path or library it was attempted on.
+    pub subject: String,
+    /// Why it failed.
+    #[source]
+    pub cause: Cause,
+}
+
+/// Why the outside did not do what it was asked for.
+#[derive(Debug, Error)]
+pub enum Cause {
+    /// The kernel or the hypervisor answered with an error number.
+    #[error("{0}")]
+    Os(Errno),
+    /// The function, domain or path does not exist, or no longer.
+    #[error("it does not exist")]
+    Missing,
+    /// The answer did not come in time.
+    #[error("no answer within {0:?}")]
+    TimedOut(std::time::Duration),
+    /// What was read has not the form it must have.
+    #[error("malformed: {0}")]
+    Malformed(String),
+    /// A library, symbol, module or device node this host would need is not there; the text says how to get it.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+impl PlatformError {
+    /// An error with its cause.
+    pub fn new(action: &'static str, subject: impl fmt::Display, cause: impl Into<Cause>) -> Self {
+        Self { action, subject: subject.to_string(), cause: cause.into() }
+    }
+
+    /// The error number, where there is one; a missing thing counts as `ENOENT`.
+    pub fn errno(&self) -> Option<Errno> {
+        match &self.cause {
+            Cause::Os(errno) => Some(*errno),
+            Cause::Missing => Some(Errno::ENOENT),
+            Cause::TimedOut(_) => Some(Errno::ETIMEDOUT),
+            Cause::Malformed(_) | Cause::Unavailable(_) => None,
+        }
+    }
+}
+
+impl From<Errno> for Cause {
+    fn from(errno: Errno) -> Self {
+        Self::Os(errno)
+    }
+}
+
+impl From<io::Error> for Cause {
+    fn from(error: io::Error) -> Self {
+        match (error.kind(), error.raw_os_error()) {
+            (io::ErrorKind::NotFound, _) => Self::Missing,
+            (_, Some(number)) => Self::Os(Errno::from_raw(number)),
+            (_, None) => Self::Malformed(error.to_string()),
+        }
+    }
+}

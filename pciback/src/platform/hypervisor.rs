@@ -1,0 +1,69 @@
+//! What xpci asks of the hypervisor.
+
+use super::Result;
+use crate::{DomId, Sbdf};
+
+/// A guest's physical interrupt number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Pirq(pub u32);
+
+/// Which message-signalled interrupt of a function to map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MsiSource {
+    /// The function's MSI.
+    Msi,
+    /// One entry of its MSI-X table; `table` is the start of the BAR that holds the table.
+    MsiX {
+        /// Index in the table.
+        entry: u16,
+        /// Address of the BAR that holds the table, without the table's offset.
+        table: u64,
+    },
+}
+
+/// What dom0's kernel reports to Xen of a function (`PHYSDEVOP_pci_device_add`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceReport {
+    /// An extended function of an ARI device (function number above 7).
+    pub extended: bool,
+    /// The PF, when it is a VF.
+    pub physical_function: Option<Sbdf>,
+    /// The proximity domain (NUMA node), where known.
+    pub proximity: Option<u32>,
+}
+
+/// Device assignment, permissions and interrupts. All calls are hypercalls and answer with Xen's error numbers.
+pub trait Hypervisor: Send + Sync {
+    /// Major and minor version.
+    fn version(&self) -> (u32, u32);
+    /// Whether Xen knows this function.
+    fn device_known(&self, address: Sbdf) -> Result<bool>;
+    /// Reports a function to Xen. `ENODEV`: a VF whose PF is unknown.
+    fn device_add(&self, address: Sbdf, report: DeviceReport) -> Result<()>;
+    /// Withdraws a function. `EBUSY`: a PF that still has VFs.
+    fn device_remove(&self, address: Sbdf) -> Result<()>;
+    /// Gives a function to a domain, `DomId::IO` to hold it. `EINVAL`/`ENODEV`: the domain was created without passthrough.
+    fn assign(&self, domain: DomId, address: Sbdf) -> Result<()>;
+    /// Takes a function from a domain: a guest's goes to `DomId::IO`, a held one back to dom0.
+    fn deassign(&self, domain: DomId, address: Sbdf) -> Result<()>;
+    /// Whether a function could be assigned now, that is, dom0 or `DomId::IO` owns it.
+    fn assignable(&self, address: Sbdf) -> Result<bool>;
+    /// Prepares the function's MSI-X table for use by a guest. `true` when this call did it, `false` when it was prepared.
+    fn prepare_msix(&self, address: Sbdf) -> Result<bool>;
+    /// Undoes `prepare_msix`.
+    fn release_msix(&self, address: Sbdf) -> Result<()>;
+    /// Writes the messages and masks of a guest's interrupts into the function again, as needed after a reset.
+    fn restore_msi(&self, address: Sbdf) -> Result<()>;
+    /// Allows or forbids a domain to map `frames` pages from page frame `first` on.
+    fn iomem_permission(&self, domain: DomId, first: u64, frames: u64, allow: bool) -> Result<()>;
+    /// Allows or forbids a domain `count` I/O ports from `first` on.
+    fn ioport_permission(&self, domain: DomId, first: u32, count: u32, allow: bool) -> Result<()>;
+    /// Maps a message-signalled interrupt to a new physical interrupt of the domain.
+    fn map_msi(&self, domain: DomId, address: Sbdf, source: MsiSource) -> Result<Pirq>;
+    /// Maps an INTx line to the domain's physical interrupt of the same number and permits it.
+    fn map_gsi(&self, domain: DomId, gsi: u32) -> Result<Pirq>;
+    /// Removes the domain's permission for the line that `map_gsi` mapped, and the mapping.
+    fn unmap_gsi(&self, domain: DomId, gsi: u32, pirq: Pirq) -> Result<()>;
+    /// Unmaps a physical interrupt of `map_msi`. `EINVAL`: it is not mapped.
+    fn unmap_pirq(&self, domain: DomId, pirq: Pirq) -> Result<()>;
+}

@@ -1,0 +1,128 @@
+//! Memory that somebody else reads and writes too: a guest's page, or a file that outlives the service.
+
+use std::fs::File;
+use std::io;
+use std::num::NonZeroUsize;
+use std::ops::Deref;
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicU32;
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+
+/// A mapping seen as words that are only ever accessed atomically, so that a concurrent change by the other side is a
+/// value like any other and never undefined behaviour. Words are in the machine's order (x86: little endian).
+#[derive(Debug)]
+pub struct SharedMemory {
+    words: NonNull<AtomicU32>,
+    len: usize,
+    owner: Owner,
+}
+
+#[derive(Debug)]
+enum Owner {
+    /// Unmapped when dropped.
+    Mapping,
+    /// Somebody else unmaps it, after this value is gone.
+    Borrowed,
+}
+
+impl SharedMemory {
+    /// Maps the first `bytes` of a file, shared: what is stored stays in the file when the process is killed. The file must
+    /// be that long, and nobody may shorten it while it is mapped.
+    pub fn map_file(file: &File, bytes: usize) -> io::Result<Self> {
+        let length = Self::checked_length(bytes)?;
+        if file.metadata()?.len() < bytes as u64 {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file is shorter than its mapping"));
+        }
+        #[expect(unsafe_code, reason = "mapping memory")]
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing.
+        let mapped = unsafe {
+            mmap(None, length, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, file, 0)
+        }?;
+        Ok(Self { words: mapped.cast(), len: bytes / 4, owner: Owner::Mapping })
+    }
+
+    /// Zeroed memory of this process and the children it forks.
+    pub fn anonymous(bytes: usize) -> io::Result<Self> {
+        let length = Self::checked_length(bytes)?;
+        #[expect(unsafe_code, reason = "mapping memory")]
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing.
+        let mapped = unsafe {
+            mmap_anonymous(None, length, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED)
+        }?;
+        Ok(Self { words: mapped.cast(), len: bytes / 4, owner: Owner::Mapping })
+    }
+
+    /// Wraps a mapping that somebody else made and unmaps.
+    ///
+    /// # Safety
+    /// `address` must be aligned to 4, and `bytes` from there readable, writable and mapped until the value is dropped.
+    #[expect(unsafe_code, reason = "the caller vouches for the mapping")]
+    pub unsafe fn borrowed(address: NonNull<u8>, bytes: usize) -> Self {
+        Self { words: address.cast(), len: bytes / 4, owner: Owner::Borrowed }
+    }
+
+    fn checked_length(bytes: usize) -> io::Result<NonZeroUsize> {
+        NonZeroUsize::new(bytes)
+            .filter(|length| length.get().is_multiple_of(4096))
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "a mapping must be whole pages"))
+    }
+}
+
+impl Deref for SharedMemory {
+    type Target = [AtomicU32];
+
+    fn deref(&self) -> &[AtomicU32] {
+        #[expect(unsafe_code, reason = "view of the mapping")]
+        // SAFETY: `words` points to `len` aligned words that stay mapped as long as `self`, and atomics allow change by others.
+        unsafe {
+            std::slice::from_raw_parts(self.words.as_ptr(), self.len)
+        }
+    }
+}
+
+impl Drop for SharedMemory {
+    fn drop(&mut self) {
+        if matches!(self.owner, Owner::Mapping) {
+            #[expect(unsafe_code, reason = "unmapping memory")]
+            // SAFETY: this value made the mapping, and no reference into it outlives it.
+            let unmapped = unsafe { munmap(self.words.cast(), self.len * 4) };
+            if let Err(errno) = unmapped {
+                log::error!("unmap {} bytes: {errno}", self.len * 4);
+            }
+        }
+    }
+}
+
+#[expect(unsafe_code, reason = "the words are atomics")]
+// SAFETY: all access goes through atomics, and the mapping belongs to the process, not to a thread.
+unsafe impl Send for SharedMemory {}
+#[expect(unsafe_code, reason = "the words are atomics")]
+// SAFETY: as for `Send`.
+unsafe impl Sync for SharedMemory {}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering::Relaxed;
+
+    use super::*;
+
+    #[test]
+    fn what_is_stored_in_a_mapped_file_is_there_when_it_is_mapped_again() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8192).unwrap();
+        let memory = SharedMemory::map_file(&file, 8192).unwrap();
+        memory[2047].store(0xdead_beef, Relaxed);
+        drop(memory);
+        assert_eq!(SharedMemory::map_file(&file, 8192).unwrap()[2047].load(Relaxed), 0xdead_beef);
+    }
+
+    #[test]
+    fn a_file_that_is_too_short_or_a_length_of_no_whole_pages_is_refused() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        assert!(SharedMemory::map_file(&file, 8192).is_err());
+        assert!(SharedMemory::map_file(&file, 100).is_err());
+        assert!(SharedMemory::anonymous(0).is_err());
+    }
+}

@@ -1,0 +1,35 @@
+//! The outside of xpci, as small traits: the host's PCI functions, the hypervisor, xenstore, guests' rings.
+//!
+//! Two sets implement them: `xen` with `linux` on a real dom0, and `sim`, a simulated host made of bytes. Only the
+//! service's `main` chooses between them. Every call that may block has a limit of its own and is safe from several threads.
+
+pub mod error;
+pub mod host;
+pub mod hypervisor;
+pub mod memory;
+pub mod rings;
+pub mod store;
+
+use std::sync::Arc;
+
+pub use error::{Cause, PlatformError, Result};
+pub use host::{Host, HostFunction, Resource};
+pub use hypervisor::{Hypervisor, MsiSource, Pirq};
+pub use memory::SharedMemory;
+pub use rings::{GuestRings, Ring};
+pub use store::{Permissions, Store, StoreOps, WatchEvent};
+
+/// One host to work on, real or simulated.
+#[derive(Clone)]
+pub struct Platform {
+    /// The host's PCI functions and their drivers.
+    pub host: Arc<dyn Host>,
+    /// Device assignment, permissions and interrupts.
+    pub hypervisor: Arc<dyn Hypervisor>,
+    /// xenstore.
+    pub store: Arc<dyn Store>,
+    /// The shared pages and event channels of PV guests.
+    pub rings: Arc<dyn GuestRings>,
+    /// What this is, for people: `Xen 4.17.6` or `simulation of FILE`.
+    pub description: String,
+}
