@@ -1,0 +1,434 @@
+//! What must survive a killed service: one function's virtual config space and interrupts, in a mapped file.
+//!
+//! Everything that is read here may have been written by a damaged file system or an older version: [`FunctionImage::check`]
+//! looks at it once when a service resumes, and the accessors are total whatever the words hold.
+//!
+//! A value that takes one word is stored in place. Values that change together are written to the slot that is not in use and
+//! switched by one store of a generation number, so that a service killed at any instant leaves the old or the new.
+
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+
+use thiserror::Error;
+
+use crate::platform::SharedMemory;
+use crate::{DomId, Sbdf};
+
+/// `xpci` in the order of bytes in memory.
+const MAGIC: u32 = u32::from_le_bytes(*b"xpci");
+/// Changes whenever the meaning of a word does.
+const VERSION: u32 = 1;
+const PAGE: usize = 1024;
+
+mod word {
+    //! Where each word of the header page is.
+    pub const MAGIC: usize = 0;
+    pub const VERSION: usize = 1;
+    pub const BOOT: usize = 2;
+    pub const DOMAIN: usize = 4;
+    pub const ADDRESS: usize = 5;
+    pub const LAYOUT: usize = 6;
+    pub const RESETTING: usize = 8;
+    pub const VECTORS_GENERATION: usize = 9;
+    pub const REQUEST_GENERATION: usize = 10;
+    pub const REQUESTS: usize = 64;
+    pub const REQUEST_SLOT: usize = 64;
+}
+
+const SHADOW: usize = PAGE;
+const RESET_VALUES: usize = 2 * PAGE;
+const VECTORS: usize = 3 * PAGE;
+/// Words of a vector slot before its entries: mode, pending entry, number of entries, reserved.
+const VECTOR_HEADER: usize = 4;
+const NO_ENTRY: u32 = u32::MAX;
+
+/// The life of a guest that an image belongs to: a domain id means the same guest only within one boot of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Life {
+    /// A hash of the host's boot id.
+    pub boot: u64,
+    /// The guest.
+    pub domain: DomId,
+}
+
+/// Why an image cannot be taken over.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum ImageError {
+    /// The mapping is too short.
+    #[error("{address}: the state file has {bytes} bytes, it must have {needed}", needed = FunctionImage::BYTES)]
+    Size {
+        /// The function.
+        address: Sbdf,
+        /// What was given.
+        bytes: usize,
+    },
+    /// It never was an image, or its creation did not finish.
+    #[error("{address}: the state file is none of xpci's or was never completed (magic {found:#x})")]
+    Magic {
+        /// The function.
+        address: Sbdf,
+        /// What stands there.
+        found: u32,
+    },
+    /// It was written by another version of xpci.
+    #[error("{address}: the state file has version {found}, this xpcid reads version {VERSION}")]
+    Version {
+        /// The function.
+        address: Sbdf,
+        /// Its version.
+        found: u32,
+    },
+    /// It belongs to something else.
+    #[error("{address}: the state file belongs to another {what} ({found:#x} instead of {expected:#x})")]
+    Mismatch {
+        /// The function.
+        address: Sbdf,
+        /// `boot`, `domain`, `function` or `layout`.
+        what: &'static str,
+        /// What the file says.
+        found: u64,
+        /// What it should say.
+        expected: u64,
+    },
+    /// A value in it cannot be.
+    #[error("{address}: the state file is damaged: {what} is {found:#x}")]
+    Damaged {
+        /// The function.
+        address: Sbdf,
+        /// Which value.
+        what: &'static str,
+        /// What it is.
+        found: u32,
+    },
+}
+
+/// How the guest receives the function's interrupts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum InterruptMode {
+    /// Not at all.
+    #[default]
+    Off,
+    /// By its line.
+    Intx,
+    /// By MSI.
+    Msi,
+    /// By MSI-X.
+    MsiX,
+}
+
+/// The vectors that are mapped for the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct VectorState {
+    /// Which interrupts the function sends.
+    pub mode: InterruptMode,
+    /// Entry of the table (0 for MSI and the line) and the guest's physical interrupt, at most [`FunctionImage::MAX_VECTORS`].
+    pub entries: Vec<(u16, u32)>,
+    /// The entry that was about to be mapped: Xen may know its interrupt although `entries` does not.
+    pub pending: Option<u16>,
+}
+
+/// How far a request has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RequestStage {
+    /// Its effects may have begun.
+    Begun,
+    /// Its effects are complete; the answer may not have been sent.
+    Done {
+        /// The protocol's error.
+        error: i32,
+        /// The value that answers it.
+        value: u32,
+    },
+}
+
+/// The guest's request in progress: enough to know it again, and what came out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RequestRecord {
+    /// The command.
+    pub command: u32,
+    /// Register.
+    pub offset: u32,
+    /// Bytes.
+    pub size: u32,
+    /// Value, or number of entries.
+    pub value: u32,
+    /// The command's further word.
+    pub info: u32,
+    /// A hash over the entries that came with it.
+    pub entries_hash: u64,
+    /// How far it has come.
+    pub stage: RequestStage,
+}
+
+/// The mapped words of one function.
+///
+/// Page 0: header, then two request slots; page 1: the shadow; page 2: what the shadow returns to at a reset; pages 3 and 4: two
+/// slots of vectors. One thread owns it at a time.
+#[derive(Debug)]
+pub struct FunctionImage {
+    memory: SharedMemory,
+    life: Life,
+}
+
+impl FunctionImage {
+    /// The length of the file.
+    pub const BYTES: usize = 5 * PAGE * 4;
+    /// The most vectors that can be noted; the PV protocol asks for at most 128.
+    pub const MAX_VECTORS: usize = (PAGE - VECTOR_HEADER) / 2;
+
+    /// Wraps a mapping of at least [`Self::BYTES`]; its words are first looked at by
+    /// [`super::VirtualConfigSpace::create`], which overwrites them, or `resume`, which checks them.
+    pub fn new(memory: SharedMemory, life: Life) -> Self {
+        Self { memory, life }
+    }
+
+    /// The life it belongs to.
+    pub fn life(&self) -> Life {
+        self.life
+    }
+
+    /// Begins an image: all zero, valid only after [`Self::complete`].
+    pub(super) fn begin(&mut self, address: Sbdf, layout: u64) -> Result<(), ImageError> {
+        self.check_size(address)?;
+        self.set(word::MAGIC, 0);
+        for index in 1..Self::BYTES / 4 {
+            self.set(index, 0);
+        }
+        self.set(word::VERSION, VERSION);
+        self.set_double(word::BOOT, self.life.boot);
+        self.set(word::DOMAIN, u32::from(self.life.domain.0));
+        self.set(word::ADDRESS, address.packed());
+        self.set_double(word::LAYOUT, layout);
+        Ok(())
+    }
+
+    /// Makes what was begun valid.
+    pub(super) fn complete(&mut self) {
+        self.publish(word::MAGIC, MAGIC);
+    }
+
+    /// Checks everything that another life of the service left.
+    pub(super) fn check(&self, address: Sbdf, layout: u64) -> Result<(), ImageError> {
+        self.check_size(address)?;
+        let magic = self.memory.first().map_or(0, |word| word.load(Acquire));
+        if magic != MAGIC {
+            return Err(ImageError::Magic { address, found: magic });
+        }
+        if self.get(word::VERSION) != VERSION {
+            return Err(ImageError::Version { address, found: self.get(word::VERSION) });
+        }
+        for (what, found, expected) in [
+            ("boot", self.get_double(word::BOOT), self.life.boot),
+            ("domain", u64::from(self.get(word::DOMAIN)), u64::from(self.life.domain.0)),
+            ("function", u64::from(self.get(word::ADDRESS)), u64::from(address.packed())),
+            ("layout", self.get_double(word::LAYOUT), layout),
+        ] {
+            if found != expected {
+                return Err(ImageError::Mismatch { address, what, found, expected });
+            }
+        }
+        let damaged = |what, found| Err(ImageError::Damaged { address, what, found });
+        if self.get(word::RESETTING) > 1 {
+            return damaged("the reset flag", self.get(word::RESETTING));
+        }
+        let slot = self.vector_slot();
+        let (mode, pending, count) = (self.get(slot), self.get(slot + 1), self.get(slot + 2));
+        if mode > 3 {
+            return damaged("the interrupt mode", mode);
+        }
+        if pending != NO_ENTRY && pending > u32::from(u16::MAX) && self.get(word::VECTORS_GENERATION) != 0 {
+            return damaged("the pending vector", pending);
+        }
+        if count as usize > Self::MAX_VECTORS {
+            return damaged("the number of vectors", count);
+        }
+        for index in 0..count as usize {
+            let entry = self.get(slot + VECTOR_HEADER + 2 * index);
+            if entry > u32::from(u16::MAX) {
+                return damaged("a vector's entry", entry);
+            }
+        }
+        let stage = self.get(self.request_slot());
+        if stage > 2 {
+            return damaged("the stage of the request", stage);
+        }
+        Ok(())
+    }
+
+    fn check_size(&self, address: Sbdf) -> Result<(), ImageError> {
+        let bytes = self.memory.len() * 4;
+        if bytes < Self::BYTES { Err(ImageError::Size { address, bytes }) } else { Ok(()) }
+    }
+
+    /// One dword of the shadow.
+    pub(super) fn shadow(&self, dword: usize) -> u32 {
+        self.get(SHADOW + (dword & (PAGE - 1)))
+    }
+
+    /// Stores one dword of the shadow.
+    pub(super) fn set_shadow(&mut self, dword: usize, value: u32) {
+        self.set(SHADOW + (dword & (PAGE - 1)), value);
+    }
+
+    /// What a dword of the shadow returns to at a reset.
+    pub(super) fn reset_value(&self, dword: usize) -> u32 {
+        self.get(RESET_VALUES + (dword & (PAGE - 1)))
+    }
+
+    /// Stores what a dword of the shadow returns to at a reset.
+    pub(super) fn set_reset_value(&mut self, dword: usize, value: u32) {
+        self.set(RESET_VALUES + (dword & (PAGE - 1)), value);
+    }
+
+    /// The vectors that are mapped for the guest.
+    pub fn vectors(&self) -> VectorState {
+        if self.get(word::VECTORS_GENERATION) == 0 {
+            return VectorState::default();
+        }
+        let slot = self.vector_slot();
+        let mode = match self.get(slot) {
+            1 => InterruptMode::Intx,
+            2 => InterruptMode::Msi,
+            3 => InterruptMode::MsiX,
+            _ => InterruptMode::Off,
+        };
+        let count = (self.get(slot + 2) as usize).min(Self::MAX_VECTORS);
+        let entries = (0..count).map(|index| {
+            let at = slot + VECTOR_HEADER + 2 * index;
+            (self.get(at) as u16, self.get(at + 1))
+        });
+        VectorState { mode, entries: entries.collect(), pending: u16::try_from(self.get(slot + 1)).ok() }
+    }
+
+    /// Replaces the vectors, all at once. Entries beyond [`Self::MAX_VECTORS`] are the caller's mistake: nothing is changed and
+    /// the result is `false`.
+    #[must_use = "too many vectors are not stored"]
+    pub fn set_vectors(&mut self, state: &VectorState) -> bool {
+        if state.entries.len() > Self::MAX_VECTORS {
+            return false;
+        }
+        let generation = next_generation(self.get(word::VECTORS_GENERATION));
+        let slot = VECTORS + (generation & 1) as usize * PAGE;
+        let mode = match state.mode {
+            InterruptMode::Off => 0,
+            InterruptMode::Intx => 1,
+            InterruptMode::Msi => 2,
+            InterruptMode::MsiX => 3,
+        };
+        self.set(slot, mode);
+        self.set(slot + 1, state.pending.map_or(NO_ENTRY, u32::from));
+        self.set(slot + 2, state.entries.len() as u32);
+        for (index, (entry, pirq)) in state.entries.iter().enumerate() {
+            let at = slot + VECTOR_HEADER + 2 * index;
+            self.set(at, u32::from(*entry));
+            self.set(at + 1, *pirq);
+        }
+        self.publish(word::VECTORS_GENERATION, generation);
+        true
+    }
+
+    /// The request in progress or the one answered last; `None` when there is none.
+    pub fn request(&self) -> Option<RequestRecord> {
+        let slot = self.request_slot();
+        let stage = match self.get(slot) {
+            1 => RequestStage::Begun,
+            2 => RequestStage::Done { error: self.get(slot + 8) as i32, value: self.get(slot + 9) },
+            _ => return None,
+        };
+        Some(RequestRecord {
+            command: self.get(slot + 1),
+            offset: self.get(slot + 2),
+            size: self.get(slot + 3),
+            value: self.get(slot + 4),
+            info: self.get(slot + 5),
+            entries_hash: self.get_double(slot + 6),
+            stage,
+        })
+    }
+
+    /// Notes a request, all at once, before anything is done about it. Its stage is taken as it is given.
+    pub fn begin_request(&mut self, record: &RequestRecord) {
+        self.put_request(Some(record));
+    }
+
+    /// Notes that the effects of the request in progress are complete, with its answer; nothing happens where there is none.
+    pub fn finish_request(&mut self, error: i32, value: u32) {
+        if let Some(record) = self.request() {
+            self.put_request(Some(&RequestRecord { stage: RequestStage::Done { error, value }, ..record }));
+        }
+    }
+
+    /// Forgets the request: its answer was sent.
+    pub fn clear_request(&mut self) {
+        self.put_request(None);
+    }
+
+    fn put_request(&mut self, record: Option<&RequestRecord>) {
+        let generation = next_generation(self.get(word::REQUEST_GENERATION));
+        let slot = word::REQUESTS + (generation & 1) as usize * word::REQUEST_SLOT;
+        self.set(slot, 0);
+        if let Some(record) = record {
+            let (stage, error, value) = match record.stage {
+                RequestStage::Begun => (1, 0, 0),
+                RequestStage::Done { error, value } => (2, error as u32, value),
+            };
+            let words = [stage, record.command, record.offset, record.size, record.value, record.info];
+            for (index, value) in words.into_iter().enumerate() {
+                self.set(slot + index, value);
+            }
+            self.set_double(slot + 6, record.entries_hash);
+            self.set(slot + 8, error);
+            self.set(slot + 9, value);
+        }
+        self.publish(word::REQUEST_GENERATION, generation);
+    }
+
+    /// Whether the function is being reset: every access reads all ones and no hardware is touched.
+    pub fn resetting(&self) -> bool {
+        self.get(word::RESETTING) != 0
+    }
+
+    /// Begins or ends the time in which every access reads all ones.
+    pub fn set_resetting(&mut self, resetting: bool) {
+        self.publish(word::RESETTING, u32::from(resetting));
+    }
+
+    fn vector_slot(&self) -> usize {
+        VECTORS + (self.get(word::VECTORS_GENERATION) & 1) as usize * PAGE
+    }
+
+    fn request_slot(&self) -> usize {
+        word::REQUESTS + (self.get(word::REQUEST_GENERATION) & 1) as usize * word::REQUEST_SLOT
+    }
+
+    /// A word; 0 beyond a mapping that is too short, which only values that were never checked can meet.
+    fn get(&self, index: usize) -> u32 {
+        self.memory.get(index).map_or(0, |word| word.load(Relaxed))
+    }
+
+    fn set(&mut self, index: usize, value: u32) {
+        if let Some(word) = self.memory.get(index) {
+            word.store(value, Relaxed);
+        }
+    }
+
+    /// Stores a word after everything that was stored before it.
+    fn publish(&mut self, index: usize, value: u32) {
+        if let Some(word) = self.memory.get(index) {
+            word.store(value, Release);
+        }
+    }
+
+    fn get_double(&self, index: usize) -> u64 {
+        u64::from(self.get(index)) | u64::from(self.get(index + 1)) << 32
+    }
+
+    fn set_double(&mut self, index: usize, value: u64) {
+        self.set(index, value as u32);
+        self.set(index + 1, (value >> 32) as u32);
+    }
+}
+
+/// The generation after this one; never 0, which means that nothing was ever stored.
+fn next_generation(generation: u32) -> u32 {
+    generation.checked_add(1).unwrap_or(2)
+}

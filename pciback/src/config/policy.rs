@@ -1,0 +1,150 @@
+//! What a policy can say about bits of config space.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use super::list::AnyId;
+
+/// What a shadow bit is before the guest writes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Initial {
+    /// What hardware showed when the filter was built.
+    Hardware,
+    /// These bits, in place (not shifted to bit 0 of their field).
+    Value(u32),
+}
+
+/// What the guest sees in a bit and what its writes do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Treatment {
+    /// Reads and writes reach hardware.
+    Pass,
+    /// Reads reach hardware, writes are dropped.
+    ReadOnly,
+    /// Reads show what hardware showed when the filter was built, writes are dropped: for what cannot change.
+    Static,
+    /// The guest reads what it wrote; hardware sees nothing.
+    Virtual(Initial),
+    /// Reads show these bits (in place), writes are dropped.
+    Fixed(u32),
+}
+
+impl Treatment {
+    /// Reads 0, drops writes.
+    pub const ZERO: Self = Self::Fixed(0);
+    /// Virtual, 0 at first.
+    pub const VIRTUAL: Self = Self::Virtual(Initial::Value(0));
+}
+
+impl fmt::Display for Treatment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pass => f.write_str("pass"),
+            Self::ReadOnly => f.write_str("read-only"),
+            Self::Static => f.write_str("static"),
+            Self::Virtual(Initial::Hardware) => f.write_str("virtual"),
+            Self::Virtual(Initial::Value(value)) => write!(f, "virtual from {value:#x}"),
+            Self::Fixed(value) => write!(f, "fixed {value:#x}"),
+        }
+    }
+}
+
+/// Where a rule stands.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Origin {
+    /// Built in, following this section of a specification.
+    BuiltIn {
+        /// The section.
+        section: &'static str,
+    },
+    /// A line of a policy file.
+    Policy {
+        /// The file.
+        file: String,
+        /// The line, from 1.
+        line: u32,
+    },
+}
+
+/// Why a bit is treated as it is.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Rule {
+    /// The reason, for people.
+    pub reason: Cow<'static, str>,
+    /// Who says so.
+    pub origin: Origin,
+}
+
+impl Rule {
+    /// A built-in rule.
+    pub const fn built_in(reason: &'static str, section: &'static str) -> Self {
+        Self { reason: Cow::Borrowed(reason), origin: Origin::BuiltIn { section } }
+    }
+}
+
+/// What to do with a capability as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum CapabilityAction {
+    /// As built in, but visible even where the default hides it.
+    Show,
+    /// Taken out of its list; its bytes read 0 and drop writes.
+    Hide,
+    /// All its registers are treated alike, but for its header.
+    Treat(Treatment),
+}
+
+/// A policy's word on every capability with one id.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct CapabilityOverride {
+    /// Which.
+    pub id: AnyId,
+    /// What.
+    pub action: CapabilityAction,
+    /// Why.
+    pub rule: Rule,
+}
+
+/// Where bits are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Place {
+    /// At this offset of config space.
+    Absolute(u16),
+    /// At this offset of every capability with this id.
+    In(AnyId, u16),
+}
+
+/// A policy's word on some bits.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct RegisterOverride {
+    /// The register.
+    pub place: Place,
+    /// Its width in bytes: 1, 2 or 4.
+    pub width: u8,
+    /// The bits of the register that are meant.
+    pub mask: u32,
+    /// How; values are relative to the register.
+    pub treatment: Treatment,
+    /// Why.
+    pub rule: Rule,
+}
+
+/// What is laid over the built-in rules. Later overrides win over earlier ones; guarded registers (BARs, Command, MSI, MSI-X,
+/// interrupt line and pin, headers of capabilities) keep their built-in treatment whatever it says.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Policy {
+    /// Bytes that nobody knows: gaps, unknown and vendor-specific capabilities.
+    pub unknown: (Treatment, Rule),
+    /// Capabilities as a whole.
+    pub capabilities: Vec<CapabilityOverride>,
+    /// Single registers.
+    pub registers: Vec<RegisterOverride>,
+}
+
+impl Default for Policy {
+    /// The profile `passthrough`: what nobody knows passes, both ways.
+    fn default() -> Self {
+        let rule =
+            Rule::built_in("registers that nobody knows pass: the guest's driver may need them", "xpci P2");
+        Self { unknown: (Treatment::Pass, rule), capabilities: Vec::new(), registers: Vec::new() }
+    }
+}
