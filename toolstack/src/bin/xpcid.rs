@@ -1,2 +1,1 @@
-//! xpcid
 fn main() {}
