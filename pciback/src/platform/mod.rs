@@ -6,6 +6,7 @@
 pub mod error;
 pub mod host;
 pub mod hypervisor;
+pub mod linux;
 pub mod memory;
 pub mod rings;
 pub mod store;
