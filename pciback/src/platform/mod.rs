@@ -10,6 +10,7 @@ pub mod linux;
 pub mod memory;
 pub mod rings;
 pub mod store;
+pub mod xen;
 
 use std::sync::Arc;
 
