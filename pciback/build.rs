@@ -87,6 +87,7 @@ const LIBRARIES: [Library; 5] = [
             "xs_transaction_end",
             "xs_watch",
             "xs_unwatch",
+            "xs_is_domain_introduced",
             "xs_fileno",
             "xs_check_watch",
         ],

@@ -16,11 +16,11 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use log::{error, info, warn};
+use log::{error, info};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use pciback::platform::Platform;
+use pciback::platform::{Platform, PlatformError};
 use pciback::pv::ServerReport;
 use pciback::{DomId, FunctionState, Sbdf};
 
@@ -164,7 +164,8 @@ impl Engine {
             while let Ok(event) = self.events.try_recv() {
                 self.handle(event);
             }
-            self.take_store_events();
+            // Without xenstore nothing can be served; a new life may find it again.
+            self.take_store_events().map_err(io::Error::other)?;
             self.check_deadlines(Instant::now());
         }
     }
@@ -189,18 +190,15 @@ impl Engine {
         }
     }
 
-    fn take_store_events(&mut self) {
-        loop {
-            match self.platform.store.next_event() {
-                Ok(Some(event)) if event.path == "@releaseDomain" => self.find_dead_guests(),
-                Ok(Some(event)) => self.store_changed(&event),
-                Ok(None) => return,
-                Err(error) => {
-                    warn!("{error}");
-                    return;
-                }
+    fn take_store_events(&mut self) -> Result<(), PlatformError> {
+        while let Some(event) = self.platform.store.next_event()? {
+            if event.path == "@releaseDomain" {
+                self.find_dead_guests();
+            } else {
+                self.store_changed(&event);
             }
         }
+        Ok(())
     }
 
     /// A record for a function, known or new.

@@ -334,6 +334,11 @@ impl Store for XenStoreConnection {
         Err(PlatformError::new("commit", subject, Errno::EAGAIN))
     }
 
+    fn domain_exists(&self, domain: DomId) -> Result<bool> {
+        // SAFETY: the handle is open.
+        Ok(unsafe { self.libraries.store.xs_is_domain_introduced(self.handle(), u32::from(domain.0)) })
+    }
+
     fn watch(&self, path: &str, token: &str) -> Result<()> {
         let watch = || {
             let (path, token) = (c_string(path)?, c_string(token)?);
