@@ -195,8 +195,8 @@ impl GuestFunction {
 
     /// Makes the function harmless before the guest loses it: bus mastering off, interrupts off and unmapped.
     pub fn quiesce(&mut self) -> Result<(), interrupts::InterruptError> {
-        if !self.gone {
-            // Also while it is being reset: the reset writes back what Command was before.
+        // While it is being reset nothing reaches it, and what the guest set is gone; the reset that detach ends with counts.
+        if !self.gone && !self.resetting() {
             interrupts::clear_bus_master(self)?;
         }
         interrupts::release_all(self)

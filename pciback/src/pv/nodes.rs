@@ -206,6 +206,13 @@ fn number(value: &[u8]) -> Option<u32> {
     plain.then(|| std::str::from_utf8(digits).ok()?.parse().ok()).flatten()
 }
 
+/// The backend directory that the guest's PCI device points to, when it is not ours: xen-pciback's, for example.
+pub fn foreign_backend(store: &dyn StoreOps, domain: DomId) -> Result<Option<String>> {
+    let path = format!("{}/backend", frontend_directory(domain));
+    let backend = store.read(&path)?.map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    Ok(backend.filter(|backend| !backend.is_empty() && *backend != backend_directory(domain)))
+}
+
 /// Reads the state our end was left in by an earlier life; `None` where there is no device.
 pub fn read_backend_state(store: &dyn StoreOps, domain: DomId) -> Result<Option<XenbusState>> {
     let path = format!("{}/{}", backend_directory(domain), key::STATE);

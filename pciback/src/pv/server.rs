@@ -22,6 +22,9 @@ use crate::{DomId, Sbdf};
 /// How long the thread looks at the page after an answer before it sleeps: a guest that reads one register usually reads
 /// the next, and waking up costs more than the access.
 const SPIN: Duration = Duration::from_micros(50);
+/// How long the engine waits for the thread. An access takes microseconds, one to a function that the kernel resets up to a
+/// minute.
+const STUCK: Duration = Duration::from_secs(2);
 /// A guest that asks for nonsense gets a line in the log at most this often.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -37,6 +40,11 @@ pub enum ServerReport {
     /// The guest cannot be served any more.
     Failed(String),
 }
+
+/// The thread did not obey in time: it hangs in a config access that the kernel does not finish.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("its serving thread hangs in a config access")]
+pub struct ServerStuck;
 
 /// What a function that was taken from the thread looked like in the end.
 pub struct Taken {
@@ -123,11 +131,15 @@ impl Server {
         self.order(Order::Add(devfn, function));
     }
 
-    /// Takes a function out and quiesces it; `None` when the thread does not have it.
-    pub fn take(&self, devfn: u8) -> Option<Taken> {
+    /// Takes a function out and quiesces it; `Ok(None)` when the thread does not have it. `Err`: the thread hangs in an access.
+    pub fn take(&self, devfn: u8) -> Result<Option<Taken>, ServerStuck> {
         let (sender, taken) = mpsc::channel();
         self.order(Order::Take(devfn, sender));
-        taken.recv().ok()
+        match taken.recv_timeout(STUCK) {
+            Ok(taken) => Ok(Some(taken)),
+            Err(mpsc::RecvTimeoutError::Disconnected) => Ok(None),
+            Err(mpsc::RecvTimeoutError::Timeout) => Err(ServerStuck),
+        }
     }
 
     /// The reset that a guest asked for has ended; unless `verified` the function reads all ones from now on.
@@ -135,17 +147,21 @@ impl Server {
         self.order(Order::ResetEnded(devfn, verified));
     }
 
-    /// Stops and gives the functions back, untouched: they can be served again.
-    pub fn stop(mut self) -> BTreeMap<u8, Box<GuestFunction>> {
+    /// Stops and gives the functions back, untouched: they can be served again. `Err`: the thread hangs in an access, and
+    /// stops when that ends.
+    pub fn stop(mut self) -> Result<BTreeMap<u8, Box<GuestFunction>>, ServerStuck> {
         let (sender, functions) = mpsc::channel();
         self.order(Order::Stop(sender));
-        let functions = functions.recv().unwrap_or_default();
+        let functions = match functions.recv_timeout(STUCK) {
+            Err(mpsc::RecvTimeoutError::Timeout) => return Err(ServerStuck),
+            answered => answered.unwrap_or_default(),
+        };
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
             error!("a serving thread panicked");
         }
-        functions
+        Ok(functions)
     }
 
     /// How much it has done.

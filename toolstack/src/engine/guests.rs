@@ -1,22 +1,19 @@
 //! Guests: carries out what their handshakes say, and runs the threads that serve them.
 
 use std::collections::BTreeMap;
-use std::fs::OpenOptions;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use log::{error, info, warn};
-use pciback::config::{FunctionImage, Life, VirtualConfigSpace};
-use pciback::platform::{SharedMemory, WatchEvent};
+use pciback::platform::WatchEvent;
 use pciback::pv::{Action, Counters, GuestFunction, Handshake, RingPlace, Server, ServerReport, nodes};
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::{Answer, Engine, Event};
 use crate::journal::{GuestPlace, Record};
 use crate::outcome::{ErrorCode, Failure};
-use crate::spec;
-use crate::transaction::{Parting, image_path, reset_and_verify};
+use crate::transaction::{Parting, reset_and_verify};
 
 /// How long a new guest's frontend may take to look at its first function before attach ends with a note instead.
 const FIRST_LOOK: Duration = Duration::from_secs(2);
@@ -84,14 +81,10 @@ fn place_of(record: &Record) -> Result<GuestPlace, Failure> {
 
 impl Engine {
     /// A transaction wants a function served.
-    pub(super) fn serve(&mut self, record: &Record, answer: Answer) {
-        let served = place_of(record).and_then(|place| {
-            let function = self.open_function(record, place.domain, false)?;
-            self.watch_guest(place.domain)?;
-            Ok((place, function))
-        });
-        let (place, function) = match served {
-            Ok(served) => served,
+    pub(super) fn serve(&mut self, record: &Record, function: Box<GuestFunction>, answer: Answer) {
+        let watched = place_of(record).and_then(|place| self.watch_guest(place.domain).map(|()| place));
+        let place = match watched {
+            Ok(place) => place,
             Err(failure) => {
                 // The transaction may have given up.
                 let _ = answer.send(Err(failure));
@@ -133,38 +126,11 @@ impl Engine {
     }
 
     fn clean_up_unserved(&self, domain: DomId) -> Result<Option<String>, Failure> {
-        nodes::apply(self.platform.store.as_ref(), domain, &[nodes::NodeChange::RemoveAll])?;
+        let store = self.platform.store.as_ref();
+        if nodes::read_backend_state(store, domain)?.is_some() {
+            nodes::apply(store, domain, &[nodes::NodeChange::RemoveAll])?;
+        }
         Ok(None)
-    }
-
-    /// Opens the image and the config space of a function for a guest; `again`: of an earlier life of the service.
-    pub(super) fn open_function(
-        &self,
-        record: &Record,
-        domain: DomId,
-        again: bool,
-    ) -> Result<Box<GuestFunction>, Failure> {
-        let address = record.address;
-        let failed = |what: &str, why: &dyn std::fmt::Display| {
-            Failure::new(ErrorCode::Failed, format!("{what} of {address}: {why}")).on(address).of(domain)
-        };
-        let path = image_path(&self.settings.run_directory, address);
-        let file = OpenOptions::new().read(true).write(true).open(&path);
-        let file = file.map_err(|error| failed("open the image", &error))?;
-        let memory = SharedMemory::map_file(&file, FunctionImage::BYTES);
-        let memory = memory.map_err(|error| failed("map the image", &error))?;
-        let image = FunctionImage::new(memory, Life { boot: boot_number(&self.boot), domain });
-        let host = self.platform.host.as_ref();
-        let spec = spec::function_spec(host, address)?;
-        let planes = spec::planes(&spec)?;
-        let space = match again {
-            false => VirtualConfigSpace::create(&spec, planes, image),
-            true => VirtualConfigSpace::resume(&spec, planes, image),
-        };
-        let space = space.map_err(|error| failed("take over the config space", &error))?;
-        let hardware = host.config(address)?;
-        let hypervisor = Arc::clone(&self.platform.hypervisor);
-        Ok(Box::new(GuestFunction::new(domain, address, space, hardware, hypervisor, spec.gsi)))
     }
 
     fn watch_guest(&self, domain: DomId) -> Result<(), Failure> {
@@ -247,8 +213,16 @@ impl Engine {
         if let Some(guest) = self.guests.get_mut(&domain)
             && let Some(server) = guest.server.take()
         {
-            guest.parked = server.stop();
-            info!("domain {domain}: its ring is given up");
+            match server.stop() {
+                Ok(functions) => {
+                    guest.parked = functions;
+                    info!("domain {domain}: its ring is given up");
+                }
+                Err(stuck) => {
+                    error!("domain {domain}: {stuck}");
+                    self.problems.push(format!("domain {domain}: {stuck}"));
+                }
+            }
         }
     }
 
@@ -283,8 +257,11 @@ impl Engine {
     fn removed(&mut self, domain: DomId, devfn: u8) {
         let Some(guest) = self.guests.get_mut(&domain) else { return };
         let quiesced = match (&guest.server, guest.parked.remove(&devfn)) {
-            (_, Some(mut function)) => function.quiesce(),
-            (Some(server), None) => server.take(devfn).map_or(Ok(()), |taken| taken.quiesced),
+            (_, Some(mut function)) => function.quiesce().map_err(|error| error.to_string()),
+            (Some(server), None) => match server.take(devfn) {
+                Ok(taken) => taken.map_or(Ok(()), |taken| taken.quiesced).map_err(|error| error.to_string()),
+                Err(stuck) => Err(stuck.to_string()),
+            },
             (None, None) => Ok(()),
         };
         let outcome = quiesced.map(|()| None).map_err(|error| {
@@ -368,7 +345,10 @@ impl Engine {
                     let actions = guest.handshake.overrule(place.devfn);
                     self.act(place.domain, actions);
                 }
-            } else if matches!(record.state, FunctionState::Attached | FunctionState::Quarantined) {
+            } else if matches!(
+                record.state,
+                FunctionState::Attached | FunctionState::Resetting | FunctionState::Quarantined
+            ) {
                 info!("{}: its guest is gone", record.address);
                 self.detach_from_dead(record);
             }
@@ -492,10 +472,4 @@ impl Engine {
         }
         Ok(())
     }
-}
-
-/// The boot as the image's header has it.
-fn boot_number(boot: &str) -> u64 {
-    boot.bytes()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }

@@ -5,6 +5,7 @@
 
 mod guests;
 mod lists;
+mod open;
 mod recover;
 mod requests;
 mod tasks;
@@ -21,7 +22,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use pciback::platform::{Platform, PlatformError};
-use pciback::pv::ServerReport;
+use pciback::pv::{GuestFunction, ServerReport};
 use pciback::{DomId, FunctionState, Sbdf};
 
 use crate::control::Reply;
@@ -45,6 +46,8 @@ pub enum Event {
     Serve {
         /// The function, with its guest.
         record: Box<Record>,
+        /// The function, ready to be served.
+        function: Box<GuestFunction>,
         /// Where the answer goes.
         answer: Answer,
     },
@@ -80,13 +83,12 @@ pub struct Inbox {
 impl Inbox {
     /// Sends an event; once the engine has stopped it is dropped, and with it whatever waits for an answer.
     pub fn send(&self, event: Event) {
-        if self.sender.send(event).is_ok() {
-            if let Err(errno) = self.wake.write(1) {
-                // EAGAIN: it is as awake as can be.
-                if errno != Errno::EAGAIN {
-                    error!("wake the engine: {errno}");
-                }
-            }
+        // EAGAIN: it is as awake as can be.
+        if self.sender.send(event).is_ok()
+            && let Err(errno) = self.wake.write(1)
+            && errno != Errno::EAGAIN
+        {
+            error!("wake the engine: {errno}");
         }
     }
 }
@@ -179,7 +181,7 @@ impl Engine {
     fn handle(&mut self, event: Event) {
         match event {
             Event::Call { request, reply } => self.handle_request(request, reply),
-            Event::Serve { record, answer } => self.serve(&record, answer),
+            Event::Serve { record, function, answer } => self.serve(&record, function, answer),
             Event::Withdraw { record, parting, answer } => self.withdraw(&record, parting, answer),
             Event::Finished(finished) => self.transaction_finished(*finished),
             Event::Server(domain, report) => self.server_reported(domain, report),

@@ -60,7 +60,7 @@ impl Engine {
         let mut guests: BTreeMap<DomId, Vec<(u8, Sbdf, Box<GuestFunction>)>> = BTreeMap::new();
         for record in records {
             let Some(place) = record.guest.filter(|_| was_served(record)) else { continue };
-            match self.open_function(record, place.domain, true) {
+            match self.workshop().open_function(record, place.domain, true) {
                 Ok(function) => {
                     guests.entry(place.domain).or_default().push((place.devfn, record.address, function));
                 }

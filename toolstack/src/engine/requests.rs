@@ -2,6 +2,7 @@
 
 use nix::errno::Errno;
 use pciback::platform::{Host, HostFunction};
+use pciback::pv::nodes;
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::Engine;
@@ -137,6 +138,13 @@ impl Engine {
             return Err(Failure::refused(format!("domain {domain} is an HVM guest; xpci serves PV guests"))
                 .of(domain)
                 .hint("use 'xl pci-attach' for it, after 'xpci pci-assignable-remove' and 'xl pci-assignable-add'"));
+        }
+        if let Some(backend) = nodes::foreign_backend(store, domain)? {
+            return Err(Failure::refused(format!(
+                "domain {domain} has functions from another backend, {backend}"
+            ))
+            .of(domain)
+            .hint("a guest has one PCI bus: detach those with 'xl pci-detach' first"));
         }
         let devfn = self.free_place(domain, slot)?;
         record.guest = Some(GuestPlace { domain, devfn });

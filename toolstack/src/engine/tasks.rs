@@ -56,7 +56,11 @@ pub(super) struct Workshop {
 
 impl Serving for Workshop {
     fn serve(&self, record: &Record) -> Result<Option<String>, Failure> {
-        self.ask(|answer| Event::Serve { record: Box::new(record.clone()), answer })
+        let domain = record.guest.map(|guest| guest.domain).ok_or_else(|| {
+            Failure::new(ErrorCode::Failed, format!("the journal names no guest for {}", record.address))
+        })?;
+        let function = self.open_function(record, domain, false)?;
+        self.ask(|answer| Event::Serve { record: Box::new(record.clone()), function, answer })
     }
 
     fn withdraw(&self, record: &Record, parting: Parting) -> Result<Option<String>, Failure> {
