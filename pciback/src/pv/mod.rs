@@ -1,1 +1,14 @@
 //! Serving PV guests: the pciif protocol, its xenstore handshake and the thread that serves one guest.
+
+mod function;
+pub mod handshake;
+mod interrupts;
+pub mod nodes;
+mod server;
+pub mod wire;
+
+pub use function::{Demand, GuestFunction};
+pub use handshake::{Action, Handshake};
+pub use interrupts::InterruptError;
+pub use nodes::{FrontendView, NodeChange, RingPlace, XenbusState};
+pub use server::{Counters, Server, ServerReport, Taken};

@@ -1,0 +1,213 @@
+//! One function as a guest uses it: its config space, its MSI and MSI-X, its reset.
+
+use std::io;
+use std::sync::Arc;
+
+use log::{info, warn};
+use nix::errno::Errno;
+
+use super::interrupts;
+use super::wire::{Command, MsixEntry, Op, OpAnswer, WireError};
+use crate::config::{
+    Access, ConfigSpace, InterruptMode, RequestRecord, RequestStage, SideEffect, VirtualConfigSpace, Width,
+};
+use crate::platform::Hypervisor;
+use crate::{DomId, Sbdf};
+
+/// What the guest's request asks of the service beyond its answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Demand {
+    /// The guest asked for a function level reset; until it has ended the function reads all ones.
+    Reset,
+    /// The function no longer answers.
+    Vanished,
+}
+
+/// One function, served to one guest.
+pub struct GuestFunction {
+    pub(super) domain: DomId,
+    pub(super) address: Sbdf,
+    pub(super) space: VirtualConfigSpace,
+    pub(super) hardware: Box<dyn ConfigSpace>,
+    pub(super) hypervisor: Arc<dyn Hypervisor>,
+    gone: bool,
+}
+
+impl GuestFunction {
+    /// A function with its virtual and its physical config space.
+    pub fn new(
+        domain: DomId,
+        address: Sbdf,
+        space: VirtualConfigSpace,
+        hardware: Box<dyn ConfigSpace>,
+        hypervisor: Arc<dyn Hypervisor>,
+    ) -> Self {
+        Self { domain, address, space, hardware, hypervisor, gone: false }
+    }
+
+    /// Where it is on the host.
+    pub fn address(&self) -> Sbdf {
+        self.address
+    }
+
+    /// Whether a reset of the guest's was under way when an earlier life of the service ended.
+    pub fn resetting(&self) -> bool {
+        self.space.image().resetting()
+    }
+
+    /// From now on every access reads all ones and no hardware is touched.
+    pub fn set_gone(&mut self) {
+        self.gone = true;
+    }
+
+    /// Answers a request. One that an earlier life of the service had completed is answered with what came out then.
+    pub fn execute(&mut self, op: &Op) -> (OpAnswer, Option<Demand>) {
+        if op.command == Command::CONF_READ {
+            return self.read(op);
+        }
+        let record = record_of(op);
+        if let Some(answer) = self.answered_before(&record) {
+            return (answer, None);
+        }
+        self.space.image_mut().begin_request(&record);
+        let (answer, demand) = self.carry_out(op);
+        self.space.image_mut().finish_request(answer.error.number(), answer.value);
+        (answer, demand)
+    }
+
+    /// The answer was sent: the same request is a new one when it comes again.
+    pub fn sent(&mut self, op: &Op) {
+        if op.command != Command::CONF_READ {
+            self.space.image_mut().clear_request();
+        }
+    }
+
+    fn answered_before(&self, wanted: &RequestRecord) -> Option<OpAnswer> {
+        let found = self.space.image().request()?;
+        let RequestStage::Done { error, value } = found.stage else { return None };
+        let same = RequestRecord { stage: RequestStage::Begun, ..found } == *wanted;
+        // The entries of MSI-X are read back from what is mapped.
+        same.then(|| OpAnswer { error: WireError::from_number(error), value, entries: self.mapped_entries(wanted) })
+    }
+
+    fn mapped_entries(&self, wanted: &RequestRecord) -> Vec<MsixEntry> {
+        let vectors = self.space.image().vectors();
+        if Command(wanted.command) != Command::ENABLE_MSIX || vectors.mode != InterruptMode::MsiX {
+            return Vec::new();
+        }
+        let entries = vectors.entries.iter();
+        entries.map(|&(entry, pirq)| MsixEntry { entry, vector: pirq as u16 }).collect()
+    }
+
+    fn carry_out(&mut self, op: &Op) -> (OpAnswer, Option<Demand>) {
+        if self.gone || self.resetting() {
+            // As on a bus where nobody answers: writes are lost, which the writer does not notice.
+            let answer = match op.command {
+                Command::CONF_WRITE => OpAnswer::value(op.value),
+                _ => OpAnswer::failed(WireError::Failed),
+            };
+            return (answer, None);
+        }
+        let answer = match op.command {
+            Command::CONF_WRITE => return self.write(op),
+            Command::ENABLE_MSI => interrupts::enable_msi(self),
+            Command::ENABLE_MSIX => interrupts::enable_msix(self, op),
+            Command::DISABLE_MSI => interrupts::disable(self, InterruptMode::Msi),
+            Command::DISABLE_MSIX => interrupts::disable(self, InterruptMode::MsiX),
+            _ => return (OpAnswer::failed(WireError::NotImplemented), None),
+        };
+        let answer = answer.unwrap_or_else(|error| {
+            warn!("{}: domain {}: {error}", self.address, self.domain);
+            OpAnswer::failed(WireError::Failed)
+        });
+        (answer, None)
+    }
+
+    fn read(&mut self, op: &Op) -> (OpAnswer, Option<Demand>) {
+        let access = match Access::new(op.offset, op.size) {
+            Ok(access) => access,
+            Err(_) => return (OpAnswer::failed(WireError::InvalidOffset), None),
+        };
+        if self.gone || self.resetting() {
+            return (OpAnswer::value(access.width().mask()), None);
+        }
+        match self.space.read(access, self.hardware.as_ref()) {
+            Ok(value) => (OpAnswer::value(value), None),
+            Err(error) => self.failed_access("read", access, &error, OpAnswer::value(access.width().mask())),
+        }
+    }
+
+    fn write(&mut self, op: &Op) -> (OpAnswer, Option<Demand>) {
+        let access = match Access::new(op.offset, op.size) {
+            Ok(access) => access,
+            Err(_) => return (OpAnswer::failed(WireError::InvalidOffset), None),
+        };
+        match self.space.write(access, op.value & access.width().mask(), self.hardware.as_ref()) {
+            Ok(Some(SideEffect::FunctionLevelReset)) => {
+                info!("{}: domain {} asks for a function level reset", self.address, self.domain);
+                self.space.image_mut().set_resetting(true);
+                (OpAnswer::value(op.value), Some(Demand::Reset))
+            }
+            Ok(_) => (OpAnswer::value(op.value), None),
+            Err(error) => self.failed_access("write", access, &error, OpAnswer::value(op.value)),
+        }
+    }
+
+    /// An access that the host could not make: the function has left it, or the host is in trouble.
+    fn failed_access(
+        &mut self,
+        what: &str,
+        access: Access,
+        error: &io::Error,
+        answer: OpAnswer,
+    ) -> (OpAnswer, Option<Demand>) {
+        let bytes = access.width().bytes();
+        warn!("{}: {what} {bytes} bytes at {:#x} for domain {}: {error}", self.address, access.offset(), self.domain);
+        if matches!(error.raw_os_error().map(Errno::from_raw), Some(Errno::ENODEV | Errno::ENXIO | Errno::ENOENT)) {
+            self.gone = true;
+            return (answer, Some(Demand::Vanished));
+        }
+        (OpAnswer::failed(WireError::Failed), None)
+    }
+
+    /// The reset that the guest asked for has ended well: the function answers again, with the guest's interrupts in place.
+    pub fn reset_done(&mut self) -> io::Result<()> {
+        self.space.reset();
+        interrupts::restore(self)?;
+        self.space.image_mut().set_resetting(false);
+        Ok(())
+    }
+
+    /// Makes the function harmless before the guest loses it: bus mastering off, interrupts off and unmapped.
+    pub fn quiesce(&mut self) -> Result<(), interrupts::InterruptError> {
+        if !self.gone {
+            // Also while it is being reset: the reset writes back what Command was before.
+            interrupts::clear_bus_master(self)?;
+        }
+        interrupts::release_all(self)
+    }
+}
+
+/// What identifies a request across lives of the service.
+fn record_of(op: &Op) -> RequestRecord {
+    let mut hash = 0xcbf2_9ce4_8422_2325u64;
+    if op.command == Command::ENABLE_MSIX {
+        for entry in &op.entries {
+            hash = (hash ^ u64::from(entry.entry)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+    RequestRecord {
+        command: op.command.0,
+        offset: op.offset,
+        size: op.size,
+        value: op.value,
+        info: op.info,
+        entries_hash: hash,
+        stage: RequestStage::Begun,
+    }
+}
+
+/// The two-byte access to a register, as Xen wants it for Message Control.
+pub(super) fn word(offset: u16) -> io::Result<Access> {
+    Access::new(u32::from(offset), u32::from(Width::Word.bytes())).map_err(io::Error::other)
+}

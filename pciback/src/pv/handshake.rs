@@ -1,0 +1,483 @@
+//! The xenstore handshake with one guest's frontend, as a pure state machine.
+//!
+//! It knows which functions the guest shall have and what the frontend says, and answers with what to do next. Linux's
+//! xen-pcifront sets the pace: it publishes its ring and goes to Initialised; it scans its buses when we go to
+//! Connected; while both are connected the set of functions changes only by the dance Reconfiguring (it drops what is marked
+//! Closing) and Reconfigured (it scans again); when we go to Closing it drops everything. Its module can be removed and
+//! loaded again: then it comes back to Initialised with another ring.
+
+use std::collections::BTreeMap;
+
+use super::nodes::{FrontendView, NodeChange, RingPlace, XenbusState, key};
+use crate::{DomId, Sbdf};
+
+/// What to do next, in this order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Change nodes, all in one transaction.
+    Nodes(Vec<NodeChange>),
+    /// Connect to the ring, then call [`Handshake::ring_connected`].
+    Connect(RingPlace),
+    /// Give the ring up.
+    Disconnect,
+    /// The guest has been told of the function and has scanned for it.
+    Added(u8),
+    /// The function is published, but nobody in the guest looks for it yet.
+    Waiting(u8),
+    /// The guest has let go of the function, or was overruled.
+    Removed(u8),
+    /// Something for the log: what the guest does wrong.
+    Report(String),
+}
+
+/// How far the two ends are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Link {
+    /// There are no nodes.
+    Absent,
+    /// Ours are published; the frontend is awaited.
+    Published,
+    /// Its ring is being connected to.
+    Connecting(RingPlace),
+    /// We are connected; `scanned`: so is the frontend.
+    Connected { ring: RingPlace, scanned: bool },
+    /// The frontend is asked to drop functions.
+    Reconfiguring(RingPlace),
+    /// The frontend is asked to look for functions.
+    Reconfigured(RingPlace),
+    /// The frontend is asked to let go of everything.
+    Closing(RingPlace),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// To be published.
+    Wanted,
+    /// Published; the guest has not scanned since.
+    Published,
+    /// Part of the dance in progress.
+    Adding,
+    /// The guest has it.
+    Present,
+    /// To be withdrawn.
+    Unwanted,
+    /// Part of the dance in progress.
+    Removing,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Function {
+    address: Sbdf,
+    index: u32,
+    phase: Phase,
+}
+
+/// The handshake with one guest.
+#[derive(Debug, Clone)]
+pub struct Handshake {
+    domain: DomId,
+    link: Link,
+    frontend: FrontendView,
+    functions: BTreeMap<u8, Function>,
+    /// A ring that could not be connected to, or a complaint that was made: not repeated until the frontend says something else.
+    refused: Option<std::result::Result<RingPlace, String>>,
+}
+
+impl Handshake {
+    /// A guest without functions.
+    pub fn new(domain: DomId) -> Self {
+        let (link, frontend) = (Link::Absent, FrontendView::default());
+        Self { domain, link, frontend, functions: BTreeMap::new(), refused: None }
+    }
+
+    /// A guest that an earlier life of the service served. `left` is what our end's nodes say; functions they name but
+    /// `functions` does not are forgotten. The first action is to connect to the ring again, where there was one.
+    pub fn resume(
+        domain: DomId,
+        state: Option<XenbusState>,
+        left: &[(u32, u8, XenbusState)],
+        functions: &[(u8, Sbdf)],
+        frontend: FrontendView,
+    ) -> (Self, Vec<Action>) {
+        let mut handshake = Self::new(domain);
+        handshake.frontend = frontend;
+        let ring = handshake.frontend.ring.clone().and_then(std::result::Result::ok);
+        let scanned = handshake.frontend.state == Some(XenbusState::CONNECTED);
+        handshake.link = match (state, ring) {
+            (None, _) => Link::Absent,
+            (Some(XenbusState::CONNECTED), Some(ring)) => Link::Connected { ring, scanned },
+            (Some(XenbusState::RECONFIGURING), Some(ring)) => Link::Reconfiguring(ring),
+            (Some(XenbusState::RECONFIGURED), Some(ring)) => Link::Reconfigured(ring),
+            (Some(XenbusState::CLOSING), Some(ring)) => Link::Closing(ring),
+            (Some(_), _) => Link::Published,
+        };
+        for &(devfn, address) in functions {
+            let noted = left.iter().find(|(_, seen, _)| *seen == devfn);
+            let (index, phase) = match (noted, handshake.link) {
+                (None, _) | (_, Link::Absent) => (handshake.free_index(), Phase::Wanted),
+                (Some((index, _, XenbusState::INITIALISING)), _) => (*index, Phase::Adding),
+                (Some((index, _, XenbusState::CLOSING)), _) => (*index, Phase::Removing),
+                (Some((index, ..)), Link::Connected { scanned: true, .. }) => (*index, Phase::Present),
+                (Some((index, ..)), Link::Reconfigured(_)) => (*index, Phase::Adding),
+                (Some((index, ..)), _) => (*index, Phase::Published),
+            };
+            handshake.functions.insert(devfn, Function { address, index, phase });
+        }
+        let mut actions = Vec::new();
+        if let Some(ring) = handshake.ring() {
+            actions.push(Action::Connect(ring));
+        } else {
+            handshake.advance(&mut actions);
+        }
+        (handshake, actions)
+    }
+
+    /// Whether the guest has, gets or loses no function.
+    pub fn is_empty(&self) -> bool {
+        self.functions.is_empty() && self.link == Link::Absent
+    }
+
+    /// How far it is, for people.
+    pub fn describe(&self) -> &'static str {
+        match self.link {
+            Link::Absent => "no device",
+            Link::Published => "waiting for the guest's xen-pcifront",
+            Link::Connecting(_) => "connecting",
+            Link::Connected { scanned: false, .. } => "the guest is scanning",
+            Link::Connected { scanned: true, .. } => "connected",
+            Link::Reconfiguring(_) | Link::Reconfigured(_) => "changing its functions",
+            Link::Closing(_) => "closing",
+        }
+    }
+
+    fn ring(&self) -> Option<RingPlace> {
+        match self.link {
+            Link::Absent | Link::Published => None,
+            Link::Connecting(ring)
+            | Link::Connected { ring, .. }
+            | Link::Reconfiguring(ring)
+            | Link::Reconfigured(ring)
+            | Link::Closing(ring) => Some(ring),
+        }
+    }
+
+    fn free_index(&self) -> u32 {
+        let taken = |index: &u32| self.functions.values().any(|function| function.index == *index);
+        (0..=self.functions.len() as u32).find(|index| !taken(index)).unwrap_or(0)
+    }
+
+    /// The guest shall have a function at this device and function number, which must be free.
+    pub fn add(&mut self, devfn: u8, address: Sbdf) -> Vec<Action> {
+        let index = self.free_index();
+        self.functions.insert(devfn, Function { address, index, phase: Phase::Wanted });
+        self.advanced()
+    }
+
+    /// The guest shall lose a function.
+    pub fn remove(&mut self, devfn: u8) -> Vec<Action> {
+        let mut actions = Vec::new();
+        match self.functions.get_mut(&devfn).map(|function| &mut function.phase) {
+            None => actions.push(Action::Removed(devfn)),
+            Some(phase @ Phase::Wanted) => {
+                *phase = Phase::Unwanted;
+                self.drop_unpublished(devfn, &mut actions);
+            }
+            // In a dance: it ends first.
+            Some(Phase::Removing) => {}
+            Some(phase) => *phase = Phase::Unwanted,
+        }
+        self.advance(&mut actions);
+        actions
+    }
+
+    fn drop_unpublished(&mut self, devfn: u8, actions: &mut Vec<Action>) {
+        self.functions.remove(&devfn);
+        actions.push(Action::Removed(devfn));
+    }
+
+    /// The guest took too long, or is not asked: the function is withdrawn at once.
+    pub fn overrule(&mut self, devfn: u8) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if let Some(function) = self.functions.remove(&devfn) {
+            let mut changes = NodeChange::no_function(function.index);
+            let settled = self.functions.values().all(|other| !matches!(other.phase, Phase::Adding | Phase::Removing));
+            if let (true, Link::Reconfiguring(ring) | Link::Reconfigured(ring)) = (settled, self.link) {
+                // Nobody else is part of this dance: it is called off.
+                changes.push(NodeChange::backend(key::STATE, XenbusState::CONNECTED.0));
+                self.link = Link::Connected { ring, scanned: true };
+            }
+            if self.functions.is_empty() {
+                self.close(&mut actions);
+            } else {
+                changes.push(self.count());
+                actions.push(Action::Nodes(changes));
+            }
+        }
+        actions.push(Action::Removed(devfn));
+        self.advance(&mut actions);
+        actions
+    }
+
+    /// Gives up the ring and removes all nodes; what is still wanted is published anew.
+    fn close(&mut self, actions: &mut Vec<Action>) {
+        if self.ring().is_some() {
+            actions.push(Action::Disconnect);
+        }
+        if self.link != Link::Absent {
+            actions.push(Action::Nodes(vec![NodeChange::RemoveAll]));
+        }
+        self.link = Link::Absent;
+        self.frontend = FrontendView::default();
+        self.refused = None;
+    }
+
+    /// The frontend's nodes were read.
+    pub fn frontend_changed(&mut self, view: FrontendView) -> Vec<Action> {
+        if view == self.frontend {
+            return Vec::new();
+        }
+        self.frontend = view;
+        self.advanced()
+    }
+
+    /// The answer to [`Action::Connect`].
+    pub fn ring_connected(&mut self, outcome: std::result::Result<(), String>) -> Vec<Action> {
+        let mut actions = Vec::new();
+        match (self.link, outcome) {
+            (Link::Connecting(ring), Ok(())) => {
+                self.link = Link::Connected { ring, scanned: false };
+                actions.push(state(XenbusState::CONNECTED));
+            }
+            (_, Ok(())) => {}
+            (_, Err(why)) => {
+                let ring = self.ring();
+                actions.push(Action::Report(format!("its ring cannot be used: {why}")));
+                self.refused = ring.map(Ok);
+                self.back_to_published(&mut actions);
+            }
+        }
+        self.advance(&mut actions);
+        actions
+    }
+
+    fn advanced(&mut self) -> Vec<Action> {
+        let mut actions = Vec::new();
+        self.advance(&mut actions);
+        actions
+    }
+
+    /// Goes as far as the frontend lets us.
+    fn advance(&mut self, actions: &mut Vec<Action>) {
+        // Each turn moves the link or stops; a dance has four links, so this many turns are more than enough.
+        for _ in 0..16 {
+            let before = self.link;
+            match self.link {
+                Link::Absent => self.publish(actions),
+                Link::Published => self.published(actions),
+                Link::Connecting(_) => {}
+                Link::Connected { ring, scanned } => self.connected(ring, scanned, actions),
+                Link::Reconfiguring(ring) => self.reconfiguring(ring, actions),
+                Link::Reconfigured(ring) => self.reconfigured(ring, actions),
+                Link::Closing(_) => self.closing(actions),
+            }
+            if self.link == before {
+                return;
+            }
+        }
+    }
+
+    fn publish(&mut self, actions: &mut Vec<Action>) {
+        if self.functions.is_empty() {
+            return;
+        }
+        let mut changes = NodeChange::device(self.domain);
+        for (devfn, function) in &mut self.functions {
+            function.phase = Phase::Published;
+            let published = NodeChange::function(function.index, function.address, *devfn, XenbusState::INITIALISED);
+            changes.extend(published);
+        }
+        changes.push(self.count());
+        changes.push(NodeChange::backend(key::STATE, XenbusState::INITIALISED.0));
+        actions.push(Action::Nodes(changes));
+        actions.extend(self.functions.keys().map(|devfn| Action::Waiting(*devfn)));
+        self.link = Link::Published;
+    }
+
+    /// The frontend is not connected: functions come and go by their nodes alone.
+    fn published(&mut self, actions: &mut Vec<Action>) {
+        let mut changes = Vec::new();
+        let (mut added, mut removed) = (Vec::new(), Vec::new());
+        for (devfn, function) in &mut self.functions {
+            match function.phase {
+                Phase::Wanted | Phase::Adding => {
+                    function.phase = Phase::Published;
+                    let state = XenbusState::INITIALISED;
+                    changes.extend(NodeChange::function(function.index, function.address, *devfn, state));
+                    added.push(Action::Waiting(*devfn));
+                }
+                Phase::Unwanted | Phase::Removing => {
+                    changes.extend(NodeChange::no_function(function.index));
+                    removed.push(*devfn);
+                }
+                Phase::Present => function.phase = Phase::Published,
+                Phase::Published => {}
+            }
+        }
+        self.functions.retain(|devfn, _| !removed.contains(devfn));
+        if self.functions.is_empty() {
+            self.close(actions);
+        } else if !changes.is_empty() {
+            changes.push(self.count());
+            actions.push(Action::Nodes(changes));
+        }
+        actions.extend(added);
+        actions.extend(removed.into_iter().map(Action::Removed));
+        if self.link == Link::Published {
+            self.connect(actions);
+        }
+    }
+
+    fn connect(&mut self, actions: &mut Vec<Action>) {
+        let ready = matches!(self.frontend.state, Some(XenbusState::INITIALISED | XenbusState::CONNECTED));
+        let Some(ring) = self.frontend.ring.clone().filter(|_| ready) else { return };
+        if self.refused.as_ref() == Some(&ring) {
+            return;
+        }
+        match ring {
+            Ok(ring) => {
+                self.link = Link::Connecting(ring);
+                actions.push(Action::Connect(ring));
+            }
+            Err(why) => {
+                actions.push(Action::Report(format!("it published nonsense: {why}")));
+                self.refused = Some(Err(why));
+            }
+        }
+    }
+
+    /// Whether the frontend left the ring: its module was removed, or it failed. Then we wait for it to come back.
+    fn frontend_left(&mut self, ring: RingPlace, was_connected: bool, actions: &mut Vec<Action>) -> bool {
+        let left = match self.frontend.state {
+            None | Some(XenbusState::CLOSING | XenbusState::CLOSED) => true,
+            Some(XenbusState::INITIALISING | XenbusState::INIT_WAIT | XenbusState::UNKNOWN) => true,
+            Some(XenbusState::INITIALISED) => was_connected || self.frontend.ring != Some(Ok(ring)),
+            Some(_) => self.frontend.ring != Some(Ok(ring)),
+        };
+        if left {
+            self.back_to_published(actions);
+        }
+        left
+    }
+
+    fn back_to_published(&mut self, actions: &mut Vec<Action>) {
+        if self.ring().is_some() {
+            actions.push(Action::Disconnect);
+        }
+        actions.push(state(XenbusState::INITIALISED));
+        self.link = Link::Published;
+    }
+
+    fn connected(&mut self, ring: RingPlace, scanned: bool, actions: &mut Vec<Action>) {
+        if self.frontend_left(ring, scanned, actions) {
+            return;
+        }
+        if self.frontend.state != Some(XenbusState::CONNECTED) {
+            return;
+        }
+        self.link = Link::Connected { ring, scanned: true };
+        self.settle(Phase::Published, actions);
+        let pending = |function: &Function| matches!(function.phase, Phase::Wanted | Phase::Unwanted);
+        if !self.functions.values().any(pending) {
+            return;
+        }
+        if self.functions.values().all(|function| function.phase == Phase::Unwanted) {
+            actions.push(state(XenbusState::CLOSING));
+            self.link = Link::Closing(ring);
+            return;
+        }
+        let mut changes = Vec::new();
+        for (devfn, function) in &mut self.functions {
+            match function.phase {
+                Phase::Wanted => {
+                    function.phase = Phase::Adding;
+                    let state = XenbusState::INITIALISING;
+                    changes.extend(NodeChange::function(function.index, function.address, *devfn, state));
+                }
+                Phase::Unwanted => {
+                    function.phase = Phase::Removing;
+                    changes.push(NodeChange::function_state(function.index, XenbusState::CLOSING));
+                }
+                _ => {}
+            }
+        }
+        changes.push(self.count());
+        changes.push(NodeChange::backend(key::STATE, XenbusState::RECONFIGURING.0));
+        actions.push(Action::Nodes(changes));
+        self.link = Link::Reconfiguring(ring);
+    }
+
+    fn reconfiguring(&mut self, ring: RingPlace, actions: &mut Vec<Action>) {
+        if self.frontend_left(ring, true, actions) || self.frontend.state != Some(XenbusState::RECONFIGURING) {
+            return;
+        }
+        let mut changes = Vec::new();
+        let mut removed = Vec::new();
+        for (devfn, function) in &self.functions {
+            match function.phase {
+                Phase::Removing => {
+                    changes.extend(NodeChange::no_function(function.index));
+                    removed.push(*devfn);
+                }
+                Phase::Adding => changes.push(NodeChange::function_state(function.index, XenbusState::INITIALISED)),
+                _ => {}
+            }
+        }
+        self.functions.retain(|devfn, _| !removed.contains(devfn));
+        changes.push(self.count());
+        changes.push(NodeChange::backend(key::STATE, XenbusState::RECONFIGURED.0));
+        actions.push(Action::Nodes(changes));
+        actions.extend(removed.into_iter().map(Action::Removed));
+        self.link = Link::Reconfigured(ring);
+    }
+
+    fn reconfigured(&mut self, ring: RingPlace, actions: &mut Vec<Action>) {
+        // It left Reconfiguring only when it has scanned.
+        if self.frontend_left(ring, true, actions) || self.frontend.state != Some(XenbusState::CONNECTED) {
+            return;
+        }
+        actions.push(state(XenbusState::CONNECTED));
+        self.link = Link::Connected { ring, scanned: true };
+        self.settle(Phase::Adding, actions);
+    }
+
+    fn settle(&mut self, phase: Phase, actions: &mut Vec<Action>) {
+        for (devfn, function) in &mut self.functions {
+            if function.phase == phase {
+                function.phase = Phase::Present;
+                actions.push(Action::Added(*devfn));
+            }
+        }
+    }
+
+    fn closing(&mut self, actions: &mut Vec<Action>) {
+        if matches!(self.frontend.state, Some(XenbusState::CONNECTED | XenbusState::CLOSING)) {
+            return;
+        }
+        let gone = |function: &Function| matches!(function.phase, Phase::Unwanted | Phase::Removing);
+        let removed: Vec<u8> =
+            self.functions.iter().filter(|(_, function)| gone(function)).map(|(devfn, _)| *devfn).collect();
+        self.functions.retain(|devfn, _| !removed.contains(devfn));
+        self.close(actions);
+        actions.extend(removed.into_iter().map(Action::Removed));
+    }
+
+    /// How far frontends have to look for functions.
+    fn count(&self) -> NodeChange {
+        let count = self.functions.values().map(|function| function.index + 1).max().unwrap_or(0);
+        NodeChange::backend(key::NUM_DEVS, count)
+    }
+}
+
+fn state(state: XenbusState) -> Action {
+    Action::Nodes(vec![NodeChange::backend(key::STATE, state.0)])
+}

@@ -1,0 +1,287 @@
+//! MSI and MSI-X of a guest's function, set up through Xen.
+//!
+//! Xen watches dom0's writes to the capabilities: only an exact two-byte write of Message Control gets through, others vanish
+//! silently. So Control is written as one word and read back.
+
+use std::io;
+
+use log::warn;
+use nix::errno::Errno;
+use thiserror::Error;
+
+use super::function::{GuestFunction, word};
+use super::wire::{MSIX_ENTRIES, MsixEntry, Op, OpAnswer};
+use crate::config::{InterruptMode, VectorState};
+use crate::platform::{MsiSource, Pirq, PlatformError};
+
+/// Bus Master Enable of Command (PCI Express 6.0, section 7.5.1.1.3).
+const COMMAND: u16 = 0x04;
+const BUS_MASTER: u32 = 1 << 2;
+/// Message Control lies two bytes into both capabilities; Enable's place differs (sections 7.7.1.2 and 7.7.2.2).
+const CONTROL: u16 = 2;
+const MSI_ENABLE: u32 = 1 << 0;
+/// Multiple Message Enable: how many vectors, as a power of two. Only one is ever mapped.
+const MSI_MULTIPLE: u32 = 0x70;
+const MSIX_ENABLE: u32 = 1 << 15;
+const MSIX_FUNCTION_MASK: u32 = 1 << 14;
+
+/// Why a guest's interrupts are not as it asked.
+#[derive(Debug, Error)]
+pub enum InterruptError {
+    /// The function has no such capability, or the guest is not shown it.
+    #[error("the guest asks for {0:?}, which the function does not have")]
+    NoCapability(InterruptMode),
+    /// One kind excludes the other (PCI Express 6.0, section 7.7).
+    #[error("the guest asks for {wanted:?} while {active:?} is enabled")]
+    Conflict {
+        /// What it asks for.
+        wanted: InterruptMode,
+        /// What is enabled.
+        active: InterruptMode,
+    },
+    /// The list of MSI-X entries makes no sense.
+    #[error("the guest asks for MSI-X entries that are {0}")]
+    Entries(&'static str),
+    /// Message Control does not keep what is written.
+    #[error("Message Control at {offset:#x} reads {found:#06x} after {written:#06x} was written")]
+    Control {
+        /// The register.
+        offset: u16,
+        /// What was written.
+        written: u32,
+        /// What it reads.
+        found: u32,
+    },
+    /// Config access failed.
+    #[error("config access: {0}")]
+    Config(#[from] io::Error),
+    /// Xen refused.
+    #[error(transparent)]
+    Platform(#[from] PlatformError),
+    /// Undoing failed too.
+    #[error("{first}; and undoing it: {second}")]
+    Both {
+        /// Why it failed.
+        first: Box<InterruptError>,
+        /// Why it could not be undone.
+        second: Box<InterruptError>,
+    },
+}
+
+type Result<T> = std::result::Result<T, InterruptError>;
+
+impl GuestFunction {
+    fn vectors(&self) -> VectorState {
+        self.space.image().vectors()
+    }
+
+    fn note(&mut self, vectors: &VectorState) -> Result<()> {
+        let stored = self.space.image_mut().set_vectors(vectors);
+        stored.then_some(()).ok_or(InterruptError::Entries("more than can be noted"))
+    }
+
+    /// Changes bits of a Message Control register by one exact word, and makes sure that they changed.
+    fn set_control(&self, offset: u16, clear: u32, set: u32) -> Result<()> {
+        let access = word(offset)?;
+        let before = self.hardware.read(access)?;
+        let written = before & !clear | set;
+        self.hardware.write(access, written)?;
+        let found = self.hardware.read(access)?;
+        if (found ^ written) & (clear | set) == 0 {
+            Ok(())
+        } else {
+            Err(InterruptError::Control { offset, written, found })
+        }
+    }
+
+    fn control_of(&self, mode: InterruptMode) -> Result<u16> {
+        let offset = match mode {
+            InterruptMode::Msi => self.space.msi().map(|msi| msi.offset),
+            InterruptMode::MsiX => self.space.msix().map(|msix| msix.offset),
+            InterruptMode::Off | InterruptMode::Intx => None,
+        };
+        offset.map(|offset| offset + CONTROL).ok_or(InterruptError::NoCapability(mode))
+    }
+
+    fn set_enable(&self, mode: InterruptMode, enabled: bool) -> Result<()> {
+        let control = self.control_of(mode)?;
+        let (clear, enable) = match mode {
+            InterruptMode::MsiX => (MSIX_FUNCTION_MASK | MSIX_ENABLE, MSIX_ENABLE),
+            _ => (MSI_MULTIPLE | MSI_ENABLE, MSI_ENABLE),
+        };
+        self.set_control(control, clear, if enabled { enable } else { 0 })
+    }
+
+    /// What the guest reads back.
+    fn show_enable(&mut self, mode: InterruptMode, enabled: bool) {
+        match mode {
+            InterruptMode::Msi => self.space.set_msi_enabled(enabled),
+            InterruptMode::MsiX => self.space.set_msix_enabled(enabled),
+            InterruptMode::Off | InterruptMode::Intx => {}
+        }
+    }
+
+    /// Maps one vector so that it is never lost: noted as about to be mapped, mapped, noted as mapped.
+    fn map(&mut self, vectors: &mut VectorState, source: MsiSource) -> Result<()> {
+        let entry = match source {
+            MsiSource::Msi => 0,
+            MsiSource::MsiX { entry, .. } => entry,
+        };
+        vectors.pending = Some(entry);
+        self.note(vectors)?;
+        let pirq = self.hypervisor.map_msi(self.domain, self.address, source)?;
+        vectors.pending = None;
+        vectors.entries.push((entry, pirq.0));
+        self.note(vectors)
+    }
+
+    /// Unmaps all vectors and clears Enable, as far as that goes.
+    fn release(&mut self) -> Result<()> {
+        let mut vectors = self.vectors();
+        let mode = vectors.mode;
+        let mut outcome = Ok(());
+        while let Some((_, pirq)) = vectors.entries.pop() {
+            match self.hypervisor.unmap_pirq(self.domain, Pirq(pirq)) {
+                // Unmapped before, by an earlier life or with the domain.
+                Err(error) if matches!(error.errno(), Some(Errno::EINVAL | Errno::ESRCH | Errno::ENOENT)) => {}
+                other => outcome = outcome.and(other.map_err(InterruptError::from)),
+            }
+            self.note(&vectors)?;
+        }
+        if matches!(mode, InterruptMode::Msi | InterruptMode::MsiX) {
+            if !self.resetting() {
+                outcome = outcome.and(self.set_enable(mode, false));
+            }
+            self.show_enable(mode, false);
+        }
+        // A vector that was about to be mapped stays noted: Xen may have it.
+        self.note(&VectorState { pending: vectors.pending, ..VectorState::default() })?;
+        outcome
+    }
+
+    /// Begins anew with one kind of interrupts.
+    fn begin(&mut self, mode: InterruptMode) -> Result<VectorState> {
+        let active = self.vectors().mode;
+        if active == mode {
+            // Enabled twice without being disabled, by a guest that was restarted or a request that is done again.
+            self.release()?;
+        } else if active != InterruptMode::Off {
+            return Err(InterruptError::Conflict { wanted: mode, active });
+        }
+        let vectors = VectorState { mode, entries: Vec::new(), pending: self.vectors().pending };
+        self.note(&vectors)?;
+        self.set_enable(mode, true)?;
+        Ok(vectors)
+    }
+
+    fn enable(&mut self, mode: InterruptMode, sources: &[MsiSource]) -> Result<Vec<(u16, u32)>> {
+        self.control_of(mode)?;
+        let mapped = self.begin(mode).and_then(|mut vectors| {
+            sources.iter().try_for_each(|source| self.map(&mut vectors, *source))?;
+            Ok(vectors.entries)
+        });
+        match mapped {
+            Ok(entries) => {
+                self.show_enable(mode, true);
+                Ok(entries)
+            }
+            Err(InterruptError::Conflict { wanted, active }) => Err(InterruptError::Conflict { wanted, active }),
+            Err(first) => Err(match self.release() {
+                Ok(()) => first,
+                Err(second) => InterruptError::Both { first: Box::new(first), second: Box::new(second) },
+            }),
+        }
+    }
+}
+
+pub(super) fn enable_msi(function: &mut GuestFunction) -> Result<OpAnswer> {
+    let entries = function.enable(InterruptMode::Msi, &[MsiSource::Msi])?;
+    Ok(OpAnswer::value(entries.first().map_or(0, |(_, pirq)| *pirq)))
+}
+
+pub(super) fn enable_msix(function: &mut GuestFunction, op: &Op) -> Result<OpAnswer> {
+    let msix = function.space.msix().ok_or(InterruptError::NoCapability(InterruptMode::MsiX))?;
+    let count = op.value as usize;
+    if count == 0 || count > MSIX_ENTRIES {
+        return Err(InterruptError::Entries("none, or more than the page can hold"));
+    }
+    let asked = &op.entries[..count];
+    if asked.iter().any(|asked| asked.entry >= msix.table_size) {
+        return Err(InterruptError::Entries("beyond its table"));
+    }
+    let twice = (1..count).any(|index| asked[..index].iter().any(|other| other.entry == asked[index].entry));
+    if twice {
+        return Err(InterruptError::Entries("given twice"));
+    }
+    let table = function.space.bars().iter().find(|bar| bar.index == msix.table_bar).map(|bar| bar.start);
+    let table = table.ok_or(InterruptError::Entries("in a table that no BAR holds"))?;
+    let sources: Vec<_> = asked.iter().map(|asked| MsiSource::MsiX { entry: asked.entry, table }).collect();
+    let mapped = function.enable(InterruptMode::MsiX, &sources)?;
+    let entries = mapped.iter().map(|&(entry, pirq)| MsixEntry { entry, vector: pirq as u16 }).collect();
+    Ok(OpAnswer { entries, ..OpAnswer::value(0) })
+}
+
+pub(super) fn disable(function: &mut GuestFunction, mode: InterruptMode) -> Result<OpAnswer> {
+    if function.vectors().mode == mode {
+        function.release()?;
+    }
+    function.show_enable(mode, false);
+    Ok(OpAnswer::value(0))
+}
+
+/// After a reset: Enable and, through Xen, the vectors' messages are put back.
+pub(super) fn restore(function: &mut GuestFunction) -> io::Result<()> {
+    let mode = function.vectors().mode;
+    if matches!(mode, InterruptMode::Msi | InterruptMode::MsiX) {
+        function.set_enable(mode, true).map_err(io::Error::other)?;
+        function.hypervisor.restore_msi(function.address).map_err(io::Error::other)?;
+        function.show_enable(mode, true);
+    }
+    Ok(())
+}
+
+pub(super) fn clear_bus_master(function: &GuestFunction) -> Result<()> {
+    let access = word(COMMAND)?;
+    let command = function.hardware.read(access)?;
+    if command != 0xffff && command & BUS_MASTER != 0 {
+        function.hardware.write(access, command & !BUS_MASTER)?;
+    }
+    Ok(())
+}
+
+/// Takes all interrupts from the guest, one that was only about to be mapped included.
+pub(super) fn release_all(function: &mut GuestFunction) -> Result<()> {
+    function.release()?;
+    if let Some(entry) = function.vectors().pending {
+        // An earlier life was killed between the note and the mapping, or Xen refused it.
+        warn!("{}: entry {entry} may be mapped to domain {}", function.address, function.domain);
+        function.note(&VectorState::default())?;
+    }
+    Ok(())
+}
+
+/// The pirqs that a function's image notes.
+pub(super) fn noted(function: &GuestFunction) -> Vec<u32> {
+    function.vectors().entries.iter().map(|(_, pirq)| *pirq).collect()
+}
+
+/// The entry that an earlier life was about to map when it was killed.
+pub(super) fn interrupted(function: &GuestFunction) -> Option<u16> {
+    function.vectors().pending
+}
+
+/// Gives back a vector that an earlier life mapped but could not note.
+///
+/// Xen hands out a domain's pirqs from the highest down, and does not tell which belongs to what. All pirqs of a PV
+/// guest's MSIs are ours, since it has one PCI device in xenstore; so those that no image notes are unmapped, from
+/// `highest` down to the GSIs.
+pub(super) fn unmap_unnoted(function: &mut GuestFunction, noted: &[u32], gsi_end: u32, highest: u32) -> Result<()> {
+    for pirq in (gsi_end..=highest).rev().filter(|pirq| !noted.contains(pirq)) {
+        match function.hypervisor.unmap_pirq(function.domain, Pirq(pirq)) {
+            Err(error) if matches!(error.errno(), Some(Errno::EINVAL | Errno::ESRCH | Errno::ENOENT)) => {}
+            other => other?,
+        }
+    }
+    let vectors = VectorState { pending: None, ..function.vectors() };
+    function.note(&vectors)
+}
