@@ -1,529 +1,483 @@
 //! The xenstore handshake with one guest's frontend, as a pure state machine.
 //!
-//! Inputs are what the engine was told and saw, outputs are [`Action`]s for it to carry out in their order. Several changes
-//! can be under way at once; whatever comes in, the machine then takes every step that is possible
-//! and stops where it must wait for somebody. What it expects of the frontend is what Linux's xen-pcifront does:
-//!
-//! | we write | the frontend then |
-//! | --- | --- |
-//! | backend directory, frontend directory with state 1 | publishes its page and port, state 3 |
-//! | 4 | scans the root bus, state 4 |
-//! | functions with `state-N` 1 or 5, then 7 | removes those with 5, state 7 |
-//! | 8 | scans for new functions, state 4 |
-//! | 5 | removes everything, state 6 |
-//!
-//! A frontend that is unloaded goes to 6 without a word; loaded again it goes from 6 to 3 and, should it find us
-//! closing or closed then, back to 6. So we never stay in 5 or 6 longer than it takes the frontend to follow, and
-//! return to 3 as soon as it has.
-//!
-//! With the last function the whole device goes, directories included. A frontend notices new directories only if it
-//! had noticed that the old ones were gone, and nothing tells us when it has: so they are not made again
-//! before a short time has passed, and are taken away and made once more, a few times at most, if the
-//! frontend does not react to them.
+//! It knows which functions the guest shall have and what the frontend says, and answers with what to do next. Linux's
+//! xen-pcifront sets the pace: it publishes its ring and goes to Initialised; it scans its buses when we go to
+//! Connected; while both are connected the set of functions changes only by the dance Reconfiguring (it drops what is marked
+//! Closing) and Reconfigured (it scans again); when we go to Closing it drops everything. Its module can be removed and
+//! loaded again: then it comes back to Initialised with another ring.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
-use super::nodes::{BackendSnapshot, Change, FrontendSnapshot, Nodes, Offer, OfferError, XenbusState};
+use super::nodes::{FrontendView, NodeChange, RingPlace, XenbusState, key};
 use crate::{DomId, Sbdf};
 
-mod frontend;
-mod publish;
-mod step;
-#[cfg(test)]
-mod tests;
-
-/// How long the machine waits for what.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
-    /// For the frontend to give up functions, before it is overruled.
-    pub detach: Duration,
-    /// Between removing the directories and making them again.
-    pub pause: Duration,
-    /// For the frontend to react to directories that were made again.
-    pub notice: Duration,
-    /// How often directories are made again because of that.
-    pub attempts: u32,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            detach: Duration::from_secs(10),
-            pause: Duration::from_millis(200),
-            notice: Duration::from_secs(3),
-            attempts: 3,
-        }
-    }
-}
-
-/// Something happened.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Input {
-    /// Give the guest a function at this device and function number. Refused with [`HandshakeReport::Refused`] when the number
-    /// is taken.
-    Attach {
-        /// In the guest.
-        devfn: u8,
-        /// On the host.
-        address: Sbdf,
-        /// What stands in `opts-N`.
-        options: String,
-    },
-    /// Take a function from the guest; nothing happens when it has none there. Ends with [`HandshakeReport::Detached`].
-    Detach {
-        /// In the guest.
-        devfn: u8,
-    },
-    /// The frontend's nodes, read after any of them changed.
-    Frontend(FrontendSnapshot),
-    /// [`Action::Connect`] succeeded.
-    RingUp,
-    /// [`Action::Connect`] failed, or the ring failed later.
-    RingFailed,
-    /// [`Action::Hide`] was carried out.
-    Hidden {
-        /// In the guest.
-        devfn: u8,
-    },
-    /// The time that [`Action::Timer`] asked for is over.
-    Timer {
-        /// From the action.
-        token: u32,
-    },
-    /// The guest does not exist any more.
-    GuestGone,
-}
-
-/// Something to do, in this order.
+/// What to do next, in this order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
-    /// Change nodes, in one transaction.
-    Store(Vec<Change>),
-    /// Connect to the frontend's page and port and serve these functions, then say [`Input::RingUp`] or `RingFailed`.
-    Connect {
-        /// What the frontend offers.
-        offer: Offer,
-        /// Device and function numbers.
-        functions: Vec<u8>,
-    },
-    /// Stop serving and disconnect, or do not connect; nothing happens when neither is the case. The frontend is another one
-    /// from here on: quiesce the functions, so that it finds them as after an attach.
+    /// Change nodes, all in one transaction.
+    Nodes(Vec<NodeChange>),
+    /// Connect to the ring, then call [`Handshake::ring_connected`].
+    Connect(RingPlace),
+    /// Give the ring up.
     Disconnect,
-    /// Serve one more function; it must be answering when the following actions are done.
-    Expose {
-        /// In the guest.
-        devfn: u8,
-    },
-    /// Stop serving a function and quiesce it, then say [`Input::Hidden`]. Also asked for functions that are not being served.
-    Hide {
-        /// In the guest.
-        devfn: u8,
-    },
-    /// Say [`Input::Timer`] after this time. A later timer replaces an earlier one.
-    Timer {
-        /// How long.
-        after: Duration,
-        /// To say then.
-        token: u32,
-    },
-    /// Tell whoever is interested.
-    Report(HandshakeReport),
+    /// The guest has been told of the function and has scanned for it.
+    Added(u8),
+    /// The function is published, but nobody in the guest looks for it yet.
+    Waiting(u8),
+    /// The guest has let go of the function, or was overruled.
+    Removed(u8),
+    /// Something for the log: what the guest does wrong.
+    Report(String),
 }
 
-/// What came of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum HandshakeReport {
-    /// The frontend has scanned for this function.
-    Attached {
-        /// In the guest.
-        devfn: u8,
-    },
-    /// The guest cannot reach this function any more and no node of it is left.
-    Detached {
-        /// In the guest.
-        devfn: u8,
-        /// On the host.
-        address: Sbdf,
-        /// The frontend did not agree in time.
-        forced: bool,
-    },
-    /// The number is taken.
-    Refused {
-        /// In the guest.
-        devfn: u8,
-    },
-    /// The frontend is connected.
-    Connected,
-    /// The frontend is gone: unloaded, or its guest is shutting down. Its functions stay attached.
-    Disconnected,
-    /// The frontend published what cannot be used; nothing happens until it publishes something else.
-    BadFrontend(OfferError),
-    /// The frontend's page or port could not be connected, or the connection failed.
-    RingFailed,
-    /// Nothing of the device is left in xenstore.
-    Removed,
-}
-
-/// Where one function stands.
+/// How far the two ends are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Progress {
-    /// Wanted; no nodes yet.
-    New,
-    /// Its nodes are there; the frontend was not told to look for it yet.
-    Announced,
-    /// Served; `reported` once the frontend has scanned.
-    Exposed { reported: bool },
-    /// To be taken away; the frontend was not told yet.
-    Leaving,
-    /// The frontend was told to drop it.
-    Dropping,
-    /// Waiting for [`Input::Hidden`].
-    Hiding,
-    /// Not served any more; its nodes may still be there.
-    Hidden,
+enum Link {
+    /// There are no nodes.
+    Absent,
+    /// Ours are published; the frontend is awaited.
+    Published,
+    /// Its ring is being connected to.
+    Connecting(RingPlace),
+    /// We are connected; `scanned`: so is the frontend.
+    Connected { ring: RingPlace, scanned: bool },
+    /// The frontend is asked to drop functions.
+    Reconfiguring(RingPlace),
+    /// The frontend is asked to look for functions.
+    Reconfigured(RingPlace),
+    /// The frontend is asked to let go of everything.
+    Closing(RingPlace),
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Function {
-    index: Option<u16>,
-    address: Sbdf,
-    options: String,
-    progress: Progress,
-    forced: bool,
-    /// Wanted again at the same place while it is still leaving.
-    next: Option<(Sbdf, String)>,
-}
-
-impl Function {
-    fn leaves(&self) -> bool {
-        matches!(self.progress, Progress::Leaving | Progress::Dropping | Progress::Hiding | Progress::Hidden)
-    }
-}
-
-/// Where the device stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    /// No directories.
-    Absent,
-    /// No directories, and not to be made yet.
-    Pause,
-    /// We are 3 and wait for the frontend's offer.
-    Waiting,
-    /// Waiting for the ring.
-    Connecting,
-    /// We are 4 and wait for the frontend to be.
-    Scanning,
-    /// Both are 4.
-    Connected,
-    /// We are 7 and wait for the frontend to be.
-    Reconfiguring,
-    /// The frontend is 7; functions are being hidden before we go 8.
-    Hiding,
-    /// We are 8 and wait for the frontend to be 4.
-    Reconfigured,
-    /// We are 5 and wait for the frontend to be 6.
-    Closing,
-    /// The frontend is 6; the last functions are being hidden before the directories go.
+    /// To be published.
+    Wanted,
+    /// Published; the guest has not scanned since.
+    Published,
+    /// Part of the dance in progress.
+    Adding,
+    /// The guest has it.
+    Present,
+    /// To be withdrawn.
+    Unwanted,
+    /// Part of the dance in progress.
     Removing,
-    /// The guest is gone.
-    Gone,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ring {
-    Down,
-    Connecting(Offer),
-    Up(Offer),
-}
-
-impl Ring {
-    fn offer(self) -> Option<Offer> {
-        match self {
-            Self::Down => None,
-            Self::Connecting(offer) | Self::Up(offer) => Some(offer),
-        }
-    }
+struct Function {
+    address: Sbdf,
+    index: u32,
+    phase: Phase,
 }
 
 /// The handshake with one guest.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Handshake {
-    nodes: Nodes,
-    limits: Limits,
-    phase: Phase,
-    ring: Ring,
+    domain: DomId,
+    link: Link,
+    frontend: FrontendView,
     functions: BTreeMap<u8, Function>,
-    frontend: FrontendSnapshot,
-    /// What was tried and refused; not tried again before the frontend says something else.
-    rejected: Option<FrontendSnapshot>,
-    /// Times that directories were made again; `None` before they were removed for the first time.
-    attempt: Option<u32>,
-    timer: u32,
-    /// The detach limit runs.
-    limiting: bool,
-    /// The device goes, even though functions may be waiting to come.
-    closing_for_good: bool,
+    /// A ring that could not be connected to, or a complaint that was made: not repeated until the frontend says something else.
+    refused: Option<std::result::Result<RingPlace, String>>,
 }
 
 impl Handshake {
-    /// The handshake with a guest that has nothing yet.
-    pub fn new(domain: DomId, limits: Limits) -> Self {
-        Self {
-            nodes: Nodes::of(domain),
-            limits,
-            phase: Phase::Absent,
-            ring: Ring::Down,
-            functions: BTreeMap::new(),
-            frontend: FrontendSnapshot::default(),
-            rejected: None,
-            attempt: None,
-            timer: 0,
-            limiting: false,
-            closing_for_good: false,
-        }
+    /// A guest without functions.
+    pub fn new(domain: DomId) -> Self {
+        let (link, frontend) = (Link::Absent, FrontendView::default());
+        Self { domain, link, frontend, functions: BTreeMap::new(), refused: None }
     }
 
-    /// Goes on where an earlier life of the service stopped, from what it left in xenstore. Functions whose nodes are
-    /// damaged are not part of it; their nodes are removed.
+    /// A guest that an earlier life of the service served. `left` is what our end's nodes say; functions they name but
+    /// `functions` does not are forgotten. The first action is to connect to the ring again, where there was one.
     pub fn resume(
         domain: DomId,
-        limits: Limits,
-        backend: &BackendSnapshot,
-        frontend: FrontendSnapshot,
+        state: Option<XenbusState>,
+        left: &[(u32, u8, XenbusState)],
+        functions: &[(u8, Sbdf)],
+        frontend: FrontendView,
     ) -> (Self, Vec<Action>) {
-        let mut handshake = Self::new(domain, limits);
+        let mut handshake = Self::new(domain);
         handshake.frontend = frontend;
-        let mut actions = Vec::new();
-        if !backend.exists {
-            return (handshake, actions);
-        }
-        for stored in &backend.functions {
-            let progress = match stored.state {
-                XenbusState::INITIALISING => Progress::Announced,
-                XenbusState::CLOSING => Progress::Dropping,
-                _ => Progress::Exposed { reported: false },
-            };
-            handshake.functions.insert(
-                stored.devfn,
-                Function {
-                    index: Some(stored.index),
-                    address: stored.address,
-                    options: stored.options.clone(),
-                    progress,
-                    forced: false,
-                    next: None,
-                },
-            );
-        }
-        if !backend.damaged.is_empty() {
-            let removed = backend.damaged.iter().flat_map(|index| handshake.remove_function_nodes(*index));
-            actions.push(Action::Store(removed.collect()));
-        }
-        handshake.phase = match backend.state {
-            Some(XenbusState::CONNECTED) => Phase::Scanning,
-            Some(XenbusState::RECONFIGURING) => Phase::Reconfiguring,
-            Some(XenbusState::RECONFIGURED) => Phase::Reconfigured,
-            Some(XenbusState::CLOSING) => Phase::Closing,
-            _ => Phase::Waiting,
+        let ring = handshake.frontend.ring.clone().and_then(std::result::Result::ok);
+        let scanned = handshake.frontend.state == Some(XenbusState::CONNECTED);
+        handshake.link = match (state, ring) {
+            (None, _) => Link::Absent,
+            (Some(XenbusState::CONNECTED), Some(ring)) => Link::Connected { ring, scanned },
+            (Some(XenbusState::RECONFIGURING), Some(ring)) => Link::Reconfiguring(ring),
+            (Some(XenbusState::RECONFIGURED), Some(ring)) => Link::Reconfigured(ring),
+            (Some(XenbusState::CLOSING), Some(ring)) => Link::Closing(ring),
+            (Some(_), _) => Link::Published,
         };
-        handshake.closing_for_good =
-            handshake.phase == Phase::Closing && handshake.functions.values().all(Function::leaves);
-        match (handshake.phase, handshake.frontend.offer()) {
-            (Phase::Waiting, _) => {
-                let state = handshake.write_state(XenbusState::INITIALISED);
-                actions.push(Action::Store(vec![state]));
-            }
-            // The frontend may have an access under way: nothing else comes before the ring.
-            (_, Ok(offer)) if handshake.frontend_up() => handshake.connect(offer, &mut actions),
-            // In these phases the frontend was connected: it is gone, or has made nonsense of its nodes.
-            _ => handshake.frontend_lost(&mut actions),
+        for &(devfn, address) in functions {
+            let noted = left.iter().find(|(_, seen, _)| *seen == devfn);
+            let (index, phase) = match (noted, handshake.link) {
+                (None, _) | (_, Link::Absent) => (handshake.free_index(), Phase::Wanted),
+                (Some((index, _, XenbusState::INITIALISING)), _) => (*index, Phase::Adding),
+                (Some((index, _, XenbusState::CLOSING)), _) => (*index, Phase::Removing),
+                (Some((index, ..)), Link::Connected { scanned: true, .. }) => (*index, Phase::Present),
+                (Some((index, ..)), Link::Reconfigured(_)) => (*index, Phase::Adding),
+                (Some((index, ..)), _) => (*index, Phase::Published),
+            };
+            handshake.functions.insert(devfn, Function { address, index, phase });
         }
-        if handshake.functions.values().any(Function::leaves) {
-            handshake.start_limit(&mut actions);
+        let mut actions = Vec::new();
+        if let Some(ring) = handshake.ring() {
+            actions.push(Action::Connect(ring));
+        } else {
+            handshake.advance(&mut actions);
         }
-        handshake.settle(&mut actions);
         (handshake, actions)
     }
 
-    /// The guest.
-    pub fn domain(&self) -> DomId {
-        self.nodes.domain()
+    /// Whether the guest has, gets or loses no function.
+    pub fn is_empty(&self) -> bool {
+        self.functions.is_empty() && self.link == Link::Absent
     }
 
-    /// Where its nodes are.
-    pub fn nodes(&self) -> &Nodes {
-        &self.nodes
+    /// How far it is, for people.
+    pub fn describe(&self) -> &'static str {
+        match self.link {
+            Link::Absent => "no device",
+            Link::Published => "waiting for the guest's xen-pcifront",
+            Link::Connecting(_) => "connecting",
+            Link::Connected { scanned: false, .. } => "the guest is scanning",
+            Link::Connected { scanned: true, .. } => "connected",
+            Link::Reconfiguring(_) | Link::Reconfigured(_) => "changing its functions",
+            Link::Closing(_) => "closing",
+        }
     }
 
-    /// The functions that the guest has or is to have: where, and which.
-    pub fn functions(&self) -> impl Iterator<Item = (u8, Sbdf)> {
-        self.functions.iter().filter_map(|(devfn, function)| match &function.next {
-            Some((address, _)) => Some((*devfn, *address)),
-            None if function.leaves() => None,
-            None => Some((*devfn, function.address)),
-        })
+    fn ring(&self) -> Option<RingPlace> {
+        match self.link {
+            Link::Absent | Link::Published => None,
+            Link::Connecting(ring)
+            | Link::Connected { ring, .. }
+            | Link::Reconfiguring(ring)
+            | Link::Reconfigured(ring)
+            | Link::Closing(ring) => Some(ring),
+        }
     }
 
-    /// Whether there is nothing to do and nothing left: the machine can be dropped.
-    pub fn finished(&self) -> bool {
-        self.functions.is_empty() && matches!(self.phase, Phase::Absent | Phase::Pause | Phase::Gone)
+    fn free_index(&self) -> u32 {
+        let taken = |index: &u32| self.functions.values().any(|function| function.index == *index);
+        (0..=self.functions.len() as u32).find(|index| !taken(index)).unwrap_or(0)
     }
 
-    /// Takes something that happened, and says what to do.
-    pub fn handle(&mut self, input: Input) -> Vec<Action> {
+    /// The guest shall have a function at this device and function number, which must be free.
+    pub fn add(&mut self, devfn: u8, address: Sbdf) -> Vec<Action> {
+        let index = self.free_index();
+        self.functions.insert(devfn, Function { address, index, phase: Phase::Wanted });
+        self.advanced()
+    }
+
+    /// The guest shall lose a function.
+    pub fn remove(&mut self, devfn: u8) -> Vec<Action> {
         let mut actions = Vec::new();
-        if self.phase == Phase::Gone && !matches!(input, Input::Hidden { .. }) {
-            if let Input::Attach { devfn, .. } = input {
-                actions.push(Action::Report(HandshakeReport::Refused { devfn }));
+        match self.functions.get_mut(&devfn).map(|function| &mut function.phase) {
+            None => actions.push(Action::Removed(devfn)),
+            Some(phase @ Phase::Wanted) => {
+                *phase = Phase::Unwanted;
+                self.drop_unpublished(devfn, &mut actions);
             }
-            return actions;
+            // In a dance: it ends first.
+            Some(Phase::Removing) => {}
+            Some(phase) => *phase = Phase::Unwanted,
         }
-        match input {
-            Input::Attach { devfn, address, options } => self.attach(devfn, address, options, &mut actions),
-            Input::Detach { devfn } => self.detach(devfn, &mut actions),
-            Input::Frontend(snapshot) => self.frontend_changed(snapshot, &mut actions),
-            Input::RingUp => match self.ring {
-                Ring::Connecting(offer) => {
-                    self.ring = Ring::Up(offer);
-                    actions.push(Action::Report(HandshakeReport::Connected));
-                }
-                // Asked for before the frontend went away.
-                Ring::Down => actions.push(Action::Disconnect),
-                Ring::Up(_) => {}
-            },
-            Input::RingFailed => self.ring_failed(&mut actions),
-            Input::Hidden { devfn } => {
-                if let Some(function) = self.functions.get_mut(&devfn)
-                    && function.progress == Progress::Hiding
-                {
-                    function.progress = Progress::Hidden;
-                }
-            }
-            Input::Timer { token } if token == self.timer => self.timer_over(&mut actions),
-            Input::Timer { .. } => {}
-            Input::GuestGone => self.guest_gone(&mut actions),
-        }
-        self.settle(&mut actions);
+        self.advance(&mut actions);
         actions
     }
 
-    fn attach(&mut self, devfn: u8, address: Sbdf, options: String, actions: &mut Vec<Action>) {
-        match self.functions.get_mut(&devfn) {
-            Some(function) if function.leaves() && function.next.is_none() => {
-                function.next = Some((address, options));
-            }
-            None => {
-                self.functions.insert(devfn, Function::new(address, options));
-            }
-            Some(_) => actions.push(Action::Report(HandshakeReport::Refused { devfn })),
-        }
+    fn drop_unpublished(&mut self, devfn: u8, actions: &mut Vec<Action>) {
+        self.functions.remove(&devfn);
+        actions.push(Action::Removed(devfn));
     }
 
-    fn detach(&mut self, devfn: u8, actions: &mut Vec<Action>) {
-        let Some(function) = self.functions.get_mut(&devfn) else { return };
-        if let Some((address, _)) = function.next.take() {
-            // It never came.
-            actions.push(Action::Report(HandshakeReport::Detached { devfn, address, forced: false }));
-            return;
-        }
-        match function.progress {
-            Progress::New => {
-                let address = function.address;
-                self.functions.remove(&devfn);
-                actions.push(Action::Report(HandshakeReport::Detached { devfn, address, forced: false }));
+    /// The guest took too long, or is not asked: the function is withdrawn at once.
+    pub fn overrule(&mut self, devfn: u8) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if let Some(function) = self.functions.remove(&devfn) {
+            let mut changes = NodeChange::no_function(function.index);
+            let settled = self.functions.values().all(|other| !matches!(other.phase, Phase::Adding | Phase::Removing));
+            if let (true, Link::Reconfiguring(ring) | Link::Reconfigured(ring)) = (settled, self.link) {
+                // Nobody else is part of this dance: it is called off.
+                changes.push(NodeChange::backend(key::STATE, XenbusState::CONNECTED.0));
+                self.link = Link::Connected { ring, scanned: true };
             }
-            Progress::Announced | Progress::Exposed { .. } => {
-                function.progress = Progress::Leaving;
-                self.start_limit(actions);
+            if self.functions.is_empty() {
+                self.close(&mut actions);
+            } else {
+                changes.push(self.count());
+                actions.push(Action::Nodes(changes));
             }
-            Progress::Leaving | Progress::Dropping | Progress::Hiding | Progress::Hidden => {}
         }
+        actions.push(Action::Removed(devfn));
+        self.advance(&mut actions);
+        actions
     }
 
-    pub(super) fn start_timer(&mut self, after: Duration, actions: &mut Vec<Action>) {
-        self.timer = self.timer.wrapping_add(1);
-        actions.push(Action::Timer { after, token: self.timer });
-    }
-
-    /// Starts the time after which the frontend is overruled, unless it runs.
-    pub(super) fn start_limit(&mut self, actions: &mut Vec<Action>) {
-        if !self.limiting {
-            self.limiting = true;
-            self.start_timer(self.limits.detach, actions);
-        }
-    }
-
-    fn timer_over(&mut self, actions: &mut Vec<Action>) {
-        if std::mem::take(&mut self.limiting) {
-            for (devfn, function) in &mut self.functions {
-                if matches!(function.progress, Progress::Leaving | Progress::Dropping) {
-                    function.progress = Progress::Hiding;
-                    function.forced = true;
-                    actions.push(Action::Hide { devfn: *devfn });
-                }
-            }
-            if self.phase == Phase::Closing && self.closing_for_good {
-                self.phase = Phase::Removing;
-            }
-            return;
-        }
-        match self.phase {
-            Phase::Pause => self.phase = Phase::Absent,
-            Phase::Waiting if self.frontend.state() <= XenbusState::INITIALISING => {
-                // Nobody looked at the directories. Either nobody is there, or the frontend missed that they are new.
-                if let Some(attempt) = self.attempt
-                    && attempt < self.limits.attempts
-                {
-                    self.attempt = Some(attempt + 1);
-                    actions.push(Action::Store(self.remove_directories()));
-                    for function in self.functions.values_mut() {
-                        if !function.leaves() {
-                            function.progress = Progress::New;
-                            function.index = None;
-                        }
-                    }
-                    self.enter_pause(actions);
-                }
-            }
-            _ => {}
-        }
-    }
-
-    pub(super) fn enter_pause(&mut self, actions: &mut Vec<Action>) {
-        self.phase = Phase::Pause;
-        self.frontend = FrontendSnapshot::default();
-        self.rejected = None;
-        self.closing_for_good = false;
-        self.limiting = false;
-        self.start_timer(self.limits.pause, actions);
-    }
-
-    fn guest_gone(&mut self, actions: &mut Vec<Action>) {
-        if self.ring != Ring::Down {
-            self.ring = Ring::Down;
+    /// Gives up the ring and removes all nodes; what is still wanted is published anew.
+    fn close(&mut self, actions: &mut Vec<Action>) {
+        if self.ring().is_some() {
             actions.push(Action::Disconnect);
         }
-        self.phase = Phase::Gone;
-        for (devfn, function) in &mut self.functions {
-            if let Some((address, _)) = function.next.take() {
-                let devfn = *devfn;
-                actions.push(Action::Report(HandshakeReport::Detached { devfn, address, forced: false }));
+        if self.link != Link::Absent {
+            actions.push(Action::Nodes(vec![NodeChange::RemoveAll]));
+        }
+        self.link = Link::Absent;
+        self.frontend = FrontendView::default();
+        self.refused = None;
+    }
+
+    /// The frontend's nodes were read.
+    pub fn frontend_changed(&mut self, view: FrontendView) -> Vec<Action> {
+        if view == self.frontend {
+            return Vec::new();
+        }
+        self.frontend = view;
+        self.advanced()
+    }
+
+    /// The answer to [`Action::Connect`].
+    pub fn ring_connected(&mut self, outcome: std::result::Result<(), String>) -> Vec<Action> {
+        let mut actions = Vec::new();
+        match (self.link, outcome) {
+            (Link::Connecting(ring), Ok(())) => {
+                self.link = Link::Connected { ring, scanned: false };
+                actions.push(state(XenbusState::CONNECTED));
             }
-            if !matches!(function.progress, Progress::Hiding | Progress::Hidden) {
-                function.progress = Progress::Hiding;
-                actions.push(Action::Hide { devfn: *devfn });
+            (_, Ok(())) => {}
+            (_, Err(why)) => {
+                let ring = self.ring();
+                actions.push(Action::Report(format!("its ring cannot be used: {why}")));
+                self.refused = ring.map(Ok);
+                self.back_to_published(&mut actions);
             }
         }
-        actions.push(Action::Store(self.remove_directories()));
+        self.advance(&mut actions);
+        actions
+    }
+
+    fn advanced(&mut self) -> Vec<Action> {
+        let mut actions = Vec::new();
+        self.advance(&mut actions);
+        actions
+    }
+
+    /// Goes as far as the frontend lets us.
+    fn advance(&mut self, actions: &mut Vec<Action>) {
+        // Each turn moves the link or stops; a dance has four links, so this many turns are more than enough.
+        for _ in 0..16 {
+            let before = self.link;
+            match self.link {
+                Link::Absent => self.publish(actions),
+                Link::Published => self.published(actions),
+                Link::Connecting(_) => {}
+                Link::Connected { ring, scanned } => self.connected(ring, scanned, actions),
+                Link::Reconfiguring(ring) => self.reconfiguring(ring, actions),
+                Link::Reconfigured(ring) => self.reconfigured(ring, actions),
+                Link::Closing(_) => self.closing(actions),
+            }
+            if self.link == before {
+                return;
+            }
+        }
+    }
+
+    fn publish(&mut self, actions: &mut Vec<Action>) {
         if self.functions.is_empty() {
-            actions.push(Action::Report(HandshakeReport::Removed));
+            return;
         }
+        let mut changes = NodeChange::device(self.domain);
+        for (devfn, function) in &mut self.functions {
+            function.phase = Phase::Published;
+            let published = NodeChange::function(function.index, function.address, *devfn, XenbusState::INITIALISED);
+            changes.extend(published);
+        }
+        changes.push(self.count());
+        changes.push(NodeChange::backend(key::STATE, XenbusState::INITIALISED.0));
+        actions.push(Action::Nodes(changes));
+        actions.extend(self.functions.keys().map(|devfn| Action::Waiting(*devfn)));
+        self.link = Link::Published;
+    }
+
+    /// The frontend is not connected: functions come and go by their nodes alone.
+    fn published(&mut self, actions: &mut Vec<Action>) {
+        let mut changes = Vec::new();
+        let (mut added, mut removed) = (Vec::new(), Vec::new());
+        for (devfn, function) in &mut self.functions {
+            match function.phase {
+                Phase::Wanted | Phase::Adding => {
+                    function.phase = Phase::Published;
+                    let state = XenbusState::INITIALISED;
+                    changes.extend(NodeChange::function(function.index, function.address, *devfn, state));
+                    added.push(Action::Waiting(*devfn));
+                }
+                Phase::Unwanted | Phase::Removing => {
+                    changes.extend(NodeChange::no_function(function.index));
+                    removed.push(*devfn);
+                }
+                Phase::Present => function.phase = Phase::Published,
+                Phase::Published => {}
+            }
+        }
+        self.functions.retain(|devfn, _| !removed.contains(devfn));
+        if self.functions.is_empty() {
+            self.close(actions);
+        } else if !changes.is_empty() {
+            changes.push(self.count());
+            actions.push(Action::Nodes(changes));
+        }
+        actions.extend(added);
+        actions.extend(removed.into_iter().map(Action::Removed));
+        if self.link == Link::Published {
+            self.connect(actions);
+        }
+    }
+
+    fn connect(&mut self, actions: &mut Vec<Action>) {
+        let ready = matches!(self.frontend.state, Some(XenbusState::INITIALISED | XenbusState::CONNECTED));
+        let Some(ring) = self.frontend.ring.clone().filter(|_| ready) else { return };
+        if self.refused.as_ref() == Some(&ring) {
+            return;
+        }
+        match ring {
+            Ok(ring) => {
+                self.link = Link::Connecting(ring);
+                actions.push(Action::Connect(ring));
+            }
+            Err(why) => {
+                actions.push(Action::Report(format!("it published nonsense: {why}")));
+                self.refused = Some(Err(why));
+            }
+        }
+    }
+
+    /// Whether the frontend left the ring: its module was removed, or it failed. Then we wait for it to come back.
+    fn frontend_left(&mut self, ring: RingPlace, was_connected: bool, actions: &mut Vec<Action>) -> bool {
+        let left = match self.frontend.state {
+            None | Some(XenbusState::CLOSING | XenbusState::CLOSED) => true,
+            Some(XenbusState::INITIALISING | XenbusState::INIT_WAIT | XenbusState::UNKNOWN) => true,
+            Some(XenbusState::INITIALISED) => was_connected || self.frontend.ring != Some(Ok(ring)),
+            Some(_) => self.frontend.ring != Some(Ok(ring)),
+        };
+        if left {
+            self.back_to_published(actions);
+        }
+        left
+    }
+
+    fn back_to_published(&mut self, actions: &mut Vec<Action>) {
+        if self.ring().is_some() {
+            actions.push(Action::Disconnect);
+        }
+        actions.push(state(XenbusState::INITIALISED));
+        self.link = Link::Published;
+    }
+
+    fn connected(&mut self, ring: RingPlace, scanned: bool, actions: &mut Vec<Action>) {
+        if self.frontend_left(ring, scanned, actions) {
+            return;
+        }
+        if self.frontend.state != Some(XenbusState::CONNECTED) {
+            return;
+        }
+        self.link = Link::Connected { ring, scanned: true };
+        self.settle(Phase::Published, actions);
+        let pending = |function: &Function| matches!(function.phase, Phase::Wanted | Phase::Unwanted);
+        if !self.functions.values().any(pending) {
+            return;
+        }
+        if self.functions.values().all(|function| function.phase == Phase::Unwanted) {
+            actions.push(state(XenbusState::CLOSING));
+            self.link = Link::Closing(ring);
+            return;
+        }
+        let mut changes = Vec::new();
+        for (devfn, function) in &mut self.functions {
+            match function.phase {
+                Phase::Wanted => {
+                    function.phase = Phase::Adding;
+                    let state = XenbusState::INITIALISING;
+                    changes.extend(NodeChange::function(function.index, function.address, *devfn, state));
+                }
+                Phase::Unwanted => {
+                    function.phase = Phase::Removing;
+                    changes.push(NodeChange::function_state(function.index, XenbusState::CLOSING));
+                }
+                _ => {}
+            }
+        }
+        changes.push(self.count());
+        changes.push(NodeChange::backend(key::STATE, XenbusState::RECONFIGURING.0));
+        actions.push(Action::Nodes(changes));
+        self.link = Link::Reconfiguring(ring);
+    }
+
+    fn reconfiguring(&mut self, ring: RingPlace, actions: &mut Vec<Action>) {
+        if self.frontend_left(ring, true, actions) || self.frontend.state != Some(XenbusState::RECONFIGURING) {
+            return;
+        }
+        let mut changes = Vec::new();
+        let mut removed = Vec::new();
+        for (devfn, function) in &self.functions {
+            match function.phase {
+                Phase::Removing => {
+                    changes.extend(NodeChange::no_function(function.index));
+                    removed.push(*devfn);
+                }
+                Phase::Adding => changes.push(NodeChange::function_state(function.index, XenbusState::INITIALISED)),
+                _ => {}
+            }
+        }
+        self.functions.retain(|devfn, _| !removed.contains(devfn));
+        changes.push(self.count());
+        changes.push(NodeChange::backend(key::STATE, XenbusState::RECONFIGURED.0));
+        actions.push(Action::Nodes(changes));
+        actions.extend(removed.into_iter().map(Action::Removed));
+        self.link = Link::Reconfigured(ring);
+    }
+
+    fn reconfigured(&mut self, ring: RingPlace, actions: &mut Vec<Action>) {
+        // It left Reconfiguring only when it has scanned.
+        if self.frontend_left(ring, true, actions) || self.frontend.state != Some(XenbusState::CONNECTED) {
+            return;
+        }
+        actions.push(state(XenbusState::CONNECTED));
+        self.link = Link::Connected { ring, scanned: true };
+        self.settle(Phase::Adding, actions);
+    }
+
+    fn settle(&mut self, phase: Phase, actions: &mut Vec<Action>) {
+        for (devfn, function) in &mut self.functions {
+            if function.phase == phase {
+                function.phase = Phase::Present;
+                actions.push(Action::Added(*devfn));
+            }
+        }
+    }
+
+    fn closing(&mut self, actions: &mut Vec<Action>) {
+        if matches!(self.frontend.state, Some(XenbusState::CONNECTED | XenbusState::CLOSING)) {
+            return;
+        }
+        let gone = |function: &Function| matches!(function.phase, Phase::Unwanted | Phase::Removing);
+        let removed: Vec<u8> =
+            self.functions.iter().filter(|(_, function)| gone(function)).map(|(devfn, _)| *devfn).collect();
+        self.functions.retain(|devfn, _| !removed.contains(devfn));
+        self.close(actions);
+        actions.extend(removed.into_iter().map(Action::Removed));
+    }
+
+    /// How far frontends have to look for functions.
+    fn count(&self) -> NodeChange {
+        let count = self.functions.values().map(|function| function.index + 1).max().unwrap_or(0);
+        NodeChange::backend(key::NUM_DEVS, count)
     }
 }
 
-impl Function {
-    fn new(address: Sbdf, options: String) -> Self {
-        Self { index: None, address, options, progress: Progress::New, forced: false, next: None }
-    }
+fn state(state: XenbusState) -> Action {
+    Action::Nodes(vec![NodeChange::backend(key::STATE, state.0)])
 }

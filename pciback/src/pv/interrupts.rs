@@ -1,51 +1,119 @@
-//! A function's MSI and MSI-X, mapped through Xen.
+//! MSI and MSI-X of a guest's function, set up through Xen.
 //!
-//! What is mapped is noted in the function's image, so that a service that is killed leaves no interrupt that nobody knows:
-//!
-//! | note | means |
-//! | --- | --- |
-//! | mode off, no entries | nothing is mapped, Enable is clear |
-//! | mode MSI or MSI-X, nothing pending | exactly `entries` are mapped |
-//! | the same, an entry pending | that entry may be mapped too |
-//! | mode off, entries | `entries` are being unmapped, some may be already |
+//! Xen watches dom0's writes to the capabilities: only an exact two-byte write of Message Control gets through, others vanish
+//! silently. So Control is written as one word and read back.
 
-use std::collections::BTreeSet;
+use std::io;
 
+use log::warn;
 use nix::errno::Errno;
+use thiserror::Error;
 
-use super::function::{FunctionError, ServedFunction};
-use super::wire::{MAX_ENTRIES, Request};
+use super::function::{GuestFunction, word};
+use super::wire::{MSIX_ENTRIES, MsixEntry, Op, OpAnswer};
 use crate::config::{InterruptMode, VectorState};
-use crate::platform::{MsiSource, Pirq};
+use crate::platform::{MsiSource, Pirq, PlatformError};
 
-/// MSI Enable in MSI's Message Control (PCI Express 6.0, section 7.7.1.2).
-const MSI_ENABLE: u32 = 1;
-/// MSI-X Enable in MSI-X's Message Control (PCI Express 6.0, section 7.7.2.2).
+/// Bus Master Enable of Command (PCI Express 6.0, section 7.5.1.1.3).
+const COMMAND: u16 = 0x04;
+const BUS_MASTER: u32 = 1 << 2;
+/// Message Control lies two bytes into both capabilities; Enable's place differs (sections 7.7.1.2 and 7.7.2.2).
+const CONTROL: u16 = 2;
+const MSI_ENABLE: u32 = 1 << 0;
+/// Multiple Message Enable: how many vectors, as a power of two. Only one is ever mapped.
+const MSI_MULTIPLE: u32 = 0x70;
 const MSIX_ENABLE: u32 = 1 << 15;
-/// How many interrupts beyond the highest that is noted are looked at for lost ones.
-const MAX_LOST: usize = 8;
+const MSIX_FUNCTION_MASK: u32 = 1 << 14;
 
-impl ServedFunction {
-    fn note(&mut self, state: &VectorState) {
-        // At most 128 entries are ever noted, the image has room for several times that.
-        let stored = self.image_mut().set_vectors(state);
-        debug_assert!(stored);
+/// Why a guest's interrupts are not as it asked.
+#[derive(Debug, Error)]
+pub enum InterruptError {
+    /// The function has no such capability, or the guest is not shown it.
+    #[error("the guest asks for {0:?}, which the function does not have")]
+    NoCapability(InterruptMode),
+    /// One kind excludes the other (PCI Express 6.0, section 7.7).
+    #[error("the guest asks for {wanted:?} while {active:?} is enabled")]
+    Conflict {
+        /// What it asks for.
+        wanted: InterruptMode,
+        /// What is enabled.
+        active: InterruptMode,
+    },
+    /// The list of MSI-X entries makes no sense.
+    #[error("the guest asks for MSI-X entries that are {0}")]
+    Entries(&'static str),
+    /// Message Control does not keep what is written.
+    #[error("Message Control at {offset:#x} reads {found:#06x} after {written:#06x} was written")]
+    Control {
+        /// The register.
+        offset: u16,
+        /// What was written.
+        written: u32,
+        /// What it reads.
+        found: u32,
+    },
+    /// Config access failed.
+    #[error("config access: {0}")]
+    Config(#[from] io::Error),
+    /// Xen refused.
+    #[error(transparent)]
+    Platform(#[from] PlatformError),
+    /// Undoing failed too.
+    #[error("{first}; and undoing it: {second}")]
+    Both {
+        /// Why it failed.
+        first: Box<InterruptError>,
+        /// Why it could not be undone.
+        second: Box<InterruptError>,
+    },
+}
+
+type Result<T> = std::result::Result<T, InterruptError>;
+
+impl GuestFunction {
+    fn vectors(&self) -> VectorState {
+        self.space.image().vectors()
     }
 
-    /// Sets or clears Enable in the physical control register, where there is one.
-    pub(super) fn set_enable(&self, mode: InterruptMode, enable: bool) -> Result<(), FunctionError> {
-        let place = match mode {
-            InterruptMode::Msi => self.space.msi().map(|msi| (msi.offset + 2, MSI_ENABLE)),
-            InterruptMode::MsiX => self.space.msix().map(|msix| (msix.offset + 2, MSIX_ENABLE)),
+    fn note(&mut self, vectors: &VectorState) -> Result<()> {
+        let stored = self.space.image_mut().set_vectors(vectors);
+        stored.then_some(()).ok_or(InterruptError::Entries("more than can be noted"))
+    }
+
+    /// Changes bits of a Message Control register by one exact word, and makes sure that they changed.
+    fn set_control(&self, offset: u16, clear: u32, set: u32) -> Result<()> {
+        let access = word(offset)?;
+        let before = self.hardware.read(access)?;
+        let written = before & !clear | set;
+        self.hardware.write(access, written)?;
+        let found = self.hardware.read(access)?;
+        if (found ^ written) & (clear | set) == 0 {
+            Ok(())
+        } else {
+            Err(InterruptError::Control { offset, written, found })
+        }
+    }
+
+    fn control_of(&self, mode: InterruptMode) -> Result<u16> {
+        let offset = match mode {
+            InterruptMode::Msi => self.space.msi().map(|msi| msi.offset),
+            InterruptMode::MsiX => self.space.msix().map(|msix| msix.offset),
             InterruptMode::Off | InterruptMode::Intx => None,
         };
-        let Some((offset, bit)) = place else { return Ok(()) };
-        let (clear, set) = if enable { (0, bit) } else { (bit, 0) };
-        self.change_word(offset, clear, set)
+        offset.map(|offset| offset + CONTROL).ok_or(InterruptError::NoCapability(mode))
     }
 
-    /// Sets what the guest reads as Enable.
-    pub(super) fn show_enabled(&mut self, mode: InterruptMode, enabled: bool) {
+    fn set_enable(&self, mode: InterruptMode, enabled: bool) -> Result<()> {
+        let control = self.control_of(mode)?;
+        let (clear, enable) = match mode {
+            InterruptMode::MsiX => (MSIX_FUNCTION_MASK | MSIX_ENABLE, MSIX_ENABLE),
+            _ => (MSI_MULTIPLE | MSI_ENABLE, MSI_ENABLE),
+        };
+        self.set_control(control, clear, if enabled { enable } else { 0 })
+    }
+
+    /// What the guest reads back.
+    fn show_enable(&mut self, mode: InterruptMode, enabled: bool) {
         match mode {
             InterruptMode::Msi => self.space.set_msi_enabled(enabled),
             InterruptMode::MsiX => self.space.set_msix_enabled(enabled),
@@ -53,232 +121,167 @@ impl ServedFunction {
         }
     }
 
-    fn check_available(&self, wanted: InterruptMode) -> Result<(), FunctionError> {
-        if !self.reachable() {
-            return Err(FunctionError::Unavailable { address: self.address });
-        }
-        let (wanted_name, other, other_name) = match wanted {
-            InterruptMode::Msi => ("MSI", InterruptMode::MsiX, "MSI-X"),
-            _ => ("MSI-X", InterruptMode::Msi, "MSI"),
+    /// Maps one vector so that it is never lost: noted as about to be mapped, mapped, noted as mapped.
+    fn map(&mut self, vectors: &mut VectorState, source: MsiSource) -> Result<()> {
+        let entry = match source {
+            MsiSource::Msi => 0,
+            MsiSource::MsiX { entry, .. } => entry,
         };
-        if self.vectors().mode == other {
-            return Err(FunctionError::Conflict {
-                address: self.address,
-                wanted: wanted_name,
-                enabled: other_name,
-            });
-        }
-        Ok(())
+        vectors.pending = Some(entry);
+        self.note(vectors)?;
+        let pirq = self.hypervisor.map_msi(self.domain, self.address, source)?;
+        vectors.pending = None;
+        vectors.entries.push((entry, pirq.0));
+        self.note(vectors)
     }
 
-    /// Enables MSI; the result is its physical interrupt. Enabled again, it is mapped anew.
-    pub(super) fn enable_msi(&mut self) -> Result<u32, FunctionError> {
-        let address = self.address;
-        if self.space.msi().is_none() {
-            return Err(FunctionError::NoCapability { address, capability: "MSI" });
+    /// Unmaps all vectors and clears Enable, as far as that goes.
+    fn release(&mut self) -> Result<()> {
+        let mut vectors = self.vectors();
+        let mode = vectors.mode;
+        let mut outcome = Ok(());
+        while let Some((_, pirq)) = vectors.entries.pop() {
+            match self.hypervisor.unmap_pirq(self.domain, Pirq(pirq)) {
+                // Unmapped before, by an earlier life or with the domain.
+                Err(error) if matches!(error.errno(), Some(Errno::EINVAL | Errno::ESRCH | Errno::ENOENT)) => {}
+                other => outcome = outcome.and(other.map_err(InterruptError::from)),
+            }
+            self.note(&vectors)?;
         }
-        self.check_available(InterruptMode::Msi)?;
-        self.release()?;
-        match self.map(InterruptMode::Msi, &[(0, MsiSource::Msi)]) {
-            Ok(vectors) => Ok(vectors.first().map_or(0, |vector| u32::from(*vector))),
-            Err((_, error)) => Err(error),
+        if matches!(mode, InterruptMode::Msi | InterruptMode::MsiX) {
+            if !self.resetting() {
+                outcome = outcome.and(self.set_enable(mode, false));
+            }
+            self.show_enable(mode, false);
         }
+        // A vector that was about to be mapped stays noted: Xen may have it.
+        self.note(&VectorState { pending: vectors.pending, ..VectorState::default() })?;
+        outcome
     }
 
-    /// Enables MSI-X for the request's entries; the result is their physical interrupts, or how many could have been had when
-    /// the guest has too few. Enabled again, all are mapped anew.
-    pub(super) fn enable_msix(&mut self, request: &Request) -> Result<Result<Vec<u16>, u32>, FunctionError> {
-        let address = self.address;
-        let msix = self.space.msix().ok_or(FunctionError::NoCapability { address, capability: "MSI-X" })?;
-        self.check_available(InterruptMode::MsiX)?;
-        let (count, table_size) = (request.value, msix.table_size);
-        let asked = request.entries.len();
-        if count == 0 || count as usize != asked || asked > MAX_ENTRIES || asked > usize::from(table_size) {
-            return Err(FunctionError::EntryCount { address, count, table_size });
+    /// Begins anew with one kind of interrupts.
+    fn begin(&mut self, mode: InterruptMode) -> Result<VectorState> {
+        let active = self.vectors().mode;
+        if active == mode {
+            // Enabled twice without being disabled, by a guest that was restarted or a request that is done again.
+            self.release()?;
+        } else if active != InterruptMode::Off {
+            return Err(InterruptError::Conflict { wanted: mode, active });
         }
-        let mut seen = BTreeSet::new();
-        for entry in &request.entries {
-            if *entry >= table_size || !seen.insert(*entry) {
-                return Err(FunctionError::Entry { address, entry: *entry, table_size });
-            }
-        }
-        let table = self.space.bars().iter().find(|bar| bar.index == msix.table_bar && bar.size != 0);
-        let table = table.ok_or(FunctionError::NoTable { address, bar: msix.table_bar })?.start;
-        let sources: Vec<(u16, MsiSource)> =
-            request.entries.iter().map(|entry| (*entry, MsiSource::MsiX { entry: *entry, table })).collect();
-        self.release()?;
-        match self.map(InterruptMode::MsiX, &sources) {
-            Ok(vectors) => Ok(Ok(vectors)),
-            Err((mapped, FunctionError::Platform(error)))
-                if error.errno() == Some(Errno::ENOSPC) && mapped > 0 =>
-            {
-                Ok(Err(mapped as u32))
-            }
-            Err((_, error)) => Err(error),
-        }
-    }
-
-    /// Sets Enable and maps `sources` one after the other. A failure undoes all of it, and says how many were mapped.
-    fn map(
-        &mut self,
-        mode: InterruptMode,
-        sources: &[(u16, MsiSource)],
-    ) -> Result<Vec<u16>, (usize, FunctionError)> {
-        let mut state = VectorState { mode, entries: Vec::new(), pending: None };
-        self.note(&state);
-        let mapped = self.map_each(&mut state, sources);
-        match mapped {
-            Ok(vectors) => {
-                self.show_enabled(mode, true);
-                Ok(vectors)
-            }
-            Err(error) => {
-                // An error of Xen's means that the pending entry was not mapped.
-                state.pending = None;
-                self.note(&state);
-                if let Err(undo) = self.release() {
-                    log::error!("{}: undoing a failed mapping of interrupts: {undo}", self.address);
-                }
-                Err((state.entries.len(), error))
-            }
-        }
-    }
-
-    fn map_each(
-        &mut self,
-        state: &mut VectorState,
-        sources: &[(u16, MsiSource)],
-    ) -> Result<Vec<u16>, FunctionError> {
-        self.set_enable(state.mode, true)?;
-        let mut vectors = Vec::with_capacity(sources.len());
-        for (entry, source) in sources {
-            state.pending = Some(*entry);
-            self.note(state);
-            let pirq = self.hypervisor.map_msi(self.domain, self.address, *source)?;
-            state.pending = None;
-            state.entries.push((*entry, pirq.0));
-            match u16::try_from(pirq.0) {
-                Ok(vector) if vector != 0 => vectors.push(vector),
-                _ => return Err(FunctionError::Number { address: self.address, pirq: pirq.0 }),
-            }
-        }
-        self.note(state);
+        let vectors = VectorState { mode, entries: Vec::new(), pending: self.vectors().pending };
+        self.note(&vectors)?;
+        self.set_enable(mode, true)?;
         Ok(vectors)
     }
 
-    /// Disables MSI or MSI-X; nothing happens when it is not enabled.
-    pub(super) fn disable(&mut self, mode: InterruptMode) -> Result<(), FunctionError> {
-        if self.vectors().mode == mode { self.release() } else { Ok(()) }
+    fn enable(&mut self, mode: InterruptMode, sources: &[MsiSource]) -> Result<Vec<(u16, u32)>> {
+        self.control_of(mode)?;
+        let mapped = self.begin(mode).and_then(|mut vectors| {
+            sources.iter().try_for_each(|source| self.map(&mut vectors, *source))?;
+            Ok(vectors.entries)
+        });
+        match mapped {
+            Ok(entries) => {
+                self.show_enable(mode, true);
+                Ok(entries)
+            }
+            Err(InterruptError::Conflict { wanted, active }) => Err(InterruptError::Conflict { wanted, active }),
+            Err(first) => Err(match self.release() {
+                Ok(()) => first,
+                Err(second) => InterruptError::Both { first: Box::new(first), second: Box::new(second) },
+            }),
+        }
     }
+}
 
-    /// Unmaps all interrupts and clears Enable. Every part is tried; the first failure is the result.
-    pub(super) fn release(&mut self) -> Result<(), FunctionError> {
-        let state = self.vectors();
-        if state == VectorState::default() {
-            return Ok(());
-        }
-        if state.mode == InterruptMode::Intx {
-            // The line belongs to the attach transaction, which mapped it.
-            return Ok(());
-        }
-        self.note(&VectorState { mode: InterruptMode::Off, pending: None, ..state.clone() });
-        let mut failed: Option<FunctionError> = None;
-        let mut kept = Vec::new();
-        for (entry, pirq) in &state.entries {
-            if let Err(error) = self.hypervisor.unmap_pirq(self.domain, Pirq(*pirq)) {
-                match error.errno() {
-                    // It is not mapped any more, or the guest is not there any more.
-                    Some(Errno::EINVAL | Errno::ESRCH) => {}
-                    _ => {
-                        kept.push((*entry, *pirq));
-                        failed.get_or_insert(error.into());
-                    }
-                }
-            }
-        }
-        for mode in [InterruptMode::MsiX, InterruptMode::Msi] {
-            if self.reachable()
-                && let Err(error) = self.set_enable(mode, false)
-            {
-                failed.get_or_insert(error);
-            }
-            self.show_enabled(mode, false);
-        }
-        // What could not be unmapped stays noted, for the next attempt.
-        self.note(&VectorState { mode: InterruptMode::Off, entries: kept, pending: None });
-        failed.map_or(Ok(()), Err)
-    }
+pub(super) fn enable_msi(function: &mut GuestFunction) -> Result<OpAnswer> {
+    let entries = function.enable(InterruptMode::Msi, &[MsiSource::Msi])?;
+    Ok(OpAnswer::value(entries.first().map_or(0, |(_, pirq)| *pirq)))
+}
 
-    /// Finishes what a killed service had begun, before the guest is served again.
-    pub(super) fn settle_vectors(&mut self, noted: &BTreeSet<Pirq>) -> Result<(), FunctionError> {
-        let state = self.vectors();
-        if state.mode == InterruptMode::Off && !state.entries.is_empty() {
-            return self.release();
-        }
-        let Some(entry) = state.pending else { return Ok(()) };
-        let recovered = self.unmap_lost(state.mode, entry, noted);
-        // The request that mapped it is done again from its beginning.
-        self.note(&VectorState { pending: None, ..state });
-        let released = self.release();
-        recovered.and(released)
+pub(super) fn enable_msix(function: &mut GuestFunction, op: &Op) -> Result<OpAnswer> {
+    let msix = function.space.msix().ok_or(InterruptError::NoCapability(InterruptMode::MsiX))?;
+    let count = op.value as usize;
+    if count == 0 || count > MSIX_ENTRIES {
+        return Err(InterruptError::Entries("none, or more than the page can hold"));
     }
+    let asked = &op.entries[..count];
+    if asked.iter().any(|asked| asked.entry >= msix.table_size) {
+        return Err(InterruptError::Entries("beyond its table"));
+    }
+    let twice = (1..count).any(|index| asked[..index].iter().any(|other| other.entry == asked[index].entry));
+    if twice {
+        return Err(InterruptError::Entries("given twice"));
+    }
+    let table = function.space.bars().iter().find(|bar| bar.index == msix.table_bar).map(|bar| bar.start);
+    let table = table.ok_or(InterruptError::Entries("in a table that no BAR holds"))?;
+    let sources: Vec<_> = asked.iter().map(|asked| MsiSource::MsiX { entry: asked.entry, table }).collect();
+    let mapped = function.enable(InterruptMode::MsiX, &sources)?;
+    let entries = mapped.iter().map(|&(entry, pirq)| MsixEntry { entry, vector: pirq as u16 }).collect();
+    Ok(OpAnswer { entries, ..OpAnswer::value(0) })
+}
 
-    /// Unmaps an interrupt that was mapped for this function without having been noted.
-    ///
-    /// Xen does not tell which physical interrupts a domain has, and maps the same entry a second time without a word. But
-    /// it always takes the highest number that is free (`get_free_pirq`), one thread maps for a guest, and nothing was
-    /// mapped since. So when the entry is mapped once more, a lost interrupt has a higher number than the one that comes
-    /// out: it was the highest free number then, this is the highest now. Between the two every number is taken,
-    /// by interrupts that are noted. So: map, unmap that again, then unmap upwards from there what is not
-    /// noted, until Xen says that there is nothing: that is either the lost one, or the end of the domain's numbers.
-    /// In this order the search can itself be interrupted anywhere and be done again: lost numbers stay above the highest
-    /// that is free.
-    ///
-    /// This trusts that nobody else maps message-signalled interrupts for this guest while we serve it. A guest has only one PCI
-    /// frontend, so no other backend does.
-    fn unmap_lost(
-        &mut self,
-        mode: InterruptMode,
-        entry: u16,
-        noted: &BTreeSet<Pirq>,
-    ) -> Result<(), FunctionError> {
-        if !self.reachable() {
-            return Err(FunctionError::Unavailable { address: self.address });
-        }
-        let source = match mode {
-            InterruptMode::Msi => MsiSource::Msi,
-            InterruptMode::MsiX => {
-                let bar = self.space.msix().and_then(|msix| {
-                    self.space.bars().iter().find(|bar| bar.index == msix.table_bar && bar.size != 0)
-                });
-                match bar {
-                    Some(bar) => MsiSource::MsiX { entry, table: bar.start },
-                    None => return Ok(()),
-                }
-            }
-            InterruptMode::Off | InterruptMode::Intx => return Ok(()),
-        };
-        self.set_enable(mode, true)?;
-        let lowest = match self.hypervisor.map_msi(self.domain, self.address, source) {
-            Ok(pirq) => {
-                self.hypervisor.unmap_pirq(self.domain, pirq)?;
-                pirq.0
-            }
-            // All numbers are taken: the lost one lies among those that are noted, or next above them.
-            Err(error) if error.errno() == Some(Errno::ENOSPC) => match noted.first() {
-                Some(lowest) => lowest.0,
-                None => return Err(error.into()),
-            },
-            Err(error) => return Err(error.into()),
-        };
-        let candidates = (lowest.saturating_add(1)..=u32::from(u16::MAX)).map(Pirq);
-        for pirq in candidates.filter(|pirq| !noted.contains(pirq)).take(MAX_LOST) {
-            match self.hypervisor.unmap_pirq(self.domain, pirq) {
-                Ok(()) => log::info!("{}: recovered the lost physical interrupt {}", self.address, pirq.0),
-                Err(error) if error.errno() == Some(Errno::EINVAL) => break,
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(())
+pub(super) fn disable(function: &mut GuestFunction, mode: InterruptMode) -> Result<OpAnswer> {
+    if function.vectors().mode == mode {
+        function.release()?;
     }
+    function.show_enable(mode, false);
+    Ok(OpAnswer::value(0))
+}
+
+/// After a reset: Enable and, through Xen, the vectors' messages are put back.
+pub(super) fn restore(function: &mut GuestFunction) -> io::Result<()> {
+    let mode = function.vectors().mode;
+    if matches!(mode, InterruptMode::Msi | InterruptMode::MsiX) {
+        function.set_enable(mode, true).map_err(io::Error::other)?;
+        function.hypervisor.restore_msi(function.address).map_err(io::Error::other)?;
+        function.show_enable(mode, true);
+    }
+    Ok(())
+}
+
+pub(super) fn clear_bus_master(function: &GuestFunction) -> Result<()> {
+    let access = word(COMMAND)?;
+    let command = function.hardware.read(access)?;
+    if command != 0xffff && command & BUS_MASTER != 0 {
+        function.hardware.write(access, command & !BUS_MASTER)?;
+    }
+    Ok(())
+}
+
+/// Takes all interrupts from the guest, one that was only about to be mapped included.
+pub(super) fn release_all(function: &mut GuestFunction) -> Result<()> {
+    function.release()?;
+    if let Some(entry) = function.vectors().pending {
+        // An earlier life was killed between the note and the mapping, or Xen refused it.
+        warn!("{}: entry {entry} may be mapped to domain {}", function.address, function.domain);
+        function.note(&VectorState::default())?;
+    }
+    Ok(())
+}
+
+/// The pirqs that a function's image notes.
+pub(super) fn noted(function: &GuestFunction) -> Vec<u32> {
+    function.vectors().entries.iter().map(|(_, pirq)| *pirq).collect()
+}
+
+/// The entry that an earlier life was about to map when it was killed.
+pub(super) fn interrupted(function: &GuestFunction) -> Option<u16> {
+    function.vectors().pending
+}
+
+/// Gives back a vector that an earlier life mapped but could not note.
+///
+/// Xen hands out a domain's pirqs from the highest down, and does not tell which belongs to what. All pirqs of a PV
+/// guest's MSIs are ours, since it has one PCI device in xenstore; so those that no image notes are unmapped, from
+/// `highest` down to the GSIs.
+pub(super) fn unmap_unnoted(function: &mut GuestFunction, noted: &[u32], gsi_end: u32, highest: u32) -> Result<()> {
+    for pirq in (gsi_end..=highest).rev().filter(|pirq| !noted.contains(pirq)) {
+        match function.hypervisor.unmap_pirq(function.domain, Pirq(pirq)) {
+            Err(error) if matches!(error.errno(), Some(Errno::EINVAL | Errno::ESRCH | Errno::ENOENT)) => {}
+            other => other?,
+        }
+    }
+    let vectors = VectorState { pending: None, ..function.vectors() };
+    function.note(&vectors)
 }

@@ -1,472 +1,263 @@
-//! The names of all xenstore nodes of a PV PCI device, and what may stand in them.
-//!
-//! What a guest writes is hostile: numbers are decimal, bounded and checked; nothing else is looked at.
+//! The xenstore nodes of a guest's PCI device: every path and key is spelled here and nowhere else.
 
-use std::fmt;
-
-use thiserror::Error;
-
-use crate::platform::{Permissions, Result, StoreOps};
+use crate::platform::{Permissions, Result, Store, StoreOps};
 use crate::{DomId, Sbdf};
 
-/// The version of the protocol that a frontend must publish.
-pub const MAGIC: &str = "7";
-/// The largest event channel port (`EVTCHN_FIFO_NR_CHANNELS` - 1).
-const MAX_PORT: u32 = (1 << 17) - 1;
-/// The largest grant reference that is looked at further: it travels through signed integers.
-const MAX_GRANT: u32 = i32::MAX as u32;
-/// The most functions that one frontend can see: one bus.
-pub const MAX_FUNCTIONS: u16 = 256;
+use super::wire::MAGIC;
 
-/// The state of one side; unknown numbers are kept.
+/// The keys of the two directories.
+pub(crate) mod key {
+    pub const STATE: &str = "state";
+    pub const NUM_DEVS: &str = "num_devs";
+    pub const OP_REF: &str = "pci-op-ref";
+    pub const EVENT_CHANNEL: &str = "event-channel";
+    pub const MAGIC: &str = "magic";
+}
+
+/// A device's state as its two ends tell each other (`XenbusState`); unknown numbers are kept as they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct XenbusState(pub u32);
 
 impl XenbusState {
-    /// There is no such node, or no number in it.
+    /// Nothing is known.
     pub const UNKNOWN: Self = Self(0);
-    /// Being set up.
+    /// The toolstack has made the device.
     pub const INITIALISING: Self = Self(1);
-    /// Waiting for the other side's information.
+    /// Early set-up is done; the other end is awaited.
     pub const INIT_WAIT: Self = Self(2);
-    /// Information is published, waiting for a connection.
+    /// This end has published what the other end needs.
     pub const INITIALISED: Self = Self(3);
-    /// Connected.
+    /// In use.
     pub const CONNECTED: Self = Self(4);
-    /// Being shut down.
+    /// Going away.
     pub const CLOSING: Self = Self(5);
-    /// Shut down.
+    /// Gone.
     pub const CLOSED: Self = Self(6);
-    /// Functions come or go.
+    /// The set of functions changes.
     pub const RECONFIGURING: Self = Self(7);
-    /// Functions have come or gone.
+    /// The set of functions has changed.
     pub const RECONFIGURED: Self = Self(8);
 }
 
-impl fmt::Display for XenbusState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = match *self {
-            Self::INITIALISING => "Initialising",
-            Self::INIT_WAIT => "InitWait",
-            Self::INITIALISED => "Initialised",
-            Self::CONNECTED => "Connected",
-            Self::CLOSING => "Closing",
-            Self::CLOSED => "Closed",
-            Self::RECONFIGURING => "Reconfiguring",
-            Self::RECONFIGURED => "Reconfigured",
-            _ => "unknown",
-        };
-        write!(f, "{} ({name})", self.0)
-    }
+/// The directory of our end, of a type of our own: xen-pciback looks after `backend/pci` only.
+pub fn backend_directory(domain: DomId) -> String {
+    format!("/local/domain/0/backend/xpci/{domain}/0")
 }
 
-/// Keys of the backend's directory.
-pub mod backend_key {
-    /// The frontend's directory.
-    pub const FRONTEND: &str = "frontend";
-    /// The guest.
-    pub const FRONTEND_ID: &str = "frontend-id";
-    /// `1` while the device is to be there.
-    pub const ONLINE: &str = "online";
-    /// Our state.
-    pub const STATE: &str = "state";
-    /// One more than the highest index in use.
-    pub const NUM_DEVS: &str = "num_devs";
-    /// How many root buses the guest sees.
-    pub const ROOT_NUM: &str = "root_num";
-    /// The only root bus.
-    pub const ROOT_0: &str = "root-0";
-
-    /// The function's address on the host.
-    pub fn dev(index: u16) -> String {
-        format!("dev-{index}")
-    }
-    /// Its address in the guest.
-    pub fn vdev(index: u16) -> String {
-        format!("vdev-{index}")
-    }
-    /// Its own state.
-    pub fn state(index: u16) -> String {
-        format!("state-{index}")
-    }
-    /// Its options.
-    pub fn opts(index: u16) -> String {
-        format!("opts-{index}")
-    }
+/// The directory of the guest's end.
+pub fn frontend_directory(domain: DomId) -> String {
+    format!("/local/domain/{domain}/device/pci/0")
 }
 
-/// Keys of the frontend's directory.
-pub mod frontend_key {
-    /// The backend's directory.
-    pub const BACKEND: &str = "backend";
-    /// The backend's domain.
-    pub const BACKEND_ID: &str = "backend-id";
-    /// The guest's state.
-    pub const STATE: &str = "state";
-    /// The guest's grant of the shared page.
-    pub const OP_REF: &str = "pci-op-ref";
-    /// The guest's event channel port.
-    pub const EVENT_CHANNEL: &str = "event-channel";
-    /// The protocol's version.
-    pub const MAGIC: &str = "magic";
-}
-
-/// The root bus that a guest sees its functions on.
-pub const ROOT: &str = "0000:00";
-
-/// Where the nodes of one guest's PV PCI device are.
+/// Whose nodes a change is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Nodes {
-    domain: DomId,
-}
-
-impl Nodes {
-    /// The nodes of a guest.
-    pub const fn of(domain: DomId) -> Self {
-        Self { domain }
-    }
-
-    /// The guest.
-    pub const fn domain(&self) -> DomId {
-        self.domain
-    }
-
-    /// The directory of all guests' backends, in dom0.
-    pub const fn all_backends() -> &'static str {
-        "/local/domain/0/backend/xpci"
-    }
-
-    /// The directory above the backend's, which holds nothing else.
-    pub fn backend_parent(&self) -> String {
-        format!("{}/{}", Self::all_backends(), self.domain)
-    }
-
-    /// The backend's directory.
-    pub fn backend(&self) -> String {
-        format!("{}/0", self.backend_parent())
-    }
-
-    /// A node of the backend's directory.
-    pub fn backend_node(&self, key: &str) -> String {
-        format!("{}/{key}", self.backend())
-    }
-
-    /// The directory above the frontend's, which holds nothing else.
-    pub fn frontend_parent(&self) -> String {
-        format!("/local/domain/{}/device/pci", self.domain)
-    }
-
-    /// The frontend's directory.
-    pub fn frontend(&self) -> String {
-        format!("{}/0", self.frontend_parent())
-    }
-
-    /// A node of the frontend's directory.
-    pub fn frontend_node(&self, key: &str) -> String {
-        format!("{}/{key}", self.frontend())
-    }
-}
-
-/// Whose a node is; dom0 and the guest can read both kinds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Owner {
-    /// dom0 writes, the guest reads.
+pub enum End {
+    /// Ours; the guest may read.
     Backend,
-    /// The guest writes, dom0 reads.
+    /// The guest's; dom0 may read.
     Frontend,
 }
 
-/// One change of a transaction.
+/// One change of a node.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Change {
-    /// Write a node and set its permissions.
-    Write {
-        /// Which.
-        path: String,
-        /// What.
-        value: String,
-        /// Whose it is.
-        owner: Owner,
-    },
-    /// Remove a node with all below it.
-    Remove {
-        /// Which.
-        path: String,
-    },
+pub enum NodeChange {
+    /// Writes a key of one end's directory.
+    Write(End, String, String),
+    /// Removes a key.
+    Remove(End, String),
+    /// Removes both directories.
+    RemoveAll,
 }
 
-impl Change {
-    /// Carries it out.
-    pub fn apply(&self, guest: DomId, store: &dyn StoreOps) -> Result<()> {
-        match self {
-            Self::Write { path, value, owner } => {
-                store.write(path, value.as_bytes())?;
-                let permissions = match owner {
-                    Owner::Backend => Permissions::backend(guest),
-                    Owner::Frontend => Permissions::frontend(guest),
-                };
-                store.set_permissions(path, &permissions)
+impl NodeChange {
+    pub(crate) fn backend(key: impl Into<String>, value: impl ToString) -> Self {
+        Self::Write(End::Backend, key.into(), value.to_string())
+    }
+
+    pub(crate) fn frontend(key: impl Into<String>, value: impl ToString) -> Self {
+        Self::Write(End::Frontend, key.into(), value.to_string())
+    }
+
+    /// The changes that publish a device without functions.
+    pub(crate) fn device(domain: DomId) -> Vec<Self> {
+        vec![
+            Self::backend("frontend", frontend_directory(domain)),
+            Self::backend("frontend-id", domain),
+            Self::backend("online", 1),
+            Self::backend("root_num", 1),
+            Self::backend("root-0", "0000:00"),
+            Self::frontend("backend", backend_directory(domain)),
+            Self::frontend("backend-id", DomId::DOM0),
+            Self::frontend(key::STATE, XenbusState::INITIALISING.0),
+        ]
+    }
+
+    /// The changes that publish one function at an index.
+    pub(crate) fn function(index: u32, address: Sbdf, devfn: u8, state: XenbusState) -> Vec<Self> {
+        let seen = format!("0000:00:{:02x}.{:02x}", devfn >> 3, devfn & 7);
+        vec![
+            Self::backend(format!("dev-{index}"), address),
+            Self::backend(format!("vdev-{index}"), seen),
+            Self::function_state(index, state),
+        ]
+    }
+
+    pub(crate) fn function_state(index: u32, state: XenbusState) -> Self {
+        Self::backend(format!("state-{index}"), state.0)
+    }
+
+    /// The changes that remove one function.
+    pub(crate) fn no_function(index: u32) -> Vec<Self> {
+        ["dev", "vdev", "state"].map(|key| Self::Remove(End::Backend, format!("{key}-{index}"))).to_vec()
+    }
+}
+
+/// Makes all changes in one transaction, each new node with its end's permissions.
+pub fn apply(store: &dyn Store, domain: DomId, changes: &[NodeChange]) -> Result<()> {
+    store.transaction(&mut |nodes| changes.iter().try_for_each(|change| apply_one(nodes, domain, change)))
+}
+
+fn apply_one(nodes: &dyn StoreOps, domain: DomId, change: &NodeChange) -> Result<()> {
+    let place = |end: End| match end {
+        End::Backend => (backend_directory(domain), Permissions::backend(domain)),
+        End::Frontend => (frontend_directory(domain), Permissions::frontend(domain)),
+    };
+    match change {
+        NodeChange::Write(end, key, value) => {
+            let (directory, permissions) = place(*end);
+            if nodes.permissions(&directory)?.is_none() {
+                nodes.write(&directory, b"")?;
+                nodes.set_permissions(&directory, &permissions)?;
             }
-            Self::Remove { path } => store.remove(path),
+            let path = format!("{directory}/{key}");
+            nodes.write(&path, value.as_bytes())?;
+            nodes.set_permissions(&path, &permissions)
+        }
+        NodeChange::Remove(end, key) => nodes.remove(&format!("{}/{key}", place(*end).0)),
+        NodeChange::RemoveAll => {
+            nodes.remove(&frontend_directory(domain))?;
+            nodes.remove(&backend_directory(domain))?;
+            // The parents were made with the first device of this type; an empty one of a guest's is not left behind.
+            let parent = format!("/local/domain/0/backend/xpci/{domain}");
+            if nodes.list(&parent)?.is_empty() { nodes.remove(&parent) } else { Ok(()) }
         }
     }
 }
 
-/// Why what a frontend published cannot be used.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub enum OfferError {
-    /// A node is not there.
-    #[error("the frontend's {key} is missing")]
-    Missing {
-        /// Which.
-        key: &'static str,
-    },
-    /// A node holds no number from 1 to its limit.
-    #[error("the frontend's {key} is '{found}', it must be a decimal number from 1 to {max}")]
-    Number {
-        /// Which.
-        key: &'static str,
-        /// The beginning of what it holds, printable.
-        found: String,
-        /// The limit.
-        max: u32,
-    },
-    /// It speaks another version of the protocol.
-    #[error("the frontend's magic is '{found}', this backend speaks '{MAGIC}'")]
-    Magic {
-        /// The beginning of what it holds, printable.
-        found: String,
-    },
+/// What the guest says in its directory. Everything in it is the guest's choice.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct FrontendView {
+    /// Its state; `None` where there is no such node or it is no number.
+    pub state: Option<XenbusState>,
+    /// Where it says its ring is; the text says what is wrong with it.
+    pub ring: Option<std::result::Result<RingPlace, String>>,
 }
 
-/// What a frontend offers to connect with.
+/// A guest's shared page and event channel, by its own numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Offer {
-    /// Grant reference of its page.
+pub struct RingPlace {
+    /// The grant reference of the page.
     pub grant: u32,
-    /// Its event channel port.
+    /// The event channel.
     pub port: u32,
 }
 
-/// The frontend's nodes, as they were read together. Everything but the state is the guest's word.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct FrontendSnapshot {
-    /// `state`.
-    pub state: Option<Vec<u8>>,
-    /// `pci-op-ref`.
-    pub grant: Option<Vec<u8>>,
-    /// `event-channel`.
-    pub port: Option<Vec<u8>>,
-    /// `magic`.
-    pub magic: Option<Vec<u8>>,
+/// Reads what the guest says, each node once.
+pub fn read_frontend(store: &dyn StoreOps, domain: DomId) -> Result<FrontendView> {
+    let directory = frontend_directory(domain);
+    let read = |key: &str| store.read(&format!("{directory}/{key}"));
+    let state = read(key::STATE)?.as_deref().and_then(number).map(XenbusState);
+    let (grant, port, magic) = (read(key::OP_REF)?, read(key::EVENT_CHANNEL)?, read(key::MAGIC)?);
+    let ring = match (grant, port) {
+        (None, None) => None,
+        (grant, port) => Some(parse_ring(grant.as_deref(), port.as_deref(), magic.as_deref())),
+    };
+    Ok(FrontendView { state, ring })
 }
 
-impl FrontendSnapshot {
-    /// Reads the nodes. Done within a transaction they belong together.
-    pub fn read(nodes: &Nodes, store: &dyn StoreOps) -> Result<Self> {
-        let read = |key| store.read(&nodes.frontend_node(key));
-        Ok(Self {
-            state: read(frontend_key::STATE)?,
-            grant: read(frontend_key::OP_REF)?,
-            port: read(frontend_key::EVENT_CHANNEL)?,
-            magic: read(frontend_key::MAGIC)?,
-        })
+fn parse_ring(
+    grant: Option<&[u8]>,
+    port: Option<&[u8]>,
+    magic: Option<&[u8]>,
+) -> std::result::Result<RingPlace, String> {
+    // Frontends may end the text with a NUL; the protocol compares up to it.
+    let magic = magic.unwrap_or_default();
+    if magic.strip_suffix(b"\0").unwrap_or(magic) != MAGIC.as_bytes() {
+        return Err(format!("{} is {}, not '{MAGIC}'", key::MAGIC, shown(magic)));
     }
+    let wanted = |key: &str, value: Option<&[u8]>| {
+        let value = value.unwrap_or_default();
+        number(value).filter(|number| *number != 0).ok_or_else(|| format!("{key} is {}", shown(value)))
+    };
+    Ok(RingPlace { grant: wanted(key::OP_REF, grant)?, port: wanted(key::EVENT_CHANNEL, port)? })
+}
 
-    /// The frontend's state; anything that is no number counts as unknown.
-    pub fn state(&self) -> XenbusState {
-        self.state
-            .as_deref()
-            .and_then(|text| decimal(text, u32::MAX))
-            .map_or(XenbusState::UNKNOWN, XenbusState)
+/// A guest's text for the log: short and without control characters.
+fn shown(value: &[u8]) -> String {
+    let text: String = String::from_utf8_lossy(value).chars().take(24).flat_map(char::escape_default).collect();
+    format!("'{text}'")
+}
+
+/// A decimal number of at most ten digits and nothing else.
+fn number(value: &[u8]) -> Option<u32> {
+    let digits = value.strip_suffix(b"\0").unwrap_or(value);
+    let plain = !digits.is_empty() && digits.len() <= 10 && digits.iter().all(u8::is_ascii_digit);
+    plain.then(|| std::str::from_utf8(digits).ok()?.parse().ok()).flatten()
+}
+
+/// Reads the state our end was left in by an earlier life; `None` where there is no device.
+pub fn read_backend_state(store: &dyn StoreOps, domain: DomId) -> Result<Option<XenbusState>> {
+    let path = format!("{}/{}", backend_directory(domain), key::STATE);
+    Ok(store.read(&path)?.as_deref().and_then(number).map(XenbusState))
+}
+
+/// Reads which functions our end was left with: index and state, by the device and function number the guest sees.
+pub fn read_backend_functions(store: &dyn StoreOps, domain: DomId) -> Result<Vec<(u32, u8, XenbusState)>> {
+    let directory = backend_directory(domain);
+    let count = store.read(&format!("{directory}/{}", key::NUM_DEVS))?.as_deref().and_then(number).unwrap_or(0);
+    let mut functions = Vec::new();
+    for index in 0..count.min(256) {
+        let Some(seen) = store.read(&format!("{directory}/vdev-{index}"))? else { continue };
+        let seen = std::str::from_utf8(&seen).ok().and_then(|text| text.rsplit_once(':')?.1.split_once('.'));
+        let parsed = seen.and_then(|(device, function)| {
+            let device = u8::from_str_radix(device, 16).ok().filter(|device| *device < 32)?;
+            let function = u8::from_str_radix(function, 16).ok().filter(|function| *function < 8)?;
+            Some(device << 3 | function)
+        });
+        let Some(devfn) = parsed else { continue };
+        let state = store.read(&format!("{directory}/state-{index}"))?.as_deref().and_then(number);
+        functions.push((index, devfn, XenbusState(state.unwrap_or(0))));
     }
-
-    /// What it offers.
-    pub fn offer(&self) -> std::result::Result<Offer, OfferError> {
-        let magic = self.magic.as_deref().ok_or(OfferError::Missing { key: frontend_key::MAGIC })?;
-        if magic != MAGIC.as_bytes() {
-            return Err(OfferError::Magic { found: excerpt(magic) });
-        }
-        Ok(Offer {
-            grant: number(frontend_key::OP_REF, self.grant.as_deref(), MAX_GRANT)?,
-            port: number(frontend_key::EVENT_CHANNEL, self.port.as_deref(), MAX_PORT)?,
-        })
-    }
-}
-
-/// One function as the backend's directory has it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StoredFunction {
-    /// Its index N.
-    pub index: u16,
-    /// Its address on the host.
-    pub address: Sbdf,
-    /// Its device and function number in the guest.
-    pub devfn: u8,
-    /// Its own state.
-    pub state: XenbusState,
-    /// Its options.
-    pub options: String,
-}
-
-/// The backend's directory as an earlier life of the service left it.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct BackendSnapshot {
-    /// Whether there is a directory.
-    pub exists: bool,
-    /// Our state.
-    pub state: Option<XenbusState>,
-    /// The functions.
-    pub functions: Vec<StoredFunction>,
-    /// Indices whose nodes make no sense.
-    pub damaged: Vec<u16>,
-}
-
-impl BackendSnapshot {
-    /// Reads the directory. Done within a transaction its nodes belong together.
-    pub fn read(nodes: &Nodes, store: &dyn StoreOps) -> Result<Self> {
-        let children = store.list(&nodes.backend())?;
-        let read = |key: &str| store.read(&nodes.backend_node(key));
-        let state = read(backend_key::STATE)?;
-        let mut snapshot = Self {
-            exists: !children.is_empty() || state.is_some(),
-            state: state.as_deref().and_then(|text| decimal(text, u32::MAX)).map(XenbusState),
-            ..Self::default()
-        };
-        let mut indices: Vec<u16> = children
-            .iter()
-            .filter_map(|name| name.strip_prefix("dev-"))
-            .filter_map(|digits| decimal(digits.as_bytes(), u32::from(MAX_FUNCTIONS) - 1))
-            .map(|index| index as u16)
-            .collect();
-        indices.sort_unstable();
-        for index in indices {
-            let address = read(&backend_key::dev(index))?;
-            let virtual_address = read(&backend_key::vdev(index))?;
-            let address = address.as_deref().and_then(parse_address);
-            let devfn = virtual_address.as_deref().and_then(parse_virtual_address);
-            let Some((address, devfn)) = address.zip(devfn) else {
-                snapshot.damaged.push(index);
-                continue;
-            };
-            if snapshot.functions.iter().any(|function| function.devfn == devfn) {
-                snapshot.damaged.push(index);
-                continue;
-            }
-            let state = read(&backend_key::state(index))?;
-            let state = state.as_deref().and_then(|text| decimal(text, u32::MAX));
-            let options = read(&backend_key::opts(index))?.unwrap_or_default();
-            snapshot.functions.push(StoredFunction {
-                index,
-                address,
-                devfn,
-                state: state.map_or(XenbusState::UNKNOWN, XenbusState),
-                options: String::from_utf8_lossy(&options).into_owned(),
-            });
-        }
-        Ok(snapshot)
-    }
-}
-
-/// A function's address in the guest as frontends parse it: two digits for the function, unlike everywhere else.
-pub fn virtual_address(devfn: u8) -> String {
-    format!("{ROOT}:{:02x}.{:02x}", devfn >> 3, devfn & 7)
-}
-
-fn parse_virtual_address(text: &[u8]) -> Option<u8> {
-    let text = std::str::from_utf8(text).ok()?;
-    let (slot, function) = text.strip_prefix(ROOT)?.strip_prefix(':')?.split_once('.')?;
-    let slot = u8::from_str_radix(slot, 16).ok().filter(|slot| *slot < 32)?;
-    let function = u8::from_str_radix(function, 16).ok().filter(|function| *function < 8)?;
-    Some(slot << 3 | function)
-}
-
-fn parse_address(text: &[u8]) -> Option<Sbdf> {
-    std::str::from_utf8(text).ok()?.parse().ok()
-}
-
-/// A decimal number without sign, blanks or surplus digits, up to `max`.
-fn decimal(text: &[u8], max: u32) -> Option<u32> {
-    if text.is_empty() || text.len() > 10 || !text.iter().all(u8::is_ascii_digit) {
-        return None;
-    }
-    let value = text.iter().fold(0u64, |value, digit| value * 10 + u64::from(digit - b'0'));
-    u32::try_from(value).ok().filter(|value| *value <= max)
-}
-
-fn number(key: &'static str, text: Option<&[u8]>, max: u32) -> std::result::Result<u32, OfferError> {
-    let text = text.ok_or(OfferError::Missing { key })?;
-    decimal(text, max).filter(|value| *value != 0).ok_or_else(|| OfferError::Number {
-        key,
-        found: excerpt(text),
-        max,
-    })
-}
-
-/// The beginning of a guest's text, with everything that could disturb a log or a terminal escaped.
-fn excerpt(text: &[u8]) -> String {
-    text.iter().take(24).flat_map(|byte| std::ascii::escape_default(*byte)).map(char::from).collect()
+    Ok(functions)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn snapshot(grant: &str, port: &str, magic: &str) -> FrontendSnapshot {
-        let bytes = |text: &str| Some(text.as_bytes().to_vec());
-        FrontendSnapshot { state: bytes("3"), grant: bytes(grant), port: bytes(port), magic: bytes(magic) }
+    #[test]
+    fn a_ring_needs_its_magic_and_two_plain_numbers() {
+        let good = RingPlace { grant: 8, port: 23 };
+        assert_eq!(parse_ring(Some(b"8"), Some(b"23"), Some(b"7")), Ok(good));
+        assert_eq!(parse_ring(Some(b"8\0"), Some(b"23"), Some(b"7\0")), Ok(good));
+        for (grant, port, magic, named) in [
+            (&b"8"[..], &b"23"[..], &b"8"[..], key::MAGIC),
+            (b"8", b"23", b"", key::MAGIC),
+            (b"0", b"23", b"7", key::OP_REF),
+            (b"-1", b"23", b"7", key::OP_REF),
+            (b"99999999999", b"23", b"7", key::OP_REF),
+            (b"\xff\xfe", b"23", b"7", key::OP_REF),
+            (b"8", b"4294967296", b"7", key::EVENT_CHANNEL),
+            (b"8", b" 5", b"7", key::EVENT_CHANNEL),
+        ] {
+            let error = parse_ring(Some(grant), Some(port), Some(magic)).unwrap_err();
+            assert!(error.contains(named), "{error}");
+        }
     }
 
     #[test]
-    fn paths_are_where_frontends_look() {
-        let nodes = Nodes::of(DomId(5));
-        assert_eq!(nodes.backend_node(&backend_key::dev(3)), "/local/domain/0/backend/xpci/5/0/dev-3");
-        assert_eq!(nodes.frontend_node(frontend_key::STATE), "/local/domain/5/device/pci/0/state");
-        assert_eq!(virtual_address(0x0b), "0000:00:01.03");
-        assert_eq!(parse_virtual_address(b"0000:00:01.03"), Some(0x0b));
-    }
-
-    #[test]
-    fn what_a_frontend_offers_is_checked() {
-        assert_eq!(snapshot("8", "12", "7").offer(), Ok(Offer { grant: 8, port: 12 }));
-        for grant in
-            ["0", "", "-1", " 8", "8\n", "0x8", "4294967295", "2147483648", "99999999999", "\u{1b}[2J"]
-        {
-            assert!(
-                matches!(snapshot(grant, "12", "7").offer(), Err(OfferError::Number { .. })),
-                "{grant:?}"
-            );
-        }
-        for port in ["0", "131072", "a"] {
-            assert!(matches!(snapshot("8", port, "7").offer(), Err(OfferError::Number { .. })), "{port:?}");
-        }
-        for magic in ["8", "", "77", "07"] {
-            assert!(matches!(snapshot("8", "12", magic).offer(), Err(OfferError::Magic { .. })), "{magic:?}");
-        }
-        assert_eq!(
-            FrontendSnapshot { port: None, ..snapshot("8", "", "7") }.offer(),
-            Err(OfferError::Missing { key: frontend_key::EVENT_CHANNEL })
-        );
-    }
-
-    #[test]
-    fn an_error_shows_little_of_a_guests_text_and_no_control_characters() {
-        let error = snapshot(&"\u{1b}".repeat(4000), "1", "7").offer().unwrap_err().to_string();
-        assert!(error.len() < 250 && error.bytes().all(|byte| (0x20..0x7f).contains(&byte)), "{error}");
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn any_bytes_are_parsed_without_a_panic(text: Vec<u8>) {
-            let some = Some(text.clone());
-            let snapshot =
-                FrontendSnapshot { state: some.clone(), grant: some.clone(), port: some.clone(), magic: some };
-            let _ = (snapshot.state(), snapshot.offer(), parse_address(&text), parse_virtual_address(&text));
-        }
-
-        #[test]
-        fn virtual_addresses_round_trip(devfn: u8) {
-            assert_eq!(parse_virtual_address(virtual_address(devfn).as_bytes()), Some(devfn));
-        }
+    fn what_a_guest_wrote_reaches_the_log_short_and_printable() {
+        let text = shown(&[b"\x1b[2J\n".as_slice(), &[b'a'; 5000]].concat());
+        assert!(text.len() < 200 && text.bytes().all(|byte| byte.is_ascii_graphic()), "{text}");
     }
 }

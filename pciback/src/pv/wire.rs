@@ -1,210 +1,214 @@
-//! The shared page of the PV protocol (`xen/io/pciif.h`), seen through atomic words.
+//! The page that a PV guest's frontend shares: `struct xen_pci_sharedinfo` of `xen/io/pciif.h`.
 //!
-//! The page is the guest's. Each word of a request is loaded once, into a [`Request`] that nobody else can change, and only
-//! that copy is checked, carried out and answered.
+//! The page is the guest's. A request is copied once, checked, and answered from the copy; nothing is ever read twice.
 
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use std::sync::atomic::{AtomicU32, fence};
+use std::sync::atomic::Ordering;
 
 use crate::platform::SharedMemory;
 
-/// Bytes of the protocol's structure at the start of the page.
-pub const SHARED_INFO_BYTES: usize = 572;
-/// The most MSI-X entries that one request carries.
-pub const MAX_ENTRIES: usize = 128;
+/// The protocol that frontends must speak, as they write it into xenstore (`XEN_PCI_MAGIC`).
+pub const MAGIC: &str = "7";
+/// Most MSI-X entries that one request can enable (`SH_INFO_MAX_VEC`).
+pub const MSIX_ENTRIES: usize = 128;
 
-/// Where each word of the page is, in words.
+/// Offsets within the page, in words.
 mod word {
     pub const FLAGS: usize = 0;
     pub const COMMAND: usize = 1;
     pub const ERROR: usize = 2;
-    pub const SEGMENT: usize = 3;
+    pub const DOMAIN: usize = 3;
     pub const BUS: usize = 4;
     pub const DEVFN: usize = 5;
     pub const OFFSET: usize = 6;
     pub const SIZE: usize = 7;
     pub const VALUE: usize = 8;
     pub const INFO: usize = 9;
-    /// 128 words, each a vector in the lower and an entry in the upper half.
-    pub const ENTRIES: usize = 10;
+    pub const MSIX_ENTRIES: usize = 10;
 }
 
-/// Bits of the page's first word.
-pub mod flag {
-    /// A request of the guest waits (`XEN_PCIF_active`).
-    pub const REQUEST: u32 = 1 << 0;
-    /// The guest takes error recovery requests (`XEN_PCIB_AERHANDLER`).
-    pub const TAKES_ERRORS: u32 = 1 << 1;
-    /// An error recovery request to the guest waits (`XEN_PCIB_active`).
-    pub const ERROR_REQUEST: u32 = 1 << 2;
-}
+/// `XEN_PCIF_active`: a request waits for its answer.
+const ACTIVE: u32 = 1 << 0;
 
-/// What a guest asks for; unknown numbers are kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+/// What a frontend asks for (`XEN_PCI_OP_*`); unknown numbers are kept as they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Command(pub u32);
 
 impl Command {
     /// Read config space.
-    pub const READ: Self = Self(0);
+    pub const CONF_READ: Self = Self(0);
     /// Write config space.
-    pub const WRITE: Self = Self(1);
-    /// Map the function's MSI and enable it.
+    pub const CONF_WRITE: Self = Self(1);
+    /// Enable MSI.
     pub const ENABLE_MSI: Self = Self(2);
-    /// Undo that.
+    /// Disable MSI.
     pub const DISABLE_MSI: Self = Self(3);
-    /// Map entries of the MSI-X table and enable it.
+    /// Enable MSI-X.
     pub const ENABLE_MSIX: Self = Self(4);
-    /// Undo that.
+    /// Disable MSI-X.
     pub const DISABLE_MSIX: Self = Self(5);
-    /// Map several MSI vectors in a block. No Linux frontend sends it.
-    pub const ENABLE_MULTI_MSI: Self = Self(10);
 }
 
-/// The protocol's answer code (`XEN_PCI_ERR_*`).
+/// How a request ended (`XEN_PCI_ERR_*`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct ErrorCode(pub i32);
-
-impl ErrorCode {
-    /// Done.
-    pub const SUCCESS: Self = Self(0);
-    /// There is no such function.
-    pub const NO_DEVICE: Self = Self(-1);
-    /// Offset and size are no access to config space.
-    pub const INVALID_OFFSET: Self = Self(-2);
-    /// Refused.
-    pub const ACCESS_DENIED: Self = Self(-3);
-    /// A command that this backend does not have.
-    pub const NOT_IMPLEMENTED: Self = Self(-4);
-    /// Tried, and it failed.
-    pub const FAILED: Self = Self(-5);
+#[repr(i32)]
+pub enum WireError {
+    /// `XEN_PCI_ERR_success`.
+    Success = 0,
+    /// `XEN_PCI_ERR_dev_not_found`: this guest has no such function.
+    NoDevice = -1,
+    /// `XEN_PCI_ERR_invalid_offset`: no aligned access of 1, 2 or 4 bytes within config space.
+    InvalidOffset = -2,
+    /// `XEN_PCI_ERR_access_denied`.
+    AccessDenied = -3,
+    /// `XEN_PCI_ERR_not_implemented`: an unknown command.
+    NotImplemented = -4,
+    /// `XEN_PCI_ERR_op_failed`.
+    Failed = -5,
 }
 
-/// A copy of a guest's request: nothing in it is checked.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Request {
-    /// What it asks for.
-    pub command: Command,
-    /// PCI segment.
-    pub segment: u32,
-    /// Bus.
-    pub bus: u32,
-    /// Device and function.
-    pub devfn: u32,
-    /// Register.
-    pub offset: u32,
-    /// Bytes.
-    pub size: u32,
-    /// What to write, or the number of MSI-X entries.
-    pub value: u32,
-    /// A word that this protocol's frontends leave 0; see [`Page::claim`].
-    pub info: u32,
-    /// The entries of an MSI-X request, as many as `value` says and at most [`MAX_ENTRIES`]; empty for other commands.
-    pub entries: Vec<u16>,
-}
-
-impl Request {
-    /// A hash over the entries, to know a request again (FNV-1a).
-    pub fn entries_hash(&self) -> u64 {
-        self.entries.iter().flat_map(|entry| entry.to_le_bytes()).fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-        })
-    }
-}
-
-/// What is written back.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Answer {
-    /// How it went.
-    pub error: ErrorCode,
-    /// What was read, the MSI's physical interrupt, or 0 for MSI-X.
-    pub value: u32,
-    /// The physical interrupts of an MSI-X request's entries, in their order.
-    pub vectors: Vec<u16>,
-}
-
-/// A guest's page.
-#[derive(Debug, Clone, Copy)]
-pub struct Page<'a>(&'a SharedMemory);
-
-impl<'a> Page<'a> {
-    /// Looks at a mapping as the protocol's page; words beyond a mapping that is too short read 0.
-    pub fn new(memory: &'a SharedMemory) -> Self {
-        Self(memory)
+impl WireError {
+    /// The number on the page.
+    pub const fn number(self) -> i32 {
+        self as i32
     }
 
-    fn word(&self, index: usize) -> Option<&'a AtomicU32> {
-        self.0.get(index)
-    }
-
-    fn get(&self, index: usize) -> u32 {
-        self.word(index).map_or(0, |word| word.load(Relaxed))
-    }
-
-    fn set(&self, index: usize, value: u32) {
-        if let Some(word) = self.word(index) {
-            word.store(value, Relaxed);
+    /// Reads a number back, for a record of an earlier life; `Failed` for any that is none.
+    pub const fn from_number(number: i32) -> Self {
+        match number {
+            0 => Self::Success,
+            -1 => Self::NoDevice,
+            -2 => Self::InvalidOffset,
+            -3 => Self::AccessDenied,
+            -4 => Self::NotImplemented,
+            _ => Self::Failed,
         }
     }
+}
 
-    /// The flags. What the guest stored before it raised one is visible after this.
-    pub fn flags(&self) -> u32 {
-        self.word(word::FLAGS).map_or(0, |word| word.load(Acquire))
+/// One entry of an MSI-X request: which table entry, and for the answer which physical interrupt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MsixEntry {
+    /// The physical interrupt, in the answer.
+    pub vector: u16,
+    /// The index in the function's MSI-X table.
+    pub entry: u16,
+}
+
+/// A copy of a request. Nothing in it is checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Op {
+    /// What is asked for.
+    pub command: Command,
+    /// The segment of the function, as the guest sees it.
+    pub domain: u32,
+    /// Its bus.
+    pub bus: u32,
+    /// Its device and function.
+    pub devfn: u32,
+    /// Where in config space.
+    pub offset: u32,
+    /// How many bytes.
+    pub size: u32,
+    /// The value to write, or the number of MSI-X entries.
+    pub value: u32,
+    /// Reserved.
+    pub info: u32,
+    /// The MSI-X entries, all that the page has room for.
+    pub entries: [MsixEntry; MSIX_ENTRIES],
+}
+
+/// What goes back to the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpAnswer {
+    /// How it ended.
+    pub error: WireError,
+    /// The value read, the MSI's physical interrupt, or 0.
+    pub value: u32,
+    /// The entries with their physical interrupts, after MSI-X was enabled.
+    pub entries: Vec<MsixEntry>,
+}
+
+impl OpAnswer {
+    /// Success, with a value.
+    pub const fn value(value: u32) -> Self {
+        Self { error: WireError::Success, value, entries: Vec::new() }
     }
 
-    /// Whether a request waits.
-    pub fn active(&self) -> bool {
-        self.flags() & flag::REQUEST != 0
+    /// A failure. Its value reads all ones, as from a bus where nobody answers.
+    pub const fn failed(error: WireError) -> Self {
+        Self { error, value: u32::MAX, entries: Vec::new() }
+    }
+}
+
+/// The request that waits on the page, copied; `None` when none waits.
+pub fn take_request(page: &SharedMemory) -> Option<Op> {
+    // Acquire: what the guest wrote before it set the flag is seen after it.
+    if page[word::FLAGS].load(Ordering::Acquire) & ACTIVE == 0 {
+        return None;
+    }
+    let load = |index: usize| page[index].load(Ordering::Relaxed);
+    let command = Command(load(word::COMMAND));
+    let mut entries = [MsixEntry::default(); MSIX_ENTRIES];
+    // Only this command has entries; copying them for each read would cost more than the read.
+    if command == Command::ENABLE_MSIX {
+        for (index, entry) in entries.iter_mut().enumerate() {
+            let packed = load(word::MSIX_ENTRIES + index);
+            *entry = MsixEntry { vector: packed as u16, entry: (packed >> 16) as u16 };
+        }
+    }
+    Some(Op {
+        command,
+        domain: load(word::DOMAIN),
+        bus: load(word::BUS),
+        devfn: load(word::DEVFN),
+        offset: load(word::OFFSET),
+        size: load(word::SIZE),
+        value: load(word::VALUE),
+        info: load(word::INFO),
+        entries,
+    })
+}
+
+/// Writes an answer and hands the page back to the guest; an event has to follow.
+pub fn put_answer(page: &SharedMemory, answer: &OpAnswer) {
+    let store = |index: usize, value: u32| page[index].store(value, Ordering::Relaxed);
+    store(word::ERROR, answer.error.number() as u32);
+    store(word::VALUE, answer.value);
+    for (index, entry) in answer.entries.iter().take(MSIX_ENTRIES).enumerate() {
+        store(word::MSIX_ENTRIES + index, u32::from(entry.entry) << 16 | u32::from(entry.vector));
+    }
+    // Release: the guest sees the answer once it sees the flag clear. Atomic: the guest changes the other flags meanwhile.
+    page[word::FLAGS].fetch_and(!ACTIVE, Ordering::Release);
+}
+
+/// The guest's side of the page, for tests and for the simulated host's guests.
+pub mod frontend {
+    use super::*;
+
+    /// Puts a request on the page and marks it.
+    pub fn put_request(page: &SharedMemory, op: &Op) {
+        let values = [op.command.0, 0, op.domain, op.bus, op.devfn, op.offset, op.size, op.value, op.info];
+        for (index, value) in values.into_iter().enumerate() {
+            page[word::COMMAND + index].store(value, Ordering::Relaxed);
+        }
+        for (index, entry) in op.entries.iter().enumerate() {
+            let packed = u32::from(entry.entry) << 16 | u32::from(entry.vector);
+            page[word::MSIX_ENTRIES + index].store(packed, Ordering::Relaxed);
+        }
+        page[word::FLAGS].fetch_or(ACTIVE, Ordering::Release);
     }
 
-    /// Copies the request that waits, each word once; `None` when none waits.
-    pub fn request(&self) -> Option<Request> {
-        if !self.active() {
+    /// The answer: error, value and `count` MSI-X entries; `None` while it is awaited.
+    pub fn take_answer(page: &SharedMemory, count: usize) -> Option<(i32, u32, Vec<MsixEntry>)> {
+        if page[word::FLAGS].load(Ordering::Acquire) & ACTIVE != 0 {
             return None;
         }
-        let command = Command(self.get(word::COMMAND));
-        let value = self.get(word::VALUE);
-        let count = if command == Command::ENABLE_MSIX { (value as usize).min(MAX_ENTRIES) } else { 0 };
-        Some(Request {
-            command,
-            segment: self.get(word::SEGMENT),
-            bus: self.get(word::BUS),
-            devfn: self.get(word::DEVFN),
-            offset: self.get(word::OFFSET),
-            size: self.get(word::SIZE),
-            value,
-            info: self.get(word::INFO),
-            entries: (0..count).map(|index| (self.get(word::ENTRIES + index) >> 16) as u16).collect(),
-        })
-    }
-
-    /// Marks the request that waits as taken, by a number other than 0 in a word that frontends send as 0 and do not
-    /// read. Every new request overwrites it. So a later life of the service knows a request that an
-    /// earlier one began from one with the same content that came after it, and an answer that took more than the
-    /// frontend's two seconds is known to have lost its request.
-    pub fn claim(&self, token: u32) {
-        self.set(word::INFO, token);
-    }
-
-    /// Whether the request that was claimed with `token` still waits.
-    pub fn claimed(&self, token: u32) -> bool {
-        self.active() && self.get(word::INFO) == token
-    }
-
-    /// Writes an answer and hands the page back to the guest. The caller notifies it.
-    pub fn answer(&self, answer: &Answer) {
-        for (index, vector) in answer.vectors.iter().take(MAX_ENTRIES).enumerate() {
-            // The entry's number is kept as it stands: writing our copy of it could only tell the guest what it said.
-            let at = word::ENTRIES + index;
-            let entry = self.get(at) & 0xffff_0000;
-            self.set(at, entry | u32::from(*vector));
-        }
-        self.set(word::VALUE, answer.value);
-        self.set(word::ERROR, answer.error.0 as u32);
-        // The guest changes the other flags at any time: only this bit is ours to clear, and all of the above goes before.
-        fence(Release);
-        if let Some(flags) = self.word(word::FLAGS) {
-            flags.fetch_and(!flag::REQUEST, Release);
-        }
+        let entries = (0..count.min(MSIX_ENTRIES)).map(|index| {
+            let packed = page[word::MSIX_ENTRIES + index].load(Ordering::Relaxed);
+            MsixEntry { vector: packed as u16, entry: (packed >> 16) as u16 }
+        });
+        let (error, value) = (page[word::ERROR].load(Ordering::Relaxed), page[word::VALUE].load(Ordering::Relaxed));
+        Some((error as i32, value, entries.collect()))
     }
 }
 
@@ -212,70 +216,39 @@ impl<'a> Page<'a> {
 mod tests {
     use super::*;
 
-    fn memory() -> SharedMemory {
+    fn page() -> SharedMemory {
         SharedMemory::anonymous(4096).unwrap()
     }
 
+    /// The layout, from the header, independently of `word`: sharedinfo is flags then op; entries are u16 vector, u16 entry.
     #[test]
-    fn offsets_are_those_of_the_protocols_header() {
-        assert_eq!(word::ENTRIES * 4 + MAX_ENTRIES * 4 + 20, SHARED_INFO_BYTES);
-        let memory = memory();
-        for index in 0..200 {
-            memory[index].store(index as u32 * 4, Relaxed);
+    fn requests_lie_where_the_header_says() {
+        let page = page();
+        for (offset, value) in [(4, 4u32), (12, 1), (16, 2), (20, 3), (24, 0x10), (28, 4), (32, 2), (36, 9)] {
+            page[offset / 4].store(value, Ordering::Relaxed);
         }
-        memory[0].store(1, Relaxed);
-        memory[1].store(Command::ENABLE_MSIX.0, Relaxed);
-        let request = Page::new(&memory).request().unwrap();
-        let numbers =
-            [request.segment, request.bus, request.devfn, request.offset, request.size, request.value];
-        // Offsets of struct xen_pci_op are relative to its place, 4.
-        assert_eq!(numbers, [8, 12, 16, 20, 24, 28].map(|offset| offset + 4));
-        assert_eq!(request.info, 32 + 4);
+        page[40 / 4].store(5 << 16 | 7, Ordering::Relaxed);
+        page[(40 + 127 * 4) / 4].store(6 << 16, Ordering::Relaxed);
+        assert_eq!(take_request(&page), None);
+        page[0].store(1, Ordering::Relaxed);
+        let op = take_request(&page).unwrap();
+        assert_eq!((op.command, op.domain, op.bus, op.devfn), (Command::ENABLE_MSIX, 1, 2, 3));
+        assert_eq!((op.offset, op.size, op.value, op.info), (0x10, 4, 2, 9));
+        assert_eq!(op.entries[0], MsixEntry { vector: 7, entry: 5 });
+        assert_eq!(op.entries[127], MsixEntry { vector: 0, entry: 6 });
     }
 
     #[test]
-    fn an_answer_clears_only_its_own_flag_and_keeps_the_entries() {
-        let memory = memory();
-        let page = Page::new(&memory);
-        memory[0].store(flag::REQUEST | flag::TAKES_ERRORS | 0x8000_0000, Relaxed);
-        memory[word::COMMAND].store(4, Relaxed);
-        memory[word::VALUE].store(2, Relaxed);
-        memory[word::ENTRIES].store(0x0005_ffff, Relaxed);
-        memory[word::ENTRIES + 1].store(0x0003_ffff, Relaxed);
-        assert_eq!(page.request().unwrap().entries, [5, 3]);
-        page.answer(&Answer { error: ErrorCode::FAILED, value: 7, vectors: vec![40, 41] });
-        assert_eq!(page.flags(), flag::TAKES_ERRORS | 0x8000_0000);
-        assert_eq!(memory[word::ENTRIES].load(Relaxed), 0x0005_0028);
-        assert_eq!(memory[word::ENTRIES + 1].load(Relaxed), 0x0003_0029);
-        assert_eq!(memory[word::ERROR].load(Relaxed) as i32, -5);
-        assert_eq!(memory[word::VALUE].load(Relaxed), 7);
-        assert_eq!(page.request(), None);
-    }
-
-    #[test]
-    fn a_claim_is_lost_when_the_guest_gives_up_or_asks_anew() {
-        let memory = memory();
-        let page = Page::new(&memory);
-        memory[0].store(1, Relaxed);
-        page.claim(77);
-        assert!(page.claimed(77));
-        memory[0].store(0, Relaxed);
-        assert!(!page.claimed(77), "given up");
-        memory[word::INFO].store(0, Relaxed);
-        memory[0].store(1, Relaxed);
-        assert!(!page.claimed(77), "a new request");
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn any_content_is_copied_without_a_panic(content in proptest::collection::vec(proptest::num::u32::ANY, 143)) {
-            let memory = memory();
-            for (index, value) in content.iter().enumerate() {
-                memory[index].store(*value, Relaxed);
-            }
-            if let Some(request) = Page::new(&memory).request() {
-                assert!(request.entries.len() <= MAX_ENTRIES);
-            }
-        }
+    fn an_answer_leaves_the_other_flags_and_the_request_alone() {
+        let page = page();
+        page[0].store(0b111, Ordering::Relaxed);
+        page[6].store(0x44, Ordering::Relaxed);
+        let entries = vec![MsixEntry { vector: 0x37, entry: 2 }];
+        put_answer(&page, &OpAnswer { error: WireError::Failed, value: 8, entries });
+        assert_eq!(page[0].load(Ordering::Relaxed), 0b110);
+        assert_eq!(page[2].load(Ordering::Relaxed) as i32, -5);
+        assert_eq!(page[6].load(Ordering::Relaxed), 0x44);
+        assert_eq!(page[8].load(Ordering::Relaxed), 8);
+        assert_eq!(page[10].load(Ordering::Relaxed), 2 << 16 | 0x37);
     }
 }
