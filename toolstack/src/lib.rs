@@ -1,1 +1,13 @@
-//! The xpci service and command.
+//! The service `xpcid` and the command `xpci`: everything around the library `pciback`.
+
+pub mod cli;
+pub mod client;
+pub mod control;
+pub mod domains;
+pub mod engine;
+pub mod journal;
+pub mod outcome;
+pub mod protocol;
+pub mod settings;
+pub mod spec;
+pub mod transaction;

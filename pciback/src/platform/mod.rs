@@ -6,9 +6,11 @@
 pub mod error;
 pub mod host;
 pub mod hypervisor;
+pub mod linux;
 pub mod memory;
 pub mod rings;
 pub mod store;
+pub mod xen;
 
 use std::sync::Arc;
 

@@ -56,6 +56,8 @@ pub trait Store: StoreOps + Send + Sync {
     /// Runs `body` until it commits: again from the start when somebody else changed what it read (`EAGAIN`), 100 times at
     /// most. When `body` fails nothing is changed.
     fn transaction(&self, body: &mut dyn FnMut(&dyn StoreOps) -> Result<()>) -> Result<()>;
+    /// Whether the domain is alive: introduced to xenstore and not dying.
+    fn domain_exists(&self, domain: DomId) -> Result<bool>;
     /// Sets a watch.
     fn watch(&self, path: &str, token: &str) -> Result<()>;
     /// Removes a watch.

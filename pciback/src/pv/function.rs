@@ -30,19 +30,22 @@ pub struct GuestFunction {
     pub(super) space: VirtualConfigSpace,
     pub(super) hardware: Box<dyn ConfigSpace>,
     pub(super) hypervisor: Arc<dyn Hypervisor>,
+    /// The guest's physical interrupt for the function's line, which has the line's number; 0 where it has none.
+    pub(super) line: u32,
     gone: bool,
 }
 
 impl GuestFunction {
-    /// A function with its virtual and its physical config space.
+    /// A function with its virtual and its physical config space, and its interrupt line (the GSI; 0 for none).
     pub fn new(
         domain: DomId,
         address: Sbdf,
         space: VirtualConfigSpace,
         hardware: Box<dyn ConfigSpace>,
         hypervisor: Arc<dyn Hypervisor>,
+        line: u32,
     ) -> Self {
-        Self { domain, address, space, hardware, hypervisor, gone: false }
+        Self { domain, address, space, hardware, hypervisor, line, gone: false }
     }
 
     /// Where it is on the host.
@@ -87,7 +90,11 @@ impl GuestFunction {
         let RequestStage::Done { error, value } = found.stage else { return None };
         let same = RequestRecord { stage: RequestStage::Begun, ..found } == *wanted;
         // The entries of MSI-X are read back from what is mapped.
-        same.then(|| OpAnswer { error: WireError::from_number(error), value, entries: self.mapped_entries(wanted) })
+        same.then(|| OpAnswer {
+            error: WireError::from_number(error),
+            value,
+            entries: self.mapped_entries(wanted),
+        })
     }
 
     fn mapped_entries(&self, wanted: &RequestRecord) -> Vec<MsixEntry> {
@@ -162,8 +169,16 @@ impl GuestFunction {
         answer: OpAnswer,
     ) -> (OpAnswer, Option<Demand>) {
         let bytes = access.width().bytes();
-        warn!("{}: {what} {bytes} bytes at {:#x} for domain {}: {error}", self.address, access.offset(), self.domain);
-        if matches!(error.raw_os_error().map(Errno::from_raw), Some(Errno::ENODEV | Errno::ENXIO | Errno::ENOENT)) {
+        warn!(
+            "{}: {what} {bytes} bytes at {:#x} for domain {}: {error}",
+            self.address,
+            access.offset(),
+            self.domain
+        );
+        if matches!(
+            error.raw_os_error().map(Errno::from_raw),
+            Some(Errno::ENODEV | Errno::ENXIO | Errno::ENOENT)
+        ) {
             self.gone = true;
             return (answer, Some(Demand::Vanished));
         }
@@ -180,8 +195,8 @@ impl GuestFunction {
 
     /// Makes the function harmless before the guest loses it: bus mastering off, interrupts off and unmapped.
     pub fn quiesce(&mut self) -> Result<(), interrupts::InterruptError> {
-        if !self.gone {
-            // Also while it is being reset: the reset writes back what Command was before.
+        // While it is being reset nothing reaches it, and what the guest set is gone; the reset that detach ends with counts.
+        if !self.gone && !self.resetting() {
             interrupts::clear_bus_master(self)?;
         }
         interrupts::release_all(self)

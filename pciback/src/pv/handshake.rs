@@ -80,7 +80,7 @@ pub struct Handshake {
     frontend: FrontendView,
     functions: BTreeMap<u8, Function>,
     /// A ring that could not be connected to, or a complaint that was made: not repeated until the frontend says something else.
-    refused: Option<std::result::Result<RingPlace, String>>,
+    refused: Option<Result<RingPlace, String>>,
 }
 
 impl Handshake {
@@ -101,7 +101,7 @@ impl Handshake {
     ) -> (Self, Vec<Action>) {
         let mut handshake = Self::new(domain);
         handshake.frontend = frontend;
-        let ring = handshake.frontend.ring.clone().and_then(std::result::Result::ok);
+        let ring = handshake.frontend.ring.clone().and_then(Result::ok);
         let scanned = handshake.frontend.state == Some(XenbusState::CONNECTED);
         handshake.link = match (state, ring) {
             (None, _) => Link::Absent,
@@ -200,7 +200,8 @@ impl Handshake {
         let mut actions = Vec::new();
         if let Some(function) = self.functions.remove(&devfn) {
             let mut changes = NodeChange::no_function(function.index);
-            let settled = self.functions.values().all(|other| !matches!(other.phase, Phase::Adding | Phase::Removing));
+            let settled =
+                self.functions.values().all(|other| !matches!(other.phase, Phase::Adding | Phase::Removing));
             if let (true, Link::Reconfiguring(ring) | Link::Reconfigured(ring)) = (settled, self.link) {
                 // Nobody else is part of this dance: it is called off.
                 changes.push(NodeChange::backend(key::STATE, XenbusState::CONNECTED.0));
@@ -241,7 +242,7 @@ impl Handshake {
     }
 
     /// The answer to [`Action::Connect`].
-    pub fn ring_connected(&mut self, outcome: std::result::Result<(), String>) -> Vec<Action> {
+    pub fn ring_connected(&mut self, outcome: Result<(), String>) -> Vec<Action> {
         let mut actions = Vec::new();
         match (self.link, outcome) {
             (Link::Connecting(ring), Ok(())) => {
@@ -293,7 +294,8 @@ impl Handshake {
         let mut changes = NodeChange::device(self.domain);
         for (devfn, function) in &mut self.functions {
             function.phase = Phase::Published;
-            let published = NodeChange::function(function.index, function.address, *devfn, XenbusState::INITIALISED);
+            let published =
+                NodeChange::function(function.index, function.address, *devfn, XenbusState::INITIALISED);
             changes.extend(published);
         }
         changes.push(self.count());
@@ -417,7 +419,8 @@ impl Handshake {
     }
 
     fn reconfiguring(&mut self, ring: RingPlace, actions: &mut Vec<Action>) {
-        if self.frontend_left(ring, true, actions) || self.frontend.state != Some(XenbusState::RECONFIGURING) {
+        if self.frontend_left(ring, true, actions) || self.frontend.state != Some(XenbusState::RECONFIGURING)
+        {
             return;
         }
         let mut changes = Vec::new();
@@ -428,7 +431,9 @@ impl Handshake {
                     changes.extend(NodeChange::no_function(function.index));
                     removed.push(*devfn);
                 }
-                Phase::Adding => changes.push(NodeChange::function_state(function.index, XenbusState::INITIALISED)),
+                Phase::Adding => {
+                    changes.push(NodeChange::function_state(function.index, XenbusState::INITIALISED))
+                }
                 _ => {}
             }
         }

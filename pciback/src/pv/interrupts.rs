@@ -143,7 +143,8 @@ impl GuestFunction {
         while let Some((_, pirq)) = vectors.entries.pop() {
             match self.hypervisor.unmap_pirq(self.domain, Pirq(pirq)) {
                 // Unmapped before, by an earlier life or with the domain.
-                Err(error) if matches!(error.errno(), Some(Errno::EINVAL | Errno::ESRCH | Errno::ENOENT)) => {}
+                Err(error) if matches!(error.errno(), Some(Errno::EINVAL | Errno::ESRCH | Errno::ENOENT)) => {
+                }
                 other => outcome = outcome.and(other.map_err(InterruptError::from)),
             }
             self.note(&vectors)?;
@@ -185,7 +186,9 @@ impl GuestFunction {
                 self.show_enable(mode, true);
                 Ok(entries)
             }
-            Err(InterruptError::Conflict { wanted, active }) => Err(InterruptError::Conflict { wanted, active }),
+            Err(InterruptError::Conflict { wanted, active }) => {
+                Err(InterruptError::Conflict { wanted, active })
+            }
             Err(first) => Err(match self.release() {
                 Ok(()) => first,
                 Err(second) => InterruptError::Both { first: Box::new(first), second: Box::new(second) },
@@ -260,23 +263,26 @@ pub(super) fn release_all(function: &mut GuestFunction) -> Result<()> {
     Ok(())
 }
 
-/// The pirqs that a function's image notes.
-pub(super) fn noted(function: &GuestFunction) -> Vec<u32> {
-    function.vectors().entries.iter().map(|(_, pirq)| *pirq).collect()
+/// The physical interrupts of the guest that are known to belong to a function.
+pub(super) fn known(function: &GuestFunction) -> Vec<u32> {
+    function.vectors().entries.iter().map(|(_, pirq)| *pirq).chain([function.line]).collect()
 }
 
-/// The entry that an earlier life was about to map when it was killed.
-pub(super) fn interrupted(function: &GuestFunction) -> Option<u16> {
-    function.vectors().pending
+/// Whether an earlier life was about to map a vector when it was killed.
+pub(super) fn interrupted(function: &GuestFunction) -> bool {
+    function.vectors().pending.is_some()
 }
+
+/// Pirqs below this are the ISA interrupts', above the second no guest has any: by default Xen gives a guest as many as
+/// there are interrupt lines, and 32 more.
+const PIRQS: std::ops::Range<u32> = 16..1024;
 
 /// Gives back a vector that an earlier life mapped but could not note.
 ///
-/// Xen hands out a domain's pirqs from the highest down, and does not tell which belongs to what. All pirqs of a PV
-/// guest's MSIs are ours, since it has one PCI device in xenstore; so those that no image notes are unmapped, from
-/// `highest` down to the GSIs.
-pub(super) fn unmap_unnoted(function: &mut GuestFunction, noted: &[u32], gsi_end: u32, highest: u32) -> Result<()> {
-    for pirq in (gsi_end..=highest).rev().filter(|pirq| !noted.contains(pirq)) {
+/// Xen chooses the number of a vector's pirq and does not tell later which belongs to what. All pirqs of a PV guest's
+/// functions are ours, since a guest has one PCI device in xenstore; so those that are not `known` are unmapped.
+pub(super) fn unmap_unknown(function: &mut GuestFunction, known: &[u32]) -> Result<()> {
+    for pirq in PIRQS.filter(|pirq| !known.contains(pirq)) {
         match function.hypervisor.unmap_pirq(function.domain, Pirq(pirq)) {
             Err(error) if matches!(error.errno(), Some(Errno::EINVAL | Errno::ESRCH | Errno::ENOENT)) => {}
             other => other?,

@@ -11,4 +11,4 @@ pub use function::{Demand, GuestFunction};
 pub use handshake::{Action, Handshake};
 pub use interrupts::InterruptError;
 pub use nodes::{FrontendView, NodeChange, RingPlace, XenbusState};
-pub use server::{Counters, Server, ServerReport, Taken};
+pub use server::{Counters, Server, ServerReport, ServerStuck, Taken};

@@ -194,7 +194,8 @@ fn parse_ring(
 
 /// A guest's text for the log: short and without control characters.
 fn shown(value: &[u8]) -> String {
-    let text: String = String::from_utf8_lossy(value).chars().take(24).flat_map(char::escape_default).collect();
+    let text: String =
+        String::from_utf8_lossy(value).chars().take(24).flat_map(char::escape_default).collect();
     format!("'{text}'")
 }
 
@@ -203,6 +204,13 @@ fn number(value: &[u8]) -> Option<u32> {
     let digits = value.strip_suffix(b"\0").unwrap_or(value);
     let plain = !digits.is_empty() && digits.len() <= 10 && digits.iter().all(u8::is_ascii_digit);
     plain.then(|| std::str::from_utf8(digits).ok()?.parse().ok()).flatten()
+}
+
+/// The backend directory that the guest's PCI device points to, when it is not ours: xen-pciback's, for example.
+pub fn foreign_backend(store: &dyn StoreOps, domain: DomId) -> Result<Option<String>> {
+    let path = format!("{}/backend", frontend_directory(domain));
+    let backend = store.read(&path)?.map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    Ok(backend.filter(|backend| !backend.is_empty() && *backend != backend_directory(domain)))
 }
 
 /// Reads the state our end was left in by an earlier life; `None` where there is no device.
@@ -214,7 +222,8 @@ pub fn read_backend_state(store: &dyn StoreOps, domain: DomId) -> Result<Option<
 /// Reads which functions our end was left with: index and state, by the device and function number the guest sees.
 pub fn read_backend_functions(store: &dyn StoreOps, domain: DomId) -> Result<Vec<(u32, u8, XenbusState)>> {
     let directory = backend_directory(domain);
-    let count = store.read(&format!("{directory}/{}", key::NUM_DEVS))?.as_deref().and_then(number).unwrap_or(0);
+    let count =
+        store.read(&format!("{directory}/{}", key::NUM_DEVS))?.as_deref().and_then(number).unwrap_or(0);
     let mut functions = Vec::new();
     for index in 0..count.min(256) {
         let Some(seen) = store.read(&format!("{directory}/vdev-{index}"))? else { continue };

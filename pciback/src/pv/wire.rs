@@ -207,7 +207,8 @@ pub mod frontend {
             let packed = page[word::MSIX_ENTRIES + index].load(Ordering::Relaxed);
             MsixEntry { vector: packed as u16, entry: (packed >> 16) as u16 }
         });
-        let (error, value) = (page[word::ERROR].load(Ordering::Relaxed), page[word::VALUE].load(Ordering::Relaxed));
+        let (error, value) =
+            (page[word::ERROR].load(Ordering::Relaxed), page[word::VALUE].load(Ordering::Relaxed));
         Some((error as i32, value, entries.collect()))
     }
 }

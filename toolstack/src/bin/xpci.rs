@@ -1,2 +1,70 @@
-//! xpci
-fn main() {}
+//! The command that people use: sends requests to xpcid and shows the answers.
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+use toolstack::cli::{Cli, render};
+use toolstack::client;
+use toolstack::outcome::Failure;
+use toolstack::protocol::{Envelope, Request};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let show_progress = !cli.json && std::io::stderr().is_terminal();
+    let mut code = 0;
+    for request in cli.command.requests() {
+        match answer(&cli.socket, request, cli.json, show_progress) {
+            Ok(()) => {}
+            Err(failure) => {
+                code = code.max(failure.code.exit_code());
+                if !cli.json {
+                    report(&failure);
+                }
+            }
+        }
+    }
+    ExitCode::from(code)
+}
+
+fn answer(
+    socket: &std::path::Path,
+    request: Request,
+    json: bool,
+    show_progress: bool,
+) -> Result<(), Failure> {
+    let name = request.name();
+    let mut progress = |text: &str| {
+        if show_progress {
+            say(&mut std::io::stderr(), &format!("{text} ...\n"));
+        }
+    };
+    let envelope = client::call(socket, request, &mut progress)
+        .unwrap_or_else(|failure| Envelope::done(1, name, Err(failure)));
+    if json {
+        let text = serde_json::to_string(&envelope).unwrap_or_default();
+        say(&mut std::io::stdout(), &format!("{text}\n"));
+    }
+    match (envelope.result, envelope.error) {
+        (_, Some(failure)) => Err(failure),
+        (Some(success), None) => {
+            if !json {
+                say(&mut std::io::stdout(), &render(&success));
+            }
+            Ok(())
+        }
+        (None, None) => Ok(()),
+    }
+}
+
+fn report(failure: &Failure) {
+    say(&mut std::io::stderr(), &format!("xpci: {}\n", failure.message));
+    if let Some(hint) = &failure.hint {
+        say(&mut std::io::stderr(), &format!("      {hint}\n"));
+    }
+}
+
+/// Prints; a reader that went away, as `head` does, is no error.
+fn say(to: &mut dyn Write, text: &str) {
+    let _ = to.write_all(text.as_bytes());
+}

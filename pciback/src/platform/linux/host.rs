@@ -1,0 +1,313 @@
+//! The host's PCI functions, as sysfs shows and takes them.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use nix::errno::Errno;
+
+use super::attributes::{
+    link_name, names, parse_address, parse_decimal, parse_hex, parse_resources, read_text,
+};
+use super::blocking::Blocking;
+use super::config::SysfsConfig;
+use crate::Sbdf;
+use crate::config::ConfigSpace;
+use crate::platform::{Cause, Host, HostFunction, PlatformError, Result};
+
+/// How long a write may take that only waits for another change of the same function.
+const QUICK: Duration = Duration::from_secs(5);
+/// The longest name of a kernel module, and so of a driver (`MODULE_NAME_LEN`).
+const LONGEST_DRIVER_NAME: usize = 56;
+/// What the kernel prints where a pointer is null.
+const NULL: &str = "(null)";
+
+/// The host's PCI functions through sysfs.
+pub struct LinuxHost {
+    root: PathBuf,
+    blocking: Blocking,
+    changing: Arc<Mutex<Changing>>,
+}
+
+/// Functions that a child process is changing, perhaps longer than anybody waits.
+#[derive(Default)]
+struct Changing {
+    children: HashMap<Sbdf, usize>,
+    /// The last `driver_override` seen: reading it waits for the change to end.
+    overrides: HashMap<Sbdf, Option<String>>,
+}
+
+impl Changing {
+    fn begin(&mut self, address: Sbdf) {
+        *self.children.entry(address).or_default() += 1;
+    }
+
+    fn end(&mut self, address: Sbdf) {
+        if let Some(children) = self.children.get_mut(&address) {
+            *children -= 1;
+            if *children == 0 {
+                self.children.remove(&address);
+            }
+        }
+    }
+}
+
+impl LinuxHost {
+    /// The functions below this sysfs, usually `/sys`. Writes are made in this process until `with_child` is called.
+    pub fn new(root: PathBuf) -> Self {
+        Self { root, blocking: Blocking { program: None }, changing: Arc::default() }
+    }
+
+    /// Makes writes that may block in children which run `program`; its `main` must begin with
+    /// [`run_if_child`](super::blocking::run_if_child).
+    pub fn with_child(mut self, program: PathBuf) -> Self {
+        self.blocking.program = Some(program);
+        self
+    }
+
+    fn devices(&self) -> PathBuf {
+        self.root.join("bus/pci/devices")
+    }
+
+    fn directory(&self, address: Sbdf) -> PathBuf {
+        self.devices().join(address.to_string())
+    }
+
+    /// A write in a child, during which attributes that wait for its end are not read.
+    fn change(
+        &self,
+        address: Sbdf,
+        path: &Path,
+        value: &str,
+        limit: Duration,
+    ) -> std::result::Result<(), Cause> {
+        self.changing().begin(address);
+        let changing = Arc::clone(&self.changing);
+        let finished = move || changing.lock().unwrap_or_else(PoisonError::into_inner).end(address);
+        self.blocking.write(path, value, limit, finished)
+    }
+
+    fn changing(&self) -> MutexGuard<'_, Changing> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The kernel shows `driver_override` under the lock that a reset or a probe of the function holds until its end.
+    fn driver_override(&self, address: Sbdf, directory: &Path) -> Result<Option<String>> {
+        {
+            let changing = self.changing();
+            if changing.children.contains_key(&address) {
+                return Ok(changing.overrides.get(&address).cloned().flatten());
+            }
+        }
+        let text = Attributes { directory, address }.text("driver_override")?;
+        let text = text.filter(|text| !text.is_empty() && text != NULL);
+        self.changing().overrides.insert(address, text.clone());
+        Ok(text)
+    }
+}
+
+/// The attributes of one function.
+struct Attributes<'a> {
+    directory: &'a Path,
+    address: Sbdf,
+}
+
+impl Attributes<'_> {
+    fn error(&self, name: &str, cause: Cause) -> PlatformError {
+        PlatformError::new("read", format!("{} of {}", name, self.address), cause)
+    }
+
+    fn text(&self, name: &str) -> Result<Option<String>> {
+        read_text(&self.directory.join(name)).map_err(|cause| self.error(name, cause))
+    }
+
+    /// An attribute that every function has; without it the function has just left.
+    fn required<T>(&self, name: &str, parse: impl Fn(&str) -> std::result::Result<T, Cause>) -> Result<T> {
+        let text = self.text(name)?.ok_or_else(|| self.error(name, Cause::Missing))?;
+        parse(&text).map_err(|cause| self.error(name, cause))
+    }
+
+    fn optional<T>(
+        &self,
+        name: &str,
+        parse: impl Fn(&str) -> std::result::Result<T, Cause>,
+    ) -> Result<Option<T>> {
+        self.text(name)?.map(|text| parse(&text).map_err(|cause| self.error(name, cause))).transpose()
+    }
+
+    fn hex16(&self, name: &str) -> Result<u16> {
+        self.required(name, |text| parse_hex(text, 0xffff).map(|value| value as u16))
+    }
+
+    fn link(&self, name: &str) -> Result<Option<String>> {
+        link_name(&self.directory.join(name)).map_err(|cause| self.error(name, cause))
+    }
+
+    fn linked_address(&self, name: &str) -> Result<Option<Sbdf>> {
+        let name_of = self.link(name)?;
+        name_of.map(|text| parse_address(&text).map_err(|cause| self.error(name, cause))).transpose()
+    }
+
+    fn names(&self, path: &Path) -> Result<Vec<String>> {
+        names(path)
+            .map(Option::unwrap_or_default)
+            .map_err(|cause| PlatformError::new("list", path.display(), cause))
+    }
+
+    /// The VFs in order. The kernel sets the links without the lock under which `sriov_numvfs` is shown.
+    fn virtual_functions(&self, total: u16) -> Result<Vec<Sbdf>> {
+        let mut functions = Vec::new();
+        for index in 0..total {
+            match self.linked_address(&format!("virtfn{index}"))? {
+                Some(address) => functions.push(address),
+                None => break,
+            }
+        }
+        Ok(functions)
+    }
+
+    /// Network interfaces, also those that hang on the function's virtio device.
+    fn interfaces(&self) -> Result<Vec<String>> {
+        let mut interfaces = self.names(&self.directory.join("net"))?;
+        for name in self.names(self.directory)? {
+            if name.starts_with("virtio") {
+                interfaces.extend(self.names(&self.directory.join(name).join("net"))?);
+            }
+        }
+        Ok(interfaces)
+    }
+}
+
+/// Turns what only says that a file is missing into "the function is missing".
+fn missing(action: &'static str, address: Sbdf) -> impl Fn(Cause) -> PlatformError {
+    move |cause| match cause {
+        Cause::Os(Errno::ENODEV | Errno::ENXIO) => PlatformError::new(action, address, Cause::Missing),
+        cause => PlatformError::new(action, address, cause),
+    }
+}
+
+impl Host for LinuxHost {
+    fn functions(&self) -> Result<Vec<Sbdf>> {
+        let path = self.devices();
+        let names = names(&path)
+            .and_then(|names| names.ok_or(Cause::Missing))
+            .map_err(|cause| PlatformError::new("list the functions in", path.display(), cause))?;
+        // A segment above ffff (Intel VMD) has a name that is no address: Xen cannot assign such a function.
+        let mut functions: Vec<Sbdf> = names.iter().filter_map(|name| name.parse().ok()).collect();
+        functions.sort_unstable();
+        Ok(functions)
+    }
+
+    fn function(&self, address: Sbdf) -> Result<HostFunction> {
+        let directory = self.directory(address);
+        if !directory.exists() {
+            return Err(PlatformError::new("read", address, Cause::Missing));
+        }
+        let attributes = Attributes { directory: &directory, address };
+        let total_vfs = attributes.optional("sriov_totalvfs", parse_decimal)?.unwrap_or(0);
+        let virtual_functions = attributes.virtual_functions(total_vfs)?;
+        let node: Option<i32> = attributes.optional("numa_node", parse_decimal)?;
+        let reset_methods = attributes.text("reset_method")?.unwrap_or_default();
+        Ok(HostFunction {
+            address,
+            vendor: attributes.hex16("vendor")?,
+            device: attributes.hex16("device")?,
+            subsystem_vendor: attributes.hex16("subsystem_vendor")?,
+            subsystem: attributes.hex16("subsystem_device")?,
+            class: attributes.required("class", |text| parse_hex(text, 0xff_ffff))? as u32,
+            revision: attributes.required("revision", |text| parse_hex(text, 0xff))? as u8,
+            resources: attributes.required("resource", parse_resources)?,
+            driver: attributes.link("driver")?,
+            driver_override: self.driver_override(address, &directory)?,
+            irq: attributes.optional("irq", parse_decimal)?.unwrap_or(0),
+            physical_function: attributes.linked_address("physfn")?,
+            total_vfs,
+            num_vfs: virtual_functions.len() as u16,
+            virtual_functions,
+            numa_node: node.and_then(|node| u32::try_from(node).ok()),
+            reset_methods: reset_methods.split_ascii_whitespace().map(str::to_owned).collect(),
+            interfaces: attributes.interfaces()?,
+        })
+    }
+
+    fn config(&self, address: Sbdf) -> Result<Box<dyn ConfigSpace>> {
+        match SysfsConfig::open(&self.directory(address).join("config")) {
+            Ok(config) => Ok(Box::new(config)),
+            Err(error) => Err(missing("open the config space of", address)(error.into())),
+        }
+    }
+
+    fn drivers(&self) -> Result<Vec<String>> {
+        let path = self.root.join("bus/pci/drivers");
+        names(&path)
+            .and_then(|names| names.ok_or(Cause::Missing))
+            .map_err(|cause| PlatformError::new("list the drivers in", path.display(), cause))
+    }
+
+    fn set_driver_override(&self, address: Sbdf, driver: Option<&str>) -> Result<()> {
+        let error = missing("set the driver override of", address);
+        let valid = |name: &str| {
+            (1..=LONGEST_DRIVER_NAME).contains(&name.len())
+                && name.bytes().all(|byte| byte.is_ascii_graphic())
+        };
+        if driver.is_some_and(|name| !valid(name) || name == NULL) {
+            return Err(error(Cause::Malformed("not the name of a driver".into())));
+        }
+        let path = self.directory(address).join("driver_override");
+        // An empty line clears it.
+        let value = format!("{}\n", driver.unwrap_or_default());
+        self.change(address, &path, &value, QUICK).map_err(error)?;
+        self.changing().overrides.insert(address, driver.map(str::to_owned));
+        Ok(())
+    }
+
+    fn unbind(&self, address: Sbdf, limit: Duration) -> Result<()> {
+        let directory = self.directory(address);
+        if !directory.exists() {
+            return Err(PlatformError::new("unbind", address, Cause::Missing));
+        }
+        let path = directory.join("driver/unbind");
+        match self.change(address, &path, &address.to_string(), limit) {
+            // Without a driver there is no such file; ENODEV: it lost its driver meanwhile.
+            Ok(()) | Err(Cause::Missing | Cause::Os(Errno::ENODEV)) => Ok(()),
+            Err(cause) => Err(PlatformError::new("unbind", address, cause)),
+        }
+    }
+
+    fn probe(&self, address: Sbdf, limit: Duration) -> Result<()> {
+        let path = self.root.join("bus/pci/drivers_probe");
+        match self.change(address, &path, &address.to_string(), limit) {
+            // The kernel's answer where no driver wants the function: a probe without effect, not a failure.
+            Err(Cause::Os(Errno::EINVAL)) if self.directory(address).exists() => Ok(()),
+            result => result.map_err(missing("probe drivers for", address)),
+        }
+    }
+
+    fn reset(&self, address: Sbdf, limit: Duration) -> Result<()> {
+        let directory = self.directory(address);
+        match self.change(address, &directory.join("reset"), "1", limit) {
+            Err(Cause::Missing) if directory.exists() => {
+                let text = "Linux knows no way to reset this function alone; choose another function or reset its bus";
+                Err(PlatformError::new("reset", address, Cause::Unavailable(text.into())))
+            }
+            result => result.map_err(|cause| PlatformError::new("reset", address, cause)),
+        }
+    }
+
+    fn set_num_vfs(&self, physical_function: Sbdf, count: u16, limit: Duration) -> Result<()> {
+        let path = self.directory(physical_function).join("sriov_numvfs");
+        self.change(physical_function, &path, &count.to_string(), limit)
+            .map_err(|cause| PlatformError::new("set the number of VFs of", physical_function, cause))
+    }
+
+    fn set_vf_autoprobe(&self, physical_function: Sbdf, enabled: bool) -> Result<()> {
+        let path = self.directory(physical_function).join("sriov_drivers_autoprobe");
+        self.change(physical_function, &path, if enabled { "1" } else { "0" }, QUICK)
+            .map_err(missing("set the automatic probing of the VFs of", physical_function))
+    }
+}
+
+#[cfg(test)]
+#[path = "host_tests.rs"]
+mod tests;

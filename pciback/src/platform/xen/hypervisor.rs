@@ -1,0 +1,290 @@
+//! Device assignment, permissions and interrupts through libxenctrl and libxencall.
+//!
+//! All functions of libxenctrl used here answer 0, or -1 with `errno`. Both libraries may be used from several threads:
+//! without the `NON_REENTRANT` flag they lock their cache of hypercall buffers, and their last error is per thread.
+
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use super::bindings::{
+    Libraries, PHYSDEVOP_pci_device_add, PHYSDEVOP_pci_device_remove, PHYSDEVOP_prepare_msix,
+    PHYSDEVOP_release_msix, PHYSDEVOP_restore_msi_ext, XEN_INVALID_DEV, XENVER_version, physdev_pci_device,
+    xc_interface,
+};
+use super::physdev::{DeviceAdd, PhysDev};
+use crate::platform::hypervisor::DeviceReport;
+use crate::platform::{Hypervisor, MsiSource, Pirq, PlatformError, Result};
+use crate::{DomId, Sbdf};
+
+/// `DOMID_INVALID` of `xen.h`: asks whether a function could be assigned to any domain.
+const DOMID_INVALID: u32 = 0x7ff4;
+
+/// The running hypervisor.
+pub struct XenHypervisor {
+    physdev: PhysDev,
+    handle: NonNull<xc_interface>,
+    libraries: Arc<Libraries>,
+    version: (u32, u32),
+}
+
+// SAFETY: libxenctrl's handle is not bound to a thread.
+unsafe impl Send for XenHypervisor {}
+// SAFETY: libxenctrl is reentrant unless told otherwise when it is opened.
+unsafe impl Sync for XenHypervisor {}
+
+/// The answer of a function that returns 0, or -1 with `errno`.
+pub(super) fn check(answer: i32) -> std::result::Result<i32, Errno> {
+    if answer < 0 { Err(Errno::last()) } else { Ok(answer) }
+}
+
+/// Whether `allow` is told to Xen as granting or revoking.
+const fn verb(allow: bool) -> &'static str {
+    if allow { "allow" } else { "forbid" }
+}
+
+impl XenHypervisor {
+    /// Opens the hypercall interface.
+    pub fn open(libraries: &Arc<Libraries>) -> Result<Self> {
+        let physdev = PhysDev::open(libraries)?;
+        // SAFETY: the logger is a static, and 0 are valid flags.
+        let opened = unsafe { libraries.ctrl.xc_interface_open(libraries.logger, libraries.logger, 0) };
+        let handle = NonNull::new(opened)
+            .ok_or_else(|| PlatformError::new("open", "Xen's control interface", Errno::last()))?;
+        let mut xen = Self { physdev, handle, libraries: Arc::clone(libraries), version: (0, 0) };
+        // SAFETY: the handle is open, and this command takes no argument.
+        let answer =
+            unsafe { libraries.ctrl.xc_version(xen.handle(), XENVER_version as i32, ptr::null_mut()) };
+        let packed =
+            check(answer).map_err(|errno| PlatformError::new("read the version of", "Xen", errno))?;
+        xen.version = (packed as u32 >> 16, packed as u32 & 0xffff);
+        Ok(xen)
+    }
+
+    fn handle(&self) -> *mut xc_interface {
+        self.handle.as_ptr()
+    }
+
+    fn irq_permission(&self, domain: DomId, gsi: u32, allow: bool) -> std::result::Result<i32, Errno> {
+        // SAFETY: the handle is open; the other arguments are numbers.
+        check(unsafe {
+            self.libraries.ctrl.xc_domain_irq_permission(self.handle(), u32::from(domain.0), gsi, allow)
+        })
+    }
+
+    fn unmap(&self, domain: DomId, pirq: Pirq) -> std::result::Result<i32, Errno> {
+        let Ok(number) = i32::try_from(pirq.0) else { return Err(Errno::EINVAL) };
+        // SAFETY: the handle is open; the other arguments are numbers.
+        check(unsafe {
+            self.libraries.ctrl.xc_physdev_unmap_pirq(self.handle(), u32::from(domain.0), number)
+        })
+    }
+}
+
+impl Drop for XenHypervisor {
+    fn drop(&mut self) {
+        // SAFETY: the handle is open, and nobody uses it any more.
+        let answer = unsafe { self.libraries.ctrl.xc_interface_close(self.handle()) };
+        if let Err(errno) = check(answer) {
+            log::error!("close Xen's control interface: {errno}");
+        }
+    }
+}
+
+fn device(address: Sbdf) -> physdev_pci_device {
+    physdev_pci_device { seg: address.segment(), bus: address.bus(), devfn: address.devfn() }
+}
+
+impl Hypervisor for XenHypervisor {
+    fn version(&self) -> (u32, u32) {
+        self.version
+    }
+
+    fn device_known(&self, address: Sbdf) -> Result<bool> {
+        let (mut devices, mut nodes) = ([device(address)], [0u32]);
+        // SAFETY: the handle is open, and both arrays have the one element that is announced.
+        let answer = unsafe {
+            self.libraries.ctrl.xc_pcitopoinfo(self.handle(), 1, devices.as_mut_ptr(), nodes.as_mut_ptr())
+        };
+        check(answer).map_err(|errno| PlatformError::new("look up", format!("{address} in Xen"), errno))?;
+        Ok(nodes[0] != XEN_INVALID_DEV as u32)
+    }
+
+    fn device_add(&self, address: Sbdf, report: DeviceReport) -> Result<()> {
+        self.physdev
+            .call(PHYSDEVOP_pci_device_add, DeviceAdd::new(address, report))
+            .map_err(|errno| PlatformError::new("report", format!("{address} to Xen"), errno))
+    }
+
+    fn device_remove(&self, address: Sbdf) -> Result<()> {
+        self.physdev
+            .call(PHYSDEVOP_pci_device_remove, device(address))
+            .map_err(|errno| PlatformError::new("withdraw", format!("{address} from Xen"), errno))
+    }
+
+    fn assign(&self, domain: DomId, address: Sbdf) -> Result<()> {
+        // SAFETY: the handle is open; the other arguments are numbers.
+        let answer = unsafe {
+            self.libraries.ctrl.xc_assign_device(self.handle(), u32::from(domain.0), address.packed(), 0)
+        };
+        check(answer)
+            .map(drop)
+            .map_err(|errno| PlatformError::new("assign", format!("{address} to domain {domain}"), errno))
+    }
+
+    fn deassign(&self, domain: DomId, address: Sbdf) -> Result<()> {
+        // SAFETY: the handle is open; the other arguments are numbers.
+        let answer = unsafe {
+            self.libraries.ctrl.xc_deassign_device(self.handle(), u32::from(domain.0), address.packed())
+        };
+        check(answer)
+            .map(drop)
+            .map_err(|errno| PlatformError::new("deassign", format!("{address} from domain {domain}"), errno))
+    }
+
+    fn assignable(&self, address: Sbdf) -> Result<bool> {
+        // SAFETY: the handle is open; the other arguments are numbers.
+        let answer = unsafe {
+            self.libraries.ctrl.xc_test_assign_device(self.handle(), DOMID_INVALID, address.packed())
+        };
+        match check(answer) {
+            Ok(_) => Ok(true),
+            // Xen's one answer for "a guest has it" and "unknown".
+            Err(Errno::EINVAL) => Ok(false),
+            Err(errno) => Err(PlatformError::new("test the assignment of", address, errno)),
+        }
+    }
+
+    fn prepare_msix(&self, address: Sbdf) -> Result<bool> {
+        match self.physdev.call(PHYSDEVOP_prepare_msix, device(address)) {
+            Ok(()) => Ok(true),
+            Err(Errno::EBUSY) => Ok(false),
+            Err(errno) => Err(PlatformError::new("prepare the MSI-X table of", address, errno)),
+        }
+    }
+
+    fn release_msix(&self, address: Sbdf) -> Result<()> {
+        self.physdev
+            .call(PHYSDEVOP_release_msix, device(address))
+            .map_err(|errno| PlatformError::new("release the MSI-X table of", address, errno))
+    }
+
+    fn restore_msi(&self, address: Sbdf) -> Result<()> {
+        self.physdev
+            .call(PHYSDEVOP_restore_msi_ext, device(address))
+            .map_err(|errno| PlatformError::new("restore the interrupts of", address, errno))
+    }
+
+    fn iomem_permission(&self, domain: DomId, first: u64, frames: u64, allow: bool) -> Result<()> {
+        // SAFETY: the handle is open; the other arguments are numbers.
+        let answer = unsafe {
+            self.libraries.ctrl.xc_domain_iomem_permission(
+                self.handle(),
+                u32::from(domain.0),
+                first,
+                frames,
+                allow.into(),
+            )
+        };
+        check(answer).map(drop).map_err(|errno| {
+            PlatformError::new(
+                verb(allow),
+                format!("domain {domain} the {frames} page frames from {first:#x} on"),
+                errno,
+            )
+        })
+    }
+
+    fn ioport_permission(&self, domain: DomId, first: u32, count: u32, allow: bool) -> Result<()> {
+        // SAFETY: the handle is open; the other arguments are numbers.
+        let answer = unsafe {
+            self.libraries.ctrl.xc_domain_ioport_permission(
+                self.handle(),
+                u32::from(domain.0),
+                first,
+                count,
+                allow.into(),
+            )
+        };
+        check(answer).map(drop).map_err(|errno| {
+            PlatformError::new(
+                verb(allow),
+                format!("domain {domain} the {count} I/O ports from {first:#x} on"),
+                errno,
+            )
+        })
+    }
+
+    fn map_msi(&self, domain: DomId, address: Sbdf, source: MsiSource) -> Result<Pirq> {
+        let (entry, table, what) = match source {
+            MsiSource::Msi => (0, 0, "MSI".to_owned()),
+            MsiSource::MsiX { entry, table } => (entry, table, format!("MSI-X entry {entry}")),
+        };
+        let bus = i32::from(address.bus()) | i32::from(address.segment()) << 16;
+        // -1 in: Xen chooses a free number of the domain.
+        let mut pirq = -1;
+        // SAFETY: the handle is open, and `pirq` lives as long as the call.
+        let answer = unsafe {
+            self.libraries.ctrl.xc_physdev_map_pirq_msi(
+                self.handle(),
+                u32::from(domain.0),
+                -1,
+                &raw mut pirq,
+                address.devfn().into(),
+                bus,
+                entry.into(),
+                table,
+            )
+        };
+        let subject = || format!("{what} of {address} to domain {domain}");
+        check(answer).map_err(|errno| PlatformError::new("map", subject(), errno))?;
+        u32::try_from(pirq).map(Pirq).map_err(|_| PlatformError::new("map", subject(), Errno::ERANGE))
+    }
+
+    fn map_gsi(&self, domain: DomId, gsi: u32) -> Result<Pirq> {
+        let error =
+            |errno| PlatformError::new("map", format!("interrupt line {gsi} to domain {domain}"), errno);
+        let index = i32::try_from(gsi).map_err(|_| error(Errno::EINVAL))?;
+        let mut pirq = index;
+        // SAFETY: the handle is open, and `pirq` lives as long as the call.
+        check(unsafe {
+            self.libraries.ctrl.xc_physdev_map_pirq(self.handle(), u32::from(domain.0), index, &raw mut pirq)
+        })
+        .map_err(error)?;
+        let pirq = Pirq(u32::try_from(pirq).map_err(|_| error(Errno::ERANGE))?);
+        // The permission names the line by dom0's number for it, which for a line is the GSI.
+        if let Err(errno) = self.irq_permission(domain, gsi, true) {
+            if let Err(second) = self.unmap(domain, pirq) {
+                log::error!("undo mapping interrupt line {gsi} to domain {domain}: {second}");
+            }
+            return Err(PlatformError::new(
+                "allow",
+                format!("domain {domain} the interrupt line {gsi}"),
+                errno,
+            ));
+        }
+        Ok(pirq)
+    }
+
+    fn unmap_gsi(&self, domain: DomId, gsi: u32, pirq: Pirq) -> Result<()> {
+        // Both are tried, so that a failure leaves as little behind as possible.
+        let forbidden = self.irq_permission(domain, gsi, false);
+        let unmapped = self.unmap(domain, pirq);
+        if let (Err(_), Err(second)) = (&forbidden, &unmapped) {
+            log::error!("unmap interrupt {} from domain {domain}: {second}", pirq.0);
+        }
+        forbidden.map_err(|errno| {
+            PlatformError::new("forbid", format!("domain {domain} the interrupt line {gsi}"), errno)
+        })?;
+        unmapped.map(drop).map_err(|errno| {
+            PlatformError::new("unmap", format!("interrupt {} from domain {domain}", pirq.0), errno)
+        })
+    }
+
+    fn unmap_pirq(&self, domain: DomId, pirq: Pirq) -> Result<()> {
+        self.unmap(domain, pirq).map(drop).map_err(|errno| {
+            PlatformError::new("unmap", format!("interrupt {} from domain {domain}", pirq.0), errno)
+        })
+    }
+}

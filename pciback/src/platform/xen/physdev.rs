@@ -1,0 +1,138 @@
+//! Hypercalls about physical devices that libxenctrl has no function for.
+
+use std::mem::offset_of;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use super::bindings::{
+    __HYPERVISOR_physdev_op, Libraries, XEN_PCI_DEV_EXTFN, XEN_PCI_DEV_PXM, XEN_PCI_DEV_VIRTFN,
+    physdev_pci_device, physdev_pci_device_add, xencall_handle,
+};
+use super::hypervisor::check;
+use crate::Sbdf;
+use crate::platform::hypervisor::DeviceReport;
+use crate::platform::{PlatformError, Result};
+
+/// libxencall's handle. The library locks its cache of buffers itself, and a call is one `ioctl`.
+pub struct PhysDev {
+    handle: NonNull<xencall_handle>,
+    libraries: Arc<Libraries>,
+}
+
+/// An argument of a physdev hypercall: a plain C structure that Xen reads.
+///
+/// # Safety
+/// The implementing type must be the structure that Xen expects for the commands it is used with, or start with it.
+pub unsafe trait Argument: Copy {}
+
+// SAFETY: the structure of commands 26, 27, 30 and 31.
+unsafe impl Argument for physdev_pci_device {}
+
+/// The argument of command 25 with its one optional value, the proximity domain.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct DeviceAdd {
+    segment: u16,
+    bus: u8,
+    devfn: u8,
+    flags: u32,
+    physical_bus: u8,
+    physical_devfn: u8,
+    proximity: [u32; 1],
+}
+
+const _: () = {
+    assert!(offset_of!(DeviceAdd, flags) == offset_of!(physdev_pci_device_add, flags));
+    assert!(offset_of!(DeviceAdd, physical_bus) == offset_of!(physdev_pci_device_add, physfn));
+    assert!(offset_of!(DeviceAdd, proximity) == offset_of!(physdev_pci_device_add, optarr));
+};
+
+// SAFETY: it is laid out as the structure of command 25, as checked above.
+unsafe impl Argument for DeviceAdd {}
+
+impl DeviceAdd {
+    pub fn new(address: Sbdf, report: DeviceReport) -> Self {
+        let mut flags = 0;
+        if report.extended {
+            flags |= XEN_PCI_DEV_EXTFN;
+        }
+        if report.physical_function.is_some() {
+            flags |= XEN_PCI_DEV_VIRTFN;
+        }
+        if report.proximity.is_some() {
+            flags |= XEN_PCI_DEV_PXM;
+        }
+        Self {
+            segment: address.segment(),
+            bus: address.bus(),
+            devfn: address.devfn(),
+            flags,
+            physical_bus: report.physical_function.map_or(0, Sbdf::bus),
+            physical_devfn: report.physical_function.map_or(0, Sbdf::devfn),
+            proximity: [report.proximity.unwrap_or(0)],
+        }
+    }
+}
+
+// SAFETY: libxencall's handle is not bound to a thread.
+unsafe impl Send for PhysDev {}
+// SAFETY: libxencall is reentrant unless told otherwise when it is opened.
+unsafe impl Sync for PhysDev {}
+
+impl PhysDev {
+    pub fn open(libraries: &Arc<Libraries>) -> Result<Self> {
+        // SAFETY: the logger is a static, and 0 are valid flags.
+        let opened = unsafe { libraries.call.xencall_open(libraries.logger, 0) };
+        let handle = NonNull::new(opened)
+            .ok_or_else(|| PlatformError::new("open", "Xen's hypercall interface", Errno::last()))?;
+        Ok(Self { handle, libraries: Arc::clone(libraries) })
+    }
+
+    /// One physdev hypercall.
+    pub fn call<A: Argument>(&self, command: u32, argument: A) -> std::result::Result<(), Errno> {
+        let call = &self.libraries.call;
+        let handle = self.handle.as_ptr();
+        // SAFETY: the handle is open.
+        let buffer = unsafe { call.xencall_alloc_buffer(handle, size_of::<A>()) }.cast::<A>();
+        if buffer.is_null() {
+            return Err(Errno::last());
+        }
+        // SAFETY: the buffer is page-aligned and has room for one `A`.
+        unsafe { buffer.write(argument) };
+        // SAFETY: the command reads the structure at this address, which is as `Argument` promises.
+        let answer = unsafe { call.xencall2(handle, __HYPERVISOR_physdev_op, command.into(), buffer as u64) };
+        let result = check(answer).map(drop);
+        // SAFETY: the buffer is of this handle, and Xen keeps no reference to it.
+        unsafe { call.xencall_free_buffer(handle, buffer.cast()) };
+        result
+    }
+}
+
+impl Drop for PhysDev {
+    fn drop(&mut self) {
+        // SAFETY: the handle is open, and nobody uses it any more.
+        let answer = unsafe { self.libraries.call.xencall_close(self.handle.as_ptr()) };
+        if let Err(errno) = check(answer) {
+            log::error!("close Xen's hypercall interface: {errno}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vf_is_reported_with_its_pf_and_node() {
+        let report = DeviceReport {
+            extended: false,
+            physical_function: Some(Sbdf::from_devfn(0, 1, 0)),
+            proximity: Some(3),
+        };
+        let add = DeviceAdd::new(Sbdf::from_devfn(2, 1, 0x80), report);
+        assert_eq!((add.segment, add.bus, add.devfn, add.flags), (2, 1, 0x80, 6));
+        assert_eq!((add.physical_bus, add.physical_devfn, add.proximity), (1, 0, [3]));
+    }
+}

@@ -1,0 +1,369 @@
+//! The thread that serves one connected guest.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use log::{error, warn};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::function::{Demand, GuestFunction};
+use super::interrupts::{self, InterruptError};
+use super::wire::{self, Command, Op, OpAnswer, WireError};
+use crate::platform::{PlatformError, Ring};
+use crate::{DomId, Sbdf};
+
+/// How long the thread looks at the page after an answer before it sleeps: a guest that reads one register usually reads
+/// the next, and waking up costs more than the access.
+const SPIN: Duration = Duration::from_micros(50);
+/// How long the engine waits for the thread. An access takes microseconds, one to a function that the kernel resets up to a
+/// minute.
+const STUCK: Duration = Duration::from_secs(2);
+/// A guest that asks for nonsense gets a line in the log at most this often.
+const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
+
+/// What the thread tells the engine.
+#[derive(Debug)]
+pub enum ServerReport {
+    /// The guest asked for a function level reset; [`Server::reset_ended`] is awaited.
+    ResetWanted(Sbdf),
+    /// The function answers no more.
+    Vanished(Sbdf),
+    /// The function's interrupts could not be put back after its reset.
+    RestoreFailed(Sbdf, String),
+    /// The guest cannot be served any more.
+    Failed(String),
+}
+
+/// The thread did not obey in time: it hangs in a config access that the kernel does not finish.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("its serving thread hangs in a config access")]
+pub struct ServerStuck;
+
+/// What a function that was taken from the thread looked like in the end.
+pub struct Taken {
+    /// The function, quiesced; dropping it closes its image and its config space.
+    pub function: Box<GuestFunction>,
+    /// Whether bus mastering and interrupts are off.
+    pub quiesced: Result<(), InterruptError>,
+}
+
+/// How much a thread has done.
+#[derive(Debug, Default)]
+pub struct Counters {
+    requests: AtomicU64,
+    errors: AtomicU64,
+}
+
+impl Counters {
+    /// Requests answered.
+    pub fn requests(&self) -> u64 {
+        self.requests.load(Ordering::Relaxed)
+    }
+
+    /// Those of them answered with an error.
+    pub fn errors(&self) -> u64 {
+        self.errors.load(Ordering::Relaxed)
+    }
+}
+
+enum Order {
+    Add(u8, Box<GuestFunction>),
+    Take(u8, mpsc::Sender<Taken>),
+    ResetEnded(u8, bool),
+    /// Stops; the functions come back as they are.
+    Stop(mpsc::Sender<BTreeMap<u8, Box<GuestFunction>>>),
+}
+
+/// A running thread, as the engine holds it.
+pub struct Server {
+    orders: mpsc::Sender<Order>,
+    wake: Arc<EventFd>,
+    counters: Arc<Counters>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Starts serving. Reports go to `report`, which must not block.
+    pub fn start(
+        domain: DomId,
+        ring: Box<dyn Ring>,
+        functions: BTreeMap<u8, Box<GuestFunction>>,
+        counters: Arc<Counters>,
+        report: Box<dyn Fn(ServerReport) + Send>,
+    ) -> std::io::Result<Self> {
+        let wake =
+            Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
+        let (sender, orders) = mpsc::channel();
+        let mut serving = Serving {
+            domain,
+            ring,
+            functions,
+            counters: Arc::clone(&counters),
+            report,
+            complaints: Complaints::default(),
+        };
+        let thread_wake = Arc::clone(&wake);
+        let thread = thread::Builder::new()
+            .name(format!("guest {domain}"))
+            .spawn(move || serving.run(&orders, thread_wake.as_ref().as_fd()))?;
+        Ok(Self { orders: sender, wake, counters, thread: Some(thread) })
+    }
+
+    fn order(&self, order: Order) {
+        if self.orders.send(order).is_ok() {
+            match self.wake.write(1) {
+                // EAGAIN: it is as awake as can be.
+                Ok(_) | Err(Errno::EAGAIN) => {}
+                Err(errno) => error!("wake a serving thread: {errno}"),
+            }
+        }
+    }
+
+    /// Serves one more function.
+    pub fn add(&self, devfn: u8, function: Box<GuestFunction>) {
+        self.order(Order::Add(devfn, function));
+    }
+
+    /// Takes a function out and quiesces it; `Ok(None)` when the thread does not have it. `Err`: the thread hangs in an access.
+    pub fn take(&self, devfn: u8) -> Result<Option<Taken>, ServerStuck> {
+        let (sender, taken) = mpsc::channel();
+        self.order(Order::Take(devfn, sender));
+        match taken.recv_timeout(STUCK) {
+            Ok(taken) => Ok(Some(taken)),
+            Err(mpsc::RecvTimeoutError::Disconnected) => Ok(None),
+            Err(mpsc::RecvTimeoutError::Timeout) => Err(ServerStuck),
+        }
+    }
+
+    /// The reset that a guest asked for has ended; unless `verified` the function reads all ones from now on.
+    pub fn reset_ended(&self, devfn: u8, verified: bool) {
+        self.order(Order::ResetEnded(devfn, verified));
+    }
+
+    /// Stops and gives the functions back, untouched: they can be served again. `Err`: the thread hangs in an access, and
+    /// stops when that ends.
+    pub fn stop(mut self) -> Result<BTreeMap<u8, Box<GuestFunction>>, ServerStuck> {
+        let (sender, functions) = mpsc::channel();
+        self.order(Order::Stop(sender));
+        let functions = match functions.recv_timeout(STUCK) {
+            Err(mpsc::RecvTimeoutError::Timeout) => return Err(ServerStuck),
+            answered => answered.unwrap_or_default(),
+        };
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            error!("a serving thread panicked");
+        }
+        Ok(functions)
+    }
+
+    /// How much it has done.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.counters
+    }
+}
+
+struct Serving {
+    domain: DomId,
+    ring: Box<dyn Ring>,
+    functions: BTreeMap<u8, Box<GuestFunction>>,
+    counters: Arc<Counters>,
+    report: Box<dyn Fn(ServerReport) + Send>,
+    complaints: Complaints,
+}
+
+impl Serving {
+    fn run(&mut self, orders: &mpsc::Receiver<Order>, wake: BorrowedFd<'_>) {
+        self.recover_interrupted();
+        // A request may have waited since before the ring was connected.
+        self.serve_while_busy();
+        loop {
+            if let Some(stop) = self.take_orders(orders) {
+                // The engine may have stopped waiting.
+                let _ = stop.send(std::mem::take(&mut self.functions));
+                return;
+            }
+            match self.wait(wake) {
+                Ok(()) => {}
+                Err(error) => {
+                    (self.report)(ServerReport::Failed(error.to_string()));
+                    return self.idle(orders);
+                }
+            }
+            self.serve_while_busy();
+        }
+    }
+
+    /// Keeps the functions for the engine to take, when the ring is of no use any more.
+    fn idle(&mut self, orders: &mpsc::Receiver<Order>) {
+        while let Ok(order) = orders.recv() {
+            if let Some(stop) = self.obey(order) {
+                let _ = stop.send(std::mem::take(&mut self.functions));
+                return;
+            }
+        }
+    }
+
+    fn wait(&mut self, wake: BorrowedFd<'_>) -> Result<(), PlatformError> {
+        {
+            let mut fds =
+                [PollFd::new(self.ring.event_fd(), PollFlags::POLLIN), PollFd::new(wake, PollFlags::POLLIN)];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => {
+                    return Err(PlatformError::new("wait for an event of domain", self.domain, errno));
+                }
+            }
+            if fds[1].revents().is_some_and(|events| !events.is_empty()) {
+                // Emptied before the orders are taken: one that comes in between wakes again.
+                let mut count = [0u8; 8];
+                let _ = nix::unistd::read(wake, &mut count);
+            }
+        }
+        while self.ring.take_event()? {}
+        Ok(())
+    }
+
+    /// Answers requests until none has come for a moment.
+    fn serve_while_busy(&mut self) {
+        let mut last = Instant::now();
+        loop {
+            if let Some(op) = wire::take_request(self.ring.page()) {
+                self.serve(&op);
+                last = Instant::now();
+            } else if last.elapsed() >= SPIN {
+                return;
+            } else {
+                std::hint::spin_loop();
+            }
+        }
+    }
+
+    fn serve(&mut self, op: &Op) {
+        let devfn = u8::try_from(op.devfn).ok().filter(|_| op.domain == 0 && op.bus == 0);
+        let mut demand = None;
+        let mut address = None;
+        let answer = match devfn.and_then(|devfn| self.functions.get_mut(&devfn)) {
+            Some(function) => {
+                address = Some(function.address());
+                let (answer, wanted) = function.execute(op);
+                demand = wanted;
+                answer
+            }
+            None => OpAnswer::failed(WireError::NoDevice),
+        };
+        wire::put_answer(self.ring.page(), &answer);
+        if let Err(error) = self.ring.notify() {
+            warn!("domain {}: {error}", self.domain);
+        }
+        if let Some(function) = devfn.and_then(|devfn| self.functions.get_mut(&devfn)) {
+            function.sent(op);
+        }
+        self.counters.requests.fetch_add(1, Ordering::Relaxed);
+        if answer.error != WireError::Success {
+            self.counters.errors.fetch_add(1, Ordering::Relaxed);
+            self.complain(op, answer.error);
+        }
+        match (demand, address) {
+            (Some(Demand::Reset), Some(address)) => (self.report)(ServerReport::ResetWanted(address)),
+            (Some(Demand::Vanished), Some(address)) => (self.report)(ServerReport::Vanished(address)),
+            _ => {}
+        }
+    }
+
+    fn complain(&mut self, op: &Op, error: WireError) {
+        // A bus scan asks for every device number: that is how guests find out which are there.
+        if error == WireError::NoDevice && op.command == Command::CONF_READ {
+            return;
+        }
+        if let Some(unsaid) = self.complaints.may_say() {
+            let (command, devfn, offset, size) = (op.command.0, op.devfn, op.offset, op.size);
+            warn!(
+                "domain {}: request {command} on {:x}:{:x}:{devfn:x} at {offset:#x}, {size} bytes: {error:?}; {unsaid} more of its \
+                 requests failed since the last such line",
+                self.domain, op.domain, op.bus
+            );
+        }
+    }
+
+    fn take_orders(
+        &mut self,
+        orders: &mpsc::Receiver<Order>,
+    ) -> Option<mpsc::Sender<BTreeMap<u8, Box<GuestFunction>>>> {
+        while let Ok(order) = orders.try_recv() {
+            let stop = self.obey(order);
+            if stop.is_some() {
+                return stop;
+            }
+        }
+        None
+    }
+
+    fn obey(&mut self, order: Order) -> Option<mpsc::Sender<BTreeMap<u8, Box<GuestFunction>>>> {
+        match order {
+            Order::Add(devfn, function) => {
+                self.functions.insert(devfn, function);
+            }
+            Order::Take(devfn, taken) => {
+                if let Some(mut function) = self.functions.remove(&devfn) {
+                    let quiesced = function.quiesce();
+                    // The engine waits for it.
+                    let _ = taken.send(Taken { function, quiesced });
+                }
+            }
+            Order::ResetEnded(devfn, verified) => self.reset_ended(devfn, verified),
+            Order::Stop(functions) => return Some(functions),
+        }
+        None
+    }
+
+    fn reset_ended(&mut self, devfn: u8, verified: bool) {
+        let Some(function) = self.functions.get_mut(&devfn) else { return };
+        if !verified {
+            function.set_gone();
+            return;
+        }
+        if let Err(error) = function.reset_done() {
+            let address = function.address();
+            function.set_gone();
+            (self.report)(ServerReport::RestoreFailed(address, error.to_string()));
+        }
+    }
+
+    /// Gives back vectors that an earlier life of the service mapped and was killed before it could note them.
+    fn recover_interrupted(&mut self) {
+        let known: Vec<u32> =
+            self.functions.values().flat_map(|function| interrupts::known(function)).collect();
+        for function in self.functions.values_mut().filter(|function| interrupts::interrupted(function)) {
+            if let Err(error) = interrupts::unmap_unknown(function, &known) {
+                warn!("{}: recover a vector of domain {}: {error}", function.address(), self.domain);
+            }
+        }
+    }
+}
+
+/// Limits what a guest can put into the log.
+#[derive(Debug, Default)]
+struct Complaints {
+    last: Option<Instant>,
+    unsaid: u64,
+}
+
+impl Complaints {
+    /// Whether a line may be written now, and how many were not since the last one.
+    fn may_say(&mut self) -> Option<u64> {
+        if self.last.is_some_and(|last| last.elapsed() < COMPLAINT_INTERVAL) {
+            self.unsaid += 1;
+            return None;
+        }
+        self.last = Some(Instant::now());
+        Some(std::mem::take(&mut self.unsaid))
+    }
+}

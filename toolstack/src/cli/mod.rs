@@ -1,0 +1,218 @@
+//! The command line of `xpci`.
+
+mod table;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use pciback::Sbdf;
+
+use crate::outcome::{ErrorCode, Failure};
+use crate::protocol::{DomainName, Request};
+use crate::settings::DEFAULT_SOCKET;
+
+pub use table::render;
+
+/// Assigns PCI functions to Xen guests.
+///
+/// Commands are spelled as xl spells them. PCI addresses are hexadecimal, [SSSS:]BB:DD.F, as in '01:10.0'.
+#[derive(Debug, Parser)]
+#[command(name = "xpci", version, max_term_width = 110, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// Prints the answer as one JSON object.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// The service's control socket.
+    #[arg(long, global = true, value_name = "PATH", default_value = DEFAULT_SOCKET, env = "XPCI_SOCKET")]
+    pub socket: PathBuf,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 service not reachable, 4 no such function or domain, \
+                          5 refused because of the present state, 6 failed and quarantined.";
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Lists the functions that can be attached to a guest.
+    PciAssignableList,
+    /// Takes functions from their drivers and holds them for guests.
+    PciAssignableAdd {
+        /// The functions.
+        #[arg(required = true, value_name = "BDF")]
+        addresses: Vec<Sbdf>,
+    },
+    /// Gives held functions back to dom0 and to the drivers they came from.
+    PciAssignableRemove {
+        /// Accepted for xl's sake: the driver always gets its function back.
+        #[arg(short = 'r')]
+        rebind: bool,
+        /// The functions.
+        #[arg(required = true, value_name = "BDF")]
+        addresses: Vec<Sbdf>,
+    },
+    /// Gives a held function to a guest.
+    PciAttach {
+        /// The guest, by name or number.
+        domain: String,
+        /// The function, and the device number at which the guest shall see it (hexadecimal, 0-1f).
+        #[arg(value_name = "BDF[@SLOT]")]
+        place: Place,
+    },
+    /// Takes a function from a guest and holds it again.
+    PciDetach {
+        /// Does not wait for the guest to let go.
+        #[arg(short, long)]
+        force: bool,
+        /// The guest, by name or number.
+        domain: String,
+        /// The function.
+        #[arg(value_name = "BDF")]
+        address: Sbdf,
+    },
+    /// Lists the functions of a guest.
+    PciList {
+        /// The guest, by name or number.
+        domain: String,
+    },
+    /// Enables, disables and lists the VFs of a PF.
+    #[command(subcommand)]
+    Vf(Vf),
+    /// Shows the functions and guests that the service looks after, and what is wrong.
+    Status,
+    /// Deals with functions that a failure made unusable.
+    #[command(subcommand)]
+    Quarantine(Quarantine),
+}
+
+/// What can be done with VFs.
+#[derive(Debug, Subcommand)]
+pub enum Vf {
+    /// Enables VFs of a PF that has none enabled; no native driver takes them.
+    Create {
+        /// The PF.
+        #[arg(value_name = "PF")]
+        address: Sbdf,
+        /// How many, from 1 to the PF's total.
+        count: u16,
+    },
+    /// Disables all VFs of a PF; refused while a guest has one.
+    Destroy {
+        /// The PF.
+        #[arg(value_name = "PF")]
+        address: Sbdf,
+    },
+    /// Lists VFs.
+    List {
+        /// Only those of this PF.
+        #[arg(value_name = "PF")]
+        address: Option<Sbdf>,
+    },
+}
+
+/// What can be done with quarantined functions.
+#[derive(Debug, Subcommand)]
+pub enum Quarantine {
+    /// Resets a quarantined function and, when that is verified, holds it again.
+    Clear(OneFunction),
+}
+
+/// One function.
+#[derive(Debug, Args)]
+pub struct OneFunction {
+    /// The function.
+    #[arg(value_name = "BDF")]
+    pub address: Sbdf,
+}
+
+/// A function and where the guest sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// The function.
+    pub address: Sbdf,
+    /// The guest's device number.
+    pub slot: Option<u8>,
+}
+
+impl std::str::FromStr for Place {
+    type Err = Failure;
+
+    fn from_str(text: &str) -> Result<Self, Failure> {
+        let (address, slot) = match text.split_once('@') {
+            Some((address, slot)) => (address, Some(slot)),
+            None => (text, None),
+        };
+        let usage = |message: String| Failure::new(ErrorCode::Usage, message);
+        let address = address.parse().map_err(|error: pciback::SbdfError| usage(error.to_string()))?;
+        let slot = slot.map(|digits| {
+            u8::from_str_radix(digits, 16)
+                .ok()
+                .filter(|slot| *slot < 32 && !digits.starts_with('+'))
+                .ok_or_else(|| {
+                    usage(format!("'@{digits}' is no device number: it must be hexadecimal, 0 to 1f"))
+                })
+        });
+        Ok(Self { address, slot: slot.transpose()? })
+    }
+}
+
+impl Command {
+    /// The requests to send, one after the other.
+    pub fn requests(self) -> Vec<Request> {
+        let one = |request| vec![request];
+        match self {
+            Self::PciAssignableList => one(Request::PciAssignableList),
+            Self::PciAssignableAdd { addresses } => {
+                addresses.into_iter().map(|address| Request::PciAssignableAdd { address }).collect()
+            }
+            Self::PciAssignableRemove { addresses, .. } => {
+                addresses.into_iter().map(|address| Request::PciAssignableRemove { address }).collect()
+            }
+            Self::PciAttach { domain, place } => one(Request::PciAttach {
+                domain: DomainName(domain),
+                address: place.address,
+                slot: place.slot,
+            }),
+            Self::PciDetach { domain, address, force } => {
+                one(Request::PciDetach { domain: DomainName(domain), address, force })
+            }
+            Self::PciList { domain } => one(Request::PciList { domain: DomainName(domain) }),
+            Self::Vf(Vf::Create { address, count }) => one(Request::VfCreate { address, count }),
+            Self::Vf(Vf::Destroy { address }) => one(Request::VfDestroy { address }),
+            Self::Vf(Vf::List { address }) => one(Request::VfList { address }),
+            Self::Status => one(Request::Status),
+            Self::Quarantine(Quarantine::Clear(function)) => {
+                one(Request::QuarantineClear { address: function.address })
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_is_hexadecimal_as_in_xl() {
+        let place: Place = "1:10.2@1f".parse().unwrap();
+        assert_eq!((place.address.to_string().as_str(), place.slot), ("0000:01:10.2", Some(0x1f)));
+        assert_eq!("01:10.2".parse::<Place>().unwrap().slot, None);
+        for text in ["01:10.2@", "01:10.2@20", "01:10.2@+1", "01:10.2@1@2", "@1"] {
+            assert_eq!(text.parse::<Place>().unwrap_err().code, ErrorCode::Usage, "{text}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn several_functions_become_several_requests() {
+        let cli = Cli::try_parse_from(["xpci", "pci-assignable-add", "01:10.0", "01:10.2"]).unwrap();
+        assert_eq!(cli.command.requests().len(), 2);
+    }
+}

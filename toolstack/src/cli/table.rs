@@ -1,0 +1,108 @@
+//! Answers as text for people.
+
+use std::fmt::Write;
+
+use crate::protocol::{FunctionView, StatusView, Success, VfView};
+
+/// The answer as text; empty where there is nothing to say.
+pub fn render(success: &Success) -> String {
+    match success {
+        Success::Changed { message, warnings, .. } => warnings
+            .iter()
+            .fold(format!("{message}\n"), |text, warning| format!("{text}warning: {warning}\n")),
+        Success::Already { message } => format!("{message}\n"),
+        Success::Functions { functions } => functions_table(functions),
+        Success::Vfs { vfs } => vfs_table(vfs),
+        Success::Status(status) => status_text(status),
+    }
+}
+
+/// Columns as wide as their widest cell, two spaces apart.
+fn table(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width =
+        |column: usize| rows.iter().filter_map(|row| row.get(column)).map(String::len).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        let cells: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        let _ = writeln!(text, "{}", cells.join("  ").trim_end());
+    }
+    text
+}
+
+fn head(names: &[&str]) -> Vec<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
+}
+
+fn dash<T: ToString>(value: Option<&T>) -> String {
+    value.map_or_else(|| "-".to_owned(), T::to_string)
+}
+
+fn function_row(function: &FunctionView) -> Vec<String> {
+    let seen_as = function.guest_address.map(|address| address.to_string());
+    vec![
+        function.address.to_string(),
+        function.id.clone(),
+        function.state.to_string(),
+        dash(function.domain.as_ref()),
+        dash(seen_as.as_ref()),
+        dash(function.driver.as_ref()),
+        function.note.clone().unwrap_or_default(),
+    ]
+}
+
+const FUNCTION_HEAD: [&str; 7] = ["FUNCTION", "ID", "STATE", "DOMAIN", "SEEN AS", "DRIVER", "NOTE"];
+
+fn functions_table(functions: &[FunctionView]) -> String {
+    if functions.is_empty() {
+        return String::new();
+    }
+    let rows: Vec<_> =
+        std::iter::once(head(&FUNCTION_HEAD)).chain(functions.iter().map(function_row)).collect();
+    table(&rows)
+}
+
+fn vfs_table(vfs: &[VfView]) -> String {
+    if vfs.is_empty() {
+        return String::new();
+    }
+    let names = [&["PF", "VF"][..], &FUNCTION_HEAD].concat();
+    let row = |vf: &VfView| {
+        [vec![vf.physical_function.to_string(), vf.index.to_string()], function_row(&vf.function)].concat()
+    };
+    let rows: Vec<_> = std::iter::once(head(&names)).chain(vfs.iter().map(row)).collect();
+    table(&rows)
+}
+
+fn status_text(status: &StatusView) -> String {
+    let mut text = format!("xpcid {} on {}\n", status.service, status.platform);
+    if status.functions.is_empty() {
+        text.push_str("\nIt looks after no function; 'xpci pci-assignable-add BDF' takes one.\n");
+    } else {
+        text = format!("{text}\n{}", functions_table(&status.functions));
+    }
+    if !status.guests.is_empty() {
+        let row = |guest: &crate::protocol::GuestView| {
+            let (name, frontend) = (dash(guest.name.as_ref()), guest.frontend.clone());
+            vec![
+                guest.domain.to_string(),
+                name,
+                frontend,
+                guest.requests.to_string(),
+                guest.errors.to_string(),
+            ]
+        };
+        let names = head(&["DOMAIN", "NAME", "FRONTEND", "REQUESTS", "ERRORS"]);
+        let rows: Vec<_> = std::iter::once(names).chain(status.guests.iter().map(row)).collect();
+        text = format!("{text}\n{}", table(&rows));
+    }
+    for problem in &status.problems {
+        let _ = write!(text, "\nproblem: {problem}");
+    }
+    if !status.problems.is_empty() {
+        text.push('\n');
+    }
+    text
+}

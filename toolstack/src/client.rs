@@ -1,0 +1,35 @@
+//! The client's side of the control socket.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use crate::outcome::{ErrorCode, Failure};
+use crate::protocol::{Call, Envelope, LINE_LIMIT, Request, VERSION};
+
+/// Sends one request and returns the final answer; lines on the way go to `progress`.
+pub fn call(socket: &Path, request: Request, progress: &mut dyn FnMut(&str)) -> Result<Envelope, Failure> {
+    let unreachable = |what: &str, why: &dyn std::fmt::Display| {
+        Failure::new(ErrorCode::Unreachable, format!("{what} xpcid at {}: {why}", socket.display()))
+            .hint("start it with 'systemctl start xpcid', as root; its log says why it stopped")
+    };
+    let mut stream = UnixStream::connect(socket).map_err(|error| unreachable("connect to", &error))?;
+    let call = Call { version: VERSION, id: 1, request };
+    let mut line = serde_json::to_vec(&call).map_err(|error| unreachable("write to", &error))?;
+    line.push(b'\n');
+    stream.write_all(&line).map_err(|error| unreachable("write to", &error))?;
+    let mut reader = BufReader::new(stream);
+    loop {
+        let mut line = String::new();
+        let length = reader.by_ref().take(LINE_LIMIT as u64).read_line(&mut line);
+        if length.map_err(|error| unreachable("read from", &error))? == 0 {
+            return Err(unreachable("read from", &"it closed the connection before it answered"));
+        }
+        let envelope: Envelope =
+            serde_json::from_str(&line).map_err(|error| unreachable("understand", &error))?;
+        match envelope.progress {
+            Some(text) => progress(&text),
+            None => return Ok(envelope),
+        }
+    }
+}

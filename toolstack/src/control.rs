@@ -1,0 +1,174 @@
+//! The service's side of the control socket: one thread for each client, bounded in number and in line length.
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use log::{debug, warn};
+
+use crate::engine::{Event, Inbox};
+use crate::outcome::{ErrorCode, Failure};
+use crate::protocol::{Call, Envelope, LINE_LIMIT, Success, VERSION};
+
+/// More clients than this at once are refused.
+const CLIENT_LIMIT: usize = 64;
+/// A client that reads no answer for this long is dropped.
+const WRITE_LIMIT: Duration = Duration::from_secs(10);
+
+/// Where the engine sends what it has to say about one call.
+#[derive(Debug, Clone)]
+pub struct Reply(mpsc::Sender<Line>);
+
+#[derive(Debug)]
+enum Line {
+    Progress(String),
+    Done(Box<Result<Success, Failure>>),
+}
+
+impl Reply {
+    /// A reply and where its lines come out.
+    fn channel() -> (Self, mpsc::Receiver<Line>) {
+        let (sender, receiver) = mpsc::channel();
+        (Self(sender), receiver)
+    }
+
+    /// Says what is done now.
+    pub fn progress(&self, text: &str) {
+        // A client that has gone away is no reason to stop.
+        let _ = self.0.send(Line::Progress(text.to_owned()));
+    }
+
+    /// Ends the call.
+    pub fn done(&self, outcome: Result<Success, Failure>) {
+        let _ = self.0.send(Line::Done(Box::new(outcome)));
+    }
+}
+
+/// Listens at `path`, for root only, until the process ends.
+pub fn listen(path: &Path, inbox: Inbox) -> io::Result<()> {
+    // Whoever holds the service's lock owns the path: a socket there is a dead predecessor's.
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    thread::Builder::new().name("control".into()).spawn(move || accept(&listener, &inbox))?;
+    Ok(())
+}
+
+fn accept(listener: &UnixListener, inbox: &Inbox) {
+    let clients = Arc::new(AtomicUsize::new(0));
+    for stream in listener.incoming() {
+        let stream = match stream {
+            Ok(stream) => stream,
+            Err(error) => {
+                warn!("accept a control connection: {error}");
+                continue;
+            }
+        };
+        if clients.fetch_add(1, Ordering::Relaxed) >= CLIENT_LIMIT {
+            clients.fetch_sub(1, Ordering::Relaxed);
+            let failure = Failure::refused(format!("xpcid serves {CLIENT_LIMIT} clients already; try again"));
+            let _ = send(&stream, &Envelope::done(0, "", Err(failure)));
+            continue;
+        }
+        let (inbox, clients_left) = (inbox.clone(), Arc::clone(&clients));
+        let spawned = thread::Builder::new().name("client".into()).spawn(move || {
+            if let Err(error) = converse(&stream, &inbox) {
+                debug!("control connection: {error}");
+            }
+            clients_left.fetch_sub(1, Ordering::Relaxed);
+        });
+        if let Err(error) = spawned {
+            clients.fetch_sub(1, Ordering::Relaxed);
+            warn!("serve a control connection: {error}");
+        }
+    }
+}
+
+fn converse(stream: &UnixStream, inbox: &Inbox) -> io::Result<()> {
+    stream.set_write_timeout(Some(WRITE_LIMIT))?;
+    let mut reader = BufReader::new(stream);
+    loop {
+        let mut line = Vec::new();
+        let length = reader.by_ref().take(LINE_LIMIT as u64 + 1).read_until(b'\n', &mut line)?;
+        if length == 0 {
+            return Ok(());
+        }
+        if length > LINE_LIMIT {
+            let failure =
+                Failure::new(ErrorCode::Usage, format!("a request is longer than {LINE_LIMIT} bytes"));
+            return send(stream, &Envelope::done(0, "", Err(failure)));
+        }
+        match parse(&line) {
+            Ok(call) => answer(stream, inbox, call)?,
+            Err((id, failure)) => send(stream, &Envelope::done(id, "", Err(failure)))?,
+        }
+    }
+}
+
+/// A call, or the id to answer under and what is wrong.
+fn parse(line: &[u8]) -> Result<Call, (u64, Failure)> {
+    let usage = |id, message: String| (id, Failure::new(ErrorCode::Usage, message));
+    let value: serde_json::Value =
+        serde_json::from_slice(line).map_err(|error| usage(0, format!("the request is no JSON: {error}")))?;
+    let id = value.get("id").and_then(serde_json::Value::as_u64).unwrap_or(0);
+    let version = value.get("version").and_then(serde_json::Value::as_u64);
+    if version != Some(u64::from(VERSION)) {
+        let text = format!("xpcid speaks version {VERSION} of the control protocol");
+        return Err((
+            id,
+            Failure::new(ErrorCode::Usage, text).hint("xpci and xpcid must be of the same version"),
+        ));
+    }
+    serde_json::from_value(value)
+        .map_err(|error| usage(id, format!("the request is not understood: {error}")))
+}
+
+fn answer(stream: &UnixStream, inbox: &Inbox, call: Call) -> io::Result<()> {
+    let name = call.request.name();
+    let (reply, lines) = Reply::channel();
+    inbox.send(Event::Call { request: call.request, reply });
+    for line in lines {
+        match line {
+            Line::Progress(text) => send(stream, &Envelope::progress(call.id, name, text))?,
+            Line::Done(outcome) => return send(stream, &Envelope::done(call.id, name, *outcome)),
+        }
+    }
+    let failure = Failure::new(ErrorCode::Failed, "xpcid stopped before it answered");
+    send(stream, &Envelope::done(call.id, name, Err(failure)))
+}
+
+fn send(mut stream: &UnixStream, envelope: &Envelope) -> io::Result<()> {
+    let mut line = serde_json::to_vec(envelope)?;
+    line.push(b'\n');
+    stream.write_all(&line)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_call_is_answered_under_its_id_with_what_is_wrong() {
+        for (line, id, said) in [
+            (&b"\xff\n"[..], 0, "no JSON"),
+            (b"{\"id\":3}\n", 3, "version 1"),
+            (b"{\"version\":2,\"id\":4,\"command\":\"status\"}\n", 4, "version 1"),
+            (b"{\"version\":1,\"id\":5,\"command\":\"dance\"}\n", 5, "dance"),
+        ] {
+            let (found, failure) = parse(line).unwrap_err();
+            assert_eq!(found, id);
+            assert!(failure.message.contains(said), "{failure}");
+        }
+        assert!(parse(b"{\"version\":1,\"id\":5,\"command\":\"status\"}\n").is_ok());
+    }
+}

@@ -1,0 +1,65 @@
+//! Domains, as xenstore knows them.
+
+use pciback::DomId;
+use pciback::platform::{PlatformError, StoreOps};
+
+use crate::outcome::Failure;
+use crate::protocol::DomainName;
+
+/// What kind of guest it is, in xl's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DomainType {
+    /// Paravirtualized: sees functions through pcifront.
+    Pv,
+    /// Hardware-virtualized, with or without a device model.
+    Hvm,
+    /// The toolstack that made it left no note.
+    Unknown,
+}
+
+/// Finds a domain by name or number, as xl does: what is a number is a number.
+pub fn find(store: &dyn StoreOps, wanted: &DomainName) -> Result<DomId, Failure> {
+    let domain = match wanted.0.parse::<u16>() {
+        Ok(number) => read_text(store, &format!("/local/domain/{number}/domid"))?
+            .or(read_text(store, &format!("/local/domain/{number}/name"))?)
+            .map(|_| DomId(number)),
+        Err(_) => by_name(store, &wanted.0)?,
+    };
+    let domain = domain.ok_or_else(|| {
+        let shown: String = wanted.0.chars().take(64).collect();
+        Failure::not_found(format!("there is no domain '{shown}'")).hint("'xl list' shows the domains")
+    })?;
+    if domain == DomId::DOM0 {
+        return Err(Failure::refused("domain 0 is the host itself: it has every function that no guest has")
+            .of(domain));
+    }
+    Ok(domain)
+}
+
+fn by_name(store: &dyn StoreOps, name: &str) -> Result<Option<DomId>, Failure> {
+    for number in store.list("/local/domain")? {
+        let Ok(domain) = number.parse::<u16>() else { continue };
+        if read_text(store, &format!("/local/domain/{domain}/name"))?.as_deref() == Some(name) {
+            return Ok(Some(DomId(domain)));
+        }
+    }
+    Ok(None)
+}
+
+/// A domain's name.
+pub fn name(store: &dyn StoreOps, domain: DomId) -> Result<Option<String>, PlatformError> {
+    read_text(store, &format!("/local/domain/{domain}/name"))
+}
+
+/// A domain's type, as libxl noted it.
+pub fn kind(store: &dyn StoreOps, domain: DomId) -> Result<DomainType, PlatformError> {
+    Ok(match read_text(store, &format!("/libxl/{domain}/type"))?.as_deref() {
+        Some("pv") => DomainType::Pv,
+        Some("hvm" | "pvh") => DomainType::Hvm,
+        _ => DomainType::Unknown,
+    })
+}
+
+fn read_text(store: &dyn StoreOps, path: &str) -> Result<Option<String>, PlatformError> {
+    Ok(store.read(path)?.and_then(|bytes| String::from_utf8(bytes).ok()))
+}

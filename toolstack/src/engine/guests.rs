@@ -1,0 +1,475 @@
+//! Guests: carries out what their handshakes say, and runs the threads that serve them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use log::{error, info, warn};
+use pciback::platform::WatchEvent;
+use pciback::pv::{Action, Counters, GuestFunction, Handshake, RingPlace, Server, ServerReport, nodes};
+use pciback::{DomId, FunctionState, Sbdf};
+
+use super::{Answer, Engine, Event};
+use crate::journal::{GuestPlace, Record};
+use crate::outcome::{ErrorCode, Failure};
+use crate::transaction::{Parting, reset_and_verify};
+
+/// How long a new guest's frontend may take to look at its first function before attach ends with a note instead.
+const FIRST_LOOK: Duration = Duration::from_secs(2);
+
+/// One guest that has functions.
+pub(super) struct Guest {
+    pub handshake: Handshake,
+    server: Option<Server>,
+    /// The functions while no thread serves them.
+    parked: BTreeMap<u8, Box<GuestFunction>>,
+    counters: Arc<Counters>,
+    /// Transactions that wait for the guest.
+    waiting: BTreeMap<u8, Waiting>,
+}
+
+struct Waiting {
+    answer: Answer,
+    deadline: Instant,
+    for_what: Awaited,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Awaited {
+    /// The guest looks at the function.
+    Look,
+    /// Nobody in the guest may be there to look; that is no failure.
+    FirstLook,
+    /// The guest lets go.
+    Release,
+}
+
+impl Guest {
+    fn new(handshake: Handshake) -> Self {
+        let counters = Arc::new(Counters::default());
+        Self { handshake, server: None, parked: BTreeMap::new(), counters, waiting: BTreeMap::new() }
+    }
+
+    pub fn describe(&self) -> String {
+        self.handshake.describe().to_owned()
+    }
+
+    pub fn requests(&self) -> u64 {
+        self.counters.requests()
+    }
+
+    pub fn errors(&self) -> u64 {
+        self.counters.errors()
+    }
+
+    fn place(&mut self, devfn: u8, function: Box<GuestFunction>) {
+        match &self.server {
+            Some(server) => server.add(devfn, function),
+            None => {
+                self.parked.insert(devfn, function);
+            }
+        }
+    }
+}
+
+fn place_of(record: &Record) -> Result<GuestPlace, Failure> {
+    let missing =
+        || Failure::new(ErrorCode::Failed, format!("the journal names no guest for {}", record.address));
+    record.guest.ok_or_else(missing)
+}
+
+impl Engine {
+    /// A transaction wants a function served.
+    pub(super) fn serve(&mut self, record: &Record, function: Box<GuestFunction>, answer: Answer) {
+        let watched = place_of(record).and_then(|place| self.watch_guest(place.domain).map(|()| place));
+        let place = match watched {
+            Ok(place) => place,
+            Err(failure) => {
+                // The transaction may have given up.
+                let _ = answer.send(Err(failure));
+                return;
+            }
+        };
+        let limit = self.settings.guest_limit();
+        let guest =
+            self.guests.entry(place.domain).or_insert_with(|| Guest::new(Handshake::new(place.domain)));
+        guest.place(place.devfn, function);
+        let waiting = Waiting { answer, deadline: Instant::now() + limit, for_what: Awaited::Look };
+        guest.waiting.insert(place.devfn, waiting);
+        let actions = guest.handshake.add(place.devfn, record.address);
+        self.act(place.domain, actions);
+    }
+
+    /// A transaction wants a function served no more.
+    pub(super) fn withdraw(&mut self, record: &Record, parting: Parting, answer: Answer) {
+        let place = match place_of(record) {
+            Ok(place) => place,
+            Err(failure) => {
+                let _ = answer.send(Err(failure));
+                return;
+            }
+        };
+        let limit = self.settings.guest_limit();
+        let Some(guest) = self.guests.get_mut(&place.domain) else {
+            // Nobody serves it: the transaction never came that far, or this life could not take it over.
+            let _ = answer.send(self.clean_up_unserved(place.domain));
+            return;
+        };
+        let waiting = Waiting { answer, deadline: Instant::now() + limit, for_what: Awaited::Release };
+        guest.waiting.insert(place.devfn, waiting);
+        let actions = match parting {
+            Parting::Ask => guest.handshake.remove(place.devfn),
+            Parting::Force | Parting::Dead => guest.handshake.overrule(place.devfn),
+        };
+        self.act(place.domain, actions);
+    }
+
+    fn clean_up_unserved(&self, domain: DomId) -> Result<Option<String>, Failure> {
+        let store = self.platform.store.as_ref();
+        if nodes::read_backend_state(store, domain)?.is_some() {
+            nodes::apply(store, domain, &[nodes::NodeChange::RemoveAll])?;
+        }
+        Ok(None)
+    }
+
+    fn watch_guest(&self, domain: DomId) -> Result<(), Failure> {
+        if !self.guests.contains_key(&domain) {
+            let directory = nodes::frontend_directory(domain);
+            self.platform.store.watch(&directory, &directory)?;
+        }
+        Ok(())
+    }
+
+    /// A node of some guest changed, or a watch was set.
+    pub(super) fn store_changed(&mut self, event: &WatchEvent) {
+        let of = |domain: &DomId| event.token == nodes::frontend_directory(*domain);
+        let Some(domain) = self.guests.keys().copied().find(of) else { return };
+        self.look_at_frontend(domain);
+    }
+
+    fn look_at_frontend(&mut self, domain: DomId) {
+        let view = match nodes::read_frontend(self.platform.store.as_ref(), domain) {
+            Ok(view) => view,
+            Err(error) => {
+                warn!("domain {domain}: {error}");
+                return;
+            }
+        };
+        if let Some(guest) = self.guests.get_mut(&domain) {
+            let actions = guest.handshake.frontend_changed(view);
+            self.act(domain, actions);
+        }
+    }
+
+    /// Carries out what a handshake wants, in its order.
+    pub(super) fn act(&mut self, domain: DomId, actions: Vec<Action>) {
+        let mut queue = std::collections::VecDeque::from(actions);
+        while let Some(action) = queue.pop_front() {
+            match action {
+                Action::Nodes(changes) => {
+                    if let Err(error) = nodes::apply(self.platform.store.as_ref(), domain, &changes) {
+                        error!("domain {domain}: {error}");
+                        self.problems.push(format!("domain {domain}: {error}"));
+                    }
+                }
+                Action::Connect(ring) => {
+                    let outcome = self.connect(domain, ring);
+                    if let Some(guest) = self.guests.get_mut(&domain) {
+                        // First: the nodes that follow rely on it.
+                        queue.extend(guest.handshake.ring_connected(outcome));
+                    }
+                }
+                Action::Disconnect => self.disconnect(domain),
+                Action::Added(devfn) => self.answer(domain, devfn, |awaited| match awaited {
+                    Awaited::Look | Awaited::FirstLook => Some(Ok(None)),
+                    Awaited::Release => None,
+                }),
+                Action::Waiting(devfn) => self.published(domain, devfn),
+                Action::Removed(devfn) => self.removed(domain, devfn),
+                Action::Report(text) => warn!("domain {domain}: {text}"),
+            }
+        }
+        self.forget_if_idle(domain);
+    }
+
+    fn connect(&mut self, domain: DomId, place: RingPlace) -> Result<(), String> {
+        let ring = self
+            .platform
+            .rings
+            .connect(domain, place.grant, place.port)
+            .map_err(|error| error.to_string())?;
+        let inbox = self.inbox.clone();
+        let Some(guest) = self.guests.get_mut(&domain) else { return Ok(()) };
+        let functions = std::mem::take(&mut guest.parked);
+        let report = Box::new(move |report| inbox.send(Event::Server(domain, report)));
+        let server = Server::start(domain, ring, functions, Arc::clone(&guest.counters), report);
+        guest.server = Some(server.map_err(|error| format!("start its thread: {error}"))?);
+        info!("domain {domain}: connected to its ring, grant {} and port {}", place.grant, place.port);
+        Ok(())
+    }
+
+    fn disconnect(&mut self, domain: DomId) {
+        if let Some(guest) = self.guests.get_mut(&domain)
+            && let Some(server) = guest.server.take()
+        {
+            match server.stop() {
+                Ok(functions) => {
+                    guest.parked = functions;
+                    info!("domain {domain}: its ring is given up");
+                }
+                Err(stuck) => {
+                    error!("domain {domain}: {stuck}");
+                    self.problems.push(format!("domain {domain}: {stuck}"));
+                }
+            }
+        }
+    }
+
+    /// The function is published but the guest has not connected: what its transaction waits for is not an answer to a dance.
+    fn published(&mut self, domain: DomId, devfn: u8) {
+        if let Some(guest) = self.guests.get_mut(&domain)
+            && let Some(waiting) = guest.waiting.get_mut(&devfn)
+            && waiting.for_what == Awaited::Look
+        {
+            waiting.for_what = Awaited::FirstLook;
+            waiting.deadline = waiting.deadline.min(Instant::now() + FIRST_LOOK);
+        }
+    }
+
+    fn answer(
+        &mut self,
+        domain: DomId,
+        devfn: u8,
+        with: impl FnOnce(Awaited) -> Option<Result<Option<String>, Failure>>,
+    ) {
+        let Some(guest) = self.guests.get_mut(&domain) else { return };
+        if let Some(waiting) = guest.waiting.get(&devfn)
+            && let Some(outcome) = with(waiting.for_what)
+        {
+            // The transaction may have given up.
+            let _ = waiting.answer.send(outcome);
+            guest.waiting.remove(&devfn);
+        }
+    }
+
+    /// The guest has no use of the function any more: it is made harmless.
+    fn removed(&mut self, domain: DomId, devfn: u8) {
+        let Some(guest) = self.guests.get_mut(&domain) else { return };
+        let quiesced = match (&guest.server, guest.parked.remove(&devfn)) {
+            (_, Some(mut function)) => function.quiesce().map_err(|error| error.to_string()),
+            (Some(server), None) => match server.take(devfn) {
+                Ok(taken) => taken.map_or(Ok(()), |taken| taken.quiesced).map_err(|error| error.to_string()),
+                Err(stuck) => Err(stuck.to_string()),
+            },
+            (None, None) => Ok(()),
+        };
+        let outcome = quiesced.map(|()| None).map_err(|error| {
+            Failure::new(
+                ErrorCode::Failed,
+                format!("switch off what domain {domain} had at {devfn:#x}: {error}"),
+            )
+        });
+        self.answer(domain, devfn, |awaited| match awaited {
+            Awaited::Release => Some(outcome),
+            Awaited::Look | Awaited::FirstLook => Some(Err(Failure::new(
+                ErrorCode::Failed,
+                format!("domain {domain} did not take the function in time"),
+            )
+            .hint("see the guest's log; 'xpci status' shows how far its frontend is"))),
+        });
+    }
+
+    fn forget_if_idle(&mut self, domain: DomId) {
+        if self
+            .guests
+            .get(&domain)
+            .is_some_and(|guest| guest.handshake.is_empty() && guest.waiting.is_empty())
+        {
+            self.disconnect(domain);
+            self.guests.remove(&domain);
+            let directory = nodes::frontend_directory(domain);
+            if let Err(error) = self.platform.store.unwatch(&directory, &directory) {
+                warn!("domain {domain}: {error}");
+            }
+        }
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        self.guests.values().flat_map(|guest| guest.waiting.values()).map(|waiting| waiting.deadline).min()
+    }
+
+    /// Overrules guests that took too long.
+    pub(super) fn check_deadlines(&mut self, now: Instant) {
+        let late: Vec<(DomId, u8, Awaited)> = self
+            .guests
+            .iter()
+            .flat_map(|(domain, guest)| {
+                let late = guest.waiting.iter().filter(|(_, waiting)| waiting.deadline <= now);
+                late.map(|(devfn, waiting)| (*domain, *devfn, waiting.for_what))
+            })
+            .collect();
+        for (domain, devfn, awaited) in late {
+            if awaited == Awaited::FirstLook {
+                let text = format!(
+                    "domain {domain} has not looked at it yet; it will when its xen-pcifront is loaded"
+                );
+                self.answer(domain, devfn, |_| Some(Ok(Some(text))));
+                continue;
+            }
+            warn!("domain {domain} did not answer in time; it is overruled");
+            if let Some(guest) = self.guests.get_mut(&domain) {
+                let actions = guest.handshake.overrule(devfn);
+                self.act(domain, actions);
+            }
+        }
+    }
+
+    /// Some domain ended: its functions are taken from it.
+    pub(super) fn find_dead_guests(&mut self) {
+        let store = Arc::clone(&self.platform.store);
+        let is_dead = |domain: &DomId| matches!(store.domain_exists(*domain), Ok(false));
+        let affected: Vec<Record> = self
+            .records
+            .values()
+            .filter(|record| record.guest.is_some_and(|guest| is_dead(&guest.domain)))
+            .cloned()
+            .collect();
+        for record in affected {
+            if self.busy.contains(&record.address) {
+                self.orphans.insert(record.address);
+                // What waits for the guest need not wait longer.
+                if let Some(place) = record.guest
+                    && let Some(guest) = self.guests.get_mut(&place.domain)
+                {
+                    let actions = guest.handshake.overrule(place.devfn);
+                    self.act(place.domain, actions);
+                }
+            } else if matches!(
+                record.state,
+                FunctionState::Attached | FunctionState::Resetting | FunctionState::Quarantined
+            ) {
+                info!("{}: its guest is gone", record.address);
+                self.detach_from_dead(record);
+            }
+        }
+    }
+
+    /// Guests keep their functions, and the hardware keeps working for them.
+    pub(super) fn stop_servers(&mut self) {
+        let domains: Vec<DomId> = self.guests.keys().copied().collect();
+        for domain in domains {
+            self.disconnect(domain);
+        }
+    }
+
+    pub(super) fn server_reported(&mut self, domain: DomId, report: ServerReport) {
+        match report {
+            ServerReport::ResetWanted(address) => self.reset_for_guest(address),
+            ServerReport::Vanished(address) => {
+                self.quarantine(address, "it answers no more, the guest reads all ones")
+            }
+            ServerReport::RestoreFailed(address, why) => {
+                self.quarantine(
+                    address,
+                    &format!("its interrupts could not be put back after a reset: {why}"),
+                );
+            }
+            ServerReport::Failed(why) => {
+                error!("domain {domain}: {why}");
+                self.problems.push(format!("domain {domain} is not served any more: {why}"));
+            }
+        }
+    }
+
+    /// Resets a function because its guest asked for it, beside everything else.
+    pub(super) fn reset_for_guest(&mut self, address: Sbdf) {
+        if let Some(record) = self.records.get_mut(&address)
+            && record.state == FunctionState::Attached
+        {
+            record.state = FunctionState::Resetting;
+        }
+        let workshop = self.workshop();
+        let task = move || {
+            let outcome = reset_and_verify(&workshop.platform, &workshop.settings.reset, address);
+            workshop.inbox.send(Event::ResetEnded(address, outcome));
+        };
+        if let Err(error) = thread::Builder::new().name(format!("reset {address}")).spawn(task) {
+            let failure = Failure::new(ErrorCode::Failed, format!("start a thread: {error}"));
+            self.inbox.send(Event::ResetEnded(address, Err(failure)));
+        }
+    }
+
+    pub(super) fn reset_ended(&mut self, address: Sbdf, outcome: Result<(), Failure>) {
+        let Some(record) = self.records.get_mut(&address) else { return };
+        if record.state == FunctionState::Resetting {
+            record.state = FunctionState::Attached;
+        }
+        let place = record.guest;
+        if let Some(place) = place
+            && let Some(guest) = self.guests.get_mut(&place.domain)
+        {
+            match (&guest.server, guest.parked.get_mut(&place.devfn)) {
+                (Some(server), _) => server.reset_ended(place.devfn, outcome.is_ok()),
+                (None, Some(function)) if outcome.is_ok() => {
+                    if let Err(error) = function.reset_done() {
+                        warn!("{address}: put its interrupts back: {error}");
+                    }
+                }
+                _ => {}
+            }
+        }
+        match outcome {
+            Ok(()) => info!("{address}: reset for its guest"),
+            Err(failure) => {
+                self.quarantine(address, &format!("the reset that its guest asked for failed: {failure}"))
+            }
+        }
+    }
+
+    /// Marks a function that can be trusted no more; its guest keeps it, reading all ones, until it is detached.
+    fn quarantine(&mut self, address: Sbdf, why: &str) {
+        error!("{address}: quarantined: {why}");
+        let Some(record) = self.records.get_mut(&address) else { return };
+        record.quarantine.get_or_insert_with(|| why.to_owned());
+        if self.busy.contains(&address) {
+            // Its transaction has a copy of the record, and ends with a reset of its own.
+            return;
+        }
+        record.state = FunctionState::Quarantined;
+        if let Err(error) = self.journal.write(record) {
+            error!("{error}");
+            self.problems.push(error.to_string());
+        }
+    }
+
+    /// Takes over a guest that an earlier life served.
+    pub(super) fn resume_guest(
+        &mut self,
+        domain: DomId,
+        functions: Vec<(u8, Sbdf, Box<GuestFunction>)>,
+    ) -> Result<(), Failure> {
+        let store = Arc::clone(&self.platform.store);
+        self.watch_guest(domain)?;
+        let state = nodes::read_backend_state(store.as_ref(), domain)?;
+        let left = nodes::read_backend_functions(store.as_ref(), domain)?;
+        let frontend = nodes::read_frontend(store.as_ref(), domain)?;
+        let places: Vec<(u8, Sbdf)> =
+            functions.iter().map(|(devfn, address, _)| (*devfn, *address)).collect();
+        let resetting: Vec<Sbdf> = functions
+            .iter()
+            .filter(|(_, _, function)| function.resetting())
+            .map(|(_, address, _)| *address)
+            .collect();
+        let (handshake, actions) = Handshake::resume(domain, state, &left, &places, frontend);
+        let mut guest = Guest::new(handshake);
+        guest.parked = functions.into_iter().map(|(devfn, _, function)| (devfn, function)).collect();
+        self.guests.insert(domain, guest);
+        self.act(domain, actions);
+        for address in resetting {
+            // The earlier life may have been killed before, during or after it.
+            self.reset_for_guest(address);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,223 @@
+//! The engine: one thread that owns all state of the service and handles one event after the other, without blocking.
+//!
+//! What may block runs elsewhere: transactions on threads of their own, guests' config accesses on their serving threads.
+//! Both talk to the engine through its [`Inbox`].
+
+mod guests;
+mod lists;
+mod open;
+mod recover;
+mod requests;
+mod tasks;
+mod vfs;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use log::{error, info};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use pciback::platform::{Platform, PlatformError};
+use pciback::pv::{GuestFunction, ServerReport};
+use pciback::{DomId, FunctionState, Sbdf};
+
+use crate::control::Reply;
+use crate::journal::{Journal, Record};
+use crate::outcome::Failure;
+use crate::protocol::Request;
+use crate::settings::Settings;
+use crate::transaction::{Finished, Parting};
+use guests::Guest;
+
+/// What the engine handles.
+pub enum Event {
+    /// A client's request.
+    Call {
+        /// What it wants.
+        request: Request,
+        /// Where the answer goes.
+        reply: Reply,
+    },
+    /// A transaction asks to serve a function.
+    Serve {
+        /// The function, with its guest.
+        record: Box<Record>,
+        /// The function, ready to be served.
+        function: Box<GuestFunction>,
+        /// Where the answer goes.
+        answer: Answer,
+    },
+    /// A transaction asks to stop serving a function.
+    Withdraw {
+        /// The function, with its guest.
+        record: Box<Record>,
+        /// How the guest loses it.
+        parting: Parting,
+        /// Where the answer goes.
+        answer: Answer,
+    },
+    /// A transaction ended.
+    Finished(Box<Finished>),
+    /// A thread that serves a guest has something to say.
+    Server(DomId, ServerReport),
+    /// A reset that a guest asked for ended.
+    ResetEnded(Sbdf, Result<(), Failure>),
+    /// A task that changes a PF's VFs ended.
+    VfsChanged(Sbdf),
+}
+
+/// Where a transaction waits for the engine.
+pub type Answer = mpsc::Sender<Result<Option<String>, Failure>>;
+
+/// The way to the engine, for all other threads.
+#[derive(Clone)]
+pub struct Inbox {
+    sender: mpsc::Sender<Event>,
+    wake: Arc<EventFd>,
+}
+
+impl Inbox {
+    /// Sends an event; once the engine has stopped it is dropped, and with it whatever waits for an answer.
+    pub fn send(&self, event: Event) {
+        // EAGAIN: it is as awake as can be.
+        if self.sender.send(event).is_ok()
+            && let Err(errno) = self.wake.write(1)
+            && errno != Errno::EAGAIN
+        {
+            error!("wake the engine: {errno}");
+        }
+    }
+}
+
+/// The service's state.
+pub struct Engine {
+    platform: Platform,
+    settings: Arc<Settings>,
+    journal: Journal,
+    boot: String,
+    inbox: Inbox,
+    events: mpsc::Receiver<Event>,
+    /// Every function that is not in state `host`, and those on their way.
+    records: BTreeMap<Sbdf, Record>,
+    /// Functions in a transaction.
+    busy: BTreeSet<Sbdf>,
+    /// PFs whose VFs are being changed.
+    busy_pfs: BTreeSet<Sbdf>,
+    guests: BTreeMap<DomId, Guest>,
+    /// Functions whose guest ended while a transaction had them: withdrawn when it ends.
+    orphans: BTreeSet<Sbdf>,
+    /// What was found wrong outside any one function, for `xpci status`.
+    problems: Vec<String>,
+}
+
+impl Engine {
+    /// An engine over a platform; nothing happens before [`Engine::recover`] and [`Engine::run`].
+    pub fn new(platform: Platform, settings: Settings, journal: Journal, boot: String) -> io::Result<Self> {
+        let wake = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        let (sender, events) = mpsc::channel();
+        Ok(Self {
+            platform,
+            settings: Arc::new(settings),
+            journal,
+            boot,
+            inbox: Inbox { sender, wake: Arc::new(wake) },
+            events,
+            records: BTreeMap::new(),
+            busy: BTreeSet::new(),
+            busy_pfs: BTreeSet::new(),
+            guests: BTreeMap::new(),
+            orphans: BTreeSet::new(),
+            problems: Vec::new(),
+        })
+    }
+
+    /// The way to this engine.
+    pub fn inbox(&self) -> Inbox {
+        self.inbox.clone()
+    }
+
+    /// Handles events until `stop` becomes readable. Guests keep their functions: a successor serves them on.
+    pub fn run(&mut self, stop: BorrowedFd<'_>) -> io::Result<()> {
+        self.platform.store.watch("@releaseDomain", "@releaseDomain").map_err(io::Error::other)?;
+        info!("ready on {}", self.platform.description);
+        loop {
+            let wake = Arc::clone(&self.inbox.wake);
+            let store = Arc::clone(&self.platform.store);
+            let mut fds = [
+                PollFd::new(wake.as_fd(), PollFlags::POLLIN),
+                PollFd::new(store.event_fd(), PollFlags::POLLIN),
+                PollFd::new(stop, PollFlags::POLLIN),
+            ];
+            match poll(&mut fds, self.timeout()) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            if fds[2].revents().is_some_and(|events| !events.is_empty()) {
+                info!("stopping; guests keep their functions");
+                self.stop_servers();
+                return Ok(());
+            }
+            // Emptied before the events are taken: one that comes in between wakes again.
+            let _ = wake.read();
+            while let Ok(event) = self.events.try_recv() {
+                self.handle(event);
+            }
+            // Without xenstore nothing can be served; a new life may find it again.
+            self.take_store_events().map_err(io::Error::other)?;
+            self.check_deadlines(Instant::now());
+        }
+    }
+
+    fn timeout(&self) -> PollTimeout {
+        let Some(deadline) = self.next_deadline() else { return PollTimeout::NONE };
+        let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+        PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Call { request, reply } => self.handle_request(request, reply),
+            Event::Serve { record, function, answer } => self.serve(&record, function, answer),
+            Event::Withdraw { record, parting, answer } => self.withdraw(&record, parting, answer),
+            Event::Finished(finished) => self.transaction_finished(*finished),
+            Event::Server(domain, report) => self.server_reported(domain, report),
+            Event::ResetEnded(address, outcome) => self.reset_ended(address, outcome),
+            Event::VfsChanged(physical_function) => {
+                self.busy_pfs.remove(&physical_function);
+            }
+        }
+    }
+
+    fn take_store_events(&mut self) -> Result<(), PlatformError> {
+        while let Some(event) = self.platform.store.next_event()? {
+            if event.path == "@releaseDomain" {
+                self.find_dead_guests();
+            } else {
+                self.store_changed(&event);
+            }
+        }
+        Ok(())
+    }
+
+    /// A record for a function, known or new.
+    fn record(&self, address: Sbdf) -> Record {
+        self.records.get(&address).cloned().unwrap_or_else(|| Record::new(address, &self.boot))
+    }
+
+    fn state(&self, address: Sbdf) -> FunctionState {
+        self.records.get(&address).map_or(FunctionState::Host, |record| record.state)
+    }
+
+    /// Keeps what the journal has.
+    fn keep(&mut self, record: Record) {
+        if record.state == FunctionState::Host && record.transaction.is_none() {
+            self.records.remove(&record.address);
+        } else {
+            self.records.insert(record.address, record);
+        }
+    }
+}

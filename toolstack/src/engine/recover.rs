@@ -1,0 +1,137 @@
+//! Taking over from an earlier life of the service.
+//!
+//! Guests first: one may have waited for an answer since that life ended, and gives up after two seconds. Then what it left
+//! half-done: an attach or hold is undone, a detach or release completed; both mean going backwards from the step that the
+//! journal names.
+
+use std::collections::BTreeMap;
+
+use log::{error, info, warn};
+use nix::errno::Errno;
+use pciback::pv::GuestFunction;
+use pciback::{DomId, FunctionState, Sbdf};
+
+use super::Engine;
+use super::tasks::Course;
+use crate::journal::Record;
+use crate::outcome::Failure;
+use crate::transaction::{Kind, Parting, Step};
+
+impl Engine {
+    /// Reads the journal and takes over what is still true.
+    pub fn recover(&mut self) -> Result<(), Failure> {
+        let read = self.journal.read_all();
+        let (records, errors) =
+            read.map_err(|error| Failure::new(crate::outcome::ErrorCode::Failed, error.to_string()))?;
+        for error in errors {
+            warn!("{error}");
+            self.problems.push(error.to_string());
+        }
+        let (current, earlier): (Vec<Record>, Vec<Record>) =
+            records.into_iter().partition(|record| record.boot == self.boot);
+        for record in earlier {
+            self.forget_earlier_boot(record);
+        }
+        self.resume_guests(&current);
+        for record in current {
+            self.settle(record);
+        }
+        Ok(())
+    }
+
+    /// A reboot gave everything back to dom0; only distrust survives it.
+    fn forget_earlier_boot(&mut self, record: Record) {
+        let Some(why) = record.quarantine else {
+            if let Err(error) = self.journal.remove(record.address) {
+                warn!("{error}");
+            }
+            return;
+        };
+        let mut kept = Record::new(record.address, &self.boot);
+        kept.state = FunctionState::Quarantined;
+        kept.quarantine = Some(why);
+        if let Err(error) = self.journal.write(&kept) {
+            warn!("{error}");
+        }
+        self.keep(kept);
+    }
+
+    fn resume_guests(&mut self, records: &[Record]) {
+        let mut guests: BTreeMap<DomId, Vec<(u8, Sbdf, Box<GuestFunction>)>> = BTreeMap::new();
+        for record in records {
+            let Some(place) = record.guest.filter(|_| was_served(record)) else { continue };
+            match self.workshop().open_function(record, place.domain, true) {
+                Ok(function) => {
+                    guests.entry(place.domain).or_default().push((place.devfn, record.address, function));
+                }
+                Err(failure) => {
+                    error!("{}: cannot be served on: {failure}", record.address);
+                    self.problems.push(format!("{} cannot be served on: {failure}", record.address));
+                }
+            }
+        }
+        for (domain, functions) in guests {
+            let count = functions.len();
+            match self.resume_guest(domain, functions) {
+                Ok(()) => info!("domain {domain}: serving its {count} functions on"),
+                Err(failure) => {
+                    error!("domain {domain}: {failure}");
+                    self.problems.push(format!("domain {domain} cannot be served on: {failure}"));
+                }
+            }
+        }
+    }
+
+    /// Ends what an earlier life left half-done, and notices what changed meanwhile.
+    fn settle(&mut self, record: Record) {
+        let address = record.address;
+        let exists = !matches!(
+            self.platform.host.function(address), Err(error) if error.errno() == Some(Errno::ENOENT)
+        );
+        let guest_is_dead = record
+            .guest
+            .is_some_and(|guest| matches!(self.platform.store.domain_exists(guest.domain), Ok(false)));
+        if let Some(progress) = record.transaction.clone() {
+            let parting = if guest_is_dead { Parting::Dead } else { Parting::Force };
+            let course = Course::BackwardFrom(progress.kind, progress.step, parting);
+            info!(
+                "{address}: an earlier life was in {:?}, step {:?}; it is undone",
+                progress.kind, progress.step
+            );
+            self.start(course, record, None, |record| {
+                format!("{}: it is {} again", record.address, record.state)
+            });
+            return;
+        }
+        let attached = record.state == FunctionState::Attached;
+        self.keep(record.clone());
+        if attached && guest_is_dead {
+            self.detach_from_dead(record);
+        } else if !exists {
+            warn!("{address}: it left the host");
+        } else if !attached && record.state == FunctionState::Held {
+            self.check_held(&record);
+        }
+    }
+
+    /// Somebody may have taken a held function while nobody looked.
+    fn check_held(&mut self, record: &Record) {
+        let held = self.platform.host.function(record.address);
+        let held = held.is_ok_and(|function| crate::transaction::holder_of(&function).is_some());
+        if !held {
+            let why = "it was held, but its holding driver lost it while xpcid did not run".to_owned();
+            warn!("{}: {why}", record.address);
+            self.problems.push(format!("{}: {why}", record.address));
+        }
+    }
+}
+
+/// Whether a guest may have been told of the function.
+fn was_served(record: &Record) -> bool {
+    match &record.transaction {
+        None => matches!(record.state, FunctionState::Attached | FunctionState::Quarantined),
+        Some(progress) => {
+            matches!(progress.kind, Kind::Attach | Kind::Detach) && progress.step == Step::Serve
+        }
+    }
+}

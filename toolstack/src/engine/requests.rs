@@ -1,0 +1,223 @@
+//! Clients' requests: checked here, against the present state, before anything is changed.
+
+use nix::errno::Errno;
+use pciback::platform::{Host, HostFunction};
+use pciback::pv::nodes;
+use pciback::{DomId, FunctionState, Sbdf};
+
+use super::Engine;
+use super::tasks::Course;
+use crate::control::Reply;
+use crate::domains::{self, DomainType};
+use crate::journal::{GuestPlace, Record};
+use crate::outcome::Failure;
+use crate::protocol::{DomainName, Request, Success};
+use crate::transaction::{Kind, Parting};
+
+/// The function, which must exist.
+pub(super) fn existing(host: &dyn Host, address: Sbdf) -> Result<HostFunction, Failure> {
+    host.function(address).map_err(|error| match error.errno() {
+        Some(Errno::ENOENT) => Failure::not_found(format!("there is no function {address} on this host"))
+            .on(address)
+            .hint("'lspci -D' lists them"),
+        _ => Failure::from(error).on(address),
+    })
+}
+
+/// What a request leads to.
+enum Plan {
+    /// An answer at once.
+    Answer(Success),
+    /// A transaction, and what to say when it succeeds.
+    Transaction(Course, Box<Record>, String),
+}
+
+impl Engine {
+    pub(super) fn handle_request(&mut self, request: Request, reply: Reply) {
+        let plan = match request {
+            Request::PciAssignableList => self.assignable_list().map(Plan::Answer),
+            Request::PciList { domain } => self.guest_list(&domain).map(Plan::Answer),
+            Request::VfList { address } => self.vf_list(address).map(Plan::Answer),
+            Request::Status => Ok(Plan::Answer(self.status())),
+            Request::PciAssignableAdd { address } => self.plan_hold(address),
+            Request::PciAssignableRemove { address } => self.plan_release(address),
+            Request::PciAttach { domain, address, slot } => self.plan_attach(&domain, address, slot),
+            Request::PciDetach { domain, address, force } => self.plan_detach(&domain, address, force),
+            Request::QuarantineClear { address } => return self.clear_quarantine(address, reply),
+            Request::VfCreate { address, count } => return self.create_vfs(address, count, reply),
+            Request::VfDestroy { address } => return self.destroy_vfs(address, reply),
+        };
+        match plan {
+            Err(failure) => reply.done(Err(failure)),
+            Ok(Plan::Answer(success)) => reply.done(Ok(success)),
+            Ok(Plan::Transaction(course, record, message)) => {
+                self.start(course, *record, Some(reply), move |_| message.clone());
+            }
+        }
+    }
+
+    /// Refuses what is in a transaction already.
+    pub(super) fn idle(&self, address: Sbdf) -> Result<(), Failure> {
+        if self.busy.contains(&address) {
+            let state = self.state(address);
+            return Err(Failure::refused(format!("{address} is {state} right now"))
+                .on(address)
+                .hint("try again"));
+        }
+        Ok(())
+    }
+
+    fn plan_hold(&self, address: Sbdf) -> Result<Plan, Failure> {
+        let function = existing(self.platform.host.as_ref(), address)?;
+        self.idle(address)?;
+        let record = self.record(address);
+        match record.state {
+            FunctionState::Held => {
+                return Ok(Plan::Answer(Success::Already {
+                    message: format!("{address} is assignable already"),
+                }));
+            }
+            FunctionState::Host => {}
+            other => return Err(not_in_state(&record, other, "to be made assignable")),
+        }
+        if function.num_vfs > 0 {
+            return Err(Failure::refused(format!("{address} is a PF with {} VFs enabled", function.num_vfs))
+                .on(address)
+                .hint("its driver must stay while it has VFs; 'xpci vf destroy' disables them"));
+        }
+        const BRIDGE: u32 = 0x06;
+        if function.class >> 16 == BRIDGE {
+            return Err(
+                Failure::refused(format!("{address} is a bridge; bridges stay with the host")).on(address)
+            );
+        }
+        Ok(Plan::Transaction(
+            Course::Forward(Kind::Hold),
+            Box::new(record),
+            format!("{address} is assignable"),
+        ))
+    }
+
+    fn plan_release(&self, address: Sbdf) -> Result<Plan, Failure> {
+        self.idle(address)?;
+        let record = self.record(address);
+        match record.state {
+            FunctionState::Host => {
+                existing(self.platform.host.as_ref(), address)?;
+                Ok(Plan::Answer(Success::Already { message: format!("{address} is dom0's already") }))
+            }
+            FunctionState::Held => {
+                let driver = record.original_driver.as_deref().unwrap_or("no driver").to_owned();
+                let message = format!("{address} is dom0's again, with {driver}");
+                Ok(Plan::Transaction(
+                    Course::Backward(Kind::Release, Parting::Dead),
+                    Box::new(record),
+                    message,
+                ))
+            }
+            other => Err(not_in_state(&record, other, "to be given back to dom0")),
+        }
+    }
+
+    fn plan_attach(&self, domain: &DomainName, address: Sbdf, slot: Option<u8>) -> Result<Plan, Failure> {
+        let store = self.platform.store.as_ref();
+        let domain = domains::find(store, domain)?;
+        existing(self.platform.host.as_ref(), address)?;
+        self.idle(address)?;
+        let mut record = self.record(address);
+        match record.state {
+            FunctionState::Held => {}
+            FunctionState::Host => {
+                return Err(Failure::refused(format!("{address} is not assignable"))
+                    .on(address)
+                    .hint(format!("run 'xpci pci-assignable-add {address}' first")));
+            }
+            other => return Err(not_in_state(&record, other, "to be attached")),
+        }
+        if domains::kind(store, domain)? == DomainType::Hvm {
+            return Err(Failure::refused(format!("domain {domain} is an HVM guest; xpci serves PV guests"))
+                .of(domain)
+                .hint("use 'xl pci-attach' for it, after 'xpci pci-assignable-remove' and 'xl pci-assignable-add'"));
+        }
+        if let Some(backend) = nodes::foreign_backend(store, domain)? {
+            return Err(Failure::refused(format!(
+                "domain {domain} has functions from another backend, {backend}"
+            ))
+            .of(domain)
+            .hint("a guest has one PCI bus: detach those with 'xl pci-detach' first"));
+        }
+        let devfn = self.free_place(domain, slot)?;
+        record.guest = Some(GuestPlace { domain, devfn });
+        let seen = Sbdf::from_devfn(0, 0, devfn);
+        let message = format!("{address} is attached to domain {domain}, which sees it at {seen}");
+        Ok(Plan::Transaction(Course::Forward(Kind::Attach), Box::new(record), message))
+    }
+
+    /// Where the guest shall see the function: at the device number asked for, or at the first free one.
+    fn free_place(&self, domain: DomId, slot: Option<u8>) -> Result<u8, Failure> {
+        let taken = |slot: u8| {
+            let place = GuestPlace { domain, devfn: slot << 3 };
+            self.records.values().find(|record| record.guest == Some(place)).map(|record| record.address)
+        };
+        match slot {
+            Some(slot) if slot > 0x1f => {
+                Err(Failure::refused(format!("{slot:#x} is no device number (0 to 1f)")))
+            }
+            Some(slot) => match taken(slot) {
+                None => Ok(slot << 3),
+                Some(other) => {
+                    Err(Failure::refused(format!("domain {domain} sees {other} at device {slot:x}"))
+                        .of(domain)
+                        .hint("choose another one, or none"))
+                }
+            },
+            None => (0..32).find(|slot| taken(*slot).is_none()).map(|slot| slot << 3).ok_or_else(|| {
+                Failure::refused(format!("domain {domain} has 32 functions; its bus has no room")).of(domain)
+            }),
+        }
+    }
+
+    fn plan_detach(&self, domain: &DomainName, address: Sbdf, force: bool) -> Result<Plan, Failure> {
+        let domain = domains::find(self.platform.store.as_ref(), domain)?;
+        self.idle(address)?;
+        let record = self.record(address);
+        if record.guest.map(|guest| guest.domain) != Some(domain) {
+            let failure = Failure::not_found(format!("domain {domain} does not have {address}"));
+            return Err(failure.on(address).of(domain).hint("'xpci pci-list' shows what it has"));
+        }
+        let parting = if force { Parting::Force } else { Parting::Ask };
+        let message = format!("{address} is detached from domain {domain} and assignable again");
+        Ok(Plan::Transaction(Course::Backward(Kind::Detach, parting), Box::new(record), message))
+    }
+
+    fn clear_quarantine(&mut self, address: Sbdf, reply: Reply) {
+        let mut record = self.record(address);
+        if let Err(failure) = self.idle(address) {
+            return reply.done(Err(failure));
+        }
+        if record.state != FunctionState::Quarantined {
+            let message = format!("{address} is not quarantined, it is {}", record.state);
+            return reply.done(Ok(Success::Already { message }));
+        }
+        record.quarantine = None;
+        // Everything an attachment may have left is undone once more, each step verified, the reset last.
+        let course = match record.guest {
+            Some(_) => Course::Backward(Kind::Detach, Parting::Dead),
+            None => Course::Forward(Kind::Hold),
+        };
+        self.start(course, record, Some(reply), move |record| format!("{address} is {} again", record.state));
+    }
+}
+
+fn not_in_state(record: &Record, state: FunctionState, wanted: &str) -> Failure {
+    let owner = record.guest.map(|guest| format!(" (domain {})", guest.domain)).unwrap_or_default();
+    let failure =
+        Failure::refused(format!("{} is {state}{owner}, which is no state {wanted}", record.address));
+    let hint = match state {
+        FunctionState::Attached => "detach it first: 'xpci pci-detach'",
+        FunctionState::Quarantined => "see why in 'xpci status', then 'xpci quarantine clear'",
+        FunctionState::Gone => "it left the host",
+        _ => "try again when that has ended",
+    };
+    failure.on(record.address).hint(hint)
+}

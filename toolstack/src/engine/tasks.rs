@@ -1,0 +1,178 @@
+//! Threads for what may block: each runs one transaction or one change of VFs and reports to the engine.
+
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use log::{error, info, warn};
+use pciback::platform::Platform;
+use pciback::{FunctionState, Sbdf};
+
+use super::{Engine, Event, Inbox};
+use crate::control::Reply;
+use crate::journal::{Journal, Record};
+use crate::outcome::{ErrorCode, Failure};
+use crate::protocol::Success;
+use crate::settings::Settings;
+use crate::transaction::{Context, Finished, Kind, Parting, Serving, Step};
+
+/// What the engine may take beyond a guest's own limit before a transaction stops waiting for it.
+const ENGINE_MARGIN: Duration = Duration::from_secs(10);
+
+/// What a transaction shall do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Course {
+    /// The list from its beginning.
+    Forward(Kind),
+    /// The list from its end, backwards.
+    Backward(Kind, Parting),
+    /// From one step backwards: what an earlier life of the service left.
+    BackwardFrom(Kind, Step, Parting),
+}
+
+impl Course {
+    const fn kind(self) -> Kind {
+        match self {
+            Self::Forward(kind) | Self::Backward(kind, _) | Self::BackwardFrom(kind, ..) => kind,
+        }
+    }
+
+    const fn parting(self) -> Parting {
+        match self {
+            Self::Forward(_) => Parting::Force,
+            Self::Backward(_, parting) | Self::BackwardFrom(_, _, parting) => parting,
+        }
+    }
+}
+
+/// Everything a thread needs, owned.
+#[derive(Clone)]
+pub(super) struct Workshop {
+    pub platform: Platform,
+    pub settings: Arc<Settings>,
+    pub journal: Journal,
+    pub inbox: Inbox,
+}
+
+impl Serving for Workshop {
+    fn serve(&self, record: &Record) -> Result<Option<String>, Failure> {
+        let domain = record.guest.map(|guest| guest.domain).ok_or_else(|| {
+            Failure::new(ErrorCode::Failed, format!("the journal names no guest for {}", record.address))
+        })?;
+        let function = self.open_function(record, domain, false)?;
+        self.ask(|answer| Event::Serve { record: Box::new(record.clone()), function, answer })
+    }
+
+    fn withdraw(&self, record: &Record, parting: Parting) -> Result<Option<String>, Failure> {
+        self.ask(|answer| Event::Withdraw { record: Box::new(record.clone()), parting, answer })
+    }
+}
+
+impl Workshop {
+    fn ask(&self, event: impl FnOnce(super::Answer) -> Event) -> Result<Option<String>, Failure> {
+        let (sender, receiver) = mpsc::channel();
+        self.inbox.send(event(sender));
+        receiver.recv_timeout(self.settings.guest_limit() + ENGINE_MARGIN).unwrap_or_else(|error| {
+            Err(Failure::new(ErrorCode::Failed, format!("wait for the engine: {error}"))
+                .hint("see xpcid's log"))
+        })
+    }
+
+    fn run(&self, course: Course, record: Record, progress: &dyn Fn(&str)) -> Finished {
+        let context = Context {
+            platform: &self.platform,
+            settings: &self.settings,
+            journal: &self.journal,
+            serving: self,
+            parting: course.parting(),
+            progress,
+        };
+        match course {
+            Course::Forward(kind) => context.forward(kind, record),
+            Course::Backward(kind, _) => context.backward(kind, record),
+            Course::BackwardFrom(kind, step, _) => context.backward_from(kind, step, record),
+        }
+    }
+}
+
+impl Engine {
+    pub(super) fn workshop(&self) -> Workshop {
+        Workshop {
+            platform: self.platform.clone(),
+            settings: Arc::clone(&self.settings),
+            journal: self.journal.clone(),
+            inbox: self.inbox.clone(),
+        }
+    }
+
+    /// Starts a transaction; its outcome goes to `reply`, in the words of `done`.
+    pub(super) fn start(
+        &mut self,
+        course: Course,
+        record: Record,
+        reply: Option<Reply>,
+        done: impl Fn(&Record) -> String + Send + 'static,
+    ) {
+        let address = record.address;
+        let mut shown = record.clone();
+        shown.state = course.kind().state_during();
+        self.records.insert(address, shown);
+        self.busy.insert(address);
+        let workshop = self.workshop();
+        let task = move || {
+            let progress = |text: &str| {
+                if let Some(reply) = &reply {
+                    reply.progress(text);
+                }
+            };
+            let finished = workshop.run(course, record, &progress);
+            let (record, outcome) = (finished.record.clone(), finished.outcome.clone());
+            match &outcome {
+                Ok(_) => info!("{}", done(&record)),
+                Err(failure) => error!("{address}: {failure}"),
+            }
+            // The engine first: who reads the answer may ask for the state at once.
+            workshop.inbox.send(Event::Finished(Box::new(finished)));
+            if let Some(reply) = reply {
+                let view = super::lists::view_of(workshop.platform.host.as_ref(), &record);
+                reply.done(outcome.map(|warnings| Success::Changed {
+                    message: done(&record),
+                    warnings,
+                    functions: vec![view],
+                }));
+            }
+        };
+        self.spawn(address, task);
+    }
+
+    fn spawn(&mut self, address: Sbdf, task: impl FnOnce() + Send + 'static) {
+        if let Err(error) = thread::Builder::new().name(format!("task {address}")).spawn(task) {
+            // The task is dropped with its reply: the client hears that the service gave up.
+            error!("{address}: start a thread: {error}");
+            self.busy.remove(&address);
+        }
+    }
+
+    pub(super) fn transaction_finished(&mut self, finished: Finished) {
+        let record = finished.record;
+        let address = record.address;
+        self.busy.remove(&address);
+        let attached = record.state == FunctionState::Attached;
+        self.keep(record.clone());
+        if self.orphans.remove(&address) && attached {
+            warn!("{address}: its guest ended while it was attached");
+            self.detach_from_dead(record);
+        }
+    }
+
+    /// Takes a function from a guest that is gone.
+    pub(super) fn detach_from_dead(&mut self, record: Record) {
+        if self.busy.contains(&record.address) {
+            self.orphans.insert(record.address);
+            return;
+        }
+        self.start(Course::Backward(Kind::Detach, Parting::Dead), record, None, |record| {
+            format!("{}: held again, its guest is gone", record.address)
+        });
+    }
+}

@@ -1,0 +1,180 @@
+//! Enabling and disabling a PF's VFs.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use pciback::platform::HostFunction;
+use pciback::{FunctionState, Sbdf};
+
+use super::requests::existing;
+use super::tasks::Workshop;
+use super::{Engine, Event};
+use crate::control::Reply;
+use crate::outcome::{ErrorCode, Failure};
+use crate::protocol::Success;
+
+/// VFs answer config accesses 100 ms after VF Enable was set, not before (PCI Express 6.0, section 9.3.3.3.1).
+const SETTLE: Duration = Duration::from_millis(100);
+
+impl Engine {
+    pub(super) fn create_vfs(&mut self, address: Sbdf, count: u16, reply: Reply) {
+        let checked = self.physical_function(address).and_then(|pf| {
+            if pf.num_vfs > 0 {
+                let text = format!("{address} has {} VFs enabled already", pf.num_vfs);
+                return Err(Failure::refused(text).on(address).hint("'xpci vf destroy' disables them first"));
+            }
+            if count == 0 || count > pf.total_vfs {
+                let text = format!("{address} can have 1 to {} VFs, not {count}", pf.total_vfs);
+                return Err(Failure::refused(text).on(address));
+            }
+            Ok(())
+        });
+        self.change_vfs(address, reply, checked, move |workshop, progress| {
+            create(workshop, address, count, progress)
+        });
+    }
+
+    pub(super) fn destroy_vfs(&mut self, address: Sbdf, reply: Reply) {
+        let checked = self.physical_function(address).and_then(|pf| self.none_in_use(&pf));
+        self.change_vfs(address, reply, checked, move |workshop, progress| {
+            destroy(workshop, address, progress)
+        });
+    }
+
+    fn physical_function(&self, address: Sbdf) -> Result<HostFunction, Failure> {
+        let function = existing(self.platform.host.as_ref(), address)?;
+        if function.total_vfs == 0 {
+            let failure = Failure::refused(format!("{address} is no PF: it has no SR-IOV capability"));
+            return Err(failure.on(address));
+        }
+        if self.busy_pfs.contains(&address) || self.busy.contains(&address) {
+            return Err(Failure::refused(format!("{address} is being changed right now"))
+                .on(address)
+                .hint("try again"));
+        }
+        Ok(function)
+    }
+
+    /// Refuses while a guest has a VF, or one is held: the kernel would pull it from under them.
+    fn none_in_use(&self, pf: &HostFunction) -> Result<(), Failure> {
+        let used = |address: &&Sbdf| self.state(**address) != FunctionState::Host;
+        let users: Vec<String> =
+            pf.virtual_functions.iter().filter(used).map(|vf| self.describe_user(*vf)).collect();
+        if users.is_empty() {
+            return Ok(());
+        }
+        Err(Failure::refused(format!("VFs of {} are in use: {}", pf.address, users.join(", ")))
+            .on(pf.address)
+            .hint("detach them with 'xpci pci-detach', then 'xpci pci-assignable-remove'"))
+    }
+
+    fn describe_user(&self, vf: Sbdf) -> String {
+        let record = self.record(vf);
+        match record.guest {
+            Some(guest) => format!("{vf} ({} domain {})", record.state, guest.domain),
+            None => format!("{vf} ({})", record.state),
+        }
+    }
+
+    fn change_vfs(
+        &mut self,
+        address: Sbdf,
+        reply: Reply,
+        checked: Result<(), Failure>,
+        change: impl FnOnce(&Workshop, &dyn Fn(&str)) -> Result<Success, Failure> + Send + 'static,
+    ) {
+        if let Err(failure) = checked {
+            return reply.done(Err(failure));
+        }
+        self.busy_pfs.insert(address);
+        let workshop = self.workshop();
+        let task = move || {
+            let outcome = change(&workshop, &|text| reply.progress(text));
+            workshop.inbox.send(Event::VfsChanged(address));
+            reply.done(outcome.map_err(|failure| failure.on(address)));
+        };
+        if let Err(error) = thread::Builder::new().name(format!("vfs {address}")).spawn(task) {
+            log::error!("{address}: start a thread: {error}");
+            self.busy_pfs.remove(&address);
+        }
+    }
+}
+
+/// Enables VFs, all or none: when they do not all come up they are disabled again.
+fn create(
+    workshop: &Workshop,
+    address: Sbdf,
+    count: u16,
+    progress: &dyn Fn(&str),
+) -> Result<Success, Failure> {
+    let (host, limit) = (&workshop.platform.host, workshop.settings.driver_limit());
+    host.set_vf_autoprobe(address, false)?;
+    progress(&format!("enabling {count} VFs of {address}"));
+    let came_up = host.set_num_vfs(address, count, limit).map_err(Failure::from).and_then(|()| {
+        // The kernel's write returns when all VFs are there; what is left is the settling time after VF Enable.
+        thread::sleep(SETTLE);
+        all_known(workshop, address, count, limit)
+    });
+    match came_up {
+        Ok(vfs) => {
+            let names: Vec<String> = vfs.iter().map(ToString::to_string).collect();
+            let functions = vfs
+                .iter()
+                .map(|vf| {
+                    let record = crate::journal::Record::new(*vf, "");
+                    super::lists::view_of(host.as_ref(), &record)
+                })
+                .collect();
+            let message = format!("{address} has {count} VFs: {}", names.join(" "));
+            Ok(Success::Changed { message, warnings: Vec::new(), functions })
+        }
+        Err(failure) => match host.set_num_vfs(address, 0, limit) {
+            Ok(()) => Err(failure),
+            Err(error) if error.errno() == Some(Errno::ENOENT) => Err(failure),
+            Err(error) => {
+                Err(Failure { message: format!("{}; and then: {error}", failure.message), ..failure })
+            }
+        },
+    }
+}
+
+/// Waits until sysfs shows all VFs and Xen knows each of them.
+fn all_known(workshop: &Workshop, pf: Sbdf, count: u16, limit: Duration) -> Result<Vec<Sbdf>, Failure> {
+    let platform = &workshop.platform;
+    let deadline = Instant::now() + limit;
+    loop {
+        let vfs = platform.host.function(pf)?.virtual_functions;
+        let unknown = vfs.iter().find(|vf| !platform.hypervisor.device_known(**vf).unwrap_or(false));
+        let missing = match unknown {
+            Some(vf) => format!("Xen does not know {vf}"),
+            None if vfs.len() < usize::from(count) => format!("{} of {count} VFs appeared", vfs.len()),
+            None => return Ok(vfs),
+        };
+        if Instant::now() >= deadline {
+            let failure = Failure::new(ErrorCode::Failed, format!("enable {count} VFs of {pf}: {missing}"));
+            return Err(failure.hint("see dom0's kernel log and 'xl dmesg'"));
+        }
+        // Neither sysfs nor Xen tells when the other has caught up; both do so within the kernel's own notification.
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn destroy(workshop: &Workshop, address: Sbdf, progress: &dyn Fn(&str)) -> Result<Success, Failure> {
+    let host = &workshop.platform.host;
+    let before = host.function(address)?.num_vfs;
+    if before == 0 {
+        return Ok(Success::Already { message: format!("{address} has no VFs enabled") });
+    }
+    progress(&format!("disabling {before} VFs of {address}"));
+    host.set_num_vfs(address, 0, workshop.settings.driver_limit())?;
+    let after = host.function(address)?.num_vfs;
+    if after != 0 {
+        let failure =
+            Failure::new(ErrorCode::Failed, format!("disable the VFs of {address}: {after} are still there"));
+        return Err(failure
+            .hint("its driver refused, see dom0's kernel log: a VF held by xen-pciback is in use to it"));
+    }
+    let message = format!("{address} has no VFs any more");
+    Ok(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() })
+}

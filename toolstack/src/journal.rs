@@ -1,0 +1,265 @@
+//! What the service intends, on disk: one small file for each function it manages.
+//!
+//! A record is written, synced and renamed into place before the step that it names runs, so that a service that was killed
+//! at any instruction finds out what may have been done. What is true is read from Xen, sysfs and xenstore; a
+//! record of another boot only remembers quarantine.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use pciback::{DomId, FunctionState, Sbdf};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::transaction::{Kind, Step};
+
+/// The form of a record; others are refused.
+pub const VERSION: u32 = 1;
+/// No record is longer than this, in bytes.
+const SIZE_LIMIT: u64 = 64 * 1024;
+
+/// What the service knows of one function and intends with it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Record {
+    /// [`VERSION`].
+    pub version: u32,
+    /// The boot it belongs to, `/proc/sys/kernel/random/boot_id`.
+    pub boot: String,
+    /// The function.
+    pub address: Sbdf,
+    /// Where it stands; while a transaction runs, the state that leads to its end.
+    pub state: FunctionState,
+    /// The driver it came from and goes back to.
+    pub original_driver: Option<String>,
+    /// Whether the service itself prepared its MSI-X table, and so must release it.
+    pub msix_prepared: bool,
+    /// The guest that has it, gets it or loses it.
+    pub guest: Option<GuestPlace>,
+    /// What was given to the guest beyond the device itself.
+    #[serde(default)]
+    pub grants: Vec<Grant>,
+    /// The transaction in progress.
+    pub transaction: Option<Progress>,
+    /// Why it is quarantined.
+    pub quarantine: Option<String>,
+}
+
+/// A guest, and where it sees the function.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuestPlace {
+    /// The guest.
+    pub domain: DomId,
+    /// Device and function number in the guest, on its bus 0000:00.
+    pub devfn: u8,
+}
+
+/// One permission that a guest was given; noted before it is given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, tag = "kind", rename_all = "kebab-case")]
+pub enum Grant {
+    /// Page frames of memory space.
+    Iomem {
+        /// The first page frame.
+        first: u64,
+        /// How many.
+        frames: u64,
+    },
+    /// I/O ports.
+    Ioport {
+        /// The first port.
+        first: u32,
+        /// How many.
+        count: u32,
+    },
+    /// An INTx line.
+    Gsi {
+        /// The line.
+        gsi: u32,
+    },
+}
+
+/// How far a transaction is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Progress {
+    /// What it does.
+    pub kind: Kind,
+    /// The step that runs or ran last: it and those before it may have had their effect.
+    pub step: Step,
+    /// Whether its steps are being undone.
+    pub undoing: bool,
+}
+
+impl Record {
+    /// A function of which nothing is known but that it exists.
+    pub fn new(address: Sbdf, boot: &str) -> Self {
+        Self {
+            version: VERSION,
+            boot: boot.to_owned(),
+            address,
+            state: FunctionState::Host,
+            original_driver: None,
+            msix_prepared: false,
+            guest: None,
+            grants: Vec::new(),
+            transaction: None,
+            quarantine: None,
+        }
+    }
+}
+
+/// What can go wrong with the journal.
+#[derive(Debug, Error)]
+pub enum JournalError {
+    /// Reading or writing failed.
+    #[error("{action} journal file {path}: {source}")]
+    Io {
+        /// `read`, `write` or `remove`.
+        action: &'static str,
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A record is not one this version wrote.
+    #[error("journal file {path} cannot be used: {reason}; move it away to start without it")]
+    Malformed {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// The directory with the records.
+#[derive(Debug, Clone)]
+pub struct Journal {
+    directory: PathBuf,
+}
+
+impl Journal {
+    /// Opens the directory, and creates it when it is not there.
+    pub fn open(directory: &Path) -> Result<Self, JournalError> {
+        let error = |source| JournalError::Io { action: "create", path: directory.to_owned(), source };
+        fs::create_dir_all(directory).map_err(error)?;
+        Ok(Self { directory: directory.to_owned() })
+    }
+
+    fn path(&self, address: Sbdf) -> PathBuf {
+        self.directory.join(format!("{address}.json"))
+    }
+
+    /// Writes a record so that it is on disk, whole, when the call returns.
+    pub fn write(&self, record: &Record) -> Result<(), JournalError> {
+        let path = self.path(record.address);
+        self.replace(&path, record).map_err(|source| JournalError::Io { action: "write", path, source })
+    }
+
+    fn replace(&self, path: &Path, record: &Record) -> io::Result<()> {
+        let text = serde_json::to_vec_pretty(record)?;
+        let temporary = path.with_extension("new");
+        let mut file =
+            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        file.write_all(&text)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)?;
+        self.sync()
+    }
+
+    /// Removes a function's record; nothing happens where there is none.
+    pub fn remove(&self, address: Sbdf) -> Result<(), JournalError> {
+        let path = self.path(address);
+        let removed = match fs::remove_file(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            other => other.and_then(|()| self.sync()),
+        };
+        removed.map_err(|source| JournalError::Io { action: "remove", path, source })
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        File::open(&self.directory)?.sync_all()
+    }
+
+    /// All records, by address, with one error for each file that cannot be used.
+    pub fn read_all(&self) -> Result<(Vec<Record>, Vec<JournalError>), JournalError> {
+        let error = |source| JournalError::Io { action: "read", path: self.directory.clone(), source };
+        let (mut records, mut errors) = (Vec::new(), Vec::new());
+        for entry in fs::read_dir(&self.directory).map_err(error)? {
+            let path = entry.map_err(error)?.path();
+            // A temporary file is a write that never took effect.
+            if path.extension().is_some_and(|extension| extension == "json") {
+                match read(&path) {
+                    Ok(record) => records.push(record),
+                    Err(error) => errors.push(error),
+                }
+            }
+        }
+        records.sort_by_key(|record| record.address);
+        Ok((records, errors))
+    }
+}
+
+fn read(path: &Path) -> Result<Record, JournalError> {
+    let error = |source| JournalError::Io { action: "read", path: path.to_owned(), source };
+    let malformed = |reason: String| JournalError::Malformed { path: path.to_owned(), reason };
+    let mut text = String::new();
+    File::open(path).map_err(error)?.take(SIZE_LIMIT).read_to_string(&mut text).map_err(error)?;
+    let record: Record = serde_json::from_str(&text).map_err(|error| malformed(error.to_string()))?;
+    if record.version != VERSION {
+        return Err(malformed(format!("it has version {}, this xpcid reads {VERSION}", record.version)));
+    }
+    if path.file_stem().and_then(|stem| stem.to_str()) != Some(record.address.to_string().as_str()) {
+        return Err(malformed(format!("it is about {}", record.address)));
+    }
+    Ok(record)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Record {
+        let mut record = Record::new(Sbdf::from_devfn(0, 1, 0x80), "boot");
+        record.guest = Some(GuestPlace { domain: DomId(4), devfn: 8 });
+        record.grants =
+            vec![Grant::Iomem { first: 0xfe400, frames: 4 }, Grant::Ioport { first: 0xc000, count: 32 }];
+        record.transaction = Some(Progress { kind: Kind::Attach, step: Step::Assign, undoing: true });
+        record
+    }
+
+    #[test]
+    fn what_is_written_is_read_back_and_replaced_whole() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = Journal::open(&directory.path().join("journal")).unwrap();
+        let mut record = sample();
+        journal.write(&record).unwrap();
+        record.transaction = None;
+        journal.write(&record).unwrap();
+        let (records, errors) = journal.read_all().unwrap();
+        assert_eq!(records, [record.clone()]);
+        assert!(errors.is_empty(), "{errors:?}");
+        journal.remove(record.address).unwrap();
+        journal.remove(record.address).unwrap();
+        assert!(journal.read_all().unwrap().0.is_empty());
+    }
+
+    #[test]
+    fn a_torn_foreign_or_renamed_record_is_reported_and_the_others_are_used() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = Journal::open(directory.path()).unwrap();
+        journal.write(&sample()).unwrap();
+        let good = fs::read_to_string(journal.path(sample().address)).unwrap();
+        fs::write(directory.path().join("0000:01:10.2.json"), &good[..good.len() / 2]).unwrap();
+        fs::write(directory.path().join("0000:01:10.4.json"), &good).unwrap();
+        let newer = good.replace("\"version\": 1", "\"version\": 2");
+        fs::write(directory.path().join("0000:01:10.6.json"), newer).unwrap();
+        fs::write(directory.path().join("0000:01:11.0.new"), "half").unwrap();
+        let (records, errors) = journal.read_all().unwrap();
+        assert_eq!(records, [sample()]);
+        assert_eq!(errors.len(), 3, "{errors:?}");
+    }
+}

@@ -1,0 +1,107 @@
+//! How an operation ends, for people, for tools and as an exit code.
+
+use std::fmt;
+
+use pciback::platform::PlatformError;
+use pciback::{DomId, Sbdf};
+use serde::{Deserialize, Serialize};
+
+/// What kind of failure it was: stable words for tools, each with its exit code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ErrorCode {
+    /// The host, the hypervisor or the guest did not do what was asked. Exit code 1.
+    Failed,
+    /// The command line or the request is not valid. Exit code 2.
+    Usage,
+    /// The service cannot be reached. Exit code 3.
+    Unreachable,
+    /// There is no such function or domain. Exit code 4.
+    NotFound,
+    /// What was asked does not fit the present state, or a policy forbids it; nothing was changed. Exit code 5.
+    Refused,
+    /// It failed and could not be undone: the function is quarantined. Exit code 6.
+    Quarantined,
+}
+
+impl ErrorCode {
+    /// The exit code of `xpci`.
+    pub const fn exit_code(self) -> u8 {
+        match self {
+            Self::Failed => 1,
+            Self::Usage => 2,
+            Self::Unreachable => 3,
+            Self::NotFound => 4,
+            Self::Refused => 5,
+            Self::Quarantined => 6,
+        }
+    }
+}
+
+/// A failed operation: what was attempted, why it failed, and what the user can do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// What kind of failure.
+    pub code: ErrorCode,
+    /// What was attempted and why it failed, in one sentence.
+    pub message: String,
+    /// What the user can do about it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+    /// The function it was about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<Sbdf>,
+    /// The domain it was about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain: Option<DomId>,
+}
+
+impl Failure {
+    /// A failure of some kind.
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), hint: None, address: None, domain: None }
+    }
+
+    /// Nothing was changed because of the present state.
+    pub fn refused(message: impl Into<String>) -> Self {
+        Self::new(ErrorCode::Refused, message)
+    }
+
+    /// There is no such thing.
+    pub fn not_found(message: impl Into<String>) -> Self {
+        Self::new(ErrorCode::NotFound, message)
+    }
+
+    /// Adds what the user can do.
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// Names the function.
+    pub fn on(mut self, address: Sbdf) -> Self {
+        self.address = Some(address);
+        self
+    }
+
+    /// Names the domain.
+    pub fn of(mut self, domain: DomId) -> Self {
+        self.domain = Some(domain);
+        self
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)?;
+        self.hint.as_ref().map_or(Ok(()), |hint| write!(f, " ({hint})"))
+    }
+}
+
+impl std::error::Error for Failure {}
+
+impl From<PlatformError> for Failure {
+    fn from(error: PlatformError) -> Self {
+        Self::new(ErrorCode::Failed, error.to_string())
+    }
+}

@@ -1,0 +1,250 @@
+//! The control protocol between `xpci` and `xpcid`: JSON lines over a Unix socket, version 1.
+//!
+//! The client sends one [`Call`] a line. The service answers each with any number of progress lines and one final line, all
+//! with the call's `id`. Fields are named; an unknown command or field is refused, so that a typo never does something else.
+//! What `xpci --json` prints is the [`Envelope`] of the final answer.
+
+mod view;
+
+use pciback::Sbdf;
+use serde::{Deserialize, Serialize};
+
+pub use view::{FunctionView, GuestView, StatusView, VfView};
+
+use crate::outcome::Failure;
+
+/// The protocol's and the envelope's version.
+pub const VERSION: u32 = 1;
+/// The longest line either side accepts, in bytes.
+pub const LINE_LIMIT: usize = 1 << 20;
+
+/// One line from the client.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Call {
+    /// [`VERSION`]; the service refuses others.
+    pub version: u32,
+    /// Chosen by the client, repeated in each answer.
+    pub id: u64,
+    /// What to do.
+    #[serde(flatten)]
+    pub request: Request,
+}
+
+/// A domain as the user named it: by name, or by number.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct DomainName(pub String);
+
+/// What the service can do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", content = "arguments", rename_all = "kebab-case", rename_all_fields = "kebab-case")]
+#[serde(deny_unknown_fields)]
+pub enum Request {
+    /// Lists the functions that can be attached.
+    PciAssignableList,
+    /// Takes a function from its driver and holds it for guests.
+    PciAssignableAdd {
+        /// The function.
+        address: Sbdf,
+    },
+    /// Gives a held function back to dom0 and the driver it came from.
+    PciAssignableRemove {
+        /// The function.
+        address: Sbdf,
+    },
+    /// Gives a held function to a guest.
+    PciAttach {
+        /// The guest.
+        domain: DomainName,
+        /// The function.
+        address: Sbdf,
+        /// The device number the guest sees it at, 0-31; the first free one when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        slot: Option<u8>,
+    },
+    /// Takes a function from a guest and holds it again.
+    PciDetach {
+        /// The guest.
+        domain: DomainName,
+        /// The function.
+        address: Sbdf,
+        /// Does not wait for the guest to let go.
+        #[serde(default)]
+        force: bool,
+    },
+    /// Lists the functions of a guest.
+    PciList {
+        /// The guest.
+        domain: DomainName,
+    },
+    /// Enables VFs.
+    VfCreate {
+        /// The PF.
+        address: Sbdf,
+        /// How many, from 1 to the PF's total.
+        count: u16,
+    },
+    /// Disables all VFs of a PF.
+    VfDestroy {
+        /// The PF.
+        address: Sbdf,
+    },
+    /// Lists the VFs of one PF, or of all.
+    VfList {
+        /// The PF.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        address: Option<Sbdf>,
+    },
+    /// What the service knows: functions, guests, what is wrong.
+    Status,
+    /// Clears a function's quarantine, after a verified reset.
+    QuarantineClear {
+        /// The function.
+        address: Sbdf,
+    },
+}
+
+impl Request {
+    /// The command's word, as in the protocol.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::PciAssignableList => "pci-assignable-list",
+            Self::PciAssignableAdd { .. } => "pci-assignable-add",
+            Self::PciAssignableRemove { .. } => "pci-assignable-remove",
+            Self::PciAttach { .. } => "pci-attach",
+            Self::PciDetach { .. } => "pci-detach",
+            Self::PciList { .. } => "pci-list",
+            Self::VfCreate { .. } => "vf-create",
+            Self::VfDestroy { .. } => "vf-destroy",
+            Self::VfList { .. } => "vf-list",
+            Self::Status => "status",
+            Self::QuarantineClear { .. } => "quarantine-clear",
+        }
+    }
+}
+
+/// What a successful operation says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Success {
+    /// Something was changed.
+    Changed {
+        /// What, for people.
+        message: String,
+        /// What the user should know besides.
+        #[serde(default)]
+        warnings: Vec<String>,
+        /// The functions it was about, as they are now.
+        functions: Vec<FunctionView>,
+    },
+    /// Everything was as asked already.
+    Already {
+        /// What, for people.
+        message: String,
+    },
+    /// Functions.
+    Functions {
+        /// The list.
+        functions: Vec<FunctionView>,
+    },
+    /// VFs, by PF.
+    Vfs {
+        /// The list.
+        vfs: Vec<VfView>,
+    },
+    /// The state of the service.
+    Status(StatusView),
+}
+
+/// One line from the service, and what `xpci --json` prints.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Envelope {
+    /// [`VERSION`].
+    pub version: u32,
+    /// The call it answers.
+    pub id: u64,
+    /// The command it answers, as in the protocol.
+    pub command: String,
+    /// Whether it succeeded; absent while it goes on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ok: Option<bool>,
+    /// While it goes on: what is done now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<String>,
+    /// On success.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<Success>,
+    /// On failure.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<Failure>,
+}
+
+impl Envelope {
+    /// The final answer.
+    pub fn done(id: u64, command: &str, outcome: Result<Success, Failure>) -> Self {
+        let ok = Some(outcome.is_ok());
+        let (result, error) = match outcome {
+            Ok(success) => (Some(success), None),
+            Err(failure) => (None, Some(failure)),
+        };
+        Self { version: VERSION, id, command: command.to_owned(), ok, progress: None, result, error }
+    }
+
+    /// A line on the way.
+    pub fn progress(id: u64, command: &str, text: String) -> Self {
+        let command = command.to_owned();
+        Self { version: VERSION, id, command, ok: None, progress: Some(text), result: None, error: None }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_is_one_flat_object_with_named_fields() {
+        let text =
+            r#"{"version":1,"id":7,"command":"pci-attach","arguments":{"domain":"web","address":"01:10.0"}}"#;
+        let call: Call = serde_json::from_str(text).unwrap();
+        assert_eq!(call.id, 7);
+        let Request::PciAttach { domain, address, slot: None } = call.request else { panic!("{call:?}") };
+        assert_eq!((domain.0.as_str(), address.to_string().as_str()), ("web", "0000:01:10.0"));
+    }
+
+    #[test]
+    fn unknown_commands_fields_and_addresses_are_refused() {
+        for text in [
+            r#"{"version":1,"id":7,"command":"pci-burn","arguments":{"address":"01:10.0"}}"#,
+            r#"{"version":1,"id":7,"command":"pci-assignable-add","arguments":{"address":"01:10.0","forced":true}}"#,
+            r#"{"version":1,"id":7,"command":"pci-assignable-add","arguments":{"address":"01:10.9"}}"#,
+            r#"{"version":1,"id":7,"command":"pci-assignable-add"}"#,
+        ] {
+            assert!(serde_json::from_str::<Call>(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn every_request_round_trips_under_its_name() {
+        let address = Sbdf::from_devfn(0, 1, 0x80);
+        let domain = DomainName("pv1".into());
+        for request in [
+            Request::PciAssignableList,
+            Request::PciAssignableAdd { address },
+            Request::PciAssignableRemove { address },
+            Request::PciAttach { domain: domain.clone(), address, slot: Some(3) },
+            Request::PciDetach { domain: domain.clone(), address, force: true },
+            Request::PciList { domain },
+            Request::VfCreate { address, count: 3 },
+            Request::VfDestroy { address },
+            Request::VfList { address: None },
+            Request::Status,
+            Request::QuarantineClear { address },
+        ] {
+            let name = request.name();
+            let call = Call { version: VERSION, id: 1, request };
+            let text = serde_json::to_string(&call).unwrap();
+            assert!(text.contains(&format!("\"command\":\"{name}\"")), "{text}");
+            assert_eq!(serde_json::from_str::<Call>(&text).unwrap(), call);
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! What the service shows of functions and guests.
+
+use pciback::{DomId, FunctionState, Sbdf};
+use serde::{Deserialize, Serialize};
+
+/// One function.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FunctionView {
+    /// Where it is on the host.
+    pub address: Sbdf,
+    /// `vendor:device`, four hexadecimal digits each.
+    pub id: String,
+    /// Where it stands.
+    pub state: FunctionState,
+    /// The driver it is bound to in dom0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub driver: Option<String>,
+    /// The driver it came from, and goes back to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub original_driver: Option<String>,
+    /// Its PF, when it is a VF.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub physical_function: Option<Sbdf>,
+    /// The guest that has it, or gets or loses it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain: Option<DomId>,
+    /// Where the guest sees it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_address: Option<Sbdf>,
+    /// What is going on or wrong, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+}
+
+/// One guest that has functions.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestView {
+    /// Its number.
+    pub domain: DomId,
+    /// Its name, where xenstore has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// How far the handshake with its frontend is, for people.
+    pub frontend: String,
+    /// Requests answered since the service started.
+    pub requests: u64,
+    /// Those of them answered with an error.
+    pub errors: u64,
+}
+
+/// One VF of a PF.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VfView {
+    /// Its PF.
+    pub physical_function: Sbdf,
+    /// Its index, from 0.
+    pub index: u16,
+    /// The VF.
+    #[serde(flatten)]
+    pub function: FunctionView,
+}
+
+/// The state of the service.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StatusView {
+    /// The service's version.
+    pub service: String,
+    /// What it runs on.
+    pub platform: String,
+    /// The functions it manages: all that are not in state `host`.
+    pub functions: Vec<FunctionView>,
+    /// The guests it serves.
+    pub guests: Vec<GuestView>,
+    /// What needs somebody's attention.
+    pub problems: Vec<String>,
+}

@@ -1,0 +1,199 @@
+//! Giving a held function to a guest, up to the point where it is served.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use pciback::config::{Access, FunctionImage};
+use pciback::platform::{PlatformError, Resource};
+use pciback::{DomId, Sbdf};
+
+use super::{Context, guest_of};
+use crate::journal::{Grant, Record};
+use crate::outcome::{ErrorCode, Failure};
+use crate::spec::SpecExt;
+
+/// Bytes of a page, the unit in which memory is granted.
+const PAGE: u64 = 4096;
+/// BAR 0-5; the expansion ROM and a PF's VF BARs are never a guest's.
+const BARS: usize = 6;
+const COMMAND: u32 = 0x04;
+const MEMORY_SPACE: u32 = 1 << 1;
+
+pub(super) fn prepare_msix(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
+    let host = context.platform.host.as_ref();
+    let config = host.config(record.address)?;
+    let spec = crate::spec::function_spec(host, record.address)?;
+    if !spec.has_msix() {
+        return Ok(());
+    }
+    // Xen finds the table through the BAR, which must decode.
+    if let Ok(access) = Access::new(COMMAND, 2) {
+        let failed = |error: io::Error| {
+            Failure::new(ErrorCode::Failed, format!("enable memory space of {}: {error}", record.address))
+        };
+        let command = config.read(access).map_err(failed)?;
+        if command & MEMORY_SPACE == 0 {
+            config.write(access, command | MEMORY_SPACE).map_err(failed)?;
+        }
+    }
+    if context.platform.hypervisor.prepare_msix(record.address)? {
+        record.msix_prepared = true;
+    }
+    Ok(())
+}
+
+pub(super) fn release_msix(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
+    if record.msix_prepared {
+        absent_is_done(context.platform.hypervisor.release_msix(record.address))?;
+        record.msix_prepared = false;
+    }
+    Ok(())
+}
+
+pub(super) fn assign(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
+    let domain = guest_of(record)?;
+    (context.progress)(&format!("assigning {} to domain {domain}", record.address));
+    context.platform.hypervisor.assign(domain, record.address).map_err(|error| {
+        let errno = error.errno();
+        let failure = Failure::from(error).on(record.address).of(domain);
+        match errno {
+            Some(Errno::EINVAL | Errno::ENODEV | Errno::EXDEV | Errno::EOPNOTSUPP) => Failure {
+                code: ErrorCode::Refused,
+                ..failure
+            }
+            .hint(
+                "the domain was probably created without passthrough: put passthrough=\"enabled\" into its xl.cfg and \
+                 create it again",
+            ),
+            Some(Errno::EBUSY) => failure.hint("another domain owns it; see 'xl pci-list'"),
+            _ => failure,
+        }
+    })
+}
+
+pub(super) fn deassign(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
+    let domain = guest_of(record)?;
+    match context.platform.hypervisor.deassign(domain, record.address) {
+        Ok(()) => Ok(()),
+        // A domain that is gone has lost it to the quarantine domain; a step that never ran has nothing to undo.
+        Err(error) if nobodys(context, &error, record.address) => Ok(()),
+        Err(error) => Err(Failure::from(error).on(record.address).of(domain)),
+    }
+}
+
+fn nobodys(context: &Context<'_>, error: &PlatformError, address: Sbdf) -> bool {
+    let hypervisor = &context.platform.hypervisor;
+    matches!(error.errno(), Some(Errno::EINVAL | Errno::ENODEV | Errno::ESRCH))
+        && (hypervisor.assignable(address).unwrap_or(false)
+            || !hypervisor.device_known(address).unwrap_or(true))
+}
+
+pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
+    let domain = guest_of(record)?;
+    let function = context.platform.host.function(record.address)?;
+    let mut grants: Vec<Grant> = function.resources[..BARS].iter().filter_map(bar_grant).collect();
+    let has_pin =
+        crate::spec::function_spec(context.platform.host.as_ref(), record.address)?.has_interrupt_pin();
+    if has_pin && function.irq != 0 && function.irq < 256 {
+        grants.push(Grant::Gsi { gsi: function.irq });
+    }
+    // Noted before given: what the journal does not know is never revoked.
+    record.grants = grants;
+    context.write(record)?;
+    record
+        .grants
+        .iter()
+        .try_for_each(|grant| allow(context, domain, *grant, true))
+        .map_err(|failure| failure.on(record.address))
+}
+
+pub(super) fn revoke(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
+    let domain = guest_of(record)?;
+    let mut first_failure = Ok(());
+    for grant in &record.grants {
+        let revoked = allow(context, domain, *grant, false);
+        first_failure = first_failure.and(revoked);
+    }
+    first_failure.map_err(|failure| failure.on(record.address).of(domain))?;
+    record.grants.clear();
+    Ok(())
+}
+
+fn bar_grant(bar: &Resource) -> Option<Grant> {
+    match (bar.exists(), bar.is_io()) {
+        (false, _) => None,
+        (true, true) => Some(Grant::Ioport { first: bar.start as u32, count: bar.size as u32 }),
+        (true, false) => {
+            let first = bar.start / PAGE;
+            Some(Grant::Iomem { first, frames: (bar.start + bar.size).div_ceil(PAGE) - first })
+        }
+    }
+}
+
+fn allow(context: &Context<'_>, domain: DomId, grant: Grant, allow: bool) -> Result<(), Failure> {
+    let hypervisor = &context.platform.hypervisor;
+    let answer = match grant {
+        Grant::Iomem { first, frames } => hypervisor.iomem_permission(domain, first, frames, allow),
+        Grant::Ioport { first, count } => hypervisor.ioport_permission(domain, first, count, allow),
+        Grant::Gsi { gsi } if allow => hypervisor.map_gsi(domain, gsi).map(drop),
+        Grant::Gsi { gsi } => match hypervisor.unmap_gsi(domain, gsi, pciback::platform::Pirq(gsi)) {
+            Err(error) if error.errno() == Some(Errno::EINVAL) => Ok(()),
+            other => other,
+        },
+    };
+    if allow { Ok(answer?) } else { absent_is_done(answer) }
+}
+
+/// What is to be taken from a domain or a function that no longer exists is taken.
+fn absent_is_done(answer: pciback::platform::Result<()>) -> Result<(), Failure> {
+    match answer {
+        Err(error) if matches!(error.errno(), Some(Errno::ESRCH | Errno::ENODEV)) => Ok(()),
+        other => Ok(other?),
+    }
+}
+
+/// Where the image of a function is.
+pub fn image_path(run_directory: &Path, address: Sbdf) -> PathBuf {
+    run_directory.join("images").join(address.to_string())
+}
+
+pub(super) fn create_image(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
+    let path = image_path(&context.settings.run_directory, record.address);
+    let create = || -> io::Result<()> {
+        // What is left of an attempt that failed is not what this guest gets.
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        if let Some(directory) = path.parent() {
+            fs::create_dir_all(directory)?;
+        }
+        let file: File =
+            OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
+        // Reserved now: a full file system must not become a SIGBUS later.
+        fallocate(&file, FallocateFlags::empty(), 0, FunctionImage::BYTES as i64)?;
+        Ok(())
+    };
+    create().map_err(|error| {
+        Failure::new(
+            ErrorCode::Failed,
+            format!("create the image {} of {}: {error}", path.display(), record.address),
+        )
+        .on(record.address)
+    })
+}
+
+pub(super) fn remove_image(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
+    let path = image_path(&context.settings.run_directory, record.address);
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Failure::new(
+            ErrorCode::Failed,
+            format!("remove the image {} of {}: {error}", path.display(), record.address),
+        )),
+        _ => Ok(()),
+    }
+}

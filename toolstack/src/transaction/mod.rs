@@ -1,0 +1,293 @@
+//! Attach, detach, hold and release as lists of steps with undo.
+//!
+//! There are two lists. [`HOLD`] takes a function from dom0; [`ATTACH`] gives a held function to a guest. Forwards they are
+//! hold and attach, backwards release and detach: what is done in one direction is undone in the other by the same code.
+//! Before a step runs or is undone the journal names it. A step that fails on the way forward undoes itself and those before it;
+//! on the way back all steps run whatever happens, and a failure quarantines the function.
+
+mod attach;
+mod hold;
+mod reset;
+
+use log::{info, warn};
+use pciback::platform::Platform;
+use pciback::{DomId, FunctionState, Sbdf};
+use serde::{Deserialize, Serialize};
+
+pub use attach::image_path;
+pub use hold::holder_of;
+pub use reset::{ResetCheck, ResetPlan, reset_and_verify};
+
+use crate::journal::{Journal, Progress, Record};
+use crate::outcome::{ErrorCode, Failure};
+use crate::settings::Settings;
+
+/// A list of steps and its direction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// [`HOLD`], forwards.
+    Hold,
+    /// [`HOLD`], backwards.
+    Release,
+    /// [`ATTACH`], forwards.
+    Attach,
+    /// [`ATTACH`], backwards.
+    Detach,
+}
+
+/// One step. Doing or undoing it when that was done already changes nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Step {
+    /// The driver that only holds takes it. Undo: the driver it came from.
+    Driver,
+    /// `DOMID_IO` owns it in Xen. Undo: dom0.
+    Quarantine,
+    /// It is reset and answers. Undo: the same, because a guest has had it.
+    Reset,
+    /// Xen guards its MSI-X table. Undo: no longer.
+    PrepareMsix,
+    /// The guest owns it in Xen. Undo: `DOMID_IO`.
+    Assign,
+    /// The guest may map its BARs, use its ports and its INTx line. Undo: it may not.
+    Grant,
+    /// Its image, the part of its virtual config space that outlives the service, is there. Undo: gone.
+    Image,
+    /// The guest is told and served. Undo: asked to let go, then cut off: bus mastering and interrupts first.
+    Serve,
+}
+
+/// Takes a function from dom0.
+pub const HOLD: &[Step] = &[Step::Driver, Step::Quarantine];
+/// Gives a held function to a guest.
+pub const ATTACH: &[Step] =
+    &[Step::Reset, Step::PrepareMsix, Step::Assign, Step::Grant, Step::Image, Step::Serve];
+
+impl Kind {
+    /// The steps, in the order of going forwards.
+    pub const fn steps(self) -> &'static [Step] {
+        match self {
+            Self::Hold | Self::Release => HOLD,
+            Self::Attach | Self::Detach => ATTACH,
+        }
+    }
+
+    /// The state while it runs, forwards.
+    pub const fn state_during(self) -> FunctionState {
+        match self {
+            Self::Hold => FunctionState::Host,
+            Self::Release => FunctionState::Held,
+            Self::Attach => FunctionState::Attaching,
+            Self::Detach => FunctionState::Detaching,
+        }
+    }
+
+    const fn state_when_forward(self) -> FunctionState {
+        match self {
+            Self::Hold | Self::Release => FunctionState::Held,
+            Self::Attach | Self::Detach => FunctionState::Attached,
+        }
+    }
+
+    const fn state_when_undone(self) -> FunctionState {
+        match self {
+            Self::Hold | Self::Release => FunctionState::Host,
+            Self::Attach | Self::Detach => FunctionState::Held,
+        }
+    }
+}
+
+/// How a guest loses a function.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Parting {
+    /// It is asked, and overruled when it does not answer in time.
+    Ask,
+    /// It is not asked.
+    Force,
+    /// It is gone.
+    Dead,
+}
+
+/// The part of attaching and detaching that the engine does, because it owns the guests' threads and handshakes.
+pub trait Serving: Sync {
+    /// Publishes a function to its guest and serves it. The text says what the guest still has to do, if anything.
+    fn serve(&self, record: &Record) -> Result<Option<String>, Failure>;
+    /// Stops serving it: bus mastering and interrupts off, nodes removed. The text says when the guest had to be overruled.
+    fn withdraw(&self, record: &Record, parting: Parting) -> Result<Option<String>, Failure>;
+}
+
+/// What steps work with.
+pub struct Context<'a> {
+    /// The host.
+    pub platform: &'a Platform,
+    /// The service's settings.
+    pub settings: &'a Settings,
+    /// Where intentions are written.
+    pub journal: &'a Journal,
+    /// The engine.
+    pub serving: &'a dyn Serving,
+    /// How a guest loses the function when steps are undone.
+    pub parting: Parting,
+    /// Told what is done now.
+    pub progress: &'a dyn Fn(&str),
+}
+
+/// What a transaction leaves behind.
+#[derive(Debug)]
+pub struct Finished {
+    /// The function as it is now, as the journal has it.
+    pub record: Record,
+    /// What the user should know besides; or why it failed.
+    pub outcome: Result<Vec<String>, Failure>,
+}
+
+impl Context<'_> {
+    /// Runs a list forwards. When a step fails, what was done is undone; when that fails too, the function is quarantined.
+    pub fn forward(&self, kind: Kind, mut record: Record) -> Finished {
+        let mut warnings = Vec::new();
+        record.state = kind.state_during();
+        for &step in kind.steps() {
+            let done = self.note(&mut record, kind, step, false).and_then(|()| self.run(step, &mut record));
+            match done {
+                Ok(warning) => warnings.extend(warning),
+                Err(failure) => {
+                    warn!("{}: {kind:?} failed at {step:?}: {failure}", record.address);
+                    let undone = self.backward_from(kind, step, record);
+                    return Finished { outcome: Err(both(failure, undone.outcome.err())), ..undone };
+                }
+            }
+        }
+        record.state = kind.state_when_forward();
+        record.transaction = None;
+        let outcome = self.write(&record).map(|()| warnings);
+        Finished { record, outcome }
+    }
+
+    /// Runs a list backwards, from its end.
+    pub fn backward(&self, kind: Kind, mut record: Record) -> Finished {
+        record.state = kind.state_during();
+        match kind.steps().last() {
+            Some(&last) => self.backward_from(kind, last, record),
+            None => Finished { record, outcome: Ok(Vec::new()) },
+        }
+    }
+
+    /// Undoes `step` and all before it, whatever fails on the way.
+    pub fn backward_from(&self, kind: Kind, step: Step, mut record: Record) -> Finished {
+        let mut warnings = Vec::new();
+        let mut failures: Vec<Failure> = Vec::new();
+        let steps = kind.steps();
+        let count = steps.iter().position(|candidate| *candidate == step).map_or(0, |index| index + 1);
+        for &step in steps[..count].iter().rev() {
+            let noted = self.note(&mut record, kind, step, true);
+            if let Err(failure) = noted {
+                failures.push(failure);
+            }
+            match self.undo(step, &mut record) {
+                Ok(warning) => warnings.extend(warning),
+                Err(failure) => {
+                    warn!("{}: undoing {step:?} failed: {failure}", record.address);
+                    failures.push(failure);
+                }
+            }
+        }
+        record.transaction = None;
+        let failure = failures.into_iter().reduce(|first, next| both(first, Some(next)));
+        match failure {
+            None => {
+                record.state = kind.state_when_undone();
+                record.guest = None;
+                let outcome = self.close(&mut record).map(|()| warnings);
+                Finished { record, outcome }
+            }
+            Some(failure) => {
+                record.state = FunctionState::Quarantined;
+                record.quarantine.get_or_insert_with(|| failure.message.clone());
+                if let Err(second) = self.write(&record) {
+                    warn!("{}: {second}", record.address);
+                }
+                let failure = Failure { code: ErrorCode::Quarantined, ..failure }
+                    .hint("the function is quarantined; see 'xpci status', then 'xpci quarantine clear'");
+                Finished { record, outcome: Err(failure) }
+            }
+        }
+    }
+
+    /// Ends a transaction that went back to its beginning.
+    fn close(&self, record: &mut Record) -> Result<(), Failure> {
+        if record.quarantine.is_some() {
+            // A guest's reset failed while it had the function: detached, but still for nobody.
+            record.state = FunctionState::Quarantined;
+        }
+        if record.state == FunctionState::Host {
+            self.journal.remove(record.address).map_err(|error| journal_failure(record.address, &error))
+        } else {
+            self.write(record)
+        }
+    }
+
+    fn note(&self, record: &mut Record, kind: Kind, step: Step, undoing: bool) -> Result<(), Failure> {
+        record.transaction = Some(Progress { kind, step, undoing });
+        info!("{}: {kind:?}, step {step:?}{}", record.address, if undoing { ", undo" } else { "" });
+        self.write(record)
+    }
+
+    /// Writes the record to the journal.
+    pub fn write(&self, record: &Record) -> Result<(), Failure> {
+        self.journal.write(record).map_err(|error| journal_failure(record.address, &error))
+    }
+
+    fn run(&self, step: Step, record: &mut Record) -> Result<Option<String>, Failure> {
+        match step {
+            Step::Driver => hold::take_driver(self, record),
+            Step::Quarantine => hold::own(self, record).map(|()| None),
+            Step::Reset => reset::run(self, record).map(|()| None),
+            Step::PrepareMsix => attach::prepare_msix(self, record).map(|()| None),
+            Step::Assign => attach::assign(self, record).map(|()| None),
+            Step::Grant => attach::grant(self, record).map(|()| None),
+            Step::Image => attach::create_image(self, record).map(|()| None),
+            Step::Serve => self.serving.serve(record),
+        }
+    }
+
+    fn undo(&self, step: Step, record: &mut Record) -> Result<Option<String>, Failure> {
+        match step {
+            Step::Driver => hold::give_back_driver(self, record),
+            Step::Quarantine => hold::disown(self, record).map(|()| None),
+            Step::Reset => reset::run(self, record).map(|()| None),
+            Step::PrepareMsix => attach::release_msix(self, record).map(|()| None),
+            Step::Assign => attach::deassign(self, record).map(|()| None),
+            Step::Grant => attach::revoke(self, record).map(|()| None),
+            Step::Image => attach::remove_image(self, record).map(|()| None),
+            Step::Serve => self.serving.withdraw(record, self.parting),
+        }
+    }
+}
+
+fn journal_failure(address: Sbdf, error: &crate::journal::JournalError) -> Failure {
+    Failure::new(ErrorCode::Failed, error.to_string())
+        .on(address)
+        .hint("check that the disk of /var/lib/xpci has room and is writable")
+}
+
+/// One failure that names both causes, the first one first.
+fn both(first: Failure, second: Option<Failure>) -> Failure {
+    match second {
+        None => first,
+        Some(second) => Failure {
+            code: second.code,
+            message: format!("{}; and then: {}", first.message, second.message),
+            hint: first.hint.or(second.hint),
+            ..first
+        },
+    }
+}
+
+/// The guest of a record that must have one.
+fn guest_of(record: &Record) -> Result<DomId, Failure> {
+    record.guest.map(|guest| guest.domain).ok_or_else(|| {
+        Failure::new(ErrorCode::Failed, format!("the journal names no guest for {}", record.address))
+            .on(record.address)
+    })
+}

@@ -1,0 +1,139 @@
+//! Reset as a gate: a function changes hands only after a reset that is verified.
+
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use pciback::Sbdf;
+use pciback::config::{Access, ConfigSpace};
+use pciback::platform::{Host, Platform};
+use serde::{Deserialize, Serialize};
+
+use super::Context;
+use crate::journal::Record;
+use crate::outcome::{ErrorCode, Failure};
+
+/// How a function is reset, how long that may take and how success is known.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct ResetPlan {
+    /// The methods that will do, in the words of Linux's `reset_method`; one that touches other functions is not among them.
+    pub methods: Vec<String>,
+    /// How long the reset itself may take, in seconds.
+    pub limit_seconds: u64,
+    /// How long the function may take to answer afterwards, in seconds (PCI Express 6.0, section 6.6.2: at most 1 s).
+    pub answer_seconds: u64,
+    /// What must hold afterwards.
+    pub checks: Vec<ResetCheck>,
+}
+
+/// What shows that a reset happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ResetCheck {
+    /// Command and Status do not read all ones.
+    Answers,
+    /// Bus Master Enable is clear.
+    BusMasterOff,
+}
+
+impl Default for ResetPlan {
+    fn default() -> Self {
+        Self {
+            methods: ["flr", "af_flr", "pm", "device_specific"].map(str::to_owned).to_vec(),
+            limit_seconds: 10,
+            answer_seconds: 2,
+            checks: vec![ResetCheck::Answers, ResetCheck::BusMasterOff],
+        }
+    }
+}
+
+const COMMAND: u32 = 0x04;
+const BUS_MASTER: u32 = 1 << 2;
+
+/// Resets a function and makes sure that it did.
+pub fn reset_and_verify(platform: &Platform, plan: &ResetPlan, address: Sbdf) -> Result<(), Failure> {
+    let host = platform.host.as_ref();
+    let function = host.function(address)?;
+    let method = function.reset_methods.first();
+    if !method.is_some_and(|method| plan.methods.contains(method)) {
+        let found = method.map_or_else(|| "none".to_owned(), |method| format!("'{method}' first"));
+        return Err(Failure::refused(format!(
+            "reset {address}: Linux offers {found}, the reset plan wants one of: {}",
+            plan.methods.join(", ")
+        ))
+        .on(address)
+        .hint("a 'bus' reset also hits other functions; allow it in xpcid.yaml under 'reset: methods:' if that is meant"));
+    }
+    // Quiet before the reset: Linux saves Command and writes it back afterwards.
+    quiesce(host, address)?;
+    host.reset(address, Duration::from_secs(plan.limit_seconds))?;
+    let config = host.config(address)?;
+    for check in &plan.checks {
+        verify(config.as_ref(), *check, address, Duration::from_secs(plan.answer_seconds))?;
+    }
+    Ok(())
+}
+
+fn command_access(address: Sbdf, size: u32) -> Result<Access, Failure> {
+    Access::new(COMMAND, size).map_err(|error| Failure::new(ErrorCode::Failed, error.to_string()).on(address))
+}
+
+fn quiesce(host: &dyn Host, address: Sbdf) -> Result<(), Failure> {
+    let config = host.config(address)?;
+    let access = command_access(address, 2)?;
+    let failed = |error| config_failure("quiesce", address, &error);
+    let command = config.read(access).map_err(failed)?;
+    if command != 0xffff && command & BUS_MASTER != 0 {
+        config.write(access, command & !BUS_MASTER).map_err(failed)?;
+    }
+    Ok(())
+}
+
+fn verify(
+    config: &dyn ConfigSpace,
+    check: ResetCheck,
+    address: Sbdf,
+    limit: Duration,
+) -> Result<(), Failure> {
+    let access = command_access(address, 4)?;
+    let deadline = Instant::now() + limit;
+    loop {
+        let value =
+            config.read(access).map_err(|error| config_failure("verify the reset of", address, &error))?;
+        let holds = match check {
+            ResetCheck::Answers => value != u32::MAX,
+            ResetCheck::BusMasterOff => value & BUS_MASTER == 0,
+        };
+        if holds {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            let why = match check {
+                ResetCheck::Answers => "it still answers all ones",
+                ResetCheck::BusMasterOff => "bus mastering is still on",
+            };
+            return Err(Failure::new(ErrorCode::Failed, format!("reset {address}: {why} after {limit:?}"))
+                .on(address)
+                .hint("the device may need a power cycle"));
+        }
+        // No event tells when a device has come back: the specification has software ask (section 2.3.1, RRS).
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn config_failure(action: &str, address: Sbdf, error: &std::io::Error) -> Failure {
+    Failure::new(ErrorCode::Failed, format!("{action} {address}: config access: {error}")).on(address)
+}
+
+pub(super) fn run(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
+    if left_the_host(context, record.address) {
+        return Ok(());
+    }
+    (context.progress)(&format!("resetting {}", record.address));
+    reset_and_verify(context.platform, &context.settings.reset, record.address)
+}
+
+/// Whether there is nothing left to reset.
+fn left_the_host(context: &Context<'_>, address: Sbdf) -> bool {
+    matches!(context.platform.host.function(address), Err(error) if error.errno() == Some(Errno::ENOENT))
+}
