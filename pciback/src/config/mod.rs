@@ -3,23 +3,29 @@
 pub mod access;
 mod bar;
 mod bytes;
+mod compile;
+mod compile_list;
 mod error;
 mod function;
+mod hash;
 mod image;
 mod interrupts;
 mod list;
 mod planes;
 mod policy;
+mod rules;
+mod shape;
 mod space;
 
+pub use crate::spec::AnyId;
 pub use access::{Access, AccessError, ConfigSpace, Width};
 pub use bar::{Bar, BarKind};
 pub use error::ConfigError;
 pub use function::{FunctionKind, FunctionSpec, Identity};
 pub use image::{FunctionImage, ImageError, InterruptMode, Life, RequestRecord, RequestStage, VectorState};
 pub use interrupts::{MsiCapability, MsixCapability};
-pub use list::{AnyId, Capability, CapabilityList, ListProblem};
-pub use planes::Planes;
+pub use list::{Capability, CapabilityList, ListProblem};
+pub use planes::{Bits, Model, NamedRegister, Planes, RefusedOverride, Segment};
 pub use policy::{
     CapabilityAction, CapabilityOverride, Initial, Origin, Place, Policy, RegisterOverride, Rule, Treatment,
 };

@@ -1,24 +1,160 @@
 //! The compiled filter of a function: what each bit of its config space is.
+//!
+//! The planes partition the bits. A bit is read from hardware or from the shadow; a write of it goes to hardware, to the shadow
+//! or nowhere. They hold no value of a single function, so that functions of one layout share them.
 
-use super::error::ConfigError;
-use super::function::FunctionSpec;
-use super::policy::Policy;
+use super::access::EXTENDED_SIZE;
+use super::interrupts::{MsiCapability, MsixCapability};
+use super::list::{Capability, ListProblem};
+use super::policy::{Rule, Treatment};
+use crate::spec::AnyId;
+
+/// Dwords of the largest config space.
+pub(super) const DWORDS: usize = EXTENDED_SIZE as usize / 4;
+
+/// The planes of one dword.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
+pub struct Bits {
+    /// Read from hardware; the others come from the shadow.
+    pub hw_read: u32,
+    /// A guest's write carries them to hardware.
+    pub hw_write: u32,
+    /// A guest's write stores them in the shadow.
+    pub shadow_write: u32,
+    /// A write that must carry bits the guest may not write carries these as 0 and not as hardware holds them: RW1C, where
+    /// what was read would clear an event, and RsvdZ.
+    pub zero_merge: u32,
+    /// Shadow bits that begin as in `value`; the others begin as hardware showed them.
+    pub fixed: u32,
+    /// The bits of `fixed`.
+    pub value: u32,
+}
+
+/// A register whose write does more than store bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Model {
+    /// Command.
+    Command,
+    /// MSI's Message Control.
+    MsiControl,
+    /// MSI-X's Message Control.
+    MsixControl,
+    /// PMCSR.
+    PowerState,
+    /// Device Control with function level reset.
+    DeviceControl,
+    /// Advanced Features' control with function level reset.
+    AfControl,
+    /// VPD's address, which passes only as a whole and only to start a read.
+    VpdAddress,
+}
+
+/// A register of the function that is described.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedRegister {
+    /// Where.
+    pub offset: u16,
+    /// Bytes.
+    pub width: u8,
+    /// What the specification calls it.
+    pub name: &'static str,
+    /// The capability that it belongs to; `None` in the header.
+    pub capability: Option<AnyId>,
+}
+
+/// Bits of one dword that one rule treats alike: how each bit knows its rule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// The dword's offset.
+    pub dword: u16,
+    /// Which of its bits.
+    pub mask: u32,
+    /// How they are treated; values are in the place of the dword.
+    pub treatment: Treatment,
+    /// Index in [`Planes::rules`].
+    pub rule: u16,
+    /// Index in [`Planes::registers`]; `None` for bytes that nobody knows.
+    pub register: Option<u16>,
+}
+
+/// What a policy asked for and did not get.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RefusedOverride {
+    /// Index in the policy's list of registers.
+    pub index: usize,
+    /// The offset in config space.
+    pub offset: u16,
+    /// The bits that are guarded.
+    pub mask: u32,
+}
 
 /// The compiled filter, shared by all functions with the same layout and policy.
 #[derive(Debug)]
 pub struct Planes {
-    layout: u64,
+    pub(super) bits: Box<[Bits; DWORDS]>,
+    pub(super) size: u16,
+    pub(super) shape: u64,
+    pub(super) hash: u64,
+    pub(super) models: Vec<(u16, Model)>,
+    pub(super) segments: Vec<Segment>,
+    pub(super) rules: Vec<Rule>,
+    pub(super) registers: Vec<NamedRegister>,
+    pub(super) capabilities: Vec<(Capability, bool)>,
+    pub(super) problems: Vec<ListProblem>,
+    pub(super) refused: Vec<RefusedOverride>,
+    pub(super) msi: Option<MsiCapability>,
+    pub(super) msix: Option<MsixCapability>,
 }
 
 impl Planes {
-    /// Compiles the built-in rules with `policy` laid over them.
-    pub fn compile(_spec: &FunctionSpec, _policy: &Policy) -> Result<Self, ConfigError> {
-        Ok(Self { layout: 1 })
-    }
-
     /// A hash of everything that the filter does: functions with the same hash can share it, and a shadow that was made
     /// for one hash means nothing for another.
     pub fn layout_hash(&self) -> u64 {
-        self.layout
+        self.hash
+    }
+
+    /// Bytes of config space that the function has.
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// The planes of the dword that holds `offset`.
+    pub fn bits(&self, offset: u16) -> Bits {
+        self.bits[usize::from(offset) / 4 % DWORDS]
+    }
+
+    /// The registers whose writes do more than store bits, by offset.
+    pub fn models(&self) -> &[(u16, Model)] {
+        &self.models
+    }
+
+    /// Which rule treats which bits, by offset. Every bit of the function's config space is in one segment.
+    pub fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+
+    /// The rules that the segments name.
+    pub fn rules(&self) -> &[Rule] {
+        &self.rules
+    }
+
+    /// The registers that the segments name.
+    pub fn registers(&self) -> &[NamedRegister] {
+        &self.registers
+    }
+
+    /// The capabilities that hardware has, and whether the guest sees each.
+    pub fn capabilities(&self) -> &[(Capability, bool)] {
+        &self.capabilities
+    }
+
+    /// What is wrong with the lists.
+    pub fn problems(&self) -> &[ListProblem] {
+        &self.problems
+    }
+
+    /// What the policy asked for in registers that no policy can change.
+    pub fn refused(&self) -> &[RefusedOverride] {
+        &self.refused
     }
 }

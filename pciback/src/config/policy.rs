@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use super::list::AnyId;
+use crate::spec::AnyId;
 
 /// What a shadow bit is before the guest writes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -4,12 +4,15 @@ use std::io;
 use std::sync::Arc;
 
 use super::access::{Access, ConfigSpace};
-use super::bar::Bar;
+use super::bar::{Bar, BarKind};
+use super::bytes::Bytes;
+use super::compile::shape_hash;
 use super::error::ConfigError;
 use super::function::FunctionSpec;
 use super::image::FunctionImage;
 use super::interrupts::{MsiCapability, MsixCapability};
-use super::planes::Planes;
+use super::planes::{DWORDS, Model, Planes};
+use crate::spec::{express, header, legacy};
 
 /// What a write asks for beyond the bits it stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +51,27 @@ pub struct VirtualConfigSpace {
     bars: Vec<Bar>,
 }
 
+/// A guest's write, seen from the dword that it falls into.
+#[derive(Clone, Copy)]
+struct Write {
+    dword: u16,
+    /// The bits that the guest wrote.
+    mask: u32,
+    value: u32,
+}
+
+impl Write {
+    /// The part of it that falls into a register of this dword: its bits and mask from bit 0 on. `None` where it misses it.
+    fn part(&self, offset: u16, width: u32) -> Option<(u32, u32)> {
+        if offset & !3 != self.dword {
+            return None;
+        }
+        let shift = 8 * u32::from(offset & 3);
+        let mask = self.mask >> shift & (u32::MAX >> (32 - 8 * width));
+        (mask != 0).then_some((self.value >> shift & mask, mask))
+    }
+}
+
 impl VirtualConfigSpace {
     /// Begins a life with a guest: overwrites the image.
     pub fn create(
@@ -55,9 +79,17 @@ impl VirtualConfigSpace {
         planes: Arc<Planes>,
         mut image: FunctionImage,
     ) -> Result<Self, ConfigError> {
+        Self::check_shape(spec, &planes)?;
+        let bars = Bar::of(spec);
         image.begin(spec.address, planes.layout_hash())?;
+        for (dword, hardware) in shown_by_hardware(spec, &bars).into_iter().enumerate() {
+            let bits = planes.bits[dword];
+            let value = (hardware & !bits.fixed | bits.value) & !bits.hw_read;
+            image.set_reset_value(dword, value);
+            image.set_shadow(dword, value);
+        }
         image.complete();
-        Ok(Self { bars: Bar::of(spec), planes, image })
+        Ok(Self { planes, image, bars })
     }
 
     /// Takes over the image of an earlier life of the service. An image of another version, boot, domain, function or layout,
@@ -65,36 +97,109 @@ impl VirtualConfigSpace {
     pub fn resume(
         spec: &FunctionSpec,
         planes: Arc<Planes>,
-        image: FunctionImage,
+        mut image: FunctionImage,
     ) -> Result<Self, ConfigError> {
+        Self::check_shape(spec, &planes)?;
         image.check(spec.address, planes.layout_hash())?;
+        // Bits that no guest can change are put right: a damaged file must not open or move anything.
+        for dword in 0..DWORDS {
+            let bits = planes.bits[dword];
+            let reset = (image.reset_value(dword) & !bits.fixed | bits.value) & !bits.hw_read;
+            image.set_reset_value(dword, reset);
+            let shadow = image.shadow(dword) & bits.shadow_write | reset & !bits.shadow_write;
+            image.set_shadow(dword, shadow);
+        }
         Ok(Self { bars: Bar::of(spec), planes, image })
     }
 
-    /// What the guest reads.
-    pub fn read(&self, access: Access, hw: &dyn ConfigSpace) -> io::Result<u32> {
-        hw.read(access)
+    fn check_shape(spec: &FunctionSpec, planes: &Planes) -> Result<(), ConfigError> {
+        let function = shape_hash(spec);
+        if planes.shape == function {
+            return Ok(());
+        }
+        Err(ConfigError::LayoutMismatch { address: spec.address, planes: planes.shape, function })
     }
 
-    /// Carries out a guest's write.
+    /// What the guest reads. All ones while the function is being reset, and behind the end of its config space.
+    pub fn read(&self, access: Access, hw: &dyn ConfigSpace) -> io::Result<u32> {
+        if access.offset() >= self.planes.size || self.image.resetting() {
+            return Ok(access.width().mask());
+        }
+        let dword = usize::from(access.dword() / 4);
+        let (shift, mask) = (access.shift(), access.width().mask());
+        let from_hardware = self.planes.bits[dword].hw_read >> shift & mask;
+        let shadow = self.image.shadow(dword) >> shift & mask;
+        if from_hardware == 0 {
+            return Ok(shadow);
+        }
+        let hardware = hw.read(access)?;
+        Ok(hardware & from_hardware | shadow & !from_hardware)
+    }
+
+    /// Carries out a guest's write: at most one read and one write of hardware, both of the guest's own width. Dropped while the
+    /// function is being reset, and behind the end of its config space. When hardware fails nothing is stored.
     pub fn write(
         &mut self,
         access: Access,
         value: u32,
         hw: &dyn ConfigSpace,
     ) -> io::Result<Option<SideEffect>> {
-        hw.write(access, value)?;
-        Ok(None)
+        if access.offset() >= self.planes.size || self.image.resetting() {
+            return Ok(None);
+        }
+        let shift = access.shift();
+        let write = Write {
+            dword: access.dword(),
+            mask: access.width().mask() << shift,
+            value: (value & access.width().mask()) << shift,
+        };
+        let index = usize::from(write.dword / 4);
+        let bits = self.planes.bits[index];
+        let to_hardware = bits.hw_write & write.mask & !self.withheld(&write);
+        let mut before = self.image.shadow(index);
+        let mut after = before & !(bits.shadow_write & write.mask) | write.value & bits.shadow_write;
+        let clears_nothing = to_hardware & !bits.zero_merge == 0 && write.value & to_hardware == 0;
+        if to_hardware != 0 && !clears_nothing {
+            let merged = write.mask & !to_hardware & !bits.zero_merge;
+            let current = if merged == 0 { 0 } else { hw.read(access)? << shift };
+            hw.write(access, (write.value & to_hardware | current & merged) >> shift)?;
+            // What the guest sees of a register that was merged, before and after: `hw_read` bits are 0 in the shadow.
+            before |= current & bits.hw_read;
+            after |= (current & bits.hw_read & !to_hardware) | write.value & to_hardware;
+        }
+        if bits.shadow_write & write.mask != 0 {
+            self.image.set_shadow(index, after & !bits.hw_read);
+        }
+        let models = &self.planes.models;
+        let first = models.partition_point(|(offset, _)| *offset < write.dword);
+        let here = models[first..].iter().take_while(|(offset, _)| *offset < write.dword + 4);
+        Ok(here.filter_map(|(offset, model)| side_effect(*offset, *model, &write, before, after)).next())
+    }
+
+    /// Bits that pass only under a condition which this write does not meet. A VPD address passes when it is written as a whole
+    /// and its flag is 0: a part of it would leave the flag as hardware holds it, which may start a write (PCI Express 6.0,
+    /// section 7.9.18.2).
+    fn withheld(&self, write: &Write) -> u32 {
+        let mut withheld = 0;
+        for (offset, model) in &self.planes.models {
+            if *model == Model::VpdAddress
+                && let Some((value, mask)) = write.part(*offset, 2)
+                && (mask != 0xffff || value & 0x8000 != 0)
+            {
+                withheld |= 0xffff << (8 * u32::from(*offset & 3));
+            }
+        }
+        withheld
     }
 
     /// The function's MSI capability, where it has one that the guest sees.
     pub fn msi(&self) -> Option<MsiCapability> {
-        None
+        self.planes.msi
     }
 
     /// The function's MSI-X capability, where it has one that the guest sees.
     pub fn msix(&self) -> Option<MsixCapability> {
-        None
+        self.planes.msix
     }
 
     /// The function's BARs, on the host.
@@ -103,13 +208,36 @@ impl VirtualConfigSpace {
     }
 
     /// Sets what the guest reads as MSI Enable, after its protocol request was carried out.
-    pub fn set_msi_enabled(&mut self, _enabled: bool) {}
+    pub fn set_msi_enabled(&mut self, enabled: bool) {
+        if let Some(msi) = self.planes.msi {
+            self.set_control(msi.offset, legacy::MSI_ENABLE, enabled);
+        }
+    }
 
     /// Sets what the guest reads as MSI-X Enable, after its protocol request was carried out.
-    pub fn set_msix_enabled(&mut self, _enabled: bool) {}
+    pub fn set_msix_enabled(&mut self, enabled: bool) {
+        if let Some(msix) = self.planes.msix {
+            self.set_control(msix.offset, legacy::MSIX_ENABLE, enabled);
+        }
+    }
 
-    /// What a function level reset does to what the guest sees.
-    pub fn reset(&mut self) {}
+    fn set_control(&mut self, capability: u16, bit: u16, on: bool) {
+        let offset = capability + legacy::MESSAGE_CONTROL;
+        let bit = u32::from(bit) << (8 * u32::from(offset & 3));
+        let index = usize::from(offset / 4);
+        let bit = bit & self.planes.bits[index].shadow_write;
+        let old = self.image.shadow(index);
+        self.image.set_shadow(index, if on { old | bit } else { old & !bit });
+    }
+
+    /// What a function level reset does to what the guest sees: every virtual register is again as it was when the guest got the
+    /// function. That includes BARs and interrupt line, which hardware would clear: the host restores its own after the
+    /// reset, and a guest that does not restore them still finds the addresses it may map.
+    pub fn reset(&mut self) {
+        for dword in 0..DWORDS {
+            self.image.set_shadow(dword, self.image.reset_value(dword));
+        }
+    }
 
     /// The image: vectors, requests, the reset flag.
     pub fn image(&self) -> &FunctionImage {
@@ -125,4 +253,57 @@ impl VirtualConfigSpace {
     pub fn planes(&self) -> &Arc<Planes> {
         &self.planes
     }
+}
+
+/// What a write to a register with a model asks for; `before` and `after` are the dword as the guest sees it.
+fn side_effect(offset: u16, model: Model, write: &Write, before: u32, after: u32) -> Option<SideEffect> {
+    let shift = 8 * u32::from(offset & 3);
+    let (value, mask) = write.part(offset, if model == Model::AfControl { 1 } else { 2 })?;
+    let (before, after) = ((before >> shift) as u16, (after >> shift) as u16);
+    match model {
+        Model::Command => {
+            let changed = (before ^ after) & mask as u16;
+            (changed != 0).then_some(SideEffect::Command { changed, value: after & mask as u16 })
+        }
+        Model::MsiControl => Some(SideEffect::MsiControl { value: after }),
+        Model::MsixControl => Some(SideEffect::MsixControl { value: after }),
+        Model::PowerState => {
+            let state = (after & 3) as u8;
+            ((before ^ after) & 3 != 0).then_some(SideEffect::PowerState { state })
+        }
+        Model::DeviceControl => {
+            (value & u32::from(express::INITIATE_FLR) != 0).then_some(SideEffect::FunctionLevelReset)
+        }
+        Model::AfControl => (value & 1 != 0).then_some(SideEffect::FunctionLevelReset),
+        Model::VpdAddress => None,
+    }
+}
+
+/// The function's dwords as its guest should find them where no rule says otherwise: what hardware shows, with the identity of a
+/// VF, the host's addresses in the BARs, and the number of the interrupt line.
+fn shown_by_hardware(spec: &FunctionSpec, bars: &[Bar]) -> [u32; DWORDS] {
+    let mut dwords = [0; DWORDS];
+    for (dword, bytes) in dwords.iter_mut().zip(spec.bytes.chunks_exact(4)) {
+        *dword = bytes.dword(0);
+    }
+    let identity = &spec.identity;
+    let at = |offset: u16| usize::from(offset / 4);
+    dwords[at(header::VENDOR_ID)] = u32::from(identity.vendor) | u32::from(identity.device) << 16;
+    dwords[at(header::REVISION_ID)] = u32::from(identity.revision) | identity.class << 8;
+    dwords[at(header::SUBSYSTEM_VENDOR_ID)] =
+        u32::from(identity.subsystem_vendor) | u32::from(identity.subsystem) << 16;
+    dwords[at(header::BAR0)..at(header::BAR0) + 6].fill(0);
+    dwords[at(header::ROM)] = 0;
+    for bar in bars {
+        let initial = bar.initial();
+        dwords[at(bar.offset())] = initial as u32;
+        if bar.kind == BarKind::Memory64 {
+            dwords[at(bar.offset()) + 1] = (initial >> 32) as u32;
+        }
+    }
+    // A line that does not fit the register is unknown to the guest (PCI 3.0, 6.2.4).
+    let line = u8::try_from(spec.gsi).unwrap_or(0xff);
+    let interrupt = &mut dwords[at(header::INTERRUPT_LINE)];
+    *interrupt = *interrupt & !0xff | u32::from(line);
+    dwords
 }

@@ -9,6 +9,7 @@ pub mod hypervisor;
 pub mod linux;
 pub mod memory;
 pub mod rings;
+pub mod sim;
 pub mod store;
 pub mod xen;
 

@@ -1,4 +1,6 @@
-//! The type 0 header (PCI Express 6.0, section 7.5.1.1 and 7.5.1.2).
+//! The type 0 header (PCI Express 6.0, sections 7.5.1.1 and 7.5.1.2).
+
+use super::register::{Register, constant, control, register, rsvdz, rw1c, status};
 
 /// Vendor ID.
 pub const VENDOR_ID: u16 = 0x00;
@@ -12,6 +14,10 @@ pub const STATUS: u16 = 0x06;
 pub const STATUS_CAPABILITIES: u16 = 1 << 4;
 /// Revision ID, then three bytes of class code.
 pub const REVISION_ID: u16 = 0x08;
+/// Cache line size.
+pub const CACHE_LINE_SIZE: u16 = 0x0c;
+/// Built-in self test.
+pub const BIST: u16 = 0x0f;
 /// Header type.
 pub const HEADER_TYPE: u16 = 0x0e;
 /// Header type: the device has several functions.
@@ -41,3 +47,74 @@ pub const COMMAND_IO: u16 = 1 << 0;
 pub const COMMAND_MEMORY: u16 = 1 << 1;
 /// Command: bus master enable.
 pub const COMMAND_BUS_MASTER: u16 = 1 << 2;
+
+/// The registers of the header, the BARs excepted: what those are depends on the function.
+pub const REGISTERS: &[Register] = &[
+    register(VENDOR_ID, 2, "Vendor ID", &[constant(0xffff, "vendor")]),
+    register(DEVICE_ID, 2, "Device ID", &[constant(0xffff, "device")]),
+    register(
+        COMMAND,
+        2,
+        "Command",
+        &[
+            control(COMMAND_IO as u32, "I/O Space Enable"),
+            control(COMMAND_MEMORY as u32, "Memory Space Enable"),
+            control(COMMAND_BUS_MASTER as u32, "Bus Master Enable"),
+            control(1 << 3, "Special Cycle Enable"),
+            control(1 << 4, "Memory Write and Invalidate"),
+            control(1 << 5, "VGA Palette Snoop"),
+            control(1 << 6, "Parity Error Response"),
+            control(1 << 7, "IDSEL Stepping"),
+            control(1 << 8, "SERR# Enable"),
+            control(1 << 9, "Fast Back-to-Back Enable"),
+            control(1 << 10, "Interrupt Disable"),
+        ],
+    ),
+    register(
+        STATUS,
+        2,
+        "Status",
+        &[
+            status(1 << 0, "Immediate Readiness"),
+            rsvdz(0x0006),
+            status(1 << 3, "Interrupt Status"),
+            constant(STATUS_CAPABILITIES as u32, "Capabilities List"),
+            constant(1 << 5, "66 MHz Capable"),
+            rsvdz(1 << 6),
+            constant(1 << 7, "Fast Back-to-Back Capable"),
+            rw1c(1 << 8, "Master Data Parity Error"),
+            constant(0x0600, "DEVSEL Timing"),
+            rw1c(1 << 11, "Signaled Target Abort"),
+            rw1c(1 << 12, "Received Target Abort"),
+            rw1c(1 << 13, "Received Master Abort"),
+            rw1c(1 << 14, "Signaled System Error"),
+            rw1c(1 << 15, "Detected Parity Error"),
+        ],
+    ),
+    register(
+        REVISION_ID,
+        4,
+        "Revision ID and Class Code",
+        &[constant(0xff, "revision"), constant(0xffff_ff00, "class")],
+    ),
+    register(CACHE_LINE_SIZE, 1, "Cache Line Size", &[control(0xff, "size")]),
+    register(0x0d, 1, "Latency Timer", &[control(0xff, "timer")]),
+    register(HEADER_TYPE, 1, "Header Type", &[constant(0xff, "type")]),
+    register(
+        BIST,
+        1,
+        "BIST",
+        &[status(0x0f, "Completion Code"), control(1 << 6, "Start"), constant(1 << 7, "Capable")],
+    ),
+    register(0x28, 4, "CardBus CIS Pointer", &[constant(0xffff_ffff, "pointer")]),
+    register(SUBSYSTEM_VENDOR_ID, 2, "Subsystem Vendor ID", &[constant(0xffff, "vendor")]),
+    register(SUBSYSTEM_ID, 2, "Subsystem ID", &[constant(0xffff, "device")]),
+    register(CAPABILITIES_POINTER, 1, "Capabilities Pointer", &[constant(0xff, "pointer")]),
+    register(0x35, 1, "reserved", &[]),
+    register(0x36, 2, "reserved", &[]),
+    register(0x38, 4, "reserved", &[]),
+    register(INTERRUPT_LINE, 1, "Interrupt Line", &[control(0xff, "line")]),
+    register(INTERRUPT_PIN, 1, "Interrupt Pin", &[constant(0xff, "pin")]),
+    register(0x3e, 1, "Min_Gnt", &[constant(0xff, "time")]),
+    register(0x3f, 1, "Max_Lat", &[constant(0xff, "time")]),
+];

@@ -130,6 +130,24 @@ ids! {
     }
 }
 
+/// Which capability, in which of the two lists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum AnyId {
+    /// In the first 256 bytes.
+    Legacy(CapabilityId),
+    /// In extended config space.
+    Extended(ExtendedCapabilityId),
+}
+
+impl fmt::Display for AnyId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Legacy(id) => id.fmt(f),
+            Self::Extended(id) => id.fmt(f),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

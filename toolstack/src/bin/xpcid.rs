@@ -11,7 +11,7 @@ use log::{error, warn};
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use pciback::platform::{Platform, linux, xen};
+use pciback::platform::{Platform, linux, sim, xen};
 use std::os::fd::AsFd;
 use toolstack::control;
 use toolstack::engine::Engine;
@@ -110,7 +110,7 @@ fn lock(directory: &Path) -> anyhow::Result<Flock<File>> {
 fn open(choice: &Choice) -> anyhow::Result<Platform> {
     Ok(match choice {
         Choice::Xen => xen::open()?,
-        Choice::Simulation(file) => bail!("{}: no simulation yet", file.display()),
+        Choice::Simulation(file) => sim::open(file)?,
     })
 }
 

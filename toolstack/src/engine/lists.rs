@@ -87,7 +87,6 @@ impl Engine {
         }
         let vfs = pfs.iter().flat_map(|pf| {
             pf.virtual_functions.iter().enumerate().map(|(index, address)| VfView {
-                physical_function: pf.address,
                 index: index as u16,
                 function: self.function_view(*address),
             })

@@ -51,8 +51,6 @@ pub struct GuestView {
 /// One VF of a PF.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VfView {
-    /// Its PF.
-    pub physical_function: Sbdf,
     /// Its index, from 0.
     pub index: u16,
     /// The VF.

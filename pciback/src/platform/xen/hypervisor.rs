@@ -13,9 +13,10 @@ use super::bindings::{
     PHYSDEVOP_release_msix, PHYSDEVOP_restore_msi_ext, XEN_INVALID_DEV, XENVER_version, physdev_pci_device,
     xc_interface,
 };
+use super::msix::has_msix;
 use super::physdev::{DeviceAdd, PhysDev};
 use crate::platform::hypervisor::DeviceReport;
-use crate::platform::{Hypervisor, MsiSource, Pirq, PlatformError, Result};
+use crate::platform::{Cause, Host, Hypervisor, MsiSource, Pirq, PlatformError, Result};
 use crate::{DomId, Sbdf};
 
 /// `DOMID_INVALID` of `xen.h`: asks whether a function could be assigned to any domain.
@@ -27,6 +28,7 @@ pub struct XenHypervisor {
     handle: NonNull<xc_interface>,
     libraries: Arc<Libraries>,
     version: (u32, u32),
+    host: Arc<dyn Host>,
 }
 
 // SAFETY: libxenctrl's handle is not bound to a thread.
@@ -45,14 +47,14 @@ const fn verb(allow: bool) -> &'static str {
 }
 
 impl XenHypervisor {
-    /// Opens the hypercall interface.
-    pub fn open(libraries: &Arc<Libraries>) -> Result<Self> {
+    /// Opens the hypercall interface. `host` shows whether a function has MSI-X.
+    pub fn open(libraries: &Arc<Libraries>, host: Arc<dyn Host>) -> Result<Self> {
         let physdev = PhysDev::open(libraries)?;
         // SAFETY: the logger is a static, and 0 are valid flags.
         let opened = unsafe { libraries.ctrl.xc_interface_open(libraries.logger, libraries.logger, 0) };
         let handle = NonNull::new(opened)
             .ok_or_else(|| PlatformError::new("open", "Xen's control interface", Errno::last()))?;
-        let mut xen = Self { physdev, handle, libraries: Arc::clone(libraries), version: (0, 0) };
+        let mut xen = Self { physdev, handle, libraries: Arc::clone(libraries), version: (0, 0), host };
         // SAFETY: the handle is open, and this command takes no argument.
         let answer =
             unsafe { libraries.ctrl.xc_version(xen.handle(), XENVER_version as i32, ptr::null_mut()) };
@@ -64,6 +66,15 @@ impl XenHypervisor {
 
     fn handle(&self) -> *mut xc_interface {
         self.handle.as_ptr()
+    }
+
+    /// A call about the function's MSI-X table. Without that capability Xen 4.17 panics; an unknown function it refuses.
+    fn msix(&self, command: u32, address: Sbdf) -> std::result::Result<(), Cause> {
+        match self.host.config(address) {
+            Ok(config) if !has_msix(config.as_ref()) => Err(Errno::EINVAL.into()),
+            Err(PlatformError { cause, .. }) if !matches!(cause, Cause::Missing) => Err(cause),
+            _ => Ok(self.physdev.call(command, device(address))?),
+        }
     }
 
     fn irq_permission(&self, domain: DomId, gsi: u32, allow: bool) -> std::result::Result<i32, Errno> {
@@ -112,9 +123,14 @@ impl Hypervisor for XenHypervisor {
     }
 
     fn device_add(&self, address: Sbdf, report: DeviceReport) -> Result<()> {
-        self.physdev
-            .call(PHYSDEVOP_pci_device_add, DeviceAdd::new(address, report))
-            .map_err(|errno| PlatformError::new("report", format!("{address} to Xen"), errno))
+        let error = |errno| PlatformError::new("report", format!("{address} to Xen"), errno);
+        // Xen 4.17 would take the PF for known as well, without setting it up, and panic when either is withdrawn.
+        if let Some(physical) = report.physical_function
+            && !self.device_known(physical)?
+        {
+            return Err(error(Errno::ENODEV));
+        }
+        self.physdev.call(PHYSDEVOP_pci_device_add, DeviceAdd::new(address, report)).map_err(error)
     }
 
     fn device_remove(&self, address: Sbdf) -> Result<()> {
@@ -157,17 +173,16 @@ impl Hypervisor for XenHypervisor {
     }
 
     fn prepare_msix(&self, address: Sbdf) -> Result<bool> {
-        match self.physdev.call(PHYSDEVOP_prepare_msix, device(address)) {
+        match self.msix(PHYSDEVOP_prepare_msix, address) {
             Ok(()) => Ok(true),
-            Err(Errno::EBUSY) => Ok(false),
-            Err(errno) => Err(PlatformError::new("prepare the MSI-X table of", address, errno)),
+            Err(Cause::Os(Errno::EBUSY)) => Ok(false),
+            Err(cause) => Err(PlatformError::new("prepare the MSI-X table of", address, cause)),
         }
     }
 
     fn release_msix(&self, address: Sbdf) -> Result<()> {
-        self.physdev
-            .call(PHYSDEVOP_release_msix, device(address))
-            .map_err(|errno| PlatformError::new("release the MSI-X table of", address, errno))
+        self.msix(PHYSDEVOP_release_msix, address)
+            .map_err(|cause| PlatformError::new("release the MSI-X table of", address, cause))
     }
 
     fn restore_msi(&self, address: Sbdf) -> Result<()> {

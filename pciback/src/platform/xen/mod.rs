@@ -10,6 +10,7 @@
 mod bindings;
 mod hypervisor;
 mod messages;
+mod msix;
 mod physdev;
 mod rings;
 mod store;
@@ -34,9 +35,10 @@ pub fn open() -> Result<Platform> {
     let version = Version::read(Path::new(SYSFS))?;
     check_dom0(Path::new("/proc"), Path::new("/dev"))?;
     let libraries = bindings::Libraries::load((version.major, version.minor))?;
+    let host = Arc::new(LinuxHost::new(SYSFS.into()).with_child(OWN_PROGRAM.into()));
     Ok(Platform {
-        host: Arc::new(LinuxHost::new(SYSFS.into()).with_child(OWN_PROGRAM.into())),
-        hypervisor: Arc::new(hypervisor::XenHypervisor::open(&libraries)?),
+        hypervisor: Arc::new(hypervisor::XenHypervisor::open(&libraries, Arc::clone(&host) as _)?),
+        host,
         store: Arc::new(store::XenStoreConnection::open(&libraries)?),
         rings: Arc::new(rings::XenRings::new(&libraries)),
         description: format!("Xen {}.{}{}", version.major, version.minor, version.extra),

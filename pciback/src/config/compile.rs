@@ -1,0 +1,373 @@
+//! Compiling built-in rules and policy into planes.
+
+use super::bar::{Bar, BarKind};
+use super::bytes::Bytes;
+use super::error::ConfigError;
+use super::function::FunctionSpec;
+use super::hash::Fnv;
+use super::list::{Capability, CapabilityList};
+use super::planes::{Bits, DWORDS, Model, NamedRegister, Planes, RefusedOverride, Segment};
+use super::policy::{Initial, Policy, Rule, Treatment};
+use super::rules::{self, Row};
+use super::shape;
+use crate::spec::{AnyId, Kind, Register, header};
+
+pub(super) const CONSTANT: &str = "cannot change: served without asking hardware";
+pub(super) const STATUS: &str = "hardware's state: reading it changes nothing";
+const EVENT: &str =
+    "an event of this function: the guest clears what it has seen, and nothing that it has not";
+const RESERVED: &str = "reserved: reads 0; writes leave hardware's bits as they are";
+const RESERVED_ZERO: &str = "reserved: reads 0; writes carry 0";
+
+impl Planes {
+    /// Compiles the built-in rules with `policy` laid over them.
+    pub fn compile(spec: &FunctionSpec, policy: &Policy) -> Result<Self, ConfigError> {
+        let address = spec.address;
+        if spec.bytes.len() < usize::from(header::SIZE) {
+            return Err(ConfigError::TooShort { address, bytes: spec.bytes.len() });
+        }
+        if spec.bytes.dword(header::COMMAND) == u32::MAX {
+            return Err(ConfigError::NoAnswer { address });
+        }
+        let header_type = spec.bytes.byte(header::HEADER_TYPE) & !header::MULTI_FUNCTION;
+        if header_type != 0 {
+            return Err(ConfigError::HeaderType { address, header_type });
+        }
+        let mut compiler = Compiler::new(spec, policy);
+        compiler.header();
+        compiler.bars();
+        compiler.capabilities();
+        compiler.links();
+        compiler.overrides();
+        Ok(compiler.finish())
+    }
+}
+
+/// Some bits at an offset.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Place {
+    pub offset: u16,
+    pub width: u8,
+    pub mask: u32,
+}
+
+/// A place with what is known of it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Known {
+    pub kind: Kind,
+    pub register: Option<u16>,
+    pub guarded: bool,
+}
+
+/// What of a register's capability its rows need.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Family<'a> {
+    /// Where the capability is; 0 for the header.
+    pub base: u16,
+    pub capability: Option<AnyId>,
+    pub section: &'static str,
+    pub controls: (Treatment, &'static str),
+    pub rows: &'a [Row],
+    pub guarded: bool,
+    /// The owner that the register's bytes must have.
+    pub owner: u16,
+}
+
+/// Owner of the header's bytes; capabilities own theirs by their index.
+pub(super) const HEADER_OWNER: u16 = u16::MAX;
+/// Bytes that nobody knows.
+pub(super) const NOBODY: u16 = u16::MAX - 1;
+
+pub(super) struct Compiler<'a> {
+    pub spec: &'a FunctionSpec,
+    pub policy: &'a Policy,
+    pub list: CapabilityList,
+    pub visible: Vec<bool>,
+    pub owners: Vec<u16>,
+    pub guarded: Vec<u32>,
+    pub models: Vec<(u16, Model)>,
+    pub refused: Vec<RefusedOverride>,
+    bits: Box<[Bits; DWORDS]>,
+    segments: Vec<Vec<Segment>>,
+    rules: Vec<Rule>,
+    registers: Vec<NamedRegister>,
+}
+
+impl<'a> Compiler<'a> {
+    fn new(spec: &'a FunctionSpec, policy: &'a Policy) -> Self {
+        let list = CapabilityList::walk(&spec.bytes);
+        let mut compiler = Self {
+            visible: vec![true; list.capabilities.len()],
+            spec,
+            policy,
+            list,
+            owners: vec![NOBODY; DWORDS * 4],
+            guarded: vec![0; DWORDS],
+            models: Vec::new(),
+            refused: Vec::new(),
+            bits: Box::new([Bits::default(); DWORDS]),
+            segments: vec![Vec::new(); DWORDS],
+            rules: Vec::new(),
+            registers: Vec::new(),
+        };
+        let (treatment, rule) = &policy.unknown;
+        for dword in usize::from(header::SIZE) / 4..spec.bytes.len().min(DWORDS * 4) / 4 {
+            let place = Place { offset: 4 * dword as u16, width: 4, mask: u32::MAX };
+            let known = Known { kind: Kind::Control, register: None, guarded: false };
+            compiler.set(place, known, *treatment, rule);
+        }
+        compiler.owners[..usize::from(header::SIZE)].fill(HEADER_OWNER);
+        compiler
+    }
+
+    fn header(&mut self) {
+        let rows = |is_virtual: bool| {
+            rules::HEADER
+                .iter()
+                .filter(move |row| !(is_virtual && row.offset == header::COMMAND))
+                .chain(if is_virtual { rules::VF_COMMAND } else { &[] })
+        };
+        let rows: Vec<Row> = rows(self.spec.is_virtual()).copied().collect();
+        let family = Family {
+            base: 0,
+            capability: None,
+            section: rules::HEADER_SECTION,
+            controls: (Treatment::ReadOnly, STATUS),
+            rows: &rows,
+            guarded: true,
+            owner: HEADER_OWNER,
+        };
+        for register in header::REGISTERS {
+            self.register(register, &family);
+        }
+    }
+
+    fn bars(&mut self) {
+        let bars = Bar::of(self.spec);
+        for dword in (header::BAR0..header::BAR0 + 24).step_by(4).chain([header::ROM]) {
+            let name =
+                if dword == header::ROM { "Expansion ROM Base Address" } else { "Base Address Register" };
+            let register = self.name(dword, 4, name, None);
+            let known = Known { kind: Kind::Constant, register: Some(register), guarded: true };
+            let rule = Rule::built_in("not implemented: reads 0", rules::HEADER_SECTION);
+            self.set(Place { offset: dword, width: 4, mask: u32::MAX }, known, Treatment::ZERO, &rule);
+            let Some((bar, high)) = bars.iter().find_map(|bar| match dword.checked_sub(bar.offset()) {
+                Some(0) => Some((bar, false)),
+                Some(4) if bar.kind == BarKind::Memory64 => Some((bar, true)),
+                _ => None,
+            }) else {
+                continue;
+            };
+            let rom = bar.kind == BarKind::Rom;
+            let reason = if rom { rules::ROM_REASON } else { rules::BAR_REASON };
+            let rule = Rule::built_in(reason, rules::HEADER_SECTION);
+            let mask = (bar.address_mask() >> if high { 32 } else { 0 }) as u32;
+            let place = |mask| Place { offset: dword, width: 4, mask };
+            self.set(place(!mask), known, Treatment::Static, &rule);
+            let known = Known { kind: Kind::Control, ..known };
+            self.set(place(mask), known, Treatment::Virtual(Initial::Hardware), &rule);
+            if rom {
+                self.set(place(1), known, Treatment::VIRTUAL, &rule);
+            }
+        }
+    }
+
+    /// Applies one described register: rows where there are any, else what its fields' kinds say.
+    pub(super) fn register(&mut self, register: &Register, family: &Family<'_>) {
+        let Place { offset, width, mask } = self.owned(
+            Place {
+                offset: family.base.saturating_add(register.offset),
+                width: register.width,
+                mask: full(register.width),
+            },
+            family.owner,
+        );
+        if mask == 0 {
+            return;
+        }
+        let index = self.name(offset, width, register.name, family.capability);
+        let known = |kind| Known { kind, register: Some(index), guarded: family.guarded };
+        let mut reserved = mask;
+        for field in register.fields {
+            let field_mask = field.mask & mask;
+            reserved &= !field_mask;
+            let (treatment, reason) = match field.kind {
+                Kind::Constant => (Treatment::Static, CONSTANT),
+                Kind::Status => (Treatment::ReadOnly, STATUS),
+                Kind::Rw1c => (Treatment::Pass, EVENT),
+                Kind::RsvdZ => (Treatment::ZERO, RESERVED_ZERO),
+                Kind::Control | Kind::Trigger => family.controls,
+            };
+            let rule = Rule::built_in(reason, family.section);
+            self.set(Place { offset, width, mask: field_mask }, known(field.kind), treatment, &rule);
+            for row in family.rows.iter().filter(|row| row.offset == register.offset) {
+                let rule = Rule::built_in(row.reason, family.section);
+                let place = Place { offset, width, mask: row.mask & field_mask };
+                self.set(place, known(field.kind), row.treatment, &rule);
+            }
+        }
+        let rule = Rule::built_in(RESERVED, family.section);
+        self.set(Place { offset, width, mask: reserved }, known(Kind::Constant), Treatment::ZERO, &rule);
+    }
+
+    /// The bits of a place whose bytes belong to `owner`.
+    pub(super) fn owned(&self, place: Place, owner: u16) -> Place {
+        let mut mask = 0;
+        for byte in 0..u16::from(place.width) {
+            if self.owners.get(usize::from(place.offset + byte)) == Some(&owner) {
+                mask |= 0xff << (8 * byte);
+            }
+        }
+        Place { mask: place.mask & mask, ..place }
+    }
+
+    pub(super) fn name(
+        &mut self,
+        offset: u16,
+        width: u8,
+        name: &'static str,
+        capability: Option<AnyId>,
+    ) -> u16 {
+        self.registers.push(NamedRegister { offset, width, name, capability });
+        (self.registers.len() - 1) as u16
+    }
+
+    /// Sets what some bits are, whatever they were before.
+    pub(super) fn set(&mut self, place: Place, known: Known, treatment: Treatment, rule: &Rule) {
+        let shift = 8 * u32::from(place.offset & 3);
+        let (dword, mask) = (usize::from(place.offset / 4), place.mask << shift);
+        let (Some(bits), true) = (self.bits.get_mut(dword), mask != 0) else { return };
+        let Bits { hw_read, hw_write, shadow_write, zero_merge, fixed, value } = bits;
+        for plane in [&mut *hw_read, hw_write, shadow_write, zero_merge, fixed, value] {
+            *plane &= !mask;
+        }
+        match treatment {
+            Treatment::Pass => {
+                *hw_read |= mask;
+                *hw_write |= mask;
+            }
+            Treatment::ReadOnly => *hw_read |= mask,
+            Treatment::Static => {}
+            Treatment::Virtual(initial) => {
+                *shadow_write |= mask;
+                if let Initial::Value(bits) = initial {
+                    *fixed |= mask;
+                    *value |= bits << shift & mask;
+                }
+            }
+            Treatment::Fixed(bits) => {
+                *fixed |= mask;
+                *value |= bits << shift & mask;
+            }
+        }
+        if matches!(known.kind, Kind::Rw1c | Kind::RsvdZ | Kind::Trigger) {
+            *zero_merge |= mask;
+        }
+        if known.guarded {
+            self.guarded[dword] |= mask;
+        }
+        let rule = match self.rules.iter().position(|existing| existing == rule) {
+            Some(index) => index,
+            None => {
+                self.rules.push(rule.clone());
+                self.rules.len() - 1
+            }
+        } as u16;
+        let treatment = match treatment {
+            Treatment::Fixed(bits) => Treatment::Fixed(bits << shift & mask),
+            Treatment::Virtual(Initial::Value(bits)) => {
+                Treatment::Virtual(Initial::Value(bits << shift & mask))
+            }
+            other => other,
+        };
+        let segments = &mut self.segments[dword];
+        for segment in segments.iter_mut() {
+            segment.mask &= !mask;
+        }
+        segments.retain(|segment| segment.mask != 0);
+        segments.push(Segment { dword: 4 * dword as u16, mask, treatment, rule, register: known.register });
+    }
+
+    /// The segments that a place touches, with the bits that must not be written back: mask, register, `zero_merge`.
+    pub(super) fn pieces(&self, place: Place) -> Vec<(u32, Option<u16>, u32)> {
+        let dword = usize::from(place.offset / 4);
+        let mask = place.mask << (8 * u32::from(place.offset & 3));
+        let zero_merge = self.bits[dword].zero_merge;
+        let touched = self.segments[dword].iter().filter(|segment| segment.mask & mask != 0);
+        touched.map(|segment| (segment.mask & mask, segment.register, zero_merge)).collect()
+    }
+
+    fn finish(mut self) -> Planes {
+        let bytes = &self.spec.bytes;
+        let crowding = self.list.crowding(bytes);
+        self.list.problems.extend(crowding);
+        self.models.sort_by_key(|(offset, _)| *offset);
+        for segments in &mut self.segments {
+            segments.sort_by_key(|segment| segment.mask.trailing_zeros());
+        }
+        let (visible, list) = (&self.visible, &self.list);
+        let seen = |offset| {
+            list.capabilities
+                .iter()
+                .zip(visible)
+                .any(|(capability, seen)| capability.offset == offset && *seen)
+        };
+        let msi = shape::msi(list, bytes).filter(|msi| seen(msi.offset));
+        let msix = shape::msix(list, bytes).filter(|msix| seen(msix.offset));
+        let shape = shape_hash(self.spec);
+        let mut hash = Fnv::new();
+        hash.add(shape);
+        for bits in self.bits.iter() {
+            let Bits { hw_read, hw_write, shadow_write, zero_merge, fixed, value } = *bits;
+            for plane in [hw_read, hw_write, shadow_write, zero_merge, fixed, value] {
+                hash.add(u64::from(plane));
+            }
+        }
+        for (offset, model) in &self.models {
+            hash.add(u64::from(*offset) << 8 | *model as u64);
+        }
+        let capabilities: Vec<(Capability, bool)> =
+            self.list.capabilities.into_iter().zip(self.visible).collect();
+        Planes {
+            bits: self.bits,
+            size: self.spec.bytes.len().min(DWORDS * 4) as u16,
+            shape,
+            hash: hash.finish(),
+            models: self.models,
+            segments: self.segments.into_iter().flatten().collect(),
+            rules: self.rules,
+            registers: self.registers,
+            capabilities,
+            problems: self.list.problems,
+            refused: self.refused,
+            msi,
+            msix,
+        }
+    }
+}
+
+/// All bits of a width.
+pub(super) const fn full(width: u8) -> u32 {
+    u32::MAX >> (32 - 8 * width as u32)
+}
+
+/// A hash of what of a function decides where its registers are: the same for all VFs of a PF.
+pub(super) fn shape_hash(spec: &FunctionSpec) -> u64 {
+    let mut hash = Fnv::new();
+    hash.add(spec.bytes.len() as u64);
+    hash.add(u64::from(spec.is_virtual()));
+    let list = CapabilityList::walk(&spec.bytes);
+    for capability in &list.capabilities {
+        let id = match capability.id {
+            AnyId::Legacy(id) => u64::from(id.0),
+            AnyId::Extended(id) => 1 << 16 | u64::from(id.0),
+        };
+        let extent = list.extent(capability, &spec.bytes);
+        hash.add(id << 32 | u64::from(extent.start) << 16 | u64::from(extent.end));
+    }
+    for bar in Bar::of(spec) {
+        hash.add(u64::from(bar.index) << 32 | u64::from(bar.flags()));
+        hash.add(bar.address_mask());
+    }
+    hash.finish()
+}

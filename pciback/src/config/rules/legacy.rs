@@ -1,0 +1,161 @@
+//! Capabilities of the first 256 bytes.
+
+use super::{CapabilityRules, hidden, row, shown};
+use crate::config::policy::{Initial, Treatment};
+use crate::spec::{AnyId, CapabilityId, express, legacy as spec};
+
+const fn id(id: CapabilityId) -> AnyId {
+    AnyId::Legacy(id)
+}
+
+/// Virtual, as hardware showed it at first.
+const KEPT: Treatment = Treatment::Virtual(Initial::Hardware);
+
+/// The capabilities.
+pub const RULES: &[CapabilityRules] = &[
+    shown(
+        id(CapabilityId::POWER_MANAGEMENT),
+        Treatment::VIRTUAL,
+        "the host keeps the function in D0: a sleeping one would lose its config space and answer nobody",
+        &[
+            row(2, 0xf800, Treatment::ZERO, "a guest's function wakes nobody"),
+            row(spec::PMCSR, 1 << 8, Treatment::ZERO, "PME would wake the host"),
+            row(spec::PMCSR, 1 << 15, Treatment::ZERO, "PME belongs to the host"),
+            row(spec::PMCSR, 0x1e00, Treatment::ZERO, "the data register shows its first value only"),
+        ],
+    ),
+    shown(
+        id(CapabilityId::AGP),
+        Treatment::VIRTUAL,
+        "AGP transfers are set up together with the host bridge",
+        &[],
+    ),
+    shown(
+        id(CapabilityId::VPD),
+        Treatment::Pass,
+        "reading VPD is harmless",
+        &[
+            row(
+                spec::VPD_ADDRESS,
+                0x8000,
+                Treatment::ReadOnly,
+                "writing VPD would change the card for good: only an address that starts a read passes",
+            ),
+            row(4, 0xffff_ffff, Treatment::ReadOnly, "data is written only to change VPD"),
+        ],
+    ),
+    shown(id(CapabilityId::SLOT_ID), Treatment::ReadOnly, "chassis numbers are the host's", &[]),
+    CapabilityRules {
+        id: id(CapabilityId::MSI),
+        hidden: None,
+        controls: (Treatment::VIRTUAL, "Xen programs MSI: a guest's message could reach any interrupt"),
+        rows: &[row(spec::MESSAGE_CONTROL, 0x0600, Treatment::ZERO, "extended message data is not offered")],
+        guarded: true,
+    },
+    hidden(id(CapabilityId::COMPACT_PCI_HOT_SWAP), "hot swap is between the host and the operator"),
+    shown(
+        id(CapabilityId::PCI_X),
+        KEPT,
+        "the bus and its bridge are set up by the host",
+        &[row(2, 1 << 1, Treatment::Pass, "relaxed ordering concerns the function's own requests only")],
+    ),
+    shown(
+        id(CapabilityId::HYPER_TRANSPORT),
+        Treatment::ReadOnly,
+        "link and interrupt mapping are the host's",
+        &[],
+    ),
+    shown(id(CapabilityId::DEBUG_PORT), Treatment::ReadOnly, "where the debug port is, does not change", &[]),
+    hidden(id(CapabilityId::COMPACT_PCI_RESOURCE), "it controls the chassis"),
+    hidden(id(CapabilityId::HOT_PLUG), "it controls slots"),
+    shown(id(CapabilityId::SUBSYSTEM_ID), Treatment::ReadOnly, "ids do not change", &[]),
+    shown(
+        id(CapabilityId::AGP_8X),
+        Treatment::VIRTUAL,
+        "AGP transfers are set up together with the host bridge",
+        &[],
+    ),
+    hidden(id(CapabilityId::SECURE_DEVICE), "it is the host's IOMMU"),
+    CapabilityRules {
+        id: id(CapabilityId::MSI_X),
+        hidden: None,
+        controls: (Treatment::VIRTUAL, "Xen programs MSI-X: a guest's message could reach any interrupt"),
+        rows: &[],
+        guarded: true,
+    },
+    shown(
+        id(CapabilityId::SATA),
+        Treatment::Pass,
+        "index and data reach registers that the function's BARs show too",
+        &[],
+    ),
+    shown(
+        id(CapabilityId::ADVANCED_FEATURES),
+        Treatment::ZERO,
+        "reads 0; a function level reset is carried out by the host, which saves and restores",
+        &[],
+    ),
+    shown(
+        id(CapabilityId::ENHANCED_ALLOCATION),
+        Treatment::ReadOnly,
+        "addresses are the host's to place",
+        &[],
+    ),
+    hidden(id(CapabilityId::FLATTENING_PORTAL_BRIDGE), "it routes the host's bus numbers"),
+    shown(
+        id(CapabilityId::PCI_EXPRESS),
+        KEPT,
+        "link, slot, port and fabric are the host's and shared with others",
+        &[
+            row(
+                express::DEVICE_CONTROL,
+                0x000f,
+                KEPT,
+                "which errors are reported is the host's decision: an error storm would hit it",
+            ),
+            row(
+                express::DEVICE_CONTROL,
+                0x0810,
+                Treatment::Pass,
+                "ordering and snooping concern the function's own requests only",
+            ),
+            row(
+                express::DEVICE_CONTROL,
+                0x00e0,
+                KEPT,
+                "a payload larger than a switch takes is a fatal error for all below it",
+            ),
+            row(
+                express::DEVICE_CONTROL,
+                0x7000,
+                KEPT,
+                "read requests larger than the host allows starve the functions beside it",
+            ),
+            row(
+                express::DEVICE_CONTROL,
+                0x0700,
+                KEPT,
+                "tags, phantom functions and auxiliary power are agreed with the path to the root",
+            ),
+            row(
+                express::DEVICE_CONTROL,
+                express::INITIATE_FLR as u32,
+                Treatment::ZERO,
+                "reads 0; a function level reset is carried out by the host, which saves and restores",
+            ),
+            row(
+                0x10,
+                0x0030,
+                Treatment::ZERO,
+                "disabling or retraining the link would hit every function on it",
+            ),
+            row(0x12, 0xc000, Treatment::ReadOnly, "link events are the port's"),
+            row(0x18, 0x7fff, Treatment::ZERO, "an endpoint has no slot"),
+            row(0x1a, 0x011f, Treatment::ZERO, "an endpoint has no slot"),
+            row(0x1c, 0x003f, Treatment::ZERO, "an endpoint is no root port"),
+            row(0x20, 1 << 16, Treatment::ZERO, "an endpoint is no root port"),
+            row(0x32, 0x8020, Treatment::ReadOnly, "link events are the port's"),
+            row(0x38, 0xffff, Treatment::ZERO, "an endpoint has no slot"),
+        ],
+    ),
+];

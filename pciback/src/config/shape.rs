@@ -1,0 +1,107 @@
+//! How many bytes each capability of a function takes, and which registers it has there.
+
+use super::bytes::Bytes;
+use super::interrupts::{MsiCapability, MsixCapability};
+use super::list::{Capability, CapabilityList, ListProblem};
+use crate::spec::legacy::{MESSAGE_CONTROL, MSI_ADDRESS_64, MSI_MASKABLE};
+use crate::spec::{self, AnyId, CapabilityId, ExtendedCapabilityId, Length, header};
+
+impl CapabilityList {
+    /// The range of bytes that belongs to a capability: what its specification says, cut at the end of its region and, where its
+    /// last registers are optional or unknown, at the next capability.
+    pub fn extent(&self, capability: &Capability, bytes: &[u8]) -> std::ops::Range<u16> {
+        let region_end = match capability.id {
+            AnyId::Legacy(_) => bytes.len().min(usize::from(header::EXTENDED)),
+            AnyId::Extended(_) => bytes.len().min(4096),
+        } as u16;
+        let next =
+            self.capabilities.iter().map(|other| other.offset).filter(|at| *at > capability.offset).min();
+        let (length, optional) = length(capability, bytes);
+        let end = capability.offset.saturating_add(length).min(region_end);
+        let end = if optional { end.min(next.unwrap_or(region_end)) } else { end };
+        capability.offset..end
+    }
+
+    /// Capabilities that run over the end of their region or into another.
+    pub(super) fn crowding(&self, bytes: &[u8]) -> Vec<ListProblem> {
+        let mut problems = Vec::new();
+        for capability in &self.capabilities {
+            let at = capability.offset;
+            let extent = self.extent(capability, bytes);
+            let (length, optional) = length(capability, bytes);
+            if extent.end < at.saturating_add(length) && !optional {
+                problems.push(ListProblem::Truncated { at, length });
+            }
+            let within =
+                self.capabilities.iter().find(|other| other.offset > at && extent.contains(&other.offset));
+            if let Some(other) = within {
+                problems.push(ListProblem::Overlap { at, with: other.offset });
+            }
+        }
+        problems
+    }
+}
+
+/// How many bytes, and whether the last of them are optional.
+fn length(capability: &Capability, bytes: &[u8]) -> (u16, bool) {
+    let at = |offset: u16| capability.offset.saturating_add(offset);
+    let rule = match (spec::capability(capability.id), capability.id) {
+        (Some(spec), _) => spec.length,
+        (None, AnyId::Legacy(CapabilityId::VENDOR_SPECIFIC)) => Length::Byte(2),
+        (None, AnyId::Extended(ExtendedCapabilityId::VENDOR_SPECIFIC | ExtendedCapabilityId::DVSEC)) => {
+            Length::High12(4)
+        }
+        (None, AnyId::Legacy(_)) => Length::Fixed(2),
+        (None, AnyId::Extended(_)) => Length::Fixed(4),
+    };
+    match rule {
+        Length::Fixed(length) => (length, false),
+        Length::UpTo(length) => (length, true),
+        Length::Byte(offset) => (u16::from(bytes.byte(at(offset))).max(3), true),
+        Length::High12(offset) => ((bytes.dword(at(offset)) >> 20).max(8) as u16, true),
+        Length::Msi => {
+            let control = bytes.word(at(MESSAGE_CONTROL));
+            let wide = if control & MSI_ADDRESS_64 != 0 { 4 } else { 0 };
+            let masks = if control & MSI_MASKABLE != 0 { 8 } else { 0 };
+            (0x0c + wide + masks, false)
+        }
+        Length::PciX => {
+            // Bits 13:12 of the command: version 1 has ECC registers in mode 2 only (PCI-X 2.0, 7.2.3).
+            let ecc = bytes.word(at(2)) & 0x3000 != 0;
+            (if ecc { 0x18 } else { 8 }, ecc)
+        }
+        // Version 1: an endpoint's registers end with Link Status, the rest of the 0x3c bytes is optional.
+        Length::Express => match bytes.byte(at(2)) & 0xf {
+            0 | 1 => (0x14, false),
+            _ => (0x3c, true),
+        },
+        Length::Counted { base, unit, at: field, shift, mask } => {
+            let count = (bytes.dword(at(field)) >> shift) as u16 & mask;
+            (base.saturating_add(unit.saturating_mul(count + 1)), true)
+        }
+    }
+}
+
+/// The MSI capability of a function.
+pub(super) fn msi(list: &CapabilityList, bytes: &[u8]) -> Option<MsiCapability> {
+    let offset = list.legacy(CapabilityId::MSI)?.offset;
+    let control = bytes.word(offset + MESSAGE_CONTROL);
+    // Multiple Message Capable is a power of two; 6 and 7 are reserved.
+    let vectors = 1 << ((control >> 1) & 7).min(5);
+    let (address_64, maskable) = (control & MSI_ADDRESS_64 != 0, control & MSI_MASKABLE != 0);
+    Some(MsiCapability { offset, address_64, maskable, vectors })
+}
+
+/// The MSI-X capability of a function.
+pub(super) fn msix(list: &CapabilityList, bytes: &[u8]) -> Option<MsixCapability> {
+    let offset = list.legacy(CapabilityId::MSI_X)?.offset;
+    let (table, pba) = (bytes.dword(offset + 4), bytes.dword(offset + 8));
+    Some(MsixCapability {
+        offset,
+        table_size: (bytes.word(offset + MESSAGE_CONTROL) & 0x7ff) + 1,
+        table_bar: table as u8 & 7,
+        table_offset: table & !7,
+        pba_bar: pba as u8 & 7,
+        pba_offset: pba & !7,
+    })
+}
