@@ -58,7 +58,8 @@ type Table = Arc<Mutex<HashMap<u32, Running>>>;
 /// Serves the harness on dom0's virtio-serial port until QEMU goes away.
 pub fn serve_dom0() -> Result<()> {
     let port = wait_for_port(Duration::from_secs(60))?;
-    let mut input = OpenOptions::new().read(true).write(true).open(&port).context("opening the agent's port")?;
+    let mut input =
+        OpenOptions::new().read(true).write(true).open(&port).context("opening the agent's port")?;
     let outlet = Arc::new(Outlet { to: Mutex::new(input.try_clone()?), lines: false });
     let table = Table::default();
     outlet.send(&Frame::new(Kind::PONG, 0, ""));
@@ -70,7 +71,8 @@ pub fn serve_dom0() -> Result<()> {
 
 /// Serves the harness on a guest's console.
 pub fn serve_guest() -> Result<()> {
-    let mut console = OpenOptions::new().read(true).write(true).open("/dev/hvc0").context("opening /dev/hvc0")?;
+    let mut console =
+        OpenOptions::new().read(true).write(true).open("/dev/hvc0").context("opening /dev/hvc0")?;
     make_raw(&console)?;
     let outlet = Arc::new(Outlet { to: Mutex::new(console.try_clone()?), lines: true });
     let table = Table::default();
@@ -89,7 +91,8 @@ pub fn serve_guest() -> Result<()> {
 
 /// Joins standard input and output to the console of a guest; runs in dom0, one per guest.
 pub fn bridge_console(tty: &str) -> Result<()> {
-    let console = OpenOptions::new().read(true).write(true).open(tty).with_context(|| format!("opening {tty}"))?;
+    let console =
+        OpenOptions::new().read(true).write(true).open(tty).with_context(|| format!("opening {tty}"))?;
     make_raw(&console)?;
     let mut input = console.try_clone()?;
     // The process ends when the console closes; the copier of standard input ends with it.
@@ -230,7 +233,14 @@ fn feed_input(mut to: File, inputs: &mpsc::Receiver<Input>) {
 }
 
 /// Forwards output until the command itself has ended: a daemon it leaves behind may keep the pipes open for ever.
-fn follow(id: u32, start: &Start, mut child: Child, streams: &[(Kind, File)], outlet: &Outlet, table: &Table) {
+fn follow(
+    id: u32,
+    start: &Start,
+    mut child: Child,
+    streams: &[(Kind, File)],
+    outlet: &Outlet,
+    table: &Table,
+) {
     let pid = Pid::from_raw(child.id().cast_signed());
     let Ok((ended, ended_tell)) = nix::unistd::pipe() else {
         _ = killpg(pid, Signal::SIGKILL);
@@ -250,7 +260,8 @@ fn follow(id: u32, start: &Start, mut child: Child, streams: &[(Kind, File)], ou
     loop {
         let mut watched: Vec<BorrowedFd<'_>> = vec![ended.as_fd()];
         watched.extend(streams.iter().zip(&open).filter(|(_, open)| **open).map(|((_, s), _)| s.as_fd()));
-        let mut fds: Vec<PollFd<'_>> = watched.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        let mut fds: Vec<PollFd<'_>> =
+            watched.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         let wait = deadline.map_or(PollTimeout::NONE, |end| {
             let left = end.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)

@@ -41,7 +41,8 @@ impl Apt {
         let source = format!("deb [arch=amd64 {signed}] {} {suite} main\n", mirror()?);
         fs::write(root.join("etc/sources.list"), source)?;
         let apt = Self { root };
-        apt.run(&["update", "-q", "--error-on=any"]).with_context(|| format!("fetching the package lists of {suite}"))?;
+        apt.run(&["update", "-q", "--error-on=any"])
+            .with_context(|| format!("fetching the package lists of {suite}"))?;
         Ok(apt)
     }
 
@@ -123,14 +124,19 @@ fn mirror() -> Result<String> {
             let base = matches!(suite, "stable" | "oldstable" | "testing") || suite == release;
             (base && component == "main").then(|| uri.to_owned())
         })
-        .with_context(|| format!("apt knows no Debian mirror for {release}; run `apt-get update`. It said:\n{targets}"))
+        .with_context(|| {
+            format!("apt knows no Debian mirror for {release}; run `apt-get update`. It said:\n{targets}")
+        })
 }
 
 /// Code name of the host's Debian release.
 pub fn host_release() -> Result<String> {
     let text = fs::read_to_string("/etc/os-release").context("reading /etc/os-release")?;
     let name = text.lines().find_map(|l| l.strip_prefix("VERSION_CODENAME="));
-    Ok(name.context("/etc/os-release names no release: the lab needs a Debian host")?.trim_matches('"').to_owned())
+    Ok(name
+        .context("/etc/os-release names no release: the lab needs a Debian host")?
+        .trim_matches('"')
+        .to_owned())
 }
 
 #[cfg(test)]
@@ -140,7 +146,10 @@ mod tests {
     #[test]
     fn apts_plan_is_understood() {
         let line = "Inst libc6 (2.41-12+deb13u4 Debian:13.7/stable [amd64]) []";
-        assert_eq!(parse_inst(line), Some(Package { name: "libc6".into(), version: "2.41-12+deb13u4".into() }));
+        assert_eq!(
+            parse_inst(line),
+            Some(Package { name: "libc6".into(), version: "2.41-12+deb13u4".into() })
+        );
         assert_eq!(parse_inst("Conf libc6 (2.41)"), None);
     }
 }

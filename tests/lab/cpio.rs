@@ -113,7 +113,8 @@ mod tests {
         archive.file("/etc/a", 0o644, b"again").unwrap();
         let bytes = archive.finish().unwrap();
         assert_eq!(bytes.len() % 4, 0);
-        let names: Vec<usize> = bytes.windows(6).enumerate().filter(|(_, w)| w == b"070701").map(|(i, _)| i).collect();
+        let names: Vec<usize> =
+            bytes.windows(6).enumerate().filter(|(_, w)| w == b"070701").map(|(i, _)| i).collect();
         assert_eq!(names, [0, 116, 116 + 120 + 4]);
         assert_eq!(&bytes[110..113], b"etc");
         assert_eq!(&bytes[116 + 120..116 + 123], b"xyz");

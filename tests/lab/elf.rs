@@ -39,7 +39,8 @@ fn parse(bytes: &[u8]) -> Option<Vec<String>> {
         .map(|i| Some((u64_at(bytes, start + i * 16)?, u64_at(bytes, start + i * 16 + 8)?)))
         .collect::<Option<_>>()?;
     let strings = items.iter().find(|(tag, _)| *tag == DT_STRTAB)?.1;
-    let load = segments.iter().find(|s| s.kind == PT_LOAD && (s.address..s.address + s.size).contains(&strings))?;
+    let load =
+        segments.iter().find(|s| s.kind == PT_LOAD && (s.address..s.address + s.size).contains(&strings))?;
     let strings = strings - load.address + load.offset;
     items.iter().filter(|(tag, _)| *tag == DT_NEEDED).map(|(_, at)| text(bytes, strings + at)).collect()
 }

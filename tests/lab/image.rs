@@ -17,17 +17,43 @@ const DOM0_INIT: &str = include_str!("assets/dom0-init.sh");
 const GUEST_INIT: &str = include_str!("assets/guest-init.sh");
 
 const DOM0_MODULES: [&str; 18] = [
-    "aer_inject", "e1000e", "igb", "igbvf", "nvme", "pci-pf-stub", "pci-stub", "virtio_console", "virtio_net", "virtio_pci",
-    "xen-evtchn", "xen-gntalloc", "xen-gntdev", "xen-pciback", "xen-privcmd", "xenfs", "tun", "bridge",
+    "aer_inject",
+    "e1000e",
+    "igb",
+    "igbvf",
+    "nvme",
+    "pci-pf-stub",
+    "pci-stub",
+    "virtio_console",
+    "virtio_net",
+    "virtio_pci",
+    "xen-evtchn",
+    "xen-gntalloc",
+    "xen-gntdev",
+    "xen-pciback",
+    "xen-privcmd",
+    "xenfs",
+    "tun",
+    "bridge",
 ];
 const GUEST_MODULES: [&str; 6] = ["e1000e", "igbvf", "nvme", "virtio_net", "virtio_pci", "xen-pcifront"];
 const DOM0_PROGRAMS: [&str; 12] = [
-    "/bin/bash", "/sbin/ip", "/bin/ping", "/bin/kmod", "/usr/bin/lspci", "/usr/bin/setpci", "/usr/bin/xenstore-ls",
-    "/usr/bin/xenstore-read", "/usr/bin/xenstore-write", "/usr/bin/xenstore-rm", "/usr/bin/xenstore-watch",
+    "/bin/bash",
+    "/sbin/ip",
+    "/bin/ping",
+    "/bin/kmod",
+    "/usr/bin/lspci",
+    "/usr/bin/setpci",
+    "/usr/bin/xenstore-ls",
+    "/usr/bin/xenstore-read",
+    "/usr/bin/xenstore-write",
+    "/usr/bin/xenstore-rm",
+    "/usr/bin/xenstore-watch",
     "/usr/bin/xenstore-chmod",
 ];
 /// The real programs, not the wrappers that choose one by Xen's version.
-const XEN_PROGRAMS: [&str; 6] = ["xl", "xenstored", "xenconsoled", "xenconsole", "xen-init-dom0", "libxl-save-helper"];
+const XEN_PROGRAMS: [&str; 6] =
+    ["xl", "xenstored", "xenconsoled", "xenconsole", "xen-init-dom0", "libxl-save-helper"];
 const KMOD_NAMES: [&str; 5] = ["modprobe", "insmod", "rmmod", "lsmod", "modinfo"];
 
 /// What a boot needs from the cache.
@@ -50,7 +76,10 @@ pub fn images(version: XenVersion) -> Result<Images> {
     let _lock = packages::lock()?;
     let trees = packages::trees(version)?;
     let folder = packages::cache()?.join(format!("image-{}", version.name()));
-    let key = format!("{RECIPE}{}{DOM0_INIT}{GUEST_INIT}{DOM0_MODULES:?}{GUEST_MODULES:?}{DOM0_PROGRAMS:?}", trees.key()?);
+    let key = format!(
+        "{RECIPE}{}{DOM0_INIT}{GUEST_INIT}{DOM0_MODULES:?}{GUEST_MODULES:?}{DOM0_PROGRAMS:?}",
+        trees.key()?
+    );
     let kernel = trees.find(&format!("boot/vmlinuz-{}", trees.kernel_release()?))?;
     let images = Images {
         hypervisor: folder.join("xen.elf"),
@@ -66,8 +95,10 @@ pub fn images(version: XenVersion) -> Result<Images> {
     let new = work.path().join("image");
     fs::create_dir(&new)?;
     fs::write(new.join("xen.elf"), images.trees.hypervisor()?)?;
-    write(&new.join("dom0.cpio"), |archive| dom0(archive, &images.trees)).context("making dom0's initramfs")?;
-    write(&new.join("guest.cpio"), |archive| guest(archive, &images.trees)).context("making the guests' initramfs")?;
+    write(&new.join("dom0.cpio"), |archive| dom0(archive, &images.trees))
+        .context("making dom0's initramfs")?;
+    write(&new.join("guest.cpio"), |archive| guest(archive, &images.trees))
+        .context("making the guests' initramfs")?;
     fs::write(new.join("key"), key)?;
     if folder.exists() {
         fs::rename(&folder, work.path().join("old"))?;
@@ -159,7 +190,8 @@ impl<'a> Programs<'a> {
 
     /// Adds a program (or any other file) at `to`, with its libraries.
     pub fn add(&mut self, archive: &mut Archive<impl Write>, to: &str, from: &Path) -> Result<()> {
-        let mode = from.metadata().with_context(|| format!("reading {}", from.display()))?.permissions().mode();
+        let mode =
+            from.metadata().with_context(|| format!("reading {}", from.display()))?.permissions().mode();
         archive.copy(to, from, mode & 0o7777)?;
         self.needs_of(archive, from)
     }

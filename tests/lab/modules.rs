@@ -20,7 +20,8 @@ pub fn add(archive: &mut Archive<impl Write>, trees: &Trees, wanted: &[&str]) ->
     let folder = stage.path().join("lib/modules").join(&release);
     fs::create_dir_all(&folder)?;
     for name in ["modules.builtin", "modules.builtin.modinfo", "modules.order"] {
-        fs::copy(all.join(name), folder.join(name)).with_context(|| format!("copying the kernel's {name}"))?;
+        fs::copy(all.join(name), folder.join(name))
+            .with_context(|| format!("copying the kernel's {name}"))?;
     }
     let depends = dependencies(&all, &release)?;
     let by_name: BTreeMap<String, &String> = depends.keys().map(|path| (module_name(path), path)).collect();

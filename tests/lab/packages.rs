@@ -15,7 +15,7 @@ use nix::fcntl::{Flock, FlockArg};
 use crate::apt::{Apt, host_release};
 
 /// Part of every cache key: change it when the way trees or images are made changes.
-pub const RECIPE: &str = "1";
+pub const RECIPE: &str = "2";
 
 /// The Xen versions that the lab can boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -52,8 +52,12 @@ impl XenVersion {
 
     fn packages(self) -> [&'static str; 4] {
         match self {
-            Self::V4_17 => ["linux-image-amd64", "xen-hypervisor-4.17-amd64", "xen-utils-4.17", "xenstore-utils"],
-            Self::V4_20 => ["linux-image-amd64", "xen-hypervisor-4.20-amd64", "xen-utils-4.20", "xenstore-utils"],
+            Self::V4_17 => {
+                ["linux-image-amd64", "xen-hypervisor-4.17-amd64", "xen-utils-4.17", "xenstore-utils"]
+            }
+            Self::V4_20 => {
+                ["linux-image-amd64", "xen-hypervisor-4.20-amd64", "xen-utils-4.20", "xenstore-utils"]
+            }
         }
     }
 }
@@ -84,7 +88,8 @@ pub struct Trees {
 pub fn cache() -> Result<PathBuf> {
     let base = match std::env::var_os("XDG_CACHE_HOME").filter(|p| !p.is_empty()) {
         Some(path) => PathBuf::from(path),
-        None => PathBuf::from(std::env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?).join(".cache"),
+        None => PathBuf::from(std::env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?)
+            .join(".cache"),
     };
     let path = base.join("xpci-lab");
     fs::create_dir_all(&path).with_context(|| format!("creating {}", path.display()))?;
@@ -132,8 +137,9 @@ fn tree(name: &str, suite: &str, roots: &[&str]) -> Result<PathBuf> {
         return Ok(path);
     }
     println!("lab: downloading {} packages of {suite} and what they need", roots.len());
-    let apt = Apt::open(&cache.join("apt"), suite)
-        .with_context(|| format!("the packages for the lab ({suite}) cannot be had from this machine's apt mirror"))?;
+    let apt = Apt::open(&cache.join("apt"), suite).with_context(|| {
+        format!("the packages for the lab ({suite}) cannot be had from this machine's apt mirror")
+    })?;
     let mut packages = apt.resolve(roots)?;
     packages.retain(|p| roots.contains(&p.name.as_str()) || is_wanted(&p.name));
     packages.sort();
@@ -155,7 +161,10 @@ fn tree(name: &str, suite: &str, roots: &[&str]) -> Result<PathBuf> {
 
 /// Libraries and the kernel; the rest of what apt would install (python, systemd, perl) has no place in the lab.
 fn is_wanted(name: &str) -> bool {
-    let wanted = name.starts_with("lib") || name.starts_with("linux-image-") || name == "xen-utils-common";
+    let wanted = name.starts_with("lib")
+        || name.starts_with("zlib")
+        || name.starts_with("linux-image-")
+        || name == "xen-utils-common";
     wanted && !name.starts_with("libpython") && !name.starts_with("libsystemd-shared")
 }
 
@@ -177,8 +186,11 @@ impl Trees {
 
     /// A shared library by the name that programs ask for, with links followed inside its tree.
     pub fn library(&self, name: &str) -> Result<PathBuf> {
-        let found = ["lib/x86_64-linux-gnu", "lib64", "lib"].iter().find_map(|d| self.find(&format!("{d}/{name}")).ok());
-        let path = found.with_context(|| format!("no package of the Xen {} lab has {name}", self.version.name()))?;
+        let found = ["lib/x86_64-linux-gnu", "lib64", "lib"]
+            .iter()
+            .find_map(|d| self.find(&format!("{d}/{name}")).ok());
+        let path =
+            found.with_context(|| format!("no package of the Xen {} lab has {name}", self.version.name()))?;
         path.canonicalize().with_context(|| format!("following {}", path.display()))
     }
 
@@ -195,7 +207,8 @@ impl Trees {
     /// The release of the kernel for dom0 and guests, `6.1.0-50-amd64`.
     pub fn kernel_release(&self) -> Result<String> {
         let modules = self.find("lib/modules")?;
-        let mut entries = fs::read_dir(&modules)?.flatten().map(|e| e.file_name().to_string_lossy().into_owned());
+        let mut entries =
+            fs::read_dir(&modules)?.flatten().map(|e| e.file_name().to_string_lossy().into_owned());
         let release = entries.next().context("no kernel in the packages")?;
         ensure!(entries.next().is_none(), "several kernels in {}", modules.display());
         Ok(release)
@@ -204,7 +217,9 @@ impl Trees {
 
 /// Runs a program of the host and insists on success.
 pub fn run(command: &mut Command) -> Result<Vec<u8>> {
-    let output = command.output().with_context(|| format!("starting {:?} (try `make deps`)", command.get_program()))?;
+    let output = command
+        .output()
+        .with_context(|| format!("starting {:?} (try `make deps`)", command.get_program()))?;
     if !output.status.success() {
         bail!("{command:?} failed ({}): {}", output.status, String::from_utf8_lossy(&output.stderr));
     }

@@ -211,7 +211,8 @@ mod tests {
     #[test]
     fn a_frame_survives_both_forms_whatever_its_length() {
         for len in 0..100u32 {
-            let frame = Frame::new(Kind::STDOUT, 7 + len, (0..len).map(|i| (i * 37) as u8).collect::<Vec<_>>());
+            let frame =
+                Frame::new(Kind::STDOUT, 7 + len, (0..len).map(|i| (i * 37) as u8).collect::<Vec<_>>());
             assert_eq!(Frame::read(&mut &frame.to_bytes()[..]).unwrap().as_ref(), Some(&frame));
             let mut decoder = LineDecoder::default();
             assert_eq!(decoder.push(&frame.to_line()), [frame]);
