@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-use super::image::ImageError;
+use super::records::ImageError;
 use crate::Sbdf;
 
 /// Why a virtual config space cannot be built or taken over.
