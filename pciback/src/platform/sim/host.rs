@@ -147,10 +147,9 @@ impl Host for SimHost {
         self.call("set the number of VFs of", "set_num_vfs", pf, |world| world.set_num_vfs(pf, count))
     }
 
-    fn set_vf_autoprobe(&self, pf: Sbdf, enabled: bool) -> Result<()> {
+    fn set_vf_autoprobe(&self, pf: Sbdf, enabled: bool) -> Result<bool> {
         self.call("set sriov_drivers_autoprobe of", "set_vf_autoprobe", pf, |world| {
-            function(world, pf)?.vf_autoprobe = enabled;
-            Ok(())
+            Ok(std::mem::replace(&mut function(world, pf)?.vf_autoprobe, enabled))
         })
     }
 }
