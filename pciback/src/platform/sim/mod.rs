@@ -17,6 +17,8 @@ mod ranges;
 mod registers;
 mod rings;
 mod store;
+#[cfg(test)]
+mod tests;
 mod transaction;
 mod tree;
 mod world;
