@@ -19,29 +19,31 @@ pub fn probe(platform: &Platform, subject: &Subject) -> Result<()> {
     let store = platform.store.as_ref();
     let backend = format!("/local/domain/0/backend/xpci/{guest}/0");
     let frontend = format!("/local/domain/{guest}/device/pci/0");
-    let put = |directory: &str, name: &str, value: &str, permissions: &Permissions| -> Result<()> {
-        let path = format!("{directory}/{name}");
-        store.write(&path, value.as_bytes())?;
-        store.set_permissions(&path, permissions)
-    };
-    let ours = Permissions::backend(guest);
-    for (name, value) in [
-        ("frontend", frontend.as_str()),
-        ("frontend-id", &guest.to_string()),
-        ("online", "1"),
-        ("num_devs", "0"),
-        ("root_num", "1"),
-        ("root-0", "0000:00"),
-        ("state", "3"),
-    ] {
-        put(&backend, name, value, &ours)?;
-    }
-    let theirs = Permissions::frontend(guest);
-    store.write(&frontend, b"")?;
-    store.set_permissions(&frontend, &theirs)?;
-    for (name, value) in [("backend", backend.as_str()), ("backend-id", "0"), ("state", "1")] {
-        put(&frontend, name, value, &theirs)?;
-    }
+    let (ours, theirs) = (Permissions::backend(guest), Permissions::frontend(guest));
+    // At once: the frontend looks for its backend as soon as its directory appears, and does not look again.
+    store.transaction(&mut |inside| {
+        let put = |path: String, value: &str, permissions: &Permissions| -> Result<()> {
+            inside.write(&path, value.as_bytes())?;
+            inside.set_permissions(&path, permissions)
+        };
+        put(backend.clone(), "", &ours)?;
+        for (name, value) in [
+            ("frontend", frontend.as_str()),
+            ("frontend-id", &guest.to_string()),
+            ("online", "1"),
+            ("num_devs", "0"),
+            ("root_num", "1"),
+            ("root-0", "0000:00"),
+            ("state", "3"),
+        ] {
+            put(format!("{backend}/{name}"), value, &ours)?;
+        }
+        put(frontend.clone(), "", &theirs)?;
+        for (name, value) in [("backend", backend.as_str()), ("backend-id", "0"), ("state", "1")] {
+            put(format!("{frontend}/{name}"), value, &theirs)?;
+        }
+        Ok(())
+    })?;
     if !wait_for_state(store, &frontend, "3")? {
         println!("PROBE: the frontend did not become Initialised");
         return Ok(());
@@ -53,8 +55,8 @@ pub fn probe(platform: &Platform, subject: &Subject) -> Result<()> {
     let (grant, port) = (number("pci-op-ref")?, number("event-channel")?);
     println!("PROBE: grant {grant} port {port}");
     wrong_numbers(platform, guest, grant, port);
-    serve(platform, guest, grant, port, || put(&backend, "state", "4", &ours))?;
-    put(&backend, "state", "5", &ours)?;
+    serve(platform, guest, grant, port, || store.write(&format!("{backend}/state"), b"4"))?;
+    store.write(&format!("{backend}/state"), b"5")?;
     store.remove(&backend)
 }
 

@@ -131,6 +131,16 @@ pub trait ConfigSpace: Send {
     fn read(&self, access: Access) -> std::io::Result<u32>;
     /// Writes the value's lower bits, as one access of this width.
     fn write(&self, access: Access, value: u32) -> std::io::Result<()>;
+
+    /// Reads all of it, in dwords; one system call where the host has one for that.
+    fn read_all(&self) -> std::io::Result<Vec<u8>> {
+        let mut bytes = Vec::with_capacity(usize::from(self.size()));
+        for offset in (0..self.size().min(EXTENDED_SIZE)).step_by(4) {
+            let access = Access { offset, width: Width::Dword };
+            bytes.extend_from_slice(&self.read(access)?.to_le_bytes());
+        }
+        Ok(bytes)
+    }
 }
 
 #[cfg(test)]

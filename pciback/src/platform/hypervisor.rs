@@ -42,13 +42,15 @@ pub trait Hypervisor: Send + Sync {
     fn device_add(&self, address: Sbdf, report: DeviceReport) -> Result<()>;
     /// Withdraws a function. `EBUSY`: a PF that still has VFs.
     fn device_remove(&self, address: Sbdf) -> Result<()>;
-    /// Gives a function to a domain, `DomId::IO` to hold it. `EINVAL`/`ENODEV`: the domain was created without passthrough.
+    /// Gives a function to a domain, `DomId::IO` to hold it. `EOPNOTSUPP`: the domain was created without
+    /// passthrough. `EBUSY`: a guest owns the function. All answers: `docs/xen-answers.md`.
     fn assign(&self, domain: DomId, address: Sbdf) -> Result<()>;
     /// Takes a function from a domain: a guest's goes to `DomId::IO`, a held one back to dom0.
     fn deassign(&self, domain: DomId, address: Sbdf) -> Result<()>;
     /// Whether a function could be assigned now, that is, dom0 or `DomId::IO` owns it.
     fn assignable(&self, address: Sbdf) -> Result<bool>;
     /// Prepares the function's MSI-X table for use by a guest. `true` when this call did it, `false` when it was prepared.
+    /// `EINVAL`: it has no MSI-X.
     fn prepare_msix(&self, address: Sbdf) -> Result<bool>;
     /// Undoes `prepare_msix`.
     fn release_msix(&self, address: Sbdf) -> Result<()>;

@@ -7,9 +7,19 @@
 //! loaded again: then it comes back to Initialised with another ring.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use super::nodes::{FrontendView, NodeChange, RingPlace, XenbusState, key};
 use crate::{DomId, Sbdf};
+
+#[cfg(test)]
+mod pcifront;
+#[cfg(test)]
+mod tests;
+
+/// How long the directories stay away once they were removed. A guest's xenbus notices only whether they are there when it
+/// looks: made again before that, they would be those of the device that it knows and has closed, and nobody would connect.
+pub const PAUSE: Duration = Duration::from_millis(250);
 
 /// What to do next, in this order.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,10 +34,13 @@ pub enum Action {
     Added(u8),
     /// The function is published, but nobody in the guest looks for it yet.
     Waiting(u8),
-    /// The guest has let go of the function, or was overruled.
+    /// The guest has let go of the function, or was overruled: it must be silent before the next action, which may have the
+    /// guest look at its bus again.
     Removed(u8),
     /// Something for the log: what the guest does wrong.
     Report(String),
+    /// Call [`Handshake::pause_over`] after [`PAUSE`]. Until then nothing is published.
+    Pause,
 }
 
 /// How far the two ends are.
@@ -35,6 +48,8 @@ pub enum Action {
 enum Link {
     /// There are no nodes.
     Absent,
+    /// There are no nodes since a moment ago.
+    Pausing,
     /// Ours are published; the frontend is awaited.
     Published,
     /// Its ring is being connected to.
@@ -104,17 +119,24 @@ impl Handshake {
         let ring = handshake.frontend.ring.clone().and_then(Result::ok);
         let scanned = handshake.frontend.state == Some(XenbusState::CONNECTED);
         handshake.link = match (state, ring) {
-            (None, _) => Link::Absent,
+            // The directories may have been removed just before.
+            (None, _) => Link::Pausing,
             (Some(XenbusState::CONNECTED), Some(ring)) => Link::Connected { ring, scanned },
             (Some(XenbusState::RECONFIGURING), Some(ring)) => Link::Reconfiguring(ring),
             (Some(XenbusState::RECONFIGURED), Some(ring)) => Link::Reconfigured(ring),
             (Some(XenbusState::CLOSING), Some(ring)) => Link::Closing(ring),
             (Some(_), _) => Link::Published,
         };
-        for &(devfn, address) in functions {
-            let noted = left.iter().find(|(_, seen, _)| *seen == devfn);
-            let (index, phase) = match (noted, handshake.link) {
-                (None, _) | (_, Link::Absent) => (handshake.free_index(), Phase::Wanted),
+        let index_of = |devfn: u8| left.iter().find(|(_, seen, _)| *seen == devfn);
+        // Those with nodes keep their index; only then is it known which are free.
+        let (known, new): (Vec<_>, Vec<_>) =
+            functions.iter().partition(|(devfn, _)| index_of(*devfn).is_some());
+        for &(devfn, address) in known.into_iter().chain(new) {
+            let (index, phase) = match (index_of(devfn), handshake.link) {
+                (None, _) => (handshake.free_index(), Phase::Wanted),
+                (Some((index, ..)), Link::Pausing) => (*index, Phase::Wanted),
+                // It closes only to lose all of them.
+                (Some((index, ..)), Link::Closing(_)) => (*index, Phase::Unwanted),
                 (Some((index, _, XenbusState::INITIALISING)), _) => (*index, Phase::Adding),
                 (Some((index, _, XenbusState::CLOSING)), _) => (*index, Phase::Removing),
                 (Some((index, ..)), Link::Connected { scanned: true, .. }) => (*index, Phase::Present),
@@ -125,9 +147,23 @@ impl Handshake {
         }
         let mut actions = Vec::new();
         if let Some(ring) = handshake.ring() {
+            // Before anything else: the guest may be waiting for an answer.
             actions.push(Action::Connect(ring));
-        } else {
-            handshake.advance(&mut actions);
+        }
+        let forgotten = left.iter().filter(|(_, devfn, _)| !handshake.functions.contains_key(devfn));
+        let mut changes: Vec<NodeChange> =
+            forgotten.flat_map(|(index, ..)| NodeChange::no_function(*index)).collect();
+        if handshake.link == Link::Published && state != Some(XenbusState::INITIALISED) {
+            changes.push(NodeChange::backend(key::STATE, XenbusState::INITIALISED.0));
+        }
+        if !changes.is_empty() {
+            actions.push(Action::Nodes(changes));
+        }
+        match handshake.link {
+            Link::Pausing if handshake.functions.is_empty() => handshake.link = Link::Absent,
+            Link::Pausing => actions.push(Action::Pause),
+            _ if handshake.ring().is_none() => handshake.advance(&mut actions),
+            _ => {}
         }
         (handshake, actions)
     }
@@ -140,7 +176,7 @@ impl Handshake {
     /// How far it is, for people.
     pub fn describe(&self) -> &'static str {
         match self.link {
-            Link::Absent => "no device",
+            Link::Absent | Link::Pausing => "no device",
             Link::Published => "waiting for the guest's xen-pcifront",
             Link::Connecting(_) => "connecting",
             Link::Connected { scanned: false, .. } => "the guest is scanning",
@@ -152,7 +188,7 @@ impl Handshake {
 
     fn ring(&self) -> Option<RingPlace> {
         match self.link {
-            Link::Absent | Link::Published => None,
+            Link::Absent | Link::Pausing | Link::Published => None,
             Link::Connecting(ring)
             | Link::Connected { ring, .. }
             | Link::Reconfiguring(ring)
@@ -193,28 +229,31 @@ impl Handshake {
     fn drop_unpublished(&mut self, devfn: u8, actions: &mut Vec<Action>) {
         self.functions.remove(&devfn);
         actions.push(Action::Removed(devfn));
+        if self.functions.is_empty() {
+            // It was the last, though never published: others were there before it.
+            self.close(actions);
+        }
     }
 
     /// The guest took too long, or is not asked: the function is withdrawn at once.
     pub fn overrule(&mut self, devfn: u8) -> Vec<Action> {
-        let mut actions = Vec::new();
+        let mut actions = vec![Action::Removed(devfn)];
         if let Some(function) = self.functions.remove(&devfn) {
             let mut changes = NodeChange::no_function(function.index);
             let settled =
                 self.functions.values().all(|other| !matches!(other.phase, Phase::Adding | Phase::Removing));
-            if let (true, Link::Reconfiguring(ring) | Link::Reconfigured(ring)) = (settled, self.link) {
-                // Nobody else is part of this dance: it is called off.
+            if let (true, Link::Reconfiguring(ring)) = (settled, self.link) {
+                // Nobody else is part of this exchange, and the frontend has not gone along: it is called off.
                 changes.push(NodeChange::backend(key::STATE, XenbusState::CONNECTED.0));
                 self.link = Link::Connected { ring, scanned: true };
             }
             if self.functions.is_empty() {
                 self.close(&mut actions);
-            } else {
+            } else if !matches!(self.link, Link::Absent | Link::Pausing) {
                 changes.push(self.count());
                 actions.push(Action::Nodes(changes));
             }
         }
-        actions.push(Action::Removed(devfn));
         self.advance(&mut actions);
         actions
     }
@@ -224,10 +263,14 @@ impl Handshake {
         if self.ring().is_some() {
             actions.push(Action::Disconnect);
         }
-        if self.link != Link::Absent {
+        if !matches!(self.link, Link::Absent | Link::Pausing) {
             actions.push(Action::Nodes(vec![NodeChange::RemoveAll]));
+            actions.push(Action::Pause);
+            self.link = Link::Pausing;
         }
-        self.link = Link::Absent;
+        for function in self.functions.values_mut() {
+            function.phase = Phase::Wanted;
+        }
         self.frontend = FrontendView::default();
         self.refused = None;
     }
@@ -238,6 +281,10 @@ impl Handshake {
             return Vec::new();
         }
         self.frontend = view;
+        if !matches!(self.frontend.state, Some(XenbusState::INITIALISED | XenbusState::CONNECTED)) {
+            // It begins anew: the same numbers may be good ones then.
+            self.refused = None;
+        }
         self.advanced()
     }
 
@@ -261,6 +308,14 @@ impl Handshake {
         actions
     }
 
+    /// The time that [`Action::Pause`] asked for is over.
+    pub fn pause_over(&mut self) -> Vec<Action> {
+        if self.link == Link::Pausing {
+            self.link = Link::Absent;
+        }
+        self.advanced()
+    }
+
     fn advanced(&mut self) -> Vec<Action> {
         let mut actions = Vec::new();
         self.advance(&mut actions);
@@ -275,7 +330,7 @@ impl Handshake {
             match self.link {
                 Link::Absent => self.publish(actions),
                 Link::Published => self.published(actions),
-                Link::Connecting(_) => {}
+                Link::Connecting(_) | Link::Pausing => {}
                 Link::Connected { ring, scanned } => self.connected(ring, scanned, actions),
                 Link::Reconfiguring(ring) => self.reconfiguring(ring, actions),
                 Link::Reconfigured(ring) => self.reconfigured(ring, actions),
@@ -383,6 +438,12 @@ impl Handshake {
         if self.frontend_left(ring, scanned, actions) {
             return;
         }
+        if self.frontend.state == Some(XenbusState::RECONFIGURING) {
+            // It has come along after all with an exchange that was called off, and waits for its end.
+            actions.push(state(XenbusState::RECONFIGURED));
+            self.link = Link::Reconfigured(ring);
+            return;
+        }
         if self.frontend.state != Some(XenbusState::CONNECTED) {
             return;
         }
@@ -438,10 +499,16 @@ impl Handshake {
             }
         }
         self.functions.retain(|devfn, _| !removed.contains(devfn));
+        // The guest looks at its bus again once we are Reconfigured: what still answered would be found.
+        actions.extend(removed.into_iter().map(Action::Removed));
+        if self.functions.is_empty() {
+            // What was to come was taken back meanwhile.
+            self.close(actions);
+            return;
+        }
         changes.push(self.count());
         changes.push(NodeChange::backend(key::STATE, XenbusState::RECONFIGURED.0));
         actions.push(Action::Nodes(changes));
-        actions.extend(removed.into_iter().map(Action::Removed));
         self.link = Link::Reconfigured(ring);
     }
 

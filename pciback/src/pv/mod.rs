@@ -8,7 +8,7 @@ mod server;
 pub mod wire;
 
 pub use function::{Demand, GuestFunction};
-pub use handshake::{Action, Handshake};
+pub use handshake::{Action, Handshake, PAUSE};
 pub use interrupts::InterruptError;
 pub use nodes::{FrontendView, NodeChange, RingPlace, XenbusState};
 pub use server::{Counters, Server, ServerReport, ServerStuck, Taken};

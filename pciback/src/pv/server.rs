@@ -21,7 +21,7 @@ use crate::{DomId, Sbdf};
 
 /// How long the thread looks at the page after an answer before it sleeps: a guest that reads one register usually reads
 /// the next, and waking up costs more than the access.
-const SPIN: Duration = Duration::from_micros(50);
+const SPIN: Duration = Duration::from_micros(400);
 /// How long the engine waits for the thread. An access takes microseconds, one to a function that the kernel resets up to a
 /// minute.
 const STUCK: Duration = Duration::from_secs(2);

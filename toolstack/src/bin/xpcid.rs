@@ -63,6 +63,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
         .format_target(false)
+        .format_timestamp_millis()
         .init();
     match run(arguments) {
         Ok(()) => ExitCode::SUCCESS,

@@ -70,7 +70,8 @@ fn vfs_table(vfs: &[VfView]) -> String {
     }
     let names = [&["PF", "VF"][..], &FUNCTION_HEAD].concat();
     let row = |vf: &VfView| {
-        [vec![dash(vf.function.physical_function.as_ref()), vf.index.to_string()], function_row(&vf.function)].concat()
+        [vec![dash(vf.function.physical_function.as_ref()), vf.index.to_string()], function_row(&vf.function)]
+            .concat()
     };
     let rows: Vec<_> = std::iter::once(head(&names)).chain(vfs.iter().map(row)).collect();
     table(&rows)

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use log::{error, info, warn};
 use pciback::platform::WatchEvent;
-use pciback::pv::{Action, Counters, GuestFunction, Handshake, RingPlace, Server, ServerReport, nodes};
+use pciback::pv::{
+    Action, Counters, GuestFunction, Handshake, PAUSE, RingPlace, Server, ServerReport, nodes,
+};
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::{Answer, Engine, Event};
@@ -27,6 +29,8 @@ pub(super) struct Guest {
     counters: Arc<Counters>,
     /// Transactions that wait for the guest.
     waiting: BTreeMap<u8, Waiting>,
+    /// When the handshake may go on after its nodes were removed.
+    pause: Option<Instant>,
 }
 
 struct Waiting {
@@ -48,7 +52,14 @@ enum Awaited {
 impl Guest {
     fn new(handshake: Handshake) -> Self {
         let counters = Arc::new(Counters::default());
-        Self { handshake, server: None, parked: BTreeMap::new(), counters, waiting: BTreeMap::new() }
+        Self {
+            handshake,
+            server: None,
+            parked: BTreeMap::new(),
+            counters,
+            waiting: BTreeMap::new(),
+            pause: None,
+        }
     }
 
     pub fn describe(&self) -> String {
@@ -188,6 +199,11 @@ impl Engine {
                 Action::Waiting(devfn) => self.published(domain, devfn),
                 Action::Removed(devfn) => self.removed(domain, devfn),
                 Action::Report(text) => warn!("domain {domain}: {text}"),
+                Action::Pause => {
+                    if let Some(guest) = self.guests.get_mut(&domain) {
+                        guest.pause = Some(Instant::now() + PAUSE);
+                    }
+                }
             }
         }
         self.forget_if_idle(domain);
@@ -296,11 +312,21 @@ impl Engine {
     }
 
     pub(super) fn next_deadline(&self) -> Option<Instant> {
-        self.guests.values().flat_map(|guest| guest.waiting.values()).map(|waiting| waiting.deadline).min()
+        let waiting =
+            self.guests.values().flat_map(|guest| guest.waiting.values()).map(|waiting| waiting.deadline);
+        waiting.chain(self.guests.values().filter_map(|guest| guest.pause)).min()
     }
 
     /// Overrules guests that took too long.
     pub(super) fn check_deadlines(&mut self, now: Instant) {
+        let paused = self.guests.iter().filter(|(_, guest)| guest.pause.is_some_and(|over| over <= now));
+        for domain in paused.map(|(domain, _)| *domain).collect::<Vec<_>>() {
+            if let Some(guest) = self.guests.get_mut(&domain) {
+                guest.pause = None;
+                let actions = guest.handshake.pause_over();
+                self.act(domain, actions);
+            }
+        }
         let late: Vec<(DomId, u8, Awaited)> = self
             .guests
             .iter()

@@ -27,6 +27,11 @@ impl World {
     /// The driver that a probe ends with: the overriding one, or the first whose id table has the function.
     fn matching(&self, address: Sbdf) -> Option<String> {
         let function = self.functions.get(&address)?;
+        // With sriov_drivers_autoprobe off a VF goes to the driver of its override only.
+        let pf = function.physical_function.and_then(|pf| self.functions.get(&pf));
+        if function.driver_override.is_none() && pf.is_some_and(|pf| !pf.vf_autoprobe) {
+            return None;
+        }
         let (vendor, device) = function.ids(&self.functions);
         let id = format!("{vendor:04x}:{device:04x}");
         let takes = |name: &&String| {
@@ -127,7 +132,6 @@ impl World {
     fn enable_vfs(&mut self, address: Sbdf, sriov: u16, count: u16) -> Answer<()> {
         let pf = self.function(address)?;
         let (first, stride) = (pf.registers.peek16(sriov + FIRST_VF), pf.registers.peek16(sriov + STRIDE));
-        let autoprobe = pf.vf_autoprobe;
         let mut vfs = Vec::new();
         for index in 0..count {
             let offset = u32::from(first) + u32::from(index) * u32::from(stride);
@@ -141,9 +145,7 @@ impl World {
         pf.virtual_functions = vfs.iter().map(|(vf, _)| *vf).collect();
         for (vf, made) in vfs {
             self.appear(vf, made);
-            if autoprobe {
-                self.bind(vf);
-            }
+            self.bind(vf);
         }
         Ok(())
     }

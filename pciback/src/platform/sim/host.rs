@@ -4,6 +4,8 @@ use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use nix::errno::Errno;
+
 use super::failures::{Failures, Subject};
 use super::locked;
 use super::world::{Answer, World};
@@ -141,10 +143,11 @@ impl Host for SimHost {
         })
     }
 
-    fn set_vf_autoprobe(&self, address: Sbdf, enabled: bool) -> Result<()> {
+    fn set_vf_autoprobe(&self, address: Sbdf, enabled: bool) -> Result<bool> {
         self.call(("set_vf_autoprobe", "set the automatic probing of the VFs of"), address, None, |world| {
-            world.function(address)?.vf_autoprobe = enabled;
-            Ok(())
+            let pf = world.function(address)?;
+            pf.masks().layout.sriov.ok_or(Errno::ENOENT)?;
+            Ok(std::mem::replace(&mut pf.vf_autoprobe, enabled))
         })
     }
 }

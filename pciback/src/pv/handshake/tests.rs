@@ -1,0 +1,332 @@
+//! The handshake against a model of xen-pcifront.
+
+use proptest::prelude::*;
+
+use super::pcifront::World;
+
+fn connected(devfns: &[u8]) -> World {
+    let mut world = World::new();
+    devfns.iter().for_each(|devfn| world.add(*devfn));
+    world.run();
+    assert!(world.found().iter().eq(devfns), "{:?}", world.found());
+    world
+}
+
+#[test]
+fn a_guest_finds_what_was_attached_before_it_looked() {
+    let world = connected(&[0, 8]);
+    assert_eq!(world.added.len(), 2);
+    assert_eq!(world.backend("state"), Some("4"));
+    assert_eq!(world.backend("vdev-1"), Some("0000:00:01.00"));
+}
+
+#[test]
+fn functions_come_to_a_connected_guest_and_go_again() {
+    let mut world = connected(&[0]);
+    world.add(8);
+    world.add(16);
+    world.run();
+    assert_eq!(world.found().len(), 3);
+    world.remove(8);
+    world.run();
+    assert!(world.found().iter().eq(&[0, 16]) && world.leaving.is_empty());
+    assert_eq!((world.backend("dev-1"), world.backend("num_devs")), (None, Some("3")));
+    world.add(24);
+    world.run();
+    assert_eq!(world.backend("vdev-1"), Some("0000:00:03.00"), "a free index is used again");
+    assert_eq!(world.timeouts, 0);
+}
+
+#[test]
+fn the_last_function_takes_the_device_along_and_it_can_come_back_ten_times() {
+    let mut world = World::new();
+    for _ in 0..10 {
+        world.add(0);
+        world.run();
+        assert!(world.found().contains(&0) && world.added.contains(&0));
+        world.remove(0);
+        world.run();
+        assert!(world.found().is_empty() && world.leaving.is_empty() && world.nothing_left());
+        assert!(world.handshake.is_empty());
+    }
+    assert_eq!(world.timeouts, 0);
+}
+
+#[test]
+fn a_guest_that_is_slow_to_see_its_directory_go_finds_the_next_one() {
+    let mut world = connected(&[0]);
+    world.remove(0);
+    world.guest_sees_state();
+    world.look();
+    assert!(world.nothing_left());
+    // Attached again before the guest has looked.
+    world.add(8);
+    world.look();
+    world.run();
+    assert!(world.found().contains(&8));
+}
+
+#[test]
+fn a_reloaded_module_finds_everything_again() {
+    for looks_between in [false, true] {
+        let mut world = connected(&[0, 8]);
+        world.unload();
+        if looks_between {
+            world.look();
+        }
+        world.load();
+        world.run();
+        assert_eq!(world.found().len(), 2);
+    }
+}
+
+#[test]
+fn what_happens_while_the_module_is_unloaded_counts_when_it_is_loaded() {
+    let mut world = connected(&[0, 8]);
+    world.unload();
+    world.run();
+    world.remove(0);
+    world.add(16);
+    world.run();
+    assert!(world.leaving.is_empty(), "nobody has to be asked");
+    world.load();
+    world.run();
+    assert!(world.found().iter().eq(&[8, 16]));
+}
+
+#[test]
+fn a_module_unloaded_in_the_middle_of_an_exchange_does_not_hold_it_up() {
+    for steps in 0..6 {
+        let mut world = connected(&[0, 8]);
+        world.add(16);
+        world.remove(0);
+        for _ in 0..steps {
+            world.guest_sees_state();
+            world.look();
+        }
+        world.unload();
+        world.run();
+        assert!(world.leaving.is_empty(), "after {steps} steps");
+        world.load();
+        world.run();
+        assert!(world.found().iter().eq(&[8, 16]), "after {steps} steps: {:?}", world.found());
+    }
+}
+
+#[test]
+fn a_function_is_silent_before_the_guest_looks_again() {
+    let mut world = connected(&[0, 8]);
+    world.remove(0);
+    // The model scans the moment that we write 8: whatever still answered then would be found again.
+    world.run();
+    assert!(world.found().iter().eq(&[8]));
+}
+
+#[test]
+fn a_guest_that_is_overruled_can_still_follow_later() {
+    // It has not begun, or it has dropped the function but we have not heard of it, when the limit is over.
+    for begun in [false, true] {
+        let mut world = connected(&[0, 8]);
+        world.remove(0);
+        if begun {
+            world.guest_sees_state();
+        }
+        world.overrule(0);
+        assert!(world.leaving.is_empty());
+        world.run();
+        world.add(16);
+        world.run();
+        assert!(world.found().contains(&16), "begun {begun}: {:?}", world.found());
+        world.remove(8);
+        world.run();
+        assert!(world.leaving.is_empty() && !world.found().contains(&8));
+    }
+}
+
+#[test]
+fn overruling_ends_an_exchange_only_for_the_function_it_is_about() {
+    let mut world = connected(&[0, 8, 16]);
+    world.remove(0);
+    world.add(24);
+    world.guest_sees_state();
+    world.look();
+    world.remove(8);
+    world.overrule(8);
+    world.run();
+    assert!(world.leaving.is_empty());
+    assert!(world.found().contains(&24) && world.found().contains(&16));
+}
+
+#[test]
+fn a_ring_that_could_not_be_used_is_tried_again_when_the_frontend_comes_back_with_it() {
+    let mut world = World::new();
+    world.add(0);
+    world.guest_sees_directory();
+    world.scribble("pci-op-ref", "999");
+    world.look();
+    assert_eq!(world.reports.len(), 1);
+    world.look();
+    assert_eq!(world.reports.len(), 1, "once is enough");
+    world.scribble("pci-op-ref", "8");
+    world.run();
+    assert!(world.found().contains(&0));
+}
+
+#[test]
+fn nonsense_is_reported_once_and_what_makes_sense_is_taken_afterwards() {
+    let mut world = World::new();
+    world.add(0);
+    world.guest_sees_directory();
+    world.scribble("pci-op-ref", "0");
+    world.look();
+    world.look();
+    assert_eq!(world.reports.len(), 1, "{:?}", world.reports);
+    world.unload();
+    world.load();
+    world.run();
+    assert!(world.found().contains(&0));
+}
+
+#[test]
+fn a_guest_notices_nothing_of_a_service_that_is_killed() {
+    let mut world = connected(&[0, 8]);
+    world.restart();
+    assert_eq!(world.backend("state"), Some("4"));
+    world.run();
+    assert_eq!((world.found().len(), world.timeouts), (2, 0));
+}
+
+#[test]
+fn a_service_killed_at_any_point_of_an_exchange_ends_it() {
+    for steps in 0..6 {
+        let mut world = connected(&[0, 8]);
+        world.add(16);
+        world.remove(0);
+        for _ in 0..steps {
+            world.guest_sees_state();
+            world.look();
+        }
+        world.restart();
+        world.run();
+        assert!(world.leaving.is_empty(), "after {steps} steps");
+        assert!(world.found().contains(&8) && world.found().contains(&16), "after {steps} steps");
+        world.add(24);
+        world.run();
+        assert!(world.found().contains(&24), "after {steps} steps");
+    }
+}
+
+#[test]
+fn a_service_killed_while_the_device_goes_lets_it_go() {
+    for steps in 0..3 {
+        let mut world = connected(&[0]);
+        world.remove(0);
+        for _ in 0..steps {
+            world.guest_sees_state();
+        }
+        world.restart();
+        world.run();
+        assert!(world.leaving.is_empty() && world.nothing_left(), "after {steps} steps");
+        world.add(0);
+        world.run();
+        assert!(world.found().contains(&0), "after {steps} steps");
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Happening {
+    Add(u8),
+    Remove(u8),
+    Overrule(u8),
+    Look,
+    Directory,
+    State,
+    Unload,
+    Load,
+    Restart,
+    Pause,
+    Scribble(&'static str, &'static str),
+}
+
+fn happening(hostile: bool) -> impl Strategy<Value = Happening> {
+    let devfn = (0u8..4).prop_map(|slot| slot * 8);
+    let key = prop::sample::select(vec!["state", "pci-op-ref", "event-channel"]);
+    let value =
+        prop::sample::select(vec!["", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "999", "4294967295"]);
+    let orderly = prop_oneof![
+        3 => devfn.clone().prop_map(Happening::Add),
+        3 => devfn.clone().prop_map(Happening::Remove),
+        1 => devfn.prop_map(Happening::Overrule),
+        6 => Just(Happening::Look),
+        4 => Just(Happening::Directory),
+        6 => Just(Happening::State),
+        1 => Just(Happening::Unload),
+        2 => Just(Happening::Load),
+        1 => Just(Happening::Restart),
+        1 => Just(Happening::Pause),
+    ];
+    let scribble = (key, value).prop_map(|(key, value)| Happening::Scribble(key, value));
+    if hostile { prop_oneof![4 => orderly, 1 => scribble].boxed() } else { orderly.boxed() }
+}
+
+impl World {
+    fn happen(&mut self, happening: &Happening) {
+        match *happening {
+            Happening::Add(devfn) => self.add(devfn),
+            Happening::Remove(devfn) => self.remove(devfn),
+            Happening::Overrule(devfn) => self.overrule(devfn),
+            Happening::Look => self.look(),
+            Happening::Directory => self.guest_sees_directory(),
+            Happening::State => self.guest_sees_state(),
+            Happening::Unload => self.unload(),
+            Happening::Load => self.load(),
+            Happening::Restart => self.restart(),
+            // Time passes: the guest has long seen what there was to see.
+            Happening::Pause => {
+                self.guest_sees_directory();
+                self.pause_over();
+            }
+            Happening::Scribble(key, value) => self.scribble(key, value),
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+
+    /// Whatever happens in whatever order, in the end the guest has what it shall have and nothing else is left.
+    #[test]
+    fn everything_converges(happenings in prop::collection::vec(happening(false), 0..60)) {
+        let mut world = World::new();
+        for happening in &happenings {
+            world.happen(happening);
+        }
+        world.load();
+        world.run();
+        prop_assert!(world.leaving.is_empty(), "still waiting for {:?}", world.leaving);
+        for devfn in &world.wanted {
+            prop_assert!(world.found().contains(devfn), "{devfn} is not found: {}", world.handshake.describe());
+            prop_assert!(world.added.contains(devfn));
+        }
+        if world.wanted.is_empty() {
+            prop_assert!(world.nothing_left() && world.handshake.is_empty());
+        }
+    }
+
+    /// A guest that writes anything into its nodes ends nothing but itself: its functions can be taken from it.
+    #[test]
+    fn a_hostile_guest_can_be_overruled(happenings in prop::collection::vec(happening(true), 0..60)) {
+        let mut world = World::new();
+        for happening in &happenings {
+            world.happen(happening);
+        }
+        for devfn in world.wanted.clone() {
+            world.remove(devfn);
+        }
+        for devfn in world.leaving.clone() {
+            world.overrule(devfn);
+        }
+        world.pause_over();
+        prop_assert!(world.leaving.is_empty() && world.nothing_left() && world.handshake.is_empty());
+    }
+}

@@ -1,0 +1,126 @@
+//! Lists of capabilities, well formed and not.
+
+use pciback::config::{AnyId, CapabilityList, ListProblem};
+use pciback::spec::{CapabilityId, ExtendedCapabilityId};
+
+use crate::devices;
+
+fn conventional(pointer: u8) -> Vec<u8> {
+    let mut bytes = vec![0; 256];
+    bytes[0x06] = 0x10;
+    bytes[0x34] = pointer;
+    bytes
+}
+
+fn offsets(bytes: &[u8]) -> (Vec<u16>, Vec<ListProblem>) {
+    let list = CapabilityList::walk(bytes);
+    (list.capabilities.iter().map(|capability| capability.offset).collect(), list.problems)
+}
+
+#[test]
+fn both_lists_are_walked_in_their_order() {
+    let pf = devices::network_pf();
+    let list = CapabilityList::walk(&pf.spec.bytes);
+    assert_eq!(list.problems, []);
+    let offsets: Vec<_> = list.capabilities.iter().map(|capability| capability.offset).collect();
+    assert_eq!(offsets, [0x40, 0x50, 0x70, 0xa0, 0xe0, 0x100, 0x140, 0x150, 0x160]);
+    assert_eq!(list.extended(ExtendedCapabilityId::SR_IOV).unwrap().offset, 0x160);
+    assert_eq!(list.legacy(CapabilityId::MSI_X).unwrap().offset, 0x70);
+    assert_eq!(list.capabilities[5].id, AnyId::Extended(ExtendedCapabilityId::AER));
+}
+
+#[test]
+fn no_list_without_the_status_bit() {
+    let mut bytes = conventional(0x40);
+    bytes[0x06] = 0;
+    assert_eq!(offsets(&bytes), (vec![], vec![]));
+}
+
+#[test]
+fn a_loop_ends_the_list() {
+    let mut bytes = conventional(0x40);
+    bytes[0x40..0x42].copy_from_slice(&[1, 0x50]);
+    bytes[0x50..0x52].copy_from_slice(&[5, 0x40]);
+    assert_eq!(offsets(&bytes), (vec![0x40, 0x50], vec![ListProblem::Loop { at: 0x51, target: 0x40 }]));
+}
+
+#[test]
+fn low_bits_of_a_pointer_are_ignored_and_reported() {
+    let mut bytes = conventional(0x43);
+    bytes[0x40] = 1;
+    assert_eq!(offsets(&bytes), (vec![0x40], vec![ListProblem::Misaligned { at: 0x34, target: 0x43 }]));
+}
+
+#[test]
+fn a_pointer_into_the_header_ends_the_list() {
+    assert_eq!(
+        offsets(&conventional(0x10)),
+        (vec![], vec![ListProblem::InsideHeader { at: 0x34, target: 0x10 }])
+    );
+}
+
+#[test]
+fn a_pointer_behind_the_bytes_ends_the_list() {
+    let bytes = conventional(0x40);
+    assert_eq!(offsets(&bytes[..64]), (vec![], vec![ListProblem::OutOfRange { at: 0x34, target: 0x40 }]));
+}
+
+#[test]
+fn a_header_of_all_ones_ends_the_list() {
+    let mut bytes = conventional(0x40);
+    bytes[0x40..0x44].fill(0xff);
+    assert_eq!(offsets(&bytes), (vec![], vec![ListProblem::NoAnswer { at: 0x40 }]));
+}
+
+#[test]
+fn extended_lists_end_at_loops_and_pointers_below_0x100() {
+    let mut bytes = conventional(0);
+    bytes.resize(4096, 0);
+    bytes[0x100..0x104].copy_from_slice(&[1, 0, 1, 0x20]);
+    bytes[0x200..0x204].copy_from_slice(&[3, 0, 1, 0x10]);
+    assert_eq!(offsets(&bytes), (vec![0x100, 0x200], vec![ListProblem::Loop { at: 0x200, target: 0x100 }]));
+    bytes[0x200..0x204].copy_from_slice(&[3, 0, 1, 0x04]);
+    assert_eq!(
+        offsets(&bytes),
+        (vec![0x100, 0x200], vec![ListProblem::InsideHeader { at: 0x200, target: 0x40 }])
+    );
+}
+
+#[test]
+fn a_guest_walks_only_what_it_may_see() {
+    for (device, expected) in [
+        (devices::network_pf(), vec![0x40, 0x50, 0x70, 0xa0, 0xe0, 0x100, 0x140, 0x150]),
+        // A null capability leads on from 0x100; DOE at the end is gone.
+        (devices::disk(), vec![0x40, 0x60, 0x80, 0x100, 0x120, 0x140]),
+        (devices::header_only(), vec![]),
+    ] {
+        let space = crate::model::space(&device.spec);
+        let size = device.spec.bytes.len() as u32;
+        let guest: Vec<u8> = (0..size)
+            .map(|offset| {
+                let access = pciback::config::Access::new(offset, 1).unwrap();
+                space.read(access, &device.hardware).unwrap() as u8
+            })
+            .collect();
+        assert_eq!(offsets(&guest), (expected, vec![]), "{}", device.name);
+    }
+}
+
+#[test]
+fn an_unknown_capability_inside_msix_does_not_open_it() {
+    let mut device = devices::virtio();
+    // The list begins with a vendor's capability that stands in the middle of MSI-X.
+    device.hardware.put(0x34, &[0x9c]);
+    device.hardware.put(0x9c, &[0x09, 0x98, 8, 0]);
+    device.spec.bytes = device.hardware.bytes.borrow().clone();
+    device.hardware.writable32(0x98, u32::MAX);
+    device.hardware.writable32(0x9c, u32::MAX);
+    device.hardware.writable32(0xa0, u32::MAX);
+    let mut space = crate::model::space(&device.spec);
+    for offset in (0x98..0xa4).step_by(4) {
+        let access = pciback::config::Access::new(offset, 4).unwrap();
+        space.write(access, u32::MAX, &device.hardware).unwrap();
+    }
+    assert_eq!(device.hardware.take_seen(), []);
+    assert!(space.planes().problems().contains(&ListProblem::Overlap { at: 0x98, with: 0x9c }));
+}

@@ -1,0 +1,20 @@
+//! The virtual config space against composed devices and a naive model of what each byte means.
+
+#[cfg(test)]
+mod devices;
+#[cfg(test)]
+mod functions;
+#[cfg(test)]
+mod hardware;
+#[cfg(test)]
+mod images;
+#[cfg(test)]
+mod lists;
+#[cfg(test)]
+mod model;
+#[cfg(test)]
+mod oracle;
+#[cfg(test)]
+mod policies;
+#[cfg(test)]
+mod rules;

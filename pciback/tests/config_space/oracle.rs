@@ -1,0 +1,160 @@
+//! What a guest should see, byte by byte and bit by bit, written from the meaning of registers and not from the tables.
+
+use crate::hardware::Hardware;
+
+/// What one byte is to a guest. Bits in no mask are constant.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Cell {
+    /// Bits that show hardware.
+    shown: u8,
+    /// Bits that a write takes to hardware.
+    passed: u8,
+    /// Bits that are the guest's own.
+    own: u8,
+    /// What the guest reads in bits that do not show hardware.
+    value: u8,
+}
+
+/// A model of one function. It has hardware of its own, so that both can be compared after each write.
+pub struct Oracle {
+    cells: Vec<Cell>,
+    pub bytes: Vec<u8>,
+    writable: Vec<u8>,
+    cleared_by_one: Vec<u8>,
+    vpd: Option<usize>,
+    /// Bytes and bits that start a function level reset.
+    resets: Vec<(usize, u8)>,
+}
+
+impl Oracle {
+    /// Everything from 0x40 on passes; the header is constant 0 until it is said what it is.
+    pub fn new(hardware: &Hardware) -> Self {
+        let bytes = hardware.bytes.borrow().clone();
+        let mut cells = vec![Cell { shown: 0xff, passed: 0xff, own: 0, value: 0 }; bytes.len()];
+        cells[..0x40].fill(Cell::default());
+        Self {
+            cells,
+            bytes,
+            writable: hardware.writable.clone(),
+            cleared_by_one: hardware.cleared_by_one.clone(),
+            vpd: None,
+            resets: Vec::new(),
+        }
+    }
+
+    fn each(
+        &mut self,
+        at: usize,
+        length: usize,
+        bits: u64,
+        change: impl Fn(&mut Cell, u8, usize),
+    ) -> &mut Self {
+        for index in 0..length {
+            change(&mut self.cells[at + index], bits.checked_shr(8 * index as u32).unwrap_or(0) as u8, index);
+        }
+        self
+    }
+
+    /// The guest reads these bytes whatever anybody does.
+    pub fn constant(&mut self, at: usize, bytes: &[u8]) -> &mut Self {
+        self.each(at, bytes.len(), 0, |cell, _, index| {
+            *cell = Cell { value: bytes[index], ..Cell::default() }
+        })
+    }
+
+    /// As hardware was at first, for ever.
+    pub fn frozen(&mut self, at: usize, length: usize) -> &mut Self {
+        let bytes = self.bytes[at..at + length].to_vec();
+        self.constant(at, &bytes)
+    }
+
+    /// All bits read 0 for ever.
+    pub fn zero(&mut self, at: usize, length: usize) -> &mut Self {
+        self.constant(at, &vec![0; length])
+    }
+
+    /// These bits are the guest's own and begin as `value`; the others stay as they are.
+    pub fn own(&mut self, at: usize, length: usize, bits: u64, value: u64) -> &mut Self {
+        self.each(at, length, bits, |cell, bits, index| {
+            let begin = (value >> (8 * index)) as u8;
+            cell.shown &= !bits;
+            cell.passed &= !bits;
+            cell.own |= bits;
+            cell.value = cell.value & !bits | begin & bits;
+        })
+    }
+
+    /// These bits are hardware's, both ways (clearing events by ones included).
+    pub fn hardware(&mut self, at: usize, length: usize, bits: u64) -> &mut Self {
+        self.each(at, length, bits, |cell, bits, _| {
+            cell.shown |= bits;
+            cell.passed |= bits;
+            cell.own &= !bits;
+            cell.value &= !bits;
+        })
+    }
+
+    /// These bits show hardware and cannot be written.
+    pub fn shown(&mut self, at: usize, length: usize, bits: u64) -> &mut Self {
+        self.each(at, length, bits, |cell, bits, _| {
+            cell.shown |= bits;
+            cell.passed &= !bits;
+            cell.own &= !bits;
+            cell.value &= !bits;
+        })
+    }
+
+    /// These constant bits read 1.
+    pub fn one(&mut self, at: usize, bits: u8) -> &mut Self {
+        self.cells[at].value |= bits;
+        self
+    }
+
+    /// Vital product data: only an address that starts a read goes through, and only whole.
+    pub fn vpd(&mut self, at: usize) -> &mut Self {
+        self.shown(at + 2, 6, u64::MAX);
+        self.vpd = Some(at + 2);
+        self
+    }
+
+    pub fn reset_bit(&mut self, at: usize, bit: u8) -> &mut Self {
+        self.resets.push((at, bit));
+        self
+    }
+
+    pub fn read(&self, at: usize, length: usize) -> u32 {
+        let mut value = 0;
+        for index in (0..length).rev() {
+            let byte = match self.cells.get(at + index) {
+                Some(cell) => self.bytes[at + index] & cell.shown | cell.value & !cell.shown,
+                None => 0xff,
+            };
+            value = value << 8 | u32::from(byte);
+        }
+        value
+    }
+
+    /// Writes; `true` when the guest asked for a function level reset.
+    pub fn write(&mut self, at: usize, length: usize, value: u32) -> bool {
+        let written = value.to_le_bytes();
+        let mut reset = false;
+        for (at, byte) in (at..at + length).zip(written) {
+            let Some(cell) = self.cells.get_mut(at) else { return false };
+            cell.value = cell.value & !cell.own | byte & cell.own;
+            let events = cell.passed & self.cleared_by_one[at] & byte;
+            let stored = cell.passed & self.writable[at];
+            self.bytes[at] = self.bytes[at] & !events & !stored | byte & stored;
+            reset |= self.resets.iter().any(|(place, bit)| *place == at && byte & bit != 0);
+        }
+        if let Some(vpd) = self.vpd
+            && at <= vpd
+            && vpd + 2 <= at + length
+        {
+            let address = (value >> (8 * (vpd - at))) as u16;
+            if address < 0x8000 {
+                self.bytes[vpd..vpd + 2].copy_from_slice(&address.to_le_bytes());
+            }
+        }
+        reset
+    }
+}

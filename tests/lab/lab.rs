@@ -1,0 +1,329 @@
+//! Booting the lab and driving its dom0.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::command::Command;
+use crate::guest::{Guest, GuestConfig, shell, until, wait_for};
+use crate::image::{self, Images, Programs};
+use crate::link::{Link, Process};
+use crate::logs;
+use crate::machine::{self, Devices};
+use crate::packages::XenVersion;
+use crate::qemu::Qemu;
+use crate::qmp::Qmp;
+use crate::wire::{Frame, Start};
+
+/// What to boot.
+#[must_use = "nothing happens before boot()"]
+pub struct Builder {
+    version: XenVersion,
+    devices: Devices,
+    install: Vec<(PathBuf, String)>,
+    name: String,
+    life: Duration,
+}
+
+impl Builder {
+    /// Which Xen; 4.17 unless told.
+    pub fn xen(mut self, version: XenVersion) -> Self {
+        self.version = version;
+        self
+    }
+
+    /// The PCI devices, if others than [`Devices::default`].
+    pub fn devices(mut self, devices: Devices) -> Self {
+        self.devices = devices;
+        self
+    }
+
+    /// Puts a file of this machine into dom0; a program gets the libraries it needs. A relative path is taken from
+    /// the workspace's root.
+    pub fn install(mut self, from: impl AsRef<Path>, to: &str) -> Self {
+        self.install.push((logs::workspace().join(from), to.to_owned()));
+        self
+    }
+
+    /// Name of the folder for logs; the running test's name unless told.
+    pub fn name(mut self, name: &str) -> Self {
+        self.name = name.to_owned();
+        self
+    }
+
+    /// QEMU is killed after this time, whatever happens; half an hour unless told.
+    pub fn life(mut self, life: Duration) -> Self {
+        self.life = life;
+        self
+    }
+
+    /// Boots, and waits until dom0 runs commands and Xen's services are up.
+    pub fn boot(self) -> Result<Lab> {
+        let begun = Instant::now();
+        machine::check_qemu()?;
+        let images = image::images(self.version)
+            .with_context(|| format!("preparing the Xen {} lab", self.version.name()))?;
+        let logs = logs::folder(&self.name)?;
+        let folder =
+            tempfile::Builder::new().prefix("xpci-lab-").tempdir().context("creating the lab's folder")?;
+        self.write_initramfs(&images, &folder.path().join("dom0.cpio")).context("making dom0's initramfs")?;
+        let qemu = Qemu::start(machine::command(&images, &self.devices, folder.path())?, &logs, self.life)?;
+        let booted = connect(&qemu, folder.path()).and_then(|(agent, monitor)| {
+            let link = serve(agent)?;
+            let lab_ready = Command::new(Ok(Arc::clone(&link)), &until("[ -e /run/lab-ready ]"));
+            link.control
+                .wait(Some(BOOT_LIMIT), |c| (c.pongs > 0 || c.exit.is_some()).then_some(()))
+                .with_context(|| format!("dom0's agent did not report within {BOOT_LIMIT:?}"))?;
+            wait_for(lab_ready, "Xen's services in dom0", BOOT_LIMIT)?;
+            let state = Command::new(Ok(Arc::clone(&link)), "cat /run/lab-ready").ok()?;
+            if state.trim() != "ok" {
+                bail!("Xen's services in dom0 did not start");
+            }
+            Ok((link, Qmp::new(monitor)?))
+        });
+        let (link, qmp) = booted.with_context(|| {
+            let last = qemu.last_lines();
+            format!(
+                "booting Xen {}; logs in {}; the console ends with:\n{last}",
+                self.version.name(),
+                logs.display()
+            )
+        })?;
+        // QEMU has read it; a killed harness should leave no more than two sockets behind.
+        fs::remove_file(folder.path().join("dom0.cpio"))?;
+        let boot_time = begun.elapsed();
+        println!(
+            "lab: Xen {} up in {:.1} s, logs in {}",
+            self.version.name(),
+            boot_time.as_secs_f32(),
+            logs.display()
+        );
+        Ok(Lab { version: self.version, link, qmp, qemu, logs, boot_time, folder })
+    }
+
+    fn write_initramfs(&self, images: &Images, to: &Path) -> Result<()> {
+        // The kernel unpacks one archive after the other.
+        let guest = to.with_file_name("guest.cpio");
+        fs::copy(&images.guest, &guest)?;
+        let agent = agent_binary()?;
+        append(&guest, |archive| Programs::new(&images.trees).add(archive, "/lab/lab-agent", &agent))?;
+        fs::copy(&images.dom0, to)?;
+        append(to, |archive| {
+            let mut programs = Programs::new(&images.trees);
+            programs.add(archive, "/lab/lab-agent", &agent)?;
+            archive.copy("/guest/vmlinuz", &images.kernel, 0o644)?;
+            archive.copy("/guest/initrd.cpio", &guest, 0o644)?;
+            for (from, path) in &self.install {
+                programs.add(archive, path, from)?;
+            }
+            Ok(())
+        })?;
+        Ok(fs::remove_file(guest)?)
+    }
+}
+
+const BOOT_LIMIT: Duration = Duration::from_secs(240);
+
+fn append(
+    to: &Path,
+    fill: impl FnOnce(&mut crate::cpio::Archive<io::BufWriter<File>>) -> Result<()>,
+) -> Result<()> {
+    let file = OpenOptions::new().append(true).open(to)?;
+    let mut archive = crate::cpio::Archive::new(io::BufWriter::new(file));
+    fill(&mut archive)?;
+    archive.finish()?;
+    Ok(())
+}
+
+/// Built by the same cargo run as whoever uses the lab.
+fn agent_binary() -> Result<PathBuf> {
+    let me = std::env::current_exe().context("finding this program")?;
+    let found = me.ancestors().skip(1).take(2).map(|d| d.join("lab-agent")).find(|p| p.exists());
+    found.with_context(|| format!("no lab-agent beside {}; run `cargo build -p xpci-tests`", me.display()))
+}
+
+/// QEMU makes its sockets right after its start.
+fn connect(qemu: &Qemu, folder: &Path) -> Result<(UnixStream, UnixStream)> {
+    let end = Instant::now() + Duration::from_secs(60);
+    let mut last = None;
+    while Instant::now() < end {
+        qemu.check()?;
+        match (UnixStream::connect(folder.join("agent")), UnixStream::connect(folder.join("qmp"))) {
+            (Ok(agent), Ok(monitor)) => return Ok((agent, monitor)),
+            (Err(error), _) | (_, Err(error)) => last = Some(error),
+        }
+        // There is no event for a socket that does not exist yet.
+        thread::sleep(Duration::from_millis(20));
+    }
+    bail!("QEMU made no sockets: {last:?}")
+}
+
+fn serve(stream: UnixStream) -> Result<Arc<Link>> {
+    let mut from = stream.try_clone()?;
+    let to = Mutex::new(stream);
+    let link = Link::new(move |frame: &Frame| {
+        let mut to = to.lock().unwrap_or_else(PoisonError::into_inner);
+        to.write_all(&frame.to_bytes()).context("dom0's agent cannot be reached")
+    });
+    let of_thread = Arc::downgrade(&link);
+    thread::Builder::new().name("dom0-agent".into()).spawn(move || {
+        let why = loop {
+            match (Frame::read(&mut from), of_thread.upgrade()) {
+                (Ok(Some(frame)), Some(link)) => link.receive(frame),
+                (Ok(None), _) => break "dom0 is gone: QEMU ended".to_owned(),
+                (Err(error), _) => break format!("dom0 is gone: {error:#}"),
+                (_, None) => return,
+            }
+        };
+        if let Some(link) = of_thread.upgrade() {
+            link.dead(&why);
+        }
+    })?;
+    Ok(link)
+}
+
+/// A booted machine. Dropping it collects logs and ends QEMU.
+pub struct Lab {
+    version: XenVersion,
+    link: Arc<Link>,
+    qmp: Qmp,
+    qemu: Qemu,
+    logs: PathBuf,
+    boot_time: Duration,
+    folder: TempDir,
+}
+
+impl Lab {
+    /// A machine to be described.
+    pub fn builder() -> Builder {
+        Builder {
+            version: XenVersion::V4_17,
+            devices: Devices::default(),
+            install: Vec::new(),
+            name: thread::current().name().unwrap_or("lab").replace("::", "-"),
+            life: Duration::from_secs(1800),
+        }
+    }
+
+    /// A shell command in dom0.
+    pub fn dom0(&self, script: &str) -> Command {
+        Command::new(Ok(Arc::clone(&self.link)), script)
+    }
+
+    /// A command in dom0 in the background. Its output is also in the logs, under its program's name.
+    pub fn spawn(&self, script: &str) -> Result<Process> {
+        let program =
+            script.split_whitespace().next().unwrap_or("command").rsplit('/').next().unwrap_or("command");
+        self.link.start(&shell(&format!("exec {script}")), Some(self.log_file(&format!("{program}.log"))?))
+    }
+
+    /// Starts an interactive bash on a terminal of this size.
+    pub fn shell(&self, rows: u16, columns: u16) -> Result<Process> {
+        let argv = vec!["/bin/bash".into(), "-l".into()];
+        self.link.start(&Start { argv, limit_ms: None, terminal: Some((rows, columns)), stdin: true }, None)
+    }
+
+    /// Starts a guest and waits until it runs commands.
+    pub fn guest(&self, config: &GuestConfig) -> Result<Guest<'_>> {
+        Guest::start(self, config)
+    }
+
+    /// Waits until a shell condition holds in dom0.
+    pub fn wait_for(&self, what: &str, limit: Duration, condition: &str) -> Result<()> {
+        wait_for(self.dom0(&until(condition)), what, limit)
+            .with_context(|| format!("console:\n{}", self.qemu.last_lines()))
+    }
+
+    /// Writes a file in dom0.
+    pub fn push(&self, bytes: &[u8], path: &str) -> Result<()> {
+        let script = format!("mkdir -p \"$(dirname '{path}')\" && cat > '{path}'");
+        self.dom0(&script).input(bytes).ok().map(drop)
+    }
+
+    /// Reads a file of dom0.
+    pub fn pull(&self, path: &str) -> Result<Vec<u8>> {
+        let output = self.dom0(&format!("cat '{path}'")).run()?;
+        let bytes = output.bytes.clone();
+        output.ok().map(|_| bytes)
+    }
+
+    /// A line of QEMU's human monitor; its complaints are errors.
+    pub fn monitor(&self, line: &str) -> Result<String> {
+        self.qmp.human(line)
+    }
+
+    /// QEMU's own monitor protocol.
+    pub fn qmp(&self, command: &str, arguments: &Value) -> Result<Value> {
+        self.qmp.execute(command, arguments)
+    }
+
+    /// Waits for an event of QEMU's, such as `DEVICE_DELETED`.
+    pub fn wait_event(&self, name: &str, limit: Duration) -> Result<Value> {
+        self.qmp.wait_event(name, limit)
+    }
+
+    /// Waits for a text on the serial console.
+    pub fn wait_console(&self, text: &str, limit: Duration) -> Result<()> {
+        self.qemu.wait_console(text, limit)
+    }
+
+    /// Which Xen it is.
+    pub fn version(&self) -> XenVersion {
+        self.version
+    }
+
+    /// From the start of QEMU's preparation to the first command.
+    pub fn boot_time(&self) -> Duration {
+        self.boot_time
+    }
+
+    /// Where its logs are.
+    pub fn logs(&self) -> &Path {
+        &self.logs
+    }
+
+    /// QEMU's process id.
+    pub fn qemu_pid(&self) -> i32 {
+        self.qemu.pid()
+    }
+
+    /// The folder of its sockets.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub(crate) fn link(&self) -> &Arc<Link> {
+        &self.link
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        self.qemu.check()
+    }
+
+    pub(crate) fn log_file(&self, name: &str) -> Result<File> {
+        let path = self.logs.join(name);
+        OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .with_context(|| format!("opening {}", path.display()))
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        // Always: a test that fails by returning an error cannot be told from here.
+        logs::collect(self);
+        if thread::panicking() {
+            println!("lab: logs are in {}", self.logs.display());
+        }
+    }
+}
