@@ -37,8 +37,9 @@ const DIFFERENT_LINES: &[&str] = &[
 
 /// Reads the guest's first function before any driver touched it.
 pub fn read(guest: &Guest<'_>) -> Result<Dump> {
-    guest.wait_for("the function", SOON, "[ -e /sys/bus/pci/devices/0000:00:00.0 ]")?;
-    let output = guest.run("lspci -s 00:00.0 -vvv -xxxx").limit(SOON).ok()?;
+    // xen-pciback keeps the function number of the host's address, so it is not always 00:00.0.
+    guest.wait_for("the function", SOON, "ls /sys/bus/pci/devices | grep .")?;
+    let output = guest.run("lspci -vvv -xxxx").limit(SOON).ok()?;
     let mut bytes = Vec::new();
     let mut text = Vec::new();
     for line in output.lines() {
