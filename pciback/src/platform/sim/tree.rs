@@ -87,15 +87,18 @@ fn is_below(path: &str, top: &str) -> bool {
 impl Tree {
     pub fn new() -> Self {
         let permissions = Permissions { owner: DomId::DOM0, readers: Vec::new() };
-        let root = Node { value: Vec::new(), permissions, generation: 0 };
-        Self {
+        let root = Node { value: Vec::new(), permissions: permissions.clone(), generation: 0 };
+        let mut tree = Self {
             nodes: BTreeMap::from([("/".to_owned(), root)]),
             generation: 0,
             introduced: BTreeSet::from([DomId::DOM0]),
             connections: BTreeMap::new(),
             transactions: BTreeMap::new(),
             next_id: 1,
-        }
+        };
+        tree.force("/local/domain/0/domid", b"0", &permissions);
+        tree.force("/local/domain/0/name", b"Domain-0", &permissions);
+        tree
     }
 
     pub fn connect(&mut self, domain: DomId) -> u32 {
