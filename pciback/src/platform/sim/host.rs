@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
+use super::fuse::Fuse;
 use super::locked;
 use super::world::{SimFunction, World};
 use crate::Sbdf;
@@ -14,13 +15,24 @@ use crate::platform::{Host, HostFunction, PlatformError, Result};
 
 pub(super) struct SimHost {
     world: Arc<Mutex<World>>,
+    fuse: Fuse,
 }
 
 type Answer<T> = std::result::Result<T, Errno>;
 
 impl SimHost {
-    pub fn new(world: &Arc<Mutex<World>>) -> Self {
-        Self { world: Arc::clone(world) }
+    pub fn new(world: &Arc<Mutex<World>>, fuse: &Fuse) -> Self {
+        Self { world: Arc::clone(world), fuse: fuse.clone() }
+    }
+
+    fn change<T>(
+        &self,
+        action: &'static str,
+        operation: &str,
+        address: Sbdf,
+        body: impl FnOnce(&mut World) -> Answer<T>,
+    ) -> Result<T> {
+        self.fuse.change(|| self.call(action, operation, address, body))
     }
 
     fn call<T>(
@@ -30,6 +42,7 @@ impl SimHost {
         address: Sbdf,
         body: impl FnOnce(&mut World) -> Answer<T>,
     ) -> Result<T> {
+        self.fuse.look();
         let mut world = locked(&self.world);
         let answer = world.injected(operation, Some(address)).and_then(|()| body(&mut world));
         // sysfs answers ENOENT where there is no such device, which the platform calls missing.
@@ -98,7 +111,7 @@ impl Host for SimHost {
     fn config(&self, address: Sbdf) -> Result<Box<dyn ConfigSpace>> {
         self.call("open config space of", "config", address, |world| {
             function(world, address)?;
-            let space = SimConfig { world: Arc::clone(&self.world), address };
+            let space = SimConfig { world: Arc::clone(&self.world), fuse: self.fuse.clone(), address };
             Ok(Box::new(space) as Box<dyn ConfigSpace>)
         })
     }
@@ -108,21 +121,21 @@ impl Host for SimHost {
     }
 
     fn set_driver_override(&self, address: Sbdf, driver: Option<&str>) -> Result<()> {
-        self.call("set driver_override of", "set_driver_override", address, |world| {
+        self.change("set driver_override of", "set_driver_override", address, |world| {
             function(world, address)?.driver_override = driver.map(str::to_owned);
             Ok(())
         })
     }
 
     fn unbind(&self, address: Sbdf, _limit: Duration) -> Result<()> {
-        self.call("unbind", "unbind", address, |world| {
+        self.change("unbind", "unbind", address, |world| {
             function(world, address)?.driver = None;
             Ok(())
         })
     }
 
     fn probe(&self, address: Sbdf, _limit: Duration) -> Result<()> {
-        self.call("probe", "probe", address, |world| {
+        self.change("probe", "probe", address, |world| {
             let driver = world.matching(address);
             let function = function(world, address)?;
             if function.driver.is_none() {
@@ -133,7 +146,7 @@ impl Host for SimHost {
     }
 
     fn reset(&self, address: Sbdf, _limit: Duration) -> Result<()> {
-        self.call("reset", "reset", address, |world| {
+        self.change("reset", "reset", address, |world| {
             let methods = world.describe(address).ok_or(Errno::ENOENT)?.reset_methods;
             if methods.is_empty() {
                 return Err(Errno::ENOENT);
@@ -144,11 +157,11 @@ impl Host for SimHost {
     }
 
     fn set_num_vfs(&self, pf: Sbdf, count: u16, _limit: Duration) -> Result<()> {
-        self.call("set the number of VFs of", "set_num_vfs", pf, |world| world.set_num_vfs(pf, count))
+        self.change("set the number of VFs of", "set_num_vfs", pf, |world| world.set_num_vfs(pf, count))
     }
 
     fn set_vf_autoprobe(&self, pf: Sbdf, enabled: bool) -> Result<()> {
-        self.call("set sriov_drivers_autoprobe of", "set_vf_autoprobe", pf, |world| {
+        self.change("set sriov_drivers_autoprobe of", "set_vf_autoprobe", pf, |world| {
             function(world, pf)?.vf_autoprobe = enabled;
             Ok(())
         })
@@ -157,6 +170,7 @@ impl Host for SimHost {
 
 struct SimConfig {
     world: Arc<Mutex<World>>,
+    fuse: Fuse,
     address: Sbdf,
 }
 
@@ -166,6 +180,7 @@ impl ConfigSpace for SimConfig {
     }
 
     fn read(&self, access: Access) -> io::Result<u32> {
+        self.fuse.look();
         let mut world = locked(&self.world);
         world.injected("config_read", Some(self.address))?;
         let read = world.functions.get(&self.address).map(|function| function.registers.read(access));
@@ -173,11 +188,13 @@ impl ConfigSpace for SimConfig {
     }
 
     fn write(&self, access: Access, value: u32) -> io::Result<()> {
-        let mut world = locked(&self.world);
-        world.injected("config_write", Some(self.address))?;
-        if let Some(function) = world.functions.get_mut(&self.address) {
-            function.registers.write(access, value);
-        }
-        Ok(())
+        self.fuse.change(|| {
+            let mut world = locked(&self.world);
+            world.injected("config_write", Some(self.address))?;
+            if let Some(function) = world.functions.get_mut(&self.address) {
+                function.registers.write(access, value);
+            }
+            Ok(())
+        })
     }
 }

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
 
+use super::fuse::Fuse;
 use super::locked;
 use super::world::{EXTRA_PIRQS, LINES, Owner, SimDomain, Vector, World, XenDevice};
 use crate::platform::hypervisor::DeviceReport;
@@ -12,13 +13,14 @@ use crate::{DomId, Sbdf};
 
 pub(super) struct SimHypervisor {
     world: Arc<Mutex<World>>,
+    fuse: Fuse,
 }
 
 type Answer<T> = std::result::Result<T, Errno>;
 
 impl SimHypervisor {
-    pub fn new(world: &Arc<Mutex<World>>) -> Self {
-        Self { world: Arc::clone(world) }
+    pub fn new(world: &Arc<Mutex<World>>, fuse: &Fuse) -> Self {
+        Self { world: Arc::clone(world), fuse: fuse.clone() }
     }
 
     /// Runs one hypercall, unless it shall fail.
@@ -30,8 +32,10 @@ impl SimHypervisor {
         subject: impl std::fmt::Display,
         body: impl FnOnce(&mut World) -> Answer<T>,
     ) -> Result<T> {
-        let mut world = locked(&self.world);
-        let answer = world.injected(operation, address).and_then(|()| body(&mut world));
+        let answer = self.fuse.change(|| {
+            let mut world = locked(&self.world);
+            world.injected(operation, address).and_then(|()| body(&mut world))
+        });
         answer.map_err(|errno| PlatformError::new(action, subject, errno))
     }
 }

@@ -4,6 +4,7 @@
 //! answers. One lock guards it all; every answer is exact and the same each time.
 
 mod config;
+mod fuse;
 mod guest;
 mod host;
 mod hypervisor;
@@ -23,6 +24,7 @@ use nix::errno::Errno;
 use super::{Cause, Platform, PlatformError, Result};
 use crate::{DomId, Sbdf};
 
+pub use fuse::{Fuse, Moment};
 pub use guest::SimGuest;
 pub use store::SimStore;
 pub use world::{Owner, Vector};
@@ -71,11 +73,16 @@ impl Simulation {
 
     /// This host as a platform, with a connection to its xenstore.
     pub fn platform(&self, description: &str) -> Result<Platform> {
+        self.platform_with(description, &Fuse::default())
+    }
+
+    /// The same, for a service that dies when the fuse says so.
+    pub fn platform_with(&self, description: &str, fuse: &Fuse) -> Result<Platform> {
         Ok(Platform {
-            host: Arc::new(host::SimHost::new(&self.world)),
-            hypervisor: Arc::new(hypervisor::SimHypervisor::new(&self.world)),
-            store: Arc::new(self.store(DomId::DOM0)?),
-            rings: Arc::new(self.rings.clone()),
+            host: Arc::new(host::SimHost::new(&self.world, fuse)),
+            hypervisor: Arc::new(hypervisor::SimHypervisor::new(&self.world, fuse)),
+            store: Arc::new(SimStore::connect(&self.tree, DomId::DOM0)?.of_a_life(&self.world, fuse)),
+            rings: Arc::new(self.rings.of_a_life(&self.world, fuse)),
             description: description.to_owned(),
         })
     }
@@ -109,6 +116,16 @@ impl Simulation {
         locked(&self.world).failures.push(failure);
     }
 
+    /// How many calls shall still fail.
+    pub fn pending_failures(&self) -> u32 {
+        locked(&self.world).failures.iter().map(|failure| failure.times).sum()
+    }
+
+    /// Nothing fails from now on.
+    pub fn forget_failures(&self) {
+        locked(&self.world).failures.clear();
+    }
+
     /// Who owns a function, as Xen's debug key Q shows it; `None` where Xen does not know it.
     pub fn owner(&self, address: Sbdf) -> Option<Owner> {
         locked(&self.world).functions.get(&address)?.xen.as_ref().map(|xen| xen.owner)
@@ -126,6 +143,16 @@ impl Simulation {
             .domains
             .get(&domain)
             .map_or(0, |domain| domain.frames.len() + domain.ports.len() + domain.lines.len())
+    }
+
+    /// Whether Xen guards a function's MSI-X table for a guest.
+    pub fn msix_prepared(&self, address: Sbdf) -> bool {
+        let world = locked(&self.world);
+        world
+            .functions
+            .get(&address)
+            .and_then(|function| function.xen.as_ref())
+            .is_some_and(|xen| xen.msix_prepared)
     }
 
     /// Bytes of a function's config space as hardware has them, without any access.

@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex};
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::fuse::Fuse;
 use super::locked;
+use super::world::World;
 use crate::DomId;
 use crate::platform::{GuestRings, PlatformError, Result, Ring, SharedMemory};
 
@@ -18,6 +20,9 @@ type Place = (DomId, u32, u32);
 #[derive(Clone)]
 pub(super) struct SimRings {
     offered: Arc<Mutex<BTreeMap<Place, Arc<Shared>>>>,
+    fuse: Fuse,
+    /// Where failures come from, for the service's side.
+    world: Option<Arc<Mutex<World>>>,
 }
 
 /// One page with an event in each direction.
@@ -29,7 +34,13 @@ pub(super) struct Shared {
 
 impl SimRings {
     pub fn new() -> Self {
-        Self { offered: Arc::default() }
+        Self { offered: Arc::default(), fuse: Fuse::default(), world: None }
+    }
+
+    /// The same offers, for a service that dies when the fuse says so.
+    pub fn of_a_life(&self, world: &Arc<Mutex<World>>, fuse: &Fuse) -> Self {
+        let offered = Arc::clone(&self.offered);
+        Self { offered, fuse: fuse.clone(), world: Some(Arc::clone(world)) }
     }
 
     /// A guest grants a page and allocates an event channel.
@@ -57,6 +68,9 @@ impl SimRings {
 
 impl GuestRings for SimRings {
     fn connect(&self, domain: DomId, grant: u32, port: u32) -> Result<Box<dyn Ring>> {
+        self.fuse.look();
+        let injected = self.world.as_ref().map_or(Ok(()), |world| locked(world).injected("connect", None));
+        injected.map_err(|errno| PlatformError::new("map the shared page of domain", domain, errno))?;
         let offered = locked(&self.offered);
         let shared = offered.get(&(domain, grant, port)).ok_or_else(|| {
             PlatformError::new(
@@ -65,13 +79,14 @@ impl GuestRings for SimRings {
                 Errno::EINVAL,
             )
         })?;
-        Ok(Box::new(SimRing { shared: Arc::clone(shared), domain }))
+        Ok(Box::new(SimRing { shared: Arc::clone(shared), domain, fuse: self.fuse.clone() }))
     }
 }
 
 struct SimRing {
     shared: Arc<Shared>,
     domain: DomId,
+    fuse: Fuse,
 }
 
 impl Ring for SimRing {
@@ -84,6 +99,7 @@ impl Ring for SimRing {
     }
 
     fn take_event(&self) -> Result<bool> {
+        self.fuse.look();
         match self.shared.to_host.read() {
             Ok(_) => Ok(true),
             Err(Errno::EAGAIN) => Ok(false),

@@ -6,8 +6,10 @@ use std::sync::{Arc, Mutex, Weak};
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::fuse::Fuse;
 use super::locked;
 use super::tree::{Caller, Tree};
+use super::world::World;
 use crate::DomId;
 use crate::platform::{Permissions, PlatformError, Result, Store, StoreOps, WatchEvent};
 
@@ -19,6 +21,9 @@ pub struct SimStore {
     tree: Arc<Mutex<Tree>>,
     connection: u32,
     wake: Arc<EventFd>,
+    fuse: Fuse,
+    /// Where failures come from, for the service's own connection.
+    world: Option<Arc<Mutex<World>>>,
 }
 
 /// Who is woken when nodes change: all connections of one tree.
@@ -39,7 +44,19 @@ impl SimStore {
         let connection = locked(tree).connect(domain);
         let listener = Listener { tree: Arc::downgrade(tree), connection, wake: Arc::downgrade(&wake) };
         locked(&LISTENERS).push(listener);
-        Ok(Self { tree: Arc::clone(tree), connection, wake })
+        Ok(Self { tree: Arc::clone(tree), connection, wake, fuse: Fuse::default(), world: None })
+    }
+
+    /// The same connection, of a service that dies when the fuse says so and whose calls may be made to fail.
+    pub(super) fn of_a_life(mut self, world: &Arc<Mutex<World>>, fuse: &Fuse) -> Self {
+        self.fuse = fuse.clone();
+        self.world = Some(Arc::clone(world));
+        self
+    }
+
+    fn injected(&self, operation: &str, action: &'static str, subject: &str) -> Result<()> {
+        let answer = self.world.as_ref().map_or(Ok(()), |world| locked(world).injected(operation, None));
+        answer.map_err(|errno| PlatformError::new(action, subject, errno))
     }
 
     fn caller(&self) -> Caller {
@@ -120,6 +137,7 @@ impl StoreOps for Within<'_> {
 
 impl StoreOps for SimStore {
     fn read(&self, path: &str) -> Result<Option<Vec<u8>>> {
+        self.injected("read", "read xenstore node", path)?;
         self.direct().read(path)
     }
 
@@ -128,15 +146,15 @@ impl StoreOps for SimStore {
     }
 
     fn write(&self, path: &str, value: &[u8]) -> Result<()> {
-        self.direct().write(path, value)
+        self.fuse.change(|| self.direct().write(path, value))
     }
 
     fn remove(&self, path: &str) -> Result<()> {
-        self.direct().remove(path)
+        self.fuse.change(|| self.direct().remove(path))
     }
 
     fn set_permissions(&self, path: &str, permissions: &Permissions) -> Result<()> {
-        self.direct().set_permissions(path, permissions)
+        self.fuse.change(|| self.direct().set_permissions(path, permissions))
     }
 
     fn permissions(&self, path: &str) -> Result<Option<Permissions>> {
@@ -147,11 +165,12 @@ impl StoreOps for SimStore {
 impl Store for SimStore {
     fn transaction(&self, body: &mut dyn FnMut(&dyn StoreOps) -> Result<()>) -> Result<()> {
         let subject = "a xenstore transaction";
+        self.injected("transaction", "commit", subject)?;
         for _ in 0..ATTEMPTS {
             let id = locked(&self.tree).begin(self.connection);
             let caller = Caller { transaction: Some(id), ..self.caller() };
             let done = body(&Within { store: self, caller });
-            let ended = locked(&self.tree).end(id, done.is_ok());
+            let ended = self.fuse.change(|| locked(&self.tree).end(id, done.is_ok()));
             done?;
             wake_listeners(&self.tree);
             match ended {
@@ -168,11 +187,13 @@ impl Store for SimStore {
     }
 
     fn watch(&self, path: &str, token: &str) -> Result<()> {
+        self.injected("watch", "watch xenstore node", path)?;
         self.direct()
             .ask("watch xenstore node", path, |tree, caller| tree.watch(caller.connection, path, token))
     }
 
     fn unwatch(&self, path: &str, token: &str) -> Result<()> {
+        self.injected("unwatch", "stop watching xenstore node", path)?;
         let unwatch = |tree: &mut Tree, caller: Caller| tree.unwatch(caller.connection, path, token);
         self.direct().ask("stop watching xenstore node", path, unwatch)
     }
@@ -182,6 +203,7 @@ impl Store for SimStore {
     }
 
     fn next_event(&self) -> Result<Option<WatchEvent>> {
+        self.fuse.look();
         let mut tree = locked(&self.tree);
         let event = tree.next_event(self.connection);
         if !tree.has_events(self.connection) {
