@@ -144,7 +144,7 @@ impl Hypervisor for SimHypervisor {
                 .values()
                 .any(|domain| domain.vectors.values().any(|vector| vector.address == address));
             let device = device(world, address)?;
-            if mapped {
+            if mapped || !device.msix_prepared {
                 return Err(Errno::EBUSY);
             }
             device.msix_prepared = false;
