@@ -12,7 +12,7 @@ use pciback::platform::{Store, StoreOps};
 use pciback::pv::nodes::{self, XenbusState};
 use pciback::pv::wire::{Command, MSIX_ENTRIES, MsixEntry, Op, frontend};
 
-use crate::world::{LIMIT, World};
+use crate::world::{LIMIT, World, wait_until};
 
 /// What a guest with a frontend does, until it is dropped.
 pub struct Frontend {
@@ -110,6 +110,12 @@ impl Frontend {
         let guest = locked(&self.guest);
         frontend::put_request(guest.page().unwrap(), op);
         guest.notify().unwrap();
+    }
+
+    /// It follows nothing any more, as a guest that hangs.
+    pub fn freeze(&self) {
+        self.stop.write(1).unwrap();
+        wait_until("the frontend hangs", || self.thread.as_ref().is_none_or(JoinHandle::is_finished));
     }
 
     /// Whether what was put is answered.

@@ -3,4 +3,5 @@
 mod crashes;
 mod failures;
 mod frontend;
+mod guests;
 mod world;

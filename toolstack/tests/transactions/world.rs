@@ -125,6 +125,14 @@ impl World {
         );
     }
 
+    /// No guest can do anything with it, but one has other functions.
+    pub fn assert_nothing_granted_but_nodes(&self, address: Sbdf) {
+        assert!(!matches!(self.simulation.owner(address), Some(Owner::Guest(_))));
+        let vectors = self.simulation.vectors(WEB);
+        assert!(vectors.values().all(|vector| vector.address != address), "{vectors:?}");
+        assert!(!self.simulation.msix_prepared(address));
+    }
+
     /// No guest can do anything with it.
     pub fn assert_nothing_granted(&self, service: &Service, address: Sbdf, why: &str) {
         // The engine answers when it has done all that came before.
@@ -145,7 +153,8 @@ impl World {
     fn assert_no_nodes(&self, domain: DomId, why: &str) {
         let store = self.simulation.store(DomId::DOM0).unwrap();
         for path in [nodes::backend_directory(domain), nodes::frontend_directory(domain)] {
-            assert_eq!(store.read(&path).unwrap(), None, "{why}: {path} is left");
+            let left = store.list(&path).unwrap();
+            assert_eq!(store.read(&path).unwrap(), None, "{why}: {path} is left with {left:?}");
         }
     }
 
