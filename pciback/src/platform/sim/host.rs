@@ -183,17 +183,17 @@ impl ConfigSpace for SimConfig {
         self.fuse.look();
         let mut world = locked(&self.world);
         world.injected("config_read", Some(self.address))?;
-        let read = world.functions.get(&self.address).map(|function| function.registers.read(access));
-        Ok(read.unwrap_or(access.width().mask()))
+        // sysfs lets nobody use a file that was open when its function left (kernfs: ENODEV).
+        let function = world.functions.get(&self.address).ok_or(Errno::ENODEV)?;
+        Ok(function.registers.read(access))
     }
 
     fn write(&self, access: Access, value: u32) -> io::Result<()> {
         self.fuse.change(|| {
             let mut world = locked(&self.world);
             world.injected("config_write", Some(self.address))?;
-            if let Some(function) = world.functions.get_mut(&self.address) {
-                function.registers.write(access, value);
-            }
+            let function = world.functions.get_mut(&self.address).ok_or(Errno::ENODEV)?;
+            function.registers.write(access, value);
             Ok(())
         })
     }
