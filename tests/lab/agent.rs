@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
@@ -172,7 +172,7 @@ fn start(id: u32, payload: &[u8], outlet: &Arc<Outlet>, table: &Table) {
     match begun {
         Ok((start, (child, feed, streams))) => {
             let (input, inputs) = mpsc::channel();
-            let pid = Pid::from_raw(child.id().cast_signed());
+            let pid = Pid::from_raw(child.id() as i32);
             table.lock().unwrap_or_else(PoisonError::into_inner).insert(id, Running { pid, input });
             if let Some(feed) = feed {
                 thread::spawn(move || feed_input(feed, &inputs));
@@ -195,6 +195,9 @@ fn begin(start: &Start) -> Result<Begun> {
     if let Some((rows, columns)) = start.terminal {
         let size = nix::pty::Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         let pty = nix::pty::openpty(Some(&size), None).context("opening a pseudo-terminal")?;
+        for fd in [&pty.master, &pty.slave] {
+            fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+        }
         let end = |fd: &OwnedFd| fd.try_clone().map(Stdio::from);
         // `setsid -c` makes the terminal the controlling one, which std cannot do without unsafe code.
         let child = Command::new("/bin/setsid")
@@ -241,8 +244,9 @@ fn follow(
     outlet: &Outlet,
     table: &Table,
 ) {
-    let pid = Pid::from_raw(child.id().cast_signed());
-    let Ok((ended, ended_tell)) = nix::unistd::pipe() else {
+    let pid = Pid::from_raw(child.id() as i32);
+    // Closed on exec: another command's child that kept the write end would hide the end of this one.
+    let Ok((ended, ended_tell)) = nix::unistd::pipe2(OFlag::O_CLOEXEC) else {
         _ = killpg(pid, Signal::SIGKILL);
         return report(id, Exit { error: Some("no pipe left".into()), ..Exit::default() }, outlet);
     };

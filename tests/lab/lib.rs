@@ -26,3 +26,6 @@ pub use link::Process;
 pub use machine::Devices;
 pub use packages::XenVersion;
 pub use wire::Exit;
+
+#[path = "../host/mod.rs"]
+pub mod host;

@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-use super::image::ImageError;
+use super::records::ImageError;
 use crate::Sbdf;
 
 /// Why a virtual config space cannot be built or taken over.
@@ -55,12 +55,10 @@ pub enum ConfigError {
         function: u64,
     },
     /// Hardware could not be read.
-    #[error("{address}: reading config space at {offset:#x}: {source}")]
+    #[error("{address}: reading config space: {source}")]
     Read {
         /// The function.
         address: Sbdf,
-        /// Where.
-        offset: u16,
         /// Why.
         source: std::io::Error,
     },

@@ -1,6 +1,6 @@
 //! Everything known of a function when its filter is built.
 
-use super::access::{Access, ConfigSpace, EXTENDED_SIZE};
+use super::access::ConfigSpace;
 use super::bytes::Bytes;
 use super::error::ConfigError;
 use super::list::CapabilityList;
@@ -105,14 +105,9 @@ impl FunctionSpec {
     }
 }
 
-/// Reads a whole config space, a dword at a time.
+/// Reads a whole config space.
 fn snapshot(address: Sbdf, hw: &dyn ConfigSpace) -> Result<Vec<u8>, ConfigError> {
-    let mut bytes = Vec::with_capacity(usize::from(hw.size()));
-    for offset in (0..hw.size().min(EXTENDED_SIZE)).step_by(4) {
-        let Ok(access) = Access::new(u32::from(offset), 4) else { break };
-        let value = hw.read(access).map_err(|source| ConfigError::Read { address, offset, source })?;
-        bytes.extend_from_slice(&value.to_le_bytes());
-    }
+    let bytes = hw.read_all().map_err(|source| ConfigError::Read { address, source })?;
     // The status register of a function that is there never reads all ones, a VF's neither: reserved bits are 0.
     if bytes.dword(header::COMMAND) == u32::MAX {
         return Err(ConfigError::NoAnswer { address });

@@ -13,6 +13,7 @@ mod interrupts;
 mod list;
 mod planes;
 mod policy;
+mod records;
 mod rules;
 mod shape;
 mod space;
@@ -22,11 +23,12 @@ pub use access::{Access, AccessError, ConfigSpace, Width};
 pub use bar::{Bar, BarKind};
 pub use error::ConfigError;
 pub use function::{FunctionKind, FunctionSpec, Identity};
-pub use image::{FunctionImage, ImageError, InterruptMode, Life, RequestRecord, RequestStage, VectorState};
+pub use image::FunctionImage;
 pub use interrupts::{MsiCapability, MsixCapability};
 pub use list::{Capability, CapabilityList, ListProblem};
 pub use planes::{Bits, Model, NamedRegister, Planes, RefusedOverride, Segment};
 pub use policy::{
     CapabilityAction, CapabilityOverride, Initial, Origin, Place, Policy, RegisterOverride, Rule, Treatment,
 };
+pub use records::{ImageError, InterruptMode, Life, RequestRecord, RequestStage, VectorState};
 pub use space::{SideEffect, VirtualConfigSpace};

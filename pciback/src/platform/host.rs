@@ -104,6 +104,7 @@ pub trait Host: Send + Sync {
     fn reset(&self, address: Sbdf, limit: Duration) -> Result<()>;
     /// Sets how many VFs a PF has. Linux wants 0 in between two other numbers.
     fn set_num_vfs(&self, physical_function: Sbdf, count: u16, limit: Duration) -> Result<()>;
-    /// Whether native drivers take the VFs of this PF when they appear.
-    fn set_vf_autoprobe(&self, physical_function: Sbdf, enabled: bool) -> Result<()>;
+    /// Sets whether native drivers take the VFs of this PF, and returns whether they did before. While they do not, Linux binds a
+    /// VF to the driver of its `driver_override` only.
+    fn set_vf_autoprobe(&self, physical_function: Sbdf, enabled: bool) -> Result<bool>;
 }

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use log::{info, warn};
+use log::{debug, warn};
 use nix::errno::Errno;
 
 use super::interrupts;
@@ -33,6 +33,8 @@ pub struct GuestFunction {
     /// The guest's physical interrupt for the function's line, which has the line's number; 0 where it has none.
     pub(super) line: u32,
     gone: bool,
+    /// Why the last request failed, for whoever limits what a guest can put into the log.
+    trouble: Option<String>,
 }
 
 impl GuestFunction {
@@ -45,7 +47,7 @@ impl GuestFunction {
         hypervisor: Arc<dyn Hypervisor>,
         line: u32,
     ) -> Self {
-        Self { domain, address, space, hardware, hypervisor, line, gone: false }
+        Self { domain, address, space, hardware, hypervisor, line, gone: false, trouble: None }
     }
 
     /// Where it is on the host.
@@ -78,6 +80,11 @@ impl GuestFunction {
         (answer, demand)
     }
 
+    /// Why the last request failed, where more is known than its answer says.
+    pub fn take_trouble(&mut self) -> Option<String> {
+        self.trouble.take()
+    }
+
     /// The answer was sent: the same request is a new one when it comes again.
     pub fn sent(&mut self, op: &Op) {
         if op.command != Command::CONF_READ {
@@ -88,7 +95,9 @@ impl GuestFunction {
     fn answered_before(&self, wanted: &RequestRecord) -> Option<OpAnswer> {
         let found = self.space.image().request()?;
         let RequestStage::Done { error, value } = found.stage else { return None };
-        let same = RequestRecord { stage: RequestStage::Begun, ..found } == *wanted;
+        // By its claim, not by its content: the same write may come twice, and part of an answer may stand on the page.
+        let place = |record: &RequestRecord| (record.info, record.command, record.offset, record.size);
+        let same = wanted.info != 0 && place(&found) == place(wanted);
         // The entries of MSI-X are read back from what is mapped.
         same.then(|| OpAnswer {
             error: WireError::from_number(error),
@@ -124,7 +133,7 @@ impl GuestFunction {
             _ => return (OpAnswer::failed(WireError::NotImplemented), None),
         };
         let answer = answer.unwrap_or_else(|error| {
-            warn!("{}: domain {}: {error}", self.address, self.domain);
+            self.trouble = Some(error.to_string());
             OpAnswer::failed(WireError::Failed)
         });
         (answer, None)
@@ -151,7 +160,7 @@ impl GuestFunction {
         };
         match self.space.write(access, op.value & access.width().mask(), self.hardware.as_ref()) {
             Ok(Some(SideEffect::FunctionLevelReset)) => {
-                info!("{}: domain {} asks for a function level reset", self.address, self.domain);
+                debug!("{}: domain {} asks for a function level reset", self.address, self.domain);
                 self.space.image_mut().set_resetting(true);
                 (OpAnswer::value(op.value), Some(Demand::Reset))
             }
@@ -188,6 +197,8 @@ impl GuestFunction {
     /// The reset that the guest asked for has ended well: the function answers again, with the guest's interrupts in place.
     pub fn reset_done(&mut self) -> io::Result<()> {
         self.space.reset();
+        // The host's reset puts Command back as it was before; for the guest it is 0.
+        interrupts::clear_bus_master(self).map_err(io::Error::other)?;
         interrupts::restore(self)?;
         self.space.image_mut().set_resetting(false);
         Ok(())

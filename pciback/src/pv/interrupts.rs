@@ -236,8 +236,9 @@ pub(super) fn disable(function: &mut GuestFunction, mode: InterruptMode) -> Resu
 pub(super) fn restore(function: &mut GuestFunction) -> io::Result<()> {
     let mode = function.vectors().mode;
     if matches!(mode, InterruptMode::Msi | InterruptMode::MsiX) {
-        function.set_enable(mode, true).map_err(io::Error::other)?;
+        // Messages first, Xen sets Enable itself: with Enable and no message an MSI would go to address 0.
         function.hypervisor.restore_msi(function.address).map_err(io::Error::other)?;
+        function.set_enable(mode, true).map_err(io::Error::other)?;
         function.show_enable(mode, true);
     }
     Ok(())

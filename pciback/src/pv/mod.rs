@@ -3,6 +3,8 @@
 mod function;
 pub mod handshake;
 mod interrupts;
+#[cfg(test)]
+mod machine;
 pub mod nodes;
 mod server;
 pub mod wire;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use log::{error, warn};
 use nix::errno::Errno;
@@ -22,6 +22,8 @@ use crate::{DomId, Sbdf};
 /// How long the thread looks at the page after an answer before it sleeps: a guest that reads one register usually reads
 /// the next, and waking up costs more than the access.
 const SPIN: Duration = Duration::from_micros(400);
+/// How many requests are answered in a row before orders are looked at, by a guest that never pauses.
+const BURST: u32 = 64;
 /// How long the engine waits for the thread. An access takes microseconds, one to a function that the kernel resets up to a
 /// minute.
 const STUCK: Duration = Duration::from_secs(2);
@@ -108,6 +110,7 @@ impl Server {
             counters: Arc::clone(&counters),
             report,
             complaints: Complaints::default(),
+            token: first_token(),
         };
         let thread_wake = Arc::clone(&wake);
         let thread = thread::Builder::new()
@@ -177,27 +180,32 @@ struct Serving {
     counters: Arc<Counters>,
     report: Box<dyn Fn(ServerReport) + Send>,
     complaints: Complaints,
+    /// The claim of the last request.
+    token: u32,
+}
+
+/// Claims that an earlier life left on the page or in a record must not be met again soon.
+fn first_token() -> u32 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    now.as_nanos() as u32
 }
 
 impl Serving {
     fn run(&mut self, orders: &mpsc::Receiver<Order>, wake: BorrowedFd<'_>) {
         self.recover_interrupted();
         // A request may have waited since before the ring was connected.
-        self.serve_while_busy();
+        let mut busy = self.serve_while_busy();
         loop {
             if let Some(stop) = self.take_orders(orders) {
                 // The engine may have stopped waiting.
                 let _ = stop.send(std::mem::take(&mut self.functions));
                 return;
             }
-            match self.wait(wake) {
-                Ok(()) => {}
-                Err(error) => {
-                    (self.report)(ServerReport::Failed(error.to_string()));
-                    return self.idle(orders);
-                }
+            if !busy && let Err(error) = self.wait(wake) {
+                (self.report)(ServerReport::Failed(error.to_string()));
+                return self.idle(orders);
             }
-            self.serve_while_busy();
+            busy = self.serve_while_busy();
         }
     }
 
@@ -231,22 +239,33 @@ impl Serving {
         Ok(())
     }
 
-    /// Answers requests until none has come for a moment.
-    fn serve_while_busy(&mut self) {
+    /// Answers requests until none has come for a moment. `true`: there may be more, but orders come first.
+    fn serve_while_busy(&mut self) -> bool {
         let mut last = Instant::now();
+        let mut left = BURST;
         loop {
             if let Some(op) = wire::take_request(self.ring.page()) {
-                self.serve(&op);
+                self.serve(op);
+                left -= 1;
+                if left == 0 {
+                    return true;
+                }
                 last = Instant::now();
             } else if last.elapsed() >= SPIN {
-                return;
+                return false;
             } else {
                 std::hint::spin_loop();
             }
         }
     }
 
-    fn serve(&mut self, op: &Op) {
+    fn serve(&mut self, mut op: Op) {
+        if op.info == 0 {
+            self.token = self.token.wrapping_add(1).max(1);
+            op.info = self.token;
+            wire::claim(self.ring.page(), op.info);
+        }
+        let op = &op;
         let devfn = u8::try_from(op.devfn).ok().filter(|_| op.domain == 0 && op.bus == 0);
         let mut demand = None;
         let mut address = None;
@@ -259,17 +278,22 @@ impl Serving {
             }
             None => OpAnswer::failed(WireError::NoDevice),
         };
-        wire::put_answer(self.ring.page(), &answer);
-        if let Err(error) = self.ring.notify() {
-            warn!("domain {}: {error}", self.domain);
+        // The frontend gives up after two seconds; an answer that comes later must not reach its next request.
+        if wire::claimed(self.ring.page(), op.info) {
+            wire::put_answer(self.ring.page(), &answer);
+            if let Err(error) = self.ring.notify() {
+                warn!("domain {}: {error}", self.domain);
+            }
         }
+        let mut trouble = None;
         if let Some(function) = devfn.and_then(|devfn| self.functions.get_mut(&devfn)) {
             function.sent(op);
+            trouble = function.take_trouble();
         }
         self.counters.requests.fetch_add(1, Ordering::Relaxed);
         if answer.error != WireError::Success {
             self.counters.errors.fetch_add(1, Ordering::Relaxed);
-            self.complain(op, answer.error);
+            self.complain(op, answer.error, trouble);
         }
         match (demand, address) {
             (Some(Demand::Reset), Some(address)) => (self.report)(ServerReport::ResetWanted(address)),
@@ -278,15 +302,16 @@ impl Serving {
         }
     }
 
-    fn complain(&mut self, op: &Op, error: WireError) {
+    fn complain(&mut self, op: &Op, error: WireError, trouble: Option<String>) {
         // A bus scan asks for every device number: that is how guests find out which are there.
         if error == WireError::NoDevice && op.command == Command::CONF_READ {
             return;
         }
         if let Some(unsaid) = self.complaints.may_say() {
             let (command, devfn, offset, size) = (op.command.0, op.devfn, op.offset, op.size);
+            let trouble = trouble.map(|text| format!(" ({text})")).unwrap_or_default();
             warn!(
-                "domain {}: request {command} on {:x}:{:x}:{devfn:x} at {offset:#x}, {size} bytes: {error:?}; {unsaid} more of its \
+                "domain {}: request {command} on {:x}:{:x}:{devfn:x} at {offset:#x}, {size} bytes: {error:?}{trouble}; {unsaid} more of its \
                  requests failed since the last such line",
                 self.domain, op.domain, op.bus
             );
@@ -367,3 +392,6 @@ impl Complaints {
         Some(std::mem::take(&mut self.unsaid))
     }
 }
+
+#[cfg(test)]
+mod tests;

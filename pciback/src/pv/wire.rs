@@ -111,7 +111,7 @@ pub struct Op {
     pub size: u32,
     /// The value to write, or the number of MSI-X entries.
     pub value: u32,
-    /// Reserved.
+    /// A word that frontends send as 0: the request's claim, see [`claim`].
     pub info: u32,
     /// The MSI-X entries, all that the page has room for.
     pub entries: [MsixEntry; MSIX_ENTRIES],
@@ -167,6 +167,21 @@ pub fn take_request(page: &SharedMemory) -> Option<Op> {
         info: load(word::INFO),
         entries,
     })
+}
+
+/// Marks the request that waits as taken by a number other than 0, in a word that frontends write as 0 with each request and do
+/// not read.
+///
+/// So a later life of the service knows a request that an earlier one began from one with the same content that came after it,
+/// and an answer that took longer than the frontend's two seconds is known to have lost its request.
+pub fn claim(page: &SharedMemory, token: u32) {
+    page[word::INFO].store(token, Ordering::Relaxed);
+}
+
+/// Whether the request that was claimed with `token` still waits.
+pub fn claimed(page: &SharedMemory, token: u32) -> bool {
+    page[word::FLAGS].load(Ordering::Acquire) & ACTIVE != 0
+        && page[word::INFO].load(Ordering::Relaxed) == token
 }
 
 /// Writes an answer and hands the page back to the guest; an event has to follow.

@@ -109,8 +109,9 @@ fn a_guest_walks_only_what_it_may_see() {
 #[test]
 fn an_unknown_capability_inside_msix_does_not_open_it() {
     let mut device = devices::virtio();
-    // The vendor's capability "continues" in the middle of MSI-X.
-    device.hardware.put(0x41, &[0x9c]);
+    // The list begins with a vendor's capability that stands in the middle of MSI-X.
+    device.hardware.put(0x34, &[0x9c]);
+    device.hardware.put(0x9c, &[0x09, 0x98, 8, 0]);
     device.spec.bytes = device.hardware.bytes.borrow().clone();
     device.hardware.writable32(0x98, u32::MAX);
     device.hardware.writable32(0x9c, u32::MAX);

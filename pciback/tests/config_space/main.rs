@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod devices;
 #[cfg(test)]
+mod functions;
+#[cfg(test)]
 mod hardware;
 #[cfg(test)]
 mod images;

@@ -235,3 +235,14 @@ fn writes_tell_the_server_what_they_ask_for() {
     assert_eq!(write(0x70, 4, 0xc000_0000), Some(SideEffect::MsixControl { value: 0xc009 }));
     assert_eq!(write(0xa9, 1, 0x80), Some(SideEffect::FunctionLevelReset));
 }
+
+#[test]
+fn a_write_that_is_the_guests_alone_is_one_access() {
+    let device = devices::virtio();
+    let mut space = space(&device.spec);
+    space.write(Access::new(0x48, 4).unwrap(), 1, &device.hardware).unwrap();
+    assert_eq!(device.hardware.take_seen().len(), 1);
+    // A write that would clear no event and store nothing is none.
+    space.write(Access::new(0x06, 2).unwrap(), 0, &device.hardware).unwrap();
+    assert_eq!(device.hardware.take_seen(), []);
+}

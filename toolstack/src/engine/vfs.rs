@@ -109,9 +109,12 @@ fn create(
     progress: &dyn Fn(&str),
 ) -> Result<Success, Failure> {
     let (host, limit) = (&workshop.platform.host, workshop.settings.driver_limit());
-    host.set_vf_autoprobe(address, false)?;
+    let probed = host.set_vf_autoprobe(address, false)?;
     progress(&format!("enabling {count} VFs of {address}"));
-    let came_up = host.set_num_vfs(address, count, limit).map_err(Failure::from).and_then(|()| {
+    let enabled = host.set_num_vfs(address, count, limit);
+    // Put back at once: while it is off, nobody else could bind these VFs either.
+    host.set_vf_autoprobe(address, probed)?;
+    let came_up = enabled.map_err(Failure::from).and_then(|()| {
         // The kernel's write returns when all VFs are there; what is left is the settling time after VF Enable.
         thread::sleep(SETTLE);
         all_known(workshop, address, count, limit)

@@ -145,7 +145,7 @@ fn a_service_killed_while_it_maps_vectors_leaves_none_that_nobody_knows() {
             // The request waits on the page still: the next life answers it.
             let (error, _, entries) = frontend.take(3);
             assert_eq!(error, 0, "{why}");
-            let mapped = world.simulation.vectors(WEB);
+            let mapped = world.simulation.grants(WEB).vectors;
             assert_eq!(mapped.len(), 3, "{why}: {mapped:?}");
             assert!(
                 entries.iter().all(|entry| mapped.contains_key(&u32::from(entry.vector))),

@@ -19,7 +19,7 @@ fn attach_with_failure(operation: &str, after: u32) -> bool {
     let _frontend = Frontend::load(&world, WEB);
     let service = world.start();
     service.hold(address).unwrap();
-    world.simulation.fail(operation, None, Errno::EIO, after, 1);
+    world.fail(operation, None, Errno::EIO, after);
     let why = format!("{operation} failed after {after} calls");
     let outcome = service.attach(WEB, address);
     let injected = world.simulation.pending_failures() == 0;
@@ -75,9 +75,9 @@ fn an_undo_that_fails_quarantines_and_clearing_makes_it_whole() {
         let service = world.start();
         service.hold(address).unwrap();
         // The last step but one fails, so that all before it have to be undone.
-        world.simulation.fail("watch", None, Errno::EIO, 0, 1);
+        world.fail("watch", None, Errno::EIO, 0);
         let after = if operation == "reset" { 1 } else { after };
-        world.simulation.fail(operation, None, Errno::EIO, after, 1);
+        world.fail(operation, None, Errno::EIO, after);
         let failure = service.attach(WEB, address).unwrap_err();
         assert_eq!(failure.code, ErrorCode::Quarantined, "{why}: {failure}");
         assert_eq!(world.simulation.pending_failures(), 0, "{why}");
@@ -121,7 +121,7 @@ fn a_detach_whose_undo_fails_quarantines_and_takes_all_else_from_the_guest() {
         service.hold(address).unwrap();
         service.attach(WEB, address).unwrap();
         assert_eq!(frontend.ask(&crate::frontend::msix_op(0, 3)).0, 0);
-        world.simulation.fail(operation, None, Errno::EIO, 0, 1);
+        world.fail(operation, None, Errno::EIO, 0);
         let failure = service.detach(WEB, address).unwrap_err();
         assert_eq!(failure.code, ErrorCode::Quarantined, "{operation}: {failure}");
         assert_quarantined(&service, address, operation);
@@ -148,7 +148,7 @@ fn a_hold_that_fails_at_any_call_gives_the_function_back_to_its_driver() {
         for after in 0..8 {
             let world = World::without_vfs();
             let service = world.start();
-            world.simulation.fail(operation, Some(address), Errno::EIO, after, 1);
+            world.fail(operation, Some(address), Errno::EIO, after);
             let outcome = service.hold(address);
             if world.simulation.pending_failures() > 0 {
                 assert!(after > 0, "hold never calls {operation}: nothing is tested");
@@ -177,7 +177,7 @@ fn a_release_whose_undo_fails_quarantines_and_can_be_made_whole() {
         let world = World::without_vfs();
         let service = world.start();
         service.hold(address).unwrap();
-        world.simulation.fail(operation, Some(address), Errno::EIO, 0, 1);
+        world.fail(operation, Some(address), Errno::EIO, 0);
         let failure = service.release(address).unwrap_err();
         assert_eq!(failure.code, ErrorCode::Quarantined, "{operation}: {failure}");
         assert_quarantined(&service, address, operation);

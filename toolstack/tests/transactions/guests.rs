@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
+use nix::errno::Errno;
 use pciback::platform::StoreOps;
 use pciback::pv::nodes;
 use pciback::pv::wire::{Command, WireError};
@@ -51,7 +52,13 @@ fn two_guests_have_a_vf_each_and_do_not_see_the_others() {
     assert_eq!(web.ask(&msix_op(0, 3)).0, 0);
     assert_eq!(db.ask(&msix_op(0, 2)).0, 0);
     let of = |domain, address: &str| {
-        world.simulation.vectors(domain).values().filter(|vector| vector.address == bdf(address)).count()
+        world
+            .simulation
+            .grants(domain)
+            .vectors
+            .values()
+            .filter(|vector| vector.address == bdf(address))
+            .count()
     };
     assert_eq!((of(WEB, "01:10.0"), of(WEB, "01:10.2")), (3, 0));
     assert_eq!((of(DB, "01:10.0"), of(DB, "01:10.2")), (0, 2));
@@ -65,17 +72,17 @@ fn msix_maps_what_is_asked_for_and_gives_it_back() {
     let (frontend, _service) = attached(&world, WEB, &[bdf("01:10.0")]);
     let (error, _, entries) = frontend.ask(&msix_op(0, 3));
     assert_eq!(error, 0);
-    let mapped = world.simulation.vectors(WEB);
+    let mapped = world.simulation.grants(WEB).vectors;
     for (index, entry) in entries.iter().enumerate() {
         assert_eq!(mapped[&u32::from(entry.vector)].entry, Some(index as u16));
     }
     assert_ne!(world.simulation.peek(bdf("01:10.0"), 0x73, 1)[0] & 0x80, 0, "MSI-X Enable is set");
     assert_eq!(frontend.ask(&op(Command::DISABLE_MSIX, 0)).0, 0);
-    assert!(world.simulation.vectors(WEB).is_empty());
+    assert!(world.simulation.grants(WEB).vectors.is_empty());
     assert_eq!(world.simulation.peek(bdf("01:10.0"), 0x73, 1)[0] & 0x80, 0, "MSI-X Enable is clear");
     assert_eq!(frontend.ask(&msix_op(0, 4)).0, WireError::Failed.number(), "the table has three entries");
     assert_eq!(frontend.ask(&op(Command::ENABLE_MSI, 0)).0, WireError::Failed.number(), "it has no MSI");
-    assert!(world.simulation.vectors(WEB).is_empty());
+    assert!(world.simulation.grants(WEB).vectors.is_empty());
 }
 
 #[test]
@@ -89,7 +96,7 @@ fn a_connected_guest_gets_a_second_function_loses_one_and_then_the_last() {
     assert_eq!(service.state(first), FunctionState::Held);
     assert_eq!(frontend.ask(&read_op(0, VENDOR, 2)).0, WireError::NoDevice.number());
     assert_eq!(frontend.read(8, VENDOR, 2), 0x8086);
-    assert_eq!(world.simulation.vectors(WEB).len(), 3, "the other one's stay");
+    assert_eq!(world.simulation.grants(WEB).vectors.len(), 3, "the other one's stay");
     service.attach(WEB, first).unwrap();
     assert_eq!(frontend.read(0, VENDOR, 2), 0x8086);
     for address in [first, second] {
@@ -119,13 +126,13 @@ fn a_function_level_reset_reads_all_ones_and_ends_with_the_interrupts_in_place()
     let (frontend, service) = attached(&world, WEB, &[bdf("01:10.0")]);
     assert_eq!(frontend.ask(&msix_op(0, 3)).0, 0);
     frontend.ask(&write_op(0, COMMAND, 2, BUS_MASTER));
-    let before = world.simulation.vectors(WEB);
+    let before = world.simulation.grants(WEB).vectors;
     let (error, ..) = frontend.ask(&write_op(0, DEVICE_CONTROL, 2, INITIATE_FLR));
     assert_eq!(error, 0);
     wait_until("the function answers again", || frontend.read(0, VENDOR, 2) == 0x8086);
     service.wait_for_state(bdf("01:10.0"), FunctionState::Attached);
     assert_eq!(frontend.read(0, COMMAND, 2) & BUS_MASTER, 0, "the reset clears it");
-    assert_eq!(world.simulation.vectors(WEB), before);
+    assert_eq!(world.simulation.grants(WEB).vectors, before);
     assert_ne!(world.simulation.peek(bdf("01:10.0"), 0x73, 1)[0] & 0x80, 0, "MSI-X Enable is set again");
 }
 
@@ -134,7 +141,7 @@ fn a_guests_reset_that_fails_leaves_it_with_all_ones_and_quarantines_once_and_fo
     let world = World::new();
     let address = bdf("01:10.0");
     let (frontend, service) = attached(&world, WEB, &[address]);
-    world.simulation.fail("reset", Some(address), nix::errno::Errno::ETIMEDOUT, 0, 1);
+    world.fail("reset", Some(address), Errno::ETIMEDOUT, 0);
     frontend.ask(&write_op(0, DEVICE_CONTROL, 2, INITIATE_FLR));
     service.wait_for_state(address, FunctionState::Quarantined);
     assert_eq!(frontend.read(0, VENDOR, 4), u32::MAX);
@@ -180,7 +187,7 @@ fn a_request_that_waits_while_the_service_restarts_is_answered_and_vectors_are_k
         let (frontend, service) = attached(&world, WEB, &[bdf("01:10.0"), bdf("01:10.2")]);
         assert_eq!(frontend.ask(&msix_op(0, 3)).0, 0);
         frontend.ask(&write_op(0, COMMAND, 2, BUS_MASTER));
-        let before = world.simulation.vectors(WEB);
+        let before = world.simulation.grants(WEB).vectors;
         if killed {
             service.kill()
         } else {
@@ -190,7 +197,7 @@ fn a_request_that_waits_while_the_service_restarts_is_answered_and_vectors_are_k
         let service = world.start();
         let (error, value, _) = frontend.take(0);
         assert_eq!((error, value), (0, 0x10ca_8086), "killed: {killed}");
-        assert_eq!(world.simulation.vectors(WEB), before);
+        assert_eq!(world.simulation.grants(WEB).vectors, before);
         assert_eq!(frontend.read(0, COMMAND, 2) & BUS_MASTER, BUS_MASTER, "what it wrote is there still");
         assert_eq!(service.status().guests[0].frontend, "connected");
         assert_eq!(service.status().problems, [""; 0]);
@@ -212,7 +219,7 @@ fn a_function_that_leaves_under_its_guest_reads_all_ones_and_the_others_go_on() 
     service.detach(WEB, other).unwrap();
     world.assert_nothing_granted_but_nodes(other);
     service.detach(WEB, gone).unwrap();
-    wait_until("its memory is taken back", || world.simulation.granted(WEB) == 0);
+    wait_until("its memory is taken back", || world.simulation.grants(WEB).is_empty());
 }
 
 #[test]
@@ -247,7 +254,7 @@ fn what_a_guest_asks_for_that_makes_no_sense_is_answered_with_the_protocols_erro
         frontend.put(&request);
         assert_eq!(frontend.take(0).0, expected.number(), "{what}");
     }
-    assert!(world.simulation.vectors(WEB).is_empty());
+    assert!(world.simulation.grants(WEB).vectors.is_empty());
     assert_eq!(frontend.read(0, VENDOR, 2), 0x8086);
     assert!(service.status().guests[0].errors >= 20);
 }

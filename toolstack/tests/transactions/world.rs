@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
-use pciback::platform::sim::{Fuse, Owner, Simulation};
+use pciback::platform::sim::{self, Fuse, Owner, Simulation};
 use pciback::platform::{Host, StoreOps};
 use pciback::pv::nodes;
 use pciback::{DomId, FunctionState, Sbdf};
@@ -17,7 +18,7 @@ use toolstack::engine::Engine;
 use toolstack::journal::{Journal, Record};
 use toolstack::outcome::Failure;
 use toolstack::protocol::{DomainName, FunctionView, Request, StatusView, Success};
-use toolstack::settings::Settings;
+use toolstack::settings::{Holder, Settings};
 use toolstack::{client, control};
 
 /// Longer than anything a test waits for takes on a busy machine.
@@ -61,6 +62,24 @@ impl World {
         Self { simulation, directory: tempfile::tempdir().unwrap() }
     }
 
+    /// Makes one of the service's calls fail, after some good ones.
+    pub fn fail(&self, operation: &str, address: Option<Sbdf>, errno: Errno, after: u32) {
+        // The guests' connections to xenstore go on.
+        let store = ["read", "list", "write", "remove", "transaction", "watch", "unwatch"];
+        let domain = store.contains(&operation).then_some(DomId::DOM0);
+        let operation = operation.to_owned();
+        let failure = sim::Failure {
+            operation,
+            address,
+            domain,
+            errno: Some(errno),
+            after,
+            times: 1,
+            ..sim::Failure::default()
+        };
+        self.simulation.fail(failure);
+    }
+
     pub fn host(&self) -> Arc<dyn Host> {
         self.simulation.platform("test").unwrap().host
     }
@@ -68,6 +87,8 @@ impl World {
     fn settings(&self) -> Settings {
         Settings {
             guest_limit_seconds: 10,
+            // xen-pciback prepares MSI-X by itself when it takes a function; this one leaves it to the service.
+            holder: Holder::PciStub,
             run_directory: self.directory.path().join("run"),
             state_directory: self.directory.path().join("state"),
             ..Settings::default()
@@ -112,7 +133,7 @@ impl World {
         self.assert_nothing_granted(service, address, why);
         assert_eq!(service.state(address), FunctionState::Held, "{why}: {:?}", service.view(address));
         assert_eq!(self.simulation.owner(address), Some(Owner::Quarantine), "{why}");
-        assert_eq!(self.host().function(address).unwrap().driver.as_deref(), Some("pciback"), "{why}");
+        assert_eq!(self.host().function(address).unwrap().driver.as_deref(), Some("pci-stub"), "{why}");
         let record = self.record(address).unwrap();
         assert_eq!(
             (record.state, record.guest, record.transaction.as_ref()),
@@ -128,7 +149,7 @@ impl World {
     /// No guest can do anything with it, but one has other functions.
     pub fn assert_nothing_granted_but_nodes(&self, address: Sbdf) {
         assert!(!matches!(self.simulation.owner(address), Some(Owner::Guest(_))));
-        let vectors = self.simulation.vectors(WEB);
+        let vectors = self.simulation.grants(WEB).vectors;
         assert!(vectors.values().all(|vector| vector.address != address), "{vectors:?}");
         assert!(!self.simulation.msix_prepared(address));
     }
@@ -139,8 +160,9 @@ impl World {
         service.status();
         for domain in [WEB, DB] {
             assert_ne!(self.simulation.owner(address), Some(Owner::Guest(domain)), "{why}");
-            assert_eq!(self.simulation.granted(domain), 0, "{why}: memory, ports or lines are left");
-            assert_eq!(self.simulation.vectors(domain), [].into(), "{why}");
+            let grants = self.simulation.grants(domain);
+            assert!(grants.is_empty(), "{why}: {grants:?}");
+            assert_eq!(self.simulation.connected_rings(domain), 0, "{why}: its ring is mapped still");
             self.assert_no_nodes(domain, why);
         }
         assert!(!self.simulation.msix_prepared(address), "{why}: its table is guarded still");

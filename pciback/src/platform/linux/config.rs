@@ -66,6 +66,16 @@ impl ConfigSpace for SysfsConfig {
             Err(error) => Err(error),
         }
     }
+
+    fn read_all(&self) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0xff; usize::from(self.size)];
+        match self.file.read_at(&mut bytes, 0) {
+            // What a function that vanishes on the way does not answer reads all ones.
+            Ok(_) => Ok(bytes),
+            Err(error) if is_absent(&error) => Ok(bytes),
+            Err(error) => Err(error),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -301,10 +301,13 @@ impl Host for LinuxHost {
             .map_err(|cause| PlatformError::new("set the number of VFs of", physical_function, cause))
     }
 
-    fn set_vf_autoprobe(&self, physical_function: Sbdf, enabled: bool) -> Result<()> {
+    fn set_vf_autoprobe(&self, physical_function: Sbdf, enabled: bool) -> Result<bool> {
         let path = self.directory(physical_function).join("sriov_drivers_autoprobe");
+        let read = read_text(&path).map_err(|cause| PlatformError::new("read", path.display(), cause))?;
+        let before = read.as_deref() != Some("0");
         self.change(physical_function, &path, if enabled { "1" } else { "0" }, QUICK)
-            .map_err(missing("set the automatic probing of the VFs of", physical_function))
+            .map_err(missing("set the automatic probing of the VFs of", physical_function))?;
+        Ok(before)
     }
 }
 

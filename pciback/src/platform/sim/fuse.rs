@@ -46,6 +46,11 @@ impl Fuse {
         self.0.blown.load(Ordering::SeqCst)
     }
 
+    /// Whether both are the same life's.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// Something that changes nothing outside.
     pub(super) fn look(&self) {
         if self.is_blown() {

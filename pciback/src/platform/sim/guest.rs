@@ -1,6 +1,5 @@
 //! What a simulated guest can do: write its own nodes, share a page, send requests. No logic of a frontend's.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -16,12 +15,12 @@ pub struct SimGuest {
     domain: DomId,
     store: SimStore,
     rings: SimRings,
-    shared: Option<(u32, u32, Arc<Shared>)>,
+    shared: Option<(u32, u32, Shared)>,
 }
 
 impl SimGuest {
-    pub(super) fn new(domain: DomId, store: SimStore, rings: SimRings) -> Result<Self> {
-        Ok(Self { domain, store, rings, shared: None })
+    pub(super) fn new(domain: DomId, store: SimStore, rings: SimRings) -> Self {
+        Self { domain, store, rings, shared: None }
     }
 
     /// Its connection to xenstore, with its rights.
@@ -45,13 +44,16 @@ impl SimGuest {
 
     /// The page it shares.
     pub fn page(&self) -> Option<&SharedMemory> {
-        self.shared.as_ref().map(|(_, _, shared)| shared.page())
+        self.shared.as_ref().map(|(_, _, shared)| &*shared.page)
     }
 
     /// Sends the host an event.
     pub fn notify(&self) -> Result<()> {
         let Some((_, _, shared)) = &self.shared else { return Ok(()) };
-        shared.notify_host().map_err(|errno| PlatformError::new("notify the host of", self.domain, errno))
+        shared
+            .channel
+            .send(true)
+            .map_err(|errno| PlatformError::new("notify the host of", self.domain, errno))
     }
 
     /// Waits until `ready` says so, looking again at each event from the host.
@@ -65,11 +67,11 @@ impl SimGuest {
         let Some((_, _, shared)) = &self.shared else { return Err(timed_out()) };
         let deadline = Instant::now() + limit;
         loop {
-            if let Some(value) = ready(shared.page()) {
+            if let Some(value) = ready(&shared.page) {
                 return Ok(value);
             }
-            wait(shared.host_event(), deadline).map_err(|_| timed_out())?;
-            shared.take_host_event();
+            wait(shared.channel.host_event(), deadline).map_err(|_| timed_out())?;
+            shared.channel.take_host_event();
         }
     }
 

@@ -6,113 +6,94 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use super::fuse::Fuse;
+use super::failures::{Failures, Subject};
 use super::locked;
-use super::world::{SimFunction, World};
+use super::world::{Answer, World};
 use crate::Sbdf;
 use crate::config::{Access, ConfigSpace};
-use crate::platform::{Host, HostFunction, PlatformError, Result};
+use crate::platform::{Cause, Host, HostFunction, PlatformError, Result};
 
 pub(super) struct SimHost {
     world: Arc<Mutex<World>>,
-    fuse: Fuse,
+    failures: Failures,
 }
 
-type Answer<T> = std::result::Result<T, Errno>;
+/// The longest name of a driver (`MODULE_NAME_LEN`).
+const LONGEST_DRIVER_NAME: usize = 56;
 
 impl SimHost {
-    pub fn new(world: &Arc<Mutex<World>>, fuse: &Fuse) -> Self {
-        Self { world: Arc::clone(world), fuse: fuse.clone() }
-    }
-
-    fn change<T>(
-        &self,
-        action: &'static str,
-        operation: &str,
-        address: Sbdf,
-        body: impl FnOnce(&mut World) -> Answer<T>,
-    ) -> Result<T> {
-        self.fuse.change(|| self.call(action, operation, address, body))
+    pub fn new(world: &Arc<Mutex<World>>, failures: &Failures) -> Self {
+        Self { world: Arc::clone(world), failures: failures.clone() }
     }
 
     fn call<T>(
         &self,
-        action: &'static str,
-        operation: &str,
+        (operation, action): (&str, &'static str),
         address: Sbdf,
+        limit: Option<Duration>,
         body: impl FnOnce(&mut World) -> Answer<T>,
     ) -> Result<T> {
-        self.fuse.look();
-        let mut world = locked(&self.world);
-        let answer = world.injected(operation, Some(address)).and_then(|()| body(&mut world));
-        // sysfs answers ENOENT where there is no such device, which the platform calls missing.
-        answer
-            .map_err(|errno| PlatformError::new(action, address, io::Error::from_raw_os_error(errno as i32)))
+        let failed = self.failures.check(operation, Subject { limit, ..Subject::from(address) });
+        let call = || {
+            let mut world = locked(&self.world);
+            if !world.functions.contains_key(&address) {
+                return Err(Cause::Missing);
+            }
+            Ok(body(&mut world)?)
+        };
+        let looks = matches!(operation, "function" | "config");
+        let answer = failed.and_then(|()| if looks { call() } else { self.failures.fuse.change(call) });
+        answer.map_err(|cause| PlatformError::new(action, address, cause))
     }
-}
-
-fn function(world: &mut World, address: Sbdf) -> Answer<&mut SimFunction> {
-    world.functions.get_mut(&address).ok_or(Errno::ENOENT)
 }
 
 impl World {
     fn describe(&self, address: Sbdf) -> Option<HostFunction> {
         let function = self.functions.get(&address)?;
-        let model = self.models.get(&function.model)?;
-        let word =
-            |at: u16| u16::from_le_bytes([function.registers.peek(at), function.registers.peek(at + 1)]);
-        let id = model.id.as_deref().and_then(|id| {
-            let (vendor, device) = id.split_once(':')?;
-            Some((u16::from_str_radix(vendor, 16).ok()?, u16::from_str_radix(device, 16).ok()?))
-        });
-        let (vendor, device) = id.unwrap_or((word(0), word(2)));
+        let registers = &function.registers;
+        let (vendor, device) = function.ids(&self.functions);
+        let own_driver = self.driver_of(address).is_some_and(|kind| !kind.any);
         Some(HostFunction {
             address,
             vendor,
             device,
-            subsystem_vendor: word(0x2c),
-            subsystem: word(0x2e),
-            class: u32::from(word(0x0a)) << 8 | u32::from(function.registers.peek(9)),
-            revision: function.registers.peek(8),
+            subsystem_vendor: registers.peek16(0x2c),
+            subsystem: registers.peek16(0x2e),
+            class: registers.peek32(8) >> 8,
+            revision: registers.peek(8),
             resources: function.resources,
             driver: function.driver.clone(),
             driver_override: function.driver_override.clone(),
             irq: function.irq,
             physical_function: function.physical_function,
             virtual_functions: function.virtual_functions.clone(),
-            total_vfs: model.sriov.as_ref().map_or(0, |sriov| sriov.total),
+            total_vfs: self.total_vfs(address),
             num_vfs: function.virtual_functions.len() as u16,
-            numa_node: None,
-            reset_methods: model.reset_methods.clone(),
-            interfaces: Vec::new(),
+            numa_node: function.numa_node,
+            reset_methods: function.kind.reset_methods.clone(),
+            interfaces: if own_driver { function.interfaces.clone() } else { Vec::new() },
         })
-    }
-
-    /// The driver that a probe ends with.
-    fn matching(&self, address: Sbdf) -> Option<String> {
-        let function = self.functions.get(&address)?;
-        let wanted = match &function.driver_override {
-            Some(driver) => Some(driver.clone()),
-            None => self.models.get(&function.model)?.driver.clone(),
-        };
-        wanted.filter(|driver| self.drivers.contains(driver))
     }
 }
 
 impl Host for SimHost {
     fn functions(&self) -> Result<Vec<Sbdf>> {
+        let failed = self.failures.check("functions", Subject::default());
+        failed.map_err(|cause| PlatformError::new("list the functions of", "the simulated host", cause))?;
         Ok(locked(&self.world).functions.keys().copied().collect())
     }
 
     fn function(&self, address: Sbdf) -> Result<HostFunction> {
-        self.call("look at", "function", address, |world| world.describe(address).ok_or(Errno::ENOENT))
+        let described =
+            self.call(("function", "read"), address, None, |world| Ok(world.describe(address)))?;
+        described.ok_or_else(|| PlatformError::new("read", address, Cause::Missing))
     }
 
     fn config(&self, address: Sbdf) -> Result<Box<dyn ConfigSpace>> {
-        self.call("open config space of", "config", address, |world| {
-            function(world, address)?;
-            let space = SimConfig { world: Arc::clone(&self.world), fuse: self.fuse.clone(), address };
-            Ok(Box::new(space) as Box<dyn ConfigSpace>)
+        self.call(("config", "open the config space of"), address, None, |world| {
+            let size = world.function(address)?.registers.size();
+            let (world, failures) = (Arc::clone(&self.world), self.failures.clone());
+            Ok(Box::new(SimConfig { world, failures, address, size }) as Box<dyn ConfigSpace>)
         })
     }
 
@@ -121,80 +102,91 @@ impl Host for SimHost {
     }
 
     fn set_driver_override(&self, address: Sbdf, driver: Option<&str>) -> Result<()> {
-        self.change("set driver_override of", "set_driver_override", address, |world| {
-            function(world, address)?.driver_override = driver.map(str::to_owned);
+        let action = "set the driver override of";
+        let valid = |name: &str| {
+            (1..=LONGEST_DRIVER_NAME).contains(&name.len())
+                && name.bytes().all(|byte| byte.is_ascii_graphic())
+        };
+        if driver.is_some_and(|name| !valid(name)) {
+            let cause = Cause::Malformed("not the name of a driver".into());
+            return Err(PlatformError::new(action, address, cause));
+        }
+        self.call(("set_driver_override", action), address, None, |world| {
+            world.function(address)?.driver_override = driver.map(str::to_owned);
             Ok(())
         })
     }
 
-    fn unbind(&self, address: Sbdf, _limit: Duration) -> Result<()> {
-        self.change("unbind", "unbind", address, |world| {
-            function(world, address)?.driver = None;
+    fn unbind(&self, address: Sbdf, limit: Duration) -> Result<()> {
+        self.call(("unbind", "unbind"), address, Some(limit), |world| {
+            world.unbind(address);
             Ok(())
         })
     }
 
-    fn probe(&self, address: Sbdf, _limit: Duration) -> Result<()> {
-        self.change("probe", "probe", address, |world| {
-            let driver = world.matching(address);
-            let function = function(world, address)?;
-            if function.driver.is_none() {
-                function.driver = driver;
-            }
+    fn probe(&self, address: Sbdf, limit: Duration) -> Result<()> {
+        self.call(("probe", "probe drivers for"), address, Some(limit), |world| {
+            world.bind(address);
             Ok(())
         })
     }
 
-    fn reset(&self, address: Sbdf, _limit: Duration) -> Result<()> {
-        self.change("reset", "reset", address, |world| {
-            let methods = world.describe(address).ok_or(Errno::ENOENT)?.reset_methods;
-            if methods.is_empty() {
-                return Err(Errno::ENOENT);
-            }
-            function(world, address)?.registers.reset();
-            Ok(())
+    fn reset(&self, address: Sbdf, limit: Duration) -> Result<()> {
+        if self.function(address)?.reset_methods.is_empty() {
+            let text = "Linux knows no way to reset this function alone";
+            return Err(PlatformError::new("reset", address, Cause::Unavailable(text.into())));
+        }
+        self.call(("reset", "reset"), address, Some(limit), |world| world.reset(address))
+    }
+
+    fn set_num_vfs(&self, address: Sbdf, count: u16, limit: Duration) -> Result<()> {
+        self.call(("set_num_vfs", "set the number of VFs of"), address, Some(limit), |world| {
+            world.set_num_vfs(address, count)
         })
     }
 
-    fn set_num_vfs(&self, pf: Sbdf, count: u16, _limit: Duration) -> Result<()> {
-        self.change("set the number of VFs of", "set_num_vfs", pf, |world| world.set_num_vfs(pf, count))
-    }
-
-    fn set_vf_autoprobe(&self, pf: Sbdf, enabled: bool) -> Result<()> {
-        self.change("set sriov_drivers_autoprobe of", "set_vf_autoprobe", pf, |world| {
-            function(world, pf)?.vf_autoprobe = enabled;
-            Ok(())
+    fn set_vf_autoprobe(&self, address: Sbdf, enabled: bool) -> Result<bool> {
+        self.call(("set_vf_autoprobe", "set the automatic probing of the VFs of"), address, None, |world| {
+            let pf = world.function(address)?;
+            pf.masks().layout.sriov.ok_or(Errno::ENOENT)?;
+            Ok(std::mem::replace(&mut pf.vf_autoprobe, enabled))
         })
     }
 }
 
+/// The open config space of a function, which may leave while it is open.
 struct SimConfig {
     world: Arc<Mutex<World>>,
-    fuse: Fuse,
+    failures: Failures,
     address: Sbdf,
+    size: u16,
+}
+
+impl SimConfig {
+    fn check(&self, operation: &str) -> io::Result<()> {
+        self.failures.check(operation, self.address.into()).map_err(|cause| match cause {
+            Cause::Os(errno) => errno.into(),
+            cause => io::Error::other(cause),
+        })
+    }
 }
 
 impl ConfigSpace for SimConfig {
     fn size(&self) -> u16 {
-        locked(&self.world).functions.get(&self.address).map_or(0, |function| function.registers.size())
+        self.size
     }
 
     fn read(&self, access: Access) -> io::Result<u32> {
-        self.fuse.look();
-        let mut world = locked(&self.world);
-        world.injected("config_read", Some(self.address))?;
+        self.check("config_read")?;
+        let world = locked(&self.world);
         // sysfs lets nobody use a file that was open when its function left (kernfs: ENODEV).
-        let function = world.functions.get(&self.address).ok_or(Errno::ENODEV)?;
-        Ok(function.registers.read(access))
+        world.functions.get(&self.address).ok_or(Errno::ENODEV)?;
+        Ok(world.config_read(self.address, access))
     }
 
     fn write(&self, access: Access, value: u32) -> io::Result<()> {
-        self.fuse.change(|| {
-            let mut world = locked(&self.world);
-            world.injected("config_write", Some(self.address))?;
-            let function = world.functions.get_mut(&self.address).ok_or(Errno::ENODEV)?;
-            function.registers.write(access, value);
-            Ok(())
-        })
+        self.check("config_write")?;
+        self.failures.fuse.change(|| locked(&self.world).config_write(self.address, access, value));
+        Ok(())
     }
 }

@@ -1,18 +1,29 @@
 //! A simulated host, made of bytes and tables: for trying things without Xen, and for fast tests.
 //!
 //! It answers as hardware, Linux, Xen and xenstore do, with their error numbers, and knows nothing of what xpci makes of the
-//! answers. One lock guards it all; every answer is exact and the same each time.
+//! answers. Every answer is exact and the same each time. `docs/xen-answers.md` says which answers were seen in the lab;
+//! `examples/contract` asks both.
 
-mod config;
+mod drivers;
+mod failures;
 mod fuse;
 mod guest;
+mod hardware;
+mod home;
 mod host;
 mod hypervisor;
 mod model;
+mod placement;
+mod ranges;
+mod registers;
 mod rings;
 mod store;
+#[cfg(test)]
+mod tests;
+mod transaction;
 mod tree;
 mod world;
+mod xen;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -24,11 +35,13 @@ use nix::errno::Errno;
 use super::{Cause, Platform, PlatformError, Result};
 use crate::{DomId, Sbdf};
 
+pub use failures::Failure;
 pub use fuse::{Fuse, Moment};
 pub use guest::SimGuest;
 pub use store::SimStore;
-pub use world::{Owner, Vector};
+pub use xen::{Owner, Vector};
 
+use failures::Failures;
 use tree::Tree;
 use world::World;
 
@@ -38,6 +51,27 @@ pub struct Simulation {
     world: Arc<Mutex<World>>,
     tree: Arc<Mutex<Tree>>,
     rings: rings::SimRings,
+    failures: Failures,
+}
+
+/// What Xen still lets a domain do.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Grants {
+    /// Page frames, as ranges from the first to the one after the last.
+    pub frames: Vec<(u64, u64)>,
+    /// I/O ports, likewise.
+    pub ports: Vec<(u64, u64)>,
+    /// Interrupt lines.
+    pub lines: Vec<u32>,
+    /// Mapped vectors by pirq.
+    pub vectors: BTreeMap<u32, Vector>,
+}
+
+impl Grants {
+    /// Whether nothing remains.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -47,27 +81,36 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Opens the host that a YAML file describes.
 pub fn open(path: &Path) -> Result<Platform> {
-    let read = |error: std::io::Error| PlatformError::new("read simulated host", path.display(), error);
-    let text = fs::read_to_string(path).map_err(read)?;
-    let simulation = Simulation::from_yaml(&text)
-        .map_err(|why| PlatformError::new("read simulated host", path.display(), Cause::Malformed(why)))?;
-    simulation.platform(&format!("simulation of {}", path.display()))
+    Simulation::open(path)?.platform(&format!("simulation of {}", path.display()))
 }
 
 impl Simulation {
+    /// The host that a YAML file describes.
+    pub fn open(path: &Path) -> Result<Self> {
+        let error = |cause| PlatformError::new("read simulated host", path.display(), cause);
+        let text = fs::read_to_string(path).map_err(|why| error(why.into()))?;
+        Self::from_yaml(&text).map_err(|why| error(Cause::Malformed(why)))
+    }
+
     /// The host that a YAML text describes; the error says where and why it does not.
     pub fn from_yaml(text: &str) -> std::result::Result<Self, String> {
-        let description: model::Description =
-            serde_saphyr::from_str(text).map_err(|error| error.to_string())?;
+        let description = model::Description::read(text)?;
         let world = World::new(&description)?;
+        let failures = Failures::default();
         let mut tree = Tree::new();
-        for domain in world.domains.values() {
+        for domain in world.xen.domains.values() {
             tree.introduce(domain);
+        }
+        for (index, failure) in description.failures.iter().enumerate() {
+            let failure =
+                Failure::described(failure).map_err(|why| format!("failures, number {index}: {why}"))?;
+            failures.add(failure);
         }
         Ok(Self {
             world: Arc::new(Mutex::new(world)),
             tree: Arc::new(Mutex::new(tree)),
-            rings: rings::SimRings::new(),
+            rings: rings::SimRings::new(&failures),
+            failures,
         })
     }
 
@@ -78,81 +121,108 @@ impl Simulation {
 
     /// The same, for a service that dies when the fuse says so.
     pub fn platform_with(&self, description: &str, fuse: &Fuse) -> Result<Platform> {
+        let failures = self.failures.of_a_life(fuse);
         Ok(Platform {
-            host: Arc::new(host::SimHost::new(&self.world, fuse)),
-            hypervisor: Arc::new(hypervisor::SimHypervisor::new(&self.world, fuse)),
-            store: Arc::new(SimStore::connect(&self.tree, DomId::DOM0)?.of_a_life(&self.world, fuse)),
-            rings: Arc::new(self.rings.of_a_life(&self.world, fuse)),
+            host: Arc::new(host::SimHost::new(&self.world, &failures)),
+            hypervisor: Arc::new(hypervisor::SimHypervisor::new(&self.world, &failures)),
+            store: Arc::new(SimStore::connect(&self.tree, DomId::DOM0, &failures)?),
+            rings: Arc::new(self.rings.of_a_life(&failures)),
             description: description.to_owned(),
         })
     }
 
     /// A connection to xenstore, with the rights of a domain.
     pub fn store(&self, domain: DomId) -> Result<SimStore> {
-        SimStore::connect(&self.tree, domain)
+        SimStore::connect(&self.tree, domain, &self.failures)
     }
 
     /// The guest's side of things.
     pub fn guest(&self, domain: DomId) -> Result<SimGuest> {
-        SimGuest::new(domain, self.store(domain)?, self.rings.clone())
+        Ok(SimGuest::new(domain, self.store(domain)?, self.rings.clone()))
+    }
+
+    /// A domain is made, as `xl create` does. `EEXIST`: there is one with this number.
+    pub fn create(&self, domain: DomId, name: &str, passthrough: bool) -> std::result::Result<(), Errno> {
+        let text = model::Domain { id: domain.0, name: name.to_owned(), kind: "pv".to_owned(), passthrough };
+        let mut world = locked(&self.world);
+        if domain == DomId::DOM0 || world.xen.domains.contains_key(&domain) {
+            return Err(Errno::EEXIST);
+        }
+        let made = xen::Domain::from(&text);
+        locked(&self.tree).introduce(&made);
+        world.xen.domains.insert(domain, made);
+        Ok(())
     }
 
     /// Ends a domain: Xen takes its functions, xl its nodes, and whoever watches is told.
     pub fn destroy(&self, domain: DomId) {
-        locked(&self.world).destroy(domain);
+        locked(&self.world).xen.destroy(domain);
         self.rings.drop_domain(domain);
         locked(&self.tree).release(domain);
-        store::wake_listeners(&self.tree);
     }
 
-    /// Pulls a function out of its slot.
+    /// Puts a function into its slot; `yaml` describes it as an entry of `functions` does.
+    pub fn plug(&self, yaml: &str) -> std::result::Result<(), String> {
+        let function = serde_saphyr::from_str(yaml).map_err(|error| error.to_string())?;
+        locked(&self.world).plug(&function)
+    }
+
+    /// Pulls a function out of its slot, a PF with its VFs.
     pub fn unplug(&self, address: Sbdf) {
         locked(&self.world).remove_function(address);
     }
 
-    /// Makes an operation fail from now on, `times` times after `after` good ones.
-    pub fn fail(&self, operation: &str, address: Option<Sbdf>, errno: Errno, after: u32, times: u32) {
-        let failure = world::Failure { operation: operation.to_owned(), address, errno, after, times };
-        locked(&self.world).failures.push(failure);
+    /// Makes a function answer all ones, or answer again: dead, but still listed.
+    pub fn silence(&self, address: Sbdf, silent: bool) {
+        if let Some(function) = locked(&self.world).functions.get_mut(&address) {
+            function.silent = silent;
+        }
+    }
+
+    /// Whether dom0's kernel tells Xen of functions that come and go.
+    pub fn report_to_xen(&self, reporting: bool) {
+        locked(&self.world).reporting = reporting;
+    }
+
+    /// Makes an operation fail or take long.
+    pub fn fail(&self, failure: Failure) {
+        self.failures.add(failure);
     }
 
     /// How many calls shall still fail.
     pub fn pending_failures(&self) -> u32 {
-        locked(&self.world).failures.iter().map(|failure| failure.times).sum()
+        self.failures.pending()
     }
 
     /// Nothing fails from now on.
     pub fn forget_failures(&self) {
-        locked(&self.world).failures.clear();
+        self.failures.clear();
     }
 
     /// Who owns a function, as Xen's debug key Q shows it; `None` where Xen does not know it.
     pub fn owner(&self, address: Sbdf) -> Option<Owner> {
-        locked(&self.world).functions.get(&address)?.xen.as_ref().map(|xen| xen.owner)
+        locked(&self.world).xen.devices.get(&address).map(|device| device.owner)
     }
 
-    /// The vectors that are mapped for a domain.
-    pub fn vectors(&self, domain: DomId) -> BTreeMap<u32, Vector> {
-        locked(&self.world).vectors(domain)
-    }
-
-    /// How many page frames and ports a domain may use.
-    pub fn granted(&self, domain: DomId) -> usize {
-        let world = locked(&self.world);
-        world
-            .domains
-            .get(&domain)
-            .map_or(0, |domain| domain.frames.len() + domain.ports.len() + domain.lines.len())
-    }
-
-    /// Whether Xen guards a function's MSI-X table for a guest.
+    /// Whether a function's MSI-X table is prepared for a guest.
     pub fn msix_prepared(&self, address: Sbdf) -> bool {
+        locked(&self.world).xen.devices.get(&address).is_some_and(|device| device.used_entries > 0)
+    }
+
+    /// What Xen still lets a domain do.
+    pub fn grants(&self, domain: DomId) -> Grants {
         let world = locked(&self.world);
-        world
-            .functions
-            .get(&address)
-            .and_then(|function| function.xen.as_ref())
-            .is_some_and(|xen| xen.msix_prepared)
+        world.xen.domains.get(&domain).map_or_else(Grants::default, |domain| Grants {
+            frames: domain.frames.iter().collect(),
+            ports: domain.ports.iter().collect(),
+            lines: domain.lines.iter().copied().collect(),
+            vectors: domain.vectors.clone(),
+        })
+    }
+
+    /// How many pages of a domain are mapped by its backend.
+    pub fn connected_rings(&self, domain: DomId) -> usize {
+        self.rings.connected(domain)
     }
 
     /// Bytes of a function's config space as hardware has them, without any access.
@@ -160,5 +230,12 @@ impl Simulation {
         let world = locked(&self.world);
         let Some(function) = world.functions.get(&address) else { return vec![0xff; usize::from(length)] };
         (offset..offset + length).map(|at| function.registers.peek(at)).collect()
+    }
+
+    /// Sets bytes of a function's config space as hardware does, for example status bits.
+    pub fn poke(&self, address: Sbdf, offset: u16, bytes: &[u8]) {
+        if let Some(function) = locked(&self.world).functions.get_mut(&address) {
+            function.registers.poke(offset, bytes);
+        }
     }
 }

@@ -6,15 +6,29 @@ use serde::Deserialize;
 
 use crate::Sbdf;
 
+/// The models and drivers that every simulated host knows.
+const BUILT_IN: &str = include_str!("models.yaml");
+
 /// A whole host.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct Description {
     /// Xen's version, `major.minor`.
+    #[serde(default = "usual_version")]
     pub xen: String,
+    /// How many interrupts a guest can have besides the host's lines.
+    #[serde(default = "usual_irqs")]
+    pub extra_guest_irqs: u32,
+    /// Whether dom0's kernel tells Xen of functions that come and go.
+    #[serde(default = "yes")]
+    pub report_to_xen: bool,
     /// The PCI drivers that are loaded in dom0.
     pub drivers: Vec<String>,
-    /// Kinds of functions, by name.
+    /// What further drivers take, by name.
+    #[serde(default)]
+    pub driver_kinds: BTreeMap<String, DriverKind>,
+    /// Further kinds of functions, by name.
+    #[serde(default)]
     pub models: BTreeMap<String, Model>,
     /// The functions that are there at first.
     pub functions: Vec<Function>,
@@ -26,8 +40,36 @@ pub(super) struct Description {
     pub failures: Vec<Failure>,
 }
 
-/// A kind of function: what its config space holds and how hardware treats writes.
+/// The part of a description that is built in.
 #[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct Library {
+    pub driver_kinds: BTreeMap<String, DriverKind>,
+    pub models: BTreeMap<String, Model>,
+}
+
+/// What a driver takes.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct DriverKind {
+    /// Vendor and device ids, as `8086:10c9`.
+    #[serde(default)]
+    pub ids: Vec<String>,
+    /// Takes every function, but only by `driver_override`.
+    #[serde(default)]
+    pub any: bool,
+    /// Lets a PF have VFs.
+    #[serde(default)]
+    pub sriov: bool,
+    /// The most VFs the driver allows, if it allows fewer than the hardware.
+    pub max_vfs: Option<u16>,
+    /// Counts as an assigned function's holder: a PF driver keeps VFs that it holds. It prepares MSI-X for its functions.
+    #[serde(default)]
+    pub holds_for_guests: bool,
+}
+
+/// A kind of function: what its config space holds.
+#[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct Model {
     /// Rows as `lspci -xxxx` prints them; what is not listed is 0.
@@ -35,102 +77,82 @@ pub(super) struct Model {
     /// Bytes of config space: 64, 256 or 4096.
     #[serde(default = "extended")]
     pub size: u16,
-    /// Bits that keep what is written, by offset of their dword, both hexadecimal.
+    /// Bytes of each BAR by index, the expansion ROM's under 6, hexadecimal. What kind it is, config space says.
+    #[serde(default)]
+    pub bars: BTreeMap<u8, String>,
+    /// Bits that keep what is written besides those of the specification, by offset of their dword, hexadecimal.
     #[serde(default)]
     pub writable: BTreeMap<String, String>,
     /// Bits that a written 1 clears, likewise.
     #[serde(default)]
     pub clear_on_one: BTreeMap<String, String>,
-    /// Size and Linux's resource flags of each BAR, hexadecimal, by index.
-    #[serde(default)]
-    pub bars: BTreeMap<String, Bar>,
-    /// The driver that takes it when nothing is overridden.
-    pub driver: Option<String>,
-    /// Vendor and device id as Linux shows them, `8086:10ca`; by default what config space says.
-    pub id: Option<String>,
     /// How Linux can reset it.
     #[serde(default)]
     pub reset_methods: Vec<String>,
-    /// Entries of its MSI-X table; 0 where it has none.
-    #[serde(default)]
-    pub msix_entries: u16,
-    /// What SR-IOV adds.
-    pub sriov: Option<Sriov>,
-}
-
-fn extended() -> u16 {
-    4096
-}
-
-/// One BAR of a kind of function.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Bar {
-    /// Bytes.
-    pub size: String,
-    /// `IORESOURCE_*`.
-    pub flags: String,
-}
-
-/// What SR-IOV adds to a PF.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub(super) struct Sriov {
-    /// The kind its VFs are of.
-    pub model: String,
-    /// Most VFs.
-    pub total: u16,
-    /// Routing id of the first VF after the PF's.
-    pub first_offset: u32,
-    /// Distance of the next ones.
-    pub stride: u32,
-    /// The offset of NumVFs in config space, hexadecimal.
-    pub num_vfs_register: String,
-    /// Start of each VF BAR for VF 0, hexadecimal, by index; size and flags are the VF model's.
-    pub bars: BTreeMap<String, String>,
+    /// The kind its VFs are of, for a PF. Where they are and how many follows from its SR-IOV capability.
+    pub virtual_function: Option<String>,
 }
 
 /// One function.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct Function {
     /// Where it is.
     pub address: Sbdf,
     /// Its kind.
     pub model: String,
-    /// Where its BARs start, hexadecimal, by index.
+    /// Where its BARs start, hexadecimal, by index; the others are placed as firmware would.
     #[serde(default)]
-    pub bars: BTreeMap<String, String>,
+    pub bars: BTreeMap<u8, String>,
+    /// Where the BARs of its first VF start, likewise.
+    #[serde(default)]
+    pub vf_bars: BTreeMap<u8, String>,
     /// Its interrupt line.
     #[serde(default)]
     pub irq: u32,
+    /// Its NUMA node.
+    pub numa_node: Option<u32>,
+    /// Network interfaces that its own driver makes.
+    #[serde(default)]
+    pub interfaces: Vec<String>,
+    /// How many VFs are enabled at first.
+    #[serde(default)]
+    pub num_vfs: u16,
 }
 
 /// One domain.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct Domain {
     /// Its number.
     pub id: u16,
     /// Its name.
     pub name: String,
     /// `pv`, `pvh` or `hvm`.
-    #[serde(rename = "type")]
+    #[serde(rename = "type", default = "usual_type")]
     pub kind: String,
     /// Whether it was created with passthrough.
+    #[serde(default)]
     pub passthrough: bool,
 }
 
 /// An operation that fails.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct Failure {
     /// Which: the name of a method of the platform's traits, for example `reset`.
     pub operation: String,
     /// Only for this function.
     pub address: Option<Sbdf>,
-    /// The error number, as `EBUSY`.
-    pub errno: String,
+    /// Only for this domain.
+    pub domain: Option<u16>,
+    /// Only for this xenstore node and those below it.
+    pub path: Option<String>,
+    /// The error number, as `EBUSY`; without one it only takes long.
+    pub errno: Option<String>,
+    /// How long it takes, in milliseconds.
+    #[serde(default)]
+    pub delay_ms: u64,
     /// How many calls succeed before.
     #[serde(default)]
     pub after: u32,
@@ -139,8 +161,43 @@ pub(super) struct Failure {
     pub times: u32,
 }
 
+fn usual_version() -> String {
+    "4.17".to_owned()
+}
+
+fn usual_irqs() -> u32 {
+    32
+}
+
+fn usual_type() -> String {
+    "pv".to_owned()
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn extended() -> u16 {
+    4096
+}
+
 fn once() -> u32 {
     1
+}
+
+impl Description {
+    /// Reads a description and completes it by what is built in; its own models and drivers go first.
+    pub fn read(text: &str) -> Result<Self, String> {
+        let mut description: Self = serde_saphyr::from_str(text).map_err(|error| error.to_string())?;
+        let library: Library = serde_saphyr::from_str(BUILT_IN).map_err(|error| error.to_string())?;
+        for (name, model) in library.models {
+            description.models.entry(name).or_insert(model);
+        }
+        for (name, kind) in library.driver_kinds {
+            description.driver_kinds.entry(name).or_insert(kind);
+        }
+        Ok(description)
+    }
 }
 
 /// A hexadecimal number, with or without `0x`.
@@ -151,16 +208,18 @@ pub(super) fn hex(text: &str) -> Result<u64, String> {
 
 /// Rows of `lspci -xxxx` as bytes.
 pub(super) fn rows(text: &str, size: u16) -> Result<Vec<u8>, String> {
+    if !matches!(size, 64 | 256 | 4096) {
+        return Err(format!("config space has 64, 256 or 4096 bytes, not {size}"));
+    }
     let mut bytes = vec![0; usize::from(size)];
     for row in text.lines().map(str::trim).filter(|row| !row.is_empty()) {
         let (offset, values) =
             row.split_once(':').ok_or_else(|| format!("'{row}' is no row 'OFFSET: BYTES'"))?;
-        let offset = hex(offset)? as usize;
-        for (index, value) in values.split_whitespace().enumerate() {
+        let offset = hex(offset)?;
+        for (at, value) in (offset..).zip(values.split_whitespace()) {
             let value = u8::try_from(hex(value)?).map_err(|_| format!("'{value}' is no byte"))?;
-            let place =
-                bytes.get_mut(offset + index).ok_or_else(|| format!("row '{row}' ends behind {size:#x}"))?;
-            *place = value;
+            let place = usize::try_from(at).ok().and_then(|at| bytes.get_mut(at));
+            *place.ok_or_else(|| format!("row '{row}' ends behind {size:#x}"))? = value;
         }
     }
     Ok(bytes)

@@ -1,17 +1,16 @@
 //! A connection to the simulated xenstore.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::fuse::Fuse;
+use super::failures::{Failures, Subject};
 use super::locked;
-use super::tree::{Caller, Tree};
-use super::world::World;
+use super::tree::{Answer, Caller, Tree};
 use crate::DomId;
-use crate::platform::{Permissions, PlatformError, Result, Store, StoreOps, WatchEvent};
+use crate::platform::{Cause, Permissions, PlatformError, Result, Store, StoreOps, WatchEvent};
 
 /// How often a transaction is tried.
 const ATTEMPTS: usize = 100;
@@ -19,66 +18,24 @@ const ATTEMPTS: usize = 100;
 /// A connection, with the rights of its domain.
 pub struct SimStore {
     tree: Arc<Mutex<Tree>>,
+    failures: Failures,
+    domain: DomId,
     connection: u32,
     wake: Arc<EventFd>,
-    fuse: Fuse,
-    /// Where failures come from, for the service's own connection.
-    world: Option<Arc<Mutex<World>>>,
-}
-
-/// Who is woken when nodes change: all connections of one tree.
-static LISTENERS: Mutex<Vec<Listener>> = Mutex::new(Vec::new());
-
-struct Listener {
-    tree: Weak<Mutex<Tree>>,
-    connection: u32,
-    wake: Weak<EventFd>,
 }
 
 impl SimStore {
-    pub(super) fn connect(tree: &Arc<Mutex<Tree>>, domain: DomId) -> Result<Self> {
+    pub(super) fn connect(tree: &Arc<Mutex<Tree>>, domain: DomId, failures: &Failures) -> Result<Self> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = EventFd::from_value_and_flags(0, flags)
             .map_err(|errno| PlatformError::new("connect to", "the simulated xenstore", errno))?;
         let wake = Arc::new(wake);
-        let connection = locked(tree).connect(domain);
-        let listener = Listener { tree: Arc::downgrade(tree), connection, wake: Arc::downgrade(&wake) };
-        locked(&LISTENERS).push(listener);
-        Ok(Self { tree: Arc::clone(tree), connection, wake, fuse: Fuse::default(), world: None })
+        let connection = locked(tree).connect(domain, &wake);
+        Ok(Self { tree: Arc::clone(tree), failures: failures.clone(), domain, connection, wake })
     }
 
-    /// The same connection, of a service that dies when the fuse says so and whose calls may be made to fail.
-    pub(super) fn of_a_life(mut self, world: &Arc<Mutex<World>>, fuse: &Fuse) -> Self {
-        self.fuse = fuse.clone();
-        self.world = Some(Arc::clone(world));
-        self
-    }
-
-    fn injected(&self, operation: &str, action: &'static str, subject: &str) -> Result<()> {
-        let answer = self.world.as_ref().map_or(Ok(()), |world| locked(world).injected(operation, None));
-        answer.map_err(|errno| PlatformError::new(action, subject, errno))
-    }
-
-    fn caller(&self) -> Caller {
-        Caller { connection: self.connection, transaction: None }
-    }
-
-    fn direct(&self) -> Within<'_> {
-        Within { store: self, caller: self.caller() }
-    }
-}
-
-/// Wakes every connection of a tree that has events.
-pub(super) fn wake_listeners(tree: &Arc<Mutex<Tree>>) {
-    let mut listeners = locked(&LISTENERS);
-    listeners.retain(|listener| listener.wake.strong_count() > 0);
-    for listener in listeners.iter().filter(|listener| listener.tree.as_ptr() == Arc::as_ptr(tree)) {
-        if locked(tree).has_events(listener.connection)
-            && let Some(wake) = listener.wake.upgrade()
-        {
-            // Full is as awake as can be.
-            let _ = wake.write(1);
-        }
+    fn within(&self, transaction: Option<u32>) -> Within<'_> {
+        Within { store: self, caller: Caller { connection: self.connection, transaction } }
     }
 }
 
@@ -88,6 +45,7 @@ impl Drop for SimStore {
     }
 }
 
+/// The nodes as a transaction sees them, or outside of any.
 struct Within<'a> {
     store: &'a SimStore,
     caller: Caller,
@@ -96,89 +54,94 @@ struct Within<'a> {
 impl Within<'_> {
     fn ask<T>(
         &self,
-        action: &'static str,
+        (operation, action): (&str, &'static str),
         path: &str,
-        body: impl FnOnce(&mut Tree, Caller) -> std::result::Result<T, Errno>,
+        body: impl FnOnce(&mut Tree, Caller) -> Answer<T>,
     ) -> Result<T> {
-        let answer = body(&mut locked(&self.store.tree), self.caller);
-        if self.caller.transaction.is_none() {
-            wake_listeners(&self.store.tree);
-        }
-        answer.map_err(|errno| PlatformError::new(action, path, errno))
+        let subject = Subject { path: Some(path), ..Subject::from(self.store.domain) };
+        let failed = self.store.failures.check(operation, subject);
+        let call = || Ok(body(&mut locked(&self.store.tree), self.caller)?);
+        // What a transaction does is done when it is committed.
+        let changes = matches!(operation, "write" | "remove" | "set_permissions");
+        let answer = failed.and_then(|()| match self.caller.transaction {
+            None if changes => self.store.failures.fuse.change(call),
+            _ => call(),
+        });
+        answer.map_err(|cause| PlatformError::new(action, path, cause))
     }
 }
 
 impl StoreOps for Within<'_> {
     fn read(&self, path: &str) -> Result<Option<Vec<u8>>> {
-        self.ask("read xenstore node", path, |tree, caller| tree.read(caller, path))
+        self.ask(("read", "read xenstore node"), path, |tree, caller| tree.read(caller, path))
     }
 
     fn list(&self, path: &str) -> Result<Vec<String>> {
-        self.ask("list xenstore node", path, |tree, caller| tree.list(caller, path))
+        self.ask(("list", "list xenstore node"), path, |tree, caller| tree.list(caller, path))
     }
 
     fn write(&self, path: &str, value: &[u8]) -> Result<()> {
-        self.ask("write xenstore node", path, |tree, caller| tree.write(caller, path, value))
+        self.ask(("write", "write xenstore node"), path, |tree, caller| tree.write(caller, path, value))
     }
 
     fn remove(&self, path: &str) -> Result<()> {
-        self.ask("remove xenstore node", path, |tree, caller| tree.remove(caller, path))
+        self.ask(("remove", "remove xenstore node"), path, |tree, caller| tree.remove(caller, path))
     }
 
     fn set_permissions(&self, path: &str, permissions: &Permissions) -> Result<()> {
-        let set = |tree: &mut Tree, caller: Caller| tree.set_permissions(caller, path, permissions);
-        self.ask("set the permissions of xenstore node", path, set)
+        let operation = ("set_permissions", "set the permissions of xenstore node");
+        self.ask(operation, path, |tree, caller| tree.set_permissions(caller, path, permissions))
     }
 
     fn permissions(&self, path: &str) -> Result<Option<Permissions>> {
-        self.ask("read the permissions of xenstore node", path, |tree, caller| tree.permissions(caller, path))
+        let operation = ("permissions", "read the permissions of xenstore node");
+        self.ask(operation, path, |tree, caller| tree.permissions(caller, path))
     }
 }
 
 impl StoreOps for SimStore {
     fn read(&self, path: &str) -> Result<Option<Vec<u8>>> {
-        self.injected("read", "read xenstore node", path)?;
-        self.direct().read(path)
+        self.within(None).read(path)
     }
 
     fn list(&self, path: &str) -> Result<Vec<String>> {
-        self.direct().list(path)
+        self.within(None).list(path)
     }
 
     fn write(&self, path: &str, value: &[u8]) -> Result<()> {
-        self.fuse.change(|| self.direct().write(path, value))
+        self.within(None).write(path, value)
     }
 
     fn remove(&self, path: &str) -> Result<()> {
-        self.fuse.change(|| self.direct().remove(path))
+        self.within(None).remove(path)
     }
 
     fn set_permissions(&self, path: &str, permissions: &Permissions) -> Result<()> {
-        self.fuse.change(|| self.direct().set_permissions(path, permissions))
+        self.within(None).set_permissions(path, permissions)
     }
 
     fn permissions(&self, path: &str) -> Result<Option<Permissions>> {
-        self.direct().permissions(path)
+        self.within(None).permissions(path)
     }
 }
 
 impl Store for SimStore {
     fn transaction(&self, body: &mut dyn FnMut(&dyn StoreOps) -> Result<()>) -> Result<()> {
-        let subject = "a xenstore transaction";
-        self.injected("transaction", "commit", subject)?;
+        let error = |cause| PlatformError::new("commit", "a xenstore transaction", cause);
         for _ in 0..ATTEMPTS {
             let id = locked(&self.tree).begin(self.connection);
-            let caller = Caller { transaction: Some(id), ..self.caller() };
-            let done = body(&Within { store: self, caller });
-            let ended = self.fuse.change(|| locked(&self.tree).end(id, done.is_ok()));
+            let done = body(&self.within(Some(id)));
+            let failed = self.failures.check("transaction", self.domain.into());
+            let ended =
+                self.failures.fuse.change(|| locked(&self.tree).end(id, done.is_ok() && failed.is_ok()));
             done?;
-            wake_listeners(&self.tree);
-            match ended {
+            match failed.and(ended.map_err(Cause::from)) {
                 Ok(()) => return Ok(()),
-                Err(Errno::EAGAIN) => {}
-                Err(errno) => return Err(PlatformError::new("commit", subject, errno)),
+                Err(Cause::Os(Errno::EAGAIN)) => {}
+                Err(cause) => return Err(error(cause)),
             }
         }
+        let subject = format!("a xenstore transaction, {ATTEMPTS} times");
         Err(PlatformError::new("commit", subject, Errno::EAGAIN))
     }
 
@@ -187,15 +150,15 @@ impl Store for SimStore {
     }
 
     fn watch(&self, path: &str, token: &str) -> Result<()> {
-        self.injected("watch", "watch xenstore node", path)?;
-        self.direct()
-            .ask("watch xenstore node", path, |tree, caller| tree.watch(caller.connection, path, token))
+        self.within(None).ask(("watch", "watch xenstore node"), path, |tree, caller| {
+            tree.watch(caller.connection, path, token)
+        })
     }
 
     fn unwatch(&self, path: &str, token: &str) -> Result<()> {
-        self.injected("unwatch", "stop watching xenstore node", path)?;
-        let unwatch = |tree: &mut Tree, caller: Caller| tree.unwatch(caller.connection, path, token);
-        self.direct().ask("stop watching xenstore node", path, unwatch)
+        self.within(None).ask(("unwatch", "stop watching xenstore node"), path, |tree, caller| {
+            tree.unwatch(caller.connection, path, token)
+        })
     }
 
     fn event_fd(&self) -> BorrowedFd<'_> {
@@ -203,13 +166,7 @@ impl Store for SimStore {
     }
 
     fn next_event(&self) -> Result<Option<WatchEvent>> {
-        self.fuse.look();
-        let mut tree = locked(&self.tree);
-        let event = tree.next_event(self.connection);
-        if !tree.has_events(self.connection) {
-            // Empty is as good as read.
-            let _ = self.wake.read();
-        }
-        Ok(event)
+        self.failures.fuse.look();
+        Ok(locked(&self.tree).next_event(self.connection))
     }
 }

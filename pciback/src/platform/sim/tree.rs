@@ -1,61 +1,35 @@
-//! xenstore's nodes, transactions, watches and permissions, in memory.
+//! xenstore's nodes, watches and permissions, in memory, as the C xenstored treats them.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 
 use nix::errno::Errno;
+use nix::sys::eventfd::EventFd;
 
-use super::world::SimDomain;
+use super::transaction::{Change, Transaction};
 use crate::DomId;
 use crate::platform::{Permissions, WatchEvent};
 
-type Answer<T> = Result<T, Errno>;
+pub(super) type Answer<T> = Result<T, Errno>;
 
-/// Longest path and value that xenstored takes.
+/// Longest absolute path, and most bytes of one request: a path, its end and a value.
 const PATH_LIMIT: usize = 3072;
-const VALUE_LIMIT: usize = 4096;
+const REQUEST_LIMIT: usize = 4096;
 
 #[derive(Debug, Clone)]
 pub(super) struct Node {
-    value: Vec<u8>,
-    permissions: Permissions,
+    pub value: Vec<u8>,
+    pub permissions: Permissions,
+    /// Names of the nodes right below. They are part of the node: making one changes it.
+    pub children: BTreeSet<String>,
     /// Counts all changes of the tree; a transaction notices by it that a node is not what it was.
-    generation: u64,
-}
-
-struct Watch {
-    path: String,
-    token: String,
+    pub generation: u64,
 }
 
 struct Connection {
     domain: DomId,
-    watches: Vec<Watch>,
     events: VecDeque<WatchEvent>,
-}
-
-/// What a transaction has seen and done.
-#[derive(Default)]
-struct Transaction {
-    connection: u32,
-    /// Generation of each path it looked at; `None`: there was nothing.
-    seen: BTreeMap<String, Option<u64>>,
-    changes: Vec<Change>,
-    nodes: BTreeMap<String, Node>,
-}
-
-enum Change {
-    Write(String),
-    Remove(String),
-    Permissions(String),
-}
-
-pub(super) struct Tree {
-    nodes: BTreeMap<String, Node>,
-    generation: u64,
-    introduced: BTreeSet<DomId>,
-    connections: BTreeMap<u32, Connection>,
-    transactions: BTreeMap<u32, Transaction>,
-    next_id: u32,
+    wake: Arc<EventFd>,
 }
 
 /// Who asks, and within which transaction.
@@ -65,321 +39,305 @@ pub(super) struct Caller {
     pub transaction: Option<u32>,
 }
 
-fn check_path(path: &str) -> Answer<()> {
+pub(super) struct Tree {
+    pub(super) nodes: BTreeMap<String, Arc<Node>>,
+    pub(super) transactions: BTreeMap<u32, Transaction>,
+    generation: u64,
+    introduced: BTreeSet<DomId>,
+    connections: BTreeMap<u32, Connection>,
+    /// Connection and token by watched path.
+    watches: BTreeMap<String, Vec<(u32, String)>>,
+    next_id: u32,
+}
+
+pub(super) fn check_path(path: &str) -> Answer<()> {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-/_@".contains(&byte);
     let well_formed = path.starts_with('/')
-        && path.len() <= PATH_LIMIT
+        && path.len() < PATH_LIMIT
         && path.bytes().all(plain)
         && (path == "/" || !path.ends_with('/'))
         && !path.contains("//");
     well_formed.then_some(()).ok_or(Errno::EINVAL)
 }
 
-fn parent(path: &str) -> Option<&str> {
-    let (parent, _) = path.rsplit_once('/')?;
-    Some(if parent.is_empty() { "/" } else { parent })
+/// The path above, and the name below it.
+pub(super) fn split(path: &str) -> Option<(&str, &str)> {
+    let (above, name) = path.rsplit_once('/').filter(|(_, name)| !name.is_empty())?;
+    Some((if above.is_empty() { "/" } else { above }, name))
 }
 
-fn is_below(path: &str, top: &str) -> bool {
-    path == top || top == "/" || path.strip_prefix(top).is_some_and(|rest| rest.starts_with('/'))
+pub(super) fn below(path: &str, name: &str) -> String {
+    if path == "/" { format!("/{name}") } else { format!("{path}/{name}") }
+}
+
+fn may_read(node: &Node, domain: DomId) -> bool {
+    domain == DomId::DOM0 || node.permissions.owner == domain || node.permissions.readers.contains(&domain)
 }
 
 impl Tree {
     pub fn new() -> Self {
         let permissions = Permissions { owner: DomId::DOM0, readers: Vec::new() };
-        let root = Node { value: Vec::new(), permissions: permissions.clone(), generation: 0 };
+        let root = Node { value: Vec::new(), permissions, children: BTreeSet::new(), generation: 0 };
         let mut tree = Self {
-            nodes: BTreeMap::from([("/".to_owned(), root)]),
+            nodes: BTreeMap::from([("/".to_owned(), Arc::new(root))]),
+            transactions: BTreeMap::new(),
             generation: 0,
             introduced: BTreeSet::from([DomId::DOM0]),
             connections: BTreeMap::new(),
-            transactions: BTreeMap::new(),
+            watches: BTreeMap::new(),
             next_id: 1,
         };
-        tree.force("/local/domain/0/domid", b"0", &permissions);
-        tree.force("/local/domain/0/name", b"Domain-0", &permissions);
+        tree.furnish();
         tree
     }
 
-    pub fn connect(&mut self, domain: DomId) -> u32 {
-        let id = self.next_id;
+    fn new_id(&mut self) -> u32 {
         self.next_id += 1;
-        self.connections.insert(id, Connection { domain, watches: Vec::new(), events: VecDeque::new() });
+        self.next_id
+    }
+
+    pub fn connect(&mut self, domain: DomId, wake: &Arc<EventFd>) -> u32 {
+        let id = self.new_id();
+        let connection = Connection { domain, events: VecDeque::new(), wake: Arc::clone(wake) };
+        self.connections.insert(id, connection);
         id
     }
 
     pub fn disconnect(&mut self, connection: u32) {
         self.connections.remove(&connection);
         self.transactions.retain(|_, transaction| transaction.connection != connection);
-    }
-
-    /// The nodes that xl makes for a domain.
-    pub fn introduce(&mut self, domain: &SimDomain) {
-        let id = domain.id;
-        let home = format!("/local/domain/{id}");
-        let readable = Permissions { owner: DomId::DOM0, readers: vec![id] };
-        for (path, value) in [
-            (home.clone(), String::new()),
-            (format!("{home}/name"), domain.name.clone()),
-            (format!("{home}/domid"), id.to_string()),
-            (format!("{home}/device"), String::new()),
-            (format!("/libxl/{id}/type"), domain.kind.clone()),
-        ] {
-            self.force(&path, value.as_bytes(), &readable);
+        for watches in self.watches.values_mut() {
+            watches.retain(|(watcher, _)| *watcher != connection);
         }
-        // A guest's own corner, as xl gives it.
-        self.force(&format!("{home}/data"), b"", &Permissions { owner: id, readers: Vec::new() });
-        self.introduced.insert(id);
-        self.fire("@introduceDomain");
-    }
-
-    /// A domain is gone, and its nodes with it.
-    pub fn release(&mut self, domain: DomId) {
-        self.introduced.remove(&domain);
-        self.take_out(&format!("/local/domain/{domain}"));
-        self.take_out(&format!("/libxl/{domain}"));
-        self.fire("@releaseDomain");
+        self.watches.retain(|_, watches| !watches.is_empty());
     }
 
     pub fn is_introduced(&self, domain: DomId) -> bool {
         self.introduced.contains(&domain)
     }
 
-    fn force(&mut self, path: &str, value: &[u8], permissions: &Permissions) {
-        self.generation += 1;
-        let mut above = parent(path);
-        while let Some(missing) = above.filter(|missing| !self.nodes.contains_key(*missing)) {
-            let node =
-                Node { value: Vec::new(), permissions: permissions.clone(), generation: self.generation };
-            self.nodes.insert(missing.to_owned(), node);
-            above = parent(missing);
+    pub(super) fn set_introduced(&mut self, domain: DomId, alive: bool) {
+        if alive {
+            self.introduced.insert(domain);
+        } else {
+            self.introduced.remove(&domain);
         }
-        let node =
-            Node { value: value.to_vec(), permissions: permissions.clone(), generation: self.generation };
-        self.nodes.insert(path.to_owned(), node);
-        self.fire(path);
-    }
-
-    fn take_out(&mut self, top: &str) {
-        self.generation += 1;
-        self.nodes.retain(|path, _| !is_below(path, top));
-        self.fire(top);
+        self.fire(if alive { "@introduceDomain" } else { "@releaseDomain" }, false);
     }
 
     fn domain(&self, caller: Caller) -> DomId {
         self.connections.get(&caller.connection).map_or(DomId::DOM0, |connection| connection.domain)
     }
 
-    /// A node as the caller sees it; a transaction remembers that it looked.
-    fn look(&mut self, caller: Caller, path: &str) -> Answer<Option<Node>> {
-        check_path(path)?;
-        let node = self.nodes.get(path).cloned();
-        let Some(id) = caller.transaction else { return Ok(node) };
+    /// A node as the caller sees it, whatever its rights; a transaction remembers that it looked.
+    fn get(&mut self, caller: Caller, path: &str) -> Answer<Option<Arc<Node>>> {
+        let common = self.nodes.get(path).cloned();
+        let Some(id) = caller.transaction else { return Ok(common) };
         let transaction = self.transactions.get_mut(&id).ok_or(Errno::ENOENT)?;
-        let own = transaction.nodes.get(path).cloned();
-        if own.is_some() || transaction.removed(path) {
-            return Ok(own);
-        }
-        transaction.seen.entry(path.to_owned()).or_insert(node.as_ref().map(|node| node.generation));
-        Ok(node)
+        Ok(transaction.see(path, common))
     }
 
-    fn may(&mut self, caller: Caller, path: &str, write: bool) -> Answer<()> {
-        let domain = self.domain(caller);
-        if domain == DomId::DOM0 {
-            return Ok(());
-        }
-        // What does not exist belongs to whoever owns the node above.
-        let mut at = Some(path);
-        while let Some(here) = at {
-            if let Some(node) = self.look(caller, here)? {
-                let owns = node.permissions.owner == domain;
-                let reads = !write && node.permissions.readers.contains(&domain);
-                return (owns || reads).then_some(()).ok_or(Errno::EACCES);
+    /// Sets or deletes a node where the caller sees it.
+    fn put(&mut self, caller: Caller, path: &str, node: Option<Node>) -> Answer<()> {
+        self.generation += 1;
+        let generation = self.generation;
+        let node = node.map(|node| Arc::new(Node { generation, ..node }));
+        match caller.transaction {
+            Some(id) => {
+                let transaction = self.transactions.get_mut(&id).ok_or(Errno::ENOENT)?;
+                transaction.nodes.insert(path.to_owned(), node);
             }
-            at = parent(here);
+            None => self.store(path.to_owned(), node),
         }
-        Err(Errno::EACCES)
+        Ok(())
+    }
+
+    pub(super) fn store(&mut self, path: String, node: Option<Arc<Node>>) {
+        match node {
+            Some(node) => self.nodes.insert(path, node),
+            None => self.nodes.remove(&path),
+        };
+    }
+
+    /// Tells the watchers, at once or when the transaction is committed.
+    fn changed(&mut self, caller: Caller, path: &str, exact: bool) -> Answer<()> {
+        match caller.transaction {
+            Some(id) => {
+                let transaction = self.transactions.get_mut(&id).ok_or(Errno::ENOENT)?;
+                transaction.changed(Change { path: path.to_owned(), exact });
+            }
+            None => self.fire(path, exact),
+        }
+        Ok(())
+    }
+
+    /// Who may write may read. A guest that may not read a node does not learn whether it exists.
+    fn look(&mut self, caller: Caller, path: &str, write: bool) -> Answer<Option<Arc<Node>>> {
+        check_path(path)?;
+        let domain = self.domain(caller);
+        let found = self.get(caller, path)?;
+        let (mut governing, mut at) = (found.clone(), path);
+        while governing.is_none() {
+            let Some((above, _)) = split(at) else { break };
+            governing = self.get(caller, above)?;
+            at = above;
+        }
+        let allowed = governing.is_some_and(|node| {
+            domain == DomId::DOM0 || node.permissions.owner == domain || !write && may_read(&node, domain)
+        });
+        if allowed { Ok(found) } else { Err(Errno::EACCES) }
     }
 
     pub fn read(&mut self, caller: Caller, path: &str) -> Answer<Option<Vec<u8>>> {
-        let Some(node) = self.look(caller, path)? else { return Ok(None) };
-        self.may(caller, path, false)?;
-        Ok(Some(node.value))
+        Ok(self.look(caller, path, false)?.map(|node| node.value.clone()))
     }
 
     pub fn list(&mut self, caller: Caller, path: &str) -> Answer<Vec<String>> {
-        if self.look(caller, path)?.is_none() {
-            return Ok(Vec::new());
-        }
-        self.may(caller, path, false)?;
-        let transaction = caller.transaction.and_then(|id| self.transactions.get(&id));
-        let own = transaction.map(|transaction| transaction.nodes.keys()).into_iter().flatten();
-        let common = self.nodes.keys().filter(|path| !transaction.is_some_and(|found| found.removed(path)));
-        let children: BTreeSet<String> = own
-            .chain(common)
-            .filter(|candidate| candidate.as_str() != "/" && parent(candidate) == Some(path))
-            .filter_map(|child| Some(child.rsplit_once('/')?.1.to_owned()))
-            .collect();
-        Ok(children.into_iter().collect())
+        let node = self.look(caller, path, false)?;
+        Ok(node.map(|node| node.children.iter().cloned().collect()).unwrap_or_default())
     }
 
     pub fn permissions(&mut self, caller: Caller, path: &str) -> Answer<Option<Permissions>> {
-        let Some(node) = self.look(caller, path)? else { return Ok(None) };
-        self.may(caller, path, false)?;
-        Ok(Some(node.permissions))
+        Ok(self.look(caller, path, false)?.map(|node| node.permissions.clone()))
     }
 
     pub fn write(&mut self, caller: Caller, path: &str, value: &[u8]) -> Answer<()> {
-        check_path(path)?;
-        if value.len() > VALUE_LIMIT {
+        if path.len() + 1 + value.len() > REQUEST_LIMIT {
             return Err(Errno::E2BIG);
         }
-        self.may(caller, path, true)?;
-        let domain = self.domain(caller);
-        let permissions = match self.look(caller, path)? {
-            Some(node) => node.permissions,
-            None => {
-                let above = parent(path).unwrap_or("/");
-                if self.look(caller, above)?.is_none() {
-                    self.write(caller, above, b"")?;
-                }
-                // New nodes inherit; what a guest makes is its own.
-                let above = self.look(caller, above)?.map(|node| node.permissions);
-                let inherited = above.unwrap_or(Permissions { owner: domain, readers: Vec::new() });
-                if domain == DomId::DOM0 { inherited } else { Permissions { owner: domain, ..inherited } }
-            }
+        let node = match self.look(caller, path, true)? {
+            Some(node) => Node { value: value.to_vec(), ..Node::clone(&node) },
+            None => Node { value: value.to_vec(), ..self.create(caller, path)? },
         };
-        self.generation += 1;
-        let node = Node { value: value.to_vec(), permissions, generation: self.generation };
-        self.put(caller, path, node, Change::Write(path.to_owned()))
+        self.put(caller, path, Some(node))?;
+        self.changed(caller, path, false)
+    }
+
+    /// A new node and, where they are missing, those above it. It takes its parent's permissions; what a guest makes is
+    /// the guest's own.
+    fn create(&mut self, caller: Caller, path: &str) -> Answer<Node> {
+        let (above, name) = split(path).ok_or(Errno::EINVAL)?;
+        let mut parent = match self.get(caller, above)? {
+            Some(parent) => Node::clone(&parent),
+            None => self.create(caller, above)?,
+        };
+        let domain = self.domain(caller);
+        let mut permissions = parent.permissions.clone();
+        if domain != DomId::DOM0 {
+            permissions.owner = domain;
+        }
+        parent.children.insert(name.to_owned());
+        self.put(caller, above, Some(parent))?;
+        Ok(Node { value: Vec::new(), permissions, children: BTreeSet::new(), generation: 0 })
     }
 
     pub fn set_permissions(&mut self, caller: Caller, path: &str, permissions: &Permissions) -> Answer<()> {
-        let node = self.look(caller, path)?.ok_or(Errno::ENOENT)?;
-        self.may(caller, path, true)?;
-        self.generation += 1;
-        let node = Node { permissions: permissions.clone(), generation: self.generation, ..node };
-        self.put(caller, path, node, Change::Permissions(path.to_owned()))
-    }
-
-    fn put(&mut self, caller: Caller, path: &str, node: Node, change: Change) -> Answer<()> {
-        if let Some(id) = caller.transaction {
-            let transaction = self.transactions.get_mut(&id).ok_or(Errno::ENOENT)?;
-            transaction.nodes.insert(path.to_owned(), node);
-            transaction.changes.push(change);
-        } else {
-            self.nodes.insert(path.to_owned(), node);
-            self.fire(path);
+        let node = self.look(caller, path, true)?.ok_or(Errno::ENOENT)?;
+        if self.domain(caller) != DomId::DOM0 && permissions.owner != node.permissions.owner {
+            return Err(Errno::EPERM);
         }
-        Ok(())
+        if !self.introduced.contains(&permissions.owner) {
+            return Err(Errno::ENOENT);
+        }
+        let node = Node { permissions: permissions.clone(), ..Node::clone(&node) };
+        self.put(caller, path, Some(node))?;
+        self.changed(caller, path, false)
     }
 
     pub fn remove(&mut self, caller: Caller, path: &str) -> Answer<()> {
         if path == "/" {
             return Err(Errno::EINVAL);
         }
-        if self.look(caller, path)?.is_none() {
-            return Ok(());
+        let Some(node) = self.look(caller, path, true)? else { return Ok(()) };
+        if let Some((above, name)) = split(path)
+            && let Some(parent) = self.get(caller, above)?
+        {
+            let mut parent = Node::clone(&parent);
+            parent.children.remove(name);
+            self.put(caller, above, Some(parent))?;
         }
-        self.may(caller, path, true)?;
-        match caller.transaction {
-            None => self.take_out(path),
-            Some(id) => {
-                let transaction = self.transactions.get_mut(&id).ok_or(Errno::ENOENT)?;
-                transaction.nodes.retain(|below, _| !is_below(below, path));
-                transaction.changes.push(Change::Remove(path.to_owned()));
+        self.delete(caller, path, &node, false)
+    }
+
+    /// Who watches above hears of the top only, who watches below of the node there.
+    fn delete(&mut self, caller: Caller, path: &str, node: &Node, exact: bool) -> Answer<()> {
+        for name in &node.children {
+            let child = below(path, name);
+            if let Some(node) = self.get(caller, &child)? {
+                self.delete(caller, &child, &node, true)?;
             }
         }
-        Ok(())
+        self.put(caller, path, None)?;
+        self.changed(caller, path, exact)
     }
 
     pub fn begin(&mut self, connection: u32) -> u32 {
-        let id = self.next_id;
-        self.next_id += 1;
-        self.transactions.insert(id, Transaction { connection, ..Transaction::default() });
+        let id = self.new_id();
+        self.transactions.insert(id, Transaction::of(connection));
         id
-    }
-
-    /// Ends a transaction; `EAGAIN` when somebody changed what it looked at.
-    pub fn end(&mut self, id: u32, commit: bool) -> Answer<()> {
-        let transaction = self.transactions.remove(&id).ok_or(Errno::ENOENT)?;
-        if !commit {
-            return Ok(());
-        }
-        let now = |path: &String| self.nodes.get(path).map(|node| node.generation);
-        if transaction.seen.iter().any(|(path, before)| now(path) != *before) {
-            return Err(Errno::EAGAIN);
-        }
-        for change in &transaction.changes {
-            if let Change::Remove(path) = change {
-                self.nodes.retain(|below, _| !is_below(below, path));
-            }
-        }
-        self.nodes.extend(transaction.nodes);
-        for change in transaction.changes {
-            match change {
-                Change::Write(path) | Change::Remove(path) | Change::Permissions(path) => self.fire(&path),
-            }
-        }
-        Ok(())
     }
 
     pub fn watch(&mut self, connection: u32, path: &str, token: &str) -> Answer<()> {
         if !path.starts_with('@') {
             check_path(path)?;
         }
-        let connection = self.connections.get_mut(&connection).ok_or(Errno::EBADF)?;
-        if connection.watches.iter().any(|watch| watch.path == path && watch.token == token) {
+        let watches = self.watches.entry(path.to_owned()).or_default();
+        if watches.iter().any(|(watcher, other)| *watcher == connection && other == token) {
             return Err(Errno::EEXIST);
         }
-        connection.watches.push(Watch { path: path.to_owned(), token: token.to_owned() });
+        watches.push((connection, token.to_owned()));
         // A watch says once that it is there.
-        connection.events.push_back(WatchEvent { path: path.to_owned(), token: token.to_owned() });
+        self.send(connection, path, token);
         Ok(())
     }
 
+    /// Events that are waiting already stay.
     pub fn unwatch(&mut self, connection: u32, path: &str, token: &str) -> Answer<()> {
-        let connection = self.connections.get_mut(&connection).ok_or(Errno::EBADF)?;
-        let before = connection.watches.len();
-        connection.watches.retain(|watch| watch.path != path || watch.token != token);
-        connection.events.retain(|event| event.token != token);
-        (connection.watches.len() < before).then_some(()).ok_or(Errno::ENOENT)
+        let watches = self.watches.get_mut(path).ok_or(Errno::ENOENT)?;
+        let before = watches.len();
+        watches.retain(|(watcher, other)| *watcher != connection || other != token);
+        (watches.len() < before).then_some(()).ok_or(Errno::ENOENT)
     }
 
     pub fn next_event(&mut self, connection: u32) -> Option<WatchEvent> {
-        self.connections.get_mut(&connection)?.events.pop_front()
+        let connection = self.connections.get_mut(&connection)?;
+        let event = connection.events.pop_front();
+        if connection.events.is_empty() {
+            // Empty is as good as read.
+            let _ = connection.wake.read();
+        }
+        event
     }
 
-    /// Which connections have events.
-    pub fn has_events(&self, connection: u32) -> bool {
-        self.connections.get(&connection).is_some_and(|connection| !connection.events.is_empty())
+    fn send(&mut self, connection: u32, path: &str, token: &str) {
+        let Some(connection) = self.connections.get_mut(&connection) else { return };
+        connection.events.push_back(WatchEvent { path: path.to_owned(), token: token.to_owned() });
+        // Full is as awake as can be.
+        let _ = connection.wake.write(1);
     }
 
-    fn fire(&mut self, path: &str) {
-        for connection in self.connections.values_mut() {
-            for watch in &connection.watches {
-                let special = path.starts_with('@');
-                // A removed node takes what is below with it: who watches there is told as well.
-                let touched = if special {
-                    watch.path == path
-                } else {
-                    is_below(path, &watch.path) || is_below(&watch.path, path)
-                };
-                if touched {
-                    let event = WatchEvent { path: path.to_owned(), token: watch.token.clone() };
-                    if connection.events.back() != Some(&event) {
-                        connection.events.push_back(event);
-                    }
-                }
-            }
+    /// Tells who watches the path or, unless `exact`, one above, and may read it.
+    pub(super) fn fire(&mut self, path: &str, exact: bool) {
+        let mut told = Vec::new();
+        let mut at = Some(path);
+        while let Some(watched) = at {
+            let watches = self.watches.get(watched);
+            told.extend(watches.into_iter().flatten().filter(|(id, _)| self.hears(*id, path)).cloned());
+            at = split(watched).map(|(above, _)| above).filter(|_| !exact);
+        }
+        for (connection, token) in told {
+            self.send(connection, path, &token);
         }
     }
-}
 
-impl Transaction {
-    /// Whether this transaction removed a node and did not make it again.
-    fn removed(&self, path: &str) -> bool {
-        self.changes.iter().any(|change| matches!(change, Change::Remove(top) if is_below(path, top)))
+    fn hears(&self, connection: u32, path: &str) -> bool {
+        let Some(domain) = self.connections.get(&connection).map(|connection| connection.domain) else {
+            return false;
+        };
+        let (mut at, mut node) = (path, self.nodes.get(path));
+        while let (None, Some((above, _))) = (node, split(at)) {
+            (at, node) = (above, self.nodes.get(above));
+        }
+        domain == DomId::DOM0 || node.is_some_and(|node| may_read(node, domain))
     }
 }

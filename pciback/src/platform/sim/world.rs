@@ -1,340 +1,259 @@
-//! The state of the simulated host besides xenstore.
+//! The functions of the simulated host, and what happens to them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::config::Registers;
-use super::model::{self, Description, Model};
-use crate::platform::{MsiSource, Resource};
+use super::hardware::Masks;
+use super::model::{Description, DriverKind};
+use super::placement::{Kind, Placement};
+use super::registers::{Effect, Registers};
+use super::xen::{Device, Owner, Xen};
+use crate::config::Access;
+use crate::platform::Resource;
 use crate::{DomId, Sbdf};
 
-/// Who owns a function in Xen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Owner {
-    /// dom0.
-    Host,
-    /// The quarantine domain.
-    Quarantine,
-    /// A guest.
-    Guest(DomId),
-}
-
-/// A vector that is mapped for a guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Vector {
-    /// The function that sends it.
-    pub address: Sbdf,
-    /// Which of its interrupts; `None` for MSI.
-    pub entry: Option<u16>,
-}
-
-/// What Xen knows of a function.
-#[derive(Debug, Clone)]
-pub(super) struct XenDevice {
-    pub owner: Owner,
-    pub msix_prepared: bool,
-}
+pub(super) type Answer<T> = Result<T, Errno>;
 
 pub(super) struct SimFunction {
-    pub model: String,
+    pub kind: Arc<Kind>,
     pub registers: Registers,
     pub resources: [Resource; 13],
     pub irq: u32,
+    pub numa_node: Option<u32>,
+    /// What its own driver makes.
+    pub interfaces: Vec<String>,
     pub driver: Option<String>,
     pub driver_override: Option<String>,
     pub physical_function: Option<Sbdf>,
     pub virtual_functions: Vec<Sbdf>,
     pub vf_autoprobe: bool,
-    pub xen: Option<XenDevice>,
-}
-
-pub(super) struct SimDomain {
-    pub id: DomId,
-    pub name: String,
-    pub kind: String,
-    pub passthrough: bool,
-    pub frames: BTreeSet<u64>,
-    pub ports: BTreeSet<u32>,
-    pub lines: BTreeSet<u32>,
-    /// By pirq.
-    pub vectors: BTreeMap<u32, Vector>,
-}
-
-pub(super) struct Failure {
-    pub operation: String,
-    pub address: Option<Sbdf>,
-    pub errno: Errno,
-    pub after: u32,
-    pub times: u32,
+    /// Answers all ones until it is reset.
+    pub silent: bool,
 }
 
 pub(super) struct World {
-    pub version: (u32, u32),
     pub drivers: Vec<String>,
-    pub models: BTreeMap<String, Model>,
+    pub driver_kinds: BTreeMap<String, DriverKind>,
+    pub placement: Placement,
     pub functions: BTreeMap<Sbdf, SimFunction>,
-    pub domains: BTreeMap<DomId, SimDomain>,
-    pub failures: Vec<Failure>,
+    pub xen: Xen,
+    /// Whether dom0's kernel tells Xen of functions that come and go.
+    pub reporting: bool,
 }
 
-/// Interrupt lines of the host; a guest's pirqs lie behind them, 32 by default.
-pub(super) const LINES: u32 = 24;
-pub(super) const EXTRA_PIRQS: u32 = 32;
-
-const VENDOR_ID: u16 = 0;
+pub(super) const COMMAND: u16 = 0x04;
+pub(super) const COMMAND_MEMORY: u16 = 1 << 1;
+const SRIOV_CONTROL: u16 = 8;
+const SRIOV_ENABLE: u16 = 1;
 
 impl World {
     pub fn new(description: &Description) -> Result<Self, String> {
         let version = description.xen.split_once('.');
         let version = version.and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
-        let text = |value: &str| -> Result<Errno, String> { errno(value) };
         let mut world = Self {
-            version: version.ok_or_else(|| format!("xen: '{}' is no version", description.xen))?,
             drivers: description.drivers.clone(),
-            models: BTreeMap::new(),
+            driver_kinds: description.driver_kinds.clone(),
+            placement: Placement::new(&description.models)?,
             functions: BTreeMap::new(),
-            domains: BTreeMap::new(),
-            failures: Vec::new(),
+            xen: Xen {
+                version: version.ok_or_else(|| format!("xen: '{}' is no version", description.xen))?,
+                extra_pirqs: description.extra_guest_irqs,
+                devices: BTreeMap::new(),
+                domains: BTreeMap::new(),
+                lines: description
+                    .functions
+                    .iter()
+                    .map(|function| function.irq)
+                    .filter(|irq| *irq != 0)
+                    .collect(),
+            },
+            reporting: true,
         };
-        for failure in &description.failures {
-            world.failures.push(Failure {
-                operation: failure.operation.clone(),
-                address: failure.address,
-                errno: text(&failure.errno)?,
-                after: failure.after,
-                times: failure.times,
-            });
+        for name in &description.drivers {
+            if !world.driver_kinds.contains_key(name) {
+                return Err(format!("drivers: nothing says what '{name}' takes; add it to driver-kinds"));
+            }
         }
         for domain in &description.domains {
-            let id = DomId(domain.id);
-            world.domains.insert(
-                id,
-                SimDomain {
-                    id,
-                    name: domain.name.clone(),
-                    kind: domain.kind.clone(),
-                    passthrough: domain.passthrough,
-                    frames: BTreeSet::new(),
-                    ports: BTreeSet::new(),
-                    lines: BTreeSet::new(),
-                    vectors: BTreeMap::new(),
-                },
-            );
+            if world.xen.domains.insert(DomId(domain.id), domain.into()).is_some()
+                || DomId(domain.id) == DomId::DOM0
+                || DomId(domain.id) >= DomId::FIRST_RESERVED
+            {
+                return Err(format!("domains: {} is taken", domain.id));
+            }
         }
         for function in &description.functions {
-            let model = description.models.get(&function.model);
-            let model = model
-                .ok_or_else(|| format!("{}: there is no model '{}'", function.address, function.model))?;
-            let placed =
-                place(model, &function.bars, 0).map_err(|why| format!("{}: {why}", function.address))?;
-            let mut made = new_function(&function.model, model, placed, None)?;
-            made.irq = function.irq;
-            if let Some(sriov) = &model.sriov {
-                let vf_model = description.models.get(&sriov.model);
-                let vf_model = vf_model.ok_or_else(|| format!("there is no model '{}'", sriov.model))?;
-                let vf_bars = place(vf_model, &sriov.bars, 0)?;
-                for (index, bar) in vf_bars[..6].iter().enumerate() {
-                    made.resources[7 + index] = Resource { size: bar.size * u64::from(sriov.total), ..*bar };
-                }
-            }
-            made.driver = model.driver.clone().filter(|driver| description.drivers.contains(driver));
-            world.functions.insert(function.address, made);
+            world.plug(function).map_err(|why| format!("{}: {why}", function.address))?;
         }
-        world.models =
-            description.models.iter().map(|(name, model)| (name.clone(), clone_model(model))).collect();
+        world.reporting = description.report_to_xen;
         Ok(world)
     }
 
-    /// Whether this call is one that shall fail.
-    pub fn injected(&mut self, operation: &str, address: Option<Sbdf>) -> Result<(), Errno> {
-        let matches = |failure: &&mut Failure| {
-            failure.operation == operation
-                && failure.times > 0
-                && (failure.address.is_none() || failure.address == address)
-        };
-        let Some(failure) = self.failures.iter_mut().find(matches) else { return Ok(()) };
-        if failure.after > 0 {
-            failure.after -= 1;
-            return Ok(());
+    pub fn function(&mut self, address: Sbdf) -> Answer<&mut SimFunction> {
+        self.functions.get_mut(&address).ok_or(Errno::ENOENT)
+    }
+
+    /// A function appears in its slot, as `functions` of the description has it.
+    pub fn plug(&mut self, function: &super::model::Function) -> Result<(), String> {
+        let made = self.placement.physical(function)?;
+        if self.functions.contains_key(&function.address) {
+            return Err("there is a function already".to_owned());
         }
-        failure.times -= 1;
-        Err(failure.errno)
+        self.appear(function.address, made);
+        self.bind(function.address);
+        if function.num_vfs > 0 {
+            self.set_num_vfs(function.address, function.num_vfs)
+                .map_err(|errno| format!("num-vfs: {errno}"))?;
+        }
+        Ok(())
     }
 
-    pub fn vectors(&self, domain: DomId) -> BTreeMap<u32, Vector> {
-        self.domains.get(&domain).map(|domain| domain.vectors.clone()).unwrap_or_default()
-    }
-
-    /// Xen takes a dead domain's functions and forgets the rest.
-    pub fn destroy(&mut self, domain: DomId) {
-        self.domains.remove(&domain);
-        let devices = self.functions.values_mut().filter_map(|function| function.xen.as_mut());
-        for device in devices.filter(|device| device.owner == Owner::Guest(domain)) {
-            device.owner = Owner::Quarantine;
+    /// The kernel finds a function and, usually, tells Xen.
+    pub fn appear(&mut self, address: Sbdf, function: SimFunction) {
+        let physical_function = function.physical_function;
+        self.functions.insert(address, function);
+        // The kernel only logs what Xen says.
+        if self.reporting
+            && let Err(errno) = self.report(address, physical_function)
+        {
+            log::warn!("{address}: the simulated Xen refuses the report: {errno}");
         }
     }
 
+    /// A function leaves, with its VFs, by the kernel or by somebody's hand.
     pub fn remove_function(&mut self, address: Sbdf) {
-        let gone = self.functions.remove(&address);
-        for vf in gone.map(|function| function.virtual_functions).unwrap_or_default() {
-            self.functions.remove(&vf);
+        let vfs = self.functions.get(&address).map(|gone| gone.virtual_functions.clone()).unwrap_or_default();
+        for vf in vfs {
+            self.remove_function(vf);
         }
-        for domain in self.domains.values_mut() {
-            domain.vectors.retain(|_, vector| vector.address != address);
+        self.unbind(address);
+        self.functions.remove(&address);
+        if self.reporting
+            && let Err(errno) = self.xen.remove(address)
+        {
+            log::warn!("{address}: the simulated Xen refuses to forget it: {errno}");
         }
     }
 
-    /// What NumVFs and VF Enable do, with dom0's kernel telling Xen.
-    pub fn set_num_vfs(&mut self, pf: Sbdf, count: u16) -> Result<(), Errno> {
-        let (model, present) = match self.functions.get(&pf) {
-            None => return Err(Errno::ENOENT),
-            Some(function) => (function.model.clone(), function.virtual_functions.len()),
+    /// `PHYSDEVOP_pci_device_add`: Xen looks at the function's capabilities once, now.
+    pub fn report(&mut self, address: Sbdf, physical_function: Option<Sbdf>) -> Answer<()> {
+        let registers = &self.functions.get(&address).ok_or(Errno::ENODEV)?.registers;
+        let layout = &registers.masks().layout;
+        let device = Device {
+            owner: Owner::Host,
+            physical_function,
+            msi: layout.msi.is_some(),
+            entries: layout.msix.map_or(0, |at| (registers.peek16(at + 2) & 0x7ff) + 1),
+            used_entries: 0,
+            broken: false,
         };
-        let sriov = self.models.get(&model).and_then(|model| model.sriov.clone()).ok_or(Errno::ENOENT)?;
-        if count > sriov.total {
-            return Err(Errno::ERANGE);
+        self.xen.add(address, device)
+    }
+
+    /// Whether memory decoding is on; a VF's is its PF's (Xen looks there, too).
+    pub fn decodes_memory(&self, address: Sbdf) -> bool {
+        let function = self.functions.get(&address);
+        let decoder = function.and_then(|function| function.physical_function).unwrap_or(address);
+        self.read(decoder, COMMAND) & COMMAND_MEMORY != 0
+    }
+
+    /// Xen writes its own state into the function again; a vector keeps MSI-X enabled.
+    pub fn restore_msi(&mut self, address: Sbdf) -> Answer<()> {
+        self.xen.device(address)?;
+        let vectors = self.xen.domains.values().flat_map(|domain| domain.vectors.values());
+        let mut mapped = vectors.filter(|vector| vector.address == address);
+        let Some(first) = mapped.next() else { return Ok(()) };
+        let msix = first.entry.is_some();
+        if msix && !self.decodes_memory(address) {
+            return Err(Errno::ENXIO);
         }
-        if count > 0 && present > 0 && usize::from(count) != present {
-            return Err(Errno::EBUSY);
-        }
-        if usize::from(count) == present {
-            return Ok(());
-        }
-        if count == 0 {
-            // PF drivers such as igb keep VFs that xen-pciback holds.
-            let held =
-                |vf: &Sbdf| self.functions.get(vf).is_some_and(|vf| vf.driver.as_deref() == Some("pciback"));
-            let vfs = self.functions.get(&pf).map(|pf| pf.virtual_functions.clone()).unwrap_or_default();
-            if vfs.iter().any(held) {
-                return Err(Errno::EPERM);
+        if let Some(function) = self.functions.get_mut(&address) {
+            let layout = function.registers.masks().layout.clone();
+            match (msix, layout.msix, layout.msi) {
+                (true, Some(at), _) => function.registers.change16(at + 2, 0, 0x8000),
+                (false, _, Some(at)) => function.registers.change16(at + 2, 0, 0x0001),
+                _ => {}
             }
-            for vf in vfs {
-                self.remove_function(vf);
-            }
-        }
-        let mut vfs = Vec::new();
-        for index in 0..u32::from(count) {
-            let vf = pf.offset_by(sriov.first_offset + index * sriov.stride).ok_or(Errno::ENOMEM)?;
-            self.add_vf(pf, &sriov, vf, index)?;
-            vfs.push(vf);
-        }
-        let register = model::hex(&sriov.num_vfs_register).map_err(|_| Errno::EIO)? as u16;
-        if let Some(function) = self.functions.get_mut(&pf) {
-            function.virtual_functions = vfs;
-            function.registers.poke(register, &count.to_le_bytes());
         }
         Ok(())
     }
 
-    fn add_vf(&mut self, pf: Sbdf, sriov: &model::Sriov, vf: Sbdf, index: u32) -> Result<(), Errno> {
-        let model = self.models.get(&sriov.model).ok_or(Errno::EIO)?;
-        let placed = place(model, &sriov.bars, index).map_err(|_| Errno::EIO)?;
-        let mut made = new_function(&sriov.model, model, placed, Some(pf)).map_err(|_| Errno::EIO)?;
-        let autoprobe = self.functions.get(&pf).is_some_and(|pf| pf.vf_autoprobe);
-        made.driver = model.driver.clone().filter(|driver| autoprobe && self.drivers.contains(driver));
-        self.functions.insert(vf, made);
-        Ok(())
+    /// Whether the function answers on the bus: a VF only while its PF enables it.
+    fn answers(&self, address: Sbdf) -> bool {
+        let Some(function) = self.functions.get(&address).filter(|function| !function.silent) else {
+            return false;
+        };
+        let Some(physical_function) = function.physical_function else { return true };
+        self.functions.get(&physical_function).is_some_and(|pf| {
+            let control = pf.registers.masks().layout.sriov.map(|at| pf.registers.peek16(at + SRIOV_CONTROL));
+            !pf.silent && control.is_some_and(|control| control & SRIOV_ENABLE != 0)
+        })
     }
-}
 
-/// Where the BARs of a function are; a VF's lie one behind the other.
-fn place(model: &Model, starts: &BTreeMap<String, String>, index: u32) -> Result<[Resource; 13], String> {
-    let mut resources = [Resource::default(); 13];
-    for (number, bar) in &model.bars {
-        let place: usize =
-            number.parse().ok().filter(|number| *number < 7).ok_or(format!("no BAR {number}"))?;
-        let start = starts.get(number).ok_or(format!("BAR {number} has no start"))?;
-        let (size, flags) = (model::hex(&bar.size)?, model::hex(&bar.flags)?);
-        if !size.is_power_of_two() {
-            return Err(format!("BAR {number}: its size must be a power of two"));
+    fn read(&self, address: Sbdf, at: u16) -> u16 {
+        match self.functions.get(&address) {
+            Some(function) if self.answers(address) => function.registers.peek16(at),
+            _ => 0xffff,
         }
-        resources[place] = Resource { start: model::hex(start)? + u64::from(index) * size, size, flags };
     }
-    Ok(resources)
-}
 
-fn new_function(
-    name: &str,
-    model: &Model,
-    resources: [Resource; 13],
-    physical_function: Option<Sbdf>,
-) -> Result<SimFunction, String> {
-    let mut registers = Registers::new(model)?;
-    if physical_function.is_none() {
-        for (index, bar) in resources[..6].iter().enumerate().filter(|(_, bar)| bar.exists()) {
-            registers.place_bar(index, bar.start, bar.size, bar.flags & Resource::MEMORY_64 != 0);
+    pub fn config_read(&self, address: Sbdf, access: Access) -> u32 {
+        match self.functions.get(&address) {
+            Some(function) if self.answers(address) => function.registers.read(access),
+            _ => access.width().mask(),
         }
-    } else {
-        // A VF's ids read all ones; its PF has them.
-        registers.poke(VENDOR_ID, &[0xff; 4]);
     }
-    Ok(SimFunction {
-        model: name.to_owned(),
-        registers,
-        resources,
-        irq: 0,
-        driver: None,
-        driver_override: None,
-        physical_function,
-        virtual_functions: Vec::new(),
-        vf_autoprobe: true,
-        xen: Some(XenDevice { owner: Owner::Host, msix_prepared: false }),
-    })
-}
 
-fn clone_model(model: &Model) -> Model {
-    Model {
-        config: model.config.clone(),
-        size: model.size,
-        writable: model.writable.clone(),
-        clear_on_one: model.clear_on_one.clone(),
-        bars: model.bars.clone(),
-        driver: model.driver.clone(),
-        id: model.id.clone(),
-        reset_methods: model.reset_methods.clone(),
-        msix_entries: model.msix_entries,
-        sriov: model.sriov.clone(),
-    }
-}
-
-/// The error numbers that a description may name.
-fn errno(name: &str) -> Result<Errno, String> {
-    let known = [
-        Errno::EPERM,
-        Errno::ENOENT,
-        Errno::EIO,
-        Errno::ENXIO,
-        Errno::EAGAIN,
-        Errno::ENOMEM,
-        Errno::EACCES,
-        Errno::EBUSY,
-        Errno::EEXIST,
-        Errno::ENODEV,
-        Errno::EINVAL,
-        Errno::ENOSPC,
-        Errno::ENOTTY,
-        Errno::ETIMEDOUT,
-        Errno::EOPNOTSUPP,
-        Errno::ENODATA,
-        Errno::ESRCH,
-    ];
-    let found = known.into_iter().find(|errno| format!("{errno:?}") == name);
-    found.ok_or_else(|| format!("'{name}' is no error number that can be injected"))
-}
-
-impl World {
-    /// The function that a mapped source belongs to must be there, and the table prepared.
-    pub fn check_source(&self, address: Sbdf, source: MsiSource) -> Result<(), Errno> {
-        let function = self.functions.get(&address).ok_or(Errno::ENODEV)?;
-        let device = function.xen.as_ref().ok_or(Errno::ENODEV)?;
-        let entries = self.models.get(&function.model).map_or(0, |model| model.msix_entries);
-        match source {
-            MsiSource::Msi => Ok(()),
-            MsiSource::MsiX { .. } if entries == 0 => Err(Errno::ENODEV),
-            MsiSource::MsiX { entry, .. } if entry >= entries => Err(Errno::EINVAL),
-            MsiSource::MsiX { .. } if !device.msix_prepared => Err(Errno::ENODATA),
-            MsiSource::MsiX { .. } => Ok(()),
+    /// dom0's write, of which Xen keeps back what would touch its own interrupts.
+    pub fn config_write(&mut self, address: Sbdf, access: Access, value: u32) {
+        if !self.answers(address) || self.intercepted(address, access) {
+            return;
         }
+        let Some(function) = self.functions.get_mut(&address) else { return };
+        if function.registers.write(access, value) == Effect::FunctionLevelReset {
+            self.hardware_reset(address);
+        }
+    }
+
+    /// `pci_msi_conf_write_intercept` of Xen: MSI-X takes a control word of two bytes only; MSI with masks, while it is in
+    /// use, its control word of two bytes and its mask of four. The rest vanishes.
+    fn intercepted(&self, address: Sbdf, access: Access) -> bool {
+        let (Some(function), Some(device)) = (self.functions.get(&address), self.xen.devices.get(&address))
+        else {
+            return false;
+        };
+        let (at, width) = (access.offset(), access.width().bytes());
+        let layout = &function.registers.masks().layout;
+        if let Some(msix) = layout.msix.filter(|_| device.entries > 0) {
+            return (msix..msix + 12).contains(&at) && (at, width) != (msix + 2, 2);
+        }
+        let Some(msi) = layout.msi else { return false };
+        let control = function.registers.peek16(msi + 2);
+        let mask = if control & 0x80 != 0 { msi + 16 } else { msi + 12 };
+        let in_use = self.xen.domains.values().flat_map(|domain| domain.vectors.values());
+        let mut in_use = in_use.filter(|vector| vector.address == address && vector.entry.is_none());
+        control & 0x100 != 0
+            && (msi..mask + 8).contains(&at)
+            && (at, width) != (msi + 2, 2)
+            && (at, width) != (mask, 4)
+            && in_use.next().is_some()
+    }
+}
+
+impl SimFunction {
+    /// The ids that Linux shows: a VF's follow from its PF.
+    pub fn ids(&self, functions: &BTreeMap<Sbdf, Self>) -> (u16, u16) {
+        let pf = self.physical_function.and_then(|pf| functions.get(&pf));
+        let sriov = pf.and_then(|pf| Some((pf, pf.registers.masks().layout.sriov?)));
+        match sriov {
+            Some((pf, at)) => (pf.registers.peek16(0), pf.registers.peek16(at + 0x1a)),
+            None => (self.registers.peek16(0), self.registers.peek16(2)),
+        }
+    }
+
+    pub fn masks(&self) -> &Masks {
+        self.registers.masks()
     }
 }

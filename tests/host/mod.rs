@@ -1,0 +1,148 @@
+//! What all system tests do with a booted lab: start xpcid, ask Xen who owns what, compare.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use crate::{Builder, Guest, GuestConfig, Lab, Process};
+
+/// What is awaited inside an emulated machine, on a busy host.
+pub const SOON: Duration = Duration::from_secs(60);
+/// The 82576 and its first VFs in the lab.
+pub const PF: &str = "0000:01:00.0";
+/// Its VFs.
+pub const VFS: [&str; 3] = ["0000:01:10.0", "0000:01:10.2", "0000:01:10.4"];
+
+/// A lab with the product installed.
+pub fn builder() -> Builder {
+    Lab::builder()
+        .install("target/release/xpcid", "/usr/sbin/xpcid")
+        .install("target/release/xpci", "/usr/sbin/xpci")
+}
+
+/// Starts the service and waits until it listens.
+pub fn start_service(lab: &Lab) -> Result<Process> {
+    // A predecessor that was killed leaves its socket behind.
+    lab.dom0("rm -f /run/xpci/control").ok()?;
+    let service = lab.spawn("xpcid")?;
+    lab.wait_for("xpcid's control socket", SOON, "[ -S /run/xpci/control ]")?;
+    Ok(service)
+}
+
+/// The PF up with an address, xen-pciback loaded, the service running.
+pub fn prepare(lab: &Lab) -> Result<Process> {
+    lab.dom0("modprobe igb && modprobe xen-pciback").ok()?;
+    lab.wait_for("the PF's network interface", SOON, &format!("[ -d /sys/bus/pci/devices/{PF}/net ]"))?;
+    lab.dom0(
+        "ip link set $(pf_interface) up && ip addr add 10.9.9.1/24 dev $(pf_interface)"
+            .replace("$(pf_interface)", &format!("$(ls /sys/bus/pci/devices/{PF}/net)"))
+            .as_str(),
+    )
+    .ok()?;
+    start_service(lab)
+}
+
+/// Sets a VF's MAC address through the PF.
+pub fn set_mac(lab: &Lab, index: usize, mac: &str) -> Result<()> {
+    lab.dom0(&format!("ip link set $(ls /sys/bus/pci/devices/{PF}/net) vf {index} mac {mac}")).ok().map(drop)
+}
+
+/// An `xpci` command that must succeed.
+pub fn xpci(lab: &Lab, arguments: &str) -> Result<String> {
+    lab.dom0(&format!("xpci {arguments}")).ok()
+}
+
+/// An `xpci` command that must fail: its exit status and what it says.
+pub fn xpci_fails(lab: &Lab, arguments: &str) -> Result<(i32, String)> {
+    let output = lab.dom0(&format!("xpci {arguments}")).run()?;
+    ensure!(output.status() != 0, "'xpci {arguments}' succeeded: {}", output.stdout());
+    Ok((output.status(), output.stderr()))
+}
+
+/// `xpci status` as JSON.
+pub fn status(lab: &Lab) -> Result<Value> {
+    let text = xpci(lab, "status --json")?;
+    let envelope: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
+    Ok(envelope["result"].clone())
+}
+
+/// The state of one function in `xpci status`; `host` when it is not listed.
+pub fn state(lab: &Lab, address: &str) -> Result<String> {
+    let status = status(lab)?;
+    let functions = status["functions"].as_array().context("no functions in status")?;
+    let found = functions.iter().find(|function| function["address"] == address);
+    Ok(found.and_then(|function| function["state"].as_str()).unwrap_or("host").to_owned())
+}
+
+/// Sends Xen a debug key and returns what it prints for it.
+fn debug_key(lab: &Lab, key: &str) -> Result<String> {
+    lab.dom0("xl dmesg -c >/dev/null").ok()?;
+    lab.dom0(&format!("xl debug-keys {key}")).ok()?;
+    lab.dom0("xl dmesg").ok()
+}
+
+/// Who owns a function, in Xen's own words: `d0`, `d[IO]` or `DomIO:...`, `d1` and so on.
+pub fn owner(lab: &Lab, address: &str) -> Result<String> {
+    let report = debug_key(lab, "Q")?;
+    let line = report.lines().find(|line| line.contains(address)).with_context(|| report.clone())?;
+    let rest = line.split_once(&format!("{address} - ")).with_context(|| line.to_owned())?.1;
+    Ok(rest.split_whitespace().next().unwrap_or_default().to_owned())
+}
+
+/// Whether Xen's quarantine domain owns a function.
+pub fn is_held(lab: &Lab, address: &str) -> Result<bool> {
+    let owner = owner(lab, address)?.to_lowercase();
+    Ok(owner.contains("io"))
+}
+
+/// What Xen says a guest may use, besides memory: interrupts, I/O memory and ports, one line each.
+pub fn granted(lab: &Lab, domain: u32) -> Result<Vec<String>> {
+    let report = debug_key(lab, "q")?;
+    let start =
+        report.find(&format!("General information for domain {domain}:")).with_context(|| report.clone())?;
+    let own = &report[start..];
+    let end = own[1..].find("General information for domain").map_or(own.len(), |end| end + 1);
+    let kinds = ["Interrupts", "I/O Memory", "I/O Ports"];
+    let lines = own[..end].lines().filter(|line| kinds.iter().any(|kind| line.contains(kind)));
+    Ok(lines.map(|line| line.trim_start_matches("(XEN)").trim().to_owned()).collect())
+}
+
+/// Nothing that xpcid gave a guest is left: memory, interrupts, grants mapped by dom0, nodes.
+pub fn nothing_remains(lab: &Lab, guest: &Guest<'_>) -> Result<()> {
+    let domain = guest.domid()?;
+    for line in granted(lab, domain)? {
+        ensure!(line.ends_with("{ }") || line.ends_with("{}"), "domain {domain} keeps {line}");
+    }
+    let nodes = lab.dom0("xenstore-ls -f /local/domain").ok()?;
+    let left: Vec<&str> = nodes
+        .lines()
+        .filter(|line| {
+            line.contains("backend/xpci/") || line.contains(&format!("domain/{domain}/device/pci"))
+        })
+        .collect();
+    ensure!(left.is_empty(), "nodes are left: {left:#?}");
+    let images = lab.dom0("ls /run/xpci/images").ok()?;
+    ensure!(images.trim().is_empty(), "images are left: {images}");
+    Ok(())
+}
+
+/// Starts a guest that can be given functions.
+pub fn guest<'a>(lab: &'a Lab, name: &str) -> Result<Guest<'a>> {
+    lab.guest(&GuestConfig::pv(name))
+}
+
+/// Loads igbvf in a guest and gives the interface of its first function an address.
+pub fn bring_up(guest: &Guest<'_>, address: &str) -> Result<()> {
+    guest.wait_for("the function", SOON, "[ -e /sys/bus/pci/devices/0000:00:00.0 ]")?;
+    guest.run("modprobe igbvf").ok()?;
+    guest.wait_for("its interface", SOON, "[ -d /sys/bus/pci/devices/0000:00:00.0/net ]")?;
+    let interface = "$(ls /sys/bus/pci/devices/0000:00:00.0/net)";
+    guest.run(&format!("ip addr add {address}/24 dev {interface} && ip link set {interface} up")).ok()?;
+    guest.wait_for("its link", SOON, &format!("[ \"$(cat /sys/class/net/{interface}/carrier)\" = 1 ]"))
+}
+
+/// Packets get through from here to there, and back.
+pub fn ping(from: &Guest<'_>, to: &str) -> Result<()> {
+    from.run(&format!("ping -c 3 -w 20 {to}")).limit(SOON).ok().map(drop)
+}
