@@ -93,7 +93,7 @@ pub(super) fn deassign(context: &Context<'_>, record: &mut Record) -> Result<(),
     let domain = guest_of(record)?;
     match context.platform.hypervisor.deassign(domain, record.address) {
         Ok(()) => Ok(()),
-        // A domain that is gone has lost it to the quarantine domain; a step that never ran has nothing to undo.
+        // A domain that is gone has lost it to the quarantine domain; one without passthrough never had it.
         Err(error) if nobodys(context, &error, record.address) => Ok(()),
         Err(error) => Err(Failure::from(error).on(record.address).of(domain)),
     }
@@ -101,7 +101,7 @@ pub(super) fn deassign(context: &Context<'_>, record: &mut Record) -> Result<(),
 
 fn nobodys(context: &Context<'_>, error: &PlatformError, address: Sbdf) -> bool {
     let hypervisor = &context.platform.hypervisor;
-    matches!(error.errno(), Some(Errno::EINVAL | Errno::ENODEV | Errno::ESRCH))
+    matches!(error.errno(), Some(Errno::EINVAL | Errno::ENODEV | Errno::ESRCH | Errno::EOPNOTSUPP))
         && (hypervisor.assignable(address).unwrap_or(false)
             || !hypervisor.device_known(address).unwrap_or(true))
 }
