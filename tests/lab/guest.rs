@@ -49,7 +49,8 @@ impl GuestConfig {
         self
     }
 
-    fn text(&self) -> String {
+    /// The xl.cfg.
+    pub fn text(&self) -> String {
         let mut text = format!(
             "name=\"{}\"\ntype=\"pv\"\nkernel=\"/guest/vmlinuz\"\nramdisk=\"/guest/initrd.cpio\"\nmemory={}\nvcpus=1\n\
              extra=\"console=hvc0 rdinit=/init iommu=soft swiotlb=65536\"\npassthrough=\"{}\"\n",
@@ -74,8 +75,15 @@ pub struct Guest<'a> {
 struct Console {
     domid: u32,
     link: Arc<Link>,
-    // Dropping it kills the bridge in dom0, so that the next one is the console's only reader.
-    _bridge: Arc<Process>,
+    bridge: Arc<Process>,
+}
+
+impl Drop for Console {
+    /// Ends the bridge in dom0, so that the next one is the console's only reader.
+    fn drop(&mut self) {
+        // It may have ended by itself, with the domain.
+        _ = self.bridge.signal(nix::libc::SIGKILL);
+    }
 }
 
 const BOOT_LIMIT: Duration = Duration::from_secs(240);
@@ -151,12 +159,11 @@ impl<'a> Guest<'a> {
         let write = bridge.writer();
         let link = Link::new(move |frame| write(&frame.to_line()));
         let log = self.lab.log_file(&format!("guest-{}.log", self.name))?;
-        let (of_thread, reader) = (Arc::downgrade(&link), Arc::downgrade(&bridge));
+        let (of_thread, reader) = (Arc::downgrade(&link), Arc::clone(&bridge));
         thread::spawn(move || {
             let mut decoder = LineDecoder::default();
             let mut log = log;
-            // A weak hold: the bridge must end when the guest object lets go of it.
-            while let Some(bytes) = reader.upgrade().and_then(|bridge| bridge.next_output()) {
+            while let Some(bytes) = reader.next_output() {
                 let frames = decoder.push(&bytes);
                 let Some(link) = of_thread.upgrade() else { return };
                 for frame in frames {
@@ -173,8 +180,9 @@ impl<'a> Guest<'a> {
                 link.dead("the guest's console closed: the domain ended or rebooted");
             }
         });
-        self.greet(&link, limit)?;
-        *console = Some(Console { domid, link, _bridge: bridge });
+        let new = Console { domid, link, bridge };
+        self.greet(&new.link, limit)?;
+        *console = Some(new);
         Ok(domid)
     }
 

@@ -71,13 +71,16 @@ pub struct Images {
     pub guest: PathBuf,
 }
 
+/// Part of the cache's key: whatever changes here makes other images.
+const THIS_FILE: &str = include_str!("image.rs");
+
 /// Everything for this Xen, made or taken from the cache.
 pub fn images(version: XenVersion) -> Result<Images> {
     let _lock = packages::lock()?;
     let trees = packages::trees(version)?;
     let folder = packages::cache()?.join(format!("image-{}", version.name()));
     let key = format!(
-        "{RECIPE}{}{DOM0_INIT}{GUEST_INIT}{DOM0_MODULES:?}{GUEST_MODULES:?}{DOM0_PROGRAMS:?}",
+        "{THIS_FILE}{}{DOM0_INIT}{GUEST_INIT}{DOM0_MODULES:?}{GUEST_MODULES:?}{DOM0_PROGRAMS:?}",
         trees.key()?
     );
     let kernel = trees.find(&format!("boot/vmlinuz-{}", trees.kernel_release()?))?;
@@ -168,8 +171,12 @@ fn busybox(archive: &mut Archive<impl Write>, trees: &Trees) -> Result<()> {
     let path = trees.find("/bin/busybox")?;
     archive.copy("/bin/busybox", &path, 0o755)?;
     let list = packages::run(Command::new(&path).arg("--list"))?;
-    let shadowed = |name: &str| ["ip", "ping"].contains(&name) || KMOD_NAMES.contains(&name);
+    let shadowed = |name: &str| ["ip", "ping", "sh"].contains(&name) || KMOD_NAMES.contains(&name);
     let real = archive.contains("/bin/kmod");
+    if real {
+        // busybox's own shell would run its own ip, whatever PATH says.
+        archive.link("/bin/sh", "bash")?;
+    }
     for name in String::from_utf8_lossy(&list).lines().filter(|n| !(real && shadowed(n))) {
         archive.link(&format!("/bin/{name}"), "busybox")?;
     }

@@ -200,7 +200,7 @@ impl Process {
     }
 
     /// Waits for more standard output and takes it; `None` at the end.
-    pub(crate) fn next_output(&self) -> Option<Vec<u8>> {
+    pub fn next_output(&self) -> Option<Vec<u8>> {
         self.channel.wait(None, |c| {
             let bytes = std::mem::take(&mut c.stdout);
             (!bytes.is_empty()).then_some(Some(bytes)).or(c.exit.is_some().then_some(None))
@@ -208,7 +208,7 @@ impl Process {
     }
 
     /// A second hold on the input side, for another thread.
-    pub(crate) fn writer(&self) -> impl Fn(&[u8]) -> Result<()> + std::marker::Send + Sync + 'static {
+    pub fn writer(&self) -> impl Fn(&[u8]) -> Result<()> + std::marker::Send + Sync + 'static {
         let (link, id) = (Arc::downgrade(&self.link), self.id);
         move |bytes| match link.upgrade() {
             Some(link) => link.send(Kind::STDIN, id, bytes),

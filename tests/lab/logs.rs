@@ -26,8 +26,8 @@ pub(crate) fn folder(name: &str) -> Result<PathBuf> {
 const COLLECTED: [(&str, &str); 5] = [
     ("xl-dmesg.log", "xl dmesg"),
     ("dom0-dmesg.log", "dmesg"),
-    ("xl.log", "xl list; tail -n 200 /var/log/xen/*.log"),
-    ("guest-consoles.log", "tail -n 2000 /var/log/xen/console/*.log | tr -d '\\002\\003'"),
+    ("xl.log", "xl list; cat /var/log/xen/*.log"),
+    ("guest-consoles.log", "cat /var/log/xen/console/*.log | tr -d '\\002\\003'"),
     ("xenstore.log", "xenstore-ls -fp"),
 ];
 

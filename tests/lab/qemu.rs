@@ -59,7 +59,7 @@ impl Qemu {
                 }
             };
             let output = child.stdout.take();
-            let pid = Pid::from_raw(child.id().cast_signed());
+            let pid = Pid::from_raw(child.id() as i32);
             _ = tell.send(Ok((pid, child.stdin.take())));
             let (over, is_over) = mpsc::channel::<()>();
             // Reaping happens below only after this thread has been told, so that the pid cannot be another's.

@@ -192,7 +192,10 @@ impl Engine {
                         queue.extend(guest.handshake.ring_connected(outcome));
                     }
                 }
-                Action::Disconnect => self.disconnect(domain),
+                Action::Disconnect => {
+                    self.disconnect(domain);
+                    self.quiesce_parked(domain);
+                }
                 Action::Added(devfn) => self.answer(domain, devfn, |awaited| match awaited {
                     Awaited::Look | Awaited::FirstLook => Some(Ok(None)),
                     Awaited::Release => None,
@@ -239,6 +242,16 @@ impl Engine {
                     error!("domain {domain}: {stuck}");
                     self.problems.push(format!("domain {domain}: {stuck}"));
                 }
+            }
+        }
+    }
+
+    /// The frontend is gone: another one finds the functions as after an attach, interrupts and bus mastering off.
+    fn quiesce_parked(&mut self, domain: DomId) {
+        let Some(guest) = self.guests.get_mut(&domain) else { return };
+        for function in guest.parked.values_mut() {
+            if let Err(error) = function.quiesce() {
+                error!("{}: switch off for domain {domain}: {error}", function.address());
             }
         }
     }

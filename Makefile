@@ -1,0 +1,53 @@
+# make demo | test | lab | bench | install: everything needed is installed first, see CONTRIBUTING.md.
+
+PREFIX ?= /usr
+DESTDIR ?=
+CARGO ?= cargo
+# Lab tests boot a whole machine each: one after the other.
+LAB_TEST = $(CARGO) test --locked -p xpci-tests -- --test-threads=1 --nocapture
+
+.PHONY: all deps binaries demo test check unit lab-test lab bench install
+
+all: binaries
+
+deps:
+	@tests/setup/host.sh
+
+binaries: deps
+	$(CARGO) build --locked --release -p toolstack
+
+# A VF in a real guest on a real Xen, told step by step.
+demo: binaries
+	$(CARGO) run --locked --release -q -p xpci-tests --bin demo
+
+test: check unit lab-test
+	@echo "== all stages passed"
+
+check: deps
+	@echo "== stage 1 of 4: format"
+	$(CARGO) fmt --all --check
+	@echo "== stage 2 of 4: clippy"
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+
+unit: deps
+	@echo "== stage 3 of 4: unit, property and simulation tests"
+	$(CARGO) test --locked --workspace --exclude xpci-tests
+
+lab-test: binaries
+	@echo "== stage 4 of 4: lab tests"
+	$(LAB_TEST)
+
+# A shell in the lab's dom0, with xpci installed.
+lab: binaries
+	$(CARGO) run --locked --release -q -p xpci-tests --bin lab -- shell \
+	    target/release/xpcid=/usr/sbin/xpcid target/release/xpci=/usr/sbin/xpci
+
+bench: binaries
+	$(CARGO) run --locked --release -q -p xpci-tests --bin bench
+
+install: binaries
+	install -D -m 755 target/release/xpcid $(DESTDIR)$(PREFIX)/sbin/xpcid
+	install -D -m 755 target/release/xpci $(DESTDIR)$(PREFIX)/sbin/xpci
+	install -D -m 644 configs/xpcid.yaml $(DESTDIR)/etc/xpci/xpcid.yaml
+	install -D -m 644 configs/systemd/xpcid.service $(DESTDIR)/usr/lib/systemd/system/xpcid.service
+	install -D -m 644 udev-rules/90-xpci.rules $(DESTDIR)/usr/lib/udev/rules.d/90-xpci.rules
