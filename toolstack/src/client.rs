@@ -17,12 +17,17 @@ pub fn call(socket: &Path, request: Request, progress: &mut dyn FnMut(&str)) -> 
     let call = Call { version: VERSION, id: 1, request };
     let mut line = serde_json::to_vec(&call).map_err(|error| unreachable("write to", &error))?;
     line.push(b'\n');
-    stream.write_all(&line).map_err(|error| unreachable("write to", &error))?;
+    // A service that refuses clients says so and hangs up without reading: its words are there to be read all the same.
+    let written = stream.write_all(&line);
     let mut reader = BufReader::new(stream);
     loop {
         let mut line = String::new();
         let length = reader.by_ref().take(LINE_LIMIT as u64).read_line(&mut line);
-        if length.map_err(|error| unreachable("read from", &error))? == 0 {
+        let length = length.map_err(|error| unreachable("read from", &error))?;
+        if let (0, Err(error)) = (length, &written) {
+            return Err(unreachable("write to", error));
+        }
+        if length == 0 {
             return Err(unreachable("read from", &"it closed the connection before it answered"));
         }
         let envelope: Envelope =

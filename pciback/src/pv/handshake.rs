@@ -168,7 +168,12 @@ impl Handshake {
         (handshake, actions)
     }
 
-    /// Whether the guest has, gets or loses no function.
+    /// Whether there is a function that the guest has, gets or loses.
+    pub fn has_functions(&self) -> bool {
+        !self.functions.is_empty()
+    }
+
+    /// Whether the guest has, gets or loses no function, and nothing is left to be done.
     pub fn is_empty(&self) -> bool {
         self.functions.is_empty() && self.link == Link::Absent
     }

@@ -182,6 +182,7 @@ impl Engine {
                     if let Err(error) = nodes::apply(self.platform.store.as_ref(), domain, &changes) {
                         error!("domain {domain}: {error}");
                         self.problems.push(format!("domain {domain}: {error}"));
+                        self.give_up_adding(domain, &Failure::from(error).of(domain));
                     }
                 }
                 Action::Connect(ring) => {
@@ -263,6 +264,14 @@ impl Engine {
         {
             waiting.for_what = Awaited::FirstLook;
             waiting.deadline = waiting.deadline.min(Instant::now() + FIRST_LOOK);
+        }
+    }
+
+    /// The guest cannot be told of its new functions: what waits for it to look at them fails, and takes them back.
+    fn give_up_adding(&mut self, domain: DomId, failure: &Failure) {
+        let waiting = self.guests.get(&domain).map(|guest| guest.waiting.keys().copied().collect::<Vec<_>>());
+        for devfn in waiting.unwrap_or_default() {
+            self.answer(domain, devfn, |awaited| (awaited != Awaited::Release).then(|| Err(failure.clone())));
         }
     }
 

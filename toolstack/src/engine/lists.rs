@@ -101,7 +101,9 @@ impl Engine {
             let why = function.note.as_deref().unwrap_or("unknown reason");
             format!("{} is quarantined: {why}", function.address)
         });
-        let guests = self.guests.iter().map(|(domain, guest)| GuestView {
+        // One that has lost its last function stays known for a moment, until its nodes may be made again.
+        let served = self.guests.iter().filter(|(_, guest)| guest.handshake.has_functions());
+        let guests = served.map(|(domain, guest)| GuestView {
             domain: *domain,
             name: domains::name(self.platform.store.as_ref(), *domain).unwrap_or_default(),
             frontend: guest.describe(),

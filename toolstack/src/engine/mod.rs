@@ -14,6 +14,7 @@ mod vfs;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -78,6 +79,8 @@ pub type Answer = mpsc::Sender<Result<Option<String>, Failure>>;
 pub struct Inbox {
     sender: mpsc::Sender<Event>,
     wake: Arc<EventFd>,
+    /// Whether the engine has stopped.
+    ended: Arc<AtomicBool>,
 }
 
 impl Inbox {
@@ -124,7 +127,7 @@ impl Engine {
             settings: Arc::new(settings),
             journal,
             boot,
-            inbox: Inbox { sender, wake: Arc::new(wake) },
+            inbox: Inbox { sender, wake: Arc::new(wake), ended: Arc::default() },
             events,
             records: BTreeMap::new(),
             busy: BTreeSet::new(),
@@ -219,5 +222,12 @@ impl Engine {
         } else {
             self.records.insert(record.address, record);
         }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        // Before those who wait for an answer learn that none comes.
+        self.inbox.ended.store(true, Ordering::SeqCst);
     }
 }

@@ -1,5 +1,6 @@
 //! Threads for what may block: each runs one transaction or one change of VFs and reports to the engine.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
@@ -65,6 +66,10 @@ impl Serving for Workshop {
 
     fn withdraw(&self, record: &Record, parting: Parting) -> Result<Option<String>, Failure> {
         self.ask(|answer| Event::Withdraw { record: Box::new(record.clone()), parting, answer })
+    }
+
+    fn ended(&self) -> bool {
+        self.inbox.ended.load(Ordering::SeqCst)
     }
 }
 

@@ -40,15 +40,29 @@ pub(super) fn prepare_msix(context: &Context<'_>, record: &mut Record) -> Result
             config.write(access, command | MEMORY_SPACE).map_err(failed)?;
         }
     }
-    if context.platform.hypervisor.prepare_msix(record.address)? {
-        record.msix_prepared = true;
-    }
+    // Noted before it is done: a table that nobody knows to be prepared would stay so.
+    record.msix_prepared = true;
+    context.write(record)?;
+    let prepared = context.platform.hypervisor.prepare_msix(record.address);
+    record.msix_prepared = matches!(prepared, Ok(true));
+    prepared?;
     Ok(())
 }
 
 pub(super) fn release_msix(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
     if record.msix_prepared {
-        absent_is_done(context.platform.hypervisor.release_msix(record.address))?;
+        let hypervisor = &context.platform.hypervisor;
+        let released = match hypervisor.release_msix(record.address) {
+            // An entry is mapped, or the service was killed after the note and before the deed: only then can it be prepared.
+            Err(error)
+                if error.errno() == Some(Errno::EBUSY)
+                    && matches!(hypervisor.prepare_msix(record.address), Ok(true)) =>
+            {
+                hypervisor.release_msix(record.address)
+            }
+            other => other,
+        };
+        absent_is_done(released)?;
         record.msix_prepared = false;
     }
     Ok(())
@@ -79,7 +93,7 @@ pub(super) fn deassign(context: &Context<'_>, record: &mut Record) -> Result<(),
     let domain = guest_of(record)?;
     match context.platform.hypervisor.deassign(domain, record.address) {
         Ok(()) => Ok(()),
-        // A domain that is gone has lost it to the quarantine domain; a step that never ran has nothing to undo.
+        // A domain that is gone has lost it to the quarantine domain; one without passthrough never had it.
         Err(error) if nobodys(context, &error, record.address) => Ok(()),
         Err(error) => Err(Failure::from(error).on(record.address).of(domain)),
     }
@@ -87,7 +101,7 @@ pub(super) fn deassign(context: &Context<'_>, record: &mut Record) -> Result<(),
 
 fn nobodys(context: &Context<'_>, error: &PlatformError, address: Sbdf) -> bool {
     let hypervisor = &context.platform.hypervisor;
-    matches!(error.errno(), Some(Errno::EINVAL | Errno::ENODEV | Errno::ESRCH))
+    matches!(error.errno(), Some(Errno::EINVAL | Errno::ENODEV | Errno::ESRCH | Errno::EOPNOTSUPP))
         && (hypervisor.assignable(address).unwrap_or(false)
             || !hypervisor.device_known(address).unwrap_or(true))
 }

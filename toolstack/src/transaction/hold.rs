@@ -53,7 +53,10 @@ pub(super) fn take_driver(context: &Context<'_>, record: &mut Record) -> Result<
     if holder_of(&function).is_some() {
         return Ok(warning.filter(|_| function.driver.as_deref() == Some("pci-stub")));
     }
-    record.original_driver = function.driver.clone();
+    if let Some(driver) = &function.driver {
+        // One without a driver may be on its way back from an attempt that failed: what is known stays.
+        record.original_driver = Some(driver.clone());
+    }
     context.write(record)?;
     (context.progress)(&format!("binding {} to {holder}", record.address));
     host.set_driver_override(record.address, Some(holder))?;
@@ -85,7 +88,10 @@ pub(super) fn give_back_driver(
     };
     host.set_driver_override(record.address, None)?;
     let Some(original) = record.original_driver.clone() else {
-        // It came without a driver; it goes back without one.
+        // It came without a driver; it goes back without one. A driver that does not hold was never taken away.
+        if holder_of(&function).is_none() {
+            return Ok(None);
+        }
         host.unbind(record.address, context.settings.driver_limit())?;
         return Ok(None);
     };

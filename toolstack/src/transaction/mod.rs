@@ -115,6 +115,8 @@ pub trait Serving: Sync {
     fn serve(&self, record: &Record) -> Result<Option<String>, Failure>;
     /// Stops serving it: bus mastering and interrupts off, nodes removed. The text says when the guest had to be overruled.
     fn withdraw(&self, record: &Record, parting: Parting) -> Result<Option<String>, Failure>;
+    /// Whether the engine has stopped: then nobody carries out the other two, and what is under way is the next life's.
+    fn ended(&self) -> bool;
 }
 
 /// What steps work with.
@@ -153,6 +155,9 @@ impl Context<'_> {
                 Ok(warning) => warnings.extend(warning),
                 Err(failure) => {
                     warn!("{}: {kind:?} failed at {step:?}: {failure}", record.address);
+                    if self.serving.ended() {
+                        return Finished { record, outcome: Err(failure) };
+                    }
                     let undone = self.backward_from(kind, step, record);
                     return Finished { outcome: Err(both(failure, undone.outcome.err())), ..undone };
                 }
@@ -188,6 +193,11 @@ impl Context<'_> {
                 Ok(warning) => warnings.extend(warning),
                 Err(failure) => {
                     warn!("{}: undoing {step:?} failed: {failure}", record.address);
+                    if self.serving.ended() {
+                        return Finished { record, outcome: Err(failure) };
+                    }
+                    // With the next step's note it is in the journal, should the service be killed before the end.
+                    record.quarantine.get_or_insert_with(|| failure.message.clone());
                     failures.push(failure);
                 }
             }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
+use super::fuse::Fuse;
 use super::locked;
 use super::model;
 use crate::platform::Cause;
@@ -80,19 +81,39 @@ impl Failure {
     }
 }
 
-/// All failures of one host.
+/// All failures of one host, as one life of the service meets them.
 #[derive(Clone, Default)]
-pub(super) struct Failures(Arc<Mutex<Vec<Failure>>>);
+pub(super) struct Failures {
+    list: Arc<Mutex<Vec<Failure>>>,
+    /// How that life ends.
+    pub fuse: Fuse,
+}
 
 impl Failures {
     pub fn add(&self, failure: Failure) {
-        locked(&self.0).push(failure);
+        locked(&self.list).push(failure);
+    }
+
+    /// The same failures, for a service that dies when the fuse says so.
+    pub fn of_a_life(&self, fuse: &Fuse) -> Self {
+        Self { list: Arc::clone(&self.list), fuse: fuse.clone() }
+    }
+
+    /// How many calls shall still fail.
+    pub fn pending(&self) -> u32 {
+        locked(&self.list).iter().map(|failure| failure.times).sum()
+    }
+
+    /// Nothing fails any more.
+    pub fn clear(&self) {
+        locked(&self.list).clear();
     }
 
     /// Answers for one call. To be asked before any other lock is taken, because it may wait.
     pub fn check(&self, operation: &str, subject: Subject<'_>) -> Result<(), Cause> {
+        self.fuse.look();
         let (errno, delay) = {
-            let mut failures = locked(&self.0);
+            let mut failures = locked(&self.list);
             let Some(failure) = failures.iter_mut().find(|failure| failure.concerns(operation, &subject))
             else {
                 return Ok(());

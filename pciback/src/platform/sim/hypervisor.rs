@@ -31,7 +31,8 @@ impl SimHypervisor {
         body: impl FnOnce(&mut World) -> std::result::Result<T, Errno>,
     ) -> Result<T> {
         let failed = self.failures.check(operation, subject.into());
-        let answer = failed.and_then(|()| Ok(body(&mut locked(&self.world))?));
+        let answer =
+            failed.and_then(|()| Ok(self.failures.fuse.change(|| body(&mut locked(&self.world)))?));
         answer.map_err(|cause| PlatformError::new(action, text, cause))
     }
 }

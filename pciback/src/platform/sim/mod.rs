@@ -6,6 +6,7 @@
 
 mod drivers;
 mod failures;
+mod fuse;
 mod guest;
 mod hardware;
 mod home;
@@ -35,6 +36,7 @@ use super::{Cause, Platform, PlatformError, Result};
 use crate::{DomId, Sbdf};
 
 pub use failures::Failure;
+pub use fuse::{Fuse, Moment};
 pub use guest::SimGuest;
 pub use store::SimStore;
 pub use xen::{Owner, Vector};
@@ -114,11 +116,17 @@ impl Simulation {
 
     /// This host as a platform, with a connection to its xenstore.
     pub fn platform(&self, description: &str) -> Result<Platform> {
+        self.platform_with(description, &Fuse::default())
+    }
+
+    /// The same, for a service that dies when the fuse says so.
+    pub fn platform_with(&self, description: &str, fuse: &Fuse) -> Result<Platform> {
+        let failures = self.failures.of_a_life(fuse);
         Ok(Platform {
-            host: Arc::new(host::SimHost::new(&self.world, &self.failures)),
-            hypervisor: Arc::new(hypervisor::SimHypervisor::new(&self.world, &self.failures)),
-            store: Arc::new(self.store(DomId::DOM0)?),
-            rings: Arc::new(self.rings.clone()),
+            host: Arc::new(host::SimHost::new(&self.world, &failures)),
+            hypervisor: Arc::new(hypervisor::SimHypervisor::new(&self.world, &failures)),
+            store: Arc::new(SimStore::connect(&self.tree, DomId::DOM0, &failures)?),
+            rings: Arc::new(self.rings.of_a_life(&failures)),
             description: description.to_owned(),
         })
     }
@@ -179,6 +187,16 @@ impl Simulation {
     /// Makes an operation fail or take long.
     pub fn fail(&self, failure: Failure) {
         self.failures.add(failure);
+    }
+
+    /// How many calls shall still fail.
+    pub fn pending_failures(&self) -> u32 {
+        self.failures.pending()
+    }
+
+    /// Nothing fails from now on.
+    pub fn forget_failures(&self) {
+        self.failures.clear();
     }
 
     /// Who owns a function, as Xen's debug key Q shows it; `None` where Xen does not know it.

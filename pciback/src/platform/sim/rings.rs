@@ -1,6 +1,6 @@
 //! Pages and event channels that simulated guests share.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex};
 
@@ -8,6 +8,7 @@ use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::failures::Failures;
+use super::fuse::Fuse;
 use super::locked;
 use crate::DomId;
 use crate::platform::{GuestRings, PlatformError, Result, Ring, SharedMemory};
@@ -17,8 +18,19 @@ use crate::platform::{GuestRings, PlatformError, Result, Ring, SharedMemory};
 struct Offers {
     pages: BTreeMap<(DomId, u32), Arc<SharedMemory>>,
     channels: BTreeMap<(DomId, u32), Arc<Channel>>,
-    /// Ports that the backend has bound: a second time is refused.
-    bound: BTreeSet<(DomId, u32)>,
+    /// Ports that the backend has bound, and in which of its lives: a second time is refused.
+    bound: BTreeMap<(DomId, u32), Fuse>,
+}
+
+impl Offers {
+    /// Binds a port, unless it is bound: by a life that has not ended, since the kernel unbinds what a process leaves.
+    fn bind(&mut self, domain: DomId, port: u32, life: &Fuse) -> bool {
+        let free = self.bound.get(&(domain, port)).is_none_or(Fuse::is_blown);
+        if free {
+            self.bound.insert((domain, port), life.clone());
+        }
+        free
+    }
 }
 
 /// The two directions of an event channel.
@@ -43,6 +55,11 @@ pub(super) struct Shared {
 impl SimRings {
     pub fn new(failures: &Failures) -> Self {
         Self { offers: Arc::default(), failures: failures.clone() }
+    }
+
+    /// The same offers, for one life of the service.
+    pub fn of_a_life(&self, failures: &Failures) -> Self {
+        Self { offers: Arc::clone(&self.offers), failures: failures.clone() }
     }
 
     /// A guest grants a page and allocates an event channel.
@@ -76,7 +93,11 @@ impl SimRings {
 
     /// How many of a domain's channels are bound.
     pub fn connected(&self, domain: DomId) -> usize {
-        locked(&self.offers).bound.iter().filter(|(owner, _)| *owner == domain).count()
+        locked(&self.offers)
+            .bound
+            .iter()
+            .filter(|((owner, _), life)| *owner == domain && !life.is_blown())
+            .count()
     }
 }
 
@@ -92,11 +113,18 @@ impl GuestRings for SimRings {
         let page = offers.pages.get(&(domain, grant)).cloned();
         let page = page.ok_or_else(|| PlatformError::new(mapping, text_page, Errno::EINVAL))?;
         let channel = offers.channels.get(&(domain, port)).cloned();
-        let channel = channel.filter(|_| offers.bound.insert((domain, port)));
+        let channel = channel.filter(|_| offers.bind(domain, port, &self.failures.fuse));
         let channel = channel.ok_or_else(|| PlatformError::new(binding, text_port, Errno::EINVAL))?;
         // A channel that becomes bound has an event pending for the side that binds it.
         channel.send(true).map_err(|errno| PlatformError::new(binding, domain, errno))?;
-        Ok(Box::new(SimRing { page, channel, domain, port, offers: Arc::clone(&self.offers) }))
+        Ok(Box::new(SimRing {
+            page,
+            channel,
+            domain,
+            port,
+            offers: Arc::clone(&self.offers),
+            fuse: self.failures.fuse.clone(),
+        }))
     }
 }
 
@@ -106,6 +134,7 @@ struct SimRing {
     domain: DomId,
     port: u32,
     offers: Arc<Mutex<Offers>>,
+    fuse: Fuse,
 }
 
 impl Ring for SimRing {
@@ -118,6 +147,7 @@ impl Ring for SimRing {
     }
 
     fn take_event(&self) -> Result<bool> {
+        self.fuse.look();
         match self.channel.to_host.read() {
             Ok(_) => Ok(true),
             Err(Errno::EAGAIN) => Ok(false),
@@ -132,7 +162,11 @@ impl Ring for SimRing {
 
 impl Drop for SimRing {
     fn drop(&mut self) {
-        locked(&self.offers).bound.remove(&(self.domain, self.port));
+        let mut offers = locked(&self.offers);
+        // A later life may have it by now.
+        if offers.bound.get(&(self.domain, self.port)).is_some_and(|holder| holder.is(&self.fuse)) {
+            offers.bound.remove(&(self.domain, self.port));
+        }
     }
 }
 

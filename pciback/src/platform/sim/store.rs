@@ -60,7 +60,13 @@ impl Within<'_> {
     ) -> Result<T> {
         let subject = Subject { path: Some(path), ..Subject::from(self.store.domain) };
         let failed = self.store.failures.check(operation, subject);
-        let answer = failed.and_then(|()| Ok(body(&mut locked(&self.store.tree), self.caller)?));
+        let call = || Ok(body(&mut locked(&self.store.tree), self.caller)?);
+        // What a transaction does is done when it is committed.
+        let changes = matches!(operation, "write" | "remove" | "set_permissions");
+        let answer = failed.and_then(|()| match self.caller.transaction {
+            None if changes => self.store.failures.fuse.change(call),
+            _ => call(),
+        });
         answer.map_err(|cause| PlatformError::new(action, path, cause))
     }
 }
@@ -126,7 +132,8 @@ impl Store for SimStore {
             let id = locked(&self.tree).begin(self.connection);
             let done = body(&self.within(Some(id)));
             let failed = self.failures.check("transaction", self.domain.into());
-            let ended = locked(&self.tree).end(id, done.is_ok() && failed.is_ok());
+            let ended =
+                self.failures.fuse.change(|| locked(&self.tree).end(id, done.is_ok() && failed.is_ok()));
             done?;
             match failed.and(ended.map_err(Cause::from)) {
                 Ok(()) => return Ok(()),
@@ -159,6 +166,7 @@ impl Store for SimStore {
     }
 
     fn next_event(&self) -> Result<Option<WatchEvent>> {
+        self.failures.fuse.look();
         Ok(locked(&self.tree).next_event(self.connection))
     }
 }

@@ -1,0 +1,74 @@
+//! The two binaries as people and tools meet them, on a simulated host: what they print, where, and how they exit.
+//!
+//! Most tests are transcripts, files beside this one: `$` is a command, what follows is what it printed (`!`: on standard
+//! error), `[n]` its exit status unless 0. `XPCI_BLESS=1 cargo test -p toolstack --test commands` writes them anew, to be
+//! read before they are committed.
+
+mod daemon;
+mod service;
+mod socket;
+mod transcript;
+
+use daemon::Daemon;
+use transcript::{host, play, play_alone, play_on};
+
+#[test]
+fn the_life_of_a_vf_from_its_pf_to_a_guest_and_back() {
+    play("life-of-a-vf", host());
+}
+
+#[test]
+fn what_is_done_already_is_said_and_is_no_failure() {
+    play("already", host());
+}
+
+#[test]
+fn json_prints_one_envelope_for_each_answer() {
+    play("json", host());
+}
+
+#[test]
+fn what_does_not_exist_exits_with_4() {
+    play("not-found", host());
+}
+
+#[test]
+fn what_does_not_fit_the_state_is_refused_with_5_and_changes_nothing() {
+    play("refused", host());
+}
+
+#[test]
+fn a_failure_that_is_undone_exits_with_1_and_can_be_tried_again() {
+    let failures = r#"
+  - {operation: assign, address: "02:00.0", errno: EIO, after: 1, times: 1}
+  - {operation: set_num_vfs, address: "03:00.0", errno: ENOSPC, times: 1}
+  - {operation: probe, address: "03:00.0", errno: EIO, times: 1}"#;
+    play("failed", host().replace("failures: []", &format!("failures:{failures}")));
+}
+
+#[test]
+fn a_reset_that_fails_at_detach_quarantines_with_6_until_it_is_cleared() {
+    let failures = r#"
+  - {operation: reset, address: "01:10.0", errno: ETIMEDOUT, after: 1, times: 2}"#;
+    play("quarantined", host().replace("failures: []", &format!("failures:{failures}")));
+}
+
+#[test]
+fn wrong_usage_exits_with_2_and_asks_no_service() {
+    play_alone("usage");
+}
+
+#[test]
+fn help_and_version_need_no_service_and_everything_else_exits_with_3() {
+    play_alone("unreachable");
+}
+
+#[test]
+fn a_journal_file_that_cannot_be_used_is_a_problem_in_status() {
+    let directory = tempfile::tempdir().unwrap();
+    let state = directory.path().join("state");
+    std::fs::create_dir(&state).unwrap();
+    std::fs::write(state.join("0000:01:10.0.json"), "{\"version\": 1, \"boo").unwrap();
+    let daemon = Daemon::start_in(directory, &host());
+    play_on("corrupt-journal", &daemon);
+}

@@ -1,0 +1,67 @@
+//! Transcripts of `xpci`: commands with all that they printed.
+
+use std::fmt::Write;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::daemon::{Daemon, xpci};
+
+/// The host of most tests.
+pub fn host() -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/sim/two-guests.yaml");
+    fs::read_to_string(path).unwrap()
+}
+
+/// Plays a transcript on a service of its own.
+pub fn play(name: &str, host: String) {
+    play_on(name, &Daemon::start(&host));
+}
+
+/// Plays a transcript on this service.
+pub fn play_on(name: &str, daemon: &Daemon) {
+    compare(name, daemon.directory.path(), &daemon.socket());
+}
+
+/// Plays a transcript where no service runs.
+pub fn play_alone(name: &str) {
+    let directory = tempfile::tempdir().unwrap();
+    compare(name, directory.path(), &directory.path().join("control"));
+}
+
+fn compare(name: &str, directory: &Path, socket: &Path) {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("tests/commands/{name}.transcript"));
+    let expected = fs::read_to_string(&path).unwrap();
+    let mut found = String::new();
+    for line in expected.lines() {
+        if let Some(command) = line.strip_prefix("$ xpci") {
+            let _ = writeln!(found, "{line}");
+            found += &run(socket, command).replace(&directory.display().to_string(), "DIR");
+        } else if line.starts_with('#') || line.is_empty() {
+            let _ = writeln!(found, "{line}");
+        }
+    }
+    if std::env::var_os("XPCI_BLESS").is_some() {
+        fs::write(&path, found).unwrap();
+    } else {
+        assert!(found == expected, "{name}: expected\n{expected}\nbut it was\n{found}");
+    }
+}
+
+fn run(socket: &Path, command: &str) -> String {
+    let arguments: Vec<&str> = command.split_whitespace().collect();
+    let output = xpci(socket, &arguments);
+    let mut text = String::new();
+    for line in String::from_utf8(output.stdout).unwrap().lines() {
+        // An empty line ends nothing: it is shown so that it is told from the transcript's own.
+        let _ = writeln!(text, "{}", if line.trim().is_empty() { "." } else { line.trim_end() });
+    }
+    for line in String::from_utf8(output.stderr).unwrap().lines() {
+        let _ = writeln!(text, "{}", format!("! {line}").trim_end());
+    }
+    match output.status.code() {
+        Some(0) => {}
+        Some(code) => drop(writeln!(text, "[{code}]")),
+        None => drop(writeln!(text, "{}", output.status)),
+    }
+    text
+}

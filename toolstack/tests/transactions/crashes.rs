@@ -1,0 +1,163 @@
+//! The service is killed at each change it makes outside: the next life ends what it began, one way or the other.
+
+use pciback::FunctionState;
+use pciback::platform::sim::Moment;
+
+use crate::frontend::{Frontend, msix_op};
+use crate::world::{Service, WEB, World, bdf, wait_until};
+
+/// No transaction makes more changes than this.
+const CHANGES: u32 = 100;
+const VENDOR: u32 = 0;
+
+/// Kills the service at each of the changes that `work` makes, before and after it, and lets `check` look at the next life.
+fn killed_anywhere(
+    prepare: impl Fn(&World, &Service),
+    work: impl Fn(&Service) -> bool,
+    check: impl Fn(&World, &Service, &Frontend, &str),
+) {
+    for changes in 0..CHANGES {
+        for moment in [Moment::Before, Moment::After] {
+            let world = World::without_vfs();
+            let frontend = Frontend::load(&world, WEB);
+            let service = world.start();
+            prepare(&world, &service);
+            service.fuse.arm(changes, moment);
+            let done = work(&service);
+            if done && !service.fuse.is_blown() {
+                assert!(changes > 2, "hardly anything was done");
+                return;
+            }
+            service.kill();
+            let why = format!("killed at change {changes}, {moment:?}");
+            let service = world.start();
+            check(&world, &service, &frontend, &why);
+        }
+    }
+    panic!("it makes more changes than are tested");
+}
+
+/// Nothing is under way any more, and nothing is wrong.
+fn settled(service: &Service, why: &str) {
+    let under_way = [FunctionState::Attaching, FunctionState::Detaching, FunctionState::Resetting];
+    wait_until(&format!("{why}: it settles"), || {
+        let status = service.status();
+        assert_eq!(status.problems, [""; 0], "{why}");
+        status.functions.iter().all(|view| !under_way.contains(&view.state) && view.note.is_none())
+    });
+}
+
+/// It is held, or attached and served; then it can be attached or detached.
+fn whole(world: &World, service: &Service, frontend: &Frontend, why: &str) {
+    let address = bdf("01:00.0");
+    settled(service, why);
+    match service.state(address) {
+        FunctionState::Held => {
+            world.assert_held(service, address, why);
+            let again = service.attach(WEB, address);
+            assert!(again.is_ok(), "{why}, then: {again:?}");
+        }
+        FunctionState::Attached => {}
+        other => panic!("{why}: {other}"),
+    }
+    wait_until(&format!("{why}: the guest has it"), || frontend.is_connected());
+    assert_eq!(frontend.read(0, VENDOR, 2), 0x8086, "{why}");
+    let detached = service.detach(WEB, address);
+    assert!(detached.is_ok(), "{why}: {detached:?}");
+    world.assert_held(service, address, why);
+}
+
+#[test]
+fn an_attach_that_is_killed_anywhere_ends_held_or_attached_and_served() {
+    let address = bdf("01:00.0");
+    let hold = |_: &World, service: &Service| drop(service.hold(address).unwrap());
+    killed_anywhere(hold, |service| service.attach(WEB, address).is_ok(), whole);
+}
+
+#[test]
+fn a_detach_that_is_killed_anywhere_ends_held_or_attached_and_served() {
+    let address = bdf("01:00.0");
+    let attach = |_: &World, service: &Service| {
+        service.hold(address).unwrap();
+        service.attach(WEB, address).unwrap();
+    };
+    killed_anywhere(attach, |service| service.detach(WEB, address).is_ok(), whole);
+}
+
+#[test]
+fn a_hold_that_is_killed_anywhere_ends_held_or_with_its_driver() {
+    let address = bdf("02:00.0");
+    killed_anywhere(
+        |_, _| (),
+        |service| service.hold(address).is_ok(),
+        |world, service, _, why| {
+            settled(service, why);
+            wait_until(&format!("{why}: it is nobody's business"), || {
+                service.view(address).is_none_or(|view| view.state == FunctionState::Held)
+            });
+            if service.state(address) == FunctionState::Host {
+                world.assert_host(service, address, Some("virtio-pci"), why);
+                service.hold(address).unwrap();
+            }
+            world.assert_held(service, address, why);
+        },
+    );
+}
+
+#[test]
+fn a_release_that_is_killed_anywhere_ends_held_or_with_its_driver() {
+    let address = bdf("02:00.0");
+    killed_anywhere(
+        |_, service| drop(service.hold(address).unwrap()),
+        |service| service.release(address).is_ok(),
+        |world, service, _, why| {
+            settled(service, why);
+            wait_until(&format!("{why}: it has ended"), || {
+                world.record(address).is_none_or(|record| record.transaction.is_none())
+            });
+            if service.state(address) == FunctionState::Held {
+                world.assert_held(service, address, why);
+                service.release(address).unwrap();
+            }
+            world.assert_host(service, address, Some("virtio-pci"), why);
+        },
+    );
+}
+
+#[test]
+fn a_service_killed_while_it_maps_vectors_leaves_none_that_nobody_knows() {
+    let address = bdf("01:00.0");
+    for changes in 0..CHANGES {
+        for moment in [Moment::Before, Moment::After] {
+            let world = World::without_vfs();
+            let frontend = Frontend::load(&world, WEB);
+            let service = world.start();
+            service.hold(address).unwrap();
+            service.attach(WEB, address).unwrap();
+            service.fuse.arm(changes, moment);
+            frontend.put(&msix_op(0, 3));
+            let why = format!("killed at change {changes}, {moment:?}");
+            let answered = || frontend.has_answer();
+            wait_until(&format!("{why}: it is killed or answers"), || answered() || service.fuse.is_blown());
+            let done = !service.fuse.is_blown();
+            service.kill();
+            let service = world.start();
+            // The request waits on the page still: the next life answers it.
+            let (error, _, entries) = frontend.take(3);
+            assert_eq!(error, 0, "{why}");
+            let mapped = world.simulation.grants(WEB).vectors;
+            assert_eq!(mapped.len(), 3, "{why}: {mapped:?}");
+            assert!(
+                entries.iter().all(|entry| mapped.contains_key(&u32::from(entry.vector))),
+                "{why}: {entries:?}"
+            );
+            service.detach(WEB, address).unwrap();
+            world.assert_held(&service, address, &why);
+            if done {
+                assert!(changes > 2, "hardly anything was done");
+                return;
+            }
+        }
+    }
+    panic!("it makes more changes than are tested");
+}

@@ -1,0 +1,321 @@
+//! What guests do with what they have: connect, read, interrupts, more functions and fewer, resets, ends.
+
+use std::sync::atomic::Ordering;
+
+use nix::errno::Errno;
+use pciback::platform::StoreOps;
+use pciback::pv::nodes;
+use pciback::pv::wire::{Command, WireError};
+use pciback::{DomId, FunctionState, Sbdf};
+use toolstack::outcome::ErrorCode;
+
+use crate::frontend::{Frontend, msix_op, op, read_op, write_op};
+use crate::world::{DB, Service, WEB, World, bdf, wait_until};
+
+const VENDOR: u32 = 0;
+const COMMAND: u32 = 4;
+const BUS_MASTER: u32 = 1 << 2;
+/// Device Control of the VFs, whose PCI Express capability lies at 0xa0.
+const DEVICE_CONTROL: u32 = 0xa8;
+const INITIATE_FLR: u32 = 1 << 15;
+
+fn attached(world: &World, domain: DomId, addresses: &[Sbdf]) -> (Frontend, Service) {
+    let frontend = Frontend::load(world, domain);
+    let service = world.start();
+    for address in addresses {
+        service.hold(*address).unwrap();
+        service.attach(domain, *address).unwrap();
+    }
+    (frontend, service)
+}
+
+#[test]
+fn a_guest_reads_its_vf_as_the_pf_says_it_is_and_nothing_else_answers() {
+    let world = World::new();
+    let (frontend, service) = attached(&world, WEB, &[bdf("01:10.0")]);
+    assert_eq!(frontend.read(0, VENDOR, 4), 0x10ca_8086);
+    for devfn in [1, 8, 255] {
+        assert_eq!(frontend.ask(&read_op(devfn, VENDOR, 4)).0, WireError::NoDevice.number(), "{devfn}");
+    }
+    let guest = &service.status().guests[0];
+    assert_eq!((guest.domain, guest.frontend.as_str()), (WEB, "connected"));
+    assert!(guest.requests >= 4, "{guest:?}");
+}
+
+#[test]
+fn two_guests_have_a_vf_each_and_do_not_see_the_others() {
+    let world = World::new();
+    let (web, service) = attached(&world, WEB, &[bdf("01:10.0")]);
+    let db = Frontend::load(&world, DB);
+    service.hold(bdf("01:10.2")).unwrap();
+    service.attach(DB, bdf("01:10.2")).unwrap();
+    assert_eq!(web.ask(&msix_op(0, 3)).0, 0);
+    assert_eq!(db.ask(&msix_op(0, 2)).0, 0);
+    let of = |domain, address: &str| {
+        world
+            .simulation
+            .grants(domain)
+            .vectors
+            .values()
+            .filter(|vector| vector.address == bdf(address))
+            .count()
+    };
+    assert_eq!((of(WEB, "01:10.0"), of(WEB, "01:10.2")), (3, 0));
+    assert_eq!((of(DB, "01:10.0"), of(DB, "01:10.2")), (0, 2));
+    service.detach(WEB, bdf("01:10.0")).unwrap();
+    assert_eq!(db.read(0, VENDOR, 2), 0x8086);
+}
+
+#[test]
+fn msix_maps_what_is_asked_for_and_gives_it_back() {
+    let world = World::new();
+    let (frontend, _service) = attached(&world, WEB, &[bdf("01:10.0")]);
+    let (error, _, entries) = frontend.ask(&msix_op(0, 3));
+    assert_eq!(error, 0);
+    let mapped = world.simulation.grants(WEB).vectors;
+    for (index, entry) in entries.iter().enumerate() {
+        assert_eq!(mapped[&u32::from(entry.vector)].entry, Some(index as u16));
+    }
+    assert_ne!(world.simulation.peek(bdf("01:10.0"), 0x73, 1)[0] & 0x80, 0, "MSI-X Enable is set");
+    assert_eq!(frontend.ask(&op(Command::DISABLE_MSIX, 0)).0, 0);
+    assert!(world.simulation.grants(WEB).vectors.is_empty());
+    assert_eq!(world.simulation.peek(bdf("01:10.0"), 0x73, 1)[0] & 0x80, 0, "MSI-X Enable is clear");
+    assert_eq!(frontend.ask(&msix_op(0, 4)).0, WireError::Failed.number(), "the table has three entries");
+    assert_eq!(frontend.ask(&op(Command::ENABLE_MSI, 0)).0, WireError::Failed.number(), "it has no MSI");
+    assert!(world.simulation.grants(WEB).vectors.is_empty());
+}
+
+#[test]
+fn a_connected_guest_gets_a_second_function_loses_one_and_then_the_last() {
+    let world = World::new();
+    let (first, second) = (bdf("01:10.0"), bdf("01:10.2"));
+    let (frontend, service) = attached(&world, WEB, &[first, second]);
+    assert_eq!((frontend.read(0, VENDOR, 2), frontend.read(8, VENDOR, 2)), (0x8086, 0x8086));
+    assert_eq!(frontend.ask(&msix_op(8, 3)).0, 0);
+    service.detach(WEB, first).unwrap();
+    assert_eq!(service.state(first), FunctionState::Held);
+    assert_eq!(frontend.ask(&read_op(0, VENDOR, 2)).0, WireError::NoDevice.number());
+    assert_eq!(frontend.read(8, VENDOR, 2), 0x8086);
+    assert_eq!(world.simulation.grants(WEB).vectors.len(), 3, "the other one's stay");
+    service.attach(WEB, first).unwrap();
+    assert_eq!(frontend.read(0, VENDOR, 2), 0x8086);
+    for address in [first, second] {
+        service.detach(WEB, address).unwrap();
+    }
+    for address in [first, second] {
+        world.assert_held(&service, address, "all are detached");
+    }
+}
+
+#[test]
+fn attached_and_detached_ten_times_nothing_is_left() {
+    let world = World::new();
+    let (frontend, service) = attached(&world, WEB, &[bdf("01:10.0")]);
+    for turn in 0..10 {
+        assert_eq!(frontend.ask(&msix_op(0, 3)).0, 0, "turn {turn}");
+        frontend.ask(&write_op(0, COMMAND, 2, BUS_MASTER));
+        service.detach(WEB, bdf("01:10.0")).unwrap();
+        world.assert_held(&service, bdf("01:10.0"), &format!("turn {turn}"));
+        service.attach(WEB, bdf("01:10.0")).unwrap();
+    }
+}
+
+#[test]
+fn a_function_level_reset_reads_all_ones_and_ends_with_the_interrupts_in_place() {
+    let world = World::new();
+    let (frontend, service) = attached(&world, WEB, &[bdf("01:10.0")]);
+    assert_eq!(frontend.ask(&msix_op(0, 3)).0, 0);
+    frontend.ask(&write_op(0, COMMAND, 2, BUS_MASTER));
+    let before = world.simulation.grants(WEB).vectors;
+    let (error, ..) = frontend.ask(&write_op(0, DEVICE_CONTROL, 2, INITIATE_FLR));
+    assert_eq!(error, 0);
+    wait_until("the function answers again", || frontend.read(0, VENDOR, 2) == 0x8086);
+    service.wait_for_state(bdf("01:10.0"), FunctionState::Attached);
+    assert_eq!(frontend.read(0, COMMAND, 2) & BUS_MASTER, 0, "the reset clears it");
+    assert_eq!(world.simulation.grants(WEB).vectors, before);
+    assert_ne!(world.simulation.peek(bdf("01:10.0"), 0x73, 1)[0] & 0x80, 0, "MSI-X Enable is set again");
+}
+
+#[test]
+fn a_guests_reset_that_fails_leaves_it_with_all_ones_and_quarantines_once_and_for_all() {
+    let world = World::new();
+    let address = bdf("01:10.0");
+    let (frontend, service) = attached(&world, WEB, &[address]);
+    world.fail("reset", Some(address), Errno::ETIMEDOUT, 0);
+    frontend.ask(&write_op(0, DEVICE_CONTROL, 2, INITIATE_FLR));
+    service.wait_for_state(address, FunctionState::Quarantined);
+    assert_eq!(frontend.read(0, VENDOR, 4), u32::MAX);
+    // Detaching works, and still nobody gets it before it is cleared.
+    service.detach(WEB, address).unwrap();
+    world.assert_nothing_granted(&service, address, "after the detach");
+    assert_eq!(service.attach(WEB, address).unwrap_err().code, ErrorCode::Refused);
+    service.clear(address).unwrap();
+    world.assert_held(&service, address, "after it was cleared");
+}
+
+#[test]
+fn a_guest_that_is_destroyed_loses_all_and_the_functions_are_held_again() {
+    let world = World::new();
+    let addresses = [bdf("01:10.0"), bdf("01:10.2")];
+    let (frontend, service) = attached(&world, WEB, &addresses);
+    assert_eq!(frontend.ask(&msix_op(0, 3)).0, 0);
+    world.simulation.destroy(WEB);
+    for address in addresses {
+        service.wait_for_state(address, FunctionState::Held);
+    }
+    for address in addresses {
+        world.assert_held(&service, address, "its guest is gone");
+    }
+    service.attach(DB, addresses[0]).unwrap();
+}
+
+#[test]
+fn a_guest_that_ends_while_the_service_is_down_is_noticed_at_the_start() {
+    let world = World::new();
+    let (_frontend, service) = attached(&world, WEB, &[bdf("01:10.0")]);
+    service.stop();
+    world.simulation.destroy(WEB);
+    let service = world.start();
+    service.wait_for_state(bdf("01:10.0"), FunctionState::Held);
+    world.assert_held(&service, bdf("01:10.0"), "its guest is gone");
+}
+
+#[test]
+fn a_request_that_waits_while_the_service_restarts_is_answered_and_vectors_are_kept() {
+    for killed in [false, true] {
+        let world = World::new();
+        let (frontend, service) = attached(&world, WEB, &[bdf("01:10.0"), bdf("01:10.2")]);
+        assert_eq!(frontend.ask(&msix_op(0, 3)).0, 0);
+        frontend.ask(&write_op(0, COMMAND, 2, BUS_MASTER));
+        let before = world.simulation.grants(WEB).vectors;
+        if killed {
+            service.kill()
+        } else {
+            service.stop()
+        }
+        frontend.put(&read_op(8, VENDOR, 4));
+        let service = world.start();
+        let (error, value, _) = frontend.take(0);
+        assert_eq!((error, value), (0, 0x10ca_8086), "killed: {killed}");
+        assert_eq!(world.simulation.grants(WEB).vectors, before);
+        assert_eq!(frontend.read(0, COMMAND, 2) & BUS_MASTER, BUS_MASTER, "what it wrote is there still");
+        assert_eq!(service.status().guests[0].frontend, "connected");
+        assert_eq!(service.status().problems, [""; 0]);
+        service.detach(WEB, bdf("01:10.0")).unwrap();
+        service.detach(WEB, bdf("01:10.2")).unwrap();
+        world.assert_held(&service, bdf("01:10.0"), "after a restart");
+    }
+}
+
+#[test]
+fn a_function_that_leaves_under_its_guest_reads_all_ones_and_the_others_go_on() {
+    let world = World::new();
+    let (gone, other) = (bdf("01:10.0"), bdf("01:10.2"));
+    let (frontend, service) = attached(&world, WEB, &[gone, other]);
+    world.simulation.unplug(gone);
+    assert_eq!(frontend.read(0, COMMAND, 2), 0xffff);
+    assert_eq!(frontend.read(8, VENDOR, 2), 0x8086);
+    assert_eq!(service.state(gone), FunctionState::Gone);
+    service.detach(WEB, other).unwrap();
+    world.assert_nothing_granted_but_nodes(other);
+    service.detach(WEB, gone).unwrap();
+    wait_until("its memory is taken back", || world.simulation.grants(WEB).is_empty());
+}
+
+#[test]
+fn what_a_guest_asks_for_that_makes_no_sense_is_answered_with_the_protocols_error() {
+    let world = World::new();
+    let (frontend, service) = attached(&world, WEB, &[bdf("01:10.0")]);
+    let (offset, device, failed) = (WireError::InvalidOffset, WireError::NoDevice, WireError::Failed);
+    for (request, expected) in [
+        (read_op(0, 1, 2), offset),
+        (read_op(0, 2, 4), offset),
+        (read_op(0, 0, 3), offset),
+        (read_op(0, 0, 0), offset),
+        (read_op(0, 0, 8), offset),
+        (read_op(0, 4096, 1), offset),
+        (read_op(0, u32::MAX - 3, 4), offset),
+        (write_op(0, 1, 2, 0), offset),
+        (write_op(0, 4096, 4, 0), offset),
+        (read_op(8, 0, 4), device),
+        (read_op(0x100, 0, 4), device),
+        (read_op(u32::MAX, 0, 4), device),
+        (pciback::pv::wire::Op { bus: 1, ..read_op(0, 0, 4) }, device),
+        (pciback::pv::wire::Op { domain: 1, ..read_op(0, 0, 4) }, device),
+        (op(Command(6), 0), WireError::NotImplemented),
+        (op(Command(u32::MAX), 0), WireError::NotImplemented),
+        (msix_op(0, 0), failed),
+        (pciback::pv::wire::Op { value: u32::MAX, ..op(Command::ENABLE_MSIX, 0) }, failed),
+        (pciback::pv::wire::Op { value: 2, ..op(Command::ENABLE_MSIX, 0) }, failed),
+        (op(Command::ENABLE_MSI, 0), failed),
+    ] {
+        let what = format!("{request:?}").chars().take(110).collect::<String>();
+        // `take` is told of no entries: the count in the request is nonsense.
+        frontend.put(&request);
+        assert_eq!(frontend.take(0).0, expected.number(), "{what}");
+    }
+    assert!(world.simulation.grants(WEB).vectors.is_empty());
+    assert_eq!(frontend.read(0, VENDOR, 2), 0x8086);
+    assert!(service.status().guests[0].errors >= 20);
+}
+
+#[test]
+fn a_frontend_that_publishes_nonsense_is_ignored_until_it_makes_sense() {
+    use crate::frontend::{ask, await_backend, publish};
+    use pciback::pv::nodes::XenbusState;
+    let world = World::new();
+    let service = world.start_impatient();
+    service.hold(bdf("01:10.0")).unwrap();
+    service.attach(WEB, bdf("01:10.0")).unwrap();
+    let mut guest = world.simulation.guest(WEB).unwrap();
+    guest.share(9, 21).unwrap();
+    for (grant, port, magic) in [
+        ("9", "21", "8"),
+        ("0", "21", "7"),
+        ("77", "21", "7"),
+        ("9", "22", "7"),
+        ("9", "0", "7"),
+        ("-1", "4294967296", "7"),
+        ("", "", ""),
+        ("\u{1b}[2J", "21", "7"),
+    ] {
+        publish(&guest, WEB, "state", XenbusState::INITIALISING.0);
+        for (key, value) in [("pci-op-ref", grant), ("event-channel", port), ("magic", magic)] {
+            publish(&guest, WEB, key, value);
+        }
+        publish(&guest, WEB, "state", XenbusState::INITIALISED.0);
+        // Answered after everything that the guest wrote was looked at.
+        service.status();
+        let state = world.simulation.store(DomId::DOM0).unwrap();
+        let state = state.read(&format!("{}/state", nodes::backend_directory(WEB))).unwrap();
+        assert_eq!(state.as_deref(), Some(&b"3"[..]), "{grant} {port} {magic}");
+    }
+    publish(&guest, WEB, "state", XenbusState::INITIALISING.0);
+    for (key, value) in [("pci-op-ref", "9"), ("event-channel", "21"), ("magic", "7")] {
+        publish(&guest, WEB, key, value);
+    }
+    publish(&guest, WEB, "state", XenbusState::INITIALISED.0);
+    await_backend(&guest, WEB, XenbusState::CONNECTED);
+    publish(&guest, WEB, "state", XenbusState::CONNECTED.0);
+    assert_eq!(ask(&guest, &read_op(0, VENDOR, 4)).1, 0x10ca_8086);
+    // Rubbish all over the page, without a request in it, harms nobody.
+    for word in guest.page().unwrap().iter().skip(1) {
+        word.store(u32::MAX, Ordering::Relaxed);
+    }
+    guest.notify().unwrap();
+    assert_eq!(ask(&guest, &read_op(0, VENDOR, 4)).1, 0x10ca_8086);
+}
+
+#[test]
+fn a_guest_that_never_lets_go_is_overruled() {
+    let world = World::new();
+    let service = world.start_impatient();
+    service.hold(bdf("01:10.0")).unwrap();
+    let frontend = Frontend::load(&world, WEB);
+    service.attach(WEB, bdf("01:10.0")).unwrap();
+    assert_eq!(frontend.ask(&msix_op(0, 3)).0, 0);
+    // It neither crashes nor closes from now on.
+    frontend.freeze();
+    service.detach(WEB, bdf("01:10.0")).unwrap();
+    world.assert_held(&service, bdf("01:10.0"), "it was overruled");
+}

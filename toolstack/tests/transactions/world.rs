@@ -1,0 +1,291 @@
+//! A simulated host with lives of the service on it.
+
+use std::fs;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::eventfd::EventFd;
+use pciback::platform::sim::{self, Fuse, Owner, Simulation};
+use pciback::platform::{Host, StoreOps};
+use pciback::pv::nodes;
+use pciback::{DomId, FunctionState, Sbdf};
+use tempfile::TempDir;
+use toolstack::engine::Engine;
+use toolstack::journal::{Journal, Record};
+use toolstack::outcome::Failure;
+use toolstack::protocol::{DomainName, FunctionView, Request, StatusView, Success};
+use toolstack::settings::{Holder, Settings};
+use toolstack::{client, control};
+
+/// Longer than anything a test waits for takes on a busy machine.
+pub const LIMIT: Duration = Duration::from_secs(60);
+/// A PV guest with passthrough.
+pub const WEB: DomId = DomId(1);
+/// Another one.
+pub const DB: DomId = DomId(2);
+
+pub fn bdf(text: &str) -> Sbdf {
+    text.parse().unwrap()
+}
+
+/// Waits until something holds that no event tells of; each look is a request to the service or as costly.
+pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + LIMIT;
+    while !holds() {
+        assert!(Instant::now() < deadline, "not within {LIMIT:?}: {what}");
+        thread::yield_now();
+    }
+}
+
+/// The host, and what outlives the service.
+pub struct World {
+    pub simulation: Simulation,
+    directory: TempDir,
+}
+
+impl World {
+    /// Two guests; the PF 01:00.0 with three VFs, 02:00.0 and 03:00.0.
+    pub fn new() -> Self {
+        let world = Self::without_vfs();
+        world.host().set_vf_autoprobe(bdf("01:00.0"), false).unwrap();
+        world.host().set_num_vfs(bdf("01:00.0"), 3, LIMIT).unwrap();
+        world
+    }
+
+    pub fn without_vfs() -> Self {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/sim/two-guests.yaml");
+        let simulation = Simulation::from_yaml(&fs::read_to_string(path).unwrap()).unwrap();
+        Self { simulation, directory: tempfile::tempdir().unwrap() }
+    }
+
+    /// Makes one of the service's calls fail, after some good ones.
+    pub fn fail(&self, operation: &str, address: Option<Sbdf>, errno: Errno, after: u32) {
+        // The guests' connections to xenstore go on.
+        let store = ["read", "list", "write", "remove", "transaction", "watch", "unwatch"];
+        let domain = store.contains(&operation).then_some(DomId::DOM0);
+        let operation = operation.to_owned();
+        let failure = sim::Failure {
+            operation,
+            address,
+            domain,
+            errno: Some(errno),
+            after,
+            times: 1,
+            ..sim::Failure::default()
+        };
+        self.simulation.fail(failure);
+    }
+
+    pub fn host(&self) -> Arc<dyn Host> {
+        self.simulation.platform("test").unwrap().host
+    }
+
+    fn settings(&self) -> Settings {
+        Settings {
+            guest_limit_seconds: 10,
+            // xen-pciback prepares MSI-X by itself when it takes a function; this one leaves it to the service.
+            holder: Holder::PciStub,
+            run_directory: self.directory.path().join("run"),
+            state_directory: self.directory.path().join("state"),
+            ..Settings::default()
+        }
+    }
+
+    /// Starts the service.
+    pub fn start(&self) -> Service {
+        self.start_life(Settings { ..self.settings() })
+    }
+
+    /// Starts the service with a limit for what guests may take, in seconds.
+    pub fn start_impatient(&self) -> Service {
+        self.start_life(Settings { guest_limit_seconds: 1, ..self.settings() })
+    }
+
+    fn start_life(&self, settings: Settings) -> Service {
+        let fuse = Fuse::default();
+        let platform = self.simulation.platform_with("test", &fuse).unwrap();
+        fs::create_dir_all(settings.run_directory.join("images")).unwrap();
+        let journal = Journal::open(&settings.state_directory).unwrap();
+        let socket = settings.socket();
+        let mut engine = Engine::new(platform, settings, journal, "this boot".into()).unwrap();
+        engine.recover().unwrap();
+        control::listen(&socket, engine.inbox()).unwrap();
+        let stop = Arc::new(EventFd::new().unwrap());
+        let stopped = Arc::clone(&stop);
+        let thread = thread::spawn(move || engine.run(stopped.as_fd()).unwrap());
+        Service { socket, stop, fuse, thread: Some(thread) }
+    }
+
+    /// What the journal has of a function.
+    pub fn record(&self, address: Sbdf) -> Option<Record> {
+        let journal = Journal::open(&self.settings().state_directory).unwrap();
+        let (records, errors) = journal.read_all().unwrap();
+        assert!(errors.is_empty(), "{errors:?}");
+        records.into_iter().find(|record| record.address == address)
+    }
+
+    /// Nothing of a function is a guest's, or anywhere but with the quarantine domain.
+    pub fn assert_held(&self, service: &Service, address: Sbdf, why: &str) {
+        self.assert_nothing_granted(service, address, why);
+        assert_eq!(service.state(address), FunctionState::Held, "{why}: {:?}", service.view(address));
+        assert_eq!(self.simulation.owner(address), Some(Owner::Quarantine), "{why}");
+        assert_eq!(self.host().function(address).unwrap().driver.as_deref(), Some("pci-stub"), "{why}");
+        let record = self.record(address).unwrap();
+        assert_eq!(
+            (record.state, record.guest, record.transaction.as_ref()),
+            (FunctionState::Held, None, None),
+            "{why}"
+        );
+        assert!(
+            record.grants.is_empty() && !record.msix_prepared && record.quarantine.is_none(),
+            "{why}: {record:?}"
+        );
+    }
+
+    /// No guest can do anything with it, but one has other functions.
+    pub fn assert_nothing_granted_but_nodes(&self, address: Sbdf) {
+        assert!(!matches!(self.simulation.owner(address), Some(Owner::Guest(_))));
+        let vectors = self.simulation.grants(WEB).vectors;
+        assert!(vectors.values().all(|vector| vector.address != address), "{vectors:?}");
+        assert!(!self.simulation.msix_prepared(address));
+    }
+
+    /// No guest can do anything with it.
+    pub fn assert_nothing_granted(&self, service: &Service, address: Sbdf, why: &str) {
+        // The engine answers when it has done all that came before.
+        service.status();
+        for domain in [WEB, DB] {
+            assert_ne!(self.simulation.owner(address), Some(Owner::Guest(domain)), "{why}");
+            let grants = self.simulation.grants(domain);
+            assert!(grants.is_empty(), "{why}: {grants:?}");
+            assert_eq!(self.simulation.connected_rings(domain), 0, "{why}: its ring is mapped still");
+            self.assert_no_nodes(domain, why);
+        }
+        assert!(!self.simulation.msix_prepared(address), "{why}: its table is guarded still");
+        let image = self.settings().run_directory.join("images").join(address.to_string());
+        assert!(!image.exists(), "{why}: its image is left");
+        let command = self.simulation.peek(address, 4, 1)[0];
+        assert_eq!(command & 1 << 2, 0, "{why}: bus mastering is on");
+    }
+
+    fn assert_no_nodes(&self, domain: DomId, why: &str) {
+        let store = self.simulation.store(DomId::DOM0).unwrap();
+        for path in [nodes::backend_directory(domain), nodes::frontend_directory(domain)] {
+            let left = store.list(&path).unwrap();
+            assert_eq!(store.read(&path).unwrap(), None, "{why}: {path} is left with {left:?}");
+        }
+    }
+
+    /// dom0 has it, as if it had never been held.
+    pub fn assert_host(&self, service: &Service, address: Sbdf, driver: Option<&str>, why: &str) {
+        assert_eq!(service.state(address), FunctionState::Host, "{why}: {:?}", service.view(address));
+        assert_eq!(self.simulation.owner(address), Some(Owner::Host), "{why}");
+        let function = self.host().function(address).unwrap();
+        assert_eq!(
+            (function.driver.as_deref(), function.driver_override.as_deref()),
+            (driver, None),
+            "{why}"
+        );
+        assert_eq!(self.record(address), None, "{why}");
+    }
+}
+
+/// One life of the service; it stops when it is dropped.
+pub struct Service {
+    socket: PathBuf,
+    stop: Arc<EventFd>,
+    /// How it may be killed.
+    pub fuse: Fuse,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Service {
+    pub fn call(&self, request: Request) -> Result<Success, Failure> {
+        call(&self.socket, request)
+    }
+
+    /// Makes a request in a thread of its own.
+    pub fn begin(&self, request: Request) -> JoinHandle<Result<Success, Failure>> {
+        let socket = self.socket.clone();
+        thread::spawn(move || call(&socket, request))
+    }
+
+    pub fn hold(&self, address: Sbdf) -> Result<Success, Failure> {
+        self.call(Request::PciAssignableAdd { address })
+    }
+
+    pub fn release(&self, address: Sbdf) -> Result<Success, Failure> {
+        self.call(Request::PciAssignableRemove { address })
+    }
+
+    pub fn attach(&self, domain: DomId, address: Sbdf) -> Result<Success, Failure> {
+        self.call(Request::PciAttach { domain: name(domain), address, slot: None })
+    }
+
+    pub fn detach(&self, domain: DomId, address: Sbdf) -> Result<Success, Failure> {
+        self.call(Request::PciDetach { domain: name(domain), address, force: false })
+    }
+
+    pub fn clear(&self, address: Sbdf) -> Result<Success, Failure> {
+        self.call(Request::QuarantineClear { address })
+    }
+
+    pub fn status(&self) -> StatusView {
+        match self.call(Request::Status) {
+            Ok(Success::Status(status)) => status,
+            other => panic!("status: {other:?}"),
+        }
+    }
+
+    pub fn view(&self, address: Sbdf) -> Option<FunctionView> {
+        self.status().functions.into_iter().find(|view| view.address == address)
+    }
+
+    pub fn state(&self, address: Sbdf) -> FunctionState {
+        self.view(address).map_or(FunctionState::Host, |view| view.state)
+    }
+
+    pub fn wait_for_state(&self, address: Sbdf, state: FunctionState) {
+        wait_until(&format!("{address} is {state}"), || self.state(address) == state);
+    }
+
+    /// Ends as SIGTERM has it: guests keep their functions.
+    pub fn stop(mut self) {
+        self.stop.write(1).unwrap();
+        self.thread.take().unwrap().join().unwrap();
+    }
+
+    /// Ends as SIGKILL has it.
+    pub fn kill(mut self) {
+        self.fuse.blow();
+        self.stop.write(1).unwrap();
+        // It may have died of itself.
+        let _ = self.thread.take().unwrap().join();
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            let _ = self.stop.write(1);
+            let _ = thread.join();
+        }
+    }
+}
+
+pub fn name(domain: DomId) -> DomainName {
+    DomainName(domain.to_string())
+}
+
+fn call(socket: &Path, request: Request) -> Result<Success, Failure> {
+    let envelope = client::call(socket, request, &mut |_| ())?;
+    match (envelope.result, envelope.error) {
+        (Some(success), None) => Ok(success),
+        (_, Some(failure)) => Err(failure),
+        (None, None) => panic!("an answer says nothing"),
+    }
+}
