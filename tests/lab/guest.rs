@@ -23,9 +23,9 @@ pub struct GuestConfig {
 }
 
 impl GuestConfig {
-    /// A PV guest with 256 MiB and passthrough enabled.
+    /// A PV guest with 320 MiB and passthrough enabled.
     pub fn pv(name: &str) -> Self {
-        Self { name: name.to_owned(), memory: 256, passthrough: true, lines: Vec::new() }
+        Self { name: name.to_owned(), memory: 320, passthrough: true, lines: Vec::new() }
     }
 
     /// MiB of memory.
@@ -53,7 +53,7 @@ impl GuestConfig {
     pub fn text(&self) -> String {
         let mut text = format!(
             "name=\"{}\"\ntype=\"pv\"\nkernel=\"/guest/vmlinuz\"\nramdisk=\"/guest/initrd.cpio\"\nmemory={}\nvcpus=1\n\
-             extra=\"console=hvc0 rdinit=/init iommu=soft swiotlb=65536\"\npassthrough=\"{}\"\n",
+             extra=\"console=hvc0 rdinit=/init iommu=soft swiotlb=32768\"\npassthrough=\"{}\"\n",
             self.name,
             self.memory,
             if self.passthrough { "enabled" } else { "disabled" }

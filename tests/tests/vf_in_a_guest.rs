@@ -189,7 +189,7 @@ fn back_to_dom0(lab: &Lab) -> Result<()> {
 }
 
 fn mistakes(lab: &Lab) -> Result<()> {
-    lab.guest(&xpci_tests::GuestConfig::pv("closed").passthrough(false).memory(128))?;
+    lab.guest(&xpci_tests::GuestConfig::pv("closed").passthrough(false))?;
     xpci(lab, "pci-assignable-add 01:10.2")?;
     for (command, exit, said) in [
         ("pci-attach closed 01:10.2", 5, "passthrough=\"enabled\""),

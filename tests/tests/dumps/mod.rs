@@ -88,7 +88,14 @@ pub fn compare(theirs: &Dump, ours: &Dump) -> Result<()> {
         dump.text.iter().filter(own).cloned().collect()
     };
     let (theirs, ours) = (comparable(theirs), comparable(ours));
-    ensure!(theirs == ours, "lspci -vvv differs:\n{theirs:#?}\n{ours:#?}");
+    let only = |these: &[String], those: &[String]| -> Vec<String> {
+        these.iter().filter(|line| !those.contains(line)).cloned().collect()
+    };
+    let (only_theirs, only_ours) = (only(&theirs, &ours), only(&ours, &theirs));
+    ensure!(
+        theirs == ours,
+        "lspci -vvv differs: xen-pciback alone {only_theirs:#?}, xpcid alone {only_ours:#?}"
+    );
     ensure!(
         ours.iter().any(|line| line.contains("[100 v1] Advanced Error Reporting")),
         "P5: extended capabilities"
