@@ -10,7 +10,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::cpio::Archive;
-use crate::packages::{self, RECIPE, Trees, XenVersion};
+use crate::packages::{self, Trees, XenVersion};
 use crate::{elf, modules};
 
 const DOM0_INIT: &str = include_str!("assets/dom0-init.sh");

@@ -91,8 +91,9 @@ pub fn command(images: &Images, devices: &Devices, folder: &Path) -> Result<Comm
         "QEMU cannot take commas or blanks in {folder}, {kernel}"
     );
     let mut qemu = Command::new("qemu-system-x86_64");
-    // `-cpu EPYC` makes Xen fault.
-    qemu.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"]);
+    // `-cpu EPYC` makes Xen fault. Without XSAVE (and so AVX) Xen switches the older, simpler register state: with it, programs in
+    // guests crashed now and then (seen: a shell that faulted, a kernel that failed to decompress).
+    qemu.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,xsave=off", "-smp", "2"]);
     qemu.args([
         "-m",
         &MEMORY_MIB.to_string(),

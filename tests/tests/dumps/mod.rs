@@ -21,8 +21,9 @@ const DIFFERENCES: &[(std::ops::Range<usize>, &str)] = &[
     (0xa8..0xaa, "Device Control: the guest's own value is kept for it; xen-pciback drops its write"),
 ];
 
-/// Lines of the text that follow from these bytes.
+/// Lines of the text that follow from these bytes, or from where the guest sees the function.
 const DIFFERENT_LINES: &[&str] = &[
+    "00:00.",
     "Control:",
     "Region",
     "Interrupt:",

@@ -39,7 +39,11 @@ impl SimHost {
             if !world.functions.contains_key(&address) {
                 return Err(Cause::Missing);
             }
-            Ok(body(&mut world)?)
+            body(&mut world).map_err(|errno| match errno {
+                // sysfs answers so where there is no such file, and io::Error calls both the same.
+                Errno::ENOENT => Cause::Missing,
+                errno => Cause::Os(errno),
+            })
         };
         let looks = matches!(operation, "function" | "config");
         let answer = failed.and_then(|()| if looks { call() } else { self.failures.fuse.change(call) });

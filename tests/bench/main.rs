@@ -1,0 +1,99 @@
+//! Measures xpci side by side with xl and the kernel's xen-pciback, in one boot of the lab.
+
+mod figures;
+mod scene;
+
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use xpci_tests::{Lab, XenVersion};
+
+use figures::{Better, Comparison};
+use scene::{Peer, Scene};
+
+const USAGE: &str = "usage: bench [--rounds N] [--xen 4.17|4.20]";
+
+struct Options {
+    rounds: usize,
+    xen: XenVersion,
+}
+
+impl Options {
+    fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Self> {
+        let mut options = Self { rounds: 7, xen: XenVersion::V4_17 };
+        while let Some(option) = arguments.next() {
+            let value = arguments.next().with_context(|| format!("{option} without a value; {USAGE}"))?;
+            match option.as_str() {
+                "--rounds" => {
+                    options.rounds = value.parse().with_context(|| format!("{value:?}; {USAGE}"))?
+                }
+                "--xen" => options.xen = XenVersion::parse(&value)?,
+                _ => bail!("unknown option {option}; {USAGE}"),
+            }
+        }
+        ensure!(options.rounds > 0, "no rounds, no figures; {USAGE}");
+        Ok(options)
+    }
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse(std::env::args().skip(1))?;
+    build()?;
+    let lab = Lab::builder()
+        .xen(options.xen)
+        .name("bench")
+        .install("target/release/xpcid", "/usr/sbin/xpcid")
+        .install("target/release/xpci", "/usr/sbin/xpci")
+        .boot()?;
+    let scene = Scene::set(&lab)?;
+    let comparisons = measure(&scene, options.rounds)?;
+    println!(
+        "\nXen {} in QEMU without KVM, {} rounds, both peers in turns: median (least..most).\n\
+         Only the ratios say something; the figures themselves are those of an emulated machine.\n",
+        options.xen.name(),
+        options.rounds
+    );
+    print!("{}", figures::table(&comparisons));
+    Ok(())
+}
+
+/// What is measured is what the source says now.
+fn build() -> Result<()> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(cargo)
+        .args(["build", "--quiet", "--release", "--bins", "-p", "toolstack", "-p", "xpci-tests"])
+        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+        .status()
+        .context("running cargo")?;
+    ensure!(status.success(), "cargo build: {status}");
+    Ok(())
+}
+
+fn measure(scene: &Scene<'_>, rounds: usize) -> Result<Vec<Comparison>> {
+    let mut reads = Comparison::new("config reads / s", Better::More);
+    let mut attach = Comparison::new("attach, ms", Better::Less);
+    let mut detach = Comparison::new("detach, ms", Better::Less);
+    // The first round warms caches and pages in programs on both sides; it does not count.
+    for round in 0..=rounds {
+        // Who goes first takes turns too.
+        let order = if round % 2 == 0 { [Peer::Ours, Peer::Theirs] } else { [Peer::Theirs, Peer::Ours] };
+        let mut seen = [[0.0; 3]; 2];
+        for peer in order {
+            seen[peer as usize][0] = scene.attach(peer)?;
+        }
+        for peer in order {
+            seen[peer as usize][1] = scene.reads_per_second(peer)?;
+        }
+        for peer in order {
+            seen[peer as usize][2] = scene.detach(peer)?;
+        }
+        let [ours, theirs] = seen;
+        println!("round {round}: xpci {ours:.0?}, xl {theirs:.0?} (attach ms, reads / s, detach ms)");
+        if round > 0 {
+            for (index, figure) in [&mut attach, &mut reads, &mut detach].into_iter().enumerate() {
+                figure.add(ours[index], theirs[index]);
+            }
+        }
+    }
+    Ok(vec![reads, attach, detach])
+}

@@ -1,0 +1,127 @@
+//! Two guests in one lab, one served by xpci, the other by xen-pciback, each with a VF of the same PF.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use xpci_tests::{Guest, GuestConfig, Lab, Process};
+
+const SOON: Duration = Duration::from_secs(60);
+const PF: &str = "0000:01:00.0";
+/// How often a guest reads all of its config space in one measurement: about two seconds, for a clock of 10 ms.
+const PASSES: u32 = 2;
+/// On a machine that does other things besides, a read can take several milliseconds.
+const READS_LIMIT: Duration = Duration::from_secs(240);
+
+/// Who is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Peer {
+    /// xpci.
+    Ours = 0,
+    /// xl and the kernel's xen-pciback.
+    Theirs = 1,
+}
+
+impl Peer {
+    const fn command(self) -> &'static str {
+        match self {
+            Self::Ours => "xpci",
+            Self::Theirs => "xl",
+        }
+    }
+
+    const fn guest(self) -> &'static str {
+        match self {
+            Self::Ours => "ours",
+            Self::Theirs => "theirs",
+        }
+    }
+
+    const fn function(self) -> &'static str {
+        match self {
+            Self::Ours => "01:10.0",
+            Self::Theirs => "01:10.4",
+        }
+    }
+}
+
+/// The lab, ready for measurements: both functions held, none attached.
+pub struct Scene<'a> {
+    lab: &'a Lab,
+    guests: [Guest<'a>; 2],
+    // The service ends with it.
+    _service: Process,
+}
+
+impl<'a> Scene<'a> {
+    pub fn set(lab: &'a Lab) -> Result<Self> {
+        lab.dom0("modprobe xen-pciback && modprobe igb").ok()?;
+        let vfs = format!("/sys/bus/pci/devices/{PF}");
+        lab.wait_for("the PF's driver", SOON, &format!("[ -e {vfs}/driver ]"))?;
+        lab.dom0(&format!("echo 3 > {vfs}/sriov_numvfs")).ok()?;
+        lab.wait_for("its VFs", SOON, &format!("[ -e {vfs}/virtfn2 ]"))?;
+        let service = lab.spawn("xpcid")?;
+        lab.wait_for("the service", SOON, "[ -S /run/xpci/control ]")?;
+        for peer in [Peer::Ours, Peer::Theirs] {
+            lab.dom0(&format!("{} pci-assignable-add {}", peer.command(), peer.function())).ok()?;
+        }
+        let guests = [
+            lab.guest(&GuestConfig::pv(Peer::Ours.guest()))?,
+            lab.guest(&GuestConfig::pv(Peer::Theirs.guest()))?,
+        ];
+        Ok(Self { lab, guests, _service: service })
+    }
+
+    /// Milliseconds that the command takes in dom0. Returns when the guest has the function.
+    pub fn attach(&self, peer: Peer) -> Result<f64> {
+        let took = self.timed(peer, "pci-attach")?;
+        self.guest(peer).wait_for("the function", SOON, "[ -e /sys/bus/pci/devices/*/config ]")?;
+        Ok(took)
+    }
+
+    /// Milliseconds that the command takes in dom0. Returns when the guest has lost the function.
+    pub fn detach(&self, peer: Peer) -> Result<f64> {
+        let took = self.timed(peer, "pci-detach")?;
+        self.guest(peer).wait_for("its removal", SOON, "[ ! -e /sys/bus/pci/devices/*/config ]")?;
+        Ok(took)
+    }
+
+    fn timed(&self, peer: Peer, command: &str) -> Result<f64> {
+        let line = format!("{} {command} {} {}", peer.command(), peer.guest(), peer.function());
+        // bash's clock needs no process of its own.
+        let script = format!(
+            "bash -c 'a=$EPOCHREALTIME; {line} >&2 || exit; b=$EPOCHREALTIME; echo $((${{b/./}} - ${{a/./}}))'"
+        );
+        let microseconds = self.lab.dom0(&script).ok()?;
+        let microseconds: u32 =
+            microseconds.trim().parse().with_context(|| format!("{line} took {microseconds:?}"))?;
+        Ok(f64::from(microseconds) / 1000.0)
+    }
+
+    /// How many dwords of config space the guest reads in a second.
+    pub fn reads_per_second(&self, peer: Peer) -> Result<f64> {
+        // One process reads everything, and reading as much from memory shows what of it is not config space. The kernel
+        // reads the attribute in dwords, one request each.
+        let script = format!(
+            "config=$(echo /sys/bus/pci/devices/*/config); cat $config > /tmp/copy; wc -c < /tmp/copy\n\
+             files=; copies=; for i in $(seq {PASSES}); do files=\"$files $config\"; copies=\"$copies /tmp/copy\"; done\n\
+             read a rest < /proc/uptime; cat $copies > /dev/null; read b rest < /proc/uptime\n\
+             cat $files > /dev/null; read c rest < /proc/uptime; echo $a $b $c"
+        );
+        let output = self.guest(peer).run(&script).limit(READS_LIMIT).ok()?;
+        let numbers: Vec<f64> = output
+            .split_whitespace()
+            .map(str::parse)
+            .collect::<Result<_, _>>()
+            .with_context(|| format!("the guest's figures: {output:?}"))?;
+        let &[bytes, begun, between, ended] = numbers.as_slice() else {
+            anyhow::bail!("the guest's figures: {output:?}");
+        };
+        let seconds = (ended - between) - (between - begun);
+        ensure!(bytes >= 64.0 && seconds > 0.1, "too short to be measured: {output:?}");
+        Ok(bytes / 4.0 * f64::from(PASSES) / seconds)
+    }
+
+    fn guest(&self, peer: Peer) -> &Guest<'a> {
+        &self.guests[peer as usize]
+    }
+}
