@@ -140,14 +140,21 @@ impl GuestFunction {
         let mut vectors = self.vectors();
         let mode = vectors.mode;
         let mut outcome = Ok(());
-        while let Some((_, pirq)) = vectors.entries.pop() {
+        let mut kept = Vec::new();
+        while let Some((entry, pirq)) = vectors.entries.pop() {
             match self.hypervisor.unmap_pirq(self.domain, Pirq(pirq)) {
+                Ok(()) => {}
                 // Unmapped before, by an earlier life or with the domain.
                 Err(error) if matches!(error.errno(), Some(Errno::EINVAL | Errno::ESRCH | Errno::ENOENT)) => {
                 }
-                other => outcome = outcome.and(other.map_err(InterruptError::from)),
+                Err(error) => {
+                    // It stays noted, to be unmapped by the next try: nobody else knows its number.
+                    kept.push((entry, pirq));
+                    outcome = outcome.and(Err(InterruptError::from(error)));
+                }
             }
-            self.note(&vectors)?;
+            let entries = vectors.entries.iter().chain(&kept).copied().collect();
+            self.note(&VectorState { mode, entries, pending: vectors.pending })?;
         }
         if matches!(mode, InterruptMode::Msi | InterruptMode::MsiX) {
             if !self.resetting() {
@@ -156,7 +163,8 @@ impl GuestFunction {
             self.show_enable(mode, false);
         }
         // A vector that was about to be mapped stays noted: Xen may have it.
-        self.note(&VectorState { pending: vectors.pending, ..VectorState::default() })?;
+        let left = if kept.is_empty() { InterruptMode::Off } else { mode };
+        self.note(&VectorState { mode: left, entries: kept, pending: vectors.pending })?;
         outcome
     }
 

@@ -4,6 +4,8 @@
 //! error), `[n]` its exit status unless 0. `XPCI_BLESS=1 cargo test -p toolstack --test commands` writes them anew, to be
 //! read before they are committed.
 
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test that fails says so by panicking")]
+
 mod daemon;
 mod service;
 mod socket;

@@ -208,12 +208,6 @@ impl Service {
         call(&self.socket, request)
     }
 
-    /// Makes a request in a thread of its own.
-    pub fn begin(&self, request: Request) -> JoinHandle<Result<Success, Failure>> {
-        let socket = self.socket.clone();
-        thread::spawn(move || call(&socket, request))
-    }
-
     pub fn hold(&self, address: Sbdf) -> Result<Success, Failure> {
         self.call(Request::PciAssignableAdd { address })
     }
