@@ -14,7 +14,7 @@ deps:
 	@tests/setup/host.sh
 
 binaries: deps
-	$(CARGO) build --locked --release -p toolstack
+	$(CARGO) build --locked --release -p toolstack -p xpci-tests
 
 # A VF in a real guest on a real Xen, told step by step.
 demo: binaries
