@@ -50,7 +50,11 @@ fn nvme_and_virtio_net() -> Result<()> {
     nothing_remains(&lab, &one)?;
     xpci(&lab, &format!("pci-assignable-remove {VIRTIO_MSIX} {NVME} {VIRTIO_INTX}"))?;
     for (function, before) in [VIRTIO_MSIX, NVME, VIRTIO_INTX].iter().zip(before) {
-        ensure!(driver(&lab, function)? == before, "{function}: {} instead of {before}", driver(&lab, function)?);
+        ensure!(
+            driver(&lab, function)? == before,
+            "{function}: {} instead of {before}",
+            driver(&lab, function)?
+        );
         ensure!(owner(&lab, function)? == "d0", "{}", owner(&lab, function)?);
     }
     lab.wait_for("the disk in dom0 again", SOON, "dd if=/dev/nvme0n1 of=/dev/null bs=64k count=1")

@@ -19,7 +19,7 @@ fn on_xen_4_17() -> Result<()> {
     let mut service = prepare(&lab)?;
     println!("VFs by command, and the kernel's own backend for comparison");
     xpci(&lab, &format!("vf create {PF} 3"))?;
-    let seen_through_pciback = dumps::through_pciback(&lab, VFS[2])?;
+    let seen_through_pciback = dumps::through_pciback(&lab, VFS[0])?;
 
     println!("P1, S3: a VF in a guest: identity, MAC, traffic, interrupts");
     xpci(&lab, "pci-assignable-add 01:10.0 01:10.2")?;
