@@ -73,7 +73,13 @@ fn on_xen_4_17() -> Result<()> {
     function_level_reset(&lab, &one)?;
 
     println!("the guest's xen-pcifront is removed and loaded again");
-    one.run("modprobe -r igbvf && modprobe -r xen-pcifront && modprobe xen-pcifront").ok()?;
+    // Linux refuses while the driver has its device, so that is taken from it first.
+    one.run("modprobe -r igbvf && echo pci-0 > /sys/bus/xen/drivers/pcifront/unbind").ok()?;
+    one.wait_for("the function to go", SOON, "[ ! -e /sys/bus/pci/devices/0000:00:00.0 ]")?;
+    let module = one.run("lsmod | grep pcifront; modprobe -r xen-pcifront && modprobe xen-pcifront").run()?;
+    println!("{} {}", module.stdout(), module.stderr());
+    one.run("[ -e /sys/bus/xen/drivers/pcifront/pci-0 ] || echo pci-0 > /sys/bus/xen/drivers/pcifront/bind")
+        .ok()?;
     bring_up(&one, "10.9.9.11")?;
     ping(&one, "10.9.9.1")?;
 

@@ -138,8 +138,14 @@ fn apply_one(nodes: &dyn StoreOps, domain: DomId, change: &NodeChange) -> Result
             nodes.remove(&frontend_directory(domain))?;
             nodes.remove(&backend_directory(domain))?;
             // The parents were made with the first device of this type; an empty one of a guest's is not left behind.
-            let parent = format!("/local/domain/0/backend/xpci/{domain}");
-            if nodes.list(&parent)?.is_empty() { nodes.remove(&parent) } else { Ok(()) }
+            for directory in [frontend_directory(domain), backend_directory(domain)] {
+                if let Some((parent, _)) = directory.rsplit_once('/')
+                    && nodes.list(parent)?.is_empty()
+                {
+                    nodes.remove(parent)?;
+                }
+            }
+            Ok(())
         }
     }
 }
