@@ -15,6 +15,7 @@ deps:
 
 binaries: deps
 	$(CARGO) build --locked --release -p toolstack -p xpci-tests
+	$(CARGO) build --locked --release -p pciback --example contract
 
 # A VF in a real guest on a real Xen, told step by step.
 demo: binaries

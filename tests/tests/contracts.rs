@@ -1,0 +1,29 @@
+//! T6: the contracts that the simulated platform keeps in `cargo test -p pciback` hold on a real Xen too.
+
+use anyhow::{Result, ensure};
+use xpci_tests::host::{PF, SOON, VFS};
+use xpci_tests::{GuestConfig, Lab};
+
+#[test]
+fn a_real_xen_keeps_the_contracts_of_the_simulated_one() -> Result<()> {
+    let lab = Lab::builder().install("target/release/examples/contract", "/usr/bin/contract").boot()?;
+    lab.dom0("modprobe igb && modprobe pci-stub").ok()?;
+    lab.dom0(&format!("echo 2 > /sys/bus/pci/devices/{PF}/sriov_numvfs")).ok()?;
+    let vf = VFS[0];
+    lab.wait_for("the VF", SOON, &format!("[ -e /sys/bus/pci/devices/{vf} ]"))?;
+    lab.dom0(&format!(
+        "echo pci-stub > /sys/bus/pci/devices/{vf}/driver_override && echo {vf} > /sys/bus/pci/drivers_probe"
+    ))
+    .ok()?;
+    let open = lab.guest(&GuestConfig::pv("open"))?;
+    let plain = lab.guest(&GuestConfig::pv("plain").passthrough(false))?;
+    let (open, plain) = (open.domid()?, plain.domid()?);
+    let command = format!(
+        "contract --platform xen --pf {PF} --vf {vf} --guest {open} --plain-guest {plain} --holder pci-stub --whole-pf"
+    );
+    let output = lab.dom0(&command).limit(SOON * 2).run()?;
+    println!("{}", output.stdout());
+    ensure!(output.status() == 0, "{}", output.stdout());
+    ensure!(!output.stdout().contains("SKIP"), "every contract is asked: {}", output.stdout());
+    Ok(())
+}
