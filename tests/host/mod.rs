@@ -108,7 +108,8 @@ pub fn granted(lab: &Lab, domain: u32) -> Result<Vec<String>> {
     Ok(lines.map(|line| line.trim_start_matches("(XEN)").trim().to_owned()).collect())
 }
 
-/// Nothing that xpcid gave a guest is left: memory, interrupts, grants mapped by dom0, nodes.
+/// Nothing that xpcid gave a guest, or took from it, is left: memory, ports and interrupts in Xen, nodes, the image, and,
+/// while no other guest is connected, mapped pages and event channels.
 pub fn nothing_remains(lab: &Lab, guest: &Guest<'_>) -> Result<()> {
     let domain = guest.domid()?;
     for line in granted(lab, domain)? {
@@ -122,6 +123,8 @@ pub fn nothing_remains(lab: &Lab, guest: &Guest<'_>) -> Result<()> {
         })
         .collect();
     ensure!(left.is_empty(), "nodes are left: {left:#?}");
+    let rings = lab.dom0("ls -l /proc/$(pidof xpcid)/fd | grep -E 'xen/(gntdev|evtchn)' || true").ok()?;
+    ensure!(rings.is_empty(), "a page is mapped or an event channel bound: {rings}");
     let images = lab.dom0("ls /run/xpci/images").ok()?;
     ensure!(images.trim().is_empty(), "images are left: {images}");
     Ok(())
