@@ -115,8 +115,8 @@ mod tests {
         assert_eq!(bytes.len() % 4, 0);
         let names: Vec<usize> =
             bytes.windows(6).enumerate().filter(|(_, w)| w == b"070701").map(|(i, _)| i).collect();
-        assert_eq!(names, [0, 116, 116 + 120 + 4]);
+        assert_eq!(names, [0, 116, 116 + 116 + 4]);
         assert_eq!(&bytes[110..113], b"etc");
-        assert_eq!(&bytes[116 + 120..116 + 123], b"xyz");
+        assert_eq!(&bytes[116 + 116..116 + 119], b"xyz");
     }
 }
