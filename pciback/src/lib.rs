@@ -1,12 +1,13 @@
 //! What a Xen guest may see and do with a PCI function, and how that is served.
 //!
-//! Direction of dependencies: `spec` <- `config` <- `pv` -> `platform`. Everything in `spec` and `config` is pure:
+//! Direction of dependencies: `spec` <- `config` <- `policy`; `config` <- `pv` -> `platform`. What is not `pv` or `platform` is pure:
 //! hardware, hypervisor, xenstore and guests are reached only through the small traits of [`platform`].
 
 pub mod address;
 pub mod config;
 pub mod function;
 pub mod platform;
+pub mod policy;
 pub mod pv;
 pub mod spec;
 

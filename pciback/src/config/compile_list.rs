@@ -32,14 +32,16 @@ impl Compiler<'_> {
     }
 
     fn capability(&mut self, index: usize, capability: &Capability) {
-        let policy = self.policy.capabilities.iter().rev().find(|entry| entry.id == capability.id).cloned();
+        let bytes = &self.spec.bytes;
+        let meant = |which: &policy::Selector| which.selects(capability.id, capability.offset, bytes);
+        let policy = self.policy.capabilities.iter().rev().find(|entry| meant(&entry.which)).cloned();
         let known = spec::capability(capability.id).zip(rules::rules(capability.id));
         let owner = index as u16;
         let hidden = match (&policy, known) {
             (Some(policy), _) if policy.action == CapabilityAction::Hide => Some(policy.rule.clone()),
             (Some(_), _) => None,
             (None, Some((spec, rules))) => rules.hidden.map(|reason| Rule::built_in(reason, spec.section)),
-            (None, None) => None,
+            (None, None) => self.policy.hide_unknown.clone(),
         };
         if let Some(rule) = hidden {
             self.visible[index] = false;
@@ -232,9 +234,12 @@ impl Compiler<'_> {
         for (index, entry) in policy.registers.iter().enumerate() {
             let bases: Vec<u16> = match entry.place {
                 policy::Place::Absolute(offset) => vec![offset],
-                policy::Place::In(id, offset) => {
-                    let list = self.list.capabilities.iter().filter(|capability| capability.id == id);
-                    list.map(|capability| capability.offset.saturating_add(offset)).collect()
+                policy::Place::In(which, offset) => {
+                    let bytes = &self.spec.bytes;
+                    let list = self.list.capabilities.iter();
+                    list.filter(|capability| which.selects(capability.id, capability.offset, bytes))
+                        .map(|capability| capability.offset.saturating_add(offset))
+                        .collect()
                 }
             };
             for offset in bases {

@@ -19,7 +19,7 @@ mod shape;
 mod space;
 
 pub use crate::spec::AnyId;
-pub use access::{Access, AccessError, ConfigSpace, Width};
+pub use access::{Access, AccessError, CONVENTIONAL_SIZE, ConfigSpace, EXTENDED_SIZE, Width};
 pub use bar::{Bar, BarKind};
 pub use error::ConfigError;
 pub use function::{FunctionKind, FunctionSpec, Identity};
@@ -28,7 +28,9 @@ pub use interrupts::{MsiCapability, MsixCapability};
 pub use list::{Capability, CapabilityList, ListProblem};
 pub use planes::{Bits, Model, NamedRegister, Planes, RefusedOverride, Segment};
 pub use policy::{
-    CapabilityAction, CapabilityOverride, Initial, Origin, Place, Policy, RegisterOverride, Rule, Treatment,
+    CapabilityAction, CapabilityOverride, Initial, Origin, Place, Policy, RegisterOverride, Rule, Selector,
+    Treatment, VendorPart,
 };
 pub use records::{ImageError, InterruptMode, Life, RequestRecord, RequestStage, VectorState};
+pub use rules::is_guarded;
 pub use space::{SideEffect, VirtualConfigSpace};

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
+use super::bytes::Bytes;
 use crate::spec::AnyId;
 
 /// What a shadow bit is before the guest writes it.
@@ -93,11 +94,53 @@ pub enum CapabilityAction {
     Treat(Treatment),
 }
 
-/// A policy's word on every capability with one id.
+/// Which vendor's capability is meant, where one id serves all vendors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum VendorPart {
+    /// Vendor-Specific Extended with this VSEC ID (PCI Express 6.0, section 7.9.5).
+    Vsec(u16),
+    /// Designated Vendor-Specific Extended of this vendor, with this DVSEC ID (PCI Express 6.0, section 7.9.6).
+    Dvsec {
+        /// DVSEC Vendor ID.
+        vendor: u16,
+        /// DVSEC ID.
+        id: u16,
+    },
+}
+
+/// The capabilities that a policy means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Selector {
+    /// Their id and list.
+    pub id: AnyId,
+    /// Only those of one vendor.
+    pub part: Option<VendorPart>,
+}
+
+impl From<AnyId> for Selector {
+    fn from(id: AnyId) -> Self {
+        Self { id, part: None }
+    }
+}
+
+impl Selector {
+    /// Whether the capability with this id, at this offset of a config space, is meant.
+    pub(super) fn selects(&self, id: AnyId, offset: u16, bytes: &[u8]) -> bool {
+        let at = |further: u16| bytes.word(offset.saturating_add(further));
+        id == self.id
+            && match self.part {
+                None => true,
+                Some(VendorPart::Vsec(id)) => at(4) == id,
+                Some(VendorPart::Dvsec { vendor, id }) => at(4) == vendor && at(8) == id,
+            }
+    }
+}
+
+/// A policy's word on some capabilities.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct CapabilityOverride {
     /// Which.
-    pub id: AnyId,
+    pub which: Selector,
     /// What.
     pub action: CapabilityAction,
     /// Why.
@@ -109,8 +152,8 @@ pub struct CapabilityOverride {
 pub enum Place {
     /// At this offset of config space.
     Absolute(u16),
-    /// At this offset of every capability with this id.
-    In(AnyId, u16),
+    /// At this offset of each of these capabilities.
+    In(Selector, u16),
 }
 
 /// A policy's word on some bits.
@@ -134,6 +177,8 @@ pub struct RegisterOverride {
 pub struct Policy {
     /// Bytes that nobody knows: gaps, unknown and vendor-specific capabilities.
     pub unknown: (Treatment, Rule),
+    /// Why capabilities that nobody knows are taken out of the list; `None` where guests see them.
+    pub hide_unknown: Option<Rule>,
     /// Capabilities as a whole.
     pub capabilities: Vec<CapabilityOverride>,
     /// Single registers.
@@ -145,6 +190,11 @@ impl Default for Policy {
     fn default() -> Self {
         let rule =
             Rule::built_in("registers that nobody knows pass: the guest's driver may need them", "xpci P2");
-        Self { unknown: (Treatment::Pass, rule), capabilities: Vec::new(), registers: Vec::new() }
+        Self {
+            unknown: (Treatment::Pass, rule),
+            hide_unknown: None,
+            capabilities: Vec::new(),
+            registers: Vec::new(),
+        }
     }
 }

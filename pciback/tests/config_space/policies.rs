@@ -28,7 +28,7 @@ fn register(place: Place, width: u8, mask: u32, treatment: Treatment) -> Policy 
 }
 
 fn capability(id: AnyId, action: CapabilityAction) -> Policy {
-    let capabilities = vec![CapabilityOverride { id, action, rule: rule(2) }];
+    let capabilities = vec![CapabilityOverride { which: id.into(), action, rule: rule(2) }];
     Policy { capabilities, ..Policy::default() }
 }
 
@@ -37,7 +37,7 @@ const EXPRESS: AnyId = AnyId::Legacy(CapabilityId::PCI_EXPRESS);
 #[test]
 fn a_register_that_a_policy_lets_through_reaches_hardware() {
     let device = devices::network_pf();
-    let policy = register(Place::In(EXPRESS, 8), 2, 0x7000, Treatment::Pass);
+    let policy = register(Place::In(EXPRESS.into(), 8), 2, 0x7000, Treatment::Pass);
     let mut space = space(&device, &policy);
     space.write(Access::new(0xa8, 2).unwrap(), 0x5fff & !0x8000, &device.hardware).unwrap();
     assert_eq!(device.hardware.bytes.borrow()[0xa9] & 0x70, 0x50);
@@ -59,7 +59,7 @@ fn guarded_registers_stay_as_they_are_and_the_policy_hears_of_it() {
         Place::Absolute(0x3c),
         Place::Absolute(0x52),
         Place::Absolute(0x5c),
-        Place::In(AnyId::Legacy(CapabilityId::MSI_X), 2),
+        Place::In(AnyId::Legacy(CapabilityId::MSI_X).into(), 2),
         Place::Absolute(0x100),
     ] {
         let planes = Planes::compile(&device.spec, &register(place, 2, 0xffff, Treatment::Pass)).unwrap();

@@ -77,7 +77,7 @@ fn table() -> String {
             if !visible {
                 let rule = Rule { reason: "shown".into(), origin: Origin::BuiltIn { section: "test" } };
                 let action = CapabilityAction::Show;
-                let capabilities = vec![CapabilityOverride { id, action, rule }];
+                let capabilities = vec![CapabilityOverride { which: id.into(), action, rule }];
                 let policy = Policy { capabilities, ..Policy::default() };
                 writeln!(text, "when shown:").unwrap();
                 describe(&mut text, &Planes::compile(&spec, &policy).unwrap(), range);

@@ -1,0 +1,176 @@
+//! One policy file: read, checked as a whole, and turned into what the filter is compiled from.
+
+use super::diagnostic::{Diagnostic, Diagnostics};
+use super::matching::{ClassPrefix, Kind, Match};
+use super::names::hexadecimal;
+use super::read::{self, KeyWord, key};
+use super::rules;
+use super::yaml::{self, Node};
+use crate::Sbdf;
+use crate::config::{CapabilityOverride, RegisterOverride, Rule, Treatment};
+
+/// A named set of defaults for what nobody knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Profile {
+    /// Unknown registers pass both ways.
+    Passthrough,
+    /// Unknown registers are read-only.
+    Strict,
+    /// Unknown registers read 0 and drop writes; capabilities that nobody knows are taken out of their list.
+    Hidden,
+}
+
+impl Profile {
+    /// The words of a policy file.
+    pub const WORDS: &[(&str, Self)] =
+        &[("passthrough", Self::Passthrough), ("strict", Self::Strict), ("hidden", Self::Hidden)];
+
+    /// The word of a policy file.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Passthrough => "passthrough",
+            Self::Strict => "strict",
+            Self::Hidden => "hidden",
+        }
+    }
+
+    pub(super) const fn unknown(self) -> Treatment {
+        match self {
+            Self::Passthrough => Treatment::Pass,
+            Self::Strict => Treatment::ReadOnly,
+            Self::Hidden => Treatment::ZERO,
+        }
+    }
+}
+
+pub(super) const KEYS: &[KeyWord] = &[
+    key("description", "What the file is for, in a sentence."),
+    key("match", "Which functions it is for: all keys must hold. Without it, every function."),
+    key("profile", "What happens to registers that nobody knows: a named set of defaults."),
+    key("unknown", "What happens to registers that nobody knows, whatever the profile says."),
+    key("capabilities", "By capability: what the guest sees of it and may write."),
+    key("registers", "Single registers, by their offset in config space."),
+];
+
+pub(super) const MATCH_KEYS: &[KeyWord] = &[
+    key("vendor", "Vendor ID, hexadecimal; several in a list."),
+    key("device", "Device ID, hexadecimal; for a VF the VF Device ID of its PF."),
+    key("subsystem-vendor", "Subsystem Vendor ID, hexadecimal."),
+    key("subsystem-device", "Subsystem ID, hexadecimal."),
+    key("class", "Class code: 2, 4 or 6 hexadecimal digits (base class, subclass, programming interface)."),
+    key("function", "Physical or virtual functions."),
+    key("address", "Where the function is on the host: [SSSS:]BB:DD.F."),
+    key("domain", "The name of the guest that gets the function."),
+];
+
+/// One checked policy file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PolicyFile {
+    /// Its name, as it was given.
+    pub name: String,
+    /// What it is for.
+    pub description: Option<String>,
+    /// Which functions it is for.
+    pub matching: Match,
+    /// The profile, where it names one.
+    pub profile: Option<(Profile, Rule)>,
+    /// What happens to what nobody knows, where it says so.
+    pub unknown: Option<(Treatment, Rule)>,
+    /// Capabilities as a whole.
+    pub capabilities: Vec<CapabilityOverride>,
+    /// Single registers.
+    pub registers: Vec<RegisterOverride>,
+}
+
+impl PolicyFile {
+    /// Reads a file. `name` is what messages and rules call it. Every mistake is reported, in the order of lines.
+    pub fn parse(name: &str, text: &str) -> Result<Self, Vec<Diagnostic>> {
+        let mut diagnostics = Diagnostics::new(name);
+        let mut file = Self {
+            name: name.to_owned(),
+            description: None,
+            matching: Match::default(),
+            profile: None,
+            unknown: None,
+            capabilities: Vec::new(),
+            registers: Vec::new(),
+        };
+        if let Some(root) = yaml::parse(text, &mut diagnostics) {
+            for (key, node) in read::entries(&root, "a policy", KEYS, &mut diagnostics) {
+                file.entry(key, node, &mut diagnostics);
+            }
+        }
+        if diagnostics.is_empty() { Ok(file) } else { Err(diagnostics.into_list()) }
+    }
+
+    fn entry(&mut self, key: &str, node: &Node, diagnostics: &mut Diagnostics) {
+        let file = self.name.as_str();
+        match key {
+            "description" => self.description = read::text(node, "a description", diagnostics),
+            "match" => self.matching = matching(node, diagnostics),
+            "profile" => {
+                let profile = read::choice(node, "profile", Profile::WORDS, diagnostics);
+                self.profile = profile.map(|profile| {
+                    let reason = format!("registers that nobody knows: profile {}", profile.word());
+                    (profile, rules::rule(Some(reason), file, node.at))
+                });
+            }
+            "unknown" => self.unknown = rules::unknown(node, file, diagnostics),
+            "capabilities" => {
+                for (name, node) in read::mapping(node, "'capabilities'", diagnostics).unwrap_or_default() {
+                    let (whole, registers) = rules::capability(name, node, file, diagnostics);
+                    self.capabilities.extend(whole);
+                    self.registers.extend(registers);
+                }
+            }
+            _ => self.registers.extend(rules::registers(node, None, file, diagnostics)),
+        }
+    }
+}
+
+fn matching(node: &Node, diagnostics: &mut Diagnostics) -> Match {
+    let mut matching = Match::default();
+    for (key, node) in read::entries(node, "'match'", MATCH_KEYS, diagnostics) {
+        let mut ids = |what: &str| {
+            read::list(
+                node,
+                what,
+                "one to four hexadecimal digits are expected, as in 8086",
+                hexadecimal,
+                diagnostics,
+            )
+        };
+        match key {
+            "vendor" => matching.vendor = ids("vendor id"),
+            "device" => matching.device = ids("device id"),
+            "subsystem-vendor" => matching.subsystem_vendor = ids("subsystem vendor id"),
+            "subsystem-device" => matching.subsystem_device = ids("subsystem id"),
+            "class" => {
+                let expected = "2, 4 or 6 hexadecimal digits are expected, as in 0200";
+                matching.class = read::list(node, "class", expected, ClassPrefix::parse, diagnostics);
+            }
+            "function" => {
+                matching.function = read::choice(node, "kind of function", Kind::WORDS, diagnostics)
+            }
+            "address" => {
+                let expected = "[SSSS:]BB:DD.F is expected, as in 0000:01:10.0";
+                matching.address =
+                    read::list(node, "address", expected, |text| text.parse::<Sbdf>().ok(), diagnostics);
+            }
+            _ => {
+                let is_name = |text: &str| (text.len() <= 255).then(|| text.to_owned());
+                matching.domain = read::list(
+                    node,
+                    "domain",
+                    "a name of at most 255 bytes is expected",
+                    is_name,
+                    diagnostics,
+                );
+            }
+        }
+    }
+    matching
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,22 @@
+//! Policy files: which registers of which functions a guest may use, written by people.
+//!
+//! A file is checked as a whole and every mistake is reported with its place; files that match a function are laid over each other,
+//! the least specific first, and what results is compiled into the filter ([`crate::config::Planes`]).
+
+mod diagnostic;
+mod file;
+mod matching;
+mod names;
+mod read;
+mod rules;
+mod schema;
+mod set;
+mod yaml;
+
+pub use diagnostic::{Diagnostic, Spot};
+pub use file::{PolicyFile, Profile};
+pub use matching::{ClassPrefix, Kind, Match, Specificity, Subject};
+pub use names::{CAPABILITIES as CAPABILITY_WORDS, selector, selector_word, word as capability_word};
+pub use schema::schema;
+pub use set::{Merged, PolicySet};
+pub use yaml::FILE_LIMIT;

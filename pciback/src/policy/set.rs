@@ -1,0 +1,118 @@
+//! Policy files together: which apply to a function, and what they say as one.
+
+use super::file::{PolicyFile, Profile};
+use super::matching::Subject;
+use crate::config::Policy;
+
+/// Checked policy files, the least specific first.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PolicySet {
+    files: Vec<PolicyFile>,
+}
+
+/// What a set says of one function.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Merged<'a> {
+    /// For the compiler.
+    pub policy: Policy,
+    /// The files that apply, the least specific first: a later one wins.
+    pub applied: Vec<&'a PolicyFile>,
+    /// The others, each with the reason.
+    pub passed_over: Vec<(&'a PolicyFile, String)>,
+    /// The profile in force, and the file that chose it.
+    pub profile: (Profile, Option<&'a str>),
+}
+
+impl PolicySet {
+    /// Puts files in order: by how closely they match; those that match as closely as each other by their names.
+    pub fn new(mut files: Vec<PolicyFile>) -> Self {
+        files.sort_by(|a, b| a.matching.order(&b.matching).then_with(|| a.name.cmp(&b.name)));
+        Self { files }
+    }
+
+    /// The files, the least specific first.
+    pub fn files(&self) -> &[PolicyFile] {
+        &self.files
+    }
+
+    /// What all files that match a function say of it together.
+    pub fn merge(&self, subject: &Subject) -> Merged<'_> {
+        let mut merged = Merged {
+            policy: Policy::default(),
+            applied: Vec::new(),
+            passed_over: Vec::new(),
+            profile: (Profile::Passthrough, None),
+        };
+        for file in &self.files {
+            match file.matching.mismatch(subject) {
+                None => merged.lay(file),
+                Some(reason) => merged.passed_over.push((file, reason)),
+            }
+        }
+        merged
+    }
+
+    /// What the files say whether they match or not: for trying one out.
+    pub fn all(&self) -> Merged<'_> {
+        let profile = (Profile::Passthrough, None);
+        let mut merged =
+            Merged { policy: Policy::default(), applied: Vec::new(), passed_over: Vec::new(), profile };
+        self.files.iter().for_each(|file| merged.lay(file));
+        merged
+    }
+}
+
+impl<'a> Merged<'a> {
+    fn lay(&mut self, file: &'a PolicyFile) {
+        if let Some((profile, rule)) = &file.profile {
+            self.profile = (*profile, Some(&file.name));
+            self.policy.unknown = (profile.unknown(), rule.clone());
+            self.policy.hide_unknown = (*profile == Profile::Hidden).then(|| rule.clone());
+        }
+        if let Some(unknown) = &file.unknown {
+            self.policy.unknown = unknown.clone();
+        }
+        self.policy.capabilities.extend(file.capabilities.iter().cloned());
+        self.policy.registers.extend(file.registers.iter().cloned());
+        self.applied.push(file);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Sbdf;
+    use crate::config::{Identity, Treatment};
+    use crate::policy::Kind;
+
+    fn subject() -> Subject {
+        let identity = Identity { vendor: 0x8086, device: 0x10ca, class: 0x020000, ..Identity::default() };
+        Subject { address: Sbdf::from_devfn(0, 1, 0x80), identity, kind: Kind::Virtual, domain: None }
+    }
+
+    fn set(files: &[(&str, &str)]) -> PolicySet {
+        PolicySet::new(files.iter().map(|(name, text)| PolicyFile::parse(name, text).unwrap()).collect())
+    }
+
+    #[test]
+    fn the_more_specific_file_wins_whatever_its_name() {
+        let set = set(&[
+            ("a-device.yaml", "match: {vendor: 8086, device: 10ca}\nunknown: hide\n"),
+            ("b-class.yaml", "match: {class: 02}\nprofile: strict\n"),
+            ("c-other.yaml", "match: {vendor: 10ec}\nprofile: hidden\n"),
+        ]);
+        let merged = set.merge(&subject());
+        let names: Vec<&str> = merged.applied.iter().map(|file| file.name.as_str()).collect();
+        assert_eq!(names, ["b-class.yaml", "a-device.yaml"]);
+        assert_eq!(merged.policy.unknown.0, Treatment::ZERO);
+        assert_eq!(merged.profile, (Profile::Strict, Some("b-class.yaml")));
+        assert_eq!(merged.passed_over[0].1, "its vendor is 8086");
+    }
+
+    #[test]
+    fn files_that_match_as_closely_as_each_other_go_by_name() {
+        let set = set(&[("20.yaml", "profile: strict\n"), ("10.yaml", "profile: hidden\n")]);
+        assert_eq!(set.merge(&subject()).profile, (Profile::Strict, Some("20.yaml")));
+        assert_eq!(set.merge(&subject()).policy.hide_unknown, None);
+    }
+}
