@@ -5,6 +5,7 @@
 
 pub mod address;
 pub mod config;
+pub mod dump;
 pub mod function;
 pub mod platform;
 pub mod policy;
