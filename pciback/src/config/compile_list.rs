@@ -223,7 +223,11 @@ impl Compiler<'_> {
     fn link(&mut self, place: Place, owner: u16, value: u32, rule: &Rule) {
         let place = self.owned(place, owner);
         let capability = self.list.capabilities.get(usize::from(owner)).map(|capability| capability.id);
-        let register = self.name(place.offset, place.width, "Capability Header", capability);
+        let named = self.pieces(place).first().and_then(|(_, register, _)| *register);
+        let register = match named.filter(|_| owner == HEADER_OWNER) {
+            Some(register) => register,
+            None => self.name(place.offset, place.width, "Capability Header", capability),
+        };
         let known = Known { kind: Kind::Constant, register: Some(register), guarded: true };
         self.set(place, known, Treatment::Fixed(value), rule);
     }

@@ -4,6 +4,8 @@
 //! the least specific first, and what results is compiled into the filter ([`crate::config::Planes`]).
 
 mod diagnostic;
+mod dumped;
+mod explain;
 mod file;
 mod matching;
 mod names;
@@ -14,6 +16,8 @@ mod set;
 mod yaml;
 
 pub use diagnostic::{Diagnostic, Spot};
+pub use dumped::specs as dumped_specs;
+pub use explain::{BitsLine, CapabilityLine, Explanation, RegisterLine, explain};
 pub use file::{PolicyFile, Profile};
 pub use matching::{ClassPrefix, Kind, Match, Specificity, Subject};
 pub use names::{CAPABILITIES as CAPABILITY_WORDS, selector, selector_word, word as capability_word};

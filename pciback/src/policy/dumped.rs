@@ -1,0 +1,130 @@
+//! Functions of a dump as the filter wants to know them, as far as a dump tells.
+
+use std::collections::HashMap;
+
+use super::matching::Kind;
+use crate::Sbdf;
+use crate::config::{CapabilityList, FunctionKind, FunctionSpec, Identity};
+use crate::dump::DumpedFunction;
+use crate::platform::Resource;
+use crate::spec::{ExtendedCapabilityId, header, sriov};
+
+/// What is known of a VF from its PF's part of the same dump.
+struct Parent<'a> {
+    pf: &'a DumpedFunction,
+    index: u16,
+}
+
+/// Every function of a dump. VFs are known by an enabled SR-IOV capability in the same dump, or by ids that read all ones, as a VF's
+/// do (PCI Express 6.0, section 9.3.4.1.1); `kind` decides for all of them instead. A dump does not tell the sizes of BARs:
+/// each is taken to be as large as its address is aligned.
+pub fn specs(functions: &[DumpedFunction], kind: Option<Kind>) -> Vec<FunctionSpec> {
+    let parents = parents(functions);
+    functions.iter().map(|function| spec(function, parents.get(&function.address), kind)).collect()
+}
+
+fn word(bytes: &[u8], offset: u16) -> u16 {
+    let at = usize::from(offset);
+    bytes.get(at..at + 2).map_or(0xffff, |bytes| u16::from_le_bytes([bytes[0], bytes[1]]))
+}
+
+fn dword(bytes: &[u8], offset: u16) -> u32 {
+    u32::from(word(bytes, offset)) | u32::from(word(bytes, offset.saturating_add(2))) << 16
+}
+
+fn sriov_capability(bytes: &[u8]) -> Option<u16> {
+    let offset = CapabilityList::walk(bytes).extended(ExtendedCapabilityId::SR_IOV)?.offset;
+    // All registers up to the VF BARs must be there.
+    (usize::from(offset) + 0x40 <= bytes.len()).then_some(offset)
+}
+
+/// The VFs that each PF of the dump has enabled.
+fn parents(functions: &[DumpedFunction]) -> HashMap<Sbdf, Parent<'_>> {
+    let mut parents = HashMap::new();
+    for pf in functions {
+        let Some(at) = sriov_capability(&pf.bytes) else { continue };
+        let register = |offset| word(&pf.bytes, at + offset);
+        if register(sriov::CONTROL) & sriov::VF_ENABLE == 0 {
+            continue;
+        }
+        let (first, stride) =
+            (u32::from(register(sriov::FIRST_VF_OFFSET)), u32::from(register(sriov::VF_STRIDE)));
+        // No more VFs than there are functions to be them.
+        for index in 0..register(sriov::NUM_VFS).min(functions.len() as u16) {
+            if let Some(vf) = pf.address.offset_by(first + stride * u32::from(index)) {
+                parents.entry(vf).or_insert(Parent { pf, index });
+            }
+        }
+    }
+    parents
+}
+
+fn spec(function: &DumpedFunction, parent: Option<&Parent<'_>>, kind: Option<Kind>) -> FunctionSpec {
+    let bytes = function.bytes.clone();
+    let vf_ids = dword(&bytes, header::VENDOR_ID) == u32::MAX && dword(&bytes, header::COMMAND) != u32::MAX;
+    let is_virtual = match kind {
+        Some(kind) => kind == Kind::Virtual,
+        None => parent.is_some() || vf_ids,
+    };
+    let class = dword(&bytes, header::REVISION_ID);
+    let mut identity = Identity {
+        vendor: word(&bytes, header::VENDOR_ID),
+        device: word(&bytes, header::DEVICE_ID),
+        subsystem_vendor: word(&bytes, header::SUBSYSTEM_VENDOR_ID),
+        subsystem: word(&bytes, header::SUBSYSTEM_VENDOR_ID + 2),
+        class: class >> 8,
+        revision: class as u8,
+    };
+    let mut resources = [Resource::default(); 13];
+    let kind = if is_virtual {
+        let pf_bytes = parent.map(|parent| parent.pf.bytes.clone()).unwrap_or_default();
+        if let Some(at) = sriov_capability(&pf_bytes) {
+            identity.vendor = word(&pf_bytes, header::VENDOR_ID);
+            identity.device = word(&pf_bytes, at + sriov::VF_DEVICE_ID);
+            bars(&mut resources, |index| dword(&pf_bytes, at + sriov::VF_BAR0 + 4 * index));
+        }
+        FunctionKind::Virtual {
+            physical_function: parent.map_or(function.address, |parent| parent.pf.address),
+            pf_bytes,
+            index: parent.map_or(0, |parent| parent.index),
+        }
+    } else {
+        bars(&mut resources, |index| dword(&bytes, header::BAR0 + 4 * index));
+        let rom = dword(&bytes, header::ROM) & 0xffff_f800;
+        if !matches!(rom, 0 | 0xffff_f800) {
+            resources[6] = range(u64::from(rom), Resource::MEMORY);
+        }
+        FunctionKind::Physical
+    };
+    let line = u32::from(bytes.get(usize::from(header::INTERRUPT_LINE)).copied().unwrap_or(0));
+    FunctionSpec { address: function.address, bytes, resources, identity, kind, gsi: line }
+}
+
+/// Ranges as six registers show them.
+fn bars(resources: &mut [Resource; 13], register: impl Fn(u16) -> u32) {
+    let mut index = 0;
+    while index < 6 {
+        let low = register(index);
+        let (flags, mask) = match low {
+            0 | u32::MAX => (0, 0),
+            _ if low & 1 != 0 => (Resource::IO, 0xffff_fffc),
+            _ => {
+                let prefetch = if low & 8 != 0 { Resource::PREFETCH } else { 0 };
+                let wide = if low & 6 == 4 && index < 5 { Resource::MEMORY_64 } else { 0 };
+                (Resource::MEMORY | prefetch | wide, 0xffff_fff0)
+            }
+        };
+        let is_wide = flags & Resource::MEMORY_64 != 0;
+        let high = if is_wide { u64::from(register(index + 1)) << 32 } else { 0 };
+        if flags != 0 {
+            resources[usize::from(index)] = range(high | u64::from(low & mask), flags);
+        }
+        index += if is_wide { 2 } else { 1 };
+    }
+}
+
+/// A range that is as large as its address is aligned; one at 0 was never placed, and takes a page.
+fn range(start: u64, flags: u64) -> Resource {
+    let size = if start == 0 { 0x1000 } else { 1 << start.trailing_zeros() };
+    Resource { start, size, flags }
+}

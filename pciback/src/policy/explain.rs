@@ -1,0 +1,320 @@
+//! What a guest sees of a function, register by register, and which rule says so.
+
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+use super::names;
+use crate::Sbdf;
+use crate::config::{
+    AnyId, Capability, CapabilityList, FunctionSpec, Initial, Origin, Planes, Policy, Rule, Segment,
+    Treatment,
+};
+use crate::spec::{self, Field, header};
+
+/// A function explained.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Explanation {
+    /// Where it is.
+    pub address: Sbdf,
+    /// `vendor:device`, as the guest reads them.
+    pub id: String,
+    /// Whether it is a VF.
+    pub is_virtual: bool,
+    /// Why no guest can have it; absent where one can.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_assignable: Option<String>,
+    /// The capabilities that hardware has, in the order of their lists.
+    pub capabilities: Vec<CapabilityLine>,
+    /// The registers, by offset: every byte of config space is in one of them.
+    pub registers: Vec<RegisterLine>,
+    /// What is wrong with the lists of capabilities.
+    pub problems: Vec<String>,
+    /// What the policy asked for in registers that no policy can change, or that are not there.
+    pub refused: Vec<String>,
+}
+
+/// One capability.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CapabilityLine {
+    /// Where its header is.
+    pub offset: u16,
+    /// Its id.
+    pub id: u16,
+    /// Whether it stands in the extended list.
+    pub extended: bool,
+    /// The version of an extended one, 0 of others.
+    pub version: u8,
+    /// What the specification calls it.
+    pub name: String,
+    /// How policy files call it.
+    pub word: String,
+    /// Whether the guest's list leads to it.
+    pub visible: bool,
+}
+
+/// One register, or a run of bytes that nobody knows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct RegisterLine {
+    /// Where it is in config space.
+    pub offset: u16,
+    /// Bytes.
+    pub width: u16,
+    /// What the specification calls it; `unknown` for bytes that nobody knows.
+    pub name: String,
+    /// The offset of the capability it belongs to; absent for the header and for bytes outside capabilities.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capability: Option<u16>,
+    /// What reads show: `hardware`, `constant` (hardware's, taken once), `virtual` (the guest's own) or `fixed`; several joined by
+    /// `+` where its bits differ, from bit 0 on.
+    pub read: String,
+    /// Where writes go: `hardware`, `virtual` or `dropped`; joined likewise.
+    pub write: String,
+    /// The rules in force, joined by `; `.
+    pub rule: String,
+    /// The bits that are treated alike, from bit 0 on.
+    pub bits: Vec<BitsLine>,
+}
+
+/// Bits of a register that one rule treats alike.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BitsLine {
+    /// Which bits of the register.
+    pub mask: u32,
+    /// What the specification calls them.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub name: String,
+    /// As in [`RegisterLine::read`].
+    pub read: String,
+    /// As in [`RegisterLine::write`].
+    pub write: String,
+    /// What they read, or read at first, where the rule says it; in place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value: Option<u32>,
+    /// Why.
+    pub rule: String,
+    /// The section or the policy file and line that says so.
+    pub origin: String,
+}
+
+/// Explains a function. One that no guest can have is explained as far as its lists go.
+pub fn explain(spec: &FunctionSpec, policy: &Policy) -> Explanation {
+    let id = format!("{:04x}:{:04x}", spec.identity.vendor, spec.identity.device);
+    let mut explanation = Explanation {
+        address: spec.address,
+        id,
+        is_virtual: spec.is_virtual(),
+        not_assignable: None,
+        capabilities: Vec::new(),
+        registers: Vec::new(),
+        problems: Vec::new(),
+        refused: Vec::new(),
+    };
+    match Planes::compile(spec, policy) {
+        Ok(planes) => {
+            let line = |(capability, visible): &(Capability, bool)| capability_line(capability, *visible);
+            explanation.capabilities = planes.capabilities().iter().map(line).collect();
+            explanation.registers = registers(&planes, spec);
+            explanation.problems = planes.problems().iter().map(ToString::to_string).collect();
+            explanation.refused = refused(&planes, policy);
+        }
+        Err(error) => {
+            let list = CapabilityList::walk(&spec.bytes);
+            explanation.not_assignable = Some(error.to_string());
+            explanation.capabilities =
+                list.capabilities.iter().map(|capability| capability_line(capability, false)).collect();
+            explanation.problems = list.problems.iter().map(ToString::to_string).collect();
+        }
+    }
+    explanation
+}
+
+fn capability_line(capability: &Capability, visible: bool) -> CapabilityLine {
+    let (id, extended) = match capability.id {
+        AnyId::Legacy(id) => (u16::from(id.0), false),
+        AnyId::Extended(id) => (id.0, true),
+    };
+    let (offset, version) = (capability.offset, capability.version);
+    let (name, word) = (capability.id.to_string(), names::word(capability.id));
+    CapabilityLine { offset, id, extended, version, name, word, visible }
+}
+
+fn refused(planes: &Planes, policy: &Policy) -> Vec<String> {
+    let refused = planes.refused().iter();
+    refused
+        .map(|refused| {
+            let origin = policy.registers.get(refused.index).map_or_else(String::new, |entry| origin(&entry.rule));
+            let (offset, mask) = (refused.offset, refused.mask);
+            format!("{origin}: the register at {offset:#x} is guarded or not there: its bits {mask:#x} stay as built in")
+        })
+        .collect()
+}
+
+fn origin(rule: &Rule) -> String {
+    match &rule.origin {
+        Origin::BuiltIn { section } => (*section).to_owned(),
+        Origin::Policy { file, line } => format!("{file}:{line}"),
+    }
+}
+
+/// What a treatment is to who reads and to who writes.
+fn words(treatment: Treatment) -> (&'static str, &'static str, Option<u32>) {
+    match treatment {
+        Treatment::Pass => ("hardware", "hardware", None),
+        Treatment::ReadOnly => ("hardware", "dropped", None),
+        Treatment::Static => ("constant", "dropped", None),
+        Treatment::Virtual(Initial::Hardware) => ("virtual", "virtual", None),
+        Treatment::Virtual(Initial::Value(value)) => ("virtual", "virtual", Some(value)),
+        Treatment::Fixed(value) => ("fixed", "dropped", Some(value)),
+    }
+}
+
+fn registers(planes: &Planes, spec: &FunctionSpec) -> Vec<RegisterLine> {
+    let list = CapabilityList::walk(&spec.bytes);
+    let extents: Vec<(AnyId, Range<u16>)> = list
+        .capabilities
+        .iter()
+        .map(|capability| (capability.id, list.extent(capability, &spec.bytes)))
+        .collect();
+    let mut lines: Vec<RegisterLine> = Vec::new();
+    // The register that the last line stands for; `None` for bytes that nobody knows.
+    let mut last: Option<Option<u16>> = None;
+    for segment in planes.segments() {
+        let owner = extents.iter().find(|(_, extent)| extent.contains(&first_byte(segment)));
+        let line = match segment.register {
+            Some(index) => known(planes, segment, index, owner),
+            None => unknown(planes, segment, owner),
+        };
+        let same = match (segment.register, lines.last_mut()) {
+            (Some(index), Some(previous)) if last == Some(Some(index)) => {
+                previous.bits.extend(line.bits.clone());
+                true
+            }
+            (None, Some(previous)) if last == Some(None) => extend(previous, &line),
+            _ => false,
+        };
+        if !same {
+            // A register whose bits are treated in more than one way may be interrupted by another of the same dword.
+            match segment
+                .register
+                .and_then(|_| lines.iter_mut().rev().take(4).find(|known| is_same(known, &line)))
+            {
+                Some(known) => known.bits.extend(line.bits),
+                None => lines.push(line),
+            }
+        }
+        last = Some(segment.register);
+    }
+    lines.iter_mut().for_each(summarize);
+    lines.sort_by_key(|line| line.offset);
+    lines
+}
+
+fn is_same(a: &RegisterLine, b: &RegisterLine) -> bool {
+    a.offset == b.offset && a.width == b.width && a.name == b.name
+}
+
+fn first_byte(segment: &Segment) -> u16 {
+    segment.dword + (segment.mask.trailing_zeros() / 8) as u16
+}
+
+fn bits_line(planes: &Planes, segment: &Segment, shift: u32, name: String) -> BitsLine {
+    let (read, write, value) = words(segment.treatment);
+    let rule = &planes.rules()[usize::from(segment.rule)];
+    BitsLine {
+        mask: segment.mask >> shift,
+        name,
+        read: read.to_owned(),
+        write: write.to_owned(),
+        value: value.map(|value| value >> shift),
+        rule: rule.reason.clone().into_owned(),
+        origin: origin(rule),
+    }
+}
+
+fn known(
+    planes: &Planes,
+    segment: &Segment,
+    index: u16,
+    owner: Option<&(AnyId, Range<u16>)>,
+) -> RegisterLine {
+    let register = &planes.registers()[usize::from(index)];
+    let shift = 8 * u32::from(register.offset & 3);
+    let base = owner.filter(|(id, _)| register.capability == Some(*id)).map(|(_, extent)| extent.start);
+    let names = fields(register.capability, base, register.offset).iter();
+    let named: Vec<&str> =
+        names.filter(|field| field.mask << shift & segment.mask != 0).map(|field| field.name).collect();
+    RegisterLine {
+        offset: register.offset,
+        width: u16::from(register.width),
+        name: register.name.to_owned(),
+        capability: base,
+        read: String::new(),
+        write: String::new(),
+        rule: String::new(),
+        bits: vec![bits_line(planes, segment, shift, named.join(", "))],
+    }
+}
+
+/// The fields of a register, as the specification lists them.
+fn fields(capability: Option<AnyId>, base: Option<u16>, offset: u16) -> &'static [Field] {
+    let registers = match (capability, base) {
+        (None, _) => header::REGISTERS,
+        (Some(id), Some(_)) => spec::capability(id).map_or(&[][..], |capability| capability.registers),
+        (Some(_), None) => &[],
+    };
+    let relative = offset - base.unwrap_or(0);
+    registers.iter().find(|register| register.offset == relative).map_or(&[], |register| register.fields)
+}
+
+fn unknown(planes: &Planes, segment: &Segment, owner: Option<&(AnyId, Range<u16>)>) -> RegisterLine {
+    let first = segment.mask.trailing_zeros() / 8;
+    let last = (31 - segment.mask.leading_zeros()) / 8;
+    RegisterLine {
+        offset: segment.dword + first as u16,
+        width: (last - first + 1) as u16,
+        name: "unknown".to_owned(),
+        capability: owner.map(|(_, extent)| extent.start),
+        read: String::new(),
+        write: String::new(),
+        rule: String::new(),
+        bits: vec![bits_line(planes, segment, 8 * first, String::new())],
+    }
+}
+
+/// Lets a run of unknown bytes take in the ones that follow it, when they are treated alike.
+fn extend(run: &mut RegisterLine, next: &RegisterLine) -> bool {
+    let alike = |a: &BitsLine, b: &BitsLine| {
+        a.read == b.read && a.write == b.write && a.rule == b.rule && a.origin == b.origin
+    };
+    let follows = run.offset + run.width == next.offset && run.capability == next.capability;
+    let joined = follows && run.bits.len() == 1 && alike(&run.bits[0], &next.bits[0]);
+    if joined {
+        run.width += next.width;
+        run.bits[0].mask = u32::MAX;
+    }
+    joined
+}
+
+fn summarize(line: &mut RegisterLine) {
+    line.bits.sort_by_key(|bits| bits.mask.trailing_zeros());
+    let joined = |text: fn(&BitsLine) -> &str, with: &str| {
+        let mut words: Vec<&str> = Vec::new();
+        for bits in &line.bits {
+            if !words.contains(&text(bits)) {
+                words.push(text(bits));
+            }
+        }
+        words.join(with)
+    };
+    let (read, write) = (joined(|bits| &bits.read, "+"), joined(|bits| &bits.write, "+"));
+    line.rule = joined(|bits| &bits.rule, "; ");
+    (line.read, line.write) = (read, write);
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,120 @@
+use super::*;
+use crate::dump;
+use crate::policy::{Kind, PolicyFile, PolicySet, dumped_specs};
+
+/// A network controller with power management at 0x40 and a capability that nobody knows at 0x50.
+fn dumped() -> String {
+    let mut bytes = [0u8; 256];
+    bytes[..0x10].copy_from_slice(&[0x86, 0x80, 0xca, 0x10, 6, 4, 0x10, 0, 1, 0, 0, 2, 0x10, 0, 0, 0]);
+    bytes[0x10..0x18].copy_from_slice(&[0x04, 0, 0, 0xfe, 0, 0, 0, 0]);
+    bytes[0x34] = 0x40;
+    bytes[0x40..0x48].copy_from_slice(&[0x01, 0x50, 0x03, 0, 0, 0, 0, 0]);
+    bytes[0x50..0x54].copy_from_slice(&[0x77, 0, 0xab, 0xcd]);
+    let function = dump::DumpedFunction {
+        address: Sbdf::from_devfn(0, 1, 0),
+        title: "Ethernet controller".into(),
+        bytes: bytes.to_vec(),
+        line: 1,
+    };
+    function.to_string()
+}
+
+fn explained(text: &str, kind: Option<Kind>, policy: &str) -> Explanation {
+    let functions = dump::parse(text).unwrap();
+    let specs = dumped_specs(&functions, kind);
+    let set = PolicySet::new(vec![PolicyFile::parse("p.yaml", policy).unwrap()]);
+    explain(&specs[0], &set.all().policy)
+}
+
+fn register<'a>(explanation: &'a Explanation, name: &str) -> &'a RegisterLine {
+    explanation.registers.iter().find(|register| register.name == name).unwrap()
+}
+
+#[test]
+fn each_register_says_what_reads_and_writes_do_and_why() {
+    let explanation = explained(&dumped(), None, "");
+    assert_eq!(explanation.id, "8086:10ca");
+    let command = register(&explanation, "Command");
+    assert_eq!((command.offset, command.width), (4, 2));
+    assert_eq!(command.read, "hardware+virtual+fixed");
+    assert_eq!(command.write, "hardware+virtual+dropped");
+    let serr = command.bits.iter().find(|bits| bits.mask == 0x100).unwrap();
+    assert_eq!((serr.read.as_str(), serr.name.as_str()), ("virtual", "SERR# Enable"));
+    assert!(serr.rule.contains("SERR is pinned"), "{}", serr.rule);
+    assert!(serr.origin.contains("7.5.1"), "{}", serr.origin);
+    let vendor = register(&explanation, "Vendor ID");
+    assert_eq!((vendor.read.as_str(), vendor.write.as_str()), ("constant", "dropped"));
+    let power = register(&explanation, "Power Management Control/Status");
+    assert_eq!(power.capability, Some(0x40));
+    assert!(explanation.not_assignable.is_none() && explanation.problems.is_empty());
+}
+
+#[test]
+fn every_byte_is_in_exactly_one_register() {
+    for text in [dumped(), dumped().replace("10: 04 00 00 fe", "10: 01 e0 00 00")] {
+        let explanation = explained(&text, None, "");
+        let mut next = 0;
+        for register in &explanation.registers {
+            assert_eq!(register.offset, next, "{register:?}");
+            next = register.offset + register.width;
+            if register.name != "unknown" {
+                let all = register.bits.iter().fold(0u32, |all, bits| {
+                    assert_eq!(all & bits.mask, 0, "{register:?}");
+                    all | bits.mask
+                });
+                assert_eq!(all, u32::MAX >> (32 - 8 * register.width), "{register:?}");
+            }
+        }
+        assert_eq!(next, 256);
+    }
+}
+
+#[test]
+fn a_policy_is_named_with_its_line_and_what_it_could_not_change() {
+    let policy = "unknown: read-only\ncapabilities:\n  legacy-0x77: {action: hide, reason: a test}\nregisters:\n  - {at: 0x42, width: 2, action: pass}\n  - {at: 0x40, width: 2, action: pass}\n";
+    let explanation = explained(&dumped(), None, policy);
+    let capability = explanation.capabilities.iter().find(|capability| capability.id == 0x77).unwrap();
+    assert!(!capability.visible);
+    assert_eq!(capability.word, "legacy-0x77");
+    let hidden = explanation.registers.iter().find(|register| register.offset == 0x50).unwrap();
+    assert_eq!((hidden.read.as_str(), hidden.rule.as_str()), ("fixed", "a test"));
+    assert_eq!(hidden.bits[0].origin, "p.yaml:3");
+    let gap = explanation.registers.iter().find(|register| register.offset == 0x52).unwrap();
+    assert_eq!(
+        (gap.name.as_str(), gap.read.as_str(), gap.write.as_str()),
+        ("unknown", "hardware", "dropped")
+    );
+    assert_eq!(explanation.refused.len(), 1, "{:?}", explanation.refused);
+    assert!(explanation.refused[0].starts_with("p.yaml:6: the register at 0x40 is guarded"));
+}
+
+#[test]
+fn a_dump_can_be_read_as_a_vfs_and_a_bridge_says_why_no_guest_gets_it() {
+    let explanation = explained(&dumped(), Some(Kind::Virtual), "");
+    assert!(explanation.is_virtual);
+    let command = register(&explanation, "Command");
+    let memory = command.bits.iter().find(|bits| bits.mask == 2).unwrap();
+    assert_eq!((memory.read.as_str(), memory.value), ("fixed", Some(2)));
+    let bridge = dumped().replace("01 00 00 02 10 00 00 00", "01 00 04 06 10 00 01 00");
+    let explanation = explained(&bridge, None, "");
+    assert!(explanation.not_assignable.unwrap().contains("header type 0x1"));
+    assert_eq!(explanation.capabilities.len(), 2);
+}
+
+#[test]
+fn a_vf_gets_its_identity_from_the_pf_of_the_same_dump() {
+    let mut pf = dump::parse(&dumped()).unwrap().remove(0);
+    pf.bytes.resize(4096, 0);
+    pf.bytes[0x100..0x104].copy_from_slice(&[0x10, 0, 1, 0]);
+    for (at, word) in [(0x108, 1u16), (0x110, 2), (0x114, 0x80), (0x116, 2), (0x11a, 0x10ca), (0x124, 4)] {
+        pf.bytes[at..at + 2].copy_from_slice(&word.to_le_bytes());
+    }
+    let mut vf = pf.clone();
+    vf.address = Sbdf::from_devfn(0, 1, 0x82);
+    vf.bytes[..4].fill(0xff);
+    vf.bytes[0x100..0x140].fill(0);
+    let specs = dumped_specs(&[pf, vf], None);
+    assert!(!specs[0].is_virtual() && specs[1].is_virtual());
+    assert_eq!((specs[1].identity.vendor, specs[1].identity.device), (0x8086, 0x10ca));
+    assert!(specs[1].resources[0].exists());
+}
