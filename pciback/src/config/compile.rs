@@ -6,7 +6,7 @@ use super::error::ConfigError;
 use super::function::FunctionSpec;
 use super::hash::Fnv;
 use super::list::{Capability, CapabilityList};
-use super::planes::{Bits, DWORDS, Model, NamedRegister, Planes, RefusedOverride, Segment};
+use super::planes::{Bits, DWORDS, Deferred, Model, NamedRegister, Planes, RefusedOverride, Segment};
 use super::policy::{Initial, Policy, Rule, Treatment};
 use super::rules::{self, Row};
 use super::shape;
@@ -22,6 +22,16 @@ const RESERVED_ZERO: &str = "reserved: reads 0; writes carry 0";
 impl Planes {
     /// Compiles the built-in rules with `policy` laid over them.
     pub fn compile(spec: &FunctionSpec, policy: &Policy) -> Result<Self, ConfigError> {
+        Self::compile_keeping(spec, policy, None)
+    }
+
+    /// The same for a function that a guest is using: it sees the capabilities at the offsets `visible` and no others, whatever the
+    /// policy says, because its drivers have walked the list. What the policy would change of that is [`Planes::deferred`].
+    pub fn compile_keeping(
+        spec: &FunctionSpec,
+        policy: &Policy,
+        visible: Option<&[u16]>,
+    ) -> Result<Self, ConfigError> {
         let address = spec.address;
         if spec.bytes.len() < usize::from(header::SIZE) {
             return Err(ConfigError::TooShort { address, bytes: spec.bytes.len() });
@@ -33,7 +43,7 @@ impl Planes {
         if header_type != 0 {
             return Err(ConfigError::HeaderType { address, header_type });
         }
-        let mut compiler = Compiler::new(spec, policy);
+        let mut compiler = Compiler::new(spec, policy, visible);
         compiler.header();
         compiler.bars();
         compiler.capabilities();
@@ -81,10 +91,15 @@ pub(super) const NOBODY: u16 = u16::MAX - 1;
 pub(super) struct Compiler<'a> {
     pub spec: &'a FunctionSpec,
     pub policy: &'a Policy,
+    /// The capabilities that the guest has seen, by offset.
+    pub kept: Option<&'a [u16]>,
+    pub deferred: Vec<Deferred>,
     pub list: CapabilityList,
     pub visible: Vec<bool>,
     pub owners: Vec<u16>,
     pub guarded: Vec<u32>,
+    /// Bits that their specification reserves.
+    pub reserved: Vec<u32>,
     pub models: Vec<(u16, Model)>,
     pub refused: Vec<RefusedOverride>,
     bits: Box<[Bits; DWORDS]>,
@@ -94,15 +109,18 @@ pub(super) struct Compiler<'a> {
 }
 
 impl<'a> Compiler<'a> {
-    fn new(spec: &'a FunctionSpec, policy: &'a Policy) -> Self {
+    fn new(spec: &'a FunctionSpec, policy: &'a Policy, kept: Option<&'a [u16]>) -> Self {
         let list = CapabilityList::walk(&spec.bytes);
         let mut compiler = Self {
             visible: vec![true; list.capabilities.len()],
             spec,
             policy,
+            kept,
+            deferred: Vec::new(),
             list,
             owners: vec![NOBODY; DWORDS * 4],
             guarded: vec![0; DWORDS],
+            reserved: vec![0; DWORDS],
             models: Vec::new(),
             refused: Vec::new(),
             bits: Box::new([Bits::default(); DWORDS]),
@@ -199,7 +217,11 @@ impl<'a> Compiler<'a> {
                 Kind::Control | Kind::Trigger => family.controls,
             };
             let rule = Rule::built_in(reason, family.section);
-            self.set(Place { offset, width, mask: field_mask }, known(field.kind), treatment, &rule);
+            let place = Place { offset, width, mask: field_mask };
+            self.set(place, known(field.kind), treatment, &rule);
+            if field.kind == Kind::RsvdZ {
+                self.reserve(place);
+            }
             for row in family.rows.iter().filter(|row| row.offset == register.offset) {
                 let rule = Rule::built_in(row.reason, family.section);
                 let place = Place { offset, width, mask: row.mask & field_mask };
@@ -207,7 +229,15 @@ impl<'a> Compiler<'a> {
             }
         }
         let rule = Rule::built_in(RESERVED, family.section);
-        self.set(Place { offset, width, mask: reserved }, known(Kind::Constant), Treatment::ZERO, &rule);
+        let place = Place { offset, width, mask: reserved };
+        self.set(place, known(Kind::Constant), Treatment::ZERO, &rule);
+        self.reserve(place);
+    }
+
+    fn reserve(&mut self, place: Place) {
+        if let Some(reserved) = self.reserved.get_mut(usize::from(place.offset / 4)) {
+            *reserved |= place.mask << (8 * u32::from(place.offset & 3));
+        }
     }
 
     /// The bits of a place whose bytes belong to `owner`.
@@ -237,8 +267,8 @@ impl<'a> Compiler<'a> {
         let shift = 8 * u32::from(place.offset & 3);
         let (dword, mask) = (usize::from(place.offset / 4), place.mask << shift);
         let (Some(bits), true) = (self.bits.get_mut(dword), mask != 0) else { return };
-        let Bits { hw_read, hw_write, shadow_write, zero_merge, fixed, value } = bits;
-        for plane in [&mut *hw_read, hw_write, shadow_write, zero_merge, fixed, value] {
+        let Bits { hw_read, hw_write, shadow_write, zero_merge, fixed, value, masked } = bits;
+        for plane in [&mut *hw_read, hw_write, shadow_write, zero_merge, fixed, value, masked] {
             *plane &= !mask;
         }
         match treatment {
@@ -262,6 +292,10 @@ impl<'a> Compiler<'a> {
         }
         if matches!(known.kind, Kind::Rw1c | Kind::RsvdZ | Kind::Trigger) {
             *zero_merge |= mask;
+        }
+        let writable = matches!(known.kind, Kind::Control | Kind::Trigger | Kind::Rw1c);
+        if writable && treatment != Treatment::Pass {
+            *masked |= mask;
         }
         if known.guarded {
             self.guarded[dword] |= mask;
@@ -301,6 +335,11 @@ impl<'a> Compiler<'a> {
         let bytes = &self.spec.bytes;
         let crowding = self.list.crowding(bytes);
         self.list.problems.extend(crowding);
+        // A policy that lets VPD's flag through wants writes of VPD.
+        let bits = &self.bits;
+        let flag_passes =
+            |at: u16| bits[usize::from(at / 4)].hw_write >> (8 * u32::from(at & 3)) & 0x8000 != 0;
+        self.models.retain(|(offset, model)| *model != Model::VpdAddress || !flag_passes(*offset));
         self.models.sort_by_key(|(offset, _)| *offset);
         for segments in &mut self.segments {
             segments.sort_by_key(|segment| segment.mask.trailing_zeros());
@@ -318,7 +357,7 @@ impl<'a> Compiler<'a> {
         let mut hash = Fnv::new();
         hash.add(shape);
         for bits in self.bits.iter() {
-            let Bits { hw_read, hw_write, shadow_write, zero_merge, fixed, value } = *bits;
+            let Bits { hw_read, hw_write, shadow_write, zero_merge, fixed, value, .. } = *bits;
             for plane in [hw_read, hw_write, shadow_write, zero_merge, fixed, value] {
                 hash.add(u64::from(plane));
             }
@@ -330,6 +369,7 @@ impl<'a> Compiler<'a> {
             self.list.capabilities.into_iter().zip(self.visible).collect();
         Planes {
             bits: self.bits,
+            guarded: self.guarded,
             size: self.spec.bytes.len().min(DWORDS * 4) as u16,
             shape,
             hash: hash.finish(),
@@ -340,6 +380,7 @@ impl<'a> Compiler<'a> {
             capabilities,
             problems: self.list.problems,
             refused: self.refused,
+            deferred: self.deferred,
             msi,
             msix,
         }

@@ -3,7 +3,7 @@
 use super::bytes::Bytes;
 use super::compile::{CONSTANT, Compiler, Family, HEADER_OWNER, Known, NOBODY, Place, STATUS, full};
 use super::list::Capability;
-use super::planes::{Model, RefusedOverride};
+use super::planes::{Deferred, Model, RefusedOverride};
 use super::policy::{self, CapabilityAction, Rule, Treatment};
 use super::rules::{self, CapabilityRules};
 use crate::spec::{self, AnyId, CapabilityId, CapabilitySpec, Kind, express, header, legacy};
@@ -43,22 +43,53 @@ impl Compiler<'_> {
             (None, Some((spec, rules))) => rules.hidden.map(|reason| Rule::built_in(reason, spec.section)),
             (None, None) => self.policy.hide_unknown.clone(),
         };
+        let hidden = self.keep_visibility(capability, hidden);
         if let Some(rule) = hidden {
             self.visible[index] = false;
             self.fill(capability, 0, owner, Kind::Constant, "hidden", Treatment::ZERO, &rule);
             return;
         }
-        let guarded = known.is_some_and(|(_, rules)| rules.guarded);
-        match (policy, known) {
-            (
-                Some(policy::CapabilityOverride { action: CapabilityAction::Treat(treatment), rule, .. }),
-                _,
-            ) if !guarded => {
-                let from = header_bytes(capability);
-                self.fill(capability, from, owner, Kind::Control, "register", treatment, &rule);
+        if let Some((spec, rules)) = known {
+            self.known(capability, owner, spec, rules);
+        }
+        if let Some(policy::CapabilityOverride { action: CapabilityAction::Treat(treatment), rule, .. }) =
+            policy
+        {
+            match known {
+                Some((_, rules)) if rules.guarded => {}
+                Some(_) => self.treat(capability, owner, treatment, &rule),
+                None => {
+                    let from = header_bytes(capability);
+                    self.fill(capability, from, owner, Kind::Control, "register", treatment, &rule);
+                }
             }
-            (_, Some((spec, rules))) => self.known(capability, owner, spec, rules),
-            (_, None) => {}
+        }
+    }
+
+    /// A guest that uses the function goes on seeing what it has seen.
+    fn keep_visibility(&mut self, capability: &Capability, hidden: Option<Rule>) -> Option<Rule> {
+        let Some(kept) = self.kept else { return hidden };
+        let seen = kept.contains(&capability.offset);
+        if seen != hidden.is_none() {
+            self.deferred.push(Deferred { capability: *capability, show: hidden.is_none() });
+        }
+        let waits =
+            || Rule::built_in("its guest has not seen it: it appears with the next attach", "xpci F4");
+        if seen { None } else { Some(hidden.unwrap_or_else(waits)) }
+    }
+
+    /// Treats the registers of a known capability alike, but for its header and what is guarded or reserved.
+    fn treat(&mut self, capability: &Capability, owner: u16, treatment: Treatment, rule: &Rule) {
+        let extent = self.list.extent(capability, &self.spec.bytes);
+        let first = extent.start + header_bytes(capability);
+        for offset in (extent.start..extent.end).step_by(4) {
+            let dword = usize::from(offset / 4);
+            let mut place = self.owned(Place { offset, width: 4, mask: u32::MAX }, owner);
+            if offset < first {
+                place.mask &= u32::MAX.checked_shl(8 * u32::from(first - offset)).unwrap_or(0);
+            }
+            place.mask &= !self.guarded[dword] & !self.reserved[dword];
+            self.relay(place, treatment, rule);
         }
     }
 
@@ -153,6 +184,13 @@ impl Compiler<'_> {
         if self.owned(place, owner).mask == place.mask {
             self.models.push((place.offset, model));
         }
+        // The host carries out the guest's resets: no policy lets the bit through to hardware.
+        let reset = match model {
+            Model::DeviceControl => u32::from(express::INITIATE_FLR),
+            Model::AfControl => 1,
+            _ => return,
+        };
+        self.guarded[usize::from(place.offset / 4)] |= reset << (8 * u32::from(place.offset & 3));
     }
 
     /// Treats all bytes of a capability from `from` on alike.
@@ -257,20 +295,21 @@ impl Compiler<'_> {
                 if guarded != 0 {
                     self.refused.push(RefusedOverride { index, offset, mask: guarded });
                 }
-                self.relay(Place { offset, width: entry.width, mask: mask & !guarded }, entry);
+                let place = Place { offset, width: entry.width, mask: mask & !guarded };
+                self.relay(place, entry.treatment, &entry.rule);
             }
         }
     }
 
     /// Treats bits anew; what hardware does with them stays known.
-    fn relay(&mut self, place: Place, entry: &policy::RegisterOverride) {
+    fn relay(&mut self, place: Place, treatment: Treatment, rule: &Rule) {
         let shift = 8 * u32::from(place.offset & 3);
         for (segment_mask, register, zero_merge) in self.pieces(place) {
             for (mask, kind) in
                 [(segment_mask & zero_merge, Kind::Rw1c), (segment_mask & !zero_merge, Kind::Control)]
             {
                 let piece = Place { mask: mask >> shift & place.mask, ..place };
-                self.set(piece, Known { kind, register, guarded: false }, entry.treatment, &entry.rule);
+                self.set(piece, Known { kind, register, guarded: false }, treatment, rule);
             }
         }
     }

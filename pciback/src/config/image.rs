@@ -8,6 +8,7 @@
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
+use super::list::CapabilityList;
 use super::records::{ImageError, InterruptMode, Life, RequestRecord, RequestStage, VectorState};
 use crate::Sbdf;
 use crate::platform::SharedMemory;
@@ -15,7 +16,7 @@ use crate::platform::SharedMemory;
 /// `xpci` in the order of bytes in memory.
 const MAGIC: u32 = u32::from_le_bytes(*b"xpci");
 /// Changes whenever the meaning of a word does.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 const PAGE: usize = 1024;
 
 mod word {
@@ -25,7 +26,7 @@ mod word {
     pub const BOOT: usize = 2;
     pub const DOMAIN: usize = 4;
     pub const ADDRESS: usize = 5;
-    pub const LAYOUT: usize = 6;
+    pub const SHAPE: usize = 6;
     pub const RESETTING: usize = 8;
     pub const VECTORS_GENERATION: usize = 9;
     pub const REQUEST_GENERATION: usize = 10;
@@ -36,6 +37,8 @@ mod word {
 const SHADOW: usize = PAGE;
 const RESET_VALUES: usize = 2 * PAGE;
 const VECTORS: usize = 3 * PAGE;
+/// Which bits the filter in force reads from hardware: what a filter that replaces it must know of it.
+const FROM_HARDWARE: usize = 5 * PAGE;
 /// Words of a vector slot before its entries: mode, pending entry, number of entries, reserved.
 const VECTOR_HEADER: usize = 4;
 const NO_ENTRY: u32 = u32::MAX;
@@ -43,7 +46,7 @@ const NO_ENTRY: u32 = u32::MAX;
 /// The mapped words of one function.
 ///
 /// Page 0: header, then two request slots; page 1: the shadow; page 2: what the shadow returns to at a reset; pages 3 and 4: two
-/// slots of vectors. One thread owns it at a time.
+/// slots of vectors; page 5: the bits that are read from hardware. One thread owns it at a time.
 #[derive(Debug)]
 pub struct FunctionImage {
     memory: SharedMemory,
@@ -52,7 +55,7 @@ pub struct FunctionImage {
 
 impl FunctionImage {
     /// The length of the file.
-    pub const BYTES: usize = 5 * PAGE * 4;
+    pub const BYTES: usize = 6 * PAGE * 4;
     /// The most vectors that can be noted; the PV protocol asks for at most 128.
     pub const MAX_VECTORS: usize = (PAGE - VECTOR_HEADER) / 2;
 
@@ -68,7 +71,7 @@ impl FunctionImage {
     }
 
     /// Begins an image: all zero, valid only after [`Self::complete`].
-    pub(super) fn begin(&mut self, address: Sbdf, layout: u64) -> Result<(), ImageError> {
+    pub(super) fn begin(&mut self, address: Sbdf, shape: u64) -> Result<(), ImageError> {
         self.check_size(address)?;
         self.set(word::MAGIC, 0);
         for index in 1..Self::BYTES / 4 {
@@ -78,7 +81,7 @@ impl FunctionImage {
         self.set_double(word::BOOT, self.life.boot);
         self.set(word::DOMAIN, u32::from(self.life.domain.0));
         self.set(word::ADDRESS, address.packed());
-        self.set_double(word::LAYOUT, layout);
+        self.set_double(word::SHAPE, shape);
         Ok(())
     }
 
@@ -88,7 +91,7 @@ impl FunctionImage {
     }
 
     /// Checks everything that another life of the service left.
-    pub(super) fn check(&self, address: Sbdf, layout: u64) -> Result<(), ImageError> {
+    pub(super) fn check(&self, address: Sbdf, shape: u64) -> Result<(), ImageError> {
         self.check_size(address)?;
         let magic = self.memory.first().map_or(0, |word| word.load(Acquire));
         if magic != MAGIC {
@@ -101,7 +104,7 @@ impl FunctionImage {
             ("boot", self.get_double(word::BOOT), self.life.boot),
             ("domain", u64::from(self.get(word::DOMAIN)), u64::from(self.life.domain.0)),
             ("function", u64::from(self.get(word::ADDRESS)), u64::from(address.packed())),
-            ("layout", self.get_double(word::LAYOUT), layout),
+            ("layout", self.get_double(word::SHAPE), shape),
         ] {
             if found != expected {
                 return Err(ImageError::Mismatch { address, what, found, expected });
@@ -158,6 +161,24 @@ impl FunctionImage {
     /// Stores what a dword of the shadow returns to at a reset.
     pub(super) fn set_reset_value(&mut self, dword: usize, value: u32) {
         self.set(RESET_VALUES + (dword & (PAGE - 1)), value);
+    }
+
+    /// The bits of a dword that are read from hardware.
+    pub(super) fn from_hardware(&self, dword: usize) -> u32 {
+        self.get(FROM_HARDWARE + (dword & (PAGE - 1)))
+    }
+
+    /// Notes which bits of a dword are read from hardware.
+    pub(super) fn set_from_hardware(&mut self, dword: usize, bits: u32) {
+        self.set(FROM_HARDWARE + (dword & (PAGE - 1)), bits);
+    }
+
+    /// The offsets of the capabilities that the guest sees, in a function with `size` bytes of config space: the links of the
+    /// lists are its own, whatever hardware says.
+    pub fn visible_capabilities(&self, size: usize) -> Vec<u16> {
+        let bytes: Vec<u8> =
+            (0..size.min(4 * PAGE) / 4).flat_map(|dword| self.shadow(dword).to_le_bytes()).collect();
+        CapabilityList::walk(&bytes).capabilities.iter().map(|capability| capability.offset).collect()
     }
 
     /// The vectors that are mapped for the guest.

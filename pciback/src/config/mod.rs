@@ -11,6 +11,7 @@ mod hash;
 mod image;
 mod interrupts;
 mod list;
+mod masked;
 mod planes;
 mod policy;
 mod records;
@@ -26,7 +27,8 @@ pub use function::{FunctionKind, FunctionSpec, Identity};
 pub use image::FunctionImage;
 pub use interrupts::{MsiCapability, MsixCapability};
 pub use list::{Capability, CapabilityList, ListProblem};
-pub use planes::{Bits, Model, NamedRegister, Planes, RefusedOverride, Segment};
+pub use masked::{MaskedWrite, MaskedWrites};
+pub use planes::{Bits, Deferred, Model, NamedRegister, Planes, RefusedOverride, Segment};
 pub use policy::{
     CapabilityAction, CapabilityOverride, Initial, Origin, Place, Policy, RegisterOverride, Rule, Selector,
     Treatment, VendorPart,

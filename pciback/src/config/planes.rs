@@ -28,6 +28,8 @@ pub struct Bits {
     pub fixed: u32,
     /// The bits of `fixed`.
     pub value: u32,
+    /// Bits that hardware would let be written, or may, and that a guest's write does not carry there: what is worth counting.
+    pub masked: u32,
 }
 
 /// A register whose write does more than store bits.
@@ -88,10 +90,20 @@ pub struct RefusedOverride {
     pub mask: u32,
 }
 
+/// A capability that the policy would show or hide, but whose visibility a connected guest relies on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Deferred {
+    /// Which.
+    pub capability: Capability,
+    /// Whether the policy shows it.
+    pub show: bool,
+}
+
 /// The compiled filter, shared by all functions with the same layout and policy.
 #[derive(Debug)]
 pub struct Planes {
     pub(super) bits: Box<[Bits; DWORDS]>,
+    pub(super) guarded: Vec<u32>,
     pub(super) size: u16,
     pub(super) shape: u64,
     pub(super) hash: u64,
@@ -102,6 +114,7 @@ pub struct Planes {
     pub(super) capabilities: Vec<(Capability, bool)>,
     pub(super) problems: Vec<ListProblem>,
     pub(super) refused: Vec<RefusedOverride>,
+    pub(super) deferred: Vec<Deferred>,
     pub(super) msi: Option<MsiCapability>,
     pub(super) msix: Option<MsixCapability>,
 }
@@ -121,6 +134,11 @@ impl Planes {
     /// The planes of the dword that holds `offset`.
     pub fn bits(&self, offset: u16) -> Bits {
         self.bits[usize::from(offset) / 4 % DWORDS]
+    }
+
+    /// The bits of the dword that holds `offset` that no policy can change: the service itself carries out what they control.
+    pub fn guarded(&self, offset: u16) -> u32 {
+        self.guarded[usize::from(offset) / 4 % DWORDS]
     }
 
     /// The registers whose writes do more than store bits, by offset.
@@ -156,5 +174,25 @@ impl Planes {
     /// What the policy asked for in registers that no policy can change.
     pub fn refused(&self) -> &[RefusedOverride] {
         &self.refused
+    }
+
+    /// What waits until the guest has let go of the function.
+    pub fn deferred(&self) -> &[Deferred] {
+        &self.deferred
+    }
+
+    /// The bytes that this filter takes in memory.
+    pub fn memory(&self) -> usize {
+        fn of<T>(list: &[T]) -> usize {
+            size_of_val(list)
+        }
+        size_of::<Self>()
+            + of(&self.bits[..])
+            + of(&self.guarded)
+            + of(&self.models)
+            + of(&self.segments)
+            + of(&self.rules)
+            + of(&self.registers)
+            + of(&self.capabilities)
     }
 }

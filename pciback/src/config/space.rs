@@ -11,6 +11,7 @@ use super::error::ConfigError;
 use super::function::FunctionSpec;
 use super::image::FunctionImage;
 use super::interrupts::{MsiCapability, MsixCapability};
+use super::masked::MaskedWrites;
 use super::planes::{DWORDS, Model, Planes};
 use crate::spec::{express, header, legacy};
 
@@ -49,6 +50,7 @@ pub struct VirtualConfigSpace {
     planes: Arc<Planes>,
     image: FunctionImage,
     bars: Vec<Bar>,
+    masked: MaskedWrites,
 }
 
 /// A guest's write, seen from the dword that it falls into.
@@ -81,35 +83,77 @@ impl VirtualConfigSpace {
     ) -> Result<Self, ConfigError> {
         Self::check_shape(spec, &planes)?;
         let bars = Bar::of(spec);
-        image.begin(spec.address, planes.layout_hash())?;
+        image.begin(spec.address, planes.shape)?;
         for (dword, hardware) in shown_by_hardware(spec, &bars).into_iter().enumerate() {
             let bits = planes.bits[dword];
             let value = (hardware & !bits.fixed | bits.value) & !bits.hw_read;
             image.set_reset_value(dword, value);
             image.set_shadow(dword, value);
+            image.set_from_hardware(dword, bits.hw_read);
         }
         image.complete();
-        Ok(Self { planes, image, bars })
+        Ok(Self { planes, image, bars, masked: MaskedWrites::default() })
     }
 
     /// Takes over the image of an earlier life of the service. An image of another version, boot, domain, function or layout,
-    /// and one that holds impossible values, is an error.
+    /// and one that holds impossible values, is an error. The filter may be another than that life's: see
+    /// [`Self::replace_filter`].
     pub fn resume(
         spec: &FunctionSpec,
         planes: Arc<Planes>,
-        mut image: FunctionImage,
+        image: FunctionImage,
+        hw: &dyn ConfigSpace,
     ) -> Result<Self, ConfigError> {
         Self::check_shape(spec, &planes)?;
-        image.check(spec.address, planes.layout_hash())?;
+        image.check(spec.address, planes.shape)?;
+        let mut space = Self { bars: Bar::of(spec), planes, image, masked: MaskedWrites::default() };
+        space.adopt(hw).map_err(|source| ConfigError::Read { address: spec.address, source })?;
+        Ok(space)
+    }
+
+    /// Puts another filter of the same function in force, between two accesses. Bits that were hardware's and become virtual
+    /// begin as hardware shows them now; bits that were virtual and become hardware's show hardware, and what the guest wrote
+    /// before never reaches it. When hardware cannot be read the old filter stays.
+    pub fn replace_filter(&mut self, planes: Arc<Planes>, hw: &dyn ConfigSpace) -> io::Result<()> {
+        if planes.shape != self.planes.shape {
+            return Err(io::Error::other("the filter is for a function of another layout"));
+        }
+        let old = std::mem::replace(&mut self.planes, planes);
+        let adopted = self.adopt(hw);
+        if adopted.is_err() {
+            self.planes = old;
+        }
+        adopted
+    }
+
+    /// Brings the image from the filter that it was written for to the one in force. Killed at any point, the next life does
+    /// the same again with the same result.
+    fn adopt(&mut self, hw: &dyn ConfigSpace) -> io::Result<()> {
+        // Everything is read first: an error changes nothing.
+        let mut seeds = Vec::new();
+        for dword in 0..usize::from(self.planes.size) / 4 {
+            let bits = self.planes.bits[dword];
+            let to_shadow = self.image.from_hardware(dword) & !bits.hw_read;
+            if to_shadow & !bits.fixed != 0 && !self.image.resetting() {
+                let access = Access::new(4 * dword as u32, 4).map_err(io::Error::other)?;
+                seeds.push((dword, to_shadow, hw.read(access)?));
+            }
+        }
+        for (dword, to_shadow, hardware) in seeds {
+            let seeded = |old: u32| old & !to_shadow | hardware & to_shadow;
+            self.image.set_reset_value(dword, seeded(self.image.reset_value(dword)));
+            self.image.set_shadow(dword, seeded(self.image.shadow(dword)));
+        }
         // Bits that no guest can change are put right: a damaged file must not open or move anything.
         for dword in 0..DWORDS {
-            let bits = planes.bits[dword];
-            let reset = (image.reset_value(dword) & !bits.fixed | bits.value) & !bits.hw_read;
-            image.set_reset_value(dword, reset);
-            let shadow = image.shadow(dword) & bits.shadow_write | reset & !bits.shadow_write;
-            image.set_shadow(dword, shadow);
+            let bits = self.planes.bits[dword];
+            let reset = (self.image.reset_value(dword) & !bits.fixed | bits.value) & !bits.hw_read;
+            let shadow = self.image.shadow(dword) & bits.shadow_write | reset & !bits.shadow_write;
+            self.image.set_from_hardware(dword, bits.hw_read);
+            self.image.set_reset_value(dword, reset);
+            self.image.set_shadow(dword, shadow);
         }
-        Ok(Self { bars: Bar::of(spec), planes, image })
+        Ok(())
     }
 
     fn check_shape(spec: &FunctionSpec, planes: &Planes) -> Result<(), ConfigError> {
@@ -159,13 +203,25 @@ impl VirtualConfigSpace {
         let mut before = self.image.shadow(index);
         let mut after = before & !(bits.shadow_write & write.mask) | write.value & bits.shadow_write;
         let clears_nothing = to_hardware & !bits.zero_merge == 0 && write.value & to_hardware == 0;
-        if to_hardware != 0 && !clears_nothing {
-            let merged = write.mask & !to_hardware & !bits.zero_merge;
-            let current = if merged == 0 { 0 } else { hw.read(access)? << shift };
+        let merged = write.mask & !to_hardware & !bits.zero_merge;
+        let reaches = to_hardware != 0 && !clears_nothing;
+        // Whether a write to bits that show hardware would change anything, only hardware knows.
+        let masked = write.mask & !to_hardware & (bits.masked | bits.hw_write);
+        let compared = masked & bits.hw_read & !bits.zero_merge;
+        let current = match reaches && merged != 0 || compared != 0 {
+            true => hw.read(access)? << shift,
+            false => 0,
+        };
+        if reaches {
             hw.write(access, (write.value & to_hardware | current & merged) >> shift)?;
             // What the guest sees of a register that was merged, before and after: `hw_read` bits are 0 in the shadow.
             before |= current & bits.hw_read;
             after |= (current & bits.hw_read & !to_hardware) | write.value & to_hardware;
+        }
+        let shown = (self.image.shadow(index) | current & bits.hw_read) & !(bits.hw_read & bits.zero_merge);
+        let lost = masked & (write.value ^ shown);
+        if lost != 0 {
+            self.masked.note(write.dword, lost & bits.shadow_write, lost & !bits.shadow_write, write.value);
         }
         if bits.shadow_write & write.mask != 0 {
             self.image.set_shadow(index, after & !bits.hw_read);
@@ -237,6 +293,11 @@ impl VirtualConfigSpace {
         for dword in 0..DWORDS {
             self.image.set_shadow(dword, self.image.reset_value(dword));
         }
+    }
+
+    /// What of the guest's writes did not reach hardware.
+    pub fn masked_writes(&self) -> &MaskedWrites {
+        &self.masked
     }
 
     /// The image: vectors, requests, the reset flag.

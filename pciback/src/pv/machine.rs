@@ -172,12 +172,12 @@ impl Machine {
             file
         });
         let image = FunctionImage::new(SharedMemory::map_file(file, FunctionImage::BYTES).unwrap(), life);
+        let hardware = Box::new(Hardware { machine: self.clone(), address });
         let space = if known {
-            VirtualConfigSpace::resume(&spec, planes, image).unwrap()
+            VirtualConfigSpace::resume(&spec, planes, image, hardware.as_ref()).unwrap()
         } else {
             VirtualConfigSpace::create(&spec, planes, image).unwrap()
         };
-        let hardware = Box::new(Hardware { machine: self.clone(), address });
         Box::new(GuestFunction::new(DOMAIN, address, space, hardware, Arc::new(self.clone()), 0))
     }
 

@@ -34,7 +34,8 @@ fn created(file: &File) -> VirtualConfigSpace {
 }
 
 fn resumed(file: &File) -> Result<VirtualConfigSpace, ConfigError> {
-    VirtualConfigSpace::resume(&devices::network_pf().spec, planes(), image(file))
+    let device = devices::network_pf();
+    VirtualConfigSpace::resume(&device.spec, planes(), image(file), &device.hardware)
 }
 
 fn request() -> RequestRecord {
@@ -152,7 +153,8 @@ fn an_image_of_something_else_is_refused() {
     let spec = devices::network_pf().spec;
     let with = |life, spec: &pciback::config::FunctionSpec| {
         let memory = SharedMemory::map_file(&file, FunctionImage::BYTES).unwrap();
-        match VirtualConfigSpace::resume(spec, planes(), FunctionImage::new(memory, life)) {
+        let image = FunctionImage::new(memory, life);
+        match VirtualConfigSpace::resume(spec, planes(), image, &devices::network_pf().hardware) {
             Err(ConfigError::Image(ImageError::Mismatch { what, .. })) => what,
             other => panic!("{other:?}"),
         }
@@ -179,16 +181,9 @@ fn planes_of_another_layout_are_refused() {
     ));
     let file = file();
     created(&file);
-    let policy = Policy {
-        unknown: (pciback::config::Treatment::ReadOnly, Policy::default().unknown.1),
-        ..Policy::default()
-    };
-    let spec = devices::network_pf().spec;
-    let strict = Arc::new(Planes::compile(&spec, &policy).unwrap());
-    assert!(matches!(
-        VirtualConfigSpace::resume(&spec, strict, image(&file)),
-        Err(ConfigError::Image(ImageError::Mismatch { what: "layout", .. }))
-    ));
+    let shape = SharedMemory::map_file(&file, FunctionImage::BYTES).unwrap();
+    shape[6].fetch_add(1, Relaxed);
+    assert!(matches!(resumed(&file), Err(ConfigError::Image(ImageError::Mismatch { what: "layout", .. }))));
 }
 
 proptest! {

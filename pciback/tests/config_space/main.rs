@@ -17,4 +17,6 @@ mod oracle;
 #[cfg(test)]
 mod policies;
 #[cfg(test)]
+mod replacement;
+#[cfg(test)]
 mod rules;
