@@ -9,6 +9,8 @@ mod hardware;
 #[cfg(test)]
 mod images;
 #[cfg(test)]
+mod learning;
+#[cfg(test)]
 mod lists;
 #[cfg(test)]
 mod model;
