@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use crate::outcome::{ErrorCode, Failure};
-use crate::protocol::{Call, Envelope, LINE_LIMIT, Request, VERSION};
+use crate::protocol::{ANSWER_LIMIT, Call, Envelope, Request, VERSION};
 
 /// Sends one request and returns the final answer; lines on the way go to `progress`.
 pub fn call(socket: &Path, request: Request, progress: &mut dyn FnMut(&str)) -> Result<Envelope, Failure> {
@@ -22,7 +22,7 @@ pub fn call(socket: &Path, request: Request, progress: &mut dyn FnMut(&str)) -> 
     let mut reader = BufReader::new(stream);
     loop {
         let mut line = String::new();
-        let length = reader.by_ref().take(LINE_LIMIT as u64).read_line(&mut line);
+        let length = reader.by_ref().take(ANSWER_LIMIT as u64).read_line(&mut line);
         let length = length.map_err(|error| unreachable("read from", &error))?;
         if let (0, Err(error)) = (length, &written) {
             return Err(unreachable("write to", error));

@@ -7,6 +7,7 @@ pub mod domains;
 pub mod engine;
 pub mod journal;
 pub mod outcome;
+pub mod policies;
 pub mod protocol;
 pub mod settings;
 pub mod spec;

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use pciback::platform::PlatformError;
+use pciback::policy::Diagnostic;
 use pciback::{DomId, Sbdf};
 use serde::{Deserialize, Serialize};
 
@@ -54,12 +55,15 @@ pub struct Failure {
     /// The domain it was about.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<DomId>,
+    /// The mistakes in policy files, for tools; the message has them too.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mistakes: Vec<Diagnostic>,
 }
 
 impl Failure {
     /// A failure of some kind.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), hint: None, address: None, domain: None }
+        Self { code, message: message.into(), hint: None, address: None, domain: None, mistakes: Vec::new() }
     }
 
     /// Nothing was changed because of the present state.
@@ -75,6 +79,12 @@ impl Failure {
     /// Adds what the user can do.
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
+        self
+    }
+
+    /// Adds the mistakes in policy files.
+    pub fn mistakes(mut self, mistakes: Vec<Diagnostic>) -> Self {
+        self.mistakes = mistakes;
         self
     }
 

@@ -27,6 +27,8 @@ pub struct Settings {
     pub driver_limit_seconds: u64,
     /// How functions are reset.
     pub reset: ResetPlan,
+    /// Where policy files are; a file in a later directory replaces one of the same name in an earlier one.
+    pub policy_directories: Vec<PathBuf>,
     /// What goes away with a reboot: the socket, the lock, the images of attached functions.
     pub run_directory: PathBuf,
     /// What survives a reboot: the journal.
@@ -53,6 +55,10 @@ impl Default for Settings {
             guest_limit_seconds: 10,
             driver_limit_seconds: 30,
             reset: ResetPlan::default(),
+            policy_directories: vec![
+                PathBuf::from("/usr/share/xpci/policies"),
+                PathBuf::from("/etc/xpci/policies"),
+            ],
             run_directory: PathBuf::from("/run/xpci"),
             state_directory: PathBuf::from("/var/lib/xpci"),
         }

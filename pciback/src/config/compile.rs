@@ -387,6 +387,30 @@ impl<'a> Compiler<'a> {
     }
 }
 
+impl Planes {
+    /// Everything of a function that its filter is compiled from: functions that agree in these bytes, under one policy, can share
+    /// one filter. It is the layout, and the beginning of each capability, where their lengths and variants are described.
+    pub fn inputs(spec: &FunctionSpec) -> Vec<u8> {
+        const BEGINNING: usize = 16;
+        let mut inputs = Vec::with_capacity(512);
+        inputs.extend((spec.bytes.len() as u32).to_le_bytes());
+        inputs.push(u8::from(spec.is_virtual()));
+        inputs.push(spec.bytes.byte(header::HEADER_TYPE));
+        inputs.push(spec.bytes.byte(header::CAPABILITIES_POINTER));
+        for bar in Bar::of(spec) {
+            inputs.push(bar.index);
+            inputs.extend(bar.flags().to_le_bytes());
+            inputs.extend(bar.address_mask().to_le_bytes());
+        }
+        for capability in CapabilityList::walk(&spec.bytes).capabilities {
+            inputs.extend(capability.offset.to_le_bytes());
+            let start = usize::from(capability.offset).min(spec.bytes.len());
+            inputs.extend(&spec.bytes[start..spec.bytes.len().min(start + BEGINNING)]);
+        }
+        inputs
+    }
+}
+
 /// All bits of a width.
 pub(super) const fn full(width: u8) -> u32 {
     u32::MAX >> (32 - 8 * width as u32)

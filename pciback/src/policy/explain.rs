@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use super::names;
 use crate::Sbdf;
 use crate::config::{
-    AnyId, Capability, CapabilityList, FunctionSpec, Initial, Origin, Planes, Policy, Rule, Segment,
-    Treatment,
+    AnyId, Capability, CapabilityList, Deferred, FunctionSpec, Initial, Origin, Planes, Policy, Rule,
+    Segment, Treatment,
 };
 use crate::spec::{self, Field, header};
 
@@ -33,6 +33,9 @@ pub struct Explanation {
     pub problems: Vec<String>,
     /// What the policy asked for in registers that no policy can change, or that are not there.
     pub refused: Vec<String>,
+    /// What waits until the guest that has the function has let go of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub deferred: Vec<String>,
 }
 
 /// One capability.
@@ -101,8 +104,9 @@ pub struct BitsLine {
     pub origin: String,
 }
 
-/// Explains a function. One that no guest can have is explained as far as its lists go.
-pub fn explain(spec: &FunctionSpec, policy: &Policy) -> Explanation {
+/// Explains a function. One that no guest can have is explained as far as its lists go. `visible`: the capabilities that a guest
+/// relies on, where one has the function.
+pub fn explain(spec: &FunctionSpec, policy: &Policy, visible: Option<&[u16]>) -> Explanation {
     let id = format!("{:04x}:{:04x}", spec.identity.vendor, spec.identity.device);
     let mut explanation = Explanation {
         address: spec.address,
@@ -113,14 +117,16 @@ pub fn explain(spec: &FunctionSpec, policy: &Policy) -> Explanation {
         registers: Vec::new(),
         problems: Vec::new(),
         refused: Vec::new(),
+        deferred: Vec::new(),
     };
-    match Planes::compile(spec, policy) {
+    match Planes::compile_keeping(spec, policy, visible) {
         Ok(planes) => {
             let line = |(capability, visible): &(Capability, bool)| capability_line(capability, *visible);
             explanation.capabilities = planes.capabilities().iter().map(line).collect();
             explanation.registers = registers(&planes, spec);
             explanation.problems = planes.problems().iter().map(ToString::to_string).collect();
             explanation.refused = refused(&planes, policy);
+            explanation.deferred = planes.deferred().iter().map(deferred).collect();
         }
         Err(error) => {
             let list = CapabilityList::walk(&spec.bytes);
@@ -152,6 +158,13 @@ fn refused(planes: &Planes, policy: &Policy) -> Vec<String> {
             format!("{origin}: the register at {offset:#x} is guarded or not there: its bits {mask:#x} stay as built in")
         })
         .collect()
+}
+
+/// What waits for detach, for people.
+pub fn deferred(deferred: &Deferred) -> String {
+    let Capability { offset, id, .. } = deferred.capability;
+    let what = if deferred.show { "appears" } else { "disappears" };
+    format!("{id} at {offset:#x} {what} when the guest has let go of the function")
 }
 
 fn origin(rule: &Rule) -> String {

@@ -9,7 +9,8 @@ use nix::errno::Errno;
 use super::interrupts;
 use super::wire::{Command, MsixEntry, Op, OpAnswer, WireError};
 use crate::config::{
-    Access, ConfigSpace, InterruptMode, RequestRecord, RequestStage, SideEffect, VirtualConfigSpace, Width,
+    Access, ConfigSpace, InterruptMode, MaskedWrite, Planes, RequestRecord, RequestStage, SideEffect,
+    VirtualConfigSpace, Width,
 };
 use crate::platform::Hypervisor;
 use crate::{DomId, Sbdf};
@@ -63,6 +64,19 @@ impl GuestFunction {
     /// From now on every access reads all ones and no hardware is touched.
     pub fn set_gone(&mut self) {
         self.gone = true;
+    }
+
+    /// Puts another filter of the same function in force; on an error the old one stays.
+    pub fn replace_filter(&mut self, planes: Arc<Planes>) -> io::Result<()> {
+        if self.gone {
+            return Err(io::Error::other("the function answers no more"));
+        }
+        self.space.replace_filter(planes, self.hardware.as_ref())
+    }
+
+    /// What of the guest's writes did not reach hardware.
+    pub fn masked_writes(&self) -> Vec<MaskedWrite> {
+        self.space.masked_writes().iter().copied().collect()
     }
 
     /// Answers a request. One that an earlier life of the service had completed is answered with what came out then.

@@ -1,6 +1,7 @@
 //! The thread that serves one connected guest.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,6 +17,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::function::{Demand, GuestFunction};
 use super::interrupts::{self, InterruptError};
 use super::wire::{self, Command, Op, OpAnswer, WireError};
+use crate::config::{MaskedWrite, Planes};
 use crate::platform::{PlatformError, Ring};
 use crate::{DomId, Sbdf};
 
@@ -79,6 +81,8 @@ enum Order {
     Add(u8, Box<GuestFunction>),
     Take(u8, mpsc::Sender<Taken>),
     ResetEnded(u8, bool),
+    ReplaceFilter(u8, Arc<Planes>, mpsc::Sender<io::Result<()>>),
+    MaskedWrites(u8, mpsc::Sender<Vec<MaskedWrite>>),
     /// Stops; the functions come back as they are.
     Stop(mpsc::Sender<BTreeMap<u8, Box<GuestFunction>>>),
 }
@@ -99,7 +103,7 @@ impl Server {
         functions: BTreeMap<u8, Box<GuestFunction>>,
         counters: Arc<Counters>,
         report: Box<dyn Fn(ServerReport) + Send>,
-    ) -> std::io::Result<Self> {
+    ) -> io::Result<Self> {
         let wake =
             Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let (sender, orders) = mpsc::channel();
@@ -136,10 +140,28 @@ impl Server {
 
     /// Takes a function out and quiesces it; `Ok(None)` when the thread does not have it. `Err`: the thread hangs in an access.
     pub fn take(&self, devfn: u8) -> Result<Option<Taken>, ServerStuck> {
-        let (sender, taken) = mpsc::channel();
-        self.order(Order::Take(devfn, sender));
-        match taken.recv_timeout(STUCK) {
-            Ok(taken) => Ok(Some(taken)),
+        self.ask(|sender| Order::Take(devfn, sender))
+    }
+
+    /// Puts another filter in force between two of the guest's requests; `Ok(None)` when the thread does not have the function.
+    pub fn replace_filter(
+        &self,
+        devfn: u8,
+        planes: Arc<Planes>,
+    ) -> Result<Option<io::Result<()>>, ServerStuck> {
+        self.ask(|sender| Order::ReplaceFilter(devfn, planes, sender))
+    }
+
+    /// What of the guest's writes did not reach hardware; `Ok(None)` when the thread does not have the function.
+    pub fn masked_writes(&self, devfn: u8) -> Result<Option<Vec<MaskedWrite>>, ServerStuck> {
+        self.ask(|sender| Order::MaskedWrites(devfn, sender))
+    }
+
+    fn ask<T>(&self, order: impl FnOnce(mpsc::Sender<T>) -> Order) -> Result<Option<T>, ServerStuck> {
+        let (sender, answer) = mpsc::channel();
+        self.order(order(sender));
+        match answer.recv_timeout(STUCK) {
+            Ok(answer) => Ok(Some(answer)),
             Err(mpsc::RecvTimeoutError::Disconnected) => Ok(None),
             Err(mpsc::RecvTimeoutError::Timeout) => Err(ServerStuck),
         }
@@ -344,6 +366,16 @@ impl Serving {
                 }
             }
             Order::ResetEnded(devfn, verified) => self.reset_ended(devfn, verified),
+            Order::ReplaceFilter(devfn, planes, done) => {
+                if let Some(function) = self.functions.get_mut(&devfn) {
+                    let _ = done.send(function.replace_filter(planes));
+                }
+            }
+            Order::MaskedWrites(devfn, writes) => {
+                if let Some(function) = self.functions.get(&devfn) {
+                    let _ = writes.send(function.masked_writes());
+                }
+            }
             Order::Stop(functions) => return Some(functions),
         }
         None

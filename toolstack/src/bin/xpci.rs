@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
-use toolstack::cli::{Cli, render};
+use toolstack::cli::{Cli, Step, render};
 use toolstack::client;
 use toolstack::outcome::Failure;
 use toolstack::protocol::{Envelope, Request};
@@ -13,8 +13,12 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let show_progress = !cli.json && std::io::stderr().is_terminal();
     let mut code = 0;
-    for request in cli.command.requests() {
-        match answer(&cli.socket, request, cli.json, show_progress) {
+    for step in cli.command.steps() {
+        let envelope = match step {
+            Step::Ask(request) => ask(&cli.socket, request, show_progress),
+            Step::Local(local) => Envelope::done(1, local.name(), local.run()),
+        };
+        match show(envelope, cli.json) {
             Ok(()) => {}
             Err(failure) => {
                 code = code.max(failure.code.exit_code());
@@ -27,20 +31,18 @@ fn main() -> ExitCode {
     ExitCode::from(code)
 }
 
-fn answer(
-    socket: &std::path::Path,
-    request: Request,
-    json: bool,
-    show_progress: bool,
-) -> Result<(), Failure> {
+fn ask(socket: &std::path::Path, request: Request, show_progress: bool) -> Envelope {
     let name = request.name();
     let mut progress = |text: &str| {
         if show_progress {
             say(&mut std::io::stderr(), &format!("{text} ...\n"));
         }
     };
-    let envelope = client::call(socket, request, &mut progress)
-        .unwrap_or_else(|failure| Envelope::done(1, name, Err(failure)));
+    client::call(socket, request, &mut progress)
+        .unwrap_or_else(|failure| Envelope::done(1, name, Err(failure)))
+}
+
+fn show(envelope: Envelope, json: bool) -> Result<(), Failure> {
     if json {
         let text = serde_json::to_string(&envelope).unwrap_or_default();
         say(&mut std::io::stdout(), &format!("{text}\n"));

@@ -12,10 +12,12 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use pciback::platform::{Platform, linux, sim, xen};
+use pciback::policy::PolicySet;
 use std::os::fd::AsFd;
 use toolstack::control;
 use toolstack::engine::Engine;
 use toolstack::journal::Journal;
+use toolstack::policies;
 use toolstack::settings::Settings;
 
 /// Serves PCI functions to Xen guests.
@@ -34,6 +36,9 @@ struct Arguments {
     /// Instead of the settings' state-directory.
     #[arg(long, value_name = "DIRECTORY")]
     state_directory: Option<PathBuf>,
+    /// Instead of the settings' policy-directories; may be given several times.
+    #[arg(long = "policies", value_name = "DIRECTORY")]
+    policy_directories: Vec<PathBuf>,
 }
 
 /// Which host to work on.
@@ -83,6 +88,9 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     let mut settings = Settings::load(arguments.settings.as_deref())?;
     settings.run_directory = arguments.run_directory.unwrap_or(settings.run_directory);
     settings.state_directory = arguments.state_directory.unwrap_or(settings.state_directory);
+    if !arguments.policy_directories.is_empty() {
+        settings.policy_directories = arguments.policy_directories;
+    }
 
     let images = settings.run_directory.join("images");
     fs::create_dir_all(&images).with_context(|| format!("create {}", images.display()))?;
@@ -90,12 +98,42 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     let platform = open(&arguments.platform)?;
     let journal = Journal::open(&settings.state_directory)?;
     let socket = settings.socket();
-    let mut engine = Engine::new(platform, settings, journal, boot_id())?;
+    let (policies, problem) = read_policies(&settings)?;
+    let mut engine = Engine::new(platform, settings, policies, journal, boot_id())?;
+    if let Some(problem) = problem {
+        engine.note_problem(problem);
+    }
     // Guests may have waited for an answer since the last life of the service ended: they come first.
     engine.recover()?;
     control::listen(&socket, engine.inbox()).with_context(|| format!("listen at {}", socket.display()))?;
     engine.run(stop.as_fd())?;
     Ok(())
+}
+
+/// The policies to begin with. Files with mistakes do not stop the guests that an earlier life left: they are served on under what
+/// was in force, and the second value says so.
+fn read_policies(settings: &Settings) -> anyhow::Result<(PolicySet, Option<String>)> {
+    let directories = &settings.policy_directories;
+    let read = policies::read_directories(directories);
+    match read.and_then(|sources| policies::parse(&sources).map(|set| (sources, set))) {
+        Ok((sources, set)) => {
+            let kept = policies::keep_copy(&settings.state_directory, &sources);
+            kept.with_context(|| {
+                format!("keep a copy of the policies in {}", settings.state_directory.display())
+            })?;
+            Ok((set, None))
+        }
+        Err(problem) => {
+            let Some(set) = policies::read_copy(&settings.state_directory) else {
+                bail!(
+                    "{problem}\nmend the files ('xpci policy check') or remove them, then start xpcid again"
+                );
+            };
+            let text = format!("the policy files cannot be used, those last in force stay so: {problem}");
+            error!("{text}");
+            Ok((set, Some(text)))
+        }
+    }
 }
 
 /// Makes sure that nobody else serves the same guests.

@@ -1,5 +1,7 @@
 //! The command line of `xpci`.
 
+mod explained;
+mod policy;
 mod table;
 
 use std::path::PathBuf;
@@ -11,6 +13,7 @@ use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{DomainName, Request};
 use crate::settings::DEFAULT_SOCKET;
 
+pub use policy::{As, ExplainArguments, Local, Policy};
 pub use table::render;
 
 /// Assigns PCI functions to Xen guests.
@@ -80,6 +83,9 @@ pub enum Command {
     /// Enables, disables and lists the VFs of a PF.
     #[command(subcommand)]
     Vf(Vf),
+    /// Shows, checks, explains and changes what guests may do with the registers of their functions.
+    #[command(subcommand)]
+    Policy(Policy),
     /// Shows the functions and guests that the service looks after, and what is wrong.
     Status,
     /// Deals with functions that a failure made unusable.
@@ -158,11 +164,29 @@ impl std::str::FromStr for Place {
     }
 }
 
+/// One thing that a command does.
+#[derive(Debug)]
+pub enum Step {
+    /// Asks the service.
+    Ask(Request),
+    /// Does it without the service.
+    Local(Local),
+}
+
 impl Command {
+    /// What to do, one after the other.
+    pub fn steps(self) -> Vec<Step> {
+        match self {
+            Self::Policy(policy) => vec![policy.step()],
+            other => other.requests().into_iter().map(Step::Ask).collect(),
+        }
+    }
+
     /// The requests to send, one after the other.
-    pub fn requests(self) -> Vec<Request> {
+    fn requests(self) -> Vec<Request> {
         let one = |request| vec![request];
         match self {
+            Self::Policy(_) => Vec::new(),
             Self::PciAssignableList => one(Request::PciAssignableList),
             Self::PciAssignableAdd { addresses } => {
                 addresses.into_iter().map(|address| Request::PciAssignableAdd { address }).collect()

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use super::explained;
 use crate::protocol::{FunctionView, StatusView, Success, VfView};
 
 /// The answer as text; empty where there is nothing to say.
@@ -13,12 +14,18 @@ pub fn render(success: &Success) -> String {
         Success::Already { message } => format!("{message}\n"),
         Success::Functions { functions } => functions_table(functions),
         Success::Vfs { vfs } => vfs_table(vfs),
+        Success::Policy(view) => explained::policy(view),
+        Success::Explained { devices } => explained::explanations(devices),
+        Success::Learned { functions } => explained::learned(functions),
+        Success::Reloaded { files, functions } => explained::reloaded(*files, functions),
+        Success::Checked { files } => explained::checked(files),
+        Success::Schema { schema } => format!("{schema:#}\n"),
         Success::Status(status) => status_text(status),
     }
 }
 
 /// Columns as wide as their widest cell, two spaces apart.
-fn table(rows: &[Vec<String>]) -> String {
+pub(super) fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width =
         |column: usize| rows.iter().filter_map(|row| row.get(column)).map(String::len).max().unwrap_or(0);

@@ -6,12 +6,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use log::{error, info, warn};
+use pciback::config::{MaskedWrite, Planes};
 use pciback::platform::WatchEvent;
 use pciback::pv::{
     Action, Counters, GuestFunction, Handshake, PAUSE, RingPlace, Server, ServerReport, nodes,
 };
 use pciback::{DomId, FunctionState, Sbdf};
 
+use super::open::Opened;
 use super::{Answer, Engine, Event};
 use crate::journal::{GuestPlace, Record};
 use crate::outcome::{ErrorCode, Failure};
@@ -66,6 +68,30 @@ impl Guest {
         self.handshake.describe().to_owned()
     }
 
+    /// Puts another filter of one of its functions in force.
+    pub fn replace_filter(&mut self, devfn: u8, planes: Arc<Planes>) -> Result<(), String> {
+        let replaced = match (&self.server, self.parked.get_mut(&devfn)) {
+            (_, Some(function)) => Some(function.replace_filter(planes)),
+            (Some(server), None) => {
+                server.replace_filter(devfn, planes).map_err(|stuck| stuck.to_string())?
+            }
+            (None, None) => None,
+        };
+        replaced.ok_or_else(|| "its thread does not have it".to_owned())?.map_err(|error| error.to_string())
+    }
+
+    /// What of its writes to one of its functions did not reach hardware.
+    pub fn masked_writes(&self, devfn: u8) -> Result<Vec<MaskedWrite>, String> {
+        match (&self.server, self.parked.get(&devfn)) {
+            (_, Some(function)) => Ok(function.masked_writes()),
+            (Some(server), None) => {
+                let writes = server.masked_writes(devfn).map_err(|stuck| stuck.to_string())?;
+                Ok(writes.unwrap_or_default())
+            }
+            (None, None) => Ok(Vec::new()),
+        }
+    }
+
     pub fn requests(&self) -> u64 {
         self.counters.requests()
     }
@@ -92,7 +118,14 @@ fn place_of(record: &Record) -> Result<GuestPlace, Failure> {
 
 impl Engine {
     /// A transaction wants a function served.
-    pub(super) fn serve(&mut self, record: &Record, function: Box<GuestFunction>, answer: Answer) {
+    pub(super) fn serve(&mut self, record: &Record, opened: Opened, answer: Answer) {
+        let Opened { function, filter } = opened;
+        let outdated = !Arc::ptr_eq(&filter.policies, &self.policies);
+        self.in_use.insert(record.address, filter);
+        if outdated {
+            // The policies were changed while the function was on its way.
+            self.recompile(vec![record.address]);
+        }
         let watched = place_of(record).and_then(|place| self.watch_guest(place.domain).map(|()| place));
         let place = match watched {
             Ok(place) => place,

@@ -6,6 +6,7 @@
 mod guests;
 mod lists;
 mod open;
+mod policies;
 mod recover;
 mod requests;
 mod tasks;
@@ -23,7 +24,8 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use pciback::platform::{Platform, PlatformError};
-use pciback::pv::{GuestFunction, ServerReport};
+use pciback::policy::PolicySet;
+use pciback::pv::ServerReport;
 use pciback::{DomId, FunctionState, Sbdf};
 
 use crate::control::Reply;
@@ -31,8 +33,11 @@ use crate::journal::{Journal, Record};
 use crate::outcome::Failure;
 use crate::protocol::Request;
 use crate::settings::Settings;
+use crate::spec::Filters;
 use crate::transaction::{Finished, Parting};
 use guests::Guest;
+use open::{Filter, Opened};
+use policies::Reloaded;
 
 /// What the engine handles.
 pub enum Event {
@@ -48,7 +53,7 @@ pub enum Event {
         /// The function, with its guest.
         record: Box<Record>,
         /// The function, ready to be served.
-        function: Box<GuestFunction>,
+        opened: Box<Opened>,
         /// Where the answer goes.
         answer: Answer,
     },
@@ -69,6 +74,8 @@ pub enum Event {
     ResetEnded(Sbdf, Result<(), Failure>),
     /// A task that changes a PF's VFs ended.
     VfsChanged(Sbdf),
+    /// New policies were read and checked, and filters compiled for the functions in use.
+    Reloaded(Box<Reloaded>),
 }
 
 /// Where a transaction waits for the engine.
@@ -113,13 +120,25 @@ pub struct Engine {
     guests: BTreeMap<DomId, Guest>,
     /// Functions whose guest ended while a transaction had them: withdrawn when it ends.
     orphans: BTreeSet<Sbdf>,
+    /// The policies in force.
+    policies: Arc<PolicySet>,
+    /// The filters in use.
+    filters: Filters,
+    /// What the filter of each attached function was made from.
+    in_use: BTreeMap<Sbdf, Filter>,
     /// What was found wrong outside any one function, for `xpci status`.
     problems: Vec<String>,
 }
 
 impl Engine {
     /// An engine over a platform; nothing happens before [`Engine::recover`] and [`Engine::run`].
-    pub fn new(platform: Platform, settings: Settings, journal: Journal, boot: String) -> io::Result<Self> {
+    pub fn new(
+        platform: Platform,
+        settings: Settings,
+        policies: PolicySet,
+        journal: Journal,
+        boot: String,
+    ) -> io::Result<Self> {
         let wake = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let (sender, events) = mpsc::channel();
         Ok(Self {
@@ -134,8 +153,16 @@ impl Engine {
             busy_pfs: BTreeSet::new(),
             guests: BTreeMap::new(),
             orphans: BTreeSet::new(),
+            policies: Arc::new(policies),
+            filters: Filters::default(),
+            in_use: BTreeMap::new(),
             problems: Vec::new(),
         })
+    }
+
+    /// Notes something for 'xpci status' that was found before the engine ran.
+    pub fn note_problem(&mut self, problem: String) {
+        self.problems.push(problem);
     }
 
     /// The way to this engine.
@@ -184,7 +211,7 @@ impl Engine {
     fn handle(&mut self, event: Event) {
         match event {
             Event::Call { request, reply } => self.handle_request(request, reply),
-            Event::Serve { record, function, answer } => self.serve(&record, function, answer),
+            Event::Serve { record, opened, answer } => self.serve(&record, *opened, answer),
             Event::Withdraw { record, parting, answer } => self.withdraw(&record, parting, answer),
             Event::Finished(finished) => self.transaction_finished(*finished),
             Event::Server(domain, report) => self.server_reported(domain, report),
@@ -192,6 +219,7 @@ impl Engine {
             Event::VfsChanged(physical_function) => {
                 self.busy_pfs.remove(&physical_function);
             }
+            Event::Reloaded(reloaded) => self.put_in_force(*reloaded),
         }
     }
 

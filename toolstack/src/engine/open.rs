@@ -4,15 +4,36 @@ use std::fs::OpenOptions;
 use std::sync::Arc;
 
 use pciback::DomId;
-use pciback::config::{FunctionImage, Life, VirtualConfigSpace};
+use pciback::config::{FunctionImage, FunctionSpec, Life, Planes, VirtualConfigSpace};
 use pciback::platform::SharedMemory;
+use pciback::policy::{PolicySet, Subject};
 use pciback::pv::GuestFunction;
 
 use super::tasks::Workshop;
+use crate::domains;
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 use crate::spec;
 use crate::transaction::image_path;
+
+/// What the filter of an attached function was made from.
+#[derive(Clone)]
+pub struct Filter {
+    /// The function.
+    pub spec: Arc<FunctionSpec>,
+    /// The filter.
+    pub planes: Arc<Planes>,
+    /// The policies it follows.
+    pub policies: Arc<PolicySet>,
+}
+
+/// A function opened for its guest.
+pub struct Opened {
+    /// Ready to be served.
+    pub function: Box<GuestFunction>,
+    /// Its filter.
+    pub filter: Filter,
+}
 
 impl Workshop {
     /// Opens the image and the config space of a function for a guest; `again`: of an earlier life of the service.
@@ -21,7 +42,7 @@ impl Workshop {
         record: &Record,
         domain: DomId,
         again: bool,
-    ) -> Result<Box<GuestFunction>, Failure> {
+    ) -> Result<Opened, Failure> {
         let address = record.address;
         let failed = |what: &str, why: &dyn std::fmt::Display| {
             Failure::new(ErrorCode::Failed, format!("{what} of {address}: {why}")).on(address).of(domain)
@@ -33,16 +54,32 @@ impl Workshop {
         let memory = memory.map_err(|error| failed("map the image", &error))?;
         let image = FunctionImage::new(memory, Life { boot: boot_number(&record.boot), domain });
         let host = self.platform.host.as_ref();
-        let spec = spec::function_spec(host, address)?;
-        let planes = spec::planes(&spec)?;
+        let spec = Arc::new(spec::function_spec(host, address)?);
+        // What the guest has seen of the lists stays, whatever became of the policies meanwhile.
+        let visible = again.then(|| image.visible_capabilities(spec.bytes.len()));
+        let planes = self.filter(&spec, domain, visible.as_deref())?;
+        let hardware = host.config(address)?;
         let space = match again {
-            false => VirtualConfigSpace::create(&spec, planes, image),
-            true => VirtualConfigSpace::resume(&spec, planes, image),
+            false => VirtualConfigSpace::create(&spec, Arc::clone(&planes), image),
+            true => VirtualConfigSpace::resume(&spec, Arc::clone(&planes), image, hardware.as_ref()),
         };
         let space = space.map_err(|error| failed("take over the config space", &error))?;
-        let hardware = host.config(address)?;
         let hypervisor = Arc::clone(&self.platform.hypervisor);
-        Ok(Box::new(GuestFunction::new(domain, address, space, hardware, hypervisor, spec.gsi)))
+        let function = GuestFunction::new(domain, address, space, hardware, hypervisor, spec.gsi);
+        let filter = Filter { spec, planes, policies: Arc::clone(&self.policies) };
+        Ok(Opened { function: Box::new(function), filter })
+    }
+
+    /// The filter for a function in a guest's hands, shared with those that have the same.
+    pub(super) fn filter(
+        &self,
+        spec: &FunctionSpec,
+        domain: DomId,
+        visible: Option<&[u16]>,
+    ) -> Result<Arc<Planes>, Failure> {
+        let name = domains::name(self.platform.store.as_ref(), domain)?;
+        let merged = self.policies.merge(&Subject::of(spec, name.as_deref()));
+        self.filters.planes(spec, merged.policy, visible)
     }
 }
 

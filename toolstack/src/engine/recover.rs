@@ -12,6 +12,7 @@ use pciback::pv::GuestFunction;
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::Engine;
+use super::open::Opened;
 use super::tasks::Course;
 use crate::journal::Record;
 use crate::outcome::Failure;
@@ -61,7 +62,8 @@ impl Engine {
         for record in records {
             let Some(place) = record.guest.filter(|_| was_served(record)) else { continue };
             match self.workshop().open_function(record, place.domain, true) {
-                Ok(function) => {
+                Ok(Opened { function, filter }) => {
+                    self.in_use.insert(record.address, filter);
                     guests.entry(place.domain).or_default().push((place.devfn, record.address, function));
                 }
                 Err(failure) => {

@@ -44,6 +44,10 @@ impl Engine {
             Request::PciAttach { domain, address, slot } => self.plan_attach(&domain, address, slot),
             Request::PciDetach { domain, address, force } => self.plan_detach(&domain, address, force),
             Request::QuarantineClear { address } => return self.clear_quarantine(address, reply),
+            Request::PolicyShow { address, domain } => return self.show_policy(address, domain, reply),
+            Request::PolicyExplain { address, domain } => return self.explain_policy(address, domain, reply),
+            Request::PolicyLearn { target } => self.learned(&target).map(Plan::Answer),
+            Request::PolicyReload => return self.reload_policies(reply),
             Request::VfCreate { address, count } => return self.create_vfs(address, count, reply),
             Request::VfDestroy { address } => return self.destroy_vfs(address, reply),
         };

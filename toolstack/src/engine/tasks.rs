@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use log::{error, info, warn};
 use pciback::platform::Platform;
+use pciback::policy::PolicySet;
 use pciback::{FunctionState, Sbdf};
 
 use super::{Engine, Event, Inbox};
@@ -15,6 +16,7 @@ use crate::journal::{Journal, Record};
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Success;
 use crate::settings::Settings;
+use crate::spec::Filters;
 use crate::transaction::{Context, Finished, Kind, Parting, Serving, Step};
 
 /// What the engine may take beyond a guest's own limit before a transaction stops waiting for it.
@@ -53,6 +55,8 @@ pub(super) struct Workshop {
     pub settings: Arc<Settings>,
     pub journal: Journal,
     pub inbox: Inbox,
+    pub policies: Arc<PolicySet>,
+    pub filters: Filters,
 }
 
 impl Serving for Workshop {
@@ -60,8 +64,8 @@ impl Serving for Workshop {
         let domain = record.guest.map(|guest| guest.domain).ok_or_else(|| {
             Failure::new(ErrorCode::Failed, format!("the journal names no guest for {}", record.address))
         })?;
-        let function = self.open_function(record, domain, false)?;
-        self.ask(|answer| Event::Serve { record: Box::new(record.clone()), function, answer })
+        let opened = Box::new(self.open_function(record, domain, false)?);
+        self.ask(|answer| Event::Serve { record: Box::new(record.clone()), opened, answer })
     }
 
     fn withdraw(&self, record: &Record, parting: Parting) -> Result<Option<String>, Failure> {
@@ -107,6 +111,8 @@ impl Engine {
             settings: Arc::clone(&self.settings),
             journal: self.journal.clone(),
             inbox: self.inbox.clone(),
+            policies: Arc::clone(&self.policies),
+            filters: self.filters.clone(),
         }
     }
 
@@ -163,6 +169,9 @@ impl Engine {
         let address = record.address;
         self.busy.remove(&address);
         let attached = record.state == FunctionState::Attached;
+        if !attached {
+            self.in_use.remove(&address);
+        }
         self.keep(record.clone());
         if self.orphans.remove(&address) && attached {
             warn!("{address}: its guest ended while it was attached");

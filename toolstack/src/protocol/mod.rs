@@ -4,19 +4,26 @@
 //! with the call's `id`. Fields are named; an unknown command or field is refused, so that a typo never does something else.
 //! What `xpci --json` prints is the [`Envelope`] of the final answer.
 
+mod policy_view;
 mod view;
 
 use pciback::Sbdf;
+use pciback::policy::Explanation;
 use serde::{Deserialize, Serialize};
 
+pub use policy_view::{
+    CapabilityRuleView, CheckedView, LearnedView, PolicyFileView, PolicyView, RegisterRuleView, ReloadedView,
+};
 pub use view::{FunctionView, GuestView, StatusView, VfView};
 
 use crate::outcome::Failure;
 
 /// The protocol's and the envelope's version.
 pub const VERSION: u32 = 1;
-/// The longest line either side accepts, in bytes.
+/// The longest request that the service accepts, in bytes.
 pub const LINE_LIMIT: usize = 1 << 20;
+/// The longest answer that a client accepts, in bytes: a function explained register by register takes about half a MiB.
+pub const ANSWER_LIMIT: usize = 1 << 26;
 
 /// One line from the client.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,6 +104,29 @@ pub enum Request {
     },
     /// What the service knows: functions, guests, what is wrong.
     Status,
+    /// Which policy files apply to a function, and what they say together.
+    PolicyShow {
+        /// The function.
+        address: Sbdf,
+        /// The guest that would get it; without it, the one that has it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        domain: Option<String>,
+    },
+    /// What a guest sees of a function, register by register.
+    PolicyExplain {
+        /// The function.
+        address: Sbdf,
+        /// The guest that would get it; without it, the one that has it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        domain: Option<String>,
+    },
+    /// What a guest wrote in vain.
+    PolicyLearn {
+        /// A function, or a guest with all its functions.
+        target: String,
+    },
+    /// Reads the policy files anew and puts them in force for all functions, those of guests included.
+    PolicyReload,
     /// Clears a function's quarantine, after a verified reset.
     QuarantineClear {
         /// The function.
@@ -118,6 +148,10 @@ impl Request {
             Self::VfDestroy { .. } => "vf-destroy",
             Self::VfList { .. } => "vf-list",
             Self::Status => "status",
+            Self::PolicyShow { .. } => "policy-show",
+            Self::PolicyExplain { .. } => "policy-explain",
+            Self::PolicyLearn { .. } => "policy-learn",
+            Self::PolicyReload => "policy-reload",
             Self::QuarantineClear { .. } => "quarantine-clear",
         }
     }
@@ -151,6 +185,35 @@ pub enum Success {
     Vfs {
         /// The list.
         vfs: Vec<VfView>,
+    },
+    /// The policies of a function.
+    Policy(PolicyView),
+    /// Functions explained.
+    Explained {
+        /// The list.
+        devices: Vec<Explanation>,
+    },
+    /// What guests wrote in vain.
+    Learned {
+        /// By function.
+        functions: Vec<LearnedView>,
+    },
+    /// Policies were read anew.
+    Reloaded {
+        /// How many files are in force.
+        files: usize,
+        /// What changed, by function.
+        functions: Vec<ReloadedView>,
+    },
+    /// Policy files were checked.
+    Checked {
+        /// Those without a mistake.
+        files: Vec<CheckedView>,
+    },
+    /// The schema of policy files.
+    Schema {
+        /// In JSON Schema draft-07.
+        schema: serde_json::Value,
     },
     /// The state of the service.
     Status(StatusView),
@@ -238,6 +301,10 @@ mod tests {
             Request::VfDestroy { address },
             Request::VfList { address: None },
             Request::Status,
+            Request::PolicyShow { address, domain: Some("web".into()) },
+            Request::PolicyExplain { address, domain: None },
+            Request::PolicyLearn { target: "web".into() },
+            Request::PolicyReload,
             Request::QuarantineClear { address },
         ] {
             let name = request.name();

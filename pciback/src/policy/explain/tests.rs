@@ -23,7 +23,7 @@ fn explained(text: &str, kind: Option<Kind>, policy: &str) -> Explanation {
     let functions = dump::parse(text).unwrap();
     let specs = dumped_specs(&functions, kind);
     let set = PolicySet::new(vec![PolicyFile::parse("p.yaml", policy).unwrap()]);
-    explain(&specs[0], &set.all().policy)
+    explain(&specs[0], &set.all().policy, None)
 }
 
 fn register<'a>(explanation: &'a Explanation, name: &str) -> &'a RegisterLine {

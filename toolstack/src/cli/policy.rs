@@ -1,0 +1,189 @@
+//! `xpci policy`: what asks the service, and what needs nobody.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand, ValueEnum};
+use pciback::Sbdf;
+use pciback::dump;
+use pciback::policy::{Kind, PolicyFile, PolicySet, dumped_specs, explain, schema};
+
+use super::Step;
+use crate::outcome::{ErrorCode, Failure};
+use crate::policies::{self, PolicyError};
+use crate::protocol::{CheckedView, Request, Success};
+use crate::settings::Settings;
+
+/// What can be done with policies.
+#[derive(Debug, Subcommand)]
+pub enum Policy {
+    /// Shows which policy files apply to a function, in the order in which they are laid over each other, and what they say together.
+    Show {
+        /// The function.
+        #[arg(long = "for", value_name = "BDF")]
+        address: Sbdf,
+        /// As if this guest had it; without this, the guest that has it.
+        #[arg(long, value_name = "NAME")]
+        domain: Option<String>,
+    },
+    /// Checks policy files; without any, those of the settings' directories.
+    ///
+    /// Every mistake is shown with its line and column and the nearest valid word. Needs no service.
+    Check {
+        /// The files.
+        #[arg(value_name = "FILE")]
+        files: Vec<PathBuf>,
+    },
+    /// Shows for each register what a guest sees, what a write does, and which rule says so.
+    Explain(ExplainArguments),
+    /// Shows what a guest wrote in vain, and the smallest addition to a policy that would let it through, with its risk.
+    Learn {
+        /// A guest, by name or number, or one of its functions.
+        #[arg(value_name = "DOMAIN|BDF")]
+        target: String,
+    },
+    /// Reads the policy files anew and puts them in force, for connected guests too; files with mistakes change nothing.
+    Reload,
+    /// Prints the JSON schema of policy files, for editors. Needs no service.
+    Schema,
+}
+
+/// What to explain.
+#[derive(Debug, Args)]
+pub struct ExplainArguments {
+    /// A function of this host, under the policies in force.
+    #[arg(value_name = "BDF", required_unless_present = "dump", conflicts_with_all = ["dump", "policy", "kind"])]
+    pub address: Option<Sbdf>,
+    /// As if this guest had it; without this, the guest that has it.
+    #[arg(long, value_name = "NAME", requires = "address")]
+    pub domain: Option<String>,
+    /// The functions of a dump in the format of 'lspci -xxxx' ('-': standard input), under the built-in rules. Needs no service.
+    #[arg(long, value_name = "FILE")]
+    pub dump: Option<PathBuf>,
+    /// With --dump: this policy file too, whether it matches or not; may be given several times.
+    #[arg(long, value_name = "FILE", requires = "dump")]
+    pub policy: Vec<PathBuf>,
+    /// With --dump: what the functions are; without this, what the dump shows.
+    #[arg(long = "as", value_name = "KIND", requires = "dump")]
+    pub kind: Option<As>,
+}
+
+/// How the functions of a dump are to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum As {
+    /// Physical functions.
+    Pf,
+    /// Virtual functions.
+    Vf,
+}
+
+/// What `xpci` does by itself.
+#[derive(Debug)]
+pub enum Local {
+    /// Checks files.
+    Check(Vec<PathBuf>),
+    /// Explains a dump.
+    Explain {
+        /// The dump.
+        dump: PathBuf,
+        /// The policy files.
+        policies: Vec<PathBuf>,
+        /// How its functions are to be read.
+        kind: Option<As>,
+    },
+    /// Prints the schema.
+    Schema,
+}
+
+impl Policy {
+    pub(super) fn step(self) -> Step {
+        match self {
+            Self::Show { address, domain } => Step::Ask(Request::PolicyShow { address, domain }),
+            Self::Check { files } => Step::Local(Local::Check(files)),
+            Self::Explain(ExplainArguments { dump: Some(dump), policy, kind, .. }) => {
+                Step::Local(Local::Explain { dump, policies: policy, kind })
+            }
+            Self::Explain(ExplainArguments { address, domain, .. }) => match address {
+                Some(address) => Step::Ask(Request::PolicyExplain { address, domain }),
+                // clap demands one of the two.
+                None => Step::Local(Local::Explain { dump: "-".into(), policies: Vec::new(), kind: None }),
+            },
+            Self::Learn { target } => Step::Ask(Request::PolicyLearn { target }),
+            Self::Reload => Step::Ask(Request::PolicyReload),
+            Self::Schema => Step::Local(Local::Schema),
+        }
+    }
+}
+
+impl Local {
+    /// The command's word, as in the envelope.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Check(_) => "policy-check",
+            Self::Explain { .. } => "policy-explain",
+            Self::Schema => "policy-schema",
+        }
+    }
+
+    /// Does it.
+    pub fn run(self) -> Result<Success, Failure> {
+        match self {
+            Self::Check(files) => check(&files),
+            Self::Explain { dump, policies, kind } => explain_dump(&dump, &policies, kind),
+            Self::Schema => Ok(Success::Schema { schema: schema() }),
+        }
+    }
+}
+
+fn failed(error: PolicyError) -> Failure {
+    let failure = Failure::new(ErrorCode::Failed, error.to_string());
+    match error {
+        PolicyError::Invalid(mistakes) => failure.mistakes(mistakes.0),
+        _ => failure,
+    }
+}
+
+fn sources(files: &[PathBuf]) -> Result<PolicySet, Failure> {
+    let sources = files.iter().map(|file| policies::read(file)).collect::<Result<Vec<_>, _>>();
+    sources.and_then(|sources| policies::parse(&sources)).map_err(failed)
+}
+
+fn check(files: &[PathBuf]) -> Result<Success, Failure> {
+    let set = if files.is_empty() {
+        let settings =
+            Settings::load(None).map_err(|error| Failure::new(ErrorCode::Failed, error.to_string()))?;
+        let sources = policies::read_directories(&settings.policy_directories);
+        sources.and_then(|sources| policies::parse(&sources)).map_err(failed)?
+    } else {
+        sources(files)?
+    };
+    let view = |file: &PolicyFile| CheckedView {
+        name: file.name.clone(),
+        matches: file.matching.to_string(),
+        rules: file.capabilities.len() + file.registers.len(),
+    };
+    Ok(Success::Checked { files: set.files().iter().map(view).collect() })
+}
+
+fn explain_dump(path: &Path, files: &[PathBuf], kind: Option<As>) -> Result<Success, Failure> {
+    let shown = path.display();
+    let unreadable =
+        |error: io::Error| Failure::new(ErrorCode::Failed, format!("read the dump {shown}: {error}"));
+    let mut text = Vec::new();
+    let limit = dump::MAX_TEXT as u64 + 1;
+    if path == Path::new("-") {
+        io::stdin().take(limit).read_to_end(&mut text).map_err(unreadable)?;
+    } else {
+        File::open(path).and_then(|file| file.take(limit).read_to_end(&mut text)).map_err(unreadable)?;
+    }
+    // Names of devices may come in any encoding; the digits are ASCII.
+    let functions = dump::parse(&String::from_utf8_lossy(&text)).map_err(|error| {
+        Failure::new(ErrorCode::Failed, format!("{shown}: {error}"))
+            .hint("'lspci -xxxx', as root, writes what is expected; one device: 'lspci -xxxx -s 01:10.0'")
+    })?;
+    let policy = sources(files)?.all().policy;
+    let kind = kind.map(|kind| if kind == As::Vf { Kind::Virtual } else { Kind::Physical });
+    let devices = dumped_specs(&functions, kind).iter().map(|spec| explain(spec, &policy, None)).collect();
+    Ok(Success::Explained { devices })
+}

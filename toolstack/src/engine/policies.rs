@@ -1,0 +1,344 @@
+//! Policies in the running service: shown, explained, learned from, and put in force anew.
+
+use std::sync::Arc;
+use std::thread;
+
+use log::{error, info, warn};
+use pciback::config::{CapabilityAction, FunctionSpec, Origin, Place, Planes, Rule, Segment};
+use pciback::policy::{PolicySet, Subject, deferred, explain, learn, selector_word};
+use pciback::{DomId, Sbdf};
+
+use super::open::Filter;
+use super::requests::existing;
+use super::tasks::Workshop;
+use super::{Engine, Event};
+use crate::control::Reply;
+use crate::domains;
+use crate::outcome::{ErrorCode, Failure};
+use crate::policies::{self, Source};
+use crate::protocol::{
+    CapabilityRuleView, DomainName, LearnedView, PolicyFileView, PolicyView, RegisterRuleView, ReloadedView,
+    Success,
+};
+use crate::spec::function_spec;
+
+/// What a task has read and compiled.
+pub struct Reloaded {
+    /// The policies.
+    policies: Arc<PolicySet>,
+    /// The files, for the copy; `None` where the policies are not new.
+    sources: Option<Vec<Source>>,
+    /// The new filters, or why there is none.
+    filters: Vec<(Sbdf, Result<Filter, Failure>)>,
+    reply: Option<Reply>,
+}
+
+/// A function in use and who uses it.
+struct User {
+    address: Sbdf,
+    domain: DomId,
+    visible: Vec<u16>,
+}
+
+impl Engine {
+    fn users(&self, of: impl Fn(&Sbdf) -> bool) -> Vec<User> {
+        let in_use = self.in_use.iter().filter(|(address, _)| of(address));
+        in_use
+            .filter_map(|(address, filter)| {
+                let domain = self.records.get(address)?.guest?.domain;
+                Some(User { address: *address, domain, visible: visible(&filter.planes) })
+            })
+            .collect()
+    }
+
+    /// Reads the files anew; nothing changes unless all of them are good.
+    pub(super) fn reload_policies(&mut self, reply: Reply) {
+        let (workshop, users) = (self.workshop(), self.users(|_| true));
+        self.background("reload", move || {
+            let directories = &workshop.settings.policy_directories;
+            let read = policies::read_directories(directories);
+            match read.and_then(|sources| policies::parse(&sources).map(|set| (sources, set))) {
+                Err(problem) => {
+                    warn!("reload policies: {problem}");
+                    reply.done(Err(problem.into()));
+                }
+                Ok((sources, set)) => workshop.compile(Arc::new(set), Some(sources), users, Some(reply)),
+            }
+        });
+    }
+
+    /// Compiles the filters of some functions anew, for the policies in force.
+    pub(super) fn recompile(&mut self, addresses: Vec<Sbdf>) {
+        let (workshop, policies) = (self.workshop(), Arc::clone(&self.policies));
+        let users = self.users(|address| addresses.contains(address));
+        self.background("recompile", move || workshop.compile(policies, None, users, None));
+    }
+
+    fn background(&self, name: &str, task: impl FnOnce() + Send + 'static) {
+        if let Err(problem) = thread::Builder::new().name(name.to_owned()).spawn(task) {
+            // The task is dropped with its reply: the client hears that the service gave up.
+            error!("{name}: start a thread: {problem}");
+        }
+    }
+
+    /// Swaps the filters of connected functions, each between two requests of its guest.
+    pub(super) fn put_in_force(&mut self, reloaded: Reloaded) {
+        let Reloaded { policies, sources, filters, reply } = reloaded;
+        if let Some(sources) = &sources {
+            self.policies = Arc::clone(&policies);
+            if let Err(problem) = policies::keep_copy(&self.settings.state_directory, sources) {
+                let text = format!("keep a copy of the policies: {problem}");
+                warn!("{text}");
+                self.problems.push(text);
+            }
+        }
+        let views: Vec<ReloadedView> =
+            filters.into_iter().filter_map(|(address, filter)| self.swap(address, filter)).collect();
+        // Functions that were attached while the files were read follow the old ones.
+        let late: Vec<Sbdf> = self.outdated(&views);
+        if !late.is_empty() {
+            self.recompile(late);
+        }
+        let changed = views.iter().filter(|view| view.changed).count();
+        info!("policies: {} files in force, {changed} functions changed", policies.files().len());
+        if let Some(reply) = reply {
+            reply.done(Ok(Success::Reloaded { files: policies.files().len(), functions: views }));
+        }
+    }
+
+    fn outdated(&self, but: &[ReloadedView]) -> Vec<Sbdf> {
+        let old = self.in_use.iter().filter(|(_, filter)| !Arc::ptr_eq(&filter.policies, &self.policies));
+        let late = old.map(|(address, _)| *address);
+        late.filter(|address| but.iter().all(|view| view.address != *address)).collect()
+    }
+
+    /// `None`: the function is no longer in use.
+    fn swap(&mut self, address: Sbdf, filter: Result<Filter, Failure>) -> Option<ReloadedView> {
+        let old = Arc::clone(&self.in_use.get(&address)?.planes);
+        let place = self.records.get(&address)?.guest?;
+        let mut view = ReloadedView {
+            address,
+            changed: false,
+            registers: Vec::new(),
+            deferred: Vec::new(),
+            failure: None,
+        };
+        let swapped = filter.map_err(|failure| failure.to_string()).and_then(|filter| {
+            view.registers = differences(&old, &filter.planes);
+            view.deferred = filter.planes.deferred().iter().map(deferred).collect();
+            let guest = self.guests.get_mut(&place.domain).ok_or("its guest is gone")?;
+            guest.replace_filter(place.devfn, Arc::clone(&filter.planes))?;
+            Ok(filter)
+        });
+        match swapped {
+            Ok(filter) => {
+                view.changed = filter.planes.layout_hash() != old.layout_hash();
+                self.in_use.insert(address, filter);
+            }
+            Err(why) => {
+                warn!("{address}: its old filter stays in force: {why}");
+                view.registers.clear();
+                view.failure = Some(why);
+            }
+        }
+        Some(view)
+    }
+
+    /// What the guests of a function, or a guest with all its functions, wrote in vain.
+    pub(super) fn learned(&self, target: &str) -> Result<Success, Failure> {
+        let users = match target.parse::<Sbdf>() {
+            Ok(address) => {
+                existing(self.platform.host.as_ref(), address)?;
+                let users = self.users(|user| *user == address);
+                if users.is_empty() {
+                    let text = format!("{address} is in no guest's hands: there is nothing to learn from");
+                    return Err(Failure::refused(text).on(address));
+                }
+                users
+            }
+            Err(_) => {
+                let domain = domains::find(self.platform.store.as_ref(), &DomainName(target.to_owned()))?;
+                let of = |user: &Sbdf| {
+                    self.records
+                        .get(user)
+                        .and_then(|record| record.guest)
+                        .is_some_and(|guest| guest.domain == domain)
+                };
+                self.users(of)
+            }
+        };
+        let functions = users.iter().map(|user| self.learned_from(user)).collect::<Result<_, _>>()?;
+        Ok(Success::Learned { functions })
+    }
+
+    fn learned_from(&self, user: &User) -> Result<LearnedView, Failure> {
+        let User { address, domain, .. } = *user;
+        let failed = |why: String| {
+            Failure::new(ErrorCode::Failed, format!("ask what {address} masked: {why}"))
+                .on(address)
+                .of(domain)
+        };
+        let missing = || failed("it is not served".to_owned());
+        let filter = self.in_use.get(&address).ok_or_else(missing)?;
+        let place = self.records.get(&address).and_then(|record| record.guest).ok_or_else(missing)?;
+        let guest = self.guests.get(&domain).ok_or_else(missing)?;
+        let masked = guest.masked_writes(place.devfn).map_err(failed)?;
+        let name = domains::name(self.platform.store.as_ref(), domain).unwrap_or_default();
+        Ok(LearnedView { address, domain, name, learned: learn(&filter.spec, &filter.planes, masked.iter()) })
+    }
+
+    /// Which policies a function follows.
+    pub(super) fn show_policy(&self, address: Sbdf, domain: Option<String>, reply: Reply) {
+        self.look(address, domain, reply, |looked| Success::Policy(policy_view(&looked)));
+    }
+
+    /// What a guest sees of a function.
+    pub(super) fn explain_policy(&self, address: Sbdf, domain: Option<String>, reply: Reply) {
+        self.look(address, domain, reply, |looked| {
+            let policy = looked.policies.merge(&looked.subject).policy;
+            Success::Explained { devices: vec![explain(&looked.spec, &policy, looked.visible.as_deref())] }
+        });
+    }
+
+    /// Reads a function and shows it, apart from the engine: config space may be blocked by a reset.
+    fn look(
+        &self,
+        address: Sbdf,
+        domain: Option<String>,
+        reply: Reply,
+        show: impl FnOnce(Looked) -> Success + Send + 'static,
+    ) {
+        let (workshop, user) = (self.workshop(), self.users(|user| *user == address).pop());
+        self.background("explain", move || {
+            let host = workshop.platform.host.as_ref();
+            let looked = existing(host, address).and_then(|_| {
+                let spec = function_spec(host, address)?;
+                // Of another guest than the one that has it, nothing has been seen yet.
+                let of_user = user.as_ref().filter(|_| domain.is_none());
+                let name = match of_user {
+                    Some(user) => domains::name(workshop.platform.store.as_ref(), user.domain)?,
+                    None => domain.clone(),
+                };
+                let visible = of_user.map(|user| user.visible.clone());
+                let subject = Subject::of(&spec, name.as_deref());
+                Ok(Looked { policies: Arc::clone(&workshop.policies), spec, subject, visible })
+            });
+            reply.done(looked.map(show));
+        });
+    }
+}
+
+/// A function that somebody wants to know about.
+struct Looked {
+    policies: Arc<PolicySet>,
+    spec: FunctionSpec,
+    subject: Subject,
+    visible: Option<Vec<u16>>,
+}
+
+impl Workshop {
+    /// Compiles filters under policies that may become the ones in force.
+    fn compile(
+        mut self,
+        policies: Arc<PolicySet>,
+        sources: Option<Vec<Source>>,
+        users: Vec<User>,
+        reply: Option<Reply>,
+    ) {
+        self.policies = Arc::clone(&policies);
+        let filters = users
+            .into_iter()
+            .map(|user| {
+                let filter = function_spec(self.platform.host.as_ref(), user.address).and_then(|spec| {
+                    let planes = self.filter(&spec, user.domain, Some(&user.visible))?;
+                    Ok(Filter { spec: Arc::new(spec), planes, policies: Arc::clone(&policies) })
+                });
+                (user.address, filter)
+            })
+            .collect();
+        self.inbox.send(Event::Reloaded(Box::new(Reloaded { policies, sources, filters, reply })));
+    }
+}
+
+/// The capabilities that a guest sees.
+fn visible(planes: &Planes) -> Vec<u16> {
+    let seen = planes.capabilities().iter().filter(|(_, visible)| *visible);
+    seen.map(|(capability, _)| capability.offset).collect()
+}
+
+/// The registers that two filters of one function treat differently.
+fn differences(old: &Planes, new: &Planes) -> Vec<String> {
+    let treated = |planes: &Planes, segment: &Segment| {
+        let same = planes.segments().iter().filter(|other| other.dword == segment.dword);
+        same.filter(|other| other.treatment == segment.treatment).fold(0, |bits, other| bits | other.mask)
+    };
+    let mut names: Vec<String> = Vec::new();
+    for segment in new.segments() {
+        let bits = segment.mask & !treated(old, segment);
+        if bits != 0 {
+            let register = segment.register.map(|index| &new.registers()[usize::from(index)]);
+            let (offset, name) =
+                register.map_or((segment.dword, "unknown"), |register| (register.offset, register.name));
+            let text = format!("{name} at {offset:#x}: {}", segment.treatment);
+            if !names.contains(&text) {
+                names.push(text);
+            }
+        }
+    }
+    names
+}
+
+fn origin(rule: &Rule) -> String {
+    match &rule.origin {
+        Origin::BuiltIn { section } => format!("built in, {section}"),
+        Origin::Policy { file, line } => format!("{file}:{line}"),
+    }
+}
+
+fn policy_view(looked: &Looked) -> PolicyView {
+    let Looked { policies, spec, subject, visible } = looked;
+    let merged = policies.merge(subject);
+    let file = |file: &pciback::policy::PolicyFile, mismatch: Option<String>| PolicyFileView {
+        name: file.name.clone(),
+        description: file.description.clone(),
+        matches: file.matching.to_string(),
+        mismatch,
+    };
+    let passed_over = merged.passed_over.iter().map(|(passed, reason)| file(passed, Some(reason.clone())));
+    let files = passed_over.chain(merged.applied.iter().map(|applied| file(applied, None))).collect();
+    let (treatment, rule) = &merged.policy.unknown;
+    let capabilities = merged.policy.capabilities.iter().map(|entry| CapabilityRuleView {
+        capability: selector_word(&entry.which),
+        action: match entry.action {
+            CapabilityAction::Show => "show".to_owned(),
+            CapabilityAction::Hide => "hide".to_owned(),
+            CapabilityAction::Treat(treatment) => treatment.to_string(),
+        },
+        reason: entry.rule.reason.clone().into_owned(),
+        origin: origin(&entry.rule),
+    });
+    let registers = merged.policy.registers.iter().map(|entry| RegisterRuleView {
+        place: match entry.place {
+            Place::Absolute(offset) => format!("{offset:#x}"),
+            Place::In(which, offset) => format!("{}+{offset:#x}", selector_word(&which)),
+        },
+        width: entry.width,
+        mask: entry.mask,
+        treatment: entry.treatment.to_string(),
+        reason: entry.rule.reason.clone().into_owned(),
+        origin: origin(&entry.rule),
+    });
+    let explanation = explain(spec, &merged.policy, visible.as_deref());
+    let notes = explanation.not_assignable.into_iter().chain(explanation.refused).chain(explanation.deferred);
+    PolicyView {
+        address: spec.address,
+        id: format!("{:04x}:{:04x}", spec.identity.vendor, spec.identity.device),
+        domain: subject.domain.clone(),
+        files,
+        profile: merged.profile.0.word().to_owned(),
+        unknown: format!("{treatment} ({}; {})", rule.reason, origin(rule)),
+        capabilities: capabilities.collect(),
+        registers: registers.collect(),
+        notes: notes.collect(),
+    }
+}

@@ -1,0 +1,182 @@
+//! Policy files on disk: reading the directories, and the copy of what was last in force.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use pciback::policy::{Diagnostic, FILE_LIMIT, PolicyFile, PolicySet};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::outcome::{ErrorCode, Failure};
+
+/// More policy files than this are none that somebody wrote.
+const FILES: usize = 1000;
+/// The copy of what was last in force, in the state directory.
+const COPY: &str = "policies-in-force";
+
+/// Why policies cannot be used. Nothing is: a file that is left out might be the one that forbids something.
+#[derive(Debug, Error)]
+pub enum PolicyError {
+    /// A file or directory cannot be read.
+    #[error("read {path}: {source}")]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// There are too many.
+    #[error("{directory}: more than {FILES} policy files")]
+    TooMany {
+        /// Where.
+        directory: PathBuf,
+    },
+    /// Some files have mistakes.
+    #[error("{0}")]
+    Invalid(Mistakes),
+}
+
+/// All mistakes of all files, one a line.
+#[derive(Debug)]
+pub struct Mistakes(pub Vec<Diagnostic>);
+
+impl fmt::Display for Mistakes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (position, mistake) in self.0.iter().enumerate() {
+            write!(f, "{}{mistake}", if position == 0 { "" } else { "\n" })?;
+        }
+        Ok(())
+    }
+}
+
+impl From<PolicyError> for Failure {
+    fn from(error: PolicyError) -> Self {
+        let code =
+            if matches!(error, PolicyError::Invalid(_)) { ErrorCode::Refused } else { ErrorCode::Failed };
+        Self::new(code, error.to_string()).hint("the policies that were in force stay in force")
+    }
+}
+
+/// One file as it was read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Source {
+    /// Its path.
+    pub name: String,
+    /// What it says.
+    pub text: String,
+}
+
+/// Reads one file, at most a policy file's limit of it.
+pub fn read(path: &Path) -> Result<Source, PolicyError> {
+    let failed = |source| PolicyError::Read { path: path.to_owned(), source };
+    let mut text = String::new();
+    let file = File::open(path).map_err(failed)?;
+    // One byte more than is allowed, so that the parser says that it is too long.
+    file.take(FILE_LIMIT as u64 + 1).read_to_string(&mut text).map_err(failed)?;
+    Ok(Source { name: path.display().to_string(), text })
+}
+
+/// Reads all `*.yaml` of some directories; one that is not there has none.
+pub fn read_directories(directories: &[PathBuf]) -> Result<Vec<Source>, PolicyError> {
+    let mut paths: BTreeMap<std::ffi::OsString, PathBuf> = BTreeMap::new();
+    for directory in directories {
+        let failed = |source| PolicyError::Read { path: directory.clone(), source };
+        let entries = match fs::read_dir(directory) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(failed(error)),
+        };
+        for entry in entries {
+            let path = entry.map_err(failed)?.path();
+            if path.extension().is_some_and(|extension| extension == "yaml")
+                && let Some(name) = path.file_name()
+            {
+                paths.insert(name.to_owned(), path);
+            }
+        }
+        if paths.len() > FILES {
+            return Err(PolicyError::TooMany { directory: directory.clone() });
+        }
+    }
+    paths.values().map(|path| read(path)).collect()
+}
+
+/// Checks files; all of them are good, or none is used.
+pub fn parse(sources: &[Source]) -> Result<PolicySet, PolicyError> {
+    let (mut files, mut mistakes) = (Vec::new(), Vec::new());
+    for source in sources {
+        match PolicyFile::parse(&source.name, &source.text) {
+            Ok(file) => files.push(file),
+            Err(found) => mistakes.extend(found),
+        }
+    }
+    if mistakes.is_empty() {
+        Ok(PolicySet::new(files))
+    } else {
+        Err(PolicyError::Invalid(Mistakes(mistakes)))
+    }
+}
+
+/// Keeps a copy of what is in force: a service that starts while somebody edits a file badly serves its guests on with it.
+pub fn keep_copy(state_directory: &Path, sources: &[Source]) -> io::Result<()> {
+    let (path, new) = (state_directory.join(COPY), state_directory.join(format!("{COPY}.new")));
+    let mut file = File::create(&new)?;
+    file.write_all(&serde_json::to_vec(sources)?)?;
+    file.sync_all()?;
+    fs::rename(new, path)?;
+    File::open(state_directory)?.sync_all()
+}
+
+/// The copy of what was last in force; `None` where there is none that can be used.
+pub fn read_copy(state_directory: &Path) -> Option<PolicySet> {
+    let text = fs::read(state_directory.join(COPY)).ok()?;
+    let sources: Vec<Source> = serde_json::from_slice(&text).ok()?;
+    parse(&sources).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_later_directory_replaces_files_of_the_same_name() {
+        let (shipped, own) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::write(shipped.path().join("a.yaml"), "profile: strict\n").unwrap();
+        fs::write(shipped.path().join("b.yaml"), "profile: hidden\n").unwrap();
+        fs::write(own.path().join("a.yaml"), "profile: passthrough\n").unwrap();
+        fs::write(own.path().join("notes.txt"), "no policy").unwrap();
+        let directories = [shipped.path().to_owned(), own.path().to_owned(), PathBuf::from("/nonexistent")];
+        let sources = read_directories(&directories).unwrap();
+        let texts: Vec<&str> = sources.iter().map(|source| source.text.as_str()).collect();
+        assert_eq!(texts, ["profile: passthrough\n", "profile: hidden\n"]);
+    }
+
+    #[test]
+    fn one_bad_file_makes_the_whole_set_unusable_and_all_mistakes_are_told() {
+        let source = |name: &str, text: &str| Source { name: name.into(), text: text.into() };
+        let sources = [
+            source("a.yaml", "profil: strict\n"),
+            source("b.yaml", "profile: strict\n"),
+            source("c.yaml", "- 1\n"),
+        ];
+        let error = parse(&sources).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "a.yaml:1:1: 'profil' is no key of a policy; did you mean 'profile'?\nc.yaml:1:1: a policy is a mapping, not a list"
+        );
+    }
+
+    #[test]
+    fn the_copy_is_what_was_in_force() {
+        let state = tempfile::tempdir().unwrap();
+        assert_eq!(read_copy(state.path()), None);
+        let sources = [Source { name: "a.yaml".into(), text: "profile: strict\n".into() }];
+        keep_copy(state.path(), &sources).unwrap();
+        assert_eq!(read_copy(state.path()), Some(parse(&sources).unwrap()));
+        fs::write(state.path().join(COPY), "{").unwrap();
+        assert_eq!(read_copy(state.path()), None);
+    }
+}
