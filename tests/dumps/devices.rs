@@ -67,10 +67,6 @@ const CONVENTIONAL: &[(&str, &str, &[(&str, &str)])] = &[
     ("virtio-rng-conventional", "virtio-rng-pci-transitional", &[]),
 ];
 
-/// Graphics: on the root bus, whose windows they are used to.
-const GRAPHICS: &[(&str, &str)] =
-    &[("vga", "VGA"), ("cirrus-vga", "cirrus-vga"), ("vmware-svga", "vmware-svga"), ("ati-vga", "ati-vga")];
-
 /// Adds root port `rpN`; N from 16 on, as the first ones are [`Devices`]' own. Ports share device numbers: there are only 32 on
 /// the root bus.
 fn port(devices: Devices, n: usize) -> Devices {
@@ -97,6 +93,7 @@ pub fn express() -> Devices {
             ("-device", "pcie-root-port,id=pcie-root-port,chassis=100,slot=100,addr=10.0"),
             ("-device", "ioh3420,id=ioh3420,chassis=101,slot=101,addr=11.0"),
             ("-device", "xio3130-downstream,id=xio3130-downstream,bus=x3130-upstream,chassis=102,slot=102"),
+            ("-device", "vmware-svga,id=vmware-svga,bus=pcie.0"),
             ("-device", "pxb-cxl,id=rp-cxl,bus_nr=128,bus=pcie.0,addr=12.0"),
             ("-device", "cxl-rp,id=cxl-rp,bus=rp-cxl,chassis=103,slot=103,port=0"),
             ("-object", "memory-backend-ram,id=cxl-memory,size=256M,share=on"),
@@ -118,8 +115,7 @@ pub fn conventional() -> Devices {
         devices =
             with(devices, needs).arg("-device", format!("{device},id={id},bus=rp-bus,addr={:x}", index + 1));
     }
-    for (id, device) in GRAPHICS {
-        devices = devices.arg("-device", format!("{device},id={id},bus=pcie.0"));
-    }
-    devices
+    // Graphics are used to the root bus's windows. QEMU has one VGA core for `VGA` and `vmware-svga`: each is in a machine of
+    // its own.
+    with(devices, &[("-device", "VGA,id=vga,bus=pcie.0"), ("-device", "cirrus-vga,id=cirrus-vga,bus=pcie.0")])
 }
