@@ -2,8 +2,13 @@
 
 use xpci_tests::Devices;
 
-/// PCI Express devices: id, QEMU's words, what they need besides.
-const EXPRESS: &[(&str, &str, &[(&str, &str)])] = &[
+/// Options of QEMU, with their values.
+type Options = &'static [(&'static str, &'static str)];
+/// Id, QEMU's words for the device, what it needs besides.
+type Device = (&'static str, &'static str, Options);
+
+/// PCI Express devices.
+const EXPRESS: &[Device] = &[
     ("e1000e", "e1000e,netdev=n0", &[("-netdev", "user,id=n0,restrict=on")]),
     ("vmxnet3", "vmxnet3,netdev=n1", &[("-netdev", "user,id=n1,restrict=on")]),
     (
@@ -33,7 +38,7 @@ const EXPRESS: &[(&str, &str, &[(&str, &str)])] = &[
 ];
 
 /// Conventional PCI devices.
-const CONVENTIONAL: &[(&str, &str, &[(&str, &str)])] = &[
+const CONVENTIONAL: &[Device] = &[
     ("e1000", "e1000,netdev=n0", &[("-netdev", "user,id=n0,restrict=on")]),
     ("rtl8139", "rtl8139,netdev=n1", &[("-netdev", "user,id=n1,restrict=on")]),
     ("ne2k-pci", "ne2k_pci,netdev=n2", &[("-netdev", "user,id=n2,restrict=on")]),
