@@ -1,4 +1,4 @@
-# make demo | test | lab | bench | install: everything needed is installed first, see CONTRIBUTING.md.
+# make demo | test | lab | bench | dumps | install: everything needed is installed first, see CONTRIBUTING.md.
 
 PREFIX ?= /usr
 DESTDIR ?=
@@ -6,7 +6,7 @@ CARGO ?= cargo
 # Lab tests boot a whole machine each: one after the other.
 LAB_TEST = $(CARGO) test --locked -p xpci-tests -- --test-threads=1 --nocapture
 
-.PHONY: all deps binaries demo test check unit lab-test lab bench install
+.PHONY: all deps binaries demo test check unit lab-test lab bench dumps install
 
 all: binaries
 
@@ -45,6 +45,11 @@ lab: binaries
 
 bench: binaries
 	$(CARGO) run --locked --release -q -p xpci-tests --bin bench
+
+# Takes pciback/tests/dumps/qemu-*.txt anew from QEMU's devices.
+dumps: deps
+	$(CARGO) build --locked --release -p xpci-tests
+	$(CARGO) run --locked --release -q -p xpci-tests --bin dumps
 
 install: binaries
 	install -D -m 755 target/release/xpcid $(DESTDIR)$(PREFIX)/sbin/xpcid

@@ -8,6 +8,11 @@ use std::fmt;
 use super::bytes::Bytes;
 use crate::spec::{AnyId, CapabilityId, ExtendedCapabilityId, header};
 
+/// The header type of a bridge to CardBus, which no guest is given but any dump may hold. At 34h it has the limit of a window; its
+/// pointer to the list is here (PCI to PCMCIA CardBus Bridge Register Description, Yenta 2.3, section 3).
+const CARD_BUS: u8 = 2;
+const CARD_BUS_POINTER: u16 = 0x14;
+
 /// One capability as its list shows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capability {
@@ -136,8 +141,9 @@ impl CapabilityList {
             return;
         }
         let end = bytes.len().min(usize::from(header::EXTENDED)) as u16;
-        let (mut at, mut target) =
-            (header::CAPABILITIES_POINTER, u16::from(bytes.byte(header::CAPABILITIES_POINTER)));
+        let header_type = bytes.byte(header::HEADER_TYPE) & !header::MULTI_FUNCTION;
+        let mut at = if header_type == CARD_BUS { CARD_BUS_POINTER } else { header::CAPABILITIES_POINTER };
+        let mut target = u16::from(bytes.byte(at));
         while let Some(offset) = self.follow(at, target, header::SIZE..end) {
             let (id, next) = (bytes.byte(offset), bytes.byte(offset + 1));
             if id == 0xff {

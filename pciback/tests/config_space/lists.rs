@@ -37,6 +37,15 @@ fn no_list_without_the_status_bit() {
 }
 
 #[test]
+fn a_card_bus_bridge_has_its_pointer_elsewhere() {
+    let mut bytes = conventional(0xfc);
+    bytes[0x0e] = 0x82;
+    bytes[0x14] = 0xa0;
+    bytes[0xa0] = 1;
+    assert_eq!(offsets(&bytes), (vec![0xa0], vec![]));
+}
+
+#[test]
 fn a_loop_ends_the_list() {
     let mut bytes = conventional(0x40);
     bytes[0x40..0x42].copy_from_slice(&[1, 0x50]);
