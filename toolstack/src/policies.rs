@@ -54,9 +54,11 @@ impl fmt::Display for Mistakes {
 
 impl From<PolicyError> for Failure {
     fn from(error: PolicyError) -> Self {
-        let code =
-            if matches!(error, PolicyError::Invalid(_)) { ErrorCode::Refused } else { ErrorCode::Failed };
-        Self::new(code, error.to_string()).hint("the policies that were in force stay in force")
+        let failure = |code| Self::new(code, error.to_string());
+        match &error {
+            PolicyError::Invalid(mistakes) => failure(ErrorCode::Refused).mistakes(mistakes.0.clone()),
+            _ => failure(ErrorCode::Failed),
+        }
     }
 }
 

@@ -162,13 +162,13 @@ pub fn learned(functions: &[LearnedView]) -> String {
 pub fn policy(view: &PolicyView) -> String {
     let domain = view.domain.as_ref().map(|domain| format!(" for {domain}")).unwrap_or_default();
     let mut text = format!("{} {}{domain}\n\n", view.address, view.id);
-    let head = ["FILE", "MATCHES", "APPLIES"].map(str::to_owned).to_vec();
+    let head = ["APPLIES", "MATCHES", "FILE"].map(str::to_owned).to_vec();
     let rows = view.files.iter().map(|file| {
         let applies = match &file.mismatch {
             None => "yes".to_owned(),
             Some(reason) => format!("no: {reason}"),
         };
-        vec![file.name.clone(), file.matches.clone(), applies]
+        vec![applies, file.matches.clone(), file.name.clone()]
     });
     if view.files.is_empty() {
         text.push_str("no policy files; the built-in rules apply\n");

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::thread;
 
 use log::{error, info, warn};
-use pciback::config::{CapabilityAction, FunctionSpec, Origin, Place, Planes, Rule, Segment};
+use pciback::config::{CapabilityAction, FunctionSpec, Origin, Place, Planes, Rule, Segment, Treatment};
 use pciback::policy::{PolicySet, Subject, deferred, explain, learn, selector_word};
 use pciback::{DomId, Sbdf};
 
@@ -60,7 +60,9 @@ impl Engine {
             match read.and_then(|sources| policies::parse(&sources).map(|set| (sources, set))) {
                 Err(problem) => {
                     warn!("reload policies: {problem}");
-                    reply.done(Err(problem.into()));
+                    reply.done(Err(
+                        Failure::from(problem).hint("the policies that were in force stay in force")
+                    ));
                 }
                 Ok((sources, set)) => workshop.compile(Arc::new(set), Some(sources), users, Some(reply)),
             }
@@ -266,26 +268,36 @@ fn visible(planes: &Planes) -> Vec<u16> {
     seen.map(|(capability, _)| capability.offset).collect()
 }
 
-/// The registers that two filters of one function treat differently.
+/// The registers that two filters of one function treat differently, runs of bytes that nobody knows as one.
 fn differences(old: &Planes, new: &Planes) -> Vec<String> {
     let treated = |planes: &Planes, segment: &Segment| {
         let same = planes.segments().iter().filter(|other| other.dword == segment.dword);
         same.filter(|other| other.treatment == segment.treatment).fold(0, |bits, other| bits | other.mask)
     };
-    let mut names: Vec<String> = Vec::new();
-    for segment in new.segments() {
-        let bits = segment.mask & !treated(old, segment);
-        if bits != 0 {
-            let register = segment.register.map(|index| &new.registers()[usize::from(index)]);
-            let (offset, name) =
-                register.map_or((segment.dword, "unknown"), |register| (register.offset, register.name));
-            let text = format!("{name} at {offset:#x}: {}", segment.treatment);
-            if !names.contains(&text) {
-                names.push(text);
+    // First and last byte, name, how it is treated now.
+    let mut runs: Vec<(u16, u16, &str, String)> = Vec::new();
+    for segment in new.segments().iter().filter(|segment| segment.mask & !treated(old, segment) != 0) {
+        let register = segment.register.map(|index| &new.registers()[usize::from(index)]);
+        let (offset, width, name) = register.map_or((segment.dword, 4, "unknown"), |register| {
+            (register.offset, u16::from(register.width), register.name)
+        });
+        // Its value is in the policy; here it would stand once for each of its fields.
+        let treatment = match segment.treatment {
+            Treatment::Fixed(_) => "fixed".to_owned(),
+            other => other.to_string(),
+        };
+        match runs.last_mut() {
+            Some((first, last, known, how))
+                if *known == name && *how == treatment && (*first == offset || *last + 1 == offset) =>
+            {
+                *last = (*last).max(offset + width - 1);
             }
+            _ => runs.push((offset, offset + width - 1, name, treatment)),
         }
     }
-    names
+    let text =
+        |(first, last, name, how): &(u16, u16, &str, String)| format!("{first:03x}-{last:03x} {name}: {how}");
+    runs.iter().map(text).collect()
 }
 
 fn origin(rule: &Rule) -> String {

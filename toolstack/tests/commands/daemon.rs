@@ -129,6 +129,8 @@ pub fn service(directory: &Path) -> Command {
         .arg("--run-directory")
         .arg(directory.join("run"))
         .arg("--state-directory")
-        .arg(directory.join("state"));
+        .arg(directory.join("state"))
+        .arg("--policies")
+        .arg(directory.join("policies"));
     command
 }

@@ -1,7 +1,7 @@
 //! The two binaries as people and tools meet them, on a simulated host: what they print, where, and how they exit.
 //!
 //! Most tests are transcripts, files beside this one: `$` is a command, what follows is what it printed (`!`: on standard
-//! error), `[n]` its exit status unless 0. `XPCI_BLESS=1 cargo test -p toolstack --test commands` writes them anew, to be
+//! error), `[n]` its exit status unless 0; `< NAME` and the `|` lines after it make a file in DIR. `XPCI_BLESS=1 cargo test -p toolstack --test commands` writes them anew, to be
 //! read before they are committed.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that fails says so by panicking")]
@@ -53,6 +53,16 @@ fn a_reset_that_fails_at_detach_quarantines_with_6_until_it_is_cleared() {
     let failures = r#"
   - {operation: reset, address: "01:10.0", errno: ETIMEDOUT, after: 1, times: 2}"#;
     play("quarantined", host().replace("failures: []", &format!("failures:{failures}")));
+}
+
+#[test]
+fn policies_are_shown_explained_reloaded_and_learned_from() {
+    play("policy", host());
+}
+
+#[test]
+fn policy_files_and_dumps_are_checked_and_explained_without_a_service() {
+    play_alone("policy-alone");
 }
 
 #[test]

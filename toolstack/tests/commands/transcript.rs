@@ -32,10 +32,21 @@ fn compare(name: &str, directory: &Path, socket: &Path) {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("tests/commands/{name}.transcript"));
     let expected = fs::read_to_string(&path).unwrap();
     let mut found = String::new();
+    let mut file = (PathBuf::new(), String::new());
     for line in expected.lines() {
-        if let Some(command) = line.strip_prefix("$ xpci") {
+        if let Some(name) = line.strip_prefix("< ") {
+            file = (directory.join(name), String::new());
             let _ = writeln!(found, "{line}");
-            found += &run(socket, command).replace(&directory.display().to_string(), "DIR");
+            fs::create_dir_all(file.0.parent().unwrap()).unwrap();
+            fs::write(&file.0, "").unwrap();
+        } else if let Some(content) = line.strip_prefix('|') {
+            let _ = writeln!(found, "{line}");
+            let _ = writeln!(file.1, "{}", content.strip_prefix(' ').unwrap_or(content));
+            fs::write(&file.0, &file.1).unwrap();
+        } else if let Some(command) = line.strip_prefix("$ xpci") {
+            let _ = writeln!(found, "{line}");
+            found += &run(socket, &command.replace("DIR", &directory.display().to_string()))
+                .replace(&directory.display().to_string(), "DIR");
         } else if line.starts_with('#') || line.is_empty() {
             let _ = writeln!(found, "{line}");
         }
@@ -48,6 +59,8 @@ fn compare(name: &str, directory: &Path, socket: &Path) {
 }
 
 fn run(socket: &Path, command: &str) -> String {
+    // The repository's own files, dumps and policies among them.
+    let command = command.replace("REPO", concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
     let arguments: Vec<&str> = command.split_whitespace().collect();
     let output = xpci(socket, &arguments);
     let mut text = String::new();
