@@ -164,12 +164,12 @@ impl FunctionImage {
     }
 
     /// The bits of a dword that are read from hardware.
-    pub(super) fn from_hardware(&self, dword: usize) -> u32 {
+    pub(super) fn hardware_bits(&self, dword: usize) -> u32 {
         self.get(FROM_HARDWARE + (dword & (PAGE - 1)))
     }
 
     /// Notes which bits of a dword are read from hardware.
-    pub(super) fn set_from_hardware(&mut self, dword: usize, bits: u32) {
+    pub(super) fn set_hardware_bits(&mut self, dword: usize, bits: u32) {
         self.set(FROM_HARDWARE + (dword & (PAGE - 1)), bits);
     }
 

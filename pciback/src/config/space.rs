@@ -89,7 +89,7 @@ impl VirtualConfigSpace {
             let value = (hardware & !bits.fixed | bits.value) & !bits.hw_read;
             image.set_reset_value(dword, value);
             image.set_shadow(dword, value);
-            image.set_from_hardware(dword, bits.hw_read);
+            image.set_hardware_bits(dword, bits.hw_read);
         }
         image.complete();
         Ok(Self { planes, image, bars, masked: MaskedWrites::default() })
@@ -133,7 +133,7 @@ impl VirtualConfigSpace {
         let mut seeds = Vec::new();
         for dword in 0..usize::from(self.planes.size) / 4 {
             let bits = self.planes.bits[dword];
-            let to_shadow = self.image.from_hardware(dword) & !bits.hw_read;
+            let to_shadow = self.image.hardware_bits(dword) & !bits.hw_read;
             if to_shadow & !bits.fixed != 0 && !self.image.resetting() {
                 let access = Access::new(4 * dword as u32, 4).map_err(io::Error::other)?;
                 seeds.push((dword, to_shadow, hw.read(access)?));
@@ -149,7 +149,7 @@ impl VirtualConfigSpace {
             let bits = self.planes.bits[dword];
             let reset = (self.image.reset_value(dword) & !bits.fixed | bits.value) & !bits.hw_read;
             let shadow = self.image.shadow(dword) & bits.shadow_write | reset & !bits.shadow_write;
-            self.image.set_from_hardware(dword, bits.hw_read);
+            self.image.set_hardware_bits(dword, bits.hw_read);
             self.image.set_reset_value(dword, reset);
             self.image.set_shadow(dword, shadow);
         }

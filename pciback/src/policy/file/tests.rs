@@ -182,3 +182,38 @@ fn each_mistake_has_its_own_words() {
         assert_eq!(mistakes(text), [format!("f.yaml:{message}")], "{text}");
     }
 }
+
+#[test]
+fn the_shipped_files_are_good_and_say_what_they_are_for() {
+    let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/policies");
+    let mut families = 0;
+    for entry in std::fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|extension| extension != "yaml") {
+            continue;
+        }
+        let (name, text) = (path.display().to_string(), std::fs::read_to_string(&path).unwrap());
+        let file = PolicyFile::parse(&name, &text).unwrap_or_else(|mistakes| panic!("{mistakes:#?}"));
+        assert!(file.description.is_some(), "{name}");
+        assert_ne!(file.matching, Match::default(), "{name}");
+        families += 1;
+    }
+    assert!(families >= 8, "{families}");
+}
+
+#[test]
+fn the_example_names_every_key_and_every_word() {
+    let text = include_str!("../../../../configs/policies/example.yaml");
+    let schema = crate::policy::schema().to_string();
+    let keys = rules::REGISTER_KEYS.iter().chain(KEYS).chain(MATCH_KEYS);
+    for key in keys.chain(rules::CAPABILITY_KEYS) {
+        assert!(text.contains(&format!("{}:", key.word)), "{}", key.word);
+        assert!(schema.contains(&format!("\"{}\"", key.word)), "{}", key.word);
+    }
+    for (word, _) in rules::WholeAction::WORDS {
+        assert!(text.contains(word), "{word}");
+    }
+    for (word, _) in rules::RegisterAction::WORDS {
+        assert!(text.contains(&format!("action: {word}")), "{word}");
+    }
+}
