@@ -14,8 +14,10 @@ use crate::spec::{AnyId, Kind, Register, header};
 
 pub(super) const CONSTANT: &str = "cannot change: served without asking hardware";
 pub(super) const STATUS: &str = "hardware's state: reading it changes nothing";
-const EVENT: &str =
+/// Why writes of 1 to what they clear pass.
+pub(super) const EVENT: &str =
     "an event of this function: the guest clears what it has seen, and nothing that it has not";
+const TRIGGER: &str = "reads 0; starting it is the host's";
 const RESERVED: &str = "reserved: reads 0; writes leave hardware's bits as they are";
 const RESERVED_ZERO: &str = "reserved: reads 0; writes carry 0";
 
@@ -67,6 +69,7 @@ pub(super) struct Family<'a> {
     pub capability: Option<AnyId>,
     pub section: &'static str,
     pub controls: (Treatment, &'static str),
+    pub events: (Treatment, &'static str),
     pub rows: &'a [Row],
     pub guarded: bool,
     /// The owner that the register's bytes must have.
@@ -133,6 +136,7 @@ impl<'a> Compiler<'a> {
             capability: None,
             section: rules::HEADER_SECTION,
             controls: (Treatment::ReadOnly, STATUS),
+            events: (Treatment::Pass, EVENT),
             rows: &rows,
             guarded: true,
             owner: HEADER_OWNER,
@@ -194,9 +198,10 @@ impl<'a> Compiler<'a> {
             let (treatment, reason) = match field.kind {
                 Kind::Constant => (Treatment::Static, CONSTANT),
                 Kind::Status => (Treatment::ReadOnly, STATUS),
-                Kind::Rw1c => (Treatment::Pass, EVENT),
+                Kind::Rw1c => family.events,
                 Kind::RsvdZ => (Treatment::ZERO, RESERVED_ZERO),
-                Kind::Control | Kind::Trigger => family.controls,
+                Kind::Control => family.controls,
+                Kind::Trigger => (Treatment::ZERO, TRIGGER),
             };
             let rule = Rule::built_in(reason, family.section);
             self.set(Place { offset, width, mask: field_mask }, known(field.kind), treatment, &rule);
@@ -285,7 +290,11 @@ impl<'a> Compiler<'a> {
             segment.mask &= !mask;
         }
         segments.retain(|segment| segment.mask != 0);
-        segments.push(Segment { dword: 4 * dword as u16, mask, treatment, rule, register: known.register });
+        let segment = Segment { dword: 4 * dword as u16, mask, treatment, rule, register: known.register };
+        match segments.iter_mut().find(|other| Segment { mask, ..**other } == segment) {
+            Some(alike) => alike.mask |= mask,
+            None => segments.push(segment),
+        }
     }
 
     /// The segments that a place touches, with the bits that must not be written back: mask, register, `zero_merge`.

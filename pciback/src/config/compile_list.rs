@@ -6,7 +6,9 @@ use super::list::Capability;
 use super::planes::{Model, RefusedOverride};
 use super::policy::{self, CapabilityAction, Rule, Treatment};
 use super::rules::{self, CapabilityRules};
-use crate::spec::{self, AnyId, CapabilityId, CapabilitySpec, Kind, express, header, legacy};
+use crate::spec::{
+    self, AnyId, CapabilityId, CapabilitySpec, Count, Group, Kind, Stride, express, header, legacy,
+};
 
 const LINKED: &str = "the list leads only to capabilities that the guest sees";
 
@@ -14,7 +16,9 @@ impl Compiler<'_> {
     pub(super) fn capabilities(&mut self) {
         let capabilities = self.list.capabilities.clone();
         // Known capabilities own their bytes first: a header that stands within one, on a malformed list, must not open it.
-        let is_known = |capability: &Capability| spec::capability(capability.id).is_some();
+        let is_known = |capability: &Capability| {
+            spec::capability(capability.id).is_some_and(CapabilitySpec::is_specified)
+        };
         for known in [true, false] {
             for (index, capability) in capabilities.iter().enumerate() {
                 if is_known(capability) == known {
@@ -67,19 +71,23 @@ impl Compiler<'_> {
         spec: &'static CapabilitySpec,
         rules: &'static CapabilityRules,
     ) {
-        let (treatment, reason) = match spec.rest {
-            Kind::Constant => (Treatment::Static, CONSTANT),
-            Kind::Control => rules.controls,
-            _ => (Treatment::ReadOnly, STATUS),
-        };
-        let from = header_bytes(capability);
-        let rule = Rule::built_in(reason, spec.section);
-        self.fill(capability, from, owner, spec.rest, "further registers", treatment, &rule);
+        // What only its vendor knows stays as the policy treats unknown bytes.
+        if let Some(rest) = spec.rest {
+            let (treatment, reason) = match rest {
+                Kind::Constant => (Treatment::Static, CONSTANT),
+                Kind::Control => rules.controls,
+                _ => (Treatment::ReadOnly, STATUS),
+            };
+            let rule = Rule::built_in(reason, spec.section);
+            let from = header_bytes(capability);
+            self.fill(capability, from, owner, rest, "further registers", treatment, &rule);
+        }
         let family = Family {
             base: capability.offset,
             capability: Some(capability.id),
             section: spec.section,
             controls: rules.controls,
+            events: rules.events,
             rows: rules.rows,
             guarded: rules.guarded,
             owner,
@@ -87,10 +95,55 @@ impl Compiler<'_> {
         for register in spec.registers {
             self.register(register, &family);
         }
+        let end = self.list.extent(capability, &self.spec.bytes).end;
+        self.groups(spec.groups, &family, end);
         if capability.id == AnyId::Legacy(CapabilityId::MSI) {
             self.msi(capability, owner, &family);
         }
         self.models(capability, owner);
+    }
+
+    /// Groups of registers, as often as the capability says and no further than to its end.
+    fn groups(&mut self, groups: &[Group], family: &Family<'_>, end: u16) {
+        let mut next = family.base;
+        for group in groups {
+            let mut at = group.first.map_or(next, |first| family.base.saturating_add(first));
+            for _ in 0..self.count(&group.count, family.base, at, end) {
+                if at >= end {
+                    break;
+                }
+                let stride = self.stride(group.stride, at);
+                let limit = if stride == 0 { end } else { end.min(at.saturating_add(stride)) };
+                // Rows name registers by where they are in the capability, which repeated ones are not.
+                let rows = if at == family.base { family.rows } else { &[] };
+                let one = Family { base: at, rows, ..*family };
+                for register in group.registers {
+                    if at.saturating_add(register.offset) < limit {
+                        self.register(register, &one);
+                    }
+                }
+                self.groups(group.groups, &one, limit);
+                at = at.saturating_add(stride);
+            }
+            next = at;
+        }
+    }
+
+    fn count(&self, count: &Count, base: u16, first: u16, end: u16) -> u16 {
+        let dword = |at: u16| self.spec.bytes.dword(base.saturating_add(at));
+        match *count {
+            Count::ToEnd => end.saturating_sub(first),
+            Count::When { at, mask, value } => u16::from(dword(at) & mask == value),
+            Count::Field { at, given, .. } if given != 0 && dword(at) & given == 0 => 0,
+            Count::Field { at, shift, mask, more, .. } => ((dword(at) >> shift) as u16 & mask) + more,
+        }
+    }
+
+    fn stride(&self, stride: Stride, at: u16) -> u16 {
+        match stride {
+            Stride::Fixed(bytes) => bytes,
+            Stride::Own { base, unit, mask } => base + unit * (self.spec.bytes.dword(at) as u16 & mask),
+        }
     }
 
     /// What follows MSI's Message Control, in its four layouts (PCI Express 6.0, 7.7.1).
@@ -209,7 +262,7 @@ impl Compiler<'_> {
             let value = u32::from(id.0) | u32::from(capability.version) << 16 | u32::from(next) << 20;
             self.link(Place { offset: capability.offset, width: 4, mask: u32::MAX }, *owner, value, &rule);
         }
-        // The head of the extended list is always at 0x100: when that capability is hidden a null one leads on (7.6.2).
+        // The head of the extended list is always at 0x100: when that capability is hidden a null one leads on (7.6.1).
         let head = self.list.capabilities.iter().position(|capability| capability.offset == header::EXTENDED);
         if let Some(head) = head.filter(|head| !self.visible[*head]) {
             let next = extended.first().map_or(0, |(_, next)| next.offset);
