@@ -166,7 +166,7 @@ impl Compiler<'_> {
         for dword in (4..0x18).step_by(4) {
             let place = Place { offset: capability.offset + dword, width: 4, mask: u32::MAX };
             let place = self.owned(place, owner);
-            let register = self.name(place.offset, 4, "MSI", family.capability);
+            let register = self.name(place.offset, 4, "Pending Bits, reserved", family.capability);
             let known = Known { kind: Kind::Constant, register: Some(register), guarded: true };
             self.set(place, known, Treatment::ZERO, &reserved);
         }

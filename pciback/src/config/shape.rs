@@ -44,11 +44,14 @@ impl CapabilityList {
 
 /// How many bytes, and whether the last of them are optional.
 fn length(capability: &Capability, bytes: &[u8]) -> (u16, bool) {
-    match (spec::capability(capability.id), capability.id) {
-        (Some(spec), _) => measure(&spec.length, capability.offset, bytes),
-        (None, AnyId::Legacy(_)) => (2, false),
-        (None, AnyId::Extended(_)) => (4, false),
-    }
+    // Whatever it says of itself, its header belongs to it: that is where the list is.
+    let header = match capability.id {
+        AnyId::Legacy(_) => 2,
+        AnyId::Extended(_) => 4,
+    };
+    let Some(spec) = spec::capability(capability.id) else { return (header, false) };
+    let (length, optional) = measure(&spec.length, capability.offset, bytes);
+    (length.max(header), optional)
 }
 
 fn measure(length: &Length, base: u16, bytes: &[u8]) -> (u16, bool) {

@@ -26,6 +26,7 @@ pub const CAPABILITIES: &[CapabilitySpec] = &[
 
 const AGP: &[Register] = &[
     register(2, 1, "AGP Identifier", &[constant(0x0f, "Minor Revision"), constant(0xf0, "Major Revision")]),
+    register(3, 1, "reserved", &[]),
     register(
         4,
         4,

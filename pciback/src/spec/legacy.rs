@@ -1,7 +1,7 @@
 //! Capabilities of the first 256 bytes, but for PCI Express, older buses and what is a vendor's.
 
 use super::register::{
-    Count, Group, Kind, Length, Register, Stride, constant, control, register, rw1c, status, trigger,
+    Count, Group, Kind, Length, Register, Stride, WHOLE, constant, control, register, rw1c, status, trigger,
 };
 use super::{AnyId, CapabilityId, CapabilitySpec};
 
@@ -156,7 +156,7 @@ pub const CAPABILITIES: &[CapabilitySpec] = &[
         CapabilityId::COMPACT_PCI_RESOURCE,
         "PICMG 2.13",
         Length::Fixed(4),
-        &[register(2, 2, "Central Resource Control", &[control(0xffff, "Control")])],
+        &[register(2, 2, "Central Resource Control", &[control(0xffff, WHOLE)])],
     ),
     legacy(
         CapabilityId::HOT_PLUG,

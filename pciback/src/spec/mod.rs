@@ -126,4 +126,67 @@ mod tests {
             assert_eq!(capability(id).is_none(), null, "{id}");
         }
     }
+
+    #[test]
+    fn registers_cover_a_fixed_length() {
+        for capability in capabilities().filter(|capability| capability.groups.is_empty()) {
+            if let Length::Fixed(length) = capability.length {
+                let header = if matches!(capability.id, AnyId::Legacy(_)) { 2 } else { 4 };
+                let end = capability.registers.iter().fold(header, |end, register| {
+                    assert_eq!(register.offset, end, "{}: a gap before {}", capability.id, register.name);
+                    end + u16::from(register.width)
+                });
+                assert_eq!(end, length, "{}: a gap at the end", capability.id);
+            }
+        }
+    }
+
+    #[test]
+    fn fields_have_the_names_that_specifications_give() {
+        for (place, register) in all_registers() {
+            let reserved = register.name == "reserved" || EMPTY.contains(&register.name);
+            assert_eq!(register.fields.is_empty(), reserved, "{place}: {}", register.name);
+            for field in register.fields.iter().filter(|field| field.kind != Kind::RsvdZ) {
+                let named = field.name.contains(|letter: char| letter.is_ascii_uppercase());
+                assert!(named || field.name == register::WHOLE, "{place}: {}: {}", register.name, field.name);
+            }
+        }
+    }
+
+    /// Registers that have a name and only reserved bits.
+    const EMPTY: [&str; 6] = [
+        "Slot Control 2",
+        "16.0 GT/s Capabilities",
+        "16.0 GT/s Control",
+        "64.0 GT/s Capabilities",
+        "64.0 GT/s Control",
+        "Flit Error Injection Capability",
+    ];
+
+    #[test]
+    fn only_these_capabilities_have_registers_that_are_not_described_by_field() {
+        let undescribed = capabilities().filter(|capability| {
+            let mut registers = capability
+                .registers
+                .iter()
+                .chain(capability.groups.iter().flat_map(|group| group.registers))
+                .peekable();
+            registers.peek().is_none()
+                || registers.any(|register| register.fields.iter().any(|field| field.name == register::WHOLE))
+        });
+        let ids: Vec<_> = undescribed.map(|capability| capability.id).collect();
+        assert_eq!(
+            ids,
+            [
+                AnyId::Legacy(CapabilityId::COMPACT_PCI_RESOURCE),
+                AnyId::Extended(ExtendedCapabilityId::MR_IOV),
+                AnyId::Extended(ExtendedCapabilityId::SHADOW_FUNCTIONS),
+                AnyId::Extended(ExtendedCapabilityId::STREAMLINED_VIRTUAL_CHANNEL),
+                AnyId::Extended(ExtendedCapabilityId::PMUX),
+                AnyId::Extended(ExtendedCapabilityId::MPCIE),
+                AnyId::Extended(ExtendedCapabilityId::FLIT_PERFORMANCE),
+                AnyId::Extended(ExtendedCapabilityId::NOP_FLIT),
+            ]
+        );
+    }
 }

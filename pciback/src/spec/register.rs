@@ -31,6 +31,9 @@ pub struct Field {
     pub name: &'static str,
 }
 
+/// The name of a field that stands for all of a register whose fields nobody could verify.
+pub const WHOLE: &str = "(not described by field)";
+
 /// One register, relative to the start of its capability (or of config space, in the header).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Register {

@@ -3,11 +3,15 @@
 #[cfg(test)]
 mod devices;
 #[cfg(test)]
+mod document;
+#[cfg(test)]
 mod functions;
 #[cfg(test)]
 mod hardware;
 #[cfg(test)]
 mod images;
+#[cfg(test)]
+mod linux;
 #[cfg(test)]
 mod lists;
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::fmt::Write;
 use pciback::config::{
     AnyId, CapabilityAction, CapabilityOverride, FunctionSpec, Origin, Planes, Policy, Rule,
 };
-use pciback::spec::{self, CapabilityId};
+use pciback::spec;
 
 use crate::devices;
 
@@ -78,6 +78,8 @@ pub fn variants(id: AnyId) -> &'static [Variant] {
         AnyId::Extended(Extended::ALTERNATE_PROTOCOL) => &[(1, &[(4, 0x102)])],
         // Two link streams, a selective one with an address block, and one without.
         AnyId::Extended(Extended::IDE) => &[(1, &[]), (1, &[(4, 0x0001_2003), (0x1c, 1)])],
+        AnyId::Extended(Extended::STREAMLINED_VIRTUAL_CHANNEL) => &[(1, &[(4, 1)])],
+        AnyId::Extended(Extended::MMIO_REGISTER_BLOCK_LOCATOR) => &[(1, &[(4, 0x18)])],
         AnyId::Extended(_) => &[(1, &[])],
     }
 }

@@ -114,6 +114,20 @@ pub const RULES: &[CapabilityRules] = &[
         .quiet("errors of the link are the host's"),
     shown(id(Id::FLIT_PERFORMANCE), KEPT, "measurements of the link are the host's", &[]),
     hidden(id(Id::FLIT_ERROR_INJECTION), "it injects errors into the link"),
+    shown(
+        id(Id::STREAMLINED_VIRTUAL_CHANNEL),
+        KEPT,
+        "channels are agreed with the other end of the link",
+        &[],
+    ),
+    shown(
+        id(Id::MMIO_REGISTER_BLOCK_LOCATOR),
+        Treatment::ReadOnly,
+        "where registers are does not change",
+        &[],
+    ),
+    shown(id(Id::NOP_FLIT), KEPT, "what the link sends is the host's", &[])
+        .quiet("events of the link are the host's"),
     shown(id(Id::VENDOR_SPECIFIC), KEPT, "the vendor's registers follow the policy for unknown bytes", &[]),
     shown(id(Id::DVSEC), KEPT, "the vendor's registers follow the policy for unknown bytes", &[]),
 ];

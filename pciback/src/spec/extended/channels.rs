@@ -2,7 +2,7 @@
 
 use super::extended;
 use crate::spec::register::{
-    Count, Group, Kind, Length, Register, constant, control, counted, register, rsvdz, status, trigger,
+    Count, Group, Kind, Length, Register, WHOLE, constant, control, counted, register, rsvdz, status, trigger,
 };
 use crate::spec::{CapabilitySpec, ExtendedCapabilityId};
 
@@ -11,6 +11,33 @@ pub const CAPABILITIES: &[CapabilitySpec] = &[
     channels(ExtendedCapabilityId::VIRTUAL_CHANNEL, "PCI Express 6.0, 7.9.1"),
     channels(ExtendedCapabilityId::VIRTUAL_CHANNEL_MFVC, "PCI Express 6.0, 7.9.1"),
     channels(ExtendedCapabilityId::MFVC, "PCI Express 6.0, 7.9.2"),
+    extended(
+        ExtendedCapabilityId::STREAMLINED_VIRTUAL_CHANNEL,
+        "PCI Express 6.3, 7.9.29",
+        Length::Counted { base: 0x14, unit: 0x0c, at: 4, shift: 0, mask: 7, more: 1 },
+        Kind::Control,
+        &[
+            register(
+                0x04,
+                4,
+                "SVC Port Capability 1",
+                &[constant(0x0000_0007, "SVC Extended VC Count"), constant(0xffff_fff8, WHOLE)],
+            ),
+            register(0x08, 4, "SVC Port Capability 2", &[constant(0xffff_ffff, WHOLE)]),
+            register(0x0c, 4, "SVC Port Control", &[control(0xffff_ffff, WHOLE)]),
+            register(0x10, 4, "SVC Port Status", &[status(0xffff_ffff, WHOLE)]),
+        ],
+    )
+    .with(&[counted(
+        0x14,
+        0x0c,
+        Count::Field { at: 4, shift: 0, mask: 7, more: 1, given: 0 },
+        &[
+            register(0, 4, "SVC Resource Capability", &[constant(0xffff_ffff, WHOLE)]),
+            register(4, 4, "SVC Resource Control", &[control(0xffff_ffff, WHOLE)]),
+            register(8, 4, "SVC Resource Status", &[status(0xffff_ffff, WHOLE)]),
+        ],
+    )]),
     extended(
         ExtendedCapabilityId::MULTICAST,
         "PCI Express 6.0, 7.9.11",

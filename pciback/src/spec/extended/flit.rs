@@ -2,7 +2,7 @@
 
 use super::extended;
 use crate::spec::register::{
-    Field, Kind, Length, Register, constant, control, each, fields, register, rw1c, status, trigger,
+    Field, Kind, Length, Register, WHOLE, constant, control, each, fields, register, rw1c, status, trigger,
 };
 use crate::spec::{CapabilitySpec, ExtendedCapabilityId};
 
@@ -26,20 +26,15 @@ pub const CAPABILITIES: &[CapabilitySpec] = &[
         Length::Fixed(0x24),
         Kind::Status,
         &[
-            register(
-                0x04,
-                4,
-                "Flit Performance Measurement Capability",
-                &[constant(0xffff_ffff, "Abilities")],
-            ),
-            register(0x08, 4, "Flit Performance Measurement Control", &[control(0xffff_ffff, "Enables")]),
-            register(0x0c, 4, "Flit Performance Measurement Status", &[status(0xffff_ffff, "State")]),
+            register(0x04, 4, "Flit Performance Measurement Capability", &[constant(0xffff_ffff, WHOLE)]),
+            register(0x08, 4, "Flit Performance Measurement Control", &[control(0xffff_ffff, WHOLE)]),
+            register(0x0c, 4, "Flit Performance Measurement Status", &[status(0xffff_ffff, WHOLE)]),
         ],
     )
     .with(&[each(
         0x10,
         4,
-        &[register(0, 4, "LTSSM Performance Measurement Status", &[status(0xffff_ffff, "Counters")])],
+        &[register(0, 4, "LTSSM Performance Measurement Status", &[status(0xffff_ffff, WHOLE)])],
     )]),
     extended(
         ExtendedCapabilityId::FLIT_ERROR_INJECTION,
@@ -47,6 +42,18 @@ pub const CAPABILITIES: &[CapabilitySpec] = &[
         Length::Fixed(0x24),
         Kind::Control,
         ERROR_INJECTION,
+    ),
+    extended(
+        ExtendedCapabilityId::NOP_FLIT,
+        "PCI Express 6.3, 7.8.14",
+        Length::Fixed(0x14),
+        Kind::Status,
+        &[
+            register(0x04, 4, "NOP Flit Capabilities", &[constant(0xffff_ffff, WHOLE)]),
+            register(0x08, 4, "NOP Flit Control 1", &[control(0xffff_ffff, WHOLE)]),
+            register(0x0c, 4, "NOP Flit Control 2", &[control(0xffff_ffff, WHOLE)]),
+            register(0x10, 4, "NOP Flit Status", &[status(0xffff_ffff, WHOLE)]),
+        ],
     ),
 ];
 

@@ -152,6 +152,31 @@ pub const CAPABILITIES: &[CapabilitySpec] = &[
             ),
         ],
     ),
+    // Where blocks of registers are in the function's BARs; two dwords for each.
+    extended(
+        ExtendedCapabilityId::MMIO_REGISTER_BLOCK_LOCATOR,
+        "PCI Express 6.3, 7.9.30",
+        Length::Counted { base: 0, unit: 1, at: 4, shift: 0, mask: 0xfff, more: 0 },
+        Kind::Constant,
+        &[register(0x04, 4, "MRBL Capabilities", &[constant(0x0000_0fff, "MRBL Structure Length")])],
+    )
+    .with(&[each(
+        8,
+        8,
+        &[
+            register(
+                0,
+                4,
+                "MRBL Locator, lower",
+                &[
+                    constant(0x0000_0007, "MRBL BIR"),
+                    constant(0x0000_ff00, "MRBL Block ID"),
+                    constant(0xffff_0000, "MRBL Offset 31:16"),
+                ],
+            ),
+            register(4, 4, "MRBL Locator, upper", &[constant(0xffff_ffff, "MRBL Offset 63:32")]),
+        ],
+    )]),
     extended(
         ExtendedCapabilityId::DEVICE_3,
         "PCI Express 6.0, 7.7.9",

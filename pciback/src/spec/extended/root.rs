@@ -11,17 +11,21 @@ pub const CAPABILITIES: &[CapabilitySpec] = &[
         "PCI Express 6.0, 7.9.8",
         Length::Counted { base: 0x10, unit: 0x10, at: 4, shift: 8, mask: 0xff, more: 0 },
         Kind::Constant,
-        &[register(
-            0x04,
-            4,
-            "Element Self Description",
-            &[
-                constant(0x0000_000f, "Element Type"),
-                constant(0x0000_ff00, "Number of Link Entries"),
-                constant(0x00ff_0000, "Component ID"),
-                constant(0xff00_0000, "Port Number"),
-            ],
-        )],
+        &[
+            register(
+                0x04,
+                4,
+                "Element Self Description",
+                &[
+                    constant(0x0000_000f, "Element Type"),
+                    constant(0x0000_ff00, "Number of Link Entries"),
+                    constant(0x00ff_0000, "Component ID"),
+                    constant(0xff00_0000, "Port Number"),
+                ],
+            ),
+            register(0x08, 4, "reserved", &[]),
+            register(0x0c, 4, "reserved", &[]),
+        ],
     )
     .with(&[counted(
         0x10,

@@ -16,7 +16,7 @@ pub const CAPABILITIES: &[CapabilitySpec] = &[
         "Trusted Configuration Space ECN",
         Length::UpTo(0x20),
         Kind::Control,
-        &[register(0x04, 4, "Device Correlation", &[constant(0xffff_ffff, "Device Correlation")])],
+        &[register(0x04, 4, "Device Correlation", &[status(0xffff_ffff, "Device Correlation")])],
     ),
 ];
 

@@ -2,7 +2,7 @@
 
 use super::extended;
 use crate::spec::register::{
-    Count, Group, Kind, Length, Register, constant, control, counted, register, rw1c, status,
+    Count, Group, Kind, Length, Register, WHOLE, constant, control, counted, register, rw1c, status,
 };
 use crate::spec::{CapabilitySpec, ExtendedCapabilityId, sriov};
 
@@ -24,8 +24,8 @@ pub const CAPABILITIES: &[CapabilitySpec] = &[
         Length::UpTo(0x20),
         Kind::Control,
         &[
-            register(0x04, 4, "Shadow Functions Capability", &[constant(0xffff_ffff, "Abilities")]),
-            register(0x08, 4, "Shadow Functions Control", &[control(0xffff_ffff, "Enables")]),
+            register(0x04, 4, "Shadow Functions Capability", &[constant(0xffff_ffff, WHOLE)]),
+            register(0x08, 4, "Shadow Functions Control", &[control(0xffff_ffff, WHOLE)]),
         ],
     ),
 ];
