@@ -146,36 +146,24 @@ impl Compiler<'_> {
         }
     }
 
-    /// What follows MSI's Message Control, in its four layouts (PCI Express 6.0, 7.7.1).
+    /// What of MSI (PCI Express 6.0, 7.7.1) is not offered: extended data, vectors beyond those that there are, pending bits.
     fn msi(&mut self, capability: &Capability, owner: u16, family: &Family<'_>) {
         let control = self.spec.bytes.word(capability.offset + legacy::MESSAGE_CONTROL);
-        let wide = control & legacy::MSI_ADDRESS_64 != 0;
+        let data = if control & legacy::MSI_ADDRESS_64 != 0 { 0x0c } else { 8 };
         let vectors = 1u32 << (control >> 1 & 7).min(5);
         let one_each = u32::MAX >> (32 - vectors);
-        let data = if wide { 0x0c } else { 8 };
-        let mut registers = vec![(4, 4, "Message Address", 0xffff_fffc), (data, 2, "Message Data", 0xffff)];
-        if wide {
-            registers.push((8, 4, "Message Upper Address", u32::MAX));
-        }
-        if control & legacy::MSI_MASKABLE != 0 {
-            registers.push((data + 4, 4, "Mask Bits", one_each));
-        }
-        // Pending bits and what is reserved: what the capability's bytes were filled with must not be hardware's.
-        let reserved =
-            Rule::built_in("reserved or never set while Xen programs MSI: reads 0", family.section);
-        for dword in (4..0x18).step_by(4) {
-            let place = Place { offset: capability.offset + dword, width: 4, mask: u32::MAX };
-            let place = self.owned(place, owner);
-            let register = self.name(place.offset, 4, "Pending Bits, reserved", family.capability);
-            let known = Known { kind: Kind::Constant, register: Some(register), guarded: true };
-            self.set(place, known, Treatment::ZERO, &reserved);
-        }
-        let (treatment, reason) = family.controls;
-        for (offset, width, name, mask) in registers {
-            let place = self.owned(Place { offset: capability.offset + offset, width, mask }, owner);
-            let register = self.name(place.offset, width, name, family.capability);
-            let known = Known { kind: Kind::Control, register: Some(register), guarded: true };
-            self.set(place, known, treatment, &Rule::built_in(reason, family.section));
+        let absent = if control & legacy::MSI_MASKABLE != 0 { u32::MAX } else { 0 };
+        for (offset, mask, reason) in [
+            (data, 0xffff_0000, "extended message data is not offered"),
+            (data + 4, absent & !one_each, "reserved: there is no such vector"),
+            (data + 8, absent, "never set while Xen programs MSI: reads 0"),
+        ] {
+            let place = self.owned(Place { offset: capability.offset + offset, width: 4, mask }, owner);
+            let rule = Rule::built_in(reason, family.section);
+            for (mask, register, _) in self.pieces(place) {
+                let known = Known { kind: Kind::Constant, register, guarded: true };
+                self.set(Place { mask, ..place }, known, Treatment::ZERO, &rule);
+            }
         }
     }
 

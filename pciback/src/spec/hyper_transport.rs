@@ -121,7 +121,7 @@ const fn link_frequency(offset: u16, name: &'static str) -> Register {
                 rw1c(1 << 4, "Protocol Error"),
                 rw1c(1 << 5, "Overflow Error"),
                 rw1c(1 << 6, "End of Chain Error"),
-                status(1 << 7, "CTL Timeout"),
+                control(1 << 7, "CTL Timeout"),
             ]
         },
     )

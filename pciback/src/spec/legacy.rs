@@ -2,6 +2,7 @@
 
 use super::register::{
     Count, Group, Kind, Length, Register, Stride, WHOLE, constant, control, register, rw1c, status, trigger,
+    when,
 };
 use super::{AnyId, CapabilityId, CapabilitySpec};
 
@@ -104,7 +105,6 @@ pub const CAPABILITIES: &[CapabilitySpec] = &[
             register(3, 1, "Chassis Number", &[control(0xff, "Chassis Number")]),
         ],
     ),
-    // What follows Message Control depends on it: the compiler knows its four layouts.
     legacy(
         CapabilityId::MSI,
         "PCI Express 6.0, 7.7.1",
@@ -123,7 +123,8 @@ pub const CAPABILITIES: &[CapabilitySpec] = &[
                 control(1 << 10, "Extended Message Data Enable"),
             ],
         )],
-    ),
+    )
+    .with(MSI_LAYOUTS),
     legacy(
         CapabilityId::COMPACT_PCI_HOT_SWAP,
         "PICMG 2.1, 3",
@@ -270,6 +271,53 @@ pub const CAPABILITIES: &[CapabilitySpec] = &[
         FLATTENING_PORTAL_BRIDGE,
     ),
 ];
+
+/// With addresses of 32 or 64 bits, and with or without mask and pending bits. How many of these there are, the compiler knows.
+const MSI_LAYOUTS: &[Group] = &[
+    when(
+        0,
+        MSI_WIDE,
+        0,
+        &[
+            register(4, 4, "Message Address", &[control(0xffff_fffc, "Message Address")]),
+            register(8, 2, "Message Data", &[control(0xffff, "Message Data")]),
+            register(10, 2, "Extended Message Data", &[control(0xffff, "Extended Message Data")]),
+        ],
+    ),
+    when(
+        0,
+        MSI_WIDE,
+        MSI_WIDE,
+        &[
+            register(4, 4, "Message Address", &[control(0xffff_fffc, "Message Address")]),
+            register(8, 4, "Message Upper Address", &[control(0xffff_ffff, "Message Upper Address")]),
+            register(12, 2, "Message Data", &[control(0xffff, "Message Data")]),
+            register(14, 2, "Extended Message Data", &[control(0xffff, "Extended Message Data")]),
+        ],
+    ),
+    when(
+        0,
+        MSI_WIDE | MSI_MASKS,
+        MSI_MASKS,
+        &[
+            register(12, 4, "Mask Bits", &[control(0xffff_ffff, "Mask Bits")]),
+            register(16, 4, "Pending Bits", &[status(0xffff_ffff, "Pending Bits")]),
+        ],
+    ),
+    when(
+        0,
+        MSI_WIDE | MSI_MASKS,
+        MSI_WIDE | MSI_MASKS,
+        &[
+            register(16, 4, "Mask Bits", &[control(0xffff_ffff, "Mask Bits")]),
+            register(20, 4, "Pending Bits", &[status(0xffff_ffff, "Pending Bits")]),
+        ],
+    ),
+];
+
+/// Message Control's bits in the first dword.
+const MSI_WIDE: u32 = (MSI_ADDRESS_64 as u32) << 16;
+const MSI_MASKS: u32 = (MSI_MASKABLE as u32) << 16;
 
 /// AMD's IOMMU.
 const SECURE_DEVICE: &[Register] = &[

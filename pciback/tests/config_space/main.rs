@@ -7,6 +7,8 @@ mod document;
 #[cfg(test)]
 mod functions;
 #[cfg(test)]
+mod groups;
+#[cfg(test)]
 mod hardware;
 #[cfg(test)]
 mod images;

@@ -44,10 +44,10 @@ const DOE: &[Register] = &[
             status(1 << 31, "Data Object Ready"),
         ],
     ),
-    // Each write appends a dword.
-    register(0x10, 4, "DOE Write Data Mailbox", &[trigger(0xffff_ffff, "DOE Write Data Mailbox")]),
-    // A write, whatever its value, takes the dword off.
-    register(0x14, 4, "DOE Read Data Mailbox", &[trigger(0xffff_ffff, "DOE Read Data Mailbox")]),
+    // Each write appends a dword, 0 too.
+    register(0x10, 4, "DOE Write Data Mailbox", &[control(0xffff_ffff, "DOE Write Data Mailbox")]),
+    // A write, whatever its value, takes the dword off that it shows.
+    register(0x14, 4, "DOE Read Data Mailbox", &[control(0xffff_ffff, "DOE Read Data Mailbox")]),
 ];
 
 const IDE: &[Register] = &[
