@@ -36,7 +36,8 @@ holds them, but 0 for `RW1C`, `RsvdZ` and `trigger`: nothing is cleared or start
 | its own, from *n* | what it wrote; at first *n* | stay with the guest |
 | always *n* | *n* | are dropped |
 
-Offsets are relative to the capability; `0x10, 0x1c ...` marks registers that repeat. Ids that are not listed here, and bytes that
+Offsets are relative to the capability; `0x10, 0x1c ...` marks registers that repeat. Where a
+capability has several layouts, each table has what differs from those before it. Ids that are not listed here, and bytes that
 belong to no capability, follow the policy for unknown bytes.
 ";
 
@@ -144,14 +145,14 @@ fn lines(
     lines
 }
 
-/// Adds what a filter does in a range, but for what is there already.
-fn add(
-    all: &mut Vec<Line>,
+/// What a filter does in a range, but for what is there already.
+fn describe(
+    known: &[Line],
     planes: &Planes,
     range: std::ops::Range<u16>,
     registers: &[Register],
     groups: &[Group],
-) {
+) -> Vec<Line> {
     let mut found: Vec<Line> = Vec::new();
     for segment in planes.segments().iter().filter(|segment| range.contains(&segment.dword)) {
         let Some(register) = segment.register else { continue };
@@ -159,7 +160,7 @@ fn add(
         if named.name == "Capability Header" {
             continue;
         }
-        let base = if range.start == 0 { 0 } else { range.start };
+        let base = range.start;
         let fields = described(registers, groups, named, base).map_or(&[][..], |register| register.fields);
         for line in lines(planes, segment, base, fields, named) {
             match found.iter_mut().find(|other| other.is_like(&line)) {
@@ -171,20 +172,16 @@ fn add(
             }
         }
     }
-    for line in found {
-        match all.iter_mut().find(|other| other.is_like(&line) && other.offset == line.offset) {
-            Some(known) => known.again = known.again.or(line.again),
-            None => all.push(line),
-        }
-    }
+    found.retain(|line| !known.iter().any(|other| other.is_like(line) && other.offset == line.offset));
+    found
 }
 
-fn table(text: &mut String, mut all: Vec<Line>) {
+fn table(text: &mut String, all: &mut [Line]) {
     all.sort_by_key(|line| (line.offset, line.register, line.bits.trailing_zeros()));
     text.push_str(
         "| offset | register | bits | field | kind | the guest | why |\n|---|---|---|---|---|---|---|\n",
     );
-    for line in &all {
+    for line in all.iter() {
         let Line { offset, again, width, register, field, kind, guest, reason, .. } = line;
         let repeats = again.map(|again| format!(", {again:#04x} ...")).unwrap_or_default();
         let bits = bits(line.bits);
@@ -211,11 +208,10 @@ fn document() -> String {
     for (title, device) in [("physical", devices::virtio()), ("virtual", devices::network_vf())] {
         writeln!(text, "\n## Header of a {title} function\n").unwrap();
         let planes = Planes::compile(&device.spec, &Policy::default()).unwrap();
-        let mut all = Vec::new();
-        add(&mut all, &planes, 0..header::SIZE, header::REGISTERS, &[]);
+        let mut all = describe(&[], &planes, 0..header::SIZE, header::REGISTERS, &[]);
         // What the composed device's own BARs and list are is no rule.
         all.retain(|line| !(line.register == "Base Address Register" && line.guest == "always 0x0"));
-        table(&mut text, all);
+        table(&mut text, &mut all);
     }
     let mut capabilities: Vec<_> = spec::capabilities().collect();
     capabilities.sort_by_key(|capability| capability.id);
@@ -223,7 +219,7 @@ fn document() -> String {
         let id = capability.id;
         let (number, list, name) = name(id);
         let section = capability.section;
-        let (mut all, mut hidden) = (Vec::new(), None);
+        let (mut all, mut hidden, mut tables) = (Vec::new(), None, String::new());
         for (word, dwords) in variants(id) {
             let spec = alone(id, *word, dwords);
             let mut planes = Planes::compile(&spec, &Policy::default()).unwrap();
@@ -239,7 +235,21 @@ fn document() -> String {
                 let capabilities = vec![CapabilityOverride { id, action: CapabilityAction::Show, rule }];
                 planes = Planes::compile(&spec, &Policy { capabilities, ..Policy::default() }).unwrap();
             }
-            add(&mut all, &planes, range, capability.registers, capability.groups);
+            let mut found = describe(&all, &planes, range, capability.registers, capability.groups);
+            if found.is_empty() {
+                continue;
+            }
+            if !all.is_empty() {
+                let dwords: String =
+                    dwords.iter().map(|(at, value)| format!(", {value:#x} at {at:#04x}")).collect();
+                let word = match id {
+                    AnyId::Legacy(_) => format!("{word:#x} at 0x02"),
+                    AnyId::Extended(_) => format!("version {word}"),
+                };
+                writeln!(tables, "\nWith {word}{dwords}:\n").unwrap();
+            }
+            table(&mut tables, &mut found);
+            all.append(&mut found);
         }
         let seen = if hidden.is_some() { "do not see it" } else { "see it" };
         writeln!(overview, "| {number:#06x} | {list} | {name} | {section} | {seen} |").unwrap();
@@ -252,8 +262,7 @@ fn document() -> String {
                 "\nWhat follows is the vendor's: it is treated as the policy treats unknown bytes.\n",
             );
         }
-        text.push('\n');
-        table(&mut text, all);
+        writeln!(text, "\n{}", tables.trim_end()).unwrap();
     }
     format!("{INTRODUCTION}{overview}{text}")
 }

@@ -67,9 +67,9 @@ pub fn variants(id: AnyId) -> &'static [Variant] {
         AnyId::Extended(Extended::ACS) => &[(1, &[]), (1, &[(4, 0x4020)])],
         AnyId::Extended(Extended::TPH_REQUESTER) => &[(1, &[(4, 0x0003_0400)]), (1, &[(4, 0x0003_0200)])],
         AnyId::Extended(Extended::RESIZABLE_BAR | Extended::VF_RESIZABLE_BAR) => &[(1, &[(8, 2 << 5)])],
-        // The second has a table for each kind of arbitration.
+        // The first has two channels and a table for each kind of arbitration.
         AnyId::Extended(Extended::VIRTUAL_CHANNEL | Extended::VIRTUAL_CHANNEL_MFVC | Extended::MFVC) => {
-            &[(1, &[]), (1, &[(4, 1), (8, 3 << 24), (0x1c, 7 << 24)])]
+            &[(1, &[(4, 1), (8, 3 << 24), (0x1c, 7 << 24)]), (1, &[])]
         }
         AnyId::Extended(Extended::RC_LINK_DECLARATION) => &[(1, &[(4, 2 << 8)])],
         AnyId::Extended(Extended::RC_EVENT_COLLECTOR) => &[(1, &[]), (2, &[])],
