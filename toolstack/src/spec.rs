@@ -73,6 +73,9 @@ impl Filters {
                 .on(spec.address)
         })?;
         compiled.retain(|_, planes| planes.strong_count() > 0);
+        // A register that differs may have no part in it.
+        let same = compiled.values().filter_map(Weak::upgrade).find(|known| *known == planes);
+        let planes = same.unwrap_or(planes);
         compiled.insert(key, Arc::downgrade(&planes));
         Ok(planes)
     }

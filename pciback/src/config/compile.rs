@@ -14,8 +14,10 @@ use crate::spec::{AnyId, Kind, Register, header};
 
 pub(super) const CONSTANT: &str = "cannot change: served without asking hardware";
 pub(super) const STATUS: &str = "hardware's state: reading it changes nothing";
-const EVENT: &str =
+/// Why writes of 1 to what they clear pass.
+pub(super) const EVENT: &str =
     "an event of this function: the guest clears what it has seen, and nothing that it has not";
+const TRIGGER: &str = "reads 0; starting it is the host's";
 const RESERVED: &str = "reserved: reads 0; writes leave hardware's bits as they are";
 const RESERVED_ZERO: &str = "reserved: reads 0; writes carry 0";
 
@@ -66,6 +68,8 @@ pub(super) struct Place {
 pub(super) struct Known {
     pub kind: Kind,
     pub register: Option<u16>,
+    /// What the specification calls the bits.
+    pub field: Option<&'static str>,
     pub guarded: bool,
 }
 
@@ -77,6 +81,7 @@ pub(super) struct Family<'a> {
     pub capability: Option<AnyId>,
     pub section: &'static str,
     pub controls: (Treatment, &'static str),
+    pub events: (Treatment, &'static str),
     pub rows: &'a [Row],
     pub guarded: bool,
     /// The owner that the register's bytes must have.
@@ -131,7 +136,7 @@ impl<'a> Compiler<'a> {
         let (treatment, rule) = &policy.unknown;
         for dword in usize::from(header::SIZE) / 4..spec.bytes.len().min(DWORDS * 4) / 4 {
             let place = Place { offset: 4 * dword as u16, width: 4, mask: u32::MAX };
-            let known = Known { kind: Kind::Control, register: None, guarded: false };
+            let known = Known { kind: Kind::Control, register: None, field: None, guarded: false };
             compiler.set(place, known, *treatment, rule);
         }
         compiler.owners[..usize::from(header::SIZE)].fill(HEADER_OWNER);
@@ -151,6 +156,7 @@ impl<'a> Compiler<'a> {
             capability: None,
             section: rules::HEADER_SECTION,
             controls: (Treatment::ReadOnly, STATUS),
+            events: (Treatment::Pass, EVENT),
             rows: &rows,
             guarded: true,
             owner: HEADER_OWNER,
@@ -166,7 +172,7 @@ impl<'a> Compiler<'a> {
             let name =
                 if dword == header::ROM { "Expansion ROM Base Address" } else { "Base Address Register" };
             let register = self.name(dword, 4, name, None);
-            let known = Known { kind: Kind::Constant, register: Some(register), guarded: true };
+            let known = Known { kind: Kind::Constant, register: Some(register), field: None, guarded: true };
             let rule = Rule::built_in("not implemented: reads 0", rules::HEADER_SECTION);
             self.set(Place { offset: dword, width: 4, mask: u32::MAX }, known, Treatment::ZERO, &rule);
             let Some((bar, high)) = bars.iter().find_map(|bar| match dword.checked_sub(bar.offset()) {
@@ -204,7 +210,8 @@ impl<'a> Compiler<'a> {
             return;
         }
         let index = self.name(offset, width, register.name, family.capability);
-        let known = |kind| Known { kind, register: Some(index), guarded: family.guarded };
+        let guarded = family.guarded;
+        let known = |kind, field| Known { kind, register: Some(index), field, guarded };
         let mut reserved = mask;
         for field in register.fields {
             let field_mask = field.mask & mask;
@@ -212,25 +219,26 @@ impl<'a> Compiler<'a> {
             let (treatment, reason) = match field.kind {
                 Kind::Constant => (Treatment::Static, CONSTANT),
                 Kind::Status => (Treatment::ReadOnly, STATUS),
-                Kind::Rw1c => (Treatment::Pass, EVENT),
+                Kind::Rw1c => family.events,
                 Kind::RsvdZ => (Treatment::ZERO, RESERVED_ZERO),
-                Kind::Control | Kind::Trigger => family.controls,
+                Kind::Control => family.controls,
+                Kind::Trigger => (Treatment::ZERO, TRIGGER),
             };
             let rule = Rule::built_in(reason, family.section);
             let place = Place { offset, width, mask: field_mask };
-            self.set(place, known(field.kind), treatment, &rule);
+            self.set(place, known(field.kind, Some(field.name)), treatment, &rule);
             if field.kind == Kind::RsvdZ {
                 self.reserve(place);
             }
             for row in family.rows.iter().filter(|row| row.offset == register.offset) {
                 let rule = Rule::built_in(row.reason, family.section);
                 let place = Place { offset, width, mask: row.mask & field_mask };
-                self.set(place, known(field.kind), row.treatment, &rule);
+                self.set(place, known(field.kind, Some(field.name)), row.treatment, &rule);
             }
         }
         let rule = Rule::built_in(RESERVED, family.section);
         let place = Place { offset, width, mask: reserved };
-        self.set(place, known(Kind::Constant), Treatment::ZERO, &rule);
+        self.set(place, known(Kind::Constant, None), Treatment::ZERO, &rule);
         self.reserve(place);
     }
 
@@ -319,16 +327,21 @@ impl<'a> Compiler<'a> {
             segment.mask &= !mask;
         }
         segments.retain(|segment| segment.mask != 0);
-        segments.push(Segment { dword: 4 * dword as u16, mask, treatment, rule, register: known.register });
+        let Known { register, field, .. } = known;
+        let segment = Segment { dword: 4 * dword as u16, mask, treatment, rule, register, field };
+        match segments.iter_mut().find(|other| Segment { mask, ..**other } == segment) {
+            Some(alike) => alike.mask |= mask,
+            None => segments.push(segment),
+        }
     }
 
-    /// The segments that a place touches, with the bits that must not be written back: mask, register, `zero_merge`.
-    pub(super) fn pieces(&self, place: Place) -> Vec<(u32, Option<u16>, u32)> {
+    /// The segments that a place touches, each with its bits within the place and the bits that must not be written back.
+    pub(super) fn pieces(&self, place: Place) -> Vec<(Segment, u32)> {
         let dword = usize::from(place.offset / 4);
         let mask = place.mask << (8 * u32::from(place.offset & 3));
         let zero_merge = self.bits[dword].zero_merge;
         let touched = self.segments[dword].iter().filter(|segment| segment.mask & mask != 0);
-        touched.map(|segment| (segment.mask & mask, segment.register, zero_merge)).collect()
+        touched.map(|segment| (Segment { mask: segment.mask & mask, ..*segment }, zero_merge)).collect()
     }
 
     fn finish(mut self) -> Planes {
@@ -389,10 +402,9 @@ impl<'a> Compiler<'a> {
 
 impl Planes {
     /// Everything of a function that its filter is compiled from: functions that agree in these bytes, under one policy, can share
-    /// one filter. It is the layout, and the beginning of each capability, where their lengths and variants are described.
+    /// one filter. It is the layout and the capabilities, whose lengths and variants stand in them.
     pub fn inputs(spec: &FunctionSpec) -> Vec<u8> {
-        const BEGINNING: usize = 16;
-        let mut inputs = Vec::with_capacity(512);
+        let mut inputs = Vec::with_capacity(1024);
         inputs.extend((spec.bytes.len() as u32).to_le_bytes());
         inputs.push(u8::from(spec.is_virtual()));
         inputs.push(spec.bytes.byte(header::HEADER_TYPE));
@@ -402,10 +414,13 @@ impl Planes {
             inputs.extend(bar.flags().to_le_bytes());
             inputs.extend(bar.address_mask().to_le_bytes());
         }
-        for capability in CapabilityList::walk(&spec.bytes).capabilities {
+        let list = CapabilityList::walk(&spec.bytes);
+        for capability in &list.capabilities {
+            let extent = list.extent(capability, &spec.bytes);
             inputs.extend(capability.offset.to_le_bytes());
-            let start = usize::from(capability.offset).min(spec.bytes.len());
-            inputs.extend(&spec.bytes[start..spec.bytes.len().min(start + BEGINNING)]);
+            inputs.extend(
+                spec.bytes.get(usize::from(extent.start)..usize::from(extent.end)).unwrap_or_default(),
+            );
         }
         inputs
     }

@@ -3,10 +3,12 @@
 use super::bytes::Bytes;
 use super::compile::{CONSTANT, Compiler, Family, HEADER_OWNER, Known, NOBODY, Place, STATUS, full};
 use super::list::Capability;
-use super::planes::{Deferred, Model, RefusedOverride};
+use super::planes::{Deferred, Model, RefusedOverride, Segment};
 use super::policy::{self, CapabilityAction, Rule, Treatment};
 use super::rules::{self, CapabilityRules};
-use crate::spec::{self, AnyId, CapabilityId, CapabilitySpec, Kind, express, header, legacy};
+use crate::spec::{
+    self, AnyId, CapabilityId, CapabilitySpec, Count, Group, Kind, Stride, express, header, legacy,
+};
 
 const LINKED: &str = "the list leads only to capabilities that the guest sees";
 
@@ -14,7 +16,9 @@ impl Compiler<'_> {
     pub(super) fn capabilities(&mut self) {
         let capabilities = self.list.capabilities.clone();
         // Known capabilities own their bytes first: a header that stands within one, on a malformed list, must not open it.
-        let is_known = |capability: &Capability| spec::capability(capability.id).is_some();
+        let is_known = |capability: &Capability| {
+            spec::capability(capability.id).is_some_and(CapabilitySpec::is_specified)
+        };
         for known in [true, false] {
             for (index, capability) in capabilities.iter().enumerate() {
                 if is_known(capability) == known {
@@ -40,7 +44,11 @@ impl Compiler<'_> {
         let hidden = match (&policy, known) {
             (Some(policy), _) if policy.action == CapabilityAction::Hide => Some(policy.rule.clone()),
             (Some(_), _) => None,
-            (None, Some((spec, rules))) => rules.hidden.map(|reason| Rule::built_in(reason, spec.section)),
+            (None, Some((spec, rules))) => {
+                let hidden = rules.hidden.map(|reason| Rule::built_in(reason, spec.section));
+                // What a vendor put there nobody else knows.
+                hidden.or_else(|| self.policy.hide_unknown.clone().filter(|_| spec.rest.is_none()))
+            }
             (None, None) => self.policy.hide_unknown.clone(),
         };
         let hidden = self.keep_visibility(capability, hidden);
@@ -100,19 +108,23 @@ impl Compiler<'_> {
         spec: &'static CapabilitySpec,
         rules: &'static CapabilityRules,
     ) {
-        let (treatment, reason) = match spec.rest {
-            Kind::Constant => (Treatment::Static, CONSTANT),
-            Kind::Control => rules.controls,
-            _ => (Treatment::ReadOnly, STATUS),
-        };
-        let from = header_bytes(capability);
-        let rule = Rule::built_in(reason, spec.section);
-        self.fill(capability, from, owner, spec.rest, "further registers", treatment, &rule);
+        // What only its vendor knows stays as the policy treats unknown bytes.
+        if let Some(rest) = spec.rest {
+            let (treatment, reason) = match rest {
+                Kind::Constant => (Treatment::Static, CONSTANT),
+                Kind::Control => rules.controls,
+                _ => (Treatment::ReadOnly, STATUS),
+            };
+            let rule = Rule::built_in(reason, spec.section);
+            let from = header_bytes(capability);
+            self.fill(capability, from, owner, rest, "further registers", treatment, &rule);
+        }
         let family = Family {
             base: capability.offset,
             capability: Some(capability.id),
             section: spec.section,
             controls: rules.controls,
+            events: rules.events,
             rows: rules.rows,
             guarded: rules.guarded,
             owner,
@@ -120,42 +132,75 @@ impl Compiler<'_> {
         for register in spec.registers {
             self.register(register, &family);
         }
+        let end = self.list.extent(capability, &self.spec.bytes).end;
+        self.groups(spec.groups, &family, end);
         if capability.id == AnyId::Legacy(CapabilityId::MSI) {
             self.msi(capability, owner, &family);
         }
         self.models(capability, owner);
     }
 
-    /// What follows MSI's Message Control, in its four layouts (PCI Express 6.0, 7.7.1).
+    /// Groups of registers, as often as the capability says and no further than to its end.
+    fn groups(&mut self, groups: &[Group], family: &Family<'_>, end: u16) {
+        let mut next = family.base;
+        for group in groups {
+            let mut at = group.first.map_or(next, |first| family.base.saturating_add(first));
+            for _ in 0..self.count(&group.count, family.base, at, end) {
+                if at >= end {
+                    break;
+                }
+                let stride = self.stride(group.stride, at);
+                let limit = if stride == 0 { end } else { end.min(at.saturating_add(stride)) };
+                // Rows name registers by where they are in the capability, which repeated ones are not.
+                let rows = if at == family.base { family.rows } else { &[] };
+                let one = Family { base: at, rows, ..*family };
+                for register in group.registers {
+                    if at.saturating_add(register.offset) < limit {
+                        self.register(register, &one);
+                    }
+                }
+                self.groups(group.groups, &one, limit);
+                at = at.saturating_add(stride);
+            }
+            next = at;
+        }
+    }
+
+    fn count(&self, count: &Count, base: u16, first: u16, end: u16) -> u16 {
+        let dword = |at: u16| self.spec.bytes.dword(base.saturating_add(at));
+        match *count {
+            Count::ToEnd => end.saturating_sub(first),
+            Count::When { at, mask, value } => u16::from(dword(at) & mask == value),
+            Count::Field { at, given, .. } if given != 0 && dword(at) & given == 0 => 0,
+            Count::Field { at, shift, mask, more, .. } => ((dword(at) >> shift) as u16 & mask) + more,
+        }
+    }
+
+    fn stride(&self, stride: Stride, at: u16) -> u16 {
+        match stride {
+            Stride::Fixed(bytes) => bytes,
+            Stride::Own { base, unit, mask } => base + unit * (self.spec.bytes.dword(at) as u16 & mask),
+        }
+    }
+
+    /// What of MSI (PCI Express 6.0, 7.7.1) is not offered: extended data, vectors beyond those that there are, pending bits.
     fn msi(&mut self, capability: &Capability, owner: u16, family: &Family<'_>) {
         let control = self.spec.bytes.word(capability.offset + legacy::MESSAGE_CONTROL);
-        let wide = control & legacy::MSI_ADDRESS_64 != 0;
+        let data = if control & legacy::MSI_ADDRESS_64 != 0 { 0x0c } else { 8 };
         let vectors = 1u32 << (control >> 1 & 7).min(5);
         let one_each = u32::MAX >> (32 - vectors);
-        let data = if wide { 0x0c } else { 8 };
-        let mut registers = vec![(4, 4, "Message Address", 0xffff_fffc), (data, 2, "Message Data", 0xffff)];
-        if wide {
-            registers.push((8, 4, "Message Upper Address", u32::MAX));
-        }
-        if control & legacy::MSI_MASKABLE != 0 {
-            registers.push((data + 4, 4, "Mask Bits", one_each));
-        }
-        // Pending bits and what is reserved: what the capability's bytes were filled with must not be hardware's.
-        let reserved =
-            Rule::built_in("reserved or never set while Xen programs MSI: reads 0", family.section);
-        for dword in (4..0x18).step_by(4) {
-            let place = Place { offset: capability.offset + dword, width: 4, mask: u32::MAX };
-            let place = self.owned(place, owner);
-            let register = self.name(place.offset, 4, "MSI", family.capability);
-            let known = Known { kind: Kind::Constant, register: Some(register), guarded: true };
-            self.set(place, known, Treatment::ZERO, &reserved);
-        }
-        let (treatment, reason) = family.controls;
-        for (offset, width, name, mask) in registers {
-            let place = self.owned(Place { offset: capability.offset + offset, width, mask }, owner);
-            let register = self.name(place.offset, width, name, family.capability);
-            let known = Known { kind: Kind::Control, register: Some(register), guarded: true };
-            self.set(place, known, treatment, &Rule::built_in(reason, family.section));
+        let absent = if control & legacy::MSI_MASKABLE != 0 { u32::MAX } else { 0 };
+        for (offset, mask, reason) in [
+            (data, 0xffff_0000, "extended message data is not offered"),
+            (data + 4, absent & !one_each, "reserved: there is no such vector"),
+            (data + 8, absent, "never set while Xen programs MSI: reads 0"),
+        ] {
+            let place = self.owned(Place { offset: capability.offset + offset, width: 4, mask }, owner);
+            let rule = Rule::built_in(reason, family.section);
+            for (Segment { mask, register, field, .. }, _) in self.pieces(place) {
+                let known = Known { kind: Kind::Constant, register, field, guarded: true };
+                self.set(Place { mask, ..place }, known, Treatment::ZERO, &rule);
+            }
         }
     }
 
@@ -214,7 +259,8 @@ impl Compiler<'_> {
             }
             if place.mask != 0 {
                 let register = self.name(dword, 4, name, Some(capability.id));
-                self.set(place, Known { kind, register: Some(register), guarded: false }, treatment, rule);
+                let known = Known { kind, register: Some(register), field: None, guarded: false };
+                self.set(place, known, treatment, rule);
             }
         }
     }
@@ -249,7 +295,7 @@ impl Compiler<'_> {
             let value = u32::from(id.0) | u32::from(capability.version) << 16 | u32::from(next) << 20;
             self.link(Place { offset: capability.offset, width: 4, mask: u32::MAX }, *owner, value, &rule);
         }
-        // The head of the extended list is always at 0x100: when that capability is hidden a null one leads on (7.6.2).
+        // The head of the extended list is always at 0x100: when that capability is hidden a null one leads on (7.6.1).
         let head = self.list.capabilities.iter().position(|capability| capability.offset == header::EXTENDED);
         if let Some(head) = head.filter(|head| !self.visible[*head]) {
             let next = extended.first().map_or(0, |(_, next)| next.offset);
@@ -261,12 +307,14 @@ impl Compiler<'_> {
     fn link(&mut self, place: Place, owner: u16, value: u32, rule: &Rule) {
         let place = self.owned(place, owner);
         let capability = self.list.capabilities.get(usize::from(owner)).map(|capability| capability.id);
-        let named = self.pieces(place).first().and_then(|(_, register, _)| *register);
-        let register = match named.filter(|_| owner == HEADER_OWNER) {
+        let named = self.pieces(place).first().map(|(segment, _)| *segment);
+        let named = named.filter(|_| owner == HEADER_OWNER);
+        let register = match named.and_then(|segment| segment.register) {
             Some(register) => register,
             None => self.name(place.offset, place.width, "Capability Header", capability),
         };
-        let known = Known { kind: Kind::Constant, register: Some(register), guarded: true };
+        let field = named.and_then(|segment| segment.field);
+        let known = Known { kind: Kind::Constant, register: Some(register), field, guarded: true };
         self.set(place, known, Treatment::Fixed(value), rule);
     }
 
@@ -304,12 +352,11 @@ impl Compiler<'_> {
     /// Treats bits anew; what hardware does with them stays known.
     fn relay(&mut self, place: Place, treatment: Treatment, rule: &Rule) {
         let shift = 8 * u32::from(place.offset & 3);
-        for (segment_mask, register, zero_merge) in self.pieces(place) {
-            for (mask, kind) in
-                [(segment_mask & zero_merge, Kind::Rw1c), (segment_mask & !zero_merge, Kind::Control)]
-            {
+        for (Segment { mask: piece, register, field, .. }, zero_merge) in self.pieces(place) {
+            for (mask, kind) in [(piece & zero_merge, Kind::Rw1c), (piece & !zero_merge, Kind::Control)] {
                 let piece = Place { mask: mask >> shift & place.mask, ..place };
-                self.set(piece, Known { kind, register, guarded: false }, treatment, rule);
+                let known = Known { kind, register, field, guarded: false };
+                self.set(piece, known, treatment, rule);
             }
         }
     }

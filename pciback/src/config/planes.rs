@@ -77,6 +77,8 @@ pub struct Segment {
     pub rule: u16,
     /// Index in [`Planes::registers`]; `None` for bytes that nobody knows.
     pub register: Option<u16>,
+    /// What the specification calls the bits; `None` where it names none, or reserves them.
+    pub field: Option<&'static str>,
 }
 
 /// What a policy asked for and did not get.
@@ -100,7 +102,7 @@ pub struct Deferred {
 }
 
 /// The compiled filter, shared by all functions with the same layout and policy.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Planes {
     pub(super) bits: Box<[Bits; DWORDS]>,
     pub(super) guarded: Vec<u32>,

@@ -4,7 +4,7 @@ use super::bytes::Bytes;
 use super::interrupts::{MsiCapability, MsixCapability};
 use super::list::{Capability, CapabilityList, ListProblem};
 use crate::spec::legacy::{MESSAGE_CONTROL, MSI_ADDRESS_64, MSI_MASKABLE};
-use crate::spec::{self, AnyId, CapabilityId, ExtendedCapabilityId, Length, header};
+use crate::spec::{self, AnyId, CapabilityId, Length, header};
 
 impl CapabilityList {
     /// The range of bytes that belongs to a capability: what its specification says, cut at the end of its region and, where its
@@ -44,17 +44,19 @@ impl CapabilityList {
 
 /// How many bytes, and whether the last of them are optional.
 fn length(capability: &Capability, bytes: &[u8]) -> (u16, bool) {
-    let at = |offset: u16| capability.offset.saturating_add(offset);
-    let rule = match (spec::capability(capability.id), capability.id) {
-        (Some(spec), _) => spec.length,
-        (None, AnyId::Legacy(CapabilityId::VENDOR_SPECIFIC)) => Length::Byte(2),
-        (None, AnyId::Extended(ExtendedCapabilityId::VENDOR_SPECIFIC | ExtendedCapabilityId::DVSEC)) => {
-            Length::High12(4)
-        }
-        (None, AnyId::Legacy(_)) => Length::Fixed(2),
-        (None, AnyId::Extended(_)) => Length::Fixed(4),
+    // Whatever it says of itself, its header belongs to it: that is where the list is.
+    let header = match capability.id {
+        AnyId::Legacy(_) => 2,
+        AnyId::Extended(_) => 4,
     };
-    match rule {
+    let Some(spec) = spec::capability(capability.id) else { return (header, false) };
+    let (length, optional) = measure(&spec.length, capability.offset, bytes);
+    (length.max(header), optional)
+}
+
+fn measure(length: &Length, base: u16, bytes: &[u8]) -> (u16, bool) {
+    let at = |offset: u16| base.saturating_add(offset);
+    match *length {
         Length::Fixed(length) => (length, false),
         Length::UpTo(length) => (length, true),
         Length::Byte(offset) => (u16::from(bytes.byte(at(offset))).max(3), true),
@@ -65,21 +67,35 @@ fn length(capability: &Capability, bytes: &[u8]) -> (u16, bool) {
             let masks = if control & MSI_MASKABLE != 0 { 8 } else { 0 };
             (0x0c + wide + masks, false)
         }
-        Length::PciX => {
-            // Bits 13:12 of the command: version 1 has ECC registers in mode 2 only (PCI-X 2.0, 7.2.3).
-            let ecc = bytes.word(at(2)) & 0x3000 != 0;
-            (if ecc { 0x18 } else { 8 }, ecc)
-        }
         // Version 1: an endpoint's registers end with Link Status, the rest of the 0x3c bytes is optional.
         Length::Express => match bytes.byte(at(2)) & 0xf {
             0 | 1 => (0x14, false),
             _ => (0x3c, true),
         },
-        Length::Counted { base, unit, at: field, shift, mask } => {
-            let count = (bytes.dword(at(field)) >> shift) as u16 & mask;
-            (base.saturating_add(unit.saturating_mul(count + 1)), true)
+        Length::Counted { base, unit, at: field, shift, mask, more } => {
+            let count = ((bytes.dword(at(field)) >> shift) as u16 & mask) + more;
+            (base.saturating_add(unit.saturating_mul(count)), true)
         }
+        Length::Cases { at: dword, cases } => {
+            let dword = bytes.dword(at(dword));
+            let case = cases.iter().find(|(mask, value, _)| dword & mask == *value);
+            case.map_or((4, false), |(_, _, length)| measure(length, base, bytes))
+        }
+        Length::Channels => (channels(base, bytes), true),
     }
+}
+
+/// To the end of the resources or of the last table. Tables are in units of 16 bytes; 128 phases of VC arbitration take four of
+/// them, 256 phases of port arbitration at most sixteen.
+fn channels(base: u16, bytes: &[u8]) -> u16 {
+    let dword = |offset: u16| bytes.dword(base.saturating_add(offset));
+    let table = |offset: u16, units| match dword(offset) >> 24 {
+        0 => 0,
+        first => 16 * (first as u16 + units),
+    };
+    let resources = (dword(4) & 7) as u16 + 1;
+    let ports = (0..resources).map(|index| table(0x10 + 0x0c * index, 16)).max().unwrap_or(0);
+    (0x10 + 0x0c * resources).max(table(8, 4)).max(ports)
 }
 
 /// The MSI capability of a function.

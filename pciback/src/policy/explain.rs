@@ -10,7 +10,6 @@ use crate::config::{
     AnyId, Capability, CapabilityList, Deferred, FunctionSpec, Initial, Origin, Planes, Policy, Rule,
     Segment, Treatment,
 };
-use crate::spec::{self, Field, header};
 
 /// A function explained.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -235,12 +234,12 @@ fn first_byte(segment: &Segment) -> u16 {
     segment.dword + (segment.mask.trailing_zeros() / 8) as u16
 }
 
-fn bits_line(planes: &Planes, segment: &Segment, shift: u32, name: String) -> BitsLine {
+fn bits_line(planes: &Planes, segment: &Segment, shift: u32) -> BitsLine {
     let (read, write, value) = words(segment.treatment);
     let rule = &planes.rules()[usize::from(segment.rule)];
     BitsLine {
         mask: segment.mask >> shift,
-        name,
+        name: segment.field.unwrap_or_default().to_owned(),
         read: read.to_owned(),
         write: write.to_owned(),
         value: value.map(|value| value >> shift),
@@ -258,9 +257,6 @@ fn known(
     let register = &planes.registers()[usize::from(index)];
     let shift = 8 * u32::from(register.offset & 3);
     let base = owner.filter(|(id, _)| register.capability == Some(*id)).map(|(_, extent)| extent.start);
-    let names = fields(register.capability, base, register.offset).iter();
-    let named: Vec<&str> =
-        names.filter(|field| field.mask << shift & segment.mask != 0).map(|field| field.name).collect();
     RegisterLine {
         offset: register.offset,
         width: u16::from(register.width),
@@ -269,19 +265,8 @@ fn known(
         read: String::new(),
         write: String::new(),
         rule: String::new(),
-        bits: vec![bits_line(planes, segment, shift, named.join(", "))],
+        bits: vec![bits_line(planes, segment, shift)],
     }
-}
-
-/// The fields of a register, as the specification lists them.
-fn fields(capability: Option<AnyId>, base: Option<u16>, offset: u16) -> &'static [Field] {
-    let registers = match (capability, base) {
-        (None, _) => header::REGISTERS,
-        (Some(id), Some(_)) => spec::capability(id).map_or(&[][..], |capability| capability.registers),
-        (Some(_), None) => &[],
-    };
-    let relative = offset - base.unwrap_or(0);
-    registers.iter().find(|register| register.offset == relative).map_or(&[], |register| register.fields)
 }
 
 fn unknown(planes: &Planes, segment: &Segment, owner: Option<&(AnyId, Range<u16>)>) -> RegisterLine {
@@ -295,7 +280,7 @@ fn unknown(planes: &Planes, segment: &Segment, owner: Option<&(AnyId, Range<u16>
         read: String::new(),
         write: String::new(),
         rule: String::new(),
-        bits: vec![bits_line(planes, segment, 8 * first, String::new())],
+        bits: vec![bits_line(planes, segment, 8 * first)],
     }
 }
 

@@ -81,6 +81,9 @@ pub const CAPABILITIES: &[(&str, AnyId)] = &[
     ("flit-logging", AnyId::Extended(Extended::FLIT_LOGGING)),
     ("flit-performance", AnyId::Extended(Extended::FLIT_PERFORMANCE)),
     ("flit-error-injection", AnyId::Extended(Extended::FLIT_ERROR_INJECTION)),
+    ("streamlined-virtual-channel", AnyId::Extended(Extended::STREAMLINED_VIRTUAL_CHANNEL)),
+    ("mmio-register-block-locator", AnyId::Extended(Extended::MMIO_REGISTER_BLOCK_LOCATOR)),
+    ("nop-flit", AnyId::Extended(Extended::NOP_FLIT)),
 ];
 
 /// The word for a capability: its name, or its list and number.

@@ -1,6 +1,6 @@
 //! The type 0 header (PCI Express 6.0, sections 7.5.1.1 and 7.5.1.2).
 
-use super::register::{Register, constant, control, register, rsvdz, rw1c, status};
+use super::register::{Register, constant, control, register, rsvdz, rw1c, status, trigger};
 
 /// Vendor ID.
 pub const VENDOR_ID: u16 = 0x00;
@@ -50,8 +50,8 @@ pub const COMMAND_BUS_MASTER: u16 = 1 << 2;
 
 /// The registers of the header, the BARs excepted: what those are depends on the function.
 pub const REGISTERS: &[Register] = &[
-    register(VENDOR_ID, 2, "Vendor ID", &[constant(0xffff, "vendor")]),
-    register(DEVICE_ID, 2, "Device ID", &[constant(0xffff, "device")]),
+    register(VENDOR_ID, 2, "Vendor ID", &[constant(0xffff, "Vendor ID")]),
+    register(DEVICE_ID, 2, "Device ID", &[constant(0xffff, "Device ID")]),
     register(
         COMMAND,
         2,
@@ -95,26 +95,36 @@ pub const REGISTERS: &[Register] = &[
         REVISION_ID,
         4,
         "Revision ID and Class Code",
-        &[constant(0xff, "revision"), constant(0xffff_ff00, "class")],
+        &[
+            constant(0x0000_00ff, "Revision ID"),
+            constant(0x0000_ff00, "Programming Interface"),
+            constant(0x00ff_0000, "Sub-Class Code"),
+            constant(0xff00_0000, "Base Class Code"),
+        ],
     ),
-    register(CACHE_LINE_SIZE, 1, "Cache Line Size", &[control(0xff, "size")]),
-    register(0x0d, 1, "Latency Timer", &[control(0xff, "timer")]),
-    register(HEADER_TYPE, 1, "Header Type", &[constant(0xff, "type")]),
+    register(CACHE_LINE_SIZE, 1, "Cache Line Size", &[control(0xff, "Cache Line Size")]),
+    register(0x0d, 1, "Latency Timer", &[control(0xff, "Latency Timer")]),
+    register(
+        HEADER_TYPE,
+        1,
+        "Header Type",
+        &[constant(0x7f, "Header Layout"), constant(0x80, "Multi-Function Device")],
+    ),
     register(
         BIST,
         1,
         "BIST",
-        &[status(0x0f, "Completion Code"), control(1 << 6, "Start"), constant(1 << 7, "Capable")],
+        &[status(0x0f, "Completion Code"), trigger(1 << 6, "Start BIST"), constant(1 << 7, "BIST Capable")],
     ),
-    register(0x28, 4, "CardBus CIS Pointer", &[constant(0xffff_ffff, "pointer")]),
-    register(SUBSYSTEM_VENDOR_ID, 2, "Subsystem Vendor ID", &[constant(0xffff, "vendor")]),
-    register(SUBSYSTEM_ID, 2, "Subsystem ID", &[constant(0xffff, "device")]),
-    register(CAPABILITIES_POINTER, 1, "Capabilities Pointer", &[constant(0xff, "pointer")]),
+    register(0x28, 4, "CardBus CIS Pointer", &[constant(0xffff_ffff, "CardBus CIS Pointer")]),
+    register(SUBSYSTEM_VENDOR_ID, 2, "Subsystem Vendor ID", &[constant(0xffff, "Subsystem Vendor ID")]),
+    register(SUBSYSTEM_ID, 2, "Subsystem ID", &[constant(0xffff, "Subsystem ID")]),
+    register(CAPABILITIES_POINTER, 1, "Capabilities Pointer", &[constant(0xff, "Capabilities Pointer")]),
     register(0x35, 1, "reserved", &[]),
     register(0x36, 2, "reserved", &[]),
     register(0x38, 4, "reserved", &[]),
-    register(INTERRUPT_LINE, 1, "Interrupt Line", &[control(0xff, "line")]),
-    register(INTERRUPT_PIN, 1, "Interrupt Pin", &[constant(0xff, "pin")]),
-    register(0x3e, 1, "Min_Gnt", &[constant(0xff, "time")]),
-    register(0x3f, 1, "Max_Lat", &[constant(0xff, "time")]),
+    register(INTERRUPT_LINE, 1, "Interrupt Line", &[control(0xff, "Interrupt Line")]),
+    register(INTERRUPT_PIN, 1, "Interrupt Pin", &[constant(0xff, "Interrupt Pin")]),
+    register(0x3e, 1, "Min_Gnt", &[constant(0xff, "Min_Gnt")]),
+    register(0x3f, 1, "Max_Lat", &[constant(0xff, "Max_Lat")]),
 ];

@@ -127,6 +127,9 @@ ids! {
         FLIT_LOGGING = 0x0032, "Flit Logging";
         FLIT_PERFORMANCE = 0x0033, "Flit Performance Measurement";
         FLIT_ERROR_INJECTION = 0x0034, "Flit Error Injection";
+        STREAMLINED_VIRTUAL_CHANNEL = 0x0035, "Streamlined Virtual Channel";
+        MMIO_REGISTER_BLOCK_LOCATOR = 0x0036, "MMIO Register Block Locator";
+        NOP_FLIT = 0x0037, "NOP Flit";
     }
 }
 

@@ -1,38 +1,57 @@
 //! The PCI specification as data: offsets, ids and bits, with the section they come from. No behaviour.
 
+pub mod bus;
 pub mod express;
 pub mod extended;
-pub mod extended_link;
 pub mod header;
+pub mod hyper_transport;
 pub mod id;
 pub mod legacy;
 pub mod register;
 pub mod sriov;
+pub mod vendor;
 
 pub use id::{AnyId, CapabilityId, ExtendedCapabilityId};
-pub use register::{CapabilitySpec, Field, Kind, Length, Register};
+pub use register::{CapabilitySpec, Count, Field, Group, Kind, Length, Register, Stride};
 
-/// What the specifications say of a capability; `None` for one whose registers they leave to its vendor, or an unknown one.
+/// What the specifications say of a capability; `None` for one that they do not know.
 pub fn capability(id: AnyId) -> Option<&'static CapabilitySpec> {
     capabilities().find(|capability| capability.id == id)
 }
 
-/// All capabilities whose registers are known.
+/// All capabilities that the specifications know.
 pub fn capabilities() -> impl Iterator<Item = &'static CapabilitySpec> {
-    [legacy::CAPABILITIES, express::CAPABILITIES, extended::CAPABILITIES, extended_link::CAPABILITIES]
-        .into_iter()
-        .flatten()
+    let legacy = [
+        legacy::CAPABILITIES,
+        express::CAPABILITIES,
+        bus::CAPABILITIES,
+        hyper_transport::CAPABILITIES,
+        vendor::CAPABILITIES,
+    ];
+    legacy.into_iter().chain(extended::CAPABILITIES).flatten()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn all_registers() -> impl Iterator<Item = (String, &'static Register)> {
-        let header = header::REGISTERS.iter().map(|register| ("header".to_owned(), register));
-        header.chain(capabilities().flat_map(|capability| {
-            capability.registers.iter().map(|register| (capability.id.to_string(), register))
-        }))
+    /// The registers of each capability, those of its groups included, with the name of the place.
+    fn all_registers() -> Vec<(String, &'static Register)> {
+        fn add(place: &str, groups: &'static [Group], all: &mut Vec<(String, &'static Register)>) {
+            for (index, group) in groups.iter().enumerate() {
+                let place = format!("{place}, group {index}");
+                all.extend(group.registers.iter().map(|register| (place.clone(), register)));
+                add(&place, group.groups, all);
+            }
+        }
+        let mut all: Vec<_> =
+            header::REGISTERS.iter().map(|register| ("header".to_owned(), register)).collect();
+        for capability in capabilities() {
+            let place = capability.id.to_string();
+            all.extend(capability.registers.iter().map(|register| (place.clone(), register)));
+            add(&place, capability.groups, &mut all);
+        }
+        all
     }
 
     #[test]
@@ -45,6 +64,19 @@ mod tests {
                 assert_eq!(seen & field.mask, 0, "{place}: {}: {}", register.name, field.name);
                 assert_eq!(u64::from(field.mask) & !full, 0, "{place}: {}: {}", register.name, field.name);
                 seen |= field.mask;
+            }
+        }
+    }
+
+    #[test]
+    fn fields_are_runs_of_bits_in_ascending_order() {
+        for (place, register) in all_registers() {
+            let mut end = 0;
+            for field in register.fields.iter().filter(|field| field.kind != Kind::RsvdZ) {
+                let run = field.mask >> field.mask.trailing_zeros();
+                assert_eq!(run & run.wrapping_add(1), 0, "{place}: {}: {}", register.name, field.name);
+                assert!(field.mask.trailing_zeros() >= end, "{place}: {}: {}", register.name, field.name);
+                end = 32 - field.mask.leading_zeros();
             }
         }
     }
@@ -82,5 +114,79 @@ mod tests {
         let count = ids.len();
         ids.dedup();
         assert_eq!(ids.len(), count);
+    }
+
+    #[test]
+    fn every_id_with_a_name_has_an_entry() {
+        let legacy = CapabilityId::NAMED.iter().map(|id| AnyId::Legacy(*id));
+        let extended = ExtendedCapabilityId::NAMED.iter().map(|id| AnyId::Extended(*id));
+        for id in legacy.chain(extended) {
+            let null =
+                matches!(id, AnyId::Legacy(CapabilityId::NULL) | AnyId::Extended(ExtendedCapabilityId::NULL));
+            assert_eq!(capability(id).is_none(), null, "{id}");
+        }
+    }
+
+    #[test]
+    fn registers_cover_a_fixed_length() {
+        for capability in capabilities().filter(|capability| capability.groups.is_empty()) {
+            if let Length::Fixed(length) = capability.length {
+                let header = if matches!(capability.id, AnyId::Legacy(_)) { 2 } else { 4 };
+                let end = capability.registers.iter().fold(header, |end, register| {
+                    assert_eq!(register.offset, end, "{}: a gap before {}", capability.id, register.name);
+                    end + u16::from(register.width)
+                });
+                assert_eq!(end, length, "{}: a gap at the end", capability.id);
+            }
+        }
+    }
+
+    #[test]
+    fn fields_have_the_names_that_specifications_give() {
+        for (place, register) in all_registers() {
+            let reserved = register.name == "reserved" || EMPTY.contains(&register.name);
+            assert_eq!(register.fields.is_empty(), reserved, "{place}: {}", register.name);
+            for field in register.fields.iter().filter(|field| field.kind != Kind::RsvdZ) {
+                let named = field.name.contains(|letter: char| letter.is_ascii_uppercase());
+                assert!(named || field.name == register::WHOLE, "{place}: {}: {}", register.name, field.name);
+            }
+        }
+    }
+
+    /// Registers that have a name and only reserved bits.
+    const EMPTY: [&str; 6] = [
+        "Slot Control 2",
+        "16.0 GT/s Capabilities",
+        "16.0 GT/s Control",
+        "64.0 GT/s Capabilities",
+        "64.0 GT/s Control",
+        "Flit Error Injection Capability",
+    ];
+
+    #[test]
+    fn only_these_capabilities_have_registers_that_are_not_described_by_field() {
+        let undescribed = capabilities().filter(|capability| {
+            let mut registers = capability
+                .registers
+                .iter()
+                .chain(capability.groups.iter().flat_map(|group| group.registers))
+                .peekable();
+            registers.peek().is_none()
+                || registers.any(|register| register.fields.iter().any(|field| field.name == register::WHOLE))
+        });
+        let ids: Vec<_> = undescribed.map(|capability| capability.id).collect();
+        assert_eq!(
+            ids,
+            [
+                AnyId::Legacy(CapabilityId::COMPACT_PCI_RESOURCE),
+                AnyId::Extended(ExtendedCapabilityId::MR_IOV),
+                AnyId::Extended(ExtendedCapabilityId::SHADOW_FUNCTIONS),
+                AnyId::Extended(ExtendedCapabilityId::STREAMLINED_VIRTUAL_CHANNEL),
+                AnyId::Extended(ExtendedCapabilityId::PMUX),
+                AnyId::Extended(ExtendedCapabilityId::MPCIE),
+                AnyId::Extended(ExtendedCapabilityId::FLIT_PERFORMANCE),
+                AnyId::Extended(ExtendedCapabilityId::NOP_FLIT),
+            ]
+        );
     }
 }

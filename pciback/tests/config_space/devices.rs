@@ -140,9 +140,9 @@ fn express_oracle(oracle: &mut Oracle, at: usize) {
         .shown(at + 0x20, 4, 0x0002_ffff)
         .zero(at + 0x1e, 2)
         .own(at + 0x28, 2, 0xffff, 0x0005)
-        .own(at + 0x30, 2, 0xffff, 0x0001)
+        .own(at + 0x30, 2, 0xffbf, 0x0001)
         .zero(at + 0x32, 2)
-        .shown(at + 0x32, 2, 0xf0ff)
+        .shown(at + 0x32, 2, 0xf7ff)
         .zero(at + 0x38, 4)
         .reset_bit(at + 9, 0x80);
 }
@@ -150,11 +150,11 @@ fn express_oracle(oracle: &mut Oracle, at: usize) {
 fn aer(hardware: &mut Hardware, at: usize, header: u32) {
     hardware.put32(at, header);
     hardware.put32(at + 0x04, 0x0010_4020);
-    hardware.cleared_by_one32(at + 0x04, 0x1fff_f030);
+    hardware.cleared_by_one32(at + 0x04, 0xffff_f030);
     hardware.put32(at + 0x08, 0x0040_0000);
-    hardware.writable32(at + 0x08, 0x1fff_f030);
+    hardware.writable32(at + 0x08, 0xffff_f030);
     hardware.put32(at + 0x0c, 0x0006_2030);
-    hardware.writable32(at + 0x0c, 0x1fff_f030);
+    hardware.writable32(at + 0x0c, 0xffff_f030);
     hardware.put32(at + 0x10, 0x0000_2041);
     hardware.cleared_by_one32(at + 0x10, 0x0000_f1c1);
     hardware.put32(at + 0x14, 0x0000_2000);
@@ -169,14 +169,14 @@ fn aer_oracle(oracle: &mut Oracle, at: usize, length: usize, header: u32) {
     oracle
         .constant(at, &header.to_le_bytes())
         .zero(at + 4, 0x18)
-        .hardware(at + 0x04, 4, 0x1fff_f030)
-        .own(at + 0x08, 4, 0x1fff_f030, 0x0040_0000)
-        .own(at + 0x0c, 4, 0x1fff_f030, 0x0006_2030)
+        .hardware(at + 0x04, 4, 0xffff_f030)
+        .own(at + 0x08, 4, 0xffff_f030, 0x0040_0000)
+        .own(at + 0x0c, 4, 0xffff_f030, 0x0006_2030)
         .hardware(at + 0x10, 4, 0x0000_f1c1)
         .own(at + 0x14, 4, 0x0000_f1c1, 0x0000_2000)
         .one(at + 0x18, 0xa0)
         .own(at + 0x18, 4, 0x0000_0540, 0x0000_0100)
-        .shown(at + 0x18, 4, 0x0001_f81f)
+        .shown(at + 0x18, 4, 0x00fc_081f)
         .shown(at + 0x1c, 8, u64::MAX)
         .shown(at + 0x24, 8, u64::MAX)
         .zero(at + 0x2c, 12)

@@ -3,13 +3,19 @@
 #[cfg(test)]
 mod devices;
 #[cfg(test)]
+mod document;
+#[cfg(test)]
 mod functions;
+#[cfg(test)]
+mod groups;
 #[cfg(test)]
 mod hardware;
 #[cfg(test)]
 mod images;
 #[cfg(test)]
 mod learning;
+#[cfg(test)]
+mod linux;
 #[cfg(test)]
 mod lists;
 #[cfg(test)]

@@ -11,6 +11,12 @@ const fn id(id: Id) -> AnyId {
 /// Virtual, as hardware showed it at first.
 const KEPT: Treatment = Treatment::Virtual(Initial::Hardware);
 
+/// When a policy shows it, sizes begin as they are.
+const fn resizable(bar: Id) -> CapabilityRules {
+    let reason = "resizing a BAR would move it over what the host placed behind it";
+    CapabilityRules { controls: (KEPT, reason), ..hidden(id(bar), reason) }
+}
+
 /// The capabilities.
 pub const RULES: &[CapabilityRules] = &[
     shown(
@@ -48,14 +54,10 @@ pub const RULES: &[CapabilityRules] = &[
     hidden(id(Id::SR_IOV), "creating virtual functions is the host's"),
     hidden(id(Id::MR_IOV), "it concerns other hosts on the fabric"),
     shown(id(Id::MULTICAST), Treatment::VIRTUAL, "multicast groups span the fabric", &[]),
-    shown(
-        id(Id::PAGE_REQUEST),
-        Treatment::VIRTUAL,
-        "page requests go to the host's IOMMU",
-        &[row(6, 0x0003, Treatment::ReadOnly, "errors of page requests are the host's")],
-    ),
-    hidden(id(Id::RESIZABLE_BAR), "resizing a BAR would move it over what the host placed behind it"),
-    hidden(id(Id::VF_RESIZABLE_BAR), "resizing a BAR would move it over what the host placed behind it"),
+    shown(id(Id::PAGE_REQUEST), Treatment::VIRTUAL, "page requests go to the host's IOMMU", &[])
+        .quiet("errors of page requests are the host's"),
+    resizable(Id::RESIZABLE_BAR),
+    resizable(Id::VF_RESIZABLE_BAR),
     shown(
         id(Id::TPH_REQUESTER),
         Treatment::VIRTUAL,
@@ -85,29 +87,47 @@ pub const RULES: &[CapabilityRules] = &[
         id(Id::DYNAMIC_POWER_ALLOCATION),
         KEPT,
         "the power that a device may draw is the host's decision",
-        &[row(0x0c, 0x0100, Treatment::ReadOnly, "clearing it would give up the host's control of power")],
-    ),
+        &[],
+    )
+    .quiet("clearing it would give up the host's control of power"),
     shown(id(Id::LTR), KEPT, "latencies concern the power management of the whole path", &[]),
-    shown(
-        id(Id::SECONDARY_PCI_EXPRESS),
-        KEPT,
-        "equalization concerns every function on the link",
-        &[row(8, 0xffff_ffff, Treatment::ReadOnly, "lane errors are the link's")],
-    ),
+    shown(id(Id::SECONDARY_PCI_EXPRESS), KEPT, "equalization concerns every function on the link", &[])
+        .quiet("lane errors are the link's"),
     hidden(id(Id::PMUX), "other protocols on the link are the host's"),
     hidden(id(Id::DPC), "containment belongs to ports"),
-    shown(id(Id::L1_PM_SUBSTATES), KEPT, "both ends of the link must agree", &[]),
+    shown(id(Id::L1_PM_SUBSTATES), KEPT, "both ends of the link must agree", &[])
+        .quiet("events of the link are the host's"),
     shown(id(Id::PTM), KEPT, "time is handed down by the host's ports", &[]),
     hidden(id(Id::MPCIE), "it controls the link"),
     hidden(id(Id::FRS_QUEUEING), "it belongs to root ports"),
     shown(id(Id::DATA_LINK_FEATURE), KEPT, "both ends of the link must agree", &[]),
-    shown(id(Id::PHYSICAL_LAYER_16GT), KEPT, "equalization concerns every function on the link", &[]),
+    shown(id(Id::PHYSICAL_LAYER_16GT), KEPT, "equalization concerns every function on the link", &[])
+        .quiet("lane errors and requests are the link's"),
     hidden(id(Id::LANE_MARGINING), "margining disturbs the link of every function on it"),
-    shown(id(Id::PHYSICAL_LAYER_32GT), KEPT, "equalization concerns every function on the link", &[]),
+    shown(id(Id::PHYSICAL_LAYER_32GT), KEPT, "equalization concerns every function on the link", &[])
+        .quiet("lane errors and requests are the link's"),
     hidden(id(Id::ALTERNATE_PROTOCOL), "other protocols on the link are the host's"),
     hidden(id(Id::SFI), "it stands between the host and its slots"),
-    shown(id(Id::PHYSICAL_LAYER_64GT), KEPT, "equalization concerns every function on the link", &[]),
-    shown(id(Id::FLIT_LOGGING), KEPT, "errors of the link are the host's", &[]),
+    shown(id(Id::PHYSICAL_LAYER_64GT), KEPT, "equalization concerns every function on the link", &[])
+        .quiet("lane errors and requests are the link's"),
+    shown(id(Id::FLIT_LOGGING), KEPT, "errors of the link are the host's", &[])
+        .quiet("errors of the link are the host's"),
     shown(id(Id::FLIT_PERFORMANCE), KEPT, "measurements of the link are the host's", &[]),
     hidden(id(Id::FLIT_ERROR_INJECTION), "it injects errors into the link"),
+    shown(
+        id(Id::STREAMLINED_VIRTUAL_CHANNEL),
+        KEPT,
+        "channels are agreed with the other end of the link",
+        &[],
+    ),
+    shown(
+        id(Id::MMIO_REGISTER_BLOCK_LOCATOR),
+        Treatment::ReadOnly,
+        "where registers are does not change",
+        &[],
+    ),
+    shown(id(Id::NOP_FLIT), KEPT, "what the link sends is the host's", &[])
+        .quiet("events of the link are the host's"),
+    shown(id(Id::VENDOR_SPECIFIC), KEPT, "the vendor's registers follow the policy for unknown bytes", &[]),
+    shown(id(Id::DVSEC), KEPT, "the vendor's registers follow the policy for unknown bytes", &[]),
 ];

@@ -1,6 +1,6 @@
 //! Capabilities of the first 256 bytes.
 
-use super::{CapabilityRules, hidden, row, shown};
+use super::{CapabilityRules, EVENT, hidden, row, shown};
 use crate::config::policy::{Initial, Treatment};
 use crate::spec::{AnyId, CapabilityId, express, legacy as spec};
 
@@ -49,6 +49,7 @@ pub const RULES: &[CapabilityRules] = &[
         id: id(CapabilityId::MSI),
         hidden: None,
         controls: (Treatment::VIRTUAL, "Xen programs MSI: a guest's message could reach any interrupt"),
+        events: (Treatment::Pass, EVENT),
         rows: &[row(spec::MESSAGE_CONTROL, 0x0600, Treatment::ZERO, "extended message data is not offered")],
         guarded: true,
     },
@@ -64,8 +65,15 @@ pub const RULES: &[CapabilityRules] = &[
         Treatment::ReadOnly,
         "link and interrupt mapping are the host's",
         &[],
-    ),
+    )
+    .quiet("errors of the link are the host's"),
     shown(id(CapabilityId::DEBUG_PORT), Treatment::ReadOnly, "where the debug port is, does not change", &[]),
+    shown(
+        id(CapabilityId::VENDOR_SPECIFIC),
+        KEPT,
+        "the vendor's registers follow the policy for unknown bytes",
+        &[],
+    ),
     hidden(id(CapabilityId::COMPACT_PCI_RESOURCE), "it controls the chassis"),
     hidden(id(CapabilityId::HOT_PLUG), "it controls slots"),
     shown(id(CapabilityId::SUBSYSTEM_ID), Treatment::ReadOnly, "ids do not change", &[]),
@@ -80,6 +88,7 @@ pub const RULES: &[CapabilityRules] = &[
         id: id(CapabilityId::MSI_X),
         hidden: None,
         controls: (Treatment::VIRTUAL, "Xen programs MSI-X: a guest's message could reach any interrupt"),
+        events: (Treatment::Pass, EVENT),
         rows: &[],
         guarded: true,
     },
@@ -92,8 +101,13 @@ pub const RULES: &[CapabilityRules] = &[
     shown(
         id(CapabilityId::ADVANCED_FEATURES),
         Treatment::ZERO,
-        "reads 0; a function level reset is carried out by the host, which saves and restores",
-        &[],
+        "it has no other controls",
+        &[row(
+            spec::AF_CONTROL,
+            1 << 0,
+            Treatment::ZERO,
+            "reads 0; a function level reset is carried out by the host, which saves and restores",
+        )],
     ),
     shown(
         id(CapabilityId::ENHANCED_ALLOCATION),
@@ -155,7 +169,6 @@ pub const RULES: &[CapabilityRules] = &[
             row(0x1c, 0x003f, Treatment::ZERO, "an endpoint is no root port"),
             row(0x20, 1 << 16, Treatment::ZERO, "an endpoint is no root port"),
             row(0x32, 0x8020, Treatment::ReadOnly, "link events are the port's"),
-            row(0x38, 0xffff, Treatment::ZERO, "an endpoint has no slot"),
         ],
     ),
 ];

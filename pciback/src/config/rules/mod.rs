@@ -6,6 +6,7 @@ mod legacy;
 
 pub(super) use header::{BAR_REASON, HEADER, ROM_REASON, SECTION as HEADER_SECTION, VF_COMMAND};
 
+use super::compile::EVENT;
 use super::policy::Treatment;
 use crate::spec::AnyId;
 
@@ -30,7 +31,9 @@ pub(super) struct CapabilityRules {
     pub hidden: Option<&'static str>,
     /// How control bits are treated that no row names, and why.
     pub controls: (Treatment, &'static str),
-    /// The exceptions.
+    /// How bits are treated that a write of 1 clears and that no row names, and why.
+    pub events: (Treatment, &'static str),
+    /// The exceptions. They name registers that stand once in the capability.
     pub rows: &'static [Row],
     /// Whether policies leave it alone: the service itself carries out what it controls.
     pub guarded: bool,
@@ -51,19 +54,28 @@ const fn row(offset: u16, mask: u32, treatment: Treatment, reason: &'static str)
     Row { offset, mask, treatment, reason }
 }
 
+impl CapabilityRules {
+    /// Its events are not of the function alone: they show and the guest leaves them as they are.
+    const fn quiet(self, reason: &'static str) -> Self {
+        Self { events: (Treatment::ReadOnly, reason), ..self }
+    }
+}
+
 const fn shown(
     id: AnyId,
     treatment: Treatment,
     reason: &'static str,
     rows: &'static [Row],
 ) -> CapabilityRules {
-    CapabilityRules { id, hidden: None, controls: (treatment, reason), rows, guarded: false }
+    let events = (Treatment::Pass, EVENT);
+    CapabilityRules { id, hidden: None, controls: (treatment, reason), events, rows, guarded: false }
 }
 
 const fn hidden(id: AnyId, reason: &'static str) -> CapabilityRules {
     // A policy that shows it gets virtual controls, never hardware's.
     let controls = (Treatment::VIRTUAL, reason);
-    CapabilityRules { id, hidden: Some(reason), controls, rows: &[], guarded: false }
+    let events = (Treatment::ReadOnly, reason);
+    CapabilityRules { id, hidden: Some(reason), controls, events, rows: &[], guarded: false }
 }
 
 #[cfg(test)]
@@ -86,7 +98,10 @@ mod tests {
         for rules in legacy::RULES.iter().chain(extended::RULES) {
             let spec = spec::capability(rules.id).unwrap();
             for row in rules.rows {
-                let register = spec.registers.iter().find(|register| register.offset == row.offset);
+                let once = spec.groups.iter().filter(|group| group.first == Some(0));
+                let mut registers =
+                    spec.registers.iter().chain(once.flat_map(|group| group.registers.iter()));
+                let register = registers.find(|register| register.offset == row.offset);
                 let register = register.unwrap_or_else(|| panic!("{}: {row:?}", rules.id));
                 let fields = register.fields.iter().fold(0, |bits, field| bits | field.mask);
                 assert_eq!(row.mask & !fields, 0, "{}: {row:?}", rules.id);
