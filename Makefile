@@ -44,6 +44,7 @@ lab: binaries
 	    target/release/xpcid=/usr/sbin/xpcid target/release/xpci=/usr/sbin/xpci
 
 bench: binaries
+	$(CARGO) bench --locked -p toolstack --bench filter
 	$(CARGO) run --locked --release -q -p xpci-tests --bin bench
 
 # Takes pciback/tests/dumps/qemu-*.txt anew from QEMU's devices.
