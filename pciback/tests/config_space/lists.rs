@@ -157,7 +157,7 @@ fn msi_within_another_capability_stays_guarded() {
     let mut device = devices::virtio();
     // MSI's Enable stands where Device Status has an event that a guest clears by writing 1.
     device.hardware.put(0x34, &[0x40]);
-    device.hardware.put(0x40, &[0x10, 0x48, 2, 0, 0, 0, 0, 0]);
+    device.hardware.put(0x40, &[0x10, 0x48, 1, 0, 0, 0, 0, 0]);
     device.hardware.put(0x48, &[0x05, 0, 0, 0, 0, 0, 0, 0]);
     device.spec.bytes = device.hardware.bytes.borrow().clone();
     device.hardware.writable32(0x48, u32::MAX);
