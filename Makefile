@@ -1,12 +1,13 @@
-# make demo | test | lab | bench | dumps | install: everything needed is installed first, see CONTRIBUTING.md.
+# make demo | test | lab | bench | dumps | fuzz | install: everything needed is installed first, see CONTRIBUTING.md.
 
 PREFIX ?= /usr
 DESTDIR ?=
 CARGO ?= cargo
+FUZZ_SECONDS ?= 600
 # Lab tests boot a whole machine each: one after the other.
 LAB_TEST = $(CARGO) test --locked -p xpci-tests -- --test-threads=1 --nocapture
 
-.PHONY: all deps binaries demo test check unit lab-test lab bench dumps install
+.PHONY: all deps binaries demo test check unit lab-test lab bench dumps fuzz fuzz-short install
 
 all: binaries
 
@@ -21,22 +22,31 @@ binaries: deps
 demo: binaries
 	$(CARGO) run --locked --release -q -p xpci-tests --bin demo
 
-test: check unit lab-test
+test: check unit fuzz-short lab-test
 	@echo "== all stages passed"
 
 check: deps
-	@echo "== stage 1 of 4: format"
+	@echo "== stage 1 of 5: format"
 	$(CARGO) fmt --all --check
-	@echo "== stage 2 of 4: clippy"
+	$(CARGO) fmt --manifest-path tests/fuzz/Cargo.toml --check
+	@echo "== stage 2 of 5: clippy"
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 
 unit: deps
-	@echo "== stage 3 of 4: unit, property and simulation tests"
+	@echo "== stage 3 of 5: unit, property and simulation tests"
 	$(CARGO) test --locked --workspace --exclude xpci-tests
 
+fuzz-short: deps
+	@echo "== stage 4 of 5: fuzz targets, 10 s each"
+	CARGO="$(CARGO)" tests/fuzz/run.sh 10
+
 lab-test: binaries
-	@echo "== stage 4 of 4: lab tests"
+	@echo "== stage 5 of 5: lab tests"
 	$(LAB_TEST)
+
+# What make test does for seconds, for FUZZ_SECONDS each. A finding stays in tests/fuzz/regressions, to be replayed ever after.
+fuzz: deps
+	CARGO="$(CARGO)" tests/fuzz/run.sh $(FUZZ_SECONDS)
 
 # A shell in the lab's dom0, with xpci installed.
 lab: binaries

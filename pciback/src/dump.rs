@@ -193,13 +193,13 @@ impl Reader {
         if !self.seen.insert(address) {
             return Err(DumpError::Repeated { line, address });
         }
-        let title = title.trim_start().chars().filter(|c| !c.is_control()).take(MAX_TITLE).collect();
+        let title = printable(title, MAX_TITLE);
         self.open = Some(DumpedFunction { address, title, bytes: Vec::new(), line });
         Ok(())
     }
 
     fn bytes(&mut self, line: usize, text: &str, offset: &str, rest: &str) -> Result<(), DumpError> {
-        let malformed = || DumpError::Bytes { line, text: text.chars().take(64).collect() };
+        let malformed = || DumpError::Bytes { line, text: printable(text, 64) };
         let found = (offset.len() <= 4)
             .then(|| usize::from_str_radix(offset, 16).ok())
             .flatten()
@@ -229,6 +229,12 @@ impl Reader {
         self.functions.push(function);
         Ok(())
     }
+}
+
+/// The beginning of a text, without what a terminal would obey.
+fn printable(text: &str, length: usize) -> String {
+    let text: String = text.trim().chars().filter(|c| !c.is_control()).take(length).collect();
+    text.trim().to_owned()
 }
 
 /// Two digits and nothing else; `from_str_radix` alone would take "+1".

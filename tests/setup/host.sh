@@ -2,7 +2,7 @@
 # Installs what building and testing xpci needs on a fresh Debian 12 or 13; asks nothing, and does nothing when all is there.
 set -eu
 
-packages="gcc libc6-dev make pkg-config libclang-dev libudev-dev libxen-dev kmod pciutils xz-utils ca-certificates"
+packages="gcc g++ libc6-dev make pkg-config libclang-dev libudev-dev libxen-dev kmod pciutils xz-utils ca-certificates"
 
 as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi

@@ -10,18 +10,22 @@ use crate::spec::{
     self, AnyId, CapabilityId, CapabilitySpec, Count, Group, Kind, Stride, express, header, legacy,
 };
 
+const BURIED: &str = "its header stands within another capability: no list can lead to it";
 const LINKED: &str = "the list leads only to capabilities that the guest sees";
 
 impl Compiler<'_> {
     pub(super) fn capabilities(&mut self) {
         let capabilities = self.list.capabilities.clone();
-        // Known capabilities own their bytes first: a header that stands within one, on a malformed list, must not open it.
-        let is_known = |capability: &Capability| {
-            spec::capability(capability.id).is_some_and(CapabilitySpec::is_specified)
+        // Guarded capabilities own their bytes first, then known ones: a header that stands within one, on a malformed list, must
+        // not open it.
+        let rank = |capability: &Capability| match spec::capability(capability.id) {
+            Some(_) if rules::is_guarded(capability.id) => 0,
+            Some(spec) if spec.is_specified() => 1,
+            _ => 2,
         };
-        for known in [true, false] {
+        for wanted in 0..=2 {
             for (index, capability) in capabilities.iter().enumerate() {
-                if is_known(capability) == known {
+                if rank(capability) == wanted {
                     for byte in self.list.extent(capability, &self.spec.bytes) {
                         if let Some(owner @ &mut NOBODY) = self.owners.get_mut(usize::from(byte)) {
                             *owner = index as u16;
@@ -41,7 +45,12 @@ impl Compiler<'_> {
         let policy = self.policy.capabilities.iter().rev().find(|entry| meant(&entry.which)).cloned();
         let known = spec::capability(capability.id).zip(rules::rules(capability.id));
         let owner = index as u16;
+        let header =
+            Place { offset: capability.offset, width: header_bytes(capability) as u8, mask: u32::MAX };
+        let has_header = self.owned(header, owner).mask == full(header.width);
         let hidden = match (&policy, known) {
+            // What the guest would find there is the other capability's, id and pointer too.
+            _ if !has_header => Some(Rule::built_in(BURIED, "PCI Express 6.0, 7.5.1.1.11 and 7.6.3")),
             (Some(policy), _) if policy.action == CapabilityAction::Hide => Some(policy.rule.clone()),
             (Some(_), _) => None,
             (None, Some((spec, rules))) => {

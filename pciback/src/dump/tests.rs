@@ -75,6 +75,14 @@ fn titles_are_bounded_and_safe_to_print() {
     let title = &parse(&text).expect("a dump")[0].title;
     assert!(title.starts_with("[2J\u{e9}"));
     assert_eq!(title.chars().count(), MAX_TITLE);
+    let text = dump("00:00.0 \u{1} a \u{7f}", 64);
+    assert_eq!(parse(&text).expect("a dump")[0].title, "a");
+}
+
+#[test]
+fn errors_are_safe_to_print() {
+    let text = error("00:00.0\n00: f\r\u{1b}[2J 86\n");
+    assert!(text.starts_with("line 2: '00: f[2J 86' is not"), "{text}");
 }
 
 #[test]

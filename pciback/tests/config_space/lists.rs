@@ -133,3 +133,36 @@ fn an_unknown_capability_inside_msix_does_not_open_it() {
     assert_eq!(device.hardware.take_seen(), []);
     assert!(space.planes().problems().contains(&ListProblem::Overlap { at: 0x98, with: 0x9c }));
 }
+
+#[test]
+fn a_capability_within_another_is_not_shown() {
+    let mut device = devices::virtio();
+    // Power management at 0x40, then one inside it, then MSI-X, where the list of the composed device begins.
+    device.hardware.put(0x34, &[0x40]);
+    device.hardware.put(0x40, &[0x01, 0x44, 3, 0, 0, 0, 0, 0]);
+    device.hardware.put(0x44, &[0x03, 0x98]);
+    device.spec.bytes = device.hardware.bytes.borrow().clone();
+    let space = crate::model::space(&device.spec);
+    let guest: Vec<u8> = (0..256)
+        .map(|offset| {
+            space.read(pciback::config::Access::new(offset, 1).unwrap(), &device.hardware).unwrap() as u8
+        })
+        .collect();
+    let (found, problems) = offsets(&guest);
+    assert_eq!((&found[..2], problems), (&[0x40, 0x98][..], vec![]));
+}
+
+#[test]
+fn msi_within_another_capability_stays_guarded() {
+    let mut device = devices::virtio();
+    // MSI's Enable stands where Device Status has an event that a guest clears by writing 1.
+    device.hardware.put(0x34, &[0x40]);
+    device.hardware.put(0x40, &[0x10, 0x48, 1, 0, 0, 0, 0, 0]);
+    device.hardware.put(0x48, &[0x05, 0, 0, 0, 0, 0, 0, 0]);
+    device.spec.bytes = device.hardware.bytes.borrow().clone();
+    device.hardware.writable32(0x48, u32::MAX);
+    let mut space = crate::model::space(&device.spec);
+    let control = pciback::config::Access::new(0x4a, 2).unwrap();
+    space.write(control, 1, &device.hardware).unwrap();
+    assert_eq!(device.hardware.take_seen(), []);
+}

@@ -1,0 +1,16 @@
+//! What the fuzz targets do with their input. They panic when something does not hold.
+//!
+//! One function a target, so that `targets/` holds nothing else.
+
+mod byhand;
+mod dump;
+mod guest;
+mod hypervisor;
+mod policy;
+mod space;
+mod walk;
+
+pub use dump::dump_parser;
+pub use guest::ring_request;
+pub use policy::policy_parser;
+pub use walk::capability_walk;
