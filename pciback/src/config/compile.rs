@@ -408,6 +408,8 @@ impl Planes {
         inputs.extend((spec.bytes.len() as u32).to_le_bytes());
         inputs.push(u8::from(spec.is_virtual()));
         inputs.push(spec.bytes.byte(header::HEADER_TYPE));
+        // A pointer that leads nowhere is a problem only where there is a list.
+        inputs.push(spec.bytes.byte(header::STATUS) & header::STATUS_CAPABILITIES as u8);
         inputs.push(spec.bytes.byte(header::CAPABILITIES_POINTER));
         for bar in Bar::of(spec) {
             inputs.push(bar.index);

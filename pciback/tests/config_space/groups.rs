@@ -135,3 +135,41 @@ fn a_write_never_clears_an_event_that_the_guest_did_not_write() {
         }
     }
 }
+
+/// Tables, lengths that are only an upper bound, and what nobody could verify.
+#[test]
+fn only_these_capabilities_have_bytes_that_no_register_describes() {
+    use pciback::spec::CapabilityId as Legacy;
+    let mut ids: Vec<AnyId> = Vec::new();
+    for capability in spec::capabilities() {
+        for (word, dwords) in variants(capability.id) {
+            let function = alone(capability.id, *word, dwords);
+            let planes = Planes::compile(&function, &show(capability.id)).unwrap();
+            let further = planes.segments().iter().any(|segment| {
+                let register = segment.register.map(|index| &planes.registers()[usize::from(index)]);
+                register.is_some_and(|register| register.name == "further registers")
+            });
+            if further && ids.last() != Some(&capability.id) {
+                ids.push(capability.id);
+            }
+        }
+    }
+    let legacy = [Legacy::ENHANCED_ALLOCATION, Legacy::HYPER_TRANSPORT].map(AnyId::Legacy);
+    let extended = [
+        ExtendedCapabilityId::DPC,
+        ExtendedCapabilityId::POWER_BUDGETING,
+        ExtendedCapabilityId::ACS,
+        ExtendedCapabilityId::MR_IOV,
+        ExtendedCapabilityId::SHADOW_FUNCTIONS,
+        ExtendedCapabilityId::IDE,
+        ExtendedCapabilityId::CONFIG_ACCESS_CORRELATION,
+        ExtendedCapabilityId::VIRTUAL_CHANNEL,
+        ExtendedCapabilityId::VIRTUAL_CHANNEL_MFVC,
+        ExtendedCapabilityId::MFVC,
+        ExtendedCapabilityId::PMUX,
+        ExtendedCapabilityId::MPCIE,
+        ExtendedCapabilityId::RCRB_HEADER,
+    ]
+    .map(AnyId::Extended);
+    assert_eq!(ids, [&legacy[..], &extended[..]].concat());
+}
