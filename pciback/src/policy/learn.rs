@@ -5,8 +5,11 @@ use std::fmt::Write as _;
 use serde::{Deserialize, Serialize};
 
 use super::names;
-use crate::config::{AnyId, CapabilityList, FunctionSpec, MaskedWrite, Planes};
+use crate::config::{AnyId, CapabilityList, FunctionSpec, MaskedWrite, Planes, Treatment};
 use crate::spec;
+
+const PARTIAL: &str =
+    "it passes only as a whole: a part of it may start what the rest of it does not ask for";
 
 /// One register whose bits a guest wrote in vain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,7 +76,12 @@ fn of_dword(planes: &Planes, entry: &MaskedWrite, registers: &mut Vec<LearnedReg
         };
         let shift = 8 * u32::from(offset & 3);
         let bits = |of: u32| (of & segment.mask) >> shift;
-        let reason = &planes.rules()[usize::from(segment.rule)].reason;
+        // Bits that pass and were lost all the same were part of a write that passes only as a whole.
+        let withheld = segment.treatment == Treatment::Pass;
+        let reason = match withheld {
+            true => PARTIAL,
+            false => planes.rules()[usize::from(segment.rule)].reason.as_ref(),
+        };
         let found = registers
             .iter_mut()
             .find(|known| (known.offset, known.width, known.name.as_str()) == (offset, width, name));
@@ -98,8 +106,8 @@ fn of_dword(planes: &Planes, entry: &MaskedWrite, registers: &mut Vec<LearnedReg
         register.writes = register.writes.max(entry.writes);
         register.kept |= bits(entry.kept);
         register.dropped |= bits(entry.dropped);
-        register.never |= bits(lost & guarded);
-        if !register.risk.contains(reason.as_ref()) {
+        register.never |= bits(if withheld { lost } else { lost & guarded });
+        if !register.risk.contains(reason) {
             let separator = if register.risk.is_empty() { "" } else { "; " };
             let _ = write!(register.risk, "{separator}{reason}");
         }
