@@ -9,13 +9,15 @@ shift
 # shellcheck disable=SC2046
 [ $# -gt 0 ] || set -- $(basename -s .rs targets/*.rs)
 host=$(rustc -vV | sed -n 's/^host: //p')
-work=$(pwd)/../../target/fuzz
+target_folder=$(cd ../.. && pwd)/target
+work=$target_folder/fuzz
 
-# With --target these flags do not reach build scripts, which could not be linked with them.
+# With --target these flags do not reach build scripts, which could not be linked with them; those are shared with the other
+# release builds.
 RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
 -Cllvm-args=-sanitizer-coverage-trace-compares" \
-    ${CARGO:-cargo} build --locked --release --target "$host" --target-dir "$work"
+    ${CARGO:-cargo} build --locked --release --target "$host" --target-dir "$target_folder"
 
 # The dumps as bytes, each behind a byte that chooses the default policy.
 seeds=$work/seeds
@@ -48,7 +50,7 @@ for target; do
         ring_request) longest=1025 ;;
         *) longest=16384 ;;
     esac
-    program=$work/$host/release/$target
+    program=$target_folder/$host/release/$target
     found=regressions/$target
     mkdir -p "$found" "$work/corpus/$target"
     echo "fuzz: $target: replaying $(find "$found" -type f | wc -l) findings, then $seconds s"
