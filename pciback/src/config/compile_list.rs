@@ -49,8 +49,6 @@ impl Compiler<'_> {
             Place { offset: capability.offset, width: header_bytes(capability) as u8, mask: u32::MAX };
         let has_header = self.owned(header, owner).mask == full(header.width);
         let hidden = match (&policy, known) {
-            // What the guest would find there is the other capability's, id and pointer too.
-            _ if !has_header => Some(Rule::built_in(BURIED, "PCI Express 6.0, 7.5.1.1.11 and 7.6.3")),
             (Some(policy), _) if policy.action == CapabilityAction::Hide => Some(policy.rule.clone()),
             (Some(_), _) => None,
             (None, Some((spec, rules))) => {
@@ -60,7 +58,12 @@ impl Compiler<'_> {
             }
             (None, None) => self.policy.hide_unknown.clone(),
         };
-        let hidden = self.keep_visibility(capability, hidden);
+        let hidden = if has_header {
+            self.keep_visibility(capability, hidden)
+        } else {
+            // What the guest would find there is the other capability's, id and pointer too, whatever it has seen.
+            Some(Rule::built_in(BURIED, "PCI Express 6.0, 7.5.1.1.11 and 7.6.3"))
+        };
         if let Some(rule) = hidden {
             self.visible[index] = false;
             self.fill(capability, 0, owner, Kind::Constant, "hidden", Treatment::ZERO, &rule);
