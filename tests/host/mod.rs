@@ -14,11 +14,17 @@ pub const PF: &str = "0000:01:00.0";
 /// Its VFs.
 pub const VFS: [&str; 3] = ["0000:01:10.0", "0000:01:10.2", "0000:01:10.4"];
 
+/// The policies that are shipped, for tests with their devices.
+const POLICIES: [&str; 3] = ["intel-82576-vf.yaml", "nvme.yaml", "virtio.yaml"];
+
 /// A lab with the product installed.
 pub fn builder() -> Builder {
-    Lab::builder()
+    let programs = Lab::builder()
         .install("target/release/xpcid", "/usr/sbin/xpcid")
-        .install("target/release/xpci", "/usr/sbin/xpci")
+        .install("target/release/xpci", "/usr/sbin/xpci");
+    POLICIES.iter().fold(programs, |lab, policy| {
+        lab.install(format!("configs/policies/{policy}"), &format!("/usr/share/xpci/policies/{policy}"))
+    })
 }
 
 /// Starts the service and waits until it listens.

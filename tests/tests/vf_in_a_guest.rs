@@ -1,8 +1,9 @@
-//! A VF of the 82576 in PV guests, served by xpcid, on a real Xen: P1, P2, P4, S3, S8, T1, T2, T3.
+//! A VF of the 82576 in PV guests, served by xpcid, on a real Xen: P1, P2, P4, F1-F4, S3, S8, T1, T2, T3.
 //!
 //! One boot; the steps build on each other, and each says what it shows.
 
 mod dumps;
+mod policies;
 
 use anyhow::{Context, Result, ensure};
 use xpci_tests::host::{
@@ -42,6 +43,9 @@ fn on_xen_4_17() -> Result<()> {
     xpci(&lab, "pci-attach two 01:10.2")?;
     traffic(&lab, &two, 1, "10.9.9.12")?;
     ping(&one, "10.9.9.12")?;
+
+    println!("F1, F2: the shipped policy of the 82576's VFs, and what it keeps from hardware");
+    policies::of_a_connected_guest(&lab, &one)?;
 
     println!("T3: the service is killed three times under load; no guest notices");
     one.run("cp /sys/bus/pci/devices/0000:00:00.0/config /tmp/header").ok()?;

@@ -1,0 +1,99 @@
+//! F1-F4 with a guest connected: the shipped policy in force, learning from the guest's own driver, reload under traffic.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use xpci_tests::host::{SOON, VFS, ping, xpci, xpci_fails};
+use xpci_tests::{Guest, Lab};
+
+/// Where the administrator's own policies are.
+const OWN: &str = "/etc/xpci/policies/learned.yaml";
+
+/// What Linux and igbvf write and the filter keeps from hardware, each with what is lost by it.
+const HARMLESS: &[(&str, u32, &str)] = &[
+    ("Command", 0xffff, "SERR, parity and INTx are the host's; a VF hardwires them to 0 anyway"),
+    ("Base Address Register", u32::MAX, "Linux sizes each BAR once; hardware keeps the host's addresses"),
+    ("Interrupt Line", 0xff, "a note of the guest's for itself"),
+    ("Message Control", 0xffff, "Xen programs MSI-X: the guest enables it by its protocol's own request"),
+    (
+        "Device Control",
+        0x010f,
+        "errors are reported to the host; a VF has the tags of its PF (PCI Express 6.0, 9.3.5.4)",
+    ),
+];
+
+/// Of a guest whose igbvf is up, with an address on the PF's network.
+pub fn of_a_connected_guest(lab: &Lab, one: &Guest<'_>) -> Result<()> {
+    let shown = xpci(lab, "policy show --for 01:10.0")?;
+    ensure!(
+        shown.lines().any(|line| line.starts_with("yes") && line.contains("intel-82576-vf.yaml")),
+        "the shipped policy applies: {shown}"
+    );
+    ensure!(shown.contains("profile strict"), "{shown}");
+    igbvf_loses_nothing(lab)?;
+    let explained = xpci(lab, "policy explain 01:10.0")?;
+    ensure!(explained.contains("[70] MSI-X (msi-x)"), "{explained}");
+
+    println!("F3, F4: what the guest writes in vain is learned, proposed and put in force while it works");
+    let load = one.spawn("while ping -c 1 -w 5 10.9.9.1 >/dev/null; do :; done")?;
+    let before = device_control(lab)?;
+    one.run("setpci -s 00:00.0 CAP_EXP+8.w=3000:7000").ok()?;
+    ensure!(device_control(lab)? == before, "without a policy the write stays the guest's own");
+    let learned = json(lab, "policy learn 01:10.0")?;
+    let addition = learned["functions"][0]["addition"].as_str().context("no addition")?.to_owned();
+    ensure!(addition.contains("at: Device Control, mask: 0x"), "{addition}");
+    lab.push(addition.as_bytes(), OWN)?;
+    xpci(lab, &format!("policy check {OWN}"))?;
+    let reloaded = json(lab, "policy reload")?;
+    ensure!(reloaded["functions"][0]["changed"] == true, "{reloaded}");
+    ensure!(device_control(lab)? == before, "what the guest wrote before is not replayed");
+    one.run("setpci -s 00:00.0 CAP_EXP+8.w=3000:7000").ok()?;
+    ensure!(device_control(lab)? & 0x7000 == 0x3000, "{:#x}", device_control(lab)?);
+    one.run(&format!("setpci -s 00:00.0 CAP_EXP+8.w={before:x}:7000")).ok()?;
+
+    println!("F4: files with mistakes change nothing; what the guest has seen stays until detach");
+    lab.push(b"match: {vendor: 8086}\nprofil: hidden\n", "/etc/xpci/policies/bad.yaml")?;
+    let (status, said) = xpci_fails(lab, "policy reload")?;
+    ensure!(
+        status == 5 && said.contains("bad.yaml:2:1:") && said.contains("did you mean 'profile'"),
+        "{said}"
+    );
+    lab.dom0("rm /etc/xpci/policies/bad.yaml").ok()?;
+    lab.push(b"match: {address: 01:10.0}\ncapabilities: {msi-x: hide, aer: hide}\n", OWN)?;
+    let reloaded = json(lab, "policy reload")?;
+    let deferred = reloaded["functions"][0]["deferred"].as_array().map_or(0, Vec::len);
+    ensure!(deferred == 2, "{reloaded}");
+    ensure!(one.run("lspci -s 00:00.0 -v").ok()?.contains("MSI-X: Enable+"), "the guest's list is as it was");
+
+    println!("F4: a service that starts beside a bad file serves its guests under what was in force");
+    lab.dom0(&format!("rm {OWN}")).ok()?;
+    xpci(lab, "policy reload")?;
+    ensure!(load.ended().is_none(), "the guest's traffic stopped");
+    drop(load);
+    ping(one, "10.9.9.1")
+}
+
+/// The 82576 VF's stock driver runs with no masked write that matters.
+fn igbvf_loses_nothing(lab: &Lab) -> Result<()> {
+    let learned = json(lab, "policy learn one")?;
+    let registers = learned["functions"][0]["registers"].as_array().context("no registers")?;
+    for register in registers {
+        let name = register["name"].as_str().unwrap_or_default();
+        let lost = register["kept"].as_u64().unwrap_or(0) | register["dropped"].as_u64().unwrap_or(0);
+        println!("  masked: {register}");
+        let harmless = |(known, bits, _): &(&str, u32, &str)| *known == name && lost & !u64::from(*bits) == 0;
+        ensure!(HARMLESS.iter().any(harmless), "a masked write that may matter: {register}");
+    }
+    Ok(())
+}
+
+/// Device Control as hardware holds it.
+fn device_control(lab: &Lab) -> Result<u32> {
+    let text = lab.dom0(&format!("setpci -s {} CAP_EXP+8.w", VFS[0])).limit(SOON).ok()?;
+    u32::from_str_radix(text.trim(), 16).with_context(|| text.clone())
+}
+
+fn json(lab: &Lab, arguments: &str) -> Result<Value> {
+    let text = xpci(lab, &format!("{arguments} --json"))?;
+    let envelope: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
+    Ok(envelope["result"].clone())
+}
