@@ -1,0 +1,156 @@
+//! Orders for the frontend in the guest, and the answers that are expected.
+
+use std::fmt::Display;
+use std::io::{Read, Write};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use flate2::Compression;
+use flate2::read::GzDecoder;
+use flate2::write::GzEncoder;
+use xpci_tests::host::SOON;
+use xpci_tests::{Guest, Process};
+
+pub const PROGRAM: &str = "/lab/frontend";
+/// How long the backend may take to follow, in milliseconds.
+const FOLLOWS: u32 = 30_000;
+
+/// Text as the frontend takes it for a node.
+pub fn hex(text: impl AsRef<[u8]>) -> String {
+    text.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A long list of orders for a frontend that connects, carries them out and leaves again.
+pub struct Script {
+    orders: Vec<String>,
+    answers: Vec<String>,
+}
+
+impl Script {
+    pub fn new() -> Self {
+        let mut script = Self { orders: Vec::new(), answers: Vec::new() };
+        script.state(1);
+        script.follows(3);
+        script.say("publish", "ok");
+        script.state(3);
+        script.follows(4);
+        script.state(4);
+        script
+    }
+
+    pub fn say(&mut self, order: impl Display, answer: impl Display) {
+        self.orders.push(order.to_string());
+        self.answers.push(answer.to_string());
+    }
+
+    fn state(&mut self, state: u32) {
+        self.say(format_args!("node state {}", hex(state.to_string())), "ok");
+    }
+
+    fn follows(&mut self, state: u32) {
+        self.say(format_args!("await {state} {FOLLOWS}"), state);
+    }
+
+    /// Carries it out, and insists on every answer.
+    pub fn run(mut self, guest: &Guest<'_>, what: &str) -> Result<()> {
+        self.state(6);
+        self.follows(3);
+        let answers = run(guest, &self.orders, what)?;
+        for (index, (got, wanted)) in answers.iter().zip(&self.answers).enumerate() {
+            let before = self.orders[index.saturating_sub(4)..index].join("; ");
+            let order = &self.orders[index];
+            ensure!(
+                got == wanted,
+                "{what}: order {index}, '{order}', is answered '{got}', not '{wanted}'; before it: {before}"
+            );
+        }
+        ensure!(answers.len() == self.orders.len(), "{what}: {} answers", answers.len());
+        Ok(())
+    }
+}
+
+/// Both ways are compressed: a guest's console is slow.
+fn run(guest: &Guest<'_>, orders: &[String], what: &str) -> Result<Vec<String>> {
+    let mut input = GzEncoder::new(Vec::new(), Compression::default());
+    for order in orders {
+        writeln!(input, "{order}")?;
+    }
+    let begun = Instant::now();
+    let command = format!("set -o pipefail; gunzip | {PROGRAM} | gzip");
+    let output = guest.run(&command).input(input.finish()?).limit(SOON * 5).run()?;
+    let mut text = String::new();
+    GzDecoder::new(&output.bytes[..]).read_to_string(&mut text).with_context(|| output.stderr())?;
+    let answers: Vec<String> = text.lines().map(str::to_owned).collect();
+    if output.status() != 0 {
+        // What was answered until then tells more than the status.
+        let last = answers.last().cloned().unwrap_or_default();
+        output.ok().with_context(|| format!("{what}: after {} answers, {last}", answers.len()))?;
+    }
+    println!("  {what}: {} orders in {:.1} s", orders.len(), begun.elapsed().as_secs_f32());
+    Ok(answers)
+}
+
+/// A frontend that is told one thing after the other.
+pub struct Frontend {
+    process: Process,
+    told: usize,
+    heard: usize,
+}
+
+impl Frontend {
+    pub fn start(guest: &Guest<'_>) -> Result<Self> {
+        Ok(Self { process: guest.converse(PROGRAM)?, told: 0, heard: 0 })
+    }
+
+    /// Gives an order and returns the answer.
+    pub fn tell(&mut self, order: &str) -> Result<String> {
+        self.told += 1;
+        let mark = format!("<{}>\n", self.told);
+        self.process.write(format!("{order}\nsay {mark}").as_bytes())?;
+        self.process.wait_output(&mark, SOON).with_context(|| order.to_owned())?;
+        let output = self.process.output_so_far();
+        let found = output[self.heard..].find(&mark).context("the mark is gone")?;
+        let answer = output[self.heard..self.heard + found].trim_end().to_owned();
+        self.heard += found + mark.len();
+        Ok(answer)
+    }
+
+    pub fn node(&mut self, key: &str, value: &str) -> Result<()> {
+        let answer = self.tell(&format!("node {key} {}", hex(value)))?;
+        ensure!(answer == "ok", "writing {key}: {answer}");
+        Ok(())
+    }
+
+    pub fn state(&mut self, state: u32) -> Result<()> {
+        self.node("state", &state.to_string())
+    }
+
+    /// Waits until the backend is in this state.
+    pub fn follows(&mut self, state: u32) -> Result<()> {
+        let found = self.tell(&format!("await {state} {FOLLOWS}"))?;
+        ensure!(found == state.to_string(), "the backend is in state {found}, not {state}");
+        Ok(())
+    }
+
+    /// Whatever was before: connects as a frontend should.
+    pub fn connect(&mut self) -> Result<()> {
+        self.state(1)?;
+        self.follows(3)?;
+        self.tell("publish")?;
+        self.state(3)?;
+        self.follows(4)?;
+        self.state(4)
+    }
+
+    /// Leaves as a frontend should.
+    pub fn leave(&mut self) -> Result<()> {
+        self.state(6)?;
+        self.follows(3)
+    }
+
+    /// It ends in the middle of whatever it does.
+    pub fn kill(self) -> Result<()> {
+        self.process.signal(9)?;
+        self.process.wait(Duration::from_secs(30)).map(drop)
+    }
+}
