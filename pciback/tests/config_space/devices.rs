@@ -188,7 +188,7 @@ pub fn network_pf() -> Device {
     meaning::msix(&mut oracle, 0x70);
     meaning::express(&mut oracle, 0xa0);
     oracle.frozen(0xe0, 2).vpd(0xe0);
-    meaning::aer(&mut oracle, 0x100, 0x40, 0x1401_0001);
+    meaning::aer(&mut oracle, 0x100, false, 0x1401_0001);
     oracle.frozen(0x140, 12);
     // ARI: no next function, and it is the last of the list.
     oracle.constant(0x150, &[0x0e, 0, 1, 0, 0, 0, 0, 0]).own(0x156, 1, 0x73, 0);
@@ -210,6 +210,10 @@ pub fn network_vf() -> Device {
     msix(&mut hardware, 0x70, 0xa0);
     express(&mut hardware, 0xa0, 0);
     aer(&mut hardware, 0x100, 0x1501_0001);
+    // Logs that hardware lets anybody write, as QEMU's: no guest does.
+    for offset in (0x138..0x148).step_by(4) {
+        hardware.writable32(offset, u32::MAX);
+    }
     hardware.put(0x150, &[0x0e, 0, 1, 0, 0, 0x11, 0, 0]);
     let mut spec = spec(
         &hardware,

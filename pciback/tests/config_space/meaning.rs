@@ -39,8 +39,8 @@ pub fn express(oracle: &mut Oracle, at: usize) {
         .reset_bit(at + 9, 0x80);
 }
 
-/// The first `length` bytes of AER.
-pub fn aer(oracle: &mut Oracle, at: usize, length: usize, header: u32) {
+/// AER; `prefixes`: with the TLP Prefix Log, which only functions that take such prefixes have.
+pub fn aer(oracle: &mut Oracle, at: usize, prefixes: bool, header: u32) {
     oracle
         .constant(at, &header.to_le_bytes())
         .zero(at + 4, 0x18)
@@ -55,7 +55,10 @@ pub fn aer(oracle: &mut Oracle, at: usize, length: usize, header: u32) {
         .shown(at + 0x1c, 8, u64::MAX)
         .shown(at + 0x24, 8, u64::MAX)
         .zero(at + 0x2c, 12)
-        .shown(at + 0x38, length - 0x38, u64::MAX);
+        .shown(at + 0x38, 8, u64::MAX);
+    if prefixes {
+        oracle.shown(at + 0x40, 8, u64::MAX);
+    }
 }
 
 /// A VF of Intel's 82576, with a 64-bit BAR 0 and 3: where they are, and how large.
@@ -76,7 +79,7 @@ pub fn network_vf(oracle: &mut Oracle, identity: [u8; 4], bars: [(u64, u64); 2])
     bar64(oracle, 0x1c, bars[1].0, bars[1].1);
     msix(oracle, 0x70);
     express(oracle, 0xa0);
-    aer(oracle, 0x100, 0x48, 0x1501_0001);
+    aer(oracle, 0x100, true, 0x1501_0001);
     // ARI: no next function, and it is the last of the list.
     oracle.constant(0x150, &[0x0e, 0, 1, 0, 0, 0, 0, 0]).own(0x156, 1, 0x73, 0);
 }

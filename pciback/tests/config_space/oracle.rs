@@ -42,6 +42,7 @@ impl Oracle {
         bits: u64,
         change: impl Fn(&mut Cell, u8, usize),
     ) -> &mut Self {
+        assert!(length <= 8 || bits == 0, "{length} bytes at {at:#x} have more bits than a mask");
         for index in 0..length {
             change(&mut self.cells[at + index], bits.checked_shr(8 * index as u32).unwrap_or(0) as u8, index);
         }
