@@ -5,6 +5,10 @@
 //! r OFFSET SIZE                  read config space of 00:00.0       -> ERROR VALUE
 //! w OFFSET SIZE VALUE            write it                           -> ERROR VALUE
 //! op COMMAND SEGMENT BUS DEVFN OFFSET SIZE VALUE INFO [ENTRY...]    -> ERROR VALUE [VECTOR...]
+//! poke WORD VALUE                change a word of the page          -> ok
+//! peek WORD                      look at it                         -> VALUE
+//! kick                           send dom0 an event                 -> ok
+//! answer                         wait until no request is active    -> ERROR VALUE
 //! node KEY HEX                   write a node of the frontend       -> ok, or xenstore's error
 //! gone KEY                       remove one (`.`: the directory)    -> ok, or xenstore's error
 //! ring                           share a page, make a port          -> GRANT PORT
@@ -23,7 +27,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use ring::{Request, Ring};
+use ring::{Answer, Request, Ring};
 use xenstore::Store;
 
 const DIRECTORY: &str = "device/pci/0";
@@ -70,6 +74,16 @@ impl Frontend {
             ["r", offset, size] => self.ask(&["0", "0", "0", "0", offset, size, "0", "0"]),
             ["w", offset, size, value] => self.ask(&["1", "0", "0", "0", offset, size, value, "0"]),
             ["op", fields @ ..] => self.ask(fields),
+            ["poke", index, value] => {
+                let (index, value) = (number(index)?, number(value)?);
+                self.ring()?.poke(index as usize, value).map(|()| "ok".to_owned())
+            }
+            ["peek", index] => {
+                let index = number(index)?;
+                self.ring()?.peek(index as usize).map(|value| format!("{value:x}"))
+            }
+            ["kick"] => self.ring()?.notify().map(|()| "ok".to_owned()),
+            ["answer"] => self.ring()?.answer(0).map(shown),
             ["node", key] => self.node(key, b""),
             ["node", key, value] => self.node(key, &bytes(value)?),
             ["gone", "."] => Ok(said(self.store.remove(DIRECTORY)?)),
@@ -83,13 +97,10 @@ impl Frontend {
     }
 
     fn ask(&mut self, words: &[&str]) -> Result<String> {
-        let numbers: Vec<u32> =
-            words.iter().map(|word| u32::from_str_radix(word, 16)).collect::<Result<_, _>>()?;
+        let numbers: Vec<u32> = words.iter().map(|word| number(word)).collect::<Result<_>>()?;
         let (fields, entries) = numbers.split_first_chunk().context("too few numbers")?;
         let entries: Vec<u16> = entries.iter().map(|entry| *entry as u16).collect();
-        let (error, value, vectors) = self.ring()?.ask(&Request { fields: *fields, entries: &entries })?;
-        let vectors: String = vectors.iter().map(|vector| format!(" {vector:x}")).collect();
-        Ok(format!("{error} {value:x}{vectors}"))
+        self.ring()?.ask(&Request { fields: *fields, entries: &entries }).map(shown)
     }
 
     fn node(&mut self, key: &str, value: &[u8]) -> Result<String> {
@@ -117,6 +128,15 @@ impl Frontend {
 
 fn said(outcome: Result<(), String>) -> String {
     outcome.err().unwrap_or_else(|| "ok".to_owned())
+}
+
+fn shown(answer: Answer) -> String {
+    let vectors: String = answer.vectors.iter().map(|vector| format!(" {vector:x}")).collect();
+    format!("{} {:x}{vectors}", answer.error, answer.value)
+}
+
+fn number(hex: &str) -> Result<u32> {
+    Ok(u32::from_str_radix(hex, 16)?)
 }
 
 fn bytes(hex: &str) -> Result<Vec<u8>> {

@@ -61,6 +61,14 @@ pub struct Request<'a> {
     pub entries: &'a [u16],
 }
 
+/// What the backend wrote.
+pub struct Answer {
+    pub error: i32,
+    pub value: u32,
+    /// One for each entry of the request.
+    pub vectors: Vec<u16>,
+}
+
 /// Words of the page.
 mod word {
     pub const FLAGS: usize = 0;
@@ -102,8 +110,8 @@ impl Ring {
         Ok(Self { words, channels, grant: wanted.grant, port, _grants: grants })
     }
 
-    /// Puts a request on the page, tells dom0, waits for the answer: error, value, and the vectors of the entries.
-    pub fn ask(&mut self, request: &Request<'_>) -> Result<(i32, u32, Vec<u16>)> {
+    /// Puts a request on the page, tells dom0, waits for the answer.
+    pub fn ask(&mut self, request: &Request<'_>) -> Result<Answer> {
         let put = |index: usize, value: u32| self.words[index].store(value, Ordering::Relaxed);
         let [command, rest @ ..] = request.fields;
         put(word::COMMAND, command);
@@ -117,14 +125,27 @@ impl Ring {
         }
         self.words[word::FLAGS].fetch_or(ACTIVE, Ordering::Release);
         self.notify()?;
-        self.await_answer()?;
-        let get = |index: usize| self.words[index].load(Ordering::Relaxed);
-        let vectors =
-            (0..request.entries.len()).map(|index| get(word::MSIX_ENTRIES + index) as u16).collect();
-        Ok((get(word::ERROR).cast_signed(), get(word::VALUE), vectors))
+        self.answer(request.entries.len())
     }
 
-    fn notify(&self) -> Result<()> {
+    /// Waits until no request is active, and takes what is on the page, with this many vectors.
+    pub fn answer(&mut self, vectors: usize) -> Result<Answer> {
+        self.await_answer()?;
+        let get = |index: usize| self.words[index].load(Ordering::Relaxed);
+        let vectors = (0..vectors).map(|index| get(word::MSIX_ENTRIES + index) as u16).collect();
+        Ok(Answer { error: get(word::ERROR).cast_signed(), value: get(word::VALUE), vectors })
+    }
+
+    pub fn poke(&self, index: usize, value: u32) -> Result<()> {
+        self.words.get(index).context("no such word")?.store(value, Ordering::SeqCst);
+        Ok(())
+    }
+
+    pub fn peek(&self, index: usize) -> Result<u32> {
+        Ok(self.words.get(index).context("no such word")?.load(Ordering::SeqCst))
+    }
+
+    pub fn notify(&self) -> Result<()> {
         let mut port = self.port;
         // SAFETY: the argument is this request's structure, the number of a port.
         unsafe { ioctl(&self.channels, NOTIFY, &mut port) }.context("sending an event").map(drop)

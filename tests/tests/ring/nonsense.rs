@@ -5,7 +5,12 @@ use anyhow::{Context, Result, ensure};
 use xpci_tests::host::SOON;
 use xpci_tests::{Guest, Process};
 
+use crate::script::Step::{Await, Go, Publish};
 use crate::script::{Frontend, hex};
+
+/// The order that reads who the function is, and the answer.
+const IDENTITY: &str = "r 0 4";
+const VF: &str = "0 10ca8086";
 
 /// What is published instead of the right thing; `None`: nothing.
 struct Lie<'a> {
@@ -31,15 +36,10 @@ impl Scene<'_> {
         Ok(())
     }
 
-    fn is_said(&self, text: &str) -> Result<()> {
-        self.service.wait_output(text, SOON).map(drop)
-    }
-
     /// The frontend that has lied begins anew and is served.
     fn is_forgiven(&self, frontend: &mut Frontend) -> Result<()> {
         frontend.connect()?;
-        let answer = frontend.tell("r 0 4")?;
-        ensure!(answer == "0 10ca8086", "after all it reads {answer}");
+        frontend.insist(IDENTITY, VF)?;
         self.others_are_served()
     }
 }
@@ -62,7 +62,7 @@ pub fn nodes(scene: &Scene<'_>, domain: u32, bound_port: &str) -> Result<()> {
         lie("event-channel", b"0", &wrong("event-channel", "'0'")),
         lie("event-channel", b" 5", &wrong("event-channel", "' 5'")),
         lie("event-channel", b"18446744073709551616", &wrong("event-channel", "'18446744073709551616'")),
-        lie("event-channel", b"\x00", &wrong("event-channel", "''")),
+        lie("event-channel", b"\x00", &wrong("event-channel", r"'\u{0}'")),
     ];
     for key in ["magic", "pci-op-ref", "event-channel"] {
         let shown = "9".repeat(24);
@@ -80,13 +80,13 @@ pub fn nodes(scene: &Scene<'_>, domain: u32, bound_port: &str) -> Result<()> {
         let said = unusable(format!("bind event channel port {port} of domain {domain}"));
         lies.push(Lie { key: "event-channel", value: Some(port.as_bytes()), said });
     }
+    let mut frontend = Frontend::start(scene.liar)?;
     for lie in &lies {
         let shown = lie.value.map(|value| String::from_utf8_lossy(&value[..value.len().min(20)]));
-        told(scene, lie).with_context(|| format!("{} is {shown:?}", lie.key))?;
+        told(scene, &mut frontend, lie).with_context(|| format!("{} is {shown:?}", lie.key))?;
     }
     println!("  {} kinds of nonsense", lies.len());
     // More than xenstore takes does not come as far as the backend.
-    let mut frontend = Frontend::start(scene.liar)?;
     for length in [3000, 4090] {
         let answer = frontend.tell(&format!("node magic {}", hex(vec![b'7'; length])))?;
         ensure!(answer != "ok", "xenstore took {length} bytes");
@@ -96,94 +96,63 @@ pub fn nodes(scene: &Scene<'_>, domain: u32, bound_port: &str) -> Result<()> {
 }
 
 /// A lie leads to a line in the log and to nothing else.
-fn told(scene: &Scene<'_>, lie: &Lie<'_>) -> Result<()> {
-    let heard = scene.service.output_so_far().matches(&lie.said).count();
-    let mut frontend = Frontend::start(scene.liar)?;
-    frontend.state(1)?;
-    frontend.follows(3)?;
-    frontend.tell("publish")?;
-    let answer = match lie.value {
-        Some(value) => frontend.tell(&format!("node {} {}", lie.key, hex(value)))?,
-        None => frontend.tell(&format!("gone {}", lie.key))?,
+fn told(scene: &Scene<'_>, frontend: &mut Frontend, lie: &Lie<'_>) -> Result<()> {
+    let times = || scene.service.output_so_far().matches(&lie.said).count();
+    ensure!(times() == 0, "it was said before: {}", lie.said);
+    let order_of_lie = match lie.value {
+        Some(value) => format!("node {} {}", lie.key, hex(value)),
+        None => format!("gone {}", lie.key),
     };
-    ensure!(answer == "ok", "{answer}");
-    ensure!(heard == 0, "it was said before: {}", lie.said);
-    frontend.state(3)?;
-    scene.is_said(&lie.said)?;
-    frontend.follows(3)?;
-    scene.others_are_served()?;
-    // It is not said again and again.
-    frontend.state(4)?;
-    scene.is_forgiven(&mut frontend)?;
-    let said = scene.service.output_so_far().matches(&lie.said).count();
-    ensure!(said <= 2, "it is said {said} times: {}", lie.said);
-    frontend.leave()
+    frontend.steps(&[Go(1), Await(3), Publish])?;
+    frontend.insist(&order_of_lie, "ok")?;
+    frontend.steps(&[Go(3)])?;
+    scene.service.wait_output(&lie.said, SOON)?;
+    frontend.steps(&[Await(3), Go(4), Await(3)])?;
+    scene.is_forgiven(frontend)?;
+    // Said again at most for the frontend that went on to Connected with it.
+    ensure!(times() <= 2, "it is said {} times: {}", times(), lie.said);
+    Ok(())
 }
 
 /// States that do not follow from one another.
 pub fn states(scene: &Scene<'_>) -> Result<()> {
     let mut frontend = Frontend::start(scene.liar)?;
-    let reads = |frontend: &mut Frontend| -> Result<()> {
-        let answer = frontend.tell("r 0 4")?;
-        ensure!(answer == "0 10ca8086", "it reads {answer}");
-        Ok(())
-    };
     println!("  Connected from the start, without a ring and then with one");
-    for key in ["magic", "pci-op-ref", "event-channel"] {
-        frontend.tell(&format!("gone {key}"))?;
-    }
+    frontend.tell("gone magic\ngone pci-op-ref\ngone event-channel")?;
     for state in [4, 7, 8, 5, 99, 3] {
-        frontend.state(state)?;
-        frontend.follows(3)?;
+        frontend.steps(&[Go(state), Await(3)])?;
     }
-    frontend.state(4)?;
-    frontend.tell("publish")?;
-    frontend.follows(4)?;
-    reads(&mut frontend)?;
+    frontend.steps(&[Go(4), Publish, Await(4)])?;
+    frontend.insist(IDENTITY, VF)?;
     println!("  Reconfiguring that nobody asked for");
-    frontend.state(7)?;
-    frontend.follows(8)?;
-    reads(&mut frontend)?;
-    frontend.state(4)?;
-    frontend.follows(4)?;
+    frontend.steps(&[Go(7), Await(8)])?;
+    frontend.insist(IDENTITY, VF)?;
+    frontend.steps(&[Go(4), Await(4)])?;
     println!("  states that do not exist");
-    for state in ["9", "99", "4294967295"] {
+    for state in ["9", "99", "4294967295", "4"] {
         frontend.node("state", state)?;
-        reads(&mut frontend)?;
+        frontend.insist(IDENTITY, VF)?;
     }
-    frontend.state(4)?;
-    reads(&mut frontend)?;
     for state in ["four", "", "-4", "4.0", "42949672960", "\u{0}4"] {
         frontend.node("state", state)?;
-        frontend.follows(3).with_context(|| format!("state '{state}'"))?;
-        frontend.state(3)?;
-        frontend.follows(4)?;
-        frontend.state(4)?;
-        reads(&mut frontend)?;
+        frontend.steps(&[Await(3), Go(3), Await(4), Go(4)]).with_context(|| format!("state '{state}'"))?;
+        frontend.insist(IDENTITY, VF)?;
     }
     println!("  states that go backwards");
     for state in [0, 1, 2, 3, 5, 6] {
-        frontend.state(state)?;
         // Initialised with the ring that is connected asks for it anew, and is at once given it.
-        frontend.follows(if state == 3 { 4 } else { 3 })?;
-        frontend.state(4)?;
-        frontend.follows(4)?;
-        reads(&mut frontend)?;
+        frontend.steps(&[Go(state), Await(if state == 3 { 4 } else { 3 }), Go(4), Await(4)])?;
+        frontend.insist(IDENTITY, VF)?;
     }
     println!("  its state is gone; its ring is somewhere else");
-    frontend.tell("gone state")?;
-    frontend.follows(3)?;
-    frontend.state(4)?;
-    frontend.follows(4)?;
+    frontend.insist("gone state", "ok")?;
+    frontend.steps(&[Await(3), Go(4), Await(4)])?;
     frontend.node("event-channel", "1000000000")?;
-    scene.is_said("bind event channel port 1000000000")?;
-    frontend.follows(3)?;
-    frontend.tell("publish")?;
-    frontend.follows(4)?;
-    reads(&mut frontend)?;
+    scene.service.wait_output("bind event channel port 1000000000", SOON)?;
+    frontend.steps(&[Await(3), Publish, Await(4)])?;
+    frontend.insist(IDENTITY, VF)?;
     println!("  300 changes of state without waiting for anybody");
-    let flaps = "node state 36\nnode state 33\n".repeat(150);
-    frontend.tell(flaps.trim_end())?;
+    frontend.steps(&[Go(6), Go(3)].repeat(150))?;
     scene.others_are_served()?;
     scene.is_forgiven(&mut frontend)?;
     frontend.leave()
@@ -206,4 +175,31 @@ pub fn deaths(scene: &Scene<'_>) -> Result<()> {
     let mut last = Frontend::start(scene.liar)?;
     scene.is_forgiven(&mut last)?;
     last.leave()
+}
+
+/// What is on the page besides a request, and requests that come in other ways.
+pub fn pages(scene: &Scene<'_>) -> Result<()> {
+    let mut frontend = Frontend::start(scene.liar)?;
+    println!("  a request that waits since before anybody was connected");
+    // Four bytes at 0 of 00:00.0: all other words are 0.
+    frontend.insist("poke 7 4\npoke 0 1", "ok\nok")?;
+    frontend.connect()?;
+    frontend.insist("answer", VF)?;
+    println!("  events without requests; flags that are not the backend's");
+    frontend.tell(&vec!["kick"; 200].join("\n"))?;
+    frontend.insist("poke 0 fffffffe", "ok")?;
+    frontend.insist(IDENTITY, VF)?;
+    frontend.insist("peek 0", "fffffffe")?;
+    println!("  a page of ones");
+    let ones: Vec<String> = (1..1024).map(|word| format!("poke {word:x} ffffffff")).collect();
+    frontend.tell(&ones.join("\n"))?;
+    frontend.insist("poke 0 ffffffff\nkick\nanswer\npeek 0", "ok\nok\n-1 ffffffff\nfffffffe")?;
+    // The backend writes its flag and the error here; the value is all ones anyway, and nothing else is its to write.
+    let others: Vec<String> =
+        (1..1024).filter(|word| *word != 2).map(|word| format!("peek {word:x}")).collect();
+    frontend.insist(&others.join("\n"), &vec!["ffffffff"; others.len()].join("\n"))?;
+    frontend.insist("poke 0 0", "ok")?;
+    frontend.insist(IDENTITY, VF)?;
+    scene.others_are_served()?;
+    frontend.leave()
 }

@@ -15,6 +15,31 @@ pub const PROGRAM: &str = "/lab/frontend";
 /// How long the backend may take to follow, in milliseconds.
 const FOLLOWS: u32 = 30_000;
 
+/// What a frontend does.
+#[derive(Clone, Copy)]
+pub enum Step {
+    /// It goes to a state.
+    Go(u8),
+    /// It waits for the backend's.
+    Await(u8),
+    /// It names its page, its port and the protocol.
+    Publish,
+}
+
+/// From whatever was before.
+const CONNECT: [Step; 6] =
+    [Step::Go(1), Step::Await(3), Step::Publish, Step::Go(3), Step::Await(4), Step::Go(4)];
+const LEAVE: [Step; 2] = [Step::Go(6), Step::Await(3)];
+
+/// The order for a step, and its answer.
+fn order(step: Step) -> (String, String) {
+    match step {
+        Step::Go(state) => (format!("node state {}", hex(state.to_string())), "ok".to_owned()),
+        Step::Await(state) => (format!("await {state} {FOLLOWS}"), state.to_string()),
+        Step::Publish => ("publish".to_owned(), "ok".to_owned()),
+    }
+}
+
 /// Text as the frontend takes it for a node.
 pub fn hex(text: impl AsRef<[u8]>) -> String {
     text.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
@@ -29,13 +54,14 @@ pub struct Script {
 impl Script {
     pub fn new() -> Self {
         let mut script = Self { orders: Vec::new(), answers: Vec::new() };
-        script.state(1);
-        script.follows(3);
-        script.say("publish", "ok");
-        script.state(3);
-        script.follows(4);
-        script.state(4);
+        script.steps(&CONNECT);
         script
+    }
+
+    fn steps(&mut self, steps: &[Step]) {
+        for (order, answer) in steps.iter().copied().map(order) {
+            self.say(order, answer);
+        }
     }
 
     pub fn say(&mut self, order: impl Display, answer: impl Display) {
@@ -43,18 +69,9 @@ impl Script {
         self.answers.push(answer.to_string());
     }
 
-    fn state(&mut self, state: u32) {
-        self.say(format_args!("node state {}", hex(state.to_string())), "ok");
-    }
-
-    fn follows(&mut self, state: u32) {
-        self.say(format_args!("await {state} {FOLLOWS}"), state);
-    }
-
     /// Carries it out, and insists on every answer.
     pub fn run(mut self, guest: &Guest<'_>, what: &str) -> Result<()> {
-        self.state(6);
-        self.follows(3);
+        self.steps(&LEAVE);
         let answers = run(guest, &self.orders, what)?;
         for (index, (got, wanted)) in answers.iter().zip(&self.answers).enumerate() {
             let before = self.orders[index.saturating_sub(4)..index].join("; ");
@@ -116,36 +133,29 @@ impl Frontend {
     }
 
     pub fn node(&mut self, key: &str, value: &str) -> Result<()> {
-        let answer = self.tell(&format!("node {key} {}", hex(value)))?;
-        ensure!(answer == "ok", "writing {key}: {answer}");
+        self.insist(&format!("node {key} {}", hex(value)), "ok")
+    }
+
+    /// Gives orders, one a line, and insists on their answers.
+    pub fn insist(&mut self, orders: &str, answers: &str) -> Result<()> {
+        let found = self.tell(orders)?;
+        ensure!(found == answers, "'{orders}' is answered '{found}', not '{answers}'");
         Ok(())
     }
 
-    pub fn state(&mut self, state: u32) -> Result<()> {
-        self.node("state", &state.to_string())
-    }
-
-    /// Waits until the backend is in this state.
-    pub fn follows(&mut self, state: u32) -> Result<()> {
-        let found = self.tell(&format!("await {state} {FOLLOWS}"))?;
-        ensure!(found == state.to_string(), "the backend is in state {found}, not {state}");
-        Ok(())
+    pub fn steps(&mut self, steps: &[Step]) -> Result<()> {
+        let (orders, answers): (Vec<_>, Vec<_>) = steps.iter().copied().map(order).unzip();
+        self.insist(&orders.join("\n"), &answers.join("\n"))
     }
 
     /// Whatever was before: connects as a frontend should.
     pub fn connect(&mut self) -> Result<()> {
-        self.state(1)?;
-        self.follows(3)?;
-        self.tell("publish")?;
-        self.state(3)?;
-        self.follows(4)?;
-        self.state(4)
+        self.steps(&CONNECT)
     }
 
     /// Leaves as a frontend should.
     pub fn leave(&mut self) -> Result<()> {
-        self.state(6)?;
-        self.follows(3)
+        self.steps(&LEAVE)
     }
 
     /// It ends in the middle of whatever it does.
