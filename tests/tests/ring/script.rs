@@ -124,7 +124,7 @@ impl Frontend {
         self.told += 1;
         let mark = format!("<{}>\n", self.told);
         self.process.write(format!("{order}\nsay {mark}").as_bytes())?;
-        self.process.wait_output(&mark, SOON).with_context(|| order.to_owned())?;
+        self.process.wait_output(&mark, SOON * 3).with_context(|| order.to_owned())?;
         let output = self.process.output_so_far();
         let found = output[self.heard..].find(&mark).context("the mark is gone")?;
         let answer = output[self.heard..self.heard + found].trim_end().to_owned();
