@@ -16,8 +16,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 const GRANTS: &str = "/dev/xen/gntalloc";
 const CHANNELS: &str = "/dev/xen/evtchn";
 const PAGE_BYTES: usize = 4096;
-/// How long the answer is looked for on the page before this process sleeps.
-const SPIN: Duration = Duration::from_micros(300);
+/// How long the answer is looked for on the page before this process sleeps. More gains nothing under emulation, and on a busy
+/// host it keeps the backend from running.
+const SPIN: Duration = Duration::from_micros(50);
 /// An answer that takes longer is none. Linux's xen-pcifront gives up after two seconds.
 const LIMIT: Duration = Duration::from_secs(20);
 
