@@ -121,6 +121,13 @@ impl<'a> Guest<'a> {
         self.link()?.start(&shell(script), None)
     }
 
+    /// A command in the background that is given input as it goes.
+    pub fn converse(&self, script: &str) -> Result<Process> {
+        let mut start = shell(&format!("exec {script}"));
+        start.stdin = true;
+        self.link()?.start(&start, None)
+    }
+
     /// Waits until a shell condition holds inside the guest.
     pub fn wait_for(&self, what: &str, limit: Duration, condition: &str) -> Result<()> {
         wait_for(self.run(&until(condition)), what, limit).with_context(|| format!("in guest {}", self.name))

@@ -36,7 +36,8 @@ const DOM0_MODULES: [&str; 18] = [
     "tun",
     "bridge",
 ];
-const GUEST_MODULES: [&str; 6] = ["e1000e", "igbvf", "nvme", "virtio_net", "virtio_pci", "xen-pcifront"];
+const GUEST_MODULES: [&str; 8] =
+    ["e1000e", "igbvf", "nvme", "virtio_net", "virtio_pci", "xen-evtchn", "xen-gntalloc", "xen-pcifront"];
 const DOM0_PROGRAMS: [&str; 12] = [
     "/bin/bash",
     "/sbin/ip",

@@ -29,6 +29,7 @@ pub struct Builder {
     version: XenVersion,
     devices: Devices,
     install: Vec<(PathBuf, String)>,
+    guest_programs: Vec<String>,
     name: String,
     life: Duration,
 }
@@ -50,6 +51,12 @@ impl Builder {
     /// the workspace's root.
     pub fn install(mut self, from: impl AsRef<Path>, to: &str) -> Self {
         self.install.push((logs::workspace().join(from), to.to_owned()));
+        self
+    }
+
+    /// Puts a program of this package into /lab of every guest, with the libraries it needs.
+    pub fn guest_program(mut self, name: &str) -> Self {
+        self.guest_programs.push(name.to_owned());
         self
     }
 
@@ -113,8 +120,14 @@ impl Builder {
         // The kernel unpacks one archive after the other.
         let guest = to.with_file_name("guest.cpio");
         fs::copy(&images.guest, &guest)?;
-        let agent = agent_binary()?;
-        append(&guest, |archive| Programs::new(&images.trees).add(archive, "/lab/lab-agent", &agent))?;
+        let agent = built("lab-agent")?;
+        append(&guest, |archive| {
+            let mut programs = Programs::new(&images.trees);
+            programs.add(archive, "/lab/lab-agent", &agent)?;
+            self.guest_programs
+                .iter()
+                .try_for_each(|name| programs.add(archive, &format!("/lab/{name}"), &built(name)?))
+        })?;
         fs::copy(&images.dom0, to)?;
         append(to, |archive| {
             let mut programs = Programs::new(&images.trees);
@@ -143,11 +156,11 @@ fn append(
     Ok(())
 }
 
-/// Built by the same cargo run as whoever uses the lab.
-fn agent_binary() -> Result<PathBuf> {
+/// A program of this package, built by the same cargo run as whoever uses the lab.
+fn built(name: &str) -> Result<PathBuf> {
     let me = std::env::current_exe().context("finding this program")?;
-    let found = me.ancestors().skip(1).take(2).map(|d| d.join("lab-agent")).find(|p| p.exists());
-    found.with_context(|| format!("no lab-agent beside {}; run `cargo build -p xpci-tests`", me.display()))
+    let found = me.ancestors().skip(1).take(2).map(|d| d.join(name)).find(|p| p.exists());
+    found.with_context(|| format!("no {name} beside {}; run `cargo build -p xpci-tests`", me.display()))
 }
 
 /// QEMU makes its sockets right after its start.
@@ -208,6 +221,7 @@ impl Lab {
             version: XenVersion::V4_17,
             devices: Devices::default(),
             install: Vec::new(),
+            guest_programs: Vec::new(),
             name: thread::current().name().unwrap_or("lab").replace("::", "-"),
             life: Duration::from_secs(1800),
         }

@@ -5,6 +5,7 @@ use pciback::config::{FunctionKind, FunctionSpec, Identity};
 use pciback::platform::Resource;
 
 use crate::hardware::Hardware;
+use crate::meaning;
 use crate::oracle::Oracle;
 
 pub struct Device {
@@ -66,9 +67,14 @@ fn header(size: usize, capabilities: u8) -> Hardware {
     hardware
 }
 
+fn oracle(hardware: &Hardware) -> Oracle {
+    let bytes = hardware.bytes.borrow().clone();
+    Oracle::new(bytes, hardware.writable.clone(), hardware.cleared_by_one.clone())
+}
+
 /// What a guest sees of `header`, the BARs excepted.
 fn header_oracle(hardware: &Hardware, line: u8, first: u8) -> Oracle {
-    let mut oracle = Oracle::new(hardware);
+    let mut oracle = oracle(hardware);
     oracle
         .frozen(0x00, 4)
         // Command: I/O, memory and bus mastering reach hardware, INTx and the error bits are the guest's own.
@@ -89,21 +95,9 @@ fn header_oracle(hardware: &Hardware, line: u8, first: u8) -> Oracle {
     oracle
 }
 
-fn bar32(oracle: &mut Oracle, at: usize, start: u32, size: u32, flags: u8) {
-    oracle.own(at, 4, u64::from(!(size - 1)), u64::from(start)).one(at, flags);
-}
-
-fn bar64(oracle: &mut Oracle, at: usize, start: u64, size: u64) {
-    oracle.own(at, 8, !(size - 1), start).one(at, 0xc);
-}
-
 fn msix(hardware: &mut Hardware, at: usize, next: u8) {
     hardware.put(at, &[0x11, next, 0x09, 0x00, 3, 0, 0, 0, 3, 0x20, 0, 0]);
     hardware.writable32(at, 0xc000_0000);
-}
-
-fn msix_oracle(oracle: &mut Oracle, at: usize) {
-    oracle.frozen(at, 12).own(at + 2, 2, 0xc000, 0);
 }
 
 fn express(hardware: &mut Hardware, at: usize, next: u8) {
@@ -124,29 +118,6 @@ fn express(hardware: &mut Hardware, at: usize, next: u8) {
     hardware.cleared_by_one32(at + 0x30, 0x8020_0000);
 }
 
-fn express_oracle(oracle: &mut Oracle, at: usize) {
-    oracle
-        .frozen(at, 0x3c)
-        // Device Control: ordering and snooping pass, the reset bit reads 0, the rest is the guest's own.
-        .own(at + 8, 2, 0x77ef, 0x2930)
-        .hardware(at + 8, 2, 0x0810)
-        .zero(at + 10, 2)
-        .hardware(at + 10, 2, 0x004f)
-        .shown(at + 10, 2, 0x0030)
-        // Link Control: own, but disabling and retraining read 0.
-        .own(at + 0x10, 2, 0xffcf, 0x0043)
-        .shown(at + 0x12, 2, 0xffff)
-        .zero(at + 0x18, 12)
-        .shown(at + 0x20, 4, 0x0002_ffff)
-        .zero(at + 0x1e, 2)
-        .own(at + 0x28, 2, 0xffff, 0x0005)
-        .own(at + 0x30, 2, 0xffbf, 0x0001)
-        .zero(at + 0x32, 2)
-        .shown(at + 0x32, 2, 0xf7ff)
-        .zero(at + 0x38, 4)
-        .reset_bit(at + 9, 0x80);
-}
-
 fn aer(hardware: &mut Hardware, at: usize, header: u32) {
     hardware.put32(at, header);
     hardware.put32(at + 0x04, 0x0010_4020);
@@ -162,25 +133,6 @@ fn aer(hardware: &mut Hardware, at: usize, header: u32) {
     hardware.put32(at + 0x18, 0x0000_01ae);
     hardware.writable32(at + 0x18, 0x0000_0540);
     hardware.put32(at + 0x1c, 0x4000_0001);
-}
-
-/// The first `length` bytes of AER.
-fn aer_oracle(oracle: &mut Oracle, at: usize, length: usize, header: u32) {
-    oracle
-        .constant(at, &header.to_le_bytes())
-        .zero(at + 4, 0x18)
-        .hardware(at + 0x04, 4, 0xffff_f030)
-        .own(at + 0x08, 4, 0xffff_f030, 0x0040_0000)
-        .own(at + 0x0c, 4, 0xffff_f030, 0x0006_2030)
-        .hardware(at + 0x10, 4, 0x0000_f1c1)
-        .own(at + 0x14, 4, 0x0000_f1c1, 0x0000_2000)
-        .one(at + 0x18, 0xa0)
-        .own(at + 0x18, 4, 0x0000_0540, 0x0000_0100)
-        .shown(at + 0x18, 4, 0x00fc_081f)
-        .shown(at + 0x1c, 8, u64::MAX)
-        .shown(at + 0x24, 8, u64::MAX)
-        .zero(at + 0x2c, 12)
-        .shown(at + 0x38, length - 0x38, u64::MAX);
 }
 
 /// A network PF with SR-IOV, like Intel's 82576.
@@ -225,18 +177,18 @@ pub fn network_pf() -> Device {
         17,
     );
     let mut oracle = header_oracle(&hardware, 17, 0x40);
-    bar32(&mut oracle, 0x10, 0xfe80_0000, 0x2_0000, 0);
-    bar32(&mut oracle, 0x18, 0xe000, 0x20, 1);
-    bar32(&mut oracle, 0x30, 0xfe40_0000, 0x8_0000, 0);
+    meaning::bar32(&mut oracle, 0x10, 0xfe80_0000, 0x2_0000, 0);
+    meaning::bar32(&mut oracle, 0x18, 0xe000, 0x20, 1);
+    meaning::bar32(&mut oracle, 0x30, 0xfe40_0000, 0x8_0000, 0);
     oracle.own(0x30, 1, 1, 0);
     // Power management: no PME, the state is the guest's own.
     oracle.constant(0x40, &[0x01, 0x50, 0x23, 0x00, 0x08, 0x20, 0, 7]).own(0x44, 1, 3, 0);
     oracle.frozen(0x50, 4).own(0x52, 1, 0x71, 0).zero(0x54, 0x14);
     oracle.own(0x54, 8, 0xffff_ffff_ffff_fffc, 0).own(0x5c, 2, 0xffff, 0).own(0x60, 1, 1, 0);
-    msix_oracle(&mut oracle, 0x70);
-    express_oracle(&mut oracle, 0xa0);
+    meaning::msix(&mut oracle, 0x70);
+    meaning::express(&mut oracle, 0xa0);
     oracle.frozen(0xe0, 2).vpd(0xe0);
-    aer_oracle(&mut oracle, 0x100, 0x40, 0x1401_0001);
+    meaning::aer(&mut oracle, 0x100, false, 0x1401_0001);
     oracle.frozen(0x140, 12);
     // ARI: no next function, and it is the last of the list.
     oracle.constant(0x150, &[0x0e, 0, 1, 0, 0, 0, 0, 0]).own(0x156, 1, 0x73, 0);
@@ -258,6 +210,10 @@ pub fn network_vf() -> Device {
     msix(&mut hardware, 0x70, 0xa0);
     express(&mut hardware, 0xa0, 0);
     aer(&mut hardware, 0x100, 0x1501_0001);
+    // Logs that hardware lets anybody write, as QEMU's: no guest does.
+    for offset in (0x138..0x148).step_by(4) {
+        hardware.writable32(offset, u32::MAX);
+    }
     hardware.put(0x150, &[0x0e, 0, 1, 0, 0, 0x11, 0, 0]);
     let mut spec = spec(
         &hardware,
@@ -271,25 +227,12 @@ pub fn network_vf() -> Device {
     spec.identity.vendor = 0x8086;
     spec.identity.device = 0x10ca;
     spec.kind = FunctionKind::Virtual { physical_function: Sbdf::from_devfn(0, 1, 0), pf_bytes, index: 0 };
-    let mut oracle = Oracle::new(&hardware);
-    oracle
-        .constant(0x00, &[0x86, 0x80, 0xca, 0x10])
-        // A VF's Command: memory reads as on, bus mastering reaches hardware, nothing else exists.
-        .constant(0x04, &[2, 0, 0x10, 0])
-        .hardware(0x04, 1, 4)
-        .shown(0x06, 2, 0x0009)
-        .hardware(0x06, 2, 0xf900)
-        .frozen(0x08, 4)
-        .own(0x0c, 2, 0xffff, 0)
-        .frozen(0x2c, 4)
-        .frozen(0x34, 1)
-        .own(0x3c, 1, 0xff, 0);
-    bar64(&mut oracle, 0x10, 0xfe90_0000, 0x4000);
-    bar64(&mut oracle, 0x1c, 0xfe92_0000, 0x4000);
-    msix_oracle(&mut oracle, 0x70);
-    express_oracle(&mut oracle, 0xa0);
-    aer_oracle(&mut oracle, 0x100, 0x48, 0x1501_0001);
-    oracle.constant(0x150, &[0x0e, 0, 1, 0, 0, 0, 0, 0]).own(0x156, 1, 0x73, 0);
+    let mut oracle = oracle(&hardware);
+    meaning::network_vf(
+        &mut oracle,
+        [0x86, 0x80, 0xca, 0x10],
+        [(0xfe90_0000, 0x4000), (0xfe92_0000, 0x4000)],
+    );
     Device { name: "network VF".into(), hardware, spec, oracle }
 }
 
@@ -313,10 +256,10 @@ pub fn disk() -> Device {
     hardware.writable32(0x158, u32::MAX);
     let spec = spec(&hardware, &[(0, resource(0x38_0000_0000, 0x2_0000_0000, MEMORY_64))], 300);
     let mut oracle = header_oracle(&hardware, 0xff, 0x40);
-    bar64(&mut oracle, 0x10, 0x38_0000_0000, 0x2_0000_0000);
-    msix_oracle(&mut oracle, 0x40);
+    meaning::bar64(&mut oracle, 0x10, 0x38_0000_0000, 0x2_0000_0000);
+    meaning::msix(&mut oracle, 0x40);
     oracle.frozen(0x60, 2);
-    express_oracle(&mut oracle, 0x80);
+    meaning::express(&mut oracle, 0x80);
     oracle.constant(0x100, &[0, 0, 0, 0x12]).zero(0x104, 8);
     oracle.frozen(0x120, 4);
     // ATS ends the list now: what follows it is hidden.
@@ -340,10 +283,10 @@ pub fn virtio() -> Device {
         11,
     );
     let mut oracle = header_oracle(&hardware, 11, 0x98);
-    bar32(&mut oracle, 0x10, 0xc040, 0x20, 1);
-    bar32(&mut oracle, 0x14, 0xfebd_1000, 0x1000, 0);
+    meaning::bar32(&mut oracle, 0x10, 0xc040, 0x20, 1);
+    meaning::bar32(&mut oracle, 0x14, 0xfebd_1000, 0x1000, 0);
     oracle.frozen(0x40, 2);
-    msix_oracle(&mut oracle, 0x98);
+    meaning::msix(&mut oracle, 0x98);
     Device { name: "virtio".into(), hardware, spec, oracle }
 }
 
@@ -361,7 +304,7 @@ pub fn conventional(wide: bool, maskable: bool) -> Device {
     hardware.writable32(0x74, 1);
     let spec = spec(&hardware, &[(5, resource(0xf000_0000, 0x10, MEMORY_32))], 5);
     let mut oracle = header_oracle(&hardware, 5, 0x48);
-    bar32(&mut oracle, 0x24, 0xf000_0000, 0x10, 0);
+    meaning::bar32(&mut oracle, 0x24, 0xf000_0000, 0x10, 0);
     let length = 0x0c + if wide { 4 } else { 0 } + if maskable { 8 } else { 0 };
     oracle.zero(0x48, length).frozen(0x48, 4).own(0x4a, 2, 0x0071, 0);
     oracle.own(0x4c, 4, 0xffff_fffc, 0);

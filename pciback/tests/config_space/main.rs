@@ -19,6 +19,8 @@ mod linux;
 #[cfg(test)]
 mod lists;
 #[cfg(test)]
+mod meaning;
+#[cfg(test)]
 mod model;
 #[cfg(test)]
 mod oracle;

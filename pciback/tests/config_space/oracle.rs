@@ -1,6 +1,6 @@
 //! What a guest should see, byte by byte and bit by bit, written from the meaning of registers and not from the tables.
-
-use crate::hardware::Hardware;
+//!
+//! It knows nothing of the library: the lab's test of a real frontend uses it too.
 
 /// What one byte is to a guest. Bits in no mask are constant.
 #[derive(Debug, Clone, Copy, Default)]
@@ -27,19 +27,12 @@ pub struct Oracle {
 }
 
 impl Oracle {
-    /// Everything from 0x40 on passes; the header is constant 0 until it is said what it is.
-    pub fn new(hardware: &Hardware) -> Self {
-        let bytes = hardware.bytes.borrow().clone();
+    /// For hardware with these bytes, of which these bits can be written and these are cleared by ones. Everything from 0x40 on
+    /// passes; the header is constant 0 until it is said what it is.
+    pub fn new(bytes: Vec<u8>, writable: Vec<u8>, cleared_by_one: Vec<u8>) -> Self {
         let mut cells = vec![Cell { shown: 0xff, passed: 0xff, own: 0, value: 0 }; bytes.len()];
         cells[..0x40].fill(Cell::default());
-        Self {
-            cells,
-            bytes,
-            writable: hardware.writable.clone(),
-            cleared_by_one: hardware.cleared_by_one.clone(),
-            vpd: None,
-            resets: Vec::new(),
-        }
+        Self { cells, bytes, writable, cleared_by_one, vpd: None, resets: Vec::new() }
     }
 
     fn each(
@@ -49,6 +42,7 @@ impl Oracle {
         bits: u64,
         change: impl Fn(&mut Cell, u8, usize),
     ) -> &mut Self {
+        assert!(length <= 8 || bits == 0, "{length} bytes at {at:#x} have more bits than a mask");
         for index in 0..length {
             change(&mut self.cells[at + index], bits.checked_shr(8 * index as u32).unwrap_or(0) as u8, index);
         }
@@ -82,6 +76,22 @@ impl Oracle {
             cell.own |= bits;
             cell.value = cell.value & !bits | begin & bits;
         })
+    }
+
+    /// These bits are the guest's own and begin as hardware was at first.
+    pub fn kept(&mut self, at: usize, length: usize, bits: u64) -> &mut Self {
+        let value = self.at_first(at, length);
+        self.own(at, length, bits, value)
+    }
+
+    /// These bits are as hardware was at first, for ever.
+    pub fn frozen_bits(&mut self, at: usize, length: usize, bits: u64) -> &mut Self {
+        let value = self.at_first(at, length);
+        self.own(at, length, bits, value).each(at, length, bits, |cell, bits, _| cell.own &= !bits)
+    }
+
+    fn at_first(&self, at: usize, length: usize) -> u64 {
+        self.bytes[at..at + length].iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte))
     }
 
     /// These bits are hardware's, both ways (clearing events by ones included).

@@ -1,0 +1,85 @@
+//! What registers mean to a guest, in the words of the oracle: the specification's bits, and who decides over them. Nothing here
+//! comes from the library.
+
+use crate::oracle::Oracle;
+
+pub fn bar32(oracle: &mut Oracle, at: usize, start: u32, size: u32, flags: u8) {
+    oracle.own(at, 4, u64::from(!(size - 1)), u64::from(start)).one(at, flags);
+}
+
+pub fn bar64(oracle: &mut Oracle, at: usize, start: u64, size: u64) {
+    oracle.own(at, 8, !(size - 1), start).one(at, 0xc);
+}
+
+pub fn msix(oracle: &mut Oracle, at: usize) {
+    oracle.frozen(at, 12).own(at + 2, 2, 0xc000, 0);
+}
+
+pub fn express(oracle: &mut Oracle, at: usize) {
+    oracle
+        .frozen(at, 0x3c)
+        // Device Control: ordering and snooping pass, the reset bit reads 0, the rest is the guest's own.
+        .kept(at + 8, 2, 0x77ef)
+        .hardware(at + 8, 2, 0x0810)
+        .zero(at + 10, 2)
+        .hardware(at + 10, 2, 0x004f)
+        .shown(at + 10, 2, 0x0030)
+        // Link Control: own, but disabling and retraining read 0.
+        .zero(at + 0x10, 2)
+        .kept(at + 0x10, 2, 0xffcf)
+        .shown(at + 0x12, 2, 0xffff)
+        .zero(at + 0x18, 12)
+        .shown(at + 0x20, 4, 0x0002_ffff)
+        .zero(at + 0x1e, 2)
+        .kept(at + 0x28, 2, 0xffff)
+        .kept(at + 0x30, 2, 0xffbf)
+        .zero(at + 0x32, 2)
+        .shown(at + 0x32, 2, 0xf7ff)
+        .zero(at + 0x38, 4)
+        .reset_bit(at + 9, 0x80);
+}
+
+/// AER; `prefixes`: with the TLP Prefix Log, which only functions that take such prefixes have.
+pub fn aer(oracle: &mut Oracle, at: usize, prefixes: bool, header: u32) {
+    oracle
+        .constant(at, &header.to_le_bytes())
+        .zero(at + 4, 0x18)
+        .hardware(at + 0x04, 4, 0xffff_f030)
+        .kept(at + 0x08, 4, 0xffff_f030)
+        .kept(at + 0x0c, 4, 0xffff_f030)
+        .hardware(at + 0x10, 4, 0x0000_f1c1)
+        .kept(at + 0x14, 4, 0x0000_f1c1)
+        .frozen_bits(at + 0x18, 4, 0x0000_02a0)
+        .kept(at + 0x18, 4, 0x0000_0540)
+        .shown(at + 0x18, 4, 0x00fc_081f)
+        .shown(at + 0x1c, 8, u64::MAX)
+        .shown(at + 0x24, 8, u64::MAX)
+        .zero(at + 0x2c, 12)
+        .shown(at + 0x38, 8, u64::MAX);
+    if prefixes {
+        oracle.shown(at + 0x40, 8, u64::MAX);
+    }
+}
+
+/// A VF of Intel's 82576, with a 64-bit BAR 0 and 3: where they are, and how large.
+pub fn network_vf(oracle: &mut Oracle, identity: [u8; 4], bars: [(u64, u64); 2]) {
+    oracle
+        .constant(0x00, &identity)
+        // A VF's Command: memory reads as on, bus mastering reaches hardware, nothing else exists.
+        .constant(0x04, &[2, 0, 0x10, 0])
+        .hardware(0x04, 1, 4)
+        .shown(0x06, 2, 0x0009)
+        .hardware(0x06, 2, 0xf900)
+        .frozen(0x08, 4)
+        .kept(0x0c, 2, 0xffff)
+        .frozen(0x2c, 4)
+        .frozen(0x34, 1)
+        .own(0x3c, 1, 0xff, 0);
+    bar64(oracle, 0x10, bars[0].0, bars[0].1);
+    bar64(oracle, 0x1c, bars[1].0, bars[1].1);
+    msix(oracle, 0x70);
+    express(oracle, 0xa0);
+    aer(oracle, 0x100, true, 0x1501_0001);
+    // ARI: no next function, and it is the last of the list.
+    oracle.constant(0x150, &[0x0e, 0, 1, 0, 0, 0, 0, 0]).own(0x156, 1, 0x73, 0);
+}
