@@ -4,7 +4,6 @@
 //! first. `make bench` runs this after the lab's own figures; only the ratios of one run mean anything.
 
 #![expect(clippy::unwrap_used, reason = "a benchmark that cannot begin has nothing to measure")]
-#![expect(missing_docs, reason = "criterion's macros make public functions")]
 
 use std::hint::black_box;
 use std::io;
