@@ -5,6 +5,7 @@
 
 mod guests;
 mod lists;
+mod log_limit;
 mod open;
 mod policies;
 mod recover;
