@@ -5,6 +5,7 @@
 //! `examples/contract` asks both.
 
 mod drivers;
+mod events;
 mod failures;
 mod fuse;
 mod guest;
@@ -32,7 +33,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 
-use super::{Cause, Platform, PlatformError, Result};
+use super::{Cause, HostEvent, Platform, PlatformError, Result};
 use crate::{DomId, Sbdf};
 
 pub use failures::Failure;
@@ -182,6 +183,11 @@ impl Simulation {
     /// Whether dom0's kernel tells Xen of functions that come and go.
     pub fn report_to_xen(&self, reporting: bool) {
         locked(&self.world).reporting = reporting;
+    }
+
+    /// Lets every subscription lose events, as one does whose buffer is full.
+    pub fn lose_events(&self) {
+        locked(&self.world).listeners.tell(HostEvent::Lost);
     }
 
     /// Makes an operation fail or take long.

@@ -77,6 +77,7 @@ impl Placement {
             virtual_functions: Vec::new(),
             vf_autoprobe: true,
             silent: false,
+            incarnation: 0,
         };
         made.registers.poke(0x3c, &[function.irq as u8]);
         for (index, size) in (0u8..).zip(kind.sizes).filter(|(_, size)| *size != 0) {
@@ -134,6 +135,7 @@ impl Placement {
             virtual_functions: Vec::new(),
             vf_autoprobe: true,
             silent: false,
+            incarnation: 0,
         })
     }
 }
