@@ -92,6 +92,15 @@ impl Guest {
         replaced.ok_or_else(|| "its thread does not have it".to_owned())?.map_err(|error| error.to_string())
     }
 
+    /// One of its functions has left the host.
+    pub fn set_gone(&mut self, devfn: u8) {
+        match (&self.server, self.parked.get_mut(&devfn)) {
+            (_, Some(function)) => function.set_gone(),
+            (Some(server), None) => server.set_gone(devfn),
+            (None, None) => {}
+        }
+    }
+
     /// What of its writes to one of its functions did not reach hardware.
     pub fn masked_writes(&self, devfn: u8) -> Result<Vec<MaskedWrite>, String> {
         match (&self.server, self.parked.get(&devfn)) {
@@ -466,7 +475,9 @@ impl Engine {
         match report {
             ServerReport::ResetWanted(address) => self.reset_for_guest(address),
             ServerReport::Vanished(address) => {
-                self.quarantine(address, "it answers no more, the guest reads all ones")
+                // It may have left the host: its end is looked at before it is judged.
+                self.silent.insert(address);
+                self.stirred.one(address);
             }
             ServerReport::RestoreFailed(address, why) => {
                 self.quarantine(
@@ -527,7 +538,7 @@ impl Engine {
     }
 
     /// Marks a function that can be trusted no more; its guest keeps it, reading all ones, until it is detached.
-    fn quarantine(&mut self, address: Sbdf, why: &str) {
+    pub(super) fn quarantine(&mut self, address: Sbdf, why: &str) {
         error!("{address}: quarantined: {why}");
         let Some(record) = self.records.get_mut(&address) else { return };
         record.quarantine.get_or_insert_with(|| why.to_owned());

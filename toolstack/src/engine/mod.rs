@@ -12,6 +12,7 @@ mod recover;
 mod requests;
 mod tasks;
 mod vfs;
+mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -39,6 +40,7 @@ use crate::transaction::{Finished, Parting};
 use guests::Guest;
 use open::{Filter, Opened};
 use policies::Reloaded;
+use watch::{Changes, Seen, Stirred};
 
 /// What the engine handles.
 pub enum Event {
@@ -75,6 +77,10 @@ pub enum Event {
     ResetEnded(Sbdf, Result<(), Failure>),
     /// A task that changes a PF's VFs ended.
     VfsChanged(Sbdf),
+    /// Something that nobody waits for went wrong.
+    Problem(String),
+    /// Functions were looked at because something happened to them.
+    Seen(Vec<Seen>),
     /// New policies were read and checked, and filters compiled for the functions in use.
     Reloaded(Box<Reloaded>),
 }
@@ -121,6 +127,12 @@ pub struct Engine {
     guests: BTreeMap<DomId, Guest>,
     /// Functions whose guest ended while a transaction had them: withdrawn when it ends.
     orphans: BTreeSet<Sbdf>,
+    /// What is to be looked at, because something happened there.
+    stirred: Stirred,
+    /// Functions that stopped answering while the host still has them.
+    silent: BTreeSet<Sbdf>,
+    /// Counts what happens to the host's functions, for those who wait for it.
+    changes: Changes,
     /// The policies in force.
     policies: Arc<PolicySet>,
     /// The filters in use.
@@ -154,6 +166,9 @@ impl Engine {
             busy_pfs: BTreeSet::new(),
             guests: BTreeMap::new(),
             orphans: BTreeSet::new(),
+            stirred: Stirred::default(),
+            silent: BTreeSet::new(),
+            changes: Changes::default(),
             policies: Arc::new(policies),
             filters: Filters::default(),
             in_use: BTreeMap::new(),
@@ -174,14 +189,20 @@ impl Engine {
     /// Handles events until `stop` becomes readable. Guests keep their functions: a successor serves them on.
     pub fn run(&mut self, stop: BorrowedFd<'_>) -> io::Result<()> {
         self.platform.store.watch("@releaseDomain", "@releaseDomain").map_err(io::Error::other)?;
+        let host = self.platform.host.events().map_err(io::Error::other)?;
+        // What happened before the subscription.
+        self.stirred.everything();
         info!("ready on {}", self.platform.description);
+        self.create_wanted_vfs();
         loop {
+            self.look();
             let wake = Arc::clone(&self.inbox.wake);
             let store = Arc::clone(&self.platform.store);
             let mut fds = [
                 PollFd::new(wake.as_fd(), PollFlags::POLLIN),
                 PollFd::new(store.event_fd(), PollFlags::POLLIN),
                 PollFd::new(stop, PollFlags::POLLIN),
+                PollFd::new(host.event_fd(), PollFlags::POLLIN),
             ];
             match poll(&mut fds, self.timeout()) {
                 Ok(_) | Err(Errno::EINTR) => {}
@@ -191,6 +212,9 @@ impl Engine {
                 info!("stopping; guests keep their functions");
                 self.stop_servers();
                 return Ok(());
+            }
+            while let Some(event) = host.next_event() {
+                self.host_changed(event);
             }
             // Emptied before the events are taken: one that comes in between wakes again.
             let _ = wake.read();
@@ -220,6 +244,11 @@ impl Engine {
             Event::VfsChanged(physical_function) => {
                 self.busy_pfs.remove(&physical_function);
             }
+            Event::Problem(text) => {
+                error!("{text}");
+                self.problems.push(text);
+            }
+            Event::Seen(seen) => self.seen(seen),
             Event::Reloaded(reloaded) => self.put_in_force(*reloaded),
         }
     }

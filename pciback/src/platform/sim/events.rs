@@ -15,7 +15,11 @@ const ROOM: usize = 16384;
 
 /// All subscriptions.
 #[derive(Default)]
-pub(super) struct Listeners(Vec<Weak<Queue>>);
+pub(super) struct Listeners {
+    queues: Vec<Weak<Queue>>,
+    /// Nobody is told anything.
+    pub muted: bool,
+}
 
 struct Queue {
     events: Mutex<VecDeque<HostEvent>>,
@@ -30,13 +34,16 @@ impl Listeners {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE;
         let ready = EventFd::from_value_and_flags(0, flags)?;
         let queue = Arc::new(Queue { events: Mutex::default(), ready });
-        self.0.retain(|queue| queue.strong_count() > 0);
-        self.0.push(Arc::downgrade(&queue));
+        self.queues.retain(|queue| queue.strong_count() > 0);
+        self.queues.push(Arc::downgrade(&queue));
         Ok(SimEvents(queue))
     }
 
     pub fn tell(&self, event: HostEvent) {
-        for queue in self.0.iter().filter_map(Weak::upgrade) {
+        if self.muted {
+            return;
+        }
+        for queue in self.queues.iter().filter_map(Weak::upgrade) {
             let mut events = locked(&queue.events);
             let event = if events.len() < ROOM { event } else { HostEvent::Lost };
             if events.back() != Some(&HostEvent::Lost) {

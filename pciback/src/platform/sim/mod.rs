@@ -185,9 +185,13 @@ impl Simulation {
         locked(&self.world).reporting = reporting;
     }
 
-    /// Lets every subscription lose events, as one does whose buffer is full.
-    pub fn lose_events(&self) {
-        locked(&self.world).listeners.tell(HostEvent::Lost);
+    /// Does something whose events get lost, as they do when nobody takes them for long: subscribers learn that, not what happened.
+    pub fn while_events_are_lost(&self, action: impl FnOnce()) {
+        locked(&self.world).listeners.muted = true;
+        action();
+        let listeners = &mut locked(&self.world).listeners;
+        listeners.muted = false;
+        listeners.tell(HostEvent::Lost);
     }
 
     /// Makes an operation fail or take long.
