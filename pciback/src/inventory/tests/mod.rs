@@ -1,0 +1,3 @@
+//! Repairs one by one, then any lists against a model of the host.
+
+mod examples;
