@@ -1,3 +1,6 @@
 //! Repairs one by one, then any lists against a model of the host.
 
 mod examples;
+mod model;
+mod properties;
+mod worlds;
