@@ -3,4 +3,5 @@
 mod examples;
 mod model;
 mod properties;
+mod scale;
 mod worlds;

@@ -23,7 +23,7 @@ pub struct Device {
     /// [`Owner::Host`], [`Owner::Quarantine`] or [`Owner::Domain`].
     pub owner: Owner,
     pub prepared: bool,
-    /// Whether the service mapped interrupts for the guest that has it.
+    /// Whether interrupts are mapped for the guest that owns it, by whomever.
     pub mapped: bool,
 }
 
@@ -38,8 +38,9 @@ pub enum Sight {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct World {
     pub sight: Sight,
-    /// VFs and their PFs, there or not.
-    pub family: BTreeMap<Sbdf, Sbdf>,
+    /// VFs and their PFs, there or not, and the other way round.
+    family: BTreeMap<Sbdf, Sbdf>,
+    families: BTreeMap<Sbdf, BTreeSet<Sbdf>>,
     pub hardware: BTreeMap<Sbdf, Hardware>,
     pub xen: BTreeMap<Sbdf, Device>,
     pub nodes: BTreeSet<Published>,
@@ -54,12 +55,32 @@ fn check(condition: bool, refusal: &str) -> Carried {
 }
 
 impl World {
+    /// No functions yet.
+    pub fn new(sight: Sight, alive: BTreeSet<DomId>) -> Self {
+        Self {
+            sight,
+            family: BTreeMap::new(),
+            families: BTreeMap::new(),
+            hardware: BTreeMap::new(),
+            xen: BTreeMap::new(),
+            nodes: BTreeSet::new(),
+            alive,
+            wanted: Wanted::default(),
+        }
+    }
+
+    /// Makes a function a VF.
+    pub fn relate(&mut self, vf: Sbdf, pf: Sbdf) {
+        self.family.insert(vf, pf);
+        self.families.entry(pf).or_default().insert(vf);
+    }
+
     pub fn pf(&self, address: Sbdf) -> Option<Sbdf> {
         self.family.get(&address).copied()
     }
 
     pub fn vfs(&self, pf: Sbdf) -> impl Iterator<Item = Sbdf> {
-        self.family.iter().filter(move |(_, of)| **of == pf).map(|(vf, _)| *vf)
+        self.families.get(&pf).into_iter().flatten().copied()
     }
 
     pub fn record(&self, address: Sbdf) -> Option<&Intent> {
@@ -198,9 +219,8 @@ impl World {
         self.nodes.remove(&Published { address, place });
         let table = self.hardware.get(&address).is_some_and(|hardware| hardware.msix);
         if let Some(device) = self.xen.get_mut(&address) {
-            device.mapped = false;
             if device.owner == Owner::Domain(place.domain) {
-                device.owner = Owner::Quarantine;
+                (device.owner, device.mapped) = (Owner::Quarantine, false);
             }
             device.prepared &= !table;
         }
@@ -232,7 +252,7 @@ impl World {
     }
 
     fn remove(&mut self, address: Sbdf) -> Carried {
-        let mapped = self.device(address)?.mapped;
+        self.device(address)?;
         check(!self.hardware.contains_key(&address), "sysfs shows it")?;
         check(
             self.vfs(address).all(|vf| !self.xen.contains_key(&vf)),
@@ -240,9 +260,8 @@ impl World {
         )?;
         let whole = self.pf(address).is_none_or(|pf| self.xen.contains_key(&pf));
         check(whole, "Xen panics: its report may have failed half-way")?;
-        let given = mapped || self.place(address).is_some();
         let published = self.nodes.iter().any(|node| node.address == address);
-        check(!given && !published, "it is removed from under a guest")?;
+        check(self.place(address).is_none() && !published, "it is removed from under a guest")?;
         self.xen.remove(&address);
         self.unprepared(address);
         Ok(())

@@ -140,6 +140,16 @@ fn families_leave_in_order(world: &World, plan: &Plan) -> Result<(), TestCaseErr
     Ok(())
 }
 
+fn distrusted(world: &World, plan: &Plan) -> Result<(), TestCaseError> {
+    for step in &plan.steps {
+        if let Repair::Quarantine { address } = step.repair {
+            let want = world.record(address).map(|record| record.want);
+            prop_assert!(matches!(want, Some(Want::Quarantined(_))), "{address}: {want:?}");
+        }
+    }
+    Ok(())
+}
+
 fn agrees(world: &World, before: &World) -> Result<(), TestCaseError> {
     let next = world.plan();
     prop_assert!(next.is_empty(), "planned again:\n{next}");
@@ -161,13 +171,15 @@ proptest! {
     }
 
     #[test]
-    fn a_plan_that_was_cut_short_is_made_good_by_the_next(before in world(), part in 0.0..1.0f64) {
+    fn a_plan_that_was_cut_short_is_made_good_by_the_next_and_no_distrust_is_forgotten(before in world(), part in 0.0..1.0f64) {
         let plan = before.plan();
         let (done, _) = plan.steps.split_at((plan.steps.len() as f64 * part) as usize);
         let mut world = before.clone();
         carry_out(&mut world, done)?;
         let next = world.plan();
-        let outcome = carry_out(&mut world, &next.steps).and_then(|()| agrees(&world, &before));
+        let outcome = carry_out(&mut world, &next.steps)
+            .and_then(|()| agrees(&world, &before))
+            .and_then(|()| distrusted(&world, &plan));
         let text = |steps: &[Step]| steps.iter().map(|step| format!("{step}\n")).collect::<String>();
         outcome.map_err(|error| {
             TestCaseError::fail(format!("{error}\nDone:\n{}Then:\n{next}", text(done)))

@@ -1,7 +1,5 @@
 //! Hosts of all kinds, with lists that disagree in every way.
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use proptest::prelude::*;
 
 use super::super::*;
@@ -67,15 +65,7 @@ pub fn world() -> impl Strategy<Value = World> {
     let slot = (seed(), prop::collection::vec(seed(), 0..5));
     let sight = prop_oneof![3 => Just(Sight::Exact), 2 => Just(Sight::Assignable), 1 => Just(Sight::Blind)];
     (sight, prop::collection::vec(slot, 1..5)).prop_map(|(sight, slots)| {
-        let mut world = World {
-            sight,
-            family: BTreeMap::new(),
-            hardware: BTreeMap::new(),
-            xen: BTreeMap::new(),
-            nodes: BTreeSet::new(),
-            alive: ALIVE.into(),
-            wanted: Wanted::default(),
-        };
+        let mut world = World::new(sight, ALIVE.into());
         for (slot, (pf, vfs)) in slots.iter().enumerate() {
             // One PF behind its VFs' addresses: the order of addresses is not the order of families.
             let bus = slot as u8 + 1;
@@ -83,7 +73,7 @@ pub fn world() -> impl Strategy<Value = World> {
             place(&mut world, address, pf);
             for (index, vf) in vfs.iter().enumerate() {
                 let address_of_vf = Sbdf::from_devfn(0, bus, 0x80 + index as u8);
-                world.family.insert(address_of_vf, address);
+                world.relate(address_of_vf, address);
                 place(&mut world, address_of_vf, &Seed { bridge: false, ..vf.clone() });
             }
         }
@@ -134,8 +124,8 @@ fn place(world: &mut World, address: Sbdf, seed: &Seed) {
             4 => Owner::Domain(ALIVE[0]),
             _ => Owner::Domain(ENDING),
         };
-        let mapped = given && seed.mapped && owner == Owner::Domain(domain);
         let prepared = seed.prepared.1 && seed.msix;
+        let mapped = prepared && seed.mapped && matches!(owner, Owner::Domain(_));
         world.xen.insert(address, Device { owner, prepared, mapped });
     }
     let elsewhere = Place { domain, devfn: devfn | 16 };
