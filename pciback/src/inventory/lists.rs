@@ -37,7 +37,7 @@ impl Lists {
             let Some(host) = &function.host else { continue };
             if function.xen.is_some()
                 || function.physical_function.is_some() != vfs
-                || wanted.busy.contains(&address)
+                || wanted.is_busy(address, function.physical_function)
             {
                 continue;
             }
@@ -82,7 +82,10 @@ impl Lists {
         for vfs in [true, false] {
             for (&address, function) in &observed.functions {
                 let leaves = function.host.is_none() && function.xen.is_some();
-                if !leaves || function.physical_function.is_some() != vfs || wanted.busy.contains(&address) {
+                if !leaves
+                    || function.physical_function.is_some() != vfs
+                    || wanted.is_busy(address, function.physical_function)
+                {
                     continue;
                 }
                 let pf = function.physical_function;

@@ -112,4 +112,8 @@ impl Observed {
     pub(super) fn get(&self, address: Sbdf) -> Option<&Function> {
         self.functions.get(&address)
     }
+
+    pub(super) fn pf(&self, address: Sbdf) -> Option<Sbdf> {
+        self.get(address).and_then(|function| function.physical_function)
+    }
 }

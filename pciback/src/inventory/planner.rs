@@ -22,7 +22,8 @@ use crate::Sbdf;
 /// removed like all others and nobody undoes it; functions that xen-pciback holds for xl, and guests that got theirs from xl,
 /// keep them ([`Remark::HeldByOthers`], [`Remark::GivenByOthers`]). Of a function without a record only Xen's list and our own
 /// nodes are repaired; drivers and owners of functions are changed only where a record says so. A record is an intention:
-/// a held function that lost its holding driver is held again.
+/// a held function that lost its holding driver is held again. And what left the host is removed from Xen's list whoever owns it
+/// there, as dom0's kernel does: the next device in that slot would be that guest's.
 ///
 /// An owner that Xen does not tell exactly is taken for the one that is wanted where both are possible, and no step is planned
 /// that Xen would refuse if it was another.
@@ -33,12 +34,12 @@ pub fn plan(observed: &Observed, wanted: &Wanted) -> Plan {
         planner.node(node);
     }
     for (&address, intent) in &wanted.functions {
-        if !wanted.busy.contains(&address) {
+        if !wanted.is_busy(address, observed.pf(address)) {
             planner.intent(address, intent);
         }
     }
     for (&address, function) in &observed.functions {
-        if !wanted.busy.contains(&address) {
+        if !wanted.is_busy(address, observed.pf(address)) {
             planner.remark(address, function);
         }
     }
@@ -67,9 +68,7 @@ struct Planner<'a> {
 impl Planner<'_> {
     fn finish(self) -> Plan {
         let Self { observed, lists, mut out, .. } = self;
-        let is_vf = |step: &Step| {
-            observed.get(step.repair.address()).is_some_and(|function| function.physical_function.is_some())
-        };
+        let is_vf = |step: &Step| observed.pf(step.repair.address()).is_some();
         out.leave.sort_by_key(|step| (!is_vf(step), step.repair.address()));
         let phases = [
             out.distrust,
@@ -93,7 +92,9 @@ impl Planner<'_> {
         let &Published { address, place } = node;
         let intent = self.wanted.functions.get(&address);
         // A place that is given up takes its nodes along.
-        if self.wanted.busy.contains(&address) || intent.and_then(Intent::place) == Some(place) {
+        if self.wanted.is_busy(address, self.observed.pf(address))
+            || intent.and_then(Intent::place) == Some(place)
+        {
             return;
         }
         let lives = self.observed.domains.contains(&place.domain);

@@ -58,7 +58,14 @@ impl Intent {
 pub struct Wanted {
     /// The functions that it manages. Of all others it wants only that Xen knows those that are there.
     pub functions: BTreeMap<Sbdf, Intent>,
-    /// Functions that a transaction has, or whose set of VFs is being changed: they are left alone, and so is what would have to
-    /// wait for them.
+    /// Functions that a transaction has, and PFs whose VFs are being changed: they are left alone with all their VFs, and so is
+    /// what would have to wait for them.
     pub busy: BTreeSet<Sbdf>,
+}
+
+impl Wanted {
+    /// Whether a function, or its PF, is in other hands at the moment.
+    pub(super) fn is_busy(&self, address: Sbdf, physical_function: Option<Sbdf>) -> bool {
+        self.busy.contains(&address) || physical_function.is_some_and(|pf| self.busy.contains(&pf))
+    }
 }

@@ -377,6 +377,24 @@ fn what_a_transaction_has_is_left_alone_and_waited_for() {
 }
 
 #[test]
+fn vfs_that_are_being_changed_are_left_alone() {
+    let mut example = Example::new().attached(vf(0)).leave(&[vf(0)]).unknown(vf(1));
+    example.wanted.busy.insert(pf());
+    example.repairs(&[]);
+}
+
+#[test]
+fn families_that_cannot_be_are_left_alone() {
+    let mut example = Example::new().unknown(vf(0)).leave(&[vf(1)]);
+    for (one, other) in [(vf(0), vf(1)), (vf(1), vf(0)), (pf(), pf())] {
+        example.function(one).physical_function = Some(other);
+    }
+    example.repairs(&[]);
+    example.leaves(vf(0), Remark::PfMissing);
+    example.leaves(vf(1), Remark::PfUnknownToXen);
+}
+
+#[test]
 fn a_plan_reads_as_text_and_travels_as_json() {
     let example = Example::new().attached(vf(0)).leave(&[vf(0)]).owned(vf(1), Owner::Domain(OTHER));
     let plan = example.plan();

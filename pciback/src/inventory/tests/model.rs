@@ -83,6 +83,12 @@ impl World {
         self.families.get(&pf).into_iter().flatten().copied()
     }
 
+    /// Whether a transaction has it, or somebody changes its PF.
+    pub fn is_busy(&self, address: Sbdf) -> bool {
+        let busy = &self.wanted.busy;
+        busy.contains(&address) || self.pf(address).is_some_and(|pf| busy.contains(&pf))
+    }
+
     pub fn record(&self, address: Sbdf) -> Option<&Intent> {
         self.wanted.functions.get(&address)
     }
@@ -145,7 +151,7 @@ impl World {
     /// Carries out one repair.
     pub fn carry_out(&mut self, repair: Repair) -> Carried {
         let address = repair.address();
-        check(!self.wanted.busy.contains(&address), "a transaction has it")?;
+        check(!self.is_busy(address), "a transaction has it")?;
         match repair {
             Repair::Withdraw { place, .. } => {
                 check(self.alive.contains(&place.domain), "its guest has ended")?;

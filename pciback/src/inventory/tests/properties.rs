@@ -25,7 +25,7 @@ fn same<T: PartialEq>(now: Option<&T>, before: Option<&T>) -> bool {
 fn disagreements(world: &World, before: &World) -> Vec<String> {
     let mut wrong = Vec::new();
     for address in before.addresses() {
-        if world.wanted.busy.contains(&address) {
+        if world.is_busy(address) {
             let unchanged = same(world.hardware.get(&address), before.hardware.get(&address))
                 && same(world.xen.get(&address), before.xen.get(&address))
                 && same(world.record(address), before.record(address))
