@@ -25,21 +25,23 @@ use crate::Sbdf;
 /// a held function that lost its holding driver is held again. And what left the host is removed from Xen's list whoever owns it
 /// there, as dom0's kernel does: the next device in that slot would be that guest's.
 ///
-/// An owner that Xen does not tell exactly is taken for the one that is wanted where both are possible, and no step is planned
-/// that Xen would refuse if it was another.
+/// An owner that Xen does not tell exactly is taken for the one that is wanted where both are possible; where Xen told nothing, no
+/// step is planned that depends on it.
 pub fn plan(observed: &Observed, wanted: &Wanted) -> Plan {
     let mut planner =
         Planner { observed, wanted, lists: Lists::new(observed, wanted), out: Phases::default() };
     for node in &observed.published {
         planner.node(node);
     }
+    let nothing = Function::default();
     for (&address, intent) in &wanted.functions {
-        if !wanted.is_busy(address, observed.pf(address)) {
-            planner.intent(address, intent);
+        let function = observed.get(address).unwrap_or(&nothing);
+        if !wanted.is_busy(address, function.physical_function) {
+            planner.intent(address, function, intent);
         }
     }
     for (&address, function) in &observed.functions {
-        if !wanted.is_busy(address, observed.pf(address)) {
+        if !wanted.is_busy(address, function.physical_function) {
             planner.remark(address, function);
         }
     }
@@ -69,7 +71,7 @@ impl Planner<'_> {
     fn finish(self) -> Plan {
         let Self { observed, lists, mut out, .. } = self;
         let is_vf = |step: &Step| observed.pf(step.repair.address()).is_some();
-        out.leave.sort_by_key(|step| (!is_vf(step), step.repair.address()));
+        out.leave.sort_by_cached_key(|step| (!is_vf(step), step.repair.address()));
         let phases = [
             out.distrust,
             out.leave,
@@ -92,8 +94,8 @@ impl Planner<'_> {
         let &Published { address, place } = node;
         let intent = self.wanted.functions.get(&address);
         // A place that is given up takes its nodes along.
-        if self.wanted.is_busy(address, self.observed.pf(address))
-            || intent.and_then(Intent::place) == Some(place)
+        if intent.and_then(Intent::place) == Some(place)
+            || self.wanted.is_busy(address, self.observed.pf(address))
         {
             return;
         }
@@ -117,9 +119,7 @@ impl Planner<'_> {
         }
     }
 
-    fn intent(&mut self, address: Sbdf, intent: &Intent) {
-        let nothing = Function::default();
-        let function = self.observed.get(address).unwrap_or(&nothing);
+    fn intent(&mut self, address: Sbdf, function: &Function, intent: &Intent) {
         if let Some(place) = intent.place() {
             return self.with_guest(address, function, intent, place);
         }
