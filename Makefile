@@ -16,7 +16,7 @@ deps:
 
 binaries: deps
 	$(CARGO) build --locked --release -p toolstack -p xpci-tests
-	$(CARGO) build --locked --release -p pciback --example contract
+	$(CARGO) build --locked --release -p pciback --examples
 
 # A VF in a real guest on a real Xen, told step by step.
 demo: binaries

@@ -16,7 +16,8 @@ const MANY: u16 = 64;
 #[test]
 fn functions_come_and_go_by_every_route() -> Result<()> {
     let devices = Devices::none().igb("igb0").device("virtio-net-pci,id=e0,vectors=0").nvme("nvme0", MANY);
-    let lab = builder().devices(devices).boot()?;
+    let forget = "target/release/examples/forget";
+    let lab = builder().install(forget, "/usr/sbin/forget").devices(devices).boot()?;
     let service = prepare(&lab)?;
     let one = guest(&lab, "one")?;
 
@@ -30,6 +31,10 @@ fn functions_come_and_go_by_every_route() -> Result<()> {
     numvfs(&lab, 2)?;
     in_step(&lab, 2)?;
     attach_and_use(&lab, &one)?;
+
+    println!("S1: drift made on purpose is found, shown and repaired");
+    drift(&lab)?;
+    ping(&one, "10.9.9.1")?;
 
     println!("S2: VFs in use are not disabled by command, and who uses them is named");
     let (exit, said) = xpci_fails(&lab, &format!("vf set-count {PF} 0"))?;
@@ -88,6 +93,20 @@ fn in_step(lab: &Lab, count: usize) -> Result<()> {
         ensure!(known_to_xen(lab, vf)? == there, "{vf}: Xen's list");
         ensure!(!there || owner(lab, vf)? == "d0", "{vf}: {}", owner(lab, vf)?);
     }
+    Ok(())
+}
+
+/// Xen forgets a function that sysfs still has.
+fn drift(lab: &Lab) -> Result<()> {
+    ensure!(xpci(lab, "sync")?.contains("agree"), "nothing is to be done yet");
+    lab.dom0(&format!("forget {}", VFS[1])).ok()?;
+    ensure!(!known_to_xen(lab, VFS[1])?, "Xen forgot it");
+    let planned = xpci(lab, "sync --dry-run")?;
+    ensure!(planned.contains(&format!("report {} to Xen", VFS[1])), "{planned}");
+    ensure!(!known_to_xen(lab, VFS[1])?, "a dry run does nothing");
+    xpci(lab, "sync")?;
+    ensure!(owner(lab, VFS[1])? == "d0", "{}", owner(lab, VFS[1])?);
+    ensure!(xpci(lab, "sync")?.contains("agree"), "once is enough");
     Ok(())
 }
 

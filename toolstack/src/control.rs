@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
 
@@ -46,6 +46,12 @@ impl Reply {
         (Self(Listener::Client(sender)), receiver)
     }
 
+    /// A reply that a thread of the service's own waits for.
+    pub fn awaited() -> (Self, Answer) {
+        let (reply, lines) = Self::channel();
+        (reply, Answer(lines))
+    }
+
     /// A reply for what the service does of its own accord.
     pub fn of_nobody(inbox: Inbox) -> Self {
         Self(Listener::Nobody(inbox))
@@ -69,6 +75,25 @@ impl Reply {
             }
             (Listener::Nobody(_), Ok(_)) => {}
             (Listener::Nobody(inbox), Err(failure)) => inbox.send(Event::Problem(failure.to_string())),
+        }
+    }
+}
+
+/// What a thread of the service's own waits for.
+pub struct Answer(mpsc::Receiver<Line>);
+
+impl Answer {
+    /// The outcome, at most after `limit`.
+    pub fn wait(&self, limit: Duration) -> Result<Success, Failure> {
+        let deadline = Instant::now() + limit;
+        loop {
+            match self.0.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Line::Progress(_)) => {}
+                Ok(Line::Done(outcome)) => return *outcome,
+                Err(error) => {
+                    return Err(Failure::new(ErrorCode::Failed, format!("wait for the engine: {error}")));
+                }
+            }
         }
     }
 }

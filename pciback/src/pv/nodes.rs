@@ -39,9 +39,12 @@ impl XenbusState {
     pub const RECONFIGURED: Self = Self(8);
 }
 
+/// Where our backends are, a directory for each guest.
+pub const BACKENDS: &str = "/local/domain/0/backend/xpci";
+
 /// The directory of our end, of a type of our own: xen-pciback looks after `backend/pci` only.
 pub fn backend_directory(domain: DomId) -> String {
-    format!("/local/domain/0/backend/xpci/{domain}/0")
+    format!("{BACKENDS}/{domain}/0")
 }
 
 /// The directory of the guest's end.

@@ -86,6 +86,12 @@ pub enum Command {
     /// Shows, checks, explains and changes what guests may do with the registers of their functions.
     #[command(subcommand)]
     Policy(Policy),
+    /// Compares what sysfs, Xen and xenstore say of the host's functions, and repairs what they disagree on.
+    Sync {
+        /// Only shows what would be done.
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Shows the functions and guests that the service looks after, and what is wrong.
     Status,
     /// Deals with functions that a failure made unusable.
@@ -215,6 +221,7 @@ impl Command {
             Self::Vf(Vf::SetCount { address, count }) => one(Request::VfSetCount { address, count }),
             Self::Vf(Vf::Destroy { address }) => one(Request::VfDestroy { address }),
             Self::Vf(Vf::List { address }) => one(Request::VfList { address }),
+            Self::Sync { dry_run } => one(Request::Sync { dry_run }),
             Self::Status => one(Request::Status),
             Self::Quarantine(Quarantine::Clear(function)) => {
                 one(Request::QuarantineClear { address: function.address })

@@ -14,6 +14,11 @@ pub fn render(success: &Success) -> String {
         Success::Already { message } => format!("{message}\n"),
         Success::Functions { functions } => functions_table(functions),
         Success::Vfs { vfs } => vfs_table(vfs),
+        Success::Synced(view) if view.plan.is_empty() => format!("{}\n", view.text.join("\n")),
+        Success::Synced(view) => {
+            let head = if view.dry_run { "what would be done:" } else { "done:" };
+            format!("{head}\n{}\n", view.text.join("\n"))
+        }
         Success::Policy(view) => explained::policy(view),
         Success::Explained { devices } => explained::explanations(devices),
         Success::Learned { functions } => explained::learned(functions),

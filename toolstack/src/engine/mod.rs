@@ -10,6 +10,7 @@ mod open;
 mod policies;
 mod recover;
 mod requests;
+mod sync;
 mod tasks;
 mod vfs;
 mod watch;
@@ -25,6 +26,7 @@ use log::{error, info};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use pciback::inventory::Repair;
 use pciback::platform::{Platform, PlatformError};
 use pciback::policy::PolicySet;
 use pciback::pv::ServerReport;
@@ -77,6 +79,8 @@ pub enum Event {
     ResetEnded(Sbdf, Result<(), Failure>),
     /// A task that changes a PF's VFs ended.
     VfsChanged(Sbdf),
+    /// A repair that concerns a guest or a driver.
+    Repair(Repair, Reply),
     /// Something that nobody waits for went wrong.
     Problem(String),
     /// Functions were looked at because something happened to them.
@@ -244,6 +248,7 @@ impl Engine {
             Event::VfsChanged(physical_function) => {
                 self.busy_pfs.remove(&physical_function);
             }
+            Event::Repair(repair, reply) => self.repair(repair, reply),
             Event::Problem(text) => {
                 error!("{text}");
                 self.problems.push(text);

@@ -76,7 +76,7 @@ impl Engine {
         self.background("recompile", move || workshop.compile(policies, None, users, None));
     }
 
-    fn background(&self, name: &str, task: impl FnOnce() + Send + 'static) {
+    pub(super) fn background(&self, name: &str, task: impl FnOnce() + Send + 'static) {
         if let Err(problem) = thread::Builder::new().name(name.to_owned()).spawn(task) {
             // The task is dropped with its reply: the client hears that the service gave up.
             error!("{name}: start a thread: {problem}");

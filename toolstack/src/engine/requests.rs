@@ -49,6 +49,7 @@ impl Engine {
             Request::PolicyShow { address, domain } => return self.show_policy(address, domain, reply),
             Request::PolicyExplain { address, domain } => return self.explain_policy(address, domain, reply),
             Request::PolicyLearn { target } => self.learned(&target).map(Plan::Answer),
+            Request::Sync { dry_run } => return self.sync(dry_run, reply),
             Request::PolicyReload => return self.reload_policies(reply),
             Request::VfCreate { address, count } => return self.create_vfs(address, count, reply),
             Request::VfSetCount { address, count } => return self.set_vf_count(address, count, reply),

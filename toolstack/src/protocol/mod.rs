@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 pub use policy_view::{
     CapabilityRuleView, CheckedView, LearnedView, PolicyFileView, PolicyView, RegisterRuleView, ReloadedView,
 };
-pub use view::{FunctionView, GuestView, StatusView, VfView};
+pub use view::{FunctionView, GuestView, StatusView, SyncView, VfView};
 
 use crate::outcome::Failure;
 
@@ -111,6 +111,12 @@ pub enum Request {
     },
     /// What the service knows: functions, guests, what is wrong.
     Status,
+    /// Brings sysfs, Xen and xenstore into step.
+    Sync {
+        /// Only says what would be done.
+        #[serde(default)]
+        dry_run: bool,
+    },
     /// Which policy files apply to a function, and what they say together.
     PolicyShow {
         /// The function.
@@ -156,6 +162,7 @@ impl Request {
             Self::VfDestroy { .. } => "vf-destroy",
             Self::VfList { .. } => "vf-list",
             Self::Status => "status",
+            Self::Sync { .. } => "sync",
             Self::PolicyShow { .. } => "policy-show",
             Self::PolicyExplain { .. } => "policy-explain",
             Self::PolicyLearn { .. } => "policy-learn",
@@ -194,6 +201,8 @@ pub enum Success {
         /// The list.
         vfs: Vec<VfView>,
     },
+    /// What sysfs, Xen and xenstore disagreed on.
+    Synced(SyncView),
     /// The policies of a function.
     Policy(PolicyView),
     /// Functions explained.
@@ -314,6 +323,7 @@ mod tests {
             Request::PolicyExplain { address, domain: None },
             Request::PolicyLearn { target: "web".into() },
             Request::PolicyReload,
+            Request::Sync { dry_run: true },
             Request::QuarantineClear { address },
         ] {
             let name = request.name();

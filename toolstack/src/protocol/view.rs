@@ -1,5 +1,6 @@
 //! What the service shows of functions and guests.
 
+use pciback::inventory::Plan;
 use pciback::{DomId, FunctionState, Sbdf};
 use serde::{Deserialize, Serialize};
 
@@ -71,4 +72,16 @@ pub struct StatusView {
     pub guests: Vec<GuestView>,
     /// What needs somebody's attention.
     pub problems: Vec<String>,
+}
+
+/// What sysfs, Xen and xenstore disagreed on, and what was done about it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct SyncView {
+    /// Whether it was only planned.
+    pub dry_run: bool,
+    /// The plan, for people.
+    pub text: Vec<String>,
+    /// The plan, for tools.
+    pub plan: Plan,
 }

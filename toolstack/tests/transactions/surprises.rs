@@ -6,6 +6,8 @@ use nix::errno::Errno;
 use pciback::platform::sim::Owner;
 use pciback::{FunctionState, Sbdf};
 
+use toolstack::protocol::{Request, Success};
+
 use crate::frontend::{Frontend, read_op};
 use crate::world::{Service, WEB, World, bdf, wait_until};
 
@@ -20,6 +22,15 @@ fn attached(world: &World, address: Sbdf) -> (Frontend, Service) {
     service.hold(address).unwrap();
     service.attach(WEB, address).unwrap();
     (frontend, service)
+}
+
+/// What `xpci sync` says it did, or would do.
+fn synced(service: &Service, dry_run: bool) -> Vec<String> {
+    match service.call(Request::Sync { dry_run }) {
+        Ok(Success::Synced(view)) if view.plan.is_empty() => Vec::new(),
+        Ok(Success::Synced(view)) => view.text,
+        other => panic!("{other:?}"),
+    }
 }
 
 /// Gone, and no guest has anything of it any more.
@@ -126,6 +137,34 @@ fn what_happened_while_the_service_was_away_is_found_when_it_starts() {
     wait_until("it is withdrawn", || withdrawn(&service, used));
     service.wait_for_state(held, FunctionState::Host);
     wait_until("nothing is granted", || world.simulation.grants(WEB).is_empty());
+}
+
+#[test]
+fn what_xen_forgot_behind_the_services_back_is_planned_and_repaired() {
+    let world = World::new();
+    let (used, lost) = (bdf("01:10.0"), bdf("01:10.2"));
+    let (frontend, service) = attached(&world, used);
+    assert_eq!(synced(&service, false), [""; 0]);
+    world.simulation.platform("somebody").unwrap().hypervisor.device_remove(lost).unwrap();
+    let planned = synced(&service, true);
+    assert!(planned.len() == 1 && planned[0].contains("report 0000:01:10.2 to Xen"), "{planned:?}");
+    assert_eq!(world.simulation.owner(lost), None, "a dry run does nothing");
+    assert_eq!(synced(&service, false), planned);
+    assert_eq!(world.simulation.owner(lost), Some(Owner::Host));
+    assert_eq!(synced(&service, false), [""; 0]);
+    assert_eq!(frontend.read(0, 0, 4), 0x10ca_8086, "the guest never noticed");
+}
+
+#[test]
+fn a_held_function_that_xen_forgot_is_held_again() {
+    let world = World::new();
+    let vf = bdf("01:10.0");
+    let service = world.start();
+    service.hold(vf).unwrap();
+    world.simulation.platform("somebody").unwrap().hypervisor.device_remove(vf).unwrap();
+    synced(&service, false);
+    world.assert_held(&service, vf, "after sync");
+    assert_eq!(synced(&service, true), [""; 0]);
 }
 
 #[test]
