@@ -76,6 +76,7 @@ impl Placement {
             physical_function: None,
             virtual_functions: Vec::new(),
             vf_autoprobe: true,
+            network: super::network::FRESH,
             silent: false,
         };
         made.registers.poke(0x3c, &[function.irq as u8]);
@@ -133,6 +134,7 @@ impl Placement {
             physical_function: Some(pf),
             virtual_functions: Vec::new(),
             vf_autoprobe: true,
+            network: super::network::FRESH,
             silent: false,
         })
     }

@@ -11,7 +11,7 @@ use super::placement::{Kind, Placement};
 use super::registers::{Effect, Registers};
 use super::xen::{Device, Owner, Xen};
 use crate::config::Access;
-use crate::platform::Resource;
+use crate::platform::{Resource, VfSettings};
 use crate::{DomId, Sbdf};
 
 pub(super) type Answer<T> = Result<T, Errno>;
@@ -29,6 +29,8 @@ pub(super) struct SimFunction {
     pub physical_function: Option<Sbdf>,
     pub virtual_functions: Vec<Sbdf>,
     pub vf_autoprobe: bool,
+    /// What the PF's driver keeps for a VF.
+    pub network: VfSettings,
     /// Answers all ones until it is reset.
     pub silent: bool,
 }
