@@ -13,7 +13,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::transaction::{Kind, Step};
+use crate::transaction::{Kind, NetworkRecord, Step};
 
 /// The form of a record; others are refused.
 pub const VERSION: u32 = 1;
@@ -41,6 +41,9 @@ pub struct Record {
     /// What was given to the guest beyond the device itself.
     #[serde(default)]
     pub grants: Vec<Grant>,
+    /// A VF's network settings, once somebody has set one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkRecord>,
     /// The transaction in progress.
     pub transaction: Option<Progress>,
     /// Why it is quarantined.
@@ -106,6 +109,7 @@ impl Record {
             msix_prepared: false,
             guest: None,
             grants: Vec::new(),
+            network: None,
             transaction: None,
             quarantine: None,
         }

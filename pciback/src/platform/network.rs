@@ -111,6 +111,13 @@ pub struct Vlan {
     pub qos: u8,
 }
 
+impl Vlan {
+    /// The last id that a network can have.
+    pub const LAST: u16 = 4094;
+    /// The highest priority.
+    pub const HIGHEST_QOS: u8 = 7;
+}
+
 /// Why a text is no VLAN.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("'{0}' is no VLAN: write ID or ID:QOS, the id from 0 (none) to 4094, the priority from 0 to 7")]
@@ -125,8 +132,8 @@ impl FromStr for Vlan {
             let plain = digits.bytes().all(|digit| digit.is_ascii_digit());
             digits.parse().ok().filter(|number| plain && *number <= most)
         };
-        match (number(id, 4094), number(qos, 7)) {
-            (Some(id), Some(qos)) if id != 0 || qos == 0 => Ok(Self { id, qos: qos as u8 }),
+        match (number(id, Self::LAST), number(qos, Self::HIGHEST_QOS.into())) {
+            (Some(id), Some(qos)) => Ok(Self { id, qos: qos as u8 }),
             _ => Err(VlanError(text.to_owned())),
         }
     }
@@ -341,18 +348,18 @@ mod tests {
             assert!(matches!(text.parse::<MacAddress>(), Err(MacAddressError::Form(_))), "{text}");
         }
         assert!(matches!("01:00:5e:00:00:01".parse::<MacAddress>(), Err(MacAddressError::Multicast(_))));
-        for text in ["0", "100", "4094:7"] {
+        for text in ["0", "0:3", "100", "4094:7"] {
             assert_eq!(text.parse::<Vlan>().unwrap().to_string(), text);
         }
-        for text in ["", "4095", "-1", "+1", "1:8", "1:", ":1", "0:3", "1:2:3"] {
+        for text in ["", "4095", "-1", "+1", "1:8", "1:", ":1", "1:2:3"] {
             assert!(text.parse::<Vlan>().is_err(), "{text}");
         }
     }
 
     #[test]
     fn settings_combine_field_by_field() {
-        let mac = Some("52:54:00:aa:bb:01".parse().unwrap());
-        let wished = VfSettings { mac, max_rate: Some(100), ..VfSettings::default() };
+        let mac = "52:54:00:aa:bb:01".parse().unwrap();
+        let wished = VfSettings { mac: Some(mac), max_rate: Some(100), ..VfSettings::default() };
         let present =
             VfSettings { mac: Some(MacAddress::default()), max_rate: Some(0), min_rate: Some(7), ..wished };
         assert_eq!(present.only(&wished).min_rate, None);
@@ -362,7 +369,7 @@ mod tests {
         assert!(wished.unlike(&wished).is_empty());
         // The kernel takes both rates together: the one that nobody spoke of stays.
         let rate = VfSetting::Rate { min: 7, max: 100 };
-        assert_eq!(wished.each(&present), [VfSetting::Mac(mac.unwrap()), rate]);
+        assert_eq!(wished.each(&present), [VfSetting::Mac(mac), rate]);
     }
 
     #[test]

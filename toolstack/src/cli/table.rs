@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::explained;
+use super::{explained, network};
 use crate::protocol::{FunctionView, StatusView, Success, VfView};
 
 /// The answer as text; empty where there is nothing to say.
@@ -14,6 +14,7 @@ pub fn render(success: &Success) -> String {
         Success::Already { message } => format!("{message}\n"),
         Success::Functions { functions } => functions_table(functions),
         Success::Vfs { vfs } => vfs_table(vfs),
+        Success::VfNetwork(view) => network::vf_network(view),
         Success::Policy(view) => explained::policy(view),
         Success::Explained { devices } => explained::explanations(devices),
         Success::Learned { functions } => explained::learned(functions),

@@ -5,6 +5,7 @@
 
 mod guests;
 mod lists;
+mod network;
 mod open;
 mod policies;
 mod recover;
@@ -34,7 +35,7 @@ use crate::outcome::Failure;
 use crate::protocol::Request;
 use crate::settings::Settings;
 use crate::spec::Filters;
-use crate::transaction::{Finished, Parting};
+use crate::transaction::{Finished, NetworkRecord, Parting};
 use guests::Guest;
 use open::{Filter, Opened};
 use policies::Reloaded;
@@ -74,6 +75,8 @@ pub enum Event {
     ResetEnded(Sbdf, Result<(), Failure>),
     /// A task that changes a PF's VFs ended.
     VfsChanged(Sbdf),
+    /// A thread that set a VF's network settings ended.
+    NetworkSet(Sbdf, Box<Option<NetworkRecord>>),
     /// New policies were read and checked, and filters compiled for the functions in use.
     Reloaded(Box<Reloaded>),
 }
@@ -219,6 +222,7 @@ impl Engine {
             Event::VfsChanged(physical_function) => {
                 self.busy_pfs.remove(&physical_function);
             }
+            Event::NetworkSet(address, network) => self.network_set(address, *network),
             Event::Reloaded(reloaded) => self.put_in_force(*reloaded),
         }
     }

@@ -156,7 +156,7 @@ impl Engine {
         self.spawn(address, task);
     }
 
-    fn spawn(&mut self, address: Sbdf, task: impl FnOnce() + Send + 'static) {
+    pub(super) fn spawn(&mut self, address: Sbdf, task: impl FnOnce() + Send + 'static) {
         if let Err(error) = thread::Builder::new().name(format!("task {address}")).spawn(task) {
             // The task is dropped with its reply: the client hears that the service gave up.
             error!("{address}: start a thread: {error}");
@@ -172,6 +172,7 @@ impl Engine {
         if !attached {
             self.in_use.remove(&address);
         }
+        self.note_network_problem(&record);
         self.keep(record.clone());
         if self.orphans.remove(&address) && attached {
             warn!("{address}: its guest ended while it was attached");

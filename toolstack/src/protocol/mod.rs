@@ -4,13 +4,16 @@
 //! with the call's `id`. Fields are named; an unknown command or field is refused, so that a typo never does something else.
 //! What `xpci --json` prints is the [`Envelope`] of the final answer.
 
+mod network_view;
 mod policy_view;
 mod view;
 
 use pciback::Sbdf;
+use pciback::platform::VfSettings;
 use pciback::policy::Explanation;
 use serde::{Deserialize, Serialize};
 
+pub use network_view::VfNetworkView;
 pub use policy_view::{
     CapabilityRuleView, CheckedView, LearnedView, PolicyFileView, PolicyView, RegisterRuleView, ReloadedView,
 };
@@ -102,6 +105,18 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         address: Option<Sbdf>,
     },
+    /// Sets network settings of a VF through its PF, for as long as it is held or attached.
+    VfSet {
+        /// The VF.
+        address: Sbdf,
+        /// What to set; the rest stays as it is.
+        settings: VfSettings,
+    },
+    /// Shows the network settings of a VF.
+    VfShow {
+        /// The VF.
+        address: Sbdf,
+    },
     /// What the service knows: functions, guests, what is wrong.
     Status,
     /// Which policy files apply to a function, and what they say together.
@@ -147,6 +162,8 @@ impl Request {
             Self::VfCreate { .. } => "vf-create",
             Self::VfDestroy { .. } => "vf-destroy",
             Self::VfList { .. } => "vf-list",
+            Self::VfSet { .. } => "vf-set",
+            Self::VfShow { .. } => "vf-show",
             Self::Status => "status",
             Self::PolicyShow { .. } => "policy-show",
             Self::PolicyExplain { .. } => "policy-explain",
@@ -186,6 +203,8 @@ pub enum Success {
         /// The list.
         vfs: Vec<VfView>,
     },
+    /// The network settings of a VF.
+    VfNetwork(VfNetworkView),
     /// The policies of a function.
     Policy(PolicyView),
     /// Functions explained.
@@ -300,6 +319,8 @@ mod tests {
             Request::VfCreate { address, count: 3 },
             Request::VfDestroy { address },
             Request::VfList { address: None },
+            Request::VfSet { address, settings: VfSettings { trust: Some(true), ..VfSettings::default() } },
+            Request::VfShow { address },
             Request::Status,
             Request::PolicyShow { address, domain: Some("web".into()) },
             Request::PolicyExplain { address, domain: None },

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_REQUEST, NetlinkBuffer, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla, NlaBuffer,
+    NLM_F_ACK, NLM_F_REQUEST, NetlinkBuffer, NetlinkHeader, NetlinkMessage, NetlinkPayload, NlaBuffer,
     NlasIterator, Parseable,
 };
 use netlink_packet_route::RouteNetlinkMessage;
@@ -140,9 +140,7 @@ fn one_vf(attributes: &[u8]) -> Result<Option<(u16, VfSettings)>> {
                 mac.vf_id
             }
             VfInfo::Vlan(vlan) => {
-                let vlan_of =
-                    |id, qos| Some(Vlan { id: u16::try_from(id).ok()?, qos: u8::try_from(qos).ok()? });
-                settings.vlan = vlan_of(vlan.vlan_id, vlan.qos);
+                settings.vlan = plausible(vlan);
                 vlan.vf_id
             }
             VfInfo::Rate(rate) => {
@@ -172,6 +170,12 @@ fn one_vf(attributes: &[u8]) -> Result<Option<(u16, VfSettings)>> {
         place = Some(u16::try_from(index).map_err(|_| malformed(format!("VF {index}")))?);
     }
     Ok(place.map(|index| (index, settings)))
+}
+
+fn plausible(vlan: &VfInfoVlan) -> Option<Vlan> {
+    let id = u16::try_from(vlan.vlan_id).ok().filter(|id| *id <= Vlan::LAST)?;
+    let qos = u8::try_from(vlan.qos).ok().filter(|qos| *qos <= Vlan::HIGHEST_QOS)?;
+    Some(Vlan { id, qos })
 }
 
 /// Whether the driver filled a switch in: the kernel presets those it may not know of with all ones, which the crate reads as off.
