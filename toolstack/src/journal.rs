@@ -252,6 +252,23 @@ mod tests {
     }
 
     #[test]
+    fn a_record_from_before_there_were_network_settings_is_read_and_newer_ones_keep_them() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = Journal::open(directory.path()).unwrap();
+        let mut record = sample();
+        journal.write(&record).unwrap();
+        // What an older version wrote, and can read.
+        assert!(!fs::read_to_string(journal.path(record.address)).unwrap().contains("network"));
+        assert_eq!(journal.read_all().unwrap().0, [record.clone()]);
+        let mut network = NetworkRecord::default();
+        network.wished.vlan = "100:3".parse().ok();
+        network.before.vlan = "0".parse().ok();
+        record.network = Some(network);
+        journal.write(&record).unwrap();
+        assert_eq!(journal.read_all().unwrap().0, [record]);
+    }
+
+    #[test]
     fn a_torn_foreign_or_renamed_record_is_reported_and_the_others_are_used() {
         let directory = tempfile::tempdir().unwrap();
         let journal = Journal::open(directory.path()).unwrap();

@@ -6,4 +6,5 @@ mod crashes;
 mod failures;
 mod frontend;
 mod guests;
+mod network;
 mod world;
