@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use xpci_tests::host::{
-    PF, SOON, VFS, bring_up, builder, guest, nothing_remains, ping, prepare, status, xpci, xpci_fails,
+    PF, VFS, bring_up, builder, guest, nothing_remains, ping, prepare, status, xpci, xpci_fails,
 };
 use xpci_tests::{Guest, Lab};
 
@@ -101,6 +101,8 @@ fn mistakes(lab: &Lab) -> Result<()> {
     let (code, said) = xpci_fails(lab, &format!("vf set 01:10.0 --mac {MAC} --link-state disable"))?;
     ensure!(code == 5 && said.contains("the PF's driver cannot do this"), "{code}, {said}");
     ensure!(show(lab)? == before, "{}, but it was {before}", show(lab)?);
+    let (code, said) = xpci_fails(lab, "vf set 01:10.0 --min-rate 10")?;
+    ensure!(code == 1 && said.contains("many drivers guarantee no minimum"), "{code}, {said}");
     let (code, said) = xpci_fails(lab, &format!("vf show {PF}"))?;
     ensure!(code == 5 && said.contains("is no VF"), "{code}, {said}");
     Ok(())

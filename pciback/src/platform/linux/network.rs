@@ -77,9 +77,7 @@ impl VfNetwork for LinuxVfNetwork {
 
     fn set_vf_setting(&self, vf: VfPlace, setting: VfSetting) -> Result<()> {
         let set = || {
-            let (interface, _) = self.find(vf.physical_function)?.ok_or_else(|| {
-                Cause::Unavailable(format!("{} has no network interface", vf.physical_function))
-            })?;
+            let (interface, _) = self.find(vf.physical_function)?.ok_or(Errno::ENODEV)?;
             acknowledged(&ask(set_request(interface.index, vf.index, setting))?)
         };
         set().map_err(|cause| PlatformError::new(setting.action(), vf, cause))

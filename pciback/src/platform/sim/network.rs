@@ -69,7 +69,7 @@ impl World {
         if !kind.vf_settings.iter().any(|name| name == word(setting)) {
             return Err(Errno::EOPNOTSUPP);
         }
-        // Seen with igb: a guaranteed rate is not EOPNOTSUPP but EINVAL.
+        // igb answers so: a guaranteed rate is not EOPNOTSUPP but EINVAL.
         let guaranteed = kind.vf_settings.iter().any(|name| name == "min-rate");
         if matches!(setting, VfSetting::Rate { min: 1.., .. }) && !guaranteed {
             return Err(Errno::EINVAL);
