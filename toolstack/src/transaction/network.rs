@@ -193,11 +193,18 @@ pub fn change(
             described(&unknown)
         ));
     }
-    let now = look(platform, record.address)?.settings.unwrap_or_default();
-    if let Some(deviation) = deviation(&wishes, &now) {
-        warnings.push(format!("the PF's driver took it, but reports {deviation}"));
-    }
+    warnings.extend(unconfirmed(platform, record.address, &wishes));
     Ok(Some(warnings))
+}
+
+/// What the driver took and yet does not report.
+fn unconfirmed(platform: &Platform, address: Sbdf, wishes: &VfSettings) -> Option<String> {
+    match look(platform, address) {
+        Ok(now) => deviation(wishes, &now.settings.unwrap_or_default()).map(|deviation| {
+            format!("the PF's driver took the network settings of {address}, but reports {deviation}")
+        }),
+        Err(failure) => Some(format!("the network settings of {address} cannot be verified: {failure}")),
+    }
 }
 
 /// Puts the wishes in force for the guest that gets the VF. A guest must not run with another VLAN or address than was wished: a
@@ -209,10 +216,7 @@ pub(super) fn apply(context: &Context<'_>, record: &Record) -> Result<Option<Str
     (context.progress)(&format!("setting the network of {}", record.address));
     let seen = look(context.platform, record.address)?;
     put(context.platform.network.as_ref(), seen.vf, &network.wished, &seen.settable()?)?;
-    let now = look(context.platform, record.address)?.settings.unwrap_or_default();
-    Ok(deviation(&network.wished, &now).map(|deviation| {
-        format!("the PF's driver took the network settings of {}, but reports {deviation}", record.address)
-    }))
+    Ok(unconfirmed(context.platform, record.address, &network.wished))
 }
 
 /// Puts in force again what a reset in a guest's hands lost. What is in force already is left alone: the guest can make this

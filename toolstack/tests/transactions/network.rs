@@ -1,7 +1,11 @@
 //! VFs' network settings: what guests do to them, and what is left of them when the service dies.
 
-use pciback::platform::VfSettings;
+use std::thread;
+use std::time::Duration;
+
+use nix::errno::Errno;
 use pciback::platform::network::VfSetting;
+use pciback::platform::{VfSettings, sim};
 use pciback::{FunctionState, Sbdf};
 use toolstack::outcome::Failure;
 use toolstack::protocol::{Request, Success, VfNetworkView};
@@ -81,6 +85,40 @@ fn settings_that_a_reset_in_the_guests_hands_loses_are_put_in_force_again() {
         world.simulation.vf_network(vf).unwrap().vlan == wishes().vlan
     });
     service.wait_for_state(vf, FunctionState::Attached);
+}
+
+#[test]
+fn what_cannot_be_read_back_is_set_all_the_same_and_said() {
+    let (world, vf) = (World::new(), bdf(VF));
+    let service = world.start();
+    service.hold(vf).unwrap();
+    world.fail("vf_settings", Some(bdf("01:00.0")), Errno::EIO, 1);
+    let warnings = warnings(set(&service, vf, wishes()));
+    assert!(warnings[0].contains("cannot be verified"), "{warnings:?}");
+    assert_eq!(show(&service, vf).differing, [""; 0]);
+}
+
+#[test]
+fn a_guest_that_ends_while_its_vf_is_being_set_loses_it_and_the_wish_stays() {
+    let (world, vf) = (World::new(), bdf(VF));
+    let service = world.start();
+    service.hold(vf).unwrap();
+    service.attach(WEB, vf).unwrap();
+    world.simulation.fail(sim::Failure {
+        operation: "set_vf_setting".into(),
+        delay: Duration::from_millis(300),
+        times: 1,
+        ..sim::Failure::default()
+    });
+    thread::scope(|scope| {
+        let setting = scope.spawn(|| set(&service, vf, wishes()));
+        wait_until("it is being set", || world.simulation.pending_failures() == 0);
+        world.simulation.destroy(WEB);
+        setting.join().unwrap().unwrap();
+    });
+    service.wait_for_state(vf, FunctionState::Held);
+    world.assert_held(&service, vf, "its guest is gone");
+    assert_eq!(show(&service, vf).wished, wishes());
 }
 
 #[test]
