@@ -68,3 +68,5 @@ install: binaries
 	install -D -m 644 configs/xpcid.yaml $(DESTDIR)/etc/xpci/xpcid.yaml
 	install -D -m 644 configs/systemd/xpcid.service $(DESTDIR)/usr/lib/systemd/system/xpcid.service
 	install -D -m 644 udev-rules/90-xpci.rules $(DESTDIR)/usr/lib/udev/rules.d/90-xpci.rules
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/xpci/policies configs/policies/*
+	install -d $(DESTDIR)/etc/xpci/policies

@@ -11,7 +11,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use log::{debug, warn};
+use log::{debug, info, warn};
 
 use crate::engine::{Event, Inbox};
 use crate::outcome::{ErrorCode, Failure};
@@ -23,8 +23,15 @@ const CLIENT_LIMIT: usize = 64;
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Where the engine sends what it has to say about one call.
-#[derive(Debug, Clone)]
-pub struct Reply(mpsc::Sender<Line>);
+#[derive(Clone)]
+pub struct Reply(Listener);
+
+#[derive(Clone)]
+enum Listener {
+    Client(mpsc::Sender<Line>),
+    /// Nobody asked: a failure becomes a problem in the status.
+    Nobody(Inbox),
+}
 
 #[derive(Debug)]
 enum Line {
@@ -36,18 +43,33 @@ impl Reply {
     /// A reply and where its lines come out.
     fn channel() -> (Self, mpsc::Receiver<Line>) {
         let (sender, receiver) = mpsc::channel();
-        (Self(sender), receiver)
+        (Self(Listener::Client(sender)), receiver)
+    }
+
+    /// A reply for what the service does of its own accord.
+    pub fn of_nobody(inbox: Inbox) -> Self {
+        Self(Listener::Nobody(inbox))
     }
 
     /// Says what is done now.
     pub fn progress(&self, text: &str) {
-        // A client that has gone away is no reason to stop.
-        let _ = self.0.send(Line::Progress(text.to_owned()));
+        match &self.0 {
+            // A client that has gone away is no reason to stop.
+            Listener::Client(client) => drop(client.send(Line::Progress(text.to_owned()))),
+            Listener::Nobody(_) => info!("{text}"),
+        }
     }
 
     /// Ends the call.
     pub fn done(&self, outcome: Result<Success, Failure>) {
-        let _ = self.0.send(Line::Done(Box::new(outcome)));
+        match (&self.0, outcome) {
+            (Listener::Client(client), outcome) => drop(client.send(Line::Done(Box::new(outcome)))),
+            (Listener::Nobody(_), Ok(Success::Changed { message, .. } | Success::Already { message })) => {
+                info!("{message}")
+            }
+            (Listener::Nobody(_), Ok(_)) => {}
+            (Listener::Nobody(inbox), Err(failure)) => inbox.send(Event::Problem(failure.to_string())),
+        }
     }
 }
 

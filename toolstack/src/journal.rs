@@ -32,6 +32,9 @@ pub struct Record {
     pub address: Sbdf,
     /// Where it stands; while a transaction runs, the state that leads to its end.
     pub state: FunctionState,
+    /// Which of the functions that were at this address since boot it is; 0 in records of versions that did not ask.
+    #[serde(default)]
+    pub incarnation: u64,
     /// The driver it came from and goes back to.
     pub original_driver: Option<String>,
     /// Whether the service itself prepared its MSI-X table, and so must release it.
@@ -105,6 +108,7 @@ impl Record {
             boot: boot.to_owned(),
             address,
             state: FunctionState::Host,
+            incarnation: 0,
             original_driver: None,
             msix_prepared: false,
             guest: None,

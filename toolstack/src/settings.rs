@@ -1,10 +1,15 @@
 //! The service's settings: `/etc/xpci/xpcid.yaml`, all optional.
 
+use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use pciback::Sbdf;
+use pciback::config::CapabilityList;
+use pciback::platform::{Host, HostFunction};
+use pciback::spec::ExtendedCapabilityId;
 use serde::Deserialize;
 use thiserror::Error;
 
@@ -27,12 +32,86 @@ pub struct Settings {
     pub driver_limit_seconds: u64,
     /// How functions are reset.
     pub reset: ResetPlan,
+    /// The most PCI functions that the host shall have, VFs included, 1-65536.
+    pub function_limit: u32,
+    /// The VFs to enable when the service starts, on PFs that have none.
+    pub virtual_functions: Vec<WantedVfs>,
     /// Where policy files are; a file in a later directory replaces one of the same name in an earlier one.
     pub policy_directories: Vec<PathBuf>,
     /// What goes away with a reboot: the socket, the lock, the images of attached functions.
     pub run_directory: PathBuf,
     /// What survives a reboot: the journal.
     pub state_directory: PathBuf,
+}
+
+/// VFs to enable when the service starts.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WantedVfs {
+    /// The PF by its address ...
+    #[serde(default)]
+    pub pf: Option<Sbdf>,
+    /// ... or all PFs with these ids, `vendor:device` ...
+    #[serde(default)]
+    pub id: Option<PciId>,
+    /// ... or the one whose Device Serial Number capability holds this, `01-23-45-67-89-ab-cd-ef` as lspci prints it.
+    #[serde(default)]
+    pub serial: Option<String>,
+    /// How many.
+    pub count: u16,
+}
+
+/// Vendor and device id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct PciId {
+    vendor: u16,
+    device: u16,
+}
+
+impl TryFrom<String> for PciId {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let digits = |part: &str| {
+            let valid = part.len() == 4 && part.bytes().all(|digit| digit.is_ascii_hexdigit());
+            valid.then(|| u16::from_str_radix(part, 16).ok()).flatten()
+        };
+        let ids = text.split_once(':').and_then(|(vendor, device)| Some((digits(vendor)?, digits(device)?)));
+        let (vendor, device) =
+            ids.ok_or_else(|| format!("'{text}' is no id: VVVV:DDDD is expected, as in 8086:10c9"))?;
+        Ok(Self { vendor, device })
+    }
+}
+
+impl fmt::Display for WantedVfs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.pf, self.id, &self.serial) {
+            (Some(pf), ..) => write!(f, "{pf}"),
+            (_, Some(id), _) => write!(f, "{:04x}:{:04x}", id.vendor, id.device),
+            (_, _, serial) => write!(f, "serial number {}", serial.as_deref().unwrap_or("none")),
+        }
+    }
+}
+
+impl WantedVfs {
+    /// Whether a PF is meant.
+    pub fn means(&self, host: &dyn Host, pf: &HostFunction) -> bool {
+        self.pf == Some(pf.address)
+            || self.id.is_some_and(|id| (id.vendor, id.device) == (pf.vendor, pf.device))
+            || self.serial.as_ref().is_some_and(|wanted| {
+                serial(host, pf.address).is_some_and(|found| found.eq_ignore_ascii_case(wanted))
+            })
+    }
+}
+
+/// The Device Serial Number of a function, as lspci prints it (PCI Express 6.0, section 7.9.3).
+fn serial(host: &dyn Host, address: Sbdf) -> Option<String> {
+    let bytes = host.config(address).ok()?.read_all().ok()?;
+    let list = CapabilityList::walk(&bytes);
+    let at = usize::from(list.extended(ExtendedCapabilityId::SERIAL_NUMBER)?.offset);
+    let number = bytes.get(at + 4..at + 12)?;
+    Some(number.iter().rev().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join("-"))
 }
 
 /// Which driver holds functions that no guest has.
@@ -55,6 +134,8 @@ impl Default for Settings {
             guest_limit_seconds: 10,
             driver_limit_seconds: 30,
             reset: ResetPlan::default(),
+            function_limit: 8192,
+            virtual_functions: Vec::new(),
             policy_directories: vec![
                 PathBuf::from("/usr/share/xpci/policies"),
                 PathBuf::from("/etc/xpci/policies"),
@@ -115,6 +196,18 @@ impl Settings {
                 return Err(format!("{key} is {seconds}; it must be 1 to 600"));
             }
         }
+        if !(1..=65536).contains(&settings.function_limit) {
+            return Err(format!("function-limit is {}; it must be 1 to 65536", settings.function_limit));
+        }
+        for entry in &settings.virtual_functions {
+            let names = [entry.pf.is_some(), entry.id.is_some(), entry.serial.is_some()];
+            if names.iter().filter(|named| **named).count() != 1 {
+                return Err("virtual-functions: each entry names its PF by one of pf, id, serial".to_owned());
+            }
+            if entry.count == 0 {
+                return Err(format!("virtual-functions: {entry}: the count must be at least 1"));
+            }
+        }
         Ok(settings)
     }
 
@@ -153,6 +246,11 @@ mod tests {
             ("holder: vfio", "vfio"),
             ("guest-limit-seconds: 0", "guest-limit-seconds"),
             ("guest-limit-seconds: 601", "601"),
+            ("function-limit: 0", "function-limit"),
+            ("virtual-functions: [{pf: 01:00.0, count: 0}]", "at least 1"),
+            ("virtual-functions: [{id: 8086, count: 1}]", "VVVV:DDDD"),
+            ("virtual-functions: [{pf: 01:00.0, id: '8086:10c9', count: 1}]", "one of pf, id, serial"),
+            ("virtual-functions: [{count: 1}]", "one of pf, id, serial"),
             ("reset:\n  checks: [answers, sings]", "sings"),
         ] {
             let error = Settings::parse(text).unwrap_err();

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::Result;
+use super::{HostEvents, Result};
 use crate::Sbdf;
 use crate::config::ConfigSpace;
 
@@ -45,6 +45,9 @@ impl Resource {
 pub struct HostFunction {
     /// Where it is.
     pub address: Sbdf,
+    /// A number that no other function had at this address since the host was booted: what was pulled out and put back, or replaced by
+    /// another device, has another one.
+    pub incarnation: u64,
     /// Vendor id.
     pub vendor: u16,
     /// Device id.
@@ -86,6 +89,8 @@ pub struct HostFunction {
 /// A change is done when the call returns; one that the host does not finish within `limit` is an error whose cause is
 /// `TimedOut`, and goes on in a child process of its own.
 pub trait Host: Send + Sync {
+    /// Subscribes to events about functions.
+    fn events(&self) -> Result<Box<dyn HostEvents>>;
     /// The addresses of all functions.
     fn functions(&self) -> Result<Vec<Sbdf>>;
     /// One function; `Cause::Missing` where it is not, or no longer, there.

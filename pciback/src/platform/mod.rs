@@ -5,6 +5,7 @@
 //! service's `main` chooses between them. Every call that may block has a limit of its own and is safe from several threads.
 
 pub mod error;
+pub mod events;
 pub mod host;
 pub mod hypervisor;
 pub mod linux;
@@ -18,6 +19,7 @@ pub mod xen;
 use std::sync::Arc;
 
 pub use error::{Cause, PlatformError, Result};
+pub use events::{HostEvent, HostEvents};
 pub use host::{Host, HostFunction, Resource};
 pub use hypervisor::{Hypervisor, MsiSource, Pirq};
 pub use memory::SharedMemory;

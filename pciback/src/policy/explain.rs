@@ -221,6 +221,7 @@ fn registers(planes: &Planes, spec: &FunctionSpec) -> Vec<RegisterLine> {
         }
         last = Some(segment.register);
     }
+    let mut lines: Vec<RegisterLine> = lines.into_iter().flat_map(split).collect();
     lines.iter_mut().for_each(summarize);
     lines.sort_by_key(|line| line.offset);
     lines
@@ -296,6 +297,36 @@ fn extend(run: &mut RegisterLine, next: &RegisterLine) -> bool {
         run.bits[0].mask = u32::MAX;
     }
     joined
+}
+
+/// Leaves out the bytes that belong to another register: what a specification lists only as further ones may have named ones in it.
+fn split(line: RegisterLine) -> Vec<RegisterLine> {
+    let covered = line.bits.iter().fold(0, |all, bits| all | bits.mask);
+    let own = |byte: u16| covered >> (8 * byte) & 0xff != 0;
+    if line.width > 4 || (0..line.width).all(own) {
+        return vec![line];
+    }
+    let mut pieces: Vec<RegisterLine> = Vec::new();
+    for byte in (0..line.width).filter(|byte| own(*byte)) {
+        let offset = line.offset + byte;
+        if pieces.last().is_none_or(|piece| piece.offset + piece.width != offset) {
+            pieces.push(RegisterLine { offset, width: 0, bits: Vec::new(), ..line.clone() });
+        }
+        if let Some(piece) = pieces.last_mut() {
+            piece.width += 1;
+        }
+    }
+    for piece in &mut pieces {
+        let shift = 8 * (piece.offset - line.offset);
+        let mask = u32::MAX >> (32 - 8 * piece.width);
+        let of_piece = line.bits.iter().map(|bits| BitsLine {
+            mask: bits.mask >> shift & mask,
+            value: bits.value.map(|value| value >> shift & mask),
+            ..bits.clone()
+        });
+        piece.bits = of_piece.filter(|bits| bits.mask != 0).collect();
+    }
+    pieces
 }
 
 fn summarize(line: &mut RegisterLine) {

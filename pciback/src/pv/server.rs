@@ -81,6 +81,7 @@ enum Order {
     Add(u8, Box<GuestFunction>),
     Take(u8, mpsc::Sender<Taken>),
     ResetEnded(u8, bool),
+    SetGone(u8),
     ReplaceFilter(u8, Arc<Planes>, mpsc::Sender<io::Result<()>>),
     MaskedWrites(u8, mpsc::Sender<Vec<MaskedWrite>>),
     /// Stops; the functions come back as they are.
@@ -141,6 +142,11 @@ impl Server {
     /// Takes a function out and quiesces it; `Ok(None)` when the thread does not have it. `Err`: the thread hangs in an access.
     pub fn take(&self, devfn: u8) -> Result<Option<Taken>, ServerStuck> {
         self.ask(|sender| Order::Take(devfn, sender))
+    }
+
+    /// The function has left the host: from now on it reads all ones and no hardware is touched.
+    pub fn set_gone(&self, devfn: u8) {
+        self.order(Order::SetGone(devfn));
     }
 
     /// Puts another filter in force between two of the guest's requests; `Ok(None)` when the thread does not have the function.
@@ -366,6 +372,11 @@ impl Serving {
                 }
             }
             Order::ResetEnded(devfn, verified) => self.reset_ended(devfn, verified),
+            Order::SetGone(devfn) => {
+                if let Some(function) = self.functions.get_mut(&devfn) {
+                    function.set_gone();
+                }
+            }
             Order::ReplaceFilter(devfn, planes, done) => {
                 if let Some(function) = self.functions.get_mut(&devfn) {
                     let _ = done.send(function.replace_filter(planes));

@@ -11,6 +11,7 @@ fn host(device: &Device) -> HostFunction {
     let identity = device.spec.identity;
     HostFunction {
         address: device.spec.address,
+        incarnation: 1,
         vendor: identity.vendor,
         device: identity.device,
         subsystem_vendor: identity.subsystem_vendor,

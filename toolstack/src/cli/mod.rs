@@ -106,6 +106,14 @@ pub enum Vf {
         /// How many, from 1 to the PF's total.
         count: u16,
     },
+    /// Makes a PF have this many VFs; where it has another number, all are disabled first, as the kernel wants it.
+    SetCount {
+        /// The PF.
+        #[arg(value_name = "PF")]
+        address: Sbdf,
+        /// How many, from 0 to the PF's total.
+        count: u16,
+    },
     /// Disables all VFs of a PF; refused while a guest has one.
     Destroy {
         /// The PF.
@@ -217,6 +225,7 @@ impl Command {
             }
             Self::PciList { domain } => one(Request::PciList { domain: DomainName(domain) }),
             Self::Vf(Vf::Create { address, count }) => one(Request::VfCreate { address, count }),
+            Self::Vf(Vf::SetCount { address, count }) => one(Request::VfSetCount { address, count }),
             Self::Vf(Vf::Destroy { address }) => one(Request::VfDestroy { address }),
             Self::Vf(Vf::List { address }) => one(Request::VfList { address }),
             Self::Vf(Vf::Set(arguments)) => one(arguments.request()),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use log::{error, info, warn};
+use log::{Level, error, info, log, warn};
 use pciback::config::{MaskedWrite, Planes};
 use pciback::platform::WatchEvent;
 use pciback::pv::{
@@ -13,6 +13,7 @@ use pciback::pv::{
 };
 use pciback::{DomId, FunctionState, Sbdf};
 
+use super::log_limit::LogLimit;
 use super::open::Opened;
 use super::{Answer, Engine, Event};
 use crate::journal::{GuestPlace, Record};
@@ -33,6 +34,7 @@ pub(super) struct Guest {
     waiting: BTreeMap<u8, Waiting>,
     /// When the handshake may go on after its nodes were removed.
     pause: Option<Instant>,
+    log: LogLimit,
 }
 
 struct Waiting {
@@ -61,6 +63,16 @@ impl Guest {
             counters,
             waiting: BTreeMap::new(),
             pause: None,
+            log: LogLimit::new(),
+        }
+    }
+
+    /// Notes in the log what the guest did, as far as its share goes.
+    fn say(&mut self, level: Level, text: &str) {
+        match self.log.may_say(Instant::now()) {
+            Some(0) => log!(level, "{text}"),
+            Some(unsaid) => log!(level, "{text} ({unsaid} earlier lines about it were left out)"),
+            None => {}
         }
     }
 
@@ -78,6 +90,15 @@ impl Guest {
             (None, None) => None,
         };
         replaced.ok_or_else(|| "its thread does not have it".to_owned())?.map_err(|error| error.to_string())
+    }
+
+    /// One of its functions has left the host.
+    pub fn set_gone(&mut self, devfn: u8) {
+        match (&self.server, self.parked.get_mut(&devfn)) {
+            (_, Some(function)) => function.set_gone(),
+            (Some(server), None) => server.set_gone(devfn),
+            (None, None) => {}
+        }
     }
 
     /// What of its writes to one of its functions did not reach hardware.
@@ -235,7 +256,11 @@ impl Engine {
                 }),
                 Action::Waiting(devfn) => self.published(domain, devfn),
                 Action::Removed(devfn) => self.removed(domain, devfn),
-                Action::Report(text) => warn!("domain {domain}: {text}"),
+                Action::Report(text) => {
+                    if let Some(guest) = self.guests.get_mut(&domain) {
+                        guest.say(Level::Warn, &format!("domain {domain}: {text}"));
+                    }
+                }
                 Action::Pause => {
                     if let Some(guest) = self.guests.get_mut(&domain) {
                         guest.pause = Some(Instant::now() + PAUSE);
@@ -258,7 +283,9 @@ impl Engine {
         let report = Box::new(move |report| inbox.send(Event::Server(domain, report)));
         let server = Server::start(domain, ring, functions, Arc::clone(&guest.counters), report);
         guest.server = Some(server.map_err(|error| format!("start its thread: {error}"))?);
-        info!("domain {domain}: connected to its ring, grant {} and port {}", place.grant, place.port);
+        let text =
+            format!("domain {domain}: connected to its ring, grant {} and port {}", place.grant, place.port);
+        guest.say(Level::Info, &text);
         Ok(())
     }
 
@@ -269,7 +296,7 @@ impl Engine {
             match server.stop() {
                 Ok(functions) => {
                     guest.parked = functions;
-                    info!("domain {domain}: its ring is given up");
+                    guest.say(Level::Info, &format!("domain {domain}: its ring is given up"));
                 }
                 Err(stuck) => {
                     error!("domain {domain}: {stuck}");
@@ -448,7 +475,9 @@ impl Engine {
         match report {
             ServerReport::ResetWanted(address) => self.reset_for_guest(address),
             ServerReport::Vanished(address) => {
-                self.quarantine(address, "it answers no more, the guest reads all ones")
+                // It may have left the host: its end is looked at before it is judged.
+                self.silent.insert(address);
+                self.stirred.one(address);
             }
             ServerReport::RestoreFailed(address, why) => {
                 self.quarantine(
@@ -492,6 +521,9 @@ impl Engine {
         if let Some(place) = place
             && let Some(guest) = self.guests.get_mut(&place.domain)
         {
+            if outcome.is_ok() {
+                guest.say(Level::Info, &format!("{address}: reset for its guest"));
+            }
             match (&guest.server, guest.parked.get_mut(&place.devfn)) {
                 (Some(server), _) => server.reset_ended(place.devfn, outcome.is_ok()),
                 (None, Some(function)) if outcome.is_ok() => {
@@ -502,16 +534,13 @@ impl Engine {
                 _ => {}
             }
         }
-        match outcome {
-            Ok(()) => info!("{address}: reset for its guest"),
-            Err(failure) => {
-                self.quarantine(address, &format!("the reset that its guest asked for failed: {failure}"))
-            }
+        if let Err(failure) = outcome {
+            self.quarantine(address, &format!("the reset that its guest asked for failed: {failure}"));
         }
     }
 
     /// Marks a function that can be trusted no more; its guest keeps it, reading all ones, until it is detached.
-    fn quarantine(&mut self, address: Sbdf, why: &str) {
+    pub(super) fn quarantine(&mut self, address: Sbdf, why: &str) {
         error!("{address}: quarantined: {why}");
         let Some(record) = self.records.get_mut(&address) else { return };
         record.quarantine.get_or_insert_with(|| why.to_owned());

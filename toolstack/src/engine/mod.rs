@@ -5,6 +5,7 @@
 
 mod guests;
 mod lists;
+mod log_limit;
 mod network;
 mod open;
 mod policies;
@@ -12,6 +13,7 @@ mod recover;
 mod requests;
 mod tasks;
 mod vfs;
+mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -39,6 +41,7 @@ use crate::transaction::{Finished, NetworkRecord, Parting};
 use guests::Guest;
 use open::{Filter, Opened};
 use policies::Reloaded;
+use watch::{Changes, Seen, Stirred};
 
 /// What the engine handles.
 pub enum Event {
@@ -77,6 +80,10 @@ pub enum Event {
     VfsChanged(Sbdf),
     /// A thread that set a VF's network settings ended.
     NetworkSet(Sbdf, Box<Option<NetworkRecord>>),
+    /// Something that nobody waits for went wrong.
+    Problem(String),
+    /// Functions were looked at because something happened to them.
+    Seen(Vec<Seen>),
     /// New policies were read and checked, and filters compiled for the functions in use.
     Reloaded(Box<Reloaded>),
 }
@@ -123,6 +130,12 @@ pub struct Engine {
     guests: BTreeMap<DomId, Guest>,
     /// Functions whose guest ended while a transaction had them: withdrawn when it ends.
     orphans: BTreeSet<Sbdf>,
+    /// What is to be looked at, because something happened there.
+    stirred: Stirred,
+    /// Functions that stopped answering while the host still has them.
+    silent: BTreeSet<Sbdf>,
+    /// Counts what happens to the host's functions, for those who wait for it.
+    changes: Changes,
     /// The policies in force.
     policies: Arc<PolicySet>,
     /// The filters in use.
@@ -156,6 +169,9 @@ impl Engine {
             busy_pfs: BTreeSet::new(),
             guests: BTreeMap::new(),
             orphans: BTreeSet::new(),
+            stirred: Stirred::default(),
+            silent: BTreeSet::new(),
+            changes: Changes::default(),
             policies: Arc::new(policies),
             filters: Filters::default(),
             in_use: BTreeMap::new(),
@@ -176,14 +192,20 @@ impl Engine {
     /// Handles events until `stop` becomes readable. Guests keep their functions: a successor serves them on.
     pub fn run(&mut self, stop: BorrowedFd<'_>) -> io::Result<()> {
         self.platform.store.watch("@releaseDomain", "@releaseDomain").map_err(io::Error::other)?;
+        let host = self.platform.host.events().map_err(io::Error::other)?;
+        // What happened before the subscription.
+        self.stirred.everything();
         info!("ready on {}", self.platform.description);
+        self.create_wanted_vfs();
         loop {
+            self.look();
             let wake = Arc::clone(&self.inbox.wake);
             let store = Arc::clone(&self.platform.store);
             let mut fds = [
                 PollFd::new(wake.as_fd(), PollFlags::POLLIN),
                 PollFd::new(store.event_fd(), PollFlags::POLLIN),
                 PollFd::new(stop, PollFlags::POLLIN),
+                PollFd::new(host.event_fd(), PollFlags::POLLIN),
             ];
             match poll(&mut fds, self.timeout()) {
                 Ok(_) | Err(Errno::EINTR) => {}
@@ -193,6 +215,9 @@ impl Engine {
                 info!("stopping; guests keep their functions");
                 self.stop_servers();
                 return Ok(());
+            }
+            while let Some(event) = host.next_event() {
+                self.host_changed(event);
             }
             // Emptied before the events are taken: one that comes in between wakes again.
             let _ = wake.read();
@@ -223,6 +248,11 @@ impl Engine {
                 self.busy_pfs.remove(&physical_function);
             }
             Event::NetworkSet(address, network) => self.network_set(address, *network),
+            Event::Problem(text) => {
+                error!("{text}");
+                self.problems.push(text);
+            }
+            Event::Seen(seen) => self.seen(seen),
             Event::Reloaded(reloaded) => self.put_in_force(*reloaded),
         }
     }

@@ -93,6 +93,8 @@ impl Engine {
             }
         }
         let record = record.clone();
+        // What happened to it meanwhile was left for now.
+        self.stirred.one(address);
         if orphan && record.guest.is_some() {
             self.detach_from_dead(record);
         }

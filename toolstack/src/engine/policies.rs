@@ -191,19 +191,19 @@ impl Engine {
 
     /// Which policies a function follows.
     pub(super) fn show_policy(&self, address: Sbdf, domain: Option<String>, reply: Reply) {
-        self.look(address, domain, reply, |looked| Success::Policy(policy_view(&looked)));
+        self.inspect(address, domain, reply, |looked| Success::Policy(policy_view(&looked)));
     }
 
     /// What a guest sees of a function.
     pub(super) fn explain_policy(&self, address: Sbdf, domain: Option<String>, reply: Reply) {
-        self.look(address, domain, reply, |looked| {
+        self.inspect(address, domain, reply, |looked| {
             let policy = looked.policies.merge(&looked.subject).policy;
             Success::Explained { devices: vec![explain(&looked.spec, &policy, looked.visible.as_deref())] }
         });
     }
 
     /// Reads a function and shows it, apart from the engine: config space may be blocked by a reset.
-    fn look(
+    fn inspect(
         &self,
         address: Sbdf,
         domain: Option<String>,

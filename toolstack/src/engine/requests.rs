@@ -10,7 +10,7 @@ use super::tasks::Course;
 use crate::control::Reply;
 use crate::domains::{self, DomainType};
 use crate::journal::{GuestPlace, Record};
-use crate::outcome::Failure;
+use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{DomainName, Request, Success};
 use crate::transaction::{Kind, Parting};
 
@@ -40,7 +40,9 @@ impl Engine {
             Request::VfList { address } => self.vf_list(address).map(Plan::Answer),
             Request::Status => Ok(Plan::Answer(self.status())),
             Request::PciAssignableAdd { address } => self.plan_hold(address),
-            Request::PciAssignableRemove { address } => self.plan_release(address),
+            Request::PciAssignableRemove { address } => {
+                self.forget_gone(address).unwrap_or_else(|| self.plan_release(address))
+            }
             Request::PciAttach { domain, address, slot } => self.plan_attach(&domain, address, slot),
             Request::PciDetach { domain, address, force } => self.plan_detach(&domain, address, force),
             Request::QuarantineClear { address } => return self.clear_quarantine(address, reply),
@@ -51,6 +53,7 @@ impl Engine {
             Request::VfCreate { address, count } => return self.create_vfs(address, count, reply),
             Request::VfSet { address, settings } => return self.set_network(address, settings, reply),
             Request::VfShow { address } => return self.show_network(address, reply),
+            Request::VfSetCount { address, count } => return self.set_vf_count(address, count, reply),
             Request::VfDestroy { address } => return self.destroy_vfs(address, reply),
         };
         match plan {
@@ -102,6 +105,19 @@ impl Engine {
             Box::new(record),
             format!("{address} is assignable"),
         ))
+    }
+
+    /// A function that left the host has nothing to give back: it is forgotten.
+    fn forget_gone(&mut self, address: Sbdf) -> Option<Result<Plan, Failure>> {
+        if self.state(address) != FunctionState::Gone || self.busy.contains(&address) {
+            return None;
+        }
+        if let Err(error) = self.journal.remove(address) {
+            return Some(Err(Failure::new(ErrorCode::Failed, error.to_string()).on(address)));
+        }
+        self.records.remove(&address);
+        let message = format!("{address} left the host; it is forgotten");
+        Some(Ok(Plan::Answer(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() })))
     }
 
     fn plan_release(&self, address: Sbdf) -> Result<Plan, Failure> {
@@ -222,7 +238,7 @@ pub(super) fn not_in_state(record: &Record, state: FunctionState, wanted: &str) 
     let hint = match state {
         FunctionState::Attached => "detach it first: 'xpci pci-detach'",
         FunctionState::Quarantined => "see why in 'xpci status', then 'xpci quarantine clear'",
-        FunctionState::Gone => "it left the host",
+        FunctionState::Gone => "it left the host; 'xpci pci-assignable-remove' forgets it",
         _ => "try again when that has ended",
     };
     failure.on(record.address).hint(hint)

@@ -10,6 +10,7 @@ use pciback::platform::Platform;
 use pciback::policy::PolicySet;
 use pciback::{FunctionState, Sbdf};
 
+use super::watch::Changes;
 use super::{Engine, Event, Inbox};
 use crate::control::Reply;
 use crate::journal::{Journal, Record};
@@ -57,6 +58,7 @@ pub(super) struct Workshop {
     pub inbox: Inbox,
     pub policies: Arc<PolicySet>,
     pub filters: Filters,
+    pub changes: Changes,
 }
 
 impl Serving for Workshop {
@@ -113,6 +115,7 @@ impl Engine {
             inbox: self.inbox.clone(),
             policies: Arc::clone(&self.policies),
             filters: self.filters.clone(),
+            changes: self.changes.clone(),
         }
     }
 
@@ -174,6 +177,8 @@ impl Engine {
         }
         self.note_network_problem(&record);
         self.keep(record.clone());
+        // What happened to it meanwhile was left for now.
+        self.stirred.one(address);
         if self.orphans.remove(&address) && attached {
             warn!("{address}: its guest ended while it was attached");
             self.detach_from_dead(record);

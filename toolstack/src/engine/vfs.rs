@@ -24,15 +24,100 @@ impl Engine {
                 let text = format!("{address} has {} VFs enabled already", pf.num_vfs);
                 return Err(Failure::refused(text).on(address).hint("'xpci vf destroy' disables them first"));
             }
-            if count == 0 || count > pf.total_vfs {
-                let text = format!("{address} can have 1 to {} VFs, not {count}", pf.total_vfs);
-                return Err(Failure::refused(text).on(address));
-            }
-            Ok(())
+            self.room_for(&pf, count)
         });
         self.change_vfs(address, reply, checked, move |workshop, progress| {
             create(workshop, address, count, progress)
         });
+    }
+
+    pub(super) fn set_vf_count(&mut self, address: Sbdf, count: u16, reply: Reply) {
+        let mut before = 0;
+        let checked = self.physical_function(address).and_then(|pf| {
+            before = pf.num_vfs;
+            if before == count {
+                return Ok(());
+            }
+            if count > 0 {
+                self.room_for(&pf, count)?;
+            }
+            self.none_in_use(&pf)
+        });
+        self.change_vfs(address, reply, checked, move |workshop, progress| {
+            if before == count {
+                return Ok(Success::Already { message: format!("{address} has {count} VFs") });
+            }
+            if before > 0 {
+                let gone = destroy(workshop, address, progress)?;
+                if count == 0 {
+                    return Ok(gone);
+                }
+            }
+            create(workshop, address, count, progress)
+        });
+    }
+
+    /// Whether a PF may have this many VFs: by its own total, and by the number of functions that the host is set up for.
+    fn room_for(&self, pf: &HostFunction, count: u16) -> Result<(), Failure> {
+        let address = pf.address;
+        if count == 0 || count > pf.total_vfs {
+            let text = format!("{address} can have 1 to {} VFs, not {count}", pf.total_vfs);
+            return Err(Failure::refused(text).on(address));
+        }
+        let limit = self.settings.function_limit;
+        let others = self.platform.host.functions()?.len() - pf.virtual_functions.len();
+        if others + usize::from(count) > limit as usize {
+            let text = format!(
+                "{count} VFs of {address} would make {} functions, more than function-limit allows, {limit}",
+                others + usize::from(count)
+            );
+            return Err(Failure::refused(text)
+                .on(address)
+                .hint("raise 'function-limit' in xpcid.yaml if Xen has the memory"));
+        }
+        Ok(())
+    }
+
+    /// Enables the VFs that the settings ask for, on PFs that have none: what somebody else enabled is left as it is.
+    pub(super) fn create_wanted_vfs(&mut self) {
+        let wanted = self.settings.virtual_functions.clone();
+        if wanted.is_empty() {
+            return;
+        }
+        let host = std::sync::Arc::clone(&self.platform.host);
+        let functions = match host.functions() {
+            Ok(functions) => functions,
+            Err(error) => {
+                return self.problems.push(format!("enable the VFs that the settings ask for: {error}"));
+            }
+        };
+        let pfs: Vec<HostFunction> = functions
+            .into_iter()
+            .filter_map(|address| host.function(address).ok())
+            .filter(|function| function.total_vfs > 0)
+            .collect();
+        for entry in wanted {
+            let matching: Vec<&HostFunction> =
+                pfs.iter().filter(|pf| entry.means(host.as_ref(), pf)).collect();
+            if matching.is_empty() {
+                self.problems.push(format!("virtual-functions: no PF is {entry}"));
+            }
+            for pf in matching {
+                if pf.num_vfs == entry.count {
+                    continue;
+                }
+                if pf.num_vfs != 0 {
+                    log::warn!(
+                        "{}: it has {} VFs already, not {}; they stay",
+                        pf.address,
+                        pf.num_vfs,
+                        entry.count
+                    );
+                    continue;
+                }
+                self.create_vfs(pf.address, entry.count, Reply::of_nobody(self.inbox.clone()));
+            }
+        }
     }
 
     pub(super) fn destroy_vfs(&mut self, address: Sbdf, reply: Reply) {
@@ -147,6 +232,7 @@ fn all_known(workshop: &Workshop, pf: Sbdf, count: u16, limit: Duration) -> Resu
     let platform = &workshop.platform;
     let deadline = Instant::now() + limit;
     loop {
+        let seen = workshop.changes.count();
         let vfs = platform.host.function(pf)?.virtual_functions;
         let unknown = vfs.iter().find(|vf| !platform.hypervisor.device_known(**vf).unwrap_or(false));
         let missing = match unknown {
@@ -158,8 +244,8 @@ fn all_known(workshop: &Workshop, pf: Sbdf, count: u16, limit: Duration) -> Resu
             let failure = Failure::new(ErrorCode::Failed, format!("enable {count} VFs of {pf}: {missing}"));
             return Err(failure.hint("see dom0's kernel log and 'xl dmesg'"));
         }
-        // Neither sysfs nor Xen tells when the other has caught up; both do so within the kernel's own notification.
-        thread::sleep(Duration::from_millis(5));
+        // Xen is told before the event is sent: what is missing comes with one.
+        workshop.changes.wait(seen, deadline);
     }
 }
 

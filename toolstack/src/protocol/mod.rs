@@ -94,6 +94,13 @@ pub enum Request {
         /// How many, from 1 to the PF's total.
         count: u16,
     },
+    /// Makes a PF have this many VFs, 0 included.
+    VfSetCount {
+        /// The PF.
+        address: Sbdf,
+        /// How many, up to the PF's total.
+        count: u16,
+    },
     /// Disables all VFs of a PF.
     VfDestroy {
         /// The PF.
@@ -160,6 +167,7 @@ impl Request {
             Self::PciDetach { .. } => "pci-detach",
             Self::PciList { .. } => "pci-list",
             Self::VfCreate { .. } => "vf-create",
+            Self::VfSetCount { .. } => "vf-set-count",
             Self::VfDestroy { .. } => "vf-destroy",
             Self::VfList { .. } => "vf-list",
             Self::VfSet { .. } => "vf-set",
@@ -317,6 +325,7 @@ mod tests {
             Request::PciDetach { domain: domain.clone(), address, force: true },
             Request::PciList { domain },
             Request::VfCreate { address, count: 3 },
+            Request::VfSetCount { address, count: 0 },
             Request::VfDestroy { address },
             Request::VfList { address: None },
             Request::VfSet { address, settings: VfSettings { trust: Some(true), ..VfSettings::default() } },

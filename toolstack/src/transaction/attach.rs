@@ -50,6 +50,10 @@ pub(super) fn prepare_msix(context: &Context<'_>, record: &mut Record) -> Result
 }
 
 pub(super) fn release_msix(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
+    if record.msix_prepared && context.left_the_host(record) {
+        // Xen freed the guarded table with the function.
+        record.msix_prepared = false;
+    }
     if record.msix_prepared {
         let hypervisor = &context.platform.hypervisor;
         let released = match hypervisor.release_msix(record.address) {
@@ -91,12 +95,22 @@ pub(super) fn assign(context: &Context<'_>, record: &mut Record) -> Result<(), F
 
 pub(super) fn deassign(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
     let domain = guest_of(record)?;
+    if context.left_the_host(record) && !is_guests(context, record) {
+        return Ok(());
+    }
     match context.platform.hypervisor.deassign(domain, record.address) {
         Ok(()) => Ok(()),
         // A domain that is gone has lost it to the quarantine domain; one without passthrough never had it.
         Err(error) if nobodys(context, &error, record.address) => Ok(()),
         Err(error) => Err(Failure::from(error).on(record.address).of(domain)),
     }
+}
+
+/// Whether Xen may still know a function that left as a guest's: the kernel's report of its end may be on its way.
+fn is_guests(context: &Context<'_>, record: &Record) -> bool {
+    let hypervisor = &context.platform.hypervisor;
+    hypervisor.device_known(record.address).unwrap_or(true)
+        && !hypervisor.assignable(record.address).unwrap_or(false)
 }
 
 fn nobodys(context: &Context<'_>, error: &PlatformError, address: Sbdf) -> bool {

@@ -51,8 +51,10 @@ pub(super) fn take_driver(context: &Context<'_>, record: &mut Record) -> Result<
         )
     });
     if holder_of(&function).is_some() {
+        record.incarnation = function.incarnation;
         return Ok(warning.filter(|_| function.driver.as_deref() == Some("pci-stub")));
     }
+    record.incarnation = function.incarnation;
     if let Some(driver) = &function.driver {
         // One without a driver may be on its way back from an attempt that failed: what is known stays.
         record.original_driver = Some(driver.clone());
@@ -82,10 +84,10 @@ pub(super) fn give_back_driver(
     record: &mut Record,
 ) -> Result<Option<String>, Failure> {
     let host = &context.platform.host;
-    let function = match host.function(record.address) {
-        Err(error) if error.errno() == Some(Errno::ENOENT) => return Ok(None),
-        other => other?,
-    };
+    if context.left_the_host(record) {
+        return Ok(None);
+    }
+    let function = host.function(record.address)?;
     host.set_driver_override(record.address, None)?;
     let Some(original) = record.original_driver.clone() else {
         // It came without a driver; it goes back without one. A driver that does not hold was never taken away.
@@ -142,6 +144,10 @@ pub(super) fn own(context: &Context<'_>, record: &mut Record) -> Result<(), Fail
 }
 
 pub(super) fn disown(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
+    if context.left_the_host(record) {
+        // Another one at its address is dom0's already.
+        return Ok(());
+    }
     match context.platform.hypervisor.deassign(DomId::IO, record.address) {
         // It is not the quarantine domain's: dom0 has it, or it left the host.
         Err(error) if matches!(error.errno(), Some(Errno::ENODEV | Errno::EINVAL)) => Ok(()),

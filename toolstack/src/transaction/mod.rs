@@ -11,6 +11,7 @@ mod network;
 mod reset;
 
 use log::{info, warn};
+use nix::errno::Errno;
 use pciback::platform::Platform;
 use pciback::{DomId, FunctionState, Sbdf};
 use serde::{Deserialize, Serialize};
@@ -240,11 +241,22 @@ impl Context<'_> {
         }
     }
 
+    /// Whether the function is no longer there: pulled out, disabled, or replaced by another one, which is none of ours.
+    pub(super) fn left_the_host(&self, record: &Record) -> bool {
+        match self.platform.host.function(record.address) {
+            Ok(function) => record.incarnation != 0 && function.incarnation != record.incarnation,
+            Err(error) => error.errno() == Some(Errno::ENOENT),
+        }
+    }
+
     /// Ends a transaction that went back to its beginning.
     fn close(&self, record: &mut Record) -> Result<(), Failure> {
         if record.quarantine.is_some() {
             // A guest's reset failed while it had the function: detached, but still for nobody.
             record.state = FunctionState::Quarantined;
+        } else if record.state == FunctionState::Held && self.left_the_host(record) {
+            // Known until somebody has seen it, or another function appears at its address.
+            record.state = FunctionState::Gone;
         }
         if record.state == FunctionState::Host {
             self.journal.remove(record.address).map_err(|error| journal_failure(record.address, &error))

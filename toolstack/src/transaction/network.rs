@@ -231,6 +231,9 @@ pub fn reapply(platform: &Platform, address: Sbdf, network: Option<&NetworkRecor
 /// What the guest has made of the settings, now that its driver has run; for the log and the administrator, no failure.
 pub(super) fn verify(context: &Context<'_>, record: &Record) -> Option<String> {
     let network = record.network.as_ref().filter(|network| !network.wished.is_empty())?;
+    if context.left_the_host(record) {
+        return None;
+    }
     let seen = look(context.platform, record.address).ok()?;
     let deviation = deviation(&network.wished, &seen.settings?)?;
     let text = format!("the guest had changed the network settings of {}: {deviation}", record.address);
@@ -240,15 +243,11 @@ pub(super) fn verify(context: &Context<'_>, record: &Record) -> Option<String> {
 
 /// Puts back what was there before the first wish. A failure does not keep the VF from dom0; the record and the warning name it.
 pub(super) fn restore(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
-    let Some(network) = &mut record.network else { return Ok(None) };
-    match context.platform.host.function(record.address) {
-        // With the VF its settings are gone.
-        Err(error) if error.errno() == Some(Errno::ENOENT) => {
-            record.network = None;
-            return Ok(None);
-        }
-        _ => {}
+    if context.left_the_host(record) {
+        // With the VF its settings are gone; another one in its place has its own.
+        record.network = None;
     }
+    let Some(network) = &mut record.network else { return Ok(None) };
     let before = network.before;
     let failures = match look(context.platform, record.address) {
         Ok(seen) => match seen.settable() {

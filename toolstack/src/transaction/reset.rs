@@ -2,7 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use pciback::Sbdf;
 use pciback::config::{Access, ConfigSpace};
 use pciback::platform::{Host, Platform};
@@ -126,14 +125,9 @@ fn config_failure(action: &str, address: Sbdf, error: &std::io::Error) -> Failur
 }
 
 pub(super) fn run(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
-    if left_the_host(context, record.address) {
+    if context.left_the_host(record) {
         return Ok(());
     }
     (context.progress)(&format!("resetting {}", record.address));
     reset_and_verify(context.platform, &context.settings.reset, record.address)
-}
-
-/// Whether there is nothing left to reset.
-fn left_the_host(context: &Context<'_>, address: Sbdf) -> bool {
-    matches!(context.platform.host.function(address), Err(error) if error.errno() == Some(Errno::ENOENT))
 }

@@ -46,8 +46,14 @@ impl Daemon {
 
     /// The same, in a directory where something lies already.
     pub fn start_in(directory: TempDir, host: &str) -> Self {
+        Self::start_with(directory, host, "")
+    }
+
+    /// The same, with more settings.
+    pub fn start_with(directory: TempDir, host: &str, settings: &str) -> Self {
         fs::write(directory.path().join("host.yaml"), host).unwrap();
-        fs::write(directory.path().join("settings.yaml"), "guest-limit-seconds: 1\n").unwrap();
+        let settings = format!("guest-limit-seconds: 1\n{settings}");
+        fs::write(directory.path().join("settings.yaml"), settings).unwrap();
         let daemon = Self::spawn(directory);
         daemon.wait_for_log("ready on");
         daemon

@@ -71,6 +71,15 @@ fn network_settings_that_fail_are_undone_keep_a_vf_from_its_guest_and_are_report
 }
 
 #[test]
+fn the_settings_and_commands_say_how_many_vfs_a_pf_has() {
+    let directory = tempfile::tempdir().unwrap();
+    let settings = "function-limit: 9\nvirtual-functions:\n  - {pf: '01:00.0', count: 3}\n  - {id: 'dead:beef', count: 1}\n";
+    let daemon = Daemon::start_with(directory, &host(), settings);
+    daemon.wait_for_log("has 3 VFs");
+    play_on("vf-count", &daemon);
+}
+
+#[test]
 fn policies_are_shown_explained_reloaded_and_learned_from() {
     play("policy", host());
 }

@@ -7,4 +7,5 @@ mod failures;
 mod frontend;
 mod guests;
 mod network;
+mod surprises;
 mod world;

@@ -143,8 +143,10 @@ fn a_vf_that_is_destroyed_takes_its_settings_with_it() {
     service.hold(vf).unwrap();
     set(&service, vf, wishes()).unwrap();
     world.host().set_num_vfs(pf, 0, LIMIT).unwrap();
-    service.release(vf).unwrap();
-    assert_eq!(world.record(vf), None);
+    wait_until("it is forgotten", || world.record(vf).is_none());
+    world.host().set_num_vfs(pf, 2, LIMIT).unwrap();
+    service.hold(vf).unwrap();
+    assert!(show(&service, vf).wished.is_empty());
     assert_eq!(service.status().problems, [""; 0]);
 }
 

@@ -2,11 +2,11 @@
 
 use std::os::fd::{AsFd as _, BorrowedFd};
 
+use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 use udev::{EventType, MonitorBuilder};
 
-use crate::Sbdf;
-use crate::platform::{PlatformError, Result};
+use crate::platform::{HostEvent, HostEvents, PlatformError, Result};
 
 /// Room for the events of some thousand VFs that appear at once.
 const BUFFER_BYTES: usize = 4 << 20;
@@ -20,31 +20,7 @@ pub enum Source {
     Udev,
 }
 
-/// What happened to a function.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Action {
-    /// It appeared.
-    Add,
-    /// It left.
-    Remove,
-    /// A driver took it.
-    Bind,
-    /// Its driver left it.
-    Unbind,
-    /// Something else about it changed.
-    Change,
-}
-
-/// One event of one function.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PciEvent {
-    /// What happened.
-    pub action: Action,
-    /// To which function.
-    pub address: Sbdf,
-}
-
-/// A subscription. Events can be lost when nobody takes them for long: they say when to look, not what is there.
+/// A subscription. Events can be lost when nobody takes them for long, which is said by [`HostEvent::Lost`].
 pub struct PciEvents {
     socket: udev::MonitorSocket,
 }
@@ -66,26 +42,28 @@ impl PciEvents {
         }
         Ok(Self { socket })
     }
+}
 
-    /// Readable when `next_event` has something.
-    pub fn event_fd(&self) -> BorrowedFd<'_> {
+impl HostEvents for PciEvents {
+    fn event_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 
-    /// The next event, without waiting. Events of other kinds, or without an address, are passed over.
-    pub fn next_event(&self) -> Option<PciEvent> {
-        self.socket.iter().find_map(|event| {
-            let action = match event.event_type() {
-                EventType::Add => Action::Add,
-                EventType::Remove => Action::Remove,
-                EventType::Bind => Action::Bind,
-                EventType::Unbind => Action::Unbind,
-                EventType::Change => Action::Change,
-                EventType::Unknown => return None,
+    fn next_event(&self) -> Option<HostEvent> {
+        loop {
+            Errno::clear();
+            let Some(event) = self.socket.iter().next() else {
+                // libudev says "nothing" and leaves the reason in errno; a full buffer is reported once.
+                return (Errno::last() == Errno::ENOBUFS).then_some(HostEvent::Lost);
             };
-            let address = event.sysname().to_str()?.parse().ok()?;
-            Some(PciEvent { action, address })
-        })
+            // Functions of segments above ffff have names that are no addresses: Xen cannot assign them.
+            let Some(address) = event.sysname().to_str().and_then(|name| name.parse().ok()) else { continue };
+            return Some(match event.event_type() {
+                EventType::Add => HostEvent::Added(address),
+                EventType::Remove => HostEvent::Removed(address),
+                _ => HostEvent::Changed(address),
+            });
+        }
     }
 }
 

@@ -1,6 +1,8 @@
 //! The host's PCI functions, as sysfs shows and takes them.
 
 use std::collections::HashMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -12,9 +14,10 @@ use super::attributes::{
 };
 use super::blocking::Blocking;
 use super::config::SysfsConfig;
+use super::events::{PciEvents, Source};
 use crate::Sbdf;
 use crate::config::ConfigSpace;
-use crate::platform::{Cause, Host, HostFunction, PlatformError, Result};
+use crate::platform::{Cause, Host, HostEvents, HostFunction, PlatformError, Result};
 
 /// How long a write may take that only waits for another change of the same function.
 const QUICK: Duration = Duration::from_secs(5);
@@ -188,6 +191,10 @@ fn missing(action: &'static str, address: Sbdf) -> impl Fn(Cause) -> PlatformErr
 }
 
 impl Host for LinuxHost {
+    fn events(&self) -> Result<Box<dyn HostEvents>> {
+        Ok(Box::new(PciEvents::open(Source::Kernel)?))
+    }
+
     fn functions(&self) -> Result<Vec<Sbdf>> {
         let path = self.devices();
         let names = names(&path)
@@ -201,9 +208,10 @@ impl Host for LinuxHost {
 
     fn function(&self, address: Sbdf) -> Result<HostFunction> {
         let directory = self.directory(address);
-        if !directory.exists() {
+        // The inode of the directory is the kernel's own serial number of the device object.
+        let Ok(metadata) = fs::metadata(&directory) else {
             return Err(PlatformError::new("read", address, Cause::Missing));
-        }
+        };
         let attributes = Attributes { directory: &directory, address };
         let total_vfs = attributes.optional("sriov_totalvfs", parse_decimal)?.unwrap_or(0);
         let virtual_functions = attributes.virtual_functions(total_vfs)?;
@@ -211,6 +219,7 @@ impl Host for LinuxHost {
         let reset_methods = attributes.text("reset_method")?.unwrap_or_default();
         Ok(HostFunction {
             address,
+            incarnation: metadata.ino(),
             vendor: attributes.hex16("vendor")?,
             device: attributes.hex16("device")?,
             subsystem_vendor: attributes.hex16("subsystem_vendor")?,

@@ -6,6 +6,7 @@ use super::model::DriverKind;
 use super::placement::Placement;
 use super::world::{Answer, COMMAND, COMMAND_MEMORY, World};
 use crate::Sbdf;
+use crate::platform::HostEvent;
 
 const COMMAND_IO: u16 = 1 << 0;
 const COMMAND_MASTER: u16 = 1 << 2;
@@ -55,6 +56,7 @@ impl World {
             return;
         };
         function.driver = Some(name);
+        self.listeners.tell(HostEvent::Changed(address));
         if function.physical_function.is_none() {
             let io = function.resources[..6].iter().any(|bar| bar.exists() && bar.is_io());
             let decoding = COMMAND_MEMORY | if io { COMMAND_IO } else { 0 };
@@ -87,6 +89,7 @@ impl World {
         }
         let Some(function) = self.functions.get_mut(&address) else { return };
         function.driver = None;
+        self.listeners.tell(HostEvent::Changed(address));
         function.registers.change16(COMMAND, COMMAND_MASTER, 0);
     }
 

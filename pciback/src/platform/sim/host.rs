@@ -11,7 +11,7 @@ use super::locked;
 use super::world::{Answer, World};
 use crate::Sbdf;
 use crate::config::{Access, ConfigSpace};
-use crate::platform::{Cause, Host, HostFunction, PlatformError, Result};
+use crate::platform::{Cause, Host, HostEvents, HostFunction, PlatformError, Result};
 
 pub(super) struct SimHost {
     world: Arc<Mutex<World>>,
@@ -59,6 +59,7 @@ impl World {
         let own_driver = self.driver_of(address).is_some_and(|kind| !kind.any);
         Some(HostFunction {
             address,
+            incarnation: function.incarnation,
             vendor,
             device,
             subsystem_vendor: registers.peek16(0x2c),
@@ -81,6 +82,14 @@ impl World {
 }
 
 impl Host for SimHost {
+    fn events(&self) -> Result<Box<dyn HostEvents>> {
+        let subscribed = locked(&self.world).listeners.subscribe();
+        let events = subscribed.map_err(|errno| {
+            PlatformError::new("subscribe to", "the simulated host's PCI events", Cause::Os(errno))
+        })?;
+        Ok(Box::new(events))
+    }
+
     fn functions(&self) -> Result<Vec<Sbdf>> {
         let failed = self.failures.check("functions", Subject::default());
         failed.map_err(|cause| PlatformError::new("list the functions of", "the simulated host", cause))?;

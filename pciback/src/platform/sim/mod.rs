@@ -5,6 +5,7 @@
 //! `examples/contract` asks both.
 
 mod drivers;
+mod events;
 mod failures;
 mod fuse;
 mod guest;
@@ -33,7 +34,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 
-use super::{Cause, Platform, PlatformError, Result, VfSetting, VfSettings};
+use super::{Cause, HostEvent, Platform, PlatformError, Result, VfSetting, VfSettings};
 use crate::{DomId, Sbdf};
 
 pub use failures::Failure;
@@ -184,6 +185,15 @@ impl Simulation {
     /// Whether dom0's kernel tells Xen of functions that come and go.
     pub fn report_to_xen(&self, reporting: bool) {
         locked(&self.world).reporting = reporting;
+    }
+
+    /// Does something whose events get lost, as they do when nobody takes them for long: subscribers learn that, not what happened.
+    pub fn while_events_are_lost(&self, action: impl FnOnce()) {
+        locked(&self.world).listeners.muted = true;
+        action();
+        let listeners = &mut locked(&self.world).listeners;
+        listeners.muted = false;
+        listeners.tell(HostEvent::Lost);
     }
 
     /// Makes an operation fail or take long.

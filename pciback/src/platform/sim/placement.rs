@@ -78,6 +78,7 @@ impl Placement {
             vf_autoprobe: true,
             network: super::network::FRESH,
             silent: false,
+            incarnation: 0,
         };
         made.registers.poke(0x3c, &[function.irq as u8]);
         for (index, size) in (0u8..).zip(kind.sizes).filter(|(_, size)| *size != 0) {
@@ -136,6 +137,7 @@ impl Placement {
             vf_autoprobe: true,
             network: super::network::FRESH,
             silent: false,
+            incarnation: 0,
         })
     }
 }

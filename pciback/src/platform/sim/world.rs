@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
+use super::events::Listeners;
 use super::hardware::Masks;
 use super::model::{Description, DriverKind};
 use super::placement::{Kind, Placement};
 use super::registers::{Effect, Registers};
 use super::xen::{Device, Owner, Xen};
 use crate::config::Access;
-use crate::platform::{Resource, VfSettings};
+use crate::platform::{HostEvent, Resource, VfSettings};
 use crate::{DomId, Sbdf};
 
 pub(super) type Answer<T> = Result<T, Errno>;
@@ -33,6 +34,7 @@ pub(super) struct SimFunction {
     pub network: VfSettings,
     /// Answers all ones until it is reset.
     pub silent: bool,
+    pub incarnation: u64,
 }
 
 pub(super) struct World {
@@ -43,6 +45,9 @@ pub(super) struct World {
     pub xen: Xen,
     /// Whether dom0's kernel tells Xen of functions that come and go.
     pub reporting: bool,
+    pub listeners: Listeners,
+    /// How many functions have appeared.
+    appeared: u64,
 }
 
 pub(super) const COMMAND: u16 = 0x04;
@@ -72,6 +77,8 @@ impl World {
                     .collect(),
             },
             reporting: true,
+            listeners: Listeners::default(),
+            appeared: 0,
         };
         for name in &description.drivers {
             if !world.driver_kinds.contains_key(name) {
@@ -113,8 +120,10 @@ impl World {
     }
 
     /// The kernel finds a function and, usually, tells Xen.
-    pub fn appear(&mut self, address: Sbdf, function: SimFunction) {
+    pub fn appear(&mut self, address: Sbdf, mut function: SimFunction) {
         let physical_function = function.physical_function;
+        self.appeared += 1;
+        function.incarnation = self.appeared;
         self.functions.insert(address, function);
         // The kernel only logs what Xen says.
         if self.reporting
@@ -122,6 +131,8 @@ impl World {
         {
             log::warn!("{address}: the simulated Xen refuses the report: {errno}");
         }
+        // Xen hears of it by a notifier of the kernel's, before anybody hears of it by an event.
+        self.listeners.tell(HostEvent::Added(address));
     }
 
     /// A function leaves, with its VFs, by the kernel or by somebody's hand.
@@ -137,6 +148,7 @@ impl World {
         {
             log::warn!("{address}: the simulated Xen refuses to forget it: {errno}");
         }
+        self.listeners.tell(HostEvent::Removed(address));
     }
 
     /// `PHYSDEVOP_pci_device_add`: Xen looks at the function's capabilities once, now.

@@ -1,0 +1,54 @@
+//! How many lines of the log a guest can cause.
+
+use std::time::Instant;
+
+/// Lines that may come at once.
+const BURST: f64 = 200.0;
+/// Lines a second in the long run.
+const RATE: f64 = 0.2;
+
+/// A guest's share of the log. One that changes its nodes for ever fills no disk; what was left out is counted.
+#[derive(Debug)]
+pub(super) struct LogLimit {
+    left: f64,
+    since: Instant,
+    unsaid: u64,
+}
+
+impl LogLimit {
+    pub fn new() -> Self {
+        Self { left: BURST, since: Instant::now(), unsaid: 0 }
+    }
+
+    /// Whether a line may be written at `now`, with how many were left out before it.
+    pub fn may_say(&mut self, now: Instant) -> Option<u64> {
+        let elapsed = now.saturating_duration_since(self.since).as_secs_f64();
+        self.left = (self.left + elapsed * RATE).min(BURST);
+        self.since = now;
+        if self.left < 1.0 {
+            self.unsaid += 1;
+            return None;
+        }
+        self.left -= 1.0;
+        Some(std::mem::take(&mut self.unsaid))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_guest_that_never_stops_gets_its_burst_and_then_little() {
+        let (mut limit, start) = (LogLimit::new(), Instant::now());
+        let said = |limit: &mut LogLimit, from: u64, to: u64| {
+            (from..to).filter_map(|ms| limit.may_say(start + Duration::from_millis(ms))).collect::<Vec<u64>>()
+        };
+        assert_eq!(said(&mut limit, 0, 1000).len(), 200);
+        let later = said(&mut limit, 1000, 11_000);
+        assert_eq!(later.len(), 2, "one in five seconds");
+        assert!(later[0] > 800, "the first says how many are missing: {later:?}");
+    }
+}

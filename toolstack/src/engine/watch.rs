@@ -1,0 +1,198 @@
+//! What happens to the host's functions: they appear, leave, are replaced, or change their driver.
+//!
+//! An event only says where to look. Looking reads sysfs and asks Xen, which may block, so a thread does it; what it saw comes
+//! back as an event of the engine's own. Events that come meanwhile are looked at next.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::Instant;
+
+use log::{error, info, warn};
+use nix::errno::Errno;
+use pciback::platform::{HostEvent, HostFunction};
+use pciback::{FunctionState, Sbdf};
+
+use super::tasks::Course;
+use super::{Engine, Event};
+use crate::journal::Record;
+use crate::transaction::{Kind, Parting, holder_of};
+
+/// Functions that something happened to.
+#[derive(Debug, Default)]
+pub(super) struct Stirred {
+    addresses: BTreeSet<Sbdf>,
+    all: bool,
+    /// A thread is looking.
+    looking: bool,
+}
+
+impl Stirred {
+    pub fn one(&mut self, address: Sbdf) {
+        self.addresses.insert(address);
+    }
+
+    pub fn everything(&mut self) {
+        self.all = true;
+    }
+}
+
+/// Counts events, so that a thread can wait until something has happened.
+#[derive(Debug, Clone, Default)]
+pub struct Changes(Arc<(Mutex<u64>, Condvar)>);
+
+impl Changes {
+    /// How many there were. Ask before looking, then wait for more than that.
+    pub fn count(&self) -> u64 {
+        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn another(&self) {
+        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        self.0.1.notify_all();
+    }
+
+    /// Waits for more events than `seen`; `false` when none came before the deadline.
+    pub fn wait(&self, seen: u64, deadline: Instant) -> bool {
+        let count = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = deadline.saturating_duration_since(Instant::now());
+        let waited = self.0.1.wait_timeout_while(count, left, |count| *count <= seen);
+        *waited.unwrap_or_else(PoisonError::into_inner).0 > seen
+    }
+}
+
+/// One function, looked at.
+#[derive(Debug)]
+pub struct Seen {
+    address: Sbdf,
+    /// `None`: it is not on the host.
+    function: Option<HostFunction>,
+}
+
+impl Engine {
+    pub(super) fn host_changed(&mut self, event: HostEvent) {
+        self.changes.another();
+        match event {
+            HostEvent::Lost => {
+                warn!("events about PCI functions were lost; everything is looked at");
+                self.stirred.everything();
+            }
+            HostEvent::Removed(address) => {
+                // At once: its guest must not read what another device at this address answers.
+                self.set_gone(address);
+                self.stirred.one(address);
+            }
+            HostEvent::Added(address) | HostEvent::Changed(address) => self.stirred.one(address),
+        }
+    }
+
+    fn set_gone(&mut self, address: Sbdf) {
+        if let Some(place) = self.records.get(&address).and_then(|record| record.guest)
+            && let Some(guest) = self.guests.get_mut(&place.domain)
+        {
+            guest.set_gone(place.devfn);
+        }
+    }
+
+    /// Looks at what was stirred up, unless that is being done.
+    pub(super) fn look(&mut self) {
+        let Stirred { addresses, all, looking } = &mut self.stirred;
+        if *looking || (addresses.is_empty() && !*all) {
+            return;
+        }
+        *looking = true;
+        let (addresses, all) = (std::mem::take(addresses), std::mem::take(all));
+        let known: Vec<Sbdf> = self.records.keys().copied().collect();
+        let workshop = self.workshop();
+        let task = move || {
+            let host = workshop.platform.host.as_ref();
+            let addresses: BTreeSet<Sbdf> = match all {
+                true => host.functions().unwrap_or_default().into_iter().chain(known).collect(),
+                false => addresses,
+            };
+            let seen = addresses.into_iter().filter_map(|address| match host.function(address) {
+                Ok(function) => Some(Seen { address, function: Some(function) }),
+                Err(error) if error.errno() == Some(Errno::ENOENT) => Some(Seen { address, function: None }),
+                Err(error) => {
+                    warn!("{error}");
+                    None
+                }
+            });
+            workshop.inbox.send(Event::Seen(seen.collect()));
+        };
+        if let Err(problem) = thread::Builder::new().name("look".into()).spawn(task) {
+            error!("look at the host's functions: start a thread: {problem}");
+            self.stirred.looking = false;
+        }
+    }
+
+    pub(super) fn seen(&mut self, seen: Vec<Seen>) {
+        self.stirred.looking = false;
+        for Seen { address, function } in seen {
+            // One in a transaction is looked at when that has ended.
+            let Some(record) = self.records.get(&address).cloned() else { continue };
+            if self.busy.contains(&address) {
+                continue;
+            }
+            match function {
+                Some(function) if is_same(&record, &function) => self.still_there(record, &function),
+                other => self.left(record, other.is_some()),
+            }
+        }
+        self.look();
+    }
+
+    /// A function that is where it was: somebody may have given it to another driver.
+    fn still_there(&mut self, record: Record, function: &HostFunction) {
+        if self.silent.remove(&record.address) {
+            self.quarantine(record.address, "it answers no more, the guest reads all ones");
+            return;
+        }
+        if record.state != FunctionState::Held || holder_of(function).is_some() {
+            return;
+        }
+        let address = record.address;
+        let driver = function.driver.as_deref().unwrap_or("no driver");
+        warn!("{address}: somebody took it from its holding driver, it has {driver} now; it is dom0's again");
+        // Xen's quarantine domain must not own what a driver of dom0's uses.
+        self.start(Course::Backward(Kind::Release, Parting::Dead), record, None, |record| {
+            format!("{}: dom0's again", record.address)
+        });
+    }
+
+    /// A function that is no longer there, or was replaced by another one.
+    fn left(&mut self, record: Record, replaced: bool) {
+        let address = record.address;
+        self.silent.remove(&address);
+        let how = if replaced { "was replaced by another function" } else { "left the host" };
+        match record.state {
+            FunctionState::Gone if !replaced => {}
+            FunctionState::Host | FunctionState::Held | FunctionState::Gone => {
+                info!("{address}: it {how}; xpci forgets the old one");
+                if let Err(error) = self.journal.remove(address) {
+                    warn!("{error}");
+                    self.problems.push(error.to_string());
+                }
+                self.records.remove(&address);
+            }
+            FunctionState::Quarantined if record.guest.is_none() => {
+                // What was distrusted is not there any more; what comes to its place is another one.
+                info!("{address}: it {how} while it was quarantined");
+                let gone = Record { state: FunctionState::Gone, quarantine: None, ..record };
+                self.keep(gone);
+            }
+            _ => {
+                warn!("{address}: it {how} while a guest had it; it is withdrawn");
+                self.set_gone(address);
+                self.start(Course::Backward(Kind::Detach, Parting::Ask), record, None, move |record| {
+                    format!("{}: withdrawn from its guest, it {how}", record.address)
+                });
+            }
+        }
+    }
+}
+
+/// Whether a function is the one of the record; records of versions that did not ask say nothing.
+fn is_same(record: &Record, function: &HostFunction) -> bool {
+    record.incarnation == 0 || record.incarnation == function.incarnation
+}
