@@ -96,6 +96,22 @@ pub fn owner(lab: &Lab, address: &str) -> Result<String> {
     Ok(rest.split_whitespace().next().unwrap_or_default().to_owned())
 }
 
+/// Whether a function is in Xen's list.
+pub fn known_to_xen(lab: &Lab, address: &str) -> Result<bool> {
+    Ok(debug_key(lab, "Q")?.contains(address))
+}
+
+/// Waits until a function is in a state, as `xpci status` says, and no guest is named for it any more.
+pub fn wait_for_state(lab: &Lab, address: &str, wanted: &str) -> Result<()> {
+    let quoted = format!("{address} is {wanted}");
+    let shown = match wanted {
+        // What is dom0's is not listed.
+        "host" => format!("! xpci status | grep -q '^{address}'"),
+        _ => format!("xpci status | grep '^{address}' | grep -qE ' {wanted} +-'"),
+    };
+    lab.wait_for(&quoted, SOON, &shown)
+}
+
 /// Whether Xen's quarantine domain owns a function.
 pub fn is_held(lab: &Lab, address: &str) -> Result<bool> {
     let owner = owner(lab, address)?.to_lowercase();

@@ -1,0 +1,71 @@
+//! What the service wants of functions.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use super::Identity;
+use crate::{DomId, Sbdf};
+
+/// A guest, and where it sees a function.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Place {
+    /// The guest.
+    pub domain: DomId,
+    /// Device and function number there.
+    pub devfn: u8,
+}
+
+/// Where a function should stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Want {
+    /// With dom0: the same as no intent at all.
+    Host,
+    /// Held: bound to a holding driver, owned by the quarantine domain.
+    Held,
+    /// With a guest.
+    Attached(Place),
+    /// With nobody. A guest that had it when it was quarantined has it still.
+    Quarantined(Option<Place>),
+    /// It left the host while a guest had it; that is remembered until it comes back.
+    Gone,
+}
+
+/// What the service wants of one function.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Intent {
+    /// Where it should stand.
+    pub want: Want,
+    /// What it was when it was taken; `None` where nobody noted it: then any device passes.
+    pub identity: Option<Identity>,
+    /// Whether the service itself prepared its MSI-X table.
+    pub msix_prepared: bool,
+}
+
+impl Intent {
+    /// The guest that has the function as far as the service knows.
+    pub const fn place(&self) -> Option<Place> {
+        match self.want {
+            Want::Attached(place) => Some(place),
+            Want::Quarantined(place) => place,
+            Want::Host | Want::Held | Want::Gone => None,
+        }
+    }
+}
+
+/// What the service wants, from its records.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Wanted {
+    /// The functions that it manages. Of all others it wants only that Xen knows those that are there.
+    pub functions: BTreeMap<Sbdf, Intent>,
+    /// Functions that a transaction has, and PFs whose VFs are being changed: they are left alone with all their VFs, and so is
+    /// what would have to wait for them.
+    pub busy: BTreeSet<Sbdf>,
+}
+
+impl Wanted {
+    /// Whether a function, or its PF, is in other hands at the moment.
+    pub(super) fn is_busy(&self, address: Sbdf, physical_function: Option<Sbdf>) -> bool {
+        self.busy.contains(&address) || physical_function.is_some_and(|pf| self.busy.contains(&pf))
+    }
+}
