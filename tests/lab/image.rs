@@ -16,7 +16,8 @@ use crate::{elf, modules};
 const DOM0_INIT: &str = include_str!("assets/dom0-init.sh");
 const GUEST_INIT: &str = include_str!("assets/guest-init.sh");
 
-const DOM0_MODULES: [&str; 18] = [
+const DOM0_MODULES: [&str; 19] = [
+    "8021q",
     "aer_inject",
     "e1000e",
     "igb",

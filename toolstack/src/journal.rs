@@ -13,7 +13,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::transaction::{Kind, Step};
+use crate::transaction::{Kind, NetworkRecord, Step};
 
 /// The form of a record; others are refused.
 pub const VERSION: u32 = 1;
@@ -44,6 +44,9 @@ pub struct Record {
     /// What was given to the guest beyond the device itself.
     #[serde(default)]
     pub grants: Vec<Grant>,
+    /// A VF's network settings, once somebody has set one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkRecord>,
     /// The transaction in progress.
     pub transaction: Option<Progress>,
     /// Why it is quarantined.
@@ -110,6 +113,7 @@ impl Record {
             msix_prepared: false,
             guest: None,
             grants: Vec::new(),
+            network: None,
             transaction: None,
             quarantine: None,
         }
@@ -249,6 +253,23 @@ mod tests {
         journal.remove(record.address).unwrap();
         journal.remove(record.address).unwrap();
         assert!(journal.read_all().unwrap().0.is_empty());
+    }
+
+    #[test]
+    fn a_record_from_before_there_were_network_settings_is_read_and_newer_ones_keep_them() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = Journal::open(directory.path()).unwrap();
+        let mut record = sample();
+        journal.write(&record).unwrap();
+        // What an older version wrote, and can read.
+        assert!(!fs::read_to_string(journal.path(record.address)).unwrap().contains("network"));
+        assert_eq!(journal.read_all().unwrap().0, [record.clone()]);
+        let mut network = NetworkRecord::default();
+        network.wished.vlan = "100:3".parse().ok();
+        network.before.vlan = "0".parse().ok();
+        record.network = Some(network);
+        journal.write(&record).unwrap();
+        assert_eq!(journal.read_all().unwrap().0, [record]);
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! The outside of xpci, as small traits: the host's PCI functions, the hypervisor, xenstore, guests' rings.
+//! The outside of xpci, as small traits: the host's PCI functions, the VFs' network settings, the hypervisor,
+//! xenstore, guests' rings.
 //!
 //! Two sets implement them: `xen` with `linux` on a real dom0, and `sim`, a simulated host made of bytes. Only the
 //! service's `main` chooses between them. Every call that may block has a limit of its own and is safe from several threads.
@@ -9,6 +10,7 @@ pub mod host;
 pub mod hypervisor;
 pub mod linux;
 pub mod memory;
+pub mod network;
 pub mod rings;
 pub mod sim;
 pub mod store;
@@ -21,6 +23,7 @@ pub use events::{HostEvent, HostEvents};
 pub use host::{Host, HostFunction, Resource};
 pub use hypervisor::{Hypervisor, MsiSource, Pirq};
 pub use memory::SharedMemory;
+pub use network::{VfNetwork, VfPlace, VfSetting, VfSettings};
 pub use rings::{GuestRings, Ring};
 pub use store::{Permissions, Store, StoreOps, WatchEvent};
 
@@ -35,6 +38,8 @@ pub struct Platform {
     pub store: Arc<dyn Store>,
     /// The shared pages and event channels of PV guests.
     pub rings: Arc<dyn GuestRings>,
+    /// The network settings of VFs.
+    pub network: Arc<dyn VfNetwork>,
     /// What this is, for people: `Xen 4.17.6` or `simulation of FILE`.
     pub description: String,
 }

@@ -6,6 +6,7 @@
 pub mod host;
 pub mod hypervisor;
 pub mod interrupts;
+pub mod network;
 pub mod store;
 
 use std::fmt::Debug;
@@ -71,7 +72,9 @@ pub const NOBODY: DomId = DomId(999);
 
 /// All contracts.
 pub fn all() -> impl Iterator<Item = Contract> {
-    [store::CONTRACTS, host::CONTRACTS, hypervisor::CONTRACTS, interrupts::CONTRACTS].concat().into_iter()
+    [store::CONTRACTS, host::CONTRACTS, network::CONTRACTS, hypervisor::CONTRACTS, interrupts::CONTRACTS]
+        .concat()
+        .into_iter()
 }
 
 /// Fails unless the two are equal.

@@ -1,6 +1,7 @@
 //! The command line of `xpci`.
 
 mod explained;
+mod network;
 mod policy;
 mod table;
 
@@ -13,6 +14,7 @@ use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{DomainName, Request};
 use crate::settings::DEFAULT_SOCKET;
 
+pub use network::SetArguments;
 pub use policy::{As, ExplainArguments, Local, Policy};
 pub use table::render;
 
@@ -130,6 +132,17 @@ pub enum Vf {
         #[arg(value_name = "PF")]
         address: Option<Sbdf>,
     },
+    /// Sets network settings of a held or attached VF through its PF, until it goes back to dom0.
+    ///
+    /// They are in force at once, put in force again at each attach, and what was there before the first 'vf set' comes back
+    /// with pci-assignable-remove.
+    Set(SetArguments),
+    /// Shows the network settings of a VF: in force, as the PF's driver reports them, and wished.
+    Show {
+        /// The VF.
+        #[arg(value_name = "VF")]
+        address: Sbdf,
+    },
 }
 
 /// What can be done with quarantined functions.
@@ -222,6 +235,8 @@ impl Command {
             Self::Vf(Vf::Destroy { address }) => one(Request::VfDestroy { address }),
             Self::Vf(Vf::List { address }) => one(Request::VfList { address }),
             Self::Sync { dry_run } => one(Request::Sync { dry_run }),
+            Self::Vf(Vf::Set(arguments)) => one(arguments.request()),
+            Self::Vf(Vf::Show { address }) => one(Request::VfShow { address }),
             Self::Status => one(Request::Status),
             Self::Quarantine(Quarantine::Clear(function)) => {
                 one(Request::QuarantineClear { address: function.address })

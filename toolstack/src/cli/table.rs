@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::explained;
+use super::{explained, network};
 use crate::protocol::{FunctionView, StatusView, Success, VfView};
 
 /// The answer as text; empty where there is nothing to say.
@@ -19,6 +19,7 @@ pub fn render(success: &Success) -> String {
             let head = if view.dry_run { "what would be done:" } else { "done:" };
             format!("{head}\n{}\n", view.text.join("\n"))
         }
+        Success::VfNetwork(view) => network::vf_network(view),
         Success::Policy(view) => explained::policy(view),
         Success::Explained { devices } => explained::explanations(devices),
         Success::Learned { functions } => explained::learned(functions),

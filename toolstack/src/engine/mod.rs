@@ -6,6 +6,7 @@
 mod guests;
 mod lists;
 mod log_limit;
+mod network;
 mod open;
 mod policies;
 mod recover;
@@ -38,7 +39,7 @@ use crate::outcome::Failure;
 use crate::protocol::Request;
 use crate::settings::Settings;
 use crate::spec::Filters;
-use crate::transaction::{Finished, Parting};
+use crate::transaction::{Finished, NetworkRecord, Parting};
 use guests::Guest;
 use open::{Filter, Opened};
 use policies::Reloaded;
@@ -81,6 +82,8 @@ pub enum Event {
     VfsChanged(Sbdf),
     /// A repair that concerns a guest or a driver.
     Repair(Repair, Reply),
+    /// A thread that set a VF's network settings ended.
+    NetworkSet(Sbdf, Box<Option<NetworkRecord>>),
     /// Something that nobody waits for went wrong.
     Problem(String),
     /// Functions were looked at because something happened to them.
@@ -249,6 +252,7 @@ impl Engine {
                 self.busy_pfs.remove(&physical_function);
             }
             Event::Repair(repair, reply) => self.repair(repair, reply),
+            Event::NetworkSet(address, network) => self.network_set(address, *network),
             Event::Problem(text) => {
                 error!("{text}");
                 self.problems.push(text);

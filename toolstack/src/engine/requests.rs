@@ -52,6 +52,8 @@ impl Engine {
             Request::Sync { dry_run } => return self.sync(dry_run, reply),
             Request::PolicyReload => return self.reload_policies(reply),
             Request::VfCreate { address, count } => return self.create_vfs(address, count, reply),
+            Request::VfSet { address, settings } => return self.set_network(address, settings, reply),
+            Request::VfShow { address } => return self.show_network(address, reply),
             Request::VfSetCount { address, count } => return self.set_vf_count(address, count, reply),
             Request::VfDestroy { address } => return self.destroy_vfs(address, reply),
         };
@@ -230,7 +232,7 @@ impl Engine {
     }
 }
 
-fn not_in_state(record: &Record, state: FunctionState, wanted: &str) -> Failure {
+pub(super) fn not_in_state(record: &Record, state: FunctionState, wanted: &str) -> Failure {
     let owner = record.guest.map(|guest| format!(" (domain {})", guest.domain)).unwrap_or_default();
     let failure =
         Failure::refused(format!("{} is {state}{owner}, which is no state {wanted}", record.address));

@@ -159,7 +159,7 @@ impl Engine {
         self.spawn(address, task);
     }
 
-    fn spawn(&mut self, address: Sbdf, task: impl FnOnce() + Send + 'static) {
+    pub(super) fn spawn(&mut self, address: Sbdf, task: impl FnOnce() + Send + 'static) {
         if let Err(error) = thread::Builder::new().name(format!("task {address}")).spawn(task) {
             // The task is dropped with its reply: the client hears that the service gave up.
             error!("{address}: start a thread: {error}");
@@ -175,6 +175,7 @@ impl Engine {
         if !attached {
             self.in_use.remove(&address);
         }
+        self.note_network_problem(&record);
         self.keep(record.clone());
         // What happened to it meanwhile was left for now.
         self.stirred.one(address);

@@ -4,13 +4,16 @@
 //! with the call's `id`. Fields are named; an unknown command or field is refused, so that a typo never does something else.
 //! What `xpci --json` prints is the [`Envelope`] of the final answer.
 
+mod network_view;
 mod policy_view;
 mod view;
 
 use pciback::Sbdf;
+use pciback::platform::VfSettings;
 use pciback::policy::Explanation;
 use serde::{Deserialize, Serialize};
 
+pub use network_view::VfNetworkView;
 pub use policy_view::{
     CapabilityRuleView, CheckedView, LearnedView, PolicyFileView, PolicyView, RegisterRuleView, ReloadedView,
 };
@@ -109,6 +112,18 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         address: Option<Sbdf>,
     },
+    /// Sets network settings of a VF through its PF, for as long as it is held or attached.
+    VfSet {
+        /// The VF.
+        address: Sbdf,
+        /// What to set; the rest stays as it is.
+        settings: VfSettings,
+    },
+    /// Shows the network settings of a VF.
+    VfShow {
+        /// The VF.
+        address: Sbdf,
+    },
     /// What the service knows: functions, guests, what is wrong.
     Status,
     /// Brings sysfs, Xen and xenstore into step.
@@ -161,6 +176,8 @@ impl Request {
             Self::VfSetCount { .. } => "vf-set-count",
             Self::VfDestroy { .. } => "vf-destroy",
             Self::VfList { .. } => "vf-list",
+            Self::VfSet { .. } => "vf-set",
+            Self::VfShow { .. } => "vf-show",
             Self::Status => "status",
             Self::Sync { .. } => "sync",
             Self::PolicyShow { .. } => "policy-show",
@@ -203,6 +220,8 @@ pub enum Success {
     },
     /// What sysfs, Xen and xenstore disagreed on.
     Synced(SyncView),
+    /// The network settings of a VF.
+    VfNetwork(VfNetworkView),
     /// The policies of a function.
     Policy(PolicyView),
     /// Functions explained.
@@ -318,6 +337,8 @@ mod tests {
             Request::VfSetCount { address, count: 0 },
             Request::VfDestroy { address },
             Request::VfList { address: None },
+            Request::VfSet { address, settings: VfSettings { trust: Some(true), ..VfSettings::default() } },
+            Request::VfShow { address },
             Request::Status,
             Request::PolicyShow { address, domain: Some("web".into()) },
             Request::PolicyExplain { address, domain: None },

@@ -7,6 +7,7 @@
 
 mod attach;
 mod hold;
+mod network;
 mod reset;
 
 use log::{info, warn};
@@ -17,6 +18,10 @@ use serde::{Deserialize, Serialize};
 
 pub use attach::image_path;
 pub use hold::holder_of;
+pub use network::{
+    NetworkRecord, change as change_network, described as describe_network, look as look_at_network,
+    place as vf_place, reapply as reapply_network,
+};
 pub use reset::{ResetCheck, ResetPlan, reset_and_verify};
 
 use crate::journal::{Journal, Progress, Record};
@@ -43,6 +48,8 @@ pub enum Kind {
 pub enum Step {
     /// The driver that only holds takes it. Undo: the driver it came from.
     Driver,
+    /// Nothing: a VF keeps its network settings while it is held. Undo: what 'vf set' changed is as before.
+    RestoreNetwork,
     /// `DOMID_IO` owns it in Xen. Undo: dom0.
     Quarantine,
     /// It is reset and answers. Undo: the same, because a guest has had it.
@@ -53,6 +60,8 @@ pub enum Step {
     Assign,
     /// The guest may map its BARs, use its ports and its INTx line. Undo: it may not.
     Grant,
+    /// The VF's network settings are what 'vf set' asked for. Undo: they stay, and what the guest had changed is reported.
+    ApplyNetwork,
     /// Its image, the part of its virtual config space that outlives the service, is there. Undo: gone.
     Image,
     /// The guest is told and served. Undo: asked to let go, then cut off: bus mastering and interrupts first.
@@ -60,10 +69,17 @@ pub enum Step {
 }
 
 /// Takes a function from dom0.
-pub const HOLD: &[Step] = &[Step::Driver, Step::Quarantine];
+pub const HOLD: &[Step] = &[Step::Driver, Step::RestoreNetwork, Step::Quarantine];
 /// Gives a held function to a guest.
-pub const ATTACH: &[Step] =
-    &[Step::Reset, Step::PrepareMsix, Step::Assign, Step::Grant, Step::Image, Step::Serve];
+pub const ATTACH: &[Step] = &[
+    Step::Reset,
+    Step::PrepareMsix,
+    Step::Assign,
+    Step::Grant,
+    Step::ApplyNetwork,
+    Step::Image,
+    Step::Serve,
+];
 
 impl Kind {
     /// The steps, in the order of going forwards.
@@ -263,11 +279,13 @@ impl Context<'_> {
     fn run(&self, step: Step, record: &mut Record) -> Result<Option<String>, Failure> {
         match step {
             Step::Driver => hold::take_driver(self, record),
+            Step::RestoreNetwork => Ok(None),
             Step::Quarantine => hold::own(self, record).map(|()| None),
             Step::Reset => reset::run(self, record).map(|()| None),
             Step::PrepareMsix => attach::prepare_msix(self, record).map(|()| None),
             Step::Assign => attach::assign(self, record).map(|()| None),
             Step::Grant => attach::grant(self, record).map(|()| None),
+            Step::ApplyNetwork => network::apply(self, record),
             Step::Image => attach::create_image(self, record).map(|()| None),
             Step::Serve => self.serving.serve(record),
         }
@@ -276,11 +294,13 @@ impl Context<'_> {
     fn undo(&self, step: Step, record: &mut Record) -> Result<Option<String>, Failure> {
         match step {
             Step::Driver => hold::give_back_driver(self, record),
+            Step::RestoreNetwork => network::restore(self, record),
             Step::Quarantine => hold::disown(self, record).map(|()| None),
             Step::Reset => reset::run(self, record).map(|()| None),
             Step::PrepareMsix => attach::release_msix(self, record).map(|()| None),
             Step::Assign => attach::deassign(self, record).map(|()| None),
             Step::Grant => attach::revoke(self, record).map(|()| None),
+            Step::ApplyNetwork => Ok(network::verify(self, record)),
             Step::Image => attach::remove_image(self, record).map(|()| None),
             Step::Serve => self.serving.withdraw(record, self.parting),
         }

@@ -56,6 +56,21 @@ fn a_reset_that_fails_at_detach_quarantines_with_6_until_it_is_cleared() {
 }
 
 #[test]
+fn network_settings_are_set_kept_for_guests_and_put_back() {
+    play("vf-network", host());
+}
+
+#[test]
+fn network_settings_that_fail_are_undone_keep_a_vf_from_its_guest_and_are_reported() {
+    // In the order of calls: the second of a set, the first of an attach, the first on the way back to dom0.
+    let failures = r#"
+  - {operation: set_vf_setting, address: "01:10.0", errno: EIO, after: 1, times: 1}
+  - {operation: set_vf_setting, address: "01:10.0", errno: EIO, after: 3, times: 1}
+  - {operation: set_vf_setting, address: "01:10.0", errno: EIO, after: 2, times: 1}"#;
+    play("vf-network-fails", host().replace("failures: []", &format!("failures:{failures}")));
+}
+
+#[test]
 fn the_settings_and_commands_say_how_many_vfs_a_pf_has() {
     let directory = tempfile::tempdir().unwrap();
     let settings = "function-limit: 9\nvirtual-functions:\n  - {pf: '01:00.0', count: 3}\n  - {id: 'dead:beef', count: 1}\n";

@@ -11,7 +11,7 @@ const CHANGES: u32 = 100;
 const VENDOR: u32 = 0;
 
 /// Kills the service at each of the changes that `work` makes, before and after it, and lets `check` look at the next life.
-fn killed_anywhere(
+pub fn killed_anywhere(
     prepare: impl Fn(&World, &Service),
     work: impl Fn(&Service) -> bool,
     check: impl Fn(&World, &Service, &Frontend, &str),
@@ -38,7 +38,7 @@ fn killed_anywhere(
 }
 
 /// Nothing is under way any more, and nothing is wrong.
-fn settled(service: &Service, why: &str) {
+pub fn settled(service: &Service, why: &str) {
     let under_way = [FunctionState::Attaching, FunctionState::Detaching, FunctionState::Resetting];
     wait_until(&format!("{why}: it settles"), || {
         let status = service.status();

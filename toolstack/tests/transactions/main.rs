@@ -6,5 +6,6 @@ mod crashes;
 mod failures;
 mod frontend;
 mod guests;
+mod network;
 mod surprises;
 mod world;

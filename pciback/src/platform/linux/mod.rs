@@ -1,9 +1,12 @@
-//! The host's PCI functions through sysfs, and the kernel's events about them.
+//! The host's PCI functions through sysfs and netlink, and the kernel's events about them.
 
 pub mod attributes;
 pub mod blocking;
 mod config;
 pub mod events;
 mod host;
+mod network;
+mod vf_messages;
 
 pub use host::LinuxHost;
+pub use network::LinuxVfNetwork;

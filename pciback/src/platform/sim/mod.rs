@@ -14,6 +14,7 @@ mod home;
 mod host;
 mod hypervisor;
 mod model;
+mod network;
 mod placement;
 mod ranges;
 mod registers;
@@ -33,7 +34,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 
-use super::{Cause, HostEvent, Platform, PlatformError, Result};
+use super::{Cause, HostEvent, Platform, PlatformError, Result, VfSetting, VfSettings};
 use crate::{DomId, Sbdf};
 
 pub use failures::Failure;
@@ -128,6 +129,7 @@ impl Simulation {
             hypervisor: Arc::new(hypervisor::SimHypervisor::new(&self.world, &failures)),
             store: Arc::new(SimStore::connect(&self.tree, DomId::DOM0, &failures)?),
             rings: Arc::new(self.rings.of_a_life(&failures)),
+            network: Arc::new(network::SimVfNetwork::new(&self.world, &failures)),
             description: description.to_owned(),
         })
     }
@@ -233,6 +235,18 @@ impl Simulation {
     /// How many pages of a domain are mapped by its backend.
     pub fn connected_rings(&self, domain: DomId) -> usize {
         self.rings.connected(domain)
+    }
+
+    /// What the PF's driver keeps for a VF.
+    pub fn vf_network(&self, vf: Sbdf) -> Option<VfSettings> {
+        locked(&self.world).functions.get(&vf).map(|function| function.network)
+    }
+
+    /// The PF's driver takes something over that the guest's driver asked it for, for example another MAC address.
+    pub fn guest_sets(&self, vf: Sbdf, setting: VfSetting) {
+        if let Some(function) = locked(&self.world).functions.get_mut(&vf) {
+            function.network.take(setting);
+        }
     }
 
     /// Bytes of a function's config space as hardware has them, without any access.

@@ -63,6 +63,9 @@ pub(super) struct DriverKind {
     pub sriov: bool,
     /// The most VFs the driver allows, if it allows fewer than the hardware.
     pub max_vfs: Option<u16>,
+    /// What it can set for its VFs: `mac`, `vlan`, `spoof-check`, `trust`, `rate`, `min-rate`, `link-state`.
+    #[serde(default)]
+    pub vf_settings: Vec<String>,
     /// Counts as an assigned function's holder: a PF driver keeps VFs that it holds. It prepares MSI-X for its functions.
     #[serde(default)]
     pub holds_for_guests: bool,

@@ -76,6 +76,7 @@ impl Placement {
             physical_function: None,
             virtual_functions: Vec::new(),
             vf_autoprobe: true,
+            network: super::network::FRESH,
             silent: false,
             incarnation: 0,
         };
@@ -134,6 +135,7 @@ impl Placement {
             physical_function: Some(pf),
             virtual_functions: Vec::new(),
             vf_autoprobe: true,
+            network: super::network::FRESH,
             silent: false,
             incarnation: 0,
         })

@@ -12,7 +12,7 @@ use super::placement::{Kind, Placement};
 use super::registers::{Effect, Registers};
 use super::xen::{Device, Owner, Xen};
 use crate::config::Access;
-use crate::platform::{HostEvent, Resource};
+use crate::platform::{HostEvent, Resource, VfSettings};
 use crate::{DomId, Sbdf};
 
 pub(super) type Answer<T> = Result<T, Errno>;
@@ -30,6 +30,8 @@ pub(super) struct SimFunction {
     pub physical_function: Option<Sbdf>,
     pub virtual_functions: Vec<Sbdf>,
     pub vf_autoprobe: bool,
+    /// What the PF's driver keeps for a VF.
+    pub network: VfSettings,
     /// Answers all ones until it is reset.
     pub silent: bool,
     pub incarnation: u64,

@@ -19,8 +19,8 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::linux::LinuxHost;
 use super::linux::attributes::{parse_decimal, read_text};
+use super::linux::{LinuxHost, LinuxVfNetwork};
 use super::{Cause, Platform, PlatformError, Result};
 
 /// The sysfs of every ordinary host.
@@ -41,6 +41,7 @@ pub fn open() -> Result<Platform> {
         host,
         store: Arc::new(store::XenStoreConnection::open(&libraries)?),
         rings: Arc::new(rings::XenRings::new(&libraries)),
+        network: Arc::new(LinuxVfNetwork::new(SYSFS.into())),
         description: format!("Xen {}.{}{}", version.major, version.minor, version.extra),
     })
 }

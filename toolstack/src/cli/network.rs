@@ -1,0 +1,114 @@
+//! `xpci vf set` and `xpci vf show`.
+
+use clap::{Args, ValueEnum};
+use pciback::Sbdf;
+use pciback::platform::VfSettings;
+use pciback::platform::network::{LinkState, MacAddress, Vlan};
+
+use super::table::table;
+use crate::protocol::{Request, VfNetworkView};
+
+/// What to set for a VF.
+#[derive(Debug, Args)]
+pub struct SetArguments {
+    /// The VF.
+    #[arg(value_name = "VF")]
+    pub address: Sbdf,
+    #[command(flatten)]
+    settings: SettingArguments,
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+struct SettingArguments {
+    /// Its MAC address; 00:00:00:00:00:00 leaves it to the guest.
+    #[arg(long)]
+    mac: Option<MacAddress>,
+    /// The VLAN that its packets are put into, unseen by the guest, and their priority; 0 is none.
+    #[arg(long, value_name = "ID[:QOS]")]
+    vlan: Option<Vlan>,
+    /// Whether packets with another sender's address are dropped.
+    #[arg(long, value_enum)]
+    spoof_check: Option<Switch>,
+    /// Whether the guest may do what the PF's driver keeps from others, for example change its MAC address.
+    #[arg(long, value_enum)]
+    trust: Option<Switch>,
+    /// The most it may send, in Mbit/s; 0 is no limit.
+    #[arg(long, value_name = "MBIT")]
+    max_rate: Option<u32>,
+    /// What it is guaranteed to send, in Mbit/s.
+    #[arg(long, value_name = "MBIT")]
+    min_rate: Option<u32>,
+    /// The link that it sees: the PF's, always up, or always down.
+    #[arg(long, value_enum)]
+    link_state: Option<Link>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Link {
+    Auto,
+    Enable,
+    Disable,
+}
+
+impl SetArguments {
+    /// The request.
+    pub(super) fn request(self) -> Request {
+        let given = self.settings;
+        let link = |link| match link {
+            Link::Auto => LinkState::Auto,
+            Link::Enable => LinkState::Enable,
+            Link::Disable => LinkState::Disable,
+        };
+        let settings = VfSettings {
+            mac: given.mac,
+            vlan: given.vlan,
+            spoof_check: given.spoof_check.map(|switch| switch == Switch::On),
+            trust: given.trust.map(|switch| switch == Switch::On),
+            max_rate: given.max_rate,
+            min_rate: given.min_rate,
+            link_state: given.link_state.map(link),
+        };
+        Request::VfSet { address: self.address, settings }
+    }
+}
+
+/// The settings of a VF as text.
+pub(super) fn vf_network(view: &VfNetworkView) -> String {
+    let state = match view.domain {
+        Some(domain) => format!("{}, domain {domain}", view.state),
+        None => view.state.to_string(),
+    };
+    let head = format!("{} ({state}) is VF {} of {}", view.address, view.index, view.physical_function);
+    let Some(interface) = &view.interface else {
+        return format!("{head}, which has no network interface: there are no network settings\n");
+    };
+    let Some(in_force) = &view.in_force else {
+        return format!("{head} ({interface}), whose driver reports no network settings of VFs\n");
+    };
+    let value = |settings: &VfSettings, name: &str| {
+        let found = settings.words().into_iter().find(|(word, _)| *word == name);
+        found.map_or_else(|| "-".to_owned(), |(_, value)| value)
+    };
+    // What the driver does not report may still be wished.
+    let names = in_force.or(view.wished).words().into_iter().map(|(name, _)| name);
+    let row = |name: &str| {
+        let differs = view.differing.iter().any(|differing| differing == name);
+        vec![
+            name.to_owned(),
+            value(in_force, name),
+            value(&view.wished, name),
+            value(&view.before, name),
+            if differs { "not as wished".to_owned() } else { String::new() },
+        ]
+    };
+    let titles = ["SETTING", "IN FORCE", "WISHED", "BEFORE", "NOTE"].map(str::to_owned).to_vec();
+    let rows: Vec<_> = std::iter::once(titles).chain(names.map(row)).collect();
+    format!("{head} ({interface})\n{}", table(&rows))
+}

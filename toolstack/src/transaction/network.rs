@@ -1,0 +1,272 @@
+//! The network settings that the administrator wishes for a VF: put in force, kept in force, and taken back.
+//!
+//! They are set through the PF at once, again at each attach and after each reset that a guest asks for (a reset may lose them), and
+//! what was there before the first of them is put back when the VF goes back to dom0.
+
+use log::warn;
+use nix::errno::Errno;
+use pciback::Sbdf;
+use pciback::platform::{Cause, Platform, PlatformError, VfNetwork, VfPlace, VfSetting, VfSettings};
+use serde::{Deserialize, Serialize};
+
+use super::{Context, both};
+use crate::journal::{Journal, Record};
+use crate::outcome::{ErrorCode, Failure};
+
+/// What the journal knows of a VF's network settings.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub struct NetworkRecord {
+    /// What the administrator set.
+    pub wished: VfSettings,
+    /// What was there before, of those settings.
+    pub before: VfSettings,
+    /// Why that could not be put back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+}
+
+/// What a PF's driver says of one VF.
+#[derive(Debug, Clone)]
+pub struct Seen {
+    /// Which VF.
+    pub vf: VfPlace,
+    /// The PF's network interface, where it has one.
+    pub interface: Option<String>,
+    /// The settings, where the driver reports any.
+    pub settings: Option<VfSettings>,
+}
+
+impl Seen {
+    /// The settings; without them nothing can be set.
+    fn settable(&self) -> Result<VfSettings, Failure> {
+        let pf = self.vf.physical_function;
+        let failure = match (&self.interface, self.settings) {
+            (_, Some(settings)) => return Ok(settings),
+            (None, None) => {
+                Failure::refused(format!("the PF of {}, {pf}, has no network interface", self.vf.address)).hint(
+                    "only VFs of network cards have network settings, and only while the PF's own driver is loaded",
+                )
+            }
+            (Some(name), None) => Failure::refused(format!(
+                "the driver of {name} ({pf}) reports no network settings of {}",
+                self.vf.address
+            ))
+            .hint("it has none to be set; see 'ip link show' in dom0"),
+        };
+        Err(failure.on(self.vf.address))
+    }
+}
+
+/// Which VF of which PF a function is.
+pub fn place(platform: &Platform, address: Sbdf) -> Result<VfPlace, Failure> {
+    let host = platform.host.as_ref();
+    let function = host.function(address)?;
+    let Some(physical_function) = function.physical_function else {
+        let failure = Failure::refused(format!("{address} is no VF"));
+        return Err(failure
+            .on(address)
+            .hint("'xpci vf list' lists the VFs; a guest that has a whole card sets it itself"));
+    };
+    let vfs = host.function(physical_function)?.virtual_functions;
+    let index = vfs.iter().position(|vf| *vf == address).ok_or_else(|| {
+        Failure::new(ErrorCode::Failed, format!("{address} is not among the VFs of {physical_function}"))
+            .on(address)
+            .hint("they are being changed; try again")
+    })?;
+    Ok(VfPlace { address, physical_function, index: index as u16 })
+}
+
+/// Asks the PF's driver.
+pub fn look(platform: &Platform, address: Sbdf) -> Result<Seen, Failure> {
+    let vf = place(platform, address)?;
+    let found = platform
+        .network
+        .vf_settings(vf.physical_function)
+        .map_err(|error| Failure::from(error).on(address).hint("see 'ip link show' in dom0"))?;
+    let settings = found.as_ref().and_then(|network| network.vfs.get(&vf.index).copied());
+    Ok(Seen { vf, interface: found.map(|network| network.interface), settings })
+}
+
+/// Sets what is wanted, all of it or nothing.
+fn put(
+    network: &dyn VfNetwork,
+    vf: VfPlace,
+    wanted: &VfSettings,
+    present: &VfSettings,
+) -> Result<(), Failure> {
+    let mut done = VfSettings::default();
+    for setting in wanted.each(present) {
+        match network.set_vf_setting(vf, setting) {
+            Ok(()) => done.take(setting),
+            Err(error) => {
+                let failure = explained(&error, vf, setting);
+                let undone = put_back(network, vf, &present.only(&done), present);
+                return Err(both(failure, undone.into_iter().next()));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Sets as many as can be set, and says which could not.
+fn put_back(network: &dyn VfNetwork, vf: VfPlace, before: &VfSettings, present: &VfSettings) -> Vec<Failure> {
+    let failed = |setting| network.set_vf_setting(vf, setting).err().map(|error| (setting, error));
+    let failures = before.each(present).into_iter().filter_map(failed);
+    failures
+        .map(|(setting, error)| Failure { code: ErrorCode::Failed, ..explained(&error, vf, setting) })
+        .collect()
+}
+
+fn explained(error: &PlatformError, vf: VfPlace, setting: VfSetting) -> Failure {
+    let plain = || Failure::new(ErrorCode::Failed, error.to_string());
+    let failure = match (error.errno(), setting) {
+        (Some(Errno::EOPNOTSUPP), _) => {
+            Failure::refused(format!("{} {vf}: the PF's driver cannot do this", setting.action()))
+                .hint("leave this setting out; 'xpci vf show' shows what the driver reports")
+        }
+        (Some(Errno::EINVAL), VfSetting::Rate { min, .. }) if min > 0 => {
+            plain().hint("the PF's driver refuses these rates; many drivers guarantee no minimum")
+        }
+        (Some(Errno::EINVAL), VfSetting::Rate { .. }) => {
+            plain().hint("the PF's link must be up and no slower than this rate: see 'ethtool' in dom0")
+        }
+        (Some(Errno::EINVAL), _) => {
+            plain().hint("the PF's driver refuses this value; dom0's kernel log may say why")
+        }
+        _ if matches!(error.cause, Cause::TimedOut(_)) => {
+            plain().hint("a network driver keeps dom0's kernel busy; see its log, then try again")
+        }
+        _ => plain().hint("see dom0's kernel log"),
+    };
+    failure.on(vf.address)
+}
+
+/// Settings as text: `mac 52:54:00:aa:bb:01, vlan 100`.
+pub fn described(settings: &VfSettings) -> String {
+    let words: Vec<String> =
+        settings.words().into_iter().map(|(name, value)| format!("{name} {value}")).collect();
+    words.join(", ")
+}
+
+/// What the driver reports otherwise than it should be.
+fn deviation(wanted: &VfSettings, found: &VfSettings) -> Option<String> {
+    let unlike = wanted.unlike(found);
+    (!unlike.is_empty()).then(|| {
+        let instead = described(&found.only(&unlike));
+        let instead = if instead.is_empty() { "nothing of the kind".to_owned() } else { instead };
+        format!("{instead} instead of {}", described(&unlike))
+    })
+}
+
+/// Takes over the administrator's wishes for a held or attached VF. `None` where everything is so already; otherwise what he
+/// should know besides. When it fails, the record and the VF are as before.
+pub fn change(
+    platform: &Platform,
+    journal: &Journal,
+    record: &mut Record,
+    wishes: VfSettings,
+) -> Result<Option<Vec<String>>, Failure> {
+    let seen = look(platform, record.address)?;
+    let present = seen.settable()?;
+    let earlier = record.network.clone();
+    let old = earlier.clone().unwrap_or_default();
+    if wishes.unlike(&old.wished).is_empty() && wishes.unlike(&present).is_empty() {
+        return Ok(None);
+    }
+    // Noted before it is done: what nobody knows to be changed is never put back.
+    let before = old.before.or(present.only(&wishes));
+    record.network = Some(NetworkRecord { wished: wishes.or(old.wished), before, problem: None });
+    let write = |record: &Record| {
+        journal.write(record).map_err(|error| super::journal_failure(record.address, &error))
+    };
+    let network = platform.network.as_ref();
+    if let Err(failure) = write(record).and_then(|()| put(network, seen.vf, &wishes, &present)) {
+        record.network = earlier;
+        return Err(both(failure, write(record).err()));
+    }
+    let mut warnings = Vec::new();
+    let unknown = wishes.unlike(&wishes.only(&before));
+    if !unknown.is_empty() {
+        warnings.push(format!(
+            "the PF's driver does not tell what was there before {}; that cannot be put back",
+            described(&unknown)
+        ));
+    }
+    warnings.extend(unconfirmed(platform, record.address, &wishes));
+    Ok(Some(warnings))
+}
+
+/// What the driver took and yet does not report.
+fn unconfirmed(platform: &Platform, address: Sbdf, wishes: &VfSettings) -> Option<String> {
+    match look(platform, address) {
+        Ok(now) => deviation(wishes, &now.settings.unwrap_or_default()).map(|deviation| {
+            format!("the PF's driver took the network settings of {address}, but reports {deviation}")
+        }),
+        Err(failure) => Some(format!("the network settings of {address} cannot be verified: {failure}")),
+    }
+}
+
+/// Puts the wishes in force for the guest that gets the VF. A guest must not run with another VLAN or address than was wished: a
+/// failure fails the attach.
+pub(super) fn apply(context: &Context<'_>, record: &Record) -> Result<Option<String>, Failure> {
+    let Some(network) = record.network.as_ref().filter(|network| !network.wished.is_empty()) else {
+        return Ok(None);
+    };
+    (context.progress)(&format!("setting the network of {}", record.address));
+    let seen = look(context.platform, record.address)?;
+    put(context.platform.network.as_ref(), seen.vf, &network.wished, &seen.settable()?)?;
+    Ok(unconfirmed(context.platform, record.address, &network.wished))
+}
+
+/// Puts in force again what a reset in a guest's hands lost. What is in force already is left alone: the guest can make this
+/// happen as often as it likes, and drivers log each change.
+pub fn reapply(platform: &Platform, address: Sbdf, network: Option<&NetworkRecord>) -> Result<(), Failure> {
+    let Some(network) = network.filter(|network| !network.wished.is_empty()) else { return Ok(()) };
+    let seen = look(platform, address)?;
+    let present = seen.settable()?;
+    put(platform.network.as_ref(), seen.vf, &network.wished.unlike(&present), &present)
+}
+
+/// What the guest has made of the settings, now that its driver has run; for the log and the administrator, no failure.
+pub(super) fn verify(context: &Context<'_>, record: &Record) -> Option<String> {
+    let network = record.network.as_ref().filter(|network| !network.wished.is_empty())?;
+    if context.left_the_host(record) {
+        return None;
+    }
+    let seen = look(context.platform, record.address).ok()?;
+    let deviation = deviation(&network.wished, &seen.settings?)?;
+    let text = format!("the guest had changed the network settings of {}: {deviation}", record.address);
+    warn!("{text}");
+    Some(text)
+}
+
+/// Puts back what was there before the first wish. A failure does not keep the VF from dom0; the record and the warning name it.
+pub(super) fn restore(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
+    if context.left_the_host(record) {
+        // With the VF its settings are gone; another one in its place has its own.
+        record.network = None;
+    }
+    let Some(network) = &mut record.network else { return Ok(None) };
+    let before = network.before;
+    let failures = match look(context.platform, record.address) {
+        Ok(seen) => match seen.settable() {
+            Ok(present) => put_back(context.platform.network.as_ref(), seen.vf, &before, &present),
+            Err(failure) => vec![failure],
+        },
+        Err(failure) => vec![failure],
+    };
+    let Some(failure) = failures.into_iter().reduce(|first, next| both(first, Some(next))) else {
+        record.network = None;
+        return Ok(None);
+    };
+    let warning = format!(
+        "the network settings of {} could not be put back to {}: {}; set them with 'ip link set'",
+        record.address,
+        described(&before),
+        failure.message
+    );
+    warn!("{warning}");
+    network.problem = Some(warning.clone());
+    Ok(Some(warning))
+}
