@@ -4,7 +4,9 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use xpci_tests::host::{SOON, builder, guest, is_held, nothing_remains, owner, start_service, xpci};
+use xpci_tests::host::{
+    SOON, builder, guest, is_held, nothing_remains, owner, start_service, xpci, xpci_fails,
+};
 use xpci_tests::{Devices, Guest, Lab};
 
 const VIRTIO_MSIX: &str = "0000:02:00.0";
@@ -17,6 +19,8 @@ fn nvme_and_virtio_net() -> Result<()> {
     let lab = builder().devices(devices).boot()?;
     lab.dom0("modprobe xen-pciback && modprobe nvme").ok()?;
     lab.wait_for("the disk in dom0", SOON, "[ -b /dev/nvme0n1 ]")?;
+    // The NVMe controller is a PF: without a policy it is refused (S5).
+    let permit = "match: {class: '010802', function: physical}\npermit: physical-function\n";
     let _service = start_service(&lab)?;
     let before: Vec<String> = [VIRTIO_MSIX, NVME, VIRTIO_INTX]
         .iter()
@@ -24,6 +28,13 @@ fn nvme_and_virtio_net() -> Result<()> {
         .collect::<Result<_>>()?;
     let one = guest(&lab, "one")?;
     xpci(&lab, &format!("pci-assignable-add {VIRTIO_MSIX} {NVME} {VIRTIO_INTX}"))?;
+    let (exit, said) = xpci_fails(&lab, &format!("pci-attach one {NVME}"))?;
+    ensure!(
+        exit == 5 && said.contains("is a PF") && said.contains("permit: [physical-function]"),
+        "{exit}: {said}"
+    );
+    lab.push(permit.as_bytes(), "/etc/xpci/policies/nvme-pf.yaml")?;
+    xpci(&lab, "policy reload")?;
     for (slot, function) in [VIRTIO_MSIX, NVME, VIRTIO_INTX].iter().enumerate() {
         xpci(&lab, &format!("pci-attach one {function}@{slot}"))?;
         ensure!(owner(&lab, function)? == format!("d{}", one.domid()?), "{}", owner(&lab, function)?);

@@ -43,9 +43,36 @@ impl Profile {
     }
 }
 
+/// What is refused to guests unless a policy permits it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Permission {
+    /// A PF with SR-IOV: who has it decides over its VFs.
+    PhysicalFunction,
+    /// A VF whose PF no driver of dom0's manages, or a guest has: nobody on the host's side watches over what it does.
+    UntrustedVf,
+}
+
+impl Permission {
+    /// The words of a policy file.
+    pub const WORDS: &[(&str, Self)] =
+        &[("physical-function", Self::PhysicalFunction), ("untrusted-vf", Self::UntrustedVf)];
+
+    /// The word of a policy file.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::PhysicalFunction => "physical-function",
+            Self::UntrustedVf => "untrusted-vf",
+        }
+    }
+}
+
 pub(super) const KEYS: &[KeyWord] = &[
     key("description", "What the file is for, in a sentence."),
     key("match", "Which functions it is for: all keys must hold. Without it, every function."),
+    key(
+        "permit",
+        "What is given to guests although it is refused otherwise: physical-function, untrusted-vf.",
+    ),
     key("profile", "What happens to registers that nobody knows: a named set of defaults."),
     key("unknown", "What happens to registers that nobody knows, whatever the profile says."),
     key("capabilities", "By capability: what the guest sees of it and may write."),
@@ -72,6 +99,8 @@ pub struct PolicyFile {
     pub description: Option<String>,
     /// Which functions it is for.
     pub matching: Match,
+    /// What it permits.
+    pub permits: Vec<Permission>,
     /// The profile, where it names one.
     pub profile: Option<(Profile, Rule)>,
     /// What happens to what nobody knows, where it says so.
@@ -90,6 +119,7 @@ impl PolicyFile {
             name: name.to_owned(),
             description: None,
             matching: Match::default(),
+            permits: Vec::new(),
             profile: None,
             unknown: None,
             capabilities: Vec::new(),
@@ -108,6 +138,12 @@ impl PolicyFile {
         match key {
             "description" => self.description = read::text(node, "a description", diagnostics),
             "match" => self.matching = matching(node, diagnostics),
+            "permit" => {
+                let items = read::items(node).iter();
+                self.permits = items
+                    .filter_map(|item| read::choice(item, "permission", Permission::WORDS, diagnostics))
+                    .collect();
+            }
             "profile" => {
                 let profile = read::choice(node, "profile", Profile::WORDS, diagnostics);
                 self.profile = profile.map(|profile| {

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::file::{KEYS, MATCH_KEYS, Profile};
+use super::file::{KEYS, MATCH_KEYS, Permission, Profile};
 use super::matching::Kind;
 use super::names::CAPABILITIES;
 use super::read::KeyWord;
@@ -15,6 +15,10 @@ pub fn schema() -> Value {
     let mut schema = object(KEYS, |key| match key {
         "description" => text(),
         "match" => object(MATCH_KEYS, matching),
+        "permit" => {
+            let word = words(Permission::WORDS);
+            json!({"oneOf": [word, {"type": "array", "items": word}]})
+        }
         "profile" => words(Profile::WORDS),
         "unknown" => one_or_mapping(
             words(UNKNOWN_WORDS),

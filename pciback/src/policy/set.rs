@@ -1,6 +1,8 @@
 //! Policy files together: which apply to a function, and what they say as one.
 
-use super::file::{PolicyFile, Profile};
+use std::collections::BTreeSet;
+
+use super::file::{Permission, PolicyFile, Profile};
 use super::matching::Subject;
 use crate::config::Policy;
 
@@ -15,6 +17,8 @@ pub struct PolicySet {
 pub struct Merged<'a> {
     /// For the compiler.
     pub policy: Policy,
+    /// What they permit.
+    pub permits: BTreeSet<Permission>,
     /// The files that apply, the least specific first: a later one wins.
     pub applied: Vec<&'a PolicyFile>,
     /// The others, each with the reason.
@@ -37,12 +41,7 @@ impl PolicySet {
 
     /// What all files that match a function say of it together.
     pub fn merge(&self, subject: &Subject) -> Merged<'_> {
-        let mut merged = Merged {
-            policy: Policy::default(),
-            applied: Vec::new(),
-            passed_over: Vec::new(),
-            profile: (Profile::Passthrough, None),
-        };
+        let mut merged = Merged::nothing();
         for file in &self.files {
             match file.matching.mismatch(subject) {
                 None => merged.lay(file),
@@ -54,15 +53,23 @@ impl PolicySet {
 
     /// What the files say whether they match or not: for trying one out.
     pub fn all(&self) -> Merged<'_> {
-        let profile = (Profile::Passthrough, None);
-        let mut merged =
-            Merged { policy: Policy::default(), applied: Vec::new(), passed_over: Vec::new(), profile };
+        let mut merged = Merged::nothing();
         self.files.iter().for_each(|file| merged.lay(file));
         merged
     }
 }
 
 impl<'a> Merged<'a> {
+    fn nothing() -> Self {
+        Self {
+            policy: Policy::default(),
+            permits: BTreeSet::new(),
+            applied: Vec::new(),
+            passed_over: Vec::new(),
+            profile: (Profile::Passthrough, None),
+        }
+    }
+
     fn lay(&mut self, file: &'a PolicyFile) {
         if let Some((profile, rule)) = &file.profile {
             self.profile = (*profile, Some(&file.name));
@@ -72,6 +79,7 @@ impl<'a> Merged<'a> {
         if let Some(unknown) = &file.unknown {
             self.policy.unknown = unknown.clone();
         }
+        self.permits.extend(&file.permits);
         self.policy.capabilities.extend(file.capabilities.iter().cloned());
         self.policy.registers.extend(file.registers.iter().cloned());
         self.applied.push(file);
@@ -107,6 +115,16 @@ mod tests {
         assert_eq!(merged.policy.unknown.0, Treatment::ZERO);
         assert_eq!(merged.profile, (Profile::Strict, Some("b-class.yaml")));
         assert_eq!(merged.passed_over[0].1, "its vendor is 8086");
+    }
+
+    #[test]
+    fn what_any_matching_file_permits_is_permitted() {
+        let set = set(&[
+            ("a.yaml", "match: {vendor: 8086}\npermit: [untrusted-vf]\n"),
+            ("b.yaml", "match: {device: 10ca}\nprofile: strict\n"),
+            ("c.yaml", "match: {vendor: 10ec}\npermit: physical-function\n"),
+        ]);
+        assert_eq!(set.merge(&subject()).permits, BTreeSet::from([Permission::UntrustedVf]));
     }
 
     #[test]

@@ -176,6 +176,9 @@ pub fn policy(view: &PolicyView) -> String {
         text.push_str(&table(&std::iter::once(head).chain(rows).collect::<Vec<_>>()));
     }
     let _ = writeln!(text, "\nprofile {}\nunknown registers: {}", view.profile, view.unknown);
+    if !view.permits.is_empty() {
+        let _ = writeln!(text, "permitted: {}", view.permits.join(", "));
+    }
     for rule in &view.capabilities {
         let _ = writeln!(text, "{}: {} ({}; {})", rule.capability, rule.action, rule.reason, rule.origin);
     }

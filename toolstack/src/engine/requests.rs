@@ -1,7 +1,9 @@
 //! Clients' requests: checked here, against the present state, before anything is changed.
 
 use nix::errno::Errno;
+use pciback::config::Identity;
 use pciback::platform::{Host, HostFunction};
+use pciback::policy::{self, Permission, Subject};
 use pciback::pv::nodes;
 use pciback::{DomId, FunctionState, Sbdf};
 
@@ -145,7 +147,7 @@ impl Engine {
     fn plan_attach(&self, domain: &DomainName, address: Sbdf, slot: Option<u8>) -> Result<Plan, Failure> {
         let store = self.platform.store.as_ref();
         let domain = domains::find(store, domain)?;
-        existing(self.platform.host.as_ref(), address)?;
+        let function = existing(self.platform.host.as_ref(), address)?;
         self.idle(address)?;
         let mut record = self.record(address);
         match record.state {
@@ -157,6 +159,7 @@ impl Engine {
             }
             other => return Err(not_in_state(&record, other, "to be attached")),
         }
+        self.permitted(&function, domain)?;
         if domains::kind(store, domain)? == DomainType::Hvm {
             return Err(Failure::refused(format!("domain {domain} is an HVM guest; xpci serves PV guests"))
                 .of(domain)
@@ -174,6 +177,50 @@ impl Engine {
         let seen = Sbdf::from_devfn(0, 0, devfn);
         let message = format!("{address} is attached to domain {domain}, which sees it at {seen}");
         Ok(Plan::Transaction(Course::Forward(Kind::Attach), Box::new(record), message))
+    }
+
+    /// Refuses what no policy permits: PFs, and VFs that no driver of dom0's watches over.
+    fn permitted(&self, function: &HostFunction, domain: DomId) -> Result<(), Failure> {
+        let address = function.address;
+        let name = domains::name(self.platform.store.as_ref(), domain)?;
+        let identity = Identity {
+            vendor: function.vendor,
+            device: function.device,
+            subsystem_vendor: function.subsystem_vendor,
+            subsystem: function.subsystem,
+            class: function.class,
+            revision: function.revision,
+        };
+        let kind =
+            if function.physical_function.is_some() { policy::Kind::Virtual } else { policy::Kind::Physical };
+        let permits = self.policies.merge(&Subject { address, identity, kind, domain: name }).permits;
+        let refused = |text: String, word: &str| {
+            let hint = format!(
+                "if that is meant, a policy that matches it says 'permit: [{word}]'; then 'xpci policy reload'"
+            );
+            Err(Failure::refused(text).on(address).of(domain).hint(hint))
+        };
+        if function.total_vfs > 0 && !permits.contains(&Permission::PhysicalFunction) {
+            let text = format!("{address} is a PF: a guest that has it decides over its VFs");
+            return refused(text, "physical-function");
+        }
+        let Some(pf) = function.physical_function else { return Ok(()) };
+        if permits.contains(&Permission::UntrustedVf) {
+            return Ok(());
+        }
+        if let Some(guest) = self.records.get(&pf).and_then(|record| record.guest) {
+            let text = format!("{address} is a VF of {pf}, which domain {} has", guest.domain);
+            return refused(text, "untrusted-vf");
+        }
+        let manager = self.platform.host.function(pf)?.driver;
+        match manager.as_deref() {
+            None | Some("pci-pf-stub" | "pci-stub" | "pciback" | "vfio-pci") => {
+                let driver = manager.as_deref().unwrap_or("no driver");
+                let text = format!("{address} is a VF of {pf}, which no driver manages (it has {driver})");
+                refused(text, "untrusted-vf")
+            }
+            Some(_) => Ok(()),
+        }
     }
 
     /// Where the guest shall see the function: at the device number asked for, or at the first free one.

@@ -17,6 +17,8 @@ pub struct PolicyView {
     pub domain: Option<String>,
     /// All files, the least specific first: of those that apply a later one wins.
     pub files: Vec<PolicyFileView>,
+    /// What the files permit that is refused otherwise.
+    pub permits: Vec<String>,
     /// The profile in force.
     pub profile: String,
     /// What happens to registers that nobody knows, and which rule says so.

@@ -80,6 +80,11 @@ fn the_settings_and_commands_say_how_many_vfs_a_pf_has() {
 }
 
 #[test]
+fn pfs_and_vfs_that_nobody_watches_over_need_a_permission() {
+    play("permit", host());
+}
+
+#[test]
 fn policies_are_shown_explained_reloaded_and_learned_from() {
     play("policy", host());
 }

@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 use pciback::platform::sim::{self, Fuse, Owner, Simulation};
 use pciback::platform::{Host, StoreOps};
-use pciback::policy::PolicySet;
+use pciback::policy::{PolicyFile, PolicySet};
 use pciback::pv::nodes;
 use pciback::{DomId, FunctionState, Sbdf};
 use tempfile::TempDir;
@@ -112,8 +112,10 @@ impl World {
         fs::create_dir_all(settings.run_directory.join("images")).unwrap();
         let journal = Journal::open(&settings.state_directory).unwrap();
         let socket = settings.socket();
-        let mut engine =
-            Engine::new(platform, settings, PolicySet::default(), journal, "this boot".into()).unwrap();
+        // Some tests attach the NVMe controller, which is a PF.
+        let permit = PolicyFile::parse("permit.yaml", "permit: [physical-function]\n").unwrap();
+        let policies = PolicySet::new(vec![permit]);
+        let mut engine = Engine::new(platform, settings, policies, journal, "this boot".into()).unwrap();
         engine.recover().unwrap();
         control::listen(&socket, engine.inbox()).unwrap();
         let stop = Arc::new(EventFd::new().unwrap());
