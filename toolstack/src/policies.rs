@@ -82,7 +82,7 @@ pub fn read(path: &Path) -> Result<Source, PolicyError> {
 }
 
 /// Reads all `*.yaml` of some directories; one that is not there has none.
-pub fn read_directories(directories: &[PathBuf]) -> Result<Vec<Source>, PolicyError> {
+fn read_directories(directories: &[PathBuf]) -> Result<Vec<Source>, PolicyError> {
     let mut paths: BTreeMap<std::ffi::OsString, PathBuf> = BTreeMap::new();
     for directory in directories {
         let failed = |source| PolicyError::Read { path: directory.clone(), source };
@@ -120,6 +120,13 @@ pub fn parse(sources: &[Source]) -> Result<PolicySet, PolicyError> {
     } else {
         Err(PolicyError::Invalid(Mistakes(mistakes)))
     }
+}
+
+/// Reads and checks all files of some directories.
+pub fn load(directories: &[PathBuf]) -> Result<(Vec<Source>, PolicySet), PolicyError> {
+    let sources = read_directories(directories)?;
+    let set = parse(&sources)?;
+    Ok((sources, set))
 }
 
 /// Keeps a copy of what is in force: a service that starts while somebody edits a file badly serves its guests on with it.

@@ -100,17 +100,23 @@ impl Compiler<'_> {
 
     /// Treats the registers of a known capability alike, but for its header and what is guarded or reserved.
     fn treat(&mut self, capability: &Capability, owner: u16, treatment: Treatment, rule: &Rule) {
-        let extent = self.list.extent(capability, &self.spec.bytes);
-        let first = extent.start + header_bytes(capability);
-        for offset in (extent.start..extent.end).step_by(4) {
-            let dword = usize::from(offset / 4);
-            let mut place = self.owned(Place { offset, width: 4, mask: u32::MAX }, owner);
-            if offset < first {
-                place.mask &= u32::MAX.checked_shl(8 * u32::from(first - offset)).unwrap_or(0);
-            }
+        for mut place in self.dwords(capability, header_bytes(capability), owner) {
+            let dword = usize::from(place.offset / 4);
             place.mask &= !self.guarded[dword] & !self.reserved[dword];
             self.relay(place, treatment, rule);
         }
+    }
+
+    /// The dwords of a capability, each with the bits from its byte `from` on that are its own.
+    fn dwords(&self, capability: &Capability, from: u16, owner: u16) -> Vec<Place> {
+        let extent = self.list.extent(capability, &self.spec.bytes);
+        let start = extent.start.saturating_add(from);
+        let dwords = extent.step_by(4).map(|offset| {
+            let place = self.owned(Place { offset, width: 4, mask: u32::MAX }, owner);
+            let before = 8 * u32::from(start.saturating_sub(offset));
+            Place { mask: place.mask & u32::MAX.checked_shl(before).unwrap_or(0), ..place }
+        });
+        dwords.filter(|place| place.mask != 0).collect()
     }
 
     fn known(
@@ -262,18 +268,10 @@ impl Compiler<'_> {
         treatment: Treatment,
         rule: &Rule,
     ) {
-        let extent = self.list.extent(capability, &self.spec.bytes);
-        let start = extent.start.saturating_add(from);
-        for dword in (extent.start..extent.end).step_by(4) {
-            let mut place = self.owned(Place { offset: dword, width: 4, mask: u32::MAX }, owner);
-            if dword < start {
-                place.mask &= u32::MAX.checked_shl(8 * u32::from(start - dword)).unwrap_or(0);
-            }
-            if place.mask != 0 {
-                let register = self.name(dword, 4, name, Some(capability.id));
-                let known = Known { kind, register: Some(register), field: None, guarded: false };
-                self.set(place, known, treatment, rule);
-            }
+        for place in self.dwords(capability, from, owner) {
+            let register = self.name(place.offset, 4, name, Some(capability.id));
+            let known = Known { kind, register: Some(register), field: None, guarded: false };
+            self.set(place, known, treatment, rule);
         }
     }
 

@@ -25,6 +25,20 @@ pub struct Identity {
     pub revision: u8,
 }
 
+impl Identity {
+    /// What the host says of a function.
+    pub fn of(host: &HostFunction) -> Self {
+        Self {
+            vendor: host.vendor,
+            device: host.device,
+            subsystem_vendor: host.subsystem_vendor,
+            subsystem: host.subsystem,
+            class: host.class,
+            revision: host.revision,
+        }
+    }
+}
+
 /// A function of its own, or a PF's virtual one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FunctionKind {
@@ -78,14 +92,7 @@ impl FunctionSpec {
                 FunctionKind::Virtual { physical_function, pf_bytes, index }
             }
         };
-        let mut identity = Identity {
-            vendor: host.vendor,
-            device: host.device,
-            subsystem_vendor: host.subsystem_vendor,
-            subsystem: host.subsystem,
-            class: host.class,
-            revision: host.revision,
-        };
+        let mut identity = Identity::of(host);
         if let FunctionKind::Virtual { pf_bytes, physical_function, .. } = &kind {
             // Vendor and Device ID of a VF read FFFFh; software takes the PF's vendor and the capability's VF Device ID
             // (PCI Express 6.0, sections 9.3.4.1.1 and 9.3.3.11).

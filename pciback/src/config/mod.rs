@@ -2,7 +2,7 @@
 
 pub mod access;
 mod bar;
-mod bytes;
+pub(crate) mod bytes;
 mod compile;
 mod compile_list;
 mod error;

@@ -67,6 +67,15 @@ pub enum Origin {
     },
 }
 
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::BuiltIn { section } => f.write_str(section),
+            Self::Policy { file, line } => write!(f, "{file}:{line}"),
+        }
+    }
+}
+
 /// Why a bit is treated as it is.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Rule {

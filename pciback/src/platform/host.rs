@@ -84,6 +84,13 @@ pub struct HostFunction {
     pub interfaces: Vec<String>,
 }
 
+impl HostFunction {
+    /// Whether it is a bridge, which stays with the host (base class 06: PCI Code and ID Assignment 1.16, section 1).
+    pub const fn is_bridge(&self) -> bool {
+        self.class >> 16 == 0x06
+    }
+}
+
 /// The host's PCI functions and their drivers.
 ///
 /// A change is done when the call returns; one that the host does not finish within `limit` is an error whose cause is

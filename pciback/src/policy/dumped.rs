@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use super::matching::Kind;
 use crate::Sbdf;
+use crate::config::bytes::Bytes;
 use crate::config::{CapabilityList, FunctionKind, FunctionSpec, Identity};
 use crate::dump::DumpedFunction;
 use crate::platform::Resource;
@@ -23,15 +24,6 @@ pub fn specs(functions: &[DumpedFunction], kind: Option<Kind>) -> Vec<FunctionSp
     functions.iter().map(|function| spec(function, parents.get(&function.address), kind)).collect()
 }
 
-fn word(bytes: &[u8], offset: u16) -> u16 {
-    let at = usize::from(offset);
-    bytes.get(at..at + 2).map_or(0xffff, |bytes| u16::from_le_bytes([bytes[0], bytes[1]]))
-}
-
-fn dword(bytes: &[u8], offset: u16) -> u32 {
-    u32::from(word(bytes, offset)) | u32::from(word(bytes, offset.saturating_add(2))) << 16
-}
-
 fn sriov_capability(bytes: &[u8]) -> Option<u16> {
     let offset = CapabilityList::walk(bytes).extended(ExtendedCapabilityId::SR_IOV)?.offset;
     // All registers up to the VF BARs must be there.
@@ -43,7 +35,7 @@ fn parents(functions: &[DumpedFunction]) -> HashMap<Sbdf, Parent<'_>> {
     let mut parents = HashMap::new();
     for pf in functions {
         let Some(at) = sriov_capability(&pf.bytes) else { continue };
-        let register = |offset| word(&pf.bytes, at + offset);
+        let register = |offset| pf.bytes.word(at + offset);
         if register(sriov::CONTROL) & sriov::VF_ENABLE == 0 {
             continue;
         }
@@ -61,17 +53,17 @@ fn parents(functions: &[DumpedFunction]) -> HashMap<Sbdf, Parent<'_>> {
 
 fn spec(function: &DumpedFunction, parent: Option<&Parent<'_>>, kind: Option<Kind>) -> FunctionSpec {
     let bytes = function.bytes.clone();
-    let vf_ids = dword(&bytes, header::VENDOR_ID) == u32::MAX && dword(&bytes, header::COMMAND) != u32::MAX;
+    let vf_ids = bytes.dword(header::VENDOR_ID) == u32::MAX && bytes.dword(header::COMMAND) != u32::MAX;
     let is_virtual = match kind {
         Some(kind) => kind == Kind::Virtual,
         None => parent.is_some() || vf_ids,
     };
-    let class = dword(&bytes, header::REVISION_ID);
+    let class = bytes.dword(header::REVISION_ID);
     let mut identity = Identity {
-        vendor: word(&bytes, header::VENDOR_ID),
-        device: word(&bytes, header::DEVICE_ID),
-        subsystem_vendor: word(&bytes, header::SUBSYSTEM_VENDOR_ID),
-        subsystem: word(&bytes, header::SUBSYSTEM_VENDOR_ID + 2),
+        vendor: bytes.word(header::VENDOR_ID),
+        device: bytes.word(header::DEVICE_ID),
+        subsystem_vendor: bytes.word(header::SUBSYSTEM_VENDOR_ID),
+        subsystem: bytes.word(header::SUBSYSTEM_VENDOR_ID + 2),
         class: class >> 8,
         revision: class as u8,
     };
@@ -79,9 +71,9 @@ fn spec(function: &DumpedFunction, parent: Option<&Parent<'_>>, kind: Option<Kin
     let kind = if is_virtual {
         let pf_bytes = parent.map(|parent| parent.pf.bytes.clone()).unwrap_or_default();
         if let Some(at) = sriov_capability(&pf_bytes) {
-            identity.vendor = word(&pf_bytes, header::VENDOR_ID);
-            identity.device = word(&pf_bytes, at + sriov::VF_DEVICE_ID);
-            bars(&mut resources, |index| dword(&pf_bytes, at + sriov::VF_BAR0 + 4 * index));
+            identity.vendor = pf_bytes.word(header::VENDOR_ID);
+            identity.device = pf_bytes.word(at + sriov::VF_DEVICE_ID);
+            bars(&mut resources, |index| pf_bytes.dword(at + sriov::VF_BAR0 + 4 * index));
         }
         FunctionKind::Virtual {
             physical_function: parent.map_or(function.address, |parent| parent.pf.address),
@@ -89,8 +81,8 @@ fn spec(function: &DumpedFunction, parent: Option<&Parent<'_>>, kind: Option<Kin
             index: parent.map_or(0, |parent| parent.index),
         }
     } else {
-        bars(&mut resources, |index| dword(&bytes, header::BAR0 + 4 * index));
-        let rom = dword(&bytes, header::ROM) & 0xffff_f800;
+        bars(&mut resources, |index| bytes.dword(header::BAR0 + 4 * index));
+        let rom = bytes.dword(header::ROM) & 0xffff_f800;
         if !matches!(rom, 0 | 0xffff_f800) {
             resources[6] = range(u64::from(rom), Resource::MEMORY);
         }

@@ -7,8 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::names;
 use crate::Sbdf;
 use crate::config::{
-    AnyId, Capability, CapabilityList, Deferred, FunctionSpec, Initial, Origin, Planes, Policy, Rule,
-    Segment, Treatment,
+    AnyId, Capability, CapabilityList, Deferred, FunctionSpec, Initial, Planes, Policy, Segment, Treatment,
 };
 
 /// A function explained.
@@ -152,7 +151,7 @@ fn refused(planes: &Planes, policy: &Policy) -> Vec<String> {
     let refused = planes.refused().iter();
     refused
         .map(|refused| {
-            let origin = policy.registers.get(refused.index).map_or_else(String::new, |entry| origin(&entry.rule));
+            let origin = policy.registers.get(refused.index).map_or_else(String::new, |entry| entry.rule.origin.to_string());
             let (offset, mask) = (refused.offset, refused.mask);
             format!("{origin}: the register at {offset:#x} is guarded or not there: its bits {mask:#x} stay as built in")
         })
@@ -164,13 +163,6 @@ pub fn deferred(deferred: &Deferred) -> String {
     let Capability { offset, id, .. } = deferred.capability;
     let what = if deferred.show { "appears" } else { "disappears" };
     format!("{id} at {offset:#x} {what} when the guest has let go of the function")
-}
-
-fn origin(rule: &Rule) -> String {
-    match &rule.origin {
-        Origin::BuiltIn { section } => (*section).to_owned(),
-        Origin::Policy { file, line } => format!("{file}:{line}"),
-    }
 }
 
 /// What a treatment is to who reads and to who writes.
@@ -193,33 +185,21 @@ fn registers(planes: &Planes, spec: &FunctionSpec) -> Vec<RegisterLine> {
         .map(|capability| (capability.id, list.extent(capability, &spec.bytes)))
         .collect();
     let mut lines: Vec<RegisterLine> = Vec::new();
-    // The register that the last line stands for; `None` for bytes that nobody knows.
-    let mut last: Option<Option<u16>> = None;
     for segment in planes.segments() {
         let owner = extents.iter().find(|(_, extent)| extent.contains(&first_byte(segment)));
-        let line = match segment.register {
-            Some(index) => known(planes, segment, index, owner),
-            None => unknown(planes, segment, owner),
-        };
-        let same = match (segment.register, lines.last_mut()) {
-            (Some(index), Some(previous)) if last == Some(Some(index)) => {
-                previous.bits.extend(line.bits.clone());
-                true
+        let joined = match segment.register {
+            Some(index) => {
+                let line = known(planes, segment, index, owner);
+                // A register that is treated in several ways may be interrupted by another of its dword.
+                let same = lines.iter_mut().rev().take(4).find(|other| is_same(other, &line));
+                same.map(|same| same.bits.extend(line.bits.clone())).is_none().then_some(line)
             }
-            (None, Some(previous)) if last == Some(None) => extend(previous, &line),
-            _ => false,
-        };
-        if !same {
-            // A register whose bits are treated in more than one way may be interrupted by another of the same dword.
-            match segment
-                .register
-                .and_then(|_| lines.iter_mut().rev().take(4).find(|known| is_same(known, &line)))
-            {
-                Some(known) => known.bits.extend(line.bits),
-                None => lines.push(line),
+            None => {
+                let line = unknown(planes, segment, owner);
+                (!lines.last_mut().is_some_and(|run| extend(run, &line))).then_some(line)
             }
-        }
-        last = Some(segment.register);
+        };
+        lines.extend(joined);
     }
     let mut lines: Vec<RegisterLine> = lines.into_iter().flat_map(split).collect();
     lines.iter_mut().for_each(summarize);
@@ -245,7 +225,7 @@ fn bits_line(planes: &Planes, segment: &Segment, shift: u32) -> BitsLine {
         write: write.to_owned(),
         value: value.map(|value| value >> shift),
         rule: rule.reason.clone().into_owned(),
-        origin: origin(rule),
+        origin: rule.origin.to_string(),
     }
 }
 
@@ -290,7 +270,8 @@ fn extend(run: &mut RegisterLine, next: &RegisterLine) -> bool {
     let alike = |a: &BitsLine, b: &BitsLine| {
         a.read == b.read && a.write == b.write && a.rule == b.rule && a.origin == b.origin
     };
-    let follows = run.offset + run.width == next.offset && run.capability == next.capability;
+    let unknown = run.name == next.name;
+    let follows = unknown && run.offset + run.width == next.offset && run.capability == next.capability;
     let joined = follows && run.bits.len() == 1 && alike(&run.bits[0], &next.bits[0]);
     if joined {
         run.width += next.width;

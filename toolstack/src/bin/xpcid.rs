@@ -113,9 +113,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
 /// The policies to begin with. Files with mistakes do not stop the guests that an earlier life left: they are served on under what
 /// was in force, and the second value says so.
 fn read_policies(settings: &Settings) -> anyhow::Result<(PolicySet, Option<String>)> {
-    let directories = &settings.policy_directories;
-    let read = policies::read_directories(directories);
-    match read.and_then(|sources| policies::parse(&sources).map(|set| (sources, set))) {
+    match policies::load(&settings.policy_directories) {
         Ok((sources, set)) => {
             let kept = policies::keep_copy(&settings.state_directory, &sources);
             kept.with_context(|| {

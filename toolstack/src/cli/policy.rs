@@ -153,8 +153,7 @@ fn check(files: &[PathBuf]) -> Result<Success, Failure> {
     let set = if files.is_empty() {
         let settings =
             Settings::load(None).map_err(|error| Failure::new(ErrorCode::Failed, error.to_string()))?;
-        let sources = policies::read_directories(&settings.policy_directories);
-        sources.and_then(|sources| policies::parse(&sources)).map_err(failed)?
+        policies::load(&settings.policy_directories).map_err(failed)?.1
     } else {
         sources(files)?
     };

@@ -35,7 +35,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 use crate::control::Reply;
 use crate::journal::{Journal, Record};
-use crate::outcome::Failure;
+use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Request;
 use crate::settings::Settings;
 use crate::spec::Filters;
@@ -280,6 +280,14 @@ impl Engine {
 
     fn state(&self, address: Sbdf) -> FunctionState {
         self.records.get(&address).map_or(FunctionState::Host, |record| record.state)
+    }
+
+    /// Forgets a function that is nobody's concern any more.
+    fn forget(&mut self, address: Sbdf) -> Result<(), Failure> {
+        let removed = self.journal.remove(address);
+        removed.map_err(|error| Failure::new(ErrorCode::Failed, error.to_string()).on(address))?;
+        self.records.remove(&address);
+        Ok(())
     }
 
     /// Keeps what the journal has.

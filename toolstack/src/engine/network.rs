@@ -20,10 +20,7 @@ impl Engine {
             return reply.done(Err(failure));
         }
         let (workshop, record) = (self.workshop(), self.record(address));
-        let task = move || reply.done(view(&workshop, &record));
-        if let Err(error) = std::thread::Builder::new().name(format!("look {address}")).spawn(task) {
-            error!("{address}: start a thread: {error}");
-        }
+        self.background("look", move || reply.done(view(&workshop, &record)));
     }
 
     /// Takes over the administrator's wishes for a VF.

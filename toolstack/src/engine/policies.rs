@@ -54,18 +54,12 @@ impl Engine {
     /// Reads the files anew; nothing changes unless all of them are good.
     pub(super) fn reload_policies(&mut self, reply: Reply) {
         let (workshop, users) = (self.workshop(), self.users(|_| true));
-        self.background("reload", move || {
-            let directories = &workshop.settings.policy_directories;
-            let read = policies::read_directories(directories);
-            match read.and_then(|sources| policies::parse(&sources).map(|set| (sources, set))) {
-                Err(problem) => {
-                    warn!("reload policies: {problem}");
-                    reply.done(Err(
-                        Failure::from(problem).hint("the policies that were in force stay in force")
-                    ));
-                }
-                Ok((sources, set)) => workshop.compile(Arc::new(set), Some(sources), users, Some(reply)),
+        self.background("reload", move || match policies::load(&workshop.settings.policy_directories) {
+            Err(problem) => {
+                warn!("reload policies: {problem}");
+                reply.done(Err(Failure::from(problem).hint("the policies that were in force stay in force")));
             }
+            Ok((sources, set)) => workshop.compile(Arc::new(set), Some(sources), users, Some(reply)),
         });
     }
 
@@ -301,10 +295,8 @@ fn differences(old: &Planes, new: &Planes) -> Vec<String> {
 }
 
 fn origin(rule: &Rule) -> String {
-    match &rule.origin {
-        Origin::BuiltIn { section } => format!("built in, {section}"),
-        Origin::Policy { file, line } => format!("{file}:{line}"),
-    }
+    let prefix = if matches!(rule.origin, Origin::BuiltIn { .. }) { "built in, " } else { "" };
+    format!("{prefix}{}", rule.origin)
 }
 
 fn policy_view(looked: &Looked) -> PolicyView {

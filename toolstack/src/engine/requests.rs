@@ -12,7 +12,7 @@ use super::tasks::Course;
 use crate::control::Reply;
 use crate::domains::{self, DomainType};
 use crate::journal::{GuestPlace, Record};
-use crate::outcome::{ErrorCode, Failure};
+use crate::outcome::Failure;
 use crate::protocol::{DomainName, Request, Success};
 use crate::transaction::{Kind, Parting};
 
@@ -97,8 +97,7 @@ impl Engine {
                 .on(address)
                 .hint("its driver must stay while it has VFs; 'xpci vf destroy' disables them"));
         }
-        const BRIDGE: u32 = 0x06;
-        if function.class >> 16 == BRIDGE {
+        if function.is_bridge() {
             return Err(
                 Failure::refused(format!("{address} is a bridge; bridges stay with the host")).on(address)
             );
@@ -115,10 +114,9 @@ impl Engine {
         if self.state(address) != FunctionState::Gone || self.busy.contains(&address) {
             return None;
         }
-        if let Err(error) = self.journal.remove(address) {
-            return Some(Err(Failure::new(ErrorCode::Failed, error.to_string()).on(address)));
+        if let Err(failure) = self.forget(address) {
+            return Some(Err(failure));
         }
-        self.records.remove(&address);
         let message = format!("{address} left the host; it is forgotten");
         Some(Ok(Plan::Answer(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() })))
     }
@@ -183,14 +181,7 @@ impl Engine {
     fn permitted(&self, function: &HostFunction, domain: DomId) -> Result<(), Failure> {
         let address = function.address;
         let name = domains::name(self.platform.store.as_ref(), domain)?;
-        let identity = Identity {
-            vendor: function.vendor,
-            device: function.device,
-            subsystem_vendor: function.subsystem_vendor,
-            subsystem: function.subsystem,
-            class: function.class,
-            revision: function.revision,
-        };
+        let identity = Identity::of(function);
         let kind =
             if function.physical_function.is_some() { policy::Kind::Virtual } else { policy::Kind::Physical };
         let permits = self.policies.merge(&Subject { address, identity, kind, domain: name }).permits;

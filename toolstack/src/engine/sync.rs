@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use log::info;
 use nix::errno::Errno;
+use pciback::config::CapabilityList;
 use pciback::inventory::{
     Function, HostView, Identity, Intent, Observed, Owner, Place, Plan, Published, Repair, ReportKind, Want,
     Wanted, plan,
@@ -15,6 +16,7 @@ use pciback::inventory::{
 use pciback::platform::hypervisor::DeviceReport;
 use pciback::platform::{HostFunction, PlatformError};
 use pciback::pv::nodes;
+use pciback::spec::CapabilityId;
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::tasks::{Course, Workshop};
@@ -23,11 +25,7 @@ use crate::control::Reply;
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{Success, SyncView};
-use crate::spec::{SpecExt, function_spec};
 use crate::transaction::{Kind, Parting, holder_of};
-
-/// A base class of 06 is a bridge's.
-const BRIDGE: u32 = 0x06;
 
 impl Engine {
     /// Reads the lists, and repairs what they disagree on unless it is only asked for.
@@ -91,8 +89,7 @@ impl Engine {
                 format!("{address}: marked as gone")
             }
             Repair::Forget { .. } => {
-                self.journal.remove(address).map_err(|error| failed(&error))?;
-                self.records.remove(&address);
+                self.forget(address)?;
                 format!("{address}: forgotten")
             }
             Repair::RemoveNodes { place, .. } if !self.guests.contains_key(&place.domain) => {
@@ -195,14 +192,15 @@ impl Workshop {
     }
 
     fn view(&self, function: &HostFunction) -> HostView {
-        let spec = function_spec(self.platform.host.as_ref(), function.address);
+        let config = self.platform.host.config(function.address).map_err(std::io::Error::other);
+        let bytes = config.and_then(|config| config.read_all()).unwrap_or_default();
         let (vendor, device) = (function.vendor, function.device);
         let (subsystem_vendor, subsystem) = (function.subsystem_vendor, function.subsystem);
         let (class, revision) = (function.class, function.revision);
         HostView {
             identity: Identity { vendor, device, subsystem_vendor, subsystem, class, revision, serial: None },
-            bridge: function.class >> 16 == BRIDGE,
-            msix: spec.is_ok_and(|spec| spec.has_msix()),
+            bridge: function.is_bridge(),
+            msix: CapabilityList::walk(&bytes).legacy(CapabilityId::MSI_X).is_some(),
             extended: false,
             virtual_functions: function.virtual_functions.clone(),
             num_vfs: function.num_vfs,
