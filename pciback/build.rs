@@ -39,6 +39,8 @@ const LIBRARIES: [Library; 5] = [
             "xc_physdev_unmap_pirq",
             "xc_pcitopoinfo",
             "xc_version",
+            "xc_domain_pause",
+            "xc_domain_destroy",
         ],
     },
     Library {

@@ -1,11 +1,12 @@
 //! What a Xen guest may see and do with a PCI function, and how that is served.
 //!
-//! Direction of dependencies: `spec` <- `config` <- `policy`; `config` <- `pv` -> `platform`. What is not `pv` or `platform` is pure:
+//! Direction of dependencies: `spec` <- `config` <- `policy`; `config` <- `pv` -> `platform`; `spec` <- `fault`. What is not `pv` or `platform` is pure:
 //! hardware, hypervisor, xenstore and guests are reached only through the small traits of [`platform`].
 
 pub mod address;
 pub mod config;
 pub mod dump;
+pub mod fault;
 pub mod function;
 pub mod hash;
 pub mod inventory;

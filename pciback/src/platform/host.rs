@@ -104,6 +104,8 @@ pub trait Host: Send + Sync {
     fn function(&self, address: Sbdf) -> Result<HostFunction>;
     /// Opens its config space.
     fn config(&self, address: Sbdf) -> Result<Box<dyn ConfigSpace>>;
+    /// The bridges above it, the nearest first and the root port last; none where it is on a root bus.
+    fn ports_above(&self, address: Sbdf) -> Result<Vec<Sbdf>>;
     /// The names of the PCI drivers that are loaded.
     fn drivers(&self) -> Result<Vec<String>>;
     /// Sets `driver_override`, so that only this driver may take the function, or clears it.

@@ -68,4 +68,8 @@ pub trait Hypervisor: Send + Sync {
     fn unmap_gsi(&self, domain: DomId, gsi: u32, pirq: Pirq) -> Result<()>;
     /// Unmaps a physical interrupt of `map_msi`. `EINVAL`: it is not mapped.
     fn unmap_pirq(&self, domain: DomId, pirq: Pirq) -> Result<()>;
+    /// Pauses a domain until somebody unpauses it, as `xl pause` does.
+    fn pause(&self, domain: DomId) -> Result<()>;
+    /// Destroys a domain: it is not asked. What `xl create` left to watch over it removes its nodes.
+    fn destroy(&self, domain: DomId) -> Result<()>;
 }

@@ -1,10 +1,11 @@
-//! The outside of xpci, as small traits: the host's PCI functions, the VFs' network settings, the hypervisor,
-//! xenstore, guests' rings.
+//! The outside of xpci, as small traits: the host's PCI functions, their errors, the VFs' network settings, the
+//! hypervisor, xenstore, guests' rings.
 //!
 //! Two sets implement them: `xen` with `linux` on a real dom0, and `sim`, a simulated host made of bytes. Only the
 //! service's `main` chooses between them. Every call that may block has a limit of its own and is safe from several threads.
 
 pub mod error;
+pub mod errors;
 pub mod events;
 pub mod host;
 pub mod hypervisor;
@@ -19,6 +20,7 @@ pub mod xen;
 use std::sync::Arc;
 
 pub use error::{Cause, PlatformError, Result};
+pub use errors::{ErrorEvent, ErrorEvents, ErrorSource};
 pub use events::{HostEvent, HostEvents};
 pub use host::{Host, HostFunction, Resource};
 pub use hypervisor::{Hypervisor, MsiSource, Pirq};
@@ -40,6 +42,8 @@ pub struct Platform {
     pub rings: Arc<dyn GuestRings>,
     /// The network settings of VFs.
     pub network: Arc<dyn VfNetwork>,
+    /// What the kernel tells of errors that functions report.
+    pub errors: Arc<dyn ErrorSource>,
     /// What this is, for people: `Xen 4.17.6` or `simulation of FILE`.
     pub description: String,
 }

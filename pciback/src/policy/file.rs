@@ -1,6 +1,7 @@
 //! One policy file: read, checked as a whole, and turned into what the filter is compiled from.
 
 use super::diagnostic::{Diagnostic, Diagnostics};
+use super::errors;
 use super::matching::{ClassPrefix, Kind, Match};
 use super::names::hexadecimal;
 use super::read::{self, KeyWord, key};
@@ -8,6 +9,7 @@ use super::rules;
 use super::yaml::{self, Node};
 use crate::Sbdf;
 use crate::config::{CapabilityOverride, RegisterOverride, Rule, Treatment};
+use crate::fault::ErrorWishes;
 
 /// A named set of defaults for what nobody knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -77,6 +79,7 @@ pub(super) const KEYS: &[KeyWord] = &[
     key("unknown", "What happens to registers that nobody knows, whatever the profile says."),
     key("capabilities", "By capability: what the guest sees of it and may write."),
     key("registers", "Single registers, by their offset in config space."),
+    key("errors", "What is done about errors that the function reports."),
 ];
 
 pub(super) const MATCH_KEYS: &[KeyWord] = &[
@@ -109,6 +112,8 @@ pub struct PolicyFile {
     pub capabilities: Vec<CapabilityOverride>,
     /// Single registers.
     pub registers: Vec<RegisterOverride>,
+    /// What is done about errors.
+    pub errors: ErrorWishes,
 }
 
 impl PolicyFile {
@@ -124,6 +129,7 @@ impl PolicyFile {
             unknown: None,
             capabilities: Vec::new(),
             registers: Vec::new(),
+            errors: ErrorWishes::default(),
         };
         if let Some(root) = yaml::parse(text, &mut diagnostics) {
             for (key, node) in read::entries(&root, "a policy", KEYS, &mut diagnostics) {
@@ -159,6 +165,7 @@ impl PolicyFile {
                     self.registers.extend(registers);
                 }
             }
+            "errors" => self.errors = errors::errors(node, diagnostics),
             _ => self.registers.extend(rules::registers(node, None, file, diagnostics)),
         }
     }

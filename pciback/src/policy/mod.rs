@@ -5,6 +5,7 @@
 
 mod diagnostic;
 mod dumped;
+mod errors;
 mod explain;
 mod file;
 mod learn;

@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
+use super::errors::{ERROR_KEYS, SWITCH, actions, most};
 use super::file::{KEYS, MATCH_KEYS, Permission, Profile};
 use super::matching::Kind;
 use super::names::CAPABILITIES;
@@ -28,6 +29,7 @@ pub fn schema() -> Value {
             }),
         ),
         "capabilities" => capabilities(),
+        "errors" => object(ERROR_KEYS, error),
         _ => registers(),
     });
     if let Some(map) = schema.as_object_mut() {
@@ -49,6 +51,14 @@ fn matching(key: &str) -> Value {
         _ => json!({"type": ["string", "integer"], "pattern": "^(0x)?[0-9A-Fa-f]{1,4}$"}),
     };
     json!({"oneOf": [one, {"type": "array", "items": one, "minItems": 1}]})
+}
+
+fn error(key: &str) -> Value {
+    match key {
+        "mmio-enabled" => json!({"enum": SWITCH.iter().map(|(_, value)| *value).collect::<Vec<_>>()}),
+        "correctable" | "non-fatal" | "fatal" | "link-reset" | "unanswered" | "storm" => words(actions(key)),
+        _ => json!({"type": "integer", "minimum": 1, "maximum": most(key)}),
+    }
 }
 
 fn capabilities() -> Value {

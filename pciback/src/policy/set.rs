@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use super::file::{Permission, PolicyFile, Profile};
 use super::matching::Subject;
 use crate::config::Policy;
+use crate::fault::ErrorPolicy;
 
 /// Checked policy files, the least specific first.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -19,6 +20,8 @@ pub struct Merged<'a> {
     pub policy: Policy,
     /// What they permit.
     pub permits: BTreeSet<Permission>,
+    /// What is done about errors.
+    pub errors: ErrorPolicy,
     /// The files that apply, the least specific first: a later one wins.
     pub applied: Vec<&'a PolicyFile>,
     /// The others, each with the reason.
@@ -64,6 +67,7 @@ impl<'a> Merged<'a> {
         Self {
             policy: Policy::default(),
             permits: BTreeSet::new(),
+            errors: ErrorPolicy::default(),
             applied: Vec::new(),
             passed_over: Vec::new(),
             profile: (Profile::Passthrough, None),
@@ -80,6 +84,7 @@ impl<'a> Merged<'a> {
             self.policy.unknown = unknown.clone();
         }
         self.permits.extend(&file.permits);
+        self.errors = file.errors.lay_over(self.errors);
         self.policy.capabilities.extend(file.capabilities.iter().cloned());
         self.policy.registers.extend(file.registers.iter().cloned());
         self.applied.push(file);
@@ -125,6 +130,22 @@ mod tests {
             ("c.yaml", "match: {vendor: 10ec}\npermit: physical-function\n"),
         ]);
         assert_eq!(set.merge(&subject()).permits, BTreeSet::from([Permission::UntrustedVf]));
+    }
+
+    #[test]
+    fn each_wish_about_errors_is_laid_over_those_of_less_specific_files() {
+        use crate::fault::Action;
+        let set = set(&[
+            ("a.yaml", "match: {vendor: 8086}\nerrors: {fatal: destroy-guest, non-fatal: unplug}\n"),
+            ("b.yaml", "match: {vendor: 8086, device: 10ca}\nerrors: {non-fatal: log, answer-seconds: 3}\n"),
+        ]);
+        let errors = set.merge(&subject()).errors;
+        assert_eq!((errors.non_fatal, errors.fatal), (Action::Log, Action::DestroyGuest));
+        assert_eq!((errors.answer_seconds, errors.correctable), (3, Action::Log));
+        assert_eq!(
+            set.merge(&Subject { identity: Identity::default(), ..subject() }).errors,
+            ErrorPolicy::default()
+        );
     }
 
     #[test]

@@ -35,6 +35,8 @@ pub struct GuestFunction {
     /// The guest's physical interrupt for the function's line, which has the line's number; 0 where it has none.
     pub(super) line: u32,
     gone: bool,
+    /// The reset under way is the host's.
+    keeps_registers: bool,
     /// Why the last request failed, for whoever limits what a guest can put into the log.
     trouble: Option<String>,
 }
@@ -49,7 +51,17 @@ impl GuestFunction {
         hypervisor: Arc<dyn Hypervisor>,
         line: u32,
     ) -> Self {
-        Self { domain, address, space, hardware, hypervisor, line, gone: false, trouble: None }
+        Self {
+            domain,
+            address,
+            space,
+            hardware,
+            hypervisor,
+            line,
+            gone: false,
+            keeps_registers: false,
+            trouble: None,
+        }
     }
 
     /// Where it is on the host.
@@ -209,9 +221,18 @@ impl GuestFunction {
         (OpAnswer::failed(WireError::Failed), None)
     }
 
-    /// The reset that the guest asked for has ended well: the function answers again, with the guest's interrupts in place.
+    /// The host is about to reset it for an error: until [`Self::reset_done`] it reads all ones. What the guest wrote stays, as
+    /// when Linux restores config space for a driver: only a reset that the guest asks for takes that.
+    pub fn begin_reset(&mut self) {
+        self.keeps_registers = true;
+        self.space.image_mut().set_resetting(true);
+    }
+
+    /// The reset that the guest asked for, or the host began, has ended well: the function answers again, with the guest's interrupts in place.
     pub fn reset_done(&mut self) -> io::Result<()> {
-        self.space.reset();
+        if !std::mem::take(&mut self.keeps_registers) {
+            self.space.reset();
+        }
         // The host's reset puts Command back as it was before; for the guest it is 0.
         interrupts::clear_bus_master(self).map_err(io::Error::other)?;
         interrupts::restore(self)?;

@@ -352,6 +352,12 @@ impl Hypervisor for Machine {
         self.step();
         known.map(drop).ok_or_else(|| PlatformError::new("unmap an interrupt of", domain, Errno::EINVAL))
     }
+    fn pause(&self, domain: DomId) -> Result<()> {
+        refuse(domain)
+    }
+    fn destroy(&self, domain: DomId) -> Result<()> {
+        refuse(domain)
+    }
 }
 
 impl Ring for Machine {

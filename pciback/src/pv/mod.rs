@@ -13,4 +13,4 @@ pub use function::{Demand, GuestFunction};
 pub use handshake::{Action, Handshake, PAUSE};
 pub use interrupts::InterruptError;
 pub use nodes::{FrontendView, NodeChange, RingPlace, XenbusState};
-pub use server::{Counters, Server, ServerReport, ServerStuck, Taken};
+pub use server::{Counters, NotTold, Server, ServerReport, ServerStuck, Taken, Telling};

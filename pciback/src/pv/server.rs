@@ -1,6 +1,6 @@
 //! The thread that serves one connected guest.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -18,6 +18,7 @@ use super::function::{Demand, GuestFunction};
 use super::interrupts::{self, InterruptError};
 use super::wire::{self, Command, Op, OpAnswer, WireError};
 use crate::config::{MaskedWrite, Planes};
+use crate::fault::{AerAnswer, AerRequest, ChannelState};
 use crate::platform::{PlatformError, Ring};
 use crate::{DomId, Sbdf};
 
@@ -41,8 +42,24 @@ pub enum ServerReport {
     Vanished(Sbdf),
     /// The function's interrupts could not be put back after its reset.
     RestoreFailed(Sbdf, String),
+    /// What became of something the guest was told about an error.
+    Told(Sbdf, Result<Result<AerAnswer, u32>, NotTold>),
     /// The guest cannot be served any more.
     Failed(String),
+}
+
+/// Why a guest said nothing to an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NotTold {
+    /// Its frontend does not say that it can be told.
+    #[error("its frontend cannot be told of errors")]
+    NoHandler,
+    /// It did not answer in time.
+    #[error("it did not answer in time")]
+    Silent,
+    /// The thread cannot tell it: the event channel or the function is gone.
+    #[error("it cannot be reached")]
+    Unreachable,
 }
 
 /// The thread did not obey in time: it hangs in a config access that the kernel does not finish.
@@ -84,8 +101,23 @@ enum Order {
     SetGone(u8),
     ReplaceFilter(u8, Arc<Planes>, mpsc::Sender<io::Result<()>>),
     MaskedWrites(u8, mpsc::Sender<Vec<MaskedWrite>>),
+    Tell(Telling),
+    BeginReset(u8),
     /// Stops; the functions come back as they are.
     Stop(mpsc::Sender<BTreeMap<u8, Box<GuestFunction>>>),
+}
+
+/// Something to be told about an error.
+#[derive(Debug, Clone, Copy)]
+pub struct Telling {
+    /// The function, as the guest sees it.
+    pub devfn: u8,
+    /// What the guest's driver is asked.
+    pub request: AerRequest,
+    /// In which state the link is.
+    pub state: ChannelState,
+    /// How long the answer is waited for.
+    pub limit: Duration,
 }
 
 /// A running thread, as the engine holds it.
@@ -116,6 +148,8 @@ impl Server {
             report,
             complaints: Complaints::default(),
             token: first_token(),
+            told: None,
+            to_tell: VecDeque::new(),
         };
         let thread_wake = Arc::clone(&wake);
         let thread = thread::Builder::new()
@@ -161,6 +195,17 @@ impl Server {
     /// What of the guest's writes did not reach hardware; `Ok(None)` when the thread does not have the function.
     pub fn masked_writes(&self, devfn: u8) -> Result<Option<Vec<MaskedWrite>>, ServerStuck> {
         self.ask(|sender| Order::MaskedWrites(devfn, sender))
+    }
+
+    /// Tells the guest something about an error; [`ServerReport::Told`] follows, and meanwhile the guest is served as ever. Things that
+    /// are told at once wait for each other, each with a limit of its own.
+    pub fn tell(&self, telling: Telling) {
+        self.order(Order::Tell(telling));
+    }
+
+    /// The function is about to be reset, which the guest did not ask for: until [`Self::reset_ended`] it reads all ones.
+    pub fn begin_reset(&self, devfn: u8) {
+        self.order(Order::BeginReset(devfn));
     }
 
     fn ask<T>(&self, order: impl FnOnce(mpsc::Sender<T>) -> Order) -> Result<Option<T>, ServerStuck> {
@@ -210,6 +255,10 @@ struct Serving {
     complaints: Complaints,
     /// The claim of the last request.
     token: u32,
+    /// What the guest was told and has not answered, with the end of its time.
+    told: Option<(Telling, Instant)>,
+    /// What it will be told next.
+    to_tell: VecDeque<Telling>,
 }
 
 /// Claims that an earlier life left on the page or in a record must not be met again soon.
@@ -229,6 +278,7 @@ impl Serving {
                 let _ = stop.send(std::mem::take(&mut self.functions));
                 return;
             }
+            self.hear();
             if !busy && let Err(error) = self.wait(wake) {
                 (self.report)(ServerReport::Failed(error.to_string()));
                 return self.idle(orders);
@@ -237,9 +287,62 @@ impl Serving {
         }
     }
 
+    /// Takes the guest's answer to what it was told of an error, or gives up waiting for it, and tells it the next thing.
+    fn hear(&mut self) {
+        if let Some((telling, until)) = self.told {
+            let heard = match wire::take_aer_answer(self.ring.page()) {
+                Some(answer) => Ok(answer),
+                None if Instant::now() >= until => {
+                    wire::withdraw_aer(self.ring.page());
+                    Err(NotTold::Silent)
+                }
+                None => return,
+            };
+            self.told = None;
+            self.report_told(telling, heard);
+        }
+        while let Some(telling) = self.to_tell.pop_front() {
+            let refused = if !self.functions.contains_key(&telling.devfn) {
+                NotTold::Unreachable
+            } else if !wire::has_aer_handler(self.ring.page()) {
+                NotTold::NoHandler
+            } else {
+                wire::put_aer(self.ring.page(), telling.devfn, telling.request, telling.state);
+                match self.ring.notify() {
+                    Ok(()) => {
+                        self.told = Some((telling, Instant::now() + telling.limit));
+                        return;
+                    }
+                    Err(error) => {
+                        warn!("domain {}: tell it of an error: {error}", self.domain);
+                        wire::withdraw_aer(self.ring.page());
+                        NotTold::Unreachable
+                    }
+                }
+            };
+            self.report_told(telling, Err(refused));
+        }
+    }
+
+    fn report_told(&self, telling: Telling, heard: Result<Result<AerAnswer, u32>, NotTold>) {
+        // A function that was taken meanwhile is nobody's concern any more.
+        if let Some(function) = self.functions.get(&telling.devfn) {
+            (self.report)(ServerReport::Told(function.address(), heard));
+        }
+    }
+
     /// Keeps the functions for the engine to take, when the ring is of no use any more.
     fn idle(&mut self, orders: &mpsc::Receiver<Order>) {
+        for telling in
+            self.told.take().map(|(telling, _)| telling).into_iter().chain(std::mem::take(&mut self.to_tell))
+        {
+            self.report_told(telling, Err(NotTold::Unreachable));
+        }
         while let Ok(order) = orders.recv() {
+            if let Order::Tell(telling) = order {
+                self.report_told(telling, Err(NotTold::Unreachable));
+                continue;
+            }
             if let Some(stop) = self.obey(order) {
                 let _ = stop.send(std::mem::take(&mut self.functions));
                 return;
@@ -251,7 +354,11 @@ impl Serving {
         {
             let mut fds =
                 [PollFd::new(self.ring.event_fd(), PollFlags::POLLIN), PollFd::new(wake, PollFlags::POLLIN)];
-            match poll(&mut fds, PollTimeout::NONE) {
+            let timeout = self.told.map_or(PollTimeout::NONE, |(_, until)| {
+                let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+                PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+            });
+            match poll(&mut fds, timeout) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => {
                     return Err(PlatformError::new("wait for an event of domain", self.domain, errno));
@@ -387,7 +494,19 @@ impl Serving {
                     let _ = writes.send(function.masked_writes());
                 }
             }
-            Order::Stop(functions) => return Some(functions),
+            Order::Tell(telling) => self.to_tell.push_back(telling),
+            Order::BeginReset(devfn) => {
+                if let Some(function) = self.functions.get_mut(&devfn) {
+                    function.begin_reset();
+                }
+            }
+            Order::Stop(functions) => {
+                if self.told.take().is_some() {
+                    // Another life, or another thread, begins with a page on which nothing is told.
+                    wire::withdraw_aer(self.ring.page());
+                }
+                return Some(functions);
+            }
         }
         None
     }

@@ -4,6 +4,7 @@
 
 use std::sync::atomic::Ordering;
 
+use crate::fault::{AerAnswer, AerRequest, ChannelState};
 use crate::platform::SharedMemory;
 
 /// The protocol that frontends must speak, as they write it into xenstore (`XEN_PCI_MAGIC`).
@@ -24,10 +25,19 @@ mod word {
     pub const VALUE: usize = 8;
     pub const INFO: usize = 9;
     pub const MSIX_ENTRIES: usize = 10;
+    pub const AER_COMMAND: usize = 138;
+    pub const AER_ERROR: usize = 139;
+    pub const AER_DOMAIN: usize = 140;
+    pub const AER_BUS: usize = 141;
+    pub const AER_DEVFN: usize = 142;
 }
 
 /// `XEN_PCIF_active`: a request waits for its answer.
 const ACTIVE: u32 = 1 << 0;
+/// `XEN_PCIB_AERHANDLER`: the frontend can be told of errors.
+const AER_HANDLER: u32 = 1 << 1;
+/// `XEN_PCIB_active`: we have told it of one, and its answer is awaited.
+const AER_ACTIVE: u32 = 1 << 2;
 
 /// What a frontend asks for (`XEN_PCI_OP_*`); unknown numbers are kept as they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -196,6 +206,52 @@ pub fn put_answer(page: &SharedMemory, answer: &OpAnswer) {
     page[word::FLAGS].fetch_and(!ACTIVE, Ordering::Release);
 }
 
+/// `XEN_PCI_OP_aer_*`.
+const fn aer_number(request: AerRequest) -> u32 {
+    match request {
+        AerRequest::Detected => 6,
+        AerRequest::Resume => 7,
+        AerRequest::MmioEnabled => 8,
+        AerRequest::SlotReset => 9,
+    }
+}
+
+/// `pci_channel_state_t`.
+const fn channel_number(state: ChannelState) -> u32 {
+    match state {
+        ChannelState::Normal => 1,
+        ChannelState::Frozen => 2,
+    }
+}
+
+/// Whether the frontend says that it can be told of errors.
+pub fn has_aer_handler(page: &SharedMemory) -> bool {
+    page[word::FLAGS].load(Ordering::Acquire) & AER_HANDLER != 0
+}
+
+/// Tells the frontend something about an error of the function that it sees at `devfn`; an event has to follow.
+pub fn put_aer(page: &SharedMemory, devfn: u8, request: AerRequest, state: ChannelState) {
+    let store = |index: usize, value: u32| page[index].store(value, Ordering::Relaxed);
+    store(word::AER_COMMAND, aer_number(request));
+    store(word::AER_ERROR, channel_number(state));
+    store(word::AER_DOMAIN, 0);
+    store(word::AER_BUS, 0);
+    store(word::AER_DEVFN, u32::from(devfn));
+    // Release: the guest sees the operation once it sees the flag. Atomic: the guest changes the other flags meanwhile.
+    page[word::FLAGS].fetch_or(AER_ACTIVE, Ordering::Release);
+}
+
+/// What the frontend answered; `None` while it is awaited. `Err`: a number that is no answer.
+pub fn take_aer_answer(page: &SharedMemory) -> Option<Result<AerAnswer, u32>> {
+    let active = page[word::FLAGS].load(Ordering::Acquire) & AER_ACTIVE != 0;
+    (!active).then(|| AerAnswer::from_number(page[word::AER_ERROR].load(Ordering::Relaxed)))
+}
+
+/// Takes back what was not answered. A frontend that answers it all the same answers nothing.
+pub fn withdraw_aer(page: &SharedMemory) {
+    page[word::FLAGS].fetch_and(!AER_ACTIVE, Ordering::Release);
+}
+
 /// The guest's side of the page, for tests and for the simulated host's guests.
 pub mod frontend {
     use super::*;
@@ -211,6 +267,27 @@ pub mod frontend {
             page[word::MSIX_ENTRIES + index].store(packed, Ordering::Relaxed);
         }
         page[word::FLAGS].fetch_or(ACTIVE, Ordering::Release);
+    }
+
+    /// Says that the frontend can be told of errors, or that it cannot.
+    pub fn set_aer_handler(page: &SharedMemory, able: bool) {
+        match able {
+            true => page[word::FLAGS].fetch_or(AER_HANDLER, Ordering::Release),
+            false => page[word::FLAGS].fetch_and(!AER_HANDLER, Ordering::Release),
+        };
+    }
+
+    /// What the backend tells of an error: command, state of the link, device and function; `None` where it tells nothing.
+    pub fn take_aer(page: &SharedMemory) -> Option<(u32, u32, u32)> {
+        let load = |index: usize| page[index].load(Ordering::Relaxed);
+        let active = page[word::FLAGS].load(Ordering::Acquire) & AER_ACTIVE != 0;
+        active.then(|| (load(word::AER_COMMAND), load(word::AER_ERROR), load(word::AER_DEVFN)))
+    }
+
+    /// The frontend's answer to that, a `pci_ers_result_t`.
+    pub fn answer_aer(page: &SharedMemory, answer: u32) {
+        page[word::AER_ERROR].store(answer, Ordering::Relaxed);
+        page[word::FLAGS].fetch_and(!AER_ACTIVE, Ordering::Release);
     }
 
     /// The answer: error, value and `count` MSI-X entries; `None` while it is awaited.
@@ -266,5 +343,24 @@ mod tests {
         assert_eq!(page[6].load(Ordering::Relaxed), 0x44);
         assert_eq!(page[8].load(Ordering::Relaxed), 8);
         assert_eq!(page[10].load(Ordering::Relaxed), 2 << 16 | 0x37);
+    }
+
+    /// struct xen_pcie_aer_op lies at 552: cmd, err, domain, bus, devfn.
+    #[test]
+    fn what_is_told_of_errors_lies_where_the_header_says_and_leaves_the_other_flags_alone() {
+        let page = page();
+        page[0].store(0b011, Ordering::Relaxed);
+        assert!(has_aer_handler(&page));
+        put_aer(&page, 0x18, AerRequest::SlotReset, ChannelState::Frozen);
+        let found = [552, 556, 560, 564, 568].map(|at| page[at / 4].load(Ordering::Relaxed));
+        assert_eq!(found, [9, 2, 0, 0, 0x18]);
+        assert_eq!(page[0].load(Ordering::Relaxed), 0b111);
+        assert_eq!(take_aer_answer(&page), None);
+        frontend::answer_aer(&page, 5);
+        assert_eq!(take_aer_answer(&page), Some(Ok(AerAnswer::Recovered)));
+        assert_eq!(page[0].load(Ordering::Relaxed), 0b011);
+        put_aer(&page, 0, AerRequest::Detected, ChannelState::Normal);
+        withdraw_aer(&page);
+        assert_eq!((page[552 / 4].load(Ordering::Relaxed), page[0].load(Ordering::Relaxed)), (6, 0b011));
     }
 }

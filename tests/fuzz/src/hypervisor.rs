@@ -76,6 +76,8 @@ impl Hypervisor for Counting {
         ioport_permission(domain: DomId, first: u32, count: u32, allow: bool) -> ();
         map_gsi(domain: DomId, gsi: u32) -> Pirq;
         unmap_gsi(domain: DomId, gsi: u32, pirq: Pirq) -> ();
+        pause(domain: DomId) -> ();
+        destroy(domain: DomId) -> ();
     }
 
     fn restore_msi(&self, _: Sbdf) -> Result<()> {

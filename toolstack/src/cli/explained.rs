@@ -176,6 +176,7 @@ pub fn policy(view: &PolicyView) -> String {
         text.push_str(&table(&std::iter::once(head).chain(rows).collect::<Vec<_>>()));
     }
     let _ = writeln!(text, "\nprofile {}\nunknown registers: {}", view.profile, view.unknown);
+    let _ = writeln!(text, "errors: {}", view.errors);
     if !view.permits.is_empty() {
         let _ = writeln!(text, "permitted: {}", view.permits.join(", "));
     }

@@ -339,6 +339,7 @@ fn policy_view(looked: &Looked) -> PolicyView {
         id: format!("{:04x}:{:04x}", spec.identity.vendor, spec.identity.device),
         domain: subject.domain.clone(),
         files,
+        errors: merged.errors.to_string(),
         permits: merged.permits.iter().map(|permission| permission.word().to_owned()).collect(),
         profile: merged.profile.0.word().to_owned(),
         unknown: format!("{treatment} ({}; {})", rule.reason, origin(rule)),

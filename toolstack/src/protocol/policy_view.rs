@@ -19,6 +19,9 @@ pub struct PolicyView {
     pub files: Vec<PolicyFileView>,
     /// What the files permit that is refused otherwise.
     pub permits: Vec<String>,
+    /// What is done about errors of the function.
+    #[serde(default)]
+    pub errors: String,
     /// The profile in force.
     pub profile: String,
     /// What happens to registers that nobody knows, and which rule says so.

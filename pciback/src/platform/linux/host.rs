@@ -247,6 +247,19 @@ impl Host for LinuxHost {
         }
     }
 
+    fn ports_above(&self, address: Sbdf) -> Result<Vec<Sbdf>> {
+        let error = |cause: Cause| PlatformError::new("find the ports above", address, cause);
+        let link = fs::canonicalize(self.directory(address)).map_err(|found| error(found.into()))?;
+        // .../devices/pci0000:00/0000:00:02.0/0000:01:10.0, with other components where a segment belongs to a driver.
+        let names = link.iter().filter_map(|name| name.to_str()).filter_map(|name| name.parse::<Sbdf>().ok());
+        let mut ports: Vec<Sbdf> = names.collect();
+        if ports.pop() != Some(address) {
+            return Err(error(Cause::Malformed(format!("{} is not its place", link.display()))));
+        }
+        ports.reverse();
+        Ok(ports)
+    }
+
     fn drivers(&self) -> Result<Vec<String>> {
         let path = self.root.join("bus/pci/drivers");
         names(&path)

@@ -3,10 +3,12 @@
 pub mod attributes;
 pub mod blocking;
 mod config;
+mod errors;
 pub mod events;
 mod host;
 mod network;
 mod vf_messages;
 
+pub use errors::LinuxErrors;
 pub use host::LinuxHost;
 pub use network::LinuxVfNetwork;

@@ -45,7 +45,7 @@ impl SimHost {
                 errno => Cause::Os(errno),
             })
         };
-        let looks = matches!(operation, "function" | "config");
+        let looks = matches!(operation, "function" | "config" | "ports_above");
         let answer = failed.and_then(|()| if looks { call() } else { self.failures.fuse.change(call) });
         answer.map_err(|cause| PlatformError::new(action, address, cause))
     }
@@ -81,6 +81,31 @@ impl World {
     }
 }
 
+/// Type 1 headers (PCI Express 6.0, section 7.5.1.3): Header Type, Secondary and Subordinate Bus Number.
+const HEADER_TYPE: u16 = 0x0e;
+const BRIDGE: u8 = 0x01;
+const SECONDARY: u16 = 0x19;
+const SUBORDINATE: u16 = 0x1a;
+
+impl World {
+    /// The bridges that pass on what is meant for a function's bus, the nearest first.
+    fn ports_above(&self, address: Sbdf) -> Vec<Sbdf> {
+        let mut ports: Vec<(u8, Sbdf)> = Vec::new();
+        for (port, function) in &self.functions {
+            let registers = &function.registers;
+            let secondary = registers.peek(SECONDARY);
+            if registers.peek(HEADER_TYPE) & 0x7f == BRIDGE
+                && port.segment() == address.segment()
+                && (secondary..=registers.peek(SUBORDINATE)).contains(&address.bus())
+            {
+                ports.push((secondary, *port));
+            }
+        }
+        ports.sort_unstable_by_key(|(secondary, _)| std::cmp::Reverse(*secondary));
+        ports.into_iter().map(|(_, port)| port).collect()
+    }
+}
+
 impl Host for SimHost {
     fn events(&self) -> Result<Box<dyn HostEvents>> {
         let subscribed = locked(&self.world).listeners.subscribe();
@@ -107,6 +132,12 @@ impl Host for SimHost {
             let size = world.function(address)?.registers.size();
             let (world, failures) = (Arc::clone(&self.world), self.failures.clone());
             Ok(Box::new(SimConfig { world, failures, address, size }) as Box<dyn ConfigSpace>)
+        })
+    }
+
+    fn ports_above(&self, address: Sbdf) -> Result<Vec<Sbdf>> {
+        self.call(("ports_above", "find the ports above"), address, None, |world| {
+            Ok(world.ports_above(address))
         })
     }
 

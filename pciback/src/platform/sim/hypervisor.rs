@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
 
+use super::Simulation;
 use super::failures::{Failures, Subject};
 use super::locked;
 use super::world::World;
@@ -14,12 +15,15 @@ use crate::{DomId, Sbdf};
 
 pub(super) struct SimHypervisor {
     world: Arc<Mutex<World>>,
+    /// All of it: a domain that ends leaves traces everywhere.
+    simulation: Simulation,
     failures: Failures,
 }
 
 impl SimHypervisor {
-    pub fn new(world: &Arc<Mutex<World>>, failures: &Failures) -> Self {
-        Self { world: Arc::clone(world), failures: failures.clone() }
+    pub fn new(simulation: &Simulation, failures: &Failures) -> Self {
+        let world = Arc::clone(&simulation.world);
+        Self { world, simulation: simulation.clone(), failures: failures.clone() }
     }
 
     /// Runs one hypercall, unless it shall fail.
@@ -146,5 +150,20 @@ impl Hypervisor for SimHypervisor {
     fn unmap_pirq(&self, domain: DomId, pirq: Pirq) -> Result<()> {
         let text = format!("interrupt {} from domain {domain}", pirq.0);
         self.call(("unmap_pirq", "unmap"), domain, text, |world| world.xen.unmap_pirq(domain, pirq.0))
+    }
+
+    fn pause(&self, domain: DomId) -> Result<()> {
+        self.call(("pause", "pause"), domain, format!("domain {domain}"), |world| {
+            world.xen.domain(domain)?.paused = true;
+            Ok(())
+        })
+    }
+
+    fn destroy(&self, domain: DomId) -> Result<()> {
+        self.call(("destroy", "destroy"), domain, format!("domain {domain}"), |world| {
+            world.xen.domain(domain).map(drop)
+        })?;
+        self.simulation.destroy(domain);
+        Ok(())
     }
 }

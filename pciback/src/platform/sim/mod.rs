@@ -5,6 +5,7 @@
 //! `examples/contract` asks both.
 
 mod drivers;
+mod errors;
 mod events;
 mod failures;
 mod fuse;
@@ -34,7 +35,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 
-use super::{Cause, HostEvent, Platform, PlatformError, Result, VfSetting, VfSettings};
+use super::{Cause, ErrorEvent, HostEvent, Platform, PlatformError, Result, VfSetting, VfSettings};
+use crate::fault::{Detection, Fault, Severity};
 use crate::{DomId, Sbdf};
 
 pub use failures::Failure;
@@ -54,6 +56,7 @@ pub struct Simulation {
     tree: Arc<Mutex<Tree>>,
     rings: rings::SimRings,
     failures: Failures,
+    errors: errors::Kernel,
 }
 
 /// What Xen still lets a domain do.
@@ -113,6 +116,7 @@ impl Simulation {
             tree: Arc::new(Mutex::new(tree)),
             rings: rings::SimRings::new(&failures),
             failures,
+            errors: errors::Kernel::default(),
         })
     }
 
@@ -126,10 +130,11 @@ impl Simulation {
         let failures = self.failures.of_a_life(fuse);
         Ok(Platform {
             host: Arc::new(host::SimHost::new(&self.world, &failures)),
-            hypervisor: Arc::new(hypervisor::SimHypervisor::new(&self.world, &failures)),
+            hypervisor: Arc::new(hypervisor::SimHypervisor::new(self, &failures)),
             store: Arc::new(SimStore::connect(&self.tree, DomId::DOM0, &failures)?),
             rings: Arc::new(self.rings.of_a_life(&failures)),
             network: Arc::new(network::SimVfNetwork::new(&self.world, &failures)),
+            errors: Arc::new(errors::SimErrors::new(&self.errors, &failures)),
             description: description.to_owned(),
         })
     }
@@ -162,6 +167,23 @@ impl Simulation {
         locked(&self.world).xen.destroy(domain);
         self.rings.drop_domain(domain);
         locked(&self.tree).release(domain);
+    }
+
+    /// Whether a domain exists, and whether it is paused.
+    pub fn is_paused(&self, domain: DomId) -> Option<bool> {
+        locked(&self.world).xen.domains.get(&domain).map(|domain| domain.paused)
+    }
+
+    /// A function reports an error: the kernel counts it and tells of it.
+    pub fn report_error(&self, address: Sbdf, severity: Severity, status: u32) {
+        self.miss_error(address, severity);
+        let fault = Fault { address, severity, status, detection: Detection::Event, count: 1 };
+        self.errors.tell(ErrorEvent::Error(fault));
+    }
+
+    /// A function reports an error that the kernel counts but that gets lost on its way to those who listen.
+    pub fn miss_error(&self, address: Sbdf, severity: Severity) {
+        self.errors.count(address, severity, 1);
     }
 
     /// Puts a function into its slot; `yaml` describes it as an entry of `functions` does.

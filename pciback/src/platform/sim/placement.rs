@@ -217,6 +217,7 @@ impl From<&DomainText> for Domain {
             name: text.name.clone(),
             kind: text.kind.clone(),
             passthrough: text.passthrough,
+            paused: false,
             frames: Default::default(),
             ports: Default::default(),
             lines: Default::default(),

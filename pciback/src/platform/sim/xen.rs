@@ -50,6 +50,7 @@ pub(super) struct Domain {
     pub name: String,
     pub kind: String,
     pub passthrough: bool,
+    pub paused: bool,
     pub frames: Ranges,
     pub ports: Ranges,
     /// Interrupt lines that it may use and that are mapped to it, by their number.

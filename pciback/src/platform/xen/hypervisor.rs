@@ -302,4 +302,18 @@ impl Hypervisor for XenHypervisor {
             PlatformError::new("unmap", format!("interrupt {} from domain {domain}", pirq.0), errno)
         })
     }
+
+    fn pause(&self, domain: DomId) -> Result<()> {
+        // SAFETY: the handle is open; the other argument is a number.
+        let answer = unsafe { self.libraries.ctrl.xc_domain_pause(self.handle(), u32::from(domain.0)) };
+        let paused = check(answer).map(drop);
+        paused.map_err(|errno| PlatformError::new("pause", format!("domain {domain}"), errno))
+    }
+
+    fn destroy(&self, domain: DomId) -> Result<()> {
+        // SAFETY: the handle is open; the other argument is a number.
+        let answer = unsafe { self.libraries.ctrl.xc_domain_destroy(self.handle(), u32::from(domain.0)) };
+        let destroyed = check(answer).map(drop);
+        destroyed.map_err(|errno| PlatformError::new("destroy", format!("domain {domain}"), errno))
+    }
 }

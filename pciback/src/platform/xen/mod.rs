@@ -20,7 +20,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::linux::attributes::{parse_decimal, read_text};
-use super::linux::{LinuxHost, LinuxVfNetwork};
+use super::linux::{LinuxErrors, LinuxHost, LinuxVfNetwork};
 use super::{Cause, Platform, PlatformError, Result};
 
 /// The sysfs of every ordinary host.
@@ -42,6 +42,7 @@ pub fn open() -> Result<Platform> {
         store: Arc::new(store::XenStoreConnection::open(&libraries)?),
         rings: Arc::new(rings::XenRings::new(&libraries)),
         network: Arc::new(LinuxVfNetwork::new(SYSFS.into())),
+        errors: Arc::new(LinuxErrors::new(SYSFS.into())),
         description: format!("Xen {}.{}{}", version.major, version.minor, version.extra),
     })
 }

@@ -37,7 +37,8 @@ pub const CAPABILITIES: &[CapabilitySpec] = &[
         }]),
 ];
 
-const UNCORRECTABLE: [(u32, &str); 22] = [
+/// The bits of Uncorrectable Error Status, Mask and Severity (PCI Express 6.0, sections 7.8.4.2 to 7.8.4.4).
+pub const UNCORRECTABLE: [(u32, &str); 22] = [
     (1 << 4, "Data Link Protocol Error"),
     (1 << 5, "Surprise Down Error"),
     (1 << 12, "Poisoned TLP Received"),
@@ -62,7 +63,8 @@ const UNCORRECTABLE: [(u32, &str); 22] = [
     (1 << 31, "TLP Translation Egress Blocked"),
 ];
 
-const CORRECTABLE: [(u32, &str); 8] = [
+/// The bits of Correctable Error Status and Mask (PCI Express 6.0, sections 7.8.4.5 and 7.8.4.6).
+pub const CORRECTABLE: [(u32, &str); 8] = [
     (1 << 0, "Receiver Error"),
     (1 << 6, "Bad TLP"),
     (1 << 7, "Bad DLLP"),

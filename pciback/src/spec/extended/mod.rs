@@ -11,6 +11,8 @@ mod speed;
 mod translation;
 mod virtualization;
 
+pub use errors::{CORRECTABLE as CORRECTABLE_ERRORS, UNCORRECTABLE as UNCORRECTABLE_ERRORS};
+
 use super::register::{Kind, Length, Register};
 use super::{AnyId, CapabilitySpec, ExtendedCapabilityId};
 

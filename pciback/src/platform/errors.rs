@@ -1,0 +1,33 @@
+//! What the kernel tells of errors that functions report to it.
+
+use std::os::fd::BorrowedFd;
+
+use super::Result;
+use crate::Sbdf;
+use crate::fault::{ErrorCounters, Fault};
+
+/// One event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorEvent {
+    /// A function reported an error.
+    Error(Fault),
+    /// Events were lost: the counters tell how many.
+    Lost,
+}
+
+/// A subscription to events. It is used by one thread.
+pub trait ErrorEvents {
+    /// Readable when [`Self::next_event`] may have something.
+    fn event_fd(&self) -> BorrowedFd<'_>;
+    /// The next event, without waiting.
+    fn next_event(&self) -> Option<ErrorEvent>;
+}
+
+/// Where errors become known.
+pub trait ErrorSource: Send + Sync {
+    /// Subscribes. Events that came since an earlier life of the service was killed are among them.
+    fn events(&self) -> Result<Box<dyn ErrorEvents>>;
+    /// How many errors of a function, or a port, the kernel has counted; `None` where it counts none: the function has no AER
+    /// capability, or the platform keeps it from the kernel. Does not touch the function.
+    fn counters(&self, address: Sbdf) -> Result<Option<ErrorCounters>>;
+}
