@@ -485,6 +485,7 @@ impl Engine {
                     &format!("its interrupts could not be put back after a reset: {why}"),
                 );
             }
+            ServerReport::Told(..) => {}
             ServerReport::Failed(why) => {
                 error!("domain {domain}: {why}");
                 self.problems.push(format!("domain {domain} is not served any more: {why}"));

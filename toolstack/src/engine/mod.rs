@@ -36,6 +36,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 use crate::control::Reply;
 use crate::journal::{Journal, Record};
+use crate::ledger::Ledger;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Request;
 use crate::settings::Settings;
@@ -126,6 +127,7 @@ pub struct Engine {
     platform: Platform,
     settings: Arc<Settings>,
     journal: Journal,
+    ledger: Ledger,
     boot: String,
     inbox: Inbox,
     events: mpsc::Receiver<Event>,
@@ -167,10 +169,12 @@ impl Engine {
     ) -> io::Result<Self> {
         let wake = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let (sender, events) = mpsc::channel();
+        let ledger = Ledger::open(&settings.state_directory.join("path"), &boot).map_err(io::Error::other)?;
         Ok(Self {
             platform,
             settings: Arc::new(settings),
             journal,
+            ledger,
             boot,
             inbox: Inbox { sender, wake: Arc::new(wake), ended: Arc::default() },
             events,
