@@ -8,6 +8,7 @@ pub mod config;
 pub mod dump;
 pub mod fault;
 pub mod function;
+pub mod hash;
 pub mod inventory;
 pub mod platform;
 pub mod policy;

@@ -539,22 +539,6 @@ impl Engine {
         }
     }
 
-    /// Marks a function that can be trusted no more; its guest keeps it, reading all ones, until it is detached.
-    pub(super) fn quarantine(&mut self, address: Sbdf, why: &str) {
-        error!("{address}: quarantined: {why}");
-        let Some(record) = self.records.get_mut(&address) else { return };
-        record.quarantine.get_or_insert_with(|| why.to_owned());
-        if self.busy.contains(&address) {
-            // Its transaction has a copy of the record, and ends with a reset of its own.
-            return;
-        }
-        record.state = FunctionState::Quarantined;
-        if let Err(error) = self.journal.write(record) {
-            error!("{error}");
-            self.problems.push(error.to_string());
-        }
-    }
-
     /// Takes over a guest that an earlier life served.
     pub(super) fn resume_guest(
         &mut self,

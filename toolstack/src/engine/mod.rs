@@ -3,6 +3,7 @@
 //! What may block runs elsewhere: transactions on threads of their own, guests' config accesses on their serving threads.
 //! Both talk to the engine through its [`Inbox`].
 
+mod contain;
 mod guests;
 mod lists;
 mod log_limit;
@@ -40,6 +41,7 @@ use crate::protocol::Request;
 use crate::settings::Settings;
 use crate::spec::Filters;
 use crate::transaction::{Finished, NetworkRecord, Parting};
+pub use contain::Containment;
 use guests::Guest;
 use open::{Filter, Opened};
 use policies::Reloaded;
@@ -84,6 +86,8 @@ pub enum Event {
     Repair(Repair, Reply),
     /// A thread that set a VF's network settings ended.
     NetworkSet(Sbdf, Box<Option<NetworkRecord>>),
+    /// A function is to be taken from its guest, for the reason that follows.
+    Contain(Sbdf, Containment, String),
     /// Something that nobody waits for went wrong.
     Problem(String),
     /// Functions were looked at because something happened to them.
@@ -134,6 +138,8 @@ pub struct Engine {
     guests: BTreeMap<DomId, Guest>,
     /// Functions whose guest ended while a transaction had them: withdrawn when it ends.
     orphans: BTreeSet<Sbdf>,
+    /// Functions that are to be contained when their transaction ends.
+    awaiting: contain::Awaiting,
     /// What is to be looked at, because something happened there.
     stirred: Stirred,
     /// Functions that stopped answering while the host still has them.
@@ -173,6 +179,7 @@ impl Engine {
             busy_pfs: BTreeSet::new(),
             guests: BTreeMap::new(),
             orphans: BTreeSet::new(),
+            awaiting: contain::Awaiting::default(),
             stirred: Stirred::default(),
             silent: BTreeSet::new(),
             changes: Changes::default(),
@@ -253,6 +260,7 @@ impl Engine {
             }
             Event::Repair(repair, reply) => self.repair(repair, reply),
             Event::NetworkSet(address, network) => self.network_set(address, *network),
+            Event::Contain(address, containment, why) => self.contain(address, containment, &why),
             Event::Problem(text) => {
                 error!("{text}");
                 self.problems.push(text);

@@ -1,6 +1,5 @@
 //! VFs' network settings: shown and set on threads, because the kernel's network lock may be taken for long.
 
-use log::error;
 use pciback::platform::VfSettings;
 use pciback::{FunctionState, Sbdf};
 
@@ -81,20 +80,13 @@ impl Engine {
         let orphan = self.orphans.remove(&address);
         let Some(record) = self.records.get_mut(&address) else { return };
         record.network = network;
-        // Whoever quarantined it meanwhile left the rest to whoever was busy with it.
-        if record.quarantine.is_some() && record.state != FunctionState::Quarantined {
-            record.state = FunctionState::Quarantined;
-            if let Err(error) = self.journal.write(record) {
-                error!("{error}");
-                self.problems.push(error.to_string());
-            }
-        }
         let record = record.clone();
         // What happened to it meanwhile was left for now.
         self.stirred.one(address);
         if orphan && record.guest.is_some() {
             self.detach_from_dead(record);
         }
+        self.contain_awaiting(address);
     }
 
     /// What could not be put back when a VF went back to dom0 is nobody's record any more.

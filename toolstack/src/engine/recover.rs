@@ -12,6 +12,7 @@ use pciback::pv::GuestFunction;
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::Engine;
+use super::contain::Containment;
 use super::open::Opened;
 use super::tasks::Course;
 use crate::journal::Record;
@@ -62,7 +63,10 @@ impl Engine {
         for record in records {
             let Some(place) = record.guest.filter(|_| was_served(record)) else { continue };
             match self.workshop().open_function(record, place.domain, true) {
-                Ok(Opened { function, filter }) => {
+                Ok(Opened { mut function, filter }) => {
+                    if record.quarantine.is_some() {
+                        function.set_gone();
+                    }
                     self.in_use.insert(record.address, filter);
                     guests.entry(place.domain).or_default().push((place.devfn, record.address, function));
                 }
@@ -111,19 +115,22 @@ impl Engine {
             self.detach_from_dead(record);
         } else if !exists {
             warn!("{address}: it left the host");
+        } else if let Some(why) = record.quarantine.filter(|_| record.state != FunctionState::Quarantined) {
+            // The earlier life was killed between the decision and its first deed.
+            self.contain(address, Containment::Quarantine, &why);
         } else if !attached && record.state == FunctionState::Held {
-            self.check_held(&record);
+            self.check_held(address);
         }
     }
 
     /// Somebody may have taken a held function while nobody looked.
-    fn check_held(&mut self, record: &Record) {
-        let held = self.platform.host.function(record.address);
+    fn check_held(&mut self, address: Sbdf) {
+        let held = self.platform.host.function(address);
         let held = held.is_ok_and(|function| crate::transaction::holder_of(&function).is_some());
         if !held {
             let why = "it was held, but its holding driver lost it while xpcid did not run".to_owned();
-            warn!("{}: {why}", record.address);
-            self.problems.push(format!("{}: {why}", record.address));
+            warn!("{address}: {why}");
+            self.problems.push(format!("{address}: {why}"));
         }
     }
 }

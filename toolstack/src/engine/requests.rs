@@ -252,7 +252,7 @@ impl Engine {
     }
 
     fn clear_quarantine(&mut self, address: Sbdf, reply: Reply) {
-        let mut record = self.record(address);
+        let record = self.record(address);
         if let Err(failure) = self.idle(address) {
             return reply.done(Err(failure));
         }
@@ -260,13 +260,9 @@ impl Engine {
             let message = format!("{address} is not quarantined, it is {}", record.state);
             return reply.done(Ok(Success::Already { message }));
         }
-        record.quarantine = None;
-        // Everything an attachment may have left is undone once more, each step verified, the reset last.
-        let course = match record.guest {
-            Some(_) => Course::Backward(Kind::Detach, Parting::Dead),
-            None => Course::Forward(Kind::Hold),
-        };
-        self.start(course, record, Some(reply), move |record| format!("{address} is {} again", record.state));
+        self.start(Course::Clear, record, Some(reply), move |record| {
+            format!("{address} is {} again", record.state)
+        });
     }
 }
 

@@ -10,6 +10,7 @@ use pciback::platform::Platform;
 use pciback::policy::PolicySet;
 use pciback::{FunctionState, Sbdf};
 
+use super::contain::Awaiting;
 use super::watch::Changes;
 use super::{Engine, Event, Inbox};
 use crate::control::Reply;
@@ -32,18 +33,27 @@ pub(super) enum Course {
     Backward(Kind, Parting),
     /// From one step backwards: what an earlier life of the service left.
     BackwardFrom(Kind, Step, Parting),
+    /// A function that no guest has is quarantined.
+    Condemn,
+    /// A quarantined function is trusted again, after a verified reset.
+    Clear,
 }
 
 impl Course {
-    const fn kind(self) -> Kind {
+    const fn state_during(self) -> FunctionState {
         match self {
-            Self::Forward(kind) | Self::Backward(kind, _) | Self::BackwardFrom(kind, ..) => kind,
+            Self::Forward(kind) | Self::Backward(kind, _) | Self::BackwardFrom(kind, ..) => {
+                kind.state_during()
+            }
+            Self::Condemn => FunctionState::Held,
+            Self::Clear => FunctionState::Resetting,
         }
     }
 
     const fn parting(self) -> Parting {
         match self {
-            Self::Forward(_) => Parting::Force,
+            Self::Forward(_) | Self::Condemn => Parting::Force,
+            Self::Clear => Parting::Dead,
             Self::Backward(_, parting) | Self::BackwardFrom(_, _, parting) => parting,
         }
     }
@@ -59,6 +69,7 @@ pub(super) struct Workshop {
     pub policies: Arc<PolicySet>,
     pub filters: Filters,
     pub changes: Changes,
+    pub awaiting: Awaiting,
 }
 
 impl Serving for Workshop {
@@ -72,6 +83,10 @@ impl Serving for Workshop {
 
     fn withdraw(&self, record: &Record, parting: Parting) -> Result<Option<String>, Failure> {
         self.ask(|answer| Event::Withdraw { record: Box::new(record.clone()), parting, answer })
+    }
+
+    fn distrusted(&self, address: Sbdf) -> Option<String> {
+        self.awaiting.distrusted(address)
     }
 
     fn ended(&self) -> bool {
@@ -102,6 +117,8 @@ impl Workshop {
             Course::Forward(kind) => context.forward(kind, record),
             Course::Backward(kind, _) => context.backward(kind, record),
             Course::BackwardFrom(kind, step, _) => context.backward_from(kind, step, record),
+            Course::Condemn => context.condemn(record),
+            Course::Clear => context.clear(record),
         }
     }
 }
@@ -116,6 +133,7 @@ impl Engine {
             policies: Arc::clone(&self.policies),
             filters: self.filters.clone(),
             changes: self.changes.clone(),
+            awaiting: self.awaiting.clone(),
         }
     }
 
@@ -129,7 +147,7 @@ impl Engine {
     ) {
         let address = record.address;
         let mut shown = record.clone();
-        shown.state = course.kind().state_during();
+        shown.state = course.state_during();
         self.records.insert(address, shown);
         self.busy.insert(address);
         let workshop = self.workshop();
@@ -183,6 +201,7 @@ impl Engine {
             warn!("{address}: its guest ended while it was attached");
             self.detach_from_dead(record);
         }
+        self.contain_awaiting(address);
     }
 
     /// Takes a function from a guest that is gone.

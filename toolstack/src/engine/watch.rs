@@ -86,7 +86,7 @@ impl Engine {
         }
     }
 
-    fn set_gone(&mut self, address: Sbdf) {
+    pub(super) fn set_gone(&mut self, address: Sbdf) {
         if let Some(place) = self.records.get(&address).and_then(|record| record.guest)
             && let Some(guest) = self.guests.get_mut(&place.domain)
         {

@@ -8,6 +8,7 @@
 mod attach;
 mod hold;
 mod network;
+mod quarantine;
 mod reset;
 
 use log::{info, warn};
@@ -132,7 +133,9 @@ pub trait Serving: Sync {
     fn serve(&self, record: &Record) -> Result<Option<String>, Failure>;
     /// Stops serving it: bus mastering and interrupts off, nodes removed. The text says when the guest had to be overruled.
     fn withdraw(&self, record: &Record, parting: Parting) -> Result<Option<String>, Failure>;
-    /// Whether the engine has stopped: then nobody carries out the other two, and what is under way is the next life's.
+    /// Why the function shall end quarantined, where somebody decided that while a transaction has it.
+    fn distrusted(&self, address: Sbdf) -> Option<String>;
+    /// Whether the engine has stopped: then nobody carries out the first two, and what is under way is the next life's.
     fn ended(&self) -> bool;
 }
 
@@ -201,6 +204,11 @@ impl Context<'_> {
         let mut failures: Vec<Failure> = Vec::new();
         let steps = kind.steps();
         let count = steps.iter().position(|candidate| *candidate == step).map_or(0, |index| index + 1);
+        if record.quarantine.is_some() {
+            // At once: what follows may wait for the guest.
+            failures.extend(self.note(&mut record, kind, step, true).err());
+            failures.extend(quarantine::switch_off(self, &record).err());
+        }
         for &step in steps[..count].iter().rev() {
             let noted = self.note(&mut record, kind, step, true);
             if let Err(failure) = noted {
@@ -231,6 +239,7 @@ impl Context<'_> {
             Some(failure) => {
                 record.state = FunctionState::Quarantined;
                 record.quarantine.get_or_insert_with(|| failure.message.clone());
+                let failure = both(failure, quarantine::switch_off(self, &record).err());
                 if let Err(second) = self.write(&record) {
                     warn!("{}: {second}", record.address);
                 }
@@ -251,12 +260,15 @@ impl Context<'_> {
 
     /// Ends a transaction that went back to its beginning.
     fn close(&self, record: &mut Record) -> Result<(), Failure> {
-        if record.quarantine.is_some() {
-            // A guest's reset failed while it had the function: detached, but still for nobody.
-            record.state = FunctionState::Quarantined;
-        } else if record.state == FunctionState::Held && self.left_the_host(record) {
+        if self.left_the_host(record) && record.state == FunctionState::Held {
             // Known until somebody has seen it, or another function appears at its address.
             record.state = FunctionState::Gone;
+            record.quarantine = None;
+        } else if record.quarantine.is_some() {
+            // Nobody's, but for nobody either. Linux's reset put back what it had found before.
+            record.state = FunctionState::Quarantined;
+            self.write(record)?;
+            return quarantine::switch_off(self, record);
         }
         if record.state == FunctionState::Host {
             self.journal.remove(record.address).map_err(|error| journal_failure(record.address, &error))
@@ -267,6 +279,9 @@ impl Context<'_> {
 
     fn note(&self, record: &mut Record, kind: Kind, step: Step, undoing: bool) -> Result<(), Failure> {
         record.transaction = Some(Progress { kind, step, undoing });
+        if record.quarantine.is_none() {
+            record.quarantine = self.serving.distrusted(record.address);
+        }
         info!("{}: {kind:?}, step {step:?}{}", record.address, if undoing { ", undo" } else { "" });
         self.write(record)
     }

@@ -15,7 +15,7 @@ use pciback::policy::{PolicyFile, PolicySet};
 use pciback::pv::nodes;
 use pciback::{DomId, FunctionState, Sbdf};
 use tempfile::TempDir;
-use toolstack::engine::Engine;
+use toolstack::engine::{Containment, Engine, Event, Inbox};
 use toolstack::journal::{Journal, Record};
 use toolstack::outcome::Failure;
 use toolstack::protocol::{DomainName, FunctionView, Request, StatusView, Success};
@@ -117,11 +117,12 @@ impl World {
         let policies = PolicySet::new(vec![permit]);
         let mut engine = Engine::new(platform, settings, policies, journal, "this boot".into()).unwrap();
         engine.recover().unwrap();
-        control::listen(&socket, engine.inbox()).unwrap();
+        let inbox = engine.inbox();
+        control::listen(&socket, inbox.clone()).unwrap();
         let stop = Arc::new(EventFd::new().unwrap());
         let stopped = Arc::clone(&stop);
         let thread = thread::spawn(move || engine.run(stopped.as_fd()).unwrap());
-        Service { socket, stop, fuse, thread: Some(thread) }
+        Service { socket, stop, fuse, inbox, thread: Some(thread) }
     }
 
     /// What the journal has of a function.
@@ -204,6 +205,7 @@ pub struct Service {
     stop: Arc<EventFd>,
     /// How it may be killed.
     pub fuse: Fuse,
+    inbox: Inbox,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -232,6 +234,11 @@ impl Service {
         self.call(Request::QuarantineClear { address })
     }
 
+    /// Decides as the error policies do.
+    pub fn contain(&self, address: Sbdf, containment: Containment) {
+        self.inbox.send(Event::Contain(address, containment, "the test distrusts it".into()));
+    }
+
     pub fn status(&self) -> StatusView {
         match self.call(Request::Status) {
             Ok(Success::Status(status)) => status,
@@ -245,6 +252,12 @@ impl Service {
 
     pub fn state(&self, address: Sbdf) -> FunctionState {
         self.view(address).map_or(FunctionState::Host, |view| view.state)
+    }
+
+    /// The same of a service that may have been killed.
+    pub fn is_in_state(&self, address: Sbdf, state: FunctionState) -> bool {
+        let Ok(Success::Status(status)) = self.call(Request::Status) else { return false };
+        status.functions.iter().any(|view| view.address == address && view.state == state)
     }
 
     pub fn wait_for_state(&self, address: Sbdf, state: FunctionState) {
