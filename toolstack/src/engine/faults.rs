@@ -8,9 +8,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use log::{error, warn};
-use pciback::config::{Identity, Planes};
+use pciback::config::Identity;
 use pciback::fault::{
-    self, Action, CrossCheck, Detection, ErrorCounters, ErrorPolicy, Fault, History, Owner, Relation, Severity,
+    self, Action, CrossCheck, Detection, ErrorCounters, ErrorPolicy, Fault, History, Owner, Relation,
+    Severity,
 };
 use pciback::platform::{ErrorEvent, ErrorEvents};
 use pciback::policy::{self, Subject};
@@ -20,7 +21,6 @@ use super::registers;
 use super::responses::Underway;
 use super::{Engine, Event};
 use crate::domains;
-use crate::journal::Record;
 use crate::protocol::EventView;
 
 /// How often the counters are looked at, and how long errors of one kind are gathered.
@@ -229,12 +229,12 @@ impl Engine {
         }
     }
 
-    /// A transaction has ended, or an earlier life's guest is served on: who has what is looked at anew.
+    /// A guest is given a function, a transaction has ended, or an earlier life's guest is served on: who has what is looked at anew.
     pub(super) fn watch_errors_of(&mut self, address: Sbdf) {
         let record = self.records.get(&address);
-        let attached = record.is_some_and(|record| {
-            record.guest.is_some() && matches!(record.state, FunctionState::Attached | FunctionState::Resetting)
-        });
+        let given = [FunctionState::Attaching, FunctionState::Attached, FunctionState::Resetting];
+        let attached =
+            record.is_some_and(|record| record.guest.is_some() && given.contains(&record.state));
         if !attached {
             self.faults.underway.remove(&address);
             self.faults.histories.remove(&address);
@@ -244,7 +244,8 @@ impl Engine {
             }
         } else if !self.faults.places.contains_key(&address) {
             let host = self.platform.host.as_ref();
-            let physical_function = host.function(address).ok().and_then(|function| function.physical_function);
+            let physical_function =
+                host.function(address).ok().and_then(|function| function.physical_function);
             let ports = host.ports_above(address).unwrap_or_else(|problem| {
                 warn!("{problem}");
                 Vec::new()
@@ -253,7 +254,9 @@ impl Engine {
         }
         let mut watched = BTreeSet::new();
         for (address, place) in &self.faults.places {
-            watched.extend([*address].into_iter().chain(place.physical_function).chain(place.ports.iter().copied()));
+            watched.extend(
+                [*address].into_iter().chain(place.physical_function).chain(place.ports.iter().copied()),
+            );
         }
         self.faults.checks.retain(|address, _| watched.contains(address));
         for address in &watched {
@@ -279,9 +282,8 @@ impl Engine {
         let mut nearest = None;
         if fault.severity == Severity::Fatal {
             let known = self.faults.places.get(&fault.address).map(|place| place.ports.clone());
-            let ports = known.unwrap_or_else(|| {
-                self.platform.host.ports_above(fault.address).unwrap_or_default()
-            });
+            let ports =
+                known.unwrap_or_else(|| self.platform.host.ports_above(fault.address).unwrap_or_default());
             nearest = ports.first().copied();
         }
         for (address, place) in &self.faults.places {
@@ -324,7 +326,8 @@ impl Engine {
                 }
             }
             let history = self.faults.histories.entry(address).or_default();
-            let of_guest = owned.and_then(|domain| self.faults.guests.get(&domain)).cloned().unwrap_or_default();
+            let of_guest =
+                owned.and_then(|domain| self.faults.guests.get(&domain)).cloned().unwrap_or_default();
             let storms = history.storms(&of_guest, &policy, now);
             if owned.is_none() {
                 self.faults.histories.remove(&address);

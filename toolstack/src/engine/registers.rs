@@ -51,7 +51,7 @@ pub(super) fn of_errors(host: &dyn Host, address: Sbdf) -> Vec<RegisterValue> {
     add(0x04, 2, "Command");
     add(0x06, 2, "Status");
     if let Some(express) = list.legacy(CapabilityId::PCI_EXPRESS) {
-        EXPRESS.iter().for_each(|(offset, name)| add(u16::from(express.offset) + offset, 2, name));
+        EXPRESS.iter().for_each(|(offset, name)| add(express.offset + offset, 2, name));
     }
     if let Some(aer) = list.extended(ExtendedCapabilityId::AER) {
         AER.iter().for_each(|(offset, name)| add(aer.offset + offset, 4, name));
@@ -111,10 +111,17 @@ pub struct Masked {
     before: u32,
 }
 
+impl Masked {
+    /// Takes over what another function's mask at the same place had found before, if that came first.
+    pub(super) fn inherit(&mut self, earlier: Self) {
+        self.before &= earlier.before;
+    }
+}
+
 /// Masks all correctable errors of a function.
 pub(super) fn mask(host: &dyn Host, address: Sbdf, pf: Option<Sbdf>) -> Result<Masked, String> {
     let bits = pciback::spec::CORRECTABLE_ERRORS.iter().fold(0, |bits, (bit, _)| bits | bit);
-    let mut why = "it has no AER capability".to_owned();
+    let mut why = "no writable mask in an AER capability of its own or of its PF".to_owned();
     for at in [address].into_iter().chain(pf) {
         let tried = || -> io::Result<Option<Masked>> {
             let config = host.config(at).map_err(io::Error::other)?;
@@ -122,8 +129,9 @@ pub(super) fn mask(host: &dyn Host, address: Sbdf, pf: Option<Sbdf>) -> Result<M
             let offset = aer + CORRECTABLE_MASK;
             let before = read(config.as_ref(), offset, 4)?;
             write(config.as_ref(), offset, before | bits)?;
-            // Bits that a device does not report need not be writable.
-            let stuck = read(config.as_ref(), offset, 4)? & !before != 0 || before & bits != 0;
+            // Some bits need not be writable.
+            let after = read(config.as_ref(), offset, 4)?;
+            let stuck = after != before || before & bits == bits;
             Ok(stuck.then_some(Masked { at, offset, before }))
         };
         match tried() {

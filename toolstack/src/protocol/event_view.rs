@@ -86,7 +86,13 @@ impl EventView {
     }
 
     /// An error and what was decided about a function because of it.
-    pub fn error(address: Sbdf, domain: Option<DomId>, fault: &Fault, action: Action, reason: String) -> Self {
+    pub fn error(
+        address: Sbdf,
+        domain: Option<DomId>,
+        fault: &Fault,
+        action: Action,
+        reason: String,
+    ) -> Self {
         let what = Happening::Error {
             reporter: fault.address,
             severity: fault.severity,
