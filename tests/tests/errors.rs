@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use xpci_tests::host::{
-    PF, SOON, VFS, bring_up, builder, guest, is_held, owner, ping, prepare, set_mac, state, status,
-    wait_for_state, xpci, xpci_fails,
+    PF, SOON, VFS, bring_up, builder, guest, is_held, owner, ping, prepare, set_mac, start_service, state,
+    status, wait_for_state, xpci, xpci_fails,
 };
 use xpci_tests::{Guest, GuestConfig, Lab};
 
@@ -19,13 +19,14 @@ const VIRTIO: &str = "0000:02:00.0";
 const COMPLETION_TIMEOUT: u32 = 1 << 14;
 /// Where a policy of the test lies.
 const POLICY: &str = "/etc/xpci/policies/errors.yaml";
+const TRACING: &str = "/sys/kernel/tracing/instances";
 /// How long guests may take for an answer here, in seconds.
 const ANSWER: u64 = 3;
 
 #[test]
 fn errors_stay_with_their_guest() -> Result<()> {
     let lab = builder().boot()?;
-    let _service = prepare(&lab)?;
+    let mut service = prepare(&lab)?;
     lab.dom0("modprobe aer_inject").ok()?;
     xpci(&lab, &format!("vf create {PF} 3"))?;
     for (index, mac) in ["52:54:00:aa:bb:01", "52:54:00:aa:bb:02"].iter().enumerate() {
@@ -52,6 +53,14 @@ fn errors_stay_with_their_guest() -> Result<()> {
     println!("a fatal error in hardware");
     fatal(&lab, &one)?;
 
+    println!("an error that comes while the service is dead is found by its successor");
+    service.signal(9)?;
+    service.wait(SOON)?;
+    inject(&lab, VFS[0], 0, 1 << 6)?;
+    service = start_service(&lab)?;
+    wait_for_history(&lab, VFS[0], "correctable error of .* Bad TLP; log", 1)?;
+    ping(&one, "10.9.9.1")?;
+
     println!("dom0, the PF and the second guest never noticed");
     ping(&two, "10.9.9.1")?;
     let pings = lab.dom0("kill -INT $(cat /run/pings.pid); sleep 1; cat /run/pings").ok()?;
@@ -59,6 +68,12 @@ fn errors_stay_with_their_guest() -> Result<()> {
     ensure!(sent > 30 && received + 3 >= sent, "{pings}");
     ensure!(state(&lab, VFS[1])? == "attached", "{}", status(&lab)?);
     ensure!(!two.run("dmesg").ok()?.contains("pciback not responding"), "the second guest noticed");
+    ensure!(status(&lab)?["problems"].as_array().is_some_and(Vec::is_empty), "{}", status(&lab)?);
+    service.signal(15)?;
+    ensure!(service.wait(SOON)?.code == Some(0), "exit status of a stopped service");
+    lab.dom0(&format!("[ -d {TRACING} ] && [ ! -e {TRACING}/xpci ]"))
+        .ok()
+        .context("the tracing instance stays")?;
     Ok(())
 }
 

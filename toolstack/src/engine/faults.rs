@@ -21,7 +21,7 @@ use super::registers;
 use super::responses::Underway;
 use super::{Engine, Event};
 use crate::domains;
-use crate::protocol::EventView;
+use crate::protocol::{EventView, Happening, RegisterValue};
 
 /// How often the counters are looked at, and how long errors of one kind are gathered.
 const SECOND: Duration = Duration::from_secs(1);
@@ -71,6 +71,8 @@ pub(super) struct Faults {
     capabilities: BTreeMap<Sbdf, Option<u16>>,
     /// Ports that have cut off what is below them, which was dealt with.
     contained: BTreeSet<Sbdf>,
+    /// Functions whose registers are being read.
+    reading: BTreeSet<Sbdf>,
     looking: bool,
     next_look: Option<Instant>,
     last_look: Option<Instant>,
@@ -233,8 +235,7 @@ impl Engine {
     pub(super) fn watch_errors_of(&mut self, address: Sbdf) {
         let record = self.records.get(&address);
         let given = [FunctionState::Attaching, FunctionState::Attached, FunctionState::Resetting];
-        let attached =
-            record.is_some_and(|record| record.guest.is_some() && given.contains(&record.state));
+        let attached = record.is_some_and(|record| record.guest.is_some() && given.contains(&record.state));
         if !attached {
             self.faults.underway.remove(&address);
             self.faults.histories.remove(&address);
@@ -379,7 +380,7 @@ impl Engine {
 
     /// Reads the registers that tell of an error, on a thread: a function that the kernel resets may keep it waiting.
     fn note_registers(&mut self, address: Sbdf) {
-        if !self.reading.insert(address) {
+        if !self.faults.reading.insert(address) {
             return;
         }
         let port = match self.faults.places.get(&address) {
@@ -397,7 +398,13 @@ impl Engine {
         };
         if let Err(problem) = thread::Builder::new().name(format!("registers {address}")).spawn(task) {
             error!("{address}: read its error registers: start a thread: {problem}");
-            self.reading.remove(&address);
+            self.faults.reading.remove(&address);
         }
+    }
+
+    pub(super) fn error_registers(&mut self, address: Sbdf, registers: Vec<RegisterValue>) {
+        self.faults.reading.remove(&address);
+        let domain = self.records.get(&address).and_then(|record| record.guest).map(|place| place.domain);
+        self.note_event(EventView::now(address, domain, Happening::Registers { registers }));
     }
 }

@@ -43,7 +43,7 @@ use crate::audit::AuditLog;
 use crate::control::Reply;
 use crate::journal::{Journal, Record};
 use crate::outcome::{ErrorCode, Failure};
-use crate::protocol::{EventView, Happening, RegisterValue, Request};
+use crate::protocol::{RegisterValue, Request};
 use crate::settings::Settings;
 use crate::spec::Filters;
 use crate::transaction::{Finished, NetworkRecord, Parting};
@@ -170,8 +170,6 @@ pub struct Engine {
     in_use: BTreeMap<Sbdf, Filter>,
     /// Errors that functions report.
     faults: faults::Faults,
-    /// Functions whose error registers are being read.
-    reading: BTreeSet<Sbdf>,
     /// What happened, for those who want to know.
     news: news::News,
     /// What was found wrong outside any one function, for `xpci status`.
@@ -210,7 +208,6 @@ impl Engine {
             filters: Filters::default(),
             in_use: BTreeMap::new(),
             faults: faults::Faults::default(),
-            reading: BTreeSet::new(),
             news: news::News::new(audit),
             problems: Vec::new(),
         })
@@ -305,12 +302,7 @@ impl Engine {
             }
             Event::Seen(seen) => self.seen(seen),
             Event::LookedAtErrors(look) => self.looked_at_errors(*look),
-            Event::ErrorRegisters(address, registers) => {
-                self.reading.remove(&address);
-                let domain =
-                    self.records.get(&address).and_then(|record| record.guest).map(|place| place.domain);
-                self.note_event(EventView::now(address, domain, Happening::Registers { registers }));
-            }
+            Event::ErrorRegisters(address, registers) => self.error_registers(address, registers),
             Event::GuestStopped(address, domain, action, outcome) => {
                 self.guest_stopped(address, domain, action, outcome);
             }
