@@ -49,7 +49,8 @@ fn spread(values: &[f64]) -> Option<(f64, f64, f64)> {
     Some((*sorted.first()?, median, *sorted.last()?))
 }
 
-fn shown(values: &[f64], digits: usize) -> String {
+/// The median, and in parentheses the least and the greatest.
+pub fn shown(values: &[f64], digits: usize) -> String {
     spread(values).map_or_else(
         || "-".to_owned(),
         |(least, median, most)| format!("{median:.digits$} ({least:.digits$}..{most:.digits$})"),

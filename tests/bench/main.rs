@@ -1,5 +1,6 @@
 //! Measures xpci side by side with xl and the kernel's xen-pciback, in one boot of the lab.
 
+mod errors;
 mod figures;
 mod scene;
 
@@ -47,6 +48,7 @@ fn main() -> Result<()> {
         .boot()?;
     let scene = Scene::set(&lab)?;
     let comparisons = measure(&scene, options.rounds)?;
+    let errors = errors::measure(&lab, &scene, options.rounds)?;
     println!(
         "\nXen {} in QEMU without KVM, {} rounds, both peers in turns: median (least..most).\n\
          Only the ratios say something; the figures themselves are those of an emulated machine.\n",
@@ -54,6 +56,7 @@ fn main() -> Result<()> {
         options.rounds
     );
     print!("{}", figures::table(&comparisons));
+    print!("\nerrors, xpci alone:\n{errors}");
     Ok(())
 }
 

@@ -9,6 +9,19 @@ use crate::protocol::{ANSWER_LIMIT, Call, Envelope, Request, VERSION};
 
 /// Sends one request and returns the final answer; lines on the way go to `progress`.
 pub fn call(socket: &Path, request: Request, progress: &mut dyn FnMut(&str)) -> Result<Envelope, Failure> {
+    follow(socket, request, &mut |envelope| {
+        if let Some(text) = &envelope.progress {
+            progress(text);
+        }
+    })
+}
+
+/// The same; all envelopes on the way go to `heard`.
+pub fn follow(
+    socket: &Path,
+    request: Request,
+    heard: &mut dyn FnMut(&Envelope),
+) -> Result<Envelope, Failure> {
     let unreachable = |what: &str, why: &dyn std::fmt::Display| {
         Failure::new(ErrorCode::Unreachable, format!("{what} xpcid at {}: {why}", socket.display()))
             .hint("start it with 'systemctl start xpcid', as root; its log says why it stopped")
@@ -32,9 +45,9 @@ pub fn call(socket: &Path, request: Request, progress: &mut dyn FnMut(&str)) -> 
         }
         let envelope: Envelope =
             serde_json::from_str(&line).map_err(|error| unreachable("understand", &error))?;
-        match envelope.progress {
-            Some(text) => progress(&text),
-            None => return Ok(envelope),
+        if envelope.ok.is_some() {
+            return Ok(envelope);
         }
+        heard(&envelope);
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -12,15 +13,18 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::engine::{Event, Inbox};
 use crate::outcome::{ErrorCode, Failure};
-use crate::protocol::{Call, Envelope, LINE_LIMIT, Success, VERSION};
+use crate::protocol::{Call, Envelope, EventView, LINE_LIMIT, Success, VERSION};
 
 /// More clients than this at once are refused.
 const CLIENT_LIMIT: usize = 64;
 /// A client that reads no answer for this long is dropped.
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
+/// How often it is asked whether a client that waits is still there.
+const HANGUP_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Where the engine sends what it has to say about one call.
 #[derive(Clone)]
@@ -36,6 +40,7 @@ enum Listener {
 #[derive(Debug)]
 enum Line {
     Progress(String),
+    Event(Box<EventView>),
     Done(Box<Result<Success, Failure>>),
 }
 
@@ -66,6 +71,14 @@ impl Reply {
         }
     }
 
+    /// Says what happened; `false` when nobody listens any more.
+    pub fn event(&self, event: &EventView) -> bool {
+        match &self.0 {
+            Listener::Client(client) => client.send(Line::Event(Box::new(event.clone()))).is_ok(),
+            Listener::Nobody(_) => false,
+        }
+    }
+
     /// Ends the call.
     pub fn done(&self, outcome: Result<Success, Failure>) {
         match (&self.0, outcome) {
@@ -88,7 +101,7 @@ impl Answer {
         let deadline = Instant::now() + limit;
         loop {
             match self.0.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(Line::Progress(_)) => {}
+                Ok(Line::Progress(_) | Line::Event(_)) => {}
                 Ok(Line::Done(outcome)) => return *outcome,
                 Err(error) => {
                     return Err(Failure::new(ErrorCode::Failed, format!("wait for the engine: {error}")));
@@ -184,14 +197,28 @@ fn answer(stream: &UnixStream, inbox: &Inbox, call: Call) -> io::Result<()> {
     let name = call.request.name();
     let (reply, lines) = Reply::channel();
     inbox.send(Event::Call { request: call.request, reply });
-    for line in lines {
+    loop {
+        let line = match lines.recv_timeout(HANGUP_INTERVAL) {
+            Ok(line) => line,
+            // A client that follows events may hang up long before the next one comes.
+            Err(mpsc::RecvTimeoutError::Timeout) if has_hung_up(stream)? => return Ok(()),
+            Err(mpsc::RecvTimeoutError::Timeout) => continue,
+            Err(mpsc::RecvTimeoutError::Disconnected) => break,
+        };
         match line {
+            Line::Event(event) => send(stream, &Envelope::event(call.id, name, *event))?,
             Line::Progress(text) => send(stream, &Envelope::progress(call.id, name, text))?,
             Line::Done(outcome) => return send(stream, &Envelope::done(call.id, name, *outcome)),
         }
     }
     let failure = Failure::new(ErrorCode::Failed, "xpcid stopped before it answered");
     send(stream, &Envelope::done(call.id, name, Err(failure)))
+}
+
+fn has_hung_up(stream: &UnixStream) -> io::Result<bool> {
+    let mut fds = [PollFd::new(stream.as_fd(), PollFlags::empty())];
+    poll(&mut fds, PollTimeout::ZERO)?;
+    Ok(fds[0].revents().is_some_and(|events| !events.is_empty()))
 }
 
 fn send(mut stream: &UnixStream, envelope: &Envelope) -> io::Result<()> {

@@ -1,5 +1,6 @@
 //! The service `xpcid` and the command `xpci`: everything around the library `pciback`.
 
+pub mod audit;
 pub mod cli;
 pub mod client;
 pub mod control;

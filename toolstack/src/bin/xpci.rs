@@ -15,7 +15,7 @@ fn main() -> ExitCode {
     let mut code = 0;
     for step in cli.command.steps() {
         let envelope = match step {
-            Step::Ask(request) => ask(&cli.socket, request, show_progress),
+            Step::Ask(request) => ask(&cli.socket, request, show_progress, cli.json),
             Step::Local(local) => Envelope::done(1, local.name(), local.run()),
         };
         match show(envelope, cli.json) {
@@ -31,21 +31,21 @@ fn main() -> ExitCode {
     ExitCode::from(code)
 }
 
-fn ask(socket: &std::path::Path, request: Request, show_progress: bool) -> Envelope {
+fn ask(socket: &std::path::Path, request: Request, show_progress: bool, json: bool) -> Envelope {
     let name = request.name();
-    let mut progress = |text: &str| {
-        if show_progress {
-            say(&mut std::io::stderr(), &format!("{text} ...\n"));
-        }
+    let mut heard = |envelope: &Envelope| match (&envelope.progress, &envelope.event) {
+        (Some(text), _) if show_progress => say(&mut std::io::stderr(), &format!("{text} ...\n")),
+        (_, Some(_)) if json => show_json(envelope),
+        (_, Some(event)) => say(&mut std::io::stdout(), &format!("{event}\n")),
+        _ => {}
     };
-    client::call(socket, request, &mut progress)
+    client::follow(socket, request, &mut heard)
         .unwrap_or_else(|failure| Envelope::done(1, name, Err(failure)))
 }
 
 fn show(envelope: Envelope, json: bool) -> Result<(), Failure> {
     if json {
-        let text = serde_json::to_string(&envelope).unwrap_or_default();
-        say(&mut std::io::stdout(), &format!("{text}\n"));
+        show_json(&envelope);
     }
     match (envelope.result, envelope.error) {
         (_, Some(failure)) => Err(failure),
@@ -59,6 +59,11 @@ fn show(envelope: Envelope, json: bool) -> Result<(), Failure> {
     }
 }
 
+fn show_json(envelope: &Envelope) {
+    let text = serde_json::to_string(envelope).unwrap_or_default();
+    say(&mut std::io::stdout(), &format!("{text}\n"));
+}
+
 fn report(failure: &Failure) {
     say(&mut std::io::stderr(), &format!("xpci: {}\n", failure.message));
     if let Some(hint) = &failure.hint {
@@ -68,5 +73,5 @@ fn report(failure: &Failure) {
 
 /// Prints; a reader that went away, as `head` does, is no error.
 fn say(to: &mut dyn Write, text: &str) {
-    let _ = to.write_all(text.as_bytes());
+    let _ = to.write_all(text.as_bytes()).and_then(|()| to.flush());
 }

@@ -94,6 +94,15 @@ pub enum Command {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Shows what errors functions reported, and what was done about them.
+    #[command(subcommand)]
+    Aer(Aer),
+    /// Shows what happened to functions: errors, what was decided, what came of it, and where they stand.
+    Events {
+        /// Goes on with each event that comes, until it is interrupted.
+        #[arg(long)]
+        follow: bool,
+    },
     /// Shows the functions and guests that the service looks after, and what is wrong.
     Status,
     /// Deals with functions that a failure made unusable.
@@ -143,6 +152,13 @@ pub enum Vf {
         #[arg(value_name = "VF")]
         address: Sbdf,
     },
+}
+
+/// What can be asked about errors.
+#[derive(Debug, Subcommand)]
+pub enum Aer {
+    /// Shows the last errors of a function, what was decided, the registers then read, and what came of it.
+    History(OneFunction),
 }
 
 /// What can be done with quarantined functions.
@@ -237,6 +253,8 @@ impl Command {
             Self::Sync { dry_run } => one(Request::Sync { dry_run }),
             Self::Vf(Vf::Set(arguments)) => one(arguments.request()),
             Self::Vf(Vf::Show { address }) => one(Request::VfShow { address }),
+            Self::Aer(Aer::History(function)) => one(Request::AerHistory { address: function.address }),
+            Self::Events { follow } => one(Request::Events { follow }),
             Self::Status => one(Request::Status),
             Self::Quarantine(Quarantine::Clear(function)) => {
                 one(Request::QuarantineClear { address: function.address })

@@ -26,6 +26,9 @@ pub fn render(success: &Success) -> String {
         Success::Reloaded { files, functions } => explained::reloaded(*files, functions),
         Success::Checked { files } => explained::checked(files),
         Success::Schema { schema } => format!("{schema:#}\n"),
+        Success::Events { events } => {
+            events.iter().fold(String::new(), |text, event| format!("{text}{event}\n"))
+        }
         Success::Status(status) => status_text(status),
     }
 }

@@ -9,7 +9,7 @@ use log::{Level, error, info, log, warn};
 use pciback::config::{MaskedWrite, Planes};
 use pciback::platform::WatchEvent;
 use pciback::pv::{
-    Action, Counters, GuestFunction, Handshake, PAUSE, RingPlace, Server, ServerReport, nodes,
+    Action, Counters, GuestFunction, Handshake, PAUSE, RingPlace, Server, ServerReport, Telling, nodes,
 };
 use pciback::{DomId, FunctionState, Sbdf};
 
@@ -92,6 +92,28 @@ impl Guest {
         replaced.ok_or_else(|| "its thread does not have it".to_owned())?.map_err(|error| error.to_string())
     }
 
+    /// Whether its frontend is connected.
+    pub fn is_connected(&self) -> bool {
+        self.server.is_some()
+    }
+
+    /// Tells it something about an error; `false` where its frontend is not connected. What it answers its thread reports.
+    pub fn tell(&self, telling: Telling) -> bool {
+        if let Some(server) = &self.server {
+            server.tell(telling);
+        }
+        self.server.is_some()
+    }
+
+    /// One of its functions is about to be reset, which it did not ask for.
+    pub fn begin_reset(&mut self, devfn: u8) {
+        match (&self.server, self.parked.get_mut(&devfn)) {
+            (_, Some(function)) => function.begin_reset(),
+            (Some(server), None) => server.begin_reset(devfn),
+            (None, None) => {}
+        }
+    }
+
     /// One of its functions has left the host.
     pub fn set_gone(&mut self, devfn: u8) {
         match (&self.server, self.parked.get_mut(&devfn)) {
@@ -143,6 +165,8 @@ impl Engine {
         let Opened { function, filter } = opened;
         let outdated = !Arc::ptr_eq(&filter.policies, &self.policies);
         self.in_use.insert(record.address, filter);
+        // From now on the guest can use it, and its errors are the guest's.
+        self.watch_errors_of(record.address);
         if outdated {
             // The policies were changed while the function was on its way.
             self.recompile(vec![record.address]);
@@ -485,7 +509,7 @@ impl Engine {
                     &format!("its interrupts could not be put back after a reset: {why}"),
                 );
             }
-            ServerReport::Told(..) => {}
+            ServerReport::Told(address, heard) => self.guest_answered(address, heard),
             ServerReport::Failed(why) => {
                 error!("domain {domain}: {why}");
                 self.problems.push(format!("domain {domain} is not served any more: {why}"));
@@ -535,9 +559,11 @@ impl Engine {
                 _ => {}
             }
         }
+        let done = outcome.is_ok();
         if let Err(failure) = outcome {
-            self.quarantine(address, &format!("the reset that its guest asked for failed: {failure}"));
+            self.quarantine(address, &format!("its reset under its guest failed: {failure}"));
         }
+        self.reset_for_error_ended(address, done);
     }
 
     /// Takes over a guest that an earlier life served.

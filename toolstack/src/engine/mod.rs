@@ -4,14 +4,18 @@
 //! Both talk to the engine through its [`Inbox`].
 
 mod contain;
+mod faults;
 mod guests;
 mod lists;
 mod log_limit;
 mod network;
+mod news;
 mod open;
 mod policies;
 mod recover;
+mod registers;
 mod requests;
+mod responses;
 mod sync;
 mod tasks;
 mod vfs;
@@ -28,17 +32,19 @@ use log::{error, info};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use pciback::fault::Action;
 use pciback::inventory::Repair;
 use pciback::platform::{Platform, PlatformError};
 use pciback::policy::PolicySet;
 use pciback::pv::ServerReport;
 use pciback::{DomId, FunctionState, Sbdf};
 
+use crate::audit::AuditLog;
 use crate::control::Reply;
 use crate::journal::{Journal, Record};
 use crate::ledger::Ledger;
 use crate::outcome::{ErrorCode, Failure};
-use crate::protocol::Request;
+use crate::protocol::{RegisterValue, Request};
 use crate::settings::Settings;
 use crate::spec::Filters;
 use crate::transaction::{Finished, NetworkRecord, Parting};
@@ -93,6 +99,16 @@ pub enum Event {
     Problem(String),
     /// Functions were looked at because something happened to them.
     Seen(Vec<Seen>),
+    /// The kernel's error counters and the ports were looked at.
+    LookedAtErrors(Box<faults::Look>),
+    /// What the registers that tell of errors hold.
+    ErrorRegisters(Sbdf, Vec<RegisterValue>),
+    /// A guest was paused or destroyed, or not.
+    GuestStopped(Sbdf, DomId, Action, Result<(), PlatformError>),
+    /// A function's correctable errors were masked, or cannot be.
+    Masked(Sbdf, Result<registers::Masked, String>),
+    /// They are heard again, or cannot be.
+    Unmasked(Sbdf, Result<(), String>),
     /// New policies were read and checked, and filters compiled for the functions in use.
     Reloaded(Box<Reloaded>),
 }
@@ -154,6 +170,10 @@ pub struct Engine {
     filters: Filters,
     /// What the filter of each attached function was made from.
     in_use: BTreeMap<Sbdf, Filter>,
+    /// Errors that functions report.
+    faults: faults::Faults,
+    /// What happened, for those who want to know.
+    news: news::News,
     /// What was found wrong outside any one function, for `xpci status`.
     problems: Vec<String>,
 }
@@ -170,6 +190,7 @@ impl Engine {
         let wake = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let (sender, events) = mpsc::channel();
         let ledger = Ledger::open(&settings.state_directory.join("path"), &boot).map_err(io::Error::other)?;
+        let audit = AuditLog::new(&settings.state_directory);
         Ok(Self {
             platform,
             settings: Arc::new(settings),
@@ -190,6 +211,8 @@ impl Engine {
             policies: Arc::new(policies),
             filters: Filters::default(),
             in_use: BTreeMap::new(),
+            faults: faults::Faults::default(),
+            news: news::News::new(audit),
             problems: Vec::new(),
         })
     }
@@ -208,12 +231,15 @@ impl Engine {
     pub fn run(&mut self, stop: BorrowedFd<'_>) -> io::Result<()> {
         self.platform.store.watch("@releaseDomain", "@releaseDomain").map_err(io::Error::other)?;
         let host = self.platform.host.events().map_err(io::Error::other)?;
+        let errors = self.hear_errors();
         // What happened before the subscription.
         self.stirred.everything();
         info!("ready on {}", self.platform.description);
         self.create_wanted_vfs();
+        let mut more_errors = false;
         loop {
             self.look();
+            self.tell_states();
             let wake = Arc::clone(&self.inbox.wake);
             let store = Arc::clone(&self.platform.store);
             let mut fds = [
@@ -221,19 +247,26 @@ impl Engine {
                 PollFd::new(store.event_fd(), PollFlags::POLLIN),
                 PollFd::new(stop, PollFlags::POLLIN),
                 PollFd::new(host.event_fd(), PollFlags::POLLIN),
+                PollFd::new(
+                    errors.as_ref().map_or(host.event_fd(), |errors| errors.event_fd()),
+                    PollFlags::POLLIN,
+                ),
             ];
-            match poll(&mut fds, self.timeout()) {
+            let timeout = if more_errors { PollTimeout::ZERO } else { self.timeout() };
+            match poll(&mut fds, timeout) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => return Err(errno.into()),
             }
             if fds[2].revents().is_some_and(|events| !events.is_empty()) {
                 info!("stopping; guests keep their functions");
                 self.stop_servers();
+                self.unmask_all();
                 return Ok(());
             }
             while let Some(event) = host.next_event() {
                 self.host_changed(event);
             }
+            more_errors = errors.as_ref().is_some_and(|errors| self.take_errors(errors.as_ref()));
             // Emptied before the events are taken: one that comes in between wakes again.
             let _ = wake.read();
             while let Ok(event) = self.events.try_recv() {
@@ -242,11 +275,13 @@ impl Engine {
             // Without xenstore nothing can be served; a new life may find it again.
             self.take_store_events().map_err(io::Error::other)?;
             self.check_deadlines(Instant::now());
+            self.check_error_deadlines(Instant::now());
         }
     }
 
     fn timeout(&self) -> PollTimeout {
-        let Some(deadline) = self.next_deadline() else { return PollTimeout::NONE };
+        let deadlines = self.next_deadline().into_iter().chain(self.next_error_deadline());
+        let Some(deadline) = deadlines.min() else { return PollTimeout::NONE };
         let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
         PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
     }
@@ -270,6 +305,13 @@ impl Engine {
                 self.problems.push(text);
             }
             Event::Seen(seen) => self.seen(seen),
+            Event::LookedAtErrors(look) => self.looked_at_errors(*look),
+            Event::ErrorRegisters(address, registers) => self.error_registers(address, registers),
+            Event::GuestStopped(address, domain, action, outcome) => {
+                self.guest_stopped(address, domain, action, outcome);
+            }
+            Event::Masked(address, outcome) => self.masked(address, outcome),
+            Event::Unmasked(address, outcome) => self.unmasked(address, outcome),
             Event::Reloaded(reloaded) => self.put_in_force(*reloaded),
         }
     }

@@ -82,7 +82,11 @@ impl Engine {
                 self.set_gone(address);
                 self.stirred.one(address);
             }
-            HostEvent::Added(address) | HostEvent::Changed(address) => self.stirred.one(address),
+            HostEvent::Added(address) | HostEvent::Changed(address) => {
+                // The kernel says so, too, when it recovers from errors.
+                self.look_at_errors_soon();
+                self.stirred.one(address);
+            }
         }
     }
 

@@ -4,6 +4,7 @@
 //! with the call's `id`. Fields are named; an unknown command or field is refused, so that a typo never does something else.
 //! What `xpci --json` prints is the [`Envelope`] of the final answer.
 
+mod event_view;
 mod network_view;
 mod policy_view;
 mod view;
@@ -13,6 +14,7 @@ use pciback::platform::VfSettings;
 use pciback::policy::Explanation;
 use serde::{Deserialize, Serialize};
 
+pub use event_view::{EventView, Happening, RegisterValue};
 pub use network_view::VfNetworkView;
 pub use policy_view::{
     CapabilityRuleView, CheckedView, LearnedView, PolicyFileView, PolicyView, RegisterRuleView, ReloadedView,
@@ -124,6 +126,17 @@ pub enum Request {
         /// The VF.
         address: Sbdf,
     },
+    /// What happened to a function as far as errors are concerned.
+    AerHistory {
+        /// The function.
+        address: Sbdf,
+    },
+    /// What happened last to functions: errors, what was decided, what came of it, and where they stand.
+    Events {
+        /// Goes on: each event that comes is a line of its own, and there is no final one.
+        #[serde(default)]
+        follow: bool,
+    },
     /// What the service knows: functions, guests, what is wrong.
     Status,
     /// Brings sysfs, Xen and xenstore into step.
@@ -178,6 +191,8 @@ impl Request {
             Self::VfList { .. } => "vf-list",
             Self::VfSet { .. } => "vf-set",
             Self::VfShow { .. } => "vf-show",
+            Self::AerHistory { .. } => "aer-history",
+            Self::Events { .. } => "events",
             Self::Status => "status",
             Self::Sync { .. } => "sync",
             Self::PolicyShow { .. } => "policy-show",
@@ -251,6 +266,11 @@ pub enum Success {
         /// In JSON Schema draft-07.
         schema: serde_json::Value,
     },
+    /// What happened.
+    Events {
+        /// The oldest first.
+        events: Vec<EventView>,
+    },
     /// The state of the service.
     Status(StatusView),
 }
@@ -270,6 +290,9 @@ pub struct Envelope {
     /// While it goes on: what is done now.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<String>,
+    /// While it goes on: something that happened.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub event: Option<EventView>,
     /// On success.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub result: Option<Success>,
@@ -286,13 +309,29 @@ impl Envelope {
             Ok(success) => (Some(success), None),
             Err(failure) => (None, Some(failure)),
         };
-        Self { version: VERSION, id, command: command.to_owned(), ok, progress: None, result, error }
+        Self {
+            version: VERSION,
+            id,
+            command: command.to_owned(),
+            ok,
+            progress: None,
+            event: None,
+            result,
+            error,
+        }
     }
 
     /// A line on the way.
     pub fn progress(id: u64, command: &str, text: String) -> Self {
         let command = command.to_owned();
-        Self { version: VERSION, id, command, ok: None, progress: Some(text), result: None, error: None }
+        let progress = Some(text);
+        Self { version: VERSION, id, command, ok: None, progress, event: None, result: None, error: None }
+    }
+
+    /// Something that happened.
+    pub fn event(id: u64, command: &str, event: EventView) -> Self {
+        let (command, event) = (command.to_owned(), Some(event));
+        Self { version: VERSION, id, command, ok: None, progress: None, event, result: None, error: None }
     }
 }
 
@@ -339,6 +378,8 @@ mod tests {
             Request::VfList { address: None },
             Request::VfSet { address, settings: VfSettings { trust: Some(true), ..VfSettings::default() } },
             Request::VfShow { address },
+            Request::AerHistory { address },
+            Request::Events { follow: true },
             Request::Status,
             Request::PolicyShow { address, domain: Some("web".into()) },
             Request::PolicyExplain { address, domain: None },

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that fails says so by panicking")]
 
 mod crashes;
+mod errors;
 mod failures;
 mod frontend;
 mod guests;

@@ -1,7 +1,9 @@
 //! A simulated host with lives of the service on it.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -18,7 +20,9 @@ use tempfile::TempDir;
 use toolstack::engine::{Containment, Engine, Event, Inbox};
 use toolstack::journal::{Journal, Record};
 use toolstack::outcome::Failure;
-use toolstack::protocol::{DomainName, FunctionView, Request, StatusView, Success};
+use toolstack::protocol::{
+    Call, DomainName, Envelope, EventView, FunctionView, Happening, Request, StatusView, Success, VERSION,
+};
 use toolstack::settings::{Holder, Settings};
 use toolstack::{client, control};
 
@@ -101,12 +105,22 @@ impl World {
         self.start_life(Settings { ..self.settings() })
     }
 
+    /// Starts the service with a policy of its own about errors, the text below `errors:`.
+    pub fn start_with_errors(&self, errors: &str) -> Service {
+        let policy = PolicyFile::parse("errors.yaml", &format!("errors: {{{errors}}}\n")).unwrap();
+        self.start_with(self.settings(), vec![policy])
+    }
+
     /// Starts the service with a limit for what guests may take, in seconds.
     pub fn start_impatient(&self) -> Service {
         self.start_life(Settings { guest_limit_seconds: 1, ..self.settings() })
     }
 
     fn start_life(&self, settings: Settings) -> Service {
+        self.start_with(settings, Vec::new())
+    }
+
+    fn start_with(&self, settings: Settings, mut policies: Vec<PolicyFile>) -> Service {
         let fuse = Fuse::default();
         let platform = self.simulation.platform_with("test", &fuse).unwrap();
         fs::create_dir_all(settings.run_directory.join("images")).unwrap();
@@ -114,7 +128,8 @@ impl World {
         let socket = settings.socket();
         // Some tests attach the NVMe controller, which is a PF.
         let permit = PolicyFile::parse("permit.yaml", "permit: [physical-function]\n").unwrap();
-        let policies = PolicySet::new(vec![permit]);
+        policies.push(permit);
+        let policies = PolicySet::new(policies);
         let mut engine = Engine::new(platform, settings, policies, journal, "this boot".into()).unwrap();
         engine.recover().unwrap();
         let inbox = engine.inbox();
@@ -228,6 +243,47 @@ impl Service {
 
     pub fn detach(&self, domain: DomId, address: Sbdf) -> Result<Success, Failure> {
         self.call(Request::PciDetach { domain: name(domain), address, force: false })
+    }
+
+    /// What happened to a function as far as errors are concerned.
+    pub fn error_history(&self, address: Sbdf) -> Vec<EventView> {
+        match self.call(Request::AerHistory { address }) {
+            Ok(Success::Events { events }) => events,
+            other => panic!("history: {other:?}"),
+        }
+    }
+
+    /// Waits until something of a function's history is as it should be, and returns that.
+    pub fn wait_for_event<T>(
+        &self,
+        address: Sbdf,
+        what: &str,
+        wanted: impl Fn(&Happening) -> Option<T>,
+    ) -> T {
+        let mut found = None;
+        wait_until(&format!("{address}: {what}"), || {
+            found = self.error_history(address).iter().rev().find_map(|event| wanted(&event.what));
+            found.is_some()
+        });
+        found.unwrap()
+    }
+
+    /// Follows events for as long as `heard` wants more; what comes is given to it.
+    pub fn follow(&self, mut heard: impl FnMut(&EventView) -> bool + Send + 'static) -> JoinHandle<()> {
+        let socket = self.socket.clone();
+        thread::spawn(move || {
+            let mut stream = UnixStream::connect(socket).unwrap();
+            stream.set_read_timeout(Some(LIMIT)).unwrap();
+            let call = Call { version: VERSION, id: 7, request: Request::Events { follow: true } };
+            writeln!(stream, "{}", serde_json::to_string(&call).unwrap()).unwrap();
+            for line in BufReader::new(stream).lines() {
+                let envelope: Envelope = serde_json::from_str(&line.unwrap()).unwrap();
+                assert_eq!((envelope.id, envelope.ok), (7, None));
+                if !heard(&envelope.event.unwrap()) {
+                    return;
+                }
+            }
+        })
     }
 
     pub fn clear(&self, address: Sbdf) -> Result<Success, Failure> {

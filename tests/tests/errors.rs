@@ -1,0 +1,300 @@
+//! Errors of functions that guests have, on a real Xen: raised in hardware by QEMU on a virtio-net behind a root port of its own, and
+//! by Linux's aer_inject on a VF of the 82576, whose driver recovers. E2, E3.
+//!
+//! One boot. A second guest's VF and the PF exchange packets from beginning to end, and lose none of note.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use xpci_tests::host::{
+    PF, SOON, VFS, bring_up, builder, guest, is_held, owner, ping, prepare, set_mac, start_service, state,
+    status, wait_for_state, xpci, xpci_fails,
+};
+use xpci_tests::{Guest, GuestConfig, Lab};
+
+/// The virtio-net that reports errors.
+const VIRTIO: &str = "0000:02:00.0";
+/// Uncorrectable Error Status: Completion Timeout.
+const COMPLETION_TIMEOUT: u32 = 1 << 14;
+/// Where a policy of the test lies.
+const POLICY: &str = "/etc/xpci/policies/errors.yaml";
+const TRACING: &str = "/sys/kernel/tracing/instances";
+/// How long guests may take for an answer here, in seconds.
+const ANSWER: u64 = 3;
+
+#[test]
+fn errors_stay_with_their_guest() -> Result<()> {
+    let lab = builder().boot()?;
+    let mut service = prepare(&lab)?;
+    lab.dom0("modprobe aer_inject").ok()?;
+    xpci(&lab, &format!("vf create {PF} 3"))?;
+    for (index, mac) in ["52:54:00:aa:bb:01", "52:54:00:aa:bb:02"].iter().enumerate() {
+        set_mac(&lab, index, mac)?;
+    }
+    xpci(&lab, &format!("pci-assignable-add {} {} {VIRTIO}", VFS[0], VFS[1]))?;
+    let (one, two) = (guest(&lab, "one")?, guest(&lab, "two")?);
+    xpci(&lab, "pci-attach one 01:10.0@0")?;
+    xpci(&lab, "pci-attach two 01:10.2@0")?;
+    bring_up(&one, "10.9.9.11")?;
+    bring_up(&two, "10.9.9.12")?;
+    policy(&lab, "")?;
+    let _follower = lab.spawn("xpci events --follow --json")?;
+    lab.dom0("sh -c 'ping -i 0.5 -q 10.9.9.12 > /run/pings 2>&1 & echo $! > /run/pings.pid'").ok()?;
+
+    println!("the guest is told of a non-fatal error, asks for a reset, and recovers");
+    told_and_recovers(&lab, &one)?;
+    println!("a guest that is silent is contained in time; its VF comes back only when that is cleared");
+    silent(&lab, &one)?;
+    println!("errors that hardware raises, and each action of a policy");
+    actions(&lab, &one)?;
+    println!("10,000 correctable errors");
+    storm(&lab)?;
+    println!("a fatal error in hardware");
+    fatal(&lab, &one)?;
+
+    println!("an error that comes while the service is dead is found by its successor");
+    service.signal(9)?;
+    service.wait(SOON)?;
+    inject(&lab, VFS[0], 0, 1 << 6)?;
+    service = start_service(&lab)?;
+    wait_for_history(&lab, VFS[0], "correctable error of .* Bad TLP; log", 1)?;
+    ping(&one, "10.9.9.1")?;
+
+    println!("dom0, the PF and the second guest never noticed");
+    ping(&two, "10.9.9.1")?;
+    let pings = lab.dom0("kill -INT $(cat /run/pings.pid); sleep 1; cat /run/pings").ok()?;
+    let (sent, received) = counted(&pings).with_context(|| pings.clone())?;
+    ensure!(sent > 30 && received + 3 >= sent, "{pings}");
+    ensure!(state(&lab, VFS[1])? == "attached", "{}", status(&lab)?);
+    ensure!(!two.run("dmesg").ok()?.contains("pciback not responding"), "the second guest noticed");
+    ensure!(status(&lab)?["problems"].as_array().is_some_and(Vec::is_empty), "{}", status(&lab)?);
+    service.signal(15)?;
+    ensure!(service.wait(SOON)?.code == Some(0), "exit status of a stopped service");
+    lab.dom0(&format!("[ -d {TRACING} ] && [ ! -e {TRACING}/xpci ]"))
+        .ok()
+        .context("the tracing instance stays")?;
+    Ok(())
+}
+
+/// Puts a policy about errors in force.
+fn policy(lab: &Lab, wishes: &str) -> Result<()> {
+    let text = format!("errors: {{answer-seconds: {ANSWER}{wishes}}}\n");
+    lab.push(text.as_bytes(), POLICY)?;
+    xpci(lab, "policy reload").map(drop)
+}
+
+/// Reports an error in a function's name: the kernel believes that the registers say so.
+fn inject(lab: &Lab, address: &str, uncorrectable: u32, correctable: u32) -> Result<()> {
+    let bad = || format!("{address} is no address");
+    let (bus, rest) =
+        address.strip_prefix("0000:").and_then(|rest| rest.split_once(':')).with_context(bad)?;
+    let (device, function) = rest.split_once('.').with_context(bad)?;
+    let number = |text: &str| u8::from_str_radix(text, 16).with_context(bad);
+    // struct aer_error_inj of drivers/pci/pcie/aer_inject.c.
+    let mut bytes = vec![number(bus)?, number(device)?, number(function)?, 0];
+    for word in [uncorrectable, correctable, 0, 0, 0, 0, 0] {
+        bytes.extend(word.to_le_bytes());
+    }
+    // It takes all of it in one write.
+    lab.dom0("dd of=/dev/aer_inject bs=64").input(bytes).ok().map(drop)
+}
+
+/// What happened to a function, the oldest first.
+fn history(lab: &Lab, address: &str) -> Result<Vec<Value>> {
+    let text = xpci(lab, &format!("aer history {address} --json"))?;
+    let envelope: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
+    Ok(envelope["result"]["events"].as_array().context("no events")?.clone())
+}
+
+/// Waits until something in a function's history says this for the `count`th time.
+fn wait_for_history(lab: &Lab, address: &str, said: &str, count: usize) -> Result<()> {
+    let shown = format!("[ $(xpci aer history {address} | grep -c '{said}') -ge {count} ]");
+    lab.wait_for(&format!("'{said}' in the history of {address}"), SOON, &shown)
+        .with_context(|| xpci(lab, &format!("aer history {address}")).unwrap_or_default())
+}
+
+/// The last decision about a function.
+fn decision(lab: &Lab, address: &str) -> Result<Value> {
+    let events = history(lab, address)?;
+    let last = events.into_iter().rev().find(|event| event["event"] == "error");
+    last.with_context(|| format!("no error of {address}"))
+}
+
+fn counted(pings: &str) -> Option<(u32, u32)> {
+    let line = pings.lines().find(|line| line.contains("packets transmitted"))?;
+    let mut numbers = line.split(", ").filter_map(|part| part.split(' ').next()?.parse().ok());
+    Some((numbers.next()?, numbers.next()?))
+}
+
+fn links_up(guest: &Guest<'_>) -> Result<usize> {
+    Ok(guest.run("dmesg").ok()?.matches("Link is Up").count())
+}
+
+fn told_and_recovers(lab: &Lab, one: &Guest<'_>) -> Result<()> {
+    let before = links_up(one)?;
+    inject(lab, VFS[0], COMPLETION_TIMEOUT, 0)?;
+    wait_for_history(lab, VFS[0], "has recovered", 1)?;
+    let decision = decision(lab, VFS[0])?;
+    ensure!(
+        decision["action"] == "tell-guest" && decision["errors"][0] == "Completion Timeout",
+        "{decision}"
+    );
+    ensure!(decision["domain"] == one.domid()? && decision["detection"] == "event", "{decision}");
+    let registers = history(lab, VFS[0])?.into_iter().find(|event| event["event"] == "registers");
+    let registers = registers.context("no registers")?["registers"].clone();
+    ensure!(registers.to_string().contains("Uncorrectable Error Severity"), "{registers}");
+    // igbvf stopped, was reset, and began again.
+    one.wait_for(
+        "its driver to begin again",
+        SOON,
+        &format!("[ $(dmesg | grep -c 'Link is Up') -gt {before} ]"),
+    )?;
+    ping(one, "10.9.9.1")?;
+    ensure!(state(lab, VFS[0])? == "attached", "{}", status(lab)?);
+    ensure!(
+        one.run("setpci -s 00:00.0 4.w").ok()?.trim().ends_with(['4', '6', '7']),
+        "bus mastering is on again"
+    );
+    Ok(())
+}
+
+fn silent(lab: &Lab, one: &Guest<'_>) -> Result<()> {
+    lab.dom0("xl pause one").ok()?;
+    let begun = Instant::now();
+    inject(lab, VFS[0], COMPLETION_TIMEOUT, 0)?;
+    // Bus mastering goes first.
+    lab.wait_for("its DMA to be off", SOON, &format!("[ $(( 0x$(setpci -s {} 4.w) & 4 )) = 0 ]", VFS[0]))?;
+    let took = begun.elapsed();
+    println!("DMA of a silent guest's VF is off after {took:?}, {ANSWER} s of which it had to answer");
+    ensure!(took < Duration::from_secs(ANSWER + 15), "{took:?}");
+    wait_for_history(lab, VFS[0], "did not answer in time; quarantine", 1)?;
+    wait_for_state(lab, VFS[0], "quarantined")?;
+    ensure!(is_held(lab, VFS[0])?, "{}", owner(lab, VFS[0])?);
+    lab.dom0("xl unpause one").ok()?;
+    let (exit, said) = xpci_fails(lab, "pci-attach one 01:10.0@0")?;
+    ensure!(exit == 5 && said.contains("quarantine clear"), "{exit}: {said}");
+    one.run("modprobe -r igbvf").ok()?;
+    xpci(lab, "quarantine clear 01:10.0")?;
+    xpci(lab, "pci-attach one 01:10.0@0")?;
+    bring_up(one, "10.9.9.11")?;
+    ping(one, "10.9.9.1")
+}
+
+/// Attaches the virtio-net, raises a non-fatal error in hardware, and returns the decision.
+fn hardware_error(lab: &Lab, wishes: &str, error: &str) -> Result<Value> {
+    policy(lab, wishes)?;
+    if state(lab, VIRTIO)? == "quarantined" {
+        xpci(lab, &format!("quarantine clear {VIRTIO}"))?;
+    }
+    if state(lab, VIRTIO)? == "held" {
+        xpci(lab, &format!("pci-attach one {VIRTIO}@1"))?;
+    }
+    let decisions = history(lab, VIRTIO)?.iter().filter(|event| event["event"] == "error").count();
+    lab.monitor(&format!("pcie_aer_inject_error e0 {error}"))?;
+    let shown = format!("[ $(xpci aer history {VIRTIO} | grep -c 'error of') -gt {decisions} ]");
+    lab.wait_for("a decision", SOON, &shown)?;
+    decision(lab, VIRTIO)
+}
+
+fn actions(lab: &Lab, one: &Guest<'_>) -> Result<()> {
+    // Linux's virtio-pci knows nothing of errors; nobody has the function here, which is the same.
+    let told = hardware_error(lab, "", "COMP_TIME")?;
+    ensure!(told["action"] == "tell-guest" && told["severity"] == "non-fatal", "{told}");
+    wait_for_history(lab, VIRTIO, "knows nothing of errors, or there is none; quarantine", 1)?;
+    wait_for_state(lab, VIRTIO, "quarantined")?;
+    ensure!(is_held(lab, VIRTIO)?, "{}", owner(lab, VIRTIO)?);
+    let command = lab.dom0(&format!("setpci -s {VIRTIO} 4.w")).ok()?;
+    ensure!(u16::from_str_radix(command.trim(), 16)? & 4 == 0, "bus mastering: {command}");
+    one.wait_for("its going", SOON, "[ ! -e /sys/bus/pci/devices/0000:00:01.0 ]")?;
+
+    let reset = hardware_error(lab, ", non-fatal: reset", "COMP_TIME")?;
+    ensure!(reset["action"] == "reset", "{reset}");
+    wait_for_history(lab, VIRTIO, "it was reset; its guest keeps it", 1)?;
+    ensure!(state(lab, VIRTIO)? == "attached", "{}", status(lab)?);
+    ensure!(one.run("setpci -s 00:01.0 0.l").ok()?.trim() == "10411af4", "the guest has it");
+
+    let unplugged = hardware_error(lab, ", non-fatal: unplug", "COMP_TIME")?;
+    ensure!(unplugged["action"] == "unplug", "{unplugged}");
+    wait_for_state(lab, VIRTIO, "held")?;
+    one.wait_for("its going", SOON, "[ ! -e /sys/bus/pci/devices/0000:00:01.0 ]")?;
+
+    let logged = hardware_error(lab, ", non-fatal: log", "COMP_TIME")?;
+    ensure!(logged["action"] == "log" && state(lab, VIRTIO)? == "attached", "{logged}");
+
+    let paused = hardware_error(lab, ", non-fatal: pause-guest", "COMP_TIME")?;
+    ensure!(paused["action"] == "pause-guest", "{paused}");
+    lab.wait_for("the guest to be paused", SOON, "xl list one | grep -qE ' --p--- '")?;
+    ensure!(state(lab, VIRTIO)? == "attached", "{}", status(lab)?);
+    lab.dom0("xl unpause one").ok()?;
+    ping(one, "10.9.9.1")?;
+
+    // Another guest: this one is needed.
+    let doomed = lab.guest(&GuestConfig::pv("doomed"))?;
+    policy(lab, "")?;
+    xpci(lab, &format!("pci-detach one {VIRTIO}"))?;
+    xpci(lab, &format!("pci-attach doomed {VIRTIO}@1"))?;
+    doomed.wait_for("the function", SOON, "[ -e /sys/bus/pci/devices/0000:00:01.0 ]")?;
+    let destroyed = hardware_error(lab, ", non-fatal: destroy-guest", "COMP_TIME")?;
+    ensure!(destroyed["action"] == "destroy-guest", "{destroyed}");
+    lab.wait_for("the guest to be gone", SOON, "! xl list doomed")?;
+    wait_for_state(lab, VIRTIO, "held")?;
+    ensure!(is_held(lab, VIRTIO)?, "{}", owner(lab, VIRTIO)?);
+    Ok(())
+}
+
+/// CPU time of the service so far, in ticks of 10 ms.
+fn ticks(lab: &Lab) -> Result<u64> {
+    let stat = lab.dom0("cat /proc/$(pidof xpcid)/stat").ok()?;
+    let fields: Vec<u64> = stat.split_whitespace().filter_map(|field| field.parse().ok()).collect();
+    // Without the program's name and the state, the thirteenth and fourteenth field are the 11th and 12th number.
+    Ok(fields.get(11).context("no user time")? + fields.get(12).context("no system time")?)
+}
+
+fn storm(lab: &Lab) -> Result<()> {
+    const ERRORS: u32 = 10_000;
+    policy(lab, ", mask-seconds: 5")?;
+    xpci(lab, &format!("pci-attach one {VIRTIO}@1"))?;
+    let mask = || -> Result<u32> {
+        let text = lab.dom0(&format!("setpci -s {VIRTIO} ECAP_AER+14.l")).ok()?;
+        Ok(u32::from_str_radix(text.trim(), 16)?)
+    };
+    let (before, ticks_before) = (mask()?, ticks(lab)?);
+    let lines = |lab: &Lab| -> Result<u32> {
+        Ok(lab.dom0("wc -l < /var/lib/xpci/errors.jsonl").ok()?.trim().parse()?)
+    };
+    let lines_before = lines(lab)?;
+    let begun = Instant::now();
+    for _ in 0..ERRORS {
+        lab.monitor("pcie_aer_inject_error -c e0 0x1")?;
+    }
+    let took = begun.elapsed();
+    wait_for_history(lab, VIRTIO, "correctable errors are masked at", 1)?;
+    let (ticks, lines) = (ticks(lab)? - ticks_before, lines(lab)? - lines_before);
+    println!(
+        "{ERRORS} correctable errors in {took:?}: {lines} lines of the audit log, {} ms of CPU",
+        ticks * 10
+    );
+    // One line for each second, and one for each masking and unmasking.
+    ensure!(u64::from(lines) < 20 + 3 * took.as_secs(), "{lines} lines in {took:?}");
+    ensure!(ticks * 10 < 2000 + took.as_millis() as u64 / 2, "{ticks} ticks in {took:?}");
+    lab.wait_for(
+        "correctable errors to be heard again",
+        SOON,
+        &format!("[ $((0x$(setpci -s {VIRTIO} ECAP_AER+14.l))) = {before} ]"),
+    )?;
+    ensure!(state(lab, VIRTIO)? == "attached", "{}", status(lab)?);
+    Ok(())
+}
+
+/// The kernel resets the link, which does not succeed here; what the guest had is quarantined meanwhile.
+fn fatal(lab: &Lab, one: &Guest<'_>) -> Result<()> {
+    let fatal = hardware_error(lab, "", "DLP")?;
+    ensure!(fatal["severity"] == "fatal" && fatal["action"] == "quarantine", "{fatal}");
+    wait_for_state(lab, VIRTIO, "quarantined")?;
+    one.wait_for("its going", SOON, "[ ! -e /sys/bus/pci/devices/0000:00:01.0 ]")?;
+    ping(one, "10.9.9.1")?;
+    xpci(lab, &format!("quarantine clear {VIRTIO}"))?;
+    ensure!(state(lab, VIRTIO)? == "held", "{}", status(lab)?);
+    Ok(())
+}

@@ -1,0 +1,93 @@
+//! The audit log: every error, every decision and what came of it, a JSON object a line, in two files of bounded size.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use crate::protocol::EventView;
+
+/// The newer file, in the state directory.
+const NEWER: &str = "errors.jsonl";
+/// The one before it.
+const OLDER: &str = "errors.1.jsonl";
+/// When the newer file becomes the older one, in bytes.
+const SIZE_LIMIT: u64 = 1 << 20;
+
+/// The log.
+pub struct AuditLog {
+    directory: PathBuf,
+}
+
+impl AuditLog {
+    /// In this directory.
+    pub fn new(directory: &Path) -> Self {
+        Self { directory: directory.to_owned() }
+    }
+
+    /// Adds a line.
+    pub fn add(&self, event: &EventView) -> io::Result<()> {
+        let path = self.directory.join(NEWER);
+        let mut line = serde_json::to_vec(event)?;
+        line.push(b'\n');
+        let mut file = OpenOptions::new().append(true).create(true).mode(0o600).open(&path)?;
+        if file.metadata()?.len() + line.len() as u64 > SIZE_LIMIT {
+            fs::rename(&path, self.directory.join(OLDER))?;
+            file = OpenOptions::new().append(true).create(true).mode(0o600).open(&path)?;
+        }
+        file.write_all(&line)
+    }
+
+    /// What both files hold, the oldest first. Lines that cannot be read are left out: a service that was killed may have left half
+    /// of one.
+    pub fn read(&self) -> Vec<EventView> {
+        let mut events = Vec::new();
+        for name in [OLDER, NEWER] {
+            let Ok(file) = File::open(self.directory.join(name)) else { continue };
+            let lines = BufReader::new(file.take(2 * SIZE_LIMIT)).split(b'\n').map_while(Result::ok);
+            events.extend(lines.filter_map(|line| serde_json::from_slice::<EventView>(&line).ok()));
+        }
+        events
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pciback::Sbdf;
+
+    use super::*;
+    use crate::protocol::Happening;
+
+    fn outcome(number: u32) -> EventView {
+        let text = format!("{number} {}", "x".repeat(200));
+        EventView::now(Sbdf::from_devfn(0, 1, 0x80), None, Happening::Outcome { ok: true, text })
+    }
+
+    #[test]
+    fn what_was_noted_is_read_back_and_half_a_line_is_left_out() {
+        let directory = tempfile::tempdir().unwrap();
+        let log = AuditLog::new(directory.path());
+        assert!(log.read().is_empty());
+        let events = [outcome(1), outcome(2)];
+        log.add(&events[0]).unwrap();
+        let mut file = OpenOptions::new().append(true).open(directory.path().join(NEWER)).unwrap();
+        file.write_all(b"{\"at\": \"20\n").unwrap();
+        log.add(&events[1]).unwrap();
+        assert_eq!(log.read(), events);
+    }
+
+    #[test]
+    fn it_takes_bounded_room_and_keeps_the_newest() {
+        let directory = tempfile::tempdir().unwrap();
+        let log = AuditLog::new(directory.path());
+        for number in 0..12_000 {
+            log.add(&outcome(number)).unwrap();
+        }
+        let size = |name| fs::metadata(directory.path().join(name)).unwrap().len();
+        assert!(size(NEWER) <= SIZE_LIMIT && size(OLDER) <= SIZE_LIMIT);
+        let events = log.read();
+        assert!(events.len() > 3000, "{}", events.len());
+        let Happening::Outcome { text, .. } = &events[events.len() - 1].what else { panic!() };
+        assert!(text.starts_with("11999 "));
+    }
+}

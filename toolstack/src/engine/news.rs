@@ -1,0 +1,138 @@
+//! What happened to functions: remembered, written down, and told to those who follow.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use log::error;
+use pciback::{FunctionState, Sbdf};
+
+use super::Engine;
+use crate::audit::AuditLog;
+use crate::control::Reply;
+use crate::protocol::{EventView, Happening, Success};
+
+/// How many events are remembered for a function.
+const OF_A_FUNCTION: usize = 64;
+/// For how many functions.
+const FUNCTIONS: usize = 1024;
+/// How many events are remembered of all functions together.
+const OF_ALL: usize = 256;
+
+/// What happened, and who wants to know.
+pub(super) struct News {
+    audit: AuditLog,
+    /// Writing the audit log failed, which was said.
+    failed: bool,
+    /// Errors and what followed, by function.
+    histories: BTreeMap<Sbdf, VecDeque<EventView>>,
+    recent: VecDeque<EventView>,
+    followers: Vec<Reply>,
+    /// The states that were told last.
+    states: BTreeMap<Sbdf, FunctionState>,
+}
+
+impl News {
+    /// With what earlier lives of the service wrote down.
+    pub fn new(audit: AuditLog) -> Self {
+        let mut news = Self {
+            failed: false,
+            histories: BTreeMap::new(),
+            recent: VecDeque::new(),
+            followers: Vec::new(),
+            states: BTreeMap::new(),
+            audit,
+        };
+        for event in news.audit.read() {
+            news.remember(event);
+        }
+        news
+    }
+
+    fn remember(&mut self, event: EventView) {
+        if !self.histories.contains_key(&event.address) && self.histories.len() >= FUNCTIONS {
+            // The one that has been quiet for longest.
+            let oldest = self.histories.iter().min_by(|(_, a), (_, b)| {
+                let last = |events: &VecDeque<EventView>| events.back().map(|event| event.at.clone());
+                last(a).cmp(&last(b))
+            });
+            if let Some(address) = oldest.map(|(address, _)| *address) {
+                self.histories.remove(&address);
+            }
+        }
+        let history = self.histories.entry(event.address).or_default();
+        if history.len() == OF_A_FUNCTION {
+            history.pop_front();
+        }
+        history.push_back(event);
+    }
+
+    fn tell(&mut self, event: EventView) {
+        self.followers.retain(|follower| follower.event(&event));
+        if self.recent.len() == OF_ALL {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(event);
+    }
+}
+
+impl Engine {
+    /// Notes an error, a decision, or what came of it.
+    pub(super) fn note_event(&mut self, event: EventView) {
+        if let Err(problem) = self.news.audit.add(&event)
+            && !self.news.failed
+        {
+            self.news.failed = true;
+            let text = format!("write the audit log: {problem}");
+            error!("{text}");
+            self.problems.push(text);
+        }
+        self.news.remember(event.clone());
+        self.news.tell(event);
+    }
+
+    /// What came of an action.
+    pub(super) fn note_outcome(&mut self, address: Sbdf, ok: bool, text: String) {
+        let domain = self.records.get(&address).and_then(|record| record.guest).map(|place| place.domain);
+        self.note_event(EventView::now(address, domain, Happening::Outcome { ok, text }));
+    }
+
+    /// Tells of functions that stand elsewhere than before.
+    pub(super) fn tell_states(&mut self) {
+        let mut changed = Vec::new();
+        for (address, record) in &self.records {
+            let before = self.news.states.get(address).copied().unwrap_or(FunctionState::Host);
+            if before != record.state {
+                let domain = record.guest.map(|place| place.domain);
+                changed.push((*address, domain, before, record.state));
+            }
+        }
+        for (address, before) in &self.news.states {
+            if !self.records.contains_key(address) && *before != FunctionState::Host {
+                changed.push((*address, None, *before, FunctionState::Host));
+            }
+        }
+        for (address, domain, from, to) in changed {
+            match to {
+                FunctionState::Host => self.news.states.remove(&address),
+                _ => self.news.states.insert(address, to),
+            };
+            self.news.tell(EventView::now(address, domain, Happening::State { from, to }));
+        }
+    }
+
+    /// What happened to a function, as far as errors are concerned.
+    pub(super) fn error_history(&self, address: Sbdf) -> Success {
+        let events = self.news.histories.get(&address).into_iter().flatten().cloned().collect();
+        Success::Events { events }
+    }
+
+    /// What happened last; whoever follows is told on.
+    pub(super) fn events(&mut self, follow: bool, reply: Reply) {
+        if follow {
+            if self.news.recent.iter().all(|event| reply.event(event)) {
+                self.news.followers.push(reply);
+            }
+            return;
+        }
+        reply.done(Ok(Success::Events { events: self.news.recent.iter().cloned().collect() }));
+    }
+}

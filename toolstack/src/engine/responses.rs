@@ -1,0 +1,315 @@
+//! What is done about errors: guests are told, functions reset or taken away, guests paused or destroyed, correctable errors masked.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use log::{error, info, warn};
+use pciback::fault::{
+    Action, AerAnswer, ChannelState, ErrorPolicy, Fault, Next, Recovery, Relation, Severity,
+};
+use pciback::platform::PlatformError;
+use pciback::pv::{NotTold, Telling};
+use pciback::{DomId, FunctionState, Sbdf};
+
+use super::contain::Containment;
+use super::registers::{self, Masked};
+use super::{Engine, Event};
+
+/// What is being done about a function.
+pub(super) struct Underway {
+    action: Action,
+    /// The conversation with its guest, where it is told.
+    recovery: Option<Recovery>,
+    policy: ErrorPolicy,
+    domain: DomId,
+    /// Whether the error was its own: for another one's it is only told.
+    own: bool,
+    begun: Instant,
+}
+
+/// Correctable errors that are masked.
+pub(super) struct Mask {
+    /// `None` while a thread does it.
+    masked: Option<Masked>,
+    /// Until when.
+    pub until: Instant,
+}
+
+impl Engine {
+    /// Whether a guest can be told of errors: its frontend is connected. Whether it wants to hear is on its page.
+    pub(super) fn can_be_told(&self, domain: DomId) -> bool {
+        self.guests.get(&domain).is_some_and(super::guests::Guest::is_connected)
+    }
+
+    /// What is being done about a function.
+    pub(super) fn is_dealt_with(&self, address: Sbdf) -> Option<Action> {
+        if let Some(underway) = self.faults.underway.get(&address) {
+            return Some(underway.action);
+        }
+        let record = self.records.get(&address)?;
+        let taken = record.state == FunctionState::Detaching;
+        taken.then_some(if record.quarantine.is_some() { Action::Quarantine } else { Action::Unplug })
+    }
+
+    /// Carries out an action.
+    pub(super) fn respond(
+        &mut self,
+        address: Sbdf,
+        domain: DomId,
+        action: Action,
+        fault: &Fault,
+        relation: Relation,
+        policy: ErrorPolicy,
+    ) {
+        let own = relation == Relation::Own;
+        let mut underway = Underway { action, recovery: None, policy, domain, own, begun: Instant::now() };
+        match action {
+            Action::Log => {}
+            Action::TellGuest => {
+                let state = match fault.severity {
+                    Severity::Fatal => ChannelState::Frozen,
+                    _ => ChannelState::Normal,
+                };
+                underway.recovery = Some(Recovery::begin(state, policy.mmio_enabled));
+                self.faults.underway.insert(address, underway);
+                self.ask_guest(address);
+            }
+            Action::Reset => {
+                self.faults.underway.insert(address, underway);
+                self.reset_for_error(address);
+            }
+            Action::Unplug => self.contain(address, Containment::Unplug, &fault.to_string()),
+            Action::Quarantine => self.contain(address, Containment::Quarantine, &fault.to_string()),
+            Action::PauseGuest | Action::DestroyGuest => self.stop_guest(address, domain, action),
+        }
+    }
+
+    /// Puts what the conversation asks next to the guest.
+    fn ask_guest(&mut self, address: Sbdf) {
+        let place = self.records.get(&address).and_then(|record| record.guest);
+        let Some(underway) = self.faults.underway.get(&address) else { return };
+        let Some((recovery, place)) = underway.recovery.zip(place) else { return };
+        let (request, state, limit) = (recovery.asks(), recovery.state(), underway.policy.answer_limit());
+        let telling = Telling { devfn: place.devfn, request, state, limit };
+        let told = self.guests.get(&place.domain).is_some_and(|guest| guest.tell(telling));
+        if !told {
+            self.guest_answered(address, Err(NotTold::Unreachable));
+        }
+    }
+
+    /// The guest answered what it was asked, or did not.
+    pub(super) fn guest_answered(&mut self, address: Sbdf, heard: Result<Result<AerAnswer, u32>, NotTold>) {
+        let Some(underway) = self.faults.underway.get_mut(&address) else { return };
+        let Some(recovery) = &mut underway.recovery else { return };
+        let next = match heard {
+            Ok(answer) => recovery.answered(answer),
+            Err(why) => Next::Failed(why.to_string()),
+        };
+        self.go_on(address, next);
+    }
+
+    fn go_on(&mut self, address: Sbdf, next: Next) {
+        match next {
+            Next::Ask(_) => self.ask_guest(address),
+            Next::Reset => self.reset_for_error(address),
+            Next::Done => {
+                if let Some(underway) = self.faults.underway.remove(&address) {
+                    let took = underway.begun.elapsed().as_millis();
+                    info!("{address}: domain {} has recovered, {took} ms", underway.domain);
+                    let text = format!("its guest was told and has recovered, {took} ms");
+                    self.note_outcome(address, true, text);
+                }
+            }
+            Next::Failed(why) => {
+                let Some(underway) = self.faults.underway.remove(&address) else { return };
+                let Underway { domain, policy, own, .. } = underway;
+                // A guest that did nothing wrong loses nothing; but what its function holds is gone.
+                let action = if own { policy.unanswered } else { Action::Log };
+                let text = format!("its guest was told: {why}; {action}");
+                warn!("{address}: {text}");
+                self.note_outcome(address, false, text);
+                self.last_resort(address, domain, action, &why, policy);
+            }
+        }
+    }
+
+    fn last_resort(&mut self, address: Sbdf, domain: DomId, action: Action, why: &str, policy: ErrorPolicy) {
+        let why = format!("an error that its guest did not recover from: {why}");
+        match action {
+            Action::Log | Action::TellGuest => {}
+            Action::Reset => {
+                let begun = Instant::now();
+                let underway = Underway { action, recovery: None, policy, domain, own: true, begun };
+                self.faults.underway.insert(address, underway);
+                self.reset_for_error(address);
+            }
+            Action::Unplug => self.contain(address, Containment::Unplug, &why),
+            Action::Quarantine => self.contain(address, Containment::Quarantine, &why),
+            Action::PauseGuest | Action::DestroyGuest => self.stop_guest(address, domain, action),
+        }
+    }
+
+    /// Resets a function under its guest, which keeps it and its interrupts.
+    fn reset_for_error(&mut self, address: Sbdf) {
+        let place = self.records.get(&address).and_then(|record| record.guest);
+        if self.state(address) == FunctionState::Attaching {
+            self.faults.underway.remove(&address);
+            let why = "an error while it was being attached";
+            self.contain(address, Containment::Quarantine, why);
+            return;
+        }
+        if self.busy.contains(&address) || self.state(address) != FunctionState::Attached {
+            // Its guest asked for a reset itself, or it is being taken away.
+            self.faults.underway.remove(&address);
+            return;
+        }
+        if let Some(place) = place
+            && let Some(guest) = self.guests.get_mut(&place.domain)
+        {
+            guest.begin_reset(place.devfn);
+        }
+        self.reset_for_guest(address);
+    }
+
+    /// A reset has ended; one that failed has been dealt with.
+    pub(super) fn reset_for_error_ended(&mut self, address: Sbdf, done: bool) {
+        let Some(underway) = self.faults.underway.get_mut(&address) else { return };
+        match (&mut underway.recovery, done) {
+            (Some(recovery), true) => {
+                let next = recovery.was_reset();
+                self.go_on(address, next);
+            }
+            (None, true) => {
+                self.faults.underway.remove(&address);
+                self.note_outcome(address, true, "it was reset; its guest keeps it".to_owned());
+            }
+            (_, false) => {
+                self.faults.underway.remove(&address);
+                self.note_outcome(address, false, "its reset failed; quarantine".to_owned());
+            }
+        }
+    }
+
+    /// Pauses or destroys a guest, which may take the hypervisor a while.
+    fn stop_guest(&mut self, address: Sbdf, domain: DomId, action: Action) {
+        let workshop = self.workshop();
+        let task = move || {
+            let hypervisor = &workshop.platform.hypervisor;
+            let outcome = match action {
+                Action::PauseGuest => hypervisor.pause(domain),
+                _ => hypervisor.destroy(domain),
+            };
+            workshop.inbox.send(Event::GuestStopped(address, domain, action, outcome));
+        };
+        if let Err(problem) = thread::Builder::new().name(format!("stop {domain}")).spawn(task) {
+            error!("domain {domain}: {action}: start a thread: {problem}");
+        }
+    }
+
+    pub(super) fn guest_stopped(
+        &mut self,
+        address: Sbdf,
+        domain: DomId,
+        action: Action,
+        outcome: Result<(), PlatformError>,
+    ) {
+        match outcome {
+            Ok(()) => {
+                let done = if action == Action::PauseGuest { "paused" } else { "destroyed" };
+                self.note_outcome(address, true, format!("domain {domain} is {done}"));
+            }
+            Err(problem) => {
+                // The guest runs on: its function must not.
+                self.note_outcome(address, false, problem.to_string());
+                self.contain(address, Containment::Quarantine, &problem.to_string());
+            }
+        }
+    }
+
+    /// Masks a function's correctable errors for a while.
+    pub(super) fn mask(&mut self, address: Sbdf, length: Duration) {
+        let pf = self.faults.places.get(&address).and_then(|place| place.physical_function);
+        self.faults.masked.insert(address, Mask { masked: None, until: Instant::now() + length });
+        let workshop = self.workshop();
+        let task = move || {
+            let masked = registers::mask(workshop.platform.host.as_ref(), address, pf);
+            workshop.inbox.send(Event::Masked(address, masked));
+        };
+        if let Err(problem) = thread::Builder::new().name(format!("mask {address}")).spawn(task) {
+            error!("{address}: mask its correctable errors: start a thread: {problem}");
+            self.faults.masked.remove(&address);
+        }
+    }
+
+    pub(super) fn masked(&mut self, address: Sbdf, outcome: Result<Masked, String>) {
+        match outcome {
+            Ok(masked) => {
+                self.note_outcome(address, true, format!("correctable errors are masked at {}", masked.at));
+                match self.faults.masked.get_mut(&address) {
+                    Some(mask) => mask.masked = Some(masked),
+                    // Its guest lost it meanwhile.
+                    None => self.lift(address, masked),
+                }
+            }
+            Err(why) => {
+                // It stays in the list: trying again each minute would change nothing.
+                self.note_outcome(address, false, format!("correctable errors cannot be masked: {why}"));
+            }
+        }
+    }
+
+    pub(super) fn unmask_due(&mut self, now: Instant) {
+        let due = self.faults.masked.iter().filter(|(_, mask)| mask.until <= now);
+        for address in due.map(|(address, _)| *address).collect::<Vec<_>>() {
+            self.unmask(address);
+        }
+    }
+
+    pub(super) fn unmask(&mut self, address: Sbdf) {
+        if let Some(masked) = self.faults.masked.remove(&address).and_then(|mask| mask.masked) {
+            self.lift(address, masked);
+        }
+    }
+
+    fn lift(&mut self, address: Sbdf, masked: Masked) {
+        // Another function's errors may be masked at the same place.
+        let shared = self
+            .faults
+            .masked
+            .values_mut()
+            .filter_map(|mask| mask.masked.as_mut())
+            .find(|other| other.at == masked.at);
+        if let Some(other) = shared {
+            other.inherit(masked);
+            return;
+        }
+        let workshop = self.workshop();
+        let task = move || {
+            let outcome = registers::unmask(workshop.platform.host.as_ref(), masked);
+            workshop.inbox.send(Event::Unmasked(address, outcome));
+        };
+        if let Err(problem) = thread::Builder::new().name(format!("unmask {address}")).spawn(task) {
+            error!("{address}: unmask its correctable errors: start a thread: {problem}");
+        }
+    }
+
+    pub(super) fn unmasked(&mut self, address: Sbdf, outcome: Result<(), String>) {
+        match outcome {
+            Ok(()) => self.note_outcome(address, true, "correctable errors are heard again".to_owned()),
+            Err(why) => {
+                self.note_outcome(address, false, format!("correctable errors stay masked: {why}"));
+                self.problems.push(format!("{address}: correctable errors stay masked: {why}"));
+            }
+        }
+    }
+
+    /// The service stops: what is masked would stay so for ever.
+    pub(super) fn unmask_all(&mut self) {
+        let masks = std::mem::take(&mut self.faults.masked);
+        for masked in masks.into_values().rev().filter_map(|mask| mask.masked) {
+            if let Err(why) = registers::unmask(self.platform.host.as_ref(), masked) {
+                warn!("unmask correctable errors: {why}");
+            }
+        }
+    }
+}
