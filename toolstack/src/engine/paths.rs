@@ -43,7 +43,7 @@ impl Engine {
         self.background("blast radius", move || {
             let path = FunctionPath::of(&workshop.platform, address);
             let radius = path.and_then(|path| blast_radius(&workshop.platform, &path, true));
-            reply.done(radius.map(Success::BlastRadius));
+            reply.done(radius.map(|radius| Success::BlastRadius(Box::new(radius))));
         });
     }
 }

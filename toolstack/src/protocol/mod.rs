@@ -256,7 +256,7 @@ pub enum Success {
     /// The registers on the paths of functions.
     AerStatus(AerStatusView),
     /// Who is hit when a function fails.
-    BlastRadius(Radius),
+    BlastRadius(Box<Radius>),
     /// The policies of a function.
     Policy(PolicyView),
     /// Functions explained.
