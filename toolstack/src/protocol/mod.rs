@@ -238,7 +238,7 @@ pub enum Success {
     /// The network settings of a VF.
     VfNetwork(VfNetworkView),
     /// The policies of a function.
-    Policy(PolicyView),
+    Policy(Box<PolicyView>),
     /// Functions explained.
     Explained {
         /// The list.
