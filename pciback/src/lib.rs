@@ -5,6 +5,7 @@
 
 pub mod address;
 pub mod config;
+pub mod containment;
 pub mod dump;
 pub mod fault;
 pub mod function;

@@ -164,18 +164,7 @@ impl Journal {
     /// Writes a record so that it is on disk, whole, when the call returns.
     pub fn write(&self, record: &Record) -> Result<(), JournalError> {
         let path = self.path(record.address);
-        self.replace(&path, record).map_err(|source| JournalError::Io { action: "write", path, source })
-    }
-
-    fn replace(&self, path: &Path, record: &Record) -> io::Result<()> {
-        let text = serde_json::to_vec_pretty(record)?;
-        let temporary = path.with_extension("new");
-        let mut file =
-            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-        file.write_all(&text)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)?;
-        self.sync()
+        replace(&path, record).map_err(|source| JournalError::Io { action: "write", path, source })
     }
 
     /// Removes a function's record; nothing happens where there is none.
@@ -209,6 +198,17 @@ impl Journal {
         records.sort_by_key(|record| record.address);
         Ok((records, errors))
     }
+}
+
+/// Replaces a file so that what it says is on disk, whole, when the call returns.
+pub(crate) fn replace(path: &Path, content: &impl Serialize) -> io::Result<()> {
+    let text = serde_json::to_vec_pretty(content)?;
+    let temporary = path.with_extension("new");
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+    file.write_all(&text)?;
+    file.sync_all()?;
+    fs::rename(&temporary, path)?;
+    path.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())
 }
 
 fn read(path: &Path) -> Result<Record, JournalError> {

@@ -7,6 +7,7 @@ pub mod control;
 pub mod domains;
 pub mod engine;
 pub mod journal;
+pub mod ledger;
 pub mod outcome;
 pub mod policies;
 pub mod protocol;

@@ -30,4 +30,7 @@ pub trait ErrorSource: Send + Sync {
     /// How many errors of a function, or a port, the kernel has counted; `None` where it counts none: the function has no AER
     /// capability, or the platform keeps it from the kernel. Does not touch the function.
     fn counters(&self, address: Sbdf) -> Result<Option<ErrorCounters>>;
+    /// Whether the kernel handles the errors that arrive at a root port. Where it does not, the platform has kept AER to itself (ACPI `_OSC`,
+    /// PCI Firmware 3.3, section 4.5.1), or the kernel was told to leave it alone.
+    fn handled(&self, root_port: Sbdf) -> Result<bool>;
 }

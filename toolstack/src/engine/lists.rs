@@ -1,5 +1,7 @@
 //! What the service shows.
 
+use std::collections::BTreeSet;
+
 use pciback::platform::{Host, HostFunction};
 use pciback::{FunctionState, Sbdf};
 
@@ -8,7 +10,7 @@ use crate::domains;
 use crate::journal::Record;
 use crate::outcome::Failure;
 use crate::protocol::{DomainName, FunctionView, GuestView, StatusView, Success, VfView};
-use crate::transaction::holder_of;
+use crate::transaction::{holder_of, not_handled};
 
 /// A function as its record and the host show it.
 pub(super) fn view_of(host: &dyn Host, record: &Record) -> FunctionView {
@@ -114,8 +116,21 @@ impl Engine {
             service: env!("CARGO_PKG_VERSION").to_owned(),
             platform: self.platform.description.clone(),
             guests: guests.collect(),
-            problems: quarantined.chain(self.problems.iter().cloned()).collect(),
+            problems: quarantined
+                .chain(self.ports_without_aer())
+                .chain(self.problems.iter().cloned())
+                .collect(),
             functions,
         })
+    }
+
+    /// Root ports above assigned functions whose errors the kernel does not handle.
+    fn ports_without_aer(&self) -> BTreeSet<String> {
+        let assigned = self.records.values().filter(|record| record.guest.is_some());
+        let roots = assigned.filter_map(|record| {
+            let ports = self.platform.host.ports_above(record.address).ok()?;
+            ports.last().copied().filter(|root| matches!(self.platform.errors.handled(*root), Ok(false)))
+        });
+        roots.map(not_handled).collect()
     }
 }

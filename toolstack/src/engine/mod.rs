@@ -42,6 +42,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 use crate::audit::AuditLog;
 use crate::control::Reply;
 use crate::journal::{Journal, Record};
+use crate::ledger::Ledger;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{RegisterValue, Request};
 use crate::settings::Settings;
@@ -142,6 +143,7 @@ pub struct Engine {
     platform: Platform,
     settings: Arc<Settings>,
     journal: Journal,
+    ledger: Ledger,
     boot: String,
     inbox: Inbox,
     events: mpsc::Receiver<Event>,
@@ -187,11 +189,13 @@ impl Engine {
     ) -> io::Result<Self> {
         let wake = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let (sender, events) = mpsc::channel();
+        let ledger = Ledger::open(&settings.state_directory.join("path"), &boot).map_err(io::Error::other)?;
         let audit = AuditLog::new(&settings.state_directory);
         Ok(Self {
             platform,
             settings: Arc::new(settings),
             journal,
+            ledger,
             boot,
             inbox: Inbox { sender, wake: Arc::new(wake), ended: Arc::default() },
             events,

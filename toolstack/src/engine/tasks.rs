@@ -15,6 +15,7 @@ use super::watch::Changes;
 use super::{Engine, Event, Inbox};
 use crate::control::Reply;
 use crate::journal::{Journal, Record};
+use crate::ledger::Ledger;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Success;
 use crate::settings::Settings;
@@ -65,6 +66,7 @@ pub(super) struct Workshop {
     pub platform: Platform,
     pub settings: Arc<Settings>,
     pub journal: Journal,
+    pub ledger: Ledger,
     pub inbox: Inbox,
     pub policies: Arc<PolicySet>,
     pub filters: Filters,
@@ -109,6 +111,7 @@ impl Workshop {
             platform: &self.platform,
             settings: &self.settings,
             journal: &self.journal,
+            ledger: &self.ledger,
             serving: self,
             parting: course.parting(),
             progress,
@@ -129,6 +132,7 @@ impl Engine {
             platform: self.platform.clone(),
             settings: Arc::clone(&self.settings),
             journal: self.journal.clone(),
+            ledger: self.ledger.clone(),
             inbox: self.inbox.clone(),
             policies: Arc::clone(&self.policies),
             filters: self.filters.clone(),

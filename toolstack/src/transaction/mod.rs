@@ -8,6 +8,7 @@
 mod attach;
 mod hold;
 mod network;
+mod path;
 mod quarantine;
 mod reset;
 
@@ -23,9 +24,11 @@ pub use network::{
     NetworkRecord, change as change_network, described as describe_network, look as look_at_network,
     place as vf_place, reapply as reapply_network,
 };
+pub use path::{FunctionPath, Member, before as before_on_path, blast_radius, not_handled, value_in};
 pub use reset::{ResetCheck, ResetPlan, reset_and_verify};
 
 use crate::journal::{Journal, Progress, Record};
+use crate::ledger::Ledger;
 use crate::outcome::{ErrorCode, Failure};
 use crate::settings::Settings;
 
@@ -59,6 +62,8 @@ pub enum Step {
     PrepareMsix,
     /// The guest owns it in Xen. Undo: `DOMID_IO`.
     Assign,
+    /// Errors that it causes are reported and do not escalate. Undo: as before, unless another function below needs it.
+    ContainErrors,
     /// The guest may map its BARs, use its ports and its INTx line. Undo: it may not.
     Grant,
     /// The VF's network settings are what 'vf set' asked for. Undo: they stay, and what the guest had changed is reported.
@@ -76,6 +81,7 @@ pub const ATTACH: &[Step] = &[
     Step::Reset,
     Step::PrepareMsix,
     Step::Assign,
+    Step::ContainErrors,
     Step::Grant,
     Step::ApplyNetwork,
     Step::Image,
@@ -147,6 +153,8 @@ pub struct Context<'a> {
     pub settings: &'a Settings,
     /// Where intentions are written.
     pub journal: &'a Journal,
+    /// Where it is written what was on the paths before.
+    pub ledger: &'a Ledger,
     /// The engine.
     pub serving: &'a dyn Serving,
     /// How a guest loses the function when steps are undone.
@@ -299,6 +307,7 @@ impl Context<'_> {
             Step::Reset => reset::run(self, record).map(|()| None),
             Step::PrepareMsix => attach::prepare_msix(self, record).map(|()| None),
             Step::Assign => attach::assign(self, record).map(|()| None),
+            Step::ContainErrors => path::apply(self, record),
             Step::Grant => attach::grant(self, record).map(|()| None),
             Step::ApplyNetwork => network::apply(self, record),
             Step::Image => attach::create_image(self, record).map(|()| None),
@@ -314,6 +323,7 @@ impl Context<'_> {
             Step::Reset => reset::run(self, record).map(|()| None),
             Step::PrepareMsix => attach::release_msix(self, record).map(|()| None),
             Step::Assign => attach::deassign(self, record).map(|()| None),
+            Step::ContainErrors => path::restore(self, record).map(|()| None),
             Step::Grant => attach::revoke(self, record).map(|()| None),
             Step::ApplyNetwork => Ok(network::verify(self, record)),
             Step::Image => attach::remove_image(self, record).map(|()| None),

@@ -59,7 +59,7 @@ macro_rules! attach_survives_failures_of {
 
 mod an_attach_is_undone_and_can_be_tried_again_when_it_fails_at {
     attach_survives_failures_of! {
-        function config config_read reset prepare_msix assign iomem_permission ioport_permission
+        function ports_above error_handled config config_read config_write reset prepare_msix assign iomem_permission ioport_permission
         map_gsi transaction watch read connect
     }
 }

@@ -8,6 +8,7 @@ mod failures;
 mod frontend;
 mod guests;
 mod network;
+mod path;
 mod quarantine;
 mod surprises;
 mod world;

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use log::{debug, warn};
 use nix::libc::O_NONBLOCK;
 
-use super::attributes::{parse_decimal, read_text};
+use super::attributes::{link_name, parse_decimal, read_text};
 use crate::Sbdf;
 use crate::fault::{Detection, ErrorCounters, Fault, Severity};
 use crate::platform::{Cause, ErrorEvent, ErrorEvents, ErrorSource, PlatformError, Result};
@@ -74,6 +74,14 @@ impl ErrorSource for LinuxErrors {
             return Ok(None);
         };
         Ok(Some(ErrorCounters { correctable, non_fatal, fatal }))
+    }
+
+    fn handled(&self, root_port: Sbdf) -> Result<bool> {
+        // The kernel makes a device for each service of a port that the platform has granted it; AER's is number 2.
+        let service = format!("bus/pci_express/devices/{root_port}:pcie002/driver");
+        let driver = link_name(&self.sysfs.join(service))
+            .map_err(|cause| PlatformError::new("ask who handles the errors of", root_port, cause))?;
+        Ok(driver.as_deref() == Some("aer"))
     }
 }
 
@@ -317,6 +325,26 @@ mod tests {
         assert!(errors.counters(address).is_err());
         fs::write(directory.join("aer_dev_fatal"), "TOTAL 1\n").unwrap();
         assert!(errors.counters(address).unwrap_err().to_string().contains("TOTAL_ERR_FATAL"));
+    }
+
+    #[test]
+    fn errors_are_handled_where_a_port_has_an_aer_service_with_its_driver() {
+        let root = tempfile::tempdir().unwrap();
+        let errors = LinuxErrors::new(root.path().to_owned());
+        let (with, without) = (Sbdf::from_devfn(0, 0, 8), Sbdf::from_devfn(0, 0, 16));
+        let devices = root.path().join("bus/pci_express/devices");
+        for (service, driver) in
+            [(format!("{with}:pcie002"), "aer"), (format!("{without}:pcie001"), "pcie_pme")]
+        {
+            fs::create_dir_all(devices.join(&service)).unwrap();
+            std::os::unix::fs::symlink(
+                format!("../../drivers/{driver}"),
+                devices.join(service).join("driver"),
+            )
+            .unwrap();
+        }
+        assert!(errors.handled(with).unwrap());
+        assert!(!errors.handled(without).unwrap());
     }
 
     #[test]

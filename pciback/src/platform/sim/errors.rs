@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd as _, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -17,6 +18,8 @@ use crate::platform::{ErrorEvent, ErrorEvents, ErrorSource, PlatformError, Resul
 pub(super) struct Kernel {
     queues: Arc<Mutex<Vec<Weak<Queue>>>>,
     counters: Arc<Mutex<BTreeMap<Sbdf, ErrorCounters>>>,
+    /// Whether the platform keeps AER from the kernel.
+    withheld: Arc<AtomicBool>,
 }
 
 struct Queue {
@@ -32,6 +35,11 @@ impl Kernel {
             // A counter of 64 bits does not overflow.
             let _ = queue.ready.write(1);
         }
+    }
+
+    /// The platform keeps AER from the kernel, or grants it.
+    pub fn withhold(&self, withheld: bool) {
+        self.withheld.store(withheld, Ordering::SeqCst);
     }
 
     /// Counts errors of a function.
@@ -77,6 +85,12 @@ impl ErrorSource for SimErrors {
         let failed = self.failures.check("error_counters", Subject::from(address));
         failed.map_err(|cause| PlatformError::new("read the error counters of", address, cause))?;
         Ok(Some(locked(&self.kernel.counters).get(&address).copied().unwrap_or_default()))
+    }
+
+    fn handled(&self, root_port: Sbdf) -> Result<bool> {
+        let failed = self.failures.check("error_handled", Subject::from(root_port));
+        failed.map_err(|cause| PlatformError::new("ask who handles the errors of", root_port, cause))?;
+        Ok(!self.kernel.withheld.load(Ordering::SeqCst))
     }
 }
 

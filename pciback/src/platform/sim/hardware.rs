@@ -29,6 +29,10 @@ pub(super) type Sizes = [u64; 13];
 
 const BAR0: u16 = 0x10;
 const ROM: u16 = 0x30;
+/// In type 1 headers.
+const BRIDGE_CONTROL: u16 = 0x3e;
+/// A Device/Port Type (section 7.5.3.2).
+const ROOT_PORT: u16 = 4;
 /// VF BAR 0 in the SR-IOV capability.
 pub(super) const VF_BAR0: u16 = 0x24;
 
@@ -50,8 +54,14 @@ impl Masks {
             masks.write(0x04, 0x0547, 2);
             masks.write(0x0c, 0xff, 1);
             masks.write(0x3c, 0xff, 1);
-            masks.bars(bytes, BAR0, &sizes[..6]);
-            if sizes[6] != 0 {
+            if bridge(bytes) {
+                masks.clear(0x1e, 0xf900);
+                masks.write(BRIDGE_CONTROL, 0x0053, 2);
+                masks.bars(bytes, BAR0, &sizes[..2]);
+            } else {
+                masks.bars(bytes, BAR0, &sizes[..6]);
+            }
+            if sizes[6] != 0 && !bridge(bytes) {
                 masks.write(ROM, !(sizes[6] - 1) & 0xffff_f800 | 1, 4);
             }
         }
@@ -138,6 +148,9 @@ impl Masks {
         }
         self.write(at + 8, 0x7fff, 2);
         self.write(at + 0x10, 0x03fb, 2);
+        if word(bytes, at + 2) >> 4 & 0xf == ROOT_PORT {
+            self.write(at + 0x1c, 0x001f, 2);
+        }
         self.clear(at + 0x10, 0xc000_0000);
         self.saved.extend([at + 8..at + 10, at + 0x10..at + 0x12]);
         if word(bytes, at + 2) & 0xf >= 2 {
@@ -176,7 +189,7 @@ impl Masks {
 
     fn errors(&mut self, bytes: &[u8], at: u16, vf: bool) {
         // The bits this function knows are those it shows a severity or a mask for, and the ones every function has.
-        let uncorrectable = 0x0046_2030 | double(bytes, at + 8) | double(bytes, at + 12);
+        let uncorrectable = 0x005f_f030 | double(bytes, at + 8) | double(bytes, at + 12);
         self.clear(at + 4, u64::from(uncorrectable));
         self.clear(at + 0x10, 0xf1c1);
         if vf {
@@ -186,6 +199,11 @@ impl Masks {
         self.write(at + 12, uncorrectable.into(), 4);
         self.write(at + 0x14, 0xf1c1, 4);
         self.write(at + 0x18, u64::from(double(bytes, at + 0x18) & 0xa0) << 1, 4);
+        if bridge(bytes) {
+            // Root Error Command and Status.
+            self.write(at + 0x2c, 0x0007, 4);
+            self.clear(at + 0x30, 0x0000_007f);
+        }
         self.saved.extend([at + 8..at + 0x10, at + 0x14..at + 0x1c]);
     }
 
@@ -200,6 +218,11 @@ impl Masks {
         self.bars(bytes, at + VF_BAR0, &single);
         self.saved.extend([at + 8..at + 10, at + 0x10..at + 0x12, at + 0x20..at + 0x3c]);
     }
+}
+
+/// Whether the header is of type 1.
+fn bridge(bytes: &[u8]) -> bool {
+    byte(bytes, 0x0e) & 0x7f == 1
 }
 
 fn put(place: &mut [u8], at: u16, mask: u64, width: usize) {

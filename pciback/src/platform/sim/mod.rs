@@ -186,6 +186,11 @@ impl Simulation {
         self.errors.count(address, severity, 1);
     }
 
+    /// The platform keeps AER from the kernel, or grants it.
+    pub fn withhold_aer(&self, withheld: bool) {
+        self.errors.withhold(withheld);
+    }
+
     /// Puts a function into its slot; `yaml` describes it as an entry of `functions` does.
     pub fn plug(&self, yaml: &str) -> std::result::Result<(), String> {
         let function = serde_saphyr::from_str(yaml).map_err(|error| error.to_string())?;

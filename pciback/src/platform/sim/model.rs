@@ -121,6 +121,8 @@ pub(super) struct Function {
     /// How many VFs are enabled at first.
     #[serde(default)]
     pub num_vfs: u16,
+    /// The first and the last bus below a bridge.
+    pub buses: Option<(u8, u8)>,
 }
 
 /// One domain.

@@ -81,6 +81,10 @@ impl Placement {
             incarnation: 0,
         };
         made.registers.poke(0x3c, &[function.irq as u8]);
+        if let Some((secondary, subordinate)) = function.buses {
+            // What firmware writes into a type 1 header (PCI Express 6.0, section 7.5.1.3).
+            made.registers.poke(0x18, &[function.address.bus(), secondary, subordinate]);
+        }
         for (index, size) in (0u8..).zip(kind.sizes).filter(|(_, size)| *size != 0) {
             let at = match index {
                 0..6 => BAR0 + 4 * u16::from(index),

@@ -1,0 +1,201 @@
+//! What stood in the registers on the paths of assigned functions before the service set them, on disk: one small file for each port
+//! or PF that has a user.
+//!
+//! An entry is on disk before the first register is written and stays until the last one is put back, so that a service that was
+//! killed neither loses a value nor takes its own for one that was there before.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pciback::Sbdf;
+use pciback::containment::Role;
+use serde::{Deserialize, Serialize};
+
+use crate::journal::{JournalError, replace};
+
+/// The form of an entry; others are refused.
+const VERSION: u32 = 1;
+/// No entry is longer than this, in bytes: a PF may have 65,535 VFs, each a user.
+const SIZE_LIMIT: u64 = 2 << 20;
+
+/// What is known of one port or PF.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Entry {
+    version: u32,
+    boot: String,
+    /// The port or PF.
+    pub address: Sbdf,
+    /// Which of the functions that were at this address it is.
+    pub incarnation: u64,
+    /// What it is on the path.
+    pub role: Role,
+    /// The assigned functions that it is set for.
+    pub users: BTreeSet<Sbdf>,
+    /// What was there before the first of them.
+    pub before: Vec<Before>,
+}
+
+/// Bits of one register, as they were.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Before {
+    /// Where the register is.
+    pub offset: u16,
+    /// Its width in bytes.
+    pub width: u8,
+    /// Which bits were changed.
+    pub mask: u32,
+    /// What they were.
+    pub value: u32,
+}
+
+/// The directory with the entries.
+#[derive(Debug, Clone)]
+pub struct Ledger {
+    directory: PathBuf,
+    boot: String,
+    lock: Arc<Mutex<()>>,
+}
+
+impl Ledger {
+    /// Opens the directory, and creates it when it is not there. Entries of another boot are removed: hardware has forgotten them.
+    pub fn open(directory: &Path, boot: &str) -> Result<Self, JournalError> {
+        let error = |source| JournalError::Io { action: "create", path: directory.to_owned(), source };
+        fs::create_dir_all(directory).map_err(error)?;
+        let ledger = Self { directory: directory.to_owned(), boot: boot.to_owned(), lock: Arc::default() };
+        for path in ledger.paths()? {
+            if read(&path).is_ok_and(|entry| entry.boot != boot) {
+                ledger.remove_file(&path)?;
+            }
+        }
+        Ok(ledger)
+    }
+
+    /// Functions that share a port are set one after the other.
+    pub fn lock(&self) -> MutexGuard<'_, ()> {
+        self.lock.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An entry without users.
+    pub fn begin(&self, address: Sbdf, incarnation: u64, role: Role) -> Entry {
+        let boot = self.boot.clone();
+        Entry {
+            version: VERSION,
+            boot,
+            address,
+            incarnation,
+            role,
+            users: BTreeSet::new(),
+            before: Vec::new(),
+        }
+    }
+
+    /// The entry of a port or PF, where it has one.
+    pub fn entry(&self, address: Sbdf) -> Result<Option<Entry>, JournalError> {
+        let path = self.path(address);
+        if !path.exists() {
+            return Ok(None);
+        }
+        read(&path).map(Some)
+    }
+
+    /// All entries. One that cannot be used is an error: what it holds would be lost.
+    pub fn entries(&self) -> Result<Vec<Entry>, JournalError> {
+        self.paths()?.iter().map(|path| read(path)).collect()
+    }
+
+    /// Writes an entry so that it is on disk when the call returns; one without users is removed.
+    pub fn write(&self, entry: &Entry) -> Result<(), JournalError> {
+        let path = self.path(entry.address);
+        if entry.users.is_empty() {
+            return self.remove_file(&path);
+        }
+        replace(&path, entry).map_err(|source| JournalError::Io { action: "write", path, source })
+    }
+
+    fn path(&self, address: Sbdf) -> PathBuf {
+        self.directory.join(format!("{address}.json"))
+    }
+
+    fn paths(&self) -> Result<Vec<PathBuf>, JournalError> {
+        let error = |source| JournalError::Io { action: "read", path: self.directory.clone(), source };
+        let mut paths = Vec::new();
+        for entry in fs::read_dir(&self.directory).map_err(error)? {
+            let path = entry.map_err(error)?.path();
+            // A temporary file is a write that never took effect.
+            if path.extension().is_some_and(|extension| extension == "json") {
+                paths.push(path);
+            }
+        }
+        paths.sort_unstable();
+        Ok(paths)
+    }
+
+    fn remove_file(&self, path: &Path) -> Result<(), JournalError> {
+        let removed = match fs::remove_file(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            other => other.and_then(|()| File::open(&self.directory)?.sync_all()),
+        };
+        removed.map_err(|source| JournalError::Io { action: "remove", path: path.to_owned(), source })
+    }
+}
+
+fn read(path: &Path) -> Result<Entry, JournalError> {
+    let error = |source| JournalError::Io { action: "read", path: path.to_owned(), source };
+    let malformed = |reason: String| JournalError::Malformed { path: path.to_owned(), reason };
+    let mut text = String::new();
+    File::open(path).map_err(error)?.take(SIZE_LIMIT).read_to_string(&mut text).map_err(error)?;
+    let entry: Entry = serde_json::from_str(&text).map_err(|error| malformed(error.to_string()))?;
+    if entry.version != VERSION {
+        return Err(malformed(format!("it has version {}, this xpcid reads {VERSION}", entry.version)));
+    }
+    if path.file_stem().and_then(|stem| stem.to_str()) != Some(entry.address.to_string().as_str()) {
+        return Err(malformed(format!("it is about {}", entry.address)));
+    }
+    Ok(entry)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PORT: Sbdf = Sbdf::from_devfn(0, 0, 8);
+    const USER: Sbdf = Sbdf::from_devfn(0, 1, 0x80);
+
+    fn with_a_user(ledger: &Ledger) -> Entry {
+        let mut entry = ledger.begin(PORT, 7, Role::RootPort);
+        entry.users.insert(USER);
+        entry.before.push(Before { offset: 4, width: 2, mask: 0x100, value: 0 });
+        entry
+    }
+
+    #[test]
+    fn an_entry_lasts_as_long_as_it_has_users_and_not_over_a_reboot() {
+        let directory = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(directory.path(), "one").unwrap();
+        assert_eq!(ledger.entry(PORT).unwrap(), None);
+        let mut entry = with_a_user(&ledger);
+        ledger.write(&entry).unwrap();
+        let again = Ledger::open(directory.path(), "one").unwrap();
+        assert_eq!(again.entries().unwrap(), [entry.clone()]);
+        entry.users.clear();
+        again.write(&entry).unwrap();
+        assert_eq!(ledger.entry(PORT).unwrap(), None);
+        ledger.write(&with_a_user(&ledger)).unwrap();
+        assert!(Ledger::open(directory.path(), "two").unwrap().entries().unwrap().is_empty());
+    }
+
+    #[test]
+    fn an_entry_that_cannot_be_used_is_an_error_and_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(directory.path(), "one").unwrap();
+        let path = directory.path().join(format!("{PORT}.json"));
+        fs::write(&path, "{").unwrap();
+        assert!(ledger.entry(PORT).is_err() && ledger.entries().is_err());
+        assert!(Ledger::open(directory.path(), "one").is_ok() && path.exists());
+    }
+}

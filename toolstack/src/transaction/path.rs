@@ -1,0 +1,271 @@
+//! The path of an assigned function (E1): errors that it causes are reported, do not escalate, and do not take the host down.
+//!
+//! What is set and why: `pciback::containment`. A port is set once for all assigned functions below it, and what was there before
+//! comes back when the last of them leaves.
+
+use std::io;
+
+use log::{info, warn};
+use pciback::Sbdf;
+use pciback::config::{Access, ConfigSpace};
+use pciback::containment::radius::{Bridge, Radius, is_bridge};
+use pciback::containment::{Role, Setting, role, settings};
+use pciback::platform::{HostFunction, Platform};
+use pciback::spec::header;
+
+use super::Context;
+use crate::journal::{JournalError, Record};
+use crate::ledger::{Before, Entry, Ledger};
+use crate::outcome::{ErrorCode, Failure};
+
+/// Somebody on the path of a function: a port above, its PF, or itself.
+#[derive(Debug)]
+pub struct Member {
+    /// As the host shows it.
+    pub function: HostFunction,
+    /// What it is there.
+    pub role: Role,
+    /// Its config space.
+    pub bytes: Vec<u8>,
+}
+
+/// The path of a function.
+#[derive(Debug)]
+pub struct FunctionPath {
+    /// From the root port down to the function itself.
+    pub members: Vec<Member>,
+    /// The root port, and whether the kernel handles the errors that arrive there; `None` where there is none.
+    pub root_port: Option<(Sbdf, bool)>,
+}
+
+impl FunctionPath {
+    /// Looks at everybody on it.
+    pub fn of(platform: &Platform, address: Sbdf) -> Result<Self, Failure> {
+        let host = platform.host.as_ref();
+        let mut addresses = host.ports_above(address)?;
+        let root_port = match addresses.last() {
+            Some(root) => Some((*root, platform.errors.handled(*root)?)),
+            None => None,
+        };
+        addresses.reverse();
+        addresses.extend(host.function(address)?.physical_function);
+        addresses.push(address);
+        let member = |address: Sbdf| {
+            let function = host.function(address)?;
+            let bytes =
+                host.config(address)?.read_all().map_err(|error| access_failure("read", address, &error))?;
+            let role = role(&bytes, function.physical_function.is_some());
+            Ok(Member { function, role, bytes })
+        };
+        Ok(Self { members: addresses.into_iter().map(member).collect::<Result<_, Failure>>()?, root_port })
+    }
+
+    /// Whether AER is the kernel's: without a root port nobody is known to handle it.
+    pub fn os_owns_aer(&self) -> bool {
+        self.root_port.is_some_and(|(_, handled)| handled)
+    }
+
+    /// The bridges above, the nearest first.
+    fn bridges(&self) -> Vec<Bridge> {
+        let bridges = self.members.iter().filter(|member| is_bridge(&member.bytes));
+        bridges.rev().map(|member| Bridge::read(member.function.address, &member.bytes)).collect()
+    }
+}
+
+impl Member {
+    /// What shall be set in it.
+    pub fn settings(&self, os_owns_aer: bool) -> Vec<Setting> {
+        settings(&self.bytes, self.role, os_owns_aer)
+    }
+}
+
+/// What stands in a register, in the bytes that were read of its function.
+pub fn value_in(bytes: &[u8], access: Access) -> u32 {
+    let range = usize::from(access.offset())..usize::from(access.offset() + access.width().bytes());
+    let bytes = bytes.get(range).unwrap_or_default();
+    bytes.iter().rev().fold(0, |value, byte| value << 8 | u32::from(*byte))
+}
+
+/// Who is hit when a function fails. `everywhere`: looks at all functions of the host, not only at those below its root port.
+pub fn blast_radius(platform: &Platform, path: &FunctionPath, everywhere: bool) -> Result<Radius, Failure> {
+    let host = platform.host.as_ref();
+    let bridges = path.bridges();
+    let Some(member) = path.members.last() else {
+        return Err(Failure::new(ErrorCode::Failed, "a path without a function"));
+    };
+    let root = bridges.last();
+    let near = |address: &Sbdf| everywhere || root.is_some_and(|root| root.covers(*address));
+    let others = host.functions()?.into_iter().filter(near);
+    // One that leaves meanwhile is hit by nothing.
+    let others: Vec<HostFunction> = others.filter_map(|address| host.function(address).ok()).collect();
+    let pin = member.bytes.get(usize::from(header::INTERRUPT_PIN)).is_some_and(|pin| *pin != 0);
+    Ok(Radius::of(&member.function, pin && member.role != Role::Virtual, &bridges, &others))
+}
+
+pub(super) fn apply(context: &Context<'_>, record: &Record) -> Result<Option<String>, Failure> {
+    let address = record.address;
+    (context.progress)(&format!("setting error reporting on the path of {address}"));
+    let _alone = context.ledger.lock();
+    let path = FunctionPath::of(context.platform, address)?;
+    for member in &path.members {
+        set(context, member, address, path.os_owns_aer())?;
+    }
+    let mut warnings: Vec<String> = Vec::new();
+    if let Some((root_port, false)) = path.root_port {
+        warnings.push(not_handled(root_port));
+    }
+    warnings.extend(blast_radius(context.platform, &path, false)?.warning());
+    Ok(warnings.into_iter().reduce(|first, next| format!("{first}; {next}")))
+}
+
+/// What it means that the kernel does not handle AER.
+pub fn not_handled(root_port: Sbdf) -> String {
+    format!(
+        "the platform keeps AER at {root_port} from Linux: error reporting is left as it is, and xpci hears of no error below"
+    )
+}
+
+/// Sets one function of the path for `user`.
+fn set(context: &Context<'_>, member: &Member, user: Sbdf, os_owns_aer: bool) -> Result<(), Failure> {
+    let address = member.function.address;
+    let settings = member.settings(os_owns_aer);
+    if settings.is_empty() {
+        return Ok(());
+    }
+    let known = context.ledger.entry(address).map_err(|error| ledger_failure(address, &error))?;
+    // One of another function that was here is as good as none: what it holds left with that.
+    let known = known.filter(|entry| entry.incarnation == member.function.incarnation);
+    let mut entry = known
+        .clone()
+        .unwrap_or_else(|| context.ledger.begin(address, member.function.incarnation, member.role));
+    for setting in &settings {
+        if !entry.before.iter().any(|before| before.is_of(setting)) {
+            entry.before.push(Before::of(setting, value_in(&member.bytes, setting.access)));
+        }
+    }
+    entry.users.insert(user);
+    if known.as_ref() != Some(&entry) {
+        context.ledger.write(&entry).map_err(|error| ledger_failure(address, &error))?;
+    }
+    let config = context.platform.host.config(address)?;
+    settings.iter().try_for_each(|setting| {
+        let left = put(config.as_ref(), setting, setting.row.wanted)
+            .map_err(|error| access_failure(&format!("set {} of", setting.row.name), address, &error))?;
+        if left == 0 {
+            return Ok(());
+        }
+        let text = format!(
+            "set {} of {address}: bits {left:#x} do not become {:#x}",
+            setting.row.name,
+            setting.row.wanted & left
+        );
+        if setting.row.must_hold {
+            return Err(Failure::new(ErrorCode::Failed, text).on(address).hint(setting.row.reason));
+        }
+        info!("{text}; they may be hardwired");
+        Ok(())
+    })
+}
+
+/// Puts the decided bits of a register to `bits`, reads them back, and returns those that differ. What answers all ones has none.
+fn put(config: &dyn ConfigSpace, setting: &Setting, bits: u32) -> io::Result<u32> {
+    let gone = setting.access.width().mask();
+    let current = config.read(setting.access)?;
+    if current == gone {
+        return Err(io::Error::other("it answers all ones"));
+    }
+    if current & setting.row.busy != 0 {
+        return Err(io::Error::other("somebody is resetting what is below; try again"));
+    }
+    if let Some(value) = setting.merged(current, bits) {
+        config.write(setting.access, value)?;
+    }
+    Ok((config.read(setting.access)? ^ bits) & setting.row.mask)
+}
+
+/// Takes `record`'s function off everybody's list, and puts back what was there before where it was the last one. The lists are gone
+/// through, not the path: that may have left with the function.
+pub(super) fn restore(context: &Context<'_>, record: &Record) -> Result<(), Failure> {
+    let user = record.address;
+    let _alone = context.ledger.lock();
+    let entries = context.ledger.entries().map_err(|error| ledger_failure(user, &error))?;
+    let mut entries: Vec<Entry> = entries.into_iter().filter(|entry| entry.users.contains(&user)).collect();
+    // From the function up: reports end before the ports on their way change.
+    entries.sort_by_key(|entry| match entry.role {
+        Role::Virtual | Role::Physical => 0,
+        Role::Port => 1,
+        Role::RootPort => 2,
+    });
+    let mut outcome = Ok(());
+    for mut entry in entries {
+        entry.users.remove(&user);
+        let restored = match entry.users.is_empty() {
+            true => put_back(context, &entry),
+            false => Ok(()),
+        };
+        // One that could not be put back stays in the list, for the next try.
+        let written = restored.and_then(|()| {
+            context.ledger.write(&entry).map_err(|error| ledger_failure(entry.address, &error))
+        });
+        outcome = outcome.and(written);
+    }
+    outcome
+}
+
+fn put_back(context: &Context<'_>, entry: &Entry) -> Result<(), Failure> {
+    let address = entry.address;
+    let host = context.platform.host.as_ref();
+    match host.function(address) {
+        Ok(function) if function.incarnation == entry.incarnation => {}
+        Err(error) if error.errno() != Some(nix::errno::Errno::ENOENT) => return Err(error.into()),
+        // It left, and what was in it with it.
+        _ => return Ok(()),
+    }
+    let config = host.config(address)?;
+    let bytes = config.read_all().map_err(|error| access_failure("read", address, &error))?;
+    if bytes.iter().all(|byte| *byte == 0xff) {
+        warn!("{address}: it answers all ones; what was in its registers before cannot be put back");
+        return Ok(());
+    }
+    let settings = settings(&bytes, entry.role, true);
+    let mut outcome = Ok(());
+    for before in entry.before.iter().rev() {
+        let Some(setting) = settings.iter().find(|setting| before.is_of(setting)) else { continue };
+        let left = put(config.as_ref(), setting, before.value).and_then(|left| match left {
+            0 => Ok(()),
+            left => Err(io::Error::other(format!("bits {left:#x} do not become {:#x}", before.value & left))),
+        });
+        let action = format!("put back {} of", setting.row.name);
+        outcome = outcome.and(left.map_err(|error| access_failure(&action, address, &error)));
+    }
+    outcome
+}
+
+impl Before {
+    fn of(setting: &Setting, value: u32) -> Self {
+        let mask = setting.row.mask;
+        let width = setting.row.width;
+        Self { offset: setting.access.offset(), width, mask, value: value & mask }
+    }
+
+    /// Whether it is of this register.
+    pub fn is_of(&self, setting: &Setting) -> bool {
+        (self.offset, self.width) == (setting.access.offset(), setting.row.width)
+    }
+}
+
+/// What was in a register before anybody set it.
+pub fn before(ledger: &Ledger, address: Sbdf, setting: &Setting) -> Option<u32> {
+    let entry = ledger.entry(address).ok()??;
+    entry.before.iter().find(|before| before.is_of(setting)).map(|before| before.value)
+}
+
+fn access_failure(action: &str, address: Sbdf, error: &io::Error) -> Failure {
+    Failure::new(ErrorCode::Failed, format!("{action} {address}: config access: {error}")).on(address)
+}
+
+fn ledger_failure(address: Sbdf, error: &JournalError) -> Failure {
+    Failure::new(ErrorCode::Failed, error.to_string())
+        .on(address)
+        .hint("check that the disk of /var/lib/xpci has room and is writable")
+}
