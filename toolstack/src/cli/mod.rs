@@ -2,6 +2,7 @@
 
 mod explained;
 mod network;
+mod paths;
 mod policy;
 mod table;
 
@@ -94,9 +95,11 @@ pub enum Command {
         #[arg(long)]
         dry_run: bool,
     },
-    /// Shows what errors functions reported, and what was done about them.
+    /// Shows what is set for errors of functions, which they reported, and what was done about them.
     #[command(subcommand)]
     Aer(Aer),
+    /// Shows who is hit when a function fails, and who could veto its recovery.
+    BlastRadius(OneFunction),
     /// Shows what happened to functions: errors, what was decided, what came of it, and where they stand.
     Events {
         /// Goes on with each event that comes, until it is interrupted.
@@ -157,6 +160,13 @@ pub enum Vf {
 /// What can be asked about errors.
 #[derive(Debug, Subcommand)]
 pub enum Aer {
+    /// Shows the registers that decide over errors, of functions and of everybody above them: as they read, as they are while a
+    /// function is assigned, and as they were before.
+    Status {
+        /// The function; without it, all that the service looks after.
+        #[arg(value_name = "BDF")]
+        address: Option<Sbdf>,
+    },
     /// Shows the last errors of a function, what was decided, the registers then read, and what came of it.
     History(OneFunction),
 }
@@ -253,6 +263,8 @@ impl Command {
             Self::Sync { dry_run } => one(Request::Sync { dry_run }),
             Self::Vf(Vf::Set(arguments)) => one(arguments.request()),
             Self::Vf(Vf::Show { address }) => one(Request::VfShow { address }),
+            Self::Aer(Aer::Status { address }) => one(Request::AerStatus { address }),
+            Self::BlastRadius(function) => one(Request::BlastRadius { address: function.address }),
             Self::Aer(Aer::History(function)) => one(Request::AerHistory { address: function.address }),
             Self::Events { follow } => one(Request::Events { follow }),
             Self::Status => one(Request::Status),

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{explained, network};
+use super::{explained, network, paths};
 use crate::protocol::{FunctionView, StatusView, Success, VfView};
 
 /// The answer as text; empty where there is nothing to say.
@@ -19,6 +19,8 @@ pub fn render(success: &Success) -> String {
             let head = if view.dry_run { "what would be done:" } else { "done:" };
             format!("{head}\n{}\n", view.text.join("\n"))
         }
+        Success::AerStatus(view) => paths::aer_status(view),
+        Success::BlastRadius(radius) => paths::blast_radius(radius),
         Success::VfNetwork(view) => network::vf_network(view),
         Success::Policy(view) => explained::policy(view),
         Success::Explained { devices } => explained::explanations(devices),

@@ -11,6 +11,7 @@ mod log_limit;
 mod network;
 mod news;
 mod open;
+mod paths;
 mod policies;
 mod recover;
 mod registers;

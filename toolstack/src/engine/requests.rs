@@ -40,6 +40,8 @@ impl Engine {
             Request::PciAssignableList => self.assignable_list().map(Plan::Answer),
             Request::PciList { domain } => self.guest_list(&domain).map(Plan::Answer),
             Request::VfList { address } => self.vf_list(address).map(Plan::Answer),
+            Request::AerStatus { address } => return self.aer_status(address, reply),
+            Request::BlastRadius { address } => return self.blast_radius(address, reply),
             Request::AerHistory { address } => Ok(Plan::Answer(self.error_history(address))),
             Request::Events { follow } => return self.events(follow, reply),
             Request::Status => Ok(Plan::Answer(self.status())),

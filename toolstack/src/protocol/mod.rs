@@ -6,16 +6,19 @@
 
 mod event_view;
 mod network_view;
+mod path_view;
 mod policy_view;
 mod view;
 
 use pciback::Sbdf;
+use pciback::containment::radius::Radius;
 use pciback::platform::VfSettings;
 use pciback::policy::Explanation;
 use serde::{Deserialize, Serialize};
 
 pub use event_view::{EventView, Happening, RegisterValue};
 pub use network_view::VfNetworkView;
+pub use path_view::{AerOwner, AerStatusView, CountersView, MemberView, PathRegisterView, PathView};
 pub use policy_view::{
     CapabilityRuleView, CheckedView, LearnedView, PolicyFileView, PolicyView, RegisterRuleView, ReloadedView,
 };
@@ -126,6 +129,17 @@ pub enum Request {
         /// The VF.
         address: Sbdf,
     },
+    /// The registers on the path of a function that decide over its errors.
+    AerStatus {
+        /// The function; without it, all that the service looks after.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        address: Option<Sbdf>,
+    },
+    /// Who is hit when a function fails.
+    BlastRadius {
+        /// The function.
+        address: Sbdf,
+    },
     /// What happened to a function as far as errors are concerned.
     AerHistory {
         /// The function.
@@ -191,6 +205,8 @@ impl Request {
             Self::VfList { .. } => "vf-list",
             Self::VfSet { .. } => "vf-set",
             Self::VfShow { .. } => "vf-show",
+            Self::AerStatus { .. } => "aer-status",
+            Self::BlastRadius { .. } => "blast-radius",
             Self::AerHistory { .. } => "aer-history",
             Self::Events { .. } => "events",
             Self::Status => "status",
@@ -237,6 +253,10 @@ pub enum Success {
     Synced(SyncView),
     /// The network settings of a VF.
     VfNetwork(VfNetworkView),
+    /// The registers on the paths of functions.
+    AerStatus(AerStatusView),
+    /// Who is hit when a function fails.
+    BlastRadius(Radius),
     /// The policies of a function.
     Policy(Box<PolicyView>),
     /// Functions explained.
@@ -378,6 +398,8 @@ mod tests {
             Request::VfList { address: None },
             Request::VfSet { address, settings: VfSettings { trust: Some(true), ..VfSettings::default() } },
             Request::VfShow { address },
+            Request::AerStatus { address: None },
+            Request::BlastRadius { address },
             Request::AerHistory { address },
             Request::Events { follow: true },
             Request::Status,

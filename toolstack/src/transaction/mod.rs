@@ -279,7 +279,7 @@ impl Context<'_> {
             return quarantine::switch_off(self, record);
         }
         if record.state == FunctionState::Host {
-            self.journal.remove(record.address).map_err(|error| journal_failure(record.address, &error))
+            self.journal.remove(record.address).map_err(|error| Failure::from(error).on(record.address))
         } else {
             self.write(record)
         }
@@ -296,7 +296,7 @@ impl Context<'_> {
 
     /// Writes the record to the journal.
     pub fn write(&self, record: &Record) -> Result<(), Failure> {
-        self.journal.write(record).map_err(|error| journal_failure(record.address, &error))
+        self.journal.write(record).map_err(|error| Failure::from(error).on(record.address))
     }
 
     fn run(&self, step: Step, record: &mut Record) -> Result<Option<String>, Failure> {
@@ -330,12 +330,6 @@ impl Context<'_> {
             Step::Serve => self.serving.withdraw(record, self.parting),
         }
     }
-}
-
-fn journal_failure(address: Sbdf, error: &crate::journal::JournalError) -> Failure {
-    Failure::new(ErrorCode::Failed, error.to_string())
-        .on(address)
-        .hint("check that the disk of /var/lib/xpci has room and is writable")
 }
 
 /// One failure that names both causes, the first one first.

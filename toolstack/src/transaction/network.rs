@@ -177,9 +177,8 @@ pub fn change(
     // Noted before it is done: what nobody knows to be changed is never put back.
     let before = old.before.or(present.only(&wishes));
     record.network = Some(NetworkRecord { wished: wishes.or(old.wished), before, problem: None });
-    let write = |record: &Record| {
-        journal.write(record).map_err(|error| super::journal_failure(record.address, &error))
-    };
+    let write =
+        |record: &Record| journal.write(record).map_err(|error| Failure::from(error).on(record.address));
     let network = platform.network.as_ref();
     if let Err(failure) = write(record).and_then(|()| put(network, seen.vf, &wishes, &present)) {
         record.network = earlier;

@@ -14,7 +14,7 @@ use pciback::platform::{HostFunction, Platform};
 use pciback::spec::header;
 
 use super::Context;
-use crate::journal::{JournalError, Record};
+use crate::journal::Record;
 use crate::ledger::{Before, Entry, Ledger};
 use crate::outcome::{ErrorCode, Failure};
 
@@ -132,7 +132,7 @@ fn set(context: &Context<'_>, member: &Member, user: Sbdf, os_owns_aer: bool) ->
     if settings.is_empty() {
         return Ok(());
     }
-    let known = context.ledger.entry(address).map_err(|error| ledger_failure(address, &error))?;
+    let known = context.ledger.entry(address)?;
     // One of another function that was here is as good as none: what it holds left with that.
     let known = known.filter(|entry| entry.incarnation == member.function.incarnation);
     let mut entry = known
@@ -145,7 +145,7 @@ fn set(context: &Context<'_>, member: &Member, user: Sbdf, os_owns_aer: bool) ->
     }
     entry.users.insert(user);
     if known.as_ref() != Some(&entry) {
-        context.ledger.write(&entry).map_err(|error| ledger_failure(address, &error))?;
+        context.ledger.write(&entry)?;
     }
     let config = context.platform.host.config(address)?;
     settings.iter().try_for_each(|setting| {
@@ -188,7 +188,7 @@ fn put(config: &dyn ConfigSpace, setting: &Setting, bits: u32) -> io::Result<u32
 pub(super) fn restore(context: &Context<'_>, record: &Record) -> Result<(), Failure> {
     let user = record.address;
     let _alone = context.ledger.lock();
-    let entries = context.ledger.entries().map_err(|error| ledger_failure(user, &error))?;
+    let entries = context.ledger.entries()?;
     let mut entries: Vec<Entry> = entries.into_iter().filter(|entry| entry.users.contains(&user)).collect();
     // From the function up: reports end before the ports on their way change.
     entries.sort_by_key(|entry| match entry.role {
@@ -204,9 +204,7 @@ pub(super) fn restore(context: &Context<'_>, record: &Record) -> Result<(), Fail
             false => Ok(()),
         };
         // One that could not be put back stays in the list, for the next try.
-        let written = restored.and_then(|()| {
-            context.ledger.write(&entry).map_err(|error| ledger_failure(entry.address, &error))
-        });
+        let written = restored.and_then(|()| Ok(context.ledger.write(&entry)?));
         outcome = outcome.and(written);
     }
     outcome
@@ -262,10 +260,4 @@ pub fn before(ledger: &Ledger, address: Sbdf, setting: &Setting) -> Option<u32> 
 
 fn access_failure(action: &str, address: Sbdf, error: &io::Error) -> Failure {
     Failure::new(ErrorCode::Failed, format!("{action} {address}: config access: {error}")).on(address)
-}
-
-fn ledger_failure(address: Sbdf, error: &JournalError) -> Failure {
-    Failure::new(ErrorCode::Failed, error.to_string())
-        .on(address)
-        .hint("check that the disk of /var/lib/xpci has room and is writable")
 }

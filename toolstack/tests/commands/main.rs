@@ -56,6 +56,11 @@ fn a_reset_that_fails_at_detach_quarantines_with_6_until_it_is_cleared() {
 }
 
 #[test]
+fn paths_and_blast_radii_are_shown_and_attach_warns_of_them() {
+    play("paths", host());
+}
+
+#[test]
 fn network_settings_are_set_kept_for_guests_and_put_back() {
     play("vf-network", host());
 }

@@ -33,7 +33,6 @@ const COMPLETION_TIMEOUT: u32 = 1 << 14;
 
 /// The VF in the guest `web`, whose frontend hears errors, below a root port.
 fn attached(world: &World, errors: &str) -> (Frontend, Service) {
-    world.simulation.plug(&format!("{{address: \"{PORT}\", model: root-port}}")).unwrap();
     let frontend = Frontend::load(world, WEB);
     let service = world.start_with_errors(errors);
     attach(&service, &frontend, WEB, bdf(VF));

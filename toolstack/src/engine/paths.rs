@@ -1,0 +1,87 @@
+//! `aer status` and `blast-radius`, on threads: config space and sysfs of a function that is being reset block.
+
+use pciback::Sbdf;
+use pciback::containment::Setting;
+
+use super::Engine;
+use super::requests::existing;
+use super::tasks::Workshop;
+use crate::control::Reply;
+use crate::outcome::Failure;
+use crate::protocol::{AerOwner, AerStatusView, MemberView, PathRegisterView, PathView, Success};
+use crate::transaction::{FunctionPath, Member, before_on_path, blast_radius, value_in};
+
+impl Engine {
+    /// The registers on the path of one function, or of all that the service looks after.
+    pub(super) fn aer_status(&self, address: Option<Sbdf>, reply: Reply) {
+        let wanted = match address {
+            Some(address) => existing(self.platform.host.as_ref(), address).map(|_| vec![address]),
+            None => Ok(self.records.keys().copied().collect()),
+        };
+        let addresses = match wanted {
+            Ok(addresses) => addresses,
+            Err(failure) => return reply.done(Err(failure)),
+        };
+        let workshop = self.workshop();
+        self.background("aer status", move || {
+            let view = |found: &Sbdf| match path_view(&workshop, *found) {
+                // Of several, one that has left is none.
+                Err(_) if address.is_none() => None,
+                other => Some(other),
+            };
+            let functions = addresses.iter().filter_map(view).collect::<Result<Vec<_>, Failure>>();
+            reply.done(functions.map(|functions| Success::AerStatus(AerStatusView { functions })));
+        });
+    }
+
+    /// Who is hit when a function fails.
+    pub(super) fn blast_radius(&self, address: Sbdf, reply: Reply) {
+        if let Err(failure) = existing(self.platform.host.as_ref(), address) {
+            return reply.done(Err(failure));
+        }
+        let workshop = self.workshop();
+        self.background("blast radius", move || {
+            let path = FunctionPath::of(&workshop.platform, address);
+            let radius = path.and_then(|path| blast_radius(&workshop.platform, &path, true));
+            reply.done(radius.map(Success::BlastRadius));
+        });
+    }
+}
+
+fn path_view(workshop: &Workshop, address: Sbdf) -> Result<PathView, Failure> {
+    let path = FunctionPath::of(&workshop.platform, address)?;
+    let aer_owner = match path.root_port {
+        Some((_, true)) => AerOwner::Linux,
+        Some((_, false)) => AerOwner::Platform,
+        None => AerOwner::NoRootPort,
+    };
+    let members = path.members.iter().map(|member| member_view(workshop, member, path.os_owns_aer()));
+    Ok(PathView { address, aer_owner, members: members.collect::<Result<_, _>>()? })
+}
+
+fn member_view(workshop: &Workshop, member: &Member, os_owns_aer: bool) -> Result<MemberView, Failure> {
+    let address = member.function.address;
+    let entry = workshop.ledger.entry(address)?;
+    let users = entry.map(|entry| entry.users.into_iter().collect()).unwrap_or_default();
+    let register = |setting: &Setting| {
+        let value = value_in(&member.bytes, setting.access);
+        PathRegisterView {
+            name: setting.row.name.to_owned(),
+            offset: setting.access.offset(),
+            width: setting.row.width,
+            value,
+            mask: setting.row.mask,
+            wanted: setting.row.wanted,
+            before: before_on_path(&workshop.ledger, address, setting),
+            as_wanted: setting.unlike(value) == 0,
+            reason: format!("{} ({})", setting.row.reason, setting.row.section),
+        }
+    };
+    Ok(MemberView {
+        address,
+        role: member.role,
+        users,
+        counters: workshop.platform.errors.counters(address)?.map(Into::into),
+        registers: member.settings(os_owns_aer).iter().map(register).collect(),
+    })
+}
