@@ -15,6 +15,7 @@ pub const CONTRACTS: &[Contract] = &[
     ("xen/memory-is-allowed-and-forbidden", Nothing, memory),
     ("xen/ports-are-allowed-and-forbidden", Nothing, ports),
     ("xen/withdrawing-takes-a-function-from-its-guest", Nothing, withdrawn),
+    ("xen/a-domain-that-is-not-there-cannot-be-stopped", Nothing, nobody_to_stop),
     ("rings/what-no-guest-offers-is-refused", Nothing, rings),
 ];
 
@@ -50,6 +51,12 @@ fn known(fixture: &Fixture) -> Result<(), Broken> {
     let far = UNKNOWN.offset_by(1).ok_or("no address")?;
     refused("a VF of another", xen.device_add(far, orphan), &[Errno::ENODEV])?;
     same("version", xen.version() >= (4, 17), true)
+}
+
+fn nobody_to_stop(fixture: &Fixture) -> Result<(), Broken> {
+    let xen = &fixture.platform.hypervisor;
+    refused("pause", xen.pause(NOBODY), &[Errno::ESRCH])?;
+    refused("destroy", xen.destroy(NOBODY), &[Errno::ESRCH])
 }
 
 fn round(fixture: &Fixture) -> Result<(), Broken> {

@@ -4,6 +4,7 @@
 //! line of the audit log a second. What touches hardware or may wait runs on threads of its own.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,11 +14,11 @@ use pciback::fault::{
     self, Action, CrossCheck, Detection, ErrorCounters, ErrorPolicy, Fault, History, Owner, Relation,
     Severity,
 };
-use pciback::platform::{ErrorEvent, ErrorEvents};
+use pciback::platform::{ErrorEvent, ErrorEvents, Host};
 use pciback::policy::{self, Subject};
 use pciback::{DomId, FunctionState, Sbdf};
 
-use super::registers;
+use super::registers::{self, Layout};
 use super::responses::Underway;
 use super::{Engine, Event};
 use crate::domains;
@@ -49,8 +50,8 @@ struct Gathered {
 pub struct Look {
     counters: Vec<(Sbdf, Option<ErrorCounters>)>,
     contained: Vec<(Sbdf, registers::Contained)>,
-    /// Where each port's DPC capability is.
-    capabilities: BTreeMap<Sbdf, Option<u16>>,
+    /// Where the capabilities of those that were looked at are.
+    layouts: BTreeMap<Sbdf, Layout>,
 }
 
 /// All that is known of errors.
@@ -67,8 +68,8 @@ pub(super) struct Faults {
     pub underway: BTreeMap<Sbdf, Underway>,
     /// Functions whose correctable errors are masked.
     pub masked: BTreeMap<Sbdf, super::responses::Mask>,
-    /// Where DPC capabilities are.
-    capabilities: BTreeMap<Sbdf, Option<u16>>,
+    /// Where the capabilities of the watched ones are.
+    layouts: BTreeMap<Sbdf, Layout>,
     /// Ports that have cut off what is below them, which was dealt with.
     contained: BTreeSet<Sbdf>,
     /// Functions whose registers are being read.
@@ -76,6 +77,16 @@ pub(super) struct Faults {
     looking: bool,
     next_look: Option<Instant>,
     last_look: Option<Instant>,
+}
+
+/// The layout of a function, looked for once.
+fn known(host: &dyn Host, address: Sbdf, layouts: &mut BTreeMap<Sbdf, Layout>) -> io::Result<Layout> {
+    if let Some(layout) = layouts.get(&address) {
+        return Ok(*layout);
+    }
+    let layout = Layout::find(host, address)?;
+    layouts.insert(address, layout);
+    Ok(layout)
 }
 
 impl Engine {
@@ -173,14 +184,16 @@ impl Engine {
         let addresses: Vec<Sbdf> = self.faults.checks.keys().copied().collect();
         let ports: BTreeSet<Sbdf> =
             self.faults.places.values().flat_map(|place| place.ports.iter().copied()).collect();
+        let functions: Vec<Sbdf> = self.faults.places.keys().copied().collect();
         let turns = u32::try_from(addresses.len().div_ceil(EACH_SECOND)).unwrap_or(u32::MAX).max(1);
         self.faults.last_look = Some(now);
         self.faults.next_look = Some(now + SECOND * turns);
         self.faults.looking = true;
         let workshop = self.workshop();
-        let mut capabilities = self.faults.capabilities.clone();
+        let mut layouts = self.faults.layouts.clone();
         let task = move || {
             let mut counters = Vec::new();
+            layouts.retain(|address, _| addresses.contains(address));
             for address in addresses {
                 match workshop.platform.errors.counters(address) {
                     Ok(found) => counters.push((address, found)),
@@ -188,14 +201,22 @@ impl Engine {
                 }
             }
             let mut contained = Vec::new();
+            let host = workshop.platform.host.as_ref();
+            for function in functions {
+                // So that nothing has to be looked for when it reports an error.
+                if let Err(problem) = known(host, function, &mut layouts) {
+                    warn!("{function}: look for its capabilities: {problem}");
+                }
+            }
             for port in ports {
-                let host = workshop.platform.host.as_ref();
-                match registers::containment(host, port, capabilities.entry(port).or_insert(None)) {
+                let found = known(host, port, &mut layouts)
+                    .and_then(|layout| registers::containment(host, port, layout));
+                match found {
                     Ok(found) => contained.extend(found.map(|found| (port, found))),
                     Err(problem) => warn!("{port}: look for Downstream Port Containment: {problem}"),
                 }
             }
-            workshop.inbox.send(Event::LookedAtErrors(Box::new(Look { counters, contained, capabilities })));
+            workshop.inbox.send(Event::LookedAtErrors(Box::new(Look { counters, contained, layouts })));
         };
         if let Err(problem) = thread::Builder::new().name("errors".into()).spawn(task) {
             error!("look at the error counters: start a thread: {problem}");
@@ -205,7 +226,7 @@ impl Engine {
 
     pub(super) fn looked_at_errors(&mut self, look: Look) {
         self.faults.looking = false;
-        self.faults.capabilities = look.capabilities;
+        self.faults.layouts = look.layouts;
         for (address, counters) in look.counters {
             let Some(check) = self.faults.checks.get_mut(&address) else { continue };
             let Some(counters) = counters else { continue };
@@ -383,17 +404,17 @@ impl Engine {
         if !self.faults.reading.insert(address) {
             return;
         }
-        let port = match self.faults.places.get(&address) {
-            Some(place) => place.ports.first().copied(),
-            None => None,
-        };
+        let port = self.faults.places.get(&address).and_then(|place| place.ports.first().copied());
+        let read: Vec<(Sbdf, Option<Layout>)> = [address]
+            .into_iter()
+            .chain(port)
+            .map(|address| (address, self.faults.layouts.get(&address).copied()))
+            .collect();
         let workshop = self.workshop();
         let task = move || {
             let host = workshop.platform.host.as_ref();
-            let mut found = registers::of_errors(host, address);
-            if let Some(port) = port {
-                found.extend(registers::of_errors(host, port));
-            }
+            let found =
+                read.into_iter().flat_map(|(at, layout)| registers::of_errors(host, at, layout)).collect();
             workshop.inbox.send(Event::ErrorRegisters(address, found));
         };
         if let Err(problem) = thread::Builder::new().name(format!("registers {address}")).spawn(task) {

@@ -185,7 +185,7 @@ impl Engine {
 
     /// Which policies a function follows.
     pub(super) fn show_policy(&self, address: Sbdf, domain: Option<String>, reply: Reply) {
-        self.inspect(address, domain, reply, |looked| Success::Policy(policy_view(&looked)));
+        self.inspect(address, domain, reply, |looked| Success::Policy(Box::new(policy_view(&looked))));
     }
 
     /// What a guest sees of a function.

@@ -9,6 +9,8 @@ use pciback::spec::{CapabilityId, ExtendedCapabilityId};
 
 use crate::protocol::RegisterValue;
 
+/// Registers of the header (section 7.5.1.1).
+const HEADER: [(u16, &str); 2] = [(0x04, "Command"), (0x06, "Status")];
 /// Registers of the AER capability (PCI Express 6.0, section 7.8.4), by offset in it.
 const AER: [(u16, &str); 5] = [
     (0x04, "Uncorrectable Error Status"),
@@ -33,28 +35,43 @@ fn write(config: &dyn ConfigSpace, offset: u16, value: u32) -> io::Result<()> {
     config.write(Access::new(u32::from(offset), 4).map_err(io::Error::other)?, value)
 }
 
-fn extended(config: &dyn ConfigSpace, id: ExtendedCapabilityId) -> io::Result<Option<u16>> {
-    Ok(CapabilityList::walk(&config.read_all()?).extended(id).map(|found| found.offset))
+/// Where a function's capabilities that have to do with errors are. Finding them reads all of config space, so it is done once.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Layout {
+    express: Option<u16>,
+    aer: Option<u16>,
+    dpc: Option<u16>,
+}
+
+impl Layout {
+    /// Looks for them.
+    pub(super) fn find(host: &dyn Host, address: Sbdf) -> io::Result<Self> {
+        let list = CapabilityList::walk(&host.config(address).map_err(io::Error::other)?.read_all()?);
+        let extended = |id| list.extended(id).map(|found| found.offset);
+        Ok(Self {
+            express: list.legacy(CapabilityId::PCI_EXPRESS).map(|found| found.offset),
+            aer: extended(ExtendedCapabilityId::AER),
+            dpc: extended(ExtendedCapabilityId::DPC),
+        })
+    }
 }
 
 /// What a function's registers hold of errors; nothing where it cannot be read.
-pub(super) fn of_errors(host: &dyn Host, address: Sbdf) -> Vec<RegisterValue> {
+pub(super) fn of_errors(host: &dyn Host, address: Sbdf, layout: Option<Layout>) -> Vec<RegisterValue> {
     let mut found = Vec::new();
     let Ok(config) = host.config(address) else { return found };
-    let Ok(bytes) = config.read_all() else { return found };
-    let list = CapabilityList::walk(&bytes);
     let mut add = |at: u16, size: u32, name: &str| {
         if let Ok(value) = read(config.as_ref(), at, size) {
             found.push(RegisterValue { address, name: name.to_owned(), value });
         }
     };
-    add(0x04, 2, "Command");
-    add(0x06, 2, "Status");
-    if let Some(express) = list.legacy(CapabilityId::PCI_EXPRESS) {
-        EXPRESS.iter().for_each(|(offset, name)| add(express.offset + offset, 2, name));
+    HEADER.iter().for_each(|(offset, name)| add(*offset, 2, name));
+    let Some(layout) = layout.or_else(|| Layout::find(host, address).ok()) else { return found };
+    if let Some(express) = layout.express {
+        EXPRESS.iter().for_each(|(offset, name)| add(express + offset, 2, name));
     }
-    if let Some(aer) = list.extended(ExtendedCapabilityId::AER) {
-        AER.iter().for_each(|(offset, name)| add(aer.offset + offset, 4, name));
+    if let Some(aer) = layout.aer {
+        AER.iter().for_each(|(offset, name)| add(aer + offset, 4, name));
     }
     found
 }
@@ -66,26 +83,9 @@ pub(super) struct Contained {
     pub source: Option<Sbdf>,
 }
 
-/// Looks whether a port has triggered Downstream Port Containment. `capability` remembers where the port's capability is: 0 in it
-/// means that there is none.
-pub(super) fn containment(
-    host: &dyn Host,
-    port: Sbdf,
-    capability: &mut Option<u16>,
-) -> io::Result<Option<Contained>> {
-    let at = match *capability {
-        Some(0) => return Ok(None),
-        Some(at) => at,
-        None => {
-            let config = host.config(port).map_err(io::Error::other)?;
-            let found = extended(config.as_ref(), ExtendedCapabilityId::DPC)?;
-            *capability = Some(found.unwrap_or(0));
-            match found {
-                None => return Ok(None),
-                Some(at) => at,
-            }
-        }
-    };
+/// Looks whether a port has triggered Downstream Port Containment.
+pub(super) fn containment(host: &dyn Host, port: Sbdf, layout: Layout) -> io::Result<Option<Contained>> {
+    let Some(at) = layout.dpc else { return Ok(None) };
     let config = host.config(port).map_err(io::Error::other)?;
     let status = read(config.as_ref(), at + DPC_STATUS, 2)?;
     if status & DPC_TRIGGERED == 0 || status == 0xffff {
@@ -124,8 +124,8 @@ pub(super) fn mask(host: &dyn Host, address: Sbdf, pf: Option<Sbdf>) -> Result<M
     let mut why = "no writable mask in an AER capability of its own or of its PF".to_owned();
     for at in [address].into_iter().chain(pf) {
         let tried = || -> io::Result<Option<Masked>> {
+            let Some(aer) = Layout::find(host, at)?.aer else { return Ok(None) };
             let config = host.config(at).map_err(io::Error::other)?;
-            let Some(aer) = extended(config.as_ref(), ExtendedCapabilityId::AER)? else { return Ok(None) };
             let offset = aer + CORRECTABLE_MASK;
             let before = read(config.as_ref(), offset, 4)?;
             write(config.as_ref(), offset, before | bits)?;

@@ -258,7 +258,7 @@ pub enum Success {
     /// Who is hit when a function fails.
     BlastRadius(Box<Radius>),
     /// The policies of a function.
-    Policy(PolicyView),
+    Policy(Box<PolicyView>),
     /// Functions explained.
     Explained {
         /// The list.

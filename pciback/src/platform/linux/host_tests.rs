@@ -143,6 +143,18 @@ fn a_function_that_is_not_there_or_leaves_while_it_is_read_is_missing() {
 }
 
 #[test]
+fn the_ports_above_a_function_are_on_the_way_to_its_directory_the_nearest_first() {
+    let tree = Tree::new();
+    let place = tree.path("devices/pci0000:00/0000:00:02.0/0000:05:00.0/0000:06:00.0");
+    fs::create_dir_all(&place).unwrap();
+    symlink(&place, tree.path("bus/pci/devices/0000:06:00.0")).unwrap();
+    let ports = tree.host().ports_above("06:00.0".parse().unwrap()).unwrap();
+    assert_eq!(ports.iter().map(ToString::to_string).collect::<Vec<_>>(), ["0000:05:00.0", "0000:00:02.0"]);
+    let missing = tree.host().ports_above("07:00.0".parse().unwrap()).unwrap_err();
+    assert!(matches!(missing.cause, Cause::Missing), "{missing}");
+}
+
+#[test]
 fn malformed_attributes_are_errors_that_name_them() {
     for (attribute, text) in [
         ("vendor", "8086\n"),
