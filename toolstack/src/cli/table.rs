@@ -112,11 +112,11 @@ fn status_text(status: &StatusView) -> String {
         let rows: Vec<_> = std::iter::once(names).chain(status.guests.iter().map(row)).collect();
         text = format!("{text}\n{}", table(&rows));
     }
-    for problem in &status.problems {
-        let _ = write!(text, "\nproblem: {problem}");
-    }
-    if !status.problems.is_empty() {
-        text.push('\n');
+    let repaired = status.repaired.iter().map(|text| format!("\nrepaired: {text}"));
+    let problems = status.problems.iter().map(|text| format!("\nproblem: {text}"));
+    let notes: String = repaired.chain(problems).collect();
+    if !notes.is_empty() {
+        text = format!("{text}{notes}\n");
     }
     text
 }

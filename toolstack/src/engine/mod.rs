@@ -7,9 +7,11 @@ mod guests;
 mod lists;
 mod log_limit;
 mod network;
+mod observe;
 mod open;
 mod policies;
 mod recover;
+mod repairs;
 mod requests;
 mod sync;
 mod tasks;
@@ -43,7 +45,9 @@ use crate::transaction::{Finished, NetworkRecord, Parting};
 use guests::Guest;
 use open::{Filter, Opened};
 use policies::Reloaded;
-use watch::{Changes, Seen, Stirred};
+use repairs::Synced;
+use sync::Syncing;
+use watch::{Changes, Look, Stirred};
 
 /// What the engine handles.
 pub enum Event {
@@ -80,14 +84,20 @@ pub enum Event {
     ResetEnded(Sbdf, Result<(), Failure>),
     /// A task that changes a PF's VFs ended.
     VfsChanged(Sbdf),
-    /// A repair that concerns a guest or a driver.
+    /// A repair that concerns a guest, a driver or a record.
     Repair(Repair, Reply),
+    /// A function is wanted for a repair of Xen's list; the answer says whether it may be had.
+    Reserve(Sbdf, mpsc::Sender<bool>),
+    /// That repair has ended; whether it was made.
+    ListRepaired(Repair, bool),
+    /// What sysfs, Xen and xenstore say was compared; somebody may have asked for it.
+    Synced(Box<Result<Synced, Failure>>, Option<Reply>),
     /// A thread that set a VF's network settings ended.
     NetworkSet(Sbdf, Box<Option<NetworkRecord>>),
     /// Something that nobody waits for went wrong.
     Problem(String),
     /// Functions were looked at because something happened to them.
-    Seen(Vec<Seen>),
+    Seen(Look),
     /// New policies were read and checked, and filters compiled for the functions in use.
     Reloaded(Box<Reloaded>),
 }
@@ -140,6 +150,8 @@ pub struct Engine {
     silent: BTreeSet<Sbdf>,
     /// Counts what happens to the host's functions, for those who wait for it.
     changes: Changes,
+    /// What is known of comparisons of sysfs, Xen and xenstore.
+    syncing: Syncing,
     /// The policies in force.
     policies: Arc<PolicySet>,
     /// The filters in use.
@@ -176,6 +188,7 @@ impl Engine {
             stirred: Stirred::default(),
             silent: BTreeSet::new(),
             changes: Changes::default(),
+            syncing: Syncing::default(),
             policies: Arc::new(policies),
             filters: Filters::default(),
             in_use: BTreeMap::new(),
@@ -202,6 +215,7 @@ impl Engine {
         info!("ready on {}", self.platform.description);
         self.create_wanted_vfs();
         loop {
+            self.reconcile();
             self.look();
             let wake = Arc::clone(&self.inbox.wake);
             let store = Arc::clone(&self.platform.store);
@@ -248,10 +262,11 @@ impl Engine {
             Event::Finished(finished) => self.transaction_finished(*finished),
             Event::Server(domain, report) => self.server_reported(domain, report),
             Event::ResetEnded(address, outcome) => self.reset_ended(address, outcome),
-            Event::VfsChanged(physical_function) => {
-                self.busy_pfs.remove(&physical_function);
-            }
+            Event::VfsChanged(physical_function) => self.vfs_changed(physical_function),
             Event::Repair(repair, reply) => self.repair(repair, reply),
+            Event::Reserve(address, answer) => self.reserve(address, &answer),
+            Event::ListRepaired(repair, done) => self.list_repaired(repair, done),
+            Event::Synced(synced, reply) => self.synced(*synced, reply),
             Event::NetworkSet(address, network) => self.network_set(address, *network),
             Event::Problem(text) => {
                 error!("{text}");
@@ -284,6 +299,7 @@ impl Engine {
 
     /// Forgets a function that is nobody's concern any more.
     fn forget(&mut self, address: Sbdf) -> Result<(), Failure> {
+        self.syncing.touch(address);
         let removed = self.journal.remove(address);
         removed.map_err(|error| Failure::new(ErrorCode::Failed, error.to_string()).on(address))?;
         self.records.remove(&address);

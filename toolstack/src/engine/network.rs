@@ -30,6 +30,7 @@ impl Engine {
             Err(failure) => return reply.done(Err(failure)),
         };
         self.busy.insert(address);
+        self.syncing.touch(address);
         self.records.insert(address, record.clone());
         let workshop = self.workshop();
         self.spawn(address, move || {

@@ -37,10 +37,10 @@ enum Plan {
 impl Engine {
     pub(super) fn handle_request(&mut self, request: Request, reply: Reply) {
         let plan = match request {
-            Request::PciAssignableList => self.assignable_list().map(Plan::Answer),
-            Request::PciList { domain } => self.guest_list(&domain).map(Plan::Answer),
-            Request::VfList { address } => self.vf_list(address).map(Plan::Answer),
-            Request::Status => Ok(Plan::Answer(self.status())),
+            Request::PciAssignableList => return self.assignable_list(reply),
+            Request::PciList { domain } => return self.guest_list(&domain, reply),
+            Request::VfList { address } => return self.vf_list(address, reply),
+            Request::Status => return self.status(reply),
             Request::PciAssignableAdd { address } => self.plan_hold(address),
             Request::PciAssignableRemove { address } => {
                 self.forget_gone(address).unwrap_or_else(|| self.plan_release(address))
@@ -216,15 +216,17 @@ impl Engine {
 
     /// Where the guest shall see the function: at the device number asked for, or at the first free one.
     fn free_place(&self, domain: DomId, slot: Option<u8>) -> Result<u8, Failure> {
-        let taken = |slot: u8| {
-            let place = GuestPlace { domain, devfn: slot << 3 };
-            self.records.values().find(|record| record.guest == Some(place)).map(|record| record.address)
-        };
+        let mut taken: [Option<Sbdf>; 32] = [None; 32];
+        for record in self.records.values() {
+            if let Some(place) = record.guest.filter(|place| place.domain == domain) {
+                taken[usize::from(place.devfn >> 3)] = Some(record.address);
+            }
+        }
         match slot {
             Some(slot) if slot > 0x1f => {
                 Err(Failure::refused(format!("{slot:#x} is no device number (0 to 1f)")))
             }
-            Some(slot) => match taken(slot) {
+            Some(slot) => match taken[usize::from(slot)] {
                 None => Ok(slot << 3),
                 Some(other) => {
                     Err(Failure::refused(format!("domain {domain} sees {other} at device {slot:x}"))
@@ -232,7 +234,7 @@ impl Engine {
                         .hint("choose another one, or none"))
                 }
             },
-            None => (0..32).find(|slot| taken(*slot).is_none()).map(|slot| slot << 3).ok_or_else(|| {
+            None => (0..32u8).find(|slot| taken[usize::from(*slot)].is_none()).map(|slot| slot << 3).ok_or_else(|| {
                 Failure::refused(format!("domain {domain} has 32 functions; its bus has no room")).of(domain)
             }),
         }

@@ -132,6 +132,7 @@ impl Engine {
         shown.state = course.kind().state_during();
         self.records.insert(address, shown);
         self.busy.insert(address);
+        self.syncing.touch(address);
         let workshop = self.workshop();
         let task = move || {
             let progress = |text: &str| {

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use pciback::platform::HostFunction;
 use pciback::{FunctionState, Sbdf};
 
-use super::requests::existing;
+use super::lists::{all_pfs, known_pf};
 use super::tasks::Workshop;
 use super::{Engine, Event};
 use crate::control::Reply;
@@ -85,17 +85,12 @@ impl Engine {
             return;
         }
         let host = std::sync::Arc::clone(&self.platform.host);
-        let functions = match host.functions() {
-            Ok(functions) => functions,
-            Err(error) => {
-                return self.problems.push(format!("enable the VFs that the settings ask for: {error}"));
+        let pfs = match all_pfs(host.as_ref()) {
+            Ok(pfs) => pfs,
+            Err(failure) => {
+                return self.problems.push(format!("enable the VFs that the settings ask for: {failure}"));
             }
         };
-        let pfs: Vec<HostFunction> = functions
-            .into_iter()
-            .filter_map(|address| host.function(address).ok())
-            .filter(|function| function.total_vfs > 0)
-            .collect();
         for entry in wanted {
             let matching: Vec<&HostFunction> =
                 pfs.iter().filter(|pf| entry.means(host.as_ref(), pf)).collect();
@@ -127,12 +122,15 @@ impl Engine {
         });
     }
 
+    /// A task that changed a PF's VFs ended; what happened to them meanwhile was left for now.
+    pub(super) fn vfs_changed(&mut self, address: Sbdf) {
+        self.busy_pfs.remove(&address);
+        self.stirred.one(address);
+        self.stirred.all_of(self.syncing.vfs(address));
+    }
+
     fn physical_function(&self, address: Sbdf) -> Result<HostFunction, Failure> {
-        let function = existing(self.platform.host.as_ref(), address)?;
-        if function.total_vfs == 0 {
-            let failure = Failure::refused(format!("{address} is no PF: it has no SR-IOV capability"));
-            return Err(failure.on(address));
-        }
+        let function = known_pf(self.platform.host.as_ref(), address)?;
         if self.busy_pfs.contains(&address) || self.busy.contains(&address) {
             return Err(Failure::refused(format!("{address} is being changed right now"))
                 .on(address)
@@ -173,6 +171,7 @@ impl Engine {
             return reply.done(Err(failure));
         }
         self.busy_pfs.insert(address);
+        self.syncing.touch(address);
         let workshop = self.workshop();
         let task = move || {
             let outcome = change(&workshop, &|text| reply.progress(text));

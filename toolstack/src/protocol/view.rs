@@ -72,6 +72,9 @@ pub struct StatusView {
     pub guests: Vec<GuestView>,
     /// What needs somebody's attention.
     pub problems: Vec<String>,
+    /// What sysfs, Xen and xenstore disagreed on and the service repaired by itself: the last of it, the oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub repaired: Vec<String>,
 }
 
 /// What sysfs, Xen and xenstore disagreed on, and what was done about it.

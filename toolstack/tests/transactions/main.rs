@@ -7,5 +7,6 @@ mod failures;
 mod frontend;
 mod guests;
 mod network;
+mod reconcile;
 mod surprises;
 mod world;

@@ -58,8 +58,19 @@ impl World {
     }
 
     pub fn without_vfs() -> Self {
+        Self::on_xen("4.17")
+    }
+
+    /// The same, without VFs, on another version of Xen.
+    pub fn on_xen(version: &str) -> Self {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/sim/two-guests.yaml");
-        let simulation = Simulation::from_yaml(&fs::read_to_string(path).unwrap()).unwrap();
+        let host = fs::read_to_string(path).unwrap().replace("xen: 4.17", &format!("xen: {version}"));
+        Self::of(&host)
+    }
+
+    /// The host that a YAML text describes.
+    pub fn of(host: &str) -> Self {
+        let simulation = Simulation::from_yaml(host).unwrap();
         Self { simulation, directory: tempfile::tempdir().unwrap() }
     }
 
@@ -121,7 +132,10 @@ impl World {
         let stop = Arc::new(EventFd::new().unwrap());
         let stopped = Arc::clone(&stop);
         let thread = thread::spawn(move || engine.run(stopped.as_fd()).unwrap());
-        Service { socket, stop, fuse, thread: Some(thread) }
+        let service = Service { socket, stop, fuse, thread: Some(thread) };
+        // What it does by itself when it starts has ended when it has answered this; it may have been made to fail.
+        let _ = service.call(Request::Sync { dry_run: true });
+        service
     }
 
     /// What the journal has of a function.
