@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use pciback::platform::{Host, HostFunction};
 use pciback::{FunctionState, Sbdf};
 
@@ -17,7 +18,13 @@ use crate::transaction::holder_of;
 
 /// A function as its record and the host show it.
 pub(super) fn view_of(host: &dyn Host, record: &Record) -> FunctionView {
-    view(host.function(record.address).ok().as_ref(), record)
+    match host.function(record.address) {
+        Ok(function) => view(Some(&function), record),
+        Err(error) if error.errno() == Some(Errno::ENOENT) => {
+            FunctionView { state: FunctionState::Gone, ..view(None, record) }
+        }
+        Err(error) => FunctionView { note: Some(error.to_string()), ..view(None, record) },
+    }
 }
 
 fn view(function: Option<&HostFunction>, record: &Record) -> FunctionView {
@@ -30,7 +37,7 @@ fn view(function: Option<&HostFunction>, record: &Record) -> FunctionView {
     FunctionView {
         address: record.address,
         id: function.map_or_else(String::new, |found| format!("{:04x}:{:04x}", found.vendor, found.device)),
-        state: if function.is_some() { record.state } else { FunctionState::Gone },
+        state: record.state,
         driver: function.and_then(|found| found.driver.clone()),
         original_driver: record.original_driver.clone(),
         physical_function: function.and_then(|found| found.physical_function),

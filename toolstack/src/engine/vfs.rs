@@ -197,8 +197,8 @@ fn create(
     progress(&format!("enabling {count} VFs of {address}"));
     let enabled = host.set_num_vfs(address, count, limit);
     // Put back at once: while it is off, nobody else could bind these VFs either.
-    host.set_vf_autoprobe(address, probed)?;
-    let came_up = enabled.map_err(Failure::from).and_then(|()| {
+    let put_back = host.set_vf_autoprobe(address, probed);
+    let came_up = enabled.and(put_back).map_err(Failure::from).and_then(|_| {
         // The kernel's write returns when all VFs are there; what is left is the settling time after VF Enable.
         thread::sleep(SETTLE);
         all_known(workshop, address, count, limit)
@@ -220,7 +220,11 @@ fn create(
             Ok(()) => Err(failure),
             Err(error) if error.errno() == Some(Errno::ENOENT) => Err(failure),
             Err(error) => {
-                Err(Failure { message: format!("{}; and then: {error}", failure.message), ..failure })
+                let message = format!("{}; and then: {error}", failure.message);
+                // They stay until somebody disables them, whoever reads this answer.
+                let problem = format!("{address} has VFs that did not all come up: {message}");
+                workshop.inbox.send(Event::Problem(problem));
+                Err(Failure { message, ..failure })
             }
         },
     }
@@ -233,7 +237,13 @@ fn all_known(workshop: &Workshop, pf: Sbdf, count: u16, limit: Duration) -> Resu
     loop {
         let seen = workshop.changes.count();
         let vfs = platform.host.function(pf)?.virtual_functions;
-        let unknown = vfs.iter().find(|vf| !platform.hypervisor.device_known(**vf).unwrap_or(false));
+        let mut unknown = None;
+        for vf in &vfs {
+            if !platform.hypervisor.device_known(*vf)? {
+                unknown = Some(*vf);
+                break;
+            }
+        }
         let missing = match unknown {
             Some(vf) => format!("Xen does not know {vf}"),
             None if vfs.len() < usize::from(count) => format!("{} of {count} VFs appeared", vfs.len()),

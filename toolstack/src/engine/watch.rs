@@ -137,7 +137,9 @@ impl Engine {
             let count = addresses.len();
             let look_at = |address| {
                 let function = workshop.find(address).map_err(|error| warn!("{error}")).ok()?;
-                let owner = workshop.owner(address).unwrap_or(Some(Owner::Unknown));
+                // What Xen does not tell, or whoever changes it now, is no reason for anything.
+                let asked = (!busy.contains(&address)).then(|| workshop.owner(address).ok()).flatten();
+                let owner = asked.unwrap_or(Some(Owner::Unknown));
                 Some(Seen { address, function, owner })
             };
             let seen: Vec<Seen> = addresses.into_iter().filter_map(look_at).collect();

@@ -8,5 +8,6 @@ mod frontend;
 mod guests;
 mod network;
 mod reconcile;
+mod scale;
 mod surprises;
 mod world;
