@@ -14,9 +14,6 @@ use crate::control::Reply;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Success;
 
-/// VFs answer config accesses 100 ms after VF Enable was set, not before (PCI Express 6.0, section 9.3.3.3.1).
-const SETTLE: Duration = Duration::from_millis(100);
-
 impl Engine {
     pub(super) fn create_vfs(&mut self, address: Sbdf, count: u16, reply: Reply) {
         let checked = self.physical_function(address).and_then(|pf| {
@@ -198,11 +195,10 @@ fn create(
     let enabled = host.set_num_vfs(address, count, limit);
     // Put back at once: while it is off, nobody else could bind these VFs either.
     let put_back = host.set_vf_autoprobe(address, probed);
-    let came_up = enabled.and(put_back).map_err(Failure::from).and_then(|_| {
-        // The kernel's write returns when all VFs are there; what is left is the settling time after VF Enable.
-        thread::sleep(SETTLE);
-        all_known(workshop, address, count, limit)
-    });
+    // VFs answer config accesses 100 ms after VF Enable was set, not before (PCI Express 6.0, section 9.3.3.3.1): the kernel waits
+    // that long before it looks for them, within the write.
+    let came_up = enabled.and(put_back).map_err(Failure::from);
+    let came_up = came_up.and_then(|_| all_known(workshop, address, count, limit));
     match came_up {
         Ok(vfs) => {
             let names: Vec<String> = vfs.iter().map(ToString::to_string).collect();

@@ -59,13 +59,13 @@ impl Changing {
 impl LinuxHost {
     /// The functions below this sysfs, usually `/sys`. Writes are made in this process until `with_child` is called.
     pub fn new(root: PathBuf) -> Self {
-        Self { root, blocking: Blocking { program: None }, changing: Arc::default() }
+        Self { root, blocking: Blocking::default(), changing: Arc::default() }
     }
 
     /// Makes writes that may block in children which run `program`; its `main` must begin with
     /// [`run_if_child`](super::blocking::run_if_child).
     pub fn with_child(mut self, program: PathBuf) -> Self {
-        self.blocking.program = Some(program);
+        self.blocking = Blocking::new(Some(program));
         self
     }
 
@@ -277,8 +277,11 @@ impl Host for LinuxHost {
             return Err(PlatformError::new("unbind", address, Cause::Missing));
         }
         let path = directory.join("driver/unbind");
+        if !path.exists() {
+            return Ok(());
+        }
         match self.change(address, &path, &address.to_string(), limit) {
-            // Without a driver there is no such file; ENODEV: it lost its driver meanwhile.
+            // It lost its driver meanwhile.
             Ok(()) | Err(Cause::Missing | Cause::Os(Errno::ENODEV)) => Ok(()),
             Err(cause) => Err(PlatformError::new("unbind", address, cause)),
         }
