@@ -36,8 +36,6 @@ impl Set {
         let directory = format!("/sys/bus/pci/devices/{}", self.pf);
         lab.dom0(&format!("modprobe {}", self.driver)).ok()?;
         lab.wait_for("the PF's driver", LIMIT, &format!("[ -e {directory}/driver ]"))?;
-        // Neither side has to take VFs from a native driver.
-        lab.dom0(&format!("echo 0 > {directory}/sriov_drivers_autoprobe")).ok()?;
         let mut figure = Comparison::new(self.name, Better::Less);
         for round in 0..=self.rounds {
             let order = if round % 2 == 0 { [Peer::Ours, Peer::Theirs] } else { [Peer::Theirs, Peer::Ours] };
@@ -66,9 +64,10 @@ impl Set {
         let addresses = self.vfs();
         let line = match peer {
             Peer::Ours => format!("xpci vf create {pf} {vfs} && xpci pci-assignable-add {addresses}"),
+            // Kept from native drivers as xpci does it; with this still off the kernel would refuse xl's bind.
             Peer::Theirs => format!(
-                "echo {vfs} > /sys/bus/pci/devices/{pf}/sriov_numvfs && \
-                 for vf in {addresses}; do xl pci-assignable-add $vf || exit; done"
+                "cd /sys/bus/pci/devices/{pf} && echo 0 > sriov_drivers_autoprobe && echo {vfs} > sriov_numvfs && \
+                 echo 1 > sriov_drivers_autoprobe && for vf in {addresses}; do xl pci-assignable-add $vf || exit; done"
             ),
         };
         let took = microseconds(lab, &line, LIMIT)? / 1000.0;

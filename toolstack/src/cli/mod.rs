@@ -137,10 +137,10 @@ pub enum Vf {
     /// They are in force at once, put in force again at each attach, and what was there before the first 'vf set' comes back
     /// with pci-assignable-remove.
     Set(SetArguments),
-    /// Shows the network settings of a VF: in force, as the PF's driver reports them, and wished.
+    /// Shows the network settings of a VF, or of all VFs of a PF: in force, as the PF's driver reports them, and wished.
     Show {
-        /// The VF.
-        #[arg(value_name = "VF")]
+        /// The VF or PF.
+        #[arg(value_name = "VF|PF")]
         address: Sbdf,
     },
 }

@@ -20,6 +20,7 @@ pub fn render(success: &Success) -> String {
             format!("{head}\n{}\n", view.text.join("\n"))
         }
         Success::VfNetwork(view) => network::vf_network(view),
+        Success::VfNetworks { physical_function, vfs } => network::vf_networks(*physical_function, vfs),
         Success::Policy(view) => explained::policy(view),
         Success::Explained { devices } => explained::explanations(devices),
         Success::Learned { functions } => explained::learned(functions),

@@ -478,6 +478,7 @@ impl Engine {
                 self.silent.insert(address);
                 self.stirred.one(address);
             }
+            ServerReport::DriverStarted(address) => self.driver_started(address),
             ServerReport::RestoreFailed(address, why) => {
                 self.quarantine(
                     address,

@@ -114,7 +114,7 @@ impl Engine {
         let mut guests: Vec<GuestView> = guests.collect();
         let platform = self.platform.description.clone();
         let (repaired, unrepaired) = (self.syncing.repaired(), self.syncing.problems());
-        let found: Vec<String> = self.problems.iter().cloned().chain(unrepaired).collect();
+        let found: Vec<String> = self.problems.iter().cloned().chain(unrepaired).chain(self.network_checks.problems()).collect();
         let store = Arc::clone(&self.platform.store);
         self.show(reply, move |shown| {
             for guest in &mut guests {

@@ -43,6 +43,7 @@ use crate::settings::Settings;
 use crate::spec::Filters;
 use crate::transaction::{Finished, NetworkRecord, Parting};
 use guests::Guest;
+use network::NetworkChecks;
 use open::{Filter, Opened};
 use policies::Reloaded;
 use repairs::Synced;
@@ -94,6 +95,8 @@ pub enum Event {
     Synced(Box<Result<Synced, Failure>>, Option<Reply>),
     /// A thread that set a VF's network settings ended.
     NetworkSet(Sbdf, Box<Option<NetworkRecord>>),
+    /// What a guest's driver made of its VF's network settings; `None`: nothing.
+    NetworkCompared(Sbdf, Option<String>),
     /// Something that nobody waits for went wrong.
     Problem(String),
     /// Functions were looked at because something happened to them.
@@ -152,6 +155,8 @@ pub struct Engine {
     changes: Changes,
     /// What is known of comparisons of sysfs, Xen and xenstore.
     syncing: Syncing,
+    /// Looks at what guests' drivers made of VFs' network settings.
+    network_checks: NetworkChecks,
     /// The policies in force.
     policies: Arc<PolicySet>,
     /// The filters in use.
@@ -189,6 +194,7 @@ impl Engine {
             silent: BTreeSet::new(),
             changes: Changes::default(),
             syncing: Syncing::default(),
+            network_checks: NetworkChecks::default(),
             policies: Arc::new(policies),
             filters: Filters::default(),
             in_use: BTreeMap::new(),
@@ -245,11 +251,13 @@ impl Engine {
             // Without xenstore nothing can be served; a new life may find it again.
             self.take_store_events().map_err(io::Error::other)?;
             self.check_deadlines(Instant::now());
+            self.check_networks(Instant::now());
         }
     }
 
     fn timeout(&self) -> PollTimeout {
-        let Some(deadline) = self.next_deadline() else { return PollTimeout::NONE };
+        let deadlines = self.next_deadline().into_iter().chain(self.network_checks.next());
+        let Some(deadline) = deadlines.min() else { return PollTimeout::NONE };
         let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
         PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
     }
@@ -268,6 +276,7 @@ impl Engine {
             Event::ListRepaired(repair, done) => self.list_repaired(repair, done),
             Event::Synced(synced, reply) => self.synced(*synced, reply),
             Event::NetworkSet(address, network) => self.network_set(address, *network),
+            Event::NetworkCompared(address, differs) => self.network_compared(address, differs),
             Event::Problem(text) => {
                 error!("{text}");
                 self.problems.push(text);

@@ -48,6 +48,7 @@ pub(super) struct Syncing {
 }
 
 /// What was done about one function without being asked for.
+#[derive(Default)]
 struct Tried {
     times: u32,
     failure: Option<String>,
@@ -88,6 +89,18 @@ impl Syncing {
         });
         let unread = self.unread.0.iter().map(|why| format!("not compared with Xen: {why}"));
         failed.chain(unread).collect()
+    }
+
+    /// Another function came to an address.
+    pub fn begin_anew(&mut self, address: Sbdf) {
+        self.tried.remove(&address);
+    }
+
+    /// Counts one more try at what may fail again, if there are any left.
+    pub fn may_try(&mut self, address: Sbdf) -> bool {
+        let tried = self.tried.entry(address).or_default();
+        tried.times += 1;
+        tried.times <= TRIES
     }
 
     fn given_up(&self, address: Sbdf) -> bool {
@@ -162,10 +175,7 @@ impl Engine {
     pub(super) fn compare(&mut self, seen: &Seen) {
         let address = seen.address;
         match (&seen.function, seen.owner) {
-            (None, None) => {
-                self.syncing.known.remove(&address);
-                self.syncing.tried.remove(&address);
-            }
+            (None, None) => drop(self.syncing.known.remove(&address)),
             (Some(function), _) => drop(self.syncing.known.insert(address, function.physical_function)),
             (None, Some(_)) => drop(self.syncing.known.entry(address).or_default()),
         }
@@ -231,7 +241,7 @@ impl Engine {
                     Some(format!("{}: {}", step.repair, failure.message))
                 }
             };
-            let entry = tried.entry(address).or_insert(Tried { times: 0, failure: None });
+            let entry = tried.entry(address).or_default();
             // Several steps may be one repair.
             entry.times += u32::from(counted.insert(address));
             entry.failure = failure;

@@ -175,6 +175,7 @@ impl Engine {
         let attached = record.state == FunctionState::Attached;
         if !attached {
             self.in_use.remove(&address);
+            self.forget_network_checks(address);
         }
         self.note_network_problem(&record);
         self.keep(record.clone());

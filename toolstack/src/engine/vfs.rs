@@ -13,6 +13,7 @@ use super::{Engine, Event};
 use crate::control::Reply;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Success;
+use crate::transaction::prepare_networks;
 
 impl Engine {
     pub(super) fn create_vfs(&mut self, address: Sbdf, count: u16, reply: Reply) {
@@ -198,7 +199,10 @@ fn create(
     // VFs answer config accesses 100 ms after VF Enable was set, not before (PCI Express 6.0, section 9.3.3.3.1): the kernel waits
     // that long before it looks for them, within the write.
     let came_up = enabled.and(put_back).map_err(Failure::from);
-    let came_up = came_up.and_then(|_| all_known(workshop, address, count, limit));
+    let came_up = came_up.and_then(|_| all_known(workshop, address, count, limit)).and_then(|vfs| {
+        prepare_networks(&workshop.platform, &workshop.settings, address, &vfs)?;
+        Ok(vfs)
+    });
     match came_up {
         Ok(vfs) => {
             let names: Vec<String> = vfs.iter().map(ToString::to_string).collect();

@@ -101,7 +101,11 @@ impl Engine {
                 self.set_gone(address);
                 self.stirred.one(address);
             }
-            HostEvent::Added(address) | HostEvent::Changed(address) => self.stirred.one(address),
+            HostEvent::Added(address) => {
+                self.syncing.begin_anew(address);
+                self.stirred.one(address);
+            }
+            HostEvent::Changed(address) => self.stirred.one(address),
         }
     }
 
@@ -212,6 +216,8 @@ impl Engine {
                 let gone = Record { state: FunctionState::Gone, quarantine: None, ..record };
                 self.keep(gone);
             }
+            // What failed, and quarantined it, is tried again a few times; its guest reads all ones all the same.
+            FunctionState::Quarantined if !self.syncing.may_try(address) => {}
             _ => {
                 warn!("{address}: it {how} while a guest had it; it is withdrawn");
                 self.set_gone(address);

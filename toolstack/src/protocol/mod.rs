@@ -119,9 +119,9 @@ pub enum Request {
         /// What to set; the rest stays as it is.
         settings: VfSettings,
     },
-    /// Shows the network settings of a VF.
+    /// Shows the network settings of a VF, or of all VFs of a PF.
     VfShow {
-        /// The VF.
+        /// The VF or PF.
         address: Sbdf,
     },
     /// What the service knows: functions, guests, what is wrong.
@@ -222,6 +222,13 @@ pub enum Success {
     Synced(SyncView),
     /// The network settings of a VF.
     VfNetwork(VfNetworkView),
+    /// The network settings of a PF's VFs.
+    VfNetworks {
+        /// The PF.
+        physical_function: Sbdf,
+        /// Its VFs, in order.
+        vfs: Vec<VfNetworkView>,
+    },
     /// The policies of a function.
     Policy(PolicyView),
     /// Functions explained.

@@ -19,8 +19,9 @@ use serde::{Deserialize, Serialize};
 pub use attach::image_path;
 pub use hold::holder_of;
 pub use network::{
-    NetworkRecord, change as change_network, described as describe_network, look as look_at_network,
-    place as vf_place, reapply as reapply_network,
+    NetworkRecord, Seen as SeenNetwork, change as change_network, described as describe_network,
+    look as look_at_network, look_at_all as look_at_networks, place as vf_place, prepare as prepare_networks,
+    reapply as reapply_network,
 };
 pub use reset::{ResetCheck, ResetPlan, reset_and_verify};
 
@@ -60,7 +61,8 @@ pub enum Step {
     Assign,
     /// The guest may map its BARs, use its ports and its INTx line. Undo: it may not.
     Grant,
-    /// The VF's network settings are what 'vf set' asked for. Undo: they stay, and what the guest had changed is reported.
+    /// The VF's network settings are what 'vf set' and the service's settings ask for. Undo: they are so again, and what the guest had
+    /// changed is reported.
     ApplyNetwork,
     /// Its image, the part of its virtual config space that outlives the service, is there. Undo: gone.
     Image,

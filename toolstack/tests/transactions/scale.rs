@@ -89,20 +89,21 @@ impl Report {
     }
 }
 
-/// Nothing is under way any more.
+/// Nothing is under way any more: comparing once more changes nothing.
 fn settle(service: &Service) -> StatusView {
-    let mut last = None;
+    let mut last = service.status();
     wait_until("nothing is under way", || {
-        let _ = service.call(Request::Sync { dry_run: false });
-        let status = service.status();
+        let synced = service.call(Request::Sync { dry_run: false });
+        let before = std::mem::replace(&mut last, service.status());
         let under_way = [FunctionState::Attaching, FunctionState::Detaching, FunctionState::Resetting];
-        let ended = status.functions.iter().all(|view| {
-            !under_way.contains(&view.state) && (view.note.is_none() || view.state == FunctionState::Quarantined)
-        });
-        last = Some(status);
-        ended
+        synced.is_ok()
+            && last.functions == before.functions
+            && last.functions.iter().all(|view| {
+                let quiet = view.note.is_none() || view.state == FunctionState::Quarantined;
+                quiet && !under_way.contains(&view.state)
+            })
     });
-    last.unwrap()
+    last
 }
 
 /// sysfs, Xen and the service say the same of each function.

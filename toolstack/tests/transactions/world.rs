@@ -19,7 +19,7 @@ use toolstack::engine::Engine;
 use toolstack::journal::{Journal, Record};
 use toolstack::outcome::Failure;
 use toolstack::protocol::{DomainName, FunctionView, Request, StatusView, Success};
-use toolstack::settings::{Holder, Settings};
+use toolstack::settings::{Holder, Settings, WantedVfs};
 use toolstack::{client, control};
 
 /// Longer than anything a test waits for takes on a busy machine.
@@ -117,6 +117,11 @@ impl World {
     /// Starts the service with a limit for what guests may take, in seconds.
     pub fn start_impatient(&self) -> Service {
         self.start_life(Settings { guest_limit_seconds: 1, ..self.settings() })
+    }
+
+    /// Starts the service with VFs in its settings.
+    pub fn start_with(&self, virtual_functions: Vec<WantedVfs>) -> Service {
+        self.start_life(Settings { virtual_functions, ..self.settings() })
     }
 
     fn start_life(&self, settings: Settings) -> Service {
