@@ -59,10 +59,9 @@ fn main() -> Result<()> {
         comparisons.extend(measure(&Scene::set(&lab)?, options.rounds)?);
     }
     println!(
-        "\nXen {} in QEMU without KVM, {} rounds, both peers in turns: median (least..most).\n\
+        "\nXen {} in QEMU without KVM, both peers in turns: median (least..most).\n\
          Only the ratios say something; the figures themselves are those of an emulated machine.\n",
-        options.xen.name(),
-        options.rounds
+        options.xen.name()
     );
     print!("{}", figures::table(&comparisons));
     Ok(())

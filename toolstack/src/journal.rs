@@ -176,8 +176,11 @@ impl Journal {
         let path = self.path(record.address);
         let quarantined = record.quarantine.is_some();
         let durable = quarantined || self.quarantined().contains(&record.address);
-        self.replace(&path, record, durable)
-            .map_err(|source| JournalError::Io { action: "write", path, source })?;
+        self.replace(&path, record, durable).map_err(|source| JournalError::Io {
+            action: "write",
+            path,
+            source,
+        })?;
         if quarantined {
             self.quarantined().insert(record.address);
         } else if durable {

@@ -276,7 +276,10 @@ mod tests {
             ("virtual-functions: [{count: 1}]", "one of pf, id, serial"),
             ("virtual-functions: [{pf: 01:00.0, count: 2, vfs: {2: {trust: true}}}]", "no VF 2"),
             ("virtual-functions: [{pf: 01:00.0, count: 2, network: {vlan: '4095'}}]", "is no VLAN"),
-            ("virtual-functions: [{pf: 01:00.0, count: 2, network: {mac: '01:00:5e:00:00:01'}}]", "multicast"),
+            (
+                "virtual-functions: [{pf: 01:00.0, count: 2, network: {mac: '01:00:5e:00:00:01'}}]",
+                "multicast",
+            ),
             ("virtual-functions: [{pf: 01:00.0, count: 2, network: {vlans: 1}}]", "vlans"),
             ("reset:\n  checks: [answers, sings]", "sings"),
         ] {

@@ -123,7 +123,9 @@ pub(super) fn vf_networks(physical_function: Sbdf, vfs: &[VfNetworkView]) -> Str
     };
     let head = match &first.interface {
         Some(interface) => format!("VFs of {physical_function} ({interface})"),
-        None => format!("VFs of {physical_function}, which has no network interface: there are no network settings"),
+        None => format!(
+            "VFs of {physical_function}, which has no network interface: there are no network settings"
+        ),
     };
     let mut titles = vec!["VF".to_owned(), "FUNCTION".to_owned(), "STATE".to_owned()];
     titles.extend(COLUMNS.map(str::to_uppercase));
@@ -135,7 +137,9 @@ pub(super) fn vf_networks(physical_function: Sbdf, vfs: &[VfNetworkView]) -> Str
             let found = in_force.iter().find(|(word, _)| *word == name);
             found.map_or_else(|| "-".to_owned(), |(_, value)| value.clone())
         };
-        let instead = words(&view.wished).into_iter().filter(|(name, _)| view.differing.iter().any(|other| other == name));
+        let instead = words(&view.wished)
+            .into_iter()
+            .filter(|(name, _)| view.differing.iter().any(|other| other == name));
         let instead: Vec<String> = instead.map(|(name, value)| format!("{name} {value}")).collect();
         let mut cells = vec![view.index.to_string(), view.address.to_string(), view.state.to_string()];
         cells.extend(COLUMNS.iter().map(|name| value(name)));

@@ -55,11 +55,7 @@ struct Shown {
 
 impl Engine {
     /// Shows something on a thread of its own: looking at thousands of functions takes a while.
-    fn show(
-        &self,
-        reply: Reply,
-        show: impl FnOnce(&Shown) -> Result<Success, Failure> + Send + 'static,
-    ) {
+    fn show(&self, reply: Reply, show: impl FnOnce(&Shown) -> Result<Success, Failure> + Send + 'static) {
         let shown = Shown { host: Arc::clone(&self.platform.host), records: self.records.clone() };
         self.background("show", move || reply.done(show(&shown)));
     }
@@ -114,7 +110,8 @@ impl Engine {
         let mut guests: Vec<GuestView> = guests.collect();
         let platform = self.platform.description.clone();
         let (repaired, unrepaired) = (self.syncing.repaired(), self.syncing.problems());
-        let found: Vec<String> = self.problems.iter().cloned().chain(unrepaired).chain(self.network_checks.problems()).collect();
+        let found: Vec<String> =
+            self.problems.iter().cloned().chain(unrepaired).chain(self.network_checks.problems()).collect();
         let store = Arc::clone(&self.platform.store);
         self.show(reply, move |shown| {
             for guest in &mut guests {

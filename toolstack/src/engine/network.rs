@@ -35,7 +35,8 @@ impl Engine {
         let records: Vec<Record> = function.virtual_functions.iter().map(|vf| self.record(*vf)).collect();
         self.background("look", move || {
             let seen = look_at_networks(&workshop.platform, &function);
-            let views = seen.map(|seen| seen.iter().zip(&records).map(|(seen, record)| view(seen, record)).collect());
+            let views =
+                seen.map(|seen| seen.iter().zip(&records).map(|(seen, record)| view(seen, record)).collect());
             reply.done(views.map(|vfs| Success::VfNetworks { physical_function: address, vfs }));
         });
     }
@@ -164,7 +165,9 @@ impl NetworkChecks {
 
     /// What is otherwise than wished, for the status.
     pub fn problems(&self) -> impl Iterator<Item = String> {
-        let text = |(address, how): (&Sbdf, &String)| format!("{address} has other network settings than wished: {how}");
+        let text = |(address, how): (&Sbdf, &String)| {
+            format!("{address} has other network settings than wished: {how}")
+        };
         self.differing.iter().map(text)
     }
 }
@@ -188,7 +191,8 @@ impl Engine {
                 }
                 _ => {}
             }
-            let attached = self.records.get(&address).filter(|record| record.state == FunctionState::Attached);
+            let attached =
+                self.records.get(&address).filter(|record| record.state == FunctionState::Attached);
             let Some(network) = attached.and_then(|record| record.network.clone()) else { continue };
             let workshop = self.workshop();
             self.background("look", move || {
@@ -206,7 +210,9 @@ impl Engine {
         let attached = self.state(address) == FunctionState::Attached;
         match differs.filter(|_| attached) {
             Some(how) => {
-                warn!("{address}: its guest's driver has started, and its network settings are not as wished: {how}");
+                warn!(
+                    "{address}: its guest's driver has started, and its network settings are not as wished: {how}"
+                );
                 self.network_checks.differing.insert(address, how);
             }
             None => drop(self.network_checks.differing.remove(&address)),

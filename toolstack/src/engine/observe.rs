@@ -31,8 +31,11 @@ impl Workshop {
         self.published(&mut observed)?;
         let listed = self.platform.host.functions()?;
         let recorded = wanted.functions.keys().chain(known.keys()).copied();
-        let addresses: BTreeSet<Sbdf> =
-            listed.into_iter().chain(recorded).chain(observed.published.iter().map(|node| node.address)).collect();
+        let addresses: BTreeSet<Sbdf> = listed
+            .into_iter()
+            .chain(recorded)
+            .chain(observed.published.iter().map(|node| node.address))
+            .collect();
         let mut unread = Vec::new();
         for address in addresses {
             let prepared = wanted.functions.get(&address).is_some_and(|intent| intent.msix_prepared);

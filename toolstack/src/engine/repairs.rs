@@ -59,13 +59,15 @@ impl Workshop {
             plan.steps.retain(|step| !is_left(step, &observed, &wanted));
         }
         let outcomes = if dry_run { Vec::new() } else { self.carry_out(&plan, &observed, progress) };
-        let found = observed.functions.iter().map(|(address, function)| (*address, function.physical_function));
+        let found =
+            observed.functions.iter().map(|(address, function)| (*address, function.physical_function));
         Ok(Synced { dry_run, plan, outcomes, found: found.collect(), unread })
     }
 
     /// Carries out one step after the other; those that rely on one that was not made are left.
     fn carry_out(&self, plan: &Plan, observed: &Observed, progress: &dyn Fn(&str)) -> Vec<(Step, Outcome)> {
-        let pf = |address: Sbdf| observed.functions.get(&address).and_then(|function| function.physical_function);
+        let pf =
+            |address: Sbdf| observed.functions.get(&address).and_then(|function| function.physical_function);
         let (mut stuck, mut stuck_pfs) = (BTreeSet::new(), BTreeSet::new());
         let outcomes = plan.steps.iter().map(|step| {
             let address = step.repair.address();
@@ -113,7 +115,10 @@ impl Workshop {
             Ok(true) => {}
             Ok(false) => return Outcome::Left,
             Err(error) => {
-                return Outcome::Failed(Failure::new(ErrorCode::Failed, format!("wait for the engine: {error}")));
+                return Outcome::Failed(Failure::new(
+                    ErrorCode::Failed,
+                    format!("wait for the engine: {error}"),
+                ));
             }
         }
         let outcome = self.repair_list(repair).unwrap_or_else(Outcome::Failed);

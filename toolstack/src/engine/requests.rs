@@ -234,9 +234,13 @@ impl Engine {
                         .hint("choose another one, or none"))
                 }
             },
-            None => (0..32u8).find(|slot| taken[usize::from(*slot)].is_none()).map(|slot| slot << 3).ok_or_else(|| {
-                Failure::refused(format!("domain {domain} has 32 functions; its bus has no room")).of(domain)
-            }),
+            None => (0..32u8)
+                .find(|slot| taken[usize::from(*slot)].is_none())
+                .map(|slot| slot << 3)
+                .ok_or_else(|| {
+                    Failure::refused(format!("domain {domain} has 32 functions; its bus has no room"))
+                        .of(domain)
+                }),
         }
     }
 

@@ -136,7 +136,9 @@ impl Engine {
         match client {
             // Who asks does so because he has done something about it.
             Some(_) => self.syncing.unread = Default::default(),
-            None => wanted.busy.extend(self.syncing.tried.keys().filter(|address| self.syncing.given_up(**address))),
+            None => wanted
+                .busy
+                .extend(self.syncing.tried.keys().filter(|address| self.syncing.given_up(**address))),
         }
         if client.is_some() && !dry_run {
             self.syncing.tried.clear();
@@ -146,7 +148,11 @@ impl Engine {
         let (workshop, known) = (self.workshop(), self.syncing.known.clone());
         self.background("sync", move || {
             let reply = client.map(|(_, reply)| reply);
-            let progress = |text: &str| if let Some(reply) = &reply { reply.progress(text) };
+            let progress = |text: &str| {
+                if let Some(reply) = &reply {
+                    reply.progress(text)
+                }
+            };
             let synced = workshop.sync(wanted, &known, dry_run, reply.is_none(), &progress);
             workshop.inbox.send(Event::Synced(Box::new(synced), reply));
         });
@@ -179,12 +185,13 @@ impl Engine {
             (Some(function), _) => drop(self.syncing.known.insert(address, function.physical_function)),
             (None, Some(_)) => drop(self.syncing.known.entry(address).or_default()),
         }
-        let drifted = match (&seen.function, seen.owner, self.state(address)) {
-            (Some(_), None, _) | (None, Some(_), _) => true,
-            (Some(_), Some(Owner::Guest), FunctionState::Held)
-            | (Some(_), Some(Owner::Free), FunctionState::Attached) => true,
-            _ => false,
-        };
+        let drifted = matches!(
+            (&seen.function, seen.owner, self.state(address)),
+            (Some(_), None, _)
+                | (None, Some(_), _)
+                | (Some(_), Some(Owner::Guest), FunctionState::Held)
+                | (Some(_), Some(Owner::Free), FunctionState::Attached)
+        );
         if drifted && !self.busy.contains(&address) && !self.syncing.given_up(address) {
             self.syncing.is_due();
         }
@@ -196,7 +203,11 @@ impl Engine {
         match (synced, reply) {
             (Ok(synced), reply) => {
                 for (address, pf) in &synced.found {
-                    self.syncing.known.entry(*address).and_modify(|known| *known = known.or(*pf)).or_insert(*pf);
+                    self.syncing
+                        .known
+                        .entry(*address)
+                        .and_modify(|known| *known = known.or(*pf))
+                        .or_insert(*pf);
                 }
                 self.note_unread(synced.unread.clone(), reply.is_none());
                 match reply {
@@ -224,7 +235,9 @@ impl Engine {
         let Syncing { tried, repaired, due, .. } = &mut self.syncing;
         let planned: BTreeSet<Sbdf> = synced.plan.steps.iter().map(|step| step.repair.address()).collect();
         // What is in step again by somebody else's hand is no problem any more.
-        tried.retain(|address, tried| tried.times >= TRIES || planned.contains(address) || tried.failure.is_none());
+        tried.retain(|address, tried| {
+            tried.times >= TRIES || planned.contains(address) || tried.failure.is_none()
+        });
         let mut counted = BTreeSet::new();
         for (step, outcome) in synced.outcomes {
             let address = step.repair.address();
@@ -255,7 +268,9 @@ impl Engine {
     fn is_untouched(&self, address: Sbdf) -> bool {
         let pf = self.syncing.known.get(&address).copied().flatten();
         let of = |address: Sbdf| {
-            self.syncing.touched.contains(&address) || self.busy.contains(&address) || self.busy_pfs.contains(&address)
+            self.syncing.touched.contains(&address)
+                || self.busy.contains(&address)
+                || self.busy_pfs.contains(&address)
         };
         !of(address) && !pf.is_some_and(of)
     }
@@ -279,7 +294,9 @@ impl Engine {
         // What happened to it meanwhile was left for now.
         self.stirred.one(address);
         let forgotten = done && matches!(repair, Repair::ReleaseMsix { .. } | Repair::ReportToXen { .. });
-        if let Some(record) = self.records.get_mut(&address).filter(|record| forgotten && record.msix_prepared) {
+        if let Some(record) =
+            self.records.get_mut(&address).filter(|record| forgotten && record.msix_prepared)
+        {
             record.msix_prepared = false;
             if let Err(problem) = self.journal.write(record) {
                 error!("{problem}");
@@ -357,7 +374,9 @@ fn answer(synced: Synced) -> Result<Success, Failure> {
     let Synced { dry_run, plan, outcomes, unread, .. } = synced;
     let undone = outcomes.iter().filter_map(|(step, outcome)| match outcome {
         Outcome::Done => None,
-        Outcome::Left => Some((step, "it is in other hands by now, or waits for another repair".to_owned(), None)),
+        Outcome::Left => {
+            Some((step, "it is in other hands by now, or waits for another repair".to_owned(), None))
+        }
         Outcome::Failed(failure) => Some((step, failure.message.clone(), Some(failure))),
     });
     let undone: Vec<(&Step, String, Option<&Failure>)> = undone.collect();

@@ -8,7 +8,9 @@
 use log::warn;
 use nix::errno::Errno;
 use pciback::Sbdf;
-use pciback::platform::{Cause, HostFunction, Platform, PlatformError, VfNetwork, VfPlace, VfSetting, VfSettings};
+use pciback::platform::{
+    Cause, HostFunction, Platform, PlatformError, VfNetwork, VfPlace, VfSetting, VfSettings,
+};
 use serde::{Deserialize, Serialize};
 
 use super::{Context, both};

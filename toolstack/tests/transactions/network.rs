@@ -97,13 +97,18 @@ fn s7_what_the_settings_say_is_set_when_vfs_are_created_and_when_a_guest_gets_on
     let _frontend = Frontend::load(&world, WEB);
     let service = world.start_with(configured());
     wait_until("the VFs are there and set", || {
-        let set = |address: &str| world.simulation.vf_network(bdf(address)).is_some_and(|found| found.trust == Some(true));
+        let set = |address: &str| {
+            world.simulation.vf_network(bdf(address)).is_some_and(|found| found.trust == Some(true))
+        };
         set(VF) && set("01:10.2")
     });
     let created = in_force(&world, VF);
     assert_eq!((created.mac, created.vlan, created.trust), (wishes().mac, wishes().vlan, Some(true)));
     let other = in_force(&world, "01:10.2");
-    assert_eq!((other.mac.unwrap().to_string().as_str(), other.vlan), ("00:00:00:00:00:00", "100".parse().ok()));
+    assert_eq!(
+        (other.mac.unwrap().to_string().as_str(), other.vlan),
+        ("00:00:00:00:00:00", "100".parse().ok())
+    );
 
     // Whoever changed it meanwhile: the guest gets what the settings say, and 'vf set' goes before them.
     world.simulation.guest_sets(vf, VfSetting::Vlan("7".parse().unwrap()));
@@ -116,7 +121,11 @@ fn s7_what_the_settings_say_is_set_when_vfs_are_created_and_when_a_guest_gets_on
     service.detach(WEB, vf).unwrap();
     service.release(vf).unwrap();
     let released = in_force(&world, VF);
-    assert_eq!((released.vlan, released.max_rate), ("7".parse().ok(), Some(0)), "as it was when it was taken");
+    assert_eq!(
+        (released.vlan, released.max_rate),
+        ("7".parse().ok(), Some(0)),
+        "as it was when it was taken"
+    );
 }
 
 #[test]
@@ -124,9 +133,7 @@ fn s7_vfs_whose_settings_cannot_be_set_are_not_created() {
     let world = World::without_vfs();
     world.fail("set_vf_setting", Some(bdf("01:10.2")), Errno::EIO, 1);
     let service = world.start_with(configured());
-    wait_until("it is said", || {
-        service.status().problems.iter().any(|problem| problem.contains("01:10.2"))
-    });
+    wait_until("it is said", || service.status().problems.iter().any(|problem| problem.contains("01:10.2")));
     assert_eq!(world.host().function(bdf("01:00.0")).unwrap().num_vfs, 0, "all or none");
     // The next try works.
     service.call(Request::VfCreate { address: bdf("01:00.0"), count: 2 }).unwrap();

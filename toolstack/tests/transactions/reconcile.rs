@@ -57,12 +57,12 @@ fn s1_what_dom0s_kernel_does_not_tell_xen_the_service_does() {
     let vfs = [bdf(VF), bdf(OTHER)];
     world.simulation.report_to_xen(false);
     world.host().set_num_vfs(bdf(PF), 2, LIMIT).unwrap();
-    wait_until("Xen knows the VFs", || {
-        vfs.iter().all(|vf| world.simulation.owner(*vf) == Some(Owner::Host))
-    });
+    wait_until("Xen knows the VFs", || vfs.iter().all(|vf| world.simulation.owner(*vf) == Some(Owner::Host)));
     world.host().set_num_vfs(bdf(PF), 0, LIMIT).unwrap();
     wait_until("Xen forgot the VFs", || vfs.iter().all(|vf| world.simulation.owner(*vf).is_none()));
-    wait_until("it is said", || was_repaired(&service, &["0000:01:10.2", "Xen knows it, sysfs does not show it"]));
+    wait_until("it is said", || {
+        was_repaired(&service, &["0000:01:10.2", "Xen knows it, sysfs does not show it"])
+    });
     assert_eq!(service.status().problems, [""; 0]);
 }
 

@@ -40,7 +40,8 @@ fn guest(number: u8) -> DomId {
 fn host() -> String {
     let mut text = "drivers: [i40e, iavf, pci-stub]\nfunctions:\n".to_owned();
     for number in 0..PFS {
-        let _ = writeln!(text, "  - {{address: '{}', model: many-vfs, interfaces: [eth{number}]}}", pf(number));
+        let _ =
+            writeln!(text, "  - {{address: '{}', model: many-vfs, interfaces: [eth{number}]}}", pf(number));
     }
     text.push_str("domains:\n");
     for id in 1..=GUESTS {
@@ -84,7 +85,11 @@ impl Report {
 
     fn part(&mut self, what: &str) {
         let failed = self.failed.swap(0, Ordering::Relaxed);
-        println!("{what}: {:.2?}, {failed} requests failed, {} MiB", self.began.elapsed(), peak_memory() / 1024);
+        println!(
+            "{what}: {:.2?}, {failed} requests failed, {} MiB",
+            self.began.elapsed(),
+            peak_memory() / 1024
+        );
         self.began = Instant::now();
     }
 }

@@ -264,7 +264,10 @@ mod tests {
     fn the_child_gets_path_and_value_and_its_error_number_comes_back() {
         let directory = tempfile::tempdir().unwrap();
         let seen = directory.path().join("seen");
-        let work = format!("echo \"$@\" >> {0}; while read line; do echo \"$line\" >> {0}; echo 0; done", seen.display());
+        let work = format!(
+            "echo \"$@\" >> {0}; while read line; do echo \"$line\" >> {0}; echo 0; done",
+            seen.display()
+        );
         let blocking = script(directory.path(), &work);
         for value in ["7", "8\n"] {
             blocking.write(Path::new("/a/b"), value, Duration::from_secs(30), || ()).unwrap();
@@ -299,7 +302,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let fifo = directory.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let blocking = script(directory.path(), &format!("read order; read line < {}; echo 0", fifo.display()));
+        let blocking =
+            script(directory.path(), &format!("read order; read line < {}; echo 0", fifo.display()));
         let (sender, receiver) = std::sync::mpsc::channel();
         let finished = Arc::new(AtomicBool::new(false));
         let late = Arc::clone(&finished);
