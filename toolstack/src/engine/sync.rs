@@ -91,7 +91,7 @@ impl Syncing {
         failed.chain(unread).collect()
     }
 
-    /// Another function came to an address.
+    /// Another function came to an address, or somebody repaired the one that is there.
     pub fn begin_anew(&mut self, address: Sbdf) {
         self.tried.remove(&address);
     }
@@ -139,9 +139,6 @@ impl Engine {
             None => wanted
                 .busy
                 .extend(self.syncing.tried.keys().filter(|address| self.syncing.given_up(**address))),
-        }
-        if client.is_some() && !dry_run {
-            self.syncing.tried.clear();
         }
         self.syncing.running = true;
         self.syncing.touched.clear();
@@ -211,7 +208,14 @@ impl Engine {
                 }
                 self.note_unread(synced.unread.clone(), reply.is_none());
                 match reply {
-                    Some(reply) => reply.done(answer(synced)),
+                    Some(reply) => {
+                        let made =
+                            synced.outcomes.iter().filter(|(_, outcome)| matches!(outcome, Outcome::Done));
+                        for (step, _) in made {
+                            self.syncing.begin_anew(step.repair.address());
+                        }
+                        reply.done(answer(synced));
+                    }
                     None => self.note_outcomes(synced),
                 }
             }
