@@ -59,6 +59,9 @@ pub struct WantedVfs {
     pub serial: Option<String>,
     /// How many.
     pub count: u16,
+    /// Where the PF has no driver, pci-pf-stub gets it, which manages nothing.
+    #[serde(default)]
+    pub unmanaged: bool,
 }
 
 /// Vendor and device id.

@@ -86,9 +86,11 @@ impl Engine {
             );
         }
         let vfs = pfs.iter().flat_map(|pf| {
-            pf.virtual_functions.iter().enumerate().map(|(index, address)| VfView {
+            let untrusted = self.distrusted(pf);
+            pf.virtual_functions.iter().enumerate().map(move |(index, address)| VfView {
                 index: index as u16,
                 function: self.function_view(*address),
+                untrusted: untrusted.clone(),
             })
         });
         Ok(Success::Vfs { vfs: vfs.collect() })
@@ -114,7 +116,10 @@ impl Engine {
             service: env!("CARGO_PKG_VERSION").to_owned(),
             platform: self.platform.description.clone(),
             guests: guests.collect(),
-            problems: quarantined.chain(self.problems.iter().cloned()).collect(),
+            problems: quarantined
+                .chain(self.keeping.problems())
+                .chain(self.problems.iter().cloned())
+                .collect(),
             functions,
         })
     }

@@ -4,6 +4,7 @@
 //! Both talk to the engine through its [`Inbox`].
 
 mod guests;
+mod keeping;
 mod lists;
 mod log_limit;
 mod network;
@@ -13,6 +14,7 @@ mod recover;
 mod requests;
 mod sync;
 mod tasks;
+mod unmanaged;
 mod vfs;
 mod watch;
 
@@ -41,6 +43,7 @@ use crate::settings::Settings;
 use crate::spec::Filters;
 use crate::transaction::{Finished, NetworkRecord, Parting};
 use guests::Guest;
+use keeping::Keeping;
 use open::{Filter, Opened};
 use policies::Reloaded;
 use watch::{Changes, Seen, Stirred};
@@ -140,6 +143,8 @@ pub struct Engine {
     silent: BTreeSet<Sbdf>,
     /// Counts what happens to the host's functions, for those who wait for it.
     changes: Changes,
+    /// Functions that policies keep for guests.
+    keeping: Keeping,
     /// The policies in force.
     policies: Arc<PolicySet>,
     /// The filters in use.
@@ -176,6 +181,7 @@ impl Engine {
             stirred: Stirred::default(),
             silent: BTreeSet::new(),
             changes: Changes::default(),
+            keeping: Keeping::default(),
             policies: Arc::new(policies),
             filters: Filters::default(),
             in_use: BTreeMap::new(),
@@ -200,6 +206,7 @@ impl Engine {
         // What happened before the subscription.
         self.stirred.everything();
         info!("ready on {}", self.platform.description);
+        self.take_back_stubs();
         self.create_wanted_vfs();
         loop {
             self.look();
@@ -248,9 +255,7 @@ impl Engine {
             Event::Finished(finished) => self.transaction_finished(*finished),
             Event::Server(domain, report) => self.server_reported(domain, report),
             Event::ResetEnded(address, outcome) => self.reset_ended(address, outcome),
-            Event::VfsChanged(physical_function) => {
-                self.busy_pfs.remove(&physical_function);
-            }
+            Event::VfsChanged(physical_function) => self.vfs_changed(physical_function),
             Event::Repair(repair, reply) => self.repair(repair, reply),
             Event::NetworkSet(address, network) => self.network_set(address, *network),
             Event::Problem(text) => {

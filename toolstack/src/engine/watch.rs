@@ -82,7 +82,11 @@ impl Engine {
                 self.set_gone(address);
                 self.stirred.one(address);
             }
-            HostEvent::Added(address) | HostEvent::Changed(address) => self.stirred.one(address),
+            HostEvent::Added(address) => {
+                self.keeping.appeared(address);
+                self.stirred.one(address);
+            }
+            HostEvent::Changed(address) => self.stirred.one(address),
         }
     }
 
@@ -130,10 +134,16 @@ impl Engine {
         self.stirred.looking = false;
         for Seen { address, function } in seen {
             // One in a transaction is looked at when that has ended.
-            let Some(record) = self.records.get(&address).cloned() else { continue };
             if self.busy.contains(&address) {
                 continue;
             }
+            let Some(record) = self.records.get(&address).cloned() else {
+                match function {
+                    Some(function) => self.keep_for_guests(&function),
+                    None => self.keeping.left(address),
+                }
+                continue;
+            };
             match function {
                 Some(function) if is_same(&record, &function) => self.still_there(record, &function),
                 other => self.left(record, other.is_some()),
@@ -174,6 +184,8 @@ impl Engine {
                     self.problems.push(error.to_string());
                 }
                 self.records.remove(&address);
+                // Another one may have come to its place.
+                self.stirred.one(address);
             }
             FunctionState::Quarantined if record.guest.is_none() => {
                 // What was distrusted is not there any more; what comes to its place is another one.

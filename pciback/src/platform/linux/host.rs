@@ -15,9 +15,10 @@ use super::attributes::{
 use super::blocking::Blocking;
 use super::config::SysfsConfig;
 use super::events::{PciEvents, Source};
+use super::users::Users;
 use crate::Sbdf;
 use crate::config::ConfigSpace;
-use crate::platform::{Cause, Host, HostEvents, HostFunction, PlatformError, Result};
+use crate::platform::{Cause, Host, HostEvents, HostFunction, PlatformError, Result, Use};
 
 /// How long a write may take that only waits for another change of the same function.
 const QUICK: Duration = Duration::from_secs(5);
@@ -29,6 +30,7 @@ const NULL: &str = "(null)";
 /// The host's PCI functions through sysfs.
 pub struct LinuxHost {
     root: PathBuf,
+    processes: PathBuf,
     blocking: Blocking,
     changing: Arc<Mutex<Changing>>,
 }
@@ -59,13 +61,24 @@ impl Changing {
 impl LinuxHost {
     /// The functions below this sysfs, usually `/sys`. Writes are made in this process until `with_child` is called.
     pub fn new(root: PathBuf) -> Self {
-        Self { root, blocking: Blocking { program: None }, changing: Arc::default() }
+        Self {
+            root,
+            processes: PathBuf::from("/proc"),
+            blocking: Blocking { program: None },
+            changing: Arc::default(),
+        }
     }
 
     /// Makes writes that may block in children which run `program`; its `main` must begin with
     /// [`run_if_child`](super::blocking::run_if_child).
     pub fn with_child(mut self, program: PathBuf) -> Self {
         self.blocking.program = Some(program);
+        self
+    }
+
+    /// Asks this procfs, instead of `/proc`, who uses functions.
+    pub fn with_processes(mut self, root: PathBuf) -> Self {
+        self.processes = root;
         self
     }
 
@@ -245,6 +258,24 @@ impl Host for LinuxHost {
             Ok(config) => Ok(Box::new(config)),
             Err(error) => Err(missing("open the config space of", address)(error.into())),
         }
+    }
+
+    fn ports_above(&self, address: Sbdf) -> Result<Vec<Sbdf>> {
+        let path = fs::canonicalize(self.directory(address))
+            .map_err(|error| missing("find the ports above", address)(error.into()))?;
+        let names = path.parent().into_iter().flat_map(Path::iter).rev();
+        Ok(names.map_while(|name| name.to_str()?.parse().ok()).collect())
+    }
+
+    fn uses(&self, address: Sbdf) -> Result<Vec<Use>> {
+        let directory = self.directory(address);
+        let driver = Attributes { directory: &directory, address }.link("driver")?;
+        if driver.is_none() {
+            return Ok(Vec::new());
+        }
+        Users { root: &self.root, processes: &self.processes, directory: &directory, address }
+            .find(driver.as_deref())
+            .map_err(|cause| PlatformError::new("find out who uses", address, cause))
     }
 
     fn drivers(&self) -> Result<Vec<String>> {
