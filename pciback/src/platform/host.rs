@@ -181,6 +181,9 @@ pub trait Host: Send + Sync {
     fn drivers(&self) -> Result<Vec<String>>;
     /// Sets `driver_override`, so that only this driver may take the function, or clears it.
     fn set_driver_override(&self, address: Sbdf, driver: Option<&str>) -> Result<()>;
+    /// Makes xen-pciback forget that it was given the function at this address, which stays bound: whatever appears there later
+    /// it would take, too.
+    fn forget_slot(&self, address: Sbdf) -> Result<()>;
     /// Takes it from its driver; nothing happens where it has none.
     fn unbind(&self, address: Sbdf, limit: Duration) -> Result<()>;
     /// Lets the drivers probe it; the result says through `function` which took it.

@@ -170,8 +170,8 @@ impl PolicyFile {
             diagnostics
                 .say(node.at, "'hold: at-once' needs a 'match' that says for which functions".to_owned());
         }
-        if self.hold.is_some() && !self.matching.domain.is_empty() {
-            let text = "'hold' cannot depend on 'domain': no guest has the function then";
+        if self.hold == Some(Holding::AtOnce) && !self.matching.domain.is_empty() {
+            let text = "'hold: at-once' cannot depend on 'domain': no guest has the function then";
             diagnostics.say(node.at, text.to_owned());
         }
     }

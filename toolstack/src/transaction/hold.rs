@@ -74,11 +74,14 @@ pub(super) fn take_driver(context: &Context<'_>, record: &mut Record) -> Result<
         context.write(record)?;
     }
     let taken = match refuse_in_use(host.as_ref(), record.address) {
-        Err(failure) if context.force && failure.code == ErrorCode::Refused => Some(failure.message),
+        Err(failure) if context.force && failure.code == ErrorCode::Refused => {
+            Some(format!("taken although {}", failure.message))
+        }
         other => other.map(|()| None)?,
     };
     (context.progress)(&format!("binding {} to {holder}", record.address));
     bind(context, record.address, holder)?;
+    host.forget_slot(record.address)?;
     let warnings: Vec<String> = taken.into_iter().chain(warning).collect();
     Ok(Some(warnings.join("; ")).filter(|text| !text.is_empty()))
 }

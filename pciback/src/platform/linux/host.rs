@@ -271,7 +271,8 @@ impl Host for LinuxHost {
         let directory = self.directory(address);
         let driver = Attributes { directory: &directory, address }.link("driver")?;
         if driver.is_none() {
-            return Ok(Vec::new());
+            let there = directory.exists().then(Vec::new);
+            return there.ok_or_else(|| PlatformError::new("find out who uses", address, Cause::Missing));
         }
         Users { root: &self.root, processes: &self.processes, directory: &directory, address }
             .find(driver.as_deref())
@@ -300,6 +301,15 @@ impl Host for LinuxHost {
         self.change(address, &path, &value, QUICK).map_err(error)?;
         self.changing().overrides.insert(address, driver.map(str::to_owned));
         Ok(())
+    }
+
+    fn forget_slot(&self, address: Sbdf) -> Result<()> {
+        let path = self.root.join("bus/pci/drivers/pciback/remove_slot");
+        match self.change(address, &path, &address.to_string(), QUICK) {
+            // Not loaded, or it does not know the address.
+            Ok(()) | Err(Cause::Missing) => Ok(()),
+            Err(cause) => Err(PlatformError::new("make xen-pciback forget the slot of", address, cause)),
+        }
     }
 
     fn unbind(&self, address: Sbdf, limit: Duration) -> Result<()> {

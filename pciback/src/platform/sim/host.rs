@@ -172,6 +172,11 @@ impl Host for SimHost {
         })
     }
 
+    fn forget_slot(&self, address: Sbdf) -> Result<()> {
+        // The simulated xen-pciback goes by overrides only.
+        self.call(("forget_slot", "make xen-pciback forget the slot of"), address, None, |_| Ok(()))
+    }
+
     fn unbind(&self, address: Sbdf, limit: Duration) -> Result<()> {
         self.call(("unbind", "unbind"), address, Some(limit), |world| {
             world.unbind(address);

@@ -192,7 +192,7 @@ fn holding_at_once_says_for_which_functions_and_does_not_depend_on_a_guest() {
         ("match: {}\nhold: at-once\n", "2:7: 'hold: at-once' needs a 'match' that says for which functions"),
         (
             "match: {vendor: 8086, domain: web}\nhold: at-once\n",
-            "2:7: 'hold' cannot depend on 'domain': no guest has the function then",
+            "2:7: 'hold: at-once' cannot depend on 'domain': no guest has the function then",
         ),
         ("hold: always\n", "1:7: 'always' is no time to hold; it is one of on-request, at-once"),
     ] {
