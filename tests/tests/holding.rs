@@ -181,17 +181,16 @@ fn hotplugged(lab: &Lab) -> Result<()> {
 }
 
 fn at_start(lab: &Lab) -> Result<()> {
-    lab.dom0("kill $(pidof xpcid)").ok()?;
-    lab.wait_for("its end", SOON, "! pidof xpcid")?;
+    lab.wait_for("the end of xpcid", SOON, "! pidof xpcid")?;
     let service = start_service(lab)?;
     wait_for_state(lab, SLOT, "held")?;
     lab.wait_for("the end of it", SOON, &format!("xpci status | grep '^{SLOT}' | grep -qE 'pciback$'"))?;
     xpci(lab, "pci-assignable-remove 03:00.0")?;
     lab.wait_for("its interface", SOON, &format!("[ -d /sys/bus/pci/devices/{SLOT}/net ]"))?;
     let name = interface(lab, SLOT)?;
-    lab.dom0(&format!("ip link set {name} up; kill $(pidof xpcid)")).ok()?;
-    lab.wait_for("its end", SOON, "! pidof xpcid")?;
+    lab.dom0(&format!("ip link set {name} up")).ok()?;
     drop(service);
+    lab.wait_for("the end of xpcid", SOON, "! pidof xpcid")?;
     let _service = start_service(lab)?;
     let said = format!("should be held at once: {SLOT} is in use: interface {name} is up");
     lab.wait_for("the problem", SOON, &format!("xpci status | grep -q '{said}'"))?;
