@@ -64,13 +64,17 @@ impl Keeping {
         self.refused.remove(&address);
     }
 
+    /// Somebody gives a function back to dom0.
+    pub fn gives_back(&mut self, address: Sbdf, incarnation: u64) {
+        self.given_back.insert(address, incarnation);
+    }
+
     /// A transaction ended.
     pub fn finished(&mut self, finished: &Finished) {
         let record = &finished.record;
         let address = record.address;
         let tried = self.under_way.remove(&address);
         match (&finished.outcome, record.state) {
-            (Ok(_), FunctionState::Host) => drop(self.given_back.insert(address, record.incarnation)),
             (Err(failure), FunctionState::Host) if tried => {
                 warn!("{address}: policies say that it is held at once, but {}", failure.message);
                 self.refused.insert(address, failure.message.clone());

@@ -140,6 +140,9 @@ impl Engine {
         done: impl Fn(&Record) -> String + Send + 'static,
     ) {
         let address = record.address;
+        if matches!(course, Course::Backward(Kind::Release, _)) {
+            self.keeping.gives_back(address, record.incarnation);
+        }
         let mut shown = record.clone();
         shown.state = course.kind().state_during();
         self.records.insert(address, shown);
