@@ -62,13 +62,19 @@ fn measure(pfs: u8) {
 
     let created = timed(|| {
         for_each_pf(pfs, |bus| {
-            ask(&socket, Request::VfCreate { address: Sbdf::from_devfn(0, bus, 0), count: VFS });
+            ask(
+                &socket,
+                Request::VfCreate { address: Sbdf::from_devfn(0, bus, 0), count: VFS, unmanaged: false },
+            );
         });
     });
     let held = timed(|| {
         for_each_pf(pfs, |bus| {
             for devfn in 1..=VFS as u8 {
-                ask(&socket, Request::PciAssignableAdd { address: Sbdf::from_devfn(0, bus, devfn) });
+                ask(
+                    &socket,
+                    Request::PciAssignableAdd { address: Sbdf::from_devfn(0, bus, devfn), force: false },
+                );
             }
         });
     });

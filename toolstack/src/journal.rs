@@ -44,6 +44,12 @@ pub struct Record {
     pub incarnation: u64,
     /// The driver it came from and goes back to.
     pub original_driver: Option<String>,
+    /// The `driver_override` that it had, and has again when it goes back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub original_override: Option<String>,
+    /// Whether it was taken before any driver had been asked: when it goes back, they are.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unprobed: bool,
     /// Whether the service itself prepared its MSI-X table, and so must release it.
     pub msix_prepared: bool,
     /// The guest that has it, gets it or loses it.
@@ -117,6 +123,8 @@ impl Record {
             state: FunctionState::Host,
             incarnation: 0,
             original_driver: None,
+            original_override: None,
+            unprobed: false,
             msix_prepared: false,
             guest: None,
             grants: Vec::new(),

@@ -66,6 +66,9 @@ pub struct WantedVfs {
     /// ... and what is different for some, by their number among the PF's VFs, from 0.
     #[serde(default)]
     pub vfs: BTreeMap<u16, VfSettings>,
+    /// Where the PF has no driver, pci-pf-stub gets it, which manages nothing.
+    #[serde(default)]
+    pub unmanaged: bool,
 }
 
 /// Vendor and device id.

@@ -45,6 +45,9 @@ pub enum Command {
     PciAssignableList,
     /// Takes functions from their drivers and holds them for guests.
     PciAssignableAdd {
+        /// Takes them even while something in dom0 uses them: a mounted file system, an interface that is up.
+        #[arg(short, long)]
+        force: bool,
         /// The functions.
         #[arg(required = true, value_name = "BDF")]
         addresses: Vec<Sbdf>,
@@ -111,6 +114,9 @@ pub enum Vf {
         address: Sbdf,
         /// How many, from 1 to the PF's total.
         count: u16,
+        /// For a PF that has no driver: binds it to pci-pf-stub, which manages nothing, until 'vf destroy'.
+        #[arg(long)]
+        unmanaged: bool,
     },
     /// Makes a PF have this many VFs; where it has another number, all are disabled first, as the kernel wants it.
     SetCount {
@@ -215,8 +221,8 @@ impl Command {
         match self {
             Self::Policy(_) => Vec::new(),
             Self::PciAssignableList => one(Request::PciAssignableList),
-            Self::PciAssignableAdd { addresses } => {
-                addresses.into_iter().map(|address| Request::PciAssignableAdd { address }).collect()
+            Self::PciAssignableAdd { addresses, force } => {
+                addresses.into_iter().map(|address| Request::PciAssignableAdd { address, force }).collect()
             }
             Self::PciAssignableRemove { addresses, .. } => {
                 addresses.into_iter().map(|address| Request::PciAssignableRemove { address }).collect()
@@ -230,7 +236,9 @@ impl Command {
                 one(Request::PciDetach { domain: DomainName(domain), address, force })
             }
             Self::PciList { domain } => one(Request::PciList { domain: DomainName(domain) }),
-            Self::Vf(Vf::Create { address, count }) => one(Request::VfCreate { address, count }),
+            Self::Vf(Vf::Create { address, count, unmanaged }) => {
+                one(Request::VfCreate { address, count, unmanaged })
+            }
             Self::Vf(Vf::SetCount { address, count }) => one(Request::VfSetCount { address, count }),
             Self::Vf(Vf::Destroy { address }) => one(Request::VfDestroy { address }),
             Self::Vf(Vf::List { address }) => one(Request::VfList { address }),

@@ -84,8 +84,12 @@ fn vfs_table(vfs: &[VfView]) -> String {
     }
     let names = [&["PF", "VF"][..], &FUNCTION_HEAD].concat();
     let row = |vf: &VfView| {
-        [vec![dash(vf.function.physical_function.as_ref()), vf.index.to_string()], function_row(&vf.function)]
-            .concat()
+        let pf = dash(vf.function.physical_function.as_ref());
+        let mut function = vf.function.clone();
+        let untrusted = vf.untrusted.as_ref().map(|why| format!("untrusted: of a PF {why}"));
+        function.note =
+            function.note.into_iter().chain(untrusted).reduce(|note, more| format!("{note}; {more}"));
+        [vec![pf, vf.index.to_string()], function_row(&function)].concat()
     };
     let rows: Vec<_> = std::iter::once(head(&names)).chain(vfs.iter().map(row)).collect();
     table(&rows)

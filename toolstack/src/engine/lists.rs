@@ -8,7 +8,7 @@ use pciback::platform::{Host, HostFunction};
 use pciback::{FunctionState, Sbdf};
 
 use super::Engine;
-use super::requests::existing;
+use super::requests::{distrusted, existing};
 use crate::control::Reply;
 use crate::domains;
 use crate::journal::Record;
@@ -88,10 +88,12 @@ impl Engine {
                 None => all_pfs(shown.host.as_ref())?,
             };
             let vfs = pfs.iter().flat_map(|pf| {
-                pf.virtual_functions
-                    .iter()
-                    .enumerate()
-                    .map(|(index, address)| VfView { index: index as u16, function: shown.view(*address) })
+                let untrusted = distrusted(&shown.records, pf);
+                pf.virtual_functions.iter().enumerate().map(move |(index, address)| VfView {
+                    index: index as u16,
+                    function: shown.view(*address),
+                    untrusted: untrusted.clone(),
+                })
             });
             Ok(Success::Vfs { vfs: vfs.collect() })
         });
@@ -110,8 +112,14 @@ impl Engine {
         let mut guests: Vec<GuestView> = guests.collect();
         let platform = self.platform.description.clone();
         let (repaired, unrepaired) = (self.syncing.repaired(), self.syncing.problems());
-        let found: Vec<String> =
-            self.problems.iter().cloned().chain(unrepaired).chain(self.network_checks.problems()).collect();
+        let found: Vec<String> = self
+            .problems
+            .iter()
+            .cloned()
+            .chain(unrepaired)
+            .chain(self.keeping.problems())
+            .chain(self.network_checks.problems())
+            .collect();
         let store = Arc::clone(&self.platform.store);
         self.show(reply, move |shown| {
             for guest in &mut guests {

@@ -4,6 +4,7 @@
 //! Both talk to the engine through its [`Inbox`].
 
 mod guests;
+mod keeping;
 mod lists;
 mod log_limit;
 mod network;
@@ -15,6 +16,7 @@ mod repairs;
 mod requests;
 mod sync;
 mod tasks;
+mod unmanaged;
 mod vfs;
 mod watch;
 
@@ -43,6 +45,7 @@ use crate::settings::Settings;
 use crate::spec::Filters;
 use crate::transaction::{Finished, NetworkRecord, Parting};
 use guests::Guest;
+use keeping::Keeping;
 use network::NetworkChecks;
 use open::{Filter, Opened};
 use policies::Reloaded;
@@ -157,6 +160,8 @@ pub struct Engine {
     syncing: Syncing,
     /// Looks at what guests' drivers made of VFs' network settings.
     network_checks: NetworkChecks,
+    /// Functions that policies keep for guests.
+    keeping: Keeping,
     /// The policies in force.
     policies: Arc<PolicySet>,
     /// The filters in use.
@@ -195,6 +200,7 @@ impl Engine {
             changes: Changes::default(),
             syncing: Syncing::default(),
             network_checks: NetworkChecks::default(),
+            keeping: Keeping::default(),
             policies: Arc::new(policies),
             filters: Filters::default(),
             in_use: BTreeMap::new(),
@@ -219,6 +225,7 @@ impl Engine {
         // What happened before the subscription.
         self.stirred.everything();
         info!("ready on {}", self.platform.description);
+        self.take_back_stubs();
         self.create_wanted_vfs();
         loop {
             self.reconcile();

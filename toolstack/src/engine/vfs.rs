@@ -4,11 +4,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use pciback::config::{PortAbove, Unroutable, VfRouting};
 use pciback::platform::HostFunction;
 use pciback::{FunctionState, Sbdf};
 
 use super::lists::{all_pfs, known_pf};
 use super::tasks::Workshop;
+use super::unmanaged::{self, STUB};
 use super::{Engine, Event};
 use crate::control::Reply;
 use crate::outcome::{ErrorCode, Failure};
@@ -16,27 +18,30 @@ use crate::protocol::Success;
 use crate::transaction::prepare_networks;
 
 impl Engine {
-    pub(super) fn create_vfs(&mut self, address: Sbdf, count: u16, reply: Reply) {
+    pub(super) fn create_vfs(&mut self, address: Sbdf, count: u16, unmanaged: bool, reply: Reply) {
         let checked = self.physical_function(address).and_then(|pf| {
             if pf.num_vfs > 0 {
                 let text = format!("{address} has {} VFs enabled already", pf.num_vfs);
                 return Err(Failure::refused(text).on(address).hint("'xpci vf destroy' disables them first"));
             }
+            unmanaged::check(&pf, unmanaged)?;
             self.room_for(&pf, count)
         });
         self.change_vfs(address, reply, checked, move |workshop, progress| {
-            create(workshop, address, count, progress)
+            create(workshop, address, count, unmanaged, progress)
         });
     }
 
     pub(super) fn set_vf_count(&mut self, address: Sbdf, count: u16, reply: Reply) {
-        let mut before = 0;
+        let (mut before, mut unmanaged) = (0, false);
         let checked = self.physical_function(address).and_then(|pf| {
             before = pf.num_vfs;
+            unmanaged = pf.driver.as_deref() == Some(STUB);
             if before == count {
                 return Ok(());
             }
             if count > 0 {
+                unmanaged::check(&pf, unmanaged)?;
                 self.room_for(&pf, count)?;
             }
             self.none_in_use(&pf)
@@ -51,11 +56,12 @@ impl Engine {
                     return Ok(gone);
                 }
             }
-            create(workshop, address, count, progress)
+            create(workshop, address, count, unmanaged, progress)
         });
     }
 
-    /// Whether a PF may have this many VFs: by its own total, and by the number of functions that the host is set up for.
+    /// Whether a PF may have this many VFs: by its own total, by the number of functions that the host is set up for, and by the bus
+    /// numbers and ARI above it.
     fn room_for(&self, pf: &HostFunction, count: u16) -> Result<(), Failure> {
         let address = pf.address;
         if count == 0 || count > pf.total_vfs {
@@ -73,7 +79,70 @@ impl Engine {
                 .on(address)
                 .hint("raise 'function-limit' in xpcid.yaml if Xen has the memory"));
         }
-        Ok(())
+        self.reachable(address, count).map_err(|failure| failure.on(address))
+    }
+
+    /// Whether requests reach all these VFs, by what the PF and the port above it say now.
+    fn reachable(&self, address: Sbdf, count: u16) -> Result<(), Failure> {
+        let host = self.platform.host.as_ref();
+        let bytes = |address| {
+            let read = host.config(address)?.read_all();
+            read.map_err(|error| {
+                Failure::new(ErrorCode::Failed, format!("read the config space of {address}: {error}"))
+            })
+        };
+        let Some(routing) = VfRouting::of(address, &bytes(address)?) else { return Ok(()) };
+        let port = match host.ports_above(address)?.first() {
+            Some(port) => Some(PortAbove::of(*port, &bytes(*port)?)),
+            None => None,
+        };
+        routing.check(count, port.as_ref()).map_err(|why| {
+            let failure = Failure::refused(why.to_string());
+            match why {
+                Unroutable::Buses { .. } => failure.hint(
+                    "enable fewer VFs; or have more buses reserved below that bridge, by the firmware's settings or the kernel's \
+                     'pci=assign-busses'",
+                ),
+                Unroutable::Ari { .. } => failure.hint("enable ARI in the firmware's settings, or use another slot"),
+                Unroutable::NoAddresses { .. } | Unroutable::Segment { .. } => {
+                    failure.hint("its SR-IOV capability says so; see 'lspci -vv'")
+                }
+            }
+        })
+    }
+
+    /// A task that changed a PF's VFs ended; what happened to them meanwhile was left for now.
+    pub(super) fn vfs_changed(&mut self, address: Sbdf) {
+        self.busy_pfs.remove(&address);
+        self.stirred.one(address);
+        // Those that left ...
+        self.stirred.all_of(self.syncing.vfs(address));
+        // ... and those that came.
+        match self.platform.host.function(address) {
+            Ok(pf) => {
+                self.keeping.vfs_enabled(&pf.virtual_functions);
+                self.stirred.all_of(pf.virtual_functions);
+            }
+            Err(error) => log::warn!("{error}"),
+        }
+    }
+
+    /// Takes PFs back from pci-pf-stub that an earlier life gave to it, before it was killed with no VF enabled yet, or none any more.
+    pub(super) fn take_back_stubs(&mut self) {
+        let host = std::sync::Arc::clone(&self.platform.host);
+        for address in unmanaged::noted(&self.settings.run_directory) {
+            let without_vfs = host.function(address).is_ok_and(|pf| {
+                let wanted =
+                    self.settings.virtual_functions.iter().any(|entry| entry.means(host.as_ref(), &pf));
+                pf.num_vfs == 0 && !wanted
+            });
+            if without_vfs {
+                let reply = Reply::of_nobody(self.inbox.clone());
+                self.change_vfs(address, reply, Ok(()), move |workshop, progress| {
+                    destroy(workshop, address, progress)
+                });
+            }
+        }
     }
 
     /// Enables the VFs that the settings ask for, on PFs that have none: what somebody else enabled is left as it is.
@@ -108,7 +177,12 @@ impl Engine {
                     );
                     continue;
                 }
-                self.create_vfs(pf.address, entry.count, Reply::of_nobody(self.inbox.clone()));
+                self.create_vfs(
+                    pf.address,
+                    entry.count,
+                    entry.unmanaged && pf.driver.is_none(),
+                    Reply::of_nobody(self.inbox.clone()),
+                );
             }
         }
     }
@@ -118,13 +192,6 @@ impl Engine {
         self.change_vfs(address, reply, checked, move |workshop, progress| {
             destroy(workshop, address, progress)
         });
-    }
-
-    /// A task that changed a PF's VFs ended; what happened to them meanwhile was left for now.
-    pub(super) fn vfs_changed(&mut self, address: Sbdf) {
-        self.busy_pfs.remove(&address);
-        self.stirred.one(address);
-        self.stirred.all_of(self.syncing.vfs(address));
     }
 
     fn physical_function(&self, address: Sbdf) -> Result<HostFunction, Failure> {
@@ -185,6 +252,25 @@ impl Engine {
 
 /// Enables VFs, all or none: when they do not all come up they are disabled again.
 fn create(
+    workshop: &Workshop,
+    address: Sbdf,
+    count: u16,
+    unmanaged: bool,
+    progress: &dyn Fn(&str),
+) -> Result<Success, Failure> {
+    if unmanaged {
+        progress(&format!("binding {address} to {STUB}"));
+        workshop.give_to_stub(&workshop.platform.host.function(address)?)?;
+    }
+    enable(workshop, address, count, progress).map_err(|failure| match workshop.take_from_stub(address) {
+        Ok(_) => failure,
+        Err(second) => {
+            Failure { message: format!("{}; and then: {}", failure.message, second.message), ..failure }
+        }
+    })
+}
+
+fn enable(
     workshop: &Workshop,
     address: Sbdf,
     count: u16,
@@ -262,6 +348,10 @@ fn destroy(workshop: &Workshop, address: Sbdf, progress: &dyn Fn(&str)) -> Resul
     let host = &workshop.platform.host;
     let before = host.function(address)?.num_vfs;
     if before == 0 {
+        if workshop.take_from_stub(address)? {
+            let message = format!("{address} has no VFs enabled; it was taken from {STUB}");
+            return Ok(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() });
+        }
         return Ok(Success::Already { message: format!("{address} has no VFs enabled") });
     }
     progress(&format!("disabling {before} VFs of {address}"));
@@ -273,6 +363,7 @@ fn destroy(workshop: &Workshop, address: Sbdf, progress: &dyn Fn(&str)) -> Resul
         return Err(failure
             .hint("its driver refused, see dom0's kernel log: a VF held by xen-pciback is in use to it"));
     }
+    workshop.take_from_stub(address)?;
     let message = format!("{address} has no VFs any more");
     Ok(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() })
 }

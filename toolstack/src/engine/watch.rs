@@ -32,7 +32,7 @@ impl Stirred {
         self.addresses.insert(address);
     }
 
-    pub fn all_of(&mut self, addresses: impl Iterator<Item = Sbdf>) {
+    pub fn all_of(&mut self, addresses: impl IntoIterator<Item = Sbdf>) {
         self.addresses.extend(addresses);
     }
 
@@ -103,6 +103,7 @@ impl Engine {
             }
             HostEvent::Added(address) => {
                 self.syncing.begin_anew(address);
+                self.keeping.appeared(address);
                 self.stirred.one(address);
             }
             HostEvent::Changed(address) => self.stirred.one(address),
@@ -165,10 +166,16 @@ impl Engine {
             self.compare(&seen);
             let Seen { address, function, .. } = seen;
             // One in a transaction is looked at when that has ended.
-            let Some(record) = self.records.get(&address).cloned() else { continue };
             if self.busy.contains(&address) {
                 continue;
             }
+            let Some(record) = self.records.get(&address).cloned() else {
+                match function {
+                    Some(function) => self.keep_for_guests(&function),
+                    None => self.keeping.left(address),
+                }
+                continue;
+            };
             match function {
                 Some(function) if is_same(&record, &function) => self.still_there(record, &function),
                 other => self.left(record, other.is_some()),
@@ -209,6 +216,8 @@ impl Engine {
                     self.problems.push(error.to_string());
                 }
                 self.records.remove(&address);
+                // Another one may have come to its place.
+                self.stirred.one(address);
             }
             FunctionState::Quarantined if record.guest.is_none() => {
                 // What was distrusted is not there any more; what comes to its place is another one.

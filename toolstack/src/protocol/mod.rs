@@ -56,6 +56,9 @@ pub enum Request {
     PciAssignableAdd {
         /// The function.
         address: Sbdf,
+        /// Takes it even while something in dom0 uses it.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        force: bool,
     },
     /// Gives a held function back to dom0 and the driver it came from.
     PciAssignableRemove {
@@ -93,6 +96,9 @@ pub enum Request {
         address: Sbdf,
         /// How many, from 1 to the PF's total.
         count: u16,
+        /// Binds a PF that has no driver to pci-pf-stub, which manages nothing.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        unmanaged: bool,
     },
     /// Makes a PF have this many VFs, 0 included.
     VfSetCount {
@@ -335,12 +341,12 @@ mod tests {
         let domain = DomainName("pv1".into());
         for request in [
             Request::PciAssignableList,
-            Request::PciAssignableAdd { address },
+            Request::PciAssignableAdd { address, force: true },
             Request::PciAssignableRemove { address },
             Request::PciAttach { domain: domain.clone(), address, slot: Some(3) },
             Request::PciDetach { domain: domain.clone(), address, force: true },
             Request::PciList { domain },
-            Request::VfCreate { address, count: 3 },
+            Request::VfCreate { address, count: 3, unmanaged: true },
             Request::VfSetCount { address, count: 0 },
             Request::VfDestroy { address },
             Request::VfList { address: None },

@@ -57,6 +57,9 @@ pub struct VfView {
     /// The VF.
     #[serde(flatten)]
     pub function: FunctionView,
+    /// Why a guest gets it only where a policy permits untrusted VFs, in words that follow its PF's address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub untrusted: Option<String>,
 }
 
 /// The state of the service.

@@ -6,6 +6,7 @@ mod crashes;
 mod failures;
 mod frontend;
 mod guests;
+mod holding;
 mod network;
 mod reconcile;
 mod scale;

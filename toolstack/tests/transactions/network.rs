@@ -82,6 +82,7 @@ fn configured() -> Vec<WantedVfs> {
         id: None,
         serial: None,
         count: 2,
+        unmanaged: false,
         network: all,
         vfs: [(0, first)].into(),
     }]
@@ -95,7 +96,7 @@ fn in_force(world: &World, address: &str) -> VfSettings {
 fn s7_what_the_settings_say_is_set_when_vfs_are_created_and_when_a_guest_gets_one() {
     let (world, vf) = (World::without_vfs(), bdf(VF));
     let _frontend = Frontend::load(&world, WEB);
-    let service = world.start_with(configured());
+    let service = world.start_with_vfs(configured());
     wait_until("the VFs are there and set", || {
         let set = |address: &str| {
             world.simulation.vf_network(bdf(address)).is_some_and(|found| found.trust == Some(true))
@@ -132,11 +133,11 @@ fn s7_what_the_settings_say_is_set_when_vfs_are_created_and_when_a_guest_gets_on
 fn s7_vfs_whose_settings_cannot_be_set_are_not_created() {
     let world = World::without_vfs();
     world.fail("set_vf_setting", Some(bdf("01:10.2")), Errno::EIO, 1);
-    let service = world.start_with(configured());
+    let service = world.start_with_vfs(configured());
     wait_until("it is said", || service.status().problems.iter().any(|problem| problem.contains("01:10.2")));
     assert_eq!(world.host().function(bdf("01:00.0")).unwrap().num_vfs, 0, "all or none");
     // The next try works.
-    service.call(Request::VfCreate { address: bdf("01:00.0"), count: 2 }).unwrap();
+    service.call(Request::VfCreate { address: bdf("01:00.0"), count: 2, unmanaged: false }).unwrap();
     assert_eq!(in_force(&world, "01:10.2").vlan, "100".parse().ok());
 }
 

@@ -111,20 +111,25 @@ impl World {
 
     /// Starts the service.
     pub fn start(&self) -> Service {
-        self.start_life(Settings { ..self.settings() })
+        self.start_life(self.settings(), &[])
     }
 
     /// Starts the service with a limit for what guests may take, in seconds.
     pub fn start_impatient(&self) -> Service {
-        self.start_life(Settings { guest_limit_seconds: 1, ..self.settings() })
+        self.start_life(Settings { guest_limit_seconds: 1, ..self.settings() }, &[])
     }
 
     /// Starts the service with VFs in its settings.
-    pub fn start_with(&self, virtual_functions: Vec<WantedVfs>) -> Service {
-        self.start_life(Settings { virtual_functions, ..self.settings() })
+    pub fn start_with_vfs(&self, virtual_functions: Vec<WantedVfs>) -> Service {
+        self.start_life(Settings { virtual_functions, ..self.settings() }, &[])
     }
 
-    fn start_life(&self, settings: Settings) -> Service {
+    /// Starts the service with these policy files besides.
+    pub fn start_with(&self, policies: &[&str]) -> Service {
+        self.start_life(self.settings(), policies)
+    }
+
+    fn start_life(&self, settings: Settings, more: &[&str]) -> Service {
         let fuse = Fuse::default();
         let platform = self.simulation.platform_with("test", &fuse).unwrap();
         fs::create_dir_all(settings.run_directory.join("images")).unwrap();
@@ -132,7 +137,8 @@ impl World {
         let socket = settings.socket();
         // Some tests attach the NVMe controller, which is a PF.
         let permit = PolicyFile::parse("permit.yaml", "permit: [physical-function]\n").unwrap();
-        let policies = PolicySet::new(vec![permit]);
+        let more = more.iter().map(|text| PolicyFile::parse("more.yaml", text).unwrap());
+        let policies = PolicySet::new(more.chain([permit]).collect());
         let mut engine = Engine::new(platform, settings, policies, journal, "this boot".into()).unwrap();
         engine.recover().unwrap();
         control::listen(&socket, engine.inbox()).unwrap();
@@ -234,7 +240,7 @@ impl Service {
     }
 
     pub fn hold(&self, address: Sbdf) -> Result<Success, Failure> {
-        self.call(Request::PciAssignableAdd { address })
+        self.call(Request::PciAssignableAdd { address, force: false })
     }
 
     pub fn release(&self, address: Sbdf) -> Result<Success, Failure> {

@@ -15,9 +15,10 @@ use super::attributes::{
 use super::blocking::Blocking;
 use super::config::SysfsConfig;
 use super::events::{PciEvents, Source};
+use super::users::Users;
 use crate::Sbdf;
 use crate::config::ConfigSpace;
-use crate::platform::{Cause, Host, HostEvents, HostFunction, PlatformError, Result};
+use crate::platform::{Cause, Host, HostEvents, HostFunction, PlatformError, Result, Use};
 
 /// How long a write may take that only waits for another change of the same function.
 const QUICK: Duration = Duration::from_secs(5);
@@ -29,6 +30,7 @@ const NULL: &str = "(null)";
 /// The host's PCI functions through sysfs.
 pub struct LinuxHost {
     root: PathBuf,
+    processes: PathBuf,
     blocking: Blocking,
     changing: Arc<Mutex<Changing>>,
 }
@@ -59,13 +61,24 @@ impl Changing {
 impl LinuxHost {
     /// The functions below this sysfs, usually `/sys`. Writes are made in this process until `with_child` is called.
     pub fn new(root: PathBuf) -> Self {
-        Self { root, blocking: Blocking::default(), changing: Arc::default() }
+        Self {
+            root,
+            processes: PathBuf::from("/proc"),
+            blocking: Blocking::default(),
+            changing: Arc::default(),
+        }
     }
 
     /// Makes writes that may block in children which run `program`; its `main` must begin with
     /// [`run_if_child`](super::blocking::run_if_child).
     pub fn with_child(mut self, program: PathBuf) -> Self {
         self.blocking = Blocking::new(Some(program));
+        self
+    }
+
+    /// Asks this procfs, instead of `/proc`, who uses functions.
+    pub fn with_processes(mut self, root: PathBuf) -> Self {
+        self.processes = root;
         self
     }
 
@@ -247,6 +260,25 @@ impl Host for LinuxHost {
         }
     }
 
+    fn ports_above(&self, address: Sbdf) -> Result<Vec<Sbdf>> {
+        let path = fs::canonicalize(self.directory(address))
+            .map_err(|error| missing("find the ports above", address)(error.into()))?;
+        let names = path.parent().into_iter().flat_map(Path::iter).rev();
+        Ok(names.map_while(|name| name.to_str()?.parse().ok()).collect())
+    }
+
+    fn uses(&self, address: Sbdf) -> Result<Vec<Use>> {
+        let directory = self.directory(address);
+        let driver = Attributes { directory: &directory, address }.link("driver")?;
+        if driver.is_none() {
+            let there = directory.exists().then(Vec::new);
+            return there.ok_or_else(|| PlatformError::new("find out who uses", address, Cause::Missing));
+        }
+        Users { root: &self.root, processes: &self.processes, directory: &directory, address }
+            .find(driver.as_deref())
+            .map_err(|cause| PlatformError::new("find out who uses", address, cause))
+    }
+
     fn drivers(&self) -> Result<Vec<String>> {
         let path = self.root.join("bus/pci/drivers");
         names(&path)
@@ -269,6 +301,15 @@ impl Host for LinuxHost {
         self.change(address, &path, &value, QUICK).map_err(error)?;
         self.changing().overrides.insert(address, driver.map(str::to_owned));
         Ok(())
+    }
+
+    fn forget_slot(&self, address: Sbdf) -> Result<()> {
+        let path = self.root.join("bus/pci/drivers/pciback/remove_slot");
+        match self.change(address, &path, &address.to_string(), QUICK) {
+            // Not loaded, or it does not know the address.
+            Ok(()) | Err(Cause::Missing) => Ok(()),
+            Err(cause) => Err(PlatformError::new("make xen-pciback forget the slot of", address, cause)),
+        }
     }
 
     fn unbind(&self, address: Sbdf, limit: Duration) -> Result<()> {

@@ -34,7 +34,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 
-use super::{Cause, HostEvent, Platform, PlatformError, Result, VfSetting, VfSettings};
+use super::{Cause, HostEvent, Platform, PlatformError, Result, Use, VfSetting, VfSettings};
 use crate::{DomId, Sbdf};
 
 pub use failures::Failure;
@@ -265,6 +265,13 @@ impl Simulation {
     pub fn guest_sets(&self, vf: Sbdf, setting: VfSetting) {
         if let Some(function) = locked(&self.world).functions.get_mut(&vf) {
             function.network.take(setting);
+        }
+    }
+
+    /// What uses a function from now on, while its own driver has it.
+    pub fn set_uses(&self, address: Sbdf, uses: Vec<Use>) {
+        if let Some(function) = locked(&self.world).functions.get_mut(&address) {
+            function.uses = uses;
         }
     }
 
