@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use log::{error, warn};
+use nix::errno::Errno;
 use pciback::config::Identity;
 use pciback::fault::{
     self, Action, CrossCheck, Detection, ErrorCounters, ErrorPolicy, Fault, History, Owner, Relation,
@@ -22,6 +23,7 @@ use super::registers::{self, Layout};
 use super::responses::Underway;
 use super::{Engine, Event};
 use crate::domains;
+use crate::outcome::Failure;
 use crate::protocol::{EventView, Happening, RegisterValue};
 
 /// How often the counters are looked at, and how long errors of one kind are gathered.
@@ -253,7 +255,7 @@ impl Engine {
     }
 
     /// A guest is given a function, a transaction has ended, or an earlier life's guest is served on: who has what is looked at anew.
-    pub(super) fn watch_errors_of(&mut self, address: Sbdf) {
+    pub(super) fn watch_errors_of(&mut self, address: Sbdf) -> Result<(), Failure> {
         let record = self.records.get(&address);
         let given = [FunctionState::Attaching, FunctionState::Attached, FunctionState::Resetting];
         let attached = record.is_some_and(|record| record.guest.is_some() && given.contains(&record.state));
@@ -262,16 +264,16 @@ impl Engine {
             self.faults.histories.remove(&address);
             self.unmask(address);
             if self.faults.places.remove(&address).is_none() {
-                return;
+                return Ok(());
             }
         } else if !self.faults.places.contains_key(&address) {
             let host = self.platform.host.as_ref();
-            let physical_function =
-                host.function(address).ok().and_then(|function| function.physical_function);
-            let ports = host.ports_above(address).unwrap_or_else(|problem| {
-                warn!("{problem}");
-                Vec::new()
-            });
+            let function = match host.function(address) {
+                // It has left the host, which is seen to elsewhere.
+                Err(error) if error.errno() == Some(Errno::ENOENT) => return Ok(()),
+                other => other?,
+            };
+            let (physical_function, ports) = (function.physical_function, host.ports_above(address)?);
             self.faults.places.insert(address, Place { physical_function, ports });
         }
         let mut watched = BTreeSet::new();
@@ -295,6 +297,16 @@ impl Engine {
             (true, _) => self.faults.next_look = None,
             (false, None) => self.faults.next_look = Some(Instant::now() + SECOND),
             _ => {}
+        }
+        Ok(())
+    }
+
+    /// The same, where nobody can be told that it fails.
+    pub(super) fn keep_watching_errors_of(&mut self, address: Sbdf) {
+        if let Err(failure) = self.watch_errors_of(address) {
+            let text = format!("{address}: its errors are not heard: {failure}");
+            error!("{text}");
+            self.problems.push(text);
         }
     }
 

@@ -166,12 +166,14 @@ impl Engine {
         let outdated = !Arc::ptr_eq(&filter.policies, &self.policies);
         self.in_use.insert(record.address, filter);
         // From now on the guest can use it, and its errors are the guest's.
-        self.watch_errors_of(record.address);
+        let heard = self.watch_errors_of(record.address);
         if outdated {
             // The policies were changed while the function was on its way.
             self.recompile(vec![record.address]);
         }
-        let watched = place_of(record).and_then(|place| self.watch_guest(place.domain).map(|()| place));
+        let watched = heard
+            .and_then(|()| place_of(record))
+            .and_then(|place| self.watch_guest(place.domain).map(|()| place));
         let place = match watched {
             Ok(place) => place,
             Err(failure) => {

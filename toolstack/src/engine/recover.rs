@@ -114,7 +114,7 @@ impl Engine {
         }
         let attached = record.state == FunctionState::Attached;
         self.keep(record.clone());
-        self.watch_errors_of(address);
+        self.keep_watching_errors_of(address);
         if attached && guest_is_dead {
             self.detach_from_dead(record);
         } else if !exists {

@@ -218,7 +218,7 @@ impl Engine {
         }
         self.note_network_problem(&record);
         self.keep(record.clone());
-        self.watch_errors_of(address);
+        self.keep_watching_errors_of(address);
         // What happened to it meanwhile was left for now.
         self.stirred.one(address);
         if self.orphans.remove(&address) && attached {

@@ -28,7 +28,7 @@ fn attach_with_failure(operation: &str, after: u32) -> bool {
         Ok(_) => {
             assert_eq!(service.state(address), FunctionState::Attached, "{why}");
             // What is only looked at may be looked at again, and the next ring that the guest offers may do.
-            let harmless = ["connect", "function", "ports_above", "read"].contains(&operation);
+            let harmless = ["connect", "function", "read"].contains(&operation);
             assert!(!injected || harmless, "{why}, and attach says that all is well");
             return injected;
         }
