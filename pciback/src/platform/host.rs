@@ -91,6 +91,14 @@ impl HostFunction {
     }
 }
 
+/// The memory of one BAR, as the function's registers answer.
+pub trait BarMemory: Send {
+    /// Reads 1, 2, 4 or 8 bytes at an offset that is a multiple of that; all ones beyond the end.
+    fn read(&self, offset: u64, bytes: u8) -> u64;
+    /// Writes likewise; nothing happens beyond the end.
+    fn write(&self, offset: u64, bytes: u8, value: u64);
+}
+
 /// The host's PCI functions and their drivers.
 ///
 /// A change is done when the call returns; one that the host does not finish within `limit` is an error whose cause is
@@ -104,6 +112,8 @@ pub trait Host: Send + Sync {
     fn function(&self, address: Sbdf) -> Result<HostFunction>;
     /// Opens its config space.
     fn config(&self, address: Sbdf) -> Result<Box<dyn ConfigSpace>>;
+    /// Maps the memory of a BAR (0-5).
+    fn bar_memory(&self, address: Sbdf, bar: u8) -> Result<Box<dyn BarMemory>>;
     /// The names of the PCI drivers that are loaded.
     fn drivers(&self) -> Result<Vec<String>>;
     /// Sets `driver_override`, so that only this driver may take the function, or clears it.

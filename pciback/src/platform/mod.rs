@@ -1,5 +1,5 @@
 //! The outside of xpci, as small traits: the host's PCI functions, the VFs' network settings, the hypervisor,
-//! xenstore, guests' rings.
+//! xenstore, guests' rings, HVM guests.
 //!
 //! Two sets implement them: `xen` with `linux` on a real dom0, and `sim`, a simulated host made of bytes. Only the
 //! service's `main` chooses between them. Every call that may block has a limit of its own and is safe from several threads.
@@ -7,6 +7,7 @@
 pub mod error;
 pub mod events;
 pub mod host;
+pub mod hvm;
 pub mod hypervisor;
 pub mod linux;
 pub mod memory;
@@ -20,7 +21,8 @@ use std::sync::Arc;
 
 pub use error::{Cause, PlatformError, Result};
 pub use events::{HostEvent, HostEvents};
-pub use host::{Host, HostFunction, Resource};
+pub use host::{BarMemory, Host, HostFunction, Resource};
+pub use hvm::{HvmDomains, IoreqServer, MsiMessage, ServerId};
 pub use hypervisor::{Hypervisor, MsiSource, Pirq};
 pub use memory::SharedMemory;
 pub use network::{VfNetwork, VfPlace, VfSetting, VfSettings};
@@ -38,6 +40,8 @@ pub struct Platform {
     pub store: Arc<dyn Store>,
     /// The shared pages and event channels of PV guests.
     pub rings: Arc<dyn GuestRings>,
+    /// HVM guests.
+    pub hvm: Arc<dyn HvmDomains>,
     /// The network settings of VFs.
     pub network: Arc<dyn VfNetwork>,
     /// What this is, for people: `Xen 4.17.6` or `simulation of FILE`.

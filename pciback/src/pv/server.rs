@@ -23,9 +23,9 @@ use crate::{DomId, Sbdf};
 
 /// How long the thread looks at the page after an answer before it sleeps: a guest that reads one register usually reads
 /// the next, and waking up costs more than the access.
-const SPIN: Duration = Duration::from_micros(400);
+pub(crate) const SPIN: Duration = Duration::from_micros(400);
 /// How many requests are answered in a row before orders are looked at, by a guest that never pauses.
-const BURST: u32 = 64;
+pub(crate) const BURST: u32 = 64;
 /// How long the engine waits for the thread. An access takes microseconds, one to a function that the kernel resets up to a
 /// minute.
 const STUCK: Duration = Duration::from_secs(2);
@@ -66,6 +66,11 @@ pub struct Counters {
 }
 
 impl Counters {
+    pub(crate) fn count(&self, error: bool) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        self.errors.fetch_add(error.into(), Ordering::Relaxed);
+    }
+
     /// Requests answered.
     pub fn requests(&self) -> u64 {
         self.requests.load(Ordering::Relaxed)
@@ -77,7 +82,7 @@ impl Counters {
     }
 }
 
-enum Order {
+pub(crate) enum Order {
     Add(u8, Box<GuestFunction>),
     Take(u8, mpsc::Sender<Taken>),
     ResetEnded(u8, bool),
@@ -105,22 +110,24 @@ impl Server {
         counters: Arc<Counters>,
         report: Box<dyn Fn(ServerReport) + Send>,
     ) -> io::Result<Self> {
+        let roster = Roster::new(domain, functions, &counters, report);
+        let mut serving = Serving { roster, ring, token: first_token() };
+        Self::spawn(domain, counters, move |orders, wake| serving.run(&orders, wake.as_fd()))
+    }
+
+    /// Starts a thread that serves a guest and takes orders.
+    pub(crate) fn spawn(
+        domain: DomId,
+        counters: Arc<Counters>,
+        serve: impl FnOnce(mpsc::Receiver<Order>, Arc<EventFd>) + Send + 'static,
+    ) -> io::Result<Self> {
         let wake =
             Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let (sender, orders) = mpsc::channel();
-        let mut serving = Serving {
-            domain,
-            ring,
-            functions,
-            counters: Arc::clone(&counters),
-            report,
-            complaints: Complaints::default(),
-            token: first_token(),
-        };
         let thread_wake = Arc::clone(&wake);
         let thread = thread::Builder::new()
             .name(format!("guest {domain}"))
-            .spawn(move || serving.run(&orders, thread_wake.as_ref().as_fd()))?;
+            .spawn(move || serve(orders, thread_wake))?;
         Ok(Self { orders: sender, wake, counters, thread: Some(thread) })
     }
 
@@ -201,13 +208,18 @@ impl Server {
     }
 }
 
+/// What a serving thread has, whatever brings its guest's requests.
+pub(crate) struct Roster {
+    pub domain: DomId,
+    pub functions: BTreeMap<u8, Box<GuestFunction>>,
+    pub counters: Arc<Counters>,
+    pub report: Box<dyn Fn(ServerReport) + Send>,
+    pub complaints: Complaints,
+}
+
 struct Serving {
-    domain: DomId,
+    roster: Roster,
     ring: Box<dyn Ring>,
-    functions: BTreeMap<u8, Box<GuestFunction>>,
-    counters: Arc<Counters>,
-    report: Box<dyn Fn(ServerReport) + Send>,
-    complaints: Complaints,
     /// The claim of the last request.
     token: u32,
 }
@@ -220,49 +232,22 @@ fn first_token() -> u32 {
 
 impl Serving {
     fn run(&mut self, orders: &mpsc::Receiver<Order>, wake: BorrowedFd<'_>) {
-        self.recover_interrupted();
+        self.roster.recover_interrupted();
         // A request may have waited since before the ring was connected.
         let mut busy = self.serve_while_busy();
         loop {
-            if let Some(stop) = self.take_orders(orders) {
-                // The engine may have stopped waiting.
-                let _ = stop.send(std::mem::take(&mut self.functions));
+            if self.roster.take_orders(orders) {
                 return;
             }
             if !busy && let Err(error) = self.wait(wake) {
-                (self.report)(ServerReport::Failed(error.to_string()));
-                return self.idle(orders);
+                return self.roster.fail(&error, orders);
             }
             busy = self.serve_while_busy();
         }
     }
 
-    /// Keeps the functions for the engine to take, when the ring is of no use any more.
-    fn idle(&mut self, orders: &mpsc::Receiver<Order>) {
-        while let Ok(order) = orders.recv() {
-            if let Some(stop) = self.obey(order) {
-                let _ = stop.send(std::mem::take(&mut self.functions));
-                return;
-            }
-        }
-    }
-
     fn wait(&mut self, wake: BorrowedFd<'_>) -> Result<(), PlatformError> {
-        {
-            let mut fds =
-                [PollFd::new(self.ring.event_fd(), PollFlags::POLLIN), PollFd::new(wake, PollFlags::POLLIN)];
-            match poll(&mut fds, PollTimeout::NONE) {
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(errno) => {
-                    return Err(PlatformError::new("wait for an event of domain", self.domain, errno));
-                }
-            }
-            if fds[1].revents().is_some_and(|events| !events.is_empty()) {
-                // Emptied before the orders are taken: one that comes in between wakes again.
-                let mut count = [0u8; 8];
-                let _ = nix::unistd::read(wake, &mut count);
-            }
-        }
+        self.roster.sleep(self.ring.event_fd(), wake)?;
         while self.ring.take_event()? {}
         Ok(())
     }
@@ -297,7 +282,7 @@ impl Serving {
         let devfn = u8::try_from(op.devfn).ok().filter(|_| op.domain == 0 && op.bus == 0);
         let mut demand = None;
         let mut address = None;
-        let answer = match devfn.and_then(|devfn| self.functions.get_mut(&devfn)) {
+        let answer = match devfn.and_then(|devfn| self.roster.functions.get_mut(&devfn)) {
             Some(function) => {
                 address = Some(function.address());
                 let (answer, wanted) = function.execute(op);
@@ -310,24 +295,19 @@ impl Serving {
         if wire::claimed(self.ring.page(), op.info) {
             wire::put_answer(self.ring.page(), &answer);
             if let Err(error) = self.ring.notify() {
-                warn!("domain {}: {error}", self.domain);
+                warn!("domain {}: {error}", self.roster.domain);
             }
         }
         let mut trouble = None;
-        if let Some(function) = devfn.and_then(|devfn| self.functions.get_mut(&devfn)) {
+        if let Some(function) = devfn.and_then(|devfn| self.roster.functions.get_mut(&devfn)) {
             function.sent(op);
             trouble = function.take_trouble();
         }
-        self.counters.requests.fetch_add(1, Ordering::Relaxed);
+        self.roster.counters.count(answer.error != WireError::Success);
         if answer.error != WireError::Success {
-            self.counters.errors.fetch_add(1, Ordering::Relaxed);
             self.complain(op, answer.error, trouble);
         }
-        match (demand, address) {
-            (Some(Demand::Reset), Some(address)) => (self.report)(ServerReport::ResetWanted(address)),
-            (Some(Demand::Vanished), Some(address)) => (self.report)(ServerReport::Vanished(address)),
-            _ => {}
-        }
+        self.roster.tell(demand, address);
     }
 
     fn complain(&mut self, op: &Op, error: WireError, trouble: Option<String>) {
@@ -335,28 +315,73 @@ impl Serving {
         if error == WireError::NoDevice && op.command == Command::CONF_READ {
             return;
         }
-        if let Some(unsaid) = self.complaints.may_say() {
+        if let Some(unsaid) = self.roster.complaints.may_say() {
             let (command, devfn, offset, size) = (op.command.0, op.devfn, op.offset, op.size);
             let trouble = trouble.map(|text| format!(" ({text})")).unwrap_or_default();
             warn!(
                 "domain {}: request {command} on {:x}:{:x}:{devfn:x} at {offset:#x}, {size} bytes: {error:?}{trouble}; {unsaid} more of its \
                  requests failed since the last such line",
-                self.domain, op.domain, op.bus
+                self.roster.domain, op.domain, op.bus
             );
         }
     }
+}
 
-    fn take_orders(
-        &mut self,
-        orders: &mpsc::Receiver<Order>,
-    ) -> Option<mpsc::Sender<BTreeMap<u8, Box<GuestFunction>>>> {
-        while let Ok(order) = orders.try_recv() {
-            let stop = self.obey(order);
-            if stop.is_some() {
-                return stop;
+impl Roster {
+    pub fn new(
+        domain: DomId,
+        functions: BTreeMap<u8, Box<GuestFunction>>,
+        counters: &Arc<Counters>,
+        report: Box<dyn Fn(ServerReport) + Send>,
+    ) -> Self {
+        Self { domain, functions, counters: Arc::clone(counters), report, complaints: Complaints::default() }
+    }
+
+    /// Tells the engine what a request asks for beyond its answer.
+    pub fn tell(&self, demand: Option<Demand>, address: Option<Sbdf>) {
+        match (demand, address) {
+            (Some(Demand::Reset), Some(address)) => (self.report)(ServerReport::ResetWanted(address)),
+            (Some(Demand::Vanished), Some(address)) => (self.report)(ServerReport::Vanished(address)),
+            _ => {}
+        }
+    }
+
+    /// Waits for an event of the guest's, or for orders.
+    pub fn sleep(&self, event: BorrowedFd<'_>, wake: BorrowedFd<'_>) -> Result<(), PlatformError> {
+        let mut fds = [PollFd::new(event, PollFlags::POLLIN), PollFd::new(wake, PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(PlatformError::new("wait for an event of domain", self.domain, errno)),
+        }
+        if fds[1].revents().is_some_and(|events| !events.is_empty()) {
+            // Emptied before the orders are taken: one that comes in between wakes again.
+            let mut count = [0u8; 8];
+            let _ = nix::unistd::read(wake, &mut count);
+        }
+        Ok(())
+    }
+
+    /// Reports that the guest cannot be heard any more, and keeps the functions for the engine to take.
+    pub fn fail(&mut self, error: &PlatformError, orders: &mpsc::Receiver<Order>) {
+        (self.report)(ServerReport::Failed(error.to_string()));
+        while let Ok(order) = orders.recv() {
+            if let Some(stop) = self.obey(order) {
+                let _ = stop.send(std::mem::take(&mut self.functions));
+                return;
             }
         }
-        None
+    }
+
+    /// Obeys the orders that wait; `true`: the last one was to stop, and the functions were given back.
+    pub fn take_orders(&mut self, orders: &mpsc::Receiver<Order>) -> bool {
+        while let Ok(order) = orders.try_recv() {
+            if let Some(stop) = self.obey(order) {
+                // The engine may have stopped waiting.
+                let _ = stop.send(std::mem::take(&mut self.functions));
+                return true;
+            }
+        }
+        false
     }
 
     fn obey(&mut self, order: Order) -> Option<mpsc::Sender<BTreeMap<u8, Box<GuestFunction>>>> {
@@ -406,7 +431,7 @@ impl Serving {
     }
 
     /// Gives back vectors that an earlier life of the service mapped and was killed before it could note them.
-    fn recover_interrupted(&mut self) {
+    pub fn recover_interrupted(&mut self) {
         let known: Vec<u32> =
             self.functions.values().flat_map(|function| interrupts::known(function)).collect();
         for function in self.functions.values_mut().filter(|function| interrupts::interrupted(function)) {
@@ -419,14 +444,14 @@ impl Serving {
 
 /// Limits what a guest can put into the log.
 #[derive(Debug, Default)]
-struct Complaints {
+pub(crate) struct Complaints {
     last: Option<Instant>,
     unsaid: u64,
 }
 
 impl Complaints {
     /// Whether a line may be written now, and how many were not since the last one.
-    fn may_say(&mut self) -> Option<u64> {
+    pub fn may_say(&mut self) -> Option<u64> {
         if self.last.is_some_and(|last| last.elapsed() < COMPLAINT_INTERVAL) {
             self.unsaid += 1;
             return None;

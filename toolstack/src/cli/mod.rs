@@ -1,6 +1,7 @@
 //! The command line of `xpci`.
 
 mod explained;
+mod hvm;
 mod network;
 mod policy;
 mod table;
@@ -14,6 +15,7 @@ use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{DomainName, Request};
 use crate::settings::DEFAULT_SOCKET;
 
+pub use hvm::Hvm;
 pub use network::SetArguments;
 pub use policy::{As, ExplainArguments, Local, Policy};
 pub use table::render;
@@ -88,6 +90,9 @@ pub enum Command {
     /// Shows, checks, explains and changes what guests may do with the registers of their functions.
     #[command(subcommand)]
     Policy(Policy),
+    /// Prepares HVM guests.
+    #[command(subcommand)]
+    Hvm(Hvm),
     /// Compares what sysfs, Xen and xenstore say of the host's functions, and repairs what they disagree on.
     Sync {
         /// Only shows what would be done.
@@ -205,6 +210,7 @@ impl Command {
     pub fn steps(self) -> Vec<Step> {
         match self {
             Self::Policy(policy) => vec![policy.step()],
+            Self::Hvm(hvm) => vec![hvm.step()],
             other => other.requests().into_iter().map(Step::Ask).collect(),
         }
     }
@@ -213,7 +219,7 @@ impl Command {
     fn requests(self) -> Vec<Request> {
         let one = |request| vec![request];
         match self {
-            Self::Policy(_) => Vec::new(),
+            Self::Policy(_) | Self::Hvm(_) => Vec::new(),
             Self::PciAssignableList => one(Request::PciAssignableList),
             Self::PciAssignableAdd { addresses } => {
                 addresses.into_iter().map(|address| Request::PciAssignableAdd { address }).collect()

@@ -102,7 +102,7 @@ impl Engine {
             format!("{} is quarantined: {why}", function.address)
         });
         // One that has lost its last function stays known for a moment, until its nodes may be made again.
-        let served = self.guests.iter().filter(|(_, guest)| guest.handshake.has_functions());
+        let served = self.guests.iter().filter(|(_, guest)| guest.has_functions());
         let guests = served.map(|(domain, guest)| GuestView {
             domain: *domain,
             name: domains::name(self.platform.store.as_ref(), *domain).unwrap_or_default(),

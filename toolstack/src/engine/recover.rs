@@ -12,6 +12,7 @@ use pciback::pv::GuestFunction;
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::Engine;
+use super::hvm::Resumed;
 use super::open::Opened;
 use super::tasks::Course;
 use crate::journal::Record;
@@ -59,10 +60,16 @@ impl Engine {
 
     fn resume_guests(&mut self, records: &[Record]) {
         let mut guests: BTreeMap<DomId, Vec<(u8, Sbdf, Box<GuestFunction>)>> = BTreeMap::new();
+        let mut hvm_guests: BTreeMap<DomId, Vec<Resumed>> = BTreeMap::new();
         for record in records {
             let Some(place) = record.guest.filter(|_| was_served(record)) else { continue };
             match self.workshop().open_function(record, place.domain, true) {
-                Ok(Opened { function, filter }) => {
+                Ok(Opened { function, filter, memory: Some(memory) }) => {
+                    self.in_use.insert(record.address, filter);
+                    let resumed = Resumed { devfn: place.devfn, function, memory };
+                    hvm_guests.entry(place.domain).or_default().push(resumed);
+                }
+                Ok(Opened { function, filter, memory: None }) => {
                     self.in_use.insert(record.address, filter);
                     guests.entry(place.domain).or_default().push((place.devfn, record.address, function));
                 }
@@ -72,9 +79,16 @@ impl Engine {
                 }
             }
         }
-        for (domain, functions) in guests {
-            let count = functions.len();
-            match self.resume_guest(domain, functions) {
+        let pv = guests
+            .into_iter()
+            .map(|(domain, functions)| (domain, functions.len(), self.resume_guest(domain, functions)));
+        let mut outcomes: Vec<_> = pv.collect();
+        for (domain, functions) in hvm_guests {
+            outcomes.push((domain, functions.len(), self.resume_hvm(domain, functions)));
+        }
+        self.end_stray_servers();
+        for (domain, count, outcome) in outcomes {
+            match outcome {
                 Ok(()) => info!("domain {domain}: serving its {count} functions on"),
                 Err(failure) => {
                     error!("domain {domain}: {failure}");

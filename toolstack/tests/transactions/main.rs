@@ -6,6 +6,7 @@ mod crashes;
 mod failures;
 mod frontend;
 mod guests;
+mod hvm;
 mod network;
 mod surprises;
 mod world;

@@ -8,6 +8,7 @@
 )]
 
 mod bindings;
+mod hvm;
 mod hypervisor;
 mod messages;
 mod msix;
@@ -41,6 +42,7 @@ pub fn open() -> Result<Platform> {
         host,
         store: Arc::new(store::XenStoreConnection::open(&libraries)?),
         rings: Arc::new(rings::XenRings::new(&libraries)),
+        hvm: Arc::new(hvm::XenHvmDomains::open(&libraries)?),
         network: Arc::new(LinuxVfNetwork::new(SYSFS.into())),
         description: format!("Xen {}.{}{}", version.major, version.minor, version.extra),
     })

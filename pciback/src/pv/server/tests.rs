@@ -18,20 +18,13 @@ const PLAIN: u16 = 0xc0;
 /// One life of the service over the machine, as far as its thread goes.
 fn life(machine: &Machine) -> Serving {
     let functions = BTreeMap::from([(0, machine.open(FIRST)), (8, machine.open(SECOND))]);
-    Serving {
-        domain: DOMAIN,
-        ring: machine.ring(),
-        functions,
-        counters: Arc::default(),
-        report: Box::new(|_| {}),
-        complaints: Complaints::default(),
-        token: first_token(),
-    }
+    let roster = Roster::new(DOMAIN, functions, &Arc::default(), Box::new(|_| {}));
+    Serving { roster, ring: machine.ring(), token: first_token() }
 }
 
 impl Serving {
     fn begin(&mut self) {
-        self.recover_interrupted();
+        self.roster.recover_interrupted();
         self.serve_while_busy();
     }
 
@@ -51,6 +44,7 @@ fn answered(machine: &Machine, op: &Op) -> (i32, u32, Vec<u16>) {
 /// Everything that Xen has mapped is noted, and everything noted is mapped.
 fn assert_notes_are_true(serving: &Serving, machine: &Machine) {
     let noted: BTreeMap<u32, Sbdf> = serving
+        .roster
         .functions
         .values()
         .flat_map(|function| {
@@ -265,7 +259,7 @@ fn a_function_that_vanishes_reads_all_ones_and_is_reported_once() {
     let reports = Arc::new(Mutex::new(0));
     let mut serving = life(&machine);
     let count = Arc::clone(&reports);
-    serving.report = Box::new(move |_| *count.lock().unwrap() += 1);
+    serving.roster.report = Box::new(move |_| *count.lock().unwrap() += 1);
     machine.break_config(Some(Errno::ENODEV));
     for _ in 0..3 {
         assert_eq!(serving.ask(&machine, &op(0, PLAIN, 2, 0)), (0, 0xffff, vec![]));
@@ -283,7 +277,7 @@ fn a_function_that_is_reset_is_silent_until_that_is_over_and_has_its_interrupts_
     let mut serving = life(&machine);
     let wanted = Arc::new(Mutex::new(Vec::new()));
     let heard = Arc::clone(&wanted);
-    serving.report = Box::new(move |report| {
+    serving.roster.report = Box::new(move |report| {
         if let ServerReport::ResetWanted(address) = report {
             heard.lock().unwrap().push(address);
         }
@@ -301,7 +295,7 @@ fn a_function_that_is_reset_is_silent_until_that_is_over_and_has_its_interrupts_
     machine.set_word(FIRST, MSI + 2, 0x80);
     machine.set_word(FIRST, MSI + 4, 0);
     machine.set_word(FIRST, 4, 6);
-    serving.reset_ended(0, true);
+    serving.roster.reset_ended(0, true);
     assert_eq!(serving.ask(&machine, &op(0, 0, 4, 0)).1, 0x10ca_8086);
     assert_eq!(machine.word(FIRST, MSI + 2) & 1, 1);
     assert_eq!(machine.word(FIRST, 4) & 4, 0, "after a reset bus mastering is off");
@@ -315,7 +309,7 @@ fn quiescing_leaves_nothing_mapped_and_nothing_enabled() {
     serving.ask(&machine, &op(1, 4, 2, 6));
     serving.ask(&machine, &msix(&[0, 1, 2]));
     assert_eq!(machine.word(FIRST, 4) & 4, 4);
-    let mut function = serving.functions.remove(&0).unwrap();
+    let mut function = serving.roster.functions.remove(&0).unwrap();
     function.quiesce().unwrap();
     assert!(machine.pirqs().is_empty());
     assert_eq!((machine.word(FIRST, 4) & 4, machine.word(FIRST, MSIX + 2) >> 15), (0, 0));
@@ -403,10 +397,10 @@ proptest! {
             prop_assert!(machine.answer(0).is_some());
             assert_notes_are_true(&serving, &machine);
             if resets {
-                serving.reset_ended(0, true);
+                serving.roster.reset_ended(0, true);
             }
         }
-        for function in serving.functions.values_mut() {
+        for function in serving.roster.functions.values_mut() {
             let _ = function.quiesce();
         }
         prop_assert!(machine.pirqs().is_empty());
