@@ -7,6 +7,7 @@ use std::sync::Arc;
 use log::warn;
 use nix::errno::Errno;
 
+use super::addresses::Addresses;
 use super::bars::{self, PAGE, Part};
 use super::wire::pieces;
 use crate::config::{Access, Bar, BarKind, SideEffect, Width};
@@ -26,19 +27,22 @@ pub struct Device {
     pub(super) server: ServerId,
     /// The device number.
     pub(super) slot: u8,
+    /// Where the BARs of all the guest's functions are.
+    pub(super) addresses: Arc<Addresses>,
     /// The memory of the BARs that are not mapped as a whole.
     pub(super) memory: BTreeMap<u8, Box<dyn BarMemory>>,
 }
 
 impl Device {
-    /// At a device number of bus 0, answered for by a server; `memory` is that of [`GuestFunction::trapped_bars`].
+    /// At a device number of bus 0, answered for by a server; `addresses` is the guest's, `memory` is that of [`GuestFunction::trapped_bars`].
     pub fn new(
         domains: Arc<dyn HvmDomains>,
         server: ServerId,
         slot: u8,
+        addresses: Arc<Addresses>,
         memory: BTreeMap<u8, Box<dyn BarMemory>>,
     ) -> Self {
-        Self { domains, server, slot, memory }
+        Self { domains, server, slot, addresses, memory }
     }
 }
 
@@ -152,7 +156,7 @@ impl GuestFunction {
     }
 
     /// Brings what is mapped into step with the guest's registers; `again`: what is noted as mapped may not be.
-    fn place_bars(&mut self, again: bool) -> Result<()> {
+    pub(super) fn place_bars(&mut self, again: bool) -> Result<()> {
         let access = Access::new(u32::from(header::COMMAND), 2).ok();
         let command = access
             .and_then(|access| self.space.read(access, self.hardware.as_ref()).ok())
@@ -184,8 +188,13 @@ impl GuestFunction {
         if let Some(address) = current.filter(|_| current != wanted) {
             self.reach(bar, address, false)?;
             self.space.image_mut().set_placed(bar.index, None);
+            self.give_up(bar, address);
         }
         let Some(address) = wanted else { return Ok(()) };
+        if !self.take(bar, address) {
+            // Until the place is free nobody answers for this BAR.
+            return Ok(());
+        }
         // Noted before it is done: what is not known to be mapped is never unmapped.
         self.space.image_mut().set_placed(bar.index, Some(address));
         if let Err(error) = self.reach(bar, address, true) {
@@ -193,10 +202,27 @@ impl GuestFunction {
                 warn!("{}: {second}", self.address);
             }
             self.space.image_mut().set_placed(bar.index, None);
+            self.give_up(bar, address);
             return Err(error);
         }
         self.table_moved(bar);
         Ok(())
+    }
+
+    fn take(&self, bar: &Bar, address: u64) -> bool {
+        let Some(device) = &self.device else { return false };
+        bar.kind == BarKind::Io || device.addresses.take(address, address + bar.size)
+    }
+
+    fn give_up(&self, bar: &Bar, address: u64) {
+        if let Some(device) = self.device.as_ref().filter(|_| bar.kind != BarKind::Io) {
+            device.addresses.release(address, address + bar.size);
+        }
+    }
+
+    /// How often places of the guest's BARs have become free.
+    pub(super) fn places_released(&self) -> u64 {
+        self.device.as_ref().map_or(0, |device| device.addresses.released())
     }
 
     /// Lets the guest reach a BAR at an address, or not any more; all of it is tried.

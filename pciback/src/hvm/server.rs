@@ -138,7 +138,23 @@ impl Serving {
                 let (value, demand) = function.config_read(offset, bytes);
                 (value, true, demand, address)
             }
-            Some(value) => (value, true, function.config_write(offset, bytes, value), address),
+            Some(value) => {
+                let before = function.places_released();
+                let demand = function.config_write(offset, bytes, value);
+                if function.places_released() != before {
+                    self.place_others();
+                }
+                (value, true, demand, address)
+            }
+        }
+    }
+
+    /// A place has become free, for which another BAR may wait.
+    fn place_others(&mut self) {
+        for function in self.roster.functions.values_mut() {
+            if let Err(error) = function.place_bars(false) {
+                function.note_trouble(&error);
+            }
         }
     }
 

@@ -47,12 +47,15 @@ pub fn msix(lab: &Lab, one: &BareGuest<'_>) -> Result<()> {
     let (own, table) = (registers(one, BAR0)?, registers(one, BAR3)?);
     one.tell("w 4 2 6")?;
     one.tell("w 72 2 0")?;
-    for (at, value) in [(0, 0xfee0_0000), (4, 0), (8, VECTOR), (0xc, 0)] {
-        one.tell(&format!("n {:x} 4 {value:x}", table + at))?;
+    for entry in [table, table + 0x10] {
+        for (at, value) in [(0, 0xfee0_0000), (4, 0), (8, VECTOR), (0xc, 0)] {
+            one.tell(&format!("n {:x} 4 {value:x}", entry + at))?;
+        }
     }
+    // The mailbox is entry 1's; QEMU counts from 1 here and takes entry 0, so both have the same message.
     one.tell("w 72 2 8000")?;
     ensure!(one.number("r 72 2")? == 0x8002, "Message Control {}", one.tell("r 72 2")?);
-    for (at, value) in [(MISCELLANEOUS_VECTOR, 0x80), (AUTO_CLEAR, 7), (CAUSE, 7), (ENABLE_CAUSE, 1)] {
+    for (at, value) in [(MISCELLANEOUS_VECTOR, 0x81), (AUTO_CLEAR, 7), (CAUSE, 7), (ENABLE_CAUSE, 1)] {
         one.tell(&format!("n {:x} 4 {value:x}", own + at))?;
     }
     come(one, 0)?;

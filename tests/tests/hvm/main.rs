@@ -17,7 +17,8 @@ mod vf;
 
 use anyhow::{Context, Result, ensure};
 use xpci_tests::host::{
-    PF, SOON, VFS, builder, granted, guest, is_held, prepare, start_service, state, status, xpci, xpci_fails,
+    PF, SOON, VFS, builder, granted, guest, is_held, prepare, set_mac, start_service, state, status, xpci,
+    xpci_fails,
 };
 use xpci_tests::{BareGuest, Lab};
 
@@ -41,6 +42,8 @@ fn two_functions_in_a_guest() -> Result<()> {
     let mut service = prepare(&lab)?;
     xpci(&lab, &format!("vf create {PF} 3"))?;
     let writable = vf::writable(&lab, VFS[2])?;
+    // Without an address the PF's driver refuses its VF what the mailbox asks for.
+    set_mac(&lab, 0, "52:54:00:aa:bb:01")?;
     xpci(&lab, "pci-assignable-add 01:10.0 01:10.2 01:10.4")?;
     let mut model = Model::new(vf::config(&lab, VFS[0])?, writable, host_placed_nothing(&lab)?);
     xpci(&lab, "hvm acpi-table /guest/mcfg.bin")?;
@@ -64,6 +67,10 @@ fn two_functions_in_a_guest() -> Result<()> {
 
     println!("P5: extended config space through the window that ACPI announces");
     extended(&one)?;
+
+    println!("the same filter, whatever kind of guest");
+    one.tell(&format!("slot {SECOND:x}"))?;
+    same_as_pv(&lab, &one)?;
 
     println!("every offset at every width, aligned or not, both ways, against the oracle");
     one.tell(&format!("slot {SLOT:x}"))?;
@@ -101,9 +108,6 @@ fn two_functions_in_a_guest() -> Result<()> {
 
     println!("P4: a function level reset that the guest asks for");
     reset(&lab, &one)?;
-
-    println!("the same filter, whatever kind of guest");
-    same_as_pv(&lab, &one)?;
 
     println!("the guest is destroyed");
     one.destroy()?;
@@ -215,7 +219,7 @@ fn reset(lab: &Lab, one: &BareGuest<'_>) -> Result<()> {
 }
 
 /// Two VFs of one PF under one policy, in an HVM and in a PV guest, are the same byte by byte but for what is each guest's own: where
-/// its BARs are, and whether it is master of the bus.
+/// its BARs are, whether it is master of the bus, and the notes of its system on cache lines and interrupt lines.
 fn same_as_pv(lab: &Lab, one: &BareGuest<'_>) -> Result<()> {
     let pv = guest(lab, "pv")?;
     xpci(lab, "pci-attach pv 01:10.4")?;
@@ -223,7 +227,6 @@ fn same_as_pv(lab: &Lab, one: &BareGuest<'_>) -> Result<()> {
     let text = pv.run("od -An -v -tx1 /sys/bus/pci/devices/0000:00:00.0/config | tr -d ' \\n'").ok()?;
     let seen_by_pv = bytes(text.trim())?;
     lab.dom0("xl dmesg -c >/dev/null").ok()?;
-    one.tell("w 4 2 0")?;
     one.tell("edump 4")?;
     let log = lab.dom0("xl dmesg").ok()?;
     let rows = log.lines().filter_map(|line| line.strip_prefix("(d1) ")).map(str::trim);
@@ -231,7 +234,7 @@ fn same_as_pv(lab: &Lab, one: &BareGuest<'_>) -> Result<()> {
     let seen_by_hvm = bytes(&text)?;
     ensure!(seen_by_pv.len() == 4096 && seen_by_hvm.len() == 4096, "{} bytes", seen_by_hvm.len());
     for (at, (pv, hvm)) in seen_by_pv.iter().zip(&seen_by_hvm).enumerate() {
-        let own = matches!(at, 0x04 | 0x10..0x28 | 0x3c);
+        let own = matches!(at, 0x04 | 0x0c | 0x10..0x28 | 0x3c);
         ensure!(own || pv == hvm, "at {at:#x}: PV {pv:#04x}, HVM {hvm:#04x}");
     }
     xpci(lab, "pci-detach pv 01:10.4")?;

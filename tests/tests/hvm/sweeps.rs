@@ -10,7 +10,9 @@ use crate::vf::{DEVICE_CONTROL, INITIATE_RESET, Model};
 
 const MSIX_CONTROL: u32 = 0x72;
 const SIZES: [usize; 3] = [1, 2, 4];
-const CLASSES: [(&str, fn(u32) -> u32); 5] = [
+/// What is written, by what was read.
+type Class = (&'static str, fn(u32) -> u32);
+const CLASSES: [Class; 5] = [
     ("zeros", |_| 0),
     ("ones", |_| u32::MAX),
     ("the complement", |now| !now),

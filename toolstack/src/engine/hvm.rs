@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::thread;
 
 use log::{error, info, warn};
-use pciback::hvm::{Device, ECAM_BASE, ECAM_BYTES};
+use pciback::hvm::{Addresses, Device, ECAM_BASE, ECAM_BYTES};
 use pciback::platform::{BarMemory, PlatformError, ServerId};
 use pciback::pv::{GuestFunction, Handshake, Server};
 use pciback::{DomId, Sbdf};
@@ -28,6 +28,7 @@ use crate::protocol::DomainName;
 /// What an HVM guest has besides what every guest has.
 pub(super) struct Hvm {
     server: ServerId,
+    addresses: Arc<Addresses>,
     /// Device and function numbers of its functions.
     pub devices: BTreeSet<u8>,
 }
@@ -139,23 +140,18 @@ impl Engine {
         memory: BTreeMap<u8, Box<dyn BarMemory>>,
     ) -> Result<(), Failure> {
         let domain = place.domain;
-        let known = self.guests.get(&domain).and_then(|guest| guest.hvm.as_ref()).map(|hvm| hvm.server);
-        let server = match known {
-            Some(server) => server,
-            None => {
-                let server = self.create_server(domain)?;
-                self.start_server(domain, server, BTreeMap::new())?;
-                server
-            }
-        };
+        if !self.guests.contains_key(&domain) {
+            let server = self.create_server(domain)?;
+            self.start_server(domain, server, Arc::default(), BTreeMap::new())?;
+        }
         let Some(guest) = self.guests.get_mut(&domain) else { return Ok(()) };
-        let device = Device::new(Arc::clone(&self.platform.hvm), server, place.devfn >> 3, memory);
+        let Some(hvm) = &mut guest.hvm else { return Ok(()) };
+        hvm.devices.insert(place.devfn);
+        let (platform, addresses) = (Arc::clone(&self.platform.hvm), Arc::clone(&hvm.addresses));
+        let device = Device::new(platform, hvm.server, place.devfn >> 3, addresses, memory);
         let entered = function.enter_guest(device, false);
         // Served in any case: a failed attach is taken back from here.
         guest.place(place.devfn, function);
-        if let Some(hvm) = &mut guest.hvm {
-            hvm.devices.insert(place.devfn);
-        }
         entered.map_err(|error| Failure::from(error).of(domain))
     }
 
@@ -187,6 +183,7 @@ impl Engine {
         &mut self,
         domain: DomId,
         server: ServerId,
+        addresses: Arc<Addresses>,
         functions: BTreeMap<u8, Box<GuestFunction>>,
     ) -> Result<(), Failure> {
         let hvm = &self.platform.hvm;
@@ -194,7 +191,7 @@ impl Engine {
         hvm.claim_memory(domain, server, ECAM_BASE, ECAM_BYTES, true)?;
         let inbox = self.inbox.clone();
         let mut guest = Guest::new(Handshake::new(domain));
-        guest.hvm = Some(Hvm { server, devices: functions.keys().copied().collect() });
+        guest.hvm = Some(Hvm { server, addresses, devices: functions.keys().copied().collect() });
         let report = Box::new(move |report| inbox.send(Event::Server(domain, report)));
         let started = Server::start_hvm(domain, connected, functions, Arc::clone(&guest.counters), report);
         let failed = |error: io::Error| {
@@ -218,10 +215,12 @@ impl Engine {
                 self.create_server(domain)?
             }
         };
+        let addresses: Arc<Addresses> = Arc::default();
         let mut functions = BTreeMap::new();
         let mut resetting = Vec::new();
         for Resumed { devfn, mut function, memory } in resumed {
-            let device = Device::new(Arc::clone(&self.platform.hvm), server, devfn >> 3, memory);
+            let platform = Arc::clone(&self.platform.hvm);
+            let device = Device::new(platform, server, devfn >> 3, Arc::clone(&addresses), memory);
             if let Err(error) = function.enter_guest(device, true) {
                 error!("{}: {error}", function.address());
                 self.problems.push(format!("{}: {error}", function.address()));
@@ -231,7 +230,7 @@ impl Engine {
             }
             functions.insert(devfn, function);
         }
-        self.start_server(domain, server, functions)?;
+        self.start_server(domain, server, addresses, functions)?;
         for address in resetting {
             // The earlier life may have been killed before, during or after it.
             self.reset_for_guest(address);

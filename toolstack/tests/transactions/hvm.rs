@@ -131,6 +131,23 @@ fn bars_follow_the_guests_registers_and_the_msix_table_is_trapped() {
     assert_nothing_remains(&world, &guest, "detached with BARs placed");
 }
 
+/// Xen would crash the guest.
+#[test]
+fn a_bar_that_is_put_over_another_one_waits_until_the_place_is_free() {
+    let (world, guest, service) = attached();
+    service.hold(bdf("01:10.2")).unwrap();
+    attach_at(&service, bdf("01:10.2"), 9).unwrap();
+    let start = |index: usize| world.host().function(bdf("01:10.2")).unwrap().resources[index].start / 4096;
+    let move_second = |to: u32| guest.ask(&config(9, BAR0, 4, Some(to)));
+    guest.write(BAR0, 4, 0xf300_0000);
+    move_second(0xf300_0000);
+    let first = world.host().function(bdf("01:10.0")).unwrap().resources[0].start / 4096;
+    assert_eq!((guest.0.reached().frames[&0xf3000], guest.frames().len()), (first, 4));
+    guest.write(BAR0, 4, 0xf400_0000);
+    assert_eq!((guest.0.reached().frames[&0xf3000], guest.frames().len()), (start(0), 8));
+    assert_eq!(service.status().guests[0].errors, 0);
+}
+
 /// The guest sets up a vector.
 fn set_up(guest: &Guest, entry: u64, vector: u64) {
     guest.ask(&memory(TABLE + 16 * entry, 8, Some(0xfee0_0000)));

@@ -215,6 +215,14 @@ impl HvmDomains for SimHvmDomains {
             for index in 0..frames {
                 if !map {
                     found.reached.frames.remove(&(guest + index)).ok_or(Errno::EINVAL)?;
+                } else if found
+                    .reached
+                    .frames
+                    .get(&(guest + index))
+                    .is_some_and(|known| *known != host + index)
+                {
+                    // Xen crashes the domain.
+                    return Err(Errno::EPERM);
                 } else if granted(host + index) {
                     found.reached.frames.insert(guest + index, host + index);
                 } else {
@@ -322,16 +330,14 @@ impl SimHvmGuest {
     /// Sends a request to the server that has claimed what it is about; `None`: nobody has.
     pub fn begin(&self, access: &wire::xen::Access) -> Option<SimRequest> {
         let domains = locked(&self.domains);
-        let servers = domains.get(&self.domain)?.servers.values().rev().filter(|server| server.enabled);
+        let mut servers = domains.get(&self.domain)?.servers.values().rev().filter(|server| server.enabled);
         let is_config = access.kind == wire::xen::config(0, 0, 1, None).kind;
-        let server = servers
-            .filter(|server| match is_config {
-                true => server.slots.contains(&((access.address >> 35) as u8)),
-                false => server.memory.iter().any(|(start, bytes)| {
-                    access.address >= *start && access.address + u64::from(access.size) <= start + bytes
-                }),
-            })
-            .next()?;
+        let server = servers.find(|server| match is_config {
+            true => server.slots.contains(&((access.address >> 35) as u8)),
+            false => server.memory.iter().any(|(start, bytes)| {
+                access.address >= *start && access.address + u64::from(access.size) <= start + bytes
+            }),
+        })?;
         wire::xen::put_request(&server.page, 0, access);
         let request = SimRequest { page: Arc::clone(&server.page), to_guest: Arc::clone(&server.to_guest) };
         server.to_server.write(1).ok()?;

@@ -115,7 +115,7 @@ impl PhysDev {
         // SAFETY: the buffer is page-aligned and has room for one `A`.
         unsafe { buffer.write(argument) };
         // SAFETY: the command reads and writes the structure at this address, which is as `Argument` promises.
-        let answer = unsafe { call.xencall2(handle, hypercall.into(), command.into(), buffer as u64) };
+        let answer = unsafe { call.xencall2(handle, hypercall, command.into(), buffer as u64) };
         // SAFETY: the buffer holds what was written above, and what Xen has made of it.
         let result = check(answer).map(|_| unsafe { buffer.read() });
         // SAFETY: the buffer is of this handle, and Xen keeps no reference to it.
