@@ -7,6 +7,7 @@ pub mod address;
 pub mod config;
 pub mod dump;
 pub mod function;
+pub mod hash;
 pub mod hvm;
 pub mod inventory;
 pub mod platform;

@@ -4,12 +4,12 @@ use super::bar::{Bar, BarKind};
 use super::bytes::Bytes;
 use super::error::ConfigError;
 use super::function::FunctionSpec;
-use super::hash::Fnv;
 use super::list::{Capability, CapabilityList};
 use super::planes::{Bits, DWORDS, Deferred, Model, NamedRegister, Planes, RefusedOverride, Segment};
 use super::policy::{Initial, Policy, Rule, Treatment};
 use super::rules::{self, Row};
 use super::shape;
+use crate::hash::Fnv;
 use crate::spec::{AnyId, Kind, Register, header};
 
 pub(super) const CONSTANT: &str = "cannot change: served without asking hardware";

@@ -7,7 +7,6 @@ mod compile;
 mod compile_list;
 mod error;
 mod function;
-mod hash;
 mod image;
 mod interrupts;
 mod list;

@@ -12,6 +12,7 @@ use crate::config::{
     Access, ConfigSpace, InterruptMode, MaskedWrite, Planes, RequestRecord, RequestStage, SideEffect,
     VirtualConfigSpace, Width,
 };
+use crate::hash::Fnv;
 use crate::hvm::Device;
 use crate::platform::Hypervisor;
 use crate::{DomId, Sbdf};
@@ -277,10 +278,10 @@ impl GuestFunction {
 
 /// What identifies a request across lives of the service.
 fn record_of(op: &Op) -> RequestRecord {
-    let mut hash = 0xcbf2_9ce4_8422_2325u64;
+    let mut hash = Fnv::new();
     if op.command == Command::ENABLE_MSIX {
         for entry in &op.entries {
-            hash = (hash ^ u64::from(entry.entry)).wrapping_mul(0x0100_0000_01b3);
+            hash.add(entry.entry.into());
         }
     }
     RequestRecord {
@@ -289,7 +290,7 @@ fn record_of(op: &Op) -> RequestRecord {
         size: op.size,
         value: op.value,
         info: op.info,
-        entries_hash: hash,
+        entries_hash: hash.finish(),
         stage: RequestStage::Begun,
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use pciback::DomId;
 use pciback::config::{FunctionImage, FunctionSpec, Life, Planes, VirtualConfigSpace};
+use pciback::hash::Fnv;
 use pciback::platform::{BarMemory, PlatformError, SharedMemory};
 use pciback::policy::{PolicySet, Subject};
 use pciback::pv::GuestFunction;
@@ -93,6 +94,7 @@ impl Workshop {
 
 /// The boot as the image's header has it.
 fn boot_number(boot: &str) -> u64 {
-    boot.bytes()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+    let mut hash = Fnv::new();
+    hash.add_bytes(boot.as_bytes());
+    hash.finish()
 }

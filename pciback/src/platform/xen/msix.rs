@@ -1,34 +1,14 @@
 //! Whether a function has MSI-X: Xen 4.17 panics when it is asked to prepare one that has none.
 
-use crate::config::{Access, ConfigSpace, Width};
-
-/// Offset of the first capability's offset (PCI Local Bus 3.0, section 6.7).
-const CAPABILITIES: u32 = 0x34;
-/// Capability id of MSI-X (PCI Local Bus 3.0, appendix H).
-const MSI_X: u32 = 0x11;
-/// The first offset that a capability can have.
-const FIRST: u32 = 0x40;
-/// As many capabilities of 4 bytes as fit: a longer list is a loop.
-const MOST: usize = 48;
+use crate::config::{Access, CapabilityList, ConfigSpace};
+use crate::spec::{CapabilityId, header};
 
 /// Looks for the capability; an unreadable or malformed list has none.
 pub fn has_msix(config: &dyn ConfigSpace) -> bool {
-    let read = |offset, width: Width| {
-        let access = Access::new(offset, width.bytes().into()).ok()?;
-        config.read(access).ok()
-    };
-    let mut next = read(CAPABILITIES, Width::Byte);
-    for _ in 0..MOST {
-        let Some(offset) = next.map(|offset| offset & 0xfc).filter(|offset| *offset >= FIRST) else {
-            return false;
-        };
-        match read(offset, Width::Word) {
-            Some(0xffff) | None => return false,
-            Some(header) if header & 0xff == MSI_X => return true,
-            Some(header) => next = Some(header >> 8),
-        }
-    }
-    false
+    let dword = |offset| config.read(Access::new(offset, 4).ok()?).ok();
+    let dwords: Option<Vec<u32>> = (0..u32::from(header::EXTENDED)).step_by(4).map(dword).collect();
+    let bytes: Vec<u8> = dwords.unwrap_or_default().into_iter().flat_map(u32::to_le_bytes).collect();
+    CapabilityList::walk(&bytes).legacy(CapabilityId::MSI_X).is_some()
 }
 
 #[cfg(test)]
@@ -55,6 +35,8 @@ mod tests {
 
     fn with(capabilities: &[(usize, [u8; 2])]) -> Bytes {
         let mut bytes = [0; 256];
+        // Status says that there is a list.
+        bytes[6] = 0x10;
         bytes[0x34] = 0x40;
         for (offset, header) in capabilities {
             bytes[*offset..offset + 2].copy_from_slice(header);
