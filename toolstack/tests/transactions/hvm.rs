@@ -96,7 +96,7 @@ fn places_of_other_devices_and_running_guests_are_refused() {
     attach_at(&service, bdf("01:10.2"), 9).unwrap();
     assert_eq!(guest.read(9, VENDOR, 2), 0x8086);
     service.hold(bdf("01:10.4")).unwrap();
-    guest.0.set_running(true);
+    guest.0.set_paused(false);
     let failure = service.attach(WIN, bdf("01:10.4")).unwrap_err();
     assert!(failure.hint.as_deref().is_some_and(|hint| hint.contains("xl create -p")), "{failure:?}");
     let failure = service.detach(WIN, bdf("01:10.2")).unwrap_err();

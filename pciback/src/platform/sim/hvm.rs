@@ -38,7 +38,7 @@ struct Server {
 /// One domain.
 #[derive(Default)]
 struct Domain {
-    running: bool,
+    paused: bool,
     servers: BTreeMap<u16, Server>,
     reached: Reached,
 }
@@ -129,7 +129,7 @@ fn claimed<T: Ord>(set: &mut BTreeSet<T>, value: T, claim: bool) {
 
 impl HvmDomains for SimHvmDomains {
     fn is_paused(&self, domain: DomId) -> Result<bool> {
-        self.call(("is_paused", "look at"), domain, |domain| Ok(!domain.running))
+        self.call(("is_paused", "look at"), domain, |domain| Ok(domain.paused))
     }
 
     fn device_model_slots(&self, domain: DomId) -> Result<Vec<u8>> {
@@ -312,9 +312,9 @@ pub struct SimHvmGuest {
 }
 
 impl SimHvmGuest {
-    /// The toolstack lets it run, or pauses it.
-    pub fn set_running(&self, running: bool) {
-        locked(&self.domains).entry(self.domain).or_default().running = running;
+    /// The toolstack pauses it, or lets it run.
+    pub fn set_paused(&self, paused: bool) {
+        locked(&self.domains).entry(self.domain).or_default().paused = paused;
     }
 
     /// What it reaches of the host.

@@ -162,7 +162,9 @@ impl Simulation {
 
     /// An HVM guest is made, paused, as `xl create -p` does.
     pub fn create_hvm(&self, domain: DomId, name: &str) -> std::result::Result<(), Errno> {
-        self.create_as(domain, name, "hvm", true)
+        self.create_as(domain, name, "hvm", true)?;
+        self.hvm_guest(domain).set_paused(true);
+        Ok(())
     }
 
     fn create_as(
