@@ -22,6 +22,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 use super::tasks::{Course, Workshop};
 use super::{Engine, Event};
 use crate::control::Reply;
+use crate::domains::{self, DomainType};
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{Success, SyncView};
@@ -168,6 +169,7 @@ impl Workshop {
         let host = self.platform.host.as_ref();
         let mut observed = Observed { domains: self.domains()?, ..Observed::default() };
         self.published(&mut observed)?;
+        self.without_nodes(wanted, &mut observed)?;
         let mut found: BTreeMap<Sbdf, HostFunction> = BTreeMap::new();
         for address in host.functions()? {
             match host.function(address) {
@@ -189,6 +191,18 @@ impl Workshop {
             observed.functions.insert(address, observation);
         }
         Ok(observed)
+    }
+
+    /// HVM guests are told of functions by their firmware: what they are to have counts as published.
+    fn without_nodes(&self, wanted: &Wanted, observed: &mut Observed) -> Result<(), Failure> {
+        for (&address, intent) in &wanted.functions {
+            if let Some(place) = intent.place()
+                && domains::kind(self.platform.store.as_ref(), place.domain)? == DomainType::Hvm
+            {
+                observed.published.insert(Published { address, place });
+            }
+        }
+        Ok(())
     }
 
     fn view(&self, function: &HostFunction) -> HostView {

@@ -78,6 +78,8 @@ fn a_paused_guest_gets_a_function_that_answers_beside_its_device_models() {
     assert_eq!(guest.ask(&memory(window, 8, None)) as u32, 0x10ca_8086);
     assert_eq!(guest.ask(&memory(window + 0x100, 4, None)), 0x1501_0001);
     assert_eq!(guest.ask(&memory(ECAM_BASE + 0x1000, 4, None)), 0xffff_ffff);
+    let Ok(Success::Synced(sync)) = service.call(Request::Sync { dry_run: true }) else { panic!("no plan") };
+    assert!(!sync.text.iter().any(|line| line.contains("01:10.0")), "{:?}", sync.text);
     let status = service.status();
     assert_eq!((status.guests[0].domain, status.guests[0].errors), (WIN, 0));
     service.detach(WIN, bdf("01:10.0")).unwrap();
