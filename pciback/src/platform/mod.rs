@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 pub use error::{Cause, PlatformError, Result};
 pub use events::{HostEvent, HostEvents};
-pub use host::{BarMemory, Host, HostFunction, Resource};
+pub use host::{BarMemory, Host, HostFunction, Resource, Use};
 pub use hvm::{HvmDomains, IoreqServer, MsiMessage, ServerId};
 pub use hypervisor::{Hypervisor, MsiSource, Pirq};
 pub use memory::SharedMemory;

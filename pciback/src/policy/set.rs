@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::file::{Permission, PolicyFile, Profile};
+use super::file::{Holding, Permission, PolicyFile, Profile};
 use super::matching::Subject;
 use crate::config::Policy;
 
@@ -19,6 +19,8 @@ pub struct Merged<'a> {
     pub policy: Policy,
     /// What they permit.
     pub permits: BTreeSet<Permission>,
+    /// When it is taken from dom0.
+    pub hold: Holding,
     /// The files that apply, the least specific first: a later one wins.
     pub applied: Vec<&'a PolicyFile>,
     /// The others, each with the reason.
@@ -64,6 +66,7 @@ impl<'a> Merged<'a> {
         Self {
             policy: Policy::default(),
             permits: BTreeSet::new(),
+            hold: Holding::default(),
             applied: Vec::new(),
             passed_over: Vec::new(),
             profile: (Profile::Passthrough, None),
@@ -80,6 +83,7 @@ impl<'a> Merged<'a> {
             self.policy.unknown = unknown.clone();
         }
         self.permits.extend(&file.permits);
+        self.hold = file.hold.unwrap_or(self.hold);
         self.policy.capabilities.extend(file.capabilities.iter().cloned());
         self.policy.registers.extend(file.registers.iter().cloned());
         self.applied.push(file);
@@ -125,6 +129,16 @@ mod tests {
             ("c.yaml", "match: {vendor: 10ec}\npermit: physical-function\n"),
         ]);
         assert_eq!(set.merge(&subject()).permits, BTreeSet::from([Permission::UntrustedVf]));
+    }
+
+    #[test]
+    fn the_most_specific_file_that_says_so_decides_when_to_hold() {
+        let at_once = ("a.yaml", "match: {vendor: 8086, device: 10ca}\nhold: at-once\n");
+        let silent = ("b.yaml", "match: {address: '01:10.0'}\nprofile: strict\n");
+        let except = ("c.yaml", "match: {address: '01:10.0'}\nhold: on-request\n");
+        assert_eq!(set(&[silent]).merge(&subject()).hold, Holding::OnRequest);
+        assert_eq!(set(&[at_once, silent]).merge(&subject()).hold, Holding::AtOnce);
+        assert_eq!(set(&[at_once, silent, except]).merge(&subject()).hold, Holding::OnRequest);
     }
 
     #[test]

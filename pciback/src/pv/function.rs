@@ -15,6 +15,7 @@ use crate::config::{
 use crate::hash::Fnv;
 use crate::hvm::Device;
 use crate::platform::Hypervisor;
+use crate::spec::header::COMMAND_BUS_MASTER;
 use crate::{DomId, Sbdf};
 
 /// What the guest's request asks of the service beyond its answer.
@@ -24,6 +25,8 @@ pub enum Demand {
     Reset,
     /// The function no longer answers.
     Vanished,
+    /// The guest has switched bus mastering on, as drivers do when they start. Nothing is asked.
+    DriverStarted,
 }
 
 /// What came of a config access.
@@ -227,6 +230,12 @@ impl GuestFunction {
                 debug!("{}: domain {} asks for a function level reset", self.address, self.domain);
                 self.space.image_mut().set_resetting(true);
                 Accessed { demand: Some(Demand::Reset), ..Accessed::value(value) }
+            }
+            Ok(Some(effect @ SideEffect::Command { changed, value: command }))
+                if changed & command & COMMAND_BUS_MASTER != 0 =>
+            {
+                let (demand, effect) = (Some(Demand::DriverStarted), Some(effect));
+                Accessed { demand, effect, ..Accessed::value(value) }
             }
             Ok(effect) => Accessed { effect, ..Accessed::value(value) },
             Err(error) => self.failed_access("write", access, &error),

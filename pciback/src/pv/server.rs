@@ -39,6 +39,8 @@ pub enum ServerReport {
     ResetWanted(Sbdf),
     /// The function answers no more.
     Vanished(Sbdf),
+    /// The guest's driver for the function has started.
+    DriverStarted(Sbdf),
     /// The function's interrupts could not be put back after its reset.
     RestoreFailed(Sbdf, String),
     /// The guest cannot be served any more.
@@ -342,6 +344,9 @@ impl Roster {
         match (demand, address) {
             (Some(Demand::Reset), Some(address)) => (self.report)(ServerReport::ResetWanted(address)),
             (Some(Demand::Vanished), Some(address)) => (self.report)(ServerReport::Vanished(address)),
+            (Some(Demand::DriverStarted), Some(address)) => {
+                (self.report)(ServerReport::DriverStarted(address));
+            }
             _ => {}
         }
     }

@@ -5,15 +5,19 @@
 
 mod guests;
 mod hvm;
+mod keeping;
 mod lists;
 mod log_limit;
 mod network;
+mod observe;
 mod open;
 mod policies;
 mod recover;
+mod repairs;
 mod requests;
 mod sync;
 mod tasks;
+mod unmanaged;
 mod vfs;
 mod watch;
 
@@ -42,9 +46,13 @@ use crate::settings::Settings;
 use crate::spec::Filters;
 use crate::transaction::{Finished, NetworkRecord, Parting};
 use guests::Guest;
+use keeping::Keeping;
+use network::NetworkChecks;
 use open::{Filter, Opened};
 use policies::Reloaded;
-use watch::{Changes, Seen, Stirred};
+use repairs::Synced;
+use sync::Syncing;
+use watch::{Changes, Look, Stirred};
 
 /// What the engine handles.
 pub enum Event {
@@ -90,14 +98,22 @@ pub enum Event {
     ResetEnded(Sbdf, Result<(), Failure>),
     /// A task that changes a PF's VFs ended.
     VfsChanged(Sbdf),
-    /// A repair that concerns a guest or a driver.
+    /// A repair that concerns a guest, a driver or a record.
     Repair(Repair, Reply),
+    /// A function is wanted for a repair of Xen's list; the answer says whether it may be had.
+    Reserve(Sbdf, mpsc::Sender<bool>),
+    /// That repair has ended; whether it was made.
+    ListRepaired(Repair, bool),
+    /// What sysfs, Xen and xenstore say was compared; somebody may have asked for it.
+    Synced(Box<Result<Synced, Failure>>, Option<Reply>),
     /// A thread that set a VF's network settings ended.
     NetworkSet(Sbdf, Box<Option<NetworkRecord>>),
+    /// What a guest's driver made of its VF's network settings; `None`: nothing.
+    NetworkCompared(Sbdf, Option<String>),
     /// Something that nobody waits for went wrong.
     Problem(String),
     /// Functions were looked at because something happened to them.
-    Seen(Vec<Seen>),
+    Seen(Look),
     /// New policies were read and checked, and filters compiled for the functions in use.
     Reloaded(Box<Reloaded>),
 }
@@ -150,6 +166,12 @@ pub struct Engine {
     silent: BTreeSet<Sbdf>,
     /// Counts what happens to the host's functions, for those who wait for it.
     changes: Changes,
+    /// What is known of comparisons of sysfs, Xen and xenstore.
+    syncing: Syncing,
+    /// Looks at what guests' drivers made of VFs' network settings.
+    network_checks: NetworkChecks,
+    /// Functions that policies keep for guests.
+    keeping: Keeping,
     /// The policies in force.
     policies: Arc<PolicySet>,
     /// The filters in use.
@@ -186,6 +208,9 @@ impl Engine {
             stirred: Stirred::default(),
             silent: BTreeSet::new(),
             changes: Changes::default(),
+            syncing: Syncing::default(),
+            network_checks: NetworkChecks::default(),
+            keeping: Keeping::default(),
             policies: Arc::new(policies),
             filters: Filters::default(),
             in_use: BTreeMap::new(),
@@ -210,8 +235,10 @@ impl Engine {
         // What happened before the subscription.
         self.stirred.everything();
         info!("ready on {}", self.platform.description);
+        self.take_back_stubs();
         self.create_wanted_vfs();
         loop {
+            self.reconcile();
             self.look();
             let wake = Arc::clone(&self.inbox.wake);
             let store = Arc::clone(&self.platform.store);
@@ -241,11 +268,13 @@ impl Engine {
             // Without xenstore nothing can be served; a new life may find it again.
             self.take_store_events().map_err(io::Error::other)?;
             self.check_deadlines(Instant::now());
+            self.check_networks(Instant::now());
         }
     }
 
     fn timeout(&self) -> PollTimeout {
-        let Some(deadline) = self.next_deadline() else { return PollTimeout::NONE };
+        let deadlines = self.next_deadline().into_iter().chain(self.network_checks.next());
+        let Some(deadline) = deadlines.min() else { return PollTimeout::NONE };
         let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
         PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
     }
@@ -261,11 +290,13 @@ impl Engine {
             Event::Finished(finished) => self.transaction_finished(*finished),
             Event::Server(domain, report) => self.server_reported(domain, report),
             Event::ResetEnded(address, outcome) => self.reset_ended(address, outcome),
-            Event::VfsChanged(physical_function) => {
-                self.busy_pfs.remove(&physical_function);
-            }
+            Event::VfsChanged(physical_function) => self.vfs_changed(physical_function),
             Event::Repair(repair, reply) => self.repair(repair, reply),
+            Event::Reserve(address, answer) => self.reserve(address, &answer),
+            Event::ListRepaired(repair, done) => self.list_repaired(repair, done),
+            Event::Synced(synced, reply) => self.synced(*synced, reply),
             Event::NetworkSet(address, network) => self.network_set(address, *network),
+            Event::NetworkCompared(address, differs) => self.network_compared(address, differs),
             Event::Problem(text) => {
                 error!("{text}");
                 self.problems.push(text);
@@ -297,6 +328,7 @@ impl Engine {
 
     /// Forgets a function that is nobody's concern any more.
     fn forget(&mut self, address: Sbdf) -> Result<(), Failure> {
+        self.syncing.touch(address);
         let removed = self.journal.remove(address);
         removed.map_err(|error| Failure::new(ErrorCode::Failed, error.to_string()).on(address))?;
         self.records.remove(&address);

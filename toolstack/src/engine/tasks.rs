@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::{error, info, warn};
 use pciback::platform::Platform;
@@ -28,6 +28,8 @@ const ENGINE_MARGIN: Duration = Duration::from_secs(10);
 pub(super) enum Course {
     /// The list from its beginning.
     Forward(Kind),
+    /// [`Kind::Hold`] from its beginning, even while the function is in use.
+    Seize,
     /// The list from its end, backwards.
     Backward(Kind, Parting),
     /// From one step backwards: what an earlier life of the service left.
@@ -37,13 +39,14 @@ pub(super) enum Course {
 impl Course {
     const fn kind(self) -> Kind {
         match self {
+            Self::Seize => Kind::Hold,
             Self::Forward(kind) | Self::Backward(kind, _) | Self::BackwardFrom(kind, ..) => kind,
         }
     }
 
     const fn parting(self) -> Parting {
         match self {
-            Self::Forward(_) => Parting::Force,
+            Self::Forward(_) | Self::Seize => Parting::Force,
             Self::Backward(_, parting) | Self::BackwardFrom(_, _, parting) => parting,
         }
     }
@@ -74,6 +77,14 @@ impl Serving for Workshop {
         self.ask(|answer| Event::Withdraw { record: Box::new(record.clone()), parting, answer })
     }
 
+    fn host_changes(&self) -> u64 {
+        self.changes.count()
+    }
+
+    fn wait_for_host(&self, seen: u64, deadline: Instant) -> bool {
+        self.changes.wait(seen, deadline)
+    }
+
     fn ended(&self) -> bool {
         self.inbox.ended.load(Ordering::SeqCst)
     }
@@ -96,10 +107,11 @@ impl Workshop {
             journal: &self.journal,
             serving: self,
             parting: course.parting(),
+            force: course == Course::Seize,
             progress,
         };
         match course {
-            Course::Forward(kind) => context.forward(kind, record),
+            Course::Forward(_) | Course::Seize => context.forward(course.kind(), record),
             Course::Backward(kind, _) => context.backward(kind, record),
             Course::BackwardFrom(kind, step, _) => context.backward_from(kind, step, record),
         }
@@ -128,10 +140,14 @@ impl Engine {
         done: impl Fn(&Record) -> String + Send + 'static,
     ) {
         let address = record.address;
+        if matches!(course, Course::Backward(Kind::Release, _)) {
+            self.keeping.gives_back(address, record.incarnation);
+        }
         let mut shown = record.clone();
         shown.state = course.kind().state_during();
         self.records.insert(address, shown);
         self.busy.insert(address);
+        self.syncing.touch(address);
         let workshop = self.workshop();
         let task = move || {
             let progress = |text: &str| {
@@ -168,12 +184,14 @@ impl Engine {
     }
 
     pub(super) fn transaction_finished(&mut self, finished: Finished) {
+        self.keeping.finished(&finished);
         let record = finished.record;
         let address = record.address;
         self.busy.remove(&address);
         let attached = record.state == FunctionState::Attached;
         if !attached {
             self.in_use.remove(&address);
+            self.forget_network_checks(address);
         }
         self.note_network_problem(&record);
         self.keep(record.clone());

@@ -10,6 +10,8 @@ mod hold;
 mod network;
 mod reset;
 
+use std::time::Instant;
+
 use log::{info, warn};
 use nix::errno::Errno;
 use pciback::platform::Platform;
@@ -17,10 +19,11 @@ use pciback::{DomId, FunctionState, Sbdf};
 use serde::{Deserialize, Serialize};
 
 pub use attach::image_path;
-pub use hold::holder_of;
+pub use hold::{a_guests, holder_of, refuse_in_use};
 pub use network::{
-    NetworkRecord, change as change_network, described as describe_network, look as look_at_network,
-    place as vf_place, reapply as reapply_network,
+    NetworkRecord, Seen as SeenNetwork, change as change_network, described as describe_network,
+    look as look_at_network, look_at_all as look_at_networks, place as vf_place, prepare as prepare_networks,
+    reapply as reapply_network,
 };
 pub use reset::{ResetCheck, ResetPlan, reset_and_verify};
 
@@ -60,7 +63,8 @@ pub enum Step {
     Assign,
     /// The guest may map its BARs, use its ports and its INTx line. Undo: it may not.
     Grant,
-    /// The VF's network settings are what 'vf set' asked for. Undo: they stay, and what the guest had changed is reported.
+    /// The VF's network settings are what 'vf set' and the service's settings ask for. Undo: they are so again, and what the guest had
+    /// changed is reported.
     ApplyNetwork,
     /// Its image, the part of its virtual config space that outlives the service, is there. Undo: gone.
     Image,
@@ -132,6 +136,10 @@ pub trait Serving: Sync {
     fn serve(&self, record: &Record) -> Result<Option<String>, Failure>;
     /// Stops serving it: bus mastering and interrupts off, nodes removed. The text says when the guest had to be overruled.
     fn withdraw(&self, record: &Record, parting: Parting) -> Result<Option<String>, Failure>;
+    /// How many things have happened to the host's functions; ask before looking.
+    fn host_changes(&self) -> u64;
+    /// Waits until more than `seen` have; `false` when nothing did before the deadline.
+    fn wait_for_host(&self, seen: u64, deadline: Instant) -> bool;
     /// Whether the engine has stopped: then nobody carries out the other two, and what is under way is the next life's.
     fn ended(&self) -> bool;
 }
@@ -148,6 +156,8 @@ pub struct Context<'a> {
     pub serving: &'a dyn Serving,
     /// How a guest loses the function when steps are undone.
     pub parting: Parting,
+    /// Whether a function is taken from its driver even while somebody uses it.
+    pub force: bool,
     /// Told what is done now.
     pub progress: &'a dyn Fn(&str),
 }
@@ -283,7 +293,7 @@ impl Context<'_> {
             Step::Quarantine => hold::own(self, record).map(|()| None),
             Step::Reset => reset::run(self, record).map(|()| None),
             Step::PrepareMsix => attach::prepare_msix(self, record).map(|()| None),
-            Step::Assign => attach::assign(self, record).map(|()| None),
+            Step::Assign => attach::assign(self, record),
             Step::Grant => attach::grant(self, record).map(|()| None),
             Step::ApplyNetwork => network::apply(self, record),
             Step::Image => attach::create_image(self, record).map(|()| None),

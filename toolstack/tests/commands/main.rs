@@ -85,6 +85,15 @@ fn pfs_and_vfs_that_nobody_watches_over_need_a_permission() {
 }
 
 #[test]
+fn what_dom0_uses_is_refused_by_name_and_a_pf_without_a_driver_needs_a_word_more() {
+    let virtio = "{address: 02:00.0, model: virtio-net, irq: 11, interfaces: [eth1]}";
+    let used = virtio.replace("eth1]", "eth1], uses: [{interface: {name: eth1, up: true, master: br0}}]");
+    // A PF whose driver is not loaded.
+    let host = host().replace(virtio, &used).replace("drivers: [igb, ", "drivers: [");
+    play("holding", host);
+}
+
+#[test]
 fn policies_are_shown_explained_reloaded_and_learned_from() {
     play("policy", host());
 }

@@ -6,6 +6,7 @@ mod config;
 pub mod events;
 mod host;
 mod network;
+mod users;
 mod vf_messages;
 
 pub use host::LinuxHost;

@@ -11,7 +11,7 @@ use super::locked;
 use super::world::{Answer, World};
 use crate::Sbdf;
 use crate::config::{Access, ConfigSpace};
-use crate::platform::{BarMemory, Cause, Host, HostEvents, HostFunction, PlatformError, Result};
+use crate::platform::{BarMemory, Cause, Host, HostEvents, HostFunction, PlatformError, Result, Use};
 
 pub(super) struct SimHost {
     world: Arc<Mutex<World>>,
@@ -45,7 +45,7 @@ impl SimHost {
                 errno => Cause::Os(errno),
             })
         };
-        let looks = matches!(operation, "function" | "config");
+        let looks = matches!(operation, "function" | "config" | "ports_above" | "uses");
         let answer = failed.and_then(|()| if looks { call() } else { self.failures.fuse.change(call) });
         answer.map_err(|cause| PlatformError::new(action, address, cause))
     }
@@ -78,6 +78,38 @@ impl World {
             reset_methods: function.kind.reset_methods.clone(),
             interfaces: if own_driver { function.interfaces.clone() } else { Vec::new() },
         })
+    }
+}
+
+/// The class of PCI-to-PCI bridges.
+const BRIDGE: u32 = 0x0604;
+/// Offsets of a bridge's Secondary and Subordinate Bus Number.
+const SECONDARY: u16 = 0x19;
+const SUBORDINATE: u16 = 0x1a;
+
+impl World {
+    fn ports_above(&self, address: Sbdf) -> Vec<Sbdf> {
+        let mut ports = Vec::new();
+        let mut below = address;
+        let leads_there = |port: &Sbdf, below: Sbdf| {
+            let registers = &self.functions[port].registers;
+            let buses = registers.peek(SECONDARY)..=registers.peek(SUBORDINATE);
+            registers.peek32(8) >> 16 == BRIDGE
+                && port.segment() == below.segment()
+                && port.bus() < below.bus()
+                && buses.contains(&below.bus())
+        };
+        while let Some(port) = self.functions.keys().rev().find(|port| leads_there(port, below)) {
+            ports.push(*port);
+            below = *port;
+        }
+        ports
+    }
+
+    fn uses(&self, address: Sbdf) -> Vec<Use> {
+        let own_driver = self.driver_of(address).is_some_and(|kind| !kind.any);
+        let uses = self.functions.get(&address).filter(|_| own_driver).map(|function| function.uses.clone());
+        uses.unwrap_or_default()
     }
 }
 
@@ -118,6 +150,16 @@ impl Host for SimHost {
         })
     }
 
+    fn ports_above(&self, address: Sbdf) -> Result<Vec<Sbdf>> {
+        self.call(("ports_above", "find the ports above"), address, None, |world| {
+            Ok(world.ports_above(address))
+        })
+    }
+
+    fn uses(&self, address: Sbdf) -> Result<Vec<Use>> {
+        self.call(("uses", "find out who uses"), address, None, |world| Ok(world.uses(address)))
+    }
+
     fn drivers(&self) -> Result<Vec<String>> {
         Ok(locked(&self.world).drivers.clone())
     }
@@ -136,6 +178,11 @@ impl Host for SimHost {
             world.function(address)?.driver_override = driver.map(str::to_owned);
             Ok(())
         })
+    }
+
+    fn forget_slot(&self, address: Sbdf) -> Result<()> {
+        // The simulated xen-pciback goes by overrides only.
+        self.call(("forget_slot", "make xen-pciback forget the slot of"), address, None, |_| Ok(()))
     }
 
     fn unbind(&self, address: Sbdf, limit: Duration) -> Result<()> {

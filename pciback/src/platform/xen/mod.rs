@@ -10,6 +10,7 @@
 mod bindings;
 mod hvm;
 mod hypervisor;
+mod ioreq;
 mod messages;
 mod msix;
 mod physdev;
