@@ -198,13 +198,15 @@ impl Engine {
             let _ = answer.send(self.clean_up_unserved(place.domain));
             return;
         };
-        let waiting = Waiting { answer, deadline: Instant::now() + limit, for_what: Awaited::Release };
-        guest.waiting.insert(place.devfn, waiting);
         if guest.hvm.is_some() {
             // Nobody in the guest is asked: it has no hotplug.
-            self.removed(place.domain, place.devfn);
-            return self.forget_if_idle(place.domain);
+            let outcome = self.switch_off(place.domain, place.devfn);
+            self.forget_if_idle(place.domain);
+            let _ = answer.send(outcome);
+            return;
         }
+        let waiting = Waiting { answer, deadline: Instant::now() + limit, for_what: Awaited::Release };
+        guest.waiting.insert(place.devfn, waiting);
         let actions = match parting {
             Parting::Ask => guest.handshake.remove(place.devfn),
             Parting::Force | Parting::Dead => guest.handshake.overrule(place.devfn),
@@ -376,8 +378,8 @@ impl Engine {
     }
 
     /// The guest has no use of the function any more: it is made harmless.
-    fn removed(&mut self, domain: DomId, devfn: u8) {
-        let Some(guest) = self.guests.get_mut(&domain) else { return };
+    fn switch_off(&mut self, domain: DomId, devfn: u8) -> Result<Option<String>, Failure> {
+        let Some(guest) = self.guests.get_mut(&domain) else { return Ok(None) };
         if let Some(hvm) = &mut guest.hvm {
             hvm.devices.remove(&devfn);
         }
@@ -389,12 +391,17 @@ impl Engine {
             },
             (None, None) => Ok(()),
         };
-        let outcome = quiesced.map(|()| None).map_err(|error| {
+        quiesced.map(|()| None).map_err(|error| {
             Failure::new(
                 ErrorCode::Failed,
                 format!("switch off what domain {domain} had at {devfn:#x}: {error}"),
             )
-        });
+        })
+    }
+
+    /// It let go of a function, or was overruled.
+    fn removed(&mut self, domain: DomId, devfn: u8) {
+        let outcome = self.switch_off(domain, devfn);
         self.answer(domain, devfn, |awaited| match awaited {
             Awaited::Release => Some(outcome),
             Awaited::Look | Awaited::FirstLook => Some(Err(Failure::new(
