@@ -246,7 +246,7 @@ impl Journal {
             // A temporary file is a write that never took effect.
             if path.extension().is_some_and(|extension| extension == "json") {
                 match read(&path) {
-                    Ok(record) => records.push(record),
+                    Ok(record) => records.extend(record),
                     Err(error) => errors.push(error),
                 }
             }
@@ -258,11 +258,16 @@ impl Journal {
     }
 }
 
-fn read(path: &Path) -> Result<Record, JournalError> {
+/// The record in a file; `None`: its bytes never reached the disk before the power failed, so it is of an earlier boot and says nothing.
+fn read(path: &Path) -> Result<Option<Record>, JournalError> {
     let error = |source| JournalError::Io { action: "read", path: path.to_owned(), source };
     let malformed = |reason: String| JournalError::Malformed { path: path.to_owned(), reason };
     let mut text = String::new();
     File::open(path).map_err(error)?.take(SIZE_LIMIT).read_to_string(&mut text).map_err(error)?;
+    if text.bytes().all(|byte| byte == 0) {
+        log::info!("{}: empty, as a power failure leaves a record", path.display());
+        return Ok(None);
+    }
     let record: Record = serde_json::from_str(&text).map_err(|error| malformed(error.to_string()))?;
     if record.version != VERSION {
         return Err(malformed(format!("it has version {}, this xpcid reads {VERSION}", record.version)));
@@ -270,7 +275,7 @@ fn read(path: &Path) -> Result<Record, JournalError> {
     if path.file_stem().and_then(|stem| stem.to_str()) != Some(record.address.to_string().as_str()) {
         return Err(malformed(format!("it is about {}", record.address)));
     }
-    Ok(record)
+    Ok(Some(record))
 }
 
 #[cfg(test)]
@@ -300,6 +305,20 @@ mod tests {
         journal.remove(record.address).unwrap();
         journal.remove(record.address).unwrap();
         assert!(journal.read_all().unwrap().0.is_empty());
+    }
+
+    #[test]
+    fn what_a_power_failure_left_empty_is_no_problem_and_is_written_anew() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = Journal::open(directory.path()).unwrap();
+        let record = sample();
+        for left in ["", "\0\0\0\0"] {
+            fs::write(journal.path(record.address), left).unwrap();
+            let (records, errors) = journal.read_all().unwrap();
+            assert!(records.is_empty() && errors.is_empty(), "{records:?} {errors:?}");
+        }
+        journal.write(&record).unwrap();
+        assert_eq!(journal.read_all().unwrap().0, [record]);
     }
 
     #[test]
