@@ -21,7 +21,7 @@ struct Library {
     functions: &'static [&'static str],
 }
 
-const LIBRARIES: [Library; 5] = [
+const LIBRARIES: [Library; 7] = [
     Library {
         name: "XenCtrl",
         file: "xenctrl.rs",
@@ -34,6 +34,13 @@ const LIBRARIES: [Library; 5] = [
             "xc_domain_iomem_permission",
             "xc_domain_ioport_permission",
             "xc_domain_irq_permission",
+            "xc_domain_getinfolist",
+            "xc_domain_memory_mapping",
+            "xc_domain_ioport_mapping",
+            "xc_domain_update_msi_irq",
+            "xc_domain_unbind_msi_irq",
+            "xc_domain_bind_pt_pci_irq",
+            "xc_domain_unbind_pt_irq",
             "xc_physdev_map_pirq",
             "xc_physdev_map_pirq_msi",
             "xc_physdev_unmap_pirq",
@@ -74,6 +81,32 @@ const LIBRARIES: [Library; 5] = [
         ],
     },
     Library {
+        name: "XenDeviceModel",
+        file: "xendevicemodel.rs",
+        functions: &[
+            "xendevicemodel_open",
+            "xendevicemodel_close",
+            "xendevicemodel_create_ioreq_server",
+            "xendevicemodel_get_ioreq_server_info",
+            "xendevicemodel_destroy_ioreq_server",
+            "xendevicemodel_set_ioreq_server_state",
+            "xendevicemodel_map_pcidev_to_ioreq_server",
+            "xendevicemodel_unmap_pcidev_from_ioreq_server",
+            "xendevicemodel_map_io_range_to_ioreq_server",
+            "xendevicemodel_unmap_io_range_from_ioreq_server",
+        ],
+    },
+    Library {
+        name: "XenForeignMemory",
+        file: "xenforeignmemory.rs",
+        functions: &[
+            "xenforeignmemory_open",
+            "xenforeignmemory_close",
+            "xenforeignmemory_map_resource",
+            "xenforeignmemory_unmap_resource",
+        ],
+    },
+    Library {
         name: "XenStore",
         file: "xenstore.rs",
         functions: &[
@@ -98,9 +131,11 @@ const LIBRARIES: [Library; 5] = [
 
 /// The types in the functions' signatures, and the arguments of hypercalls.
 const TYPES: &str = "xentoollog_logger|xc_interface|xencall_handle|xengnttab_handle|xenevtchn_(handle|port_or_error_t)|\
-     evtchn_port_t|xs_handle|xs_transaction_t|xs_permissions|physdev_pci_device(_t|_add)?";
+     evtchn_port_t|xs_handle|xs_transaction_t|xs_permissions|physdev_pci_device(_t|_add)?|xc_domaininfo_t|\
+     xendevicemodel_handle|xenforeignmemory_(resource_)?handle|ioservid_t|domid_t|xen_pfn_t|pt_irq_type|xen_hvm_get_mem_type";
 const CONSTANTS: &str = "__HYPERVISOR_physdev_op|PHYSDEVOP_pci_device_(add|remove)|PHYSDEVOP_(prepare|release)_msix|\
-     PHYSDEVOP_restore_msi_ext|XEN_PCI_DEV_.*|XEN_INVALID_.*|XENVER_version|XS_PERM_(NONE|READ)|XBT_NULL";
+     PHYSDEVOP_restore_msi_ext|XEN_PCI_DEV_.*|XEN_INVALID_.*|XENVER_version|XS_PERM_(NONE|READ)|XBT_NULL|\
+     XENMEM_resource_ioreq_server|XEN_DOMINF_paused|__HYPERVISOR_hvm_op|HVMOP_get_mem_type";
 
 const HEADER: &str = "xen.h";
 

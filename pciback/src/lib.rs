@@ -10,6 +10,7 @@ pub mod dump;
 pub mod fault;
 pub mod function;
 pub mod hash;
+pub mod hvm;
 pub mod inventory;
 pub mod platform;
 pub mod policy;

@@ -58,6 +58,14 @@ const DOM0_PROGRAMS: [&str; 12] = [
 /// The real programs, not the wrappers that choose one by Xen's version.
 const XEN_PROGRAMS: [&str; 6] =
     ["xl", "xenstored", "xenconsoled", "xenconsole", "xen-init-dom0", "libxl-save-helper"];
+/// What HVM guests need in dom0: the device model where Debian's libxl looks for it, and the files it insists on.
+const DEVICE_MODEL: [&str; 5] = [
+    "/usr/libexec/xen-qemu-system-i386",
+    "/usr/share/seabios/bios-256k.bin",
+    "/usr/share/qemu/kvmvapic.bin",
+    "/usr/share/qemu/linuxboot_dma.bin",
+    "/usr/share/qemu/keymaps/en-us",
+];
 const KMOD_NAMES: [&str; 5] = ["modprobe", "insmod", "rmmod", "lsmod", "modinfo"];
 
 /// What a boot needs from the cache.
@@ -145,6 +153,20 @@ fn dom0(archive: &mut Archive<impl Write>, trees: &Trees) -> Result<()> {
     archive.file("/etc/xen/xl.conf", 0o644, b"autoballoon=\"off\"\n")?;
     busybox(archive, trees)?;
     modules::add(archive, trees, &DOM0_MODULES)
+}
+
+/// Adds what HVM guests need to dom0's initramfs.
+pub fn device_model(archive: &mut Archive<impl Write>, trees: &Trees) -> Result<()> {
+    let trees = {
+        let _lock = packages::lock()?;
+        trees.clone().with_device_model()?
+    };
+    let mut programs = Programs::new(&trees);
+    let hvmloader = format!("/usr/lib/xen-{}/boot/hvmloader", trees.version.name());
+    for path in DEVICE_MODEL.into_iter().chain([hvmloader.as_str()]) {
+        programs.add(archive, path, &trees.find(path)?)?;
+    }
+    Ok(())
 }
 
 fn guest(archive: &mut Archive<impl Write>, trees: &Trees) -> Result<()> {

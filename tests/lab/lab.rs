@@ -30,6 +30,7 @@ pub struct Builder {
     devices: Devices,
     install: Vec<(PathBuf, String)>,
     guest_programs: Vec<String>,
+    hvm_guests: bool,
     name: String,
     life: Duration,
 }
@@ -57,6 +58,12 @@ impl Builder {
     /// Puts a program of this package into /lab of every guest, with the libraries it needs.
     pub fn guest_program(mut self, name: &str) -> Self {
         self.guest_programs.push(name.to_owned());
+        self
+    }
+
+    /// Puts what HVM guests need into dom0: QEMU as their device model, and their firmware.
+    pub fn hvm_guests(mut self) -> Self {
+        self.hvm_guests = true;
         self
     }
 
@@ -137,7 +144,7 @@ impl Builder {
             for (from, path) in &self.install {
                 programs.add(archive, path, from)?;
             }
-            Ok(())
+            if self.hvm_guests { image::device_model(archive, &images.trees) } else { Ok(()) }
         })?;
         Ok(fs::remove_file(guest)?)
     }
@@ -222,6 +229,7 @@ impl Lab {
             devices: Devices::default(),
             install: Vec::new(),
             guest_programs: Vec::new(),
+            hvm_guests: false,
             name: thread::current().name().unwrap_or("lab").replace("::", "-"),
             life: Duration::from_secs(1800),
         }
@@ -237,6 +245,13 @@ impl Lab {
         let program =
             script.split_whitespace().next().unwrap_or("command").rsplit('/').next().unwrap_or("command");
         self.link.start(&shell(&format!("exec {script}")), Some(self.log_file(&format!("{program}.log"))?))
+    }
+
+    /// A command in dom0 in the background that is given input as it goes.
+    pub fn converse(&self, script: &str) -> Result<Process> {
+        let mut start = shell(&format!("exec {script}"));
+        start.stdin = true;
+        self.link.start(&start, None)
     }
 
     /// Starts an interactive bash on a terminal of this size.

@@ -3,6 +3,7 @@
 
 pub mod agent;
 pub mod apt;
+mod bare;
 mod command;
 mod cpio;
 mod death;
@@ -19,6 +20,7 @@ mod qemu;
 mod qmp;
 mod wire;
 
+pub use bare::{BareGuest, Pending};
 pub use command::{Command, DEFAULT_LIMIT, Output};
 pub use guest::{Guest, GuestConfig};
 pub use lab::{Builder, Lab};

@@ -183,6 +183,19 @@ impl Process {
         }
     }
 
+    /// Waits until what it has written to its standard output satisfies a condition.
+    pub fn wait_for(&self, limit: Duration, holds: impl Fn(&str) -> bool) -> Result<()> {
+        let held = self.channel.wait(Some(limit), |c| {
+            let held = holds(&String::from_utf8_lossy(&c.stdout));
+            (held || c.exit.is_some()).then_some(held)
+        });
+        match held {
+            Some(true) => Ok(()),
+            Some(false) => bail!("{} ended", self.name),
+            None => bail!("{} did not say what was awaited within {limit:?}", self.name),
+        }
+    }
+
     /// Waits for its end.
     pub fn wait(&self, limit: Duration) -> Result<Exit> {
         let exit = self.channel.wait(Some(limit), |c| c.exit.clone());

@@ -75,6 +75,9 @@ const BASE: [&str; 10] = [
     "pciutils",
 ];
 
+/// What HVM guests need besides: QEMU as their device model, its files, their BIOS.
+const DEVICE_MODEL: [&str; 3] = ["qemu-system-xen", "qemu-system-data", "seabios"];
+
 /// Unpacked packages, in the order in which files are looked up.
 #[derive(Debug, Clone)]
 pub struct Trees {
@@ -115,6 +118,15 @@ pub fn trees(version: XenVersion) -> Result<Trees> {
     }
     roots.push(tree(&format!("xen-{}", version.name()), version.suite(), &xen)?);
     Ok(Trees { version, roots })
+}
+
+impl Trees {
+    /// The same with the device model of HVM guests, in a tree of its own: only labs with such guests need it.
+    pub fn with_device_model(mut self) -> Result<Self> {
+        let suite = self.version.suite();
+        self.roots.push(tree(&format!("device-model-{suite}"), suite, &DEVICE_MODEL)?);
+        Ok(self)
+    }
 }
 
 fn base_suite(version: XenVersion) -> Result<String> {

@@ -11,8 +11,10 @@ use crate::protocol::DomainName;
 pub enum DomainType {
     /// Paravirtualized: sees functions through pcifront.
     Pv,
-    /// Hardware-virtualized, with or without a device model.
+    /// Hardware-virtualized, with a device model.
     Hvm,
+    /// Hardware-virtualized, without any emulated device: it has no PCI bus.
+    Pvh,
     /// The toolstack that made it left no note.
     Unknown,
 }
@@ -55,7 +57,8 @@ pub fn name(store: &dyn StoreOps, domain: DomId) -> Result<Option<String>, Platf
 pub fn kind(store: &dyn StoreOps, domain: DomId) -> Result<DomainType, PlatformError> {
     Ok(match read_text(store, &format!("/libxl/{domain}/type"))?.as_deref() {
         Some("pv") => DomainType::Pv,
-        Some("hvm" | "pvh") => DomainType::Hvm,
+        Some("hvm") => DomainType::Hvm,
+        Some("pvh") => DomainType::Pvh,
         _ => DomainType::Unknown,
     })
 }

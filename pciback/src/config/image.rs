@@ -30,6 +30,8 @@ mod word {
     pub const RESETTING: usize = 8;
     pub const VECTORS_GENERATION: usize = 9;
     pub const REQUEST_GENERATION: usize = 10;
+    /// Where an HVM guest has each BAR: two words for each of seven.
+    pub const PLACED: usize = 16;
     pub const REQUESTS: usize = 64;
     pub const REQUEST_SLOT: usize = 64;
 }
@@ -39,6 +41,8 @@ const RESET_VALUES: usize = 2 * PAGE;
 const VECTORS: usize = 3 * PAGE;
 /// Which bits the filter in force reads from hardware: what a filter that replaces it must know of it.
 const FROM_HARDWARE: usize = 5 * PAGE;
+/// An HVM guest's MSI-X table, in images of such guests only.
+const TABLE: usize = 6 * PAGE;
 /// Words of a vector slot before its entries: mode, pending entry, number of entries, reserved.
 const VECTOR_HEADER: usize = 4;
 const NO_ENTRY: u32 = u32::MAX;
@@ -46,7 +50,7 @@ const NO_ENTRY: u32 = u32::MAX;
 /// The mapped words of one function.
 ///
 /// Page 0: header, then two request slots; page 1: the shadow; page 2: what the shadow returns to at a reset; pages 3 and 4: two
-/// slots of vectors; page 5: the bits that are read from hardware. One thread owns it at a time.
+/// slots of vectors; page 5: the bits that are read from hardware. For an HVM guest, pages 6 to 13: its MSI-X table. One thread owns it at a time.
 #[derive(Debug)]
 pub struct FunctionImage {
     memory: SharedMemory,
@@ -56,6 +60,8 @@ pub struct FunctionImage {
 impl FunctionImage {
     /// The length of the file.
     pub const BYTES: usize = 6 * PAGE * 4;
+    /// The length of the file for an HVM guest.
+    pub const HVM_BYTES: usize = Self::BYTES + 8 * PAGE * 4;
     /// The most vectors that can be noted; the PV protocol asks for at most 128.
     pub const MAX_VECTORS: usize = (PAGE - VECTOR_HEADER) / 2;
 
@@ -74,7 +80,7 @@ impl FunctionImage {
     pub(super) fn begin(&mut self, address: Sbdf, shape: u64) -> Result<(), ImageError> {
         self.check_size(address)?;
         self.set(word::MAGIC, 0);
-        for index in 1..Self::BYTES / 4 {
+        for index in 1..self.memory.len() {
             self.set(index, 0);
         }
         self.set(word::VERSION, VERSION);
@@ -171,6 +177,29 @@ impl FunctionImage {
     /// Notes which bits of a dword are read from hardware.
     pub(super) fn set_hardware_bits(&mut self, dword: usize, bits: u32) {
         self.set(FROM_HARDWARE + (dword & (PAGE - 1)), bits);
+    }
+
+    /// Where a BAR (0-5, 6 for the ROM) is mapped in an HVM guest; `None` where it is not.
+    pub fn placed(&self, bar: u8) -> Option<u64> {
+        let address = self.get_double(word::PLACED + 2 * usize::from(bar.min(6)));
+        (address != 0).then_some(address)
+    }
+
+    /// Notes where a BAR is about to be mapped, or that it is mapped no more.
+    pub fn set_placed(&mut self, bar: u8, address: Option<u64>) {
+        let at = word::PLACED + 2 * usize::from(bar.min(6));
+        // The lower half is never 0 for an address within 4 GiB, and a half-written note leads to an unmapping that fails.
+        self.set_double(at, address.unwrap_or(0));
+    }
+
+    /// An entry of an HVM guest's MSI-X table: address, upper address, data, vector control.
+    pub fn table_entry(&self, entry: u16) -> [u32; 4] {
+        [0, 1, 2, 3].map(|index| self.get(TABLE + 4 * usize::from(entry) + index))
+    }
+
+    /// Stores one word (0-3) of an entry of an HVM guest's MSI-X table.
+    pub fn set_table_word(&mut self, entry: u16, index: usize, value: u32) {
+        self.set(TABLE + 4 * usize::from(entry) + (index & 3), value);
     }
 
     /// The offsets of the capabilities that the guest sees, in a function with `size` bytes of config space: the links of the

@@ -95,6 +95,31 @@ impl VirtualConfigSpace {
         Ok(Self { planes, image, bars, masked: MaskedWrites::default() })
     }
 
+    /// Makes it that of an HVM guest, whose firmware places the BARs and routes the line: both begin as 0, and are that again after
+    /// a reset.
+    pub fn unplace(&mut self) {
+        let at = |offset: u16| usize::from(offset / 4);
+        let mut masks = vec![(at(header::INTERRUPT_LINE), 0xff)];
+        for bar in &self.bars {
+            let mask = bar.address_mask();
+            masks.push((at(bar.offset()), mask as u32));
+            if bar.kind == BarKind::Memory64 {
+                masks.push((at(bar.offset()) + 1, (mask >> 32) as u32));
+            }
+        }
+        for (dword, mask) in masks {
+            self.image.set_reset_value(dword, self.image.reset_value(dword) & !mask);
+            self.image.set_shadow(dword, self.image.shadow(dword) & !mask);
+        }
+    }
+
+    /// What the guest wrote into a BAR's register, or pair of registers.
+    pub fn bar_register(&self, bar: &Bar) -> u64 {
+        let dword = usize::from(bar.offset() / 4);
+        let high = if bar.kind == BarKind::Memory64 { self.image.shadow(dword + 1) } else { 0 };
+        u64::from(self.image.shadow(dword)) | u64::from(high) << 32
+    }
+
     /// Takes over the image of an earlier life of the service. An image of another version, boot, domain, function or layout,
     /// and one that holds impossible values, is an error. The filter may be another than that life's: see
     /// [`Self::replace_filter`].

@@ -92,6 +92,14 @@ impl HostFunction {
     }
 }
 
+/// The memory of one BAR, as the function's registers answer.
+pub trait BarMemory: Send {
+    /// Reads 1, 2, 4 or 8 bytes at an offset that is a multiple of that; all ones beyond the end.
+    fn read(&self, offset: u64, bytes: u8) -> u64;
+    /// Writes likewise; nothing happens beyond the end.
+    fn write(&self, offset: u64, bytes: u8, value: u64);
+}
+
 /// Something in dom0 that uses a function through its driver, and loses it when the driver does.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -173,6 +181,8 @@ pub trait Host: Send + Sync {
     fn function(&self, address: Sbdf) -> Result<HostFunction>;
     /// Opens its config space.
     fn config(&self, address: Sbdf) -> Result<Box<dyn ConfigSpace>>;
+    /// Maps the memory of a BAR (0-5).
+    fn bar_memory(&self, address: Sbdf, bar: u8) -> Result<Box<dyn BarMemory>>;
     /// The bridges above it, the nearest first and the root port last; none where it is on a root bus.
     fn ports_above(&self, address: Sbdf) -> Result<Vec<Sbdf>>;
     /// What in dom0 uses it through its driver; nothing where it has none.

@@ -7,6 +7,7 @@ use std::ops::Deref;
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU32;
 
+use super::BarMemory;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 /// A mapping seen as words that are only ever accessed atomically, so that a concurrent change by the other side is a
@@ -101,6 +102,91 @@ unsafe impl Send for SharedMemory {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for SharedMemory {}
 
+/// The registers of a device, mapped. Each access is one of the width that is asked for.
+#[derive(Debug)]
+pub struct Registers {
+    start: NonNull<u8>,
+    bytes: NonZeroUsize,
+}
+
+impl Registers {
+    /// Maps the first `bytes` of a file that is a device's memory; 0 is an error.
+    pub fn map_file(file: &File, bytes: u64) -> io::Result<Self> {
+        let bytes = usize::try_from(bytes).ok().and_then(NonZeroUsize::new);
+        let bytes = bytes.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "it has no memory"))?;
+        #[expect(unsafe_code, reason = "mapping memory")]
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing.
+        let mapped = unsafe {
+            mmap(None, bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, file, 0)
+        }?;
+        Ok(Self { start: mapped.cast(), bytes })
+    }
+
+    /// A register of this width that lies within the mapping and is aligned.
+    fn place<T>(&self, offset: u64) -> Option<NonNull<T>> {
+        let offset = usize::try_from(offset).ok()?;
+        let end = offset.checked_add(size_of::<T>())?;
+        let inside = end <= self.bytes.get() && offset.is_multiple_of(size_of::<T>());
+        #[expect(unsafe_code, reason = "address within the mapping")]
+        // SAFETY: the offset lies within the mapping.
+        inside.then(|| unsafe { self.start.add(offset).cast() })
+    }
+
+    fn load<T: Copy>(&self, offset: u64) -> Option<T> {
+        #[expect(unsafe_code, reason = "access to the mapping")]
+        // SAFETY: the place is mapped, aligned and of this size; whatever a device answers is a valid number.
+        self.place::<T>(offset).map(|place| unsafe { place.read_volatile() })
+    }
+
+    fn store<T: Copy>(&self, offset: u64, value: T) {
+        if let Some(place) = self.place::<T>(offset) {
+            #[expect(unsafe_code, reason = "access to the mapping")]
+            // SAFETY: the place is mapped, aligned and of this size, and no reference to it exists.
+            unsafe {
+                place.write_volatile(value);
+            }
+        }
+    }
+}
+
+impl BarMemory for Registers {
+    fn read(&self, offset: u64, bytes: u8) -> u64 {
+        let value = match bytes {
+            1 => self.load::<u8>(offset).map(u64::from),
+            2 => self.load::<u16>(offset).map(u64::from),
+            4 => self.load::<u32>(offset).map(u64::from),
+            8 => self.load::<u64>(offset),
+            _ => None,
+        };
+        value.unwrap_or(u64::MAX)
+    }
+
+    fn write(&self, offset: u64, bytes: u8, value: u64) {
+        match bytes {
+            1 => self.store(offset, value as u8),
+            2 => self.store(offset, value as u16),
+            4 => self.store(offset, value as u32),
+            8 => self.store(offset, value),
+            _ => {}
+        }
+    }
+}
+
+impl Drop for Registers {
+    fn drop(&mut self) {
+        #[expect(unsafe_code, reason = "unmapping memory")]
+        // SAFETY: this value made the mapping, and no reference into it exists.
+        let unmapped = unsafe { munmap(self.start.cast(), self.bytes.get()) };
+        if let Err(errno) = unmapped {
+            log::error!("unmap {} bytes of registers: {errno}", self.bytes);
+        }
+    }
+}
+
+#[expect(unsafe_code, reason = "the mapping belongs to the process")]
+// SAFETY: the mapping belongs to the process, not to a thread, and one thread has this value at a time.
+unsafe impl Send for Registers {}
+
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::Ordering::Relaxed;
@@ -115,6 +201,26 @@ mod tests {
         memory[2047].store(0xdead_beef, Relaxed);
         drop(memory);
         assert_eq!(SharedMemory::map_file(&file, 8192).unwrap()[2047].load(Relaxed), 0xdead_beef);
+    }
+
+    #[test]
+    fn registers_are_reached_at_their_width_and_nowhere_else() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let registers = Registers::map_file(&file, 4096).unwrap();
+        registers.write(0xff8, 8, 0x8877_6655_4433_2211);
+        assert_eq!(
+            [1, 2, 4, 8].map(|bytes| registers.read(0xff8, bytes)),
+            [0x11, 0x2211, 0x4433_2211, 0x8877_6655_4433_2211]
+        );
+        registers.write(0xffe, 1, 0xaa);
+        assert_eq!(registers.read(0xffc, 4), 0x88aa_6655);
+        for (offset, bytes) in [(0x1000, 1), (0xffc, 8), (0xffd, 2), (0, 3), (u64::MAX, 4)] {
+            registers.write(offset, bytes, 0);
+            assert_eq!(registers.read(offset, bytes), u64::MAX, "{offset:#x}/{bytes}");
+        }
+        assert_eq!(registers.read(0xff8, 8), 0x88aa_6655_4433_2211);
+        assert!(Registers::map_file(&file, 0).is_err());
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! The outside of xpci, as small traits: the host's PCI functions, their errors, the VFs' network settings, the
-//! hypervisor, xenstore, guests' rings.
+//! hypervisor, xenstore, guests' rings, HVM guests.
 //!
 //! Two sets implement them: `xen` with `linux` on a real dom0, and `sim`, a simulated host made of bytes. Only the
 //! service's `main` chooses between them. Every call that may block has a limit of its own and is safe from several threads.
@@ -8,6 +8,7 @@ pub mod error;
 pub mod errors;
 pub mod events;
 pub mod host;
+pub mod hvm;
 pub mod hypervisor;
 pub mod linux;
 pub mod memory;
@@ -22,7 +23,8 @@ use std::sync::Arc;
 pub use error::{Cause, PlatformError, Result};
 pub use errors::{ErrorEvent, ErrorEvents, ErrorSource};
 pub use events::{HostEvent, HostEvents};
-pub use host::{Host, HostFunction, Resource, Use};
+pub use host::{BarMemory, Host, HostFunction, Resource, Use};
+pub use hvm::{HvmDomains, IoreqServer, MsiMessage, ServerId};
 pub use hypervisor::{Hypervisor, MsiSource, Pirq};
 pub use memory::SharedMemory;
 pub use network::{VfNetwork, VfPlace, VfSetting, VfSettings};
@@ -40,6 +42,8 @@ pub struct Platform {
     pub store: Arc<dyn Store>,
     /// The shared pages and event channels of PV guests.
     pub rings: Arc<dyn GuestRings>,
+    /// HVM guests.
+    pub hvm: Arc<dyn HvmDomains>,
     /// The network settings of VFs.
     pub network: Arc<dyn VfNetwork>,
     /// What the kernel tells of errors that functions report.

@@ -13,6 +13,7 @@ use crate::config::{
     VirtualConfigSpace, Width,
 };
 use crate::hash::Fnv;
+use crate::hvm::Device;
 use crate::platform::Hypervisor;
 use crate::spec::header::COMMAND_BUS_MASTER;
 use crate::{DomId, Sbdf};
@@ -28,15 +29,41 @@ pub enum Demand {
     DriverStarted,
 }
 
+/// What came of a config access.
+pub(crate) struct Accessed {
+    /// What was read, all ones where nobody answered; what was written.
+    pub value: u32,
+    /// The host could not make the access.
+    pub failed: bool,
+    /// What it asks of the service.
+    pub demand: Option<Demand>,
+    /// What a write asked for besides.
+    pub effect: Option<SideEffect>,
+}
+
+impl Accessed {
+    const fn value(value: u32) -> Self {
+        Self { value, failed: false, demand: None, effect: None }
+    }
+
+    fn answer(self) -> (OpAnswer, Option<Demand>) {
+        let answer =
+            if self.failed { OpAnswer::failed(WireError::Failed) } else { OpAnswer::value(self.value) };
+        (answer, self.demand)
+    }
+}
+
 /// One function, served to one guest.
 pub struct GuestFunction {
-    pub(super) domain: DomId,
-    pub(super) address: Sbdf,
-    pub(super) space: VirtualConfigSpace,
-    pub(super) hardware: Box<dyn ConfigSpace>,
-    pub(super) hypervisor: Arc<dyn Hypervisor>,
+    pub(crate) domain: DomId,
+    pub(crate) address: Sbdf,
+    pub(crate) space: VirtualConfigSpace,
+    pub(crate) hardware: Box<dyn ConfigSpace>,
+    pub(crate) hypervisor: Arc<dyn Hypervisor>,
     /// The guest's physical interrupt for the function's line, which has the line's number; 0 where it has none.
-    pub(super) line: u32,
+    pub(crate) line: u32,
+    /// What it is in an HVM guest; a PV guest maps and binds for itself.
+    pub(crate) device: Option<Device>,
     gone: bool,
     /// The reset under way is the host's.
     keeps_registers: bool,
@@ -61,10 +88,21 @@ impl GuestFunction {
             hardware,
             hypervisor,
             line,
+            device: None,
             gone: false,
             keeps_registers: false,
             trouble: None,
         }
+    }
+
+    /// Whether nothing of the guest's reaches it: it has left the host, or is being reset.
+    pub(crate) fn is_silent(&self) -> bool {
+        self.gone || self.resetting()
+    }
+
+    /// Notes why something failed.
+    pub(crate) fn note_trouble(&mut self, why: &dyn std::fmt::Display) {
+        self.trouble = Some(why.to_string());
     }
 
     /// Where it is on the host.
@@ -146,7 +184,7 @@ impl GuestFunction {
     }
 
     fn carry_out(&mut self, op: &Op) -> (OpAnswer, Option<Demand>) {
-        if self.gone || self.resetting() {
+        if self.is_silent() {
             // As on a bus where nobody answers: writes are lost, which the writer does not notice.
             let answer = match op.command {
                 Command::CONF_WRITE => OpAnswer::value(op.value),
@@ -170,46 +208,55 @@ impl GuestFunction {
     }
 
     fn read(&mut self, op: &Op) -> (OpAnswer, Option<Demand>) {
-        let access = match Access::new(op.offset, op.size) {
-            Ok(access) => access,
-            Err(_) => return (OpAnswer::failed(WireError::InvalidOffset), None),
-        };
-        if self.gone || self.resetting() {
-            return (OpAnswer::value(access.width().mask()), None);
-        }
-        match self.space.read(access, self.hardware.as_ref()) {
-            Ok(value) => (OpAnswer::value(value), None),
-            Err(error) => self.failed_access("read", access, &error, OpAnswer::value(access.width().mask())),
+        match Access::new(op.offset, op.size) {
+            Ok(access) => self.read_config(access).answer(),
+            Err(_) => (OpAnswer::failed(WireError::InvalidOffset), None),
         }
     }
 
     fn write(&mut self, op: &Op) -> (OpAnswer, Option<Demand>) {
-        let access = match Access::new(op.offset, op.size) {
-            Ok(access) => access,
-            Err(_) => return (OpAnswer::failed(WireError::InvalidOffset), None),
-        };
-        match self.space.write(access, op.value & access.width().mask(), self.hardware.as_ref()) {
+        match Access::new(op.offset, op.size) {
+            Ok(access) => Accessed { value: op.value, ..self.write_config(access, op.value) }.answer(),
+            Err(_) => (OpAnswer::failed(WireError::InvalidOffset), None),
+        }
+    }
+
+    /// What the guest reads.
+    pub(crate) fn read_config(&mut self, access: Access) -> Accessed {
+        if self.is_silent() {
+            return Accessed::value(access.width().mask());
+        }
+        match self.space.read(access, self.hardware.as_ref()) {
+            Ok(value) => Accessed::value(value),
+            Err(error) => self.failed_access("read", access, &error),
+        }
+    }
+
+    /// What the guest writes.
+    pub(crate) fn write_config(&mut self, access: Access, value: u32) -> Accessed {
+        let value = value & access.width().mask();
+        if self.is_silent() {
+            return Accessed::value(value);
+        }
+        match self.space.write(access, value, self.hardware.as_ref()) {
             Ok(Some(SideEffect::FunctionLevelReset)) => {
                 debug!("{}: domain {} asks for a function level reset", self.address, self.domain);
                 self.space.image_mut().set_resetting(true);
-                (OpAnswer::value(op.value), Some(Demand::Reset))
+                Accessed { demand: Some(Demand::Reset), ..Accessed::value(value) }
             }
-            Ok(Some(SideEffect::Command { changed, value })) if changed & value & COMMAND_BUS_MASTER != 0 => {
-                (OpAnswer::value(op.value), Some(Demand::DriverStarted))
+            Ok(Some(effect @ SideEffect::Command { changed, value: command }))
+                if changed & command & COMMAND_BUS_MASTER != 0 =>
+            {
+                let (demand, effect) = (Some(Demand::DriverStarted), Some(effect));
+                Accessed { demand, effect, ..Accessed::value(value) }
             }
-            Ok(_) => (OpAnswer::value(op.value), None),
-            Err(error) => self.failed_access("write", access, &error, OpAnswer::value(op.value)),
+            Ok(effect) => Accessed { effect, ..Accessed::value(value) },
+            Err(error) => self.failed_access("write", access, &error),
         }
     }
 
     /// An access that the host could not make: the function has left it, or the host is in trouble.
-    fn failed_access(
-        &mut self,
-        what: &str,
-        access: Access,
-        error: &io::Error,
-        answer: OpAnswer,
-    ) -> (OpAnswer, Option<Demand>) {
+    fn failed_access(&mut self, what: &str, access: Access, error: &io::Error) -> Accessed {
         let bytes = access.width().bytes();
         warn!(
             "{}: {what} {bytes} bytes at {:#x} for domain {}: {error}",
@@ -217,14 +264,15 @@ impl GuestFunction {
             access.offset(),
             self.domain
         );
+        let value = access.width().mask();
         if matches!(
             error.raw_os_error().map(Errno::from_raw),
             Some(Errno::ENODEV | Errno::ENXIO | Errno::ENOENT)
         ) {
             self.gone = true;
-            return (answer, Some(Demand::Vanished));
+            return Accessed { demand: Some(Demand::Vanished), ..Accessed::value(value) };
         }
-        (OpAnswer::failed(WireError::Failed), None)
+        Accessed { failed: true, ..Accessed::value(value) }
     }
 
     /// The host is about to reset it for an error: until [`Self::reset_done`] it reads all ones. What the guest wrote stays, as
@@ -236,7 +284,12 @@ impl GuestFunction {
 
     /// The reset that the guest asked for, or the host began, has ended well: the function answers again, with the guest's interrupts in place.
     pub fn reset_done(&mut self) -> io::Result<()> {
-        if !std::mem::take(&mut self.keeps_registers) {
+        let keeps_registers = std::mem::take(&mut self.keeps_registers);
+        if self.device.is_some() {
+            // The messages that Xen has bound went with the reset: the guest begins anew, whoever asked for it.
+            return self.reset_device();
+        }
+        if !keeps_registers {
             self.space.reset();
         }
         // The host's reset puts Command back as it was before; for the guest it is 0.
@@ -249,10 +302,10 @@ impl GuestFunction {
     /// Makes the function harmless before the guest loses it: bus mastering off, interrupts off and unmapped.
     pub fn quiesce(&mut self) -> Result<(), interrupts::InterruptError> {
         // While it is being reset nothing reaches it, and what the guest set is gone; the reset that detach ends with counts.
-        if !self.gone && !self.resetting() {
-            interrupts::clear_bus_master(self)?;
-        }
-        interrupts::release_all(self)
+        let quiet = if self.is_silent() { Ok(()) } else { interrupts::clear_bus_master(self) };
+        let released = quiet.and_then(|()| interrupts::release_all(self));
+        let left = self.leave_guest();
+        released.and(left)
     }
 }
 
@@ -276,6 +329,6 @@ fn record_of(op: &Op) -> RequestRecord {
 }
 
 /// The two-byte access to a register, as Xen wants it for Message Control.
-pub(super) fn word(offset: u16) -> io::Result<Access> {
+pub(crate) fn word(offset: u16) -> io::Result<Access> {
     Access::new(u32::from(offset), u32::from(Width::Word.bytes())).map_err(io::Error::other)
 }

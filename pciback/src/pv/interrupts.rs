@@ -23,7 +23,7 @@ const MSI_ENABLE: u32 = 1 << 0;
 /// Multiple Message Enable: how many vectors, as a power of two. Only one is ever mapped.
 const MSI_MULTIPLE: u32 = 0x70;
 const MSIX_ENABLE: u32 = 1 << 15;
-const MSIX_FUNCTION_MASK: u32 = 1 << 14;
+pub(crate) const MSIX_FUNCTION_MASK: u32 = 1 << 14;
 
 /// Why a guest's interrupts are not as it asked.
 #[derive(Debug, Error)]
@@ -71,17 +71,17 @@ pub enum InterruptError {
 type Result<T> = std::result::Result<T, InterruptError>;
 
 impl GuestFunction {
-    fn vectors(&self) -> VectorState {
+    pub(crate) fn vectors(&self) -> VectorState {
         self.space.image().vectors()
     }
 
-    fn note(&mut self, vectors: &VectorState) -> Result<()> {
+    pub(crate) fn note(&mut self, vectors: &VectorState) -> Result<()> {
         let stored = self.space.image_mut().set_vectors(vectors);
         stored.then_some(()).ok_or(InterruptError::Entries("more than can be noted"))
     }
 
     /// Changes bits of a Message Control register by one exact word, and makes sure that they changed.
-    fn set_control(&self, offset: u16, clear: u32, set: u32) -> Result<()> {
+    pub(crate) fn set_control(&self, offset: u16, clear: u32, set: u32) -> Result<()> {
         let access = word(offset)?;
         let before = self.hardware.read(access)?;
         let written = before & !clear | set;
@@ -94,7 +94,7 @@ impl GuestFunction {
         }
     }
 
-    fn control_of(&self, mode: InterruptMode) -> Result<u16> {
+    pub(crate) fn control_of(&self, mode: InterruptMode) -> Result<u16> {
         let offset = match mode {
             InterruptMode::Msi => self.space.msi().map(|msi| msi.offset),
             InterruptMode::MsiX => self.space.msix().map(|msix| msix.offset),
@@ -122,7 +122,7 @@ impl GuestFunction {
     }
 
     /// Maps one vector so that it is never lost: noted as about to be mapped, mapped, noted as mapped.
-    fn map(&mut self, vectors: &mut VectorState, source: MsiSource) -> Result<()> {
+    pub(crate) fn map(&mut self, vectors: &mut VectorState, source: MsiSource) -> Result<()> {
         let entry = match source {
             MsiSource::Msi => 0,
             MsiSource::MsiX { entry, .. } => entry,
@@ -136,12 +136,13 @@ impl GuestFunction {
     }
 
     /// Unmaps all vectors and clears Enable, as far as that goes.
-    fn release(&mut self) -> Result<()> {
+    pub(crate) fn release(&mut self) -> Result<()> {
         let mut vectors = self.vectors();
         let mode = vectors.mode;
         let mut outcome = Ok(());
         let mut kept = Vec::new();
         while let Some((entry, pirq)) = vectors.entries.pop() {
+            self.unbind(Pirq(pirq));
             match self.hypervisor.unmap_pirq(self.domain, Pirq(pirq)) {
                 Ok(()) => {}
                 // Unmapped before, by an earlier life or with the domain.
@@ -169,7 +170,7 @@ impl GuestFunction {
     }
 
     /// Begins anew with one kind of interrupts.
-    fn begin(&mut self, mode: InterruptMode) -> Result<VectorState> {
+    pub(crate) fn begin(&mut self, mode: InterruptMode) -> Result<VectorState> {
         let active = self.vectors().mode;
         if active == mode {
             // Enabled twice without being disabled, by a guest that was restarted or a request that is done again.
@@ -252,7 +253,7 @@ pub(super) fn restore(function: &mut GuestFunction) -> io::Result<()> {
     Ok(())
 }
 
-pub(super) fn clear_bus_master(function: &GuestFunction) -> Result<()> {
+pub(crate) fn clear_bus_master(function: &GuestFunction) -> Result<()> {
     let access = word(COMMAND)?;
     let command = function.hardware.read(access)?;
     if command != 0xffff && command & BUS_MASTER != 0 {
@@ -262,7 +263,7 @@ pub(super) fn clear_bus_master(function: &GuestFunction) -> Result<()> {
 }
 
 /// Takes all interrupts from the guest, one that was only about to be mapped included.
-pub(super) fn release_all(function: &mut GuestFunction) -> Result<()> {
+pub(crate) fn release_all(function: &mut GuestFunction) -> Result<()> {
     function.release()?;
     if let Some(entry) = function.vectors().pending {
         // An earlier life was killed between the note and the mapping, or Xen refused it.

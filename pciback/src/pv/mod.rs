@@ -1,12 +1,13 @@
 //! Serving PV guests: the pciif protocol, its xenstore handshake and the thread that serves one guest.
 
-mod function;
+pub(crate) mod function;
 pub mod handshake;
-mod interrupts;
+pub(crate) mod interrupts;
 #[cfg(test)]
 mod machine;
 pub mod nodes;
-mod server;
+pub(crate) mod roster;
+pub(crate) mod server;
 pub mod wire;
 
 pub use function::{Demand, GuestFunction};

@@ -1,6 +1,6 @@
 //! The thread that serves one connected guest.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -11,11 +11,11 @@ use std::time::{Duration, Instant, SystemTime};
 
 use log::{error, warn};
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::function::{Demand, GuestFunction};
-use super::interrupts::{self, InterruptError};
+use super::function::GuestFunction;
+use super::interrupts::InterruptError;
+use super::roster::Roster;
 use super::wire::{self, Command, Op, OpAnswer, WireError};
 use crate::config::{MaskedWrite, Planes};
 use crate::fault::{AerAnswer, AerRequest, ChannelState};
@@ -24,14 +24,12 @@ use crate::{DomId, Sbdf};
 
 /// How long the thread looks at the page after an answer before it sleeps: a guest that reads one register usually reads
 /// the next, and waking up costs more than the access.
-const SPIN: Duration = Duration::from_micros(400);
+pub(crate) const SPIN: Duration = Duration::from_micros(400);
 /// How many requests are answered in a row before orders are looked at, by a guest that never pauses.
-const BURST: u32 = 64;
+pub(crate) const BURST: u32 = 64;
 /// How long the engine waits for the thread. An access takes microseconds, one to a function that the kernel resets up to a
 /// minute.
 const STUCK: Duration = Duration::from_secs(2);
-/// A guest that asks for nonsense gets a line in the log at most this often.
-const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
 
 /// What the thread tells the engine.
 #[derive(Debug)]
@@ -85,6 +83,11 @@ pub struct Counters {
 }
 
 impl Counters {
+    pub(crate) fn count(&self, error: bool) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        self.errors.fetch_add(error.into(), Ordering::Relaxed);
+    }
+
     /// Requests answered.
     pub fn requests(&self) -> u64 {
         self.requests.load(Ordering::Relaxed)
@@ -96,7 +99,7 @@ impl Counters {
     }
 }
 
-enum Order {
+pub(crate) enum Order {
     Add(u8, Box<GuestFunction>),
     Take(u8, mpsc::Sender<Taken>),
     ResetEnded(u8, bool),
@@ -139,24 +142,24 @@ impl Server {
         counters: Arc<Counters>,
         report: Box<dyn Fn(ServerReport) + Send>,
     ) -> io::Result<Self> {
+        let roster = Roster::new(domain, functions, &counters, report);
+        let mut serving = Serving { roster, ring, token: first_token(), told: None };
+        Self::spawn(domain, counters, move |orders, wake| serving.run(&orders, wake.as_fd()))
+    }
+
+    /// Starts a thread that serves a guest and takes orders.
+    pub(crate) fn spawn(
+        domain: DomId,
+        counters: Arc<Counters>,
+        serve: impl FnOnce(mpsc::Receiver<Order>, Arc<EventFd>) + Send + 'static,
+    ) -> io::Result<Self> {
         let wake =
             Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let (sender, orders) = mpsc::channel();
-        let mut serving = Serving {
-            domain,
-            ring,
-            functions,
-            counters: Arc::clone(&counters),
-            report,
-            complaints: Complaints::default(),
-            token: first_token(),
-            told: None,
-            to_tell: VecDeque::new(),
-        };
         let thread_wake = Arc::clone(&wake);
         let thread = thread::Builder::new()
             .name(format!("guest {domain}"))
-            .spawn(move || serving.run(&orders, thread_wake.as_ref().as_fd()))?;
+            .spawn(move || serve(orders, thread_wake))?;
         Ok(Self { orders: sender, wake, counters, thread: Some(thread) })
     }
 
@@ -249,18 +252,12 @@ impl Server {
 }
 
 struct Serving {
-    domain: DomId,
+    roster: Roster,
     ring: Box<dyn Ring>,
-    functions: BTreeMap<u8, Box<GuestFunction>>,
-    counters: Arc<Counters>,
-    report: Box<dyn Fn(ServerReport) + Send>,
-    complaints: Complaints,
     /// The claim of the last request.
     token: u32,
     /// What the guest was told and has not answered, with the end of its time.
     told: Option<(Telling, Instant)>,
-    /// What it will be told next.
-    to_tell: VecDeque<Telling>,
 }
 
 /// Claims that an earlier life left on the page or in a record must not be met again soon.
@@ -271,19 +268,23 @@ fn first_token() -> u32 {
 
 impl Serving {
     fn run(&mut self, orders: &mpsc::Receiver<Order>, wake: BorrowedFd<'_>) {
-        self.recover_interrupted();
+        self.roster.recover_interrupted();
         // A request may have waited since before the ring was connected.
         let mut busy = self.serve_while_busy();
         loop {
-            if let Some(stop) = self.take_orders(orders) {
-                // The engine may have stopped waiting.
-                let _ = stop.send(std::mem::take(&mut self.functions));
+            if self.roster.take_orders(orders) {
+                if self.told.take().is_some() {
+                    // Another life, or another thread, begins with a page on which nothing is told.
+                    wire::withdraw_aer(self.ring.page());
+                }
                 return;
             }
             self.hear();
             if !busy && let Err(error) = self.wait(wake) {
-                (self.report)(ServerReport::Failed(error.to_string()));
-                return self.idle(orders);
+                if let Some((telling, _)) = self.told.take() {
+                    self.roster.report_told(telling, Err(NotTold::Unreachable));
+                }
+                return self.roster.fail(&error, orders);
             }
             busy = self.serve_while_busy();
         }
@@ -301,10 +302,10 @@ impl Serving {
                 None => return,
             };
             self.told = None;
-            self.report_told(telling, heard);
+            self.roster.report_told(telling, heard);
         }
-        while let Some(telling) = self.to_tell.pop_front() {
-            let refused = if !self.functions.contains_key(&telling.devfn) {
+        while let Some(telling) = self.roster.to_tell.pop_front() {
+            let refused = if !self.roster.functions.contains_key(&telling.devfn) {
                 NotTold::Unreachable
             } else if !wire::has_aer_handler(self.ring.page()) {
                 NotTold::NoHandler
@@ -316,62 +317,18 @@ impl Serving {
                         return;
                     }
                     Err(error) => {
-                        warn!("domain {}: tell it of an error: {error}", self.domain);
+                        warn!("domain {}: tell it of an error: {error}", self.roster.domain);
                         wire::withdraw_aer(self.ring.page());
                         NotTold::Unreachable
                     }
                 }
             };
-            self.report_told(telling, Err(refused));
-        }
-    }
-
-    fn report_told(&self, telling: Telling, heard: Result<Result<AerAnswer, u32>, NotTold>) {
-        // A function that was taken meanwhile is nobody's concern any more.
-        if let Some(function) = self.functions.get(&telling.devfn) {
-            (self.report)(ServerReport::Told(function.address(), heard));
-        }
-    }
-
-    /// Keeps the functions for the engine to take, when the ring is of no use any more.
-    fn idle(&mut self, orders: &mpsc::Receiver<Order>) {
-        for telling in
-            self.told.take().map(|(telling, _)| telling).into_iter().chain(std::mem::take(&mut self.to_tell))
-        {
-            self.report_told(telling, Err(NotTold::Unreachable));
-        }
-        while let Ok(order) = orders.recv() {
-            if let Order::Tell(telling) = order {
-                self.report_told(telling, Err(NotTold::Unreachable));
-                continue;
-            }
-            if let Some(stop) = self.obey(order) {
-                let _ = stop.send(std::mem::take(&mut self.functions));
-                return;
-            }
+            self.roster.report_told(telling, Err(refused));
         }
     }
 
     fn wait(&mut self, wake: BorrowedFd<'_>) -> Result<(), PlatformError> {
-        {
-            let mut fds =
-                [PollFd::new(self.ring.event_fd(), PollFlags::POLLIN), PollFd::new(wake, PollFlags::POLLIN)];
-            let timeout = self.told.map_or(PollTimeout::NONE, |(_, until)| {
-                let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-                PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
-            });
-            match poll(&mut fds, timeout) {
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(errno) => {
-                    return Err(PlatformError::new("wait for an event of domain", self.domain, errno));
-                }
-            }
-            if fds[1].revents().is_some_and(|events| !events.is_empty()) {
-                // Emptied before the orders are taken: one that comes in between wakes again.
-                let mut count = [0u8; 8];
-                let _ = nix::unistd::read(wake, &mut count);
-            }
-        }
+        self.roster.sleep(self.ring.event_fd(), wake, self.told.map(|(_, until)| until))?;
         while self.ring.take_event()? {}
         Ok(())
     }
@@ -406,7 +363,7 @@ impl Serving {
         let devfn = u8::try_from(op.devfn).ok().filter(|_| op.domain == 0 && op.bus == 0);
         let mut demand = None;
         let mut address = None;
-        let answer = match devfn.and_then(|devfn| self.functions.get_mut(&devfn)) {
+        let answer = match devfn.and_then(|devfn| self.roster.functions.get_mut(&devfn)) {
             Some(function) => {
                 address = Some(function.address());
                 let (answer, wanted) = function.execute(op);
@@ -419,27 +376,19 @@ impl Serving {
         if wire::claimed(self.ring.page(), op.info) {
             wire::put_answer(self.ring.page(), &answer);
             if let Err(error) = self.ring.notify() {
-                warn!("domain {}: {error}", self.domain);
+                warn!("domain {}: {error}", self.roster.domain);
             }
         }
         let mut trouble = None;
-        if let Some(function) = devfn.and_then(|devfn| self.functions.get_mut(&devfn)) {
+        if let Some(function) = devfn.and_then(|devfn| self.roster.functions.get_mut(&devfn)) {
             function.sent(op);
             trouble = function.take_trouble();
         }
-        self.counters.requests.fetch_add(1, Ordering::Relaxed);
+        self.roster.counters.count(answer.error != WireError::Success);
         if answer.error != WireError::Success {
-            self.counters.errors.fetch_add(1, Ordering::Relaxed);
             self.complain(op, answer.error, trouble);
         }
-        match (demand, address) {
-            (Some(Demand::Reset), Some(address)) => (self.report)(ServerReport::ResetWanted(address)),
-            (Some(Demand::Vanished), Some(address)) => (self.report)(ServerReport::Vanished(address)),
-            (Some(Demand::DriverStarted), Some(address)) => {
-                (self.report)(ServerReport::DriverStarted(address));
-            }
-            _ => {}
-        }
+        self.roster.tell(demand, address);
     }
 
     fn complain(&mut self, op: &Op, error: WireError, trouble: Option<String>) {
@@ -447,116 +396,15 @@ impl Serving {
         if error == WireError::NoDevice && op.command == Command::CONF_READ {
             return;
         }
-        if let Some(unsaid) = self.complaints.may_say() {
+        if let Some(unsaid) = self.roster.complaints.may_say() {
             let (command, devfn, offset, size) = (op.command.0, op.devfn, op.offset, op.size);
             let trouble = trouble.map(|text| format!(" ({text})")).unwrap_or_default();
             warn!(
                 "domain {}: request {command} on {:x}:{:x}:{devfn:x} at {offset:#x}, {size} bytes: {error:?}{trouble}; {unsaid} more of its \
                  requests failed since the last such line",
-                self.domain, op.domain, op.bus
+                self.roster.domain, op.domain, op.bus
             );
         }
-    }
-
-    fn take_orders(
-        &mut self,
-        orders: &mpsc::Receiver<Order>,
-    ) -> Option<mpsc::Sender<BTreeMap<u8, Box<GuestFunction>>>> {
-        while let Ok(order) = orders.try_recv() {
-            let stop = self.obey(order);
-            if stop.is_some() {
-                return stop;
-            }
-        }
-        None
-    }
-
-    fn obey(&mut self, order: Order) -> Option<mpsc::Sender<BTreeMap<u8, Box<GuestFunction>>>> {
-        match order {
-            Order::Add(devfn, function) => {
-                self.functions.insert(devfn, function);
-            }
-            Order::Take(devfn, taken) => {
-                if let Some(mut function) = self.functions.remove(&devfn) {
-                    let quiesced = function.quiesce();
-                    // The engine waits for it.
-                    let _ = taken.send(Taken { function, quiesced });
-                }
-            }
-            Order::ResetEnded(devfn, verified) => self.reset_ended(devfn, verified),
-            Order::SetGone(devfn) => {
-                if let Some(function) = self.functions.get_mut(&devfn) {
-                    function.set_gone();
-                }
-            }
-            Order::ReplaceFilter(devfn, planes, done) => {
-                if let Some(function) = self.functions.get_mut(&devfn) {
-                    let _ = done.send(function.replace_filter(planes));
-                }
-            }
-            Order::MaskedWrites(devfn, writes) => {
-                if let Some(function) = self.functions.get(&devfn) {
-                    let _ = writes.send(function.masked_writes());
-                }
-            }
-            Order::Tell(telling) => self.to_tell.push_back(telling),
-            Order::BeginReset(devfn) => {
-                if let Some(function) = self.functions.get_mut(&devfn) {
-                    function.begin_reset();
-                }
-            }
-            Order::Stop(functions) => {
-                if self.told.take().is_some() {
-                    // Another life, or another thread, begins with a page on which nothing is told.
-                    wire::withdraw_aer(self.ring.page());
-                }
-                return Some(functions);
-            }
-        }
-        None
-    }
-
-    fn reset_ended(&mut self, devfn: u8, verified: bool) {
-        let Some(function) = self.functions.get_mut(&devfn) else { return };
-        if !verified {
-            function.set_gone();
-            return;
-        }
-        if let Err(error) = function.reset_done() {
-            let address = function.address();
-            function.set_gone();
-            (self.report)(ServerReport::RestoreFailed(address, error.to_string()));
-        }
-    }
-
-    /// Gives back vectors that an earlier life of the service mapped and was killed before it could note them.
-    fn recover_interrupted(&mut self) {
-        let known: Vec<u32> =
-            self.functions.values().flat_map(|function| interrupts::known(function)).collect();
-        for function in self.functions.values_mut().filter(|function| interrupts::interrupted(function)) {
-            if let Err(error) = interrupts::unmap_unknown(function, &known) {
-                warn!("{}: recover a vector of domain {}: {error}", function.address(), self.domain);
-            }
-        }
-    }
-}
-
-/// Limits what a guest can put into the log.
-#[derive(Debug, Default)]
-struct Complaints {
-    last: Option<Instant>,
-    unsaid: u64,
-}
-
-impl Complaints {
-    /// Whether a line may be written now, and how many were not since the last one.
-    fn may_say(&mut self) -> Option<u64> {
-        if self.last.is_some_and(|last| last.elapsed() < COMPLAINT_INTERVAL) {
-            self.unsaid += 1;
-            return None;
-        }
-        self.last = Some(Instant::now());
-        Some(std::mem::take(&mut self.unsaid))
     }
 }
 

@@ -1,6 +1,7 @@
 //! The command line of `xpci`.
 
 mod explained;
+mod hvm;
 mod network;
 mod paths;
 mod policy;
@@ -15,6 +16,7 @@ use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{DomainName, Request};
 use crate::settings::DEFAULT_SOCKET;
 
+pub use hvm::Hvm;
 pub use network::SetArguments;
 pub use policy::{As, ExplainArguments, Local, Policy};
 pub use table::render;
@@ -92,6 +94,9 @@ pub enum Command {
     /// Shows, checks, explains and changes what guests may do with the registers of their functions.
     #[command(subcommand)]
     Policy(Policy),
+    /// Prepares HVM guests.
+    #[command(subcommand)]
+    Hvm(Hvm),
     /// Compares what sysfs, Xen and xenstore say of the host's functions, and repairs what they disagree on.
     Sync {
         /// Only shows what would be done.
@@ -237,6 +242,7 @@ impl Command {
     pub fn steps(self) -> Vec<Step> {
         match self {
             Self::Policy(policy) => vec![policy.step()],
+            Self::Hvm(hvm) => vec![hvm.step()],
             other => other.requests().into_iter().map(Step::Ask).collect(),
         }
     }
@@ -245,7 +251,7 @@ impl Command {
     fn requests(self) -> Vec<Request> {
         let one = |request| vec![request];
         match self {
-            Self::Policy(_) => Vec::new(),
+            Self::Policy(_) | Self::Hvm(_) => Vec::new(),
             Self::PciAssignableList => one(Request::PciAssignableList),
             Self::PciAssignableAdd { addresses, force } => {
                 addresses.into_iter().map(|address| Request::PciAssignableAdd { address, force }).collect()

@@ -94,6 +94,8 @@ pub enum Local {
     },
     /// Prints the schema.
     Schema,
+    /// Writes an ACPI table.
+    AcpiTable(PathBuf),
 }
 
 impl Policy {
@@ -123,6 +125,7 @@ impl Local {
             Self::Check(_) => "policy-check",
             Self::Explain { .. } => "policy-explain",
             Self::Schema => "policy-schema",
+            Self::AcpiTable(_) => "hvm-acpi-table",
         }
     }
 
@@ -132,6 +135,7 @@ impl Local {
             Self::Check(files) => check(&files),
             Self::Explain { dump, policies, kind } => explain_dump(&dump, &policies, kind),
             Self::Schema => Ok(Success::Schema { schema: schema() }),
+            Self::AcpiTable(path) => super::hvm::write_acpi_table(&path),
         }
     }
 }

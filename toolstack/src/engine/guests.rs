@@ -13,6 +13,7 @@ use pciback::pv::{
 };
 use pciback::{DomId, FunctionState, Sbdf};
 
+use super::hvm::Hvm;
 use super::log_limit::LogLimit;
 use super::open::Opened;
 use super::{Answer, Engine, Event};
@@ -26,10 +27,12 @@ const FIRST_LOOK: Duration = Duration::from_secs(2);
 /// One guest that has functions.
 pub(super) struct Guest {
     pub handshake: Handshake,
-    server: Option<Server>,
+    /// Set for an HVM guest, which has no handshake.
+    pub(super) hvm: Option<Hvm>,
+    pub(super) server: Option<Server>,
     /// The functions while no thread serves them.
     parked: BTreeMap<u8, Box<GuestFunction>>,
-    counters: Arc<Counters>,
+    pub(super) counters: Arc<Counters>,
     /// Transactions that wait for the guest.
     waiting: BTreeMap<u8, Waiting>,
     /// When the handshake may go on after its nodes were removed.
@@ -54,10 +57,11 @@ enum Awaited {
 }
 
 impl Guest {
-    fn new(handshake: Handshake) -> Self {
+    pub(super) fn new(handshake: Handshake) -> Self {
         let counters = Arc::new(Counters::default());
         Self {
             handshake,
+            hvm: None,
             server: None,
             parked: BTreeMap::new(),
             counters,
@@ -77,7 +81,14 @@ impl Guest {
     }
 
     pub fn describe(&self) -> String {
-        self.handshake.describe().to_owned()
+        match &self.hvm {
+            Some(hvm) => hvm.describe(),
+            None => self.handshake.describe().to_owned(),
+        }
+    }
+
+    pub fn has_functions(&self) -> bool {
+        self.handshake.has_functions() || self.hvm.as_ref().is_some_and(|hvm| !hvm.devices.is_empty())
     }
 
     /// Puts another filter of one of its functions in force.
@@ -143,7 +154,7 @@ impl Guest {
         self.counters.errors()
     }
 
-    fn place(&mut self, devfn: u8, function: Box<GuestFunction>) {
+    pub(super) fn place(&mut self, devfn: u8, function: Box<GuestFunction>) {
         match &self.server {
             Some(server) => server.add(devfn, function),
             None => {
@@ -162,7 +173,7 @@ fn place_of(record: &Record) -> Result<GuestPlace, Failure> {
 impl Engine {
     /// A transaction wants a function served.
     pub(super) fn serve(&mut self, record: &Record, opened: Opened, answer: Answer) {
-        let Opened { function, filter } = opened;
+        let Opened { function, filter, memory } = opened;
         let outdated = !Arc::ptr_eq(&filter.policies, &self.policies);
         self.in_use.insert(record.address, filter);
         // From now on the guest can use it, and its errors are the guest's.
@@ -170,6 +181,14 @@ impl Engine {
         if outdated {
             // The policies were changed while the function was on its way.
             self.recompile(vec![record.address]);
+        }
+        if let Some(memory) = memory {
+            let served = heard
+                .and_then(|()| place_of(record))
+                .and_then(|place| self.serve_hvm(place, function, memory));
+            // The transaction may have given up.
+            let _ = answer.send(served.map(|()| None));
+            return;
         }
         let watched = heard
             .and_then(|()| place_of(record))
@@ -207,6 +226,13 @@ impl Engine {
             let _ = answer.send(self.clean_up_unserved(place.domain));
             return;
         };
+        if guest.hvm.is_some() {
+            // Nobody in the guest is asked: it has no hotplug.
+            let outcome = self.switch_off(place.domain, place.devfn);
+            self.forget_if_idle(place.domain);
+            let _ = answer.send(outcome);
+            return;
+        }
         let waiting = Waiting { answer, deadline: Instant::now() + limit, for_what: Awaited::Release };
         guest.waiting.insert(place.devfn, waiting);
         let actions = match parting {
@@ -317,7 +343,7 @@ impl Engine {
         Ok(())
     }
 
-    fn disconnect(&mut self, domain: DomId) {
+    pub(super) fn disconnect(&mut self, domain: DomId) {
         if let Some(guest) = self.guests.get_mut(&domain)
             && let Some(server) = guest.server.take()
         {
@@ -380,8 +406,11 @@ impl Engine {
     }
 
     /// The guest has no use of the function any more: it is made harmless.
-    fn removed(&mut self, domain: DomId, devfn: u8) {
-        let Some(guest) = self.guests.get_mut(&domain) else { return };
+    fn switch_off(&mut self, domain: DomId, devfn: u8) -> Result<Option<String>, Failure> {
+        let Some(guest) = self.guests.get_mut(&domain) else { return Ok(None) };
+        if let Some(hvm) = &mut guest.hvm {
+            hvm.devices.remove(&devfn);
+        }
         let quiesced = match (&guest.server, guest.parked.remove(&devfn)) {
             (_, Some(mut function)) => function.quiesce().map_err(|error| error.to_string()),
             (Some(server), None) => match server.take(devfn) {
@@ -390,12 +419,17 @@ impl Engine {
             },
             (None, None) => Ok(()),
         };
-        let outcome = quiesced.map(|()| None).map_err(|error| {
+        quiesced.map(|()| None).map_err(|error| {
             Failure::new(
                 ErrorCode::Failed,
                 format!("switch off what domain {domain} had at {devfn:#x}: {error}"),
             )
-        });
+        })
+    }
+
+    /// It let go of a function, or was overruled.
+    fn removed(&mut self, domain: DomId, devfn: u8) {
+        let outcome = self.switch_off(domain, devfn);
         self.answer(domain, devfn, |awaited| match awaited {
             Awaited::Release => Some(outcome),
             Awaited::Look | Awaited::FirstLook => Some(Err(Failure::new(
@@ -407,13 +441,13 @@ impl Engine {
     }
 
     fn forget_if_idle(&mut self, domain: DomId) {
-        if self
-            .guests
-            .get(&domain)
-            .is_some_and(|guest| guest.handshake.is_empty() && guest.waiting.is_empty())
-        {
+        if self.guests.get(&domain).is_some_and(|guest| {
+            guest.handshake.is_empty() && guest.waiting.is_empty() && !guest.has_functions()
+        }) {
             self.disconnect(domain);
-            self.guests.remove(&domain);
+            if let Some(hvm) = self.guests.remove(&domain).and_then(|guest| guest.hvm) {
+                return self.end_server(domain, &hvm);
+            }
             let directory = nodes::frontend_directory(domain);
             if let Err(error) = self.platform.store.unwatch(&directory, &directory) {
                 warn!("domain {domain}: {error}");

@@ -101,7 +101,7 @@ impl Engine {
 
     pub(super) fn status(&self, reply: Reply) {
         // One that has lost its last function stays known for a moment, until its nodes may be made again.
-        let served = self.guests.iter().filter(|(_, guest)| guest.handshake.has_functions());
+        let served = self.guests.iter().filter(|(_, guest)| guest.has_functions());
         let guests = served.map(|(domain, guest)| GuestView {
             domain: *domain,
             name: None,

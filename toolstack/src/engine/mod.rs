@@ -6,6 +6,7 @@
 mod contain;
 mod faults;
 mod guests;
+mod hvm;
 mod keeping;
 mod lists;
 mod log_limit;
@@ -69,6 +70,15 @@ pub enum Event {
     Call {
         /// What it wants.
         request: Request,
+        /// Where the answer goes.
+        reply: Reply,
+    },
+    /// A guest's device model was asked for its devices, before a function is attached.
+    DeviceModelAsked {
+        /// The request.
+        wanted: hvm::Wanted,
+        /// The device numbers that are not free.
+        slots: Result<Vec<u8>, Failure>,
         /// Where the answer goes.
         reply: Reply,
     },
@@ -319,6 +329,9 @@ impl Engine {
     fn handle(&mut self, event: Event) {
         match event {
             Event::Call { request, reply } => self.handle_request(request, reply),
+            Event::DeviceModelAsked { wanted, slots, reply } => {
+                self.device_model_asked(&wanted, slots, reply)
+            }
             Event::Serve { record, opened, answer } => self.serve(&record, *opened, answer),
             Event::Withdraw { record, parting, answer } => self.withdraw(&record, parting, answer),
             Event::Finished(finished) => self.transaction_finished(*finished),

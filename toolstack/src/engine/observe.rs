@@ -12,6 +12,7 @@ use pciback::spec::CapabilityId;
 use pciback::{DomId, Sbdf};
 
 use super::tasks::Workshop;
+use crate::domains::{self, DomainType};
 use crate::outcome::Failure;
 use crate::transaction::holder_of;
 
@@ -29,6 +30,7 @@ impl Workshop {
     ) -> Result<(Observed, Vec<String>), Failure> {
         let mut observed = Observed { domains: self.domains()?, ..Observed::default() };
         self.published(&mut observed)?;
+        self.without_nodes(wanted, &mut observed)?;
         let listed = self.platform.host.functions()?;
         let recorded = wanted.functions.keys().chain(known.keys()).copied();
         let addresses: BTreeSet<Sbdf> = listed
@@ -53,6 +55,18 @@ impl Workshop {
             }
         }
         Ok((observed, unread))
+    }
+
+    /// HVM guests are told of functions by their firmware: what they are to have counts as published.
+    fn without_nodes(&self, wanted: &Wanted, observed: &mut Observed) -> Result<(), Failure> {
+        for (&address, intent) in &wanted.functions {
+            if let Some(place) = intent.place()
+                && domains::kind(self.platform.store.as_ref(), place.domain)? == DomainType::Hvm
+            {
+                observed.published.insert(Published { address, place });
+            }
+        }
+        Ok(())
     }
 
     /// `prepared`: whether the service prepared its MSI-X table; only then somebody asks whether it has one.

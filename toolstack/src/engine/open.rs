@@ -1,17 +1,18 @@
 //! Opening a function for its guest: image, filter, config space.
 
+use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::sync::Arc;
 
 use pciback::DomId;
 use pciback::config::{FunctionImage, FunctionSpec, Life, Planes, VirtualConfigSpace};
 use pciback::hash::Fnv;
-use pciback::platform::SharedMemory;
+use pciback::platform::{BarMemory, PlatformError, SharedMemory};
 use pciback::policy::{PolicySet, Subject};
 use pciback::pv::GuestFunction;
 
 use super::tasks::Workshop;
-use crate::domains;
+use crate::domains::{self, DomainType};
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 use crate::spec;
@@ -34,6 +35,8 @@ pub struct Opened {
     pub function: Box<GuestFunction>,
     /// Its filter.
     pub filter: Filter,
+    /// For an HVM guest: the memory of the BARs that are not mapped as a whole.
+    pub memory: Option<BTreeMap<u8, Box<dyn BarMemory>>>,
 }
 
 impl Workshop {
@@ -51,7 +54,9 @@ impl Workshop {
         let path = image_path(&self.settings.run_directory, address);
         let file = OpenOptions::new().read(true).write(true).open(&path);
         let file = file.map_err(|error| failed("open the image", &error))?;
-        let memory = SharedMemory::map_file(&file, FunctionImage::BYTES);
+        let is_hvm = domains::kind(self.platform.store.as_ref(), domain)? == DomainType::Hvm;
+        let bytes = if is_hvm { FunctionImage::HVM_BYTES } else { FunctionImage::BYTES };
+        let memory = SharedMemory::map_file(&file, bytes);
         let memory = memory.map_err(|error| failed("map the image", &error))?;
         let image = FunctionImage::new(memory, Life { boot: boot_number(&record.boot), domain });
         let host = self.platform.host.as_ref();
@@ -68,7 +73,10 @@ impl Workshop {
         let hypervisor = Arc::clone(&self.platform.hypervisor);
         let function = GuestFunction::new(domain, address, space, hardware, hypervisor, spec.gsi);
         let filter = Filter { spec, planes, policies: Arc::clone(&self.policies) };
-        Ok(Opened { function: Box::new(function), filter })
+        let open = |bar: u8| Ok((bar, host.bar_memory(address, bar)?));
+        let bars = is_hvm.then(|| function.trapped_bars().into_iter().map(open).collect());
+        let memory = bars.transpose().map_err(|error: PlatformError| Failure::from(error).on(address))?;
+        Ok(Opened { function: Box::new(function), filter, memory })
     }
 
     /// The filter for a function in a guest's hands, shared with those that have the same.

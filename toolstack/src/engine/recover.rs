@@ -13,6 +13,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 use super::Engine;
 use super::contain::Containment;
+use super::hvm::Resumed;
 use super::open::Opened;
 use super::tasks::Course;
 use crate::journal::Record;
@@ -60,15 +61,25 @@ impl Engine {
 
     fn resume_guests(&mut self, records: &[Record]) {
         let mut guests: BTreeMap<DomId, Vec<(u8, Sbdf, Box<GuestFunction>)>> = BTreeMap::new();
+        let mut hvm_guests: BTreeMap<DomId, Vec<Resumed>> = BTreeMap::new();
         for record in records {
             let Some(place) = record.guest.filter(|_| was_served(record)) else { continue };
             match self.workshop().open_function(record, place.domain, true) {
-                Ok(Opened { mut function, filter }) => {
+                Ok(Opened { mut function, filter, memory }) => {
                     if record.quarantine.is_some() {
                         function.set_gone();
                     }
                     self.in_use.insert(record.address, filter);
-                    guests.entry(place.domain).or_default().push((place.devfn, record.address, function));
+                    match memory {
+                        Some(memory) => {
+                            let resumed = Resumed { devfn: place.devfn, function, memory };
+                            hvm_guests.entry(place.domain).or_default().push(resumed);
+                        }
+                        None => {
+                            let functions = guests.entry(place.domain).or_default();
+                            functions.push((place.devfn, record.address, function));
+                        }
+                    }
                 }
                 Err(failure) => {
                     error!("{}: cannot be served on: {failure}", record.address);
@@ -79,9 +90,16 @@ impl Engine {
                 }
             }
         }
-        for (domain, functions) in guests {
-            let count = functions.len();
-            match self.resume_guest(domain, functions) {
+        let pv = guests
+            .into_iter()
+            .map(|(domain, functions)| (domain, functions.len(), self.resume_guest(domain, functions)));
+        let mut outcomes: Vec<_> = pv.collect();
+        for (domain, functions) in hvm_guests {
+            outcomes.push((domain, functions.len(), self.resume_hvm(domain, functions)));
+        }
+        self.end_stray_servers();
+        for (domain, count, outcome) in outcomes {
+            match outcome {
                 Ok(()) => info!("domain {domain}: serving its {count} functions on"),
                 Err(failure) => {
                     error!("domain {domain}: {failure}");

@@ -10,6 +10,7 @@ use pciback::pv::nodes;
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::Engine;
+use super::hvm::Wanted;
 use super::tasks::Course;
 use super::unmanaged::STUB;
 use crate::control::Reply;
@@ -30,7 +31,7 @@ pub(super) fn existing(host: &dyn Host, address: Sbdf) -> Result<HostFunction, F
 }
 
 /// What a request leads to.
-enum Plan {
+pub(super) enum Plan {
     /// An answer at once.
     Answer(Success),
     /// A transaction, and what to say when it succeeds.
@@ -52,7 +53,13 @@ impl Engine {
             Request::PciAssignableRemove { address } => {
                 self.forget_gone(address).unwrap_or_else(|| self.plan_release(address))
             }
-            Request::PciAttach { domain, address, slot } => self.plan_attach(&domain, address, slot),
+            Request::PciAttach { domain, address, slot } => match self.hvm_guest(&domain) {
+                Ok(Some(guest)) => {
+                    return self.ask_device_model(Wanted { domain: guest, address, slot }, reply);
+                }
+                Ok(None) => self.plan_attach(&domain, address, slot),
+                Err(failure) => Err(failure),
+            },
             Request::PciDetach { domain, address, force } => self.plan_detach(&domain, address, force),
             Request::QuarantineClear { address } => return self.clear_quarantine(address, reply),
             Request::PolicyShow { address, domain } => return self.show_policy(address, domain, reply),
@@ -68,6 +75,10 @@ impl Engine {
             Request::VfSetCount { address, count } => return self.set_vf_count(address, count, reply),
             Request::VfDestroy { address } => return self.destroy_vfs(address, reply),
         };
+        self.carry_out(plan, reply);
+    }
+
+    pub(super) fn carry_out(&mut self, plan: Result<Plan, Failure>, reply: Reply) {
         match plan {
             Err(failure) => reply.done(Err(failure)),
             Ok(Plan::Answer(success)) => reply.done(Ok(success)),
@@ -163,9 +174,28 @@ impl Engine {
     fn plan_attach(&self, domain: &DomainName, address: Sbdf, slot: Option<u8>) -> Result<Plan, Failure> {
         let store = self.platform.store.as_ref();
         let domain = domains::find(store, domain)?;
+        let record = self.attachable(address, domain)?;
+        if domains::kind(store, domain)? == DomainType::Pvh {
+            return Err(Failure::refused(format!("domain {domain} is a PVH guest, which has no PCI bus"))
+                .of(domain)
+                .hint("give it type=\"hvm\" or type=\"pv\" in its xl.cfg"));
+        }
+        if let Some(backend) = nodes::foreign_backend(store, domain)? {
+            return Err(Failure::refused(format!(
+                "domain {domain} has functions from another backend, {backend}"
+            ))
+            .of(domain)
+            .hint("a guest has one PCI bus: detach those with 'xl pci-detach' first"));
+        }
+        let devfn = self.free_place(domain, slot, 0..32, &[])?;
+        Ok(self.attachment(record, domain, devfn))
+    }
+
+    /// The record of a function that may be attached to a domain now.
+    pub(super) fn attachable(&self, address: Sbdf, domain: DomId) -> Result<Record, Failure> {
         let function = existing(self.platform.host.as_ref(), address)?;
         self.idle(address)?;
-        let mut record = self.record(address);
+        let record = self.record(address);
         match record.state {
             FunctionState::Held => {}
             FunctionState::Host => {
@@ -176,23 +206,14 @@ impl Engine {
             other => return Err(not_in_state(&record, other, "to be attached")),
         }
         self.permitted(&function, domain)?;
-        if domains::kind(store, domain)? == DomainType::Hvm {
-            return Err(Failure::refused(format!("domain {domain} is an HVM guest; xpci serves PV guests"))
-                .of(domain)
-                .hint("use 'xl pci-attach' for it, after 'xpci pci-assignable-remove' and 'xl pci-assignable-add'"));
-        }
-        if let Some(backend) = nodes::foreign_backend(store, domain)? {
-            return Err(Failure::refused(format!(
-                "domain {domain} has functions from another backend, {backend}"
-            ))
-            .of(domain)
-            .hint("a guest has one PCI bus: detach those with 'xl pci-detach' first"));
-        }
-        let devfn = self.free_place(domain, slot)?;
+        Ok(record)
+    }
+
+    pub(super) fn attachment(&self, mut record: Record, domain: DomId, devfn: u8) -> Plan {
         record.guest = Some(GuestPlace { domain, devfn });
         let seen = Sbdf::from_devfn(0, 0, devfn);
-        let message = format!("{address} is attached to domain {domain}, which sees it at {seen}");
-        Ok(Plan::Transaction(Course::Forward(Kind::Attach), Box::new(record), message))
+        let message = format!("{} is attached to domain {domain}, which sees it at {seen}", record.address);
+        Plan::Transaction(Course::Forward(Kind::Attach), Box::new(record), message)
     }
 
     /// Refuses what no policy permits: PFs, and VFs that no driver of dom0's watches over.
@@ -223,19 +244,29 @@ impl Engine {
         }
     }
 
-    /// Where the guest shall see the function: at the device number asked for, or at the first free one.
-    fn free_place(&self, domain: DomId, slot: Option<u8>) -> Result<u8, Failure> {
-        let mut taken: [Option<Sbdf>; 32] = [None; 32];
+    /// Where the guest shall see the function: at the device number asked for, or at the first free one of `order`. `others`: what
+    /// its device model has.
+    pub(super) fn free_place(
+        &self,
+        domain: DomId,
+        slot: Option<u8>,
+        mut order: impl Iterator<Item = u8>,
+        others: &[u8],
+    ) -> Result<u8, Failure> {
+        let mut taken: [Option<String>; 32] = [const { None }; 32];
+        for slot in others {
+            taken[usize::from(slot & 31)] = Some("an emulated device".to_owned());
+        }
         for record in self.records.values() {
             if let Some(place) = record.guest.filter(|place| place.domain == domain) {
-                taken[usize::from(place.devfn >> 3)] = Some(record.address);
+                taken[usize::from(place.devfn >> 3)] = Some(record.address.to_string());
             }
         }
         match slot {
             Some(slot) if slot > 0x1f => {
                 Err(Failure::refused(format!("{slot:#x} is no device number (0 to 1f)")))
             }
-            Some(slot) => match taken[usize::from(slot)] {
+            Some(slot) => match &taken[usize::from(slot)] {
                 None => Ok(slot << 3),
                 Some(other) => {
                     Err(Failure::refused(format!("domain {domain} sees {other} at device {slot:x}"))
@@ -243,13 +274,12 @@ impl Engine {
                         .hint("choose another one, or none"))
                 }
             },
-            None => (0..32u8)
-                .find(|slot| taken[usize::from(*slot)].is_none())
-                .map(|slot| slot << 3)
-                .ok_or_else(|| {
-                    Failure::refused(format!("domain {domain} has 32 functions; its bus has no room"))
+            None => order.find(|slot| taken[usize::from(*slot)].is_none()).map(|slot| slot << 3).ok_or_else(
+                || {
+                    Failure::refused(format!("domain {domain} has 32 devices; its bus has no room"))
                         .of(domain)
-                }),
+                },
+            ),
         }
     }
 
@@ -260,6 +290,9 @@ impl Engine {
         if record.guest.map(|guest| guest.domain) != Some(domain) {
             let failure = Failure::not_found(format!("domain {domain} does not have {address}"));
             return Err(failure.on(address).of(domain).hint("'xpci pci-list' shows what it has"));
+        }
+        if !force {
+            self.may_lose(domain)?;
         }
         let parting = if force { Parting::Force } else { Parting::Ask };
         let message = format!("{address} is detached from domain {domain} and assignable again");

@@ -12,7 +12,7 @@ use pciback::platform::{PlatformError, Resource};
 use pciback::{DomId, Sbdf};
 
 use super::{Context, guest_of};
-use crate::domains;
+use crate::domains::{self, DomainType};
 use crate::journal::{Grant, Record};
 use crate::outcome::{ErrorCode, Failure};
 use crate::spec::SpecExt;
@@ -199,6 +199,11 @@ pub fn image_path(run_directory: &Path, address: Sbdf) -> PathBuf {
 
 pub(super) fn create_image(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
     let path = image_path(&context.settings.run_directory, record.address);
+    let kind = domains::kind(context.platform.store.as_ref(), guest_of(record)?)?;
+    let bytes = match kind {
+        DomainType::Hvm => FunctionImage::HVM_BYTES,
+        _ => FunctionImage::BYTES,
+    };
     let create = || -> io::Result<()> {
         // What is left of an attempt that failed is not what this guest gets.
         match fs::remove_file(&path) {
@@ -211,7 +216,7 @@ pub(super) fn create_image(context: &Context<'_>, record: &mut Record) -> Result
         let file: File =
             OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
         // Reserved now: a full file system must not become a SIGBUS later.
-        fallocate(&file, FallocateFlags::empty(), 0, FunctionImage::BYTES as i64)?;
+        fallocate(&file, FallocateFlags::empty(), 0, bytes as i64)?;
         Ok(())
     };
     create().map_err(|error| {

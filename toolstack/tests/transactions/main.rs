@@ -8,6 +8,7 @@ mod failures;
 mod frontend;
 mod guests;
 mod holding;
+mod hvm;
 mod network;
 mod path;
 mod quarantine;

@@ -1,7 +1,7 @@
 //! The host's PCI functions, as sysfs shows and takes them.
 
 use std::collections::HashMap;
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,7 +18,8 @@ use super::events::{PciEvents, Source};
 use super::users::Users;
 use crate::Sbdf;
 use crate::config::ConfigSpace;
-use crate::platform::{Cause, Host, HostEvents, HostFunction, PlatformError, Result, Use};
+use crate::platform::memory::Registers;
+use crate::platform::{BarMemory, Cause, Host, HostEvents, HostFunction, PlatformError, Result, Use};
 
 /// How long a write may take that only waits for another change of the same function.
 const QUICK: Duration = Duration::from_secs(5);
@@ -257,6 +258,21 @@ impl Host for LinuxHost {
         match SysfsConfig::open(&self.directory(address).join("config")) {
             Ok(config) => Ok(Box::new(config)),
             Err(error) => Err(missing("open the config space of", address)(error.into())),
+        }
+    }
+
+    fn bar_memory(&self, address: Sbdf, bar: u8) -> Result<Box<dyn BarMemory>> {
+        let path = self.directory(address).join(format!("resource{bar}"));
+        let map = || {
+            let file = OpenOptions::new().read(true).write(true).open(&path)?;
+            // A BAR smaller than a page is mapped with the rest of its page; the file's length is the BAR's.
+            Registers::map_file(&file, file.metadata()?.len())
+        };
+        match map() {
+            Ok(registers) => Ok(Box::new(registers)),
+            Err(error) => {
+                Err(PlatformError::new("map the memory of", format!("{address}, BAR {bar}"), error))
+            }
         }
     }
 

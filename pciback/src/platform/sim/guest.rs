@@ -101,7 +101,7 @@ impl SimGuest {
     }
 }
 
-fn wait(fd: std::os::fd::BorrowedFd<'_>, deadline: Instant) -> std::result::Result<(), Errno> {
+pub(super) fn wait(fd: std::os::fd::BorrowedFd<'_>, deadline: Instant) -> std::result::Result<(), Errno> {
     let left = deadline.saturating_duration_since(Instant::now());
     let left = PollTimeout::try_from(left).map_err(|_| Errno::EINVAL)?;
     match poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], left)? {

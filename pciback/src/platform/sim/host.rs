@@ -11,7 +11,7 @@ use super::locked;
 use super::world::{Answer, World};
 use crate::Sbdf;
 use crate::config::{Access, ConfigSpace};
-use crate::platform::{Cause, Host, HostEvents, HostFunction, PlatformError, Result, Use};
+use crate::platform::{BarMemory, Cause, Host, HostEvents, HostFunction, PlatformError, Result, Use};
 
 pub(super) struct SimHost {
     world: Arc<Mutex<World>>,
@@ -142,6 +142,14 @@ impl Host for SimHost {
         })
     }
 
+    fn bar_memory(&self, address: Sbdf, bar: u8) -> Result<Box<dyn BarMemory>> {
+        self.call(("bar_memory", "map the memory of"), address, None, |world| {
+            world.function(address)?;
+            let size = world.function(address)?.resources.get(usize::from(bar)).map_or(0, |bar| bar.size);
+            Ok(Box::new(SimBar { bytes: Mutex::new(vec![0; size as usize]) }) as Box<dyn BarMemory>)
+        })
+    }
+
     fn ports_above(&self, address: Sbdf) -> Result<Vec<Sbdf>> {
         self.call(("ports_above", "find the ports above"), address, None, |world| {
             Ok(world.ports_above(address))
@@ -246,5 +254,28 @@ impl ConfigSpace for SimConfig {
         self.check("config_write")?;
         self.failures.fuse.change(|| locked(&self.world).config_write(self.address, access, value));
         Ok(())
+    }
+}
+
+/// The memory of a BAR: bytes that keep what is written, anew each time it is mapped.
+struct SimBar {
+    bytes: Mutex<Vec<u8>>,
+}
+
+impl BarMemory for SimBar {
+    fn read(&self, offset: u64, bytes: u8) -> u64 {
+        let memory = locked(&self.bytes);
+        let at = offset as usize;
+        match memory.get(at..at + usize::from(bytes)) {
+            Some(found) => found.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte)),
+            None => u64::MAX,
+        }
+    }
+
+    fn write(&self, offset: u64, bytes: u8, value: u64) {
+        let at = offset as usize;
+        if let Some(place) = locked(&self.bytes).get_mut(at..at + usize::from(bytes)) {
+            place.copy_from_slice(&value.to_le_bytes()[..usize::from(bytes)]);
+        }
     }
 }

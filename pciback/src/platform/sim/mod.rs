@@ -13,6 +13,7 @@ mod guest;
 mod hardware;
 mod home;
 mod host;
+mod hvm;
 mod hypervisor;
 mod model;
 mod network;
@@ -42,6 +43,7 @@ use crate::{DomId, Sbdf};
 pub use failures::Failure;
 pub use fuse::{Fuse, Moment};
 pub use guest::SimGuest;
+pub use hvm::SimHvmGuest;
 pub use store::SimStore;
 pub use xen::{Owner, Vector};
 
@@ -55,6 +57,7 @@ pub struct Simulation {
     world: Arc<Mutex<World>>,
     tree: Arc<Mutex<Tree>>,
     rings: rings::SimRings,
+    hvm: hvm::SimHvmDomains,
     failures: Failures,
     errors: errors::Kernel,
 }
@@ -111,8 +114,10 @@ impl Simulation {
                 Failure::described(failure).map_err(|why| format!("failures, number {index}: {why}"))?;
             failures.add(failure);
         }
+        let world = Arc::new(Mutex::new(world));
         Ok(Self {
-            world: Arc::new(Mutex::new(world)),
+            hvm: hvm::SimHvmDomains::new(&world, &failures),
+            world,
             tree: Arc::new(Mutex::new(tree)),
             rings: rings::SimRings::new(&failures),
             failures,
@@ -136,6 +141,7 @@ impl Simulation {
             hypervisor: Arc::new(hypervisor::SimHypervisor::new(self, &failures)),
             store: Arc::new(SimStore::connect(&self.tree, DomId::DOM0, &failures)?),
             rings: Arc::new(self.rings.of_a_life(&failures)),
+            hvm: Arc::new(self.hvm.of_a_life(&failures)),
             network: Arc::new(network::SimVfNetwork::new(&self.world, &failures)),
             errors: Arc::new(errors::SimErrors::new(&self.errors, &failures)),
             description: description.to_owned(),
@@ -152,9 +158,32 @@ impl Simulation {
         Ok(SimGuest::new(domain, self.store(domain)?, self.rings.clone()))
     }
 
+    /// The side of an HVM guest.
+    pub fn hvm_guest(&self, domain: DomId) -> SimHvmGuest {
+        self.hvm.guest(domain)
+    }
+
     /// A domain is made, as `xl create` does. `EEXIST`: there is one with this number.
     pub fn create(&self, domain: DomId, name: &str, passthrough: bool) -> std::result::Result<(), Errno> {
-        let text = model::Domain { id: domain.0, name: name.to_owned(), kind: "pv".to_owned(), passthrough };
+        self.create_as(domain, name, "pv", passthrough)
+    }
+
+    /// An HVM guest is made, paused, as `xl create -p` does.
+    pub fn create_hvm(&self, domain: DomId, name: &str) -> std::result::Result<(), Errno> {
+        self.create_as(domain, name, "hvm", true)?;
+        self.hvm_guest(domain).set_paused(true);
+        Ok(())
+    }
+
+    fn create_as(
+        &self,
+        domain: DomId,
+        name: &str,
+        kind: &str,
+        passthrough: bool,
+    ) -> std::result::Result<(), Errno> {
+        let (name, kind) = (name.to_owned(), kind.to_owned());
+        let text = model::Domain { id: domain.0, name, kind, passthrough };
         let mut world = locked(&self.world);
         if domain == DomId::DOM0 || world.xen.domains.contains_key(&domain) {
             return Err(Errno::EEXIST);
@@ -169,6 +198,7 @@ impl Simulation {
     pub fn destroy(&self, domain: DomId) {
         locked(&self.world).xen.destroy(domain);
         self.rings.drop_domain(domain);
+        self.hvm.drop_domain(domain);
         locked(&self.tree).release(domain);
     }
 

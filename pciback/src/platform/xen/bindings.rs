@@ -32,6 +32,12 @@ mod generated {
     pub mod xenevtchn {
         include!(concat!(env!("OUT_DIR"), "/xenevtchn.rs"));
     }
+    pub mod xendevicemodel {
+        include!(concat!(env!("OUT_DIR"), "/xendevicemodel.rs"));
+    }
+    pub mod xenforeignmemory {
+        include!(concat!(env!("OUT_DIR"), "/xenforeignmemory.rs"));
+    }
     pub mod xenstore {
         include!(concat!(env!("OUT_DIR"), "/xenstore.rs"));
     }
@@ -40,7 +46,9 @@ mod generated {
 pub use generated::types::*;
 pub use generated::xencall::XenCall;
 pub use generated::xenctrl::XenCtrl;
+pub use generated::xendevicemodel::XenDeviceModel;
 pub use generated::xenevtchn::XenEvtchn;
+pub use generated::xenforeignmemory::XenForeignMemory;
 pub use generated::xengnttab::XenGntTab;
 pub use generated::xenstore::XenStore;
 
@@ -54,6 +62,10 @@ pub struct Libraries {
     pub gnttab: XenGntTab,
     /// Event channels.
     pub evtchn: XenEvtchn,
+    /// Ioreq servers.
+    pub devicemodel: XenDeviceModel,
+    /// Their pages.
+    pub foreignmemory: XenForeignMemory,
     /// xenstore.
     pub store: XenStore,
     /// Where the libraries send what they have to say; set before anything else uses them.
@@ -92,6 +104,8 @@ impl Libraries {
             call: load!(XenCall, "libxencall.so.1", "libxencall1"),
             gnttab: load!(XenGntTab, "libxengnttab.so.1", "libxengnttab1"),
             evtchn: load!(XenEvtchn, "libxenevtchn.so.1", "libxenevtchn1"),
+            devicemodel: load!(XenDeviceModel, "libxendevicemodel.so.1", "libxendevicemodel1"),
+            foreignmemory: load!(XenForeignMemory, "libxenforeignmemory.so.1", "libxenforeignmemory1"),
             store: load!(XenStore, "libxenstore.so.4", "libxenstore4"),
             logger: messages::logger(),
         }))

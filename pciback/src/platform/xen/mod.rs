@@ -8,7 +8,9 @@
 )]
 
 mod bindings;
+mod hvm;
 mod hypervisor;
+mod ioreq;
 mod messages;
 mod msix;
 mod physdev;
@@ -41,6 +43,7 @@ pub fn open() -> Result<Platform> {
         host,
         store: Arc::new(store::XenStoreConnection::open(&libraries)?),
         rings: Arc::new(rings::XenRings::new(&libraries)),
+        hvm: Arc::new(hvm::XenHvmDomains::open(&libraries)?),
         network: Arc::new(LinuxVfNetwork::new(SYSFS.into())),
         errors: Arc::new(LinuxErrors::new(SYSFS.into())),
         description: format!("Xen {}.{}{}", version.major, version.minor, version.extra),

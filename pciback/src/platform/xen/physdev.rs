@@ -8,7 +8,7 @@ use nix::errno::Errno;
 
 use super::bindings::{
     __HYPERVISOR_physdev_op, Libraries, XEN_PCI_DEV_EXTFN, XEN_PCI_DEV_PXM, XEN_PCI_DEV_VIRTFN,
-    physdev_pci_device, physdev_pci_device_add, xencall_handle,
+    physdev_pci_device, physdev_pci_device_add, xen_hvm_get_mem_type, xencall_handle,
 };
 use super::hypervisor::check;
 use crate::Sbdf;
@@ -21,11 +21,14 @@ pub struct PhysDev {
     libraries: Arc<Libraries>,
 }
 
-/// An argument of a physdev hypercall: a plain C structure that Xen reads.
+/// An argument of a hypercall: a plain C structure that Xen reads and may write.
 ///
 /// # Safety
 /// The implementing type must be the structure that Xen expects for the commands it is used with, or start with it.
 pub unsafe trait Argument: Copy {}
+
+// SAFETY: the structure of `HVMOP_get_mem_type`.
+unsafe impl Argument for xen_hvm_get_mem_type {}
 
 // SAFETY: the structure of commands 26, 27, 30 and 31.
 unsafe impl Argument for physdev_pci_device {}
@@ -92,6 +95,16 @@ impl PhysDev {
 
     /// One physdev hypercall.
     pub fn call<A: Argument>(&self, command: u32, argument: A) -> std::result::Result<(), Errno> {
+        self.ask(__HYPERVISOR_physdev_op, command, argument).map(drop)
+    }
+
+    /// One hypercall with a command and a structure; the structure as Xen leaves it.
+    pub fn ask<A: Argument>(
+        &self,
+        hypercall: u32,
+        command: u32,
+        argument: A,
+    ) -> std::result::Result<A, Errno> {
         let call = &self.libraries.call;
         let handle = self.handle.as_ptr();
         // SAFETY: the handle is open.
@@ -101,9 +114,10 @@ impl PhysDev {
         }
         // SAFETY: the buffer is page-aligned and has room for one `A`.
         unsafe { buffer.write(argument) };
-        // SAFETY: the command reads the structure at this address, which is as `Argument` promises.
-        let answer = unsafe { call.xencall2(handle, __HYPERVISOR_physdev_op, command.into(), buffer as u64) };
-        let result = check(answer).map(drop);
+        // SAFETY: the command reads and writes the structure at this address, which is as `Argument` promises.
+        let answer = unsafe { call.xencall2(handle, hypercall, command.into(), buffer as u64) };
+        // SAFETY: the buffer holds what was written above, and what Xen has made of it.
+        let result = check(answer).map(|_| unsafe { buffer.read() });
         // SAFETY: the buffer is of this handle, and Xen keeps no reference to it.
         unsafe { call.xencall_free_buffer(handle, buffer.cast()) };
         result

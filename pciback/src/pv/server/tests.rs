@@ -18,22 +18,13 @@ const PLAIN: u16 = 0xc0;
 /// One life of the service over the machine, as far as its thread goes.
 fn life(machine: &Machine) -> Serving {
     let functions = BTreeMap::from([(0, machine.open(FIRST)), (8, machine.open(SECOND))]);
-    Serving {
-        domain: DOMAIN,
-        ring: machine.ring(),
-        functions,
-        counters: Arc::default(),
-        report: Box::new(|_| {}),
-        complaints: Complaints::default(),
-        token: first_token(),
-        told: None,
-        to_tell: VecDeque::new(),
-    }
+    let roster = Roster::new(DOMAIN, functions, &Arc::default(), Box::new(|_| {}));
+    Serving { roster, ring: machine.ring(), token: first_token(), told: None }
 }
 
 impl Serving {
     fn begin(&mut self) {
-        self.recover_interrupted();
+        self.roster.recover_interrupted();
         self.serve_while_busy();
     }
 
@@ -53,6 +44,7 @@ fn answered(machine: &Machine, op: &Op) -> (i32, u32, Vec<u16>) {
 /// Everything that Xen has mapped is noted, and everything noted is mapped.
 fn assert_notes_are_true(serving: &Serving, machine: &Machine) {
     let noted: BTreeMap<u32, Sbdf> = serving
+        .roster
         .functions
         .values()
         .flat_map(|function| {
@@ -267,7 +259,7 @@ fn a_function_that_vanishes_reads_all_ones_and_is_reported_once() {
     let reports = Arc::new(Mutex::new(0));
     let mut serving = life(&machine);
     let count = Arc::clone(&reports);
-    serving.report = Box::new(move |_| *count.lock().unwrap() += 1);
+    serving.roster.report = Box::new(move |_| *count.lock().unwrap() += 1);
     machine.break_config(Some(Errno::ENODEV));
     for _ in 0..3 {
         assert_eq!(serving.ask(&machine, &op(0, PLAIN, 2, 0)), (0, 0xffff, vec![]));
@@ -285,7 +277,7 @@ fn a_function_that_is_reset_is_silent_until_that_is_over_and_has_its_interrupts_
     let mut serving = life(&machine);
     let wanted = Arc::new(Mutex::new(Vec::new()));
     let heard = Arc::clone(&wanted);
-    serving.report = Box::new(move |report| {
+    serving.roster.report = Box::new(move |report| {
         if let ServerReport::ResetWanted(address) = report {
             heard.lock().unwrap().push(address);
         }
@@ -303,7 +295,7 @@ fn a_function_that_is_reset_is_silent_until_that_is_over_and_has_its_interrupts_
     machine.set_word(FIRST, MSI + 2, 0x80);
     machine.set_word(FIRST, MSI + 4, 0);
     machine.set_word(FIRST, 4, 6);
-    serving.reset_ended(0, true);
+    serving.roster.reset_ended(0, true);
     assert_eq!(serving.ask(&machine, &op(0, 0, 4, 0)).1, 0x10ca_8086);
     assert_eq!(machine.word(FIRST, MSI + 2) & 1, 1);
     assert_eq!(machine.word(FIRST, 4) & 4, 0, "after a reset bus mastering is off");
@@ -317,7 +309,7 @@ fn quiescing_leaves_nothing_mapped_and_nothing_enabled() {
     serving.ask(&machine, &op(1, 4, 2, 6));
     serving.ask(&machine, &msix(&[0, 1, 2]));
     assert_eq!(machine.word(FIRST, 4) & 4, 4);
-    let mut function = serving.functions.remove(&0).unwrap();
+    let mut function = serving.roster.functions.remove(&0).unwrap();
     function.quiesce().unwrap();
     assert!(machine.pirqs().is_empty());
     assert_eq!((machine.word(FIRST, 4) & 4, machine.word(FIRST, MSIX + 2) >> 15), (0, 0));
@@ -349,17 +341,6 @@ fn a_guest_that_never_pauses_does_not_keep_its_function() {
     flood.join().unwrap();
     assert!(matches!(taken, Ok(Some(Taken { quiesced: Ok(()), .. }))));
     assert!(server.stop().unwrap().is_empty());
-}
-
-#[test]
-fn what_a_guest_can_put_into_the_log_is_limited() {
-    let mut complaints = Complaints::default();
-    assert_eq!(complaints.may_say(), Some(0));
-    for _ in 0..1000 {
-        assert_eq!(complaints.may_say(), None);
-    }
-    complaints.last = Instant::now().checked_sub(COMPLAINT_INTERVAL);
-    assert_eq!(complaints.may_say(), Some(1000));
 }
 
 fn word() -> impl Strategy<Value = u32> {
@@ -405,10 +386,10 @@ proptest! {
             prop_assert!(machine.answer(0).is_some());
             assert_notes_are_true(&serving, &machine);
             if resets {
-                serving.reset_ended(0, true);
+                serving.roster.reset_ended(0, true);
             }
         }
-        for function in serving.functions.values_mut() {
+        for function in serving.roster.functions.values_mut() {
             let _ = function.quiesce();
         }
         prop_assert!(machine.pirqs().is_empty());
@@ -427,7 +408,8 @@ mod telling {
         let functions = BTreeMap::from([(0, machine.open(address))]);
         let (sender, reports) = channel();
         let report = Box::new(move |report| sender.send(report).unwrap());
-        (Serving { functions, report, ..life(machine) }, reports)
+        let roster = Roster::new(DOMAIN, functions, &Arc::default(), report);
+        (Serving { roster, ..life(machine) }, reports)
     }
 
     fn telling(request: AerRequest, limit: Duration) -> Telling {
@@ -450,7 +432,7 @@ mod telling {
         let (mut serving, reports) = serving(&machine);
         frontend::set_aer_handler(machine.page(), true);
         for request in [AerRequest::Detected, AerRequest::Resume] {
-            assert!(serving.obey(Order::Tell(telling(request, LONG))).is_none());
+            assert!(serving.roster.obey(Order::Tell(telling(request, LONG))).is_none());
         }
         serving.hear();
         assert_eq!(frontend::take_aer(machine.page()), Some((6, 1, 0)));
@@ -472,11 +454,11 @@ mod telling {
     fn a_guest_that_is_silent_cannot_be_told_or_is_gone_is_reported_once() {
         let machine = Machine::new();
         let (mut serving, reports) = serving(&machine);
-        serving.obey(Order::Tell(telling(AerRequest::Detected, LONG)));
+        serving.roster.obey(Order::Tell(telling(AerRequest::Detected, LONG)));
         serving.hear();
         assert_eq!(heard(&reports), Some(Err(NotTold::NoHandler)));
         frontend::set_aer_handler(machine.page(), true);
-        serving.obey(Order::Tell(telling(AerRequest::Detected, Duration::ZERO)));
+        serving.roster.obey(Order::Tell(telling(AerRequest::Detected, Duration::ZERO)));
         serving.hear();
         serving.hear();
         assert_eq!(heard(&reports), Some(Err(NotTold::Silent)));
@@ -485,10 +467,10 @@ mod telling {
         serving.hear();
         assert_eq!(heard(&reports), None);
         // A function that the guest does not have any more.
-        serving.obey(Order::Tell(telling(AerRequest::Detected, LONG)));
+        serving.roster.obey(Order::Tell(telling(AerRequest::Detected, LONG)));
         serving.hear();
         let (taken, _taken) = channel();
-        serving.obey(Order::Take(0, taken));
+        serving.roster.obey(Order::Take(0, taken));
         frontend::answer_aer(machine.page(), 5);
         serving.hear();
         assert_eq!(heard(&reports), None);
@@ -502,9 +484,9 @@ mod telling {
         let bar = |serving: &mut Serving| serving.ask(&machine, &op(0, 0x10, 4, 0)).1;
         serving.ask(&machine, &op(1, 0x10, 4, 0xfd00_0000));
         let written = bar(&mut serving);
-        serving.obey(Order::BeginReset(0));
+        serving.roster.obey(Order::BeginReset(0));
         assert_eq!(bar(&mut serving), u32::MAX);
-        serving.obey(Order::ResetEnded(0, true));
+        serving.roster.obey(Order::ResetEnded(0, true));
         assert_eq!(bar(&mut serving), written);
         assert!(reports.try_recv().is_err());
     }

@@ -1,0 +1,13 @@
+//! Serving HVM guests: an ioreq server beside the guest's device model answers for the functions that the guest was given.
+
+mod acpi;
+mod addresses;
+mod bars;
+mod device;
+mod interrupts;
+mod server;
+pub mod wire;
+
+pub use acpi::mcfg;
+pub use addresses::Addresses;
+pub use device::{Device, ECAM_BASE, ECAM_BYTES};

@@ -1,0 +1,194 @@
+//! The thread that serves one HVM guest.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::Instant;
+
+use log::warn;
+
+use super::device::{ECAM_BASE, ECAM_BYTES};
+use super::wire::{self, IoRequest, Place, VCPUS};
+use crate::DomId;
+use crate::Sbdf;
+use crate::platform::{IoreqServer, PlatformError};
+use crate::pv::function::{Demand, GuestFunction};
+use crate::pv::roster::Roster;
+use crate::pv::server::{BURST, Order, SPIN};
+use crate::pv::{Counters, NotTold, Server, ServerReport};
+
+impl Server {
+    /// Starts to serve an HVM guest; `functions` are those of an earlier life, by device and function number. Requests that have
+    /// waited since are answered first. Reports go to `report`, which must not block.
+    pub fn start_hvm(
+        domain: DomId,
+        server: Box<dyn IoreqServer>,
+        functions: BTreeMap<u8, Box<GuestFunction>>,
+        counters: Arc<Counters>,
+        report: Box<dyn Fn(ServerReport) + Send>,
+    ) -> io::Result<Self> {
+        let roster = Roster::new(domain, functions, &counters, report);
+        let mut serving = Serving { roster, server };
+        Self::spawn(domain, counters, move |orders, wake| serving.run(&orders, wake.as_fd()))
+    }
+}
+
+struct Serving {
+    roster: Roster,
+    server: Box<dyn IoreqServer>,
+}
+
+impl Serving {
+    fn run(&mut self, orders: &mpsc::Receiver<Order>, wake: BorrowedFd<'_>) {
+        let mut busy = self.serve_all(true);
+        loop {
+            if self.roster.take_orders(orders) {
+                return;
+            }
+            // There is no protocol for it.
+            self.roster.tell_nothing(NotTold::NoHandler);
+            if !busy && let Err(error) = self.wait(wake) {
+                return self.roster.fail(&error, orders);
+            }
+            busy = self.serve_while_busy();
+        }
+    }
+
+    fn wait(&mut self, wake: BorrowedFd<'_>) -> Result<(), PlatformError> {
+        self.roster.sleep(self.server.event_fd(), wake, None)?;
+        while self.server.take_event()?.is_some() {}
+        self.server.bind_vcpus()
+    }
+
+    /// Answers requests until none has come for a moment. `true`: there may be more, but orders come first.
+    fn serve_while_busy(&mut self) -> bool {
+        let mut last = Instant::now();
+        for _ in 0..BURST {
+            while !self.serve_all(false) {
+                if last.elapsed() >= SPIN {
+                    return false;
+                }
+                std::hint::spin_loop();
+            }
+            last = Instant::now();
+        }
+        true
+    }
+
+    /// Answers what waits, for each vCPU once; whether there was anything.
+    fn serve_all(&mut self, resumed: bool) -> bool {
+        let mut any = false;
+        for vcpu in 0..VCPUS {
+            if let Some(request) = wire::take_request(self.server.page(), vcpu, resumed) {
+                self.serve(vcpu, &request);
+                any = true;
+            }
+        }
+        any
+    }
+
+    fn serve(&mut self, vcpu: u16, request: &IoRequest) {
+        let (data, known, demand, address) = self.execute(request);
+        let data = request.write.is_none().then(|| data & value_mask(request.bytes));
+        wire::put_answer(self.server.page(), vcpu, data);
+        if let Err(error) = self.server.notify(vcpu) {
+            warn!("domain {}: {error}", self.roster.domain);
+        }
+        let trouble = self.roster.functions.values_mut().find_map(|function| function.take_trouble());
+        self.roster.counters.count(!known || trouble.is_some());
+        if !known || trouble.is_some() {
+            self.complain(request, trouble);
+        }
+        self.roster.tell(demand, address);
+    }
+
+    /// What is read, whether the request made sense, and what it asks of the service.
+    fn execute(&mut self, request: &IoRequest) -> (u64, bool, Option<Demand>, Option<Sbdf>) {
+        if request.bytes == 0 {
+            return (u64::MAX, false, None, None);
+        }
+        match request.place {
+            Place::Config { slot, offset } => {
+                let bytes = wire::reached_by_ports(offset, request.bytes);
+                self.config(slot << 3, offset, bytes, request.write)
+            }
+            Place::Memory { address } => match address.checked_sub(ECAM_BASE) {
+                Some(at) if at < ECAM_BYTES => {
+                    self.config((at >> 12) as u8, at as u16 & 0xfff, request.bytes, request.write)
+                }
+                _ => self.memory(address, request),
+            },
+            Place::Other => (u64::MAX, false, None, None),
+        }
+    }
+
+    /// Config space; where there is no function of ours, nobody answers.
+    fn config(
+        &mut self,
+        devfn: u8,
+        offset: u16,
+        bytes: u8,
+        write: Option<u64>,
+    ) -> (u64, bool, Option<Demand>, Option<Sbdf>) {
+        let Some(function) = self.roster.functions.get_mut(&devfn) else {
+            return (u64::MAX, true, None, None);
+        };
+        let address = Some(function.address());
+        match write {
+            None => {
+                let (value, demand) = function.config_read(offset, bytes);
+                (value, true, demand, address)
+            }
+            Some(value) => {
+                let before = function.places_released();
+                let demand = function.config_write(offset, bytes, value);
+                if function.places_released() != before {
+                    self.place_others();
+                }
+                (value, true, demand, address)
+            }
+        }
+    }
+
+    /// A place has become free, for which another BAR may wait.
+    fn place_others(&mut self) {
+        for function in self.roster.functions.values_mut() {
+            if let Err(error) = function.place_bars(false) {
+                function.note_trouble(&error);
+            }
+        }
+    }
+
+    fn memory(&mut self, address: u64, request: &IoRequest) -> (u64, bool, Option<Demand>, Option<Sbdf>) {
+        let functions = self.roster.functions.values_mut();
+        let value = match request.write {
+            None => functions.filter_map(|function| function.memory_read(address, request.bytes)).next(),
+            Some(value) => functions
+                .filter_map(|function| function.memory_write(address, request.bytes, value))
+                .next()
+                .map(|()| value),
+        };
+        // A BAR may have moved while the request was on its way.
+        (value.unwrap_or(u64::MAX), true, None, None)
+    }
+
+    fn complain(&mut self, request: &IoRequest, trouble: Option<String>) {
+        if let Some(unsaid) = self.roster.complaints.may_say() {
+            let trouble =
+                trouble.unwrap_or_else(|| "it makes no sense, or is a string instruction".to_owned());
+            warn!(
+                "domain {}: {request:x?}: {trouble}; {unsaid} more of its requests failed since the last such line",
+                self.roster.domain
+            );
+        }
+    }
+}
+
+fn value_mask(bytes: u8) -> u64 {
+    match bytes {
+        0 | 8 => u64::MAX,
+        bytes => (1 << (8 * u32::from(bytes))) - 1,
+    }
+}

@@ -1,0 +1,81 @@
+//! HVM guests: who answers their config accesses, and what of a function is put into them.
+
+use std::os::fd::BorrowedFd;
+
+use super::{Pirq, Result, SharedMemory};
+use crate::DomId;
+
+/// The number of an ioreq server in its domain. Xen asks the server with the highest number first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ServerId(pub u16);
+
+/// What a guest wrote as the message of one of its interrupts (PCI Express 6.0, section 7.7; Intel SDM 3A, 11.11).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct MsiMessage {
+    /// The lower half of the address: where the interrupt goes.
+    pub address: u32,
+    /// The data: vector, delivery and trigger mode.
+    pub data: u32,
+}
+
+/// Ioreq servers, and mappings and interrupts of HVM guests.
+pub trait HvmDomains: Send + Sync {
+    /// Whether the toolstack keeps the domain paused.
+    fn is_paused(&self, domain: DomId) -> Result<bool>;
+    /// The device numbers that the guest's device model uses on bus 0.
+    fn device_model_slots(&self, domain: DomId) -> Result<Vec<u8>>;
+
+    /// The ioreq servers that dom0 has in a domain, lowest number first: the device model's, and ours.
+    fn servers(&self, domain: DomId) -> Result<Vec<ServerId>>;
+    /// Makes one more; Xen gives it the lowest number that is free.
+    fn create_server(&self, domain: DomId) -> Result<ServerId>;
+    /// Ends a server: nobody answers for its devices any more.
+    fn destroy_server(&self, domain: DomId, server: ServerId) -> Result<()>;
+    /// Maps the server's page, binds the event channels of the guest's vCPUs and lets requests come.
+    fn connect(&self, domain: DomId, server: ServerId) -> Result<Box<dyn IoreqServer>>;
+    /// Takes or gives up the config space at a device number of bus 0, function 0.
+    fn claim_slot(&self, domain: DomId, server: ServerId, slot: u8, claim: bool) -> Result<()>;
+    /// Takes or gives up `bytes` of the guest's physical memory from `start` on, where the guest has no memory.
+    fn claim_memory(
+        &self,
+        domain: DomId,
+        server: ServerId,
+        start: u64,
+        bytes: u64,
+        claim: bool,
+    ) -> Result<()>;
+
+    /// Lets the guest reach page frames of the host at page frames of its own, or not any more. `EEXIST`: the guest has memory there.
+    fn map_memory(&self, domain: DomId, guest: u64, host: u64, frames: u64, map: bool) -> Result<()>;
+    /// Lets the guest reach I/O ports of the host at ports of its own, or not any more.
+    fn map_ports(&self, domain: DomId, guest: u32, host: u32, count: u32, map: bool) -> Result<()>;
+
+    /// Delivers a physical interrupt of the guest by the message that it wrote. `table` is the guest's address of the MSI-X
+    /// table, through which Xen then takes the vector's mask; 0 for MSI. `masked`: the guest has masked it.
+    fn bind_msi(
+        &self,
+        domain: DomId,
+        pirq: Pirq,
+        message: MsiMessage,
+        table: u64,
+        masked: bool,
+    ) -> Result<()>;
+    /// Ends that.
+    fn unbind_msi(&self, domain: DomId, pirq: Pirq) -> Result<()>;
+    /// Delivers a physical interrupt, a line, as INTx of the device at this number; `pin`: 0 for INTA to 3 for INTD.
+    fn bind_line(&self, domain: DomId, pirq: Pirq, slot: u8, pin: u8, bind: bool) -> Result<()>;
+}
+
+/// A connected ioreq server; unmapped and unbound when dropped, while the server itself stays in Xen.
+pub trait IoreqServer: Send {
+    /// The page with a request for each vCPU, `struct ioreq` of `xen/hvm/ioreq.h`; Xen and this process write it.
+    fn page(&self) -> &SharedMemory;
+    /// Readable when a vCPU has sent an event.
+    fn event_fd(&self) -> BorrowedFd<'_>;
+    /// Takes one event, without waiting: the vCPU that sent it.
+    fn take_event(&self) -> Result<Option<u16>>;
+    /// Binds the event channels of vCPUs that have come since.
+    fn bind_vcpus(&mut self) -> Result<()>;
+    /// Tells a vCPU that its request is answered.
+    fn notify(&self, vcpu: u16) -> Result<()>;
+}

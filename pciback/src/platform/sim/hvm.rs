@@ -1,0 +1,369 @@
+//! HVM guests of the simulated host: their ioreq servers, and what is mapped into them and bound.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::failures::Failures;
+use super::fuse::Fuse;
+use super::guest::wait;
+use super::locked;
+use super::world::World;
+use crate::DomId;
+use crate::hvm::wire;
+use crate::platform::{
+    Cause, HvmDomains, IoreqServer, MsiMessage, Pirq, PlatformError, Result, ServerId, SharedMemory,
+};
+
+/// The devices of every guest's device model, and its server.
+const DEVICE_MODEL_SLOTS: [u8; 3] = [0, 1, 2];
+const DEVICE_MODEL: u16 = 0;
+const SERVERS: u16 = 8;
+
+/// One server as Xen keeps it.
+struct Server {
+    page: Arc<SharedMemory>,
+    to_server: Arc<EventFd>,
+    to_guest: Arc<EventFd>,
+    enabled: bool,
+    slots: BTreeSet<u8>,
+    memory: BTreeSet<(u64, u64)>,
+}
+
+/// One domain.
+#[derive(Default)]
+struct Domain {
+    paused: bool,
+    servers: BTreeMap<u16, Server>,
+    reached: Reached,
+}
+
+/// What an HVM guest reaches of the host.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Reached {
+    /// Host's page frame by guest's.
+    pub frames: BTreeMap<u64, u64>,
+    /// Host's port by guest's.
+    pub ports: BTreeMap<u32, u32>,
+    /// Message and table's address by physical interrupt.
+    pub messages: BTreeMap<u32, (MsiMessage, u64)>,
+    /// Lines with the guest's device and pin.
+    pub lines: BTreeSet<(u32, u8, u8)>,
+}
+
+type Domains = Arc<Mutex<BTreeMap<DomId, Domain>>>;
+
+#[derive(Clone)]
+pub(super) struct SimHvmDomains {
+    domains: Domains,
+    world: Arc<Mutex<World>>,
+    failures: Failures,
+}
+
+fn event() -> std::result::Result<Arc<EventFd>, Errno> {
+    EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map(Arc::new)
+}
+
+impl SimHvmDomains {
+    pub fn new(world: &Arc<Mutex<World>>, failures: &Failures) -> Self {
+        Self { domains: Arc::default(), world: Arc::clone(world), failures: failures.clone() }
+    }
+
+    /// The same domains, for one life of the service.
+    pub fn of_a_life(&self, failures: &Failures) -> Self {
+        Self { failures: failures.clone(), ..self.clone() }
+    }
+
+    pub fn guest(&self, domain: DomId) -> SimHvmGuest {
+        SimHvmGuest { domain, domains: Arc::clone(&self.domains) }
+    }
+
+    pub fn drop_domain(&self, domain: DomId) {
+        locked(&self.domains).remove(&domain);
+    }
+
+    fn call<T>(
+        &self,
+        (operation, action): (&str, &'static str),
+        domain: DomId,
+        body: impl FnOnce(&mut Domain) -> std::result::Result<T, Errno>,
+    ) -> Result<T> {
+        let run = || {
+            let known = locked(&self.world).xen.domains.get(&domain).map(|domain| domain.kind.clone());
+            if known.ok_or(Errno::ESRCH)? != "hvm" {
+                return Err(Errno::EINVAL);
+            }
+            body(locked(&self.domains).entry(domain).or_default())
+        };
+        let answer = self
+            .failures
+            .check(operation, domain.into())
+            .and_then(|()| self.failures.fuse.change(run).map_err(Cause::from));
+        answer.map_err(|cause| PlatformError::new(action, format!("domain {domain}"), cause))
+    }
+
+    fn server<T>(
+        &self,
+        what: (&str, &'static str),
+        domain: DomId,
+        server: ServerId,
+        body: impl FnOnce(&mut Server) -> std::result::Result<T, Errno>,
+    ) -> Result<T> {
+        self.call(what, domain, |domain| body(domain.servers.get_mut(&server.0).ok_or(Errno::ENOENT)?))
+    }
+}
+
+/// Takes something over or gives it up; the same twice is as good as once.
+fn claimed<T: Ord>(set: &mut BTreeSet<T>, value: T, claim: bool) {
+    if claim {
+        set.insert(value);
+    } else {
+        set.remove(&value);
+    }
+}
+
+impl HvmDomains for SimHvmDomains {
+    fn is_paused(&self, domain: DomId) -> Result<bool> {
+        self.call(("is_paused", "look at"), domain, |domain| Ok(domain.paused))
+    }
+
+    fn device_model_slots(&self, domain: DomId) -> Result<Vec<u8>> {
+        let what = ("device_model_slots", "ask the device model of");
+        self.call(what, domain, |_| Ok(DEVICE_MODEL_SLOTS.to_vec()))
+    }
+
+    fn servers(&self, domain: DomId) -> Result<Vec<ServerId>> {
+        self.call(("servers", "list the ioreq servers of"), domain, |domain| {
+            let ours = domain.servers.keys().copied();
+            Ok([DEVICE_MODEL].into_iter().chain(ours).map(ServerId).collect())
+        })
+    }
+
+    fn create_server(&self, domain: DomId) -> Result<ServerId> {
+        self.call(("create_server", "create an ioreq server of"), domain, |domain| {
+            let free = (DEVICE_MODEL + 1..SERVERS).find(|id| !domain.servers.contains_key(id));
+            let id = free.ok_or(Errno::ENOSPC)?;
+            let page = SharedMemory::anonymous(wire::PAGE_BYTES).map_err(|_| Errno::ENOMEM)?;
+            page[wire::port_word(0)].store(1, Ordering::Relaxed);
+            let server = Server {
+                page: Arc::new(page),
+                to_server: event()?,
+                to_guest: event()?,
+                enabled: false,
+                slots: BTreeSet::new(),
+                memory: BTreeSet::new(),
+            };
+            domain.servers.insert(id, server);
+            Ok(ServerId(id))
+        })
+    }
+
+    fn destroy_server(&self, domain: DomId, server: ServerId) -> Result<()> {
+        self.call(("destroy_server", "end an ioreq server of"), domain, |domain| {
+            domain.servers.remove(&server.0).map(drop).ok_or(Errno::ENOENT)
+        })
+    }
+
+    fn connect(&self, domain: DomId, server: ServerId) -> Result<Box<dyn IoreqServer>> {
+        let fuse = self.failures.fuse.clone();
+        self.server(("connect_server", "connect to an ioreq server of"), domain, server, |server| {
+            server.enabled = true;
+            let (page, event) = (Arc::clone(&server.page), Arc::clone(&server.to_server));
+            // A channel that becomes bound has an event pending.
+            event.write(1)?;
+            let to_guest = Arc::clone(&server.to_guest);
+            Ok(Box::new(SimIoreqServer { page, event, to_guest, fuse }) as Box<dyn IoreqServer>)
+        })
+    }
+
+    fn claim_slot(&self, domain: DomId, server: ServerId, slot: u8, claim: bool) -> Result<()> {
+        self.server(("claim_slot", "take over config space of"), domain, server, |server| {
+            claimed(&mut server.slots, slot, claim);
+            Ok(())
+        })
+    }
+
+    fn claim_memory(
+        &self,
+        domain: DomId,
+        server: ServerId,
+        start: u64,
+        bytes: u64,
+        claim: bool,
+    ) -> Result<()> {
+        self.server(("claim_memory", "take over memory of"), domain, server, |server| {
+            claimed(&mut server.memory, (start, bytes), claim);
+            Ok(())
+        })
+    }
+
+    fn map_memory(&self, domain: DomId, guest: u64, host: u64, frames: u64, map: bool) -> Result<()> {
+        let world = Arc::clone(&self.world);
+        self.call(("map_memory", "map memory into"), domain, |found| {
+            let world = locked(&world);
+            let granted = |frame: u64| {
+                let domain = world.xen.domains.get(&domain);
+                domain.is_some_and(|domain| {
+                    domain.frames.iter().any(|(first, end)| (first..end).contains(&frame))
+                })
+            };
+            for index in 0..frames {
+                if !map {
+                    found.reached.frames.remove(&(guest + index)).ok_or(Errno::EINVAL)?;
+                } else if found
+                    .reached
+                    .frames
+                    .get(&(guest + index))
+                    .is_some_and(|known| *known != host + index)
+                {
+                    // Xen crashes the domain.
+                    return Err(Errno::EPERM);
+                } else if granted(host + index) {
+                    found.reached.frames.insert(guest + index, host + index);
+                } else {
+                    return Err(Errno::EPERM);
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn map_ports(&self, domain: DomId, guest: u32, host: u32, count: u32, map: bool) -> Result<()> {
+        self.call(("map_ports", "map ports into"), domain, |domain| {
+            for index in 0..count {
+                if map {
+                    domain.reached.ports.insert(guest + index, host + index);
+                } else {
+                    domain.reached.ports.remove(&(guest + index));
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn bind_msi(&self, domain: DomId, pirq: Pirq, message: MsiMessage, table: u64, _: bool) -> Result<()> {
+        let mapped = locked(&self.world)
+            .xen
+            .domains
+            .get(&domain)
+            .is_some_and(|domain| domain.vectors.contains_key(&pirq.0));
+        self.call(("bind_msi", "bind an interrupt of"), domain, |domain| {
+            if !mapped {
+                return Err(Errno::EINVAL);
+            }
+            domain.reached.messages.insert(pirq.0, (message, table));
+            Ok(())
+        })
+    }
+
+    fn unbind_msi(&self, domain: DomId, pirq: Pirq) -> Result<()> {
+        self.call(("unbind_msi", "unbind an interrupt of"), domain, |domain| {
+            domain.reached.messages.remove(&pirq.0).map(drop).ok_or(Errno::EINVAL)
+        })
+    }
+
+    fn bind_line(&self, domain: DomId, pirq: Pirq, slot: u8, pin: u8, bind: bool) -> Result<()> {
+        self.call(("bind_line", "bind an interrupt line of"), domain, |domain| {
+            claimed(&mut domain.reached.lines, (pirq.0, slot, pin), bind);
+            Ok(())
+        })
+    }
+}
+
+struct SimIoreqServer {
+    page: Arc<SharedMemory>,
+    event: Arc<EventFd>,
+    to_guest: Arc<EventFd>,
+    fuse: Fuse,
+}
+
+impl IoreqServer for SimIoreqServer {
+    fn page(&self) -> &SharedMemory {
+        &self.page
+    }
+
+    fn event_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+
+    fn take_event(&self) -> Result<Option<u16>> {
+        self.fuse.look();
+        Ok(self.event.read().ok().map(|_| 0))
+    }
+
+    fn bind_vcpus(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn notify(&self, vcpu: u16) -> Result<()> {
+        self.to_guest.write(1).map(drop).map_err(|errno| PlatformError::new("notify vCPU", vcpu, errno))
+    }
+}
+
+/// A simulated HVM guest with one vCPU, and what Xen does for it. No logic of firmware or drivers.
+pub struct SimHvmGuest {
+    domain: DomId,
+    domains: Domains,
+}
+
+impl SimHvmGuest {
+    /// The toolstack pauses it, or lets it run.
+    pub fn set_paused(&self, paused: bool) {
+        locked(&self.domains).entry(self.domain).or_default().paused = paused;
+    }
+
+    /// What it reaches of the host.
+    pub fn reached(&self) -> Reached {
+        locked(&self.domains).get(&self.domain).map(|domain| domain.reached.clone()).unwrap_or_default()
+    }
+
+    /// How many ioreq servers it has besides its device model's.
+    pub fn servers(&self) -> usize {
+        locked(&self.domains).get(&self.domain).map_or(0, |domain| domain.servers.len())
+    }
+
+    /// Sends a request to the server that has claimed what it is about; `None`: nobody has.
+    pub fn begin(&self, access: &wire::xen::Access) -> Option<SimRequest> {
+        let domains = locked(&self.domains);
+        let mut servers = domains.get(&self.domain)?.servers.values().rev().filter(|server| server.enabled);
+        let is_config = access.kind == wire::xen::config(0, 0, 1, None).kind;
+        let server = servers.find(|server| match is_config {
+            true => server.slots.contains(&((access.address >> 35) as u8)),
+            false => server.memory.iter().any(|(start, bytes)| {
+                access.address >= *start && access.address + u64::from(access.size) <= start + bytes
+            }),
+        })?;
+        wire::xen::put_request(&server.page, 0, access);
+        let request = SimRequest { page: Arc::clone(&server.page), to_guest: Arc::clone(&server.to_guest) };
+        server.to_server.write(1).ok()?;
+        Some(request)
+    }
+}
+
+/// A request that waits for its answer.
+pub struct SimRequest {
+    page: Arc<SharedMemory>,
+    to_guest: Arc<EventFd>,
+}
+
+impl SimRequest {
+    /// Waits for the answer.
+    pub fn answer(&self, limit: Duration) -> Result<u64> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(value) = wire::xen::take_answer(&self.page, 0) {
+                return Ok(value);
+            }
+            wait(self.to_guest.as_fd(), deadline).map_err(|_| {
+                PlatformError::new("await an answer", "of an ioreq server", Cause::TimedOut(limit))
+            })?;
+            // Empty is as good as taken.
+            let _ = self.to_guest.read();
+        }
+    }
+}

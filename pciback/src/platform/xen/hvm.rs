@@ -1,0 +1,458 @@
+//! HVM guests through libxendevicemodel and libxenctrl.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixStream;
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use serde_json::Value;
+
+use super::bindings::{
+    __HYPERVISOR_hvm_op, HVMOP_get_mem_type, Libraries, XEN_DOMINF_paused, ioservid_t,
+    pt_irq_type_PT_IRQ_TYPE_PCI, xc_domaininfo_t, xc_interface, xen_hvm_get_mem_type, xendevicemodel_handle,
+};
+use super::hypervisor::check;
+use super::ioreq::{RequestPage, XenIoreqServer};
+use super::physdev::PhysDev;
+use crate::DomId;
+use crate::platform::{Cause, HvmDomains, IoreqServer, MsiMessage, Pirq, PlatformError, Result, ServerId};
+
+/// Servers that a domain can have (`MAX_NR_IOREQ_SERVERS` of Xen).
+const SERVERS: u16 = 8;
+/// How long QEMU may take to answer.
+const DEVICE_MODEL_LIMIT: Duration = Duration::from_secs(5);
+
+/// The HVM guests of the running hypervisor.
+pub struct XenHvmDomains {
+    libraries: Arc<Libraries>,
+    control: NonNull<xc_interface>,
+    devicemodel: NonNull<xendevicemodel_handle>,
+    calls: PhysDev,
+}
+
+// SAFETY: neither library's handle is bound to a thread.
+unsafe impl Send for XenHvmDomains {}
+// SAFETY: both libraries are reentrant: calls are single ioctls, and their caches of buffers are locked.
+unsafe impl Sync for XenHvmDomains {}
+
+impl XenHvmDomains {
+    /// Opens the interfaces.
+    pub fn open(libraries: &Arc<Libraries>) -> Result<Self> {
+        // SAFETY: the logger is a static, and 0 are valid flags.
+        let opened = unsafe { libraries.ctrl.xc_interface_open(libraries.logger, libraries.logger, 0) };
+        let control = NonNull::new(opened)
+            .ok_or_else(|| PlatformError::new("open", "Xen's control interface", Errno::last()))?;
+        // SAFETY: the logger is a static, and 0 are valid flags.
+        let opened = unsafe { libraries.devicemodel.xendevicemodel_open(libraries.logger, 0) };
+        let Some(devicemodel) = NonNull::new(opened) else {
+            let error = PlatformError::new("open", "Xen's device model interface", Errno::last());
+            // SAFETY: the handle is open, and nobody else has it.
+            unsafe { libraries.ctrl.xc_interface_close(control.as_ptr()) };
+            return Err(error);
+        };
+        let calls = PhysDev::open(libraries)?;
+        Ok(Self { libraries: Arc::clone(libraries), control, devicemodel, calls })
+    }
+
+    fn control(&self) -> *mut xc_interface {
+        self.control.as_ptr()
+    }
+
+    /// Whether the guest has memory of its own at a page frame.
+    fn has_memory(&self, domain: DomId, frame: u64) -> std::result::Result<bool, Errno> {
+        let argument = xen_hvm_get_mem_type { domid: domain.0, mem_type: 0, pad: [0; 2], pfn: frame };
+        let answer = self.calls.ask(__HYPERVISOR_hvm_op, HVMOP_get_mem_type, argument)?;
+        Ok(answer.mem_type != MEMORY_MMIO)
+    }
+
+    fn model(&self) -> *mut xendevicemodel_handle {
+        self.devicemodel.as_ptr()
+    }
+}
+
+impl Drop for XenHvmDomains {
+    fn drop(&mut self) {
+        // SAFETY: the handle is open, and nobody uses it any more.
+        let model = unsafe { self.libraries.devicemodel.xendevicemodel_close(self.model()) };
+        // SAFETY: the handle is open, and nobody uses it any more.
+        let control = unsafe { self.libraries.ctrl.xc_interface_close(self.control()) };
+        for answer in [model, control] {
+            if let Err(errno) = check(answer) {
+                log::error!("close a control interface: {errno}");
+            }
+        }
+    }
+}
+
+fn done(
+    answer: i32,
+    action: &'static str,
+    subject: impl FnOnce() -> String,
+) -> std::result::Result<(), PlatformError> {
+    check(answer).map(drop).map_err(|errno| PlatformError::new(action, subject(), errno))
+}
+
+const fn verb(map: bool) -> &'static str {
+    if map { "map" } else { "unmap" }
+}
+
+/// Where Xen delivers a message, in its own packing (`XEN_DOMCTL_VMSI_X86_*`): destination, redirection hint and mode of the
+/// address; delivery and trigger mode of the data.
+fn delivery(message: MsiMessage) -> u32 {
+    let MsiMessage { address, data } = message;
+    (address >> 12 & 0xff)
+        | (address >> 3 & 1) << 8
+        | (address >> 2 & 1) << 9
+        | (data >> 8 & 7) << 12
+        | (data >> 15 & 1) << 15
+}
+
+/// `HVMMEM_mmio_dm`: no memory.
+const MEMORY_MMIO: u16 = 2;
+/// `XEN_DOMCTL_VMSI_X86_UNMASKED`.
+const UNMASKED: u32 = 1 << 16;
+
+fn vector(message: MsiMessage) -> u32 {
+    message.data & 0xff
+}
+
+impl HvmDomains for XenHvmDomains {
+    fn is_paused(&self, domain: DomId) -> Result<bool> {
+        let error = |errno: Errno| PlatformError::new("look at domain", domain, errno);
+        // The structure grows with Xen's versions; what is read here lies at its beginning, and there is room for the rest.
+        let mut infos = [const { std::mem::MaybeUninit::<xc_domaininfo_t>::zeroed() }; 4];
+        // SAFETY: the handle is open, and there is room for one structure of any version.
+        let answer = unsafe {
+            self.libraries.ctrl.xc_domain_getinfolist(
+                self.control(),
+                u32::from(domain.0),
+                1,
+                infos.as_mut_ptr().cast(),
+            )
+        };
+        let count = check(answer).map_err(error)?;
+        // SAFETY: all bytes were zeroed, and all bit patterns are valid.
+        let info = unsafe { infos[0].assume_init_ref() };
+        // Xen answers with the next domain where this one does not exist.
+        if count != 1 || info.domain != domain.0 {
+            return Err(PlatformError::new("look at domain", domain, Cause::Missing));
+        }
+        Ok(info.flags & XEN_DOMINF_paused != 0)
+    }
+
+    fn device_model_slots(&self, domain: DomId) -> Result<Vec<u8>> {
+        ask_device_model(domain).map_err(|cause| {
+            PlatformError::new("ask for its devices the device model of domain", domain, cause)
+        })
+    }
+
+    fn servers(&self, domain: DomId) -> Result<Vec<ServerId>> {
+        let mut found = Vec::new();
+        for id in 0..SERVERS {
+            // SAFETY: the handle is open; null pointers ask for nothing but the answer.
+            let answer = unsafe {
+                self.libraries.devicemodel.xendevicemodel_get_ioreq_server_info(
+                    self.model(),
+                    domain.0,
+                    id,
+                    ptr::null_mut(),
+                    ptr::null_mut(),
+                    ptr::null_mut(),
+                )
+            };
+            match check(answer) {
+                Ok(_) => found.push(ServerId(id)),
+                // EPERM: of another domain, for example a stub domain.
+                Err(Errno::ENOENT | Errno::EPERM) => {}
+                Err(errno) => {
+                    return Err(PlatformError::new("list the ioreq servers of domain", domain, errno));
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn create_server(&self, domain: DomId) -> Result<ServerId> {
+        let mut id: ioservid_t = 0;
+        // SAFETY: the handle is open, and `id` lives as long as the call. 0: no page for buffered requests.
+        let answer = unsafe {
+            self.libraries.devicemodel.xendevicemodel_create_ioreq_server(
+                self.model(),
+                domain.0,
+                0,
+                &raw mut id,
+            )
+        };
+        done(answer, "create an ioreq server of domain", || domain.to_string())?;
+        Ok(ServerId(id))
+    }
+
+    fn destroy_server(&self, domain: DomId, server: ServerId) -> Result<()> {
+        // SAFETY: the handle is open; the other arguments are numbers.
+        let answer = unsafe {
+            self.libraries.devicemodel.xendevicemodel_destroy_ioreq_server(self.model(), domain.0, server.0)
+        };
+        done(answer, "end", || format!("ioreq server {} of domain {domain}", server.0))
+    }
+
+    fn connect(&self, domain: DomId, server: ServerId) -> Result<Box<dyn IoreqServer>> {
+        let page = RequestPage::map(&self.libraries, domain, server)?;
+        // SAFETY: the handle is open; the other arguments are numbers.
+        let answer = unsafe {
+            self.libraries.devicemodel.xendevicemodel_set_ioreq_server_state(
+                self.model(),
+                domain.0,
+                server.0,
+                1,
+            )
+        };
+        done(answer, "enable", || format!("ioreq server {} of domain {domain}", server.0))?;
+        Ok(Box::new(XenIoreqServer::open(&self.libraries, domain, page)?))
+    }
+
+    fn claim_slot(&self, domain: DomId, server: ServerId, slot: u8, claim: bool) -> Result<()> {
+        let model = &self.libraries.devicemodel;
+        let call = if claim {
+            // SAFETY: the handle is open; the other arguments are numbers.
+            unsafe {
+                model.xendevicemodel_map_pcidev_to_ioreq_server(
+                    self.model(),
+                    domain.0,
+                    server.0,
+                    0,
+                    0,
+                    slot,
+                    0,
+                )
+            }
+        } else {
+            // SAFETY: the handle is open; the other arguments are numbers.
+            unsafe {
+                model.xendevicemodel_unmap_pcidev_from_ioreq_server(
+                    self.model(),
+                    domain.0,
+                    server.0,
+                    0,
+                    0,
+                    slot,
+                    0,
+                )
+            }
+        };
+        already(call, claim, || format!("config space of device {slot:x} of domain {domain}"))
+    }
+
+    fn claim_memory(
+        &self,
+        domain: DomId,
+        server: ServerId,
+        start: u64,
+        bytes: u64,
+        claim: bool,
+    ) -> Result<()> {
+        let model = &self.libraries.devicemodel;
+        let last = start + (bytes - 1);
+        let call = if claim {
+            // SAFETY: the handle is open; the other arguments are numbers.
+            unsafe {
+                model.xendevicemodel_map_io_range_to_ioreq_server(
+                    self.model(),
+                    domain.0,
+                    server.0,
+                    1,
+                    start,
+                    last,
+                )
+            }
+        } else {
+            // SAFETY: the handle is open; the other arguments are numbers.
+            unsafe {
+                model.xendevicemodel_unmap_io_range_from_ioreq_server(
+                    self.model(),
+                    domain.0,
+                    server.0,
+                    1,
+                    start,
+                    last,
+                )
+            }
+        };
+        already(call, claim, || format!("memory from {start:#x} to {last:#x} of domain {domain}"))
+    }
+
+    fn map_memory(&self, domain: DomId, guest: u64, host: u64, frames: u64, map: bool) -> Result<()> {
+        let subject = || format!("{frames} page frames from {host:#x} on at {guest:#x} of domain {domain}");
+        if map {
+            // Xen would put the mapping in the place of the guest's memory, which is then lost to it.
+            for frame in guest..guest + frames {
+                let taken = self.has_memory(domain, frame);
+                if taken.map_err(|errno| PlatformError::new(verb(map), subject(), errno))? {
+                    return Err(PlatformError::new(verb(map), subject(), Errno::EEXIST));
+                }
+            }
+        }
+        // SAFETY: the handle is open; the other arguments are numbers.
+        let answer = unsafe {
+            self.libraries.ctrl.xc_domain_memory_mapping(
+                self.control(),
+                u32::from(domain.0),
+                guest,
+                host,
+                frames,
+                map.into(),
+            )
+        };
+        done(answer, verb(map), subject)
+    }
+
+    fn map_ports(&self, domain: DomId, guest: u32, host: u32, count: u32, map: bool) -> Result<()> {
+        // SAFETY: the handle is open; the other arguments are numbers.
+        let answer = unsafe {
+            self.libraries.ctrl.xc_domain_ioport_mapping(
+                self.control(),
+                u32::from(domain.0),
+                guest,
+                host,
+                count,
+                map.into(),
+            )
+        };
+        done(answer, verb(map), || {
+            format!("{count} I/O ports from {host:#x} on at {guest:#x} of domain {domain}")
+        })
+    }
+
+    fn bind_msi(
+        &self,
+        domain: DomId,
+        pirq: Pirq,
+        message: MsiMessage,
+        table: u64,
+        masked: bool,
+    ) -> Result<()> {
+        let flags = delivery(message) | if masked { 0 } else { UNMASKED };
+        // SAFETY: the handle is open; the other arguments are numbers.
+        let answer = unsafe {
+            self.libraries.ctrl.xc_domain_update_msi_irq(
+                self.control(),
+                u32::from(domain.0),
+                vector(message),
+                pirq.0,
+                flags,
+                table,
+            )
+        };
+        done(answer, "bind", || {
+            format!("interrupt {} of domain {domain} to its vector {:#x}", pirq.0, vector(message))
+        })
+    }
+
+    fn unbind_msi(&self, domain: DomId, pirq: Pirq) -> Result<()> {
+        // Xen knows the binding by its physical interrupt.
+        // SAFETY: the handle is open; the other arguments are numbers.
+        let answer = unsafe {
+            self.libraries.ctrl.xc_domain_unbind_msi_irq(self.control(), u32::from(domain.0), 0, pirq.0, 0)
+        };
+        done(answer, "unbind", || format!("interrupt {} of domain {domain}", pirq.0))
+    }
+
+    fn bind_line(&self, domain: DomId, pirq: Pirq, slot: u8, pin: u8, bind: bool) -> Result<()> {
+        let subject = || format!("interrupt line {} to device {slot:x} of domain {domain}", pirq.0);
+        let action = if bind { "bind" } else { "unbind" };
+        let line = u8::try_from(pirq.0).map_err(|_| PlatformError::new(action, subject(), Errno::ERANGE))?;
+        let control = &self.libraries.ctrl;
+        let answer = if bind {
+            // SAFETY: the handle is open; the other arguments are numbers.
+            unsafe {
+                control.xc_domain_bind_pt_pci_irq(self.control(), u32::from(domain.0), line, 0, slot, pin)
+            }
+        } else {
+            // SAFETY: the handle is open; the other arguments are numbers.
+            unsafe {
+                control.xc_domain_unbind_pt_irq(
+                    self.control(),
+                    u32::from(domain.0),
+                    line,
+                    pt_irq_type_PT_IRQ_TYPE_PCI as u8,
+                    0,
+                    slot,
+                    pin,
+                    0,
+                )
+            }
+        };
+        done(answer, action, subject)
+    }
+}
+
+/// What is claimed twice is claimed, and what is given up twice is given up.
+fn already(answer: i32, claim: bool, subject: impl FnOnce() -> String) -> Result<()> {
+    match (check(answer), claim) {
+        (Ok(_), _) | (Err(Errno::EEXIST), true) | (Err(Errno::ENOENT), false) => Ok(()),
+        (Err(errno), true) => Err(PlatformError::new("take over", subject(), errno)),
+        (Err(errno), false) => Err(PlatformError::new("give up", subject(), errno)),
+    }
+}
+
+/// QEMU's answer to QMP's `query-pci`: the device numbers on bus 0.
+fn ask_device_model(domain: DomId) -> std::result::Result<Vec<u8>, Cause> {
+    // The first is for statistics and nearly always free; at the second libxl itself connects, for each of its commands.
+    let paths = ["qmp-libxenstat", "qmp-libxl"].map(|name| format!("/run/xen/{name}-{domain}"));
+    let stream = paths
+        .iter()
+        .find_map(|path| UnixStream::connect(path).ok())
+        .ok_or_else(|| Cause::Unavailable(format!("nobody listens at {} or {}", paths[0], paths[1])))?;
+    stream.set_read_timeout(Some(DEVICE_MODEL_LIMIT))?;
+    stream.set_write_timeout(Some(DEVICE_MODEL_LIMIT))?;
+    let mut lines = BufReader::new(stream.try_clone()?).lines();
+    let mut answer = |key: &str| loop {
+        let line = lines.next().ok_or(Cause::Missing)??;
+        let mut value: Value =
+            serde_json::from_str(&line).map_err(|error| Cause::Malformed(error.to_string()))?;
+        if let Some(found) = value.get_mut(key) {
+            return Ok(found.take());
+        }
+        if let Some(error) = value.get("error") {
+            return Err(Cause::Malformed(error.to_string()));
+        }
+    };
+    answer("QMP")?;
+    let mut stream = stream;
+    stream.write_all(b"{\"execute\":\"qmp_capabilities\"}\n")?;
+    answer("return")?;
+    stream.write_all(b"{\"execute\":\"query-pci\"}\n")?;
+    slots_of(&answer("return")?).ok_or_else(|| Cause::Malformed("query-pci lists no bus 0".to_owned()))
+}
+
+fn slots_of(buses: &Value) -> Option<Vec<u8>> {
+    let root = buses.as_array()?.iter().find(|bus| bus["bus"] == 0)?;
+    let slots = root["devices"].as_array()?.iter().map(|device| device["slot"].as_u64());
+    slots.map(|slot| u8::try_from(slot?).ok().filter(|slot| *slot < 32)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_is_packed_as_xen_wants_it() {
+        // Vector 41h, lowest priority, level triggered, to logical destination 7fh with redirection.
+        let message = MsiMessage { address: 0xfee7_f00c, data: 0x8141 };
+        assert_eq!((vector(message), delivery(message)), (0x41, 0x937f));
+        assert_eq!(delivery(MsiMessage { address: 0xfee0_0000, data: 0x0030 }), 0);
+    }
+
+    #[test]
+    fn the_device_models_slots_are_those_of_bus_0() {
+        let answer = serde_json::json!([
+            {"bus": 0, "devices": [{"slot": 0, "function": 0}, {"slot": 1, "function": 3}, {"slot": 4}]},
+            {"bus": 1, "devices": [{"slot": 9}]},
+        ]);
+        assert_eq!(slots_of(&answer), Some(vec![0, 1, 4]));
+        for malformed in [serde_json::json!([]), serde_json::json!([{"bus": 0, "devices": [{"slot": 32}]}])] {
+            assert_eq!(slots_of(&malformed), None, "{malformed}");
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! What serving threads have in common, whatever brings their guests' requests: the functions, and the engine's orders.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::BorrowedFd;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use log::warn;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::function::{Demand, GuestFunction};
+use super::interrupts;
+use super::server::{Counters, NotTold, Order, ServerReport, Taken, Telling};
+use crate::fault::AerAnswer;
+use crate::platform::PlatformError;
+use crate::{DomId, Sbdf};
+
+/// A guest that asks for nonsense gets a line in the log at most this often.
+const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
+
+/// What a serving thread has, whatever brings its guest's requests.
+pub(crate) struct Roster {
+    pub domain: DomId,
+    pub functions: BTreeMap<u8, Box<GuestFunction>>,
+    pub counters: Arc<Counters>,
+    pub report: Box<dyn Fn(ServerReport) + Send>,
+    pub complaints: Complaints,
+    /// What the guest will be told of errors.
+    pub to_tell: VecDeque<Telling>,
+}
+
+impl Roster {
+    pub fn new(
+        domain: DomId,
+        functions: BTreeMap<u8, Box<GuestFunction>>,
+        counters: &Arc<Counters>,
+        report: Box<dyn Fn(ServerReport) + Send>,
+    ) -> Self {
+        Self {
+            domain,
+            functions,
+            counters: Arc::clone(counters),
+            report,
+            complaints: Complaints::default(),
+            to_tell: VecDeque::new(),
+        }
+    }
+
+    /// Tells the engine what a request asks for beyond its answer.
+    pub fn tell(&self, demand: Option<Demand>, address: Option<Sbdf>) {
+        match (demand, address) {
+            (Some(Demand::Reset), Some(address)) => (self.report)(ServerReport::ResetWanted(address)),
+            (Some(Demand::Vanished), Some(address)) => (self.report)(ServerReport::Vanished(address)),
+            (Some(Demand::DriverStarted), Some(address)) => {
+                (self.report)(ServerReport::DriverStarted(address));
+            }
+            _ => {}
+        }
+    }
+
+    /// Says what became of something that the guest should be told.
+    pub fn report_told(&self, telling: Telling, heard: Result<Result<AerAnswer, u32>, NotTold>) {
+        // A function that was taken meanwhile is nobody's concern any more.
+        if let Some(function) = self.functions.get(&telling.devfn) {
+            (self.report)(ServerReport::Told(function.address(), heard));
+        }
+    }
+
+    /// Gives up what the guest should be told.
+    pub fn tell_nothing(&mut self, why: NotTold) {
+        for telling in std::mem::take(&mut self.to_tell) {
+            self.report_told(telling, Err(why));
+        }
+    }
+
+    /// Waits for an event of the guest's, or for orders, at most until `until`.
+    pub fn sleep(
+        &self,
+        event: BorrowedFd<'_>,
+        wake: BorrowedFd<'_>,
+        until: Option<Instant>,
+    ) -> Result<(), PlatformError> {
+        let mut fds = [PollFd::new(event, PollFlags::POLLIN), PollFd::new(wake, PollFlags::POLLIN)];
+        let timeout = until.map_or(PollTimeout::NONE, |until| {
+            let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+        });
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(PlatformError::new("wait for an event of domain", self.domain, errno)),
+        }
+        if fds[1].revents().is_some_and(|events| !events.is_empty()) {
+            // Emptied before the orders are taken: one that comes in between wakes again.
+            let mut count = [0u8; 8];
+            let _ = nix::unistd::read(wake, &mut count);
+        }
+        Ok(())
+    }
+
+    /// Reports that the guest cannot be heard any more, and keeps the functions for the engine to take.
+    pub fn fail(&mut self, error: &PlatformError, orders: &mpsc::Receiver<Order>) {
+        (self.report)(ServerReport::Failed(error.to_string()));
+        self.tell_nothing(NotTold::Unreachable);
+        while let Ok(order) = orders.recv() {
+            if let Some(stop) = self.obey(order) {
+                let _ = stop.send(std::mem::take(&mut self.functions));
+                return;
+            }
+            self.tell_nothing(NotTold::Unreachable);
+        }
+    }
+
+    /// Obeys the orders that wait; `true`: the last one was to stop, and the functions were given back.
+    pub fn take_orders(&mut self, orders: &mpsc::Receiver<Order>) -> bool {
+        while let Ok(order) = orders.try_recv() {
+            if let Some(stop) = self.obey(order) {
+                // The engine may have stopped waiting.
+                let _ = stop.send(std::mem::take(&mut self.functions));
+                return true;
+            }
+        }
+        false
+    }
+
+    pub fn obey(&mut self, order: Order) -> Option<mpsc::Sender<BTreeMap<u8, Box<GuestFunction>>>> {
+        match order {
+            Order::Add(devfn, function) => {
+                self.functions.insert(devfn, function);
+            }
+            Order::Take(devfn, taken) => {
+                if let Some(mut function) = self.functions.remove(&devfn) {
+                    let quiesced = function.quiesce();
+                    // The engine waits for it.
+                    let _ = taken.send(Taken { function, quiesced });
+                }
+            }
+            Order::ResetEnded(devfn, verified) => self.reset_ended(devfn, verified),
+            Order::SetGone(devfn) => {
+                if let Some(function) = self.functions.get_mut(&devfn) {
+                    function.set_gone();
+                }
+            }
+            Order::ReplaceFilter(devfn, planes, done) => {
+                if let Some(function) = self.functions.get_mut(&devfn) {
+                    let _ = done.send(function.replace_filter(planes));
+                }
+            }
+            Order::MaskedWrites(devfn, writes) => {
+                if let Some(function) = self.functions.get(&devfn) {
+                    let _ = writes.send(function.masked_writes());
+                }
+            }
+            Order::Tell(telling) => self.to_tell.push_back(telling),
+            Order::BeginReset(devfn) => {
+                if let Some(function) = self.functions.get_mut(&devfn) {
+                    function.begin_reset();
+                }
+            }
+            Order::Stop(functions) => return Some(functions),
+        }
+        None
+    }
+
+    pub fn reset_ended(&mut self, devfn: u8, verified: bool) {
+        let Some(function) = self.functions.get_mut(&devfn) else { return };
+        if !verified {
+            function.set_gone();
+            return;
+        }
+        if let Err(error) = function.reset_done() {
+            let address = function.address();
+            function.set_gone();
+            (self.report)(ServerReport::RestoreFailed(address, error.to_string()));
+        }
+    }
+
+    /// Gives back vectors that an earlier life of the service mapped and was killed before it could note them.
+    pub fn recover_interrupted(&mut self) {
+        let known: Vec<u32> =
+            self.functions.values().flat_map(|function| interrupts::known(function)).collect();
+        for function in self.functions.values_mut().filter(|function| interrupts::interrupted(function)) {
+            if let Err(error) = interrupts::unmap_unknown(function, &known) {
+                warn!("{}: recover a vector of domain {}: {error}", function.address(), self.domain);
+            }
+        }
+    }
+}
+
+/// Limits what a guest can put into the log.
+#[derive(Debug, Default)]
+pub(crate) struct Complaints {
+    last: Option<Instant>,
+    unsaid: u64,
+}
+
+impl Complaints {
+    /// Whether a line may be written now, and how many were not since the last one.
+    pub fn may_say(&mut self) -> Option<u64> {
+        if self.last.is_some_and(|last| last.elapsed() < COMPLAINT_INTERVAL) {
+            self.unsaid += 1;
+            return None;
+        }
+        self.last = Some(Instant::now());
+        Some(std::mem::take(&mut self.unsaid))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_guest_can_put_into_the_log_is_limited() {
+        let mut complaints = Complaints::default();
+        assert_eq!(complaints.may_say(), Some(0));
+        for _ in 0..1000 {
+            assert_eq!(complaints.may_say(), None);
+        }
+        complaints.last = Instant::now().checked_sub(COMPLAINT_INTERVAL);
+        assert_eq!(complaints.may_say(), Some(1000));
+    }
+}

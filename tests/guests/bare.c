@@ -1,0 +1,384 @@
+/* A guest without an operating system: does what it is told over its first serial port, one line after the other, and answers
+ * each with a line. It knows nothing of PCI beyond the two ways to config space. Numbers are hexadecimal.
+ *
+ *   slot N          the device on bus 0 that the following is about
+ *   ecam ADDRESS    where extended config space is
+ *   r AT SIZE       reads config space through ports CF8 and CFC to CFF
+ *   w AT SIZE V     writes it
+ *   e AT SIZE       reads it through the ECAM window
+ *   f AT SIZE V     writes it
+ *   edump SIZE      the 4,096 bytes that the ECAM window shows, read in pieces of this size: 32 bytes a line to port E9, which
+ *                   'xl dmesg' shows
+ *   same            compares both ways, at every offset and size: the number of reads that differ
+ *   spare AT MASK   bits of a byte of config space that the following never sets
+ *   sum SIZE        reads the 256 bytes that CF8 reaches, at every offset, aligned or not: a hash of what was read
+ *   sweep CLASS SIZE  likewise, but writes each and reads it again: zeros, ones, the complement, alternating bits, what was read
+ *   esum SIZE, esweep CLASS SIZE  the same through the ECAM window, 4,096 bytes, aligned
+ *   loop N          reads the header N times: the number of reads that differ from the first
+ *   m ADDRESS SIZE  reads memory
+ *   n ADDRESS SIZE V  writes it
+ *   i PORT SIZE     reads an I/O port
+ *   o PORT SIZE V   writes it
+ *   count V         how many interrupts came by vector 40 to 4f
+ *   pic             lets interrupts of the two 8259 come, by vectors 40 to 4f
+ */
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+
+static u32 in(u32 port, u32 size)
+{
+	u8 byte;
+	u16 word;
+	u32 dword;
+	switch (size) {
+	case 1: __asm__ volatile("inb %w1, %0" : "=a"(byte) : "Nd"(port)); return byte;
+	case 2: __asm__ volatile("inw %w1, %0" : "=a"(word) : "Nd"(port)); return word;
+	default: __asm__ volatile("inl %w1, %0" : "=a"(dword) : "Nd"(port)); return dword;
+	}
+}
+
+static void out(u32 port, u32 size, u32 value)
+{
+	switch (size) {
+	case 1: __asm__ volatile("outb %b0, %w1" :: "a"(value), "Nd"(port)); break;
+	case 2: __asm__ volatile("outw %w0, %w1" :: "a"(value), "Nd"(port)); break;
+	default: __asm__ volatile("outl %0, %w1" :: "a"(value), "Nd"(port)); break;
+	}
+}
+
+static u32 load(u32 address, u32 size)
+{
+	switch (size) {
+	case 1: return *(volatile u8 *)address;
+	case 2: return *(volatile u16 *)address;
+	default: return *(volatile u32 *)address;
+	}
+}
+
+static void store(u32 address, u32 size, u32 value)
+{
+	switch (size) {
+	case 1: *(volatile u8 *)address = value; break;
+	case 2: *(volatile u16 *)address = value; break;
+	default: *(volatile u32 *)address = value; break;
+	}
+}
+
+/* The first serial port: an event in the line status register is awaited, none is lost. */
+enum { SERIAL = 0x3f8, LINE_STATUS = SERIAL + 5, RECEIVED = 1, EMPTY = 0x20 };
+
+static int to_log;
+
+static void put(char c)
+{
+	if (to_log) {
+		out(0xe9, 1, c);
+		return;
+	}
+	while (!(in(LINE_STATUS, 1) & EMPTY)) {
+	}
+	out(SERIAL, 1, c);
+}
+
+static char get(void)
+{
+	while (!(in(LINE_STATUS, 1) & RECEIVED)) {
+	}
+	return in(SERIAL, 1);
+}
+
+static void say(const char *text)
+{
+	while (*text) {
+		put(*text++);
+	}
+}
+
+static void digits(u32 value, int count)
+{
+	while (count--) {
+		put("0123456789abcdef"[value >> (4 * count) & 15]);
+	}
+}
+
+static void number(u32 value)
+{
+	int count = 1;
+	while (count < 8 && value >> (4 * count)) {
+		count++;
+	}
+	digits(value, count);
+}
+
+static u32 slot, ecam;
+
+static u32 select(u32 at)
+{
+	out(0xcf8, 4, 0x80000000 | slot << 11 | (at & 0xfc));
+	return 0xcfc + (at & 3);
+}
+
+static u32 config(u32 at, u32 size)
+{
+	return in(select(at), size);
+}
+
+static u32 extended(u32 at, u32 size)
+{
+	return load(ecam + (slot << 15) + at, size);
+}
+
+static void dump(u32 size)
+{
+	to_log = 1;
+	for (u32 at = 0; at < 4096; at += size) {
+		u32 value = extended(at, size);
+		for (u32 byte = 0; byte < size; byte++) {
+			digits(value >> (8 * byte) & 0xff, 2);
+		}
+		if ((at + size) % 32 == 0) {
+			put('\n');
+		}
+	}
+	to_log = 0;
+}
+
+static u32 differences(void)
+{
+	u32 count = 0;
+	for (u32 size = 1; size <= 4; size *= 2) {
+		for (u32 at = 0; at < 256; at += size) {
+			count += config(at, size) != extended(at, size);
+		}
+	}
+	return count;
+}
+
+static u32 spared_at, spared_bits;
+
+enum { NOTHING = 5 };
+
+/* FNV-1a over the bytes of all values. */
+static u32 sweep(u32 class, u32 size, int through_ecam)
+{
+	u32 hash = 0x811c9dc5, mask = size == 4 ? ~0u : (1u << (8 * size)) - 1;
+	u32 end = through_ecam ? 4096 : 256, step = through_ecam ? size : 1;
+	for (u32 at = 0; at < end; at += step) {
+		u32 value = through_ecam ? extended(at, size) : config(at, size);
+		if (class != NOTHING) {
+			switch (class) {
+			case 0: value = 0; break;
+			case 1: value = ~0u; break;
+			case 2: value = ~value; break;
+			case 3: value = 0xa5a5a5a5; break;
+			}
+			if (at <= spared_at && spared_at < at + size) {
+				value &= ~(spared_bits << (8 * (spared_at - at)));
+			}
+			value &= mask;
+			if (through_ecam) {
+				store(ecam + (slot << 15) + at, size, value);
+				value = extended(at, size);
+			} else {
+				out(select(at), size, value);
+				value = config(at, size);
+			}
+		}
+		for (u32 byte = 0; byte < size; byte++) {
+			hash = (hash ^ (value >> (8 * byte) & 0xff)) * 0x01000193;
+		}
+	}
+	return hash;
+}
+
+static u32 loop(u32 rounds)
+{
+	u32 count = 0;
+	u32 first[4];
+	for (u32 at = 0; at < 4; at++) {
+		first[at] = config(4 * at, 4);
+	}
+	while (rounds--) {
+		for (u32 at = 0; at < 4; at++) {
+			count += config(4 * at, 4) != first[at];
+		}
+	}
+	return count;
+}
+
+/* Interrupts: 16 vectors, each counted; the local APIC and both 8259 are told of the end of each. */
+enum { FIRST = 0x40, VECTORS = 16, APIC = 0xfee00000, SPURIOUS = APIC + 0xf0, END = APIC + 0xb0 };
+
+static volatile u32 counts[VECTORS];
+static int uses_pic;
+
+static struct __attribute__((packed)) { u16 low, selector, kind, high; } idt[256];
+static struct __attribute__((packed)) { u16 limit; u32 base; } idt_place;
+
+void interrupted(u32 vector)
+{
+	counts[vector & (VECTORS - 1)]++;
+	store(END, 4, 0);
+	if (uses_pic) {
+		out(0xa0, 1, 0x20);
+		out(0x20, 1, 0x20);
+	}
+}
+
+extern const u8 entries[];
+__asm__(".globl entries\n"
+	"entries:\n"
+	".set vector, 0\n"
+	".rept 16\n"
+	".align 16\n"
+	"pushl $vector\n"
+	"jmp common\n"
+	".set vector, vector + 1\n"
+	".endr\n"
+	"common:\n"
+	"pushal\n"
+	"pushl 32(%esp)\n"
+	"call interrupted\n"
+	"addl $4, %esp\n"
+	"popal\n"
+	"addl $4, %esp\n"
+	"iretl\n");
+
+static void set_up_interrupts(void)
+{
+	for (u32 vector = 0; vector < VECTORS; vector++) {
+		u32 entry = (u32)entries + 16 * vector;
+		idt[FIRST + vector].low = entry;
+		idt[FIRST + vector].selector = 8;
+		idt[FIRST + vector].kind = 0x8e00;
+		idt[FIRST + vector].high = entry >> 16;
+	}
+	idt_place.limit = sizeof idt - 1;
+	idt_place.base = (u32)idt;
+	__asm__ volatile("lidt %0" :: "m"(idt_place));
+	/* Nothing of the BIOS's comes: both 8259 are masked. */
+	out(0x21, 1, 0xff);
+	out(0xa1, 1, 0xff);
+	store(SPURIOUS, 4, 0x1ff);
+	__asm__ volatile("sti");
+}
+
+static void use_pic(void)
+{
+	static const u8 first[] = { 0x11, FIRST, 4, 1 }, second[] = { 0x11, FIRST + 8, 2, 1 };
+	uses_pic = 1;
+	for (int word = 0; word < 4; word++) {
+		out(word ? 0x21 : 0x20, 1, first[word]);
+		out(word ? 0xa1 : 0xa0, 1, second[word]);
+	}
+	/* All lines but the timer's, the keyboard's and the serial ports'. */
+	out(0x21, 1, 0x1b);
+	out(0xa1, 1, 0x00);
+}
+
+static char line[256];
+
+static void read_line(void)
+{
+	u32 length = 0;
+	for (;;) {
+		char c = get();
+		if (c == '\n') {
+			break;
+		}
+		if (length < sizeof line - 1) {
+			line[length++] = c;
+		}
+	}
+	line[length] = 0;
+}
+
+static int is(const char *word)
+{
+	const char *at = line;
+	while (*word && *at == *word) {
+		at++;
+		word++;
+	}
+	return !*word && (!*at || *at == ' ');
+}
+
+/* The Nth word of the line as a number. */
+static u32 argument(u32 index)
+{
+	const char *at = line;
+	u32 value = 0;
+	while (index && *at) {
+		index -= *at++ == ' ';
+	}
+	for (; *at && *at != ' '; at++) {
+		value = value << 4 | (*at <= '9' ? *at - '0' : (*at | 0x20) - 'a' + 10);
+	}
+	return value;
+}
+
+static void obey(void)
+{
+	u32 a = argument(1), b = argument(2), c = argument(3);
+	if (is("slot")) {
+		slot = a;
+	} else if (is("ecam")) {
+		ecam = a;
+	} else if (is("r")) {
+		number(config(a, b));
+	} else if (is("w")) {
+		out(select(a), b, c);
+	} else if (is("e")) {
+		number(extended(a, b));
+	} else if (is("f")) {
+		store(ecam + (slot << 15) + a, b, c);
+	} else if (is("edump")) {
+		dump(a);
+	} else if (is("same")) {
+		number(differences());
+	} else if (is("spare")) {
+		spared_at = a;
+		spared_bits = b;
+	} else if (is("sum")) {
+		number(sweep(NOTHING, a, 0));
+	} else if (is("sweep")) {
+		number(sweep(a, b, 0));
+	} else if (is("esum")) {
+		number(sweep(NOTHING, a, 1));
+	} else if (is("esweep")) {
+		number(sweep(a, b, 1));
+	} else if (is("loop")) {
+		number(loop(a));
+	} else if (is("m")) {
+		number(load(a, b));
+	} else if (is("n")) {
+		store(a, b, c);
+	} else if (is("i")) {
+		number(in(a, b));
+	} else if (is("o")) {
+		out(a, b, c);
+	} else if (is("count")) {
+		number(counts[a & (VECTORS - 1)]);
+	} else if (is("pic")) {
+		use_pic();
+	} else {
+		say("what?");
+	}
+	put('\n');
+}
+
+__attribute__((section(".text.start"))) void _start(void)
+{
+	set_up_interrupts();
+	/* Until somebody listens and speaks: what is said before is lost. */
+	while (!(in(LINE_STATUS, 1) & RECEIVED)) {
+		say("ready\n");
+		for (u32 pause = 0; pause < 1000 && !(in(LINE_STATUS, 1) & RECEIVED); pause++) {
+		}
+	}
+	for (;;) {
+		read_line();
+		obey();
+	}
+}

@@ -1,0 +1,178 @@
+//! An HVM guest without an operating system (`tests/guests`), told what to do over its serial port.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::lab::Lab;
+use crate::link::Process;
+use crate::logs::workspace;
+use crate::packages::run;
+
+/// Bytes of its disk: the boot sector and the 64 sectors that it loads, and room that the BIOS likes a disk to have.
+const DISK: usize = 1 << 20;
+const SECTOR: usize = 512;
+const LOADED: usize = 64 * SECTOR;
+/// What an emulated machine on a busy host may take to get through firmware and BIOS, or to answer.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// A bare guest: created paused, so that it can be given functions before its firmware runs.
+pub struct BareGuest<'a> {
+    lab: &'a Lab,
+    name: String,
+    console: Option<Process>,
+}
+
+impl<'a> BareGuest<'a> {
+    /// Creates it, paused; `lines` are added to its xl.cfg.
+    pub fn create(lab: &'a Lab, name: &str, lines: &[&str]) -> Result<Self> {
+        let image = format!("/guest/{name}.img");
+        lab.push(&disk().context("building the bare guest")?, &image)?;
+        let drive = format!("file={image},format=raw,if=ide,index=0");
+        let mut text = format!(
+            "name=\"{name}\"\ntype=\"hvm\"\nmemory=32\nvga=\"none\"\nvnc=0\nserial=\"pty\"\nboot=\"c\"\npassthrough=\"enabled\"\n\
+             device_model_args_hvm=[\"-drive\",\"{drive}\"]\n"
+        );
+        for line in lines {
+            _ = writeln!(text, "{line}");
+        }
+        let path = format!("/guest/{name}.cfg");
+        lab.push(text.as_bytes(), &path)?;
+        lab.dom0(&format!("xl create -p {path}")).limit(LIMIT).ok()?;
+        Ok(Self { lab, name: name.to_owned(), console: None })
+    }
+
+    /// Its domain id.
+    pub fn domid(&self) -> Result<u32> {
+        let text = self.lab.dom0(&format!("xl domid {}", self.name)).ok()?;
+        text.trim().parse().with_context(|| format!("xl domid {} said {text:?}", self.name))
+    }
+
+    /// Lets it run, and waits until it listens.
+    pub fn start(&mut self) -> Result<()> {
+        let node = format!("/local/domain/{}/serial/0/tty", self.domid()?);
+        let tty = self.lab.dom0(&format!("xenstore-read {node}")).ok()?;
+        let console = self.lab.converse(&format!("/lab/lab-agent console {}", tty.trim()))?;
+        self.lab.dom0(&format!("xl unpause {}", self.name)).ok()?;
+        console
+            .wait_output("ready\n", LIMIT)
+            .with_context(|| format!("waiting for the bare guest {}", self.name))?;
+        self.console = Some(console);
+        self.tell("slot 0").map(drop)
+    }
+
+    /// Gives it an order and returns its answer.
+    pub fn tell(&self, order: &str) -> Result<String> {
+        let answers = self.tell_all(&[order.to_owned()])?;
+        answers.into_iter().next().context("no answer")
+    }
+
+    /// Gives it orders and returns the answers to all of them.
+    pub fn tell_all(&self, orders: &[String]) -> Result<Vec<String>> {
+        let pending = self.begin(orders)?;
+        pending.answers(LIMIT)
+    }
+
+    /// Gives it orders without waiting for the answers.
+    pub fn begin(&self, orders: &[String]) -> Result<Pending<'_>> {
+        let console = self.console.as_ref().context("the guest is not started")?;
+        let heard = said(console).len();
+        let text: String = orders.iter().flat_map(|order| [order.as_str(), "\n"]).collect();
+        console.write(text.as_bytes())?;
+        Ok(Pending { console, heard, count: orders.len() })
+    }
+
+    /// A read that must succeed, as a number.
+    pub fn number(&self, order: &str) -> Result<u32> {
+        let answer = self.tell(order)?;
+        u32::from_str_radix(&answer, 16).with_context(|| format!("'{order}' is answered {answer:?}"))
+    }
+
+    /// Ends its domain.
+    pub fn destroy(self) -> Result<()> {
+        self.lab.dom0(&format!("xl destroy {}", self.name)).limit(LIMIT).ok().map(drop)
+    }
+}
+
+/// Answers that are awaited.
+pub struct Pending<'a> {
+    console: &'a Process,
+    heard: usize,
+    count: usize,
+}
+
+impl Pending<'_> {
+    /// How many have come.
+    pub fn come(&self) -> usize {
+        said(self.console).len() - self.heard
+    }
+
+    /// Waits for all of them.
+    pub fn answers(&self, limit: Duration) -> Result<Vec<String>> {
+        let end = self.heard + self.count;
+        self.console
+            .wait_for(limit, |output| lines(output).count() >= end)
+            .with_context(|| format!("{} of {} answers came", self.come(), self.count))?;
+        Ok(said(self.console).split_off(self.heard).into_iter().take(self.count).collect())
+    }
+}
+
+/// Whole lines, but for those that ask for somebody to listen.
+fn lines(output: &str) -> impl Iterator<Item = &str> {
+    let whole = &output[..output.rfind('\n').map_or(0, |end| end + 1)];
+    whole.lines().filter(|line| *line != "ready")
+}
+
+fn said(console: &Process) -> Vec<String> {
+    lines(&console.output_so_far()).map(str::to_owned).collect()
+}
+
+/// The guest's disk, made from its sources by the C compiler that linking Rust programs needs anyway.
+fn disk() -> Result<Vec<u8>> {
+    let sources = workspace().join("tests/guests");
+    let folder = tempfile::tempdir()?;
+    let compiled = |name: &str, flags: &[&str]| -> Result<_> {
+        let object = folder.path().join(name).with_extension("o");
+        run(Command::new("gcc")
+            .arg("-m32")
+            .args(flags)
+            .arg("-c")
+            .arg(sources.join(name))
+            .arg("-o")
+            .arg(&object))?;
+        Ok(object)
+    };
+    let linked = |object: &Path, place: &[&str]| -> Result<Vec<u8>> {
+        let binary = object.with_extension("bin");
+        run(Command::new("ld")
+            .current_dir(&sources)
+            .args(["-m", "elf_i386", "--oformat", "binary"])
+            .args(place)
+            .arg(object)
+            .arg("-o")
+            .arg(&binary))?;
+        Ok(fs::read(binary)?)
+    };
+    let boot = linked(&compiled("boot.S", &[])?, &["-Ttext", "0x7c00"])?;
+    let flags = [
+        "-O2",
+        "-ffreestanding",
+        "-fno-pie",
+        "-fno-stack-protector",
+        "-fno-asynchronous-unwind-tables",
+        "-mgeneral-regs-only",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ];
+    let program = linked(&compiled("bare.c", &flags)?, &["-T", "bare.ld"])?;
+    ensure!(boot.len() == SECTOR && program.len() <= LOADED, "{} bytes of program", program.len());
+    let mut disk = vec![0; DISK];
+    disk[..SECTOR].copy_from_slice(&boot);
+    disk[SECTOR..SECTOR + program.len()].copy_from_slice(&program);
+    Ok(disk)
+}

@@ -1,0 +1,312 @@
+//! HVM guests: their ioreq servers, and where their functions go.
+//!
+//! A server belongs to its domain, not to a process: it outlives a service that is killed. So its number is noted in the
+//! run directory, and before it is created which servers there are already, so that one whose number could not be noted is found.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
+
+use log::{error, info, warn};
+use pciback::hvm::{Addresses, Device, ECAM_BASE, ECAM_BYTES};
+use pciback::platform::{BarMemory, PlatformError, ServerId};
+use pciback::pv::{GuestFunction, Handshake, Server};
+use pciback::{DomId, Sbdf};
+use serde::{Deserialize, Serialize};
+
+use super::guests::Guest;
+use super::{Engine, Event};
+use crate::control::Reply;
+use crate::domains::{self, DomainType};
+use crate::journal::GuestPlace;
+use crate::outcome::{ErrorCode, Failure};
+use crate::protocol::DomainName;
+
+/// What an HVM guest has besides what every guest has.
+pub(super) struct Hvm {
+    server: ServerId,
+    addresses: Arc<Addresses>,
+    /// Device and function numbers of its functions.
+    pub devices: BTreeSet<u8>,
+}
+
+impl Hvm {
+    pub fn describe(&self) -> String {
+        format!("HVM, ioreq server {}", self.server.0)
+    }
+}
+
+/// An attachment to an HVM guest, before it is known where.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted {
+    pub(super) domain: DomId,
+    pub(super) address: Sbdf,
+    pub(super) slot: Option<u8>,
+}
+
+/// A function that an earlier life served.
+pub(super) struct Resumed {
+    pub devfn: u8,
+    pub function: Box<GuestFunction>,
+    pub memory: BTreeMap<u8, Box<dyn BarMemory>>,
+}
+
+/// What is noted of a domain's servers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Note {
+    /// Those that were there before.
+    others: Vec<u16>,
+    /// Ours, once it is created.
+    server: Option<u16>,
+}
+
+impl Engine {
+    /// The domain, when it is an HVM guest.
+    pub(super) fn hvm_guest(&self, name: &DomainName) -> Result<Option<DomId>, Failure> {
+        let store = self.platform.store.as_ref();
+        let domain = domains::find(store, name)?;
+        Ok((domains::kind(store, domain)? == DomainType::Hvm).then_some(domain))
+    }
+
+    /// Asks a guest's device model, which may take its time, where a function can go.
+    pub(super) fn ask_device_model(&mut self, wanted: Wanted, reply: Reply) {
+        let checked = self.attachable(wanted.address, wanted.domain).and_then(|_| {
+            if self.platform.hvm.is_paused(wanted.domain)? {
+                return Ok(());
+            }
+            let text = format!(
+                "domain {} is running, and an HVM guest finds its devices when it starts",
+                wanted.domain
+            );
+            Err(Failure::refused(text).of(wanted.domain).hint(
+                "shut it down, create it again with 'xl create -p', attach the function, then 'xl unpause'",
+            ))
+        });
+        if let Err(failure) = checked {
+            return reply.done(Err(failure));
+        }
+        let (hvm, inbox) = (Arc::clone(&self.platform.hvm), self.inbox.clone());
+        let task = move || {
+            let slots = hvm.device_model_slots(wanted.domain).map_err(|error| {
+                Failure::from(error)
+                    .of(wanted.domain)
+                    .hint("is its device model QEMU, in dom0? See /var/log/xen/qemu-dm-NAME.log")
+            });
+            inbox.send(Event::DeviceModelAsked { wanted, slots, reply });
+        };
+        if let Err(error) = thread::Builder::new().name(format!("attach {}", wanted.address)).spawn(task) {
+            error!("{}: start a thread: {error}", wanted.address);
+        }
+    }
+
+    pub(super) fn device_model_asked(
+        &mut self,
+        wanted: &Wanted,
+        slots: Result<Vec<u8>, Failure>,
+        reply: Reply,
+    ) {
+        let plan = slots.and_then(|slots| {
+            // Anything may have happened meanwhile.
+            let record = self.attachable(wanted.address, wanted.domain)?;
+            // From the top: a device model gives devices that are plugged later the lowest number that is free.
+            let devfn = self.free_place(wanted.domain, wanted.slot, (0..32).rev(), &slots)?;
+            Ok(self.attachment(record, wanted.domain, devfn))
+        });
+        self.carry_out(plan, reply);
+    }
+
+    /// Refuses to pull a function from under the driver of a guest that has no hotplug.
+    pub(super) fn may_lose(&self, domain: DomId) -> Result<(), Failure> {
+        let is_hvm = self.guests.get(&domain).is_some_and(|guest| guest.hvm.is_some());
+        if !is_hvm || self.platform.hvm.is_paused(domain)? {
+            return Ok(());
+        }
+        let text =
+            format!("domain {domain} is running, and an HVM guest is not told that it loses a function");
+        Err(Failure::refused(text)
+            .of(domain)
+            .hint("shut it down; or unload the function's driver in it, then detach with --force"))
+    }
+
+    /// Serves one more function of an HVM guest.
+    pub(super) fn serve_hvm(
+        &mut self,
+        place: GuestPlace,
+        mut function: Box<GuestFunction>,
+        memory: BTreeMap<u8, Box<dyn BarMemory>>,
+    ) -> Result<(), Failure> {
+        let domain = place.domain;
+        if !self.guests.contains_key(&domain) {
+            let server = self.create_server(domain)?;
+            self.start_server(domain, server, Arc::default(), BTreeMap::new())?;
+        }
+        let Some(guest) = self.guests.get_mut(&domain) else { return Ok(()) };
+        let Some(hvm) = &mut guest.hvm else { return Ok(()) };
+        hvm.devices.insert(place.devfn);
+        let (platform, addresses) = (Arc::clone(&self.platform.hvm), Arc::clone(&hvm.addresses));
+        let device = Device::new(platform, hvm.server, place.devfn >> 3, addresses, memory);
+        let entered = function.enter_guest(device, false);
+        // Served in any case: a failed attach is taken back from here.
+        guest.place(place.devfn, function);
+        entered.map_err(|error| Failure::from(error).of(domain))
+    }
+
+    /// Creates a domain's server so that Xen asks it before all others.
+    fn create_server(&self, domain: DomId) -> Result<ServerId, Failure> {
+        let hvm = self.platform.hvm.as_ref();
+        let others = hvm.servers(domain)?;
+        let mut note = Note { others: others.iter().map(|server| server.0).collect(), server: None };
+        self.write_note(domain, &note)?;
+        let mut lower = Vec::new();
+        let created = loop {
+            match hvm.create_server(domain) {
+                Ok(server) if others.iter().all(|other| *other < server) => break Ok(server),
+                Ok(server) => lower.push(server),
+                Err(error) => break Err(error),
+            }
+        };
+        for server in lower {
+            hvm.destroy_server(domain, server)?;
+        }
+        let server = created.map_err(|error| Failure::from(error).of(domain))?;
+        note.server = Some(server.0);
+        self.write_note(domain, &note)?;
+        Ok(server)
+    }
+
+    /// Starts the thread for a server.
+    fn start_server(
+        &mut self,
+        domain: DomId,
+        server: ServerId,
+        addresses: Arc<Addresses>,
+        functions: BTreeMap<u8, Box<GuestFunction>>,
+    ) -> Result<(), Failure> {
+        let hvm = &self.platform.hvm;
+        let connected = hvm.connect(domain, server)?;
+        hvm.claim_memory(domain, server, ECAM_BASE, ECAM_BYTES, true)?;
+        let inbox = self.inbox.clone();
+        let mut guest = Guest::new(Handshake::new(domain));
+        guest.hvm = Some(Hvm { server, addresses, devices: functions.keys().copied().collect() });
+        let report = Box::new(move |report| inbox.send(Event::Server(domain, report)));
+        let started = Server::start_hvm(domain, connected, functions, Arc::clone(&guest.counters), report);
+        let failed = |error: io::Error| {
+            Failure::new(ErrorCode::Failed, format!("start the thread of domain {domain}: {error}"))
+                .of(domain)
+        };
+        guest.server = Some(started.map_err(failed)?);
+        self.guests.insert(domain, guest);
+        info!("domain {domain}: serving it as ioreq server {}", server.0);
+        Ok(())
+    }
+
+    /// Goes on serving an HVM guest.
+    pub(super) fn resume_hvm(&mut self, domain: DomId, resumed: Vec<Resumed>) -> Result<(), Failure> {
+        let noted = self.read_note(domain).and_then(|note| note.server).map(ServerId);
+        let present = self.platform.hvm.servers(domain)?;
+        let server = match noted.filter(|server| present.contains(server)) {
+            Some(server) => server,
+            None => {
+                self.end_noted_server(domain);
+                self.create_server(domain)?
+            }
+        };
+        let addresses: Arc<Addresses> = Arc::default();
+        let mut functions = BTreeMap::new();
+        let mut resetting = Vec::new();
+        for Resumed { devfn, mut function, memory } in resumed {
+            let platform = Arc::clone(&self.platform.hvm);
+            let device = Device::new(platform, server, devfn >> 3, Arc::clone(&addresses), memory);
+            if let Err(error) = function.enter_guest(device, true) {
+                error!("{}: {error}", function.address());
+                self.problems.push(format!("{}: {error}", function.address()));
+            }
+            if function.resetting() {
+                resetting.push(function.address());
+            }
+            functions.insert(devfn, function);
+        }
+        self.start_server(domain, server, addresses, functions)?;
+        for address in resetting {
+            // The earlier life may have been killed before, during or after it.
+            self.reset_for_guest(address);
+        }
+        Ok(())
+    }
+
+    /// A guest has lost its last function.
+    pub(super) fn end_server(&self, domain: DomId, hvm: &Hvm) {
+        let ended = self.platform.hvm.destroy_server(domain, hvm.server);
+        self.note_ended(domain, hvm.server, ended);
+        self.remove_note(domain);
+    }
+
+    fn note_ended(&self, domain: DomId, server: ServerId, ended: Result<(), PlatformError>) {
+        match ended {
+            Ok(()) => info!("domain {domain}: ioreq server {} is ended", server.0),
+            // With a domain Xen ends its servers.
+            Err(_) if matches!(self.platform.store.domain_exists(domain), Ok(false)) => {}
+            Err(error) => warn!("domain {domain}: {error}"),
+        }
+    }
+
+    /// Ends servers that an earlier life left in domains that have no function of ours.
+    pub(super) fn end_stray_servers(&self) {
+        let Ok(directory) = fs::read_dir(self.notes()) else { return };
+        for entry in directory.flatten() {
+            let domain = entry.file_name().to_str().and_then(|name| name.parse().ok()).map(DomId);
+            if let Some(domain) = domain.filter(|domain| !self.guests.contains_key(domain)) {
+                self.end_noted_server(domain);
+            }
+        }
+    }
+
+    /// Ends what the note of a domain tells of, and removes the note.
+    fn end_noted_server(&self, domain: DomId) {
+        if let Some(note) = self.read_note(domain) {
+            let present = self.platform.hvm.servers(domain).unwrap_or_default();
+            let ours = present.into_iter().filter(|server| !note.others.contains(&server.0));
+            for server in ours.filter(|server| note.server.is_none_or(|known| known == server.0)) {
+                self.note_ended(domain, server, self.platform.hvm.destroy_server(domain, server));
+            }
+        }
+        self.remove_note(domain);
+    }
+
+    fn notes(&self) -> PathBuf {
+        self.settings.run_directory.join("ioreq-servers")
+    }
+
+    fn read_note(&self, domain: DomId) -> Option<Note> {
+        let text = fs::read(self.notes().join(domain.to_string())).ok()?;
+        serde_json::from_slice(&text).map_err(|error| warn!("domain {domain}: its note: {error}")).ok()
+    }
+
+    fn write_note(&self, domain: DomId, note: &Note) -> Result<(), Failure> {
+        let path = self.notes().join(domain.to_string());
+        let write = || -> io::Result<()> {
+            fs::create_dir_all(self.notes())?;
+            // Whole or not at all, as a reader sees it; the run directory does not outlive a power failure anyway.
+            let temporary = path.with_extension("new");
+            fs::write(&temporary, serde_json::to_vec(note)?)?;
+            fs::rename(&temporary, &path)
+        };
+        write().map_err(|error| {
+            Failure::new(ErrorCode::Failed, format!("write {}: {error}", path.display())).of(domain)
+        })
+    }
+
+    fn remove_note(&self, domain: DomId) {
+        let path = self.notes().join(domain.to_string());
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                warn!("remove {}: {error}", path.display());
+            }
+            _ => {}
+        }
+    }
+}

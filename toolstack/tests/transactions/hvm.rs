@@ -1,0 +1,256 @@
+//! HVM guests: what they reach, what happens when the service is killed, and that nothing remains. P6, T2, T3.
+
+use pciback::hvm::wire::xen::{config, memory};
+use pciback::hvm::{ECAM_BASE, wire};
+use pciback::platform::sim::{Moment, Owner, SimHvmGuest};
+use pciback::{DomId, FunctionState, Sbdf};
+use toolstack::outcome::{ErrorCode, Failure};
+use toolstack::protocol::{Request, Success};
+
+use crate::world::{LIMIT, Service, World, bdf, name, wait_until};
+
+const WIN: DomId = DomId(7);
+const SLOT: u8 = 0x1f;
+const VENDOR: u16 = 0;
+const BAR0: u16 = 0x10;
+const BAR3: u16 = 0x1c;
+const MSIX_CONTROL: u16 = 0x72;
+const DEVICE_CONTROL: u16 = 0xa8;
+const TABLE: u64 = 0xf310_0000;
+
+/// The guest's vCPU.
+struct Guest(SimHvmGuest);
+
+impl Guest {
+    /// A paused guest.
+    fn new(world: &World) -> Self {
+        world.simulation.create_hvm(WIN, "win").unwrap();
+        Self(world.simulation.hvm_guest(WIN))
+    }
+
+    fn ask(&self, access: &wire::xen::Access) -> u64 {
+        let Some(request) = self.0.begin(access) else { panic!("nobody takes {access:x?}") };
+        request.answer(LIMIT).unwrap()
+    }
+
+    fn read(&self, slot: u8, offset: u16, size: u32) -> u64 {
+        self.ask(&config(slot, offset, size, None))
+    }
+
+    fn write(&self, offset: u16, size: u32, value: u32) {
+        self.ask(&config(SLOT, offset, size, Some(value)));
+    }
+
+    fn frames(&self) -> Vec<u64> {
+        self.0.reached().frames.into_keys().collect()
+    }
+}
+
+/// The thread takes a new function in between two requests of the guest's, which in life is paused then.
+fn served(guest: &Guest, slot: u8) {
+    wait_until("the function is served", || guest.read(slot, VENDOR, 2) == 0x8086);
+}
+
+fn attach_at(service: &Service, address: Sbdf, slot: u8) -> Result<Success, Failure> {
+    service.call(Request::PciAttach { domain: name(WIN), address, slot: Some(slot) })
+}
+
+fn attached() -> (World, Guest, Service) {
+    let world = World::new();
+    let guest = Guest::new(&world);
+    let service = world.start();
+    service.hold(bdf("01:10.0")).unwrap();
+    service.attach(WIN, bdf("01:10.0")).unwrap();
+    served(&guest, SLOT);
+    (world, guest, service)
+}
+
+/// Nothing of a function is in the guest or granted to it.
+fn assert_nothing_remains(world: &World, guest: &Guest, why: &str) {
+    assert_eq!(guest.0.reached(), Default::default(), "{why}");
+    assert!(world.simulation.grants(WIN).is_empty(), "{why}: {:?}", world.simulation.grants(WIN));
+    assert_eq!(guest.0.servers(), 0, "{why}");
+}
+
+#[test]
+fn a_paused_guest_gets_a_function_that_answers_beside_its_device_models() {
+    let (world, guest, service) = attached();
+    assert_eq!(guest.read(SLOT, VENDOR, 4), 0x10ca_8086);
+    assert!(guest.0.begin(&config(2, VENDOR, 4, None)).is_none(), "a device of QEMU's is taken over");
+    // Any alignment; what lies behind port CFF is not config space.
+    assert_eq!(guest.read(SLOT, VENDOR + 1, 2), 0xca80);
+    assert_eq!(guest.read(SLOT, VENDOR + 2, 4), 0xffff_10ca);
+    let window = ECAM_BASE + u64::from(SLOT) * 0x8000;
+    assert_eq!(guest.ask(&memory(window, 8, None)) as u32, 0x10ca_8086);
+    assert_eq!(guest.ask(&memory(window + 0x100, 4, None)), 0x1501_0001);
+    assert_eq!(guest.ask(&memory(ECAM_BASE + 0x1000, 4, None)), 0xffff_ffff);
+    let Ok(Success::Synced(sync)) = service.call(Request::Sync { dry_run: true }) else { panic!("no plan") };
+    assert!(!sync.text.iter().any(|line| line.contains("01:10.0")), "{:?}", sync.text);
+    let status = service.status();
+    assert_eq!((status.guests[0].domain, status.guests[0].errors), (WIN, 0));
+    service.detach(WIN, bdf("01:10.0")).unwrap();
+    world.assert_held(&service, bdf("01:10.0"), "detached");
+    assert_nothing_remains(&world, &guest, "detached");
+}
+
+#[test]
+fn places_of_other_devices_and_running_guests_are_refused() {
+    let (world, guest, service) = attached();
+    service.hold(bdf("01:10.2")).unwrap();
+    for (slot, said) in [(1, "emulated"), (SLOT, "0000:01:10.0")] {
+        let failure = attach_at(&service, bdf("01:10.2"), slot).unwrap_err();
+        assert!(failure.code == ErrorCode::Refused && failure.message.contains(said), "{failure:?}");
+    }
+    attach_at(&service, bdf("01:10.2"), 9).unwrap();
+    served(&guest, 9);
+    service.hold(bdf("01:10.4")).unwrap();
+    guest.0.set_paused(false);
+    let failure = service.attach(WIN, bdf("01:10.4")).unwrap_err();
+    assert!(failure.hint.as_deref().is_some_and(|hint| hint.contains("xl create -p")), "{failure:?}");
+    let failure = service.detach(WIN, bdf("01:10.2")).unwrap_err();
+    assert!(failure.hint.as_deref().is_some_and(|hint| hint.contains("--force")), "{failure:?}");
+    assert_eq!(service.state(bdf("01:10.4")), FunctionState::Held);
+    drop(world);
+}
+
+#[test]
+fn bars_follow_the_guests_registers_and_the_msix_table_is_trapped() {
+    let (world, guest, service) = attached();
+    assert_eq!(guest.read(SLOT, BAR0, 4), 0xc, "an HVM guest's BARs begin without an address");
+    assert_eq!(guest.frames(), [0u64; 0]);
+    guest.write(BAR0, 4, 0xf300_0000);
+    assert_eq!(guest.frames(), [0xf3000, 0xf3001, 0xf3002, 0xf3003]);
+    guest.write(BAR0, 4, 0xffff_ffff);
+    assert_eq!(guest.frames(), [0u64; 0], "a BAR that is sized is nowhere");
+    assert_eq!(guest.read(SLOT, BAR0, 4), 0xffff_c00c);
+    guest.write(BAR0, 4, 0xf400_0000);
+    let host = world.host().function(bdf("01:10.0")).unwrap().resources[0].start / 4096;
+    assert_eq!(guest.0.reached().frames[&0xf4001], host + 1);
+    guest.write(BAR0, 4, 0);
+    guest.write(BAR3, 4, TABLE as u32);
+    let mapped = guest.frames();
+    assert!(!mapped.contains(&(TABLE / 4096)) && !mapped.is_empty(), "{mapped:x?}");
+    // Masked at first; a reserved bit stays 0.
+    assert_eq!(guest.ask(&memory(TABLE + 0xc, 4, None)), 1);
+    guest.ask(&memory(TABLE + 0xc, 4, Some(0xffff_fffe)));
+    assert_eq!(guest.ask(&memory(TABLE + 0xc, 4, None)), 0);
+    assert_eq!(guest.ask(&memory(TABLE + 1, 2, None)), 0xffff, "no access that the table takes");
+    service.detach(WIN, bdf("01:10.0")).unwrap();
+    assert_nothing_remains(&world, &guest, "detached with BARs placed");
+}
+
+/// Xen would crash the guest.
+#[test]
+fn a_bar_that_is_put_over_another_one_waits_until_the_place_is_free() {
+    let (world, guest, service) = attached();
+    service.hold(bdf("01:10.2")).unwrap();
+    attach_at(&service, bdf("01:10.2"), 9).unwrap();
+    served(&guest, 9);
+    let start = |index: usize| world.host().function(bdf("01:10.2")).unwrap().resources[index].start / 4096;
+    let move_second = |to: u32| guest.ask(&config(9, BAR0, 4, Some(to)));
+    guest.write(BAR0, 4, 0xf300_0000);
+    move_second(0xf300_0000);
+    let first = world.host().function(bdf("01:10.0")).unwrap().resources[0].start / 4096;
+    assert_eq!((guest.0.reached().frames[&0xf3000], guest.frames().len()), (first, 4));
+    guest.write(BAR0, 4, 0xf400_0000);
+    assert_eq!((guest.0.reached().frames[&0xf3000], guest.frames().len()), (start(0), 8));
+    assert_eq!(service.status().guests[0].errors, 0);
+}
+
+/// The guest sets up a vector.
+fn set_up(guest: &Guest, entry: u64, vector: u64) {
+    guest.ask(&memory(TABLE + 16 * entry, 8, Some(0xfee0_0000)));
+    guest.ask(&memory(TABLE + 16 * entry + 8, 8, Some(vector)));
+}
+
+fn bound(guest: &Guest) -> Vec<(u32, u64)> {
+    guest.0.reached().messages.values().map(|(message, table)| (message.data, *table)).collect()
+}
+
+#[test]
+fn msix_is_bound_per_vector_and_ends_with_enable_reset_and_detach() {
+    let (world, guest, service) = attached();
+    guest.write(BAR3, 4, TABLE as u32);
+    set_up(&guest, 0, 0x41);
+    assert_eq!(bound(&guest), []);
+    guest.write(MSIX_CONTROL, 2, 0x8000);
+    assert_eq!(bound(&guest), [(0x41, TABLE)]);
+    set_up(&guest, 2, 0x42);
+    let mut found = bound(&guest);
+    found.sort_unstable();
+    assert_eq!(found, [(0x41, TABLE), (0x42, TABLE)]);
+    assert_eq!(world.simulation.grants(WIN).vectors.len(), 2);
+    // Xen looks for masks where the table is now.
+    guest.write(BAR3, 4, 0xf320_0000);
+    assert!(bound(&guest).iter().all(|(_, table)| *table == 0xf320_0000), "{:x?}", bound(&guest));
+    guest.write(MSIX_CONTROL, 2, 0);
+    assert_eq!((bound(&guest), world.simulation.grants(WIN).vectors.len()), (vec![], 0));
+    guest.write(MSIX_CONTROL, 2, 0x8000);
+    assert_eq!(bound(&guest).len(), 2, "unmasked vectors come back with Enable");
+    guest.write(DEVICE_CONTROL, 2, 0x8000);
+    wait_until("the reset ends", || guest.read(SLOT, VENDOR, 4) == 0x10ca_8086);
+    assert_eq!(guest.0.reached(), Default::default(), "after a reset nothing is set up");
+    guest.write(BAR3, 4, TABLE as u32);
+    assert_eq!(guest.ask(&memory(TABLE + 0xc, 4, None)), 1, "masked again");
+    guest.write(MSIX_CONTROL, 2, 0x8000);
+    set_up(&guest, 1, 0x43);
+    service.detach(WIN, bdf("01:10.0")).unwrap();
+    world.assert_held(&service, bdf("01:10.0"), "detached");
+    assert_nothing_remains(&world, &guest, "detached with vectors");
+}
+
+#[test]
+fn a_request_that_waits_while_the_service_is_dead_is_answered_by_the_next_life() {
+    let (world, guest, service) = attached();
+    guest.write(BAR0, 4, 0xf300_0000);
+    service.kill();
+    let waiting = guest.0.begin(&config(SLOT, VENDOR, 4, None)).unwrap();
+    let service = world.start();
+    assert_eq!(waiting.answer(LIMIT).unwrap(), 0x10ca_8086);
+    assert_eq!((guest.0.servers(), guest.frames().len()), (1, 4));
+    assert_eq!(guest.read(SLOT, BAR0, 4), 0xf300_000c);
+    assert_eq!(service.status().problems, [""; 0]);
+    service.detach(WIN, bdf("01:10.0")).unwrap();
+    assert_nothing_remains(&world, &guest, "detached by another life");
+}
+
+#[test]
+fn when_the_guest_ends_its_functions_are_held_again() {
+    let (world, guest, service) = attached();
+    guest.write(BAR0, 4, 0xf300_0000);
+    world.simulation.destroy(WIN);
+    wait_until("it is held", || service.state(bdf("01:10.0")) == FunctionState::Held);
+    world.assert_held(&service, bdf("01:10.0"), "its guest is gone");
+    assert_eq!(world.simulation.owner(bdf("01:10.0")), Some(Owner::Quarantine));
+}
+
+/// Killed at each change outside, an attach ends held or attached and served, and no server is left behind.
+#[test]
+fn an_attach_that_is_killed_anywhere_leaves_no_server_that_nobody_knows() {
+    for changes in 0..100 {
+        for moment in [Moment::Before, Moment::After] {
+            let world = World::new();
+            let guest = Guest::new(&world);
+            let service = world.start();
+            service.hold(bdf("01:10.0")).unwrap();
+            service.fuse.arm(changes, moment);
+            if service.attach(WIN, bdf("01:10.0")).is_ok() && !service.fuse.is_blown() {
+                assert!(changes > 5, "hardly anything was done");
+                return;
+            }
+            service.kill();
+            let why = format!("killed at change {changes}, {moment:?}");
+            let service = world.start();
+            crate::crashes::settled(&service, &why);
+            if service.state(bdf("01:10.0")) == FunctionState::Held {
+                assert_nothing_remains(&world, &guest, &why);
+                service.attach(WIN, bdf("01:10.0")).unwrap();
+            }
+            served(&guest, SLOT);
+            assert_eq!(guest.0.servers(), 1, "{why}");
+            service.detach(WIN, bdf("01:10.0")).unwrap();
+            assert_nothing_remains(&world, &guest, &why);
+        }
+    }
+    panic!("it makes more changes than are tested");
+}
