@@ -57,6 +57,8 @@ lab: binaries
 
 bench: binaries
 	$(CARGO) bench --locked -p toolstack --bench filter
+	$(CARGO) bench --locked -p pciback --bench inventory
+	$(CARGO) bench --locked -p toolstack --bench growth
 	$(CARGO) run --locked --release -q -p xpci-tests --bin bench
 
 # Takes pciback/tests/dumps/qemu-*.txt anew from QEMU's devices.

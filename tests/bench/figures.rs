@@ -59,12 +59,14 @@ pub fn shown(values: &[f64], digits: usize) -> String {
 
 /// All figures, one a line.
 pub fn table(comparisons: &[Comparison]) -> String {
-    let mut text =
-        format!("{:<18}{:<24}{:<24}{:<24}{}\n", "", "xpci", "xl, xen-pciback", "xpci / xl", "better is");
+    let mut text = format!(
+        "{:<18}{:<24}{:<24}{:<24}{:<11}{}\n",
+        "", "xpci", "xl, xen-pciback", "xpci / xl", "better is", "rounds"
+    );
     for comparison in comparisons {
         _ = writeln!(
             text,
-            "{:<18}{:<24}{:<24}{:<24}{}",
+            "{:<18}{:<24}{:<24}{:<24}{:<11}{}",
             comparison.name,
             shown(&comparison.ours, 0),
             shown(&comparison.theirs, 0),
@@ -72,7 +74,8 @@ pub fn table(comparisons: &[Comparison]) -> String {
             match comparison.better {
                 Better::More => "more",
                 Better::Less => "less",
-            }
+            },
+            comparison.ours.len()
         );
     }
     text

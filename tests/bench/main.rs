@@ -3,26 +3,33 @@
 mod errors;
 mod figures;
 mod scene;
+mod vfs;
 
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use xpci_tests::{Lab, XenVersion};
+use xpci_tests::{Devices, Lab, XenVersion};
 
 use figures::{Better, Comparison};
 use scene::{Peer, Scene};
 
-const USAGE: &str = "usage: bench [--rounds N] [--xen 4.17|4.20]";
+const USAGE: &str = "usage: bench [--rounds N] [--xen 4.17|4.20] [--vfs-only]";
 
 struct Options {
     rounds: usize,
     xen: XenVersion,
+    /// Only how fast VFs become assignable.
+    vfs_only: bool,
 }
 
 impl Options {
     fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Self> {
-        let mut options = Self { rounds: 7, xen: XenVersion::V4_17 };
+        let mut options = Self { rounds: 7, xen: XenVersion::V4_17, vfs_only: false };
         while let Some(option) = arguments.next() {
+            if option == "--vfs-only" {
+                options.vfs_only = true;
+                continue;
+            }
             let value = arguments.next().with_context(|| format!("{option} without a value; {USAGE}"))?;
             match option.as_str() {
                 "--rounds" => {
@@ -43,20 +50,27 @@ fn main() -> Result<()> {
     let lab = Lab::builder()
         .xen(options.xen)
         .name("bench")
+        .devices(Devices::none().igb("igb0").nvme("nvme0", 64))
         .install("target/release/xpcid", "/usr/sbin/xpcid")
         .install("target/release/xpci", "/usr/sbin/xpci")
         .boot()?;
-    let scene = Scene::set(&lab)?;
-    let comparisons = measure(&scene, options.rounds)?;
-    let errors = errors::measure(&lab, &scene, options.rounds)?;
+    let _service = scene::serve(&lab)?;
+    let mut comparisons = vfs::measure(&lab)?;
+    let mut errors = None;
+    if !options.vfs_only {
+        let scene = Scene::set(&lab)?;
+        comparisons.extend(measure(&scene, options.rounds)?);
+        errors = Some(errors::measure(&lab, &scene, options.rounds)?);
+    }
     println!(
-        "\nXen {} in QEMU without KVM, {} rounds, both peers in turns: median (least..most).\n\
+        "\nXen {} in QEMU without KVM, both peers in turns: median (least..most).\n\
          Only the ratios say something; the figures themselves are those of an emulated machine.\n",
-        options.xen.name(),
-        options.rounds
+        options.xen.name()
     );
     print!("{}", figures::table(&comparisons));
-    print!("\nerrors, xpci alone:\n{errors}");
+    if let Some(errors) = errors {
+        print!("\nerrors, xpci alone:\n{errors}");
+    }
     Ok(())
 }
 

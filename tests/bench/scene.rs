@@ -44,23 +44,39 @@ impl Peer {
     }
 }
 
+/// How long a line of shell takes in dom0, in microseconds.
+pub fn microseconds(lab: &Lab, line: &str, limit: Duration) -> Result<f64> {
+    // bash's clock needs no process of its own.
+    let script = format!(
+        "bash -c 'a=$EPOCHREALTIME; {{ {line}; }} >&2 || exit; b=$EPOCHREALTIME; echo $((${{b/./}} - ${{a/./}}))'"
+    );
+    let took = lab.dom0(&script).limit(limit).ok()?;
+    let took: u32 = took.trim().parse().with_context(|| format!("{line} took {took:?}"))?;
+    Ok(f64::from(took))
+}
+
+/// Starts the service in a fresh lab.
+pub fn serve(lab: &Lab) -> Result<Process> {
+    lab.dom0("modprobe xen-pciback").ok()?;
+    let service = lab.spawn("xpcid")?;
+    lab.wait_for("the service", SOON, "[ -S /run/xpci/control ]")?;
+    Ok(service)
+}
+
 /// The lab, ready for measurements: both functions held, none attached.
 pub struct Scene<'a> {
     lab: &'a Lab,
     guests: [Guest<'a>; 2],
-    // The service ends with it.
-    _service: Process,
 }
 
 impl<'a> Scene<'a> {
+    /// Sets it up while xpcid runs and the PF has no VFs.
     pub fn set(lab: &'a Lab) -> Result<Self> {
-        lab.dom0("modprobe xen-pciback && modprobe igb").ok()?;
+        lab.dom0("modprobe igb").ok()?;
         let vfs = format!("/sys/bus/pci/devices/{PF}");
         lab.wait_for("the PF's driver", SOON, &format!("[ -e {vfs}/driver ]"))?;
         lab.dom0(&format!("echo 3 > {vfs}/sriov_numvfs")).ok()?;
         lab.wait_for("its VFs", SOON, &format!("[ -e {vfs}/virtfn2 ]"))?;
-        let service = lab.spawn("xpcid")?;
-        lab.wait_for("the service", SOON, "[ -S /run/xpci/control ]")?;
         for peer in [Peer::Ours, Peer::Theirs] {
             lab.dom0(&format!("{} pci-assignable-add {}", peer.command(), peer.function())).ok()?;
         }
@@ -68,7 +84,7 @@ impl<'a> Scene<'a> {
             lab.guest(&GuestConfig::pv(Peer::Ours.guest()))?,
             lab.guest(&GuestConfig::pv(Peer::Theirs.guest()))?,
         ];
-        Ok(Self { lab, guests, _service: service })
+        Ok(Self { lab, guests })
     }
 
     /// Milliseconds that the command takes in dom0. Returns when the guest has the function.
@@ -87,14 +103,7 @@ impl<'a> Scene<'a> {
 
     fn timed(&self, peer: Peer, command: &str) -> Result<f64> {
         let line = format!("{} {command} {} {}", peer.command(), peer.guest(), peer.function());
-        // bash's clock needs no process of its own.
-        let script = format!(
-            "bash -c 'a=$EPOCHREALTIME; {line} >&2 || exit; b=$EPOCHREALTIME; echo $((${{b/./}} - ${{a/./}}))'"
-        );
-        let microseconds = self.lab.dom0(&script).ok()?;
-        let microseconds: u32 =
-            microseconds.trim().parse().with_context(|| format!("{line} took {microseconds:?}"))?;
-        Ok(f64::from(microseconds) / 1000.0)
+        Ok(microseconds(self.lab, &line, SOON)? / 1000.0)
     }
 
     /// How many dwords of config space the guest reads in a second.

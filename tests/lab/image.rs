@@ -16,10 +16,12 @@ use crate::{elf, modules};
 const DOM0_INIT: &str = include_str!("assets/dom0-init.sh");
 const GUEST_INIT: &str = include_str!("assets/guest-init.sh");
 
-const DOM0_MODULES: [&str; 19] = [
+const DOM0_MODULES: [&str; 21] = [
     "8021q",
     "aer_inject",
+    "crc32c_generic",
     "e1000e",
+    "ext4",
     "igb",
     "igbvf",
     "nvme",

@@ -4,9 +4,9 @@
 use anyhow::{Context, Result, ensure};
 use xpci_tests::host::{
     PF, SOON, VFS, bring_up, builder, guest, is_held, known_to_xen, nothing_remains, owner, ping, prepare,
-    set_mac, status, wait_for_state, xpci, xpci_fails,
+    set_mac, start_service, status, wait_for_state, xpci, xpci_fails,
 };
-use xpci_tests::{Devices, Guest, Lab};
+use xpci_tests::{Devices, Guest, Lab, Process};
 
 const NVME: &str = "0000:03:00.0";
 const SLOT: &str = "0000:02:00.0";
@@ -34,6 +34,10 @@ fn functions_come_and_go_by_every_route() -> Result<()> {
 
     println!("S1: drift made on purpose is found, shown and repaired");
     drift(&lab)?;
+    ping(&one, "10.9.9.1")?;
+
+    println!("S1: drift that is there when xpcid starts is repaired by itself, and said");
+    let service = drift_at_start(&lab, service)?;
     ping(&one, "10.9.9.1")?;
 
     println!("S2: VFs in use are not disabled by command, and who uses them is named");
@@ -108,6 +112,20 @@ fn drift(lab: &Lab) -> Result<()> {
     ensure!(owner(lab, VFS[1])? == "d0", "{}", owner(lab, VFS[1])?);
     ensure!(xpci(lab, "sync")?.contains("agree"), "once is enough");
     Ok(())
+}
+
+/// Xen forgets a function while xpcid does not run.
+fn drift_at_start(lab: &Lab, service: Process) -> Result<Process> {
+    lab.dom0("kill -9 $(pidof xpcid)").ok()?;
+    service.wait(SOON)?;
+    lab.dom0(&format!("forget {}", VFS[1])).ok()?;
+    ensure!(!known_to_xen(lab, VFS[1])?, "Xen forgot it");
+    let service = start_service(lab)?;
+    let said = format!("xpci status | grep -q '^repaired: report {} to Xen'", VFS[1]);
+    lab.wait_for("the repair", SOON, &said)?;
+    ensure!(owner(lab, VFS[1])? == "d0", "{}", owner(lab, VFS[1])?);
+    ensure!(xpci(lab, "sync --dry-run")?.contains("agree"), "all is in step");
+    Ok(service)
 }
 
 fn attach_and_use(lab: &Lab, one: &Guest<'_>) -> Result<()> {

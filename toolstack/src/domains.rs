@@ -60,6 +60,25 @@ pub fn kind(store: &dyn StoreOps, domain: DomId) -> Result<DomainType, PlatformE
     })
 }
 
+/// Why a domain has power over others, in words that follow "it"; `None` where nothing says so.
+///
+/// Xen tells nobody which domains it lets control others, so this goes by what toolstacks leave in xenstore, where guests cannot write.
+pub fn privilege(store: &dyn StoreOps, domain: DomId) -> Result<Option<String>, PlatformError> {
+    if read_text(store, "/tool/xenstored/domid")?.as_deref() == Some(domain.to_string().as_str()) {
+        return Ok(Some("runs xenstored".to_owned()));
+    }
+    if let Some(target) = read_text(store, &format!("/local/domain/{domain}/target"))? {
+        return Ok(Some(format!("is the device model of domain {target}")));
+    }
+    let backends = format!("/local/domain/{domain}/backend");
+    for kind in store.list(&backends)? {
+        if !store.list(&format!("{backends}/{kind}"))?.is_empty() {
+            return Ok(Some(format!("is a driver domain, its {kind} devices are other guests'")));
+        }
+    }
+    Ok(None)
+}
+
 fn read_text(store: &dyn StoreOps, path: &str) -> Result<Option<String>, PlatformError> {
     Ok(store.read(path)?.and_then(|bytes| String::from_utf8(bytes).ok()))
 }

@@ -1,14 +1,19 @@
 //! What the service intends, on disk: one small file for each function it manages.
 //!
-//! A record is written, synced and renamed into place before the step that it names runs, so that a service that was killed
+//! A record is written and renamed into place before the step that it names runs, so that a service that was killed
 //! at any instruction finds out what may have been done. What is true is read from Xen, sysfs and xenstore; a
-//! record of another boot only remembers quarantine.
+//! record of another boot only remembers quarantine. So only quarantine, and its end, is synced to the disk, which takes milliseconds:
+//! the rest need not survive a power failure, which gives everything back to dom0.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use pciback::{DomId, FunctionState, Sbdf};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -19,6 +24,8 @@ use crate::transaction::{Kind, NetworkRecord, Step};
 pub const VERSION: u32 = 1;
 /// No record is longer than this, in bytes.
 const SIZE_LIMIT: u64 = 64 * 1024;
+/// The extension of a file that is being written, or that holds what was there before the last write.
+pub(crate) const TEMPORARY: &str = "new";
 
 /// What the service knows of one function and intends with it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +44,12 @@ pub struct Record {
     pub incarnation: u64,
     /// The driver it came from and goes back to.
     pub original_driver: Option<String>,
+    /// The `driver_override` that it had, and has again when it goes back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub original_override: Option<String>,
+    /// Whether it was taken before any driver had been asked: when it goes back, they are.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unprobed: bool,
     /// Whether the service itself prepared its MSI-X table, and so must release it.
     pub msix_prepared: bool,
     /// The guest that has it, gets it or loses it.
@@ -110,6 +123,8 @@ impl Record {
             state: FunctionState::Host,
             incarnation: 0,
             original_driver: None,
+            original_override: None,
+            unprobed: false,
             msix_prepared: false,
             guest: None,
             grants: Vec::new(),
@@ -147,6 +162,8 @@ pub enum JournalError {
 #[derive(Debug, Clone)]
 pub struct Journal {
     directory: PathBuf,
+    /// Functions whose last record says that they are quarantined.
+    quarantined: Arc<Mutex<BTreeSet<Sbdf>>>,
 }
 
 impl Journal {
@@ -154,26 +171,47 @@ impl Journal {
     pub fn open(directory: &Path) -> Result<Self, JournalError> {
         let error = |source| JournalError::Io { action: "create", path: directory.to_owned(), source };
         fs::create_dir_all(directory).map_err(error)?;
-        Ok(Self { directory: directory.to_owned() })
+        Ok(Self { directory: directory.to_owned(), quarantined: Arc::default() })
     }
 
     fn path(&self, address: Sbdf) -> PathBuf {
         self.directory.join(format!("{address}.json"))
     }
 
-    /// Writes a record so that it is on disk, whole, when the call returns.
+    /// Writes a record so that the next life of the service finds it, whole, when the call returns; that of a quarantined
+    /// function also after a power failure.
     pub fn write(&self, record: &Record) -> Result<(), JournalError> {
         let path = self.path(record.address);
-        replace(&path, record).map_err(|source| JournalError::Io { action: "write", path, source })
+        let quarantined = record.quarantine.is_some();
+        let durable = quarantined || self.quarantined().contains(&record.address);
+        replace(&path, record, durable).map_err(|source| JournalError::Io {
+            action: "write",
+            path,
+            source,
+        })?;
+        if quarantined {
+            self.quarantined().insert(record.address);
+        } else if durable {
+            self.quarantined().remove(&record.address);
+        }
+        Ok(())
+    }
+
+    fn quarantined(&self) -> MutexGuard<'_, BTreeSet<Sbdf>> {
+        self.quarantined.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Removes a function's record; nothing happens where there is none.
     pub fn remove(&self, address: Sbdf) -> Result<(), JournalError> {
         let path = self.path(address);
-        let removed = match fs::remove_file(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            other => other.and_then(|()| self.sync()),
+        let durable = self.quarantined().remove(&address);
+        let absent_is_done = |removed: io::Result<()>| match removed {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
         };
+        let removed = absent_is_done(fs::remove_file(&path))
+            .and_then(|()| absent_is_done(fs::remove_file(path.with_extension(TEMPORARY))))
+            .and_then(|()| if durable { self.sync() } else { Ok(()) });
         removed.map_err(|source| JournalError::Io { action: "remove", path, source })
     }
 
@@ -196,19 +234,31 @@ impl Journal {
             }
         }
         records.sort_by_key(|record| record.address);
+        let quarantined = records.iter().filter(|record| record.quarantine.is_some());
+        self.quarantined().extend(quarantined.map(|record| record.address));
         Ok((records, errors))
     }
 }
 
-/// Replaces a file so that what it says is on disk, whole, when the call returns.
-pub(crate) fn replace(path: &Path, content: &impl Serialize) -> io::Result<()> {
+/// Replaces a file so that the next life of the service finds it, whole, when the call returns; with `durable` also after a power failure.
+pub(crate) fn replace(path: &Path, content: &impl Serialize, durable: bool) -> io::Result<()> {
     let text = serde_json::to_vec_pretty(content)?;
-    let temporary = path.with_extension("new");
+    let temporary = path.with_extension(TEMPORARY);
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
     file.write_all(&text)?;
-    file.sync_all()?;
-    fs::rename(&temporary, path)?;
-    path.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())
+    if durable {
+        file.sync_all()?;
+    }
+    // The old file becomes the temporary one of the next write: file systems are slow at making and deleting thousands of them.
+    match renameat2(AT_FDCWD, &temporary, AT_FDCWD, path, RenameFlags::RENAME_EXCHANGE) {
+        // ENOENT: there was none. EINVAL: the file system cannot exchange.
+        Err(Errno::ENOENT | Errno::EINVAL) => fs::rename(&temporary, path)?,
+        exchanged => exchanged?,
+    }
+    match path.parent().filter(|_| durable) {
+        Some(directory) => File::open(directory)?.sync_all(),
+        None => Ok(()),
+    }
 }
 
 fn read(path: &Path) -> Result<Record, JournalError> {

@@ -1,7 +1,7 @@
 //! What stood in the registers on the paths of assigned functions before the service set them, on disk: one small file for each port
 //! or PF that has a user.
 //!
-//! An entry is on disk before the first register is written and stays until the last one is put back, so that a service that was
+//! An entry is in its file before the first register is written and stays until the last one is put back, so that a service that was
 //! killed neither loses a value nor takes its own for one that was there before.
 
 use std::collections::BTreeSet;
@@ -14,7 +14,7 @@ use pciback::Sbdf;
 use pciback::containment::Role;
 use serde::{Deserialize, Serialize};
 
-use crate::journal::{JournalError, replace};
+use crate::journal::{JournalError, TEMPORARY, replace};
 
 /// The form of an entry; others are refused.
 const VERSION: u32 = 1;
@@ -108,13 +108,14 @@ impl Ledger {
         self.paths()?.iter().map(|path| read(path)).collect()
     }
 
-    /// Writes an entry so that it is on disk when the call returns; one without users is removed.
+    /// Writes an entry so that the next life of the service finds it when the call returns; one without users is removed. A power
+    /// failure takes the registers along.
     pub fn write(&self, entry: &Entry) -> Result<(), JournalError> {
         let path = self.path(entry.address);
         if entry.users.is_empty() {
             return self.remove_file(&path);
         }
-        replace(&path, entry).map_err(|source| JournalError::Io { action: "write", path, source })
+        replace(&path, entry, false).map_err(|source| JournalError::Io { action: "write", path, source })
     }
 
     fn path(&self, address: Sbdf) -> PathBuf {
@@ -136,11 +137,15 @@ impl Ledger {
     }
 
     fn remove_file(&self, path: &Path) -> Result<(), JournalError> {
-        let removed = match fs::remove_file(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            other => other.and_then(|()| File::open(&self.directory)?.sync_all()),
-        };
-        removed.map_err(|source| JournalError::Io { action: "remove", path: path.to_owned(), source })
+        for path in [path, &path.with_extension(TEMPORARY)] {
+            match fs::remove_file(path) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(JournalError::Io { action: "remove", path: path.to_owned(), source });
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 }
 

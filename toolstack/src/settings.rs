@@ -1,5 +1,6 @@
 //! The service's settings: `/etc/xpci/xpcid.yaml`, all optional.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::io;
@@ -8,7 +9,7 @@ use std::time::Duration;
 
 use pciback::Sbdf;
 use pciback::config::CapabilityList;
-use pciback::platform::{Host, HostFunction};
+use pciback::platform::{Host, HostFunction, PlatformError, VfPlace, VfSettings};
 use pciback::spec::ExtendedCapabilityId;
 use serde::Deserialize;
 use thiserror::Error;
@@ -59,6 +60,15 @@ pub struct WantedVfs {
     pub serial: Option<String>,
     /// How many.
     pub count: u16,
+    /// The network settings of each of them, when they are created and when a guest gets one ...
+    #[serde(default)]
+    pub network: VfSettings,
+    /// ... and what is different for some, by their number among the PF's VFs, from 0.
+    #[serde(default)]
+    pub vfs: BTreeMap<u16, VfSettings>,
+    /// Where the PF has no driver, pci-pf-stub gets it, which manages nothing.
+    #[serde(default)]
+    pub unmanaged: bool,
 }
 
 /// Vendor and device id.
@@ -207,8 +217,24 @@ impl Settings {
             if entry.count == 0 {
                 return Err(format!("virtual-functions: {entry}: the count must be at least 1"));
             }
+            if let Some(index) = entry.vfs.keys().find(|index| **index >= entry.count) {
+                return Err(format!("virtual-functions: {entry}: there is no VF {index}, they begin with 0"));
+            }
         }
         Ok(settings)
+    }
+
+    /// The network settings that a VF is to have, by the first entry that means its PF.
+    pub fn network(&self, host: &dyn Host, vf: VfPlace) -> Result<VfSettings, PlatformError> {
+        if self.virtual_functions.iter().all(|entry| entry.network.is_empty() && entry.vfs.is_empty()) {
+            return Ok(VfSettings::default());
+        }
+        let pf = host.function(vf.physical_function)?;
+        let entry = self.virtual_functions.iter().find(|entry| entry.means(host, &pf));
+        Ok(entry.map_or_else(VfSettings::default, |entry| {
+            let own = entry.vfs.get(&vf.index).copied().unwrap_or_default();
+            own.or(entry.network)
+        }))
     }
 
     /// How long a guest may take.
@@ -251,11 +277,29 @@ mod tests {
             ("virtual-functions: [{id: 8086, count: 1}]", "VVVV:DDDD"),
             ("virtual-functions: [{pf: 01:00.0, id: '8086:10c9', count: 1}]", "one of pf, id, serial"),
             ("virtual-functions: [{count: 1}]", "one of pf, id, serial"),
+            ("virtual-functions: [{pf: 01:00.0, count: 2, vfs: {2: {trust: true}}}]", "no VF 2"),
+            ("virtual-functions: [{pf: 01:00.0, count: 2, network: {vlan: '4095'}}]", "is no VLAN"),
+            (
+                "virtual-functions: [{pf: 01:00.0, count: 2, network: {mac: '01:00:5e:00:00:01'}}]",
+                "multicast",
+            ),
+            ("virtual-functions: [{pf: 01:00.0, count: 2, network: {vlans: 1}}]", "vlans"),
             ("reset:\n  checks: [answers, sings]", "sings"),
         ] {
             let error = Settings::parse(text).unwrap_err();
             assert!(error.contains(named), "{text}: {error}");
         }
         assert_eq!(Settings::parse("# nothing\n").unwrap(), Settings::default());
+    }
+
+    #[test]
+    fn network_settings_of_vfs_are_written_as_in_the_shipped_example() {
+        let text = "virtual-functions:\n  - {pf: 01:00.0, count: 4, network: {vlan: 100, spoof-check: true}, \
+                    vfs: {1: {mac: '52:54:00:12:34:01', vlan: '100:3'}}}\n";
+        let settings = Settings::parse(text).unwrap();
+        let [entry] = settings.virtual_functions.as_slice() else { panic!("{settings:?}") };
+        let shown = |settings: &VfSettings| format!("{:?}", settings.words());
+        assert_eq!(shown(&entry.network), r#"[("vlan", "100"), ("spoof-check", "on")]"#);
+        assert_eq!(shown(&entry.vfs[&1]), r#"[("mac", "52:54:00:12:34:01"), ("vlan", "100:3")]"#);
     }
 }

@@ -17,6 +17,7 @@ mod records;
 mod rules;
 mod shape;
 mod space;
+mod vf_routing;
 
 pub use crate::spec::AnyId;
 pub use access::{Access, AccessError, CONVENTIONAL_SIZE, ConfigSpace, EXTENDED_SIZE, Width};
@@ -35,3 +36,4 @@ pub use policy::{
 pub use records::{ImageError, InterruptMode, Life, RequestRecord, RequestStage, VectorState};
 pub use rules::is_guarded;
 pub use space::{SideEffect, VirtualConfigSpace};
+pub use vf_routing::{PortAbove, Unroutable, VfRouting};

@@ -1,12 +1,13 @@
 //! The host's PCI functions, as sysfs shows them.
 
+use std::fmt;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::{HostEvents, Result};
-use crate::Sbdf;
 use crate::config::ConfigSpace;
+use crate::{DomId, Sbdf};
 
 /// One address range of a function: a BAR, the expansion ROM, or a PF's VF BAR.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -91,6 +92,74 @@ impl HostFunction {
     }
 }
 
+/// Something in dom0 that uses a function through its driver, and loses it when the driver does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Use {
+    /// A file system on one of its block devices is mounted.
+    Mount {
+        /// The block device, `/dev/...`.
+        device: String,
+        /// Where.
+        at: String,
+    },
+    /// One of its block devices is swap space.
+    Swap {
+        /// The block device.
+        device: String,
+    },
+    /// Another block device is made of one of its: by the device mapper, md, bcache.
+    Holder {
+        /// The block device.
+        device: String,
+        /// The one made of it, with the device mapper's name.
+        holder: String,
+    },
+    /// One of its block devices is a guest's disk, served by dom0's kernel.
+    Disk {
+        /// The block device.
+        device: String,
+        /// The guest.
+        domain: DomId,
+    },
+    /// One of its network interfaces is up, or part of a bridge, a bond or the like.
+    Interface {
+        /// Its name.
+        name: String,
+        /// `IFF_UP`.
+        up: bool,
+        /// What it is part of.
+        master: Option<String>,
+    },
+    /// A process drives it through vfio or uio.
+    Process {
+        /// What it has open, `/dev/...`.
+        device: String,
+        /// Its number.
+        pid: u32,
+        /// Its name.
+        name: String,
+    },
+}
+
+impl fmt::Display for Use {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Mount { device, at } => write!(f, "{device} is mounted at {at}"),
+            Self::Swap { device } => write!(f, "{device} is swap space"),
+            Self::Holder { device, holder } => write!(f, "{device} is part of {holder}"),
+            Self::Disk { device, domain } => write!(f, "{device} is a disk of domain {domain}"),
+            Self::Interface { name, up, master: None } => {
+                write!(f, "interface {name} is {}", if *up { "up" } else { "down" })
+            }
+            Self::Interface { name, up, master: Some(master) } => {
+                write!(f, "interface {name} is {}part of {master}", if *up { "up and " } else { "" })
+            }
+            Self::Process { device, pid, name } => write!(f, "process {pid} ({name}) has {device} open"),
+        }
+    }
+}
+
 /// The host's PCI functions and their drivers.
 ///
 /// A change is done when the call returns; one that the host does not finish within `limit` is an error whose cause is
@@ -106,10 +175,15 @@ pub trait Host: Send + Sync {
     fn config(&self, address: Sbdf) -> Result<Box<dyn ConfigSpace>>;
     /// The bridges above it, the nearest first and the root port last; none where it is on a root bus.
     fn ports_above(&self, address: Sbdf) -> Result<Vec<Sbdf>>;
+    /// What in dom0 uses it through its driver; nothing where it has none.
+    fn uses(&self, address: Sbdf) -> Result<Vec<Use>>;
     /// The names of the PCI drivers that are loaded.
     fn drivers(&self) -> Result<Vec<String>>;
     /// Sets `driver_override`, so that only this driver may take the function, or clears it.
     fn set_driver_override(&self, address: Sbdf, driver: Option<&str>) -> Result<()>;
+    /// Makes xen-pciback forget that it was given the function at this address, which stays bound: whatever appears there later
+    /// it would take, too.
+    fn forget_slot(&self, address: Sbdf) -> Result<()>;
     /// Takes it from its driver; nothing happens where it has none.
     fn unbind(&self, address: Sbdf, limit: Duration) -> Result<()>;
     /// Lets the drivers probe it; the result says through `function` which took it.

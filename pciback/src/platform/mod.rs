@@ -22,7 +22,7 @@ use std::sync::Arc;
 pub use error::{Cause, PlatformError, Result};
 pub use errors::{ErrorEvent, ErrorEvents, ErrorSource};
 pub use events::{HostEvent, HostEvents};
-pub use host::{Host, HostFunction, Resource};
+pub use host::{Host, HostFunction, Resource, Use};
 pub use hypervisor::{Hypervisor, MsiSource, Pirq};
 pub use memory::SharedMemory;
 pub use network::{VfNetwork, VfPlace, VfSetting, VfSettings};

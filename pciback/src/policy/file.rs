@@ -68,6 +68,29 @@ impl Permission {
     }
 }
 
+/// When a function is taken from dom0 for guests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Holding {
+    /// When somebody says so.
+    #[default]
+    OnRequest,
+    /// As soon as it appears, and when the service starts.
+    AtOnce,
+}
+
+impl Holding {
+    /// The words of a policy file.
+    pub const WORDS: &[(&str, Self)] = &[("on-request", Self::OnRequest), ("at-once", Self::AtOnce)];
+
+    /// The word of a policy file.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::OnRequest => "on-request",
+            Self::AtOnce => "at-once",
+        }
+    }
+}
+
 pub(super) const KEYS: &[KeyWord] = &[
     key("description", "What the file is for, in a sentence."),
     key("match", "Which functions it is for: all keys must hold. Without it, every function."),
@@ -75,6 +98,7 @@ pub(super) const KEYS: &[KeyWord] = &[
         "permit",
         "What is given to guests although it is refused otherwise: physical-function, untrusted-vf.",
     ),
+    key("hold", "When it is taken from dom0 for guests: on-request, or at-once when it appears."),
     key("profile", "What happens to registers that nobody knows: a named set of defaults."),
     key("unknown", "What happens to registers that nobody knows, whatever the profile says."),
     key("capabilities", "By capability: what the guest sees of it and may write."),
@@ -104,6 +128,8 @@ pub struct PolicyFile {
     pub matching: Match,
     /// What it permits.
     pub permits: Vec<Permission>,
+    /// When it is taken from dom0, where it says so.
+    pub hold: Option<Holding>,
     /// The profile, where it names one.
     pub profile: Option<(Profile, Rule)>,
     /// What happens to what nobody knows, where it says so.
@@ -125,6 +151,7 @@ impl PolicyFile {
             description: None,
             matching: Match::default(),
             permits: Vec::new(),
+            hold: None,
             profile: None,
             unknown: None,
             capabilities: Vec::new(),
@@ -132,11 +159,27 @@ impl PolicyFile {
             errors: ErrorWishes::default(),
         };
         if let Some(root) = yaml::parse(text, &mut diagnostics) {
-            for (key, node) in read::entries(&root, "a policy", KEYS, &mut diagnostics) {
+            let entries = read::entries(&root, "a policy", KEYS, &mut diagnostics);
+            for (key, node) in &entries {
                 file.entry(key, node, &mut diagnostics);
+            }
+            if let Some((_, node)) = entries.iter().find(|(key, _)| *key == "hold") {
+                file.check_holding(node, &mut diagnostics);
             }
         }
         if diagnostics.is_empty() { Ok(file) } else { Err(diagnostics.into_list()) }
+    }
+
+    /// Nobody means all functions of the host, and no guest has a function that appears.
+    fn check_holding(&self, node: &Node, diagnostics: &mut Diagnostics) {
+        if self.hold == Some(Holding::AtOnce) && self.matching == Match::default() {
+            diagnostics
+                .say(node.at, "'hold: at-once' needs a 'match' that says for which functions".to_owned());
+        }
+        if self.hold == Some(Holding::AtOnce) && !self.matching.domain.is_empty() {
+            let text = "'hold: at-once' cannot depend on 'domain': no guest has the function then";
+            diagnostics.say(node.at, text.to_owned());
+        }
     }
 
     fn entry(&mut self, key: &str, node: &Node, diagnostics: &mut Diagnostics) {
@@ -149,6 +192,9 @@ impl PolicyFile {
                 self.permits = items
                     .filter_map(|item| read::choice(item, "permission", Permission::WORDS, diagnostics))
                     .collect();
+            }
+            "hold" => {
+                self.hold = read::choice(node, "time to hold", Holding::WORDS, diagnostics);
             }
             "profile" => {
                 let profile = read::choice(node, "profile", Profile::WORDS, diagnostics);

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::file::{Permission, PolicyFile, Profile};
+use super::file::{Holding, Permission, PolicyFile, Profile};
 use super::matching::Subject;
 use crate::config::Policy;
 use crate::fault::ErrorPolicy;
@@ -22,6 +22,8 @@ pub struct Merged<'a> {
     pub permits: BTreeSet<Permission>,
     /// What is done about errors.
     pub errors: ErrorPolicy,
+    /// When it is taken from dom0.
+    pub hold: Holding,
     /// The files that apply, the least specific first: a later one wins.
     pub applied: Vec<&'a PolicyFile>,
     /// The others, each with the reason.
@@ -68,6 +70,7 @@ impl<'a> Merged<'a> {
             policy: Policy::default(),
             permits: BTreeSet::new(),
             errors: ErrorPolicy::default(),
+            hold: Holding::default(),
             applied: Vec::new(),
             passed_over: Vec::new(),
             profile: (Profile::Passthrough, None),
@@ -85,6 +88,7 @@ impl<'a> Merged<'a> {
         }
         self.permits.extend(&file.permits);
         self.errors = file.errors.lay_over(self.errors);
+        self.hold = file.hold.unwrap_or(self.hold);
         self.policy.capabilities.extend(file.capabilities.iter().cloned());
         self.policy.registers.extend(file.registers.iter().cloned());
         self.applied.push(file);
@@ -146,6 +150,16 @@ mod tests {
             set.merge(&Subject { identity: Identity::default(), ..subject() }).errors,
             ErrorPolicy::default()
         );
+    }
+
+    #[test]
+    fn the_most_specific_file_that_says_so_decides_when_to_hold() {
+        let at_once = ("a.yaml", "match: {vendor: 8086, device: 10ca}\nhold: at-once\n");
+        let silent = ("b.yaml", "match: {address: '01:10.0'}\nprofile: strict\n");
+        let except = ("c.yaml", "match: {address: '01:10.0'}\nhold: on-request\n");
+        assert_eq!(set(&[silent]).merge(&subject()).hold, Holding::OnRequest);
+        assert_eq!(set(&[at_once, silent]).merge(&subject()).hold, Holding::AtOnce);
+        assert_eq!(set(&[at_once, silent, except]).merge(&subject()).hold, Holding::OnRequest);
     }
 
     #[test]

@@ -14,6 +14,7 @@ use crate::config::{
 };
 use crate::hash::Fnv;
 use crate::platform::Hypervisor;
+use crate::spec::header::COMMAND_BUS_MASTER;
 use crate::{DomId, Sbdf};
 
 /// What the guest's request asks of the service beyond its answer.
@@ -23,6 +24,8 @@ pub enum Demand {
     Reset,
     /// The function no longer answers.
     Vanished,
+    /// The guest has switched bus mastering on, as drivers do when they start. Nothing is asked.
+    DriverStarted,
 }
 
 /// One function, served to one guest.
@@ -190,6 +193,9 @@ impl GuestFunction {
                 debug!("{}: domain {} asks for a function level reset", self.address, self.domain);
                 self.space.image_mut().set_resetting(true);
                 (OpAnswer::value(op.value), Some(Demand::Reset))
+            }
+            Ok(Some(SideEffect::Command { changed, value })) if changed & value & COMMAND_BUS_MASTER != 0 => {
+                (OpAnswer::value(op.value), Some(Demand::DriverStarted))
             }
             Ok(_) => (OpAnswer::value(op.value), None),
             Err(error) => self.failed_access("write", access, &error, OpAnswer::value(op.value)),

@@ -222,6 +222,24 @@ pub fn foreign_backend(store: &dyn StoreOps, domain: DomId) -> Result<Option<Str
     Ok(backend.filter(|backend| !backend.is_empty() && *backend != backend_directory(domain)))
 }
 
+/// Where xl keeps what xen-pciback gives to guests.
+const PCIBACK: &str = "/local/domain/0/backend/pci";
+
+/// The guest that has a function through xen-pciback, as xl attaches it.
+pub fn pciback_guest(store: &dyn StoreOps, address: Sbdf) -> Result<Option<DomId>> {
+    for name in store.list(PCIBACK)? {
+        let Ok(number) = name.parse() else { continue };
+        let directory = format!("{PCIBACK}/{name}/0");
+        for key in store.list(&directory)?.iter().filter(|key| key.starts_with("dev-")) {
+            let value = store.read(&format!("{directory}/{key}"))?.unwrap_or_default();
+            if std::str::from_utf8(&value).is_ok_and(|text| text.parse() == Ok(address)) {
+                return Ok(Some(DomId(number)));
+            }
+        }
+    }
+    Ok(None)
+}
+
 /// Reads the state our end was left in by an earlier life; `None` where there is no device.
 pub fn read_backend_state(store: &dyn StoreOps, domain: DomId) -> Result<Option<XenbusState>> {
     let path = format!("{}/{}", backend_directory(domain), key::STATE);

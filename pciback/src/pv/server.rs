@@ -40,6 +40,8 @@ pub enum ServerReport {
     ResetWanted(Sbdf),
     /// The function answers no more.
     Vanished(Sbdf),
+    /// The guest's driver for the function has started.
+    DriverStarted(Sbdf),
     /// The function's interrupts could not be put back after its reset.
     RestoreFailed(Sbdf, String),
     /// What became of something the guest was told about an error.
@@ -433,6 +435,9 @@ impl Serving {
         match (demand, address) {
             (Some(Demand::Reset), Some(address)) => (self.report)(ServerReport::ResetWanted(address)),
             (Some(Demand::Vanished), Some(address)) => (self.report)(ServerReport::Vanished(address)),
+            (Some(Demand::DriverStarted), Some(address)) => {
+                (self.report)(ServerReport::DriverStarted(address));
+            }
             _ => {}
         }
     }

@@ -12,6 +12,17 @@ pub const DEVICE_CONTROL: u16 = 8;
 /// Device Control: initiate function level reset.
 pub const INITIATE_FLR: u16 = 1 << 15;
 
+/// Device/Port Type, bits 23:20 of the first dword: a Root Port.
+pub const ROOT_PORT: u32 = 4;
+/// Device/Port Type: a switch's Downstream Port.
+pub const DOWNSTREAM_PORT: u32 = 6;
+/// Device Capabilities 2.
+pub const DEVICE_CAPABILITIES_2: u16 = 0x24;
+/// Device Control 2.
+pub const DEVICE_CONTROL_2: u16 = 0x28;
+/// Device Capabilities 2: ARI Forwarding Supported; Device Control 2: ARI Forwarding Enable.
+pub const ARI_FORWARDING: u32 = 1 << 5;
+
 /// The one capability here.
 pub const CAPABILITIES: &[CapabilitySpec] = &[CapabilitySpec {
     id: AnyId::Legacy(CapabilityId::PCI_EXPRESS),

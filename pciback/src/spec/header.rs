@@ -24,6 +24,10 @@ pub const HEADER_TYPE: u16 = 0x0e;
 pub const MULTI_FUNCTION: u8 = 0x80;
 /// The first of six BARs.
 pub const BAR0: u16 = 0x10;
+/// Secondary Bus Number of a bridge (Type 1 header).
+pub const SECONDARY_BUS: u16 = 0x19;
+/// Subordinate Bus Number of a bridge (Type 1 header).
+pub const SUBORDINATE_BUS: u16 = 0x1a;
 /// Subsystem Vendor ID.
 pub const SUBSYSTEM_VENDOR_ID: u16 = 0x2c;
 /// Subsystem ID.

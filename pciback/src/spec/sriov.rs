@@ -4,6 +4,8 @@
 pub const CONTROL: u16 = 0x08;
 /// SR-IOV Control: VF Enable.
 pub const VF_ENABLE: u16 = 1 << 0;
+/// SR-IOV Control: ARI Capable Hierarchy.
+pub const ARI_CAPABLE_HIERARCHY: u16 = 1 << 4;
 /// NumVFs.
 pub const NUM_VFS: u16 = 0x10;
 /// First VF Offset, in Routing IDs from the PF's.

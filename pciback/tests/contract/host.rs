@@ -42,6 +42,8 @@ fn unknown(fixture: &Fixture) -> Result<(), Broken> {
     missing("unbind", host.unbind(UNKNOWN, LIMIT))?;
     missing("probe", host.probe(UNKNOWN, LIMIT))?;
     missing("reset", host.reset(UNKNOWN, LIMIT))?;
+    missing("ports", host.ports_above(UNKNOWN))?;
+    missing("uses", host.uses(UNKNOWN))?;
     missing("override", host.set_driver_override(UNKNOWN, None))?;
     missing("num_vfs", host.set_num_vfs(UNKNOWN, 1, LIMIT))
 }
@@ -49,6 +51,11 @@ fn unknown(fixture: &Fixture) -> Result<(), Broken> {
 fn identity(fixture: &Fixture) -> Result<(), Broken> {
     let (pf, vf) = both(fixture)?;
     same("the PF", vf.physical_function, Some(fixture.pf))?;
+    same(
+        "ports above",
+        ok(fixture.platform.host.ports_above(fixture.vf))?,
+        ok(fixture.platform.host.ports_above(fixture.pf))?,
+    )?;
     same("vendor", vf.vendor, pf.vendor)?;
     same("is no PF", (vf.total_vfs, vf.num_vfs, vf.irq), (0, 0, 0))?;
     let config = ok(fixture.platform.host.config(fixture.vf))?;
@@ -130,6 +137,7 @@ fn drivers(fixture: &Fixture) -> Result<(), Broken> {
     restored(fixture, vf, || {
         ok(host.unbind(vf, LIMIT))?;
         same("after unbind", driver()?, None)?;
+        same("who uses it then", ok(host.uses(vf))?, Vec::new())?;
         ok(host.unbind(vf, LIMIT))?;
         ok(host.set_driver_override(vf, Some("xpci-no-such-driver")))?;
         ok(host.probe(vf, LIMIT))?;

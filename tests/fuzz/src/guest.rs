@@ -170,7 +170,7 @@ fn serve(
                 function.set_gone();
             }
         }
-        Some(Demand::Vanished) | None => {}
+        Some(Demand::Vanished | Demand::DriverStarted) | None => {}
     }
 }
 

@@ -1,26 +1,28 @@
 //! The command that people use: sends requests to xpcid and shows the answers.
 
 use std::io::{IsTerminal, Write};
+use std::path::Path;
 use std::process::ExitCode;
+use std::thread;
 
 use clap::Parser;
 use toolstack::cli::{Cli, Step, render};
 use toolstack::client;
-use toolstack::outcome::Failure;
+use toolstack::outcome::{ErrorCode, Failure};
 use toolstack::protocol::{Envelope, Request};
+
+/// How many of a command's requests are made at the same time. Taking a function from a driver mostly waits for its reset, 100 ms.
+const AT_ONCE: usize = 8;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let show_progress = !cli.json && std::io::stderr().is_terminal();
     let mut code = 0;
-    for step in cli.command.steps() {
-        let envelope = match step {
-            Step::Ask(request) => ask(&cli.socket, request, show_progress, cli.json),
-            Step::Local(local) => Envelope::done(1, local.name(), local.run()),
-        };
-        match show(envelope, cli.json) {
-            Ok(()) => {}
-            Err(failure) => {
+    let mut steps = cli.command.steps().into_iter().peekable();
+    while steps.peek().is_some() {
+        let batch: Vec<Step> = steps.by_ref().take(AT_ONCE).collect();
+        for envelope in answers(batch, &cli.socket, show_progress, cli.json) {
+            if let Err(failure) = show(envelope, cli.json) {
                 code = code.max(failure.code.exit_code());
                 if !cli.json {
                     report(&failure);
@@ -31,7 +33,23 @@ fn main() -> ExitCode {
     ExitCode::from(code)
 }
 
-fn ask(socket: &std::path::Path, request: Request, show_progress: bool, json: bool) -> Envelope {
+/// The answers to some steps, made at the same time, in the order of the steps.
+fn answers(steps: Vec<Step>, socket: &Path, show_progress: bool, json: bool) -> Vec<Envelope> {
+    let answer = |step| match step {
+        Step::Ask(request) => ask(socket, request, show_progress, json),
+        Step::Local(local) => Envelope::done(1, local.name(), local.run()),
+    };
+    let stopped = |_| Failure::new(ErrorCode::Failed, "the request was given up");
+    thread::scope(|scope| {
+        let threads: Vec<_> = steps.into_iter().map(|step| scope.spawn(move || answer(step))).collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|panic| Envelope::done(1, "", Err(stopped(panic)))))
+            .collect()
+    })
+}
+
+fn ask(socket: &Path, request: Request, show_progress: bool, json: bool) -> Envelope {
     let name = request.name();
     let mut heard = |envelope: &Envelope| match (&envelope.progress, &envelope.event) {
         (Some(text), _) if show_progress => say(&mut std::io::stderr(), &format!("{text} ...\n")),

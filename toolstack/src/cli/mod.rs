@@ -46,6 +46,9 @@ pub enum Command {
     PciAssignableList,
     /// Takes functions from their drivers and holds them for guests.
     PciAssignableAdd {
+        /// Takes them even while something in dom0 uses them: a mounted file system, an interface that is up.
+        #[arg(short, long)]
+        force: bool,
         /// The functions.
         #[arg(required = true, value_name = "BDF")]
         addresses: Vec<Sbdf>,
@@ -123,6 +126,9 @@ pub enum Vf {
         address: Sbdf,
         /// How many, from 1 to the PF's total.
         count: u16,
+        /// For a PF that has no driver: binds it to pci-pf-stub, which manages nothing, until 'vf destroy'.
+        #[arg(long)]
+        unmanaged: bool,
     },
     /// Makes a PF have this many VFs; where it has another number, all are disabled first, as the kernel wants it.
     SetCount {
@@ -149,10 +155,10 @@ pub enum Vf {
     /// They are in force at once, put in force again at each attach, and what was there before the first 'vf set' comes back
     /// with pci-assignable-remove.
     Set(SetArguments),
-    /// Shows the network settings of a VF: in force, as the PF's driver reports them, and wished.
+    /// Shows the network settings of a VF, or of all VFs of a PF: in force, as the PF's driver reports them, and wished.
     Show {
-        /// The VF.
-        #[arg(value_name = "VF")]
+        /// The VF or PF.
+        #[arg(value_name = "VF|PF")]
         address: Sbdf,
     },
 }
@@ -241,8 +247,8 @@ impl Command {
         match self {
             Self::Policy(_) => Vec::new(),
             Self::PciAssignableList => one(Request::PciAssignableList),
-            Self::PciAssignableAdd { addresses } => {
-                addresses.into_iter().map(|address| Request::PciAssignableAdd { address }).collect()
+            Self::PciAssignableAdd { addresses, force } => {
+                addresses.into_iter().map(|address| Request::PciAssignableAdd { address, force }).collect()
             }
             Self::PciAssignableRemove { addresses, .. } => {
                 addresses.into_iter().map(|address| Request::PciAssignableRemove { address }).collect()
@@ -256,7 +262,9 @@ impl Command {
                 one(Request::PciDetach { domain: DomainName(domain), address, force })
             }
             Self::PciList { domain } => one(Request::PciList { domain: DomainName(domain) }),
-            Self::Vf(Vf::Create { address, count }) => one(Request::VfCreate { address, count }),
+            Self::Vf(Vf::Create { address, count, unmanaged }) => {
+                one(Request::VfCreate { address, count, unmanaged })
+            }
             Self::Vf(Vf::SetCount { address, count }) => one(Request::VfSetCount { address, count }),
             Self::Vf(Vf::Destroy { address }) => one(Request::VfDestroy { address }),
             Self::Vf(Vf::List { address }) => one(Request::VfList { address }),

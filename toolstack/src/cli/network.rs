@@ -112,3 +112,40 @@ pub(super) fn vf_network(view: &VfNetworkView) -> String {
     let rows: Vec<_> = std::iter::once(titles).chain(names.map(row)).collect();
     format!("{head} ({interface})\n{}", table(&rows))
 }
+
+/// The settings in the order of the columns.
+const COLUMNS: [&str; 7] = ["mac", "vlan", "spoof-check", "trust", "max-rate", "min-rate", "link-state"];
+
+/// The settings in force of all VFs of a PF as text, with what was wished instead.
+pub(super) fn vf_networks(physical_function: Sbdf, vfs: &[VfNetworkView]) -> String {
+    let Some(first) = vfs.first() else {
+        return format!("{physical_function} has no VFs enabled\n");
+    };
+    let head = match &first.interface {
+        Some(interface) => format!("VFs of {physical_function} ({interface})"),
+        None => format!(
+            "VFs of {physical_function}, which has no network interface: there are no network settings"
+        ),
+    };
+    let mut titles = vec!["VF".to_owned(), "FUNCTION".to_owned(), "STATE".to_owned()];
+    titles.extend(COLUMNS.map(str::to_uppercase));
+    titles.push("WISHED INSTEAD".to_owned());
+    let row = |view: &VfNetworkView| {
+        let words = |settings: &VfSettings| settings.words();
+        let in_force = view.in_force.as_ref().map(words).unwrap_or_default();
+        let value = |name: &str| {
+            let found = in_force.iter().find(|(word, _)| *word == name);
+            found.map_or_else(|| "-".to_owned(), |(_, value)| value.clone())
+        };
+        let instead = words(&view.wished)
+            .into_iter()
+            .filter(|(name, _)| view.differing.iter().any(|other| other == name));
+        let instead: Vec<String> = instead.map(|(name, value)| format!("{name} {value}")).collect();
+        let mut cells = vec![view.index.to_string(), view.address.to_string(), view.state.to_string()];
+        cells.extend(COLUMNS.iter().map(|name| value(name)));
+        cells.push(instead.join(", "));
+        cells
+    };
+    let rows: Vec<_> = std::iter::once(titles).chain(vfs.iter().map(row)).collect();
+    format!("{head}\n{}", table(&rows))
+}

@@ -22,6 +22,7 @@ pub fn render(success: &Success) -> String {
         Success::AerStatus(view) => paths::aer_status(view),
         Success::BlastRadius(radius) => paths::blast_radius(radius),
         Success::VfNetwork(view) => network::vf_network(view),
+        Success::VfNetworks { physical_function, vfs } => network::vf_networks(*physical_function, vfs),
         Success::Policy(view) => explained::policy(view),
         Success::Explained { devices } => explained::explanations(devices),
         Success::Learned { functions } => explained::learned(functions),
@@ -88,8 +89,12 @@ fn vfs_table(vfs: &[VfView]) -> String {
     }
     let names = [&["PF", "VF"][..], &FUNCTION_HEAD].concat();
     let row = |vf: &VfView| {
-        [vec![dash(vf.function.physical_function.as_ref()), vf.index.to_string()], function_row(&vf.function)]
-            .concat()
+        let pf = dash(vf.function.physical_function.as_ref());
+        let mut function = vf.function.clone();
+        let untrusted = vf.untrusted.as_ref().map(|why| format!("untrusted: of a PF {why}"));
+        function.note =
+            function.note.into_iter().chain(untrusted).reduce(|note, more| format!("{note}; {more}"));
+        [vec![pf, vf.index.to_string()], function_row(&function)].concat()
     };
     let rows: Vec<_> = std::iter::once(head(&names)).chain(vfs.iter().map(row)).collect();
     table(&rows)
@@ -117,11 +122,11 @@ fn status_text(status: &StatusView) -> String {
         let rows: Vec<_> = std::iter::once(names).chain(status.guests.iter().map(row)).collect();
         text = format!("{text}\n{}", table(&rows));
     }
-    for problem in &status.problems {
-        let _ = write!(text, "\nproblem: {problem}");
-    }
-    if !status.problems.is_empty() {
-        text.push('\n');
+    let repaired = status.repaired.iter().map(|text| format!("\nrepaired: {text}"));
+    let problems = status.problems.iter().map(|text| format!("\nproblem: {text}"));
+    let notes: String = repaired.chain(problems).collect();
+    if !notes.is_empty() {
+        text = format!("{text}{notes}\n");
     }
     text
 }

@@ -1,6 +1,6 @@
 //! Guests: carries out what their handshakes say, and runs the threads that serve them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -232,9 +232,11 @@ impl Engine {
 
     /// A node of some guest changed, or a watch was set.
     pub(super) fn store_changed(&mut self, event: &WatchEvent) {
-        let of = |domain: &DomId| event.token == nodes::frontend_directory(*domain);
-        let Some(domain) = self.guests.keys().copied().find(of) else { return };
-        self.look_at_frontend(domain);
+        // The token is the frontend's directory, `/local/domain/DOMID/device/pci/0`.
+        let domain = event.token.split('/').nth(3).and_then(|number| number.parse().ok()).map(DomId);
+        if let Some(domain) = domain.filter(|domain| self.guests.contains_key(domain)) {
+            self.look_at_frontend(domain);
+        }
     }
 
     fn look_at_frontend(&mut self, domain: DomId) {
@@ -459,14 +461,11 @@ impl Engine {
 
     /// Some domain ended: its functions are taken from it.
     pub(super) fn find_dead_guests(&mut self) {
-        let store = Arc::clone(&self.platform.store);
-        let is_dead = |domain: &DomId| matches!(store.domain_exists(*domain), Ok(false));
-        let affected: Vec<Record> = self
-            .records
-            .values()
-            .filter(|record| record.guest.is_some_and(|guest| is_dead(&guest.domain)))
-            .cloned()
-            .collect();
+        let users = self.records.values().filter_map(|record| record.guest.map(|guest| guest.domain));
+        let mut dead: BTreeSet<DomId> = users.collect();
+        dead.retain(|domain| matches!(self.platform.store.domain_exists(*domain), Ok(false)));
+        let is_dead = |record: &&Record| record.guest.is_some_and(|guest| dead.contains(&guest.domain));
+        let affected: Vec<Record> = self.records.values().filter(is_dead).cloned().collect();
         for record in affected {
             if self.busy.contains(&record.address) {
                 self.orphans.insert(record.address);
@@ -503,6 +502,7 @@ impl Engine {
                 self.silent.insert(address);
                 self.stirred.one(address);
             }
+            ServerReport::DriverStarted(address) => self.driver_started(address),
             ServerReport::RestoreFailed(address, why) => {
                 self.quarantine(
                     address,

@@ -1,11 +1,15 @@
 //! What the service shows.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
-use pciback::platform::{Host, HostFunction};
+use nix::errno::Errno;
+use pciback::platform::{ErrorSource, Host, HostFunction};
 use pciback::{FunctionState, Sbdf};
 
 use super::Engine;
+use super::requests::{distrusted, existing};
+use crate::control::Reply;
 use crate::domains;
 use crate::journal::Record;
 use crate::outcome::Failure;
@@ -14,7 +18,13 @@ use crate::transaction::{holder_of, not_handled};
 
 /// A function as its record and the host show it.
 pub(super) fn view_of(host: &dyn Host, record: &Record) -> FunctionView {
-    view(host.function(record.address).ok().as_ref(), record)
+    match host.function(record.address) {
+        Ok(function) => view(Some(&function), record),
+        Err(error) if error.errno() == Some(Errno::ENOENT) => {
+            FunctionView { state: FunctionState::Gone, ..view(None, record) }
+        }
+        Err(error) => FunctionView { note: Some(error.to_string()), ..view(None, record) },
+    }
 }
 
 fn view(function: Option<&HostFunction>, record: &Record) -> FunctionView {
@@ -27,7 +37,7 @@ fn view(function: Option<&HostFunction>, record: &Record) -> FunctionView {
     FunctionView {
         address: record.address,
         id: function.map_or_else(String::new, |found| format!("{:04x}:{:04x}", found.vendor, found.device)),
-        state: if function.is_some() { record.state } else { FunctionState::Gone },
+        state: record.state,
         driver: function.and_then(|found| found.driver.clone()),
         original_driver: record.original_driver.clone(),
         physical_function: function.and_then(|found| found.physical_function),
@@ -37,100 +47,149 @@ fn view(function: Option<&HostFunction>, record: &Record) -> FunctionView {
     }
 }
 
+/// The records as they are now, to be shown with what the host says of the functions.
+struct Shown {
+    host: Arc<dyn Host>,
+    records: BTreeMap<Sbdf, Record>,
+}
+
 impl Engine {
-    pub(super) fn function_view(&self, address: Sbdf) -> FunctionView {
-        view_of(self.platform.host.as_ref(), &self.record(address))
+    /// Shows something on a thread of its own: looking at thousands of functions takes a while.
+    fn show(&self, reply: Reply, show: impl FnOnce(&Shown) -> Result<Success, Failure> + Send + 'static) {
+        let shown = Shown { host: Arc::clone(&self.platform.host), records: self.records.clone() };
+        self.background("show", move || reply.done(show(&shown)));
     }
 
     /// Functions that could be attached: held by the service, or by somebody else's `pci-assignable-add`.
-    pub(super) fn assignable_list(&self) -> Result<Success, Failure> {
-        let mut functions = Vec::new();
-        for address in self.platform.host.functions()? {
-            let record = self.record(address);
-            match record.state {
-                FunctionState::Held => functions.push(self.function_view(address)),
-                FunctionState::Host => functions.extend(self.held_by_others(&record)),
-                _ => {}
-            }
-        }
-        Ok(Success::Functions { functions })
+    pub(super) fn assignable_list(&self, reply: Reply) {
+        self.show(reply, |shown| {
+            let found = shown.host.functions()?.into_iter().filter_map(|address| shown.assignable(address));
+            Ok(Success::Functions { functions: found.collect() })
+        });
     }
 
-    fn held_by_others(&self, record: &Record) -> Option<FunctionView> {
-        let function = self.platform.host.function(record.address).ok()?;
-        holder_of(&function)?;
-        let note = "held, but not by xpcid: 'xpci pci-assignable-add' adopts it".to_owned();
-        Some(FunctionView { note: Some(note), ..view(Some(&function), record) })
-    }
-
-    pub(super) fn guest_list(&self, domain: &DomainName) -> Result<Success, Failure> {
-        let domain = domains::find(self.platform.store.as_ref(), domain)?;
-        let of_guest = |record: &&Record| record.guest.is_some_and(|guest| guest.domain == domain);
-        let functions =
-            self.records.values().filter(of_guest).map(|record| self.function_view(record.address));
-        Ok(Success::Functions { functions: functions.collect() })
-    }
-
-    pub(super) fn vf_list(&self, physical_function: Option<Sbdf>) -> Result<Success, Failure> {
-        let host = self.platform.host.as_ref();
-        let pfs = match physical_function {
-            Some(address) => vec![super::requests::existing(host, address)?],
-            None => {
-                let found = host.functions()?.into_iter().filter_map(|address| host.function(address).ok());
-                found.filter(|function| function.total_vfs > 0).collect()
-            }
+    pub(super) fn guest_list(&self, domain: &DomainName, reply: Reply) {
+        let domain = match domains::find(self.platform.store.as_ref(), domain) {
+            Ok(domain) => domain,
+            Err(failure) => return reply.done(Err(failure)),
         };
-        if let (Some(address), [pf]) = (physical_function, pfs.as_slice())
-            && pf.total_vfs == 0
-        {
-            return Err(
-                Failure::refused(format!("{address} is no PF: it has no SR-IOV capability")).on(address)
-            );
-        }
-        let vfs = pfs.iter().flat_map(|pf| {
-            pf.virtual_functions.iter().enumerate().map(|(index, address)| VfView {
-                index: index as u16,
-                function: self.function_view(*address),
-            })
+        self.show(reply, move |shown| {
+            let of_guest = |record: &&Record| record.guest.is_some_and(|guest| guest.domain == domain);
+            let functions = shown.records.values().filter(of_guest);
+            let functions = functions.map(|record| view_of(shown.host.as_ref(), record));
+            Ok(Success::Functions { functions: functions.collect() })
         });
-        Ok(Success::Vfs { vfs: vfs.collect() })
     }
 
-    pub(super) fn status(&self) -> Success {
-        let functions: Vec<_> = self.records.keys().map(|address| self.function_view(*address)).collect();
-        let quarantined = functions.iter().filter(|function| function.state == FunctionState::Quarantined);
-        let quarantined = quarantined.map(|function| {
-            let why = function.note.as_deref().unwrap_or("unknown reason");
-            format!("{} is quarantined: {why}", function.address)
+    pub(super) fn vf_list(&self, physical_function: Option<Sbdf>, reply: Reply) {
+        self.show(reply, move |shown| {
+            let pfs = match physical_function {
+                Some(address) => vec![known_pf(shown.host.as_ref(), address)?],
+                None => all_pfs(shown.host.as_ref())?,
+            };
+            let vfs = pfs.iter().flat_map(|pf| {
+                let untrusted = distrusted(&shown.records, pf);
+                pf.virtual_functions.iter().enumerate().map(move |(index, address)| VfView {
+                    index: index as u16,
+                    function: shown.view(*address),
+                    untrusted: untrusted.clone(),
+                })
+            });
+            Ok(Success::Vfs { vfs: vfs.collect() })
         });
+    }
+
+    pub(super) fn status(&self, reply: Reply) {
         // One that has lost its last function stays known for a moment, until its nodes may be made again.
         let served = self.guests.iter().filter(|(_, guest)| guest.handshake.has_functions());
         let guests = served.map(|(domain, guest)| GuestView {
             domain: *domain,
-            name: domains::name(self.platform.store.as_ref(), *domain).unwrap_or_default(),
+            name: None,
             frontend: guest.describe(),
             requests: guest.requests(),
             errors: guest.errors(),
         });
-        Success::Status(StatusView {
-            service: env!("CARGO_PKG_VERSION").to_owned(),
-            platform: self.platform.description.clone(),
-            guests: guests.collect(),
-            problems: quarantined
-                .chain(self.ports_without_aer())
-                .chain(self.problems.iter().cloned())
-                .collect(),
-            functions,
-        })
+        let mut guests: Vec<GuestView> = guests.collect();
+        let platform = self.platform.description.clone();
+        let (repaired, unrepaired) = (self.syncing.repaired(), self.syncing.problems());
+        let found: Vec<String> = self
+            .problems
+            .iter()
+            .cloned()
+            .chain(unrepaired)
+            .chain(self.keeping.problems())
+            .chain(self.network_checks.problems())
+            .collect();
+        let (store, errors) = (Arc::clone(&self.platform.store), Arc::clone(&self.platform.errors));
+        self.show(reply, move |shown| {
+            for guest in &mut guests {
+                guest.name = domains::name(store.as_ref(), guest.domain).unwrap_or_default();
+            }
+            let functions: Vec<_> =
+                shown.records.values().map(|record| view_of(shown.host.as_ref(), record)).collect();
+            let quarantined =
+                functions.iter().filter(|function| function.state == FunctionState::Quarantined);
+            let quarantined = quarantined.map(|function| {
+                let why = function.note.as_deref().unwrap_or("unknown reason");
+                format!("{} is quarantined: {why}", function.address)
+            });
+            Ok(Success::Status(StatusView {
+                service: env!("CARGO_PKG_VERSION").to_owned(),
+                platform,
+                guests,
+                problems: quarantined.chain(shown.ports_without_aer(errors.as_ref())).chain(found).collect(),
+                functions,
+                repaired,
+            }))
+        });
     }
+}
 
-    /// Root ports above assigned functions whose errors the kernel does not handle.
-    fn ports_without_aer(&self) -> BTreeSet<String> {
+impl Shown {
+    /// What it means that the kernel does not handle errors at root ports above assigned functions.
+    fn ports_without_aer(&self, errors: &dyn ErrorSource) -> BTreeSet<String> {
         let assigned = self.records.values().filter(|record| record.guest.is_some());
         let roots = assigned.filter_map(|record| {
-            let ports = self.platform.host.ports_above(record.address).ok()?;
-            ports.last().copied().filter(|root| matches!(self.platform.errors.handled(*root), Ok(false)))
+            let ports = self.host.ports_above(record.address).ok()?;
+            ports.last().copied().filter(|root| matches!(errors.handled(*root), Ok(false)))
         });
         roots.map(not_handled).collect()
     }
+
+    fn view(&self, address: Sbdf) -> FunctionView {
+        let nobodys = || Record::new(address, "");
+        view_of(self.host.as_ref(), &self.records.get(&address).cloned().unwrap_or_else(nobodys))
+    }
+
+    fn assignable(&self, address: Sbdf) -> Option<FunctionView> {
+        let record = self.records.get(&address);
+        match record.map_or(FunctionState::Host, |record| record.state) {
+            FunctionState::Held => Some(self.view(address)),
+            FunctionState::Host => self.held_by_others(address),
+            _ => None,
+        }
+    }
+
+    fn held_by_others(&self, address: Sbdf) -> Option<FunctionView> {
+        let function = self.host.function(address).ok()?;
+        holder_of(&function)?;
+        let note = "held, but not by xpcid: 'xpci pci-assignable-add' adopts it".to_owned();
+        Some(FunctionView { note: Some(note), ..view(Some(&function), &Record::new(address, "")) })
+    }
+}
+
+/// All PFs of the host.
+pub(super) fn all_pfs(host: &dyn Host) -> Result<Vec<HostFunction>, Failure> {
+    let found = host.functions()?.into_iter().filter_map(|address| host.function(address).ok());
+    Ok(found.filter(|function| function.total_vfs > 0).collect())
+}
+
+/// A function that must be a PF.
+pub(super) fn known_pf(host: &dyn Host, address: Sbdf) -> Result<HostFunction, Failure> {
+    let function = existing(host, address)?;
+    if function.total_vfs == 0 {
+        let failure = Failure::refused(format!("{address} is no PF: it has no SR-IOV capability"));
+        return Err(failure.on(address));
+    }
+    Ok(function)
 }

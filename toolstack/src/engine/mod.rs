@@ -6,19 +6,23 @@
 mod contain;
 mod faults;
 mod guests;
+mod keeping;
 mod lists;
 mod log_limit;
 mod network;
 mod news;
+mod observe;
 mod open;
 mod paths;
 mod policies;
 mod recover;
 mod registers;
+mod repairs;
 mod requests;
 mod responses;
 mod sync;
 mod tasks;
+mod unmanaged;
 mod vfs;
 mod watch;
 
@@ -51,9 +55,13 @@ use crate::spec::Filters;
 use crate::transaction::{Finished, NetworkRecord, Parting};
 pub use contain::Containment;
 use guests::Guest;
+use keeping::Keeping;
+use network::NetworkChecks;
 use open::{Filter, Opened};
 use policies::Reloaded;
-use watch::{Changes, Seen, Stirred};
+use repairs::Synced;
+use sync::Syncing;
+use watch::{Changes, Look, Stirred};
 
 /// What the engine handles.
 pub enum Event {
@@ -90,16 +98,24 @@ pub enum Event {
     ResetEnded(Sbdf, Result<(), Failure>),
     /// A task that changes a PF's VFs ended.
     VfsChanged(Sbdf),
-    /// A repair that concerns a guest or a driver.
+    /// A repair that concerns a guest, a driver or a record.
     Repair(Repair, Reply),
+    /// A function is wanted for a repair of Xen's list; the answer says whether it may be had.
+    Reserve(Sbdf, mpsc::Sender<bool>),
+    /// That repair has ended; whether it was made.
+    ListRepaired(Repair, bool),
+    /// What sysfs, Xen and xenstore say was compared; somebody may have asked for it.
+    Synced(Box<Result<Synced, Failure>>, Option<Reply>),
     /// A thread that set a VF's network settings ended.
     NetworkSet(Sbdf, Box<Option<NetworkRecord>>),
     /// A function is to be taken from its guest, for the reason that follows.
     Contain(Sbdf, Containment, String),
+    /// What a guest's driver made of its VF's network settings; `None`: nothing.
+    NetworkCompared(Sbdf, Option<String>),
     /// Something that nobody waits for went wrong.
     Problem(String),
     /// Functions were looked at because something happened to them.
-    Seen(Vec<Seen>),
+    Seen(Look),
     /// The kernel's error counters and the ports were looked at.
     LookedAtErrors(Box<faults::Look>),
     /// What the registers that tell of errors hold.
@@ -165,6 +181,12 @@ pub struct Engine {
     silent: BTreeSet<Sbdf>,
     /// Counts what happens to the host's functions, for those who wait for it.
     changes: Changes,
+    /// What is known of comparisons of sysfs, Xen and xenstore.
+    syncing: Syncing,
+    /// Looks at what guests' drivers made of VFs' network settings.
+    network_checks: NetworkChecks,
+    /// Functions that policies keep for guests.
+    keeping: Keeping,
     /// The policies in force.
     policies: Arc<PolicySet>,
     /// The filters in use.
@@ -209,6 +231,9 @@ impl Engine {
             stirred: Stirred::default(),
             silent: BTreeSet::new(),
             changes: Changes::default(),
+            syncing: Syncing::default(),
+            network_checks: NetworkChecks::default(),
+            keeping: Keeping::default(),
             policies: Arc::new(policies),
             filters: Filters::default(),
             in_use: BTreeMap::new(),
@@ -236,9 +261,11 @@ impl Engine {
         // What happened before the subscription.
         self.stirred.everything();
         info!("ready on {}", self.platform.description);
+        self.take_back_stubs();
         self.create_wanted_vfs();
         let mut more_errors = false;
         loop {
+            self.reconcile();
             self.look();
             self.tell_states();
             let wake = Arc::clone(&self.inbox.wake);
@@ -277,11 +304,13 @@ impl Engine {
             self.take_store_events().map_err(io::Error::other)?;
             self.check_deadlines(Instant::now());
             self.check_error_deadlines(Instant::now());
+            self.check_networks(Instant::now());
         }
     }
 
     fn timeout(&self) -> PollTimeout {
-        let deadlines = self.next_deadline().into_iter().chain(self.next_error_deadline());
+        let errors = self.next_error_deadline();
+        let deadlines = self.next_deadline().into_iter().chain(errors).chain(self.network_checks.next());
         let Some(deadline) = deadlines.min() else { return PollTimeout::NONE };
         let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
         PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
@@ -295,12 +324,14 @@ impl Engine {
             Event::Finished(finished) => self.transaction_finished(*finished),
             Event::Server(domain, report) => self.server_reported(domain, report),
             Event::ResetEnded(address, outcome) => self.reset_ended(address, outcome),
-            Event::VfsChanged(physical_function) => {
-                self.busy_pfs.remove(&physical_function);
-            }
+            Event::VfsChanged(physical_function) => self.vfs_changed(physical_function),
             Event::Repair(repair, reply) => self.repair(repair, reply),
+            Event::Reserve(address, answer) => self.reserve(address, &answer),
+            Event::ListRepaired(repair, done) => self.list_repaired(repair, done),
+            Event::Synced(synced, reply) => self.synced(*synced, reply),
             Event::NetworkSet(address, network) => self.network_set(address, *network),
             Event::Contain(address, containment, why) => self.contain(address, containment, &why),
+            Event::NetworkCompared(address, differs) => self.network_compared(address, differs),
             Event::Problem(text) => {
                 error!("{text}");
                 self.problems.push(text);
@@ -339,6 +370,7 @@ impl Engine {
 
     /// Forgets a function that is nobody's concern any more.
     fn forget(&mut self, address: Sbdf) -> Result<(), Failure> {
+        self.syncing.touch(address);
         let removed = self.journal.remove(address);
         removed.map_err(|error| Failure::new(ErrorCode::Failed, error.to_string()).on(address))?;
         self.records.remove(&address);

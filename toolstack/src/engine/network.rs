@@ -1,25 +1,44 @@
 //! VFs' network settings: shown and set on threads, because the kernel's network lock may be taken for long.
 
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use log::warn;
 use pciback::platform::VfSettings;
 use pciback::{FunctionState, Sbdf};
 
 use super::requests::{existing, not_in_state};
-use super::tasks::Workshop;
 use super::{Engine, Event};
 use crate::control::Reply;
 use crate::journal::Record;
 use crate::outcome::Failure;
 use crate::protocol::{Success, VfNetworkView};
-use crate::transaction::{NetworkRecord, change_network, describe_network, look_at_network, vf_place};
+use crate::transaction::{
+    NetworkRecord, SeenNetwork, change_network, describe_network, look_at_network, look_at_networks, vf_place,
+};
 
 impl Engine {
-    /// What is wished for a VF, what is in force and what was before.
+    /// What is wished for a VF, or all VFs of a PF, what is in force and what was before.
     pub(super) fn show_network(&mut self, address: Sbdf, reply: Reply) {
-        if let Err(failure) = existing(self.platform.host.as_ref(), address) {
-            return reply.done(Err(failure));
+        let function = match existing(self.platform.host.as_ref(), address) {
+            Ok(function) => function,
+            Err(failure) => return reply.done(Err(failure)),
+        };
+        let workshop = self.workshop();
+        if function.total_vfs == 0 {
+            let record = self.record(address);
+            return self.background("look", move || {
+                let seen = look_at_network(&workshop.platform, address);
+                reply.done(seen.map(|seen| Success::VfNetwork(view(&seen, &record))));
+            });
         }
-        let (workshop, record) = (self.workshop(), self.record(address));
-        self.background("look", move || reply.done(view(&workshop, &record)));
+        let records: Vec<Record> = function.virtual_functions.iter().map(|vf| self.record(*vf)).collect();
+        self.background("look", move || {
+            let seen = look_at_networks(&workshop.platform, &function);
+            let views =
+                seen.map(|seen| seen.iter().zip(&records).map(|(seen, record)| view(seen, record)).collect());
+            reply.done(views.map(|vfs| Success::VfNetworks { physical_function: address, vfs }));
+        });
     }
 
     /// Takes over the administrator's wishes for a VF.
@@ -29,6 +48,7 @@ impl Engine {
             Err(failure) => return reply.done(Err(failure)),
         };
         self.busy.insert(address);
+        self.syncing.touch(address);
         self.records.insert(address, record.clone());
         let workshop = self.workshop();
         self.spawn(address, move || {
@@ -78,6 +98,8 @@ impl Engine {
     pub(super) fn network_set(&mut self, address: Sbdf, network: Option<NetworkRecord>) {
         self.busy.remove(&address);
         let orphan = self.orphans.remove(&address);
+        // What was found before may be as wished now.
+        self.network_checks.differing.remove(&address);
         let Some(record) = self.records.get_mut(&address) else { return };
         record.network = network;
         let record = record.clone();
@@ -98,20 +120,101 @@ impl Engine {
     }
 }
 
-fn view(workshop: &Workshop, record: &Record) -> Result<Success, Failure> {
-    let seen = look_at_network(&workshop.platform, record.address)?;
+fn view(seen: &SeenNetwork, record: &Record) -> VfNetworkView {
     let network = record.network.clone().unwrap_or_default();
-    let unlike = seen.settings.map(|settings| network.wished.unlike(&settings)).unwrap_or_default();
-    Ok(Success::VfNetwork(VfNetworkView {
+    let unlike = seen.settings.map(|settings| network.wanted().unlike(&settings)).unwrap_or_default();
+    VfNetworkView {
         address: record.address,
         physical_function: seen.vf.physical_function,
         index: seen.vf.index,
-        interface: seen.interface,
+        interface: seen.interface.clone(),
         state: record.state,
         domain: record.guest.map(|guest| guest.domain),
         in_force: seen.settings,
-        wished: network.wished,
+        wished: network.wanted(),
         before: network.before,
         differing: unlike.words().into_iter().map(|(name, _)| name.to_owned()).collect(),
-    }))
+    }
+}
+
+/// When VFs' network settings are compared with what is wished, after a guest's driver has started. Drivers first switch bus mastering
+/// on and then ask the PF's driver for what they want, which nobody tells of: it is looked at soon after, and once more.
+const LOOKS: [Duration; 2] = [Duration::from_secs(2), Duration::from_secs(30)];
+
+/// Looks to come at what guests' drivers made of network settings, and what was found.
+#[derive(Default)]
+pub(super) struct NetworkChecks {
+    /// When to look, and how often that was done since the driver started.
+    due: BTreeMap<Sbdf, (Instant, usize)>,
+    /// What is otherwise than wished.
+    differing: BTreeMap<Sbdf, String>,
+}
+
+impl NetworkChecks {
+    /// When the next look is due.
+    pub fn next(&self) -> Option<Instant> {
+        self.due.values().map(|(when, _)| *when).min()
+    }
+
+    /// What is otherwise than wished, for the status.
+    pub fn problems(&self) -> impl Iterator<Item = String> {
+        let text = |(address, how): (&Sbdf, &String)| {
+            format!("{address} has other network settings than wished: {how}")
+        };
+        self.differing.iter().map(text)
+    }
+}
+
+impl Engine {
+    /// A guest's driver has started. A guest that starts it again and again is looked at no more often.
+    pub(super) fn driver_started(&mut self, address: Sbdf) {
+        let network = self.records.get(&address).and_then(|record| record.network.as_ref());
+        if network.is_some_and(|network| !network.wanted().is_empty()) {
+            self.network_checks.due.entry(address).or_insert_with(|| (Instant::now() + LOOKS[0], 0));
+        }
+    }
+
+    /// Looks at what is due.
+    pub(super) fn check_networks(&mut self, now: Instant) {
+        let due = self.network_checks.due.iter().filter(|(_, (when, _))| *when <= now);
+        for address in due.map(|(address, _)| *address).collect::<Vec<_>>() {
+            match self.network_checks.due.remove(&address) {
+                Some((_, done)) if done + 1 < LOOKS.len() => {
+                    self.network_checks.due.insert(address, (now + LOOKS[done + 1], done + 1));
+                }
+                _ => {}
+            }
+            let attached =
+                self.records.get(&address).filter(|record| record.state == FunctionState::Attached);
+            let Some(network) = attached.and_then(|record| record.network.clone()) else { continue };
+            let workshop = self.workshop();
+            self.background("look", move || {
+                // What cannot be read now is read the next time, or at detach.
+                if let Ok(seen) = look_at_network(&workshop.platform, address) {
+                    let differs = seen.settings.and_then(|settings| network.differs(&settings));
+                    workshop.inbox.send(Event::NetworkCompared(address, differs));
+                }
+            });
+        }
+    }
+
+    /// A guest's VF was looked at.
+    pub(super) fn network_compared(&mut self, address: Sbdf, differs: Option<String>) {
+        let attached = self.state(address) == FunctionState::Attached;
+        match differs.filter(|_| attached) {
+            Some(how) => {
+                warn!(
+                    "{address}: its guest's driver has started, and its network settings are not as wished: {how}"
+                );
+                self.network_checks.differing.insert(address, how);
+            }
+            None => drop(self.network_checks.differing.remove(&address)),
+        }
+    }
+
+    /// A guest has a function no more.
+    pub(super) fn forget_network_checks(&mut self, address: Sbdf) {
+        self.network_checks.due.remove(&address);
+        self.network_checks.differing.remove(&address);
+    }
 }

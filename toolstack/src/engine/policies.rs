@@ -82,6 +82,8 @@ impl Engine {
         let Reloaded { policies, sources, filters, reply } = reloaded;
         if let Some(sources) = &sources {
             self.policies = Arc::clone(&policies);
+            self.keeping.begin_anew();
+            self.stirred.everything();
             if let Err(problem) = policies::keep_copy(&self.settings.state_directory, sources) {
                 let text = format!("keep a copy of the policies: {problem}");
                 warn!("{text}");

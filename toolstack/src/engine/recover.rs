@@ -72,7 +72,10 @@ impl Engine {
                 }
                 Err(failure) => {
                     error!("{}: cannot be served on: {failure}", record.address);
-                    self.problems.push(format!("{} cannot be served on: {failure}", record.address));
+                    // What was under way is undone now, and may not have come as far as its image.
+                    if record.transaction.is_none() {
+                        self.problems.push(format!("{} cannot be served on: {failure}", record.address));
+                    }
                 }
             }
         }

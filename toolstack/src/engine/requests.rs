@@ -1,5 +1,7 @@
 //! Clients' requests: checked here, against the present state, before anything is changed.
 
+use std::collections::BTreeMap;
+
 use nix::errno::Errno;
 use pciback::config::Identity;
 use pciback::platform::{Host, HostFunction};
@@ -9,12 +11,13 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 use super::Engine;
 use super::tasks::Course;
+use super::unmanaged::STUB;
 use crate::control::Reply;
 use crate::domains::{self, DomainType};
 use crate::journal::{GuestPlace, Record};
 use crate::outcome::Failure;
 use crate::protocol::{DomainName, Request, Success};
-use crate::transaction::{Kind, Parting};
+use crate::transaction::{Kind, Parting, a_guests, holder_of, refuse_in_use};
 
 /// The function, which must exist.
 pub(super) fn existing(host: &dyn Host, address: Sbdf) -> Result<HostFunction, Failure> {
@@ -37,15 +40,15 @@ enum Plan {
 impl Engine {
     pub(super) fn handle_request(&mut self, request: Request, reply: Reply) {
         let plan = match request {
-            Request::PciAssignableList => self.assignable_list().map(Plan::Answer),
-            Request::PciList { domain } => self.guest_list(&domain).map(Plan::Answer),
-            Request::VfList { address } => self.vf_list(address).map(Plan::Answer),
+            Request::PciAssignableList => return self.assignable_list(reply),
+            Request::PciList { domain } => return self.guest_list(&domain, reply),
+            Request::VfList { address } => return self.vf_list(address, reply),
             Request::AerStatus { address } => return self.aer_status(address, reply),
             Request::BlastRadius { address } => return self.blast_radius(address, reply),
             Request::AerHistory { address } => Ok(Plan::Answer(self.error_history(address))),
             Request::Events { follow } => return self.events(follow, reply),
-            Request::Status => Ok(Plan::Answer(self.status())),
-            Request::PciAssignableAdd { address } => self.plan_hold(address),
+            Request::Status => return self.status(reply),
+            Request::PciAssignableAdd { address, force } => self.plan_hold(address, force),
             Request::PciAssignableRemove { address } => {
                 self.forget_gone(address).unwrap_or_else(|| self.plan_release(address))
             }
@@ -57,7 +60,9 @@ impl Engine {
             Request::PolicyLearn { target } => self.learned(&target).map(Plan::Answer),
             Request::Sync { dry_run } => return self.sync(dry_run, reply),
             Request::PolicyReload => return self.reload_policies(reply),
-            Request::VfCreate { address, count } => return self.create_vfs(address, count, reply),
+            Request::VfCreate { address, count, unmanaged } => {
+                return self.create_vfs(address, count, unmanaged, reply);
+            }
             Request::VfSet { address, settings } => return self.set_network(address, settings, reply),
             Request::VfShow { address } => return self.show_network(address, reply),
             Request::VfSetCount { address, count } => return self.set_vf_count(address, count, reply),
@@ -83,7 +88,7 @@ impl Engine {
         Ok(())
     }
 
-    fn plan_hold(&self, address: Sbdf) -> Result<Plan, Failure> {
+    fn plan_hold(&self, address: Sbdf, force: bool) -> Result<Plan, Failure> {
         let function = existing(self.platform.host.as_ref(), address)?;
         self.idle(address)?;
         let record = self.record(address);
@@ -96,6 +101,14 @@ impl Engine {
             FunctionState::Host => {}
             other => return Err(not_in_state(&record, other, "to be made assignable")),
         }
+        self.holdable(&function)?;
+        let course = if force { Course::Seize } else { Course::Forward(Kind::Hold) };
+        Ok(Plan::Transaction(course, Box::new(record), format!("{address} is assignable")))
+    }
+
+    /// Refuses to hold what can never be held as it is, by whatever force.
+    pub(super) fn holdable(&self, function: &HostFunction) -> Result<(), Failure> {
+        let address = function.address;
         if function.num_vfs > 0 {
             return Err(Failure::refused(format!("{address} is a PF with {} VFs enabled", function.num_vfs))
                 .on(address)
@@ -106,11 +119,12 @@ impl Engine {
                 Failure::refused(format!("{address} is a bridge; bridges stay with the host")).on(address)
             );
         }
-        Ok(Plan::Transaction(
-            Course::Forward(Kind::Hold),
-            Box::new(record),
-            format!("{address} is assignable"),
-        ))
+        // Before its driver is touched: a guest of xl's would lose it when that is undone.
+        if holder_of(function).is_some() && matches!(self.platform.hypervisor.assignable(address), Ok(false))
+        {
+            return Err(a_guests(&self.platform, address));
+        }
+        Ok(())
     }
 
     /// A function that left the host has nothing to give back: it is forgotten.
@@ -203,32 +217,25 @@ impl Engine {
         if permits.contains(&Permission::UntrustedVf) {
             return Ok(());
         }
-        if let Some(guest) = self.records.get(&pf).and_then(|record| record.guest) {
-            let text = format!("{address} is a VF of {pf}, which domain {} has", guest.domain);
-            return refused(text, "untrusted-vf");
-        }
-        let manager = self.platform.host.function(pf)?.driver;
-        match manager.as_deref() {
-            None | Some("pci-pf-stub" | "pci-stub" | "pciback" | "vfio-pci") => {
-                let driver = manager.as_deref().unwrap_or("no driver");
-                let text = format!("{address} is a VF of {pf}, which no driver manages (it has {driver})");
-                refused(text, "untrusted-vf")
-            }
-            Some(_) => Ok(()),
+        match distrusted(&self.records, &self.platform.host.function(pf)?) {
+            Some(why) => refused(format!("{address} is a VF of {pf}, {why}"), "untrusted-vf"),
+            None => Ok(()),
         }
     }
 
     /// Where the guest shall see the function: at the device number asked for, or at the first free one.
     fn free_place(&self, domain: DomId, slot: Option<u8>) -> Result<u8, Failure> {
-        let taken = |slot: u8| {
-            let place = GuestPlace { domain, devfn: slot << 3 };
-            self.records.values().find(|record| record.guest == Some(place)).map(|record| record.address)
-        };
+        let mut taken: [Option<Sbdf>; 32] = [None; 32];
+        for record in self.records.values() {
+            if let Some(place) = record.guest.filter(|place| place.domain == domain) {
+                taken[usize::from(place.devfn >> 3)] = Some(record.address);
+            }
+        }
         match slot {
             Some(slot) if slot > 0x1f => {
                 Err(Failure::refused(format!("{slot:#x} is no device number (0 to 1f)")))
             }
-            Some(slot) => match taken(slot) {
+            Some(slot) => match taken[usize::from(slot)] {
                 None => Ok(slot << 3),
                 Some(other) => {
                     Err(Failure::refused(format!("domain {domain} sees {other} at device {slot:x}"))
@@ -236,9 +243,13 @@ impl Engine {
                         .hint("choose another one, or none"))
                 }
             },
-            None => (0..32).find(|slot| taken(*slot).is_none()).map(|slot| slot << 3).ok_or_else(|| {
-                Failure::refused(format!("domain {domain} has 32 functions; its bus has no room")).of(domain)
-            }),
+            None => (0..32u8)
+                .find(|slot| taken[usize::from(*slot)].is_none())
+                .map(|slot| slot << 3)
+                .ok_or_else(|| {
+                    Failure::refused(format!("domain {domain} has 32 functions; its bus has no room"))
+                        .of(domain)
+                }),
         }
     }
 
@@ -264,6 +275,12 @@ impl Engine {
             let message = format!("{address} is not quarantined, it is {}", record.state);
             return reply.done(Ok(Success::Already { message }));
         }
+        // A driver of dom0's may have got it since.
+        if record.guest.is_none()
+            && let Err(failure) = refuse_in_use(self.platform.host.as_ref(), address)
+        {
+            return reply.done(Err(failure));
+        }
         self.start(Course::Clear, record, Some(reply), move |record| {
             format!("{address} is {} again", record.state)
         });
@@ -281,4 +298,18 @@ pub(super) fn not_in_state(record: &Record, state: FunctionState, wanted: &str) 
         _ => "try again when that has ended",
     };
     failure.on(record.address).hint(hint)
+}
+
+/// Why nobody on the host's side watches over a PF's VFs, in words that follow its address; `None` where a driver does.
+pub(super) fn distrusted(records: &BTreeMap<Sbdf, Record>, pf: &HostFunction) -> Option<String> {
+    if let Some(guest) = records.get(&pf.address).and_then(|record| record.guest) {
+        return Some(format!("which domain {} has", guest.domain));
+    }
+    match pf.driver.as_deref() {
+        None => Some("which no driver manages (it has no driver)".to_owned()),
+        Some(driver @ (STUB | "pci-stub" | "pciback" | "vfio-pci")) => {
+            Some(format!("which no driver manages (it has {driver})"))
+        }
+        Some(_) => None,
+    }
 }

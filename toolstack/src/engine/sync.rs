@@ -1,37 +1,158 @@
-//! Bringing sysfs, Xen and xenstore into step: the lists are read, the planner says what to repair, and it is repaired.
+//! Keeping sysfs, Xen and xenstore in step: when they are compared, what is repaired, and what of that is reported.
 //!
-//! The planner ([`pciback::inventory`]) is pure. Reading the lists and the repairs that only concern Xen's list happen on a thread
-//! of their own; those that concern a guest or a driver are the engine's usual transactions.
+//! The planner ([`pciback::inventory`]) is pure. They are compared when the service starts, after events were lost, when an event shows
+//! that they drifted apart, and when somebody asks; one comparison at a time, on a thread of its own ([`super::repairs`]).
+//! A repair that fails, or that somebody undoes, is tried [`TRIES`] times and then left to the administrator.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::mpsc;
 
-use log::info;
-use nix::errno::Errno;
-use pciback::config::CapabilityList;
-use pciback::inventory::{
-    Function, HostView, Identity, Intent, Observed, Owner, Place, Plan, Published, Repair, ReportKind, Want,
-    Wanted, plan,
-};
-use pciback::platform::hypervisor::DeviceReport;
-use pciback::platform::{HostFunction, PlatformError};
+use log::{error, warn};
+use pciback::inventory::{Intent, Owner, Place, Plan, Repair, Step, Want, Wanted};
 use pciback::pv::nodes;
-use pciback::spec::CapabilityId;
-use pciback::{DomId, FunctionState, Sbdf};
+use pciback::{FunctionState, Sbdf};
 
-use super::tasks::{Course, Workshop};
+use super::observe::Known;
+use super::repairs::{Outcome, Synced};
+use super::tasks::Course;
+use super::watch::Seen;
 use super::{Engine, Event};
 use crate::control::Reply;
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{Success, SyncView};
-use crate::transaction::{Kind, Parting, holder_of};
+use crate::transaction::{Kind, Parting};
+
+/// How often the same function is repaired, or read in vain, before the service gives up.
+const TRIES: u32 = 3;
+/// How many of the repairs made are shown in the status.
+const SHOWN: usize = 16;
+
+/// What is known of comparisons: those under way, those to come, and what came of those before.
+#[derive(Default)]
+pub(super) struct Syncing {
+    /// One is under way.
+    running: bool,
+    /// Another one is due, because something was seen that does not fit.
+    due: bool,
+    /// Clients that wait for theirs, and whether they only want the plan.
+    waiting: VecDeque<(bool, Reply)>,
+    /// Functions that something was begun with since the lists were read: a plan made of these says nothing of them.
+    touched: BTreeSet<Sbdf>,
+    known: Known,
+    tried: BTreeMap<Sbdf, Tried>,
+    /// The last repairs that were made without being asked for.
+    repaired: VecDeque<String>,
+    /// Why the lists could not be read, and how often in a row.
+    unread: (Vec<String>, u32),
+}
+
+/// What was done about one function without being asked for.
+#[derive(Default)]
+struct Tried {
+    times: u32,
+    failure: Option<String>,
+}
+
+impl Syncing {
+    /// The lists are compared soon.
+    pub fn is_due(&mut self) {
+        self.due = true;
+    }
+
+    /// Something is begun with a function, or a PF's VFs.
+    pub fn touch(&mut self, address: Sbdf) {
+        if self.running {
+            self.touched.insert(address);
+        }
+    }
+
+    /// The VFs of a PF, those that left and that Xen knows still included.
+    pub fn vfs(&self, pf: Sbdf) -> impl Iterator<Item = Sbdf> {
+        self.known.iter().filter(move |(_, found)| **found == Some(pf)).map(|(vf, _)| *vf)
+    }
+
+    /// What was repaired, for the status.
+    pub fn repaired(&self) -> Vec<String> {
+        self.repaired.iter().cloned().collect()
+    }
+
+    /// What could not be repaired, for the status.
+    pub fn problems(&self) -> Vec<String> {
+        let failed = self.tried.iter().filter_map(|(address, tried)| {
+            let given_up = if tried.times < TRIES { "" } else { "; given up, 'xpci sync' tries again" };
+            match &tried.failure {
+                Some(failure) => Some(format!("{address} is not in step: {failure}{given_up}")),
+                None if given_up.is_empty() => None,
+                None => Some(format!("{address} was repaired {TRIES} times and is wrong again{given_up}")),
+            }
+        });
+        let unread = self.unread.0.iter().map(|why| format!("not compared with Xen: {why}"));
+        failed.chain(unread).collect()
+    }
+
+    /// Another function came to an address, or somebody repaired the one that is there.
+    pub fn begin_anew(&mut self, address: Sbdf) {
+        self.tried.remove(&address);
+    }
+
+    /// Counts one more try at what may fail again, if there are any left.
+    pub fn may_try(&mut self, address: Sbdf) -> bool {
+        let tried = self.tried.entry(address).or_default();
+        tried.times += 1;
+        tried.times <= TRIES
+    }
+
+    fn given_up(&self, address: Sbdf) -> bool {
+        self.tried.get(&address).is_some_and(|tried| tried.times >= TRIES)
+    }
+}
 
 impl Engine {
-    /// Reads the lists, and repairs what they disagree on unless it is only asked for.
-    pub(super) fn sync(&self, dry_run: bool, reply: Reply) {
-        let (workshop, wanted) = (self.workshop(), self.wanted());
-        self.background("sync", move || reply.done(workshop.sync(&wanted, dry_run, &reply)));
+    /// A client wants the lists compared.
+    pub(super) fn sync(&mut self, dry_run: bool, reply: Reply) {
+        self.syncing.waiting.push_back((dry_run, reply));
+    }
+
+    /// Compares the lists if that is due and not being done.
+    pub(super) fn reconcile(&mut self) {
+        // What is being looked at may be all that there is to say.
+        if self.syncing.running || self.stirred.looking() {
+            return;
+        }
+        let Syncing { due, waiting, .. } = &mut self.syncing;
+        let client = match waiting.front() {
+            // A plan that is only shown comes after what is repaired anyway.
+            Some((true, _)) if *due => None,
+            Some(_) => waiting.pop_front(),
+            None if *due => None,
+            None => return,
+        };
+        let dry_run = client.as_ref().is_some_and(|(dry_run, _)| *dry_run);
+        if !dry_run {
+            self.syncing.due = false;
+        }
+        let mut wanted = self.wanted();
+        match client {
+            // Who asks does so because he has done something about it.
+            Some(_) => self.syncing.unread = Default::default(),
+            None => wanted
+                .busy
+                .extend(self.syncing.tried.keys().filter(|address| self.syncing.given_up(**address))),
+        }
+        self.syncing.running = true;
+        self.syncing.touched.clear();
+        let (workshop, known) = (self.workshop(), self.syncing.known.clone());
+        self.background("sync", move || {
+            let reply = client.map(|(_, reply)| reply);
+            let progress = |text: &str| {
+                if let Some(reply) = &reply {
+                    reply.progress(text)
+                }
+            };
+            let synced = workshop.sync(wanted, &known, dry_run, reply.is_none(), &progress);
+            workshop.inbox.send(Event::Synced(Box::new(synced), reply));
+        });
     }
 
     fn wanted(&self) -> Wanted {
@@ -53,13 +174,148 @@ impl Engine {
         }
     }
 
-    /// One repair that concerns a guest or a driver.
+    /// Notes what was seen of a function, and whether Xen says what fits to it.
+    pub(super) fn compare(&mut self, seen: &Seen) {
+        let address = seen.address;
+        match (&seen.function, seen.owner) {
+            (None, None) => drop(self.syncing.known.remove(&address)),
+            (Some(function), _) => drop(self.syncing.known.insert(address, function.physical_function)),
+            (None, Some(_)) => drop(self.syncing.known.entry(address).or_default()),
+        }
+        let drifted = matches!(
+            (&seen.function, seen.owner, self.state(address)),
+            (Some(_), None, _)
+                | (None, Some(_), _)
+                | (Some(_), Some(Owner::Guest), FunctionState::Held)
+                | (Some(_), Some(Owner::Free), FunctionState::Attached)
+        );
+        if drifted && !self.busy.contains(&address) && !self.syncing.given_up(address) {
+            self.syncing.is_due();
+        }
+    }
+
+    /// A comparison has ended.
+    pub(super) fn synced(&mut self, synced: Result<Synced, Failure>, reply: Option<Reply>) {
+        self.syncing.running = false;
+        match (synced, reply) {
+            (Ok(synced), reply) => {
+                for (address, pf) in &synced.found {
+                    self.syncing
+                        .known
+                        .entry(*address)
+                        .and_modify(|known| *known = known.or(*pf))
+                        .or_insert(*pf);
+                }
+                self.note_unread(synced.unread.clone(), reply.is_none());
+                match reply {
+                    Some(reply) => {
+                        let made =
+                            synced.outcomes.iter().filter(|(_, outcome)| matches!(outcome, Outcome::Done));
+                        for (step, _) in made {
+                            self.syncing.begin_anew(step.repair.address());
+                        }
+                        reply.done(answer(synced));
+                    }
+                    None => self.note_outcomes(synced),
+                }
+            }
+            (Err(failure), Some(reply)) => reply.done(Err(failure)),
+            (Err(failure), None) => {
+                warn!("compare sysfs, Xen and xenstore: {failure}");
+                self.note_unread(vec![failure.to_string()], true);
+            }
+        }
+    }
+
+    /// What cannot be read now may be readable the next time.
+    fn note_unread(&mut self, unread: Vec<String>, again: bool) {
+        let times = if unread.is_empty() { 0 } else { self.syncing.unread.1 + 1 };
+        self.syncing.due |= again && (1..TRIES).contains(&times);
+        self.syncing.unread = (unread, times);
+    }
+
+    /// Reports what the service repaired by itself, and counts what it could not.
+    fn note_outcomes(&mut self, synced: Synced) {
+        let Syncing { tried, repaired, due, .. } = &mut self.syncing;
+        let planned: BTreeSet<Sbdf> = synced.plan.steps.iter().map(|step| step.repair.address()).collect();
+        // What is in step again by somebody else's hand is no problem any more.
+        tried.retain(|address, tried| {
+            tried.times >= TRIES || planned.contains(address) || tried.failure.is_none()
+        });
+        let mut counted = BTreeSet::new();
+        for (step, outcome) in synced.outcomes {
+            let address = step.repair.address();
+            let failure = match outcome {
+                Outcome::Left => continue,
+                Outcome::Done => {
+                    warn!("repaired: {step}");
+                    repaired.push_back(step.to_string());
+                    None
+                }
+                Outcome::Failed(failure) => {
+                    error!("{step}; but: {failure}");
+                    *due = true;
+                    Some(format!("{}: {}", step.repair, failure.message))
+                }
+            };
+            let entry = tried.entry(address).or_default();
+            // Several steps may be one repair.
+            entry.times += u32::from(counted.insert(address));
+            entry.failure = failure;
+        }
+        while repaired.len() > SHOWN {
+            repaired.pop_front();
+        }
+    }
+
+    /// Whether a plan still says something about a function.
+    fn is_untouched(&self, address: Sbdf) -> bool {
+        let pf = self.syncing.known.get(&address).copied().flatten();
+        let of = |address: Sbdf| {
+            self.syncing.touched.contains(&address)
+                || self.busy.contains(&address)
+                || self.busy_pfs.contains(&address)
+        };
+        !of(address) && !pf.is_some_and(of)
+    }
+
+    /// A function is left to a repair of Xen's list, unless it is in other hands by now.
+    pub(super) fn reserve(&mut self, address: Sbdf, answer: &mpsc::Sender<bool>) {
+        let free = self.is_untouched(address);
+        if free {
+            self.busy.insert(address);
+        }
+        // Who asked may have given up.
+        if answer.send(free).is_err() {
+            self.busy.remove(&address);
+        }
+    }
+
+    /// A repair of Xen's list has ended.
+    pub(super) fn list_repaired(&mut self, repair: Repair, done: bool) {
+        let address = repair.address();
+        self.busy.remove(&address);
+        // What happened to it meanwhile was left for now.
+        self.stirred.one(address);
+        let forgotten = done && matches!(repair, Repair::ReleaseMsix { .. } | Repair::ReportToXen { .. });
+        if let Some(record) =
+            self.records.get_mut(&address).filter(|record| forgotten && record.msix_prepared)
+        {
+            record.msix_prepared = false;
+            if let Err(problem) = self.journal.write(record) {
+                error!("{problem}");
+                self.problems.push(problem.to_string());
+            }
+        }
+    }
+
+    /// One repair that concerns a guest, a driver or a record.
     pub(super) fn repair(&mut self, repair: Repair, reply: Reply) {
         let address = repair.address();
-        let record = self.record(address);
-        if let Err(failure) = self.idle(address) {
-            return reply.done(Err(failure));
+        if !self.is_untouched(address) {
+            return reply.done(Ok(left(format!("{address}: in other hands by now"))));
         }
+        let record = self.record(address);
         let (course, what) = match repair {
             Repair::Withdraw { .. } => {
                 (Course::Backward(Kind::Detach, Parting::Force), "withdrawn from its guest")
@@ -70,6 +326,8 @@ impl Engine {
             other => return reply.done(self.note_repair(other, record)),
         };
         self.start(course, record, Some(reply), move |record| format!("{}: {what}", record.address));
+        // The plan's own.
+        self.syncing.touched.remove(&address);
     }
 
     /// Repairs of records and nodes.
@@ -79,6 +337,7 @@ impl Engine {
             |error: &dyn std::fmt::Display| Failure::new(ErrorCode::Failed, error.to_string()).on(address);
         let message = match repair {
             Repair::Quarantine { .. } => {
+                self.keep_for_quarantine(&record);
                 self.quarantine(address, "sysfs, Xen and xenstore disagree on who has it");
                 format!("{address}: quarantined")
             }
@@ -97,158 +356,51 @@ impl Engine {
                 nodes::apply(store, place.domain, &[nodes::NodeChange::RemoveAll])?;
                 format!("{address}: its nodes are removed")
             }
-            other => {
-                return Err(Failure::refused(format!("{other}: not while its guest is served"))
-                    .on(address)
-                    .hint("detach the function and attach it again"));
-            }
+            // Its handshake writes and removes them in its own order.
+            other => return Ok(left(format!("{other}: not while its guest is served"))),
         };
-        Ok(Success::Already { message })
+        Ok(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() })
+    }
+
+    /// A function without a record gets one, in which the reason can be noted.
+    fn keep_for_quarantine(&mut self, record: &Record) {
+        self.records.entry(record.address).or_insert_with(|| record.clone());
     }
 }
 
-impl Workshop {
-    fn sync(&self, wanted: &Wanted, dry_run: bool, reply: &Reply) -> Result<Success, Failure> {
-        let plan = plan(&self.observe(wanted)?, wanted);
-        if !dry_run {
-            self.carry_out(&plan, reply)?;
-        }
-        let text = plan.to_string().lines().map(str::to_owned).collect();
-        Ok(Success::Synced(SyncView { dry_run, text, plan }))
-    }
+/// Nothing was done.
+fn left(message: String) -> Success {
+    Success::Already { message }
+}
 
-    fn carry_out(&self, plan: &Plan, reply: &Reply) -> Result<(), Failure> {
-        for (done, step) in plan.steps.iter().enumerate() {
-            let text = step.repair.to_string();
-            reply.progress(&text);
-            self.carry_out_one(step.repair).map_err(|failure| Failure {
-                message: format!(
-                    "{text}: {}; {done} of {} repairs were made",
-                    failure.message,
-                    plan.steps.len()
-                ),
-                hint: Some("'xpci sync --dry-run' plans anew what is left".to_owned()),
-                ..failure
-            })?;
-            info!("{text}: done");
+/// What a client that asked is told.
+fn answer(synced: Synced) -> Result<Success, Failure> {
+    let Synced { dry_run, plan, outcomes, unread, .. } = synced;
+    let undone = outcomes.iter().filter_map(|(step, outcome)| match outcome {
+        Outcome::Done => None,
+        Outcome::Left => {
+            Some((step, "it is in other hands by now, or waits for another repair".to_owned(), None))
         }
-        Ok(())
+        Outcome::Failed(failure) => Some((step, failure.message.clone(), Some(failure))),
+    });
+    let undone: Vec<(&Step, String, Option<&Failure>)> = undone.collect();
+    // The one that failed says more than those that were left because of it.
+    let first = undone.iter().find(|(.., failure)| failure.is_some()).or_else(|| undone.first());
+    if let Some((step, why, failure)) = first {
+        let done = outcomes.len() - undone.len();
+        let message = format!("{}: {why}; {done} of {} repairs were made", step.repair, outcomes.len());
+        let code = failure.map_or(ErrorCode::Refused, |failure| failure.code);
+        return Err(Failure::new(code, message)
+            .on(step.repair.address())
+            .hint("'xpci sync --dry-run' plans anew what is left"));
     }
+    if let Some(why) = unread.first() {
+        let message = format!("{} functions could not be compared with Xen: {why}", unread.len());
+        return Err(Failure::new(ErrorCode::Failed, message));
+    }
+    Ok(Success::Synced(view(dry_run, plan)))
+}
 
-    fn carry_out_one(&self, repair: Repair) -> Result<(), Failure> {
-        let hypervisor = self.platform.hypervisor.as_ref();
-        match repair {
-            Repair::ReportToXen { address, kind } => {
-                let proximity = self.platform.host.function(address)?.numa_node;
-                let (extended, physical_function) = match kind {
-                    ReportKind::Plain => (false, None),
-                    ReportKind::Extended => (true, None),
-                    ReportKind::Virtual { physical_function } => (false, Some(physical_function)),
-                };
-                Ok(hypervisor.device_add(address, DeviceReport { extended, physical_function, proximity })?)
-            }
-            // dom0's kernel may have been quicker.
-            Repair::RemoveFromXen { address } => match hypervisor.device_remove(address) {
-                Err(error) if error.errno() == Some(Errno::ENODEV) => Ok(()),
-                other => Ok(other?),
-            },
-            Repair::ReleaseMsix { address } => Ok(hypervisor.release_msix(address)?),
-            other => {
-                let limit =
-                    self.settings.guest_limit() + self.settings.driver_limit() + Duration::from_secs(10);
-                let (reply, answer) = Reply::awaited();
-                self.inbox.send(Event::Repair(other, reply));
-                answer.wait(limit).map(drop)
-            }
-        }
-    }
-
-    /// What the three lists say.
-    fn observe(&self, wanted: &Wanted) -> Result<Observed, Failure> {
-        let host = self.platform.host.as_ref();
-        let mut observed = Observed { domains: self.domains()?, ..Observed::default() };
-        self.published(&mut observed)?;
-        let mut found: BTreeMap<Sbdf, HostFunction> = BTreeMap::new();
-        for address in host.functions()? {
-            match host.function(address) {
-                Ok(function) => drop(found.insert(address, function)),
-                Err(error) if error.errno() == Some(Errno::ENOENT) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        let recorded =
-            wanted.functions.keys().copied().chain(observed.published.iter().map(|entry| entry.address));
-        let addresses: BTreeSet<Sbdf> = found.keys().copied().chain(recorded).collect();
-        for address in addresses {
-            let function = found.get(&address);
-            let observation = Function {
-                host: function.map(|function| self.view(function)),
-                physical_function: function.and_then(|function| function.physical_function),
-                xen: self.owner(address)?,
-            };
-            observed.functions.insert(address, observation);
-        }
-        Ok(observed)
-    }
-
-    fn view(&self, function: &HostFunction) -> HostView {
-        let config = self.platform.host.config(function.address).map_err(std::io::Error::other);
-        let bytes = config.and_then(|config| config.read_all()).unwrap_or_default();
-        let (vendor, device) = (function.vendor, function.device);
-        let (subsystem_vendor, subsystem) = (function.subsystem_vendor, function.subsystem);
-        let (class, revision) = (function.class, function.revision);
-        HostView {
-            identity: Identity { vendor, device, subsystem_vendor, subsystem, class, revision, serial: None },
-            bridge: function.is_bridge(),
-            msix: CapabilityList::walk(&bytes).legacy(CapabilityId::MSI_X).is_some(),
-            extended: false,
-            virtual_functions: function.virtual_functions.clone(),
-            num_vfs: function.num_vfs,
-            driver: function.driver.is_some(),
-            held: holder_of(function).is_some(),
-        }
-    }
-
-    fn owner(&self, address: Sbdf) -> Result<Option<Owner>, PlatformError> {
-        let hypervisor = self.platform.hypervisor.as_ref();
-        if !hypervisor.device_known(address)? {
-            return Ok(None);
-        }
-        Ok(Some(match hypervisor.assignable(address) {
-            Ok(true) => Owner::Free,
-            Ok(false) => Owner::Guest,
-            Err(_) => Owner::Unknown,
-        }))
-    }
-
-    fn domains(&self) -> Result<BTreeSet<DomId>, PlatformError> {
-        let store = self.platform.store.as_ref();
-        let mut domains = BTreeSet::new();
-        for name in store.list("/local/domain")? {
-            if let Ok(number) = name.parse::<u16>()
-                && number != 0
-                && store.domain_exists(DomId(number))?
-            {
-                domains.insert(DomId(number));
-            }
-        }
-        Ok(domains)
-    }
-
-    fn published(&self, observed: &mut Observed) -> Result<(), PlatformError> {
-        let store = self.platform.store.as_ref();
-        for name in store.list(nodes::BACKENDS)? {
-            let Ok(number) = name.parse::<u16>() else { continue };
-            let domain = DomId(number);
-            for (index, devfn, _) in nodes::read_backend_functions(store, domain)? {
-                let node = store.read(&format!("{}/dev-{index}", nodes::backend_directory(domain)))?;
-                let address =
-                    node.and_then(|text| String::from_utf8(text).ok()).and_then(|text| text.parse().ok());
-                if let Some(address) = address {
-                    observed.published.insert(Published { address, place: Place { domain, devfn } });
-                }
-            }
-        }
-        Ok(())
-    }
+fn view(dry_run: bool, plan: Plan) -> SyncView {
+    SyncView { dry_run, text: plan.to_string().lines().map(str::to_owned).collect(), plan }
 }

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::{error, info, warn};
 use pciback::platform::Platform;
@@ -30,6 +30,8 @@ const ENGINE_MARGIN: Duration = Duration::from_secs(10);
 pub(super) enum Course {
     /// The list from its beginning.
     Forward(Kind),
+    /// [`Kind::Hold`] from its beginning, even while the function is in use.
+    Seize,
     /// The list from its end, backwards.
     Backward(Kind, Parting),
     /// From one step backwards: what an earlier life of the service left.
@@ -43,6 +45,7 @@ pub(super) enum Course {
 impl Course {
     const fn state_during(self) -> FunctionState {
         match self {
+            Self::Seize => Kind::Hold.state_during(),
             Self::Forward(kind) | Self::Backward(kind, _) | Self::BackwardFrom(kind, ..) => {
                 kind.state_during()
             }
@@ -53,7 +56,7 @@ impl Course {
 
     const fn parting(self) -> Parting {
         match self {
-            Self::Forward(_) | Self::Condemn => Parting::Force,
+            Self::Forward(_) | Self::Seize | Self::Condemn => Parting::Force,
             Self::Clear => Parting::Dead,
             Self::Backward(_, parting) | Self::BackwardFrom(_, _, parting) => parting,
         }
@@ -91,6 +94,14 @@ impl Serving for Workshop {
         self.awaiting.distrusted(address)
     }
 
+    fn host_changes(&self) -> u64 {
+        self.changes.count()
+    }
+
+    fn wait_for_host(&self, seen: u64, deadline: Instant) -> bool {
+        self.changes.wait(seen, deadline)
+    }
+
     fn ended(&self) -> bool {
         self.inbox.ended.load(Ordering::SeqCst)
     }
@@ -114,10 +125,12 @@ impl Workshop {
             ledger: &self.ledger,
             serving: self,
             parting: course.parting(),
+            force: course == Course::Seize,
             progress,
         };
         match course {
             Course::Forward(kind) => context.forward(kind, record),
+            Course::Seize => context.forward(Kind::Hold, record),
             Course::Backward(kind, _) => context.backward(kind, record),
             Course::BackwardFrom(kind, step, _) => context.backward_from(kind, step, record),
             Course::Condemn => context.condemn(record),
@@ -150,10 +163,14 @@ impl Engine {
         done: impl Fn(&Record) -> String + Send + 'static,
     ) {
         let address = record.address;
+        if matches!(course, Course::Backward(Kind::Release, _)) {
+            self.keeping.gives_back(address, record.incarnation);
+        }
         let mut shown = record.clone();
         shown.state = course.state_during();
         self.records.insert(address, shown);
         self.busy.insert(address);
+        self.syncing.touch(address);
         let workshop = self.workshop();
         let task = move || {
             let progress = |text: &str| {
@@ -190,12 +207,14 @@ impl Engine {
     }
 
     pub(super) fn transaction_finished(&mut self, finished: Finished) {
+        self.keeping.finished(&finished);
         let record = finished.record;
         let address = record.address;
         self.busy.remove(&address);
         let attached = record.state == FunctionState::Attached;
         if !attached {
             self.in_use.remove(&address);
+            self.forget_network_checks(address);
         }
         self.note_network_problem(&record);
         self.keep(record.clone());

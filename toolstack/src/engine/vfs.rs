@@ -4,41 +4,44 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use pciback::config::{PortAbove, Unroutable, VfRouting};
 use pciback::platform::HostFunction;
 use pciback::{FunctionState, Sbdf};
 
-use super::requests::existing;
+use super::lists::{all_pfs, known_pf};
 use super::tasks::Workshop;
+use super::unmanaged::{self, STUB};
 use super::{Engine, Event};
 use crate::control::Reply;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Success;
-
-/// VFs answer config accesses 100 ms after VF Enable was set, not before (PCI Express 6.0, section 9.3.3.3.1).
-const SETTLE: Duration = Duration::from_millis(100);
+use crate::transaction::prepare_networks;
 
 impl Engine {
-    pub(super) fn create_vfs(&mut self, address: Sbdf, count: u16, reply: Reply) {
+    pub(super) fn create_vfs(&mut self, address: Sbdf, count: u16, unmanaged: bool, reply: Reply) {
         let checked = self.physical_function(address).and_then(|pf| {
             if pf.num_vfs > 0 {
                 let text = format!("{address} has {} VFs enabled already", pf.num_vfs);
                 return Err(Failure::refused(text).on(address).hint("'xpci vf destroy' disables them first"));
             }
+            unmanaged::check(&pf, unmanaged)?;
             self.room_for(&pf, count)
         });
         self.change_vfs(address, reply, checked, move |workshop, progress| {
-            create(workshop, address, count, progress)
+            create(workshop, address, count, unmanaged, progress)
         });
     }
 
     pub(super) fn set_vf_count(&mut self, address: Sbdf, count: u16, reply: Reply) {
-        let mut before = 0;
+        let (mut before, mut unmanaged) = (0, false);
         let checked = self.physical_function(address).and_then(|pf| {
             before = pf.num_vfs;
+            unmanaged = pf.driver.as_deref() == Some(STUB);
             if before == count {
                 return Ok(());
             }
             if count > 0 {
+                unmanaged::check(&pf, unmanaged)?;
                 self.room_for(&pf, count)?;
             }
             self.none_in_use(&pf)
@@ -53,11 +56,12 @@ impl Engine {
                     return Ok(gone);
                 }
             }
-            create(workshop, address, count, progress)
+            create(workshop, address, count, unmanaged, progress)
         });
     }
 
-    /// Whether a PF may have this many VFs: by its own total, and by the number of functions that the host is set up for.
+    /// Whether a PF may have this many VFs: by its own total, by the number of functions that the host is set up for, and by the bus
+    /// numbers and ARI above it.
     fn room_for(&self, pf: &HostFunction, count: u16) -> Result<(), Failure> {
         let address = pf.address;
         if count == 0 || count > pf.total_vfs {
@@ -75,7 +79,70 @@ impl Engine {
                 .on(address)
                 .hint("raise 'function-limit' in xpcid.yaml if Xen has the memory"));
         }
-        Ok(())
+        self.reachable(address, count).map_err(|failure| failure.on(address))
+    }
+
+    /// Whether requests reach all these VFs, by what the PF and the port above it say now.
+    fn reachable(&self, address: Sbdf, count: u16) -> Result<(), Failure> {
+        let host = self.platform.host.as_ref();
+        let bytes = |address| {
+            let read = host.config(address)?.read_all();
+            read.map_err(|error| {
+                Failure::new(ErrorCode::Failed, format!("read the config space of {address}: {error}"))
+            })
+        };
+        let Some(routing) = VfRouting::of(address, &bytes(address)?) else { return Ok(()) };
+        let port = match host.ports_above(address)?.first() {
+            Some(port) => Some(PortAbove::of(*port, &bytes(*port)?)),
+            None => None,
+        };
+        routing.check(count, port.as_ref()).map_err(|why| {
+            let failure = Failure::refused(why.to_string());
+            match why {
+                Unroutable::Buses { .. } => failure.hint(
+                    "enable fewer VFs; or have more buses reserved below that bridge, by the firmware's settings or the kernel's \
+                     'pci=assign-busses'",
+                ),
+                Unroutable::Ari { .. } => failure.hint("enable ARI in the firmware's settings, or use another slot"),
+                Unroutable::NoAddresses { .. } | Unroutable::Segment { .. } => {
+                    failure.hint("its SR-IOV capability says so; see 'lspci -vv'")
+                }
+            }
+        })
+    }
+
+    /// A task that changed a PF's VFs ended; what happened to them meanwhile was left for now.
+    pub(super) fn vfs_changed(&mut self, address: Sbdf) {
+        self.busy_pfs.remove(&address);
+        self.stirred.one(address);
+        // Those that left ...
+        self.stirred.all_of(self.syncing.vfs(address));
+        // ... and those that came.
+        match self.platform.host.function(address) {
+            Ok(pf) => {
+                self.keeping.vfs_enabled(&pf.virtual_functions);
+                self.stirred.all_of(pf.virtual_functions);
+            }
+            Err(error) => log::warn!("{error}"),
+        }
+    }
+
+    /// Takes PFs back from pci-pf-stub that an earlier life gave to it, before it was killed with no VF enabled yet, or none any more.
+    pub(super) fn take_back_stubs(&mut self) {
+        let host = std::sync::Arc::clone(&self.platform.host);
+        for address in unmanaged::noted(&self.settings.run_directory) {
+            let without_vfs = host.function(address).is_ok_and(|pf| {
+                let wanted =
+                    self.settings.virtual_functions.iter().any(|entry| entry.means(host.as_ref(), &pf));
+                pf.num_vfs == 0 && !wanted
+            });
+            if without_vfs {
+                let reply = Reply::of_nobody(self.inbox.clone());
+                self.change_vfs(address, reply, Ok(()), move |workshop, progress| {
+                    destroy(workshop, address, progress)
+                });
+            }
+        }
     }
 
     /// Enables the VFs that the settings ask for, on PFs that have none: what somebody else enabled is left as it is.
@@ -85,17 +152,12 @@ impl Engine {
             return;
         }
         let host = std::sync::Arc::clone(&self.platform.host);
-        let functions = match host.functions() {
-            Ok(functions) => functions,
-            Err(error) => {
-                return self.problems.push(format!("enable the VFs that the settings ask for: {error}"));
+        let pfs = match all_pfs(host.as_ref()) {
+            Ok(pfs) => pfs,
+            Err(failure) => {
+                return self.problems.push(format!("enable the VFs that the settings ask for: {failure}"));
             }
         };
-        let pfs: Vec<HostFunction> = functions
-            .into_iter()
-            .filter_map(|address| host.function(address).ok())
-            .filter(|function| function.total_vfs > 0)
-            .collect();
         for entry in wanted {
             let matching: Vec<&HostFunction> =
                 pfs.iter().filter(|pf| entry.means(host.as_ref(), pf)).collect();
@@ -115,7 +177,12 @@ impl Engine {
                     );
                     continue;
                 }
-                self.create_vfs(pf.address, entry.count, Reply::of_nobody(self.inbox.clone()));
+                self.create_vfs(
+                    pf.address,
+                    entry.count,
+                    entry.unmanaged && pf.driver.is_none(),
+                    Reply::of_nobody(self.inbox.clone()),
+                );
             }
         }
     }
@@ -128,11 +195,7 @@ impl Engine {
     }
 
     fn physical_function(&self, address: Sbdf) -> Result<HostFunction, Failure> {
-        let function = existing(self.platform.host.as_ref(), address)?;
-        if function.total_vfs == 0 {
-            let failure = Failure::refused(format!("{address} is no PF: it has no SR-IOV capability"));
-            return Err(failure.on(address));
-        }
+        let function = known_pf(self.platform.host.as_ref(), address)?;
         if self.busy_pfs.contains(&address) || self.busy.contains(&address) {
             return Err(Failure::refused(format!("{address} is being changed right now"))
                 .on(address)
@@ -173,6 +236,7 @@ impl Engine {
             return reply.done(Err(failure));
         }
         self.busy_pfs.insert(address);
+        self.syncing.touch(address);
         let workshop = self.workshop();
         let task = move || {
             let outcome = change(&workshop, &|text| reply.progress(text));
@@ -191,6 +255,25 @@ fn create(
     workshop: &Workshop,
     address: Sbdf,
     count: u16,
+    unmanaged: bool,
+    progress: &dyn Fn(&str),
+) -> Result<Success, Failure> {
+    if unmanaged {
+        progress(&format!("binding {address} to {STUB}"));
+        workshop.give_to_stub(&workshop.platform.host.function(address)?)?;
+    }
+    enable(workshop, address, count, progress).map_err(|failure| match workshop.take_from_stub(address) {
+        Ok(_) => failure,
+        Err(second) => {
+            Failure { message: format!("{}; and then: {}", failure.message, second.message), ..failure }
+        }
+    })
+}
+
+fn enable(
+    workshop: &Workshop,
+    address: Sbdf,
+    count: u16,
     progress: &dyn Fn(&str),
 ) -> Result<Success, Failure> {
     let (host, limit) = (&workshop.platform.host, workshop.settings.driver_limit());
@@ -198,11 +281,13 @@ fn create(
     progress(&format!("enabling {count} VFs of {address}"));
     let enabled = host.set_num_vfs(address, count, limit);
     // Put back at once: while it is off, nobody else could bind these VFs either.
-    host.set_vf_autoprobe(address, probed)?;
-    let came_up = enabled.map_err(Failure::from).and_then(|()| {
-        // The kernel's write returns when all VFs are there; what is left is the settling time after VF Enable.
-        thread::sleep(SETTLE);
-        all_known(workshop, address, count, limit)
+    let put_back = host.set_vf_autoprobe(address, probed);
+    // VFs answer config accesses 100 ms after VF Enable was set, not before (PCI Express 6.0, section 9.3.3.3.1): the kernel waits
+    // that long before it looks for them, within the write.
+    let came_up = enabled.and(put_back).map_err(Failure::from);
+    let came_up = came_up.and_then(|_| all_known(workshop, address, count, limit)).and_then(|vfs| {
+        prepare_networks(&workshop.platform, &workshop.settings, address, &vfs)?;
+        Ok(vfs)
     });
     match came_up {
         Ok(vfs) => {
@@ -221,7 +306,11 @@ fn create(
             Ok(()) => Err(failure),
             Err(error) if error.errno() == Some(Errno::ENOENT) => Err(failure),
             Err(error) => {
-                Err(Failure { message: format!("{}; and then: {error}", failure.message), ..failure })
+                let message = format!("{}; and then: {error}", failure.message);
+                // They stay until somebody disables them, whoever reads this answer.
+                let problem = format!("{address} has VFs that did not all come up: {message}");
+                workshop.inbox.send(Event::Problem(problem));
+                Err(Failure { message, ..failure })
             }
         },
     }
@@ -234,7 +323,13 @@ fn all_known(workshop: &Workshop, pf: Sbdf, count: u16, limit: Duration) -> Resu
     loop {
         let seen = workshop.changes.count();
         let vfs = platform.host.function(pf)?.virtual_functions;
-        let unknown = vfs.iter().find(|vf| !platform.hypervisor.device_known(**vf).unwrap_or(false));
+        let mut unknown = None;
+        for vf in &vfs {
+            if !platform.hypervisor.device_known(*vf)? {
+                unknown = Some(*vf);
+                break;
+            }
+        }
         let missing = match unknown {
             Some(vf) => format!("Xen does not know {vf}"),
             None if vfs.len() < usize::from(count) => format!("{} of {count} VFs appeared", vfs.len()),
@@ -253,6 +348,10 @@ fn destroy(workshop: &Workshop, address: Sbdf, progress: &dyn Fn(&str)) -> Resul
     let host = &workshop.platform.host;
     let before = host.function(address)?.num_vfs;
     if before == 0 {
+        if workshop.take_from_stub(address)? {
+            let message = format!("{address} has no VFs enabled; it was taken from {STUB}");
+            return Ok(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() });
+        }
         return Ok(Success::Already { message: format!("{address} has no VFs enabled") });
     }
     progress(&format!("disabling {before} VFs of {address}"));
@@ -264,6 +363,7 @@ fn destroy(workshop: &Workshop, address: Sbdf, progress: &dyn Fn(&str)) -> Resul
         return Err(failure
             .hint("its driver refused, see dom0's kernel log: a VF held by xen-pciback is in use to it"));
     }
+    workshop.take_from_stub(address)?;
     let message = format!("{address} has no VFs any more");
     Ok(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() })
 }

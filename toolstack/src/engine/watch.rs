@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Instant;
 
 use log::{error, info, warn};
-use nix::errno::Errno;
+use pciback::inventory::Owner;
 use pciback::platform::{HostEvent, HostFunction};
 use pciback::{FunctionState, Sbdf};
 
@@ -32,8 +32,17 @@ impl Stirred {
         self.addresses.insert(address);
     }
 
+    pub fn all_of(&mut self, addresses: impl IntoIterator<Item = Sbdf>) {
+        self.addresses.extend(addresses);
+    }
+
     pub fn everything(&mut self) {
         self.all = true;
+    }
+
+    /// Whether something is being looked at.
+    pub fn looking(&self) -> bool {
+        self.looking
     }
 }
 
@@ -64,9 +73,19 @@ impl Changes {
 /// One function, looked at.
 #[derive(Debug)]
 pub struct Seen {
-    address: Sbdf,
+    pub(super) address: Sbdf,
     /// `None`: it is not on the host.
-    function: Option<HostFunction>,
+    pub(super) function: Option<HostFunction>,
+    /// Who owns it in Xen; `None`: Xen does not know it.
+    pub(super) owner: Option<Owner>,
+}
+
+/// What was looked at.
+#[derive(Debug)]
+pub struct Look {
+    seen: Vec<Seen>,
+    /// Whether everything was looked at, or something could not be read: then the lists are compared, too.
+    compare: bool,
 }
 
 impl Engine {
@@ -82,7 +101,12 @@ impl Engine {
                 self.set_gone(address);
                 self.stirred.one(address);
             }
-            HostEvent::Added(address) | HostEvent::Changed(address) => {
+            HostEvent::Added(address) => {
+                self.syncing.begin_anew(address);
+                self.keeping.appeared(address);
+                self.stirred.one(address);
+            }
+            HostEvent::Changed(address) => {
                 // The kernel says so, too, when it recovers from errors.
                 self.look_at_errors_soon();
                 self.stirred.one(address);
@@ -106,23 +130,30 @@ impl Engine {
         }
         *looking = true;
         let (addresses, all) = (std::mem::take(addresses), std::mem::take(all));
-        let known: Vec<Sbdf> = self.records.keys().copied().collect();
-        let workshop = self.workshop();
+        let recorded: Vec<Sbdf> = if all { self.records.keys().copied().collect() } else { Vec::new() };
+        let (workshop, busy) = (self.workshop(), self.busy.clone());
         let task = move || {
-            let host = workshop.platform.host.as_ref();
             let addresses: BTreeSet<Sbdf> = match all {
-                true => host.functions().unwrap_or_default().into_iter().chain(known).collect(),
+                true => {
+                    let listed = workshop.platform.host.functions().unwrap_or_else(|error| {
+                        warn!("{error}");
+                        Vec::new()
+                    });
+                    listed.into_iter().chain(recorded).chain(addresses).collect()
+                }
                 false => addresses,
             };
-            let seen = addresses.into_iter().filter_map(|address| match host.function(address) {
-                Ok(function) => Some(Seen { address, function: Some(function) }),
-                Err(error) if error.errno() == Some(Errno::ENOENT) => Some(Seen { address, function: None }),
-                Err(error) => {
-                    warn!("{error}");
-                    None
-                }
-            });
-            workshop.inbox.send(Event::Seen(seen.collect()));
+            let count = addresses.len();
+            let look_at = |address| {
+                let function = workshop.find(address).map_err(|error| warn!("{error}")).ok()?;
+                // What Xen does not tell, or whoever changes it now, is no reason for anything.
+                let asked = (!busy.contains(&address)).then(|| workshop.owner(address).ok()).flatten();
+                let owner = asked.unwrap_or(Some(Owner::Unknown));
+                Some(Seen { address, function, owner })
+            };
+            let seen: Vec<Seen> = addresses.into_iter().filter_map(look_at).collect();
+            let compare = all || seen.len() < count;
+            workshop.inbox.send(Event::Seen(Look { seen, compare }));
         };
         if let Err(problem) = thread::Builder::new().name("look".into()).spawn(task) {
             error!("look at the host's functions: start a thread: {problem}");
@@ -130,20 +161,30 @@ impl Engine {
         }
     }
 
-    pub(super) fn seen(&mut self, seen: Vec<Seen>) {
+    pub(super) fn seen(&mut self, look: Look) {
         self.stirred.looking = false;
-        for Seen { address, function } in seen {
+        if look.compare {
+            self.syncing.is_due();
+        }
+        for seen in look.seen {
+            self.compare(&seen);
+            let Seen { address, function, .. } = seen;
             // One in a transaction is looked at when that has ended.
-            let Some(record) = self.records.get(&address).cloned() else { continue };
             if self.busy.contains(&address) {
                 continue;
             }
+            let Some(record) = self.records.get(&address).cloned() else {
+                match function {
+                    Some(function) => self.keep_for_guests(&function),
+                    None => self.keeping.left(address),
+                }
+                continue;
+            };
             match function {
                 Some(function) if is_same(&record, &function) => self.still_there(record, &function),
                 other => self.left(record, other.is_some()),
             }
         }
-        self.look();
     }
 
     /// A function that is where it was: somebody may have given it to another driver.
@@ -168,6 +209,7 @@ impl Engine {
     fn left(&mut self, record: Record, replaced: bool) {
         let address = record.address;
         self.silent.remove(&address);
+        self.syncing.touch(address);
         let how = if replaced { "was replaced by another function" } else { "left the host" };
         match record.state {
             FunctionState::Gone if !replaced => {}
@@ -178,6 +220,8 @@ impl Engine {
                     self.problems.push(error.to_string());
                 }
                 self.records.remove(&address);
+                // Another one may have come to its place.
+                self.stirred.one(address);
             }
             FunctionState::Quarantined if record.guest.is_none() => {
                 // What was distrusted is not there any more; what comes to its place is another one.
@@ -185,6 +229,8 @@ impl Engine {
                 let gone = Record { state: FunctionState::Gone, quarantine: None, ..record };
                 self.keep(gone);
             }
+            // What failed, and quarantined it, is tried again a few times; its guest reads all ones all the same.
+            FunctionState::Quarantined if !self.syncing.may_try(address) => {}
             _ => {
                 warn!("{address}: it {how} while a guest had it; it is withdrawn");
                 self.set_gone(address);

@@ -61,6 +61,9 @@ pub enum Request {
     PciAssignableAdd {
         /// The function.
         address: Sbdf,
+        /// Takes it even while something in dom0 uses it.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        force: bool,
     },
     /// Gives a held function back to dom0 and the driver it came from.
     PciAssignableRemove {
@@ -98,6 +101,9 @@ pub enum Request {
         address: Sbdf,
         /// How many, from 1 to the PF's total.
         count: u16,
+        /// Binds a PF that has no driver to pci-pf-stub, which manages nothing.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        unmanaged: bool,
     },
     /// Makes a PF have this many VFs, 0 included.
     VfSetCount {
@@ -124,9 +130,9 @@ pub enum Request {
         /// What to set; the rest stays as it is.
         settings: VfSettings,
     },
-    /// Shows the network settings of a VF.
+    /// Shows the network settings of a VF, or of all VFs of a PF.
     VfShow {
-        /// The VF.
+        /// The VF or PF.
         address: Sbdf,
     },
     /// The registers on the path of a function that decide over its errors.
@@ -257,6 +263,13 @@ pub enum Success {
     AerStatus(AerStatusView),
     /// Who is hit when a function fails.
     BlastRadius(Box<Radius>),
+    /// The network settings of a PF's VFs.
+    VfNetworks {
+        /// The PF.
+        physical_function: Sbdf,
+        /// Its VFs, in order.
+        vfs: Vec<VfNetworkView>,
+    },
     /// The policies of a function.
     Policy(Box<PolicyView>),
     /// Functions explained.
@@ -387,12 +400,12 @@ mod tests {
         let domain = DomainName("pv1".into());
         for request in [
             Request::PciAssignableList,
-            Request::PciAssignableAdd { address },
+            Request::PciAssignableAdd { address, force: true },
             Request::PciAssignableRemove { address },
             Request::PciAttach { domain: domain.clone(), address, slot: Some(3) },
             Request::PciDetach { domain: domain.clone(), address, force: true },
             Request::PciList { domain },
-            Request::VfCreate { address, count: 3 },
+            Request::VfCreate { address, count: 3, unmanaged: true },
             Request::VfSetCount { address, count: 0 },
             Request::VfDestroy { address },
             Request::VfList { address: None },

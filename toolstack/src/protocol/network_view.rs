@@ -24,7 +24,7 @@ pub struct VfNetworkView {
     /// What the PF's driver reports now; absent where it reports nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub in_force: Option<VfSettings>,
-    /// What 'vf set' set.
+    /// What 'vf set' set, and where that says nothing the service's settings.
     #[serde(default, skip_serializing_if = "VfSettings::is_empty")]
     pub wished: VfSettings,
     /// What was there before, of that; it comes back when the VF goes back to dom0.

@@ -57,6 +57,9 @@ pub struct VfView {
     /// The VF.
     #[serde(flatten)]
     pub function: FunctionView,
+    /// Why a guest gets it only where a policy permits untrusted VFs, in words that follow its PF's address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub untrusted: Option<String>,
 }
 
 /// The state of the service.
@@ -72,6 +75,9 @@ pub struct StatusView {
     pub guests: Vec<GuestView>,
     /// What needs somebody's attention.
     pub problems: Vec<String>,
+    /// What sysfs, Xen and xenstore disagreed on and the service repaired by itself: the last of it, the oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub repaired: Vec<String>,
 }
 
 /// What sysfs, Xen and xenstore disagreed on, and what was done about it.

@@ -12,6 +12,7 @@ use pciback::platform::{PlatformError, Resource};
 use pciback::{DomId, Sbdf};
 
 use super::{Context, guest_of};
+use crate::domains;
 use crate::journal::{Grant, Record};
 use crate::outcome::{ErrorCode, Failure};
 use crate::spec::SpecExt;
@@ -72,7 +73,7 @@ pub(super) fn release_msix(context: &Context<'_>, record: &mut Record) -> Result
     Ok(())
 }
 
-pub(super) fn assign(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
+pub(super) fn assign(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
     let domain = guest_of(record)?;
     (context.progress)(&format!("assigning {} to domain {domain}", record.address));
     context.platform.hypervisor.assign(domain, record.address).map_err(|error| {
@@ -90,7 +91,14 @@ pub(super) fn assign(context: &Context<'_>, record: &mut Record) -> Result<(), F
             Some(Errno::EBUSY) => failure.hint("another domain owns it; see 'xl pci-list'"),
             _ => failure,
         }
-    })
+    })?;
+    let privilege = domains::privilege(context.platform.store.as_ref(), domain)?;
+    Ok(privilege.map(|why| {
+        format!(
+            "domain {domain} is privileged: it {why}; what {} lets it do reaches beyond itself",
+            record.address
+        )
+    }))
 }
 
 pub(super) fn deassign(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {

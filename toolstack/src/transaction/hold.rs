@@ -1,11 +1,12 @@
 //! Taking a function from dom0 and giving it back.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::warn;
 use nix::errno::Errno;
-use pciback::DomId;
-use pciback::platform::{Host, HostFunction};
+use pciback::platform::{Host, HostFunction, Platform};
+use pciback::pv::nodes;
+use pciback::{DomId, Sbdf};
 
 use super::Context;
 use crate::journal::Record;
@@ -15,6 +16,9 @@ use crate::settings::Holder;
 /// Drivers that hold a function without using it, best first: recovery from errors in the neighbourhood is vetoed by
 /// a driver without error handlers, and pci-stub has none.
 const HOLDERS: [&str; 2] = ["pciback", "pci-stub"];
+
+/// How long the kernel may take from telling of a function that appears until drivers may have it.
+const APPEARANCE: Duration = Duration::from_secs(5);
 
 /// The driver that holds, when the function is bound to such a one.
 pub fn holder_of(function: &HostFunction) -> Option<&str> {
@@ -50,33 +54,68 @@ pub(super) fn take_driver(context: &Context<'_>, record: &mut Record) -> Result<
             record.address
         )
     });
+    record.incarnation = function.incarnation;
     if holder_of(&function).is_some() {
-        record.incarnation = function.incarnation;
         return Ok(warning.filter(|_| function.driver.as_deref() == Some("pci-stub")));
     }
-    record.incarnation = function.incarnation;
-    if let Some(driver) = &function.driver {
-        // One without a driver may be on its way back from an attempt that failed: what is known stays.
-        record.original_driver = Some(driver.clone());
+    let names_no_holder = |name: &String| !HOLDERS.contains(&name.as_str());
+    if let Some(before) = function.driver_override.filter(names_no_holder) {
+        record.original_override = Some(before);
     }
+    // Written before anything is changed.
     context.write(record)?;
-    (context.progress)(&format!("binding {} to {holder}", record.address));
     host.set_driver_override(record.address, Some(holder))?;
-    rebind(host.as_ref(), &function, context.settings.driver_limit())?;
-    let bound = host.function(record.address)?.driver;
-    if bound.as_deref() == Some(holder) {
-        return Ok(warning);
+    // Where a driver was just being asked, the override waited for its answer; from here on no other one is.
+    let function = host.function(record.address)?;
+    if let Some(driver) = function.driver {
+        // One without a driver may be on its way back from an attempt that failed: what is known stays.
+        record.original_driver = Some(driver);
+        record.unprobed = false;
+        context.write(record)?;
     }
-    Err(Failure::new(
-        ErrorCode::Failed,
-        format!(
-            "bind {} to {holder}: the kernel left it with {}",
-            record.address,
-            bound.as_deref().unwrap_or("no driver")
-        ),
-    )
-    .on(record.address)
-    .hint("see dom0's kernel log"))
+    let taken = match refuse_in_use(host.as_ref(), record.address) {
+        Err(failure) if context.force && failure.code == ErrorCode::Refused => {
+            Some(format!("taken although {}", failure.message))
+        }
+        other => other.map(|()| None)?,
+    };
+    (context.progress)(&format!("binding {} to {holder}", record.address));
+    bind(context, record.address, holder)?;
+    host.forget_slot(record.address)?;
+    let warnings: Vec<String> = taken.into_iter().chain(warning).collect();
+    Ok(Some(warnings.join("; ")).filter(|text| !text.is_empty()))
+}
+
+/// Refuses to take a function from a driver through which somebody uses it.
+pub fn refuse_in_use(host: &dyn Host, address: Sbdf) -> Result<(), Failure> {
+    let uses: Vec<String> = host.uses(address)?.iter().map(ToString::to_string).collect();
+    if uses.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::refused(format!("{address} is in use: {}", uses.join("; ")))
+        .on(address)
+        .hint("end that first; 'xpci pci-assignable-add --force' takes the function away from under it"))
+}
+
+/// Binds a function to the driver of its override.
+fn bind(context: &Context<'_>, address: Sbdf, driver: &str) -> Result<(), Failure> {
+    let (host, limit) = (&context.platform.host, context.settings.driver_limit());
+    let deadline = Instant::now() + APPEARANCE;
+    host.unbind(address, limit)?;
+    loop {
+        let seen = context.serving.host_changes();
+        host.probe(address, limit)?;
+        let bound = host.function(address)?.driver;
+        if bound.as_deref() == Some(driver) {
+            return Ok(());
+        }
+        // One that has just appeared is not offered to drivers before the kernel has finished with it. An event tells of that.
+        if bound.is_some() || !context.serving.wait_for_host(seen, deadline) {
+            let left_with = bound.as_deref().unwrap_or("no driver");
+            let text = format!("bind {address} to {driver}: the kernel left it with {left_with}");
+            return Err(Failure::new(ErrorCode::Failed, text).on(address).hint("see dom0's kernel log"));
+        }
+    }
 }
 
 pub(super) fn give_back_driver(
@@ -88,23 +127,27 @@ pub(super) fn give_back_driver(
         return Ok(None);
     }
     let function = host.function(record.address)?;
-    host.set_driver_override(record.address, None)?;
+    let (before, limit) = (record.original_override.as_deref(), context.settings.driver_limit());
     let Some(original) = record.original_driver.clone() else {
+        host.set_driver_override(record.address, before)?;
         // It came without a driver; it goes back without one. A driver that does not hold was never taken away.
-        if holder_of(&function).is_none() {
-            return Ok(None);
+        if holder_of(&function).is_some() {
+            host.unbind(record.address, limit)?;
         }
-        host.unbind(record.address, context.settings.driver_limit())?;
+        if record.unprobed {
+            host.probe(record.address, limit)?;
+        }
         return Ok(None);
     };
     if function.driver.as_ref() == Some(&original) {
+        host.set_driver_override(record.address, before)?;
         return Ok(None);
     }
     (context.progress)(&format!("giving {} back to {original}", record.address));
     // Only the driver it came from may take it, even where another loaded one would match too.
     host.set_driver_override(record.address, Some(&original))?;
-    let bound = rebind(host.as_ref(), &function, context.settings.driver_limit());
-    host.set_driver_override(record.address, None)?;
+    let bound = host.unbind(record.address, limit).and_then(|()| host.probe(record.address, limit));
+    host.set_driver_override(record.address, before)?;
     bound?;
     let now = host.function(record.address)?.driver;
     if now.as_ref() == Some(&original) {
@@ -118,12 +161,6 @@ pub(super) fn give_back_driver(
     )))
 }
 
-fn rebind(host: &dyn Host, function: &HostFunction, limit: Duration) -> Result<(), Failure> {
-    host.unbind(function.address, limit)?;
-    host.probe(function.address, limit)?;
-    Ok(())
-}
-
 pub(super) fn own(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
     let hypervisor = &context.platform.hypervisor;
     if !hypervisor.device_known(record.address)? {
@@ -132,15 +169,27 @@ pub(super) fn own(context: &Context<'_>, record: &mut Record) -> Result<(), Fail
             .hint("dom0's kernel failed to report it; see 'xl dmesg'"));
     }
     if !hypervisor.assignable(record.address)? {
-        return Err(Failure::refused(format!("{} belongs to a guest already", record.address))
-            .on(record.address)
-            .hint("find the guest with 'xl pci-list' and detach it there first"));
+        return Err(a_guests(context.platform, record.address));
     }
     match hypervisor.assign(DomId::IO, record.address) {
         // The quarantine domain owns it already, for example because xl holds it.
         Err(error) if matches!(error.errno(), Some(Errno::EBUSY | Errno::EEXIST)) => Ok(()),
         other => Ok(other?),
     }
+}
+
+/// The refusal to take a function that a guest has, by another toolstack.
+pub fn a_guests(platform: &Platform, address: Sbdf) -> Failure {
+    match nodes::pciback_guest(platform.store.as_ref(), address) {
+        Ok(Some(domain)) => {
+            Failure::refused(format!("{address} belongs to domain {domain}, through xen-pciback"))
+                .of(domain)
+                .hint(format!("detach it with 'xl pci-detach {domain} {address}' first"))
+        }
+        _ => Failure::refused(format!("{address} belongs to a guest already"))
+            .hint("find the guest with 'xl pci-list' and detach it there first"),
+    }
+    .on(address)
 }
 
 pub(super) fn disown(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {

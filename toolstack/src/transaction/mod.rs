@@ -12,6 +12,8 @@ mod path;
 mod quarantine;
 mod reset;
 
+use std::time::Instant;
+
 use log::{info, warn};
 use nix::errno::Errno;
 use pciback::platform::Platform;
@@ -19,10 +21,11 @@ use pciback::{DomId, FunctionState, Sbdf};
 use serde::{Deserialize, Serialize};
 
 pub use attach::image_path;
-pub use hold::holder_of;
+pub use hold::{a_guests, holder_of, refuse_in_use};
 pub use network::{
-    NetworkRecord, change as change_network, described as describe_network, look as look_at_network,
-    place as vf_place, reapply as reapply_network,
+    NetworkRecord, Seen as SeenNetwork, change as change_network, described as describe_network,
+    look as look_at_network, look_at_all as look_at_networks, place as vf_place, prepare as prepare_networks,
+    reapply as reapply_network,
 };
 pub use path::{FunctionPath, Member, before as before_on_path, blast_radius, not_handled, value_in};
 pub use reset::{ResetCheck, ResetPlan, reset_and_verify};
@@ -66,7 +69,8 @@ pub enum Step {
     ContainErrors,
     /// The guest may map its BARs, use its ports and its INTx line. Undo: it may not.
     Grant,
-    /// The VF's network settings are what 'vf set' asked for. Undo: they stay, and what the guest had changed is reported.
+    /// The VF's network settings are what 'vf set' and the service's settings ask for. Undo: they are so again, and what the guest had
+    /// changed is reported.
     ApplyNetwork,
     /// Its image, the part of its virtual config space that outlives the service, is there. Undo: gone.
     Image,
@@ -141,6 +145,10 @@ pub trait Serving: Sync {
     fn withdraw(&self, record: &Record, parting: Parting) -> Result<Option<String>, Failure>;
     /// Why the function shall end quarantined, where somebody decided that while a transaction has it.
     fn distrusted(&self, address: Sbdf) -> Option<String>;
+    /// How many things have happened to the host's functions; ask before looking.
+    fn host_changes(&self) -> u64;
+    /// Waits until more than `seen` have; `false` when nothing did before the deadline.
+    fn wait_for_host(&self, seen: u64, deadline: Instant) -> bool;
     /// Whether the engine has stopped: then nobody carries out the first two, and what is under way is the next life's.
     fn ended(&self) -> bool;
 }
@@ -159,6 +167,8 @@ pub struct Context<'a> {
     pub serving: &'a dyn Serving,
     /// How a guest loses the function when steps are undone.
     pub parting: Parting,
+    /// Whether a function is taken from its driver even while somebody uses it.
+    pub force: bool,
     /// Told what is done now.
     pub progress: &'a dyn Fn(&str),
 }
@@ -306,7 +316,7 @@ impl Context<'_> {
             Step::Quarantine => hold::own(self, record).map(|()| None),
             Step::Reset => reset::run(self, record).map(|()| None),
             Step::PrepareMsix => attach::prepare_msix(self, record).map(|()| None),
-            Step::Assign => attach::assign(self, record).map(|()| None),
+            Step::Assign => attach::assign(self, record),
             Step::ContainErrors => path::apply(self, record),
             Step::Grant => attach::grant(self, record).map(|()| None),
             Step::ApplyNetwork => network::apply(self, record),

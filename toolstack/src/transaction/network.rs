@@ -1,17 +1,22 @@
-//! The network settings that the administrator wishes for a VF: put in force, kept in force, and taken back.
+//! The network settings that the administrator wishes for a VF, by 'vf set' or in the service's settings: put in force, kept in force,
+//! and taken back.
 //!
-//! They are set through the PF at once, again at each attach and after each reset that a guest asks for (a reset may lose them), and
-//! what was there before the first of them is put back when the VF goes back to dom0.
+//! Those of 'vf set' are set through the PF at once, those of the service's settings when the VF is created; all of them at each attach,
+//! after each reset that a guest asks for (a reset may lose them) and when the guest is gone. What was there before the first of them
+//! is put back when the VF goes back to dom0.
 
 use log::warn;
 use nix::errno::Errno;
 use pciback::Sbdf;
-use pciback::platform::{Cause, Platform, PlatformError, VfNetwork, VfPlace, VfSetting, VfSettings};
+use pciback::platform::{
+    Cause, HostFunction, Platform, PlatformError, VfNetwork, VfPlace, VfSetting, VfSettings,
+};
 use serde::{Deserialize, Serialize};
 
 use super::{Context, both};
 use crate::journal::{Journal, Record};
 use crate::outcome::{ErrorCode, Failure};
+use crate::settings::Settings;
 
 /// What the journal knows of a VF's network settings.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -19,11 +24,26 @@ use crate::outcome::{ErrorCode, Failure};
 pub struct NetworkRecord {
     /// What the administrator set.
     pub wished: VfSettings,
+    /// What the service's settings said when a guest got it last.
+    #[serde(skip_serializing_if = "VfSettings::is_empty")]
+    pub configured: VfSettings,
     /// What was there before, of those settings.
     pub before: VfSettings,
     /// Why that could not be put back.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
+}
+
+impl NetworkRecord {
+    /// What is to be in force.
+    pub fn wanted(&self) -> VfSettings {
+        self.wished.or(self.configured)
+    }
+
+    /// What is in force otherwise than it should be, in words.
+    pub fn differs(&self, found: &VfSettings) -> Option<String> {
+        deviation(&self.wanted(), found)
+    }
 }
 
 /// What a PF's driver says of one VF.
@@ -77,7 +97,21 @@ pub fn place(platform: &Platform, address: Sbdf) -> Result<VfPlace, Failure> {
     Ok(VfPlace { address, physical_function, index: index as u16 })
 }
 
-/// Asks the PF's driver.
+/// Asks a PF's driver for all of its VFs.
+pub fn look_at_all(platform: &Platform, pf: &HostFunction) -> Result<Vec<Seen>, Failure> {
+    let found = platform
+        .network
+        .vf_settings(pf.address)
+        .map_err(|error| Failure::from(error).on(pf.address).hint("see 'ip link show' in dom0"))?;
+    let seen = pf.virtual_functions.iter().enumerate().map(|(index, address)| Seen {
+        vf: VfPlace { address: *address, physical_function: pf.address, index: index as u16 },
+        interface: found.as_ref().map(|network| network.interface.clone()),
+        settings: found.as_ref().and_then(|network| network.vfs.get(&(index as u16)).copied()),
+    });
+    Ok(seen.collect())
+}
+
+/// Asks the PF's driver for one VF.
 pub fn look(platform: &Platform, address: Sbdf) -> Result<Seen, Failure> {
     let vf = place(platform, address)?;
     let found = platform
@@ -176,7 +210,8 @@ pub fn change(
     }
     // Noted before it is done: what nobody knows to be changed is never put back.
     let before = old.before.or(present.only(&wishes));
-    record.network = Some(NetworkRecord { wished: wishes.or(old.wished), before, problem: None });
+    record.network =
+        Some(NetworkRecord { wished: wishes.or(old.wished), before, problem: None, ..old.clone() });
     let write =
         |record: &Record| journal.write(record).map_err(|error| Failure::from(error).on(record.address));
     let network = platform.network.as_ref();
@@ -206,36 +241,76 @@ fn unconfirmed(platform: &Platform, address: Sbdf, wishes: &VfSettings) -> Optio
     }
 }
 
+/// Puts what the service's settings say in force for VFs that were just created, of PFs of which they say something.
+pub fn prepare(platform: &Platform, settings: &Settings, pf: Sbdf, vfs: &[Sbdf]) -> Result<(), Failure> {
+    let mut seen = None;
+    for (index, address) in vfs.iter().enumerate() {
+        let vf = VfPlace { address: *address, physical_function: pf, index: index as u16 };
+        let wanted = settings.network(platform.host.as_ref(), vf)?;
+        if wanted.is_empty() {
+            continue;
+        }
+        let found = match &seen {
+            Some(found) => found,
+            None => seen.insert(platform.network.vf_settings(pf)?),
+        };
+        let settings = found.as_ref().and_then(|network| network.vfs.get(&vf.index).copied());
+        let interface = found.as_ref().map(|network| network.interface.clone());
+        put(platform.network.as_ref(), vf, &wanted, &Seen { vf, interface, settings }.settable()?)?;
+    }
+    Ok(())
+}
+
 /// Puts the wishes in force for the guest that gets the VF. A guest must not run with another VLAN or address than was wished: a
 /// failure fails the attach.
-pub(super) fn apply(context: &Context<'_>, record: &Record) -> Result<Option<String>, Failure> {
-    let Some(network) = record.network.as_ref().filter(|network| !network.wished.is_empty()) else {
-        return Ok(None);
+pub(super) fn apply(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
+    let mut network = record.network.clone().unwrap_or_default();
+    network.configured = match place(context.platform, record.address) {
+        Ok(vf) => context.settings.network(context.platform.host.as_ref(), vf)?,
+        // No VF.
+        Err(failure) if failure.code == ErrorCode::Refused => VfSettings::default(),
+        Err(failure) => return Err(failure),
     };
+    let wanted = network.wanted();
+    if wanted.is_empty() {
+        return Ok(None);
+    }
     (context.progress)(&format!("setting the network of {}", record.address));
     let seen = look(context.platform, record.address)?;
-    put(context.platform.network.as_ref(), seen.vf, &network.wished, &seen.settable()?)?;
-    Ok(unconfirmed(context.platform, record.address, &network.wished))
+    let present = seen.settable()?;
+    // Noted before it is done: what nobody knows to be changed is never put back.
+    network.before = network.before.or(present.only(&wanted));
+    record.network = Some(network);
+    context.write(record)?;
+    put(context.platform.network.as_ref(), seen.vf, &wanted, &present)?;
+    Ok(unconfirmed(context.platform, record.address, &wanted))
 }
 
 /// Puts in force again what a reset in a guest's hands lost. What is in force already is left alone: the guest can make this
 /// happen as often as it likes, and drivers log each change.
 pub fn reapply(platform: &Platform, address: Sbdf, network: Option<&NetworkRecord>) -> Result<(), Failure> {
-    let Some(network) = network.filter(|network| !network.wished.is_empty()) else { return Ok(()) };
+    let Some(wanted) = network.map(NetworkRecord::wanted).filter(|wanted| !wanted.is_empty()) else {
+        return Ok(());
+    };
     let seen = look(platform, address)?;
     let present = seen.settable()?;
-    put(platform.network.as_ref(), seen.vf, &network.wished.unlike(&present), &present)
+    put(platform.network.as_ref(), seen.vf, &wanted.unlike(&present), &present)
 }
 
-/// What the guest has made of the settings, now that its driver has run; for the log and the administrator, no failure.
+/// What the guest has made of the settings, which ends now; for the log and the administrator, no failure: the next attach sets
+/// them again, or fails.
 pub(super) fn verify(context: &Context<'_>, record: &Record) -> Option<String> {
-    let network = record.network.as_ref().filter(|network| !network.wished.is_empty())?;
+    let network = record.network.as_ref().filter(|network| !network.wanted().is_empty())?;
     if context.left_the_host(record) {
         return None;
     }
     let seen = look(context.platform, record.address).ok()?;
-    let deviation = deviation(&network.wished, &seen.settings?)?;
-    let text = format!("the guest had changed the network settings of {}: {deviation}", record.address);
+    let differs = network.differs(&seen.settings?)?;
+    let undone = match reapply(context.platform, record.address, Some(network)) {
+        Ok(()) => String::new(),
+        Err(failure) => format!("; it stays so until the next attach: {}", failure.message),
+    };
+    let text = format!("the guest had changed the network settings of {}: {differs}{undone}", record.address);
     warn!("{text}");
     Some(text)
 }

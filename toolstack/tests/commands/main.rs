@@ -78,7 +78,7 @@ fn network_settings_that_fail_are_undone_keep_a_vf_from_its_guest_and_are_report
 #[test]
 fn the_settings_and_commands_say_how_many_vfs_a_pf_has() {
     let directory = tempfile::tempdir().unwrap();
-    let settings = "function-limit: 9\nvirtual-functions:\n  - {pf: '01:00.0', count: 3}\n  - {id: 'dead:beef', count: 1}\n";
+    let settings = "function-limit: 11\nvirtual-functions:\n  - {pf: '01:00.0', count: 3}\n  - {id: 'dead:beef', count: 1}\n";
     let daemon = Daemon::start_with(directory, &host(), settings);
     daemon.wait_for_log("has 3 VFs");
     play_on("vf-count", &daemon);
@@ -87,6 +87,15 @@ fn the_settings_and_commands_say_how_many_vfs_a_pf_has() {
 #[test]
 fn pfs_and_vfs_that_nobody_watches_over_need_a_permission() {
     play("permit", host());
+}
+
+#[test]
+fn what_dom0_uses_is_refused_by_name_and_a_pf_without_a_driver_needs_a_word_more() {
+    let virtio = "{address: 02:00.0, model: virtio-net, irq: 11, interfaces: [eth1]}";
+    let used = virtio.replace("eth1]", "eth1], uses: [{interface: {name: eth1, up: true, master: br0}}]");
+    // A PF whose driver is not loaded.
+    let host = host().replace(virtio, &used).replace("drivers: [igb, ", "drivers: [");
+    play("holding", host);
 }
 
 #[test]

@@ -9,6 +9,7 @@ use pciback::platform::{VfSettings, sim};
 use pciback::{FunctionState, Sbdf};
 use toolstack::outcome::Failure;
 use toolstack::protocol::{Request, Success, VfNetworkView};
+use toolstack::settings::WantedVfs;
 
 use crate::crashes::{killed_anywhere, settled};
 use crate::frontend::{Frontend, write_op};
@@ -18,6 +19,8 @@ const VF: &str = "01:10.0";
 /// Device Control of the VFs, whose PCI Express capability lies at 0xa0.
 const DEVICE_CONTROL: u32 = 0xa8;
 const INITIATE_FLR: u32 = 1 << 15;
+const COMMAND: u32 = 4;
+const BUS_MASTER: u32 = 1 << 2;
 
 fn wishes() -> VfSettings {
     VfSettings {
@@ -68,6 +71,92 @@ fn what_a_guest_changes_is_shown_told_at_detach_and_undone_at_the_next_attach() 
     assert!(said.unwrap().contains("mac 52:54:00:00:00:99 instead of mac 52:54:00:aa:bb:01"), "{warnings:?}");
     service.attach(WEB, vf).unwrap();
     assert_eq!(show(&service, vf).differing, [""; 0]);
+}
+
+/// The settings file's wishes for the PF: all VFs in a VLAN, the first with an address of its own.
+fn configured() -> Vec<WantedVfs> {
+    let all = VfSettings { vlan: Some("100".parse().unwrap()), trust: Some(true), ..VfSettings::default() };
+    let first = VfSettings { mac: wishes().mac, vlan: wishes().vlan, ..VfSettings::default() };
+    vec![WantedVfs {
+        pf: Some(bdf("01:00.0")),
+        id: None,
+        serial: None,
+        count: 2,
+        unmanaged: false,
+        network: all,
+        vfs: [(0, first)].into(),
+    }]
+}
+
+fn in_force(world: &World, address: &str) -> VfSettings {
+    world.simulation.vf_network(bdf(address)).unwrap()
+}
+
+#[test]
+fn s7_what_the_settings_say_is_set_when_vfs_are_created_and_when_a_guest_gets_one() {
+    let (world, vf) = (World::without_vfs(), bdf(VF));
+    let _frontend = Frontend::load(&world, WEB);
+    let service = world.start_with_vfs(configured());
+    wait_until("the VFs are there and set", || {
+        let set = |address: &str| {
+            world.simulation.vf_network(bdf(address)).is_some_and(|found| found.trust == Some(true))
+        };
+        set(VF) && set("01:10.2")
+    });
+    let created = in_force(&world, VF);
+    assert_eq!((created.mac, created.vlan, created.trust), (wishes().mac, wishes().vlan, Some(true)));
+    let other = in_force(&world, "01:10.2");
+    assert_eq!(
+        (other.mac.unwrap().to_string().as_str(), other.vlan),
+        ("00:00:00:00:00:00", "100".parse().ok())
+    );
+
+    // Whoever changed it meanwhile: the guest gets what the settings say, and 'vf set' goes before them.
+    world.simulation.guest_sets(vf, VfSetting::Vlan("7".parse().unwrap()));
+    service.hold(vf).unwrap();
+    set(&service, vf, VfSettings { max_rate: Some(500), ..VfSettings::default() }).unwrap();
+    service.attach(WEB, vf).unwrap();
+    let attached = in_force(&world, VF);
+    assert_eq!((attached.mac, attached.vlan, attached.max_rate), (wishes().mac, wishes().vlan, Some(500)));
+    assert_eq!(show(&service, vf).differing, [""; 0]);
+    service.detach(WEB, vf).unwrap();
+    service.release(vf).unwrap();
+    let released = in_force(&world, VF);
+    assert_eq!(
+        (released.vlan, released.max_rate),
+        ("7".parse().ok(), Some(0)),
+        "as it was when it was taken"
+    );
+}
+
+#[test]
+fn s7_vfs_whose_settings_cannot_be_set_are_not_created() {
+    let world = World::without_vfs();
+    world.fail("set_vf_setting", Some(bdf("01:10.2")), Errno::EIO, 1);
+    let service = world.start_with_vfs(configured());
+    wait_until("it is said", || service.status().problems.iter().any(|problem| problem.contains("01:10.2")));
+    assert_eq!(world.host().function(bdf("01:00.0")).unwrap().num_vfs, 0, "all or none");
+    // The next try works.
+    service.call(Request::VfCreate { address: bdf("01:00.0"), count: 2, unmanaged: false }).unwrap();
+    assert_eq!(in_force(&world, "01:10.2").vlan, "100".parse().ok());
+}
+
+#[test]
+fn s7_what_a_guests_driver_makes_of_the_settings_when_it_starts_is_noticed_by_itself() {
+    let (world, vf) = (World::new(), bdf(VF));
+    let frontend = Frontend::load(&world, WEB);
+    let service = world.start();
+    service.hold(vf).unwrap();
+    set(&service, vf, wishes()).unwrap();
+    service.attach(WEB, vf).unwrap();
+    frontend.ask(&write_op(0, COMMAND, 2, BUS_MASTER));
+    world.simulation.guest_sets(vf, VfSetting::Mac("52:54:00:00:00:99".parse().unwrap()));
+    let said = "0000:01:10.0 has other network settings than wished: mac 52:54:00:00:00:99 instead of mac 52:54:00:aa:bb:01";
+    wait_until("it is said", || service.status().problems.iter().any(|problem| problem == said));
+    let warnings = warnings(service.detach(WEB, vf));
+    assert!(warnings.iter().any(|warning| warning.contains("the guest had changed")), "{warnings:?}");
+    assert_eq!(world.simulation.vf_network(vf).unwrap().mac, wishes().mac, "put back at once");
+    assert_eq!(service.status().problems, [""; 0]);
 }
 
 #[test]

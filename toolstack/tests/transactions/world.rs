@@ -23,7 +23,7 @@ use toolstack::outcome::Failure;
 use toolstack::protocol::{
     Call, DomainName, Envelope, EventView, FunctionView, Happening, Request, StatusView, Success, VERSION,
 };
-use toolstack::settings::{Holder, Settings};
+use toolstack::settings::{Holder, Settings, WantedVfs};
 use toolstack::{client, control};
 
 /// Longer than anything a test waits for takes on a busy machine.
@@ -62,9 +62,22 @@ impl World {
     }
 
     pub fn without_vfs() -> Self {
+        Self::on_xen("4.17")
+    }
+
+    /// The same, without VFs, on another version of Xen.
+    pub fn on_xen(version: &str) -> Self {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/sim/two-guests.yaml");
-        let simulation = Simulation::from_yaml(&fs::read_to_string(path).unwrap()).unwrap();
-        Self { simulation, directory: tempfile::tempdir().unwrap() }
+        let host = fs::read_to_string(path).unwrap().replace("xen: 4.17", &format!("xen: {version}"));
+        Self::of(&host)
+    }
+
+    /// The host that a YAML text describes.
+    pub fn of(host: &str) -> Self {
+        let simulation = Simulation::from_yaml(host).unwrap();
+        // In memory where that can be had: what the disk takes is no matter of these tests.
+        let directory = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+        Self { simulation, directory }
     }
 
     /// Makes one of the service's calls fail, after some good ones.
@@ -102,25 +115,30 @@ impl World {
 
     /// Starts the service.
     pub fn start(&self) -> Service {
-        self.start_life(Settings { ..self.settings() })
+        self.start_life(self.settings(), &[])
     }
 
     /// Starts the service with a policy of its own about errors, the text below `errors:`.
     pub fn start_with_errors(&self, errors: &str) -> Service {
-        let policy = PolicyFile::parse("errors.yaml", &format!("errors: {{{errors}}}\n")).unwrap();
-        self.start_with(self.settings(), vec![policy])
+        self.start_with(&[&format!("errors: {{{errors}}}\n")])
     }
 
     /// Starts the service with a limit for what guests may take, in seconds.
     pub fn start_impatient(&self) -> Service {
-        self.start_life(Settings { guest_limit_seconds: 1, ..self.settings() })
+        self.start_life(Settings { guest_limit_seconds: 1, ..self.settings() }, &[])
     }
 
-    fn start_life(&self, settings: Settings) -> Service {
-        self.start_with(settings, Vec::new())
+    /// Starts the service with VFs in its settings.
+    pub fn start_with_vfs(&self, virtual_functions: Vec<WantedVfs>) -> Service {
+        self.start_life(Settings { virtual_functions, ..self.settings() }, &[])
     }
 
-    fn start_with(&self, settings: Settings, mut policies: Vec<PolicyFile>) -> Service {
+    /// Starts the service with these policy files besides.
+    pub fn start_with(&self, policies: &[&str]) -> Service {
+        self.start_life(self.settings(), policies)
+    }
+
+    fn start_life(&self, settings: Settings, more: &[&str]) -> Service {
         let fuse = Fuse::default();
         let platform = self.simulation.platform_with("test", &fuse).unwrap();
         fs::create_dir_all(settings.run_directory.join("images")).unwrap();
@@ -128,8 +146,8 @@ impl World {
         let socket = settings.socket();
         // Some tests attach the NVMe controller, which is a PF.
         let permit = PolicyFile::parse("permit.yaml", "permit: [physical-function]\n").unwrap();
-        policies.push(permit);
-        let policies = PolicySet::new(policies);
+        let more = more.iter().map(|text| PolicyFile::parse("more.yaml", text).unwrap());
+        let policies = PolicySet::new(more.chain([permit]).collect());
         let mut engine = Engine::new(platform, settings, policies, journal, "this boot".into()).unwrap();
         engine.recover().unwrap();
         let inbox = engine.inbox();
@@ -137,7 +155,10 @@ impl World {
         let stop = Arc::new(EventFd::new().unwrap());
         let stopped = Arc::clone(&stop);
         let thread = thread::spawn(move || engine.run(stopped.as_fd()).unwrap());
-        Service { socket, stop, fuse, inbox, thread: Some(thread) }
+        let service = Service { socket, stop, fuse, inbox, thread: Some(thread) };
+        // What it does by itself when it starts has ended when it has answered this; it may have been made to fail.
+        let _ = service.call(Request::Sync { dry_run: true });
+        service
     }
 
     /// What the journal has of a function.
@@ -230,7 +251,7 @@ impl Service {
     }
 
     pub fn hold(&self, address: Sbdf) -> Result<Success, Failure> {
-        self.call(Request::PciAssignableAdd { address })
+        self.call(Request::PciAssignableAdd { address, force: false })
     }
 
     pub fn release(&self, address: Sbdf) -> Result<Success, Failure> {

@@ -1,47 +1,59 @@
-//! Writes to sysfs that may block for minutes, in a process of their own.
+//! Writes to sysfs that may block for minutes, in processes of their own.
 //!
 //! Unbinding a driver, a reset or a change of the number of VFs can sleep in the kernel where no signal reaches. A thread
 //! that does so keeps its whole process, with its event channels, from ending; a child that holds no descriptor of the
-//! service does not. The child is the service's own program, started anew with a hidden first argument.
+//! service does not. The child is the service's own program, started anew with a hidden first argument. Starting it takes longer than
+//! most writes: a child that has answered is kept for the next one, and ends with the service, which closes its input.
 
-use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, BufRead as _, Write as _};
 use std::os::fd::{AsFd as _, RawFd};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, ExitCode, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::{Deserialize, Serialize};
 
 use crate::platform::Cause;
 
 /// The hidden first argument of the child.
 pub const SUBCOMMAND: &str = "__sysfs-write";
+/// How many children without work are kept.
+const KEPT: usize = 8;
+
+/// What a child is told, a line of JSON for each write.
+#[derive(Debug, Serialize, Deserialize)]
+struct Order {
+    path: PathBuf,
+    value: String,
+}
 
 /// Does the work of the child and says how it ended, if this process was started to be one. The first thing in `main`.
 pub fn run_if_child() -> Option<ExitCode> {
-    let mut arguments = std::env::args_os().skip(1);
-    (arguments.next()? == SUBCOMMAND).then(|| child_main(arguments))
+    (std::env::args_os().nth(1)? == SUBCOMMAND).then(child_main)
 }
 
-/// The child: writes the second argument into the file named by the first, and reports the error number on its standard
+/// The child: makes the writes that its standard input tells it to, and reports each one's error number on its standard
 /// output; 0 is success.
-fn child_main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
+fn child_main() -> ExitCode {
     close_inherited();
-    let (Some(path), Some(value)) = (arguments.next(), arguments.next()) else {
-        return ExitCode::from(2);
-    };
-    let number = match write(Path::new(&path), value.as_encoded_bytes()) {
-        Ok(()) => 0,
-        Err(error) => error.raw_os_error().unwrap_or(Errno::EIO as i32),
-    };
-    match writeln!(io::stdout(), "{number}") {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::FAILURE,
+    for line in io::stdin().lock().lines() {
+        let Ok(Ok(order)) = line.map(|line| serde_json::from_str::<Order>(&line)) else {
+            return ExitCode::from(2);
+        };
+        let number = match write(&order.path, order.value.as_bytes()) {
+            Ok(()) => 0,
+            Err(error) => error.raw_os_error().unwrap_or(Errno::EIO as i32),
+        };
+        if writeln!(io::stdout(), "{number}").is_err() {
+            return ExitCode::FAILURE;
+        }
     }
+    ExitCode::SUCCESS
 }
 
 /// Everything the service opens is closed on exec; this holds for what a library may have opened otherwise.
@@ -62,13 +74,69 @@ pub fn write(path: &Path, value: &[u8]) -> io::Result<()> {
 }
 
 /// Starts the children.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Blocking {
     /// The service's own program; without one, writes are made in this process and nothing limits them.
-    pub program: Option<PathBuf>,
+    program: Option<PathBuf>,
+    /// Children without work.
+    idle: Arc<Mutex<Vec<Writer>>>,
+}
+
+/// A child that makes one write after the other.
+#[derive(Debug)]
+struct Writer {
+    child: Child,
+    input: ChildStdin,
+    output: ChildStdout,
+}
+
+impl Writer {
+    fn start(program: &Path) -> io::Result<Self> {
+        let mut child = Command::new(program)
+            .arg(SUBCOMMAND)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()?;
+        match (child.stdin.take(), child.stdout.take()) {
+            (Some(input), Some(output)) => Ok(Self { child, input, output }),
+            _ => Err(io::Error::other("the child has no standard input or output")),
+        }
+    }
+
+    /// What the child reports of the write that it was told to make; its end ends the waiting.
+    fn answer(&mut self) -> Result<(), Cause> {
+        // A line of a few bytes, written at once, when there is anything to read.
+        let mut text = [0; 16];
+        let length = io::Read::read(&mut self.output, &mut text).map_err(Cause::from)?;
+        if length == 0 {
+            let status = self.child.wait().map_err(Cause::from)?;
+            let text = format!("the child that writes ended with {status} and no answer");
+            return Err(Cause::Malformed(text));
+        }
+        match std::str::from_utf8(&text[..length]).ok().and_then(|text| text.trim().parse().ok()) {
+            Some(0) => Ok(()),
+            Some(number) => Err(io::Error::from_raw_os_error(number).into()),
+            None => Err(Cause::Malformed("the child that writes answered no number".to_owned())),
+        }
+    }
+
+    /// Ends a child that has nothing to do.
+    fn end(self) {
+        let Self { mut child, input, output } = self;
+        drop((input, output));
+        if let Err(error) = child.wait() {
+            log::warn!("wait for a child: {error}");
+        }
+    }
 }
 
 impl Blocking {
+    /// Writes are made in children which run `program`; without one, in this process.
+    pub fn new(program: Option<PathBuf>) -> Self {
+        Self { program, idle: Arc::default() }
+    }
+
     /// Writes `value` to `path` and waits up to `limit`. When that has passed the child goes on alone; `finished` runs when
     /// the write has ended, however late.
     pub fn write(
@@ -83,42 +151,66 @@ impl Blocking {
             finished();
             return written.map_err(Cause::from);
         };
-        let spawned = Command::new(program)
-            .arg(SUBCOMMAND)
-            .arg(path)
-            .arg(value)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn();
-        let mut child = match spawned {
-            Ok(child) => child,
+        let mut writer = match self.told(program, path, value) {
+            Ok(writer) => writer,
             Err(error) => {
                 finished();
                 return Err(error.into());
             }
         };
-        let Some(output) = child.stdout.take() else {
-            finished();
-            return Err(Cause::Malformed("the child has no standard output".into()));
-        };
         // The pipe ends when the child does, whether it has answered or was killed.
-        match wait_until_readable(&output, limit) {
+        match wait_until_readable(&writer.output, limit) {
             Ok(true) => {
-                let answer = answer(child, output);
+                let answer = writer.answer();
                 finished();
+                match answer {
+                    Err(Cause::Malformed(_)) => writer.end(),
+                    _ => self.keep(writer),
+                }
                 answer
             }
             Ok(false) => {
                 log::warn!("write '{}' to {}: not done after {limit:?}", value.trim(), path.display());
-                leave(child, output, path.to_owned(), finished);
+                leave(writer, path.to_owned(), finished);
                 Err(Cause::TimedOut(limit))
             }
             Err(errno) => {
-                leave(child, output, path.to_owned(), finished);
+                leave(writer, path.to_owned(), finished);
                 Err(errno.into())
             }
         }
+    }
+
+    /// A child that has been told to write.
+    fn told(&self, program: &Path, path: &Path, value: &str) -> io::Result<Writer> {
+        let order = Order { path: path.to_owned(), value: value.to_owned() };
+        let mut line = serde_json::to_vec(&order)?;
+        line.push(b'\n');
+        loop {
+            let kept = self.idle().pop();
+            let again = kept.is_some();
+            let mut writer = kept.map_or_else(|| Writer::start(program), Ok)?;
+            match writer.input.write_all(&line) {
+                Ok(()) => return Ok(writer),
+                // Somebody ended it while it had nothing to do.
+                Err(_) if again => writer.end(),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn keep(&self, writer: Writer) {
+        let mut idle = self.idle();
+        if idle.len() < KEPT {
+            idle.push(writer);
+        } else {
+            drop(idle);
+            writer.end();
+        }
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Writer>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -137,27 +229,15 @@ fn wait_until_readable(output: &ChildStdout, limit: Duration) -> Result<bool, Er
     }
 }
 
-/// What the child reported, after it has ended.
-fn answer(mut child: Child, output: ChildStdout) -> Result<(), Cause> {
-    let mut text = String::new();
-    let read = output.take(16).read_to_string(&mut text);
-    let status = child.wait().map_err(Cause::from)?;
-    read.map_err(Cause::from)?;
-    match text.trim().parse() {
-        Ok(0) => Ok(()),
-        Ok(number) => Err(io::Error::from_raw_os_error(number).into()),
-        Err(_) => Err(Cause::Malformed(format!("the child that writes ended with {status} and no answer"))),
-    }
-}
-
 /// Lets the child go on, and takes note of its end, so that it does not stay as a zombie.
-fn leave(child: Child, output: ChildStdout, path: PathBuf, finished: impl FnOnce() + Send + 'static) {
+fn leave(mut writer: Writer, path: PathBuf, finished: impl FnOnce() + Send + 'static) {
     let started = thread::Builder::new().name("xpci-reaper".into()).spawn(move || {
-        match answer(child, output) {
+        match writer.answer() {
             Ok(()) => log::info!("the late write to {} is done", path.display()),
             Err(cause) => log::warn!("the late write to {} failed: {cause}", path.display()),
         }
         finished();
+        writer.end();
     });
     if let Err(error) = started {
         log::error!("start a thread that waits for a child: {error}");
@@ -177,26 +257,42 @@ mod tests {
         let path = directory.join("program");
         fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-        Blocking { program: Some(path) }
+        Blocking::new(Some(path))
     }
 
     #[test]
     fn the_child_gets_path_and_value_and_its_error_number_comes_back() {
         let directory = tempfile::tempdir().unwrap();
         let seen = directory.path().join("seen");
-        let blocking = script(directory.path(), &format!("echo \"$@\" > {}; echo 0", seen.display()));
-        blocking.write(Path::new("/a/b"), "7", Duration::from_secs(30), || ()).unwrap();
-        assert_eq!(fs::read_to_string(seen).unwrap(), "__sysfs-write /a/b 7\n");
+        let work = format!(
+            "echo \"$@\" >> {0}; while read line; do echo \"$line\" >> {0}; echo 0; done",
+            seen.display()
+        );
+        let blocking = script(directory.path(), &work);
+        for value in ["7", "8\n"] {
+            blocking.write(Path::new("/a/b"), value, Duration::from_secs(30), || ()).unwrap();
+        }
+        let told = fs::read_to_string(seen).unwrap();
+        let [started, first, second] = told.lines().collect::<Vec<_>>()[..] else { panic!("{told}") };
+        assert_eq!(started, "__sysfs-write", "one child for both");
+        assert_eq!(first, r#"{"path":"/a/b","value":"7"}"#);
+        assert!(second.contains(r#""8"#), "{second}");
 
-        let blocking = script(directory.path(), "echo 16");
-        let cause = blocking.write(Path::new("/a"), "1", Duration::from_secs(30), || ()).unwrap_err();
-        assert!(matches!(cause, Cause::Os(Errno::EBUSY)), "{cause}");
+        let blocking = script(directory.path(), "read line; echo 16");
+        for _ in 0..2 {
+            // The second time the child has ended, and another one is started.
+            let cause = blocking.write(Path::new("/a"), "1", Duration::from_secs(30), || ()).unwrap_err();
+            assert!(matches!(cause, Cause::Os(Errno::EBUSY)), "{cause}");
+            for writer in blocking.idle().iter_mut() {
+                writer.child.wait().unwrap();
+            }
+        }
     }
 
     #[test]
     fn a_child_that_dies_without_an_answer_is_an_error() {
         let directory = tempfile::tempdir().unwrap();
-        let blocking = script(directory.path(), "kill -9 $$");
+        let blocking = script(directory.path(), "read line; kill -9 $$");
         let cause = blocking.write(Path::new("/a"), "1", Duration::from_secs(30), || ()).unwrap_err();
         assert!(matches!(cause, Cause::Malformed(_)), "{cause}");
     }
@@ -206,7 +302,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let fifo = directory.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let blocking = script(directory.path(), &format!("read line < {}; echo 0", fifo.display()));
+        let blocking =
+            script(directory.path(), &format!("read order; read line < {}; echo 0", fifo.display()));
         let (sender, receiver) = std::sync::mpsc::channel();
         let finished = Arc::new(AtomicBool::new(false));
         let late = Arc::clone(&finished);
@@ -226,7 +323,7 @@ mod tests {
     #[test]
     fn without_a_program_the_write_is_made_here() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let blocking = Blocking { program: None };
+        let blocking = Blocking::new(None);
         blocking.write(file.path(), "3", Duration::ZERO, || ()).unwrap();
         assert_eq!(fs::read_to_string(file.path()).unwrap(), "3");
         let missing = blocking.write(Path::new("/nonexistent"), "3", Duration::ZERO, || ());

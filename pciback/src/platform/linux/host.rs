@@ -15,9 +15,10 @@ use super::attributes::{
 use super::blocking::Blocking;
 use super::config::SysfsConfig;
 use super::events::{PciEvents, Source};
+use super::users::Users;
 use crate::Sbdf;
 use crate::config::ConfigSpace;
-use crate::platform::{Cause, Host, HostEvents, HostFunction, PlatformError, Result};
+use crate::platform::{Cause, Host, HostEvents, HostFunction, PlatformError, Result, Use};
 
 /// How long a write may take that only waits for another change of the same function.
 const QUICK: Duration = Duration::from_secs(5);
@@ -29,6 +30,7 @@ const NULL: &str = "(null)";
 /// The host's PCI functions through sysfs.
 pub struct LinuxHost {
     root: PathBuf,
+    processes: PathBuf,
     blocking: Blocking,
     changing: Arc<Mutex<Changing>>,
 }
@@ -59,13 +61,24 @@ impl Changing {
 impl LinuxHost {
     /// The functions below this sysfs, usually `/sys`. Writes are made in this process until `with_child` is called.
     pub fn new(root: PathBuf) -> Self {
-        Self { root, blocking: Blocking { program: None }, changing: Arc::default() }
+        Self {
+            root,
+            processes: PathBuf::from("/proc"),
+            blocking: Blocking::default(),
+            changing: Arc::default(),
+        }
     }
 
     /// Makes writes that may block in children which run `program`; its `main` must begin with
     /// [`run_if_child`](super::blocking::run_if_child).
     pub fn with_child(mut self, program: PathBuf) -> Self {
-        self.blocking.program = Some(program);
+        self.blocking = Blocking::new(Some(program));
+        self
+    }
+
+    /// Asks this procfs, instead of `/proc`, who uses functions.
+    pub fn with_processes(mut self, root: PathBuf) -> Self {
+        self.processes = root;
         self
     }
 
@@ -248,16 +261,22 @@ impl Host for LinuxHost {
     }
 
     fn ports_above(&self, address: Sbdf) -> Result<Vec<Sbdf>> {
-        let error = |cause: Cause| PlatformError::new("find the ports above", address, cause);
-        let link = fs::canonicalize(self.directory(address)).map_err(|found| error(found.into()))?;
-        // .../devices/pci0000:00/0000:00:02.0/0000:01:10.0, with other components where a segment belongs to a driver.
-        let names = link.iter().filter_map(|name| name.to_str()).filter_map(|name| name.parse::<Sbdf>().ok());
-        let mut ports: Vec<Sbdf> = names.collect();
-        if ports.pop() != Some(address) {
-            return Err(error(Cause::Malformed(format!("{} is not its place", link.display()))));
+        let path = fs::canonicalize(self.directory(address))
+            .map_err(|error| missing("find the ports above", address)(error.into()))?;
+        let names = path.parent().into_iter().flat_map(Path::iter).rev();
+        Ok(names.map_while(|name| name.to_str()?.parse().ok()).collect())
+    }
+
+    fn uses(&self, address: Sbdf) -> Result<Vec<Use>> {
+        let directory = self.directory(address);
+        let driver = Attributes { directory: &directory, address }.link("driver")?;
+        if driver.is_none() {
+            let there = directory.exists().then(Vec::new);
+            return there.ok_or_else(|| PlatformError::new("find out who uses", address, Cause::Missing));
         }
-        ports.reverse();
-        Ok(ports)
+        Users { root: &self.root, processes: &self.processes, directory: &directory, address }
+            .find(driver.as_deref())
+            .map_err(|cause| PlatformError::new("find out who uses", address, cause))
     }
 
     fn drivers(&self) -> Result<Vec<String>> {
@@ -284,14 +303,26 @@ impl Host for LinuxHost {
         Ok(())
     }
 
+    fn forget_slot(&self, address: Sbdf) -> Result<()> {
+        let path = self.root.join("bus/pci/drivers/pciback/remove_slot");
+        match self.change(address, &path, &address.to_string(), QUICK) {
+            // Not loaded, or it does not know the address.
+            Ok(()) | Err(Cause::Missing) => Ok(()),
+            Err(cause) => Err(PlatformError::new("make xen-pciback forget the slot of", address, cause)),
+        }
+    }
+
     fn unbind(&self, address: Sbdf, limit: Duration) -> Result<()> {
         let directory = self.directory(address);
         if !directory.exists() {
             return Err(PlatformError::new("unbind", address, Cause::Missing));
         }
         let path = directory.join("driver/unbind");
+        if !path.exists() {
+            return Ok(());
+        }
         match self.change(address, &path, &address.to_string(), limit) {
-            // Without a driver there is no such file; ENODEV: it lost its driver meanwhile.
+            // It lost its driver meanwhile.
             Ok(()) | Err(Cause::Missing | Cause::Os(Errno::ENODEV)) => Ok(()),
             Err(cause) => Err(PlatformError::new("unbind", address, cause)),
         }

@@ -211,6 +211,16 @@ fn a_function_is_unbound_through_its_driver_and_without_one_nothing_happens() {
 }
 
 #[test]
+fn pciback_is_told_to_forget_a_slot_where_it_is_loaded() {
+    let tree = Tree::new();
+    tree.host().forget_slot(VF).unwrap();
+    fs::create_dir(tree.path("bus/pci/drivers/pciback")).unwrap();
+    tree.set("bus/pci/drivers/pciback/remove_slot", "");
+    tree.host().forget_slot(VF).unwrap();
+    assert_eq!(tree.get("bus/pci/drivers/pciback/remove_slot"), "0000:01:10.0");
+}
+
+#[test]
 fn probe_reset_and_numbers_of_vfs_go_to_their_attributes() {
     let tree = Tree::new();
     let host = tree.host();

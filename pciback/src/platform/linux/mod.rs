@@ -7,6 +7,7 @@ mod errors;
 pub mod events;
 mod host;
 mod network;
+mod users;
 mod vf_messages;
 
 pub use errors::LinuxErrors;

@@ -81,10 +81,31 @@ impl Failure {
     }
 }
 
+/// Calls that fail at random, the same ones for the same order of calls.
+#[derive(Debug)]
+struct Random {
+    state: u64,
+    one_in: u64,
+    failed: u64,
+}
+
+impl Random {
+    fn fails(&mut self) -> bool {
+        // Numerical Recipes' generator; its high bits are good enough.
+        self.state = self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let fails = (self.state >> 33).is_multiple_of(self.one_in);
+        self.failed += u64::from(fails);
+        fails
+    }
+}
+
 /// All failures of one host, as one life of the service meets them.
 #[derive(Clone, Default)]
 pub(super) struct Failures {
     list: Arc<Mutex<Vec<Failure>>>,
+    random: Arc<Mutex<Option<Random>>>,
+    /// Whether it meets those at random.
+    shaken: bool,
     /// How that life ends.
     pub fuse: Fuse,
 }
@@ -94,9 +115,19 @@ impl Failures {
         locked(&self.list).push(failure);
     }
 
-    /// The same failures, for a service that dies when the fuse says so.
-    pub fn of_a_life(&self, fuse: &Fuse) -> Self {
-        Self { list: Arc::clone(&self.list), fuse: fuse.clone() }
+    /// One in so many calls of the services' fails from now on.
+    pub fn at_random(&self, seed: u64, one_in: u64) {
+        *locked(&self.random) = Some(Random { state: seed, one_in: one_in.max(1), failed: 0 });
+    }
+
+    /// Ends that, and tells how many calls failed.
+    pub fn end_random(&self) -> u64 {
+        locked(&self.random).take().map_or(0, |random| random.failed)
+    }
+
+    /// The same failures, for a service that dies when the fuse says so; `shaken`: also those at random.
+    pub fn of_a_life(&self, fuse: &Fuse, shaken: bool) -> Self {
+        Self { shaken, fuse: fuse.clone(), ..self.clone() }
     }
 
     /// How many calls shall still fail.
@@ -112,6 +143,9 @@ impl Failures {
     /// Answers for one call. To be asked before any other lock is taken, because it may wait.
     pub fn check(&self, operation: &str, subject: Subject<'_>) -> Result<(), Cause> {
         self.fuse.look();
+        if self.shaken && locked(&self.random).as_mut().is_some_and(Random::fails) {
+            return Err(Errno::EIO.into());
+        }
         let (errno, delay) = {
             let mut failures = locked(&self.list);
             let Some(failure) = failures.iter_mut().find(|failure| failure.concerns(operation, &subject))

@@ -11,7 +11,7 @@ use super::locked;
 use super::world::{Answer, World};
 use crate::Sbdf;
 use crate::config::{Access, ConfigSpace};
-use crate::platform::{Cause, Host, HostEvents, HostFunction, PlatformError, Result};
+use crate::platform::{Cause, Host, HostEvents, HostFunction, PlatformError, Result, Use};
 
 pub(super) struct SimHost {
     world: Arc<Mutex<World>>,
@@ -45,7 +45,7 @@ impl SimHost {
                 errno => Cause::Os(errno),
             })
         };
-        let looks = matches!(operation, "function" | "config" | "ports_above");
+        let looks = matches!(operation, "function" | "config" | "ports_above" | "uses");
         let answer = failed.and_then(|()| if looks { call() } else { self.failures.fuse.change(call) });
         answer.map_err(|cause| PlatformError::new(action, address, cause))
     }
@@ -81,28 +81,35 @@ impl World {
     }
 }
 
-/// Type 1 headers (PCI Express 6.0, section 7.5.1.3): Header Type, Secondary and Subordinate Bus Number.
-const HEADER_TYPE: u16 = 0x0e;
-const BRIDGE: u8 = 0x01;
+/// The class of PCI-to-PCI bridges.
+const BRIDGE: u32 = 0x0604;
+/// Offsets of a bridge's Secondary and Subordinate Bus Number.
 const SECONDARY: u16 = 0x19;
 const SUBORDINATE: u16 = 0x1a;
 
 impl World {
-    /// The bridges that pass on what is meant for a function's bus, the nearest first.
     fn ports_above(&self, address: Sbdf) -> Vec<Sbdf> {
-        let mut ports: Vec<(u8, Sbdf)> = Vec::new();
-        for (port, function) in &self.functions {
-            let registers = &function.registers;
-            let secondary = registers.peek(SECONDARY);
-            if registers.peek(HEADER_TYPE) & 0x7f == BRIDGE
-                && port.segment() == address.segment()
-                && (secondary..=registers.peek(SUBORDINATE)).contains(&address.bus())
-            {
-                ports.push((secondary, *port));
-            }
+        let mut ports = Vec::new();
+        let mut below = address;
+        let leads_there = |port: &Sbdf, below: Sbdf| {
+            let registers = &self.functions[port].registers;
+            let buses = registers.peek(SECONDARY)..=registers.peek(SUBORDINATE);
+            registers.peek32(8) >> 16 == BRIDGE
+                && port.segment() == below.segment()
+                && port.bus() < below.bus()
+                && buses.contains(&below.bus())
+        };
+        while let Some(port) = self.functions.keys().rev().find(|port| leads_there(port, below)) {
+            ports.push(*port);
+            below = *port;
         }
-        ports.sort_unstable_by_key(|(secondary, _)| std::cmp::Reverse(*secondary));
-        ports.into_iter().map(|(_, port)| port).collect()
+        ports
+    }
+
+    fn uses(&self, address: Sbdf) -> Vec<Use> {
+        let own_driver = self.driver_of(address).is_some_and(|kind| !kind.any);
+        let uses = self.functions.get(&address).filter(|_| own_driver).map(|function| function.uses.clone());
+        uses.unwrap_or_default()
     }
 }
 
@@ -141,6 +148,10 @@ impl Host for SimHost {
         })
     }
 
+    fn uses(&self, address: Sbdf) -> Result<Vec<Use>> {
+        self.call(("uses", "find out who uses"), address, None, |world| Ok(world.uses(address)))
+    }
+
     fn drivers(&self) -> Result<Vec<String>> {
         Ok(locked(&self.world).drivers.clone())
     }
@@ -159,6 +170,11 @@ impl Host for SimHost {
             world.function(address)?.driver_override = driver.map(str::to_owned);
             Ok(())
         })
+    }
+
+    fn forget_slot(&self, address: Sbdf) -> Result<()> {
+        // The simulated xen-pciback goes by overrides only.
+        self.call(("forget_slot", "make xen-pciback forget the slot of"), address, None, |_| Ok(()))
     }
 
     fn unbind(&self, address: Sbdf, limit: Duration) -> Result<()> {

@@ -35,7 +35,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 
-use super::{Cause, ErrorEvent, HostEvent, Platform, PlatformError, Result, VfSetting, VfSettings};
+use super::{Cause, ErrorEvent, HostEvent, Platform, PlatformError, Result, Use, VfSetting, VfSettings};
 use crate::fault::{Detection, Fault, Severity};
 use crate::{DomId, Sbdf};
 
@@ -122,12 +122,15 @@ impl Simulation {
 
     /// This host as a platform, with a connection to its xenstore.
     pub fn platform(&self, description: &str) -> Result<Platform> {
-        self.platform_with(description, &Fuse::default())
+        self.platform_over(description, self.failures.of_a_life(&Fuse::default(), false))
     }
 
-    /// The same, for a service that dies when the fuse says so.
+    /// The same, for a service that dies when the fuse says so and meets failures at random.
     pub fn platform_with(&self, description: &str, fuse: &Fuse) -> Result<Platform> {
-        let failures = self.failures.of_a_life(fuse);
+        self.platform_over(description, self.failures.of_a_life(fuse, true))
+    }
+
+    fn platform_over(&self, description: &str, failures: Failures) -> Result<Platform> {
         Ok(Platform {
             host: Arc::new(host::SimHost::new(&self.world, &failures)),
             hypervisor: Arc::new(hypervisor::SimHypervisor::new(self, &failures)),
@@ -233,6 +236,16 @@ impl Simulation {
         self.failures.pending()
     }
 
+    /// One in so many calls of each service's fails with `EIO`, as the seed has it: see [`Self::platform_with`].
+    pub fn fail_at_random(&self, seed: u64, one_in: u64) {
+        self.failures.at_random(seed, one_in);
+    }
+
+    /// Ends that, and tells how many calls failed.
+    pub fn end_random_failures(&self) -> u64 {
+        self.failures.end_random()
+    }
+
     /// Nothing fails from now on.
     pub fn forget_failures(&self) {
         self.failures.clear();
@@ -241,6 +254,12 @@ impl Simulation {
     /// Who owns a function, as Xen's debug key Q shows it; `None` where Xen does not know it.
     pub fn owner(&self, address: Sbdf) -> Option<Owner> {
         locked(&self.world).xen.devices.get(&address).map(|device| device.owner)
+    }
+
+    /// All functions that Xen knows, with their owners.
+    pub fn owners(&self) -> BTreeMap<Sbdf, Owner> {
+        let world = locked(&self.world);
+        world.xen.devices.iter().map(|(address, device)| (*address, device.owner)).collect()
     }
 
     /// Whether a function's MSI-X table is prepared for a guest.
@@ -273,6 +292,13 @@ impl Simulation {
     pub fn guest_sets(&self, vf: Sbdf, setting: VfSetting) {
         if let Some(function) = locked(&self.world).functions.get_mut(&vf) {
             function.network.take(setting);
+        }
+    }
+
+    /// What uses a function from now on, while its own driver has it.
+    pub fn set_uses(&self, address: Sbdf, uses: Vec<Use>) {
+        if let Some(function) = locked(&self.world).functions.get_mut(&address) {
+            function.uses = uses;
         }
     }
 

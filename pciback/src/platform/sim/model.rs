@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 
 use crate::Sbdf;
+use crate::platform::Use;
 
 /// The models and drivers that every simulated host knows.
 const BUILT_IN: &str = include_str!("models.yaml");
@@ -118,6 +119,9 @@ pub(super) struct Function {
     /// Network interfaces that its own driver makes.
     #[serde(default)]
     pub interfaces: Vec<String>,
+    /// What uses it while its own driver has it.
+    #[serde(default)]
+    pub uses: Vec<Use>,
     /// How many VFs are enabled at first.
     #[serde(default)]
     pub num_vfs: u16,

@@ -12,7 +12,7 @@ use super::placement::{Kind, Placement};
 use super::registers::{Effect, Registers};
 use super::xen::{Device, Owner, Xen};
 use crate::config::Access;
-use crate::platform::{HostEvent, Resource, VfSettings};
+use crate::platform::{HostEvent, Resource, Use, VfSettings};
 use crate::{DomId, Sbdf};
 
 pub(super) type Answer<T> = Result<T, Errno>;
@@ -25,6 +25,8 @@ pub(super) struct SimFunction {
     pub numa_node: Option<u32>,
     /// What its own driver makes.
     pub interfaces: Vec<String>,
+    /// What uses it while its own driver has it.
+    pub uses: Vec<Use>,
     pub driver: Option<String>,
     pub driver_override: Option<String>,
     pub physical_function: Option<Sbdf>,

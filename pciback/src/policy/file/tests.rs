@@ -184,6 +184,23 @@ fn each_mistake_has_its_own_words() {
 }
 
 #[test]
+fn holding_at_once_says_for_which_functions_and_does_not_depend_on_a_guest() {
+    assert_eq!(parsed("match: {vendor: 8086}\nhold: at-once\n").hold, Some(Holding::AtOnce));
+    assert_eq!(parsed("hold: on-request\n").hold, Some(Holding::OnRequest));
+    for (text, message) in [
+        ("hold: at-once\n", "1:7: 'hold: at-once' needs a 'match' that says for which functions"),
+        ("match: {}\nhold: at-once\n", "2:7: 'hold: at-once' needs a 'match' that says for which functions"),
+        (
+            "match: {vendor: 8086, domain: web}\nhold: at-once\n",
+            "2:7: 'hold: at-once' cannot depend on 'domain': no guest has the function then",
+        ),
+        ("hold: always\n", "1:7: 'always' is no time to hold; it is one of on-request, at-once"),
+    ] {
+        assert_eq!(mistakes(text), [format!("f.yaml:{message}")], "{text}");
+    }
+}
+
+#[test]
 fn the_shipped_files_are_good_and_say_what_they_are_for() {
     let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/policies");
     let mut families = 0;

@@ -1,0 +1,141 @@
+//! Reading what sysfs, Xen and xenstore say of the host's functions.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use log::warn;
+use nix::errno::Errno;
+use pciback::config::CapabilityList;
+use pciback::inventory::{Function, HostView, Identity, Observed, Owner, Place, Published, Wanted};
+use pciback::platform::{HostFunction, PlatformError};
+use pciback::pv::nodes;
+use pciback::spec::CapabilityId;
+use pciback::{DomId, Sbdf};
+
+use super::tasks::Workshop;
+use crate::outcome::Failure;
+use crate::transaction::holder_of;
+
+/// Functions that were seen since the service started, with the PF of each VF: Xen cannot be asked for a list, and of a VF that left
+/// nobody else tells whose it was.
+pub(super) type Known = BTreeMap<Sbdf, Option<Sbdf>>;
+
+impl Workshop {
+    /// What the three lists say. A function of which they cannot be read is left alone: it is added to those that are busy, and
+    /// the second value says why.
+    pub(super) fn observe(
+        &self,
+        wanted: &mut Wanted,
+        known: &Known,
+    ) -> Result<(Observed, Vec<String>), Failure> {
+        let mut observed = Observed { domains: self.domains()?, ..Observed::default() };
+        self.published(&mut observed)?;
+        let listed = self.platform.host.functions()?;
+        let recorded = wanted.functions.keys().chain(known.keys()).copied();
+        let addresses: BTreeSet<Sbdf> = listed
+            .into_iter()
+            .chain(recorded)
+            .chain(observed.published.iter().map(|node| node.address))
+            .collect();
+        let mut unread = Vec::new();
+        for address in addresses {
+            let prepared = wanted.functions.get(&address).is_some_and(|intent| intent.msix_prepared);
+            match self.observe_one(address, prepared) {
+                Ok(mut function) => {
+                    let pf = known.get(&address).copied().flatten();
+                    function.physical_function = function.physical_function.or(pf);
+                    observed.functions.insert(address, function);
+                }
+                Err(error) => {
+                    warn!("{error}");
+                    unread.push(error.to_string());
+                    wanted.busy.insert(address);
+                }
+            }
+        }
+        Ok((observed, unread))
+    }
+
+    /// `prepared`: whether the service prepared its MSI-X table; only then somebody asks whether it has one.
+    fn observe_one(&self, address: Sbdf, prepared: bool) -> Result<Function, PlatformError> {
+        let function = self.find(address)?;
+        Ok(Function {
+            physical_function: function.as_ref().and_then(|function| function.physical_function),
+            host: function.map(|function| self.view(&function, prepared)),
+            xen: self.owner(address)?,
+        })
+    }
+
+    /// A function of the host's; `None` where there is none.
+    pub(super) fn find(&self, address: Sbdf) -> Result<Option<HostFunction>, PlatformError> {
+        match self.platform.host.function(address) {
+            Ok(function) => Ok(Some(function)),
+            Err(error) if error.errno() == Some(Errno::ENOENT) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn view(&self, function: &HostFunction, prepared: bool) -> HostView {
+        let msix = prepared && {
+            let config = self.platform.host.config(function.address).map_err(std::io::Error::other);
+            let bytes = config.and_then(|config| config.read_all()).unwrap_or_default();
+            CapabilityList::walk(&bytes).legacy(CapabilityId::MSI_X).is_some()
+        };
+        let (vendor, device) = (function.vendor, function.device);
+        let (subsystem_vendor, subsystem) = (function.subsystem_vendor, function.subsystem);
+        let (class, revision) = (function.class, function.revision);
+        HostView {
+            identity: Identity { vendor, device, subsystem_vendor, subsystem, class, revision, serial: None },
+            bridge: function.is_bridge(),
+            msix,
+            extended: false,
+            virtual_functions: function.virtual_functions.clone(),
+            num_vfs: function.num_vfs,
+            driver: function.driver.is_some(),
+            held: holder_of(function).is_some(),
+        }
+    }
+
+    /// Who owns a function in Xen; `None` where Xen does not know it.
+    pub(super) fn owner(&self, address: Sbdf) -> Result<Option<Owner>, PlatformError> {
+        let hypervisor = self.platform.hypervisor.as_ref();
+        if !hypervisor.device_known(address)? {
+            return Ok(None);
+        }
+        Ok(Some(match hypervisor.assignable(address) {
+            Ok(true) => Owner::Free,
+            Ok(false) => Owner::Guest,
+            Err(_) => Owner::Unknown,
+        }))
+    }
+
+    fn domains(&self) -> Result<BTreeSet<DomId>, PlatformError> {
+        let store = self.platform.store.as_ref();
+        let mut domains = BTreeSet::new();
+        for name in store.list("/local/domain")? {
+            if let Ok(number) = name.parse::<u16>()
+                && number != 0
+                && store.domain_exists(DomId(number))?
+            {
+                domains.insert(DomId(number));
+            }
+        }
+        Ok(domains)
+    }
+
+    fn published(&self, observed: &mut Observed) -> Result<(), PlatformError> {
+        let store = self.platform.store.as_ref();
+        for name in store.list(nodes::BACKENDS)? {
+            let Ok(number) = name.parse::<u16>() else { continue };
+            let domain = DomId(number);
+            for (index, devfn, _) in nodes::read_backend_functions(store, domain)? {
+                let node = store.read(&format!("{}/dev-{index}", nodes::backend_directory(domain)))?;
+                let address =
+                    node.and_then(|text| String::from_utf8(text).ok()).and_then(|text| text.parse().ok());
+                if let Some(address) = address {
+                    observed.published.insert(Published { address, place: Place { domain, devfn } });
+                }
+            }
+        }
+        Ok(())
+    }
+}
