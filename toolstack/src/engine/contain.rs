@@ -80,7 +80,7 @@ impl Engine {
                     format!("{}: taken from its guest: {why}; it is {}", record.address, record.state)
                 });
             }
-            (FunctionState::Held, Containment::Quarantine) => {
+            (FunctionState::Held | FunctionState::Host, Containment::Quarantine) => {
                 self.start(Course::Condemn, record, None, |record| {
                     format!("{}: quarantined", record.address)
                 });
