@@ -7,10 +7,7 @@ use std::time::{Duration, Instant};
 
 use log::{Level, error, info, log, warn};
 use pciback::config::{MaskedWrite, Planes};
-use pciback::platform::WatchEvent;
-use pciback::pv::{
-    Action, Counters, GuestFunction, Handshake, PAUSE, RingPlace, Server, ServerReport, Telling, nodes,
-};
+use pciback::pv::{Counters, GuestFunction, Handshake, NodeChange, Server, ServerReport, Telling, nodes};
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::hvm::Hvm;
@@ -31,23 +28,26 @@ pub(super) struct Guest {
     pub(super) hvm: Option<Hvm>,
     pub(super) server: Option<Server>,
     /// The functions while no thread serves them.
-    parked: BTreeMap<u8, Box<GuestFunction>>,
+    pub(super) parked: BTreeMap<u8, Box<GuestFunction>>,
     pub(super) counters: Arc<Counters>,
     /// Transactions that wait for the guest.
-    waiting: BTreeMap<u8, Waiting>,
+    pub(super) waiting: BTreeMap<u8, Waiting>,
+    /// Changes of its nodes that could not be made yet, and when they are tried again.
+    pub(super) unwritten: Vec<NodeChange>,
+    pub(super) write_again: Option<Instant>,
     /// When the handshake may go on after its nodes were removed.
-    pause: Option<Instant>,
+    pub(super) pause: Option<Instant>,
     log: LogLimit,
 }
 
-struct Waiting {
+pub(super) struct Waiting {
     answer: Answer,
     deadline: Instant,
     for_what: Awaited,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Awaited {
+pub(super) enum Awaited {
     /// The guest looks at the function.
     Look,
     /// Nobody in the guest may be there to look; that is no failure.
@@ -66,13 +66,15 @@ impl Guest {
             parked: BTreeMap::new(),
             counters,
             waiting: BTreeMap::new(),
+            unwritten: Vec::new(),
+            write_again: None,
             pause: None,
             log: LogLimit::new(),
         }
     }
 
     /// Notes in the log what the guest did, as far as its share goes.
-    fn say(&mut self, level: Level, text: &str) {
+    pub(super) fn say(&mut self, level: Level, text: &str) {
         match self.log.may_say(Instant::now()) {
             Some(0) => log!(level, "{text}"),
             Some(unsaid) => log!(level, "{text} ({unsaid} earlier lines about it were left out)"),
@@ -245,133 +247,13 @@ impl Engine {
     fn clean_up_unserved(&self, domain: DomId) -> Result<Option<String>, Failure> {
         let store = self.platform.store.as_ref();
         if nodes::read_backend_state(store, domain)?.is_some() {
-            nodes::apply(store, domain, &[nodes::NodeChange::RemoveAll])?;
+            nodes::apply(store, domain, &[NodeChange::RemoveAll])?;
         }
         Ok(None)
     }
 
-    fn watch_guest(&self, domain: DomId) -> Result<(), Failure> {
-        if !self.guests.contains_key(&domain) {
-            let directory = nodes::frontend_directory(domain);
-            self.platform.store.watch(&directory, &directory)?;
-        }
-        Ok(())
-    }
-
-    /// A node of some guest changed, or a watch was set.
-    pub(super) fn store_changed(&mut self, event: &WatchEvent) {
-        // The token is the frontend's directory, `/local/domain/DOMID/device/pci/0`.
-        let domain = event.token.split('/').nth(3).and_then(|number| number.parse().ok()).map(DomId);
-        if let Some(domain) = domain.filter(|domain| self.guests.contains_key(domain)) {
-            self.look_at_frontend(domain);
-        }
-    }
-
-    fn look_at_frontend(&mut self, domain: DomId) {
-        let view = match nodes::read_frontend(self.platform.store.as_ref(), domain) {
-            Ok(view) => view,
-            Err(error) => {
-                warn!("domain {domain}: {error}");
-                return;
-            }
-        };
-        if let Some(guest) = self.guests.get_mut(&domain) {
-            let actions = guest.handshake.frontend_changed(view);
-            self.act(domain, actions);
-        }
-    }
-
-    /// Carries out what a handshake wants, in its order.
-    pub(super) fn act(&mut self, domain: DomId, actions: Vec<Action>) {
-        let mut queue = std::collections::VecDeque::from(actions);
-        while let Some(action) = queue.pop_front() {
-            match action {
-                Action::Nodes(changes) => {
-                    if let Err(error) = nodes::apply(self.platform.store.as_ref(), domain, &changes) {
-                        error!("domain {domain}: {error}");
-                        self.problems.push(format!("domain {domain}: {error}"));
-                        self.give_up_adding(domain, &Failure::from(error).of(domain));
-                    }
-                }
-                Action::Connect(ring) => {
-                    let outcome = self.connect(domain, ring);
-                    if let Some(guest) = self.guests.get_mut(&domain) {
-                        // First: the nodes that follow rely on it.
-                        queue.extend(guest.handshake.ring_connected(outcome));
-                    }
-                }
-                Action::Disconnect => {
-                    self.disconnect(domain);
-                    self.quiesce_parked(domain);
-                }
-                Action::Added(devfn) => self.answer(domain, devfn, |awaited| match awaited {
-                    Awaited::Look | Awaited::FirstLook => Some(Ok(None)),
-                    Awaited::Release => None,
-                }),
-                Action::Waiting(devfn) => self.published(domain, devfn),
-                Action::Removed(devfn) => self.removed(domain, devfn),
-                Action::Report(text) => {
-                    if let Some(guest) = self.guests.get_mut(&domain) {
-                        guest.say(Level::Warn, &format!("domain {domain}: {text}"));
-                    }
-                }
-                Action::Pause => {
-                    if let Some(guest) = self.guests.get_mut(&domain) {
-                        guest.pause = Some(Instant::now() + PAUSE);
-                    }
-                }
-            }
-        }
-        self.forget_if_idle(domain);
-    }
-
-    fn connect(&mut self, domain: DomId, place: RingPlace) -> Result<(), String> {
-        let ring = self
-            .platform
-            .rings
-            .connect(domain, place.grant, place.port)
-            .map_err(|error| error.to_string())?;
-        let inbox = self.inbox.clone();
-        let Some(guest) = self.guests.get_mut(&domain) else { return Ok(()) };
-        let functions = std::mem::take(&mut guest.parked);
-        let report = Box::new(move |report| inbox.send(Event::Server(domain, report)));
-        let server = Server::start(domain, ring, functions, Arc::clone(&guest.counters), report);
-        guest.server = Some(server.map_err(|error| format!("start its thread: {error}"))?);
-        let text =
-            format!("domain {domain}: connected to its ring, grant {} and port {}", place.grant, place.port);
-        guest.say(Level::Info, &text);
-        Ok(())
-    }
-
-    pub(super) fn disconnect(&mut self, domain: DomId) {
-        if let Some(guest) = self.guests.get_mut(&domain)
-            && let Some(server) = guest.server.take()
-        {
-            match server.stop() {
-                Ok(functions) => {
-                    guest.parked = functions;
-                    guest.say(Level::Info, &format!("domain {domain}: its ring is given up"));
-                }
-                Err(stuck) => {
-                    error!("domain {domain}: {stuck}");
-                    self.problems.push(format!("domain {domain}: {stuck}"));
-                }
-            }
-        }
-    }
-
-    /// The frontend is gone: another one finds the functions as after an attach, interrupts and bus mastering off.
-    fn quiesce_parked(&mut self, domain: DomId) {
-        let Some(guest) = self.guests.get_mut(&domain) else { return };
-        for function in guest.parked.values_mut() {
-            if let Err(error) = function.quiesce() {
-                error!("{}: switch off for domain {domain}: {error}", function.address());
-            }
-        }
-    }
-
     /// The function is published but the guest has not connected: what its transaction waits for is not an answer to a dance.
-    fn published(&mut self, domain: DomId, devfn: u8) {
+    pub(super) fn published(&mut self, domain: DomId, devfn: u8) {
         if let Some(guest) = self.guests.get_mut(&domain)
             && let Some(waiting) = guest.waiting.get_mut(&devfn)
             && waiting.for_what == Awaited::Look
@@ -382,14 +264,14 @@ impl Engine {
     }
 
     /// The guest cannot be told of its new functions: what waits for it to look at them fails, and takes them back.
-    fn give_up_adding(&mut self, domain: DomId, failure: &Failure) {
+    pub(super) fn give_up_adding(&mut self, domain: DomId, failure: &Failure) {
         let waiting = self.guests.get(&domain).map(|guest| guest.waiting.keys().copied().collect::<Vec<_>>());
         for devfn in waiting.unwrap_or_default() {
             self.answer(domain, devfn, |awaited| (awaited != Awaited::Release).then(|| Err(failure.clone())));
         }
     }
 
-    fn answer(
+    pub(super) fn answer(
         &mut self,
         domain: DomId,
         devfn: u8,
@@ -428,7 +310,7 @@ impl Engine {
     }
 
     /// It let go of a function, or was overruled.
-    fn removed(&mut self, domain: DomId, devfn: u8) {
+    pub(super) fn removed(&mut self, domain: DomId, devfn: u8) {
         let outcome = self.switch_off(domain, devfn);
         self.answer(domain, devfn, |awaited| match awaited {
             Awaited::Release => Some(outcome),
@@ -440,7 +322,7 @@ impl Engine {
         });
     }
 
-    fn forget_if_idle(&mut self, domain: DomId) {
+    pub(super) fn forget_if_idle(&mut self, domain: DomId) {
         if self.guests.get(&domain).is_some_and(|guest| {
             guest.handshake.is_empty() && guest.waiting.is_empty() && !guest.has_functions()
         }) {
@@ -458,11 +340,13 @@ impl Engine {
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         let waiting =
             self.guests.values().flat_map(|guest| guest.waiting.values()).map(|waiting| waiting.deadline);
-        waiting.chain(self.guests.values().filter_map(|guest| guest.pause)).min()
+        let due = self.guests.values().flat_map(|guest| guest.pause.into_iter().chain(guest.write_again));
+        waiting.chain(due).min()
     }
 
     /// Overrules guests that took too long.
     pub(super) fn check_deadlines(&mut self, now: Instant) {
+        self.write_again(now);
         let paused = self.guests.iter().filter(|(_, guest)| guest.pause.is_some_and(|over| over <= now));
         for domain in paused.map(|(domain, _)| *domain).collect::<Vec<_>>() {
             if let Some(guest) = self.guests.get_mut(&domain) {

@@ -5,6 +5,7 @@
 
 mod contain;
 mod faults;
+mod frontends;
 mod guests;
 mod hvm;
 mod keeping;

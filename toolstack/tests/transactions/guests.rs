@@ -108,6 +108,22 @@ fn a_connected_guest_gets_a_second_function_loses_one_and_then_the_last() {
 }
 
 #[test]
+fn nodes_that_could_not_be_written_are_written_later_in_their_order() {
+    let world = World::new();
+    let (first, second) = (bdf("01:10.0"), bdf("01:10.2"));
+    let (frontend, service) = attached(&world, WEB, &[first, second]);
+    // The guest is asked by its nodes to let go.
+    world.fail("transaction", None, Errno::EIO, 0);
+    service.detach(WEB, second).unwrap();
+    let store = world.simulation.platform("test").unwrap().store;
+    wait_until("one function is in the guest's nodes", || {
+        nodes::read_backend_functions(store.as_ref(), WEB).unwrap().len() == 1
+    });
+    assert_eq!(world.simulation.pending_failures(), 0);
+    assert_eq!(frontend.read(0, VENDOR, 2), 0x8086, "the other one goes on");
+}
+
+#[test]
 fn attached_and_detached_ten_times_nothing_is_left() {
     let world = World::new();
     let (frontend, service) = attached(&world, WEB, &[bdf("01:10.0")]);

@@ -101,14 +101,6 @@ fn settle(service: &Service) -> StatusView {
         let synced = service.call(Request::Sync { dry_run: false });
         let before = std::mem::replace(&mut last, service.status());
         let under_way = [FunctionState::Attaching, FunctionState::Detaching, FunctionState::Resetting];
-        if synced.is_err() {
-            println!("DBG sync {synced:?}");
-        }
-        for view in last.functions.iter().filter(|v| {
-            v.note.is_some() && v.state != FunctionState::Quarantined || under_way.contains(&v.state)
-        }) {
-            println!("DBG {view:?}");
-        }
         synced.is_ok()
             && last.functions == before.functions
             && last.functions.iter().all(|view| {

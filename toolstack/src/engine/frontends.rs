@@ -1,0 +1,163 @@
+//! Guests' frontends: what their nodes say, and what their handshakes want done about it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use log::{Level, error, info, warn};
+use pciback::DomId;
+use pciback::platform::{PlatformError, WatchEvent};
+use pciback::pv::{Action, NodeChange, PAUSE, RingPlace, Server, nodes};
+
+use super::guests::Awaited;
+use super::{Engine, Event};
+use crate::outcome::Failure;
+
+/// After how long changes of nodes that xenstore refused are tried again.
+const WRITE_AGAIN: Duration = Duration::from_secs(1);
+
+impl Engine {
+    pub(super) fn watch_guest(&self, domain: DomId) -> Result<(), Failure> {
+        if !self.guests.contains_key(&domain) {
+            let directory = nodes::frontend_directory(domain);
+            self.platform.store.watch(&directory, &directory)?;
+        }
+        Ok(())
+    }
+
+    /// A node of some guest changed, or a watch was set.
+    pub(super) fn store_changed(&mut self, event: &WatchEvent) {
+        // The token is the frontend's directory, `/local/domain/DOMID/device/pci/0`.
+        let domain = event.token.split('/').nth(3).and_then(|number| number.parse().ok()).map(DomId);
+        if let Some(domain) = domain.filter(|domain| self.guests.contains_key(domain)) {
+            self.look_at_frontend(domain);
+        }
+    }
+
+    fn look_at_frontend(&mut self, domain: DomId) {
+        let view = match nodes::read_frontend(self.platform.store.as_ref(), domain) {
+            Ok(view) => view,
+            Err(error) => {
+                warn!("domain {domain}: {error}");
+                return;
+            }
+        };
+        if let Some(guest) = self.guests.get_mut(&domain) {
+            let actions = guest.handshake.frontend_changed(view);
+            self.act(domain, actions);
+        }
+    }
+
+    /// Carries out what a handshake wants, in its order.
+    pub(super) fn act(&mut self, domain: DomId, actions: Vec<Action>) {
+        let mut queue = std::collections::VecDeque::from(actions);
+        while let Some(action) = queue.pop_front() {
+            match action {
+                Action::Nodes(changes) => {
+                    if let Err(error) = self.write_nodes(domain, changes) {
+                        error!("domain {domain}: {error}; it is tried again");
+                        self.problems.push(format!("domain {domain}: {error}"));
+                        self.give_up_adding(domain, &Failure::from(error).of(domain));
+                    }
+                }
+                Action::Connect(ring) => {
+                    let outcome = self.connect(domain, ring);
+                    if let Some(guest) = self.guests.get_mut(&domain) {
+                        // First: the nodes that follow rely on it.
+                        queue.extend(guest.handshake.ring_connected(outcome));
+                    }
+                }
+                Action::Disconnect => {
+                    self.disconnect(domain);
+                    self.quiesce_parked(domain);
+                }
+                Action::Added(devfn) => self.answer(domain, devfn, |awaited| match awaited {
+                    Awaited::Look | Awaited::FirstLook => Some(Ok(None)),
+                    Awaited::Release => None,
+                }),
+                Action::Waiting(devfn) => self.published(domain, devfn),
+                Action::Removed(devfn) => self.removed(domain, devfn),
+                Action::Report(text) => {
+                    if let Some(guest) = self.guests.get_mut(&domain) {
+                        guest.say(Level::Warn, &format!("domain {domain}: {text}"));
+                    }
+                }
+                Action::Pause => {
+                    if let Some(guest) = self.guests.get_mut(&domain) {
+                        guest.pause = Some(Instant::now() + PAUSE);
+                    }
+                }
+            }
+        }
+        self.forget_if_idle(domain);
+    }
+
+    /// Makes changes of a guest's nodes, after those that could not be made before: the handshake goes on as if they had been.
+    fn write_nodes(&mut self, domain: DomId, changes: Vec<NodeChange>) -> Result<(), PlatformError> {
+        let Some(guest) = self.guests.get_mut(&domain) else {
+            return nodes::apply(self.platform.store.as_ref(), domain, &changes);
+        };
+        guest.unwritten.extend(changes);
+        guest.write_again = None;
+        let written = nodes::apply(self.platform.store.as_ref(), domain, &guest.unwritten);
+        match written {
+            Ok(()) => guest.unwritten.clear(),
+            Err(_) => guest.write_again = Some(Instant::now() + WRITE_AGAIN),
+        }
+        written
+    }
+
+    /// Tries once more to make changes of nodes that could not be made.
+    pub(super) fn write_again(&mut self, now: Instant) {
+        let due = self.guests.iter().filter(|(_, guest)| guest.write_again.is_some_and(|when| when <= now));
+        for domain in due.map(|(domain, _)| *domain).collect::<Vec<_>>() {
+            if self.write_nodes(domain, Vec::new()).is_ok() {
+                info!("domain {domain}: its nodes are as they should be again");
+            }
+        }
+    }
+
+    fn connect(&mut self, domain: DomId, place: RingPlace) -> Result<(), String> {
+        let ring = self
+            .platform
+            .rings
+            .connect(domain, place.grant, place.port)
+            .map_err(|error| error.to_string())?;
+        let inbox = self.inbox.clone();
+        let Some(guest) = self.guests.get_mut(&domain) else { return Ok(()) };
+        let functions = std::mem::take(&mut guest.parked);
+        let report = Box::new(move |report| inbox.send(Event::Server(domain, report)));
+        let server = Server::start(domain, ring, functions, Arc::clone(&guest.counters), report);
+        guest.server = Some(server.map_err(|error| format!("start its thread: {error}"))?);
+        let text =
+            format!("domain {domain}: connected to its ring, grant {} and port {}", place.grant, place.port);
+        guest.say(Level::Info, &text);
+        Ok(())
+    }
+
+    pub(super) fn disconnect(&mut self, domain: DomId) {
+        if let Some(guest) = self.guests.get_mut(&domain)
+            && let Some(server) = guest.server.take()
+        {
+            match server.stop() {
+                Ok(functions) => {
+                    guest.parked = functions;
+                    guest.say(Level::Info, &format!("domain {domain}: its ring is given up"));
+                }
+                Err(stuck) => {
+                    error!("domain {domain}: {stuck}");
+                    self.problems.push(format!("domain {domain}: {stuck}"));
+                }
+            }
+        }
+    }
+
+    /// The frontend is gone: another one finds the functions as after an attach, interrupts and bus mastering off.
+    fn quiesce_parked(&mut self, domain: DomId) {
+        let Some(guest) = self.guests.get_mut(&domain) else { return };
+        for function in guest.parked.values_mut() {
+            if let Err(error) = function.quiesce() {
+                error!("{}: switch off for domain {domain}: {error}", function.address());
+            }
+        }
+    }
+}
