@@ -171,3 +171,19 @@ pub fn bring_up(guest: &Guest<'_>, address: &str) -> Result<()> {
 pub fn ping(from: &Guest<'_>, to: &str) -> Result<()> {
     from.run(&format!("ping -c 3 -w 20 {to}")).limit(SOON).ok().map(drop)
 }
+
+/// Reports an error in a function's name, by the module aer_inject: the kernel believes that the registers say so.
+pub fn inject_error(lab: &Lab, address: &str, uncorrectable: u32, correctable: u32) -> Result<()> {
+    let bad = || format!("{address} is no address");
+    let (bus, rest) =
+        address.strip_prefix("0000:").and_then(|rest| rest.split_once(':')).with_context(bad)?;
+    let (device, function) = rest.split_once('.').with_context(bad)?;
+    let number = |text: &str| u8::from_str_radix(text, 16).with_context(bad);
+    // struct aer_error_inj of drivers/pci/pcie/aer_inject.c.
+    let mut bytes = vec![number(bus)?, number(device)?, number(function)?, 0];
+    for word in [uncorrectable, correctable, 0, 0, 0, 0, 0] {
+        bytes.extend(word.to_le_bytes());
+    }
+    // It takes all of it in one write.
+    lab.dom0("dd of=/dev/aer_inject bs=64").input(bytes).ok().map(drop)
+}

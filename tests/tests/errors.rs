@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use xpci_tests::host::{
-    PF, SOON, VFS, bring_up, builder, guest, is_held, owner, ping, prepare, set_mac, start_service, state,
-    status, wait_for_state, xpci, xpci_fails,
+    PF, SOON, VFS, bring_up, builder, guest, inject_error, is_held, owner, ping, prepare, set_mac,
+    start_service, state, status, wait_for_state, xpci, xpci_fails,
 };
 use xpci_tests::{Guest, GuestConfig, Lab};
 
@@ -56,7 +56,7 @@ fn errors_stay_with_their_guest() -> Result<()> {
     println!("an error that comes while the service is dead is found by its successor");
     service.signal(9)?;
     service.wait(SOON)?;
-    inject(&lab, VFS[0], 0, 1 << 6)?;
+    inject_error(&lab, VFS[0], 0, 1 << 6)?;
     service = start_service(&lab)?;
     wait_for_history(&lab, VFS[0], "correctable error of .* Bad TLP; log", 1)?;
     ping(&one, "10.9.9.1")?;
@@ -82,22 +82,6 @@ fn policy(lab: &Lab, wishes: &str) -> Result<()> {
     let text = format!("errors: {{answer-seconds: {ANSWER}{wishes}}}\n");
     lab.push(text.as_bytes(), POLICY)?;
     xpci(lab, "policy reload").map(drop)
-}
-
-/// Reports an error in a function's name: the kernel believes that the registers say so.
-fn inject(lab: &Lab, address: &str, uncorrectable: u32, correctable: u32) -> Result<()> {
-    let bad = || format!("{address} is no address");
-    let (bus, rest) =
-        address.strip_prefix("0000:").and_then(|rest| rest.split_once(':')).with_context(bad)?;
-    let (device, function) = rest.split_once('.').with_context(bad)?;
-    let number = |text: &str| u8::from_str_radix(text, 16).with_context(bad);
-    // struct aer_error_inj of drivers/pci/pcie/aer_inject.c.
-    let mut bytes = vec![number(bus)?, number(device)?, number(function)?, 0];
-    for word in [uncorrectable, correctable, 0, 0, 0, 0, 0] {
-        bytes.extend(word.to_le_bytes());
-    }
-    // It takes all of it in one write.
-    lab.dom0("dd of=/dev/aer_inject bs=64").input(bytes).ok().map(drop)
 }
 
 /// What happened to a function, the oldest first.
@@ -133,7 +117,7 @@ fn links_up(guest: &Guest<'_>) -> Result<usize> {
 
 fn told_and_recovers(lab: &Lab, one: &Guest<'_>) -> Result<()> {
     let before = links_up(one)?;
-    inject(lab, VFS[0], COMPLETION_TIMEOUT, 0)?;
+    inject_error(lab, VFS[0], COMPLETION_TIMEOUT, 0)?;
     wait_for_history(lab, VFS[0], "has recovered", 1)?;
     let decision = decision(lab, VFS[0])?;
     ensure!(
@@ -162,7 +146,7 @@ fn told_and_recovers(lab: &Lab, one: &Guest<'_>) -> Result<()> {
 fn silent(lab: &Lab, one: &Guest<'_>) -> Result<()> {
     lab.dom0("xl pause one").ok()?;
     let begun = Instant::now();
-    inject(lab, VFS[0], COMPLETION_TIMEOUT, 0)?;
+    inject_error(lab, VFS[0], COMPLETION_TIMEOUT, 0)?;
     // Bus mastering goes first.
     lab.wait_for("its DMA to be off", SOON, &format!("[ $(( 0x$(setpci -s {} 4.w) & 4 )) = 0 ]", VFS[0]))?;
     let took = begun.elapsed();
