@@ -87,23 +87,29 @@ impl<'a> Scene<'a> {
         Ok(Self { lab, guests })
     }
 
-    /// Milliseconds that the command takes in dom0. Returns when the guest has the function.
+    /// Milliseconds until the guest's frontend has connected, which xl's command does not wait for. Returns when the guest has the
+    /// function.
     pub fn attach(&self, peer: Peer) -> Result<f64> {
-        let took = self.timed(peer, "pci-attach")?;
+        let state = format!("/local/domain/{}/device/pci/0/state", self.guest(peer).domid()?);
+        let connected = format!("until [ \"$(xenstore-read {state} 2>/dev/null)\" = 4 ]; do :; done");
+        let took = self.timed(&format!("{} && {connected}", Self::line(peer, "pci-attach")))?;
         self.guest(peer).wait_for("the function", SOON, "[ -e /sys/bus/pci/devices/*/config ]")?;
         Ok(took)
     }
 
     /// Milliseconds that the command takes in dom0. Returns when the guest has lost the function.
     pub fn detach(&self, peer: Peer) -> Result<f64> {
-        let took = self.timed(peer, "pci-detach")?;
+        let took = self.timed(&Self::line(peer, "pci-detach"))?;
         self.guest(peer).wait_for("its removal", SOON, "[ ! -e /sys/bus/pci/devices/*/config ]")?;
         Ok(took)
     }
 
-    fn timed(&self, peer: Peer, command: &str) -> Result<f64> {
-        let line = format!("{} {command} {} {}", peer.command(), peer.guest(), peer.function());
-        Ok(microseconds(self.lab, &line, SOON)? / 1000.0)
+    fn line(peer: Peer, command: &str) -> String {
+        format!("{} {command} {} {}", peer.command(), peer.guest(), peer.function())
+    }
+
+    fn timed(&self, line: &str) -> Result<f64> {
+        Ok(microseconds(self.lab, line, SOON)? / 1000.0)
     }
 
     /// How many dwords of config space the guest reads in a second.

@@ -86,7 +86,7 @@ fn json(lab: &Lab, arguments: &str) -> Result<Value> {
 fn members(lab: &Lab, address: &str) -> Result<Vec<Value>> {
     let status = json(lab, &format!("aer status {address}"))?;
     let path = &status["functions"][0];
-    ensure!(path["aer_owner"] == "linux", "the lab's platform grants AER to Linux: {path}");
+    ensure!(path["aer-owner"] == "linux", "the lab's platform grants AER to Linux: {path}");
     Ok(path["members"].as_array().context("no members")?.clone())
 }
 
@@ -183,6 +183,6 @@ fn blast_radius(lab: &Lab) -> Result<()> {
     let held = bind("pciback")?;
     ensure!(addresses(&held["link"]) == [PF, VFS[1], VFS[2]], "{held}");
     ensure!(addresses(&held["vetoes"]).is_empty(), "{held}");
-    ensure!(addresses(&held["iommu_group"]).is_empty(), "Linux switches ACS on under Xen: {held}");
+    ensure!(addresses(&held["iommu-group"]).is_empty(), "Linux switches ACS on under Xen: {held}");
     Ok(())
 }

@@ -29,7 +29,7 @@ fn of_the_82576_on_xen_4_17() -> Result<()> {
     lab.wait_for("its VFs", SOON, &format!("xpci vf show {PF} | grep -q {SECOND_MAC}"))?;
     agrees(&lab, 1, &[SECOND_MAC, "vlan 100"])?;
     let untouched = show(&lab)?;
-    ensure!(untouched["in_force"]["mac"] == NO_MAC && untouched["differing"] == json!([]), "{untouched}");
+    ensure!(untouched["in-force"]["mac"] == NO_MAC && untouched["differing"] == json!([]), "{untouched}");
 
     println!("what cannot be set is refused, and says why");
     mistakes(&lab)?;
@@ -43,10 +43,10 @@ fn of_the_82576_on_xen_4_17() -> Result<()> {
     ensure!(mac_of(&one)? == MAC, "{}", mac_of(&one)?);
     ping(&one, UNTAGGED[0])?;
     let view = show(&lab)?;
-    ensure!(view["in_force"]["mac"] == MAC && view["differing"] == json!([]), "{view}");
+    ensure!(view["in-force"]["mac"] == MAC && view["differing"] == json!([]), "{view}");
 
     println!("a guest that is not trusted cannot change it");
-    ensure!(change_mac(&one, OTHER_MAC)? != 0 && show(&lab)?["in_force"]["mac"] == MAC, "{}", show(&lab)?);
+    ensure!(change_mac(&one, OTHER_MAC)? != 0 && show(&lab)?["in-force"]["mac"] == MAC, "{}", show(&lab)?);
 
     println!("a VLAN is put on what the guest sends, which knows nothing of it");
     vlan(&lab, &one)?;
@@ -65,7 +65,7 @@ fn of_the_82576_on_xen_4_17() -> Result<()> {
     bring_up(&one, UNTAGGED[1])?;
     ensure!(change_mac(&one, OTHER_MAC)? == 0, "a trusted guest may");
     let view = show(&lab)?;
-    ensure!(view["in_force"]["mac"] == OTHER_MAC && view["wished"]["mac"] == MAC, "{view}");
+    ensure!(view["in-force"]["mac"] == OTHER_MAC && view["wished"]["mac"] == MAC, "{view}");
     ensure!(view["differing"] == json!(["mac"]), "{view}");
     // Looked at by itself some time after the guest's driver has started.
     let said = format!(
@@ -74,7 +74,7 @@ fn of_the_82576_on_xen_4_17() -> Result<()> {
     lab.wait_for("the difference in the status", SOON, &said)?;
     let said = xpci(&lab, "pci-detach one 01:10.0")?;
     ensure!(said.contains(&format!("mac {OTHER_MAC} instead of mac {MAC}")), "{said}");
-    ensure!(show(&lab)?["in_force"]["mac"] == MAC, "put back at once: {}", show(&lab)?);
+    ensure!(show(&lab)?["in-force"]["mac"] == MAC, "put back at once: {}", show(&lab)?);
     xpci(&lab, "pci-attach one 01:10.0")?;
     bring_up(&one, UNTAGGED[1])?;
     ensure!(mac_of(&one)? == MAC, "{}", mac_of(&one)?);
@@ -84,7 +84,7 @@ fn of_the_82576_on_xen_4_17() -> Result<()> {
     println!("dom0 has its VF back as it was");
     xpci(&lab, "pci-assignable-remove 01:10.0")?;
     let after = show(&lab)?;
-    ensure!(after["in_force"] == untouched["in_force"], "{after}, but it was {untouched}");
+    ensure!(after["in-force"] == untouched["in-force"], "{after}, but it was {untouched}");
     ensure!(status(&lab)?["problems"].as_array().is_some_and(Vec::is_empty), "{}", status(&lab)?);
     Ok(())
 }
@@ -152,7 +152,7 @@ fn vlan(lab: &Lab, guest: &Guest<'_>) -> Result<()> {
     ensure!(received(lab)? >= before + 3, "received on the VLAN: {before}, then {}", received(lab)?);
     unreachable(guest, UNTAGGED[0]).context("the VF must not get out of its VLAN")?;
     let view = show(lab)?;
-    ensure!(view["in_force"]["vlan"] == "100:3" && view["differing"] == json!([]), "{view}");
+    ensure!(view["in-force"]["vlan"] == "100:3" && view["differing"] == json!([]), "{view}");
 
     xpci(lab, "vf set 01:10.0 --vlan 0")?;
     ping(guest, UNTAGGED[0])?;

@@ -102,6 +102,7 @@ pub fn is_bridge(bytes: &[u8]) -> bool {
 
 /// A function that is hit too.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct Sharer {
     /// Where it is.
     pub address: Sbdf,
@@ -121,6 +122,7 @@ impl Sharer {
 
 /// Who is hit when a function fails. The function itself is in none of the lists but the last.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct Radius {
     /// The function.
     pub address: Sbdf,

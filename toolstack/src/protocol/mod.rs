@@ -228,7 +228,7 @@ impl Request {
 
 /// What a successful operation says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "kebab-case")]
+#[serde(tag = "kind", rename_all = "kebab-case", rename_all_fields = "kebab-case")]
 pub enum Success {
     /// Something was changed.
     Changed {

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// The network settings of one VF.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct VfNetworkView {
     /// The VF.
     pub address: Sbdf,

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 /// The paths of functions.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct AerStatusView {
     /// By function.
     pub functions: Vec<PathView>,
@@ -14,6 +15,7 @@ pub struct AerStatusView {
 
 /// A function and everybody above it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct PathView {
     /// The function.
     pub address: Sbdf,
@@ -37,6 +39,7 @@ pub enum AerOwner {
 
 /// One function of a path.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct MemberView {
     /// Where it is.
     pub address: Sbdf,
@@ -53,6 +56,7 @@ pub struct MemberView {
 
 /// Errors that the kernel has counted, since boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct CountersView {
     /// Correctable ones.
     pub correctable: u64,
@@ -71,6 +75,7 @@ impl From<ErrorCounters> for CountersView {
 
 /// One register.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct PathRegisterView {
     /// Its name.
     pub name: String,

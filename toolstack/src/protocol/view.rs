@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// One function.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct FunctionView {
     /// Where it is on the host.
     pub address: Sbdf,
@@ -35,6 +36,7 @@ pub struct FunctionView {
 
 /// One guest that has functions.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct GuestView {
     /// Its number.
     pub domain: DomId,
@@ -51,6 +53,7 @@ pub struct GuestView {
 
 /// One VF of a PF.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct VfView {
     /// Its index, from 0.
     pub index: u16,
@@ -64,6 +67,7 @@ pub struct VfView {
 
 /// The state of the service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct StatusView {
     /// The service's version.
     pub service: String,
