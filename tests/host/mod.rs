@@ -14,6 +14,9 @@ pub const PF: &str = "0000:01:00.0";
 /// Its VFs.
 pub const VFS: [&str; 3] = ["0000:01:10.0", "0000:01:10.2", "0000:01:10.4"];
 
+/// The process number of xpcid, for the shell of dom0. Its children that write to sysfs have the same name; it is the oldest.
+pub const SERVICE: &str = "$(pgrep -o -x xpcid)";
+
 /// The policies that are shipped, for tests with their devices.
 const POLICIES: [&str; 3] = ["intel-82576-vf.yaml", "nvme.yaml", "virtio.yaml"];
 
@@ -145,8 +148,12 @@ pub fn nothing_remains(lab: &Lab, guest: &Guest<'_>) -> Result<()> {
         })
         .collect();
     ensure!(left.is_empty(), "nodes are left: {left:#?}");
-    let rings = lab.dom0("ls -l /proc/$(pidof xpcid)/fd | grep -E 'xen/(gntdev|evtchn)' || true").ok()?;
-    ensure!(rings.is_empty(), "a page is mapped or an event channel bound: {rings}");
+    let descriptors = lab.dom0(&format!("ls -l /proc/{SERVICE}/fd")).ok()?;
+    let rings: Vec<&str> = descriptors
+        .lines()
+        .filter(|line| ["xen/gntdev", "xen/evtchn"].iter().any(|device| line.contains(device)))
+        .collect();
+    ensure!(rings.is_empty(), "a page is mapped or an event channel bound: {rings:?}");
     let images = lab.dom0("ls /run/xpci/images").ok()?;
     ensure!(images.trim().is_empty(), "images are left: {images}");
     Ok(())

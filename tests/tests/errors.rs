@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use xpci_tests::host::{
-    PF, SOON, VFS, bring_up, builder, guest, inject_error, is_held, owner, ping, prepare, set_mac,
+    PF, SERVICE, SOON, VFS, bring_up, builder, guest, inject_error, is_held, owner, ping, prepare, set_mac,
     start_service, state, status, wait_for_state, xpci, xpci_fails,
 };
 use xpci_tests::{Guest, GuestConfig, Lab};
@@ -229,7 +229,7 @@ fn actions(lab: &Lab, one: &Guest<'_>) -> Result<()> {
 
 /// CPU time of the service so far, in ticks of 10 ms.
 fn ticks(lab: &Lab) -> Result<u64> {
-    let stat = lab.dom0("cat /proc/$(pidof xpcid)/stat").ok()?;
+    let stat = lab.dom0(&format!("cat /proc/{SERVICE}/stat")).ok()?;
     let fields: Vec<u64> = stat.split_whitespace().filter_map(|field| field.parse().ok()).collect();
     // Without the program's name and the state, the thirteenth and fourteenth field are the 11th and 12th number.
     Ok(fields.get(11).context("no user time")? + fields.get(12).context("no system time")?)

@@ -3,8 +3,8 @@
 
 use anyhow::{Context, Result, ensure};
 use xpci_tests::host::{
-    PF, SOON, VFS, bring_up, builder, guest, is_held, known_to_xen, nothing_remains, owner, ping, prepare,
-    set_mac, start_service, status, wait_for_state, xpci, xpci_fails,
+    PF, SERVICE, SOON, VFS, bring_up, builder, guest, is_held, known_to_xen, nothing_remains, owner, ping,
+    prepare, set_mac, start_service, status, wait_for_state, xpci, xpci_fails,
 };
 use xpci_tests::{Devices, Guest, Lab, Process};
 
@@ -116,7 +116,7 @@ fn drift(lab: &Lab) -> Result<()> {
 
 /// Xen forgets a function while xpcid does not run.
 fn drift_at_start(lab: &Lab, service: Process) -> Result<Process> {
-    lab.dom0("kill -9 $(pidof xpcid)").ok()?;
+    lab.dom0(&format!("kill -9 {SERVICE}")).ok()?;
     service.wait(SOON)?;
     lab.dom0(&format!("forget {}", VFS[1])).ok()?;
     ensure!(!known_to_xen(lab, VFS[1])?, "Xen forgot it");
