@@ -17,14 +17,18 @@
  *   loop N          reads the header N times: the number of reads that differ from the first
  *   m ADDRESS SIZE  reads memory
  *   n ADDRESS SIZE V  writes it
+ *   m8 ADDRESS      reads eight bytes at once
+ *   n8 ADDRESS HIGH LOW  writes them
  *   i PORT SIZE     reads an I/O port
  *   o PORT SIZE V   writes it
  *   count V         how many interrupts came by vector 40 to 4f
+ *   end V ADDRESS SIZE W  what ends an interrupt that came by this vector: memory that is written before the interrupt controller is told
  *   pic             lets interrupts of the two 8259 come, by vectors 40 to 4f
  */
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
+typedef unsigned long long u64;
 
 static u32 in(u32 port, u32 size)
 {
@@ -63,6 +67,19 @@ static void store(u32 address, u32 size, u32 value)
 	case 2: *(volatile u16 *)address = value; break;
 	default: *(volatile u32 *)address = value; break;
 	}
+}
+
+/* One access of eight bytes, for which a 32-bit processor has its MMX registers. */
+static u64 load_long(u32 address)
+{
+	u64 value;
+	__asm__ volatile("movq (%1), %%mm0; movq %%mm0, %0; emms" : "=m"(value) : "r"(address) : "memory");
+	return value;
+}
+
+static void store_long(u32 address, u64 value)
+{
+	__asm__ volatile("movq %1, %%mm0; movq %%mm0, (%0); emms" :: "r"(address), "m"(value) : "memory");
 }
 
 /* The first serial port: an event in the line status register is awaited, none is lost. */
@@ -211,6 +228,7 @@ static u32 loop(u32 rounds)
 enum { FIRST = 0x40, VECTORS = 16, APIC = 0xfee00000, SPURIOUS = APIC + 0xf0, END = APIC + 0xb0 };
 
 static volatile u32 counts[VECTORS];
+static struct { u32 address, size, value; } ends[VECTORS];
 static int uses_pic;
 
 static struct __attribute__((packed)) { u16 low, selector, kind, high; } idt[256];
@@ -218,7 +236,11 @@ static struct __attribute__((packed)) { u16 limit; u32 base; } idt_place;
 
 void interrupted(u32 vector)
 {
-	counts[vector & (VECTORS - 1)]++;
+	u32 index = vector & (VECTORS - 1);
+	counts[index]++;
+	if (ends[index].size) {
+		store(ends[index].address, ends[index].size, ends[index].value);
+	}
 	store(END, 4, 0);
 	if (uses_pic) {
 		out(0xa0, 1, 0x20);
@@ -354,12 +376,22 @@ static void obey(void)
 		number(load(a, b));
 	} else if (is("n")) {
 		store(a, b, c);
+	} else if (is("m8")) {
+		u64 value = load_long(a);
+		digits(value >> 32, 8);
+		digits(value, 8);
+	} else if (is("n8")) {
+		store_long(a, (u64)b << 32 | c);
 	} else if (is("i")) {
 		number(in(a, b));
 	} else if (is("o")) {
 		out(a, b, c);
 	} else if (is("count")) {
 		number(counts[a & (VECTORS - 1)]);
+	} else if (is("end")) {
+		ends[a & (VECTORS - 1)].address = b;
+		ends[a & (VECTORS - 1)].size = c;
+		ends[a & (VECTORS - 1)].value = argument(4);
 	} else if (is("pic")) {
 		use_pic();
 	} else {

@@ -10,27 +10,26 @@ use std::sync::{Mutex, PoisonError};
 /// The places of one guest's BARs, for all its functions.
 #[derive(Debug, Default)]
 pub struct Addresses {
-    /// First page frame and the one behind the last.
+    /// First address and the one behind the last. Those of BARs that fill whole pages are whole pages; smaller ones, which are
+    /// never mapped, may share one.
     taken: Mutex<BTreeMap<u64, u64>>,
     released: AtomicU64,
 }
 
 impl Addresses {
-    /// Takes the pages from `start` to before `end`, both addresses; `false`: somebody else has one of them.
+    /// Takes the addresses from `start` to before `end`; `false`: somebody else has one of them.
     pub(super) fn take(&self, start: u64, end: u64) -> bool {
-        let (first, behind) = pages(start, end);
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_free = taken.range(..behind).next_back().is_none_or(|(_, end)| *end <= first);
+        let is_free = taken.range(..end).next_back().is_none_or(|(_, end)| *end <= start);
         if is_free {
-            taken.insert(first, behind);
+            taken.insert(start, end);
         }
         is_free
     }
 
-    /// Gives up what was taken.
-    pub(super) fn release(&self, start: u64, end: u64) {
-        let (first, _) = pages(start, end);
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner).remove(&first);
+    /// Gives up what was taken from `start` on.
+    pub(super) fn release(&self, start: u64) {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner).remove(&start);
         self.released.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -38,10 +37,6 @@ impl Addresses {
     pub(super) fn released(&self) -> u64 {
         self.released.load(Ordering::Relaxed)
     }
-}
-
-const fn pages(start: u64, end: u64) -> (u64, u64) {
-    (start / super::bars::PAGE, end.div_ceil(super::bars::PAGE))
 }
 
 #[cfg(test)]
@@ -62,8 +57,9 @@ mod tests {
             assert!(!addresses.take(start, end), "{start:#x}");
         }
         assert!(addresses.take(0xf300_4000, 0xf300_4100) && addresses.take(0xf2ff_0000, 0xf300_0000));
-        assert!(!addresses.take(0xf300_4f00, 0xf300_5000), "the same page");
-        addresses.release(0xf300_0000, 0xf300_4000);
+        assert!(addresses.take(0xf300_4f00, 0xf300_5000), "beside it in its page");
+        assert!(!addresses.take(0xf300_4000, 0xf300_5000), "over both");
+        addresses.release(0xf300_0000);
         assert_eq!(addresses.released(), 1);
         assert!(addresses.take(0xf300_1000, 0xf300_2000));
     }

@@ -216,7 +216,7 @@ impl GuestFunction {
 
     fn give_up(&self, bar: &Bar, address: u64) {
         if let Some(device) = self.device.as_ref().filter(|_| bar.kind != BarKind::Io) {
-            device.addresses.release(address, address + bar.size);
+            device.addresses.release(address);
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::ops::Deref;
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU32;
@@ -106,25 +106,31 @@ unsafe impl Sync for SharedMemory {}
 #[derive(Debug)]
 pub struct Registers {
     start: NonNull<u8>,
+    /// What is mapped.
     bytes: NonZeroUsize,
+    /// Where in it the registers begin: what lies before is another device's.
+    skip: usize,
 }
 
 impl Registers {
-    /// Maps the first `bytes` of a file that is a device's memory; 0 is an error.
-    pub fn map_file(file: &File, bytes: u64) -> io::Result<Self> {
-        let bytes = usize::try_from(bytes).ok().and_then(NonZeroUsize::new);
-        let bytes = bytes.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "it has no memory"))?;
+    /// Maps a file that is a device's memory, `bytes` of it after the first `skip`; 0 bytes are an error.
+    pub fn map_file(file: &File, skip: u64, bytes: u64) -> io::Result<Self> {
+        let invalid = |why| io::Error::new(io::ErrorKind::InvalidInput, why);
+        let end = NonZeroU64::new(bytes).ok_or_else(|| invalid("it has no memory"))?.checked_add(skip);
+        let bytes = end.and_then(|end| NonZeroUsize::try_from(end).ok());
+        let (bytes, skip) =
+            bytes.zip(usize::try_from(skip).ok()).ok_or_else(|| invalid("it is too large"))?;
         #[expect(unsafe_code, reason = "mapping memory")]
         // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing.
         let mapped = unsafe {
             mmap(None, bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, file, 0)
         }?;
-        Ok(Self { start: mapped.cast(), bytes })
+        Ok(Self { start: mapped.cast(), bytes, skip })
     }
 
     /// A register of this width that lies within the mapping and is aligned.
     fn place<T>(&self, offset: u64) -> Option<NonNull<T>> {
-        let offset = usize::try_from(offset).ok()?;
+        let offset = usize::try_from(offset).ok()?.checked_add(self.skip)?;
         let end = offset.checked_add(size_of::<T>())?;
         let inside = end <= self.bytes.get() && offset.is_multiple_of(size_of::<T>());
         #[expect(unsafe_code, reason = "address within the mapping")]
@@ -207,7 +213,7 @@ mod tests {
     fn registers_are_reached_at_their_width_and_nowhere_else() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(4096).unwrap();
-        let registers = Registers::map_file(&file, 4096).unwrap();
+        let registers = Registers::map_file(&file, 0, 4096).unwrap();
         registers.write(0xff8, 8, 0x8877_6655_4433_2211);
         assert_eq!(
             [1, 2, 4, 8].map(|bytes| registers.read(0xff8, bytes)),
@@ -220,7 +226,21 @@ mod tests {
             assert_eq!(registers.read(offset, bytes), u64::MAX, "{offset:#x}/{bytes}");
         }
         assert_eq!(registers.read(0xff8, 8), 0x88aa_6655_4433_2211);
-        assert!(Registers::map_file(&file, 0).is_err());
+        assert!(
+            Registers::map_file(&file, 0, 0).is_err() && Registers::map_file(&file, 1, u64::MAX).is_err()
+        );
+    }
+
+    #[test]
+    fn registers_that_share_a_page_with_another_devices_begin_behind_those() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let (whole, own) =
+            (Registers::map_file(&file, 0, 4096).unwrap(), Registers::map_file(&file, 0x100, 0x100).unwrap());
+        own.write(0, 4, 0x1122_3344);
+        assert_eq!((whole.read(0, 4), whole.read(0x100, 4), own.read(0, 4)), (0, 0x1122_3344, 0x1122_3344));
+        own.write(0x100, 4, 1);
+        assert_eq!((whole.read(0x200, 4), own.read(0x100, 4)), (0, u64::MAX));
     }
 
     #[test]

@@ -27,6 +27,8 @@ const QUICK: Duration = Duration::from_secs(5);
 const LONGEST_DRIVER_NAME: usize = 56;
 /// What the kernel prints where a pointer is null.
 const NULL: &str = "(null)";
+/// Bytes of a page, the unit in which memory is mapped.
+const PAGE: u64 = 4096;
 
 /// The host's PCI functions through sysfs.
 pub struct LinuxHost {
@@ -262,11 +264,15 @@ impl Host for LinuxHost {
     }
 
     fn bar_memory(&self, address: Sbdf, bar: u8) -> Result<Box<dyn BarMemory>> {
-        let path = self.directory(address).join(format!("resource{bar}"));
+        let directory = self.directory(address);
+        let resources =
+            Attributes { directory: &directory, address }.required("resource", parse_resources)?;
+        let start = resources.get(usize::from(bar)).map_or(0, |resource| resource.start);
         let map = || {
-            let file = OpenOptions::new().read(true).write(true).open(&path)?;
-            // A BAR smaller than a page is mapped with the rest of its page; the file's length is the BAR's.
-            Registers::map_file(&file, file.metadata()?.len())
+            let path = directory.join(format!("resource{bar}"));
+            let file = OpenOptions::new().read(true).write(true).open(path)?;
+            // The file's length is the BAR's, but what the kernel maps begins where the BAR's page does.
+            Registers::map_file(&file, start % PAGE, file.metadata()?.len())
         };
         match map() {
             Ok(registers) => Ok(Box::new(registers)),
