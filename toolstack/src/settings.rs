@@ -290,6 +290,9 @@ mod tests {
             assert!(error.contains(named), "{text}: {error}");
         }
         assert_eq!(Settings::parse("# nothing\n").unwrap(), Settings::default());
+        let some = Settings::parse("reset: {methods: [flr, bus]}\n").unwrap();
+        let reset = ResetPlan { methods: vec!["flr".to_owned(), "bus".to_owned()], ..ResetPlan::default() };
+        assert_eq!(some, Settings { reset, ..Settings::default() });
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use xpci_tests::{BareGuest, Lab};
 
-use crate::{BAR0, COMMAND, IGB_SLOT, RTL_SLOT, granted_of, memory_of, open};
+use crate::{BAR0, COMMAND, IGB_SLOT, RTL_SLOT, granted_of, open};
 
 /// The 82576's STATUS, and its window in I/O space: IOADDR and IODATA (datasheet, section 8.2.3; BAR 2 in QEMU).
 const STATUS: u32 = 8;
@@ -50,10 +50,8 @@ pub fn io(one: &BareGuest<'_>) -> Result<()> {
 }
 
 /// Each access reaches the function, in its width and at its place: not those of the function that begins the host's page.
-pub fn less_than_a_page(lab: &Lab, one: &BareGuest<'_>, rtl: &str) -> Result<()> {
-    println!("a BAR smaller than a page, which begins within one: each access of 1, 2, 4 and 8 bytes");
-    let host = memory_of(lab, rtl)?;
-    ensure!(host % 4096 != 0, "the BAR begins its page: {host:#x}");
+pub fn less_than_a_page(lab: &Lab, one: &BareGuest<'_>) -> Result<()> {
+    println!("a BAR smaller than a page: each access of 1, 2, 4 and 8 bytes");
     let own = open(one, RTL_SLOT, BAR1)?;
     let memory = granted_of(lab, one, "I/O Memory")?;
     println!("  {memory}");

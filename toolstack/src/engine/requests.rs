@@ -18,7 +18,7 @@ use crate::domains::{self, DomainType};
 use crate::journal::{GuestPlace, Record};
 use crate::outcome::Failure;
 use crate::protocol::{DomainName, Request, Success};
-use crate::transaction::{Kind, Parting, a_guests, holder_of, refuse_in_use};
+use crate::transaction::{Kind, Parting, a_guests, holder_of, refuse_in_use, refuse_unresettable};
 
 /// The function, which must exist.
 pub(super) fn existing(host: &dyn Host, address: Sbdf) -> Result<HostFunction, Failure> {
@@ -206,6 +206,8 @@ impl Engine {
             other => return Err(not_in_state(&record, other, "to be attached")),
         }
         self.permitted(&function, domain)?;
+        // Refused while nothing has begun: an attachment that ends without a reset would leave the function quarantined.
+        refuse_unresettable(&self.settings.reset, &function)?;
         Ok(record)
     }
 

@@ -28,7 +28,7 @@ pub use network::{
     reapply as reapply_network,
 };
 pub use path::{FunctionPath, Member, before as before_on_path, blast_radius, not_handled, value_in};
-pub use reset::{ResetCheck, ResetPlan, reset_and_verify};
+pub use reset::{ResetCheck, ResetPlan, refuse_unresettable, reset_and_verify};
 
 use crate::journal::{Journal, Progress, Record};
 use crate::ledger::Ledger;

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use pciback::Sbdf;
 use pciback::config::{Access, ConfigSpace};
-use pciback::platform::{Host, Platform};
+use pciback::platform::{Host, HostFunction, Platform};
 use serde::{Deserialize, Serialize};
 
 use super::Context;
@@ -13,7 +13,7 @@ use crate::outcome::{ErrorCode, Failure};
 
 /// How a function is reset, how long that may take and how success is known.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct ResetPlan {
     /// The methods that will do, in the words of Linux's `reset_method`; one that touches other functions is not among them.
     pub methods: Vec<String>,
@@ -52,7 +52,20 @@ const BUS_MASTER: u32 = 1 << 2;
 /// Resets a function and makes sure that it did.
 pub fn reset_and_verify(platform: &Platform, plan: &ResetPlan, address: Sbdf) -> Result<(), Failure> {
     let host = platform.host.as_ref();
-    let function = host.function(address)?;
+    refuse_unresettable(plan, &host.function(address)?)?;
+    // Quiet before the reset: Linux saves Command and writes it back afterwards.
+    quiesce(host, address)?;
+    host.reset(address, Duration::from_secs(plan.limit_seconds))?;
+    let config = host.config(address)?;
+    for check in &plan.checks {
+        verify(config.as_ref(), *check, address, Duration::from_secs(plan.answer_seconds))?;
+    }
+    Ok(())
+}
+
+/// Refuses a function that Linux would not reset in a way that will do.
+pub fn refuse_unresettable(plan: &ResetPlan, function: &HostFunction) -> Result<(), Failure> {
+    let address = function.address;
     let method = function.reset_methods.first();
     if !method.is_some_and(|method| plan.methods.contains(method)) {
         let found = method.map_or_else(|| "none".to_owned(), |method| format!("'{method}' first"));
@@ -62,13 +75,6 @@ pub fn reset_and_verify(platform: &Platform, plan: &ResetPlan, address: Sbdf) ->
         ))
         .on(address)
         .hint("a 'bus' reset also hits other functions; allow it in xpcid.yaml under 'reset: methods:' if that is meant"));
-    }
-    // Quiet before the reset: Linux saves Command and writes it back afterwards.
-    quiesce(host, address)?;
-    host.reset(address, Duration::from_secs(plan.limit_seconds))?;
-    let config = host.config(address)?;
-    for check in &plan.checks {
-        verify(config.as_ref(), *check, address, Duration::from_secs(plan.answer_seconds))?;
     }
     Ok(())
 }

@@ -47,6 +47,22 @@ fn whichever_call_fails(operation: &str) {
     assert!(failed > 0, "attach never calls {operation}: nothing is tested");
 }
 
+#[test]
+fn t4_a_function_without_a_reset_that_will_do_is_refused_and_stays_held() {
+    let (world, address) = everything();
+    let _frontend = Frontend::load(&world, WEB);
+    // Linux takes the first of flr, pm and bus.
+    let service = world.start_with_resets(&["pm", "bus"]);
+    service.hold(address).unwrap();
+    let failure = service.attach(WEB, address).unwrap_err();
+    assert_eq!(failure.code, ErrorCode::Refused, "{failure}");
+    assert!(failure.to_string().contains("Linux offers 'flr' first"), "{failure}");
+    world.assert_held(&service, address, "refused");
+    service.stop();
+    let service = world.start_with_resets(&["flr", "bus"]);
+    service.attach(WEB, address).unwrap();
+}
+
 /// A test for each operation: they run beside each other, and the name says which.
 macro_rules! attach_survives_failures_of {
     ($($operation:ident)*) => {$(

@@ -24,6 +24,7 @@ use toolstack::protocol::{
     Call, DomainName, Envelope, EventView, FunctionView, Happening, Request, StatusView, Success, VERSION,
 };
 use toolstack::settings::{Holder, Settings, WantedVfs};
+use toolstack::transaction::ResetPlan;
 use toolstack::{client, control};
 
 /// Longer than anything a test waits for takes on a busy machine.
@@ -126,6 +127,15 @@ impl World {
     /// Starts the service with a limit for what guests may take, in seconds.
     pub fn start_impatient(&self) -> Service {
         self.start_life(Settings { guest_limit_seconds: 1, ..self.settings() }, &[])
+    }
+
+    /// Starts the service with these methods of reset in its settings.
+    pub fn start_with_resets(&self, methods: &[&str]) -> Service {
+        let methods = methods.iter().map(|method| (*method).to_owned()).collect();
+        self.start_life(
+            Settings { reset: ResetPlan { methods, ..ResetPlan::default() }, ..self.settings() },
+            &[],
+        )
     }
 
     /// Starts the service with VFs in its settings.
