@@ -22,7 +22,6 @@
  *   i PORT SIZE     reads an I/O port
  *   o PORT SIZE V   writes it
  *   count V         how many interrupts came by vector 40 to 4f
- *   end V ADDRESS SIZE W  what ends an interrupt that came by this vector: memory that is written before the interrupt controller is told
  *   pic             lets interrupts of the two 8259 come, by vectors 40 to 4f
  */
 typedef unsigned char u8;
@@ -228,7 +227,6 @@ static u32 loop(u32 rounds)
 enum { FIRST = 0x40, VECTORS = 16, APIC = 0xfee00000, SPURIOUS = APIC + 0xf0, END = APIC + 0xb0 };
 
 static volatile u32 counts[VECTORS];
-static struct { u32 address, size, value; } ends[VECTORS];
 static int uses_pic;
 
 static struct __attribute__((packed)) { u16 low, selector, kind, high; } idt[256];
@@ -236,11 +234,7 @@ static struct __attribute__((packed)) { u16 limit; u32 base; } idt_place;
 
 void interrupted(u32 vector)
 {
-	u32 index = vector & (VECTORS - 1);
-	counts[index]++;
-	if (ends[index].size) {
-		store(ends[index].address, ends[index].size, ends[index].value);
-	}
+	counts[vector & (VECTORS - 1)]++;
 	store(END, 4, 0);
 	if (uses_pic) {
 		out(0xa0, 1, 0x20);
@@ -388,10 +382,6 @@ static void obey(void)
 		out(a, b, c);
 	} else if (is("count")) {
 		number(counts[a & (VECTORS - 1)]);
-	} else if (is("end")) {
-		ends[a & (VECTORS - 1)].address = b;
-		ends[a & (VECTORS - 1)].size = c;
-		ends[a & (VECTORS - 1)].value = argument(4);
 	} else if (is("pic")) {
 		use_pic();
 	} else {

@@ -1,40 +1,22 @@
-//! MSI and interrupt lines, counted by the guest.
+//! MSI, counted by the guest.
 
 use anyhow::{Result, ensure};
-use xpci_tests::host::{SOON, start_service};
-use xpci_tests::{BareGuest, Lab, Process};
+use xpci_tests::BareGuest;
 
-use crate::{BAR0, EDU_SLOT, IGB_SLOT, INTERRUPT_LINE, RTL_SLOT, come, granted_of, open};
+use crate::{BAR0, EDU_SLOT, come, open};
 
 /// Registers of edu (QEMU's docs/specs/edu.rst): raise an interrupt, end it; and where its MSI capability is.
 const RAISE: u32 = 0x60;
 const LOWER: u32 = 0x64;
 const EDU_MSI: u32 = 0x40;
-/// Registers of the 82576 (datasheet, section 8.8): causes of interrupts, to be set, enabled and cleared; "other cause".
-const SET_CAUSE: u32 = 0x1520;
-const ENABLE_CAUSE: u32 = 0x1524;
-const CAUSE: u32 = 0x1580;
-const OTHER: u32 = 1 << 31;
-const IGB_MSI: u32 = 0x50;
 /// Of MSI with 64-bit addresses, from its begin (PCI Express 6.0, section 7.7.1).
 const CONTROL: u32 = 2;
 const ADDRESS: u32 = 4;
 const UPPER: u32 = 8;
 const DATA: u32 = 0xc;
-const MASK: u32 = 0x10;
-const PENDING: u32 = 0x14;
-/// Registers of the RTL8139.
-const INTERRUPT_MASK: u32 = 0x3c;
-const INTERRUPT_STATUS: u32 = 0x3e;
-const TIMER: u32 = 0x48;
-const TIMER_INTERRUPT: u32 = 0x54;
-const TIMED_OUT: u32 = 1 << 14;
-
-/// Vectors of the guest's processor; those of the interrupt controllers' lines are from 40 on.
+/// Vectors of the guest's processor.
 const EDU_VECTOR: u32 = 0x41;
 const SECOND_VECTOR: u32 = 0x43;
-const IGB_VECTOR: u32 = 0x44;
-const LINES: u32 = 0x40;
 
 fn set_message(one: &BareGuest<'_>, capability: u32, vector: u32) -> Result<()> {
     for (at, size, value) in [(ADDRESS, 4, 0xfee0_0000), (UPPER, 4, 0), (DATA, 2, vector)] {
@@ -76,113 +58,4 @@ pub fn msi(one: &BareGuest<'_>) -> Result<()> {
     raise()?;
     come(one, SECOND_VECTOR, 2)?;
     enable(one, EDU_MSI, 0).map(drop)
-}
-
-/// A masked vector waits, its pending bit shows that, and it comes once when it is unmasked.
-pub fn msi_with_a_mask(one: &BareGuest<'_>) -> Result<()> {
-    println!("MSI with a mask and pending bits");
-    let own = open(one, IGB_SLOT, BAR0)?;
-    let raise = || -> Result<()> {
-        one.tell(&format!("n {:x} 4 ffffffff", own + CAUSE))?;
-        one.tell(&format!("n {:x} 4 {OTHER:x}", own + SET_CAUSE)).map(drop)
-    };
-    let mask = |bits: u32| one.tell(&format!("w {:x} 4 {bits:x}", IGB_MSI + MASK)).map(drop);
-    let pending = || one.number(&format!("r {:x} 4", IGB_MSI + PENDING));
-    one.tell(&format!("n {:x} 4 {OTHER:x}", own + ENABLE_CAUSE))?;
-    set_message(one, IGB_MSI, IGB_VECTOR)?;
-    mask(0)?;
-    let control = enable(one, IGB_MSI, 1)?;
-    ensure!(control & 0x101 == 0x101, "Message Control {control:x}");
-    for count in 1..=2 {
-        raise()?;
-        come(one, IGB_VECTOR, count)?;
-    }
-    mask(1)?;
-    ensure!(one.number(&format!("r {:x} 4", IGB_MSI + MASK))? == 1, "the mask reads as clear");
-    raise()?;
-    ensure!(pending()? == 1, "pending bits {:x}", pending()?);
-    come(one, IGB_VECTOR, 2)?;
-    mask(0)?;
-    come(one, IGB_VECTOR, 3)?;
-    ensure!(pending()? == 0, "pending bits {:x}", pending()?);
-
-    println!("  masked before it is enabled, and while the message changes");
-    enable(one, IGB_MSI, 0)?;
-    mask(1)?;
-    enable(one, IGB_MSI, 1)?;
-    raise()?;
-    ensure!(pending()? == 1, "pending bits {:x}", pending()?);
-    come(one, IGB_VECTOR, 3)?;
-    set_message(one, IGB_MSI, SECOND_VECTOR)?;
-    let before = one.number(&format!("count {SECOND_VECTOR:x}"))?;
-    mask(0)?;
-    come(one, SECOND_VECTOR, before + 1)?;
-    come(one, IGB_VECTOR, 3)?;
-    enable(one, IGB_MSI, 0).map(drop)
-}
-
-/// The vector of the interrupt line that the firmware gave a function.
-fn line(one: &BareGuest<'_>) -> Result<u32> {
-    let line = one.number(&format!("r {INTERRUPT_LINE:x} 1"))?;
-    ensure!((1..16).contains(&line), "interrupt line {line:x}");
-    ensure!(one.number(&format!("r {:x} 1", INTERRUPT_LINE + 1))? == 1, "no interrupt pin");
-    Ok(LINES + line)
-}
-
-/// Level by level: asserted until the guest's handler has told the function, and again when it is asserted again.
-pub fn lines(lab: &Lab, one: &BareGuest<'_>) -> Result<()> {
-    println!("interrupt lines: {}", granted_of(lab, one, "Interrupts")?);
-    one.tell("pic")?;
-    let own = open(one, EDU_SLOT, BAR0)?;
-    let vector = line(one)?;
-    one.tell(&format!("end {vector:x} {:x} 4 1", own + LOWER))?;
-    let before = one.number(&format!("count {vector:x}"))?;
-    for count in 1..=3 {
-        one.tell(&format!("n {:x} 4 1", own + RAISE))?;
-        come(one, vector, before + count)?;
-    }
-    ensure!(one.number(&format!("m {:x} 4", own + 0x24))? == 0, "edu's interrupt has not ended");
-
-    println!("  of a function whose registers xpcid reads and writes");
-    let own = open(one, RTL_SLOT, 0x14)?;
-    let vector = line(one)?;
-    one.tell(&format!("end {vector:x} {:x} 2 {TIMED_OUT:x}", own + INTERRUPT_STATUS))?;
-    let before = one.number(&format!("count {vector:x}"))?;
-    one.tell(&format!("n {:x} 4 1000", own + TIMER_INTERRUPT))?;
-    one.tell(&format!("n {:x} 2 {TIMED_OUT:x}", own + INTERRUPT_MASK))?;
-    for count in 1..=3 {
-        one.tell(&format!("n {:x} 4 0", own + TIMER))?;
-        come(one, vector, before + count)?;
-    }
-    one.tell(&format!("n {:x} 2 0", own + INTERRUPT_MASK)).map(drop)
-}
-
-/// T3: MSI and line go on while the service is dead, and under its successor.
-pub fn survive_the_service(lab: &Lab, one: &BareGuest<'_>, service: Process) -> Result<Process> {
-    println!("T3: MSI and a line while the service is dead, and afterwards");
-    let igb = open(one, IGB_SLOT, BAR0)?;
-    set_message(one, IGB_MSI, IGB_VECTOR)?;
-    enable(one, IGB_MSI, 1)?;
-    let edu = open(one, EDU_SLOT, BAR0)?;
-    let vector = line(one)?;
-    one.tell(&format!("end {vector:x} {:x} 4 1", edu + LOWER))?;
-    let mut messages = one.number(&format!("count {IGB_VECTOR:x}"))?;
-    let mut levels = one.number(&format!("count {vector:x}"))?;
-    let mut both = || -> Result<()> {
-        one.tell(&format!("n {:x} 4 ffffffff", igb + CAUSE))?;
-        one.tell(&format!("n {:x} 4 {OTHER:x}", igb + SET_CAUSE))?;
-        one.tell(&format!("n {:x} 4 1", edu + RAISE))?;
-        (messages, levels) = (messages + 1, levels + 1);
-        come(one, IGB_VECTOR, messages)?;
-        come(one, vector, levels)
-    };
-    both()?;
-    service.signal(9)?;
-    service.wait(SOON)?;
-    both()?;
-    let service = start_service(lab)?;
-    both()?;
-    one.tell(&format!("slot {IGB_SLOT:x}"))?;
-    enable(one, IGB_MSI, 0)?;
-    Ok(service)
 }
