@@ -15,7 +15,7 @@ pub const PF: &str = "0000:01:00.0";
 pub const VFS: [&str; 3] = ["0000:01:10.0", "0000:01:10.2", "0000:01:10.4"];
 
 /// The process number of xpcid, for the shell of dom0. Its children that write to sysfs have the same name; it is the oldest.
-pub const SERVICE: &str = "$(pgrep -o -x xpcid)";
+pub const SERVICE: &str = "$(pidof xpcid | tr ' ' '\\n' | sort -n | head -n 1)";
 
 /// The policies that are shipped, for tests with their devices.
 const POLICIES: [&str; 3] = ["intel-82576-vf.yaml", "nvme.yaml", "virtio.yaml"];

@@ -230,6 +230,7 @@ fn actions(lab: &Lab, one: &Guest<'_>) -> Result<()> {
 /// CPU time of the service so far, in ticks of 10 ms.
 fn ticks(lab: &Lab) -> Result<u64> {
     let stat = lab.dom0(&format!("cat /proc/{SERVICE}/stat")).ok()?;
+    ensure!(stat.contains("(xpcid)"), "no process of xpcid: {stat}");
     let fields: Vec<u64> = stat.split_whitespace().filter_map(|field| field.parse().ok()).collect();
     // Without the program's name and the state, the thirteenth and fourteenth field are the 11th and 12th number.
     Ok(fields.get(11).context("no user time")? + fields.get(12).context("no system time")?)
