@@ -8,12 +8,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pciback::Sbdf;
-use pciback::config::CapabilityList;
 use pciback::platform::{Host, HostFunction, PlatformError, VfPlace, VfSettings};
-use pciback::spec::ExtendedCapabilityId;
 use serde::Deserialize;
 use thiserror::Error;
 
+use crate::spec::serial_number;
 use crate::transaction::ResetPlan;
 
 /// Where the settings are when the command line names no other file.
@@ -110,18 +109,14 @@ impl WantedVfs {
         self.pf == Some(pf.address)
             || self.id.is_some_and(|id| (id.vendor, id.device) == (pf.vendor, pf.device))
             || self.serial.as_ref().is_some_and(|wanted| {
-                serial(host, pf.address).is_some_and(|found| found.eq_ignore_ascii_case(wanted))
+                serial_number(host, pf.address).is_some_and(|found| printed(found).eq_ignore_ascii_case(wanted))
             })
     }
 }
 
-/// The Device Serial Number of a function, as lspci prints it (PCI Express 6.0, section 7.9.3).
-fn serial(host: &dyn Host, address: Sbdf) -> Option<String> {
-    let bytes = host.config(address).ok()?.read_all().ok()?;
-    let list = CapabilityList::walk(&bytes);
-    let at = usize::from(list.extended(ExtendedCapabilityId::SERIAL_NUMBER)?.offset);
-    let number = bytes.get(at + 4..at + 12)?;
-    Some(number.iter().rev().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join("-"))
+/// A Device Serial Number as lspci prints it.
+fn printed(serial: u64) -> String {
+    serial.to_be_bytes().map(|byte| format!("{byte:02x}")).join("-")
 }
 
 /// Which driver holds functions that no guest has.
