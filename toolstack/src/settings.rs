@@ -28,6 +28,8 @@ pub struct Settings {
     pub holder: Holder,
     /// How long a guest may take to accept or let go of a function, in seconds, 1-600.
     pub guest_limit_seconds: u64,
+    /// How long an HVM guest that starts is kept paused until it has the functions that it has for good, in seconds, 1-600.
+    pub start_limit_seconds: u64,
     /// How long binding and unbinding a driver, or changing the number of VFs, may take, in seconds, 1-600.
     pub driver_limit_seconds: u64,
     /// How functions are reset.
@@ -137,6 +139,7 @@ impl Default for Settings {
         Self {
             holder: Holder::Auto,
             guest_limit_seconds: 10,
+            start_limit_seconds: 60,
             driver_limit_seconds: 30,
             reset: ResetPlan::default(),
             function_limit: 8192,
@@ -194,6 +197,7 @@ impl Settings {
             };
         for (key, seconds) in [
             ("guest-limit-seconds", settings.guest_limit_seconds),
+            ("start-limit-seconds", settings.start_limit_seconds),
             ("driver-limit-seconds", settings.driver_limit_seconds),
             ("reset: limit-seconds", settings.reset.limit_seconds),
         ] {
@@ -235,6 +239,11 @@ impl Settings {
     /// How long a guest may take.
     pub fn guest_limit(&self) -> Duration {
         Duration::from_secs(self.guest_limit_seconds)
+    }
+
+    /// How long a guest that starts may wait.
+    pub fn start_limit(&self) -> Duration {
+        Duration::from_secs(self.start_limit_seconds)
     }
 
     /// How long a driver may take.

@@ -2,7 +2,7 @@
 //!
 //! Domains are looked at when xenstore says that one was introduced. A PV guest gets its functions as by `pci-attach`, while it
 //! boots. An HVM guest finds devices only when its firmware runs, and libxl introduces it before it starts its device model: it is
-//! paused at once, besides libxl's own pause, until it has its functions or it is known why not, or the limit for guests is over.
+//! paused at once, besides libxl's own pause, until it has its functions or it is known why not, or the limit is over.
 //!
 //! What fails is shown, and tried again when something happened that may have been the cause: the function's transaction
 //! ended, the guest lost another one, policies were read anew, the service started.
@@ -57,7 +57,7 @@ struct Start {
 #[serde(deny_unknown_fields)]
 struct Note {
     guest: Uuid,
-    /// Whether it surely is paused; noted once before and once after.
+    /// Whether it surely is paused: not while it is being paused or let run.
     paused: bool,
 }
 
@@ -223,7 +223,7 @@ impl Engine {
     }
 
     fn wait_for_device_model(&mut self, domain: DomId) {
-        let start = Start { deadline: Some(Instant::now() + self.settings.guest_limit()), asked: false, slots: None };
+        let start = Start { deadline: Some(Instant::now() + self.settings.start_limit()), asked: false, slots: None };
         self.returning.paused.insert(domain, start);
         let node = domains::device_model_state(domain);
         if let Err(error) = self.platform.store.watch(&node, &node) {
@@ -366,7 +366,7 @@ impl Engine {
         });
         for (domain, asked) in late.collect::<Vec<_>>() {
             let what = if asked { "it was in a transaction" } else { "the domain's device model did not run" };
-            let text = format!("{what} for {} s", self.settings.guest_limit_seconds);
+            let text = format!("{what} for {} s", self.settings.start_limit_seconds);
             self.give_up(domain, &Failure::new(ErrorCode::Failed, text).of(domain));
         }
     }
@@ -384,6 +384,13 @@ impl Engine {
         let node = domains::device_model_state(domain);
         if let Err(error) = self.platform.store.unwatch(&node, &node) {
             warn!("domain {domain}: {error}");
+        }
+        // Not twice, if the service is killed in between: the toolstack's own pause would be taken back.
+        let note = self.pause_notes().read::<Note>(domain);
+        if let Some(note) = note.map(|note| Note { paused: false, ..note })
+            && let Err(failure) = self.pause_notes().write(domain, &note)
+        {
+            error!("{failure}");
         }
         match self.platform.hypervisor.unpause(domain) {
             Ok(()) => info!("domain {domain}: not kept paused any more"),
@@ -409,7 +416,7 @@ impl Engine {
                 }
                 // Nobody but Xen knows how often it is paused, and Xen does not say.
                 Some((_, info)) if info.paused && !info.has_run => self.problems.push(format!(
-                    "xpcid was killed while it paused domain {domain}: if it does not start, 'xl unpause {domain}'"
+                    "xpcid was killed while it paused domain {domain} or let it run: if it does not start, 'xl unpause {domain}'"
                 )),
                 _ => {}
             }

@@ -125,7 +125,7 @@ impl World {
 
     /// Starts the service with a limit for what guests may take, in seconds.
     pub fn start_impatient(&self) -> Service {
-        self.start_life(Settings { guest_limit_seconds: 1, ..self.settings() }, &[])
+        self.start_life(Settings { guest_limit_seconds: 1, start_limit_seconds: 1, ..self.settings() }, &[])
     }
 
     /// Starts the service with VFs in its settings.
