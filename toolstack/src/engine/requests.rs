@@ -299,7 +299,8 @@ impl Engine {
         }
         for reservation in self.reserved_in(domain)? {
             if reservation.address != address {
-                taken[usize::from(reservation.devfn >> 3)] = Some(format!("{} persistently", reservation.address));
+                let kept = format!("{}, which is kept for it,", reservation.address);
+                taken[usize::from(reservation.devfn >> 3)] = Some(kept);
             }
         }
         for record in self.records.values() {
@@ -349,7 +350,7 @@ impl Engine {
         let reservation = self.reservation_of(name, address);
         let (end, change) = match (reservation, scope) {
             (None, _) => (String::new(), None),
-            (Some(_), Scope::Live) => ("; it gets it again when it starts again".to_owned(), None),
+            (Some(_), Scope::Live) => ("; the guest gets it again when it starts the next time".to_owned(), None),
             (Some(_), _) => (", and not persistent any more".to_owned(), Some(Change::Forget(address))),
         };
         let message = format!("{address} is detached from domain {domain} and assignable again{end}");

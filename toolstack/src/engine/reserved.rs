@@ -98,7 +98,7 @@ impl Engine {
         };
         let known = self.reservations.get(address);
         if known.is_some_and(|known| known.guest == wanted.guest && known.devfn == wanted.devfn) {
-            let message = format!("domain {domain} has {address} already, persistently");
+            let message = format!("domain {domain} has {address} already, and gets it again whenever it starts");
             return reply.done(Ok(Success::Already { message }));
         }
         let (reservations, boot) = (self.reservations.clone(), self.boot.clone());

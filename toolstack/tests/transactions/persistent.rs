@@ -334,8 +334,11 @@ fn an_hvm_guest_runs_without_its_function_when_it_cannot_have_it() {
     for (operation, told) in [("device_model_slots", "EPIPE"), ("assign", "EPIPE")] {
         let world = World::new();
         let service = win(&world);
+        // What comes later would be a reason to try again.
+        world.simulation.destroy(WIN);
+        service.wait_for_state(vf(), FunctionState::Held);
         world.fail(operation, None, Errno::EPIPE, 0);
-        win_again(&world);
+        world.simulation.create_guest(AGAIN, "win", "hvm", WIN_UUID).unwrap();
         world.simulation.start_device_model(AGAIN);
         wait_until(operation, || problem(&service).contains(told));
         assert_eq!(world.simulation.pauses(AGAIN), Some(1), "{operation}: xl's pause");
