@@ -137,8 +137,12 @@ fn on_xen_4_20() -> Result<()> {
     xpci(&lab, "pci-assignable-add 01:10.0")?;
     set_mac(&lab, 0, MACS[0])?;
     let one = guest(&lab, "one")?;
-    xpci(&lab, "pci-attach one 01:10.0")?;
+    xpci(&lab, "pci-attach --persist one 01:10.0")?;
     traffic(&lab, &one, 0, "10.9.9.11")?;
+    let vm = lab.dom0(&format!("xenstore-read /local/domain/{}/vm", one.domid()?)).ok()?;
+    let uuid = vm.trim().trim_start_matches("/vm/");
+    let said = xpci(&lab, &format!("pci-list --persistent {uuid}"))?;
+    ensure!(said.contains(VFS[0]), "{uuid}: {said}");
     xpci(&lab, "pci-detach one 01:10.0")?;
     ensure!(is_held(&lab, VFS[0])?, "{}", owner(&lab, VFS[0])?);
     nothing_remains(&lab, &one)?;
