@@ -97,7 +97,9 @@ fn on_xen_4_17() -> Result<()> {
     }
     ping(&one, "10.9.9.1")?;
 
-    println!("a guest is destroyed while it has a function, another one rebooted: it has its function for good");
+    println!(
+        "a guest is destroyed while it has a function, another one rebooted: it has its function for good"
+    );
     xpci(&lab, "pci-attach --persist two 01:10.2")?;
     lab.dom0("xl destroy one").ok()?;
     lab.dom0("xl reboot -F two").ok()?;

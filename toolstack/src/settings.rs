@@ -111,7 +111,8 @@ impl WantedVfs {
         self.pf == Some(pf.address)
             || self.id.is_some_and(|id| (id.vendor, id.device) == (pf.vendor, pf.device))
             || self.serial.as_ref().is_some_and(|wanted| {
-                serial_number(host, pf.address).is_some_and(|found| printed(found).eq_ignore_ascii_case(wanted))
+                serial_number(host, pf.address)
+                    .is_some_and(|found| printed(found).eq_ignore_ascii_case(wanted))
             })
     }
 }

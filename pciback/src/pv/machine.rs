@@ -16,7 +16,9 @@ use crate::config::{
     VirtualConfigSpace,
 };
 use crate::platform::hypervisor::DeviceReport;
-use crate::platform::{DomainInfo, Hypervisor, MsiSource, Pirq, PlatformError, Resource, Result, Ring, SharedMemory};
+use crate::platform::{
+    DomainInfo, Hypervisor, MsiSource, Pirq, PlatformError, Resource, Result, Ring, SharedMemory,
+};
 use crate::{DomId, Sbdf};
 
 pub(super) const DOMAIN: DomId = DomId(5);

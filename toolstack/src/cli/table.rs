@@ -77,7 +77,13 @@ fn note(function: &FunctionView) -> String {
         let guest = persistent.name.clone().unwrap_or_else(|| persistent.guest.to_string());
         format!("persistent for {guest}")
     });
-    function.note.iter().cloned().chain(persistent).reduce(|note, more| format!("{note}; {more}")).unwrap_or_default()
+    function
+        .note
+        .iter()
+        .cloned()
+        .chain(persistent)
+        .reduce(|note, more| format!("{note}; {more}"))
+        .unwrap_or_default()
 }
 
 const FUNCTION_HEAD: [&str; 7] = ["FUNCTION", "ID", "STATE", "DOMAIN", "SEEN AS", "DRIVER", "NOTE"];

@@ -14,9 +14,7 @@ use crate::control::Reply;
 use crate::domains;
 use crate::journal::Record;
 use crate::outcome::Failure;
-use crate::protocol::{
-    DomainName, FunctionView, GuestView, PersistentView, StatusView, Success, VfView,
-};
+use crate::protocol::{DomainName, FunctionView, GuestView, PersistentView, StatusView, Success, VfView};
 use crate::reservations::{Reservation, Reservations};
 use crate::transaction::{holder_of, not_handled};
 
@@ -152,8 +150,7 @@ impl Engine {
             for guest in &mut guests {
                 guest.name = domains::name(store.as_ref(), guest.domain).unwrap_or_default();
             }
-            let functions: Vec<_> =
-                shown.records.values().map(|record| shown.view_of(record)).collect();
+            let functions: Vec<_> = shown.records.values().map(|record| shown.view_of(record)).collect();
             let quarantined =
                 functions.iter().filter(|function| function.state == FunctionState::Quarantined);
             let quarantined = quarantined.map(|function| {

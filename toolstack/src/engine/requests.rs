@@ -61,7 +61,8 @@ impl Engine {
                 }
                 match self.hvm_guest(&domain) {
                     Ok(Some(guest)) => {
-                        return self.ask_device_model(Wanted { domain: guest, address, slot, persist }, reply);
+                        return self
+                            .ask_device_model(Wanted { domain: guest, address, slot, persist }, reply);
                     }
                     Ok(None) => self.plan_attach(&domain, address, slot, persist),
                     Err(failure) => Err(failure),
@@ -350,7 +351,9 @@ impl Engine {
         let reservation = self.reservation_of(name, address);
         let (end, change) = match (reservation, scope) {
             (None, _) => (String::new(), None),
-            (Some(_), Scope::Live) => ("; the guest gets it again when it starts the next time".to_owned(), None),
+            (Some(_), Scope::Live) => {
+                ("; the guest gets it again when it starts the next time".to_owned(), None)
+            }
             (Some(_), _) => (", and not persistent any more".to_owned(), Some(Change::Forget(address))),
         };
         let message = format!("{address} is detached from domain {domain} and assignable again{end}");

@@ -98,7 +98,8 @@ impl Engine {
         };
         let known = self.reservations.get(address);
         if known.is_some_and(|known| known.guest == wanted.guest && known.devfn == wanted.devfn) {
-            let message = format!("domain {domain} has {address} already, and gets it again whenever it starts");
+            let message =
+                format!("domain {domain} has {address} already, and gets it again whenever it starts");
             return reply.done(Ok(Success::Already { message }));
         }
         let (reservations, boot) = (self.reservations.clone(), self.boot.clone());
@@ -169,12 +170,7 @@ impl Engine {
             self.miss_no_more(record.address);
         }
         let change = reservation.map(|reservation| Change::Forget(reservation.address));
-        Plan::Transaction(
-            Course::Backward(Kind::Release, Parting::Dead),
-            Box::new(record),
-            message,
-            change,
-        )
+        Plan::Transaction(Course::Backward(Kind::Release, Parting::Dead), Box::new(record), message, change)
     }
 
     /// All reservations, or those of a guest.

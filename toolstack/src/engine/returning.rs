@@ -89,9 +89,10 @@ impl Returning {
     }
 
     fn waiting(&self, domain: DomId) -> Vec<Sbdf> {
-        let waiting = self.missing.iter().filter(|(_, missing)| {
-            missing.domain == domain && missing.why.is_none() && !missing.under_way
-        });
+        let waiting = self
+            .missing
+            .iter()
+            .filter(|(_, missing)| missing.domain == domain && missing.why.is_none() && !missing.under_way);
         waiting.map(|(address, _)| *address).collect()
     }
 }
@@ -196,7 +197,8 @@ impl Engine {
     fn pause_at_start(&mut self, domain: DomId) -> Result<(), Failure> {
         let hypervisor = Arc::clone(&self.platform.hypervisor);
         let has_run = || {
-            let text = format!("domain {domain} runs already, and an HVM guest finds its devices when it starts");
+            let text =
+                format!("domain {domain} runs already, and an HVM guest finds its devices when it starts");
             Failure::refused(text).of(domain).hint("reboot it once more")
         };
         let info = hypervisor.domain(domain)?;
@@ -223,7 +225,8 @@ impl Engine {
     }
 
     fn wait_for_device_model(&mut self, domain: DomId) {
-        let start = Start { deadline: Some(Instant::now() + self.settings.start_limit()), asked: false, slots: None };
+        let start =
+            Start { deadline: Some(Instant::now() + self.settings.start_limit()), asked: false, slots: None };
         self.returning.paused.insert(domain, start);
         let node = domains::device_model_state(domain);
         if let Err(error) = self.platform.store.watch(&node, &node) {
@@ -332,8 +335,9 @@ impl Engine {
         let address = record.address;
         let missing = self.returning.missing.get(&address);
         let under_way = missing.is_some_and(|missing| missing.under_way);
-        let attached = missing.zip(record.guest).is_some_and(|(missing, place)| missing.domain == place.domain)
-            && record.state == FunctionState::Attached;
+        let attached =
+            missing.zip(record.guest).is_some_and(|(missing, place)| missing.domain == place.domain)
+                && record.state == FunctionState::Attached;
         match &finished.outcome {
             Err(failure) if under_way => self.not_given(address, failure),
             _ if under_way || attached => self.miss_no_more(address),
@@ -365,7 +369,8 @@ impl Engine {
             (*domain, start.slots.is_some())
         });
         for (domain, asked) in late.collect::<Vec<_>>() {
-            let what = if asked { "it was in a transaction" } else { "the domain's device model did not run" };
+            let what =
+                if asked { "it was in a transaction" } else { "the domain's device model did not run" };
             let text = format!("{what} for {} s", self.settings.start_limit_seconds);
             self.give_up(domain, &Failure::new(ErrorCode::Failed, text).of(domain));
         }
@@ -407,7 +412,11 @@ impl Engine {
     pub(super) fn resume_returning(&mut self) {
         for domain in self.pause_notes().domains() {
             let info = self.platform.hypervisor.domain(domain).ok();
-            let note = self.pause_notes().read::<Note>(domain).zip(info).filter(|(note, info)| note.guest == info.uuid);
+            let note = self
+                .pause_notes()
+                .read::<Note>(domain)
+                .zip(info)
+                .filter(|(note, info)| note.guest == info.uuid);
             match note {
                 Some((Note { paused: true, .. }, _)) => {
                     info!("domain {domain}: an earlier life has paused it");

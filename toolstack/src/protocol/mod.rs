@@ -414,7 +414,9 @@ mod tests {
             r#"{"version":1,"id":7,"command":"pci-attach","arguments":{"domain":"web","address":"01:10.0"}}"#;
         let call: Call = serde_json::from_str(text).unwrap();
         assert_eq!(call.id, 7);
-        let Request::PciAttach { domain, address, slot: None, persist: false } = call.request else { panic!("{call:?}") };
+        let Request::PciAttach { domain, address, slot: None, persist: false } = call.request else {
+            panic!("{call:?}")
+        };
         assert_eq!((domain.0.as_str(), address.to_string().as_str()), ("web", "0000:01:10.0"));
     }
 

@@ -281,7 +281,8 @@ fn a_service_killed_anywhere_in_a_reboot_gives_the_function_to_the_new_domain() 
         service
     };
     let attached = |_: &World, service: &Service| service.is_in_state(vf(), FunctionState::Attached);
-    let done = |world: &World, service: &Service| attached(world, service) && is_domains(service, vf(), AGAIN);
+    let done =
+        |world: &World, service: &Service| attached(world, service) && is_domains(service, vf(), AGAIN);
     rebooted_and_killed(prepare, reboot, done, |_, service, why| {
         settled(service, why);
         assert!(is_attached(service, vf(), AGAIN), "{why}");

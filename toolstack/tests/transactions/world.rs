@@ -21,7 +21,8 @@ use toolstack::engine::{Containment, Engine, Event, Inbox};
 use toolstack::journal::{Journal, Record};
 use toolstack::outcome::Failure;
 use toolstack::protocol::{
-    Call, DomainName, Envelope, EventView, FunctionView, Happening, Request, Scope, StatusView, Success, VERSION,
+    Call, DomainName, Envelope, EventView, FunctionView, Happening, Request, Scope, StatusView, Success,
+    VERSION,
 };
 use toolstack::settings::{Holder, Settings, WantedVfs};
 use toolstack::{client, control};

@@ -10,8 +10,8 @@ use nix::errno::Errno;
 use serde_json::Value;
 
 use super::bindings::{
-    __HYPERVISOR_hvm_op, HVMOP_get_mem_type, Libraries, ioservid_t,
-    pt_irq_type_PT_IRQ_TYPE_PCI, xc_interface, xen_hvm_get_mem_type, xendevicemodel_handle,
+    __HYPERVISOR_hvm_op, HVMOP_get_mem_type, Libraries, ioservid_t, pt_irq_type_PT_IRQ_TYPE_PCI,
+    xc_interface, xen_hvm_get_mem_type, xendevicemodel_handle,
 };
 use super::hypervisor::check;
 use super::ioreq::{RequestPage, XenIoreqServer};
