@@ -47,6 +47,7 @@ const LIBRARIES: [Library; 7] = [
             "xc_pcitopoinfo",
             "xc_version",
             "xc_domain_pause",
+            "xc_domain_unpause",
             "xc_domain_destroy",
         ],
     },

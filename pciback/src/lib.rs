@@ -16,6 +16,8 @@ pub mod platform;
 pub mod policy;
 pub mod pv;
 pub mod spec;
+pub mod uuid;
 
 pub use address::{Sbdf, SbdfError};
 pub use function::{DomId, FunctionState};
+pub use uuid::Uuid;

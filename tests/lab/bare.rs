@@ -54,10 +54,21 @@ impl<'a> BareGuest<'a> {
 
     /// Lets it run, and waits until it listens.
     pub fn start(&mut self) -> Result<()> {
+        self.start_by(&format!("xl unpause {}", self.name))
+    }
+
+    /// Creates its next domain, which xl lets run at once, and waits until that listens.
+    pub fn create_again(&mut self) -> Result<()> {
+        self.console = None;
+        self.lab.dom0(&format!("xl create /guest/{}.cfg", self.name)).limit(LIMIT).ok()?;
+        self.start_by("true")
+    }
+
+    fn start_by(&mut self, command: &str) -> Result<()> {
         let node = format!("/local/domain/{}/serial/0/tty", self.domid()?);
         let tty = self.lab.dom0(&format!("xenstore-read {node}")).ok()?;
         let console = self.lab.converse(&format!("/lab/lab-agent console {}", tty.trim()))?;
-        self.lab.dom0(&format!("xl unpause {}", self.name)).ok()?;
+        self.lab.dom0(command).ok()?;
         console
             .wait_output("ready\n", LIMIT)
             .with_context(|| format!("waiting for the bare guest {}", self.name))?;

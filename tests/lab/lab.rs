@@ -21,6 +21,7 @@ use crate::machine::{self, Devices};
 use crate::packages::XenVersion;
 use crate::qemu::Qemu;
 use crate::qmp::Qmp;
+use crate::udev;
 use crate::wire::{Frame, Start};
 
 /// What to boot.
@@ -31,6 +32,7 @@ pub struct Builder {
     install: Vec<(PathBuf, String)>,
     guest_programs: Vec<String>,
     hvm_guests: bool,
+    udev: bool,
     name: String,
     life: Duration,
 }
@@ -64,6 +66,12 @@ impl Builder {
     /// Puts what HVM guests need into dom0: QEMU as their device model, and their firmware.
     pub fn hvm_guests(mut self) -> Self {
         self.hvm_guests = true;
+        self
+    }
+
+    /// Puts udev with the product's rules into dom0, where a test can start it.
+    pub fn udev(mut self) -> Self {
+        self.udev = true;
         self
     }
 
@@ -143,6 +151,9 @@ impl Builder {
             archive.copy("/guest/initrd.cpio", &guest, 0o644)?;
             for (from, path) in &self.install {
                 programs.add(archive, path, from)?;
+            }
+            if self.udev {
+                udev::add(archive, &images.trees)?;
             }
             if self.hvm_guests { image::device_model(archive, &images.trees) } else { Ok(()) }
         })?;
@@ -230,6 +241,7 @@ impl Lab {
             install: Vec::new(),
             guest_programs: Vec::new(),
             hvm_guests: false,
+            udev: false,
             name: thread::current().name().unwrap_or("lab").replace("::", "-"),
             life: Duration::from_secs(1800),
         }

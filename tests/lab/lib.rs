@@ -18,6 +18,7 @@ mod modules;
 pub mod packages;
 mod qemu;
 mod qmp;
+mod udev;
 mod wire;
 
 pub use bare::{BareGuest, Pending};

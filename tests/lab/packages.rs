@@ -78,6 +78,9 @@ const BASE: [&str; 10] = [
 /// What HVM guests need besides: QEMU as their device model, its files, their BIOS.
 const DEVICE_MODEL: [&str; 3] = ["qemu-system-xen", "qemu-system-data", "seabios"];
 
+/// udev itself, for labs that show what its rules do.
+const UDEV: [&str; 1] = ["udev"];
+
 /// Unpacked packages, in the order in which files are looked up.
 #[derive(Debug, Clone)]
 pub struct Trees {
@@ -125,6 +128,13 @@ impl Trees {
     pub fn with_device_model(mut self) -> Result<Self> {
         let suite = self.version.suite();
         self.roots.push(tree(&format!("device-model-{suite}"), suite, &DEVICE_MODEL)?);
+        Ok(self)
+    }
+
+    /// The same with udev, of the release that the base userland is from.
+    pub fn with_udev(mut self) -> Result<Self> {
+        let suite = base_suite(self.version)?;
+        self.roots.push(tree(&format!("udev-{suite}"), &suite, &UDEV)?);
         Ok(self)
     }
 }

@@ -26,8 +26,11 @@ fn functions_are_taken_from_nobody_who_uses_them_and_given_back_as_they_came() -
         .arg("-blockdev", format!("file,node-name=disk-file,filename={file}"))
         .arg("-device", "nvme-ns,bus=disk,drive=disk-file,shared=on".into())
         .empty_port();
-    let lab = builder().devices(devices).boot()?;
+    let lab = builder().udev().devices(devices).boot()?;
     let service = prepare(&lab)?;
+    // From here on drivers are loaded as on any host, beside xpcid.
+    let _udev = lab.spawn("/usr/lib/systemd/systemd-udevd")?;
+    lab.wait_for("udev", SOON, "[ -S /run/udev/control ]")?;
 
     println!("S8: an interface that is up, and one that is part of a bridge");
     interfaces(&lab)?;
@@ -142,8 +145,20 @@ fn unmanaged(lab: &Lab) -> Result<()> {
     lab.dom0(&format!("echo {PF} > /sys/bus/pci/drivers/igb/bind")).limit(SOON).ok().map(drop)
 }
 
+/// S1: udev has tagged the function, and systemd is asked to start xpcid for it.
+fn starts_the_service(lab: &Lab, function: &str) -> Result<()> {
+    let properties = format!("udevadm info --query=property /sys/bus/pci/devices/{function}");
+    lab.wait_for(
+        "udev's rules",
+        SOON,
+        &format!("{properties} | grep '^TAGS=' | grep ':systemd:' | grep -q ':xpci:'"),
+    )?;
+    let properties = lab.dom0(&properties).ok()?;
+    ensure!(properties.lines().any(|line| line == "SYSTEMD_WANTS=xpcid.service"), "{properties}");
+    Ok(())
+}
+
 fn vfs_by_policy(lab: &Lab) -> Result<()> {
-    lab.dom0("modprobe igbvf").ok()?;
     let keep = "match: {vendor: 8086, device: 10ca, function: virtual}\nhold: at-once\n";
     lab.push(keep.as_bytes(), "/etc/xpci/policies/vf.yaml")?;
     xpci(lab, "policy reload")?;
@@ -153,7 +168,9 @@ fn vfs_by_policy(lab: &Lab) -> Result<()> {
         lab.wait_for("the holding driver", SOON, &format!("[ -e /sys/bus/pci/drivers/pciback/{vf} ]"))?;
         lab.wait_for("the end of it", SOON, &format!("xpci status | grep '^{vf}' | grep -qE 'pciback$'"))?;
         ensure!(is_held(lab, vf)?, "{vf}: {}", owner(lab, vf)?);
+        starts_the_service(lab, vf)?;
     }
+    lab.wait_for("the VFs' driver, which udev loads", SOON, "[ -d /sys/bus/pci/drivers/igbvf ]")?;
     xpci(lab, &format!("pci-assignable-remove {} {}", VFS[0], VFS[1]))?;
     for vf in &VFS[..2] {
         ensure!(driver(lab, vf)? == "igbvf" && owner(lab, vf)? == "d0", "{vf}: {}", driver(lab, vf)?);
@@ -162,7 +179,6 @@ fn vfs_by_policy(lab: &Lab) -> Result<()> {
 }
 
 fn hotplugged(lab: &Lab) -> Result<()> {
-    lab.dom0("modprobe e1000e").ok()?;
     let keep = "match: {vendor: 8086, device: 10d3}\nhold: at-once\n";
     lab.push(keep.as_bytes(), "/etc/xpci/policies/nic.yaml")?;
     xpci(lab, "policy reload")?;
@@ -170,6 +186,8 @@ fn hotplugged(lab: &Lab) -> Result<()> {
     wait_for_state(lab, SLOT, "held")?;
     lab.wait_for("the end of it", SOON, &format!("xpci status | grep '^{SLOT}' | grep -qE 'pciback$'"))?;
     ensure!(is_held(lab, SLOT)?, "{}", owner(lab, SLOT)?);
+    starts_the_service(lab, SLOT)?;
+    lab.wait_for("its driver, which udev loads", SOON, "[ -d /sys/bus/pci/drivers/e1000e ]")?;
     let log = lab.dom0("dmesg").ok()?;
     println!(
         "   the kernel's native driver {} it first",

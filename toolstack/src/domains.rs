@@ -6,6 +6,8 @@ use pciback::platform::{PlatformError, StoreOps};
 use crate::outcome::Failure;
 use crate::protocol::DomainName;
 
+const DEVICE_MODELS: &str = "/local/domain/0/device-model/";
+
 /// What kind of guest it is, in xl's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DomainType {
@@ -61,6 +63,21 @@ pub fn kind(store: &dyn StoreOps, domain: DomId) -> Result<DomainType, PlatformE
         Some("pvh") => DomainType::Pvh,
         _ => DomainType::Unknown,
     })
+}
+
+/// Where the device model of a domain says how far it is.
+pub fn device_model_state(domain: DomId) -> String {
+    format!("{DEVICE_MODELS}{domain}/state")
+}
+
+/// The domain whose device model says there how far it is.
+pub fn of_device_model(node: &str) -> Option<DomId> {
+    node.strip_prefix(DEVICE_MODELS)?.strip_suffix("/state")?.parse().ok().map(DomId)
+}
+
+/// Whether the device model of a domain runs.
+pub fn device_model_runs(store: &dyn StoreOps, domain: DomId) -> Result<bool, PlatformError> {
+    Ok(read_text(store, &device_model_state(domain))?.as_deref() == Some("running"))
 }
 
 /// Why a domain has power over others, in words that follow "it"; `None` where nothing says so.

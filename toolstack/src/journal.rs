@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use pciback::{DomId, FunctionState, Sbdf};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -25,7 +26,7 @@ pub const VERSION: u32 = 1;
 /// No record is longer than this, in bytes.
 const SIZE_LIMIT: u64 = 64 * 1024;
 /// The extension of a file that is being written, or that holds what was there before the last write.
-pub(crate) const TEMPORARY: &str = "new";
+const TEMPORARY: &str = "new";
 
 /// What the service knows of one function and intends with it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -205,32 +206,17 @@ impl Journal {
     pub fn remove(&self, address: Sbdf) -> Result<(), JournalError> {
         let path = self.path(address);
         let durable = self.quarantined().remove(&address);
-        let absent_is_done = |removed: io::Result<()>| match removed {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            other => other,
-        };
-        let removed = absent_is_done(fs::remove_file(&path))
-            .and_then(|()| absent_is_done(fs::remove_file(path.with_extension(TEMPORARY))))
-            .and_then(|()| if durable { self.sync() } else { Ok(()) });
+        let removed = remove_entry(&path).and_then(|()| if durable { sync(&self.directory) } else { Ok(()) });
         removed.map_err(|source| JournalError::Io { action: "remove", path, source })
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        File::open(&self.directory)?.sync_all()
     }
 
     /// All records, by address, with one error for each file that cannot be used.
     pub fn read_all(&self) -> Result<(Vec<Record>, Vec<JournalError>), JournalError> {
-        let error = |source| JournalError::Io { action: "read", path: self.directory.clone(), source };
         let (mut records, mut errors) = (Vec::new(), Vec::new());
-        for entry in fs::read_dir(&self.directory).map_err(error)? {
-            let path = entry.map_err(error)?.path();
-            // A temporary file is a write that never took effect.
-            if path.extension().is_some_and(|extension| extension == "json") {
-                match read(&path) {
-                    Ok(record) => records.extend(record),
-                    Err(error) => errors.push(error),
-                }
+        for path in entries(&self.directory)? {
+            match read(&path) {
+                Ok(record) => records.extend(record),
+                Err(error) => errors.push(error),
             }
         }
         records.sort_by_key(|record| record.address);
@@ -238,6 +224,66 @@ impl Journal {
         self.quarantined().extend(quarantined.map(|record| record.address));
         Ok((records, errors))
     }
+}
+
+/// What was renamed or removed in a directory is so after a power failure, too.
+pub(crate) fn sync(directory: &Path) -> io::Result<()> {
+    File::open(directory)?.sync_all()
+}
+
+/// The entries of a directory that has one for each function.
+pub(crate) fn entries(directory: &Path) -> Result<Vec<PathBuf>, JournalError> {
+    let error = |source| JournalError::Io { action: "read", path: directory.to_owned(), source };
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(directory).map_err(error)? {
+        let path = entry.map_err(error)?.path();
+        // A temporary file is a write that never took effect.
+        if path.extension().is_some_and(|extension| extension == "json") {
+            paths.push(path);
+        }
+    }
+    paths.sort_unstable();
+    Ok(paths)
+}
+
+/// An entry of such a directory, at most `limit` bytes, and which function it is about.
+pub(crate) fn read_entry<T: DeserializeOwned>(
+    path: &Path,
+    limit: u64,
+    about: impl FnOnce(&T) -> (u32, Sbdf),
+) -> Result<T, JournalError> {
+    let error = |source| JournalError::Io { action: "read", path: path.to_owned(), source };
+    let mut text = String::new();
+    File::open(path).map_err(error)?.take(limit).read_to_string(&mut text).map_err(error)?;
+    parse(path, &text, about)
+}
+
+fn parse<T: DeserializeOwned>(
+    path: &Path,
+    text: &str,
+    about: impl FnOnce(&T) -> (u32, Sbdf),
+) -> Result<T, JournalError> {
+    let malformed = |reason: String| JournalError::Malformed { path: path.to_owned(), reason };
+    let entry: T = serde_json::from_str(text).map_err(|error| malformed(error.to_string()))?;
+    let (version, address) = about(&entry);
+    if version != VERSION {
+        return Err(malformed(format!("it has version {version}, this xpcid reads {VERSION}")));
+    }
+    if path.file_stem().and_then(|stem| stem.to_str()) != Some(address.to_string().as_str()) {
+        return Err(malformed(format!("it is about {address}")));
+    }
+    Ok(entry)
+}
+
+/// Removes a file and what is left of its last write; nothing happens where there is none.
+pub(crate) fn remove_entry(path: &Path) -> io::Result<()> {
+    for path in [path, &path.with_extension(TEMPORARY)] {
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// Replaces a file so that the next life of the service finds it, whole, when the call returns; with `durable` also after a power failure.
@@ -256,7 +302,7 @@ pub(crate) fn replace(path: &Path, content: &impl Serialize, durable: bool) -> i
         exchanged => exchanged?,
     }
     match path.parent().filter(|_| durable) {
-        Some(directory) => File::open(directory)?.sync_all(),
+        Some(directory) => sync(directory),
         None => Ok(()),
     }
 }
@@ -264,21 +310,13 @@ pub(crate) fn replace(path: &Path, content: &impl Serialize, durable: bool) -> i
 /// The record in a file; `None`: its bytes never reached the disk before the power failed, so it is of an earlier boot and says nothing.
 fn read(path: &Path) -> Result<Option<Record>, JournalError> {
     let error = |source| JournalError::Io { action: "read", path: path.to_owned(), source };
-    let malformed = |reason: String| JournalError::Malformed { path: path.to_owned(), reason };
     let mut text = String::new();
     File::open(path).map_err(error)?.take(SIZE_LIMIT).read_to_string(&mut text).map_err(error)?;
     if text.bytes().all(|byte| byte == 0) {
         log::info!("{}: empty, as a power failure leaves a record", path.display());
         return Ok(None);
     }
-    let record: Record = serde_json::from_str(&text).map_err(|error| malformed(error.to_string()))?;
-    if record.version != VERSION {
-        return Err(malformed(format!("it has version {}, this xpcid reads {VERSION}", record.version)));
-    }
-    if path.file_stem().and_then(|stem| stem.to_str()) != Some(record.address.to_string().as_str()) {
-        return Err(malformed(format!("it is about {}", record.address)));
-    }
-    Ok(Some(record))
+    parse(path, &text, |record: &Record| (record.version, record.address)).map(Some)
 }
 
 #[cfg(test)]

@@ -5,8 +5,7 @@
 //! killed neither loses a value nor takes its own for one that was there before.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -14,10 +13,8 @@ use pciback::Sbdf;
 use pciback::containment::Role;
 use serde::{Deserialize, Serialize};
 
-use crate::journal::{JournalError, TEMPORARY, replace};
+use crate::journal::{JournalError, VERSION, entries, read_entry, remove_entry, replace};
 
-/// The form of an entry; others are refused.
-const VERSION: u32 = 1;
 /// No entry is longer than this, in bytes: a PF may have 65,535 VFs, each a user.
 const SIZE_LIMIT: u64 = 2 << 20;
 
@@ -67,7 +64,7 @@ impl Ledger {
         let error = |source| JournalError::Io { action: "create", path: directory.to_owned(), source };
         fs::create_dir_all(directory).map_err(error)?;
         let ledger = Self { directory: directory.to_owned(), boot: boot.to_owned(), lock: Arc::default() };
-        for path in ledger.paths()? {
+        for path in entries(directory)? {
             if read(&path).is_ok_and(|entry| entry.boot != boot) {
                 ledger.remove_file(&path)?;
             }
@@ -105,7 +102,7 @@ impl Ledger {
 
     /// All entries. One that cannot be used is an error: what it holds would be lost.
     pub fn entries(&self) -> Result<Vec<Entry>, JournalError> {
-        self.paths()?.iter().map(|path| read(path)).collect()
+        entries(&self.directory)?.iter().map(|path| read(path)).collect()
     }
 
     /// Writes an entry so that the next life of the service finds it when the call returns; one without users is removed. A power
@@ -122,46 +119,17 @@ impl Ledger {
         self.directory.join(format!("{address}.json"))
     }
 
-    fn paths(&self) -> Result<Vec<PathBuf>, JournalError> {
-        let error = |source| JournalError::Io { action: "read", path: self.directory.clone(), source };
-        let mut paths = Vec::new();
-        for entry in fs::read_dir(&self.directory).map_err(error)? {
-            let path = entry.map_err(error)?.path();
-            // A temporary file is a write that never took effect.
-            if path.extension().is_some_and(|extension| extension == "json") {
-                paths.push(path);
-            }
-        }
-        paths.sort_unstable();
-        Ok(paths)
-    }
-
     fn remove_file(&self, path: &Path) -> Result<(), JournalError> {
-        for path in [path, &path.with_extension(TEMPORARY)] {
-            match fs::remove_file(path) {
-                Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                    return Err(JournalError::Io { action: "remove", path: path.to_owned(), source });
-                }
-                _ => {}
-            }
-        }
-        Ok(())
+        remove_entry(path).map_err(|source| JournalError::Io {
+            action: "remove",
+            path: path.to_owned(),
+            source,
+        })
     }
 }
 
 fn read(path: &Path) -> Result<Entry, JournalError> {
-    let error = |source| JournalError::Io { action: "read", path: path.to_owned(), source };
-    let malformed = |reason: String| JournalError::Malformed { path: path.to_owned(), reason };
-    let mut text = String::new();
-    File::open(path).map_err(error)?.take(SIZE_LIMIT).read_to_string(&mut text).map_err(error)?;
-    let entry: Entry = serde_json::from_str(&text).map_err(|error| malformed(error.to_string()))?;
-    if entry.version != VERSION {
-        return Err(malformed(format!("it has version {}, this xpcid reads {VERSION}", entry.version)));
-    }
-    if path.file_stem().and_then(|stem| stem.to_str()) != Some(entry.address.to_string().as_str()) {
-        return Err(malformed(format!("it is about {}", entry.address)));
-    }
-    Ok(entry)
+    read_entry(path, SIZE_LIMIT, |entry: &Entry| (entry.version, entry.address))
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ pub mod ledger;
 pub mod outcome;
 pub mod policies;
 pub mod protocol;
+pub mod reservations;
 pub mod settings;
 pub mod spec;
 pub mod transaction;

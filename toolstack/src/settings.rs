@@ -8,12 +8,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pciback::Sbdf;
-use pciback::config::CapabilityList;
 use pciback::platform::{Host, HostFunction, PlatformError, VfPlace, VfSettings};
-use pciback::spec::ExtendedCapabilityId;
 use serde::Deserialize;
 use thiserror::Error;
 
+use crate::spec::serial_number;
 use crate::transaction::ResetPlan;
 
 /// Where the settings are when the command line names no other file.
@@ -29,6 +28,8 @@ pub struct Settings {
     pub holder: Holder,
     /// How long a guest may take to accept or let go of a function, in seconds, 1-600.
     pub guest_limit_seconds: u64,
+    /// How long an HVM guest that starts is kept paused until it has the functions that it has for good, in seconds, 1-600.
+    pub start_limit_seconds: u64,
     /// How long binding and unbinding a driver, or changing the number of VFs, may take, in seconds, 1-600.
     pub driver_limit_seconds: u64,
     /// How functions are reset.
@@ -110,18 +111,15 @@ impl WantedVfs {
         self.pf == Some(pf.address)
             || self.id.is_some_and(|id| (id.vendor, id.device) == (pf.vendor, pf.device))
             || self.serial.as_ref().is_some_and(|wanted| {
-                serial(host, pf.address).is_some_and(|found| found.eq_ignore_ascii_case(wanted))
+                serial_number(host, pf.address)
+                    .is_some_and(|found| printed(found).eq_ignore_ascii_case(wanted))
             })
     }
 }
 
-/// The Device Serial Number of a function, as lspci prints it (PCI Express 6.0, section 7.9.3).
-fn serial(host: &dyn Host, address: Sbdf) -> Option<String> {
-    let bytes = host.config(address).ok()?.read_all().ok()?;
-    let list = CapabilityList::walk(&bytes);
-    let at = usize::from(list.extended(ExtendedCapabilityId::SERIAL_NUMBER)?.offset);
-    let number = bytes.get(at + 4..at + 12)?;
-    Some(number.iter().rev().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join("-"))
+/// A Device Serial Number as lspci prints it.
+fn printed(serial: u64) -> String {
+    serial.to_be_bytes().map(|byte| format!("{byte:02x}")).join("-")
 }
 
 /// Which driver holds functions that no guest has.
@@ -142,6 +140,7 @@ impl Default for Settings {
         Self {
             holder: Holder::Auto,
             guest_limit_seconds: 10,
+            start_limit_seconds: 60,
             driver_limit_seconds: 30,
             reset: ResetPlan::default(),
             function_limit: 8192,
@@ -199,6 +198,7 @@ impl Settings {
             };
         for (key, seconds) in [
             ("guest-limit-seconds", settings.guest_limit_seconds),
+            ("start-limit-seconds", settings.start_limit_seconds),
             ("driver-limit-seconds", settings.driver_limit_seconds),
             ("reset: limit-seconds", settings.reset.limit_seconds),
         ] {
@@ -240,6 +240,11 @@ impl Settings {
     /// How long a guest may take.
     pub fn guest_limit(&self) -> Duration {
         Duration::from_secs(self.guest_limit_seconds)
+    }
+
+    /// How long a guest that starts may wait.
+    pub fn start_limit(&self) -> Duration {
+        Duration::from_secs(self.start_limit_seconds)
     }
 
     /// How long a driver may take.

@@ -5,7 +5,9 @@ use std::sync::{Arc, Mutex, Weak};
 
 use pciback::Sbdf;
 use pciback::config::{CapabilityList, FunctionSpec, Planes, Policy};
-use pciback::platform::Host;
+use pciback::inventory::Identity;
+use pciback::platform::{Host, HostFunction};
+use pciback::spec::ExtendedCapabilityId;
 
 use crate::outcome::{ErrorCode, Failure};
 
@@ -43,6 +45,21 @@ pub fn function_spec(host: &dyn Host, address: Sbdf) -> Result<FunctionSpec, Fai
             .on(address)
             .hint("a device that answers all ones may need a reset or a power cycle")
     })
+}
+
+/// The Device Serial Number of a function (PCI Express 6.0, section 7.9.3), where it has one that can be read.
+pub fn serial_number(host: &dyn Host, address: Sbdf) -> Option<u64> {
+    let bytes = host.config(address).ok()?.read_all().ok()?;
+    let list = CapabilityList::walk(&bytes);
+    let at = usize::from(list.extended(ExtendedCapabilityId::SERIAL_NUMBER)?.offset);
+    let number = bytes.get(at + 4..at + 12)?.try_into().ok()?;
+    Some(u64::from_le_bytes(number))
+}
+
+/// By what a function is told from another one at its address; a VF has its PF's serial number.
+pub fn identity(host: &dyn Host, function: &HostFunction) -> Identity {
+    let serial = serial_number(host, function.physical_function.unwrap_or(function.address));
+    Identity { serial, ..Identity::of(function) }
 }
 
 /// What one filter was compiled from: functions that agree in it share the filter.

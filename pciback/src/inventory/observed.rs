@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use super::Place;
+use crate::platform::HostFunction;
 use crate::{DomId, Sbdf};
 
 /// By what a device is told from another one in the same slot.
@@ -30,6 +31,19 @@ pub struct Identity {
 }
 
 impl Identity {
+    /// What the host says of a function, without its serial number.
+    pub fn of(host: &HostFunction) -> Self {
+        Self {
+            vendor: host.vendor,
+            device: host.device,
+            subsystem_vendor: host.subsystem_vendor,
+            subsystem: host.subsystem,
+            class: host.class,
+            revision: host.revision,
+            serial: None,
+        }
+    }
+
     /// Whether both may be the same device: a serial number that only one side knows does not make another device.
     pub fn may_be(&self, other: &Self) -> bool {
         let serials_differ = matches!((self.serial, other.serial), (Some(one), Some(two)) if one != two);

@@ -20,8 +20,6 @@ pub struct MsiMessage {
 
 /// Ioreq servers, and mappings and interrupts of HVM guests.
 pub trait HvmDomains: Send + Sync {
-    /// Whether the toolstack keeps the domain paused.
-    fn is_paused(&self, domain: DomId) -> Result<bool>;
     /// The device numbers that the guest's device model uses on bus 0.
     fn device_model_slots(&self, domain: DomId) -> Result<Vec<u8>>;
 

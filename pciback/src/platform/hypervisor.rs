@@ -1,7 +1,7 @@
 //! What xpci asks of the hypervisor.
 
 use super::Result;
-use crate::{DomId, Sbdf};
+use crate::{DomId, Sbdf, Uuid};
 
 /// A guest's physical interrupt number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -30,6 +30,17 @@ pub struct DeviceReport {
     pub physical_function: Option<Sbdf>,
     /// The proximity domain (NUMA node), where known.
     pub proximity: Option<u32>,
+}
+
+/// What Xen says of a domain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DomainInfo {
+    /// By what a guest is known over its reboots.
+    pub uuid: Uuid,
+    /// Whether somebody keeps it paused.
+    pub paused: bool,
+    /// Whether a vCPU of it has run.
+    pub has_run: bool,
 }
 
 /// Device assignment, permissions and interrupts. All calls are hypercalls and answer with Xen's error numbers.
@@ -68,8 +79,12 @@ pub trait Hypervisor: Send + Sync {
     fn unmap_gsi(&self, domain: DomId, gsi: u32, pirq: Pirq) -> Result<()>;
     /// Unmaps a physical interrupt of `map_msi`. `EINVAL`: it is not mapped.
     fn unmap_pirq(&self, domain: DomId, pirq: Pirq) -> Result<()>;
+    /// What it is and whether it runs. `ESRCH`: there is none.
+    fn domain(&self, domain: DomId) -> Result<DomainInfo>;
     /// Pauses a domain until somebody unpauses it, as `xl pause` does.
     fn pause(&self, domain: DomId) -> Result<()>;
+    /// Takes back one `pause`: Xen counts them, and the domain runs when none is left. `EINVAL`: it is not paused.
+    fn unpause(&self, domain: DomId) -> Result<()>;
     /// Destroys a domain: it is not asked. What `xl create` left to watch over it removes its nodes.
     fn destroy(&self, domain: DomId) -> Result<()>;
 }

@@ -25,7 +25,7 @@ pub use errors::{ErrorEvent, ErrorEvents, ErrorSource};
 pub use events::{HostEvent, HostEvents};
 pub use host::{BarMemory, Host, HostFunction, Resource, Use};
 pub use hvm::{HvmDomains, IoreqServer, MsiMessage, ServerId};
-pub use hypervisor::{Hypervisor, MsiSource, Pirq};
+pub use hypervisor::{DomainInfo, Hypervisor, MsiSource, Pirq};
 pub use memory::SharedMemory;
 pub use network::{VfNetwork, VfPlace, VfSetting, VfSettings};
 pub use rings::{GuestRings, Ring};

@@ -16,7 +16,9 @@ use crate::config::{
     VirtualConfigSpace,
 };
 use crate::platform::hypervisor::DeviceReport;
-use crate::platform::{Hypervisor, MsiSource, Pirq, PlatformError, Resource, Result, Ring, SharedMemory};
+use crate::platform::{
+    DomainInfo, Hypervisor, MsiSource, Pirq, PlatformError, Resource, Result, Ring, SharedMemory,
+};
 use crate::{DomId, Sbdf};
 
 pub(super) const DOMAIN: DomId = DomId(5);
@@ -352,7 +354,13 @@ impl Hypervisor for Machine {
         self.step();
         known.map(drop).ok_or_else(|| PlatformError::new("unmap an interrupt of", domain, Errno::EINVAL))
     }
+    fn domain(&self, domain: DomId) -> Result<DomainInfo> {
+        refuse(domain)
+    }
     fn pause(&self, domain: DomId) -> Result<()> {
+        refuse(domain)
+    }
+    fn unpause(&self, domain: DomId) -> Result<()> {
         refuse(domain)
     }
     fn destroy(&self, domain: DomId) -> Result<()> {

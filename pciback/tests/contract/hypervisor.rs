@@ -55,7 +55,9 @@ fn known(fixture: &Fixture) -> Result<(), Broken> {
 
 fn nobody_to_stop(fixture: &Fixture) -> Result<(), Broken> {
     let xen = &fixture.platform.hypervisor;
+    refused("look at", xen.domain(NOBODY), &[Errno::ESRCH])?;
     refused("pause", xen.pause(NOBODY), &[Errno::ESRCH])?;
+    refused("unpause", xen.unpause(NOBODY), &[Errno::ESRCH])?;
     refused("destroy", xen.destroy(NOBODY), &[Errno::ESRCH])
 }
 

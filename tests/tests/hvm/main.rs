@@ -10,6 +10,7 @@ mod meaning;
 #[path = "../../../pciback/tests/config_space/oracle.rs"]
 #[expect(dead_code, reason = "the composed devices of the library's tests have more registers than this VF")]
 mod oracle;
+mod persist;
 mod sweeps;
 #[path = "../ring/vf.rs"]
 #[expect(dead_code, reason = "the ring's test has more of it")]
@@ -132,6 +133,9 @@ fn two_functions_in_a_guest() -> Result<()> {
     }
     lab.dom0("[ -z \"$(ls /run/xpci/ioreq-servers)\" ] && [ -z \"$(ls /run/xpci/images)\" ]").ok()?;
     two.destroy()?;
+
+    println!("a guest that has a function for good finds it again in its next domain");
+    persist::created_again(&lab)?;
     let found = status(&lab)?;
     ensure!(found["problems"].as_array().is_some_and(Vec::is_empty), "{found}");
     ensure!(service.ended().is_none(), "{}", service.output_so_far());

@@ -13,7 +13,7 @@ use clap::{Args, Parser, Subcommand};
 use pciback::Sbdf;
 
 use crate::outcome::{ErrorCode, Failure};
-use crate::protocol::{DomainName, Request};
+use crate::protocol::{DomainName, Request, Scope};
 use crate::settings::DEFAULT_SOCKET;
 
 pub use hvm::Hvm;
@@ -60,12 +60,18 @@ pub enum Command {
         /// Accepted for xl's sake: the driver always gets its function back.
         #[arg(short = 'r')]
         rebind: bool,
+        /// Takes them even from guests that have them for good (pci-attach --persist) and do not run.
+        #[arg(short, long)]
+        force: bool,
         /// The functions.
         #[arg(required = true, value_name = "BDF")]
         addresses: Vec<Sbdf>,
     },
     /// Gives a held function to a guest.
     PciAttach {
+        /// For good: the guest gets it again whenever it starts, and nobody else gets it meanwhile.
+        #[arg(long)]
+        persist: bool,
         /// The guest, by name or number.
         domain: String,
         /// The function, and the device number at which the guest shall see it (hexadecimal, 0-1f).
@@ -77,7 +83,13 @@ pub enum Command {
         /// Does not wait for the guest to let go.
         #[arg(short, long)]
         force: bool,
-        /// The guest, by name or number.
+        /// Until the guest starts again, when it has the function for good.
+        #[arg(long)]
+        live: bool,
+        /// Leaves it to the guest, but not for good any more. The guest need not run.
+        #[arg(long, conflicts_with_all = ["live", "force"])]
+        persistent: bool,
+        /// The guest, by name or number; one that does not run also by UUID.
         domain: String,
         /// The function.
         #[arg(value_name = "BDF")]
@@ -85,8 +97,12 @@ pub enum Command {
     },
     /// Lists the functions of a guest.
     PciList {
-        /// The guest, by name or number.
-        domain: String,
+        /// Lists what guests have for good (pci-attach --persist), whether they run or not; without a guest, of all.
+        #[arg(long)]
+        persistent: bool,
+        /// The guest, by name or number; one that does not run also by UUID.
+        #[arg(required_unless_present = "persistent")]
+        domain: Option<String>,
     },
     /// Enables, disables and lists the VFs of a PF.
     #[command(subcommand)]
@@ -256,18 +272,27 @@ impl Command {
             Self::PciAssignableAdd { addresses, force } => {
                 addresses.into_iter().map(|address| Request::PciAssignableAdd { address, force }).collect()
             }
-            Self::PciAssignableRemove { addresses, .. } => {
-                addresses.into_iter().map(|address| Request::PciAssignableRemove { address }).collect()
+            Self::PciAssignableRemove { addresses, force, .. } => {
+                addresses.into_iter().map(|address| Request::PciAssignableRemove { address, force }).collect()
             }
-            Self::PciAttach { domain, place } => one(Request::PciAttach {
+            Self::PciAttach { domain, place, persist } => one(Request::PciAttach {
                 domain: DomainName(domain),
                 address: place.address,
                 slot: place.slot,
+                persist,
             }),
-            Self::PciDetach { domain, address, force } => {
-                one(Request::PciDetach { domain: DomainName(domain), address, force })
+            Self::PciDetach { domain, address, force, live, persistent } => {
+                let scope = match (live, persistent) {
+                    (true, _) => Scope::Live,
+                    (_, true) => Scope::Persistent,
+                    _ => Scope::All,
+                };
+                one(Request::PciDetach { domain: DomainName(domain), address, force, scope })
             }
-            Self::PciList { domain } => one(Request::PciList { domain: DomainName(domain) }),
+            Self::PciList { domain, persistent } => match (domain.map(DomainName), persistent) {
+                (Some(domain), false) => one(Request::PciList { domain }),
+                (guest, _) => one(Request::PciListPersistent { guest }),
+            },
             Self::Vf(Vf::Create { address, count, unmanaged }) => {
                 one(Request::VfCreate { address, count, unmanaged })
             }

@@ -68,8 +68,22 @@ fn function_row(function: &FunctionView) -> Vec<String> {
         dash(function.domain.as_ref()),
         dash(seen_as.as_ref()),
         dash(function.driver.as_ref()),
-        function.note.clone().unwrap_or_default(),
+        note(function),
     ]
+}
+
+fn note(function: &FunctionView) -> String {
+    let persistent = function.persistent.as_ref().map(|persistent| {
+        let guest = persistent.name.clone().unwrap_or_else(|| persistent.guest.to_string());
+        format!("persistent for {guest}")
+    });
+    function
+        .note
+        .iter()
+        .cloned()
+        .chain(persistent)
+        .reduce(|note, more| format!("{note}; {more}"))
+        .unwrap_or_default()
 }
 
 const FUNCTION_HEAD: [&str; 7] = ["FUNCTION", "ID", "STATE", "DOMAIN", "SEEN AS", "DRIVER", "NOTE"];

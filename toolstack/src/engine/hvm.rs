@@ -4,9 +4,7 @@
 //! run directory, and before it is created which servers there are already, so that one whose number could not be noted is found.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 
@@ -18,6 +16,7 @@ use pciback::{DomId, Sbdf};
 use serde::{Deserialize, Serialize};
 
 use super::guests::Guest;
+use super::notes::Notes;
 use super::{Engine, Event};
 use crate::control::Reply;
 use crate::domains::{self, DomainType};
@@ -45,6 +44,7 @@ pub struct Wanted {
     pub(super) domain: DomId,
     pub(super) address: Sbdf,
     pub(super) slot: Option<u8>,
+    pub(super) persist: bool,
 }
 
 /// A function that an earlier life served.
@@ -75,7 +75,7 @@ impl Engine {
     /// Asks a guest's device model, which may take its time, where a function can go.
     pub(super) fn ask_device_model(&mut self, wanted: Wanted, reply: Reply) {
         let checked = self.attachable(wanted.address, wanted.domain).and_then(|_| {
-            if self.platform.hvm.is_paused(wanted.domain)? {
+            if self.platform.hypervisor.domain(wanted.domain)?.paused {
                 return Ok(());
             }
             let text = format!(
@@ -113,8 +113,8 @@ impl Engine {
             // Anything may have happened meanwhile.
             let record = self.attachable(wanted.address, wanted.domain)?;
             // From the top: a device model gives devices that are plugged later the lowest number that is free.
-            let devfn = self.free_place(wanted.domain, wanted.slot, (0..32).rev(), &slots)?;
-            Ok(self.attachment(record, wanted.domain, devfn))
+            let devfn = self.free_place(wanted.domain, wanted.address, wanted.slot, (0..32).rev(), &slots)?;
+            self.attachment(record, wanted.domain, devfn, wanted.persist)
         });
         self.carry_out(plan, reply);
     }
@@ -122,7 +122,7 @@ impl Engine {
     /// Refuses to pull a function from under the driver of a guest that has no hotplug.
     pub(super) fn may_lose(&self, domain: DomId) -> Result<(), Failure> {
         let is_hvm = self.guests.get(&domain).is_some_and(|guest| guest.hvm.is_some());
-        if !is_hvm || self.platform.hvm.is_paused(domain)? {
+        if !is_hvm || self.platform.hypervisor.domain(domain)?.paused {
             return Ok(());
         }
         let text =
@@ -160,7 +160,7 @@ impl Engine {
         let hvm = self.platform.hvm.as_ref();
         let others = hvm.servers(domain)?;
         let mut note = Note { others: others.iter().map(|server| server.0).collect(), server: None };
-        self.write_note(domain, &note)?;
+        self.notes().write(domain, &note)?;
         let mut lower = Vec::new();
         let created = loop {
             match hvm.create_server(domain) {
@@ -174,7 +174,7 @@ impl Engine {
         }
         let server = created.map_err(|error| Failure::from(error).of(domain))?;
         note.server = Some(server.0);
-        self.write_note(domain, &note)?;
+        self.notes().write(domain, &note)?;
         Ok(server)
     }
 
@@ -206,7 +206,7 @@ impl Engine {
 
     /// Goes on serving an HVM guest.
     pub(super) fn resume_hvm(&mut self, domain: DomId, resumed: Vec<Resumed>) -> Result<(), Failure> {
-        let noted = self.read_note(domain).and_then(|note| note.server).map(ServerId);
+        let noted = self.notes().read(domain).and_then(|note: Note| note.server).map(ServerId);
         let present = self.platform.hvm.servers(domain)?;
         let server = match noted.filter(|server| present.contains(server)) {
             Some(server) => server,
@@ -242,7 +242,7 @@ impl Engine {
     pub(super) fn end_server(&self, domain: DomId, hvm: &Hvm) {
         let ended = self.platform.hvm.destroy_server(domain, hvm.server);
         self.note_ended(domain, hvm.server, ended);
-        self.remove_note(domain);
+        self.notes().remove(domain);
     }
 
     fn note_ended(&self, domain: DomId, server: ServerId, ended: Result<(), PlatformError>) {
@@ -256,57 +256,25 @@ impl Engine {
 
     /// Ends servers that an earlier life left in domains that have no function of ours.
     pub(super) fn end_stray_servers(&self) {
-        let Ok(directory) = fs::read_dir(self.notes()) else { return };
-        for entry in directory.flatten() {
-            let domain = entry.file_name().to_str().and_then(|name| name.parse().ok()).map(DomId);
-            if let Some(domain) = domain.filter(|domain| !self.guests.contains_key(domain)) {
-                self.end_noted_server(domain);
-            }
+        let known = |domain: &DomId| self.guests.contains_key(domain);
+        for domain in self.notes().domains().into_iter().filter(|domain| !known(domain)) {
+            self.end_noted_server(domain);
         }
     }
 
     /// Ends what the note of a domain tells of, and removes the note.
     fn end_noted_server(&self, domain: DomId) {
-        if let Some(note) = self.read_note(domain) {
+        if let Some(note) = self.notes().read::<Note>(domain) {
             let present = self.platform.hvm.servers(domain).unwrap_or_default();
             let ours = present.into_iter().filter(|server| !note.others.contains(&server.0));
             for server in ours.filter(|server| note.server.is_none_or(|known| known == server.0)) {
                 self.note_ended(domain, server, self.platform.hvm.destroy_server(domain, server));
             }
         }
-        self.remove_note(domain);
+        self.notes().remove(domain);
     }
 
-    fn notes(&self) -> PathBuf {
-        self.settings.run_directory.join("ioreq-servers")
-    }
-
-    fn read_note(&self, domain: DomId) -> Option<Note> {
-        let text = fs::read(self.notes().join(domain.to_string())).ok()?;
-        serde_json::from_slice(&text).map_err(|error| warn!("domain {domain}: its note: {error}")).ok()
-    }
-
-    fn write_note(&self, domain: DomId, note: &Note) -> Result<(), Failure> {
-        let path = self.notes().join(domain.to_string());
-        let write = || -> io::Result<()> {
-            fs::create_dir_all(self.notes())?;
-            // Whole or not at all, as a reader sees it; the run directory does not outlive a power failure anyway.
-            let temporary = path.with_extension("new");
-            fs::write(&temporary, serde_json::to_vec(note)?)?;
-            fs::rename(&temporary, &path)
-        };
-        write().map_err(|error| {
-            Failure::new(ErrorCode::Failed, format!("write {}: {error}", path.display())).of(domain)
-        })
-    }
-
-    fn remove_note(&self, domain: DomId) {
-        let path = self.notes().join(domain.to_string());
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                warn!("remove {}: {error}", path.display());
-            }
-            _ => {}
-        }
+    fn notes(&self) -> Notes {
+        Notes::of(&self.settings, "ioreq-servers")
     }
 }

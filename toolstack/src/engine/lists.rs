@@ -9,22 +9,38 @@ use pciback::{FunctionState, Sbdf};
 
 use super::Engine;
 use super::requests::{distrusted, existing};
+use super::tasks::Workshop;
 use crate::control::Reply;
 use crate::domains;
 use crate::journal::Record;
 use crate::outcome::Failure;
-use crate::protocol::{DomainName, FunctionView, GuestView, StatusView, Success, VfView};
+use crate::protocol::{DomainName, FunctionView, GuestView, PersistentView, StatusView, Success, VfView};
+use crate::reservations::{Reservation, Reservations};
 use crate::transaction::{holder_of, not_handled};
 
 /// A function as its record and the host show it.
-pub(super) fn view_of(host: &dyn Host, record: &Record) -> FunctionView {
-    match host.function(record.address) {
+fn view_of(host: &dyn Host, reservations: &Reservations, record: &Record) -> FunctionView {
+    let seen = match host.function(record.address) {
         Ok(function) => view(Some(&function), record),
         Err(error) if error.errno() == Some(Errno::ENOENT) => {
             FunctionView { state: FunctionState::Gone, ..view(None, record) }
         }
         Err(error) => FunctionView { note: Some(error.to_string()), ..view(None, record) },
+    };
+    let persistent = reservations.get(record.address).as_ref().map(persistent_view);
+    FunctionView { persistent, ..seen }
+}
+
+impl Workshop {
+    /// A function as its record and the host show it.
+    pub(super) fn view_of(&self, record: &Record) -> FunctionView {
+        view_of(self.platform.host.as_ref(), &self.reservations, record)
     }
+}
+
+/// Which guest has a function for good.
+pub(super) fn persistent_view(reservation: &Reservation) -> PersistentView {
+    PersistentView { guest: reservation.guest, name: reservation.name.clone() }
 }
 
 fn view(function: Option<&HostFunction>, record: &Record) -> FunctionView {
@@ -43,20 +59,28 @@ fn view(function: Option<&HostFunction>, record: &Record) -> FunctionView {
         physical_function: function.and_then(|found| found.physical_function),
         domain: record.guest.map(|guest| guest.domain),
         guest_address: record.guest.map(|guest| Sbdf::from_devfn(0, 0, guest.devfn)),
+        persistent: None,
         note,
     }
 }
 
 /// The records as they are now, to be shown with what the host says of the functions.
-struct Shown {
+pub(super) struct Shown {
     host: Arc<dyn Host>,
     records: BTreeMap<Sbdf, Record>,
+    reservations: Reservations,
 }
 
 impl Engine {
     /// Shows something on a thread of its own: looking at thousands of functions takes a while.
-    fn show(&self, reply: Reply, show: impl FnOnce(&Shown) -> Result<Success, Failure> + Send + 'static) {
-        let shown = Shown { host: Arc::clone(&self.platform.host), records: self.records.clone() };
+    pub(super) fn show(
+        &self,
+        reply: Reply,
+        show: impl FnOnce(&Shown) -> Result<Success, Failure> + Send + 'static,
+    ) {
+        let host = Arc::clone(&self.platform.host);
+        let (records, reservations) = (self.records.clone(), self.reservations.clone());
+        let shown = Shown { host, records, reservations };
         self.background("show", move || reply.done(show(&shown)));
     }
 
@@ -76,7 +100,7 @@ impl Engine {
         self.show(reply, move |shown| {
             let of_guest = |record: &&Record| record.guest.is_some_and(|guest| guest.domain == domain);
             let functions = shown.records.values().filter(of_guest);
-            let functions = functions.map(|record| view_of(shown.host.as_ref(), record));
+            let functions = functions.map(|record| shown.view_of(record));
             Ok(Success::Functions { functions: functions.collect() })
         });
     }
@@ -119,14 +143,14 @@ impl Engine {
             .chain(unrepaired)
             .chain(self.keeping.problems())
             .chain(self.network_checks.problems())
+            .chain(self.returning.problems())
             .collect();
         let (store, errors) = (Arc::clone(&self.platform.store), Arc::clone(&self.platform.errors));
         self.show(reply, move |shown| {
             for guest in &mut guests {
                 guest.name = domains::name(store.as_ref(), guest.domain).unwrap_or_default();
             }
-            let functions: Vec<_> =
-                shown.records.values().map(|record| view_of(shown.host.as_ref(), record)).collect();
+            let functions: Vec<_> = shown.records.values().map(|record| shown.view_of(record)).collect();
             let quarantined =
                 functions.iter().filter(|function| function.state == FunctionState::Quarantined);
             let quarantined = quarantined.map(|function| {
@@ -156,9 +180,13 @@ impl Shown {
         roots.map(not_handled).collect()
     }
 
-    fn view(&self, address: Sbdf) -> FunctionView {
+    fn view_of(&self, record: &Record) -> FunctionView {
+        view_of(self.host.as_ref(), &self.reservations, record)
+    }
+
+    pub(super) fn view(&self, address: Sbdf) -> FunctionView {
         let nobodys = || Record::new(address, "");
-        view_of(self.host.as_ref(), &self.records.get(&address).cloned().unwrap_or_else(nobodys))
+        self.view_of(&self.records.get(&address).cloned().unwrap_or_else(nobodys))
     }
 
     fn assignable(&self, address: Sbdf) -> Option<FunctionView> {

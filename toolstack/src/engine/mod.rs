@@ -13,6 +13,7 @@ mod lists;
 mod log_limit;
 mod network;
 mod news;
+mod notes;
 mod observe;
 mod open;
 mod paths;
@@ -21,7 +22,9 @@ mod recover;
 mod registers;
 mod repairs;
 mod requests;
+mod reserved;
 mod responses;
+mod returning;
 mod sync;
 mod tasks;
 mod unmanaged;
@@ -48,10 +51,12 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 use crate::audit::AuditLog;
 use crate::control::Reply;
+use crate::domains;
 use crate::journal::{Journal, Record};
 use crate::ledger::Ledger;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{RegisterValue, Request};
+use crate::reservations::Reservations;
 use crate::settings::Settings;
 use crate::spec::Filters;
 use crate::transaction::{Finished, NetworkRecord, Parting};
@@ -62,6 +67,7 @@ use network::NetworkChecks;
 use open::{Filter, Opened};
 use policies::Reloaded;
 use repairs::Synced;
+use returning::Returning;
 use sync::Syncing;
 use watch::{Changes, Look, Stirred};
 
@@ -83,6 +89,8 @@ pub enum Event {
         /// Where the answer goes.
         reply: Reply,
     },
+    /// The device model of a guest that starts again was asked for its devices.
+    DeviceModelRuns(DomId, Result<Vec<u8>, Failure>),
     /// A transaction asks to serve a function.
     Serve {
         /// The function, with its guest.
@@ -208,6 +216,10 @@ pub struct Engine {
     faults: faults::Faults,
     /// What happened, for those who want to know.
     news: news::News,
+    /// Functions that guests have for good.
+    reservations: Reservations,
+    /// Guests that start again.
+    returning: Returning,
     /// What was found wrong outside any one function, for `xpci status`.
     problems: Vec<String>,
 }
@@ -225,6 +237,8 @@ impl Engine {
         let (sender, events) = mpsc::channel();
         let ledger = Ledger::open(&settings.state_directory.join("path"), &boot).map_err(io::Error::other)?;
         let audit = AuditLog::new(&settings.state_directory);
+        let reservations = Reservations::open(&settings.state_directory.join("persistent"));
+        let (reservations, unusable) = reservations.map_err(io::Error::other)?;
         Ok(Self {
             platform,
             settings: Arc::new(settings),
@@ -250,7 +264,9 @@ impl Engine {
             in_use: BTreeMap::new(),
             faults: faults::Faults::default(),
             news: news::News::new(audit),
-            problems: Vec::new(),
+            reservations,
+            returning: Returning::default(),
+            problems: unusable.iter().map(ToString::to_string).collect(),
         })
     }
 
@@ -266,7 +282,9 @@ impl Engine {
 
     /// Handles events until `stop` becomes readable. Guests keep their functions: a successor serves them on.
     pub fn run(&mut self, stop: BorrowedFd<'_>) -> io::Result<()> {
-        self.platform.store.watch("@releaseDomain", "@releaseDomain").map_err(io::Error::other)?;
+        for event in ["@introduceDomain", "@releaseDomain"] {
+            self.platform.store.watch(event, event).map_err(io::Error::other)?;
+        }
         let host = self.platform.host.events().map_err(io::Error::other)?;
         let errors = self.hear_errors();
         // What happened before the subscription.
@@ -274,6 +292,7 @@ impl Engine {
         info!("ready on {}", self.platform.description);
         self.take_back_stubs();
         self.create_wanted_vfs();
+        self.resume_returning();
         let mut more_errors = false;
         loop {
             self.reconcile();
@@ -316,12 +335,14 @@ impl Engine {
             self.check_deadlines(Instant::now());
             self.check_error_deadlines(Instant::now());
             self.check_networks(Instant::now());
+            self.check_starts(Instant::now());
         }
     }
 
     fn timeout(&self) -> PollTimeout {
         let errors = self.next_error_deadline();
         let deadlines = self.next_deadline().into_iter().chain(errors).chain(self.network_checks.next());
+        let deadlines = deadlines.chain(self.returning.next_deadline());
         let Some(deadline) = deadlines.min() else { return PollTimeout::NONE };
         let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
         PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
@@ -333,6 +354,7 @@ impl Engine {
             Event::DeviceModelAsked { wanted, slots, reply } => {
                 self.device_model_asked(&wanted, slots, reply)
             }
+            Event::DeviceModelRuns(domain, slots) => self.device_model_runs(domain, slots),
             Event::Serve { record, opened, answer } => self.serve(&record, *opened, answer),
             Event::Withdraw { record, parting, answer } => self.withdraw(&record, parting, answer),
             Event::Finished(finished) => self.transaction_finished(*finished),
@@ -364,10 +386,14 @@ impl Engine {
 
     fn take_store_events(&mut self) -> Result<(), PlatformError> {
         while let Some(event) = self.platform.store.next_event()? {
-            if event.path == "@releaseDomain" {
-                self.find_dead_guests();
-            } else {
-                self.store_changed(&event);
+            match (event.path.as_str(), domains::of_device_model(&event.token)) {
+                ("@introduceDomain", _) => self.find_returning(),
+                ("@releaseDomain", _) => {
+                    self.find_dead_guests();
+                    self.find_returning();
+                }
+                (_, Some(domain)) => self.device_model_changed(domain),
+                (_, None) => self.store_changed(&event),
             }
         }
         Ok(())

@@ -62,7 +62,7 @@ impl Engine {
                 Some(warnings) => Success::Changed {
                     message: has(""),
                     warnings,
-                    functions: vec![super::lists::view_of(workshop.platform.host.as_ref(), &record)],
+                    functions: vec![workshop.view_of(&record)],
                 },
             }));
         });

@@ -94,11 +94,8 @@ impl Workshop {
             let bytes = config.and_then(|config| config.read_all()).unwrap_or_default();
             CapabilityList::walk(&bytes).legacy(CapabilityId::MSI_X).is_some()
         };
-        let (vendor, device) = (function.vendor, function.device);
-        let (subsystem_vendor, subsystem) = (function.subsystem_vendor, function.subsystem);
-        let (class, revision) = (function.class, function.revision);
         HostView {
-            identity: Identity { vendor, device, subsystem_vendor, subsystem, class, revision, serial: None },
+            identity: Identity::of(function),
             bridge: function.is_bridge(),
             msix,
             extended: false,

@@ -83,6 +83,7 @@ impl Engine {
         if let Some(sources) = &sources {
             self.policies = Arc::clone(&policies);
             self.keeping.begin_anew();
+            self.try_again(None);
             self.stirred.everything();
             if let Err(problem) = policies::keep_copy(&self.settings.state_directory, sources) {
                 let text = format!("keep a copy of the policies: {problem}");

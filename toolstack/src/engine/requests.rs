@@ -17,7 +17,8 @@ use crate::control::Reply;
 use crate::domains::{self, DomainType};
 use crate::journal::{GuestPlace, Record};
 use crate::outcome::Failure;
-use crate::protocol::{DomainName, Request, Success};
+use crate::protocol::{DomainName, Request, Scope, Success};
+use crate::reservations::Change;
 use crate::transaction::{Kind, Parting, a_guests, holder_of, refuse_in_use, refuse_unresettable};
 
 /// The function, which must exist.
@@ -34,8 +35,8 @@ pub(super) fn existing(host: &dyn Host, address: Sbdf) -> Result<HostFunction, F
 pub(super) enum Plan {
     /// An answer at once.
     Answer(Success),
-    /// A transaction, and what to say when it succeeds.
-    Transaction(Course, Box<Record>, String),
+    /// A transaction, what to say when it succeeds, and what becomes of the function's reservation before.
+    Transaction(Course, Box<Record>, String, Option<Change>),
 }
 
 impl Engine {
@@ -50,17 +51,30 @@ impl Engine {
             Request::Events { follow } => return self.events(follow, reply),
             Request::Status => return self.status(reply),
             Request::PciAssignableAdd { address, force } => self.plan_hold(address, force),
-            Request::PciAssignableRemove { address } => {
-                self.forget_gone(address).unwrap_or_else(|| self.plan_release(address))
+            Request::PciAssignableRemove { address, force } => {
+                self.forget_gone(address).unwrap_or_else(|| self.plan_release(address, force))
             }
-            Request::PciAttach { domain, address, slot } => match self.hvm_guest(&domain) {
-                Ok(Some(guest)) => {
-                    return self.ask_device_model(Wanted { domain: guest, address, slot }, reply);
+            Request::PciAttach { domain, address, slot, persist } => {
+                let attached = persist.then(|| self.attached_already(&domain, address, slot)).flatten();
+                if let Some(record) = attached {
+                    return self.make_persistent(&record, reply);
                 }
-                Ok(None) => self.plan_attach(&domain, address, slot),
-                Err(failure) => Err(failure),
-            },
-            Request::PciDetach { domain, address, force } => self.plan_detach(&domain, address, force),
+                match self.hvm_guest(&domain) {
+                    Ok(Some(guest)) => {
+                        return self
+                            .ask_device_model(Wanted { domain: guest, address, slot, persist }, reply);
+                    }
+                    Ok(None) => self.plan_attach(&domain, address, slot, persist),
+                    Err(failure) => Err(failure),
+                }
+            }
+            Request::PciDetach { domain, address, force, scope } => {
+                if scope == Scope::Persistent || self.is_only_reserved(&domain, address, scope) {
+                    return self.forget_reservation(&domain, address, reply);
+                }
+                self.plan_detach(&domain, address, force, scope)
+            }
+            Request::PciListPersistent { guest } => return self.reserved_list(guest.as_ref(), reply),
             Request::QuarantineClear { address } => return self.clear_quarantine(address, reply),
             Request::PolicyShow { address, domain } => return self.show_policy(address, domain, reply),
             Request::PolicyExplain { address, domain } => return self.explain_policy(address, domain, reply),
@@ -82,8 +96,8 @@ impl Engine {
         match plan {
             Err(failure) => reply.done(Err(failure)),
             Ok(Plan::Answer(success)) => reply.done(Ok(success)),
-            Ok(Plan::Transaction(course, record, message)) => {
-                self.start(course, *record, Some(reply), move |_| message.clone());
+            Ok(Plan::Transaction(course, record, message, change)) => {
+                self.start_with(course, *record, change, Some(reply), move |_| message.clone());
             }
         }
     }
@@ -114,7 +128,7 @@ impl Engine {
         }
         self.holdable(&function)?;
         let course = if force { Course::Seize } else { Course::Forward(Kind::Hold) };
-        Ok(Plan::Transaction(course, Box::new(record), format!("{address} is assignable")))
+        Ok(Plan::Transaction(course, Box::new(record), format!("{address} is assignable"), None))
     }
 
     /// Refuses to hold what can never be held as it is, by whatever force.
@@ -150,7 +164,7 @@ impl Engine {
         Some(Ok(Plan::Answer(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() })))
     }
 
-    fn plan_release(&self, address: Sbdf) -> Result<Plan, Failure> {
+    fn plan_release(&mut self, address: Sbdf, force: bool) -> Result<Plan, Failure> {
         self.idle(address)?;
         let record = self.record(address);
         match record.state {
@@ -159,22 +173,34 @@ impl Engine {
                 Ok(Plan::Answer(Success::Already { message: format!("{address} is dom0's already") }))
             }
             FunctionState::Held => {
+                if !force {
+                    self.may_be_released(address)?;
+                }
                 let driver = record.original_driver.as_deref().unwrap_or("no driver").to_owned();
                 let message = format!("{address} is dom0's again, with {driver}");
-                Ok(Plan::Transaction(
-                    Course::Backward(Kind::Release, Parting::Dead),
-                    Box::new(record),
-                    message,
-                ))
+                Ok(self.release_of(record, message))
             }
             other => Err(not_in_state(&record, other, "to be given back to dom0")),
         }
     }
 
-    fn plan_attach(&self, domain: &DomainName, address: Sbdf, slot: Option<u8>) -> Result<Plan, Failure> {
-        let store = self.platform.store.as_ref();
-        let domain = domains::find(store, domain)?;
+    fn plan_attach(
+        &self,
+        domain: &DomainName,
+        address: Sbdf,
+        slot: Option<u8>,
+        persist: bool,
+    ) -> Result<Plan, Failure> {
+        let domain = domains::find(self.platform.store.as_ref(), domain)?;
         let record = self.attachable(address, domain)?;
+        self.has_bus(domain)?;
+        let devfn = self.free_place(domain, address, slot, 0..32, &[])?;
+        self.attachment(record, domain, devfn, persist)
+    }
+
+    /// Refuses guests without a device model that cannot have a PCI bus of ours.
+    pub(super) fn has_bus(&self, domain: DomId) -> Result<(), Failure> {
+        let store = self.platform.store.as_ref();
         if domains::kind(store, domain)? == DomainType::Pvh {
             return Err(Failure::refused(format!("domain {domain} is a PVH guest, which has no PCI bus"))
                 .of(domain)
@@ -187,8 +213,7 @@ impl Engine {
             .of(domain)
             .hint("a guest has one PCI bus: detach those with 'xl pci-detach' first"));
         }
-        let devfn = self.free_place(domain, slot, 0..32, &[])?;
-        Ok(self.attachment(record, domain, devfn))
+        Ok(())
     }
 
     /// The record of a function that may be attached to a domain now.
@@ -205,17 +230,32 @@ impl Engine {
             }
             other => return Err(not_in_state(&record, other, "to be attached")),
         }
+        self.not_reserved(&function, domain)?;
         self.permitted(&function, domain)?;
         // Refused while nothing has begun: an attachment that ends without a reset would leave the function quarantined.
         refuse_unresettable(&self.settings.reset, &function)?;
         Ok(record)
     }
 
-    pub(super) fn attachment(&self, mut record: Record, domain: DomId, devfn: u8) -> Plan {
+    pub(super) fn attachment(
+        &self,
+        mut record: Record,
+        domain: DomId,
+        devfn: u8,
+        persist: bool,
+    ) -> Result<Plan, Failure> {
+        let address = record.address;
         record.guest = Some(GuestPlace { domain, devfn });
         let seen = Sbdf::from_devfn(0, 0, devfn);
-        let message = format!("{} is attached to domain {domain}, which sees it at {seen}", record.address);
-        Plan::Transaction(Course::Forward(Kind::Attach), Box::new(record), message)
+        let mut message = format!("{address} is attached to domain {domain}, which sees it at {seen}");
+        let change = match persist {
+            true => {
+                message.push_str(" and gets it again whenever it starts");
+                Some(Change::Reserve(Box::new(self.reservation(address, domain, devfn)?)))
+            }
+            false => None,
+        };
+        Ok(Plan::Transaction(Course::Forward(Kind::Attach), Box::new(record), message, change))
     }
 
     /// Refuses what no policy permits: PFs, and VFs that no driver of dom0's watches over.
@@ -251,6 +291,7 @@ impl Engine {
     pub(super) fn free_place(
         &self,
         domain: DomId,
+        address: Sbdf,
         slot: Option<u8>,
         mut order: impl Iterator<Item = u8>,
         others: &[u8],
@@ -258,6 +299,12 @@ impl Engine {
         let mut taken: [Option<String>; 32] = [const { None }; 32];
         for slot in others {
             taken[usize::from(slot & 31)] = Some("an emulated device".to_owned());
+        }
+        for reservation in self.reserved_in(domain)? {
+            if reservation.address != address {
+                let kept = format!("{}, which is kept for it,", reservation.address);
+                taken[usize::from(reservation.devfn >> 3)] = Some(kept);
+            }
         }
         for record in self.records.values() {
             if let Some(place) = record.guest.filter(|place| place.domain == domain) {
@@ -285,8 +332,14 @@ impl Engine {
         }
     }
 
-    fn plan_detach(&self, domain: &DomainName, address: Sbdf, force: bool) -> Result<Plan, Failure> {
-        let domain = domains::find(self.platform.store.as_ref(), domain)?;
+    fn plan_detach(
+        &self,
+        name: &DomainName,
+        address: Sbdf,
+        force: bool,
+        scope: Scope,
+    ) -> Result<Plan, Failure> {
+        let domain = domains::find(self.platform.store.as_ref(), name)?;
         self.idle(address)?;
         let record = self.record(address);
         if record.guest.map(|guest| guest.domain) != Some(domain) {
@@ -297,8 +350,16 @@ impl Engine {
             self.may_lose(domain)?;
         }
         let parting = if force { Parting::Force } else { Parting::Ask };
-        let message = format!("{address} is detached from domain {domain} and assignable again");
-        Ok(Plan::Transaction(Course::Backward(Kind::Detach, parting), Box::new(record), message))
+        let reservation = self.reservation_of(name, address);
+        let (end, change) = match (reservation, scope) {
+            (None, _) => (String::new(), None),
+            (Some(_), Scope::Live) => {
+                ("; the guest gets it again when it starts the next time".to_owned(), None)
+            }
+            (Some(_), _) => (", and not persistent any more".to_owned(), Some(Change::Forget(address))),
+        };
+        let message = format!("{address} is detached from domain {domain} and assignable again{end}");
+        Ok(Plan::Transaction(Course::Backward(Kind::Detach, parting), Box::new(record), message, change))
     }
 
     fn clear_quarantine(&mut self, address: Sbdf, reply: Reply) {

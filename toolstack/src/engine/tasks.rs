@@ -18,6 +18,7 @@ use crate::journal::{Journal, Record};
 use crate::ledger::Ledger;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Success;
+use crate::reservations::{Change, Reservations};
 use crate::settings::Settings;
 use crate::spec::Filters;
 use crate::transaction::{Context, Finished, Kind, Parting, Serving, Step};
@@ -75,6 +76,7 @@ pub(super) struct Workshop {
     pub filters: Filters,
     pub changes: Changes,
     pub awaiting: Awaiting,
+    pub reservations: Reservations,
 }
 
 impl Serving for Workshop {
@@ -117,6 +119,65 @@ impl Workshop {
         })
     }
 
+    /// Runs a transaction, after the change of reservations that belongs to it.
+    fn run_with(
+        &self,
+        course: Course,
+        record: Record,
+        change: Option<Change>,
+        progress: &dyn Fn(&str),
+    ) -> Finished {
+        let before = match &change {
+            Some(Change::Reserve(wanted)) => self.reservations.get(wanted.address),
+            _ => None,
+        };
+        let made = match change.clone() {
+            Some(Change::Reserve(wanted)) => self.reservations.keep(*wanted),
+            Some(Change::Forget(address)) => self.reservations.forget(address),
+            None => Ok(()),
+        };
+        if let Err(failure) = made {
+            return Finished { record: self.unchanged(course, record), outcome: Err(failure) };
+        }
+        let mut finished = self.run(course, record, progress);
+        let after = match (&mut finished.outcome, change) {
+            (Ok(warnings), _) if course == Course::Forward(Kind::Attach) => {
+                if let Err(failure) = self.note_given(&finished.record) {
+                    warnings.push(failure.to_string());
+                }
+                Ok(())
+            }
+            (Err(_), Some(Change::Reserve(wanted))) if !self.ended() => match before {
+                Some(before) => self.reservations.keep(before),
+                None => self.reservations.forget(wanted.address),
+            },
+            _ => Ok(()),
+        };
+        if let Err(failure) = after {
+            self.inbox.send(Event::Problem(failure.to_string()));
+        }
+        finished
+    }
+
+    /// The record as it was before a transaction that did not begin.
+    fn unchanged(&self, course: Course, record: Record) -> Record {
+        match course {
+            Course::Forward(Kind::Attach) => Record { guest: None, ..record },
+            _ => record,
+        }
+    }
+
+    /// The guest that has a function for good has it now.
+    fn note_given(&self, record: &Record) -> Result<(), Failure> {
+        let Some((reservation, place)) = self.reservations.get(record.address).zip(record.guest) else {
+            return Ok(());
+        };
+        if self.platform.hypervisor.domain(place.domain)?.uuid != reservation.guest {
+            return Ok(());
+        }
+        self.reservations.give(reservation, &record.boot, place.domain)
+    }
+
     fn run(&self, course: Course, record: Record, progress: &dyn Fn(&str)) -> Finished {
         let context = Context {
             platform: &self.platform,
@@ -151,6 +212,7 @@ impl Engine {
             filters: self.filters.clone(),
             changes: self.changes.clone(),
             awaiting: self.awaiting.clone(),
+            reservations: self.reservations.clone(),
         }
     }
 
@@ -159,6 +221,18 @@ impl Engine {
         &mut self,
         course: Course,
         record: Record,
+        reply: Option<Reply>,
+        done: impl Fn(&Record) -> String + Send + 'static,
+    ) {
+        self.start_with(course, record, None, reply, done);
+    }
+
+    /// The same, with a change of reservations before it.
+    pub(super) fn start_with(
+        &mut self,
+        course: Course,
+        record: Record,
+        change: Option<Change>,
         reply: Option<Reply>,
         done: impl Fn(&Record) -> String + Send + 'static,
     ) {
@@ -178,7 +252,7 @@ impl Engine {
                     reply.progress(text);
                 }
             };
-            let finished = workshop.run(course, record, &progress);
+            let finished = workshop.run_with(course, record, change, &progress);
             let (record, outcome) = (finished.record.clone(), finished.outcome.clone());
             match &outcome {
                 Ok(_) => info!("{}", done(&record)),
@@ -187,7 +261,7 @@ impl Engine {
             // The engine first: who reads the answer may ask for the state at once.
             workshop.inbox.send(Event::Finished(Box::new(finished)));
             if let Some(reply) = reply {
-                let view = super::lists::view_of(workshop.platform.host.as_ref(), &record);
+                let view = workshop.view_of(&record);
                 reply.done(outcome.map(|warnings| Success::Changed {
                     message: done(&record),
                     warnings,
@@ -208,8 +282,9 @@ impl Engine {
 
     pub(super) fn transaction_finished(&mut self, finished: Finished) {
         self.keeping.finished(&finished);
-        let record = finished.record;
+        let record = finished.record.clone();
         let address = record.address;
+        let before = self.records.get(&address).and_then(|record| record.guest).map(|guest| guest.domain);
         self.busy.remove(&address);
         let attached = record.state == FunctionState::Attached;
         if !attached {
@@ -226,6 +301,7 @@ impl Engine {
             self.detach_from_dead(record);
         }
         self.contain_awaiting(address);
+        self.returning_finished(&finished, before);
     }
 
     /// Takes a function from a guest that is gone.

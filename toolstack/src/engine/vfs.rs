@@ -292,13 +292,8 @@ fn enable(
     match came_up {
         Ok(vfs) => {
             let names: Vec<String> = vfs.iter().map(ToString::to_string).collect();
-            let functions = vfs
-                .iter()
-                .map(|vf| {
-                    let record = crate::journal::Record::new(*vf, "");
-                    super::lists::view_of(host.as_ref(), &record)
-                })
-                .collect();
+            let functions =
+                vfs.iter().map(|vf| workshop.view_of(&crate::journal::Record::new(*vf, ""))).collect();
             let message = format!("{address} has {count} VFs: {}", names.join(" "));
             Ok(Success::Changed { message, warnings: Vec::new(), functions })
         }

@@ -22,7 +22,7 @@ pub use path_view::{AerOwner, AerStatusView, CountersView, MemberView, PathRegis
 pub use policy_view::{
     CapabilityRuleView, CheckedView, LearnedView, PolicyFileView, PolicyView, RegisterRuleView, ReloadedView,
 };
-pub use view::{FunctionView, GuestView, StatusView, SyncView, VfView};
+pub use view::{FunctionView, GuestView, PersistentView, StatusView, SyncView, VfView};
 
 use crate::outcome::Failure;
 
@@ -50,6 +50,26 @@ pub struct Call {
 #[serde(transparent)]
 pub struct DomainName(pub String);
 
+/// What a guest loses with a function that it has for good.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Scope {
+    /// The function, for good.
+    #[default]
+    All,
+    /// The function, until it starts again.
+    Live,
+    /// Not the function, but it does not get it again.
+    Persistent,
+}
+
+impl Scope {
+    /// Whether it is the usual one.
+    pub fn is_all(&self) -> bool {
+        *self == Self::All
+    }
+}
+
 /// What the service can do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", content = "arguments", rename_all = "kebab-case", rename_all_fields = "kebab-case")]
@@ -69,6 +89,9 @@ pub enum Request {
     PciAssignableRemove {
         /// The function.
         address: Sbdf,
+        /// Takes it even from the guest that has it for good, and does not run.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        force: bool,
     },
     /// Gives a held function to a guest.
     PciAttach {
@@ -79,6 +102,9 @@ pub enum Request {
         /// The device number the guest sees it at, 0-31; the first free one when absent.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         slot: Option<u8>,
+        /// The guest has it for good: it gets it again whenever it starts.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        persist: bool,
     },
     /// Takes a function from a guest and holds it again.
     PciDetach {
@@ -89,11 +115,20 @@ pub enum Request {
         /// Does not wait for the guest to let go.
         #[serde(default)]
         force: bool,
+        /// What it loses.
+        #[serde(default, skip_serializing_if = "Scope::is_all")]
+        scope: Scope,
     },
     /// Lists the functions of a guest.
     PciList {
         /// The guest.
         domain: DomainName,
+    },
+    /// Lists the functions that guests have for good, whether they run or not.
+    PciListPersistent {
+        /// Only those of this guest, by name, number or UUID.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        guest: Option<DomainName>,
     },
     /// Enables VFs.
     VfCreate {
@@ -205,6 +240,7 @@ impl Request {
             Self::PciAttach { .. } => "pci-attach",
             Self::PciDetach { .. } => "pci-detach",
             Self::PciList { .. } => "pci-list",
+            Self::PciListPersistent { .. } => "pci-list-persistent",
             Self::VfCreate { .. } => "vf-create",
             Self::VfSetCount { .. } => "vf-set-count",
             Self::VfDestroy { .. } => "vf-destroy",
@@ -378,7 +414,9 @@ mod tests {
             r#"{"version":1,"id":7,"command":"pci-attach","arguments":{"domain":"web","address":"01:10.0"}}"#;
         let call: Call = serde_json::from_str(text).unwrap();
         assert_eq!(call.id, 7);
-        let Request::PciAttach { domain, address, slot: None } = call.request else { panic!("{call:?}") };
+        let Request::PciAttach { domain, address, slot: None, persist: false } = call.request else {
+            panic!("{call:?}")
+        };
         assert_eq!((domain.0.as_str(), address.to_string().as_str()), ("web", "0000:01:10.0"));
     }
 
@@ -401,10 +439,11 @@ mod tests {
         for request in [
             Request::PciAssignableList,
             Request::PciAssignableAdd { address, force: true },
-            Request::PciAssignableRemove { address },
-            Request::PciAttach { domain: domain.clone(), address, slot: Some(3) },
-            Request::PciDetach { domain: domain.clone(), address, force: true },
-            Request::PciList { domain },
+            Request::PciAssignableRemove { address, force: true },
+            Request::PciAttach { domain: domain.clone(), address, slot: Some(3), persist: true },
+            Request::PciDetach { domain: domain.clone(), address, force: true, scope: Scope::Live },
+            Request::PciList { domain: domain.clone() },
+            Request::PciListPersistent { guest: Some(domain) },
             Request::VfCreate { address, count: 3, unmanaged: true },
             Request::VfSetCount { address, count: 0 },
             Request::VfDestroy { address },

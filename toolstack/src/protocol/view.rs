@@ -1,7 +1,7 @@
 //! What the service shows of functions and guests.
 
 use pciback::inventory::Plan;
-use pciback::{DomId, FunctionState, Sbdf};
+use pciback::{DomId, FunctionState, Sbdf, Uuid};
 use serde::{Deserialize, Serialize};
 
 /// One function.
@@ -29,9 +29,23 @@ pub struct FunctionView {
     /// Where the guest sees it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest_address: Option<Sbdf>,
+    /// Which guest has it for good.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub persistent: Option<PersistentView>,
     /// What is going on or wrong, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
+}
+
+/// A guest that has a function for good: it gets it again whenever it starts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct PersistentView {
+    /// By what it is known over its reboots.
+    pub guest: Uuid,
+    /// Its name when that was said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
 }
 
 /// One guest that has functions.

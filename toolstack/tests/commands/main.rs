@@ -20,6 +20,11 @@ fn the_life_of_a_vf_from_its_pf_to_a_guest_and_back() {
 }
 
 #[test]
+fn what_a_guest_has_for_good_is_kept_for_it_until_somebody_says_so() {
+    play("persistent", host());
+}
+
+#[test]
 fn what_is_done_already_is_said_and_is_no_failure() {
     play("already", host());
 }

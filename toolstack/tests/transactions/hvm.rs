@@ -52,7 +52,7 @@ fn served(guest: &Guest, slot: u8) {
 }
 
 fn attach_at(service: &Service, address: Sbdf, slot: u8) -> Result<Success, Failure> {
-    service.call(Request::PciAttach { domain: name(WIN), address, slot: Some(slot) })
+    service.call(Request::PciAttach { domain: name(WIN), address, slot: Some(slot), persist: false })
 }
 
 fn attached() -> (World, Guest, Service) {
@@ -104,7 +104,7 @@ fn places_of_other_devices_and_running_guests_are_refused() {
     attach_at(&service, bdf("01:10.2"), 9).unwrap();
     served(&guest, 9);
     service.hold(bdf("01:10.4")).unwrap();
-    guest.0.set_paused(false);
+    world.simulation.unpause(WIN).unwrap();
     let failure = service.attach(WIN, bdf("01:10.4")).unwrap_err();
     assert!(failure.hint.as_deref().is_some_and(|hint| hint.contains("xl create -p")), "{failure:?}");
     let failure = service.detach(WIN, bdf("01:10.2")).unwrap_err();

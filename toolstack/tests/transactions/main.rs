@@ -11,6 +11,7 @@ mod holding;
 mod hvm;
 mod network;
 mod path;
+mod persistent;
 mod quarantine;
 mod reconcile;
 mod scale;

@@ -21,7 +21,8 @@ use toolstack::engine::{Containment, Engine, Event, Inbox};
 use toolstack::journal::{Journal, Record};
 use toolstack::outcome::Failure;
 use toolstack::protocol::{
-    Call, DomainName, Envelope, EventView, FunctionView, Happening, Request, StatusView, Success, VERSION,
+    Call, DomainName, Envelope, EventView, FunctionView, Happening, Request, Scope, StatusView, Success,
+    VERSION,
 };
 use toolstack::settings::{Holder, Settings, WantedVfs};
 use toolstack::transaction::ResetPlan;
@@ -126,7 +127,7 @@ impl World {
 
     /// Starts the service with a limit for what guests may take, in seconds.
     pub fn start_impatient(&self) -> Service {
-        self.start_life(Settings { guest_limit_seconds: 1, ..self.settings() }, &[])
+        self.start_life(Settings { guest_limit_seconds: 1, start_limit_seconds: 1, ..self.settings() }, &[])
     }
 
     /// Starts the service with these methods of reset in its settings.
@@ -265,15 +266,24 @@ impl Service {
     }
 
     pub fn release(&self, address: Sbdf) -> Result<Success, Failure> {
-        self.call(Request::PciAssignableRemove { address })
+        self.call(Request::PciAssignableRemove { address, force: false })
     }
 
     pub fn attach(&self, domain: DomId, address: Sbdf) -> Result<Success, Failure> {
-        self.call(Request::PciAttach { domain: name(domain), address, slot: None })
+        self.call(Request::PciAttach { domain: name(domain), address, slot: None, persist: false })
     }
 
     pub fn detach(&self, domain: DomId, address: Sbdf) -> Result<Success, Failure> {
-        self.call(Request::PciDetach { domain: name(domain), address, force: false })
+        self.detach_only(domain, address, Scope::All)
+    }
+
+    /// Attaches for good.
+    pub fn persist(&self, domain: DomId, address: Sbdf) -> Result<Success, Failure> {
+        self.call(Request::PciAttach { domain: name(domain), address, slot: None, persist: true })
+    }
+
+    pub fn detach_only(&self, domain: DomId, address: Sbdf, scope: Scope) -> Result<Success, Failure> {
+        self.call(Request::PciDetach { domain: name(domain), address, force: false, scope })
     }
 
     /// What happened to a function as far as errors are concerned.

@@ -25,8 +25,7 @@ impl Tree {
     pub fn introduce(&mut self, domain: &Domain) {
         let id = domain.id;
         let home = format!("/local/domain/{id}");
-        // The same each time, and no two the same.
-        let vm = format!("/vm/00000000-0000-4000-8000-{:012x}", id.0);
+        let vm = format!("/vm/{}", domain.uuid);
         self.set_introduced(id, true);
         for top in [&home, &vm] {
             self.put_text(top, "");
@@ -59,14 +58,16 @@ impl Tree {
             .collect();
         let homes = [format!("/local/domain/{id}"), format!("/libxl/{id}")];
         let vm = vm.and_then(|vm| String::from_utf8(vm).ok());
-        for path in owned.into_iter().chain(homes).chain(vm) {
+        let device_model = format!("/local/domain/0/device-model/{id}");
+        let device_model = Some(device_model).filter(|path| self.nodes.contains_key(path));
+        for path in owned.into_iter().chain(homes).chain(vm).chain(device_model) {
             if let Err(errno) = self.remove(TOOLSTACK, &path) {
                 log::warn!("{path}: the simulated xl cannot remove it: {errno}");
             }
         }
     }
 
-    fn put_text(&mut self, path: &str, value: &str) {
+    pub(super) fn put_text(&mut self, path: &str, value: &str) {
         if let Err(errno) = self.write(TOOLSTACK, path, value.as_bytes()) {
             log::warn!("{path}: the simulated xl cannot write it: {errno}");
         }

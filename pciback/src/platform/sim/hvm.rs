@@ -38,7 +38,6 @@ struct Server {
 /// One domain.
 #[derive(Default)]
 struct Domain {
-    paused: bool,
     servers: BTreeMap<u16, Server>,
     reached: Reached,
 }
@@ -128,10 +127,6 @@ fn claimed<T: Ord>(set: &mut BTreeSet<T>, value: T, claim: bool) {
 }
 
 impl HvmDomains for SimHvmDomains {
-    fn is_paused(&self, domain: DomId) -> Result<bool> {
-        self.call(("is_paused", "look at"), domain, |domain| Ok(domain.paused))
-    }
-
     fn device_model_slots(&self, domain: DomId) -> Result<Vec<u8>> {
         let what = ("device_model_slots", "ask the device model of");
         self.call(what, domain, |_| Ok(DEVICE_MODEL_SLOTS.to_vec()))
@@ -312,11 +307,6 @@ pub struct SimHvmGuest {
 }
 
 impl SimHvmGuest {
-    /// The toolstack pauses it, or lets it run.
-    pub fn set_paused(&self, paused: bool) {
-        locked(&self.domains).entry(self.domain).or_default().paused = paused;
-    }
-
     /// What it reaches of the host.
     pub fn reached(&self) -> Reached {
         locked(&self.domains).get(&self.domain).map(|domain| domain.reached.clone()).unwrap_or_default()

@@ -10,7 +10,7 @@ use super::failures::{Failures, Subject};
 use super::locked;
 use super::world::World;
 use crate::platform::hypervisor::DeviceReport;
-use crate::platform::{Hypervisor, MsiSource, Pirq, PlatformError, Result};
+use crate::platform::{DomainInfo, Hypervisor, MsiSource, Pirq, PlatformError, Result};
 use crate::{DomId, Sbdf};
 
 pub(super) struct SimHypervisor {
@@ -152,10 +152,23 @@ impl Hypervisor for SimHypervisor {
         self.call(("unmap_pirq", "unmap"), domain, text, |world| world.xen.unmap_pirq(domain, pirq.0))
     }
 
+    fn domain(&self, domain: DomId) -> Result<DomainInfo> {
+        self.call(("domain", "look at"), domain, format!("domain {domain}"), |world| {
+            let found = world.xen.domain(domain)?;
+            Ok(DomainInfo { uuid: found.uuid, paused: found.pauses > 0, has_run: found.has_run })
+        })
+    }
+
     fn pause(&self, domain: DomId) -> Result<()> {
         self.call(("pause", "pause"), domain, format!("domain {domain}"), |world| {
-            world.xen.domain(domain)?.paused = true;
+            world.xen.domain(domain)?.pauses += 1;
             Ok(())
+        })
+    }
+
+    fn unpause(&self, domain: DomId) -> Result<()> {
+        self.call(("unpause", "unpause"), domain, format!("domain {domain}"), |world| {
+            world.xen.unpause(domain)
         })
     }
 

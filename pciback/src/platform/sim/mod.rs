@@ -38,7 +38,7 @@ use nix::errno::Errno;
 
 use super::{Cause, ErrorEvent, HostEvent, Platform, PlatformError, Result, Use, VfSetting, VfSettings};
 use crate::fault::{Detection, Fault, Severity};
-use crate::{DomId, Sbdf};
+use crate::{DomId, Sbdf, Uuid};
 
 pub use failures::Failure;
 pub use fuse::{Fuse, Moment};
@@ -165,30 +165,51 @@ impl Simulation {
 
     /// A domain is made, as `xl create` does. `EEXIST`: there is one with this number.
     pub fn create(&self, domain: DomId, name: &str, passthrough: bool) -> std::result::Result<(), Errno> {
-        self.create_as(domain, name, "pv", passthrough)
+        self.introduce(domain, name, "pv", None, passthrough)
     }
 
     /// An HVM guest is made, paused, as `xl create -p` does.
     pub fn create_hvm(&self, domain: DomId, name: &str) -> std::result::Result<(), Errno> {
-        self.create_as(domain, name, "hvm", true)?;
-        self.hvm_guest(domain).set_paused(true);
+        self.introduce(domain, name, "hvm", None, true)?;
+        self.start_device_model(domain);
         Ok(())
     }
 
-    fn create_as(
+    /// A guest that is known by its UUID is made, with passthrough. An HVM guest is paused and has no device model yet, as when
+    /// libxl introduces it to xenstore.
+    pub fn create_guest(
         &self,
         domain: DomId,
         name: &str,
         kind: &str,
+        uuid: Uuid,
+    ) -> std::result::Result<(), Errno> {
+        self.introduce(domain, name, kind, Some(uuid), true)
+    }
+
+    /// A guest's device model runs, as it says itself in xenstore.
+    pub fn start_device_model(&self, domain: DomId) {
+        locked(&self.tree).put_text(&format!("/local/domain/0/device-model/{domain}/state"), "running");
+    }
+
+    fn introduce(
+        &self,
+        domain: DomId,
+        name: &str,
+        kind: &str,
+        uuid: Option<Uuid>,
         passthrough: bool,
     ) -> std::result::Result<(), Errno> {
-        let (name, kind) = (name.to_owned(), kind.to_owned());
-        let text = model::Domain { id: domain.0, name, kind, passthrough };
+        let text =
+            model::Domain { id: domain.0, name: name.to_owned(), uuid, kind: kind.to_owned(), passthrough };
         let mut world = locked(&self.world);
         if domain == DomId::DOM0 || world.xen.domains.contains_key(&domain) {
             return Err(Errno::EEXIST);
         }
-        let made = xen::Domain::from(&text);
+        let mut made = xen::Domain::from(&text);
+        if kind == "hvm" {
+            (made.pauses, made.has_run) = (1, false);
+        }
         locked(&self.tree).introduce(&made);
         world.xen.domains.insert(domain, made);
         Ok(())
@@ -204,7 +225,17 @@ impl Simulation {
 
     /// Whether a domain exists, and whether it is paused.
     pub fn is_paused(&self, domain: DomId) -> Option<bool> {
-        locked(&self.world).xen.domains.get(&domain).map(|domain| domain.paused)
+        self.pauses(domain).map(|pauses| pauses > 0)
+    }
+
+    /// How often a domain is paused; `None`: there is none.
+    pub fn pauses(&self, domain: DomId) -> Option<u32> {
+        locked(&self.world).xen.domains.get(&domain).map(|domain| domain.pauses)
+    }
+
+    /// The toolstack takes its pause back. `EINVAL`: it is not paused.
+    pub fn unpause(&self, domain: DomId) -> std::result::Result<(), Errno> {
+        locked(&self.world).xen.unpause(domain)
     }
 
     /// A function reports an error: the kernel counts it and tells of it.

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
-use crate::Sbdf;
 use crate::platform::Use;
+use crate::{Sbdf, Uuid};
 
 /// The models and drivers that every simulated host knows.
 const BUILT_IN: &str = include_str!("models.yaml");
@@ -137,6 +137,9 @@ pub(super) struct Domain {
     pub id: u16,
     /// Its name.
     pub name: String,
+    /// By what it is known over reboots.
+    #[serde(default)]
+    pub uuid: Option<Uuid>,
     /// `pv`, `pvh` or `hvm`.
     #[serde(rename = "type", default = "usual_type")]
     pub kind: String,

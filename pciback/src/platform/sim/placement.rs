@@ -9,7 +9,7 @@ use super::registers::Registers;
 use super::world::SimFunction;
 use super::xen::Domain;
 use crate::platform::Resource;
-use crate::{DomId, Sbdf};
+use crate::{DomId, Sbdf, Uuid};
 
 /// A kind of function, ready to be made many times.
 pub(super) struct Kind {
@@ -222,8 +222,11 @@ impl From<&DomainText> for Domain {
             id: DomId(text.id),
             name: text.name.clone(),
             kind: text.kind.clone(),
+            // Without one: the same each time, and no two the same.
+            uuid: text.uuid.unwrap_or(Uuid(u128::from(text.id).to_be_bytes())),
             passthrough: text.passthrough,
-            paused: false,
+            pauses: 0,
+            has_run: true,
             frames: Default::default(),
             ports: Default::default(),
             lines: Default::default(),

@@ -6,7 +6,7 @@ use nix::errno::Errno;
 
 use super::ranges::Ranges;
 use crate::platform::MsiSource;
-use crate::{DomId, Sbdf};
+use crate::{DomId, Sbdf, Uuid};
 
 type Answer<T> = Result<T, Errno>;
 
@@ -49,8 +49,11 @@ pub(super) struct Domain {
     pub id: DomId,
     pub name: String,
     pub kind: String,
+    pub uuid: Uuid,
     pub passthrough: bool,
-    pub paused: bool,
+    /// How often it is paused.
+    pub pauses: u32,
+    pub has_run: bool,
     pub frames: Ranges,
     pub ports: Ranges,
     /// Interrupt lines that it may use and that are mapped to it, by their number.
@@ -243,6 +246,14 @@ impl Xen {
     pub fn ports(&mut self, id: DomId, first: u32, count: u32, allow: bool) -> Answer<()> {
         let domain = self.domain(id)?;
         change(&mut domain.ports, first.into(), count.into(), PORTS, &XEN_PORTS, allow)
+    }
+
+    /// Takes back one pause.
+    pub fn unpause(&mut self, id: DomId) -> Answer<()> {
+        let domain = self.domain(id)?;
+        domain.pauses = domain.pauses.checked_sub(1).ok_or(Errno::EINVAL)?;
+        domain.has_run |= domain.pauses == 0;
+        Ok(())
     }
 
     /// A domain is gone: its functions go into quarantine, its interrupts and permissions are forgotten.

@@ -10,8 +10,8 @@ use nix::errno::Errno;
 use serde_json::Value;
 
 use super::bindings::{
-    __HYPERVISOR_hvm_op, HVMOP_get_mem_type, Libraries, XEN_DOMINF_paused, ioservid_t,
-    pt_irq_type_PT_IRQ_TYPE_PCI, xc_domaininfo_t, xc_interface, xen_hvm_get_mem_type, xendevicemodel_handle,
+    __HYPERVISOR_hvm_op, HVMOP_get_mem_type, Libraries, ioservid_t, pt_irq_type_PT_IRQ_TYPE_PCI,
+    xc_interface, xen_hvm_get_mem_type, xendevicemodel_handle,
 };
 use super::hypervisor::check;
 use super::ioreq::{RequestPage, XenIoreqServer};
@@ -119,29 +119,6 @@ fn vector(message: MsiMessage) -> u32 {
 }
 
 impl HvmDomains for XenHvmDomains {
-    fn is_paused(&self, domain: DomId) -> Result<bool> {
-        let error = |errno: Errno| PlatformError::new("look at domain", domain, errno);
-        // The structure grows with Xen's versions; what is read here lies at its beginning, and there is room for the rest.
-        let mut infos = [const { std::mem::MaybeUninit::<xc_domaininfo_t>::zeroed() }; 4];
-        // SAFETY: the handle is open, and there is room for one structure of any version.
-        let answer = unsafe {
-            self.libraries.ctrl.xc_domain_getinfolist(
-                self.control(),
-                u32::from(domain.0),
-                1,
-                infos.as_mut_ptr().cast(),
-            )
-        };
-        let count = check(answer).map_err(error)?;
-        // SAFETY: all bytes were zeroed, and all bit patterns are valid.
-        let info = unsafe { infos[0].assume_init_ref() };
-        // Xen answers with the next domain where this one does not exist.
-        if count != 1 || info.domain != domain.0 {
-            return Err(PlatformError::new("look at domain", domain, Cause::Missing));
-        }
-        Ok(info.flags & XEN_DOMINF_paused != 0)
-    }
-
     fn device_model_slots(&self, domain: DomId) -> Result<Vec<u8>> {
         ask_device_model(domain).map_err(|cause| {
             PlatformError::new("ask for its devices the device model of domain", domain, cause)

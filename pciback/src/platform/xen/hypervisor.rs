@@ -10,14 +10,14 @@ use nix::errno::Errno;
 
 use super::bindings::{
     Libraries, PHYSDEVOP_pci_device_add, PHYSDEVOP_pci_device_remove, PHYSDEVOP_prepare_msix,
-    PHYSDEVOP_release_msix, PHYSDEVOP_restore_msi_ext, XEN_INVALID_DEV, XENVER_version, physdev_pci_device,
-    xc_interface,
+    PHYSDEVOP_release_msix, PHYSDEVOP_restore_msi_ext, XEN_DOMINF_paused, XEN_INVALID_DEV, XENVER_version,
+    physdev_pci_device, xc_domaininfo_t, xc_interface,
 };
 use super::msix::has_msix;
 use super::physdev::{DeviceAdd, PhysDev};
 use crate::platform::hypervisor::DeviceReport;
-use crate::platform::{Cause, Host, Hypervisor, MsiSource, Pirq, PlatformError, Result};
-use crate::{DomId, Sbdf};
+use crate::platform::{Cause, DomainInfo, Host, Hypervisor, MsiSource, Pirq, PlatformError, Result};
+use crate::{DomId, Sbdf, Uuid};
 
 /// `DOMID_INVALID` of `xen.h`: asks whether a function could be assigned to any domain.
 const DOMID_INVALID: u32 = 0x7ff4;
@@ -303,11 +303,45 @@ impl Hypervisor for XenHypervisor {
         })
     }
 
+    fn domain(&self, domain: DomId) -> Result<DomainInfo> {
+        let error = |errno: Errno| PlatformError::new("look at", format!("domain {domain}"), errno);
+        // The structure grows with Xen's versions; what is read here lies at its beginning, and there is room for the rest.
+        let mut infos = [const { std::mem::MaybeUninit::<xc_domaininfo_t>::zeroed() }; 4];
+        // SAFETY: the handle is open, and there is room for one structure of any version.
+        let answer = unsafe {
+            self.libraries.ctrl.xc_domain_getinfolist(
+                self.handle(),
+                u32::from(domain.0),
+                1,
+                infos.as_mut_ptr().cast(),
+            )
+        };
+        let count = check(answer).map_err(error)?;
+        // SAFETY: all bytes were zeroed, and all bit patterns are valid.
+        let info = unsafe { infos[0].assume_init_ref() };
+        // Xen answers with the next domain where this one does not exist.
+        if count != 1 || info.domain != domain.0 {
+            return Err(error(Errno::ESRCH));
+        }
+        Ok(DomainInfo {
+            uuid: Uuid(info.handle),
+            paused: info.flags & XEN_DOMINF_paused != 0,
+            has_run: info.cpu_time != 0,
+        })
+    }
+
     fn pause(&self, domain: DomId) -> Result<()> {
         // SAFETY: the handle is open; the other argument is a number.
         let answer = unsafe { self.libraries.ctrl.xc_domain_pause(self.handle(), u32::from(domain.0)) };
         let paused = check(answer).map(drop);
         paused.map_err(|errno| PlatformError::new("pause", format!("domain {domain}"), errno))
+    }
+
+    fn unpause(&self, domain: DomId) -> Result<()> {
+        // SAFETY: the handle is open; the other argument is a number.
+        let answer = unsafe { self.libraries.ctrl.xc_domain_unpause(self.handle(), u32::from(domain.0)) };
+        let unpaused = check(answer).map(drop);
+        unpaused.map_err(|errno| PlatformError::new("unpause", format!("domain {domain}"), errno))
     }
 
     fn destroy(&self, domain: DomId) -> Result<()> {

@@ -1,0 +1,63 @@
+//! Notes about domains for the next life of the service, one small file for each in the run directory.
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+use log::warn;
+use pciback::DomId;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::outcome::{ErrorCode, Failure};
+use crate::settings::Settings;
+
+/// Notes of one kind.
+pub(super) struct Notes(PathBuf);
+
+impl Notes {
+    /// Those in this folder of the run directory.
+    pub fn of(settings: &Settings, folder: &str) -> Self {
+        Self(settings.run_directory.join(folder))
+    }
+
+    /// The domains that have one.
+    pub fn domains(&self) -> Vec<DomId> {
+        let Ok(directory) = fs::read_dir(&self.0) else { return Vec::new() };
+        let names = directory.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        names.map(DomId).collect()
+    }
+
+    fn path(&self, domain: DomId) -> PathBuf {
+        self.0.join(domain.to_string())
+    }
+
+    pub fn read<T: DeserializeOwned>(&self, domain: DomId) -> Option<T> {
+        let text = fs::read(self.path(domain)).ok()?;
+        serde_json::from_slice(&text).map_err(|error| warn!("domain {domain}: its note: {error}")).ok()
+    }
+
+    pub fn write(&self, domain: DomId, note: &impl Serialize) -> Result<(), Failure> {
+        let path = self.path(domain);
+        let write = || -> io::Result<()> {
+            fs::create_dir_all(&self.0)?;
+            // Whole or not at all, as a reader sees it; the run directory does not outlive a power failure anyway.
+            let temporary = path.with_extension("new");
+            fs::write(&temporary, serde_json::to_vec(note)?)?;
+            fs::rename(&temporary, &path)
+        };
+        write().map_err(|error| {
+            Failure::new(ErrorCode::Failed, format!("write {}: {error}", path.display())).of(domain)
+        })
+    }
+
+    pub fn remove(&self, domain: DomId) {
+        let path = self.path(domain);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                warn!("remove {}: {error}", path.display());
+            }
+            _ => {}
+        }
+    }
+}

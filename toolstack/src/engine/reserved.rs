@@ -1,0 +1,208 @@
+//! Functions that guests have for good: who may have them, and how that is made, shown and forgotten.
+
+use pciback::FunctionState;
+use pciback::platform::HostFunction;
+use pciback::{DomId, Sbdf, Uuid};
+
+use super::Engine;
+use super::lists::persistent_view;
+use super::requests::{Plan, existing};
+use super::tasks::Course;
+use crate::control::Reply;
+use crate::domains;
+use crate::journal::Record;
+use crate::outcome::Failure;
+use crate::protocol::{DomainName, FunctionView, Scope, Success};
+use crate::reservations::{Change, Reservation};
+use crate::spec;
+use crate::transaction::{Kind, Parting};
+
+impl Engine {
+    /// Refuses a domain what another guest has for good, and any other device than the one that it has so.
+    pub(super) fn not_reserved(&self, function: &HostFunction, domain: DomId) -> Result<(), Failure> {
+        let address = function.address;
+        let Some(reservation) = self.reservations.get(address) else { return Ok(()) };
+        let is_guest = self.platform.hypervisor.domain(domain)?.uuid == reservation.guest;
+        let is_same = reservation.identity.may_be(&spec::identity(self.platform.host.as_ref(), function));
+        let text = match (is_guest, is_same) {
+            // What was reserved is not there: what came to its place is nobody's.
+            (true, true) | (false, false) => return Ok(()),
+            (true, false) => {
+                let was = format!("{:04x}:{:04x}", reservation.identity.vendor, reservation.identity.device);
+                let what = match was == format!("{:04x}:{:04x}", function.vendor, function.device) {
+                    true => format!("another {was} than"),
+                    false => format!("{:04x}:{:04x}, not", function.vendor, function.device),
+                };
+                format!("{address} is {what} the {was} that {} has for good", reservation.who())
+            }
+            (false, true) => kept_for(&reservation),
+        };
+        Err(Failure::refused(text).on(address).of(domain).hint(how_to_forget(&reservation)))
+    }
+
+    /// Refuses to give back to dom0 what a guest has for good.
+    pub(super) fn may_be_released(&self, address: Sbdf) -> Result<(), Failure> {
+        match self.reserved(address) {
+            Some(reservation) => {
+                let hint = format!("{}, and so does --force here", how_to_forget(&reservation));
+                Err(Failure::refused(kept_for(&reservation)).on(address).hint(hint))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The reservation of a function that is there.
+    fn reserved(&self, address: Sbdf) -> Option<Reservation> {
+        let reservation = self.reservations.get(address)?;
+        let host = self.platform.host.as_ref();
+        let function = host.function(address).ok()?;
+        reservation.identity.may_be(&spec::identity(host, &function)).then_some(reservation)
+    }
+
+    /// The reservation of a function for the guest that a domain is now.
+    pub(super) fn reservation(
+        &self,
+        address: Sbdf,
+        domain: DomId,
+        devfn: u8,
+    ) -> Result<Reservation, Failure> {
+        let host = self.platform.host.as_ref();
+        let identity = spec::identity(host, &existing(host, address)?);
+        let guest = self.platform.hypervisor.domain(domain)?.uuid;
+        let name = domains::name(self.platform.store.as_ref(), domain)?;
+        Ok(Reservation::new(address, identity, guest, name, devfn))
+    }
+
+    /// What an attachment for good is besides, when the guest has the function already; otherwise `None`.
+    pub(super) fn attached_already(
+        &self,
+        domain: &DomainName,
+        address: Sbdf,
+        slot: Option<u8>,
+    ) -> Option<Record> {
+        let domain = domains::find(self.platform.store.as_ref(), domain).ok()?;
+        let record = self.records.get(&address)?;
+        let place = record.guest.filter(|place| place.domain == domain)?;
+        let here = slot.is_none_or(|slot| slot == place.devfn >> 3);
+        (record.state == FunctionState::Attached && here && !self.busy.contains(&address))
+            .then(|| record.clone())
+    }
+
+    /// A guest keeps for good what it has.
+    pub(super) fn make_persistent(&self, record: &Record, reply: Reply) {
+        let Some(place) = record.guest else { return };
+        let (address, domain) = (record.address, place.domain);
+        let wanted = match self.reservation(address, domain, place.devfn) {
+            Ok(wanted) => wanted,
+            Err(failure) => return reply.done(Err(failure)),
+        };
+        let known = self.reservations.get(address);
+        if known.is_some_and(|known| known.guest == wanted.guest && known.devfn == wanted.devfn) {
+            let message =
+                format!("domain {domain} has {address} already, and gets it again whenever it starts");
+            return reply.done(Ok(Success::Already { message }));
+        }
+        let (reservations, boot) = (self.reservations.clone(), self.boot.clone());
+        self.background("persist", move || {
+            let message = format!("domain {domain} has {address}, and gets it again whenever it starts");
+            let kept = reservations.give(wanted, &boot, domain);
+            let changed = Success::Changed { message, warnings: Vec::new(), functions: Vec::new() };
+            reply.done(kept.map(|()| changed));
+        });
+    }
+
+    /// The reservation of a function for the guest that a command calls so: by name, number or UUID, whether it runs or not.
+    pub(super) fn reservation_of(&self, guest: &DomainName, address: Sbdf) -> Option<Reservation> {
+        let uuids = self.uuids_of(guest);
+        self.reservations.get(address).filter(|reservation| means(reservation, guest, uuids))
+    }
+
+    /// The reservations of the guest that a domain is now.
+    pub(super) fn reserved_in(&self, domain: DomId) -> Result<Vec<Reservation>, Failure> {
+        if self.reservations.is_empty() {
+            return Ok(Vec::new());
+        }
+        Ok(self.reservations.of(self.platform.hypervisor.domain(domain)?.uuid))
+    }
+
+    /// Whether a guest has a function for good, but not now.
+    pub(super) fn is_only_reserved(&self, guest: &DomainName, address: Sbdf, scope: Scope) -> bool {
+        let domain = domains::find(self.platform.store.as_ref(), guest).ok();
+        let place = self.records.get(&address).and_then(|record| record.guest);
+        let attached = place.is_some_and(|place| Some(place.domain) == domain);
+        scope == Scope::All && !attached && self.reservation_of(guest, address).is_some()
+    }
+
+    /// The UUID of the domain that runs under this name or number.
+    fn uuids_of(&self, guest: &DomainName) -> Option<Uuid> {
+        let domain = domains::find(self.platform.store.as_ref(), guest).ok()?;
+        self.platform.hypervisor.domain(domain).ok().map(|info| info.uuid)
+    }
+
+    /// A guest has a function no longer for good.
+    pub(super) fn forget_reservation(&mut self, guest: &DomainName, address: Sbdf, reply: Reply) {
+        let Some(reservation) = self.reservation_of(guest, address) else {
+            let shown: String = guest.0.chars().take(64).collect();
+            let text = format!("{address} is not persistent for a guest '{shown}'");
+            let hint = "'xpci pci-list --persistent' shows what is";
+            return reply.done(Err(Failure::not_found(text).on(address).hint(hint)));
+        };
+        self.miss_no_more(address);
+        let reservations = self.reservations.clone();
+        self.background("forget", move || {
+            let message = format!("{address} is not persistent any more for {}", reservation.who());
+            let forgotten = reservations.forget(address);
+            let changed = Success::Changed { message, warnings: Vec::new(), functions: Vec::new() };
+            reply.done(forgotten.map(|()| changed));
+        });
+    }
+
+    /// A function goes back to dom0, and the guest that had it for good has it no longer.
+    pub(super) fn release_of(&mut self, record: Record, message: String) -> Plan {
+        let reservation = self.reserved(record.address);
+        let message = match &reservation {
+            Some(reservation) => {
+                format!("{message}; it is not persistent any more for {}", reservation.who())
+            }
+            None => message,
+        };
+        if reservation.is_some() {
+            self.miss_no_more(record.address);
+        }
+        let change = reservation.map(|reservation| Change::Forget(reservation.address));
+        Plan::Transaction(Course::Backward(Kind::Release, Parting::Dead), Box::new(record), message, change)
+    }
+
+    /// All reservations, or those of a guest.
+    pub(super) fn reserved_list(&self, guest: Option<&DomainName>, reply: Reply) {
+        let uuid = guest.and_then(|guest| self.uuids_of(guest));
+        let listed = self.reservations.all().into_iter();
+        let listed: Vec<Reservation> =
+            listed.filter(|one| guest.is_none_or(|guest| means(one, guest, uuid))).collect();
+        self.show(reply, move |shown| {
+            let view = |reservation: &Reservation| {
+                let view = shown.view(reservation.address);
+                let guest_address = view.guest_address.or(Some(Sbdf::from_devfn(0, 0, reservation.devfn)));
+                FunctionView { guest_address, persistent: Some(persistent_view(reservation)), ..view }
+            };
+            Ok(Success::Functions { functions: listed.iter().map(view).collect() })
+        });
+    }
+}
+
+/// Whether a reservation is of the guest that a command calls so; `running`: the UUID of the domain that is called so now.
+fn means(reservation: &Reservation, guest: &DomainName, running: Option<Uuid>) -> bool {
+    match running {
+        Some(uuid) => reservation.guest == uuid,
+        None => reservation.name.as_ref() == Some(&guest.0) || guest.0.parse() == Ok(reservation.guest),
+    }
+}
+
+fn kept_for(reservation: &Reservation) -> String {
+    format!("{} is kept for {}, which has it for good", reservation.address, reservation.who())
+}
+
+fn how_to_forget(reservation: &Reservation) -> String {
+    let (guest, address) = (reservation.called(), reservation.address);
+    format!("'xpci pci-detach --persistent {guest} {address}' forgets that")
+}

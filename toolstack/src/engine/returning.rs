@@ -1,0 +1,443 @@
+//! Guests that start again, as other domains, and get the functions that they have for good.
+//!
+//! Domains are looked at when xenstore says that one was introduced. A PV guest gets its functions as by `pci-attach`, while it
+//! boots. An HVM guest finds devices only when its firmware runs, and libxl introduces it before it starts its device model: it is
+//! paused at once, besides libxl's own pause, until it has its functions or it is known why not, or the limit is over.
+//!
+//! What fails is shown, and tried again when something happened that may have been the cause: the function's transaction
+//! ended, the guest lost another one, policies were read anew, the service started.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Instant;
+
+use log::{error, info, warn};
+use pciback::{DomId, FunctionState, Sbdf, Uuid};
+use serde::{Deserialize, Serialize};
+
+use super::notes::Notes;
+use super::tasks::Course;
+use super::{Engine, Event};
+use crate::domains::{self, DomainType};
+use crate::journal::{GuestPlace, Record};
+use crate::outcome::{ErrorCode, Failure};
+use crate::transaction::{Finished, Kind};
+
+/// What is known of guests that have functions for good.
+#[derive(Default)]
+pub(super) struct Returning {
+    /// The domains that were looked at.
+    known: BTreeSet<DomId>,
+    /// Functions that a guest that is there has for good, but has not.
+    missing: BTreeMap<Sbdf, Missing>,
+    /// HVM guests that are kept paused.
+    paused: BTreeMap<DomId, Start>,
+}
+
+struct Missing {
+    domain: DomId,
+    /// It is being attached.
+    under_way: bool,
+    /// Why it could not be, the last time that it was tried; `None`: it was not tried yet.
+    why: Option<String>,
+}
+
+/// The start of an HVM guest.
+struct Start {
+    /// Until when it is kept paused; `None`: what is under way ends by itself.
+    deadline: Option<Instant>,
+    /// Its device model is being asked.
+    asked: bool,
+    /// The device numbers that its device model uses.
+    slots: Option<Vec<u8>>,
+}
+
+/// What is noted of a domain that is kept paused, in the run directory.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Note {
+    guest: Uuid,
+    /// Whether it surely is paused: not while it is being paused or let run.
+    paused: bool,
+}
+
+impl Missing {
+    fn is_waited_for(&self, by: DomId) -> bool {
+        self.domain == by && (self.under_way || self.why.is_none())
+    }
+}
+
+impl Returning {
+    /// What is wrong, for `xpci status`.
+    pub fn problems(&self) -> impl Iterator<Item = String> {
+        self.missing.iter().filter_map(|(address, missing)| {
+            let why = missing.why.as_ref()?;
+            Some(format!("{address} is missing in domain {}, which has it for good: {why}", missing.domain))
+        })
+    }
+
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.paused.values().filter_map(|start| start.deadline).min()
+    }
+
+    /// Functions that were tried in vain and that are a domain's, or anybody's.
+    fn failed(&self, of: Option<DomId>) -> Vec<Sbdf> {
+        let failed = self.missing.iter().filter(|(_, missing)| {
+            missing.why.is_some() && !missing.under_way && of.is_none_or(|domain| domain == missing.domain)
+        });
+        failed.map(|(address, _)| *address).collect()
+    }
+
+    fn waiting(&self, domain: DomId) -> Vec<Sbdf> {
+        let waiting = self
+            .missing
+            .iter()
+            .filter(|(_, missing)| missing.domain == domain && missing.why.is_none() && !missing.under_way);
+        waiting.map(|(address, _)| *address).collect()
+    }
+}
+
+impl Engine {
+    /// Looks for guests that have come, and forgets those that are gone.
+    pub(super) fn find_returning(&mut self) {
+        if self.reservations.is_empty() {
+            self.returning.known.clear();
+            return;
+        }
+        let present = match self.domains_present() {
+            Ok(present) => present,
+            Err(error) => {
+                error!("look for guests that start again: {error}");
+                self.problems.push(format!("look for guests that start again: {error}"));
+                return;
+            }
+        };
+        self.returning.known.retain(|domain| present.contains(domain));
+        self.returning.missing.retain(|_, missing| present.contains(&missing.domain));
+        let gone = self.returning.paused.keys().filter(|domain| !present.contains(domain));
+        for domain in gone.copied().collect::<Vec<_>>() {
+            self.returning.paused.remove(&domain);
+            self.pause_notes().remove(domain);
+        }
+        for domain in present {
+            if self.returning.known.insert(domain) {
+                self.look_at_domain(domain);
+            }
+        }
+    }
+
+    fn domains_present(&self) -> Result<BTreeSet<DomId>, Failure> {
+        let store = self.platform.store.as_ref();
+        let mut present = BTreeSet::new();
+        for number in store.list("/local/domain")? {
+            // Its nodes are there before it is introduced, its memory is not.
+            if let Some(domain) = number.parse().ok().map(DomId).filter(|domain| *domain != DomId::DOM0)
+                && store.domain_exists(domain)?
+            {
+                present.insert(domain);
+            }
+        }
+        Ok(present)
+    }
+
+    fn look_at_domain(&mut self, domain: DomId) {
+        let guest = match self.platform.hypervisor.domain(domain) {
+            Ok(info) => info.uuid,
+            Err(error) => {
+                // It may have ended already.
+                warn!("{error}");
+                self.returning.known.remove(&domain);
+                return;
+            }
+        };
+        let mut found = false;
+        for reservation in self.reservations.of(guest) {
+            let address = reservation.address;
+            if reservation.was_given(&self.boot, domain) {
+                continue;
+            }
+            let place = self.records.get(&address).filter(|record| record.state == FunctionState::Attached);
+            if place.and_then(|record| record.guest).is_some_and(|place| place.domain == domain) {
+                let (reservations, boot) = (self.reservations.clone(), self.boot.clone());
+                self.background("give", move || {
+                    if let Err(failure) = reservations.give(reservation, &boot, domain) {
+                        error!("{address}: {failure}");
+                    }
+                });
+                continue;
+            }
+            info!("{address}: domain {domain} has it for good");
+            self.returning.missing.insert(address, Missing { domain, under_way: false, why: None });
+            found = true;
+        }
+        if found && self.keep_paused(domain) {
+            self.try_waiting(domain);
+        }
+    }
+
+    /// Keeps a guest paused that must have its functions before it runs; whether it is known by now where they can go.
+    fn keep_paused(&mut self, domain: DomId) -> bool {
+        if let Some(start) = self.returning.paused.get(&domain) {
+            return start.slots.is_some();
+        }
+        match domains::kind(self.platform.store.as_ref(), domain) {
+            Ok(DomainType::Hvm) => {}
+            Ok(_) => return true,
+            Err(error) => {
+                self.give_up(domain, &Failure::from(error));
+                return false;
+            }
+        }
+        if let Err(failure) = self.pause_at_start(domain) {
+            self.give_up(domain, &failure);
+        }
+        false
+    }
+
+    fn pause_at_start(&mut self, domain: DomId) -> Result<(), Failure> {
+        let hypervisor = Arc::clone(&self.platform.hypervisor);
+        let has_run = || {
+            let text =
+                format!("domain {domain} runs already, and an HVM guest finds its devices when it starts");
+            Failure::refused(text).of(domain).hint("reboot it once more")
+        };
+        let info = hypervisor.domain(domain)?;
+        if info.has_run {
+            return Err(has_run());
+        }
+        self.pause_notes().write(domain, &Note { guest: info.uuid, paused: false })?;
+        if let Err(error) = hypervisor.pause(domain) {
+            self.pause_notes().remove(domain);
+            return Err(error.into());
+        }
+        let noted = self.pause_notes().write(domain, &Note { guest: info.uuid, paused: true });
+        info!("domain {domain}: kept paused until it has its functions");
+        self.wait_for_device_model(domain);
+        let ran = hypervisor.domain(domain).map(|info| info.has_run);
+        match (noted, ran) {
+            (Ok(()), Ok(false)) => Ok(()),
+            (noted, ran) => {
+                self.let_run(domain);
+                noted?;
+                Err(ran.map_or_else(Failure::from, |_| has_run()))
+            }
+        }
+    }
+
+    fn wait_for_device_model(&mut self, domain: DomId) {
+        let start =
+            Start { deadline: Some(Instant::now() + self.settings.start_limit()), asked: false, slots: None };
+        self.returning.paused.insert(domain, start);
+        let node = domains::device_model_state(domain);
+        if let Err(error) = self.platform.store.watch(&node, &node) {
+            self.give_up(domain, &Failure::from(error));
+        }
+    }
+
+    /// The state of a guest's device model may be another one.
+    pub(super) fn device_model_changed(&mut self, domain: DomId) {
+        let Some(start) = self.returning.paused.get_mut(&domain).filter(|start| !start.asked) else { return };
+        match domains::device_model_runs(self.platform.store.as_ref(), domain) {
+            Ok(false) => {}
+            Err(error) => self.give_up(domain, &Failure::from(error)),
+            Ok(true) => {
+                start.asked = true;
+                let (hvm, inbox) = (Arc::clone(&self.platform.hvm), self.inbox.clone());
+                self.background("ask a device model", move || {
+                    let slots = hvm.device_model_slots(domain).map_err(Failure::from);
+                    inbox.send(Event::DeviceModelRuns(domain, slots));
+                });
+            }
+        }
+    }
+
+    /// A guest's device model has said what it uses.
+    pub(super) fn device_model_runs(&mut self, domain: DomId, slots: Result<Vec<u8>, Failure>) {
+        let Some(start) = self.returning.paused.get_mut(&domain) else { return };
+        match slots {
+            Ok(slots) => {
+                start.slots = Some(slots);
+                self.try_waiting(domain);
+                self.let_run_if_ready(domain);
+            }
+            Err(failure) => self.give_up(domain, &failure),
+        }
+    }
+
+    fn try_waiting(&mut self, domain: DomId) {
+        for address in self.returning.waiting(domain) {
+            self.give_again(address);
+        }
+    }
+
+    /// Tries to attach a function to the guest that has it for good; one in a transaction is tried when that has ended.
+    fn give_again(&mut self, address: Sbdf) {
+        let Some(missing) = self.returning.missing.get_mut(&address) else { return };
+        let domain = missing.domain;
+        missing.why = None;
+        if missing.under_way || self.busy.contains(&address) || !self.keep_paused(domain) {
+            return;
+        }
+        match self.attachment_again(address, domain) {
+            Ok(record) => {
+                if let Some(missing) = self.returning.missing.get_mut(&address) {
+                    missing.under_way = true;
+                }
+                self.start(Course::Forward(Kind::Attach), record, None, move |record| {
+                    format!("{}: attached again, to domain {domain}", record.address)
+                });
+            }
+            Err(failure) => self.not_given(address, &failure),
+        }
+    }
+
+    fn attachment_again(&self, address: Sbdf, domain: DomId) -> Result<Record, Failure> {
+        let reservation = self.reservations.get(address);
+        let reservation = reservation.ok_or_else(|| Failure::not_found("it was forgotten meanwhile"))?;
+        let mut record = self.attachable(address, domain)?;
+        let slots = self.returning.paused.get(&domain).and_then(|start| start.slots.clone());
+        if slots.is_none() {
+            self.has_bus(domain)?;
+        }
+        let (slot, others) = (Some(reservation.devfn >> 3), slots.unwrap_or_default());
+        let devfn = self.free_place(domain, address, slot, std::iter::empty(), &others)?;
+        record.guest = Some(GuestPlace { domain, devfn });
+        Ok(record)
+    }
+
+    /// A function could not be given to its guest.
+    fn not_given(&mut self, address: Sbdf, failure: &Failure) {
+        let Some(missing) = self.returning.missing.get_mut(&address) else { return };
+        let domain = missing.domain;
+        error!("{address}: not attached again to domain {domain}: {failure}");
+        missing.under_way = false;
+        missing.why = Some(failure.to_string());
+        self.let_run_if_ready(domain);
+    }
+
+    /// What a domain waits for does not come.
+    fn give_up(&mut self, domain: DomId, failure: &Failure) {
+        for address in self.returning.waiting(domain) {
+            self.not_given(address, failure);
+        }
+    }
+
+    /// A guest has a function no longer for good.
+    pub(super) fn miss_no_more(&mut self, address: Sbdf) {
+        if let Some(missing) = self.returning.missing.remove(&address) {
+            self.let_run_if_ready(missing.domain);
+        }
+    }
+
+    /// A transaction has ended; `before`: the guest that the function had when it began.
+    pub(super) fn returning_finished(&mut self, finished: &Finished, before: Option<DomId>) {
+        let record = &finished.record;
+        let address = record.address;
+        let missing = self.returning.missing.get(&address);
+        let under_way = missing.is_some_and(|missing| missing.under_way);
+        let attached =
+            missing.zip(record.guest).is_some_and(|(missing, place)| missing.domain == place.domain)
+                && record.state == FunctionState::Attached;
+        match &finished.outcome {
+            Err(failure) if under_way => self.not_given(address, failure),
+            _ if under_way || attached => self.miss_no_more(address),
+            _ => {
+                if record.state == FunctionState::Held {
+                    self.give_again(address);
+                }
+                // A place in a guest may be free now.
+                if let Some(domain) = before.filter(|_| record.guest.is_none()) {
+                    self.try_again(Some(domain));
+                }
+            }
+        }
+    }
+
+    /// Tries again what failed.
+    pub(super) fn try_again(&mut self, of: Option<DomId>) {
+        for address in self.returning.failed(of) {
+            self.give_again(address);
+        }
+    }
+
+    /// Lets guests run that were kept paused for too long.
+    pub(super) fn check_starts(&mut self, now: Instant) {
+        let late = self.returning.paused.iter_mut();
+        let late = late.filter(|(_, start)| start.deadline.is_some_and(|deadline| deadline <= now));
+        let late = late.map(|(domain, start)| {
+            start.deadline = None;
+            (*domain, start.slots.is_some())
+        });
+        for (domain, asked) in late.collect::<Vec<_>>() {
+            let what =
+                if asked { "it was in a transaction" } else { "the domain's device model did not run" };
+            let text = format!("{what} for {} s", self.settings.start_limit_seconds);
+            self.give_up(domain, &Failure::new(ErrorCode::Failed, text).of(domain));
+        }
+    }
+
+    /// Lets a guest run when nothing is waited for any more.
+    fn let_run_if_ready(&mut self, domain: DomId) {
+        let waits = self.returning.missing.values().any(|missing| missing.is_waited_for(domain));
+        if !waits && self.returning.paused.contains_key(&domain) {
+            self.let_run(domain);
+        }
+    }
+
+    fn let_run(&mut self, domain: DomId) {
+        self.returning.paused.remove(&domain);
+        let node = domains::device_model_state(domain);
+        if let Err(error) = self.platform.store.unwatch(&node, &node) {
+            warn!("domain {domain}: {error}");
+        }
+        // Not twice, if the service is killed in between: the toolstack's own pause would be taken back.
+        let note = self.pause_notes().read::<Note>(domain);
+        if let Some(note) = note.map(|note| Note { paused: false, ..note })
+            && let Err(failure) = self.pause_notes().write(domain, &note)
+        {
+            error!("{failure}");
+        }
+        match self.platform.hypervisor.unpause(domain) {
+            Ok(()) => info!("domain {domain}: not kept paused any more"),
+            Err(_) if matches!(self.platform.store.domain_exists(domain), Ok(false)) => {}
+            Err(error) => {
+                error!("{error}");
+                self.problems.push(format!("{error}; 'xl unpause {domain}' may do it"));
+            }
+        }
+        self.pause_notes().remove(domain);
+    }
+
+    /// Takes over guests that an earlier life kept paused, and looks for others that came meanwhile.
+    pub(super) fn resume_returning(&mut self) {
+        for domain in self.pause_notes().domains() {
+            let info = self.platform.hypervisor.domain(domain).ok();
+            let note = self
+                .pause_notes()
+                .read::<Note>(domain)
+                .zip(info)
+                .filter(|(note, info)| note.guest == info.uuid);
+            match note {
+                Some((Note { paused: true, .. }, _)) => {
+                    info!("domain {domain}: an earlier life has paused it");
+                    self.wait_for_device_model(domain);
+                    continue;
+                }
+                // Nobody but Xen knows how often it is paused, and Xen does not say.
+                Some((_, info)) if info.paused && !info.has_run => self.problems.push(format!(
+                    "xpcid was killed while it paused domain {domain} or let it run: if it does not start, 'xl unpause {domain}'"
+                )),
+                _ => {}
+            }
+            self.pause_notes().remove(domain);
+        }
+        self.find_returning();
+        for domain in self.returning.paused.keys().copied().collect::<Vec<_>>() {
+            self.let_run_if_ready(domain);
+        }
+    }
+
+    fn pause_notes(&self) -> Notes {
+        Notes::of(&self.settings, "paused")
+    }
+}
