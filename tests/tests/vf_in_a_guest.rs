@@ -10,7 +10,7 @@ use xpci_tests::host::{
     PF, SOON, VFS, bring_up, builder, guest, is_held, nothing_remains, owner, ping, prepare, set_mac,
     start_service, state, status, xpci, xpci_fails,
 };
-use xpci_tests::{Guest, Lab, XenVersion};
+use xpci_tests::{BareGuest, Guest, Lab, XenVersion};
 
 const MACS: [&str; 2] = ["52:54:00:aa:bb:01", "52:54:00:aa:bb:02"];
 
@@ -130,10 +130,10 @@ fn on_xen_4_17() -> Result<()> {
     Ok(())
 }
 
-/// The same spine on the newer Xen: attach, traffic, detach, nothing left.
+/// The same spine on the newer Xen: attach, traffic, detach, nothing left; then an HVM guest.
 #[test]
 fn on_xen_4_20() -> Result<()> {
-    let lab = builder().xen(XenVersion::V4_20).boot()?;
+    let lab = builder().xen(XenVersion::V4_20).hvm_guests().boot()?;
     let _service = prepare(&lab)?;
     xpci(&lab, &format!("vf create {PF} 2"))?;
     xpci(&lab, "pci-assignable-add 01:10.0")?;
@@ -148,9 +148,30 @@ fn on_xen_4_20() -> Result<()> {
     xpci(&lab, "pci-detach one 01:10.0")?;
     ensure!(is_held(&lab, VFS[0])?, "{}", owner(&lab, VFS[0])?);
     nothing_remains(&lab, &one)?;
+    hvm(&lab)?;
     xpci(&lab, "pci-assignable-remove 01:10.0")?;
     ensure!(owner(&lab, VFS[0])? == "d0", "{}", owner(&lab, VFS[0])?);
     Ok(())
+}
+
+/// P5, P6 in short: an HVM guest finds the function both ways and reaches its registers. `tests/hvm` has more, on Xen 4.17.
+fn hvm(lab: &Lab) -> Result<()> {
+    xpci(lab, "hvm acpi-table /guest/mcfg.bin")?;
+    let mut bare = BareGuest::create(lab, "bare", &["acpi_firmware=\"/guest/mcfg.bin\""])?;
+    xpci(lab, "pci-attach bare 01:10.0@6")?;
+    bare.start()?;
+    bare.tell("slot 6")?;
+    ensure!(bare.number("r 0 4")? == 0x10ca_8086, "the guest reads {}", bare.tell("r 0 4")?);
+    let bar = bare.number("r 10 4")? & !0xf;
+    let status = bare.number(&format!("m {:x} 4", bar + 8))?;
+    ensure!(bar != 0 && status != u32::MAX && status & 2 != 0, "BAR 0 at {bar:x}, link status {status:x}");
+    bare.tell("ecam fe000000")?;
+    ensure!(bare.tell("same")? == "0", "both ways to config space differ");
+    ensure!(bare.number("e 100 4")? == 0x1501_0001, "AER: {}", bare.tell("e 100 4")?);
+    bare.destroy()?;
+    lab.wait_for("the function to be held again", SOON, "xpci pci-assignable-list | grep -q 01:10.0")?;
+    ensure!(is_held(lab, VFS[0])?, "{}", owner(lab, VFS[0])?);
+    lab.dom0("[ -z \"$(ls /run/xpci/ioreq-servers)\" ] && [ -z \"$(ls /run/xpci/images)\" ]").ok().map(drop)
 }
 
 /// The guest's stock driver uses the VF: the MAC set through the PF, packets both ways, MSI-X interrupts.
