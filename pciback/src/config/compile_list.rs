@@ -201,23 +201,32 @@ impl Compiler<'_> {
         }
     }
 
-    /// What of MSI (PCI Express 6.0, 7.7.1) is not offered: extended data, vectors beyond those that there are, pending bits.
+    /// What of MSI (PCI Express 6.0, 7.7.1) is not offered: extended data, vectors beyond those that there are; and what hardware
+    /// alone knows, which vectors are pending.
     fn msi(&mut self, capability: &Capability, owner: u16, family: &Family<'_>) {
         let control = self.spec.bytes.word(capability.offset + legacy::MESSAGE_CONTROL);
         let data = if control & legacy::MSI_ADDRESS_64 != 0 { 0x0c } else { 8 };
         let vectors = 1u32 << (control >> 1 & 7).min(5);
         let one_each = u32::MAX >> (32 - vectors);
         let absent = if control & legacy::MSI_MASKABLE != 0 { u32::MAX } else { 0 };
-        for (offset, mask, reason) in [
-            (data, 0xffff_0000, "extended message data is not offered"),
-            (data + 4, absent & !one_each, "reserved: there is no such vector"),
-            (data + 8, absent, "never set while Xen programs MSI: reads 0"),
+        let no_vector = "reserved: there is no such vector";
+        for (offset, mask, kind, treatment, reason) in [
+            (data, 0xffff_0000, Kind::Constant, Treatment::ZERO, "extended message data is not offered"),
+            (data + 4, absent & !one_each, Kind::Constant, Treatment::ZERO, no_vector),
+            (data + 8, absent & !one_each, Kind::Constant, Treatment::ZERO, no_vector),
+            (
+                data + 8,
+                absent & one_each,
+                Kind::Status,
+                Treatment::ReadOnly,
+                "hardware's: what waits behind a mask",
+            ),
         ] {
             let place = self.owned(Place { offset: capability.offset + offset, width: 4, mask }, owner);
             let rule = Rule::built_in(reason, family.section);
             for (Segment { mask, register, field, .. }, _) in self.pieces(place) {
-                let known = Known { kind: Kind::Constant, register, field, guarded: true };
-                self.set(Place { mask, ..place }, known, Treatment::ZERO, &rule);
+                let known = Known { kind, register, field, guarded: true };
+                self.set(Place { mask, ..place }, known, treatment, &rule);
             }
         }
     }

@@ -51,6 +51,7 @@ fn io_small_bars_and_msi() -> Result<()> {
     registers::io(&one)?;
     registers::less_than_a_page(&lab, &one)?;
     interrupts::msi(&one)?;
+    interrupts::msi_with_a_mask(&one)?;
     ensure!(service.ended().is_none(), "{}", service.output_so_far());
     Ok(())
 }
