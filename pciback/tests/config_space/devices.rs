@@ -185,6 +185,7 @@ pub fn network_pf() -> Device {
     oracle.constant(0x40, &[0x01, 0x50, 0x23, 0x00, 0x08, 0x20, 0, 7]).own(0x44, 1, 3, 0);
     oracle.frozen(0x50, 4).own(0x52, 1, 0x71, 0).zero(0x54, 0x14);
     oracle.own(0x54, 8, 0xffff_ffff_ffff_fffc, 0).own(0x5c, 2, 0xffff, 0).own(0x60, 1, 1, 0);
+    oracle.shown(0x64, 4, 1);
     meaning::msix(&mut oracle, 0x70);
     meaning::express(&mut oracle, 0xa0);
     oracle.frozen(0xe0, 2).vpd(0xe0);
@@ -314,7 +315,7 @@ pub fn conventional(wide: bool, maskable: bool) -> Device {
     }
     oracle.own(data, 2, 0xffff, 0);
     if maskable {
-        oracle.own(data + 4, 4, 0xf, 0);
+        oracle.own(data + 4, 4, 0xf, 0).shown(data + 8, 4, 0xf);
     }
     oracle.frozen(0x70, 4).zero(0x74, 2).shown(0x75, 1, 1).reset_bit(0x74, 1);
     let name = format!("conventional, 64-bit {wide}, maskable {maskable}");
