@@ -5,7 +5,7 @@
 //! record of another boot only remembers quarantine. So only quarantine, and its end, is synced to the disk, which takes milliseconds:
 //! the rest need not survive a power failure, which gives everything back to dom0.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -165,14 +165,18 @@ pub struct Journal {
     directory: PathBuf,
     /// Functions whose last record says that they are quarantined.
     quarantined: Arc<Mutex<BTreeSet<Sbdf>>>,
+    granted: Arc<Mutex<Granted>>,
 }
+
+/// What functions gave their guests.
+pub(crate) type Granted = BTreeMap<Sbdf, (DomId, Vec<Grant>)>;
 
 impl Journal {
     /// Opens the directory, and creates it when it is not there.
     pub fn open(directory: &Path) -> Result<Self, JournalError> {
         let error = |source| JournalError::Io { action: "create", path: directory.to_owned(), source };
         fs::create_dir_all(directory).map_err(error)?;
-        Ok(Self { directory: directory.to_owned(), quarantined: Arc::default() })
+        Ok(Self { directory: directory.to_owned(), quarantined: Arc::default(), granted: Arc::default() })
     }
 
     fn path(&self, address: Sbdf) -> PathBuf {
@@ -202,6 +206,11 @@ impl Journal {
         self.quarantined.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What guests were given with their functions, for as long as it is looked at or changed.
+    pub(crate) fn granted(&self) -> MutexGuard<'_, Granted> {
+        self.granted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Removes a function's record; nothing happens where there is none.
     pub fn remove(&self, address: Sbdf) -> Result<(), JournalError> {
         let path = self.path(address);
@@ -222,6 +231,11 @@ impl Journal {
         records.sort_by_key(|record| record.address);
         let quarantined = records.iter().filter(|record| record.quarantine.is_some());
         self.quarantined().extend(quarantined.map(|record| record.address));
+        let given = |record: &Record| {
+            let domain = record.guest.filter(|_| !record.grants.is_empty())?.domain;
+            Some((record.address, (domain, record.grants.clone())))
+        };
+        self.granted().extend(records.iter().filter_map(given));
         Ok((records, errors))
     }
 }

@@ -8,19 +8,15 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use pciback::config::{Access, FunctionImage};
-use pciback::platform::{PlatformError, Resource};
-use pciback::{DomId, Sbdf};
+use pciback::platform::PlatformError;
+use pciback::Sbdf;
 
 use super::{Context, guest_of};
 use crate::domains::{self, DomainType};
-use crate::journal::{Grant, Record};
+use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 use crate::spec::SpecExt;
 
-/// Bytes of a page, the unit in which memory is granted.
-const PAGE: u64 = 4096;
-/// BAR 0-5; the expansion ROM and a PF's VF BARs are never a guest's.
-const BARS: usize = 6;
 const COMMAND: u32 = 0x04;
 const MEMORY_SPACE: u32 = 1 << 1;
 
@@ -128,64 +124,8 @@ fn nobodys(context: &Context<'_>, error: &PlatformError, address: Sbdf) -> bool 
             || !hypervisor.device_known(address).unwrap_or(true))
 }
 
-pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
-    let domain = guest_of(record)?;
-    let function = context.platform.host.function(record.address)?;
-    let mut grants: Vec<Grant> = function.resources[..BARS].iter().filter_map(bar_grant).collect();
-    let has_pin =
-        crate::spec::function_spec(context.platform.host.as_ref(), record.address)?.has_interrupt_pin();
-    if has_pin && function.irq != 0 && function.irq < 256 {
-        grants.push(Grant::Gsi { gsi: function.irq });
-    }
-    // Noted before given: what the journal does not know is never revoked.
-    record.grants = grants;
-    context.write(record)?;
-    record
-        .grants
-        .iter()
-        .try_for_each(|grant| allow(context, domain, *grant, true))
-        .map_err(|failure| failure.on(record.address))
-}
-
-pub(super) fn revoke(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
-    let domain = guest_of(record)?;
-    let mut first_failure = Ok(());
-    for grant in &record.grants {
-        let revoked = allow(context, domain, *grant, false);
-        first_failure = first_failure.and(revoked);
-    }
-    first_failure.map_err(|failure| failure.on(record.address).of(domain))?;
-    record.grants.clear();
-    Ok(())
-}
-
-fn bar_grant(bar: &Resource) -> Option<Grant> {
-    match (bar.exists(), bar.is_io()) {
-        (false, _) => None,
-        (true, true) => Some(Grant::Ioport { first: bar.start as u32, count: bar.size as u32 }),
-        (true, false) => {
-            let first = bar.start / PAGE;
-            Some(Grant::Iomem { first, frames: (bar.start + bar.size).div_ceil(PAGE) - first })
-        }
-    }
-}
-
-fn allow(context: &Context<'_>, domain: DomId, grant: Grant, allow: bool) -> Result<(), Failure> {
-    let hypervisor = &context.platform.hypervisor;
-    let answer = match grant {
-        Grant::Iomem { first, frames } => hypervisor.iomem_permission(domain, first, frames, allow),
-        Grant::Ioport { first, count } => hypervisor.ioport_permission(domain, first, count, allow),
-        Grant::Gsi { gsi } if allow => hypervisor.map_gsi(domain, gsi).map(drop),
-        Grant::Gsi { gsi } => match hypervisor.unmap_gsi(domain, gsi, pciback::platform::Pirq(gsi)) {
-            Err(error) if error.errno() == Some(Errno::EINVAL) => Ok(()),
-            other => other,
-        },
-    };
-    if allow { Ok(answer?) } else { absent_is_done(answer) }
-}
-
 /// What is to be taken from a domain or a function that no longer exists is taken.
-fn absent_is_done(answer: pciback::platform::Result<()>) -> Result<(), Failure> {
+pub(super) fn absent_is_done(answer: pciback::platform::Result<()>) -> Result<(), Failure> {
     match answer {
         Err(error) if matches!(error.errno(), Some(Errno::ESRCH | Errno::ENODEV)) => Ok(()),
         other => Ok(other?),

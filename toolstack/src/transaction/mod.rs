@@ -6,6 +6,7 @@
 //! on the way back all steps run whatever happens, and a failure quarantines the function.
 
 mod attach;
+mod grants;
 mod hold;
 mod network;
 mod path;
@@ -67,7 +68,7 @@ pub enum Step {
     Assign,
     /// Errors that it causes are reported and do not escalate. Undo: as before, unless another function below needs it.
     ContainErrors,
-    /// The guest may map its BARs, use its ports and its INTx line. Undo: it may not.
+    /// The guest may map its BARs, use its ports and its INTx line. Undo: it may not, but for what another function of it needs.
     Grant,
     /// The VF's network settings are what 'vf set' and the service's settings ask for. Undo: they are so again, and what the guest had
     /// changed is reported.
@@ -318,7 +319,7 @@ impl Context<'_> {
             Step::PrepareMsix => attach::prepare_msix(self, record).map(|()| None),
             Step::Assign => attach::assign(self, record),
             Step::ContainErrors => path::apply(self, record),
-            Step::Grant => attach::grant(self, record).map(|()| None),
+            Step::Grant => grants::grant(self, record).map(|()| None),
             Step::ApplyNetwork => network::apply(self, record),
             Step::Image => attach::create_image(self, record).map(|()| None),
             Step::Serve => self.serving.serve(record),
@@ -334,7 +335,7 @@ impl Context<'_> {
             Step::PrepareMsix => attach::release_msix(self, record).map(|()| None),
             Step::Assign => attach::deassign(self, record).map(|()| None),
             Step::ContainErrors => path::restore(self, record).map(|()| None),
-            Step::Grant => attach::revoke(self, record).map(|()| None),
+            Step::Grant => grants::revoke(self, record).map(|()| None),
             Step::ApplyNetwork => Ok(network::verify(self, record)),
             Step::Image => attach::remove_image(self, record).map(|()| None),
             Step::Serve => self.serving.withdraw(record, self.parting),

@@ -43,6 +43,29 @@ fn a_guest_reads_its_vf_as_the_pf_says_it_is_and_nothing_else_answers() {
 }
 
 #[test]
+fn a_line_that_two_functions_of_a_guest_share_is_its_until_it_loses_both() {
+    let (world, [first, second]) = (World::new(), [bdf("04:00.0"), bdf("05:00.0")]);
+    for address in [first, second] {
+        world.simulation.plug(&format!("{{address: \"{address}\", model: nvme, irq: 21}}")).unwrap();
+    }
+    let (_web, service) = attached(&world, WEB, &[first, second]);
+    let lines = || world.simulation.grants(WEB).lines;
+    let ports_and_frames = |world: &World| world.simulation.grants(WEB).frames.len();
+    let both = ports_and_frames(&world);
+    assert_eq!(lines(), [21]);
+    service.detach(WEB, first).unwrap();
+    assert_eq!((lines(), ports_and_frames(&world)), (vec![21], both / 2));
+    // A service that begins anew knows it from its journal.
+    service.attach(WEB, first).unwrap();
+    service.stop();
+    let service = world.start();
+    service.detach(WEB, second).unwrap();
+    assert_eq!(lines(), [21]);
+    service.detach(WEB, first).unwrap();
+    assert!(world.simulation.grants(WEB).is_empty());
+}
+
+#[test]
 fn two_guests_have_a_vf_each_and_do_not_see_the_others() {
     let world = World::new();
     let (web, service) = attached(&world, WEB, &[bdf("01:10.0")]);

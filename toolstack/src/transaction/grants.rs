@@ -1,0 +1,135 @@
+//! What a guest may reach of the host besides the function itself: BARs, ports, the interrupt line.
+//!
+//! Functions may share what is granted: an interrupt line, or a page with two small BARs. A guest that has two such functions
+//! keeps what they share until it loses the last of them.
+
+use nix::errno::Errno;
+use pciback::DomId;
+use pciback::platform::{Pirq, Resource};
+
+use super::attach::absent_is_done;
+use super::{Context, guest_of};
+use crate::journal::{Grant, Record};
+use crate::outcome::Failure;
+use crate::spec::SpecExt;
+
+/// Bytes of a page, the unit in which memory is granted.
+const PAGE: u64 = 4096;
+/// BAR 0-5; the expansion ROM and a PF's VF BARs are never a guest's.
+const BARS: usize = 6;
+
+pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
+    let domain = guest_of(record)?;
+    let function = context.platform.host.function(record.address)?;
+    let mut grants: Vec<Grant> = function.resources[..BARS].iter().filter_map(bar_grant).collect();
+    let has_pin =
+        crate::spec::function_spec(context.platform.host.as_ref(), record.address)?.has_interrupt_pin();
+    if has_pin && function.irq != 0 && function.irq < 256 {
+        grants.push(Grant::Gsi { gsi: function.irq });
+    }
+    // Nobody revokes what these share in between.
+    let mut granted = context.journal.granted();
+    granted.insert(record.address, (domain, grants.clone()));
+    // Noted before given: what the journal does not know is never revoked.
+    record.grants = grants;
+    context.write(record)?;
+    record
+        .grants
+        .iter()
+        .try_for_each(|grant| allow(context, domain, *grant, true))
+        .map_err(|failure| failure.on(record.address))
+}
+
+pub(super) fn revoke(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
+    let domain = guest_of(record)?;
+    let mut granted = context.journal.granted();
+    granted.remove(&record.address);
+    let kept: Vec<Grant> = granted
+        .values()
+        .filter(|(guest, _)| *guest == domain)
+        .flat_map(|(_, grants)| grants.clone())
+        .collect();
+    let mut first_failure = Ok(());
+    for grant in record.grants.iter().flat_map(|grant| without(*grant, &kept)) {
+        let revoked = allow(context, domain, grant, false);
+        first_failure = first_failure.and(revoked);
+    }
+    first_failure.map_err(|failure| failure.on(record.address).of(domain))?;
+    record.grants.clear();
+    Ok(())
+}
+
+fn bar_grant(bar: &Resource) -> Option<Grant> {
+    match (bar.exists(), bar.is_io()) {
+        (false, _) => None,
+        (true, true) => Some(Grant::Ioport { first: bar.start as u32, count: bar.size as u32 }),
+        (true, false) => {
+            let first = bar.start / PAGE;
+            Some(Grant::Iomem { first, frames: (bar.start + bar.size).div_ceil(PAGE) - first })
+        }
+    }
+}
+
+/// The parts of a grant that are in none of the others. Ports have no unit larger than a BAR, so that functions share none.
+fn without(grant: Grant, others: &[Grant]) -> Vec<Grant> {
+    let mut parts = vec![grant];
+    for other in others {
+        parts = parts.into_iter().flat_map(|part| cut(part, *other)).flatten().collect();
+    }
+    parts
+}
+
+/// What lies below and above another grant.
+fn cut(grant: Grant, other: Grant) -> [Option<Grant>; 2] {
+    match (grant, other) {
+        (Grant::Gsi { gsi }, Grant::Gsi { gsi: other }) if gsi == other => [None, None],
+        (Grant::Iomem { first, frames }, Grant::Iomem { first: from, frames: length }) => {
+            let (end, to) = (first + frames, from + length);
+            let part =
+                |first: u64, end: u64| (first < end).then(|| Grant::Iomem { first, frames: end - first });
+            [part(first, end.min(from)), part(first.max(to), end)]
+        }
+        _ => [Some(grant), None],
+    }
+}
+
+fn allow(context: &Context<'_>, domain: DomId, grant: Grant, allow: bool) -> Result<(), Failure> {
+    let hypervisor = &context.platform.hypervisor;
+    let answer = match grant {
+        Grant::Iomem { first, frames } => hypervisor.iomem_permission(domain, first, frames, allow),
+        Grant::Ioport { first, count } => hypervisor.ioport_permission(domain, first, count, allow),
+        Grant::Gsi { gsi } if allow => hypervisor.map_gsi(domain, gsi).map(drop),
+        Grant::Gsi { gsi } => match hypervisor.unmap_gsi(domain, gsi, Pirq(gsi)) {
+            Err(error) if error.errno() == Some(Errno::EINVAL) => Ok(()),
+            other => other,
+        },
+    };
+    if allow { Ok(answer?) } else { absent_is_done(answer) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frames(first: u64, frames: u64) -> Grant {
+        Grant::Iomem { first, frames }
+    }
+
+    #[test]
+    fn what_another_function_of_the_guest_has_too_is_not_revoked() {
+        for (others, left) in [
+            (vec![], vec![frames(10, 6)]),
+            (vec![frames(4, 6), frames(16, 4)], vec![frames(10, 6)]),
+            (vec![frames(8, 3)], vec![frames(11, 5)]),
+            (vec![frames(15, 1)], vec![frames(10, 5)]),
+            (vec![frames(12, 1), frames(14, 1)], vec![frames(10, 2), frames(13, 1), frames(15, 1)]),
+            (vec![frames(10, 6)], vec![]),
+            (vec![Grant::Gsi { gsi: 10 }, Grant::Ioport { first: 10, count: 6 }], vec![frames(10, 6)]),
+        ] {
+            assert_eq!(without(frames(10, 6), &others), left, "{others:?}");
+        }
+        let line = Grant::Gsi { gsi: 21 };
+        assert_eq!(without(line, &[Grant::Gsi { gsi: 20 }, frames(21, 1)]), [line]);
+        assert_eq!(without(line, &[line]), []);
+    }
+}
