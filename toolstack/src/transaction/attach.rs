@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
+use pciback::Sbdf;
 use pciback::config::{Access, FunctionImage};
 use pciback::platform::PlatformError;
-use pciback::Sbdf;
 
 use super::{Context, guest_of};
 use crate::domains::{self, DomainType};

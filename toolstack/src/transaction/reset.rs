@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use log::warn;
 use pciback::Sbdf;
 use pciback::config::{Access, ConfigSpace};
-use pciback::platform::{Host, HostFunction, Platform};
+use pciback::platform::{Host, HostFunction, Platform, Resource};
 use serde::{Deserialize, Serialize};
 
 use super::Context;
@@ -48,6 +49,10 @@ impl Default for ResetPlan {
 
 const COMMAND: u32 = 0x04;
 const BUS_MASTER: u32 = 1 << 2;
+/// I/O Space Enable and Memory Space Enable.
+const DECODING: u32 = 0x3;
+const BAR0: u32 = 0x10;
+const BARS: usize = 6;
 
 /// Resets a function and makes sure that it did.
 pub fn reset_and_verify(platform: &Platform, plan: &ResetPlan, address: Sbdf) -> Result<(), Failure> {
@@ -60,7 +65,59 @@ pub fn reset_and_verify(platform: &Platform, plan: &ResetPlan, address: Sbdf) ->
     for check in &plan.checks {
         verify(config.as_ref(), *check, address, Duration::from_secs(plan.answer_seconds))?;
     }
-    Ok(())
+    place_bars(config.as_ref(), &host.function(address)?)
+}
+
+/// Writes the addresses that Linux gave the BARs back where the registers have lost them: a reset of the link, as Linux begins one
+/// when an error was fatal, takes them, and the reset above has then kept what was no longer right. A VF has none: its PF places
+/// its BARs.
+fn place_bars(config: &dyn ConfigSpace, function: &HostFunction) -> Result<(), Failure> {
+    if function.physical_function.is_some() {
+        return Ok(());
+    }
+    let address = function.address;
+    let failed = |error| config_failure("restore the BARs of", address, &error);
+    let mut lost = Vec::new();
+    for (index, bar) in (0u32..).zip(&function.resources[..BARS]) {
+        if !bar.exists() || bar.start == 0 {
+            continue;
+        }
+        let registers = if bar.flags & Resource::MEMORY_64 != 0 { 2 } else { 1 };
+        let kind = if bar.is_io() { 0x3 } else { 0xf };
+        for (part, kind) in [(0, kind), (1, 0)].into_iter().take(registers) {
+            let access = dword(BAR0 + 4 * (index + part), address)?;
+            let expected = (bar.start >> (32 * part)) as u32;
+            if config.read(access).map_err(failed)? & !kind != expected {
+                lost.push((access, expected, kind));
+            }
+        }
+    }
+    if lost.is_empty() {
+        return Ok(());
+    }
+    warn!("{address}: restoring {} BAR registers that a reset of its link has cleared", lost.len());
+    // Nothing decodes half an address.
+    let command_at = command_access(address, 2)?;
+    let command = config.read(command_at).map_err(failed)?;
+    config.write(command_at, command & !DECODING).map_err(failed)?;
+    for (access, expected, kind) in lost {
+        config.write(access, expected).map_err(failed)?;
+        let found = config.read(access).map_err(failed)? & !kind;
+        if found != expected {
+            let why = format!(
+                "its BAR register {:#x} reads {found:#x} after {expected:#x} was written",
+                access.offset()
+            );
+            return Err(Failure::new(ErrorCode::Failed, format!("restore the BARs of {address}: {why}"))
+                .on(address)
+                .hint("remove the function from Linux and rescan its bus, or power-cycle the device"));
+        }
+    }
+    config.write(command_at, command).map_err(failed)
+}
+
+fn dword(offset: u32, address: Sbdf) -> Result<Access, Failure> {
+    Access::new(offset, 4).map_err(|error| Failure::new(ErrorCode::Failed, error.to_string()).on(address))
 }
 
 /// Refuses a function that Linux would not reset in a way that will do.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use nix::errno::Errno;
+use pciback::config::Access;
 use pciback::platform::sim::{Moment, Owner};
 use pciback::platform::{StoreOps, Use};
 use pciback::{DomId, FunctionState, Sbdf};
@@ -332,4 +333,31 @@ fn vfs_that_no_request_would_reach_are_refused_with_the_numbers_and_none_is_enab
     assert_eq!(vfs(&service, far).len(), 0);
     create(&service, far, 15, false).unwrap();
     assert_eq!(vfs(&service, far).last().unwrap().function.address, bdf("01:1f.7"));
+}
+
+/// Device Control of the NVMe controller's PCI Express capability, with Initiate Function Level Reset; nobody restores anything.
+fn forget(world: &World, address: Sbdf) {
+    let config = world.host().config(address).unwrap();
+    let control = Access::new(0x88, 2).unwrap();
+    config.write(control, 1 << 15).unwrap();
+}
+
+#[test]
+fn bars_that_a_reset_of_the_link_has_taken_are_placed_again_before_anybody_gets_the_function() {
+    let (world, nvme) = (World::new(), bdf("03:00.0"));
+    let bars = || {
+        let config = world.host().config(nvme).unwrap();
+        [0x10, 0x14].map(|offset| config.read(Access::new(offset, 4).unwrap()).unwrap())
+    };
+    let placed = bars();
+    assert_ne!(placed[0] & !0xf, 0);
+    forget(&world, nvme);
+    assert_eq!(bars()[0] & !0xf, 0);
+    let service = world.start();
+    service.hold(nvme).unwrap();
+    service.attach(WEB, nvme).unwrap();
+    assert_eq!(bars(), placed, "its guest has it");
+    forget(&world, nvme);
+    service.detach(WEB, nvme).unwrap();
+    assert_eq!(bars(), placed, "dom0 gets it back");
 }
