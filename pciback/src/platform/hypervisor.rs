@@ -85,6 +85,7 @@ pub trait Hypervisor: Send + Sync {
     fn pause(&self, domain: DomId) -> Result<()>;
     /// Takes back one `pause`: Xen counts them, and the domain runs when none is left. `EINVAL`: it is not paused.
     fn unpause(&self, domain: DomId) -> Result<()>;
-    /// Destroys a domain: it is not asked. What `xl create` left to watch over it removes its nodes.
+    /// Destroys a domain as `xl destroy` does: it is not asked, and its device model, backends and nodes go too. Where the
+    /// toolstack fails, Xen does what it can alone.
     fn destroy(&self, domain: DomId) -> Result<()>;
 }

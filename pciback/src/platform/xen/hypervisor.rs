@@ -5,6 +5,7 @@
 
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::errno::Errno;
 
@@ -15,12 +16,16 @@ use super::bindings::{
 };
 use super::msix::has_msix;
 use super::physdev::{DeviceAdd, PhysDev};
+use super::xl;
 use crate::platform::hypervisor::DeviceReport;
 use crate::platform::{Cause, DomainInfo, Host, Hypervisor, MsiSource, Pirq, PlatformError, Result};
 use crate::{DomId, Sbdf, Uuid};
 
 /// `DOMID_INVALID` of `xen.h`: asks whether a function could be assigned to any domain.
 const DOMID_INVALID: u32 = 0x7ff4;
+
+/// How long the toolstack may take to destroy a domain.
+const DESTROY_LIMIT: Duration = Duration::from_secs(30);
 
 /// The running hypervisor.
 pub struct XenHypervisor {
@@ -345,6 +350,14 @@ impl Hypervisor for XenHypervisor {
     }
 
     fn destroy(&self, domain: DomId) -> Result<()> {
+        // It runs no more from here on, however long the rest takes.
+        if let Err(error) = self.pause(domain) {
+            log::warn!("{error}");
+        }
+        let Err(error) = xl::destroy(domain, DESTROY_LIMIT) else { return Ok(()) };
+        log::warn!(
+            "domain {domain}: 'xl destroy' failed, Xen destroys it alone and leaves what it has in dom0: {error}"
+        );
         // SAFETY: the handle is open; the other argument is a number.
         let answer = unsafe { self.libraries.ctrl.xc_domain_destroy(self.handle(), u32::from(domain.0)) };
         let destroyed = check(answer).map(drop);

@@ -16,6 +16,7 @@ mod msix;
 mod physdev;
 mod rings;
 mod store;
+mod xl;
 
 use std::fs;
 use std::path::Path;
