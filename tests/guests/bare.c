@@ -22,6 +22,7 @@
  *   i PORT SIZE     reads an I/O port
  *   o PORT SIZE V   writes it
  *   count V         how many interrupts came by vector 40 to 4f
+ *   end V ADDRESS SIZE W  what ends an interrupt that came by this vector: memory that is written before the interrupt controller is told
  *   pic             lets interrupts of the two 8259 come, by vectors 40 to 4f
  */
 typedef unsigned char u8;
@@ -224,17 +225,42 @@ static u32 loop(u32 rounds)
 }
 
 /* Interrupts: 16 vectors, each counted; the local APIC and both 8259 are told of the end of each. */
-enum { FIRST = 0x40, VECTORS = 16, APIC = 0xfee00000, SPURIOUS = APIC + 0xf0, END = APIC + 0xb0 };
+enum { FIRST = 0x40, VECTORS = 16, SPURIOUS_VECTOR = 0xff, APIC = 0xfee00000, SPURIOUS = APIC + 0xf0, END = APIC + 0xb0 };
 
 static volatile u32 counts[VECTORS];
+static struct { u32 address, size, value; } ends[VECTORS];
 static int uses_pic;
 
 static struct __attribute__((packed)) { u16 low, selector, kind, high; } idt[256];
 static struct __attribute__((packed)) { u16 limit; u32 base; } idt_place;
 
-void interrupted(u32 vector)
+/* What nobody asked for is told and ends everything: an exception, or an interrupt by a vector that nobody set up. */
+static void unexpected(const u32 *stack)
 {
-	counts[vector & (VECTORS - 1)]++;
+	say("stopped by vector and stack");
+	for (int word = 0; word < 5; word++) {
+		put(' ');
+		number(stack[word]);
+	}
+	put('\n');
+	for (;;) {
+		__asm__ volatile("cli; hlt");
+	}
+}
+
+void interrupted(const u32 *stack)
+{
+	u32 vector = *stack, index = vector & (VECTORS - 1);
+	if (vector == SPURIOUS_VECTOR) {
+		return;
+	}
+	if (vector - FIRST >= VECTORS) {
+		unexpected(stack);
+	}
+	counts[index]++;
+	if (ends[index].size) {
+		store(ends[index].address, ends[index].size, ends[index].value);
+	}
 	store(END, 4, 0);
 	if (uses_pic) {
 		out(0xa0, 1, 0x20);
@@ -246,7 +272,7 @@ extern const u8 entries[];
 __asm__(".globl entries\n"
 	"entries:\n"
 	".set vector, 0\n"
-	".rept 16\n"
+	".rept 256\n"
 	".align 16\n"
 	"pushl $vector\n"
 	"jmp common\n"
@@ -254,7 +280,8 @@ __asm__(".globl entries\n"
 	".endr\n"
 	"common:\n"
 	"pushal\n"
-	"pushl 32(%esp)\n"
+	"leal 32(%esp), %eax\n"
+	"pushl %eax\n"
 	"call interrupted\n"
 	"addl $4, %esp\n"
 	"popal\n"
@@ -263,12 +290,12 @@ __asm__(".globl entries\n"
 
 static void set_up_interrupts(void)
 {
-	for (u32 vector = 0; vector < VECTORS; vector++) {
+	for (u32 vector = 0; vector < 256; vector++) {
 		u32 entry = (u32)entries + 16 * vector;
-		idt[FIRST + vector].low = entry;
-		idt[FIRST + vector].selector = 8;
-		idt[FIRST + vector].kind = 0x8e00;
-		idt[FIRST + vector].high = entry >> 16;
+		idt[vector].low = entry;
+		idt[vector].selector = 8;
+		idt[vector].kind = 0x8e00;
+		idt[vector].high = entry >> 16;
 	}
 	idt_place.limit = sizeof idt - 1;
 	idt_place.base = (u32)idt;
@@ -276,7 +303,7 @@ static void set_up_interrupts(void)
 	/* Nothing of the BIOS's comes: both 8259 are masked. */
 	out(0x21, 1, 0xff);
 	out(0xa1, 1, 0xff);
-	store(SPURIOUS, 4, 0x1ff);
+	store(SPURIOUS, 4, 0x100 | SPURIOUS_VECTOR);
 	__asm__ volatile("sti");
 }
 
@@ -382,6 +409,10 @@ static void obey(void)
 		out(a, b, c);
 	} else if (is("count")) {
 		number(counts[a & (VECTORS - 1)]);
+	} else if (is("end")) {
+		ends[a & (VECTORS - 1)].address = b;
+		ends[a & (VECTORS - 1)].size = c;
+		ends[a & (VECTORS - 1)].value = argument(4);
 	} else if (is("pic")) {
 		use_pic();
 	} else {

@@ -1,5 +1,7 @@
 //! What all system tests do with a booted lab: start xpcid, ask Xen who owns what, compare.
 
+pub mod errors;
+
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};

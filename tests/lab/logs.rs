@@ -24,7 +24,8 @@ pub(crate) fn folder(name: &str) -> Result<PathBuf> {
 }
 
 const COLLECTED: [(&str, &str); 5] = [
-    ("xl-dmesg.log", "xl dmesg"),
+    // What the processors of domains and Xen's timers wait for, should something hang.
+    ("xl-dmesg.log", "xl debug-keys qvar; xl dmesg"),
     ("dom0-dmesg.log", "dmesg"),
     ("xl.log", "xl list; cat /var/log/xen/*.log"),
     ("guest-consoles.log", "cat /var/log/xen/console/*.log | tr -d '\\002\\003'"),

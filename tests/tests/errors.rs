@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use xpci_tests::host::errors::{decision, history, raise, wait_for_history};
 use xpci_tests::host::{
     PF, SERVICE, SOON, VFS, bring_up, builder, guest, inject_error, is_held, owner, ping, prepare, set_mac,
     start_service, state, status, wait_for_state, xpci, xpci_fails,
@@ -84,27 +85,6 @@ fn policy(lab: &Lab, wishes: &str) -> Result<()> {
     xpci(lab, "policy reload").map(drop)
 }
 
-/// What happened to a function, the oldest first.
-fn history(lab: &Lab, address: &str) -> Result<Vec<Value>> {
-    let text = xpci(lab, &format!("aer history {address} --json"))?;
-    let envelope: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
-    Ok(envelope["result"]["events"].as_array().context("no events")?.clone())
-}
-
-/// Waits until something in a function's history says this for the `count`th time.
-fn wait_for_history(lab: &Lab, address: &str, said: &str, count: usize) -> Result<()> {
-    let shown = format!("[ $(xpci aer history {address} | grep -c '{said}') -ge {count} ]");
-    lab.wait_for(&format!("'{said}' in the history of {address}"), SOON, &shown)
-        .with_context(|| xpci(lab, &format!("aer history {address}")).unwrap_or_default())
-}
-
-/// The last decision about a function.
-fn decision(lab: &Lab, address: &str) -> Result<Value> {
-    let events = history(lab, address)?;
-    let last = events.into_iter().rev().find(|event| event["event"] == "error");
-    last.with_context(|| format!("no error of {address}"))
-}
-
 fn counted(pings: &str) -> Option<(u32, u32)> {
     let line = pings.lines().find(|line| line.contains("packets transmitted"))?;
     let mut numbers = line.split(", ").filter_map(|part| part.split(' ').next()?.parse().ok());
@@ -174,11 +154,7 @@ fn hardware_error(lab: &Lab, wishes: &str, error: &str) -> Result<Value> {
     if state(lab, VIRTIO)? == "held" {
         xpci(lab, &format!("pci-attach one {VIRTIO}@1"))?;
     }
-    let decisions = history(lab, VIRTIO)?.iter().filter(|event| event["event"] == "error").count();
-    lab.monitor(&format!("pcie_aer_inject_error e0 {error}"))?;
-    let shown = format!("[ $(xpci aer history {VIRTIO} | grep -c 'error of') -gt {decisions} ]");
-    lab.wait_for("a decision", SOON, &shown)?;
-    decision(lab, VIRTIO)
+    raise(lab, "e0", VIRTIO, error)
 }
 
 fn actions(lab: &Lab, one: &Guest<'_>) -> Result<()> {
@@ -219,9 +195,10 @@ fn actions(lab: &Lab, one: &Guest<'_>) -> Result<()> {
     xpci(lab, &format!("pci-detach one {VIRTIO}"))?;
     xpci(lab, &format!("pci-attach doomed {VIRTIO}@1"))?;
     doomed.wait_for("the function", SOON, "[ -e /sys/bus/pci/devices/0000:00:01.0 ]")?;
+    let nodes = format!("/local/domain/{}", doomed.domid()?);
     let destroyed = hardware_error(lab, ", non-fatal: destroy-guest", "COMP_TIME")?;
     ensure!(destroyed["action"] == "destroy-guest", "{destroyed}");
-    lab.wait_for("the guest to be gone", SOON, "! xl list doomed")?;
+    lab.wait_for("the guest to be gone", SOON, &format!("! xl list doomed && ! xenstore-exists {nodes}"))?;
     wait_for_state(lab, VIRTIO, "held")?;
     ensure!(is_held(lab, VIRTIO)?, "{}", owner(lab, VIRTIO)?);
     Ok(())

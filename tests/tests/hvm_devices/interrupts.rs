@@ -1,9 +1,10 @@
-//! MSI, counted by the guest.
+//! MSI and interrupt lines, counted by the guest.
 
 use anyhow::{Result, ensure};
-use xpci_tests::BareGuest;
+use xpci_tests::host::{SOON, start_service};
+use xpci_tests::{BareGuest, Lab, Process};
 
-use crate::{BAR0, EDU_SLOT, IGB_SLOT, come, open};
+use crate::{BAR0, EDU_SLOT, IGB_SLOT, INTERRUPT_LINE, RTL_SLOT, come, granted_of, open};
 
 /// Registers of edu (QEMU's docs/specs/edu.rst): raise an interrupt, end it; and where its MSI capability is.
 const RAISE: u32 = 0x60;
@@ -23,10 +24,18 @@ const UPPER: u32 = 8;
 const DATA: u32 = 0xc;
 const MASK: u32 = 0x10;
 const PENDING: u32 = 0x14;
-/// Vectors of the guest's processor.
+/// Registers of the RTL8139.
+const INTERRUPT_MASK: u32 = 0x3c;
+const INTERRUPT_STATUS: u32 = 0x3e;
+const TIMER: u32 = 0x48;
+const TIMER_INTERRUPT: u32 = 0x54;
+const TIMED_OUT: u32 = 1 << 14;
+
+/// Vectors of the guest's processor; those of the interrupt controllers' lines are from 40 on.
 const EDU_VECTOR: u32 = 0x41;
-const IGB_VECTOR: u32 = 0x45;
 const SECOND_VECTOR: u32 = 0x43;
+const IGB_VECTOR: u32 = 0x44;
+const LINES: u32 = 0x40;
 
 fn set_message(one: &BareGuest<'_>, capability: u32, vector: u32) -> Result<()> {
     for (at, size, value) in [(ADDRESS, 4, 0xfee0_0000), (UPPER, 4, 0), (DATA, 2, vector)] {
@@ -111,4 +120,70 @@ pub fn msi_with_a_mask(one: &BareGuest<'_>) -> Result<()> {
     come(one, SECOND_VECTOR, before + 1)?;
     come(one, IGB_VECTOR, 3)?;
     enable(one, IGB_MSI, 0).map(drop)
+}
+
+/// The vector of the interrupt line that the firmware gave a function.
+fn line(one: &BareGuest<'_>) -> Result<u32> {
+    let line = one.number(&format!("r {INTERRUPT_LINE:x} 1"))?;
+    ensure!((1..16).contains(&line), "interrupt line {line:x}");
+    ensure!(one.number(&format!("r {:x} 1", INTERRUPT_LINE + 1))? == 1, "no interrupt pin");
+    Ok(LINES + line)
+}
+
+/// Level by level: asserted until the guest's handler has told the function, and again when it is asserted again.
+pub fn lines(lab: &Lab, one: &BareGuest<'_>) -> Result<()> {
+    println!("interrupt lines: {}", granted_of(lab, one, "Interrupts")?);
+    one.tell("pic")?;
+    let own = open(one, EDU_SLOT, BAR0)?;
+    let vector = line(one)?;
+    one.tell(&format!("end {vector:x} {:x} 4 1", own + LOWER))?;
+    let before = one.number(&format!("count {vector:x}"))?;
+    for count in 1..=3 {
+        one.tell(&format!("n {:x} 4 1", own + RAISE))?;
+        come(one, vector, before + count)?;
+    }
+    ensure!(one.number(&format!("m {:x} 4", own + 0x24))? == 0, "edu's interrupt has not ended");
+
+    println!("  of a function whose registers xpcid reads and writes");
+    let own = open(one, RTL_SLOT, 0x14)?;
+    let vector = line(one)?;
+    one.tell(&format!("end {vector:x} {:x} 2 {TIMED_OUT:x}", own + INTERRUPT_STATUS))?;
+    let before = one.number(&format!("count {vector:x}"))?;
+    one.tell(&format!("n {:x} 4 1000", own + TIMER_INTERRUPT))?;
+    one.tell(&format!("n {:x} 2 {TIMED_OUT:x}", own + INTERRUPT_MASK))?;
+    for count in 1..=3 {
+        one.tell(&format!("n {:x} 4 0", own + TIMER))?;
+        come(one, vector, before + count)?;
+    }
+    one.tell(&format!("n {:x} 2 0", own + INTERRUPT_MASK)).map(drop)
+}
+
+/// T3: MSI and line go on while the service is dead, and under its successor.
+pub fn survive_the_service(lab: &Lab, one: &BareGuest<'_>, service: Process) -> Result<Process> {
+    println!("T3: MSI and a line while the service is dead, and afterwards");
+    let igb = open(one, IGB_SLOT, BAR0)?;
+    set_message(one, IGB_MSI, IGB_VECTOR)?;
+    enable(one, IGB_MSI, 1)?;
+    let edu = open(one, EDU_SLOT, BAR0)?;
+    let vector = line(one)?;
+    one.tell(&format!("end {vector:x} {:x} 4 1", edu + LOWER))?;
+    let mut messages = one.number(&format!("count {IGB_VECTOR:x}"))?;
+    let mut levels = one.number(&format!("count {vector:x}"))?;
+    let mut both = || -> Result<()> {
+        one.tell(&format!("n {:x} 4 ffffffff", igb + CAUSE))?;
+        one.tell(&format!("n {:x} 4 {LINK:x}", igb + SET_CAUSE))?;
+        one.tell(&format!("n {:x} 4 1", edu + RAISE))?;
+        (messages, levels) = (messages + 1, levels + 1);
+        come(one, IGB_VECTOR, messages)?;
+        come(one, vector, levels)
+    };
+    both()?;
+    service.signal(9)?;
+    service.wait(SOON)?;
+    both()?;
+    let service = start_service(lab)?;
+    both()?;
+    one.tell(&format!("slot {IGB_SLOT:x}"))?;
+    enable(one, IGB_MSI, 0)?;
+    Ok(service)
 }

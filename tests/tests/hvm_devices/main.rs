@@ -1,8 +1,9 @@
-//! Functions of other kinds in HVM guests, on a real Xen: MSI, I/O BARs, a BAR smaller than a page, and a function without function
-//! level reset. P6, T4.
+//! Functions of other kinds in HVM guests, on a real Xen: MSI, interrupt lines, I/O BARs, BARs that share a
+//! page, a function without function level reset, and errors. P5, P6, E2, T4.
 //!
 //! The guests (`tests/guests`) have no operating system: what they read and count is what hardware, Xen and xpcid make of it.
 
+mod errors;
 mod interrupts;
 mod registers;
 
@@ -18,32 +19,41 @@ const IGB: &str = "0000:01:00.0";
 const EDU: &str = "0000:02:00.0";
 /// An RTL8139, with 256 bytes of I/O ports and of memory.
 const RTL: &str = "0000:03:00.0";
+/// Two virtio-net that report errors, `e0` and `e1`.
+const VIRTIO: [&str; 2] = ["0000:04:00.0", "0000:05:00.0"];
 
 /// Where they are in the guest.
 const IGB_SLOT: u32 = 0x17;
 const EDU_SLOT: u32 = 0x18;
 const RTL_SLOT: u32 = 0x19;
+const VIRTIO_SLOTS: [u32; 2] = [0x1a, 0x1b];
 
 const COMMAND: u32 = 4;
 const BAR0: u32 = 0x10;
+const INTERRUPT_LINE: u32 = 0x3c;
 
 const POLICY: &str = "match: {vendor: 8086, device: 10c9}\npermit: physical-function\n";
 /// The bus reset hits nothing else here: each function is alone below its port.
 const SETTINGS: &str = "reset: {methods: [flr, bus]}\n";
 
 #[test]
-fn io_small_bars_and_msi() -> Result<()> {
-    let devices =
-        Devices::none().device("igb,id=igb0").device("edu,id=edu0").device("rtl8139,id=rtl0,romfile=");
+fn every_kind_of_bar_and_interrupt() -> Result<()> {
+    let devices = Devices::none()
+        .device("igb,id=igb0")
+        .device("edu,id=edu0")
+        .device("rtl8139,id=rtl0,romfile=")
+        .device("virtio-net-pci,id=e0,aer=on")
+        .device("virtio-net-pci,id=e1,aer=on");
     let lab = builder().devices(devices).hvm_guests().boot()?;
     lab.dom0("modprobe xen-pciback").ok()?;
     lab.push(POLICY.as_bytes(), "/etc/xpci/policies/igb.yaml")?;
     let service = without_a_reset_of_its_own(&lab)?;
-    for function in [IGB, RTL] {
+    for function in [IGB, RTL, VIRTIO[0], VIRTIO[1]] {
         xpci(&lab, &format!("pci-assignable-add {function}"))?;
     }
     let mut one = BareGuest::create(&lab, "one", &[])?;
-    for (function, slot) in [(IGB, IGB_SLOT), (EDU, EDU_SLOT), (RTL, RTL_SLOT)] {
+    let slots = [IGB_SLOT, EDU_SLOT, RTL_SLOT, VIRTIO_SLOTS[0], VIRTIO_SLOTS[1]];
+    for (function, slot) in [IGB, EDU, RTL, VIRTIO[0], VIRTIO[1]].iter().zip(slots) {
         xpci(&lab, &format!("pci-attach one {function}@{slot:x}"))?;
     }
     one.start()?;
@@ -52,6 +62,19 @@ fn io_small_bars_and_msi() -> Result<()> {
     registers::less_than_a_page(&lab, &one)?;
     interrupts::msi(&one)?;
     interrupts::msi_with_a_mask(&one)?;
+    interrupts::lines(&lab, &one)?;
+    let service = interrupts::survive_the_service(&lab, &one, service)?;
+
+    println!("detached from a running guest, they answer no more, and nothing of them remains in it");
+    for (function, slot) in [(IGB, IGB_SLOT), (EDU, EDU_SLOT), (RTL, RTL_SLOT)] {
+        xpci(&lab, &format!("pci-detach --force one {function}"))?;
+        ensure!(is_held(&lab, function)?, "{function}: {}", status(&lab)?);
+        one.tell(&format!("slot {slot:x}"))?;
+        ensure!(one.number("r 0 4")? == u32::MAX, "a detached function answers");
+    }
+
+    errors::contained(&lab, one)?;
+    ensure!(status(&lab)?["problems"].as_array().is_some_and(Vec::is_empty), "{}", status(&lab)?);
     ensure!(service.ended().is_none(), "{}", service.output_so_far());
     Ok(())
 }
