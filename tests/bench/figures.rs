@@ -59,10 +59,8 @@ pub fn shown(values: &[f64], digits: usize) -> String {
 
 /// All figures, one a line.
 pub fn table(comparisons: &[Comparison]) -> String {
-    let mut text = format!(
-        "{:<18}{:<24}{:<24}{:<24}{:<11}{}\n",
-        "", "xpci", "xl, xen-pciback", "xpci / xl", "better is", "rounds"
-    );
+    let mut text =
+        format!("{:<18}{:<24}{:<24}{:<24}{:<11}{}\n", "", "xpci", "xl", "xpci / xl", "better is", "rounds");
     for comparison in comparisons {
         _ = writeln!(
             text,

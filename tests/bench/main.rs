@@ -2,6 +2,7 @@
 
 mod errors;
 mod figures;
+mod hvm;
 mod scene;
 mod vfs;
 
@@ -13,29 +14,37 @@ use xpci_tests::{Devices, Lab, XenVersion};
 use figures::{Better, Comparison};
 use scene::{Peer, Scene};
 
-const USAGE: &str = "usage: bench [--rounds N] [--xen 4.17|4.20] [--vfs-only]";
+const USAGE: &str = "usage: bench [--rounds N] [--xen 4.17|4.20] [--only vfs|pv|hvm]";
 
 struct Options {
     rounds: usize,
     xen: XenVersion,
-    /// Only how fast VFs become assignable.
-    vfs_only: bool,
+    /// What is measured; everything unless told.
+    only: Option<Part>,
+}
+
+/// Part of what is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    /// How fast VFs become assignable.
+    Vfs,
+    /// PV guests, and errors of their functions.
+    Pv,
+    /// HVM guests.
+    Hvm,
 }
 
 impl Options {
     fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Self> {
-        let mut options = Self { rounds: 7, xen: XenVersion::V4_17, vfs_only: false };
+        let mut options = Self { rounds: 7, xen: XenVersion::V4_17, only: None };
         while let Some(option) = arguments.next() {
-            if option == "--vfs-only" {
-                options.vfs_only = true;
-                continue;
-            }
             let value = arguments.next().with_context(|| format!("{option} without a value; {USAGE}"))?;
             match option.as_str() {
                 "--rounds" => {
                     options.rounds = value.parse().with_context(|| format!("{value:?}; {USAGE}"))?
                 }
                 "--xen" => options.xen = XenVersion::parse(&value)?,
+                "--only" => options.only = Some(Part::parse(&value)?),
                 _ => bail!("unknown option {option}; {USAGE}"),
             }
         }
@@ -44,23 +53,48 @@ impl Options {
     }
 }
 
+impl Part {
+    fn parse(name: &str) -> Result<Self> {
+        match name {
+            "vfs" => Ok(Self::Vfs),
+            "pv" => Ok(Self::Pv),
+            "hvm" => Ok(Self::Hvm),
+            _ => bail!("nothing to measure is called {name:?}; {USAGE}"),
+        }
+    }
+}
+
 fn main() -> Result<()> {
     let options = Options::parse(std::env::args().skip(1))?;
     build()?;
-    let lab = Lab::builder()
+    let wanted = |part| options.only.is_none_or(|only| only == part);
+    let mut lab = Lab::builder()
         .xen(options.xen)
         .name("bench")
         .devices(Devices::none().igb("igb0").nvme("nvme0", 64))
         .install("target/release/xpcid", "/usr/sbin/xpcid")
-        .install("target/release/xpci", "/usr/sbin/xpci")
-        .boot()?;
+        .install("target/release/xpci", "/usr/sbin/xpci");
+    if wanted(Part::Hvm) {
+        lab = lab.hvm_guests();
+    }
+    let lab = lab.boot()?;
     let _service = scene::serve(&lab)?;
-    let mut comparisons = vfs::measure(&lab)?;
+    let mut comparisons = Vec::new();
+    if wanted(Part::Vfs) {
+        comparisons.extend(vfs::measure(&lab)?);
+    }
+    if options.only != Some(Part::Vfs) {
+        scene::hold(&lab)?;
+    }
     let mut errors = None;
-    if !options.vfs_only {
+    if wanted(Part::Pv) {
         let scene = Scene::set(&lab)?;
         comparisons.extend(measure(&scene, options.rounds)?);
         errors = Some(errors::measure(&lab, &scene, options.rounds)?);
+        scene.end()?;
+    }
+    if wanted(Part::Hvm) {
+        comparisons.extend(hvm::measure(&lab, options.rounds)?);
     }
     println!(
         "\nXen {} in QEMU without KVM, both peers in turns: median (least..most).\n\

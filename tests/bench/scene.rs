@@ -1,4 +1,4 @@
-//! Two guests in one lab, one served by xpci, the other by xen-pciback, each with a VF of the same PF.
+//! Two PV guests in one lab, one served by xpci, the other by xen-pciback, each with a VF of the same PF.
 
 use std::time::Duration;
 
@@ -36,7 +36,7 @@ impl Peer {
         }
     }
 
-    const fn function(self) -> &'static str {
+    pub const fn function(self) -> &'static str {
         match self {
             Self::Ours => "01:10.0",
             Self::Theirs => "01:10.4",
@@ -63,28 +63,40 @@ pub fn serve(lab: &Lab) -> Result<Process> {
     Ok(service)
 }
 
-/// The lab, ready for measurements: both functions held, none attached.
+/// Two PV guests, none of which has its function yet.
 pub struct Scene<'a> {
     lab: &'a Lab,
     guests: [Guest<'a>; 2],
 }
 
+/// Makes VFs while xpcid runs and the PF has none; each side holds one.
+pub fn hold(lab: &Lab) -> Result<()> {
+    lab.dom0("modprobe igb").ok()?;
+    let vfs = format!("/sys/bus/pci/devices/{PF}");
+    lab.wait_for("the PF's driver", SOON, &format!("[ -e {vfs}/driver ]"))?;
+    lab.dom0(&format!("echo 3 > {vfs}/sriov_numvfs")).ok()?;
+    lab.wait_for("its VFs", SOON, &format!("[ -e {vfs}/virtfn2 ]"))?;
+    for peer in [Peer::Ours, Peer::Theirs] {
+        lab.dom0(&format!("{} pci-assignable-add {}", peer.command(), peer.function())).ok()?;
+    }
+    Ok(())
+}
+
 impl<'a> Scene<'a> {
-    /// Sets it up while xpcid runs and the PF has no VFs.
+    /// Starts the guests.
     pub fn set(lab: &'a Lab) -> Result<Self> {
-        lab.dom0("modprobe igb").ok()?;
-        let vfs = format!("/sys/bus/pci/devices/{PF}");
-        lab.wait_for("the PF's driver", SOON, &format!("[ -e {vfs}/driver ]"))?;
-        lab.dom0(&format!("echo 3 > {vfs}/sriov_numvfs")).ok()?;
-        lab.wait_for("its VFs", SOON, &format!("[ -e {vfs}/virtfn2 ]"))?;
-        for peer in [Peer::Ours, Peer::Theirs] {
-            lab.dom0(&format!("{} pci-assignable-add {}", peer.command(), peer.function())).ok()?;
-        }
         let guests = [
             lab.guest(&GuestConfig::pv(Peer::Ours.guest()))?,
             lab.guest(&GuestConfig::pv(Peer::Theirs.guest()))?,
         ];
         Ok(Self { lab, guests })
+    }
+
+    /// Ends the guests.
+    pub fn end(self) -> Result<()> {
+        self.guests.iter().try_for_each(|guest| {
+            self.lab.dom0(&format!("xl destroy {}", guest.name())).limit(SOON).ok().map(drop)
+        })
     }
 
     /// Milliseconds until the guest's frontend has connected, which xl's command does not wait for. Returns when the guest has the

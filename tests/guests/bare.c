@@ -15,6 +15,8 @@
  *   sweep CLASS SIZE  likewise, but writes each and reads it again: zeros, ones, the complement, alternating bits, what was read
  *   esum SIZE, esweep CLASS SIZE  the same through the ECAM window, 4,096 bytes, aligned
  *   loop N          reads the header N times: the number of reads that differ from the first
+ *   repeat AT N     reads a dword N times, and writes CF8 before each, as systems do: the number of reads that differ from the first
+ *   reread AT N     likewise, but writes CF8 only once
  *   m ADDRESS SIZE  reads memory
  *   n ADDRESS SIZE V  writes it
  *   m8 ADDRESS      reads eight bytes at once
@@ -224,6 +226,15 @@ static u32 loop(u32 rounds)
 	return count;
 }
 
+static u32 repeat(u32 at, u32 rounds, int select_again)
+{
+	u32 count = 0, first = config(at, 4);
+	while (rounds--) {
+		count += (select_again ? config(at, 4) : in(0xcfc, 4)) != first;
+	}
+	return count;
+}
+
 /* Interrupts: 16 vectors, each counted; the local APIC and both 8259 are told of the end of each. */
 enum { FIRST = 0x40, VECTORS = 16, SPURIOUS_VECTOR = 0xff, APIC = 0xfee00000, SPURIOUS = APIC + 0xf0, END = APIC + 0xb0 };
 
@@ -393,6 +404,10 @@ static void obey(void)
 		number(sweep(a, b, 1));
 	} else if (is("loop")) {
 		number(loop(a));
+	} else if (is("repeat")) {
+		number(repeat(a, b, 1));
+	} else if (is("reread")) {
+		number(repeat(a, b, 0));
 	} else if (is("m")) {
 		number(load(a, b));
 	} else if (is("n")) {

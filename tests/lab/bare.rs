@@ -76,6 +76,16 @@ impl<'a> BareGuest<'a> {
         self.tell("slot 0").map(drop)
     }
 
+    /// Keeps it from running: while it waits for orders it looks at its serial port without a rest.
+    pub fn pause(&self) -> Result<()> {
+        self.lab.dom0(&format!("xl pause {}", self.name)).ok().map(drop)
+    }
+
+    /// Lets it run again.
+    pub fn unpause(&self) -> Result<()> {
+        self.lab.dom0(&format!("xl unpause {}", self.name)).ok().map(drop)
+    }
+
     /// Gives it an order and returns its answer.
     pub fn tell(&self, order: &str) -> Result<String> {
         let answers = self.tell_all(&[order.to_owned()])?;
