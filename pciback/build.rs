@@ -95,6 +95,7 @@ const LIBRARIES: [Library; 7] = [
             "xendevicemodel_unmap_pcidev_from_ioreq_server",
             "xendevicemodel_map_io_range_to_ioreq_server",
             "xendevicemodel_unmap_io_range_from_ioreq_server",
+            "xendevicemodel_shutdown",
         ],
     },
     Library {

@@ -5,9 +5,11 @@ mod addresses;
 mod bars;
 mod device;
 mod interrupts;
+mod ports;
 mod server;
 pub mod wire;
 
 pub use acpi::mcfg;
 pub use addresses::Addresses;
 pub use device::{Device, ECAM_BASE, ECAM_BYTES};
+pub use ports::{CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts};

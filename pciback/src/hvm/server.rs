@@ -10,6 +10,7 @@ use std::time::Instant;
 use log::warn;
 
 use super::device::{ECAM_BASE, ECAM_BYTES};
+use super::ports::ConfigPorts;
 use super::wire::{self, IoRequest, Place, VCPUS};
 use crate::DomId;
 use crate::Sbdf;
@@ -20,17 +21,18 @@ use crate::pv::server::{BURST, Order, SPIN};
 use crate::pv::{Counters, NotTold, Server, ServerReport};
 
 impl Server {
-    /// Starts to serve an HVM guest; `functions` are those of an earlier life, by device and function number. Requests that have
+    /// Starts to serve an HVM guest, of which `ports` has what it wrote to port CF8; `functions` are those of an earlier life, by device and function number. Requests that have
     /// waited since are answered first. Reports go to `report`, which must not block.
     pub fn start_hvm(
         domain: DomId,
         server: Box<dyn IoreqServer>,
+        ports: ConfigPorts,
         functions: BTreeMap<u8, Box<GuestFunction>>,
         counters: Arc<Counters>,
         report: Box<dyn Fn(ServerReport) + Send>,
     ) -> io::Result<Self> {
         let roster = Roster::new(domain, functions, &counters, report);
-        let mut serving = Serving { roster, server };
+        let mut serving = Serving { roster, server, ports };
         Self::spawn(domain, counters, move |orders, wake| serving.run(&orders, wake.as_fd()))
     }
 }
@@ -38,6 +40,7 @@ impl Server {
 struct Serving {
     roster: Roster,
     server: Box<dyn IoreqServer>,
+    ports: ConfigPorts,
 }
 
 impl Serving {
@@ -120,6 +123,13 @@ impl Serving {
                 }
                 _ => self.memory(address, request),
             },
+            Place::Port { port } => {
+                let (value, resets) = self.ports.access(port, request.bytes, request.write);
+                if resets {
+                    (self.roster.report)(ServerReport::RestartWanted);
+                }
+                (value, true, None, None)
+            }
             Place::Other => (u64::MAX, false, None, None),
         }
     }

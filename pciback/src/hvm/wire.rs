@@ -39,10 +39,12 @@ const READY: u32 = 1 << 16;
 const IN_PROCESS: u32 = 2 << 16;
 const ANSWERED: u32 = 3 << 16;
 
+/// `IOREQ_TYPE_PIO`: I/O ports.
+pub(crate) const TYPE_PORT: u32 = 0;
 /// `IOREQ_TYPE_COPY`: memory.
 const TYPE_MEMORY: u32 = 1;
 /// `IOREQ_TYPE_PCI_CONFIG`.
-const TYPE_CONFIG: u32 = 2;
+pub(crate) const TYPE_CONFIG: u32 = 2;
 
 /// Where the vCPU's request begins on the page, in words.
 const fn first_word(vcpu: u16) -> usize {
@@ -68,6 +70,11 @@ pub enum Place {
     Memory {
         /// The address.
         address: u64,
+    },
+    /// An I/O port.
+    Port {
+        /// Its number.
+        port: u16,
     },
     /// Something that a server of this kind never asked for.
     Other,
@@ -111,6 +118,7 @@ pub fn take_request(page: &SharedMemory, vcpu: u16, resumed: bool) -> Option<IoR
     let (place, most) = match seen >> bits::TYPE {
         TYPE_CONFIG => (config_place(address), 4),
         TYPE_MEMORY => (Place::Memory { address }, 8),
+        TYPE_PORT => (u16::try_from(address).map_or(Place::Other, |port| Place::Port { port }), 4),
         _ => (Place::Other, 8),
     };
     let bytes = match size {
@@ -192,6 +200,11 @@ pub mod xen {
     pub fn config(slot: u8, offset: u16, size: u32, write: Option<u32>) -> Access {
         let address = u64::from(slot) << 35 | u64::from(offset);
         Access { kind: TYPE_CONFIG, address, size, write: write.map(u64::from) }
+    }
+
+    /// An access to an I/O port.
+    pub fn port(port: u16, size: u32, write: Option<u32>) -> Access {
+        Access { kind: TYPE_PORT, address: port.into(), size, write: write.map(u64::from) }
     }
 
     /// An access to memory.
@@ -276,7 +289,7 @@ mod tests {
             xen::Access { kind: 2, address: 1 << 32, size: 4, write: None },
             xen::Access { kind: 2, address: 0x1000, size: 4, write: None },
             xen::Access { kind: 2, address: 0xffff_ffff, size: 4, write: None },
-            xen::Access { kind: 0, address: 0xcf8, size: 4, write: None },
+            xen::Access { kind: 0, address: 0x1_0cf8, size: 4, write: None },
             xen::Access { kind: 255, address: 0, size: 4, write: None },
         ];
         for case in cases {
@@ -288,6 +301,9 @@ mod tests {
         for size in [0, 3, 5, 8, 9, u32::MAX] {
             xen::put_request(&page, 0, &xen::config(3, 0, size, None));
             assert_eq!(take_request(&page, 0, false).unwrap().bytes, 0, "{size}");
+            xen::put_request(&page, 0, &xen::port(0xcf8, size, None));
+            let request = take_request(&page, 0, false).unwrap();
+            assert_eq!((request.place, request.bytes), (Place::Port { port: 0xcf8 }, 0), "{size}");
         }
         // A string instruction.
         xen::put_request(&page, 0, &xen::memory(0, 4, None));

@@ -43,6 +43,12 @@ pub trait HvmDomains: Send + Sync {
         claim: bool,
     ) -> Result<()>;
 
+    /// Takes or gives up `count` I/O ports from `first` on.
+    fn claim_ports(&self, domain: DomId, server: ServerId, first: u16, count: u16, claim: bool)
+    -> Result<()>;
+    /// Has the guest shut down in order to start again, as a machine whose reset line is pulled.
+    fn restart(&self, domain: DomId) -> Result<()>;
+
     /// Lets the guest reach page frames of the host at page frames of its own, or not any more. `EEXIST`: the guest has memory there.
     fn map_memory(&self, domain: DomId, guest: u64, host: u64, frames: u64, map: bool) -> Result<()>;
     /// Lets the guest reach I/O ports of the host at ports of its own, or not any more.

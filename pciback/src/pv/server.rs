@@ -44,6 +44,8 @@ pub enum ServerReport {
     RestoreFailed(Sbdf, String),
     /// What became of something the guest was told about an error.
     Told(Sbdf, Result<Result<AerAnswer, u32>, NotTold>),
+    /// The guest has pulled the reset line of its machine.
+    RestartWanted,
     /// The guest cannot be served any more.
     Failed(String),
 }

@@ -430,6 +430,12 @@ impl Engine {
                 );
             }
             ServerReport::Told(address, heard) => self.guest_answered(address, heard),
+            ServerReport::RestartWanted => {
+                info!("domain {domain}: it resets itself");
+                if let Err(error) = self.platform.hvm.restart(domain) {
+                    error!("{error}");
+                }
+            }
             ServerReport::Failed(why) => {
                 error!("domain {domain}: {why}");
                 self.problems.push(format!("domain {domain} is not served any more: {why}"));

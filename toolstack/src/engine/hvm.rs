@@ -4,13 +4,15 @@
 //! run directory, and before it is created which servers there are already, so that one whose number could not be noted is found.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, OpenOptions};
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 
 use log::{error, info, warn};
-use pciback::hvm::{Addresses, Device, ECAM_BASE, ECAM_BYTES};
-use pciback::platform::{BarMemory, PlatformError, ServerId};
+use pciback::hvm::{Addresses, CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts, Device, ECAM_BASE, ECAM_BYTES};
+use pciback::platform::{BarMemory, PlatformError, ServerId, SharedMemory};
 use pciback::pv::{GuestFunction, Handshake, Server};
 use pciback::{DomId, Sbdf};
 use serde::{Deserialize, Serialize};
@@ -189,11 +191,14 @@ impl Engine {
         let hvm = &self.platform.hvm;
         let connected = hvm.connect(domain, server)?;
         hvm.claim_memory(domain, server, ECAM_BASE, ECAM_BYTES, true)?;
+        let ports = self.config_ports(domain)?;
+        hvm.claim_ports(domain, server, CONFIG_ADDRESS, CONFIG_PORTS, true)?;
         let inbox = self.inbox.clone();
         let mut guest = Guest::new(Handshake::new(domain));
         guest.hvm = Some(Hvm { server, addresses, devices: functions.keys().copied().collect() });
         let report = Box::new(move |report| inbox.send(Event::Server(domain, report)));
-        let started = Server::start_hvm(domain, connected, functions, Arc::clone(&guest.counters), report);
+        let started =
+            Server::start_hvm(domain, connected, ports, functions, Arc::clone(&guest.counters), report);
         let failed = |error: io::Error| {
             Failure::new(ErrorCode::Failed, format!("start the thread of domain {domain}: {error}"))
                 .of(domain)
@@ -202,6 +207,37 @@ impl Engine {
         self.guests.insert(domain, guest);
         info!("domain {domain}: serving it as ioreq server {}", server.0);
         Ok(())
+    }
+
+    /// What the guest wrote to port CF8, which the next life of the service has to know too.
+    fn config_ports(&self, domain: DomId) -> Result<ConfigPorts, Failure> {
+        let path = self.config_ports_path(domain);
+        let open = || -> io::Result<ConfigPorts> {
+            if let Some(directory) = path.parent() {
+                fs::create_dir_all(directory)?;
+            }
+            let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path)?;
+            file.set_len(ConfigPorts::BYTES as u64)?;
+            Ok(ConfigPorts::new(SharedMemory::map_file(&file, ConfigPorts::BYTES)?))
+        };
+        open().map_err(|error| {
+            Failure::new(ErrorCode::Failed, format!("map {}: {error}", path.display())).of(domain)
+        })
+    }
+
+    fn config_ports_path(&self, domain: DomId) -> PathBuf {
+        self.settings.run_directory.join("config-ports").join(domain.to_string())
+    }
+
+    fn forget_server(&self, domain: DomId) {
+        self.notes().remove(domain);
+        let path = self.config_ports_path(domain);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                warn!("remove {}: {error}", path.display());
+            }
+            _ => {}
+        }
     }
 
     /// Goes on serving an HVM guest.
@@ -242,7 +278,7 @@ impl Engine {
     pub(super) fn end_server(&self, domain: DomId, hvm: &Hvm) {
         let ended = self.platform.hvm.destroy_server(domain, hvm.server);
         self.note_ended(domain, hvm.server, ended);
-        self.notes().remove(domain);
+        self.forget_server(domain);
     }
 
     fn note_ended(&self, domain: DomId, server: ServerId, ended: Result<(), PlatformError>) {
@@ -271,7 +307,7 @@ impl Engine {
                 self.note_ended(domain, server, self.platform.hvm.destroy_server(domain, server));
             }
         }
-        self.notes().remove(domain);
+        self.forget_server(domain);
     }
 
     fn notes(&self) -> Notes {

@@ -33,6 +33,7 @@ struct Server {
     enabled: bool,
     slots: BTreeSet<u8>,
     memory: BTreeSet<(u64, u64)>,
+    ports: BTreeSet<(u16, u16)>,
 }
 
 /// One domain.
@@ -40,6 +41,7 @@ struct Server {
 struct Domain {
     servers: BTreeMap<u16, Server>,
     reached: Reached,
+    restarts: usize,
 }
 
 /// What an HVM guest reaches of the host.
@@ -152,6 +154,7 @@ impl HvmDomains for SimHvmDomains {
                 enabled: false,
                 slots: BTreeSet::new(),
                 memory: BTreeSet::new(),
+                ports: BTreeSet::new(),
             };
             domain.servers.insert(id, server);
             Ok(ServerId(id))
@@ -193,6 +196,27 @@ impl HvmDomains for SimHvmDomains {
     ) -> Result<()> {
         self.server(("claim_memory", "take over memory of"), domain, server, |server| {
             claimed(&mut server.memory, (start, bytes), claim);
+            Ok(())
+        })
+    }
+
+    fn claim_ports(
+        &self,
+        domain: DomId,
+        server: ServerId,
+        first: u16,
+        count: u16,
+        claim: bool,
+    ) -> Result<()> {
+        self.server(("claim_ports", "take over ports of"), domain, server, |server| {
+            claimed(&mut server.ports, (first, count), claim);
+            Ok(())
+        })
+    }
+
+    fn restart(&self, domain: DomId) -> Result<()> {
+        self.call(("restart", "restart"), domain, |domain| {
+            domain.restarts += 1;
             Ok(())
         })
     }
@@ -317,16 +341,24 @@ impl SimHvmGuest {
         locked(&self.domains).get(&self.domain).map_or(0, |domain| domain.servers.len())
     }
 
+    /// How many times it was told to start again.
+    pub fn restarts(&self) -> usize {
+        locked(&self.domains).get(&self.domain).map_or(0, |domain| domain.restarts)
+    }
+
     /// Sends a request to the server that has claimed what it is about; `None`: nobody has.
     pub fn begin(&self, access: &wire::xen::Access) -> Option<SimRequest> {
         let domains = locked(&self.domains);
         let mut servers = domains.get(&self.domain)?.servers.values().rev().filter(|server| server.enabled);
-        let is_config = access.kind == wire::xen::config(0, 0, 1, None).kind;
-        let server = servers.find(|server| match is_config {
-            true => server.slots.contains(&((access.address >> 35) as u8)),
-            false => server.memory.iter().any(|(start, bytes)| {
-                access.address >= *start && access.address + u64::from(access.size) <= start + bytes
-            }),
+        let within = |start: u64, bytes: u64| {
+            access.address >= start && access.address + u64::from(access.size) <= start + bytes
+        };
+        let server = servers.find(|server| match access.kind {
+            wire::TYPE_CONFIG => server.slots.contains(&((access.address >> 35) as u8)),
+            wire::TYPE_PORT => {
+                server.ports.iter().any(|(first, count)| within((*first).into(), (*count).into()))
+            }
+            _ => server.memory.iter().any(|(start, bytes)| within(*start, *bytes)),
         })?;
         wire::xen::put_request(&server.page, 0, access);
         let request = SimRequest { page: Arc::clone(&server.page), to_guest: Arc::clone(&server.to_guest) };

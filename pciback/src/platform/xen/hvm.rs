@@ -1,6 +1,7 @@
 //! HVM guests through libxendevicemodel and libxenctrl.
 
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::ops::RangeInclusive;
 use std::os::unix::net::UnixStream;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
@@ -70,6 +71,33 @@ impl XenHvmDomains {
     fn model(&self) -> *mut xendevicemodel_handle {
         self.devicemodel.as_ptr()
     }
+
+    fn claim_range(
+        &self,
+        domain: DomId,
+        server: ServerId,
+        kind: i32,
+        range: RangeInclusive<u64>,
+        claim: bool,
+    ) -> i32 {
+        let model = &self.libraries.devicemodel;
+        let (handle, (first, last)) = (self.model(), range.into_inner());
+        if claim {
+            // SAFETY: the handle is open; the other arguments are numbers.
+            unsafe {
+                model.xendevicemodel_map_io_range_to_ioreq_server(
+                    handle, domain.0, server.0, kind, first, last,
+                )
+            }
+        } else {
+            // SAFETY: the handle is open; the other arguments are numbers.
+            unsafe {
+                model.xendevicemodel_unmap_io_range_from_ioreq_server(
+                    handle, domain.0, server.0, kind, first, last,
+                )
+            }
+        }
+    }
 }
 
 impl Drop for XenHvmDomains {
@@ -109,6 +137,11 @@ fn delivery(message: MsiMessage) -> u32 {
         | (data >> 15 & 1) << 15
 }
 
+/// What a range of a server is of.
+const PORT_RANGE: i32 = 0;
+const MEMORY_RANGE: i32 = 1;
+/// `SHUTDOWN_reboot` of `sched.h`.
+const SHUTDOWN_REBOOT: u32 = 1;
 /// `HVMMEM_mmio_dm`: no memory.
 const MEMORY_MMIO: u16 = 2;
 /// `XEN_DOMCTL_VMSI_X86_UNMASKED`.
@@ -229,34 +262,30 @@ impl HvmDomains for XenHvmDomains {
         bytes: u64,
         claim: bool,
     ) -> Result<()> {
-        let model = &self.libraries.devicemodel;
         let last = start + (bytes - 1);
-        let call = if claim {
-            // SAFETY: the handle is open; the other arguments are numbers.
-            unsafe {
-                model.xendevicemodel_map_io_range_to_ioreq_server(
-                    self.model(),
-                    domain.0,
-                    server.0,
-                    1,
-                    start,
-                    last,
-                )
-            }
-        } else {
-            // SAFETY: the handle is open; the other arguments are numbers.
-            unsafe {
-                model.xendevicemodel_unmap_io_range_from_ioreq_server(
-                    self.model(),
-                    domain.0,
-                    server.0,
-                    1,
-                    start,
-                    last,
-                )
-            }
-        };
+        let call = self.claim_range(domain, server, MEMORY_RANGE, start..=last, claim);
         already(call, claim, || format!("memory from {start:#x} to {last:#x} of domain {domain}"))
+    }
+
+    fn claim_ports(
+        &self,
+        domain: DomId,
+        server: ServerId,
+        first: u16,
+        count: u16,
+        claim: bool,
+    ) -> Result<()> {
+        let (start, last) = (u64::from(first), u64::from(first) + u64::from(count) - 1);
+        let call = self.claim_range(domain, server, PORT_RANGE, start..=last, claim);
+        already(call, claim, || format!("ports {start:#x} to {last:#x} of domain {domain}"))
+    }
+
+    fn restart(&self, domain: DomId) -> Result<()> {
+        // SAFETY: the handle is open; the other arguments are numbers.
+        let answer = unsafe {
+            self.libraries.devicemodel.xendevicemodel_shutdown(self.model(), domain.0, SHUTDOWN_REBOOT)
+        };
+        done(answer, "restart", || format!("domain {domain}"))
     }
 
     fn map_memory(&self, domain: DomId, guest: u64, host: u64, frames: u64, map: bool) -> Result<()> {
