@@ -188,8 +188,7 @@ impl Engine {
             let served = heard
                 .and_then(|()| place_of(record))
                 .and_then(|place| self.serve_hvm(place, function, memory));
-            // The transaction may have given up.
-            let _ = answer.send(served.map(|()| None));
+            answer.send(served.map(|()| None));
             return;
         }
         let watched = heard
@@ -198,8 +197,7 @@ impl Engine {
         let place = match watched {
             Ok(place) => place,
             Err(failure) => {
-                // The transaction may have given up.
-                let _ = answer.send(Err(failure));
+                answer.send(Err(failure));
                 return;
             }
         };
@@ -218,21 +216,21 @@ impl Engine {
         let place = match place_of(record) {
             Ok(place) => place,
             Err(failure) => {
-                let _ = answer.send(Err(failure));
+                answer.send(Err(failure));
                 return;
             }
         };
         let limit = self.settings.guest_limit();
         let Some(guest) = self.guests.get_mut(&place.domain) else {
             // Nobody serves it: the transaction never came that far, or this life could not take it over.
-            let _ = answer.send(self.clean_up_unserved(place.domain));
+            answer.send(self.clean_up_unserved(place.domain));
             return;
         };
         if guest.hvm.is_some() {
             // Nobody in the guest is asked: it has no hotplug.
             let outcome = self.switch_off(place.domain, place.devfn);
             self.forget_if_idle(place.domain);
-            let _ = answer.send(outcome);
+            answer.send(outcome);
             return;
         }
         let waiting = Waiting { answer, deadline: Instant::now() + limit, for_what: Awaited::Release };
@@ -281,8 +279,7 @@ impl Engine {
         if let Some(waiting) = guest.waiting.get(&devfn)
             && let Some(outcome) = with(waiting.for_what)
         {
-            // The transaction may have given up.
-            let _ = waiting.answer.send(outcome);
+            waiting.answer.send(outcome);
             guest.waiting.remove(&devfn);
         }
     }

@@ -150,7 +150,26 @@ pub enum Event {
 }
 
 /// Where a transaction waits for the engine.
-pub type Answer = mpsc::Sender<Result<Option<String>, Failure>>;
+pub struct Answer {
+    sender: mpsc::Sender<Result<Option<String>, Failure>>,
+    ended: Arc<AtomicBool>,
+}
+
+impl Answer {
+    /// Gives it; who asked may have stopped waiting.
+    fn send(&self, outcome: Result<Option<String>, Failure>) {
+        let _ = self.sender.send(outcome);
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        // An engine that dies over a question has not refused: what was asked for is the next life's.
+        if std::thread::panicking() {
+            self.ended.store(true, Ordering::SeqCst);
+        }
+    }
+}
 
 /// The way to the engine, for all other threads.
 #[derive(Clone)]
@@ -317,6 +336,8 @@ impl Engine {
             }
             if fds[2].revents().is_some_and(|events| !events.is_empty()) {
                 info!("stopping; guests keep their functions");
+                // Before those who wait for an answer learn that none comes.
+                self.inbox.ended.store(true, Ordering::SeqCst);
                 self.stop_servers();
                 self.unmask_all();
                 return Ok(());
@@ -429,7 +450,7 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        // Before those who wait for an answer learn that none comes.
+        // Before the inbox is closed.
         self.inbox.ended.store(true, Ordering::SeqCst);
     }
 }

@@ -112,7 +112,8 @@ impl Serving for Workshop {
 impl Workshop {
     fn ask(&self, event: impl FnOnce(super::Answer) -> Event) -> Result<Option<String>, Failure> {
         let (sender, receiver) = mpsc::channel();
-        self.inbox.send(event(sender));
+        let ended = Arc::clone(&self.inbox.ended);
+        self.inbox.send(event(super::Answer { sender, ended }));
         receiver.recv_timeout(self.settings.guest_limit() + ENGINE_MARGIN).unwrap_or_else(|error| {
             Err(Failure::new(ErrorCode::Failed, format!("wait for the engine: {error}"))
                 .hint("see xpcid's log"))
