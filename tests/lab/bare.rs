@@ -64,6 +64,18 @@ impl<'a> BareGuest<'a> {
         self.start_by("true")
     }
 
+    /// Has it reset its machine, upon which xl makes its next domain, and waits until that listens.
+    pub fn reset(&mut self) -> Result<()> {
+        let (name, before) = (&self.name, self.domid()?);
+        self.begin(&["o cf9 1 6".to_owned()])?;
+        let listens = format!(
+            "now=$(xl domid {name}) && [ $now != {before} ] && xenstore-exists /local/domain/$now/serial/0/tty"
+        );
+        self.lab.wait_for("the guest's next domain", LIMIT, &listens)?;
+        self.console = None;
+        self.start_by("true")
+    }
+
     fn start_by(&mut self, command: &str) -> Result<()> {
         let node = format!("/local/domain/{}/serial/0/tty", self.domid()?);
         let tty = self.lab.dom0(&format!("xenstore-read {node}")).ok()?;

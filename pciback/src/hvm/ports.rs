@@ -22,8 +22,8 @@ const RESET: u32 = 1 << 2;
 pub struct ConfigPorts(SharedMemory);
 
 impl ConfigPorts {
-    /// Bytes of memory that it needs; zeros at first.
-    pub const BYTES: usize = 8;
+    /// Bytes of memory that it needs, zeros at first: a page, the least that can be mapped.
+    pub const BYTES: usize = 4096;
     const ADDRESS: usize = 0;
     const CONTROL: usize = 1;
 

@@ -86,7 +86,7 @@ fn two_functions_in_a_guest() -> Result<()> {
     println!("T3: the service is killed three times while the guest reads; it notices nothing");
     one.tell(&format!("slot {SLOT:x}"))?;
     for round in 0..3 {
-        let reads = one.begin(&["loop 300".to_owned()])?;
+        let reads = one.begin(&["loop 800".to_owned()])?;
         ensure!(reads.come() == 0, "round {round}: over before the service was killed");
         service.signal(9)?;
         service.wait(SOON)?;
@@ -95,6 +95,11 @@ fn two_functions_in_a_guest() -> Result<()> {
         ensure!(differences == ["0"], "round {round}: {differences:?} reads differed");
         ensure!(one.tell("same")? == "0", "round {round}: both ways differ");
     }
+    one.tell("o cf8 4 8000f8a8")?;
+    service.signal(9)?;
+    service.wait(SOON)?;
+    service = start_service(&lab)?;
+    ensure!(one.number("i cf8 4")? == 0x8000_f8a8, "port CF8 has {}", one.tell("i cf8 4")?);
     interrupts::again(&one)?;
     let found = status(&lab)?;
     ensure!(found["problems"].as_array().is_some_and(Vec::is_empty), "{found}");

@@ -7,7 +7,7 @@ use xpci_tests::{BareGuest, Lab};
 const UUID: &str = "5f6e2a34-0d2b-4f0c-9f5e-3c1d7a9b1e57";
 const SLOT: u32 = 6;
 
-/// A guest that ends and is created again has its function before its firmware looks for devices.
+/// A guest that ends and is created again, or resets itself, has its function before its firmware looks for devices.
 pub fn created_again(lab: &Lab) -> Result<()> {
     let mut guest = BareGuest::create(lab, "lasting", &[&format!("uuid=\"{UUID}\"")])?;
     xpci(lab, &format!("pci-attach --persist lasting 01:10.0@{SLOT}"))?;
@@ -20,6 +20,8 @@ pub fn created_again(lab: &Lab) -> Result<()> {
     guest.create_again()?;
     has_it(&guest)?;
     ensure!(state(lab, VFS[0])? == "attached", "{}", status(lab)?);
+    guest.reset()?;
+    has_it(&guest)?;
     let found = status(lab)?;
     ensure!(found["problems"].as_array().is_some_and(Vec::is_empty), "{found}");
     lab.dom0("[ -z \"$(ls /run/xpci/paused)\" ]").run()?;

@@ -1,6 +1,6 @@
 //! HVM guests: what they reach, what happens when the service is killed, and that nothing remains. P6, T2, T3.
 
-use pciback::hvm::wire::xen::{config, memory};
+use pciback::hvm::wire::xen::{config, memory, port};
 use pciback::hvm::{ECAM_BASE, wire};
 use pciback::platform::sim::{Moment, Owner, SimHvmGuest};
 use pciback::{DomId, FunctionState, Sbdf};
@@ -212,6 +212,27 @@ fn a_request_that_waits_while_the_service_is_dead_is_answered_by_the_next_life()
     assert_eq!(service.status().problems, [""; 0]);
     service.detach(WIN, bdf("01:10.0")).unwrap();
     assert_nothing_remains(&world, &guest, "detached by another life");
+}
+
+#[test]
+fn port_cf8_keeps_its_value_over_a_kill_and_the_port_in_its_midst_restarts_the_guest() {
+    let (world, guest, service) = attached();
+    guest.ask(&port(0xcf8, 4, Some(0x8000_f8a8)));
+    assert_eq!(guest.ask(&port(0xcf8, 4, None)), 0x8000_f8a8);
+    assert_eq!(guest.ask(&port(0xcfa, 1, None)), 0xff, "part of the register");
+    service.kill();
+    let waiting = guest.0.begin(&port(0xcf8, 4, None)).unwrap();
+    let service = world.start();
+    assert_eq!(waiting.answer(LIMIT).unwrap(), 0x8000_f8a8);
+    guest.ask(&port(0xcf9, 1, Some(2)));
+    guest.ask(&port(0xcf9, 1, Some(6)));
+    wait_until("it starts again", || guest.0.restarts() > 0);
+    assert_eq!((guest.0.restarts(), guest.ask(&port(0xcf9, 1, None))), (1, 2));
+    service.detach(WIN, bdf("01:10.0")).unwrap();
+    assert!(guest.0.begin(&port(0xcf8, 4, None)).is_none(), "its device model has it again");
+    assert_nothing_remains(&world, &guest, "detached");
+    let notes = std::fs::read_dir(world.settings().run_directory.join("config-ports")).unwrap();
+    assert_eq!(notes.count(), 0);
 }
 
 #[test]

@@ -104,7 +104,7 @@ impl World {
         self.simulation.platform("test").unwrap().host
     }
 
-    fn settings(&self) -> Settings {
+    pub fn settings(&self) -> Settings {
         Settings {
             guest_limit_seconds: 10,
             // xen-pciback prepares MSI-X by itself when it takes a function; this one leaves it to the service.
