@@ -63,7 +63,7 @@ mod tests {
         for (port, bytes) in
             [(0xcf8, 1), (0xcf8, 2), (0xcf9, 2), (0xcfa, 1), (0xcfa, 2), (0xcfb, 1), (0xcf9, 4), (0xcf8, 0)]
         {
-            assert_eq!(ports.access(port, bytes, Some(0)).1, false, "{port:x}/{bytes}");
+            assert!(!ports.access(port, bytes, Some(0)).1, "{port:x}/{bytes}");
             assert_eq!(ports.access(port, bytes, None), (u64::MAX, false), "{port:x}/{bytes}");
         }
         assert_eq!(ports.access(0xcf8, 4, None), (0x8000_f8a8, false));
