@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 
 use pciback::platform::hypervisor::DeviceReport;
-use pciback::platform::{Hypervisor, MsiSource, Pirq, PlatformError, Result};
+use pciback::platform::{DomainInfo, Hypervisor, MsiSource, Pirq, PlatformError, Result};
 use pciback::{DomId, Sbdf};
 
 /// Interrupts that one guest can have.
@@ -76,7 +76,9 @@ impl Hypervisor for Counting {
         ioport_permission(domain: DomId, first: u32, count: u32, allow: bool) -> ();
         map_gsi(domain: DomId, gsi: u32) -> Pirq;
         unmap_gsi(domain: DomId, gsi: u32, pirq: Pirq) -> ();
+        domain(domain: DomId) -> DomainInfo;
         pause(domain: DomId) -> ();
+        unpause(domain: DomId) -> ();
         destroy(domain: DomId) -> ();
     }
 
