@@ -69,7 +69,7 @@ impl<'a> BareGuest<'a> {
         let (name, before) = (&self.name, self.domid()?);
         self.begin(&["o cf9 1 6".to_owned()])?;
         let listens = format!(
-            "now=$(xl domid {name}) && [ $now != {before} ] && xenstore-exists /local/domain/$now/serial/0/tty"
+            "now=$(xl domid {name}) && [ $now != {before} ] && xenstore-read /local/domain/$now/serial/0/tty"
         );
         self.lab.wait_for("the guest's next domain", LIMIT, &listens)?;
         self.console = None;

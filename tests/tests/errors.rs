@@ -198,7 +198,7 @@ fn actions(lab: &Lab, one: &Guest<'_>) -> Result<()> {
     let nodes = format!("/local/domain/{}", doomed.domid()?);
     let destroyed = hardware_error(lab, ", non-fatal: destroy-guest", "COMP_TIME")?;
     ensure!(destroyed["action"] == "destroy-guest", "{destroyed}");
-    lab.wait_for("the guest to be gone", SOON, &format!("! xl list doomed && ! xenstore-exists {nodes}"))?;
+    lab.wait_for("the guest to be gone", SOON, &format!("! xl list doomed && ! xenstore-read {nodes}"))?;
     wait_for_state(lab, VIRTIO, "held")?;
     ensure!(is_held(lab, VIRTIO)?, "{}", owner(lab, VIRTIO)?);
     Ok(())

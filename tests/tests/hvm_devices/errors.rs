@@ -101,7 +101,7 @@ pub fn contained(lab: &Lab, one: BareGuest<'_>) -> Result<()> {
     let nodes = format!("/local/domain/{}", two.domid()?);
     let decision = raise(lab, "e1", second, "COMP_TIME")?;
     ensure!(decision["action"] == "destroy-guest", "{decision}");
-    lab.wait_for("the guest to be gone", SOON, &format!("! xl list two && ! xenstore-exists {nodes}"))?;
+    lab.wait_for("the guest to be gone", SOON, &format!("! xl list two && ! xenstore-read {nodes}"))?;
     wait_for_state(lab, second, "held")?;
     ensure!(is_held(lab, second)?, "{}", owner(lab, second)?);
     lab.wait_for("its server's note to be removed", SOON, "[ -z \"$(ls /run/xpci/ioreq-servers)\" ]")?;
