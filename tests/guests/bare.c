@@ -245,17 +245,20 @@ static int uses_pic;
 static struct __attribute__((packed)) { u16 low, selector, kind, high; } idt[256];
 static struct __attribute__((packed)) { u16 limit; u32 base; } idt_place;
 
-/* What nobody asked for is told and ends everything: an exception, or an interrupt by a vector that nobody set up. */
+/* What nobody asked for is told on port E9 and ends everything: an exception, or an interrupt by a vector that nobody set up. */
 static void unexpected(const u32 *stack)
 {
+	/* Where Xen's log has it, whatever became of the serial port. */
+	to_log = 1;
 	say("stopped by vector and stack");
 	for (int word = 0; word < 5; word++) {
 		put(' ');
 		number(stack[word]);
 	}
 	put('\n');
+	/* Halted without interrupts, the domain would be powered off. */
 	for (;;) {
-		__asm__ volatile("cli; hlt");
+		__asm__ volatile("pause");
 	}
 }
 

@@ -147,9 +147,10 @@ impl Pending<'_> {
     /// Waits for all of them.
     pub fn answers(&self, limit: Duration) -> Result<Vec<String>> {
         let end = self.heard + self.count;
-        self.console
-            .wait_for(limit, |output| lines(output).count() >= end)
-            .with_context(|| format!("{} of {} answers came", self.come(), self.count))?;
+        self.console.wait_for(limit, |output| lines(output).count() >= end).with_context(|| {
+            let came = said(self.console).split_off(self.heard);
+            format!("{} of {} answers came: {came:?}", came.len(), self.count)
+        })?;
         Ok(said(self.console).split_off(self.heard).into_iter().take(self.count).collect())
     }
 }
