@@ -21,7 +21,7 @@ mod qmp;
 mod udev;
 mod wire;
 
-pub use bare::{BareGuest, Pending};
+pub use bare::{BareGuest, Pending, unless_lost};
 pub use command::{Command, DEFAULT_LIMIT, Output};
 pub use guest::{Guest, GuestConfig};
 pub use lab::{Builder, Lab};

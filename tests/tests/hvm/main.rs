@@ -21,7 +21,7 @@ use xpci_tests::host::{
     PF, SOON, VFS, builder, granted, guest, is_held, prepare, set_mac, start_service, state, status, xpci,
     xpci_fails,
 };
-use xpci_tests::{BareGuest, Lab};
+use xpci_tests::{BareGuest, Lab, unless_lost};
 
 use vf::Model;
 
@@ -37,6 +37,10 @@ const STATUS: u32 = 8;
 
 #[test]
 fn two_functions_in_a_guest() -> Result<()> {
+    unless_lost(all)
+}
+
+fn all() -> Result<()> {
     let lab = builder().hvm_guests().boot()?;
     // The oracle knows the built-in rules.
     lab.dom0("rm -r /usr/share/xpci/policies").ok()?;

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use xpci_tests::host::{SOON, builder, granted, is_held, start_service, status, xpci, xpci_fails};
-use xpci_tests::{BareGuest, Devices, Lab};
+use xpci_tests::{BareGuest, Devices, Lab, unless_lost};
 
 /// An 82576 as a whole, with an I/O BAR.
 const IGB: &str = "0000:01:00.0";
@@ -38,6 +38,10 @@ const SETTINGS: &str = "reset: {methods: [flr, bus]}\n";
 
 #[test]
 fn every_kind_of_bar_and_interrupt() -> Result<()> {
+    unless_lost(all)
+}
+
+fn all() -> Result<()> {
     let devices = Devices::none()
         .device("igb,id=igb0")
         .device("edu,id=edu0")
