@@ -32,10 +32,9 @@ pub fn measure(lab: &Lab, rounds: usize) -> Result<Vec<Comparison>> {
     }
     let mut figures = FIGURES.map(|(name, ..)| Comparison::new(name, Better::Less));
     for round in 0..=rounds {
-        let peers = if round % 2 == 0 { [Peer::Ours, Peer::Theirs] } else { [Peer::Theirs, Peer::Ours] };
         for (figure, (name, order)) in figures.iter_mut().zip(FIGURES) {
             let mut seen = [0.0; 2];
-            for peer in peers {
+            for peer in Peer::in_turns(round) {
                 let guest = if peer == Peer::Ours { &ours } else { &theirs };
                 seen[peer as usize] = microseconds_each(guest, order)?;
             }

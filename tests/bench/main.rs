@@ -126,8 +126,7 @@ fn measure(scene: &Scene<'_>, rounds: usize) -> Result<Vec<Comparison>> {
     let mut detach = Comparison::new("detach, ms", Better::Less);
     // The first round warms caches and pages in programs on both sides; it does not count.
     for round in 0..=rounds {
-        // Who goes first takes turns too.
-        let order = if round % 2 == 0 { [Peer::Ours, Peer::Theirs] } else { [Peer::Theirs, Peer::Ours] };
+        let order = Peer::in_turns(round);
         let mut seen = [[0.0; 3]; 2];
         for peer in order {
             seen[peer as usize][0] = scene.attach(peer)?;

@@ -36,6 +36,11 @@ impl Peer {
         }
     }
 
+    /// Who goes first takes turns.
+    pub const fn in_turns(round: usize) -> [Self; 2] {
+        if round.is_multiple_of(2) { [Self::Ours, Self::Theirs] } else { [Self::Theirs, Self::Ours] }
+    }
+
     pub const fn function(self) -> &'static str {
         match self {
             Self::Ours => "01:10.0",

@@ -38,9 +38,8 @@ impl Set {
         lab.wait_for("the PF's driver", LIMIT, &format!("[ -e {directory}/driver ]"))?;
         let mut figure = Comparison::new(self.name, Better::Less);
         for round in 0..=self.rounds {
-            let order = if round % 2 == 0 { [Peer::Ours, Peer::Theirs] } else { [Peer::Theirs, Peer::Ours] };
             let mut seen = [0.0; 2];
-            for peer in order {
+            for peer in Peer::in_turns(round) {
                 seen[peer as usize] = self.made_assignable(lab, peer)?;
                 self.taken_down(lab, peer)?;
             }

@@ -2,12 +2,12 @@
 
 pub mod errors;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::{Builder, Guest, GuestConfig, Lab, Process};
+use crate::{BareGuest, Builder, Guest, GuestConfig, Lab, Process};
 
 /// What is awaited inside an emulated machine, on a busy host.
 pub const SOON: Duration = Duration::from_secs(60);
@@ -195,4 +195,16 @@ pub fn inject_error(lab: &Lab, address: &str, uncorrectable: u32, correctable: u
     }
     // It takes all of it in one write.
     lab.dom0("dd of=/dev/aer_inject bs=64").input(bytes).ok().map(drop)
+}
+
+/// Waits until so many interrupts have come by a vector of a bare guest's, and makes sure that there are not more.
+pub fn come(one: &BareGuest<'_>, vector: u32, count: u32) -> Result<()> {
+    let end = Instant::now() + SOON;
+    loop {
+        let found = one.number(&format!("count {vector:x}"))?;
+        if found == count {
+            return Ok(());
+        }
+        ensure!(found < count && Instant::now() < end, "{found} interrupts came, not {count}");
+    }
 }

@@ -8,11 +8,9 @@ use super::{BRIDGE, ROOT_PORT};
 use crate::Sbdf;
 use crate::config::CapabilityList;
 use crate::config::bytes::Bytes;
-use crate::platform::{HostFunction, Resource};
+use crate::platform::{HostFunction, PAGE, Resource};
 use crate::spec::{CapabilityId, ExtendedCapabilityId, header};
 
-/// Memory is given to guests by pages of this many bytes.
-const PAGE: u64 = 4096;
 /// ACS Control: Source Validation, P2P Request Redirect, P2P Completion Redirect, Upstream Forwarding (PCI Express 6.0, section 7.7.11.3):
 /// what Linux, too, wants before it calls functions isolated.
 const ISOLATING: u16 = 1 << 0 | 1 << 2 | 1 << 3 | 1 << 4;
@@ -167,7 +165,7 @@ impl Radius {
             ports: bridges.iter().map(|bridge| bridge.address).collect(),
             root_port: sharers(&|other| below(root, other) && !below(nearest, other)),
             line: sharers(&|other| has_pin && function.irq != 0 && other.irq == function.irq),
-            page: sharers(&|other| share_a_page(&function.resources, &other.resources)),
+            page: sharers(&|other| share_a_page(function, other)),
             iommu_group: group,
             iommu_group_because,
             vetoes: vetoes.filter(|sharer| sharer.recovery == Stance::Vetoes).collect(),
@@ -238,12 +236,12 @@ fn group(function: &HostFunction, bridges: &[Bridge], sharers: Sharers<'_>) -> (
 }
 
 /// Whether memory BARs lie in the same page. The expansion ROM is never a guest's, VF BARs are the VFs'.
-fn share_a_page(own: &[Resource; 13], other: &[Resource; 13]) -> bool {
+fn share_a_page(own: &HostFunction, other: &HostFunction) -> bool {
     let pages = |bar: &Resource| (bar.start / PAGE, (bar.start + bar.size - 1) / PAGE);
     let memory = |bars: &[Resource]| {
         let memory = bars.iter().filter(|bar| bar.exists() && !bar.is_io());
         memory.map(pages).collect::<Vec<_>>()
     };
-    let others = memory(&other[..6]);
-    memory(&own[..6]).iter().any(|(first, last)| others.iter().any(|(from, to)| first <= to && from <= last))
+    let others = memory(other.bars());
+    memory(own.bars()).iter().any(|(first, last)| others.iter().any(|(from, to)| first <= to && from <= last))
 }

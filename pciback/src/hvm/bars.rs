@@ -1,9 +1,8 @@
 //! Where an HVM guest has placed a function's BARs, and which of their pages it reaches directly. Pure.
 
 use crate::config::{Bar, BarKind, MsixCapability};
+use crate::platform::PAGE;
 
-/// Bytes of a page, the unit in which Xen maps memory.
-pub const PAGE: u64 = 4096;
 /// The guest's addresses end here: no guest has more, and a BAR that is being sized lies beyond it.
 const GUEST_END: u64 = 1 << 39;
 /// What lies from here up to 4 GiB is the guest's interrupt controllers, Xen's own pages and the BIOS.

@@ -8,10 +8,10 @@ use log::warn;
 use nix::errno::Errno;
 
 use super::addresses::Addresses;
-use super::bars::{self, PAGE, Part};
+use super::bars::{self, Part};
 use super::wire::pieces;
 use crate::config::{Access, Bar, BarKind, SideEffect, Width};
-use crate::platform::{BarMemory, HvmDomains, Pirq, PlatformError, Result, ServerId};
+use crate::platform::{BarMemory, HvmDomains, PAGE, Pirq, PlatformError, Result, ServerId};
 use crate::pv::function::{Accessed, Demand, GuestFunction};
 use crate::spec::header;
 

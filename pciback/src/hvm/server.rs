@@ -21,8 +21,8 @@ use crate::pv::server::{BURST, Order, SPIN};
 use crate::pv::{Counters, NotTold, Server, ServerReport};
 
 impl Server {
-    /// Starts to serve an HVM guest, of which `ports` has what it wrote to port CF8; `functions` are those of an earlier life, by device and function number. Requests that have
-    /// waited since are answered first. Reports go to `report`, which must not block.
+    /// Starts to serve an HVM guest, of which `ports` has what it wrote to port CF8; `functions` are those of an earlier life, by
+    /// device and function number. Requests that have waited since are answered first. Reports go to `report`, which must not block.
     pub fn start_hvm(
         domain: DomId,
         server: Box<dyn IoreqServer>,

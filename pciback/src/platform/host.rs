@@ -86,6 +86,11 @@ pub struct HostFunction {
 }
 
 impl HostFunction {
+    /// BAR 0-5, which a guest may be given; the expansion ROM and a PF's VF BARs are never a guest's.
+    pub fn bars(&self) -> &[Resource] {
+        &self.resources[..6]
+    }
+
     /// Whether it is a bridge, which stays with the host (base class 06: PCI Code and ID Assignment 1.16, section 1).
     pub const fn is_bridge(&self) -> bool {
         self.class >> 16 == 0x06

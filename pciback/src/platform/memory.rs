@@ -10,6 +10,9 @@ use std::sync::atomic::AtomicU32;
 use super::BarMemory;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
+/// Bytes of a page, the unit in which memory is mapped and given to guests.
+pub const PAGE: u64 = 4096;
+
 /// A mapping seen as words that are only ever accessed atomically, so that a concurrent change by the other side is a
 /// value like any other and never undefined behaviour. Words are in the machine's order (x86: little endian).
 #[derive(Debug)]

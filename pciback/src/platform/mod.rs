@@ -26,7 +26,7 @@ pub use events::{HostEvent, HostEvents};
 pub use host::{BarMemory, Host, HostFunction, Resource, Use};
 pub use hvm::{HvmDomains, IoreqServer, MsiMessage, ServerId};
 pub use hypervisor::{DomainInfo, Hypervisor, MsiSource, Pirq};
-pub use memory::SharedMemory;
+pub use memory::{PAGE, SharedMemory};
 pub use network::{VfNetwork, VfPlace, VfSetting, VfSettings};
 pub use rings::{GuestRings, Ring};
 pub use store::{Permissions, Store, StoreOps, WatchEvent};

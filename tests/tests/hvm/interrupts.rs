@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use xpci_tests::host::SOON;
+use xpci_tests::host::{SOON, come};
 use xpci_tests::{BareGuest, Lab};
 
 use crate::{BAR0, BAR3, SLOT};
@@ -22,18 +22,6 @@ const PENDING: u32 = 0x2000;
 
 fn registers(one: &BareGuest<'_>, bar: u32) -> Result<u32> {
     Ok(one.number(&format!("r {bar:x} 4"))? & !0xf)
-}
-
-/// Waits until so many interrupts have come.
-fn come(one: &BareGuest<'_>, count: u32) -> Result<()> {
-    let end = Instant::now() + SOON;
-    loop {
-        let found = one.number(&format!("count {VECTOR:x}"))?;
-        if found == count {
-            return Ok(());
-        }
-        ensure!(found < count && Instant::now() < end, "{found} interrupts came, not {count}");
-    }
 }
 
 /// The VF's mailbox reaches the PF's driver in dom0, whose answer interrupts; then masks and pending bits.
@@ -58,7 +46,7 @@ pub fn msix(lab: &Lab, one: &BareGuest<'_>) -> Result<()> {
     for (at, value) in [(MISCELLANEOUS_VECTOR, 0x81), (AUTO_CLEAR, 7), (CAUSE, 7), (ENABLE_CAUSE, 1)] {
         one.tell(&format!("n {:x} 4 {value:x}", own + at))?;
     }
-    come(one, 0)?;
+    come(one, VECTOR, 0)?;
     // A request to the PF: reset (1). The answer is an interrupt.
     one.tell(&format!("n {:x} 4 1", own + MAILBOX_MEMORY))?;
     one.tell(&format!("n {:x} 4 1", own + MAILBOX))?;
@@ -80,25 +68,25 @@ pub fn msix(lab: &Lab, one: &BareGuest<'_>) -> Result<()> {
     println!("  masked: it waits, and its pending bit shows that");
     trigger(one, own)?;
     count += 1;
-    come(one, count)?;
+    come(one, VECTOR, count)?;
     one.tell(&format!("n {:x} 4 1", table + 0xc))?;
     ensure!(one.number(&format!("m {:x} 4", table + 0xc))? == 1, "the mask reads as clear");
     trigger(one, own)?;
     let pending = one.number(&format!("m {:x} 4", table + PENDING))?;
     ensure!(pending & 1 == 1, "pending bits {pending:x}");
-    come(one, count)?;
+    come(one, VECTOR, count)?;
     one.tell(&format!("n {:x} 4 0", table + 0xc))?;
     count += 1;
-    come(one, count)?;
+    come(one, VECTOR, count)?;
     ensure!(one.number(&format!("m {:x} 4", table + PENDING))? & 1 == 0, "still pending");
 
     println!("  the function's mask likewise");
     one.tell("w 72 2 c000")?;
     trigger(one, own)?;
     ensure!(one.number(&format!("m {:x} 4", table + PENDING))? & 1 == 1, "not pending");
-    come(one, count)?;
+    come(one, VECTOR, count)?;
     one.tell("w 72 2 8000")?;
-    come(one, count + 1)?;
+    come(one, VECTOR, count + 1)?;
 
     println!("  a vector that was masked stays masked when MSI-X is disabled and enabled again");
     one.tell(&format!("n {:x} 4 1", table + 0xc))?;
@@ -106,9 +94,9 @@ pub fn msix(lab: &Lab, one: &BareGuest<'_>) -> Result<()> {
     one.tell("w 72 2 8000")?;
     ensure!(one.number(&format!("m {:x} 4", table + 0xc))? == 1, "the mask is lost");
     trigger(one, own)?;
-    come(one, count + 1)?;
+    come(one, VECTOR, count + 1)?;
     one.tell(&format!("n {:x} 4 0", table + 0xc))?;
-    come(one, count + 2)
+    come(one, VECTOR, count + 2)
 }
 
 fn trigger(one: &BareGuest<'_>, own: u32) -> Result<()> {
@@ -120,5 +108,5 @@ pub fn again(one: &BareGuest<'_>) -> Result<()> {
     let own = registers(one, BAR0)?;
     let count = one.number(&format!("count {VECTOR:x}"))?;
     trigger(one, own)?;
-    come(one, count + 1)
+    come(one, VECTOR, count + 1)
 }

@@ -1,10 +1,10 @@
 //! MSI and interrupt lines, counted by the guest.
 
 use anyhow::{Result, ensure};
-use xpci_tests::host::{SOON, start_service};
+use xpci_tests::host::{SOON, come, start_service};
 use xpci_tests::{BareGuest, Lab, Process};
 
-use crate::{BAR0, EDU_SLOT, IGB_SLOT, INTERRUPT_LINE, RTL_SLOT, come, granted_of, open};
+use crate::{BAR0, EDU_SLOT, IGB_SLOT, INTERRUPT_LINE, RTL_SLOT, granted_of, open};
 
 /// Registers of edu (QEMU's docs/specs/edu.rst): raise an interrupt, end it; and where its MSI capability is.
 const RAISE: u32 = 0x60;

@@ -7,8 +7,6 @@ mod errors;
 mod interrupts;
 mod registers;
 
-use std::time::Instant;
-
 use anyhow::{Context, Result, ensure};
 use xpci_tests::host::{SOON, builder, granted, is_held, start_service, status, xpci, xpci_fails};
 use xpci_tests::{BareGuest, Devices, Lab, unless_lost};
@@ -107,18 +105,6 @@ fn open(one: &BareGuest<'_>, slot: u32, bar: u32) -> Result<u32> {
     let mask = if register & 1 != 0 { 3 } else { 0xf };
     ensure!(register != u32::MAX && register & !mask != 0, "BAR {bar:x} of {slot:x}: {register:x}");
     Ok(register & !mask)
-}
-
-/// Waits until so many interrupts have come by a vector, and makes sure that there are not more.
-fn come(one: &BareGuest<'_>, vector: u32, count: u32) -> Result<()> {
-    let end = Instant::now() + SOON;
-    loop {
-        let found = one.number(&format!("count {vector:x}"))?;
-        if found == count {
-            return Ok(());
-        }
-        ensure!(found < count && Instant::now() < end, "{found} interrupts came, not {count}");
-    }
 }
 
 /// What Xen lets a guest use, of one kind.

@@ -6,7 +6,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 
@@ -211,7 +210,7 @@ impl Engine {
 
     /// What the guest wrote to port CF8, which the next life of the service has to know too.
     fn config_ports(&self, domain: DomId) -> Result<ConfigPorts, Failure> {
-        let path = self.config_ports_path(domain);
+        let path = self.ports_notes().path(domain);
         let open = || -> io::Result<ConfigPorts> {
             if let Some(directory) = path.parent() {
                 fs::create_dir_all(directory)?;
@@ -225,19 +224,13 @@ impl Engine {
         })
     }
 
-    fn config_ports_path(&self, domain: DomId) -> PathBuf {
-        self.settings.run_directory.join("config-ports").join(domain.to_string())
+    fn ports_notes(&self) -> Notes {
+        Notes::of(&self.settings, "config-ports")
     }
 
     fn forget_server(&self, domain: DomId) {
         self.notes().remove(domain);
-        let path = self.config_ports_path(domain);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                warn!("remove {}: {error}", path.display());
-            }
-            _ => {}
-        }
+        self.ports_notes().remove(domain);
     }
 
     /// Goes on serving an HVM guest.

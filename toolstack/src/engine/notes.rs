@@ -28,7 +28,8 @@ impl Notes {
         names.map(DomId).collect()
     }
 
-    fn path(&self, domain: DomId) -> PathBuf {
+    /// Where a domain's is.
+    pub fn path(&self, domain: DomId) -> PathBuf {
         self.0.join(domain.to_string())
     }
 

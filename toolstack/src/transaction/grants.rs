@@ -5,7 +5,7 @@
 
 use nix::errno::Errno;
 use pciback::DomId;
-use pciback::platform::{Pirq, Resource};
+use pciback::platform::{PAGE, Pirq, Resource};
 
 use super::attach::absent_is_done;
 use super::{Context, guest_of};
@@ -13,15 +13,10 @@ use crate::journal::{Grant, Record};
 use crate::outcome::Failure;
 use crate::spec::SpecExt;
 
-/// Bytes of a page, the unit in which memory is granted.
-const PAGE: u64 = 4096;
-/// BAR 0-5; the expansion ROM and a PF's VF BARs are never a guest's.
-const BARS: usize = 6;
-
 pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
     let domain = guest_of(record)?;
     let function = context.platform.host.function(record.address)?;
-    let mut grants: Vec<Grant> = function.resources[..BARS].iter().filter_map(bar_grant).collect();
+    let mut grants: Vec<Grant> = function.bars().iter().filter_map(bar_grant).collect();
     let has_pin =
         crate::spec::function_spec(context.platform.host.as_ref(), record.address)?.has_interrupt_pin();
     if has_pin && function.irq != 0 && function.irq < 256 {

@@ -52,12 +52,12 @@ const BUS_MASTER: u32 = 1 << 2;
 /// I/O Space Enable and Memory Space Enable.
 const DECODING: u32 = 0x3;
 const BAR0: u32 = 0x10;
-const BARS: usize = 6;
 
 /// Resets a function and makes sure that it did.
 pub fn reset_and_verify(platform: &Platform, plan: &ResetPlan, address: Sbdf) -> Result<(), Failure> {
     let host = platform.host.as_ref();
-    refuse_unresettable(plan, &host.function(address)?)?;
+    let function = host.function(address)?;
+    refuse_unresettable(plan, &function)?;
     // Quiet before the reset: Linux saves Command and writes it back afterwards.
     quiesce(host, address)?;
     host.reset(address, Duration::from_secs(plan.limit_seconds))?;
@@ -65,7 +65,7 @@ pub fn reset_and_verify(platform: &Platform, plan: &ResetPlan, address: Sbdf) ->
     for check in &plan.checks {
         verify(config.as_ref(), *check, address, Duration::from_secs(plan.answer_seconds))?;
     }
-    place_bars(config.as_ref(), &host.function(address)?)
+    place_bars(config.as_ref(), &function)
 }
 
 /// Writes the addresses that Linux gave the BARs back where the registers have lost them: a reset of the link, as Linux begins one
@@ -78,14 +78,14 @@ fn place_bars(config: &dyn ConfigSpace, function: &HostFunction) -> Result<(), F
     let address = function.address;
     let failed = |error| config_failure("restore the BARs of", address, &error);
     let mut lost = Vec::new();
-    for (index, bar) in (0u32..).zip(&function.resources[..BARS]) {
+    for (index, bar) in (0u32..).zip(function.bars()) {
         if !bar.exists() || bar.start == 0 {
             continue;
         }
         let registers = if bar.flags & Resource::MEMORY_64 != 0 { 2 } else { 1 };
         let kind = if bar.is_io() { 0x3 } else { 0xf };
         for (part, kind) in [(0, kind), (1, 0)].into_iter().take(registers) {
-            let access = dword(BAR0 + 4 * (index + part), address)?;
+            let access = register(BAR0 + 4 * (index + part), 4, address)?;
             let expected = (bar.start >> (32 * part)) as u32;
             if config.read(access).map_err(failed)? & !kind != expected {
                 lost.push((access, expected, kind));
@@ -97,7 +97,7 @@ fn place_bars(config: &dyn ConfigSpace, function: &HostFunction) -> Result<(), F
     }
     warn!("{address}: restoring {} BAR registers that a reset of its link has cleared", lost.len());
     // Nothing decodes half an address.
-    let command_at = command_access(address, 2)?;
+    let command_at = register(COMMAND, 2, address)?;
     let command = config.read(command_at).map_err(failed)?;
     config.write(command_at, command & !DECODING).map_err(failed)?;
     for (access, expected, kind) in lost {
@@ -116,10 +116,6 @@ fn place_bars(config: &dyn ConfigSpace, function: &HostFunction) -> Result<(), F
     config.write(command_at, command).map_err(failed)
 }
 
-fn dword(offset: u32, address: Sbdf) -> Result<Access, Failure> {
-    Access::new(offset, 4).map_err(|error| Failure::new(ErrorCode::Failed, error.to_string()).on(address))
-}
-
 /// Refuses a function that Linux would not reset in a way that will do.
 pub fn refuse_unresettable(plan: &ResetPlan, function: &HostFunction) -> Result<(), Failure> {
     let address = function.address;
@@ -136,13 +132,13 @@ pub fn refuse_unresettable(plan: &ResetPlan, function: &HostFunction) -> Result<
     Ok(())
 }
 
-fn command_access(address: Sbdf, size: u32) -> Result<Access, Failure> {
-    Access::new(COMMAND, size).map_err(|error| Failure::new(ErrorCode::Failed, error.to_string()).on(address))
+fn register(offset: u32, size: u32, address: Sbdf) -> Result<Access, Failure> {
+    Access::new(offset, size).map_err(|error| Failure::new(ErrorCode::Failed, error.to_string()).on(address))
 }
 
 fn quiesce(host: &dyn Host, address: Sbdf) -> Result<(), Failure> {
     let config = host.config(address)?;
-    let access = command_access(address, 2)?;
+    let access = register(COMMAND, 2, address)?;
     let failed = |error| config_failure("quiesce", address, &error);
     let command = config.read(access).map_err(failed)?;
     if command != 0xffff && command & BUS_MASTER != 0 {
@@ -157,7 +153,7 @@ fn verify(
     address: Sbdf,
     limit: Duration,
 ) -> Result<(), Failure> {
-    let access = command_access(address, 4)?;
+    let access = register(COMMAND, 4, address)?;
     let deadline = Instant::now() + limit;
     loop {
         let value =

@@ -7,7 +7,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, BufRead as _, Write as _};
-use std::os::fd::{AsFd as _, RawFd};
+use std::os::fd::{AsFd as _, BorrowedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -159,7 +159,7 @@ impl Blocking {
             }
         };
         // The pipe ends when the child does, whether it has answered or was killed.
-        match wait_until_readable(&writer.output, limit) {
+        match wait_until_readable(writer.output.as_fd(), limit) {
             Ok(true) => {
                 let answer = writer.answer();
                 finished();
@@ -214,13 +214,17 @@ impl Blocking {
     }
 }
 
-fn wait_until_readable(output: &ChildStdout, limit: Duration) -> Result<bool, Errno> {
+/// Waits for output, or its end; `false`: neither came within the limit.
+pub(in crate::platform) fn wait_until_readable(
+    output: BorrowedFd<'_>,
+    limit: Duration,
+) -> Result<bool, Errno> {
     let deadline = Instant::now() + limit;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         // Rounded up, so that the last part of a millisecond is not spent polling.
         let timeout = PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX);
-        match poll(&mut [PollFd::new(output.as_fd(), PollFlags::POLLIN)], timeout) {
+        match poll(&mut [PollFd::new(output, PollFlags::POLLIN)], timeout) {
             Ok(0) if Instant::now() >= deadline => return Ok(false),
             Ok(0) | Err(Errno::EINTR) => {}
             Ok(_) => return Ok(true),

@@ -19,7 +19,7 @@ use super::users::Users;
 use crate::Sbdf;
 use crate::config::ConfigSpace;
 use crate::platform::memory::Registers;
-use crate::platform::{BarMemory, Cause, Host, HostEvents, HostFunction, PlatformError, Result, Use};
+use crate::platform::{BarMemory, Cause, Host, HostEvents, HostFunction, PAGE, PlatformError, Result, Use};
 
 /// How long a write may take that only waits for another change of the same function.
 const QUICK: Duration = Duration::from_secs(5);
@@ -27,8 +27,6 @@ const QUICK: Duration = Duration::from_secs(5);
 const LONGEST_DRIVER_NAME: usize = 56;
 /// What the kernel prints where a pointer is null.
 const NULL: &str = "(null)";
-/// Bytes of a page, the unit in which memory is mapped.
-const PAGE: u64 = 4096;
 
 /// The host's PCI functions through sysfs.
 pub struct LinuxHost {

@@ -5,10 +5,8 @@ use std::os::fd::AsFd as _;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-
 use crate::DomId;
+use crate::platform::linux::blocking::wait_until_readable;
 
 /// How much of what `xl` says is kept, in bytes.
 const KEPT: usize = 1024;
@@ -26,16 +24,14 @@ fn run(command: &mut Command, limit: Duration) -> io::Result<()> {
     let ended = loop {
         let Some(pipe) = &mut child.stderr else { break Ok(()) };
         let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            let text = format!("it was killed, having taken longer than {limit:?}");
-            break Err(io::Error::new(io::ErrorKind::TimedOut, text));
-        }
-        // Rounded up, so that the last part of a millisecond is not spent polling.
-        let timeout = PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX);
-        match poll(&mut [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)], timeout) {
-            Ok(0) | Err(Errno::EINTR) => continue,
+        // What goes on talking has no more time than what is silent.
+        match if left.is_zero() { Ok(false) } else { wait_until_readable(pipe.as_fd(), left) } {
+            Ok(true) => {}
+            Ok(false) => {
+                let text = format!("it was killed, having taken longer than {limit:?}");
+                break Err(io::Error::new(io::ErrorKind::TimedOut, text));
+            }
             Err(errno) => break Err(errno.into()),
-            Ok(_) => {}
         }
         let mut bytes = [0; 256];
         match pipe.read(&mut bytes) {
