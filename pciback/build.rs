@@ -137,7 +137,7 @@ const TYPES: &str = "xentoollog_logger|xc_interface|xencall_handle|xengnttab_han
      xendevicemodel_handle|xenforeignmemory_(resource_)?handle|ioservid_t|domid_t|xen_pfn_t|pt_irq_type|xen_hvm_get_mem_type";
 const CONSTANTS: &str = "__HYPERVISOR_physdev_op|PHYSDEVOP_pci_device_(add|remove)|PHYSDEVOP_(prepare|release)_msix|\
      PHYSDEVOP_restore_msi_ext|XEN_PCI_DEV_.*|XEN_INVALID_.*|XENVER_version|XS_PERM_(NONE|READ)|XBT_NULL|\
-     XENMEM_resource_ioreq_server|XEN_DOMINF_paused|__HYPERVISOR_hvm_op|HVMOP_get_mem_type";
+     XENMEM_resource_ioreq_server|XEN_DOMINF_paused|XEN_DOMINF_dying|__HYPERVISOR_hvm_op|HVMOP_get_mem_type";
 
 const HEADER: &str = "xen.h";
 

@@ -27,6 +27,8 @@ pub fn builder() -> Builder {
     let programs = Lab::builder()
         .install("target/release/xpcid", "/usr/sbin/xpcid")
         .install("target/release/xpci", "/usr/sbin/xpci");
+    let programs =
+        programs.install("tests/host/former-owners.yaml", "/usr/share/xpci/policies/lab-former-owners.yaml");
     POLICIES.iter().fold(programs, |lab, policy| {
         lab.install(format!("configs/policies/{policy}"), &format!("/usr/share/xpci/policies/{policy}"))
     })

@@ -6,6 +6,7 @@ pub mod client;
 pub mod control;
 pub mod domains;
 pub mod engine;
+pub mod former_owners;
 pub mod journal;
 pub mod ledger;
 pub mod outcome;

@@ -39,6 +39,8 @@ pub struct DomainInfo {
     pub uuid: Uuid,
     /// Whether somebody keeps it paused.
     pub paused: bool,
+    /// Whether it has been destroyed: it never runs again, although Xen still knows it.
+    pub dying: bool,
     /// Whether a vCPU of it has run.
     pub has_run: bool,
 }

@@ -91,6 +91,21 @@ impl Holding {
     }
 }
 
+/// When a function that a PV guest had may go to another owner, which that guest may still reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Reuse {
+    /// When the domain of that guest has ended.
+    #[default]
+    AfterShutdown,
+    /// At once: the guest is trusted not to keep its BARs mapped.
+    Trusted,
+}
+
+impl Reuse {
+    /// The words of a policy file.
+    pub const WORDS: &[(&str, Self)] = &[("after-shutdown", Self::AfterShutdown), ("trusted", Self::Trusted)];
+}
+
 pub(super) const KEYS: &[KeyWord] = &[
     key("description", "What the file is for, in a sentence."),
     key("match", "Which functions it is for: all keys must hold. Without it, every function."),
@@ -99,6 +114,10 @@ pub(super) const KEYS: &[KeyWord] = &[
         "What is given to guests although it is refused otherwise: physical-function, untrusted-vf.",
     ),
     key("hold", "When it is taken from dom0 for guests: on-request, or at-once when it appears."),
+    key(
+        "reuse",
+        "When it may go from a PV guest, which may keep its BARs mapped, to another owner: after-shutdown of that guest, or trusted: at once.",
+    ),
     key("profile", "What happens to registers that nobody knows: a named set of defaults."),
     key("unknown", "What happens to registers that nobody knows, whatever the profile says."),
     key("capabilities", "By capability: what the guest sees of it and may write."),
@@ -130,6 +149,8 @@ pub struct PolicyFile {
     pub permits: Vec<Permission>,
     /// When it is taken from dom0, where it says so.
     pub hold: Option<Holding>,
+    /// When it may go from a PV guest to another owner, where it says so.
+    pub reuse: Option<Reuse>,
     /// The profile, where it names one.
     pub profile: Option<(Profile, Rule)>,
     /// What happens to what nobody knows, where it says so.
@@ -152,6 +173,7 @@ impl PolicyFile {
             matching: Match::default(),
             permits: Vec::new(),
             hold: None,
+            reuse: None,
             profile: None,
             unknown: None,
             capabilities: Vec::new(),
@@ -196,6 +218,7 @@ impl PolicyFile {
             "hold" => {
                 self.hold = read::choice(node, "time to hold", Holding::WORDS, diagnostics);
             }
+            "reuse" => self.reuse = read::choice(node, "time to reuse", Reuse::WORDS, diagnostics),
             "profile" => {
                 let profile = read::choice(node, "profile", Profile::WORDS, diagnostics);
                 self.profile = profile.map(|profile| {

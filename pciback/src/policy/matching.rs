@@ -5,6 +5,7 @@ use std::fmt;
 
 use crate::Sbdf;
 use crate::config::{FunctionSpec, Identity};
+use crate::platform::HostFunction;
 
 /// Physical or virtual functions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -66,6 +67,12 @@ impl Subject {
     pub fn of(spec: &FunctionSpec, domain: Option<&str>) -> Self {
         let kind = if spec.is_virtual() { Kind::Virtual } else { Kind::Physical };
         Self { address: spec.address, identity: spec.identity, kind, domain: domain.map(str::to_owned) }
+    }
+
+    /// A function as the host shows it, for a guest with this name.
+    pub fn of_host(function: &HostFunction, domain: Option<String>) -> Self {
+        let kind = if function.physical_function.is_some() { Kind::Virtual } else { Kind::Physical };
+        Self { address: function.address, identity: Identity::of(function), kind, domain }
     }
 }
 

@@ -20,7 +20,7 @@ mod yaml;
 pub use diagnostic::{Diagnostic, Spot};
 pub use dumped::specs as dumped_specs;
 pub use explain::{BitsLine, CapabilityLine, Explanation, RegisterLine, deferred, explain};
-pub use file::{Holding, Permission, PolicyFile, Profile};
+pub use file::{Holding, Permission, PolicyFile, Profile, Reuse};
 pub use learn::{Learned, LearnedRegister, learn};
 pub use matching::{ClassPrefix, Kind, Match, Specificity, Subject};
 pub use names::{CAPABILITIES as CAPABILITY_WORDS, selector, selector_word, word as capability_word};

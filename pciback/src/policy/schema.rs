@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::errors::{ERROR_KEYS, SWITCH, actions, most};
-use super::file::{Holding, KEYS, MATCH_KEYS, Permission, Profile};
+use super::file::{Holding, KEYS, MATCH_KEYS, Permission, Profile, Reuse};
 use super::matching::Kind;
 use super::names::CAPABILITIES;
 use super::read::KeyWord;
@@ -21,6 +21,7 @@ pub fn schema() -> Value {
             json!({"oneOf": [word, {"type": "array", "items": word}]})
         }
         "hold" => words(Holding::WORDS),
+        "reuse" => words(Reuse::WORDS),
         "profile" => words(Profile::WORDS),
         "unknown" => one_or_mapping(
             words(UNKNOWN_WORDS),

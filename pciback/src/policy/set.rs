@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::file::{Holding, Permission, PolicyFile, Profile};
+use super::file::{Holding, Permission, PolicyFile, Profile, Reuse};
 use super::matching::Subject;
 use crate::config::Policy;
 use crate::fault::ErrorPolicy;
@@ -24,6 +24,8 @@ pub struct Merged<'a> {
     pub errors: ErrorPolicy,
     /// When it is taken from dom0.
     pub hold: Holding,
+    /// When it may go from a PV guest to another owner.
+    pub reuse: Reuse,
     /// The files that apply, the least specific first: a later one wins.
     pub applied: Vec<&'a PolicyFile>,
     /// The others, each with the reason.
@@ -71,6 +73,7 @@ impl<'a> Merged<'a> {
             permits: BTreeSet::new(),
             errors: ErrorPolicy::default(),
             hold: Holding::default(),
+            reuse: Reuse::default(),
             applied: Vec::new(),
             passed_over: Vec::new(),
             profile: (Profile::Passthrough, None),
@@ -89,6 +92,7 @@ impl<'a> Merged<'a> {
         self.permits.extend(&file.permits);
         self.errors = file.errors.lay_over(self.errors);
         self.hold = file.hold.unwrap_or(self.hold);
+        self.reuse = file.reuse.unwrap_or(self.reuse);
         self.policy.capabilities.extend(file.capabilities.iter().cloned());
         self.policy.registers.extend(file.registers.iter().cloned());
         self.applied.push(file);

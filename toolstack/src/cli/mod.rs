@@ -63,12 +63,18 @@ pub enum Command {
         /// Takes them even from guests that have them for good (pci-attach --persist) and do not run.
         #[arg(short, long)]
         force: bool,
+        /// Accepts that a PV guest that had the function, and still exists, may have its BARs mapped.
+        #[arg(long)]
+        trust_former_owner: bool,
         /// The functions.
         #[arg(required = true, value_name = "BDF")]
         addresses: Vec<Sbdf>,
     },
     /// Gives a held function to a guest.
     PciAttach {
+        /// Accepts that a PV guest that had the function, and still exists, may have its BARs mapped.
+        #[arg(long)]
+        trust_former_owner: bool,
         /// For good: the guest gets it again whenever it starts, and nobody else gets it meanwhile.
         #[arg(long)]
         persist: bool,
@@ -202,7 +208,14 @@ pub enum Aer {
 #[derive(Debug, Subcommand)]
 pub enum Quarantine {
     /// Resets a quarantined function and, when that is verified, holds it again.
-    Clear(OneFunction),
+    Clear {
+        /// Accepts that a PV guest that had the function, and still exists, may have its BARs mapped.
+        #[arg(long)]
+        trust_former_owner: bool,
+        /// The function.
+        #[arg(value_name = "BDF")]
+        address: Sbdf,
+    },
 }
 
 /// One function.
@@ -272,14 +285,16 @@ impl Command {
             Self::PciAssignableAdd { addresses, force } => {
                 addresses.into_iter().map(|address| Request::PciAssignableAdd { address, force }).collect()
             }
-            Self::PciAssignableRemove { addresses, force, .. } => {
-                addresses.into_iter().map(|address| Request::PciAssignableRemove { address, force }).collect()
-            }
-            Self::PciAttach { domain, place, persist } => one(Request::PciAttach {
+            Self::PciAssignableRemove { addresses, force, trust_former_owner, .. } => addresses
+                .into_iter()
+                .map(|address| Request::PciAssignableRemove { address, force, trust_former_owner })
+                .collect(),
+            Self::PciAttach { domain, place, persist, trust_former_owner } => one(Request::PciAttach {
                 domain: DomainName(domain),
                 address: place.address,
                 slot: place.slot,
                 persist,
+                trust_former_owner,
             }),
             Self::PciDetach { domain, address, force, live, persistent } => {
                 let scope = match (live, persistent) {
@@ -307,8 +322,8 @@ impl Command {
             Self::Aer(Aer::History(function)) => one(Request::AerHistory { address: function.address }),
             Self::Events { follow } => one(Request::Events { follow }),
             Self::Status => one(Request::Status),
-            Self::Quarantine(Quarantine::Clear(function)) => {
-                one(Request::QuarantineClear { address: function.address })
+            Self::Quarantine(Quarantine::Clear { address, trust_former_owner }) => {
+                one(Request::QuarantineClear { address, trust_former_owner })
             }
         }
     }

@@ -46,6 +46,8 @@ pub struct Wanted {
     pub(super) address: Sbdf,
     pub(super) slot: Option<u8>,
     pub(super) persist: bool,
+    /// Even while a PV guest that had it may still reach it.
+    pub(super) trust: bool,
 }
 
 /// A function that an earlier life served.
@@ -75,7 +77,7 @@ impl Engine {
 
     /// Asks a guest's device model, which may take its time, where a function can go.
     pub(super) fn ask_device_model(&mut self, wanted: Wanted, reply: Reply) {
-        let checked = self.attachable(wanted.address, wanted.domain).and_then(|_| {
+        let checked = self.attachable(wanted.address, wanted.domain, wanted.trust).and_then(|_| {
             if self.platform.hypervisor.domain(wanted.domain)?.paused {
                 return Ok(());
             }
@@ -112,7 +114,7 @@ impl Engine {
     ) {
         let plan = slots.and_then(|slots| {
             // Anything may have happened meanwhile.
-            let record = self.attachable(wanted.address, wanted.domain)?;
+            let record = self.attachable(wanted.address, wanted.domain, wanted.trust)?;
             // From the top: a device model gives devices that are plugged later the lowest number that is free.
             let devfn = self.free_place(wanted.domain, wanted.address, wanted.slot, (0..32).rev(), &slots)?;
             self.attachment(record, wanted.domain, devfn, wanted.persist)

@@ -7,9 +7,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use log::{info, warn};
-use pciback::config::Identity;
 use pciback::platform::HostFunction;
-use pciback::policy::{Holding, Kind as FunctionKind, Subject};
+use pciback::policy::{Holding, Subject};
 use pciback::{FunctionState, Sbdf};
 
 use super::Engine;
@@ -117,12 +116,7 @@ impl Engine {
     }
 
     fn belongs_to_guests(&self, function: &HostFunction) -> bool {
-        let kind = match function.physical_function {
-            Some(_) => FunctionKind::Virtual,
-            None => FunctionKind::Physical,
-        };
-        let (address, identity) = (function.address, Identity::of(function));
-        let subject = Subject { address, identity, kind, domain: None };
+        let subject = Subject::of_host(function, None);
         !function.is_bridge() && self.policies.merge(&subject).hold == Holding::AtOnce
     }
 }

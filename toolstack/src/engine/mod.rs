@@ -52,6 +52,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 use crate::audit::AuditLog;
 use crate::control::Reply;
 use crate::domains;
+use crate::former_owners::FormerOwners;
 use crate::journal::{Journal, Record};
 use crate::ledger::Ledger;
 use crate::outcome::{ErrorCode, Failure};
@@ -199,6 +200,7 @@ pub struct Engine {
     settings: Arc<Settings>,
     journal: Journal,
     ledger: Ledger,
+    former_owners: FormerOwners,
     boot: String,
     inbox: Inbox,
     events: mpsc::Receiver<Event>,
@@ -256,6 +258,8 @@ impl Engine {
         let (sender, events) = mpsc::channel();
         let ledger = Ledger::open(&settings.state_directory.join("path"), &boot).map_err(io::Error::other)?;
         let audit = AuditLog::new(&settings.state_directory);
+        let former_owners = FormerOwners::open(&settings.state_directory.join("former-owners"), &boot);
+        let (former_owners, damaged) = former_owners.map_err(io::Error::other)?;
         let reservations = Reservations::open(&settings.state_directory.join("persistent"));
         let (reservations, unusable) = reservations.map_err(io::Error::other)?;
         Ok(Self {
@@ -263,6 +267,7 @@ impl Engine {
             settings: Arc::new(settings),
             journal,
             ledger,
+            former_owners,
             boot,
             inbox: Inbox { sender, wake: Arc::new(wake), ended: Arc::default() },
             events,
@@ -285,7 +290,7 @@ impl Engine {
             news: news::News::new(audit),
             reservations,
             returning: Returning::default(),
-            problems: unusable.iter().map(ToString::to_string).collect(),
+            problems: damaged.iter().chain(&unusable).map(ToString::to_string).collect(),
         })
     }
 

@@ -18,7 +18,7 @@ use super::open::Opened;
 use super::tasks::Course;
 use crate::journal::Record;
 use crate::outcome::Failure;
-use crate::transaction::{Kind, Parting, Step};
+use crate::transaction::{Kind, Parting, Step, note_owner};
 
 impl Engine {
     /// Reads the journal and takes over what is still true.
@@ -36,6 +36,13 @@ impl Engine {
             self.forget_earlier_boot(record);
         }
         self.resume_guests(&current);
+        for record in current.iter().filter(|record| record.guest.is_some() && !record.grants.is_empty()) {
+            // Granted by a version that took no note of it.
+            if let Err(failure) = note_owner(&self.former_owners, &self.platform, record) {
+                error!("{}: note that a PV guest may map it: {failure}", record.address);
+                self.problems.push(failure.to_string());
+            }
+        }
         for record in current {
             self.settle(record);
         }

@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 
 use nix::errno::Errno;
-use pciback::config::Identity;
 use pciback::platform::{Host, HostFunction};
-use pciback::policy::{self, Permission, Subject};
+use pciback::policy::{Permission, Reuse, Subject};
 use pciback::pv::nodes;
 use pciback::{DomId, FunctionState, Sbdf};
 
@@ -51,20 +50,20 @@ impl Engine {
             Request::Events { follow } => return self.events(follow, reply),
             Request::Status => return self.status(reply),
             Request::PciAssignableAdd { address, force } => self.plan_hold(address, force),
-            Request::PciAssignableRemove { address, force } => {
-                self.forget_gone(address).unwrap_or_else(|| self.plan_release(address, force))
-            }
-            Request::PciAttach { domain, address, slot, persist } => {
+            Request::PciAssignableRemove { address, force, trust_former_owner } => self
+                .forget_gone(address)
+                .unwrap_or_else(|| self.plan_release(address, force, trust_former_owner)),
+            Request::PciAttach { domain, address, slot, persist, trust_former_owner: trust } => {
                 let attached = persist.then(|| self.attached_already(&domain, address, slot)).flatten();
                 if let Some(record) = attached {
                     return self.make_persistent(&record, reply);
                 }
                 match self.hvm_guest(&domain) {
                     Ok(Some(guest)) => {
-                        return self
-                            .ask_device_model(Wanted { domain: guest, address, slot, persist }, reply);
+                        let wanted = Wanted { domain: guest, address, slot, persist, trust };
+                        return self.ask_device_model(wanted, reply);
                     }
-                    Ok(None) => self.plan_attach(&domain, address, slot, persist),
+                    Ok(None) => self.plan_attach(&domain, address, slot, persist, trust),
                     Err(failure) => Err(failure),
                 }
             }
@@ -75,7 +74,9 @@ impl Engine {
                 self.plan_detach(&domain, address, force, scope)
             }
             Request::PciListPersistent { guest } => return self.reserved_list(guest.as_ref(), reply),
-            Request::QuarantineClear { address } => return self.clear_quarantine(address, reply),
+            Request::QuarantineClear { address, trust_former_owner } => {
+                return self.clear_quarantine(address, trust_former_owner, reply);
+            }
             Request::PolicyShow { address, domain } => return self.show_policy(address, domain, reply),
             Request::PolicyExplain { address, domain } => return self.explain_policy(address, domain, reply),
             Request::PolicyLearn { target } => self.learned(&target).map(Plan::Answer),
@@ -164,7 +165,7 @@ impl Engine {
         Some(Ok(Plan::Answer(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() })))
     }
 
-    fn plan_release(&mut self, address: Sbdf, force: bool) -> Result<Plan, Failure> {
+    fn plan_release(&mut self, address: Sbdf, force: bool, trust: bool) -> Result<Plan, Failure> {
         self.idle(address)?;
         let record = self.record(address);
         match record.state {
@@ -175,6 +176,9 @@ impl Engine {
             FunctionState::Held => {
                 if !force {
                     self.may_be_released(address)?;
+                }
+                if !trust {
+                    self.out_of_reach(address, None, &format!("give {address} back to dom0"))?;
                 }
                 let driver = record.original_driver.as_deref().unwrap_or("no driver").to_owned();
                 let message = format!("{address} is dom0's again, with {driver}");
@@ -190,9 +194,10 @@ impl Engine {
         address: Sbdf,
         slot: Option<u8>,
         persist: bool,
+        trust: bool,
     ) -> Result<Plan, Failure> {
         let domain = domains::find(self.platform.store.as_ref(), domain)?;
-        let record = self.attachable(address, domain)?;
+        let record = self.attachable(address, domain, trust)?;
         self.has_bus(domain)?;
         let devfn = self.free_place(domain, address, slot, 0..32, &[])?;
         self.attachment(record, domain, devfn, persist)
@@ -216,8 +221,8 @@ impl Engine {
         Ok(())
     }
 
-    /// The record of a function that may be attached to a domain now.
-    pub(super) fn attachable(&self, address: Sbdf, domain: DomId) -> Result<Record, Failure> {
+    /// The record of a function that may be attached to a domain now. `trust`: even while a PV guest that had it may still reach it.
+    pub(super) fn attachable(&self, address: Sbdf, domain: DomId, trust: bool) -> Result<Record, Failure> {
         let function = existing(self.platform.host.as_ref(), address)?;
         self.idle(address)?;
         let record = self.record(address);
@@ -232,6 +237,9 @@ impl Engine {
         }
         self.not_reserved(&function, domain)?;
         self.permitted(&function, domain)?;
+        if !trust {
+            self.out_of_reach(address, Some(domain), &format!("attach {address} to domain {domain}"))?;
+        }
         // Refused while nothing has begun: an attachment that ends without a reset would leave the function quarantined.
         refuse_unresettable(&self.settings.reset, &function)?;
         Ok(record)
@@ -262,10 +270,7 @@ impl Engine {
     fn permitted(&self, function: &HostFunction, domain: DomId) -> Result<(), Failure> {
         let address = function.address;
         let name = domains::name(self.platform.store.as_ref(), domain)?;
-        let identity = Identity::of(function);
-        let kind =
-            if function.physical_function.is_some() { policy::Kind::Virtual } else { policy::Kind::Physical };
-        let permits = self.policies.merge(&Subject { address, identity, kind, domain: name }).permits;
+        let permits = self.policies.merge(&Subject::of_host(function, name)).permits;
         let refused = |text: String, word: &str| {
             let hint = format!(
                 "if that is meant, a policy that matches it says 'permit: [{word}]'; then 'xpci policy reload'"
@@ -284,6 +289,18 @@ impl Engine {
             Some(why) => refused(format!("{address} is a VF of {pf}, {why}"), "untrusted-vf"),
             None => Ok(()),
         }
+    }
+
+    /// Refuses what follows `action` while a PV guest, but for the domain that gets the function, may still reach it.
+    fn out_of_reach(&self, address: Sbdf, but: Option<DomId>, action: &str) -> Result<(), Failure> {
+        let function = existing(self.platform.host.as_ref(), address)?;
+        let store = self.platform.store.as_ref();
+        let name = |domain| domains::name(store, domain).ok().flatten();
+        let subject = Subject::of_host(&function, but.and_then(name));
+        if self.policies.merge(&subject).reuse == Reuse::Trusted {
+            return Ok(());
+        }
+        self.former_owners.refuse(self.platform.hypervisor.as_ref(), &function, but, action, name)
     }
 
     /// Where the guest shall see the function: at the device number asked for, or at the first free one of `order`. `others`: what
@@ -362,7 +379,7 @@ impl Engine {
         Ok(Plan::Transaction(Course::Backward(Kind::Detach, parting), Box::new(record), message, change))
     }
 
-    fn clear_quarantine(&mut self, address: Sbdf, reply: Reply) {
+    fn clear_quarantine(&mut self, address: Sbdf, trust: bool, reply: Reply) {
         let record = self.record(address);
         if let Err(failure) = self.idle(address) {
             return reply.done(Err(failure));
@@ -374,6 +391,14 @@ impl Engine {
         // A driver of dom0's may have got it since.
         if record.guest.is_none()
             && let Err(failure) = refuse_in_use(self.platform.host.as_ref(), address)
+        {
+            return reply.done(Err(failure));
+        }
+        // The guest that has lost it because of what it did is a former owner like any other; one that still has it loses it first.
+        if !trust
+            && existing(self.platform.host.as_ref(), address).is_ok()
+            && let Err(failure) =
+                self.out_of_reach(address, None, &format!("clear the quarantine of {address}"))
         {
             return reply.done(Err(failure));
         }

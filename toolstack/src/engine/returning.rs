@@ -294,7 +294,7 @@ impl Engine {
     fn attachment_again(&self, address: Sbdf, domain: DomId) -> Result<Record, Failure> {
         let reservation = self.reservations.get(address);
         let reservation = reservation.ok_or_else(|| Failure::not_found("it was forgotten meanwhile"))?;
-        let mut record = self.attachable(address, domain)?;
+        let mut record = self.attachable(address, domain, false)?;
         let slots = self.returning.paused.get(&domain).and_then(|start| start.slots.clone());
         if slots.is_none() {
             self.has_bus(domain)?;

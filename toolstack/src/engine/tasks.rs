@@ -14,6 +14,7 @@ use super::contain::Awaiting;
 use super::watch::Changes;
 use super::{Engine, Event, Inbox};
 use crate::control::Reply;
+use crate::former_owners::FormerOwners;
 use crate::journal::{Journal, Record};
 use crate::ledger::Ledger;
 use crate::outcome::{ErrorCode, Failure};
@@ -71,6 +72,7 @@ pub(super) struct Workshop {
     pub settings: Arc<Settings>,
     pub journal: Journal,
     pub ledger: Ledger,
+    pub former_owners: FormerOwners,
     pub inbox: Inbox,
     pub policies: Arc<PolicySet>,
     pub filters: Filters,
@@ -185,6 +187,7 @@ impl Workshop {
             settings: &self.settings,
             journal: &self.journal,
             ledger: &self.ledger,
+            former_owners: &self.former_owners,
             serving: self,
             parting: course.parting(),
             force: course == Course::Seize,
@@ -208,6 +211,7 @@ impl Engine {
             settings: Arc::clone(&self.settings),
             journal: self.journal.clone(),
             ledger: self.ledger.clone(),
+            former_owners: self.former_owners.clone(),
             inbox: self.inbox.clone(),
             policies: Arc::clone(&self.policies),
             filters: self.filters.clone(),

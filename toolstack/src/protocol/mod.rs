@@ -92,6 +92,9 @@ pub enum Request {
         /// Takes it even from the guest that has it for good, and does not run.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         force: bool,
+        /// Does so although a PV guest that had it may still reach it.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        trust_former_owner: bool,
     },
     /// Gives a held function to a guest.
     PciAttach {
@@ -105,6 +108,9 @@ pub enum Request {
         /// The guest has it for good: it gets it again whenever it starts.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         persist: bool,
+        /// Does so although a PV guest that had it may still reach it.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        trust_former_owner: bool,
     },
     /// Takes a function from a guest and holds it again.
     PciDetach {
@@ -227,6 +233,9 @@ pub enum Request {
     QuarantineClear {
         /// The function.
         address: Sbdf,
+        /// Does so although a PV guest that had it may still reach it.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        trust_former_owner: bool,
     },
 }
 
@@ -414,7 +423,9 @@ mod tests {
             r#"{"version":1,"id":7,"command":"pci-attach","arguments":{"domain":"web","address":"01:10.0"}}"#;
         let call: Call = serde_json::from_str(text).unwrap();
         assert_eq!(call.id, 7);
-        let Request::PciAttach { domain, address, slot: None, persist: false } = call.request else {
+        let Request::PciAttach { domain, address, slot: None, persist: false, trust_former_owner: false } =
+            call.request
+        else {
             panic!("{call:?}")
         };
         assert_eq!((domain.0.as_str(), address.to_string().as_str()), ("web", "0000:01:10.0"));
@@ -439,8 +450,14 @@ mod tests {
         for request in [
             Request::PciAssignableList,
             Request::PciAssignableAdd { address, force: true },
-            Request::PciAssignableRemove { address, force: true },
-            Request::PciAttach { domain: domain.clone(), address, slot: Some(3), persist: true },
+            Request::PciAssignableRemove { address, force: true, trust_former_owner: true },
+            Request::PciAttach {
+                domain: domain.clone(),
+                address,
+                slot: Some(3),
+                persist: true,
+                trust_former_owner: true,
+            },
             Request::PciDetach { domain: domain.clone(), address, force: true, scope: Scope::Live },
             Request::PciList { domain: domain.clone() },
             Request::PciListPersistent { guest: Some(domain) },
@@ -460,7 +477,7 @@ mod tests {
             Request::PolicyLearn { target: "web".into() },
             Request::PolicyReload,
             Request::Sync { dry_run: true },
-            Request::QuarantineClear { address },
+            Request::QuarantineClear { address, trust_former_owner: true },
         ] {
             let name = request.name();
             let call = Call { version: VERSION, id: 1, request };

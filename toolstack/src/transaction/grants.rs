@@ -5,10 +5,12 @@
 
 use nix::errno::Errno;
 use pciback::DomId;
-use pciback::platform::{PAGE, Pirq, Resource};
+use pciback::platform::{PAGE, Pirq, Platform, Resource};
 
 use super::attach::absent_is_done;
 use super::{Context, guest_of};
+use crate::domains::{self, DomainType};
+use crate::former_owners::FormerOwners;
 use crate::journal::{Grant, Record};
 use crate::outcome::Failure;
 use crate::spec::SpecExt;
@@ -28,11 +30,29 @@ pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<(), Fa
     // Noted before given: what the journal does not know is never revoked.
     record.grants = grants;
     context.write(record)?;
+    note_owner(context.former_owners, context.platform, record)?;
     record
         .grants
         .iter()
         .try_for_each(|grant| allow(context, domain, *grant, true))
         .map_err(|failure| failure.on(record.address))
+}
+
+/// Notes that a PV guest may map the function's BARs, which outlives the revocation.
+pub fn note_owner(owners: &FormerOwners, platform: &Platform, record: &Record) -> Result<(), Failure> {
+    let domain = guest_of(record)?;
+    if domains::kind(platform.store.as_ref(), domain)? == DomainType::Hvm {
+        return Ok(());
+    }
+    let frames: Vec<(u64, u64)> = record
+        .grants
+        .iter()
+        .filter_map(|grant| match *grant {
+            Grant::Iomem { first, frames } => Some((first, frames)),
+            Grant::Ioport { .. } | Grant::Gsi { .. } => None,
+        })
+        .collect();
+    owners.note(platform.hypervisor.as_ref(), record.address, domain, &frames)
 }
 
 pub(super) fn revoke(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {

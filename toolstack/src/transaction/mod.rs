@@ -22,6 +22,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 use serde::{Deserialize, Serialize};
 
 pub use attach::image_path;
+pub use grants::note_owner;
 pub use hold::{a_guests, holder_of, refuse_in_use};
 pub use network::{
     NetworkRecord, Seen as SeenNetwork, change as change_network, described as describe_network,
@@ -31,6 +32,7 @@ pub use network::{
 pub use path::{FunctionPath, Member, before as before_on_path, blast_radius, not_handled, value_in};
 pub use reset::{ResetCheck, ResetPlan, refuse_unresettable, reset_and_verify};
 
+use crate::former_owners::FormerOwners;
 use crate::journal::{Journal, Progress, Record};
 use crate::ledger::Ledger;
 use crate::outcome::{ErrorCode, Failure};
@@ -164,6 +166,8 @@ pub struct Context<'a> {
     pub journal: &'a Journal,
     /// Where it is written what was on the paths before.
     pub ledger: &'a Ledger,
+    /// Where it is written which PV guests may still reach a function.
+    pub former_owners: &'a FormerOwners,
     /// The engine.
     pub serving: &'a dyn Serving,
     /// How a guest loses the function when steps are undone.

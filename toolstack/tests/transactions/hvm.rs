@@ -52,7 +52,13 @@ fn served(guest: &Guest, slot: u8) {
 }
 
 fn attach_at(service: &Service, address: Sbdf, slot: u8) -> Result<Success, Failure> {
-    service.call(Request::PciAttach { domain: name(WIN), address, slot: Some(slot), persist: false })
+    service.call(Request::PciAttach {
+        domain: name(WIN),
+        address,
+        slot: Some(slot),
+        persist: false,
+        trust_former_owner: false,
+    })
 }
 
 fn attached() -> (World, Guest, Service) {

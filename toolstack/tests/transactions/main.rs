@@ -5,6 +5,7 @@
 mod crashes;
 mod errors;
 mod failures;
+mod former_owners;
 mod frontend;
 mod guests;
 mod holding;

@@ -63,7 +63,13 @@ fn a_rebooted_guest_gets_its_function_again_at_the_same_place_also_from_another_
     let world = World::new();
     let service = world.start();
     service.hold(vf()).unwrap();
-    let at = Request::PciAttach { domain: name(WEB), address: vf(), slot: Some(9), persist: true };
+    let at = Request::PciAttach {
+        domain: name(WEB),
+        address: vf(),
+        slot: Some(9),
+        persist: true,
+        trust_former_owner: false,
+    };
     service.call(at).unwrap();
     let frontend = reboot(&world);
     wait_until("it is attached again", || is_attached(&service, vf(), AGAIN));
@@ -98,7 +104,7 @@ fn what_a_guest_has_for_good_nobody_else_gets_until_somebody_says_so() {
     world.simulation.destroy(AGAIN);
     assert_eq!((listed(&service, Some("web")).len(), listed(&service, Some("db")).len()), (1, 0));
     assert_eq!(listed(&service, Some(&web_uuid().to_string())), listed(&service, None));
-    let release = Request::PciAssignableRemove { address: vf(), force: true };
+    let release = Request::PciAssignableRemove { address: vf(), force: true, trust_former_owner: false };
     let Ok(Success::Changed { message, .. }) = service.call(release) else { panic!("not released") };
     assert!(message.contains("not persistent any more for guest 'web'"), "{message}");
     assert_eq!((service.state(vf()), listed(&service, None).len()), (FunctionState::Host, 0));

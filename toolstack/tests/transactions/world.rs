@@ -155,8 +155,9 @@ impl World {
         fs::create_dir_all(settings.run_directory.join("images")).unwrap();
         let journal = Journal::open(&settings.state_directory).unwrap();
         let socket = settings.socket();
-        // Some tests attach the NVMe controller, which is a PF.
-        let permit = PolicyFile::parse("permit.yaml", "permit: [physical-function]\n").unwrap();
+        // Some tests attach the NVMe controller, which is a PF; most give functions from one running PV guest to the next.
+        let permit = "permit: [physical-function]\nreuse: trusted\n";
+        let permit = PolicyFile::parse("permit.yaml", permit).unwrap();
         let more = more.iter().map(|text| PolicyFile::parse("more.yaml", text).unwrap());
         let policies = PolicySet::new(more.chain([permit]).collect());
         let mut engine = Engine::new(platform, settings, policies, journal, "this boot".into()).unwrap();
@@ -266,11 +267,11 @@ impl Service {
     }
 
     pub fn release(&self, address: Sbdf) -> Result<Success, Failure> {
-        self.call(Request::PciAssignableRemove { address, force: false })
+        self.call(Request::PciAssignableRemove { address, force: false, trust_former_owner: false })
     }
 
     pub fn attach(&self, domain: DomId, address: Sbdf) -> Result<Success, Failure> {
-        self.call(Request::PciAttach { domain: name(domain), address, slot: None, persist: false })
+        self.call(attachment(domain, address))
     }
 
     pub fn detach(&self, domain: DomId, address: Sbdf) -> Result<Success, Failure> {
@@ -279,7 +280,13 @@ impl Service {
 
     /// Attaches for good.
     pub fn persist(&self, domain: DomId, address: Sbdf) -> Result<Success, Failure> {
-        self.call(Request::PciAttach { domain: name(domain), address, slot: None, persist: true })
+        self.call(Request::PciAttach {
+            domain: name(domain),
+            address,
+            slot: None,
+            persist: true,
+            trust_former_owner: false,
+        })
     }
 
     pub fn detach_only(&self, domain: DomId, address: Sbdf, scope: Scope) -> Result<Success, Failure> {
@@ -328,7 +335,7 @@ impl Service {
     }
 
     pub fn clear(&self, address: Sbdf) -> Result<Success, Failure> {
-        self.call(Request::QuarantineClear { address })
+        self.call(Request::QuarantineClear { address, trust_former_owner: false })
     }
 
     /// Decides as the error policies do.
@@ -382,6 +389,17 @@ impl Drop for Service {
             let _ = self.stop.write(1);
             let _ = thread.join();
         }
+    }
+}
+
+/// The usual request to attach a function.
+pub fn attachment(domain: DomId, address: Sbdf) -> Request {
+    Request::PciAttach {
+        domain: name(domain),
+        address,
+        slot: None,
+        persist: false,
+        trust_former_owner: false,
     }
 }
 

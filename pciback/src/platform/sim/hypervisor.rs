@@ -155,7 +155,12 @@ impl Hypervisor for SimHypervisor {
     fn domain(&self, domain: DomId) -> Result<DomainInfo> {
         self.call(("domain", "look at"), domain, format!("domain {domain}"), |world| {
             let found = world.xen.domain(domain)?;
-            Ok(DomainInfo { uuid: found.uuid, paused: found.pauses > 0, has_run: found.has_run })
+            Ok(DomainInfo {
+                uuid: found.uuid,
+                paused: found.pauses > 0,
+                dying: false,
+                has_run: found.has_run,
+            })
         })
     }
 

@@ -11,8 +11,8 @@ use nix::errno::Errno;
 
 use super::bindings::{
     Libraries, PHYSDEVOP_pci_device_add, PHYSDEVOP_pci_device_remove, PHYSDEVOP_prepare_msix,
-    PHYSDEVOP_release_msix, PHYSDEVOP_restore_msi_ext, XEN_DOMINF_paused, XEN_INVALID_DEV, XENVER_version,
-    physdev_pci_device, xc_domaininfo_t, xc_interface,
+    PHYSDEVOP_release_msix, PHYSDEVOP_restore_msi_ext, XEN_DOMINF_dying, XEN_DOMINF_paused, XEN_INVALID_DEV,
+    XENVER_version, physdev_pci_device, xc_domaininfo_t, xc_interface,
 };
 use super::msix::has_msix;
 use super::physdev::{DeviceAdd, PhysDev};
@@ -331,6 +331,7 @@ impl Hypervisor for XenHypervisor {
         Ok(DomainInfo {
             uuid: Uuid(info.handle),
             paused: info.flags & XEN_DOMINF_paused != 0,
+            dying: info.flags & XEN_DOMINF_dying != 0,
             has_run: info.cpu_time != 0,
         })
     }
