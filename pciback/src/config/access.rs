@@ -99,6 +99,34 @@ impl Access {
         Ok(Self { offset: offset as u16, width })
     }
 
+    /// A register whose offset and size are known when this is compiled; what is no valid access does not compile.
+    ///
+    /// ```
+    /// use pciback::config::Access;
+    /// const COMMAND: Access = Access::fixed::<0x04, 2>();
+    /// assert_eq!(Ok(COMMAND), Access::new(0x04, 2));
+    /// ```
+    ///
+    /// ```compile_fail
+    /// use pciback::config::Access;
+    /// const UNALIGNED: Access = Access::fixed::<0x05, 2>();
+    /// ```
+    pub const fn fixed<const OFFSET: u16, const SIZE: u16>() -> Self {
+        const { assert!(SIZE == 1 || SIZE == 2 || SIZE == 4, "the size must be 1, 2 or 4") };
+        const {
+            assert!(
+                OFFSET < EXTENDED_SIZE && OFFSET.is_multiple_of(SIZE),
+                "unaligned, or out of config space"
+            )
+        };
+        let width = match SIZE {
+            1 => Width::Byte,
+            2 => Width::Word,
+            _ => Width::Dword,
+        };
+        Self { offset: OFFSET, width }
+    }
+
     /// The first byte.
     pub const fn offset(self) -> u16 {
         self.offset

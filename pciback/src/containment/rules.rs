@@ -3,6 +3,7 @@
 //! Sections are those of PCI Express 6.0.
 
 use super::{Place, Role, Row};
+use crate::spec::{aer, express, header};
 
 /// Every port above, and PFs.
 const PATH: &[Role] = &[Role::Physical, Role::Port, Role::RootPort];
@@ -23,7 +24,7 @@ pub const ROWS: &[Row] = &[
     Row {
         name: "Root Control",
         section: "7.5.3.12",
-        place: Place::Express(0x1c),
+        place: Place::Express(express::ROOT_CONTROL),
         width: 2,
         roles: ROOT,
         mask: 0x0007,
@@ -37,7 +38,7 @@ pub const ROWS: &[Row] = &[
     Row {
         name: "Uncorrectable Error Severity",
         section: "7.8.4.4",
-        place: Place::Aer(0x0c),
+        place: Place::Aer(aer::UNCORRECTABLE_SEVERITY),
         width: 4,
         roles: PATH,
         mask: PROVOKABLE,
@@ -51,7 +52,7 @@ pub const ROWS: &[Row] = &[
     Row {
         name: "Uncorrectable Error Mask",
         section: "7.8.4.3",
-        place: Place::Aer(0x08),
+        place: Place::Aer(aer::UNCORRECTABLE_MASK),
         width: 4,
         roles: PATH,
         mask: PROVOKABLE,
@@ -65,7 +66,7 @@ pub const ROWS: &[Row] = &[
     Row {
         name: "Correctable Error Mask",
         section: "7.8.4.6",
-        place: Place::Aer(0x14),
+        place: Place::Aer(aer::CORRECTABLE_MASK),
         width: 4,
         roles: PATH,
         mask: ADVISORY,
@@ -79,7 +80,7 @@ pub const ROWS: &[Row] = &[
     Row {
         name: "Root Error Command",
         section: "7.8.4.9",
-        place: Place::Aer(0x2c),
+        place: Place::Aer(aer::ROOT_ERROR_COMMAND),
         width: 4,
         roles: ROOT,
         mask: 0x0000_0007,
@@ -93,7 +94,7 @@ pub const ROWS: &[Row] = &[
     Row {
         name: "Device Control",
         section: "7.5.3.4",
-        place: Place::Express(0x08),
+        place: Place::Express(express::DEVICE_CONTROL),
         width: 2,
         roles: PATH,
         mask: 0x000f,
@@ -108,7 +109,7 @@ pub const ROWS: &[Row] = &[
     Row {
         name: "Bridge Control",
         section: "7.5.1.3.13",
-        place: Place::Header(0x3e),
+        place: Place::Header(header::BRIDGE_CONTROL),
         width: 2,
         roles: PORTS,
         mask: 1 << 1,
@@ -124,11 +125,11 @@ pub const ROWS: &[Row] = &[
     Row {
         name: "Command",
         section: "7.5.1.1.3",
-        place: Place::Header(0x04),
+        place: Place::Header(header::COMMAND),
         width: 2,
         roles: PATH,
-        mask: 1 << 8,
-        wanted: 1 << 8,
+        mask: header::COMMAND_SERR as u32,
+        wanted: header::COMMAND_SERR as u32,
         write_zero: 0,
         busy: 0,
         os_only: false,

@@ -2,19 +2,16 @@
 
 use crate::config::{Bar, BarKind, MsixCapability};
 use crate::platform::PAGE;
+use crate::spec::header;
 
 /// The guest's addresses end here: no guest has more, and a BAR that is being sized lies beyond it.
 const GUEST_END: u64 = 1 << 39;
 /// What lies from here up to 4 GiB is the guest's interrupt controllers, Xen's own pages and the BIOS.
 const RESERVED: std::ops::Range<u64> = 0xfec0_0000..0x1_0000_0000;
-/// I/O Space Enable and Memory Space Enable of Command (PCI Express 6.0, section 7.5.1.1.3).
-const IO_SPACE: u16 = 1 << 0;
-const MEMORY_SPACE: u16 = 1 << 1;
-
 /// The address at which the guest wants a BAR, by the values of its register (pair) and of Command; `None` where it does not decode.
 /// A register that holds the result of sizing places nothing, nor does 0.
 pub fn placed(bar: &Bar, register: u64, command: u16) -> Option<u64> {
-    let enable = if bar.kind == BarKind::Io { IO_SPACE } else { MEMORY_SPACE };
+    let enable = if bar.kind == BarKind::Io { header::COMMAND_IO } else { header::COMMAND_MEMORY };
     let address = register & bar.address_mask();
     let end = address.checked_add(bar.size)?;
     let possible = match bar.kind {

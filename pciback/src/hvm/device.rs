@@ -5,13 +5,13 @@ use std::io;
 use std::sync::Arc;
 
 use log::warn;
-use nix::errno::Errno;
 
 use super::addresses::Addresses;
 use super::bars::{self, Part};
 use super::wire::pieces;
 use crate::config::{Access, Bar, BarKind, SideEffect, Width};
-use crate::platform::{BarMemory, HvmDomains, PAGE, Pirq, PlatformError, Result, ServerId};
+use crate::live;
+use crate::platform::{BarMemory, HvmDomains, PAGE, Pirq, PlatformError, Result, Revoked, ServerId};
 use crate::pv::function::{Accessed, Demand, GuestFunction};
 use crate::spec::header;
 
@@ -46,14 +46,6 @@ impl Device {
     }
 }
 
-/// What is to be taken from a domain that is gone, or was taken before, is taken.
-pub(super) fn absent_is_done(answer: Result<()>) -> Result<()> {
-    match answer {
-        Err(error) if matches!(error.errno(), Some(Errno::ESRCH | Errno::EINVAL | Errno::ENOENT)) => Ok(()),
-        other => other,
-    }
-}
-
 impl GuestFunction {
     /// The BARs that are not mapped as a whole, whose memory the service reads and writes for an HVM guest.
     pub fn trapped_bars(&self) -> Vec<u8> {
@@ -83,8 +75,9 @@ impl GuestFunction {
     /// Takes everything of it out of the guest; nothing happens for a PV guest.
     pub(crate) fn leave_guest(&mut self) -> std::result::Result<(), crate::pv::InterruptError> {
         let Some(device) = &self.device else { return Ok(()) };
-        let slot = absent_is_done(device.domains.claim_slot(self.domain, device.server, device.slot, false));
-        let line = absent_is_done(self.bind_line(false));
+        let slot = device.domains.claim_slot(self.domain, device.server, device.slot, false);
+        let slot = Revoked::Reach.outcome(slot);
+        let line = Revoked::Interrupt.outcome(self.bind_line(false));
         let unmapped = self.unmap_bars();
         Ok(slot.and(line).and(unmapped)?)
     }
@@ -93,7 +86,7 @@ impl GuestFunction {
     pub(crate) fn reset_device(&mut self) -> io::Result<()> {
         crate::pv::interrupts::release_all(self).map_err(io::Error::other)?;
         self.space.reset();
-        crate::pv::interrupts::clear_bus_master(self).map_err(io::Error::other)?;
+        live::clear_bus_master(self.hardware.as_ref())?;
         self.mask_table();
         self.space.image_mut().set_resetting(false);
         self.place_bars(false).map_err(io::Error::other)
@@ -299,7 +292,7 @@ const fn aligned(offset: u64, bytes: u8) -> bool {
 
 /// What is taken away may have been taken before.
 fn undone(map: bool, answer: Result<()>) -> std::result::Result<(), PlatformError> {
-    if map { answer } else { absent_is_done(answer) }
+    if map { answer } else { Revoked::Reach.outcome(answer) }
 }
 
 /// A value with some of its bytes replaced.

@@ -8,12 +8,12 @@
 use log::warn;
 
 use super::bars;
-use super::device::absent_is_done;
 use crate::config::{Access, Bar, InterruptMode, MsiCapability, SideEffect, Width};
-use crate::platform::{MsiMessage, MsiSource, Pirq};
+use crate::live;
+use crate::platform::{MsiMessage, MsiSource, Pirq, Revoked};
 use crate::pv::InterruptError;
 use crate::pv::function::GuestFunction;
-use crate::pv::interrupts::MSIX_FUNCTION_MASK;
+use crate::pv::interrupts::kept;
 use crate::spec::legacy;
 
 type Result<T> = std::result::Result<T, InterruptError>;
@@ -27,7 +27,7 @@ impl GuestFunction {
     pub(crate) fn unbind(&mut self, pirq: Pirq) {
         let Some(device) = &self.device else { return };
         let unbound = device.domains.unbind_msi(self.domain, pirq);
-        if let Err(error) = absent_is_done(unbound) {
+        if let Err(error) = Revoked::Interrupt.outcome(unbound) {
             // Unmapping it, which follows, ends it all the same or fails too.
             warn!("{}: {error}", self.address);
         }
@@ -61,8 +61,11 @@ impl GuestFunction {
             self.begin(InterruptMode::MsiX)?;
         }
         // Xen keeps this bit for the guest, and combines it with its own.
-        let mask = u32::from(control) & MSIX_FUNCTION_MASK;
-        self.set_control(self.control_of(InterruptMode::MsiX)?, MSIX_FUNCTION_MASK, mask)?;
+        let mask = control & legacy::MSIX_FUNCTION_MASK;
+        let capability = self.capability_of(InterruptMode::MsiX)?;
+        let register = live::message_control(capability).map_err(std::io::Error::other)?;
+        let bits = legacy::MSIX_FUNCTION_MASK.into();
+        kept(capability, live::rewrite(self.hardware.as_ref(), register, bits, mask.into())?)?;
         let entries = self.space.msix().map_or(0, |msix| msix.table_size);
         (0..entries).try_for_each(|entry| self.bind_if_unmasked(entry))
     }

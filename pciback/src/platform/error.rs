@@ -59,6 +59,34 @@ impl PlatformError {
     }
 }
 
+/// What is taken away from a domain. Xen's answers say in each case in other words that it was not there: `docs/xen-answers.md`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Revoked {
+    /// A permission for memory or ports. Forbidding what was never allowed is no error; what dom0 itself has no permission for, Xen
+    /// neither lets it give nor take (`EPERM`).
+    Permission,
+    /// An interrupt: a pirq, a line, or how it is delivered.
+    Interrupt,
+    /// The guard of an MSI-X table.
+    MsixGuard,
+    /// What an HVM guest reaches: mapped memory and ports, and what an ioreq server answers for.
+    Reach,
+}
+
+impl Revoked {
+    /// What came of taking it away: that it was not there, or that its domain is gone, is no failure.
+    pub fn outcome(self, answer: Result<()>) -> Result<()> {
+        let Err(error) = answer else { return Ok(()) };
+        match (self, error.errno()) {
+            (_, Some(Errno::ESRCH))
+            | (Self::Permission, Some(Errno::EPERM))
+            | (Self::Interrupt | Self::Reach, Some(Errno::EINVAL | Errno::ENOENT))
+            | (Self::MsixGuard, Some(Errno::ENODEV)) => Ok(()),
+            _ => Err(error),
+        }
+    }
+}
+
 impl From<Errno> for Cause {
     fn from(errno: Errno) -> Self {
         Self::Os(errno)

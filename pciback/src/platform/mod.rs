@@ -20,7 +20,7 @@ pub mod xen;
 
 use std::sync::Arc;
 
-pub use error::{Cause, PlatformError, Result};
+pub use error::{Cause, PlatformError, Result, Revoked};
 pub use errors::{ErrorEvent, ErrorEvents, ErrorSource};
 pub use events::{HostEvent, HostEvents};
 pub use host::{BarMemory, Host, HostFunction, Resource, Use};

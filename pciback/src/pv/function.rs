@@ -10,10 +10,11 @@ use super::interrupts;
 use super::wire::{Command, MsixEntry, Op, OpAnswer, WireError};
 use crate::config::{
     Access, ConfigSpace, InterruptMode, MaskedWrite, Planes, RequestRecord, RequestStage, SideEffect,
-    VirtualConfigSpace, Width,
+    VirtualConfigSpace,
 };
 use crate::hash::Fnv;
 use crate::hvm::Device;
+use crate::live;
 use crate::platform::Hypervisor;
 use crate::spec::header::COMMAND_BUS_MASTER;
 use crate::{DomId, Sbdf};
@@ -293,7 +294,7 @@ impl GuestFunction {
             self.space.reset();
         }
         // The host's reset puts Command back as it was before; for the guest it is 0.
-        interrupts::clear_bus_master(self).map_err(io::Error::other)?;
+        live::clear_bus_master(self.hardware.as_ref())?;
         interrupts::restore(self)?;
         self.space.image_mut().set_resetting(false);
         Ok(())
@@ -302,8 +303,8 @@ impl GuestFunction {
     /// Makes the function harmless before the guest loses it: bus mastering off, interrupts off and unmapped.
     pub fn quiesce(&mut self) -> Result<(), interrupts::InterruptError> {
         // While it is being reset nothing reaches it, and what the guest set is gone; the reset that detach ends with counts.
-        let quiet = if self.is_silent() { Ok(()) } else { interrupts::clear_bus_master(self) };
-        let released = quiet.and_then(|()| interrupts::release_all(self));
+        let quiet = if self.is_silent() { Ok(()) } else { live::clear_bus_master(self.hardware.as_ref()) };
+        let released = quiet.map_err(Into::into).and_then(|()| interrupts::release_all(self));
         let left = self.leave_guest();
         released.and(left)
     }
@@ -326,9 +327,4 @@ fn record_of(op: &Op) -> RequestRecord {
         entries_hash: hash.finish(),
         stage: RequestStage::Begun,
     }
-}
-
-/// The two-byte access to a register, as Xen wants it for Message Control.
-pub(crate) fn word(offset: u16) -> io::Result<Access> {
-    Access::new(u32::from(offset), u32::from(Width::Word.bytes())).map_err(io::Error::other)
 }

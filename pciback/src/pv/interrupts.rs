@@ -6,24 +6,14 @@
 use std::io;
 
 use log::warn;
-use nix::errno::Errno;
 use thiserror::Error;
 
-use super::function::{GuestFunction, word};
+use super::function::GuestFunction;
 use super::wire::{MSIX_ENTRIES, MsixEntry, Op, OpAnswer};
 use crate::config::{InterruptMode, VectorState};
-use crate::platform::{MsiSource, Pirq, PlatformError};
-
-/// Bus Master Enable of Command (PCI Express 6.0, section 7.5.1.1.3).
-const COMMAND: u16 = 0x04;
-const BUS_MASTER: u32 = 1 << 2;
-/// Message Control lies two bytes into both capabilities; Enable's place differs (sections 7.7.1.2 and 7.7.2.2).
-const CONTROL: u16 = 2;
-const MSI_ENABLE: u32 = 1 << 0;
-/// Multiple Message Enable: how many vectors, as a power of two. Only one is ever mapped.
-const MSI_MULTIPLE: u32 = 0x70;
-const MSIX_ENABLE: u32 = 1 << 15;
-pub(crate) const MSIX_FUNCTION_MASK: u32 = 1 << 14;
+use crate::live::{self, Changed, Switch};
+use crate::platform::{MsiSource, Pirq, PlatformError, Revoked};
+use crate::spec::legacy::MESSAGE_CONTROL;
 
 /// Why a guest's interrupts are not as it asked.
 #[derive(Debug, Error)]
@@ -51,6 +41,12 @@ pub enum InterruptError {
         written: u32,
         /// What it reads.
         found: u32,
+    },
+    /// Message Control reads all ones: nobody answers.
+    #[error("Message Control at {offset:#x} reads all ones")]
+    Silent {
+        /// The register.
+        offset: u16,
     },
     /// Config access failed.
     #[error("config access: {0}")]
@@ -80,36 +76,20 @@ impl GuestFunction {
         stored.then_some(()).ok_or(InterruptError::Entries("more than can be noted"))
     }
 
-    /// Changes bits of a Message Control register by one exact word, and makes sure that they changed.
-    pub(crate) fn set_control(&self, offset: u16, clear: u32, set: u32) -> Result<()> {
-        let access = word(offset)?;
-        let before = self.hardware.read(access)?;
-        let written = before & !clear | set;
-        self.hardware.write(access, written)?;
-        let found = self.hardware.read(access)?;
-        if (found ^ written) & (clear | set) == 0 {
-            Ok(())
-        } else {
-            Err(InterruptError::Control { offset, written, found })
-        }
-    }
-
-    pub(crate) fn control_of(&self, mode: InterruptMode) -> Result<u16> {
+    /// Where the capability with a kind of interrupts is.
+    pub(crate) fn capability_of(&self, mode: InterruptMode) -> Result<u16> {
         let offset = match mode {
             InterruptMode::Msi => self.space.msi().map(|msi| msi.offset),
             InterruptMode::MsiX => self.space.msix().map(|msix| msix.offset),
             InterruptMode::Off | InterruptMode::Intx => None,
         };
-        offset.map(|offset| offset + CONTROL).ok_or(InterruptError::NoCapability(mode))
+        offset.ok_or(InterruptError::NoCapability(mode))
     }
 
-    fn set_enable(&self, mode: InterruptMode, enabled: bool) -> Result<()> {
-        let control = self.control_of(mode)?;
-        let (clear, enable) = match mode {
-            InterruptMode::MsiX => (MSIX_FUNCTION_MASK | MSIX_ENABLE, MSIX_ENABLE),
-            _ => (MSI_MULTIPLE | MSI_ENABLE, MSI_ENABLE),
-        };
-        self.set_control(control, clear, if enabled { enable } else { 0 })
+    fn set_enable(&self, mode: InterruptMode, switch: Switch) -> Result<()> {
+        let capability = self.capability_of(mode)?;
+        let changed = live::set_message_control(self.hardware.as_ref(), mode, capability, switch)?;
+        kept(capability, changed)
     }
 
     /// What the guest reads back.
@@ -143,23 +123,19 @@ impl GuestFunction {
         let mut kept = Vec::new();
         while let Some((entry, pirq)) = vectors.entries.pop() {
             self.unbind(Pirq(pirq));
-            match self.hypervisor.unmap_pirq(self.domain, Pirq(pirq)) {
-                Ok(()) => {}
-                // Unmapped before, by an earlier life or with the domain.
-                Err(error) if matches!(error.errno(), Some(Errno::EINVAL | Errno::ESRCH | Errno::ENOENT)) => {
-                }
-                Err(error) => {
-                    // It stays noted, to be unmapped by the next try: nobody else knows its number.
-                    kept.push((entry, pirq));
-                    outcome = outcome.and(Err(InterruptError::from(error)));
-                }
+            // It may be unmapped already, by an earlier life or with the domain.
+            let unmapped = self.hypervisor.unmap_pirq(self.domain, Pirq(pirq));
+            if let Err(error) = Revoked::Interrupt.outcome(unmapped) {
+                // It stays noted, to be unmapped by the next try: nobody else knows its number.
+                kept.push((entry, pirq));
+                outcome = outcome.and(Err(InterruptError::from(error)));
             }
             let entries = vectors.entries.iter().chain(&kept).copied().collect();
             self.note(&VectorState { mode, entries, pending: vectors.pending })?;
         }
         if matches!(mode, InterruptMode::Msi | InterruptMode::MsiX) {
             if !self.resetting() {
-                outcome = outcome.and(self.set_enable(mode, false));
+                outcome = outcome.and(self.set_enable(mode, Switch::Off));
             }
             self.show_enable(mode, false);
         }
@@ -180,12 +156,12 @@ impl GuestFunction {
         }
         let vectors = VectorState { mode, entries: Vec::new(), pending: self.vectors().pending };
         self.note(&vectors)?;
-        self.set_enable(mode, true)?;
+        self.set_enable(mode, Switch::On)?;
         Ok(vectors)
     }
 
     fn enable(&mut self, mode: InterruptMode, sources: &[MsiSource]) -> Result<Vec<(u16, u32)>> {
-        self.control_of(mode)?;
+        self.capability_of(mode)?;
         let mapped = self.begin(mode).and_then(|mut vectors| {
             sources.iter().try_for_each(|source| self.map(&mut vectors, *source))?;
             Ok(vectors.entries)
@@ -247,19 +223,20 @@ pub(super) fn restore(function: &mut GuestFunction) -> io::Result<()> {
     if matches!(mode, InterruptMode::Msi | InterruptMode::MsiX) {
         // Messages first, Xen sets Enable itself: with Enable and no message an MSI would go to address 0.
         function.hypervisor.restore_msi(function.address).map_err(io::Error::other)?;
-        function.set_enable(mode, true).map_err(io::Error::other)?;
+        function.set_enable(mode, Switch::On).map_err(io::Error::other)?;
         function.show_enable(mode, true);
     }
     Ok(())
 }
 
-pub(crate) fn clear_bus_master(function: &GuestFunction) -> Result<()> {
-    let access = word(COMMAND)?;
-    let command = function.hardware.read(access)?;
-    if command != 0xffff && command & BUS_MASTER != 0 {
-        function.hardware.write(access, command & !BUS_MASTER)?;
+/// Whether Message Control of the capability at an offset kept what was written.
+pub(crate) fn kept(capability: u16, changed: Changed) -> Result<()> {
+    let offset = capability + MESSAGE_CONTROL;
+    match changed {
+        Changed::Kept => Ok(()),
+        Changed::Differs { written, found } => Err(InterruptError::Control { offset, written, found }),
+        Changed::Silent => Err(InterruptError::Silent { offset }),
     }
-    Ok(())
 }
 
 /// Takes all interrupts from the guest, one that was only about to be mapped included.
@@ -293,10 +270,7 @@ const PIRQS: std::ops::Range<u32> = 16..1024;
 /// functions are ours, since a guest has one PCI device in xenstore; so those that are not `known` are unmapped.
 pub(super) fn unmap_unknown(function: &mut GuestFunction, known: &[u32]) -> Result<()> {
     for pirq in PIRQS.filter(|pirq| !known.contains(pirq)) {
-        match function.hypervisor.unmap_pirq(function.domain, Pirq(pirq)) {
-            Err(error) if matches!(error.errno(), Some(Errno::EINVAL | Errno::ESRCH | Errno::ENOENT)) => {}
-            other => other?,
-        }
+        Revoked::Interrupt.outcome(function.hypervisor.unmap_pirq(function.domain, Pirq(pirq)))?;
     }
     let vectors = VectorState { pending: None, ..function.vectors() };
     function.note(&vectors)

@@ -9,6 +9,10 @@ pub const DEVICE_CAPABILITIES: u16 = 4;
 pub const FLR_CAPABLE: u32 = 1 << 28;
 /// Device Control.
 pub const DEVICE_CONTROL: u16 = 8;
+/// Device Status.
+pub const DEVICE_STATUS: u16 = 0x0a;
+/// Root Control.
+pub const ROOT_CONTROL: u16 = 0x1c;
 /// Device Control: initiate function level reset.
 pub const INITIATE_FLR: u16 = 1 << 15;
 
@@ -89,7 +93,7 @@ const REGISTERS: &[Register] = &[
         ],
     ),
     register(
-        0x0a,
+        DEVICE_STATUS,
         2,
         "Device Status",
         &[
@@ -214,7 +218,7 @@ const REGISTERS: &[Register] = &[
         ],
     ),
     register(
-        0x1c,
+        ROOT_CONTROL,
         2,
         "Root Control",
         &[

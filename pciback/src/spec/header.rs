@@ -40,6 +40,8 @@ pub const CAPABILITIES_POINTER: u16 = 0x34;
 pub const INTERRUPT_LINE: u16 = 0x3c;
 /// Interrupt pin.
 pub const INTERRUPT_PIN: u16 = 0x3d;
+/// Bridge Control of a bridge (Type 1 header).
+pub const BRIDGE_CONTROL: u16 = 0x3e;
 /// Bytes of the header.
 pub const SIZE: u16 = 0x40;
 /// Where extended config space begins.
@@ -51,6 +53,10 @@ pub const COMMAND_IO: u16 = 1 << 0;
 pub const COMMAND_MEMORY: u16 = 1 << 1;
 /// Command: bus master enable.
 pub const COMMAND_BUS_MASTER: u16 = 1 << 2;
+/// Command: SERR# enable.
+pub const COMMAND_SERR: u16 = 1 << 8;
+/// Command: interrupt disable.
+pub const COMMAND_INTERRUPT_DISABLE: u16 = 1 << 10;
 
 /// The registers of the header, the BARs excepted: what those are depends on the function.
 pub const REGISTERS: &[Register] = &[
@@ -69,9 +75,9 @@ pub const REGISTERS: &[Register] = &[
             control(1 << 5, "VGA Palette Snoop"),
             control(1 << 6, "Parity Error Response"),
             control(1 << 7, "IDSEL Stepping"),
-            control(1 << 8, "SERR# Enable"),
+            control(COMMAND_SERR as u32, "SERR# Enable"),
             control(1 << 9, "Fast Back-to-Back Enable"),
-            control(1 << 10, "Interrupt Disable"),
+            control(COMMAND_INTERRUPT_DISABLE as u32, "Interrupt Disable"),
         ],
     ),
     register(

@@ -14,10 +14,14 @@ pub const VPD_ADDRESS: u16 = 2;
 pub const MESSAGE_CONTROL: u16 = 2;
 /// Message Control of MSI: enable.
 pub const MSI_ENABLE: u16 = 1 << 0;
+/// Message Control of MSI: Multiple Message Enable, how many vectors as a power of two.
+pub const MSI_MULTIPLE_ENABLE: u16 = 0x70;
 /// Message Control of MSI: addresses have 64 bits.
 pub const MSI_ADDRESS_64: u16 = 1 << 7;
 /// Message Control of MSI: mask and pending bits per vector.
 pub const MSI_MASKABLE: u16 = 1 << 8;
+/// Message Control of MSI-X: all vectors are masked.
+pub const MSIX_FUNCTION_MASK: u16 = 1 << 14;
 /// Message Control of MSI-X: enable.
 pub const MSIX_ENABLE: u16 = 1 << 15;
 /// The byte of Advanced Features that says what it can.
@@ -116,7 +120,7 @@ pub const CAPABILITIES: &[CapabilitySpec] = &[
             &[
                 control(MSI_ENABLE as u32, "MSI Enable"),
                 constant(0x000e, "Multiple Message Capable"),
-                control(0x0070, "Multiple Message Enable"),
+                control(MSI_MULTIPLE_ENABLE as u32, "Multiple Message Enable"),
                 constant(MSI_ADDRESS_64 as u32, "64-bit Address Capable"),
                 constant(MSI_MASKABLE as u32, "Per-Vector Masking Capable"),
                 constant(1 << 9, "Extended Message Data Capable"),
@@ -201,7 +205,7 @@ pub const CAPABILITIES: &[CapabilitySpec] = &[
                 "Message Control",
                 &[
                     constant(0x07ff, "Table Size"),
-                    control(1 << 14, "Function Mask"),
+                    control(MSIX_FUNCTION_MASK as u32, "Function Mask"),
                     control(MSIX_ENABLE as u32, "MSI-X Enable"),
                 ],
             ),

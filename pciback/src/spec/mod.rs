@@ -11,7 +11,7 @@ pub mod register;
 pub mod sriov;
 pub mod vendor;
 
-pub use extended::{CORRECTABLE_ERRORS, UNCORRECTABLE_ERRORS};
+pub use extended::{CORRECTABLE_ERRORS, UNCORRECTABLE_ERRORS, aer, dpc};
 pub use id::{AnyId, CapabilityId, ExtendedCapabilityId};
 pub use register::{CapabilitySpec, Count, Field, Group, Kind, Length, Register, Stride};
 

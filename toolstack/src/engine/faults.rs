@@ -15,11 +15,11 @@ use pciback::fault::{
     self, Action, CrossCheck, Detection, ErrorCounters, ErrorPolicy, Fault, History, Owner, Relation,
     Severity,
 };
+use pciback::live::errors::{self as registers, Layout};
 use pciback::platform::{ErrorEvent, ErrorEvents, Host};
 use pciback::policy::{self, Subject};
 use pciback::{DomId, FunctionState, Sbdf};
 
-use super::registers::{self, Layout};
 use super::responses::Underway;
 use super::{Engine, Event};
 use crate::domains;
@@ -425,8 +425,11 @@ impl Engine {
         let workshop = self.workshop();
         let task = move || {
             let host = workshop.platform.host.as_ref();
-            let found =
-                read.into_iter().flat_map(|(at, layout)| registers::of_errors(host, at, layout)).collect();
+            let of = |(address, layout): (Sbdf, Option<Layout>)| {
+                let found = registers::of_errors(host, address, layout).into_iter();
+                found.map(move |(name, value)| RegisterValue { address, name: name.to_owned(), value })
+            };
+            let found = read.into_iter().flat_map(of).collect();
             workshop.inbox.send(Event::ErrorRegisters(address, found));
         };
         if let Err(problem) = thread::Builder::new().name(format!("registers {address}")).spawn(task) {

@@ -19,7 +19,6 @@ mod open;
 mod paths;
 mod policies;
 mod recover;
-mod registers;
 mod repairs;
 mod requests;
 mod reserved;
@@ -143,7 +142,7 @@ pub enum Event {
     /// A guest was paused or destroyed, or not.
     GuestStopped(Sbdf, DomId, Action, Result<(), PlatformError>),
     /// A function's correctable errors were masked, or cannot be.
-    Masked(Sbdf, Result<registers::Masked, String>),
+    Masked(Sbdf, Result<pciback::live::errors::Masked, String>),
     /// They are heard again, or cannot be.
     Unmasked(Sbdf, Result<(), String>),
     /// New policies were read and checked, and filters compiled for the functions in use.

@@ -7,12 +7,12 @@ use log::{error, info, warn};
 use pciback::fault::{
     Action, AerAnswer, ChannelState, ErrorPolicy, Fault, Next, Recovery, Relation, Severity,
 };
+use pciback::live::errors::{self as registers, Masked};
 use pciback::platform::PlatformError;
 use pciback::pv::{NotTold, Telling};
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::contain::Containment;
-use super::registers::{self, Masked};
 use super::{Engine, Event};
 
 /// What is being done about a function.

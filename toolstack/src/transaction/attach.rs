@@ -8,17 +8,16 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use pciback::Sbdf;
-use pciback::config::{Access, FunctionImage};
-use pciback::platform::PlatformError;
+use pciback::config::FunctionImage;
+use pciback::live;
+use pciback::platform::{PlatformError, Revoked};
 
+use super::reset::config_failure;
 use super::{Context, guest_of};
 use crate::domains::{self, DomainType};
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 use crate::spec::SpecExt;
-
-const COMMAND: u32 = 0x04;
-const MEMORY_SPACE: u32 = 1 << 1;
 
 pub(super) fn prepare_msix(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
     let host = context.platform.host.as_ref();
@@ -28,15 +27,10 @@ pub(super) fn prepare_msix(context: &Context<'_>, record: &mut Record) -> Result
         return Ok(());
     }
     // Xen finds the table through the BAR, which must decode.
-    if let Ok(access) = Access::new(COMMAND, 2) {
-        let failed = |error: io::Error| {
-            Failure::new(ErrorCode::Failed, format!("enable memory space of {}: {error}", record.address))
-        };
-        let command = config.read(access).map_err(failed)?;
-        if command & MEMORY_SPACE == 0 {
-            config.write(access, command | MEMORY_SPACE).map_err(failed)?;
-        }
-    }
+    let decodes = live::decode_memory(config.as_ref());
+    // A VF decodes when its PF says so; whether hardware keeps the bit shows in what Xen answers.
+    let _hardwired =
+        decodes.map_err(|error| config_failure("enable memory space of", record.address, &error))?;
     // Noted before it is done: a table that nobody knows to be prepared would stay so.
     record.msix_prepared = true;
     context.write(record)?;
@@ -63,7 +57,7 @@ pub(super) fn release_msix(context: &Context<'_>, record: &mut Record) -> Result
             }
             other => other,
         };
-        absent_is_done(released)?;
+        Revoked::MsixGuard.outcome(released)?;
         record.msix_prepared = false;
     }
     Ok(())
@@ -122,14 +116,6 @@ fn nobodys(context: &Context<'_>, error: &PlatformError, address: Sbdf) -> bool 
     matches!(error.errno(), Some(Errno::EINVAL | Errno::ENODEV | Errno::ESRCH | Errno::EOPNOTSUPP))
         && (hypervisor.assignable(address).unwrap_or(false)
             || !hypervisor.device_known(address).unwrap_or(true))
-}
-
-/// What is to be taken from a domain or a function that no longer exists is taken.
-pub(super) fn absent_is_done(answer: pciback::platform::Result<()>) -> Result<(), Failure> {
-    match answer {
-        Err(error) if matches!(error.errno(), Some(Errno::ESRCH | Errno::ENODEV)) => Ok(()),
-        other => Ok(other?),
-    }
 }
 
 /// Where the image of a function is.

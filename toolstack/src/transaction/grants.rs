@@ -3,11 +3,9 @@
 //! Functions may share what is granted: an interrupt line, or a page with two small BARs. A guest that has two such functions
 //! keeps what they share until it loses the last of them.
 
-use nix::errno::Errno;
 use pciback::DomId;
-use pciback::platform::{PAGE, Pirq, Platform, Resource};
+use pciback::platform::{PAGE, Pirq, Platform, Resource, Revoked};
 
-use super::attach::absent_is_done;
 use super::{Context, guest_of};
 use crate::domains::{self, DomainType};
 use crate::former_owners::FormerOwners;
@@ -110,16 +108,17 @@ fn cut(grant: Grant, other: Grant) -> [Option<Grant>; 2] {
 
 fn allow(context: &Context<'_>, domain: DomId, grant: Grant, allow: bool) -> Result<(), Failure> {
     let hypervisor = &context.platform.hypervisor;
-    let answer = match grant {
-        Grant::Iomem { first, frames } => hypervisor.iomem_permission(domain, first, frames, allow),
-        Grant::Ioport { first, count } => hypervisor.ioport_permission(domain, first, count, allow),
-        Grant::Gsi { gsi } if allow => hypervisor.map_gsi(domain, gsi).map(drop),
-        Grant::Gsi { gsi } => match hypervisor.unmap_gsi(domain, gsi, Pirq(gsi)) {
-            Err(error) if error.errno() == Some(Errno::EINVAL) => Ok(()),
-            other => other,
-        },
+    let (what, answer) = match grant {
+        Grant::Iomem { first, frames } => {
+            (Revoked::Permission, hypervisor.iomem_permission(domain, first, frames, allow))
+        }
+        Grant::Ioport { first, count } => {
+            (Revoked::Permission, hypervisor.ioport_permission(domain, first, count, allow))
+        }
+        Grant::Gsi { gsi } if allow => (Revoked::Interrupt, hypervisor.map_gsi(domain, gsi).map(drop)),
+        Grant::Gsi { gsi } => (Revoked::Interrupt, hypervisor.unmap_gsi(domain, gsi, Pirq(gsi))),
     };
-    if allow { Ok(answer?) } else { absent_is_done(answer) }
+    Ok(if allow { answer } else { what.outcome(answer) }?)
 }
 
 #[cfg(test)]

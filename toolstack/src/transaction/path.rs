@@ -7,9 +7,10 @@ use std::io;
 
 use log::{info, warn};
 use pciback::Sbdf;
-use pciback::config::{Access, ConfigSpace};
+use pciback::config::Access;
 use pciback::containment::radius::{Bridge, Radius, is_bridge};
 use pciback::containment::{Role, Setting, role, settings};
+use pciback::live::errors::put;
 use pciback::platform::{HostFunction, Platform};
 use pciback::spec::header;
 
@@ -165,22 +166,6 @@ fn set(context: &Context<'_>, member: &Member, user: Sbdf, os_owns_aer: bool) ->
         info!("{text}; they may be hardwired");
         Ok(())
     })
-}
-
-/// Puts the decided bits of a register to `bits`, reads them back, and returns those that differ. What answers all ones has none.
-fn put(config: &dyn ConfigSpace, setting: &Setting, bits: u32) -> io::Result<u32> {
-    let gone = setting.access.width().mask();
-    let current = config.read(setting.access)?;
-    if current == gone {
-        return Err(io::Error::other("it answers all ones"));
-    }
-    if current & setting.row.busy != 0 {
-        return Err(io::Error::other("somebody is resetting what is below; try again"));
-    }
-    if let Some(value) = setting.merged(current, bits) {
-        config.write(setting.access, value)?;
-    }
-    Ok((config.read(setting.access)? ^ bits) & setting.row.mask)
 }
 
 /// Takes `record`'s function off everybody's list, and puts back what was there before where it was the last one. The lists are gone

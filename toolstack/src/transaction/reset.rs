@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use log::warn;
 use pciback::Sbdf;
 use pciback::config::{Access, ConfigSpace};
-use pciback::platform::{Host, HostFunction, Platform, Resource};
+use pciback::live;
+use pciback::platform::{HostFunction, Platform};
+use pciback::spec::header;
 use serde::{Deserialize, Serialize};
 
 use super::Context;
@@ -47,11 +49,8 @@ impl Default for ResetPlan {
     }
 }
 
-const COMMAND: u32 = 0x04;
-const BUS_MASTER: u32 = 1 << 2;
-/// I/O Space Enable and Memory Space Enable.
-const DECODING: u32 = 0x3;
-const BAR0: u32 = 0x10;
+/// Command and Status in one.
+const COMMAND_AND_STATUS: Access = Access::fixed::<{ header::COMMAND }, 4>();
 
 /// Resets a function and makes sure that it did.
 pub fn reset_and_verify(platform: &Platform, plan: &ResetPlan, address: Sbdf) -> Result<(), Failure> {
@@ -59,7 +58,8 @@ pub fn reset_and_verify(platform: &Platform, plan: &ResetPlan, address: Sbdf) ->
     let function = host.function(address)?;
     refuse_unresettable(plan, &function)?;
     // Quiet before the reset: Linux saves Command and writes it back afterwards.
-    quiesce(host, address)?;
+    let quiet = live::clear_bus_master(host.config(address)?.as_ref());
+    quiet.map_err(|error| config_failure("quiesce", address, &error))?;
     host.reset(address, Duration::from_secs(plan.limit_seconds))?;
     let config = host.config(address)?;
     for check in &plan.checks {
@@ -68,52 +68,18 @@ pub fn reset_and_verify(platform: &Platform, plan: &ResetPlan, address: Sbdf) ->
     place_bars(config.as_ref(), &function)
 }
 
-/// Writes the addresses that Linux gave the BARs back where the registers have lost them: a reset of the link, as Linux begins one
-/// when an error was fatal, takes them, and the reset above has then kept what was no longer right. A VF has none: its PF places
-/// its BARs.
+/// The addresses that Linux gave the BARs, where a reset of the link has taken them: the reset above has then kept what was no longer
+/// right.
 fn place_bars(config: &dyn ConfigSpace, function: &HostFunction) -> Result<(), Failure> {
-    if function.physical_function.is_some() {
-        return Ok(());
-    }
     let address = function.address;
-    let failed = |error| config_failure("restore the BARs of", address, &error);
-    let mut lost = Vec::new();
-    for (index, bar) in (0u32..).zip(function.bars()) {
-        if !bar.exists() || bar.start == 0 {
-            continue;
-        }
-        let registers = if bar.flags & Resource::MEMORY_64 != 0 { 2 } else { 1 };
-        let kind = if bar.is_io() { 0x3 } else { 0xf };
-        for (part, kind) in [(0, kind), (1, 0)].into_iter().take(registers) {
-            let access = register(BAR0 + 4 * (index + part), 4, address)?;
-            let expected = (bar.start >> (32 * part)) as u32;
-            if config.read(access).map_err(failed)? & !kind != expected {
-                lost.push((access, expected, kind));
-            }
-        }
+    let lost = live::place_bars(config, function).map_err(|error| {
+        config_failure("restore the BARs of", address, &error)
+            .hint("remove the function from Linux and rescan its bus, or power-cycle the device")
+    })?;
+    if !lost.is_empty() {
+        warn!("{address}: restored {} BAR registers that a reset of its link has cleared", lost.len());
     }
-    if lost.is_empty() {
-        return Ok(());
-    }
-    warn!("{address}: restoring {} BAR registers that a reset of its link has cleared", lost.len());
-    // Nothing decodes half an address.
-    let command_at = register(COMMAND, 2, address)?;
-    let command = config.read(command_at).map_err(failed)?;
-    config.write(command_at, command & !DECODING).map_err(failed)?;
-    for (access, expected, kind) in lost {
-        config.write(access, expected).map_err(failed)?;
-        let found = config.read(access).map_err(failed)? & !kind;
-        if found != expected {
-            let why = format!(
-                "its BAR register {:#x} reads {found:#x} after {expected:#x} was written",
-                access.offset()
-            );
-            return Err(Failure::new(ErrorCode::Failed, format!("restore the BARs of {address}: {why}"))
-                .on(address)
-                .hint("remove the function from Linux and rescan its bus, or power-cycle the device"));
-        }
-    }
-    config.write(command_at, command).map_err(failed)
+    Ok(())
 }
 
 /// Refuses a function that Linux would not reset in a way that will do.
@@ -132,35 +98,20 @@ pub fn refuse_unresettable(plan: &ResetPlan, function: &HostFunction) -> Result<
     Ok(())
 }
 
-fn register(offset: u32, size: u32, address: Sbdf) -> Result<Access, Failure> {
-    Access::new(offset, size).map_err(|error| Failure::new(ErrorCode::Failed, error.to_string()).on(address))
-}
-
-fn quiesce(host: &dyn Host, address: Sbdf) -> Result<(), Failure> {
-    let config = host.config(address)?;
-    let access = register(COMMAND, 2, address)?;
-    let failed = |error| config_failure("quiesce", address, &error);
-    let command = config.read(access).map_err(failed)?;
-    if command != 0xffff && command & BUS_MASTER != 0 {
-        config.write(access, command & !BUS_MASTER).map_err(failed)?;
-    }
-    Ok(())
-}
-
 fn verify(
     config: &dyn ConfigSpace,
     check: ResetCheck,
     address: Sbdf,
     limit: Duration,
 ) -> Result<(), Failure> {
-    let access = register(COMMAND, 4, address)?;
     let deadline = Instant::now() + limit;
     loop {
-        let value =
-            config.read(access).map_err(|error| config_failure("verify the reset of", address, &error))?;
+        let value = config
+            .read(COMMAND_AND_STATUS)
+            .map_err(|error| config_failure("verify the reset of", address, &error))?;
         let holds = match check {
             ResetCheck::Answers => value != u32::MAX,
-            ResetCheck::BusMasterOff => value & BUS_MASTER == 0,
+            ResetCheck::BusMasterOff => value & u32::from(header::COMMAND_BUS_MASTER) == 0,
         };
         if holds {
             return Ok(());
@@ -179,7 +130,7 @@ fn verify(
     }
 }
 
-fn config_failure(action: &str, address: Sbdf, error: &std::io::Error) -> Failure {
+pub(super) fn config_failure(action: &str, address: Sbdf, error: &std::io::Error) -> Failure {
     Failure::new(ErrorCode::Failed, format!("{action} {address}: config access: {error}")).on(address)
 }
 

@@ -7,6 +7,32 @@ use crate::spec::register::{
 };
 use crate::spec::{CapabilitySpec, ExtendedCapabilityId};
 
+/// Registers of Advanced Error Reporting, from the beginning of the capability (PCI Express 6.0, section 7.8.4).
+pub mod aer {
+    /// Uncorrectable Error Status.
+    pub const UNCORRECTABLE_STATUS: u16 = 0x04;
+    /// Uncorrectable Error Mask.
+    pub const UNCORRECTABLE_MASK: u16 = 0x08;
+    /// Uncorrectable Error Severity.
+    pub const UNCORRECTABLE_SEVERITY: u16 = 0x0c;
+    /// Correctable Error Status.
+    pub const CORRECTABLE_STATUS: u16 = 0x10;
+    /// Correctable Error Mask.
+    pub const CORRECTABLE_MASK: u16 = 0x14;
+    /// Root Error Command, of root ports.
+    pub const ROOT_ERROR_COMMAND: u16 = 0x2c;
+}
+
+/// Registers of Downstream Port Containment, from the beginning of the capability (PCI Express 6.0, section 7.9.14).
+pub mod dpc {
+    /// DPC Status.
+    pub const STATUS: u16 = 0x08;
+    /// DPC Status: the port has cut off what is below it.
+    pub const TRIGGERED: u16 = 1 << 0;
+    /// DPC Error Source ID: who sent the message that triggered it.
+    pub const SOURCE: u16 = 0x0a;
+}
+
 /// What PCI Express says of them.
 pub const CAPABILITIES: &[CapabilitySpec] = &[
     extended(
@@ -81,11 +107,11 @@ const CORRECTABLE_STATUS: &[Field] = &fields::<8, 9>(Kind::Rw1c, CORRECTABLE);
 const CORRECTABLE_CONTROL: &[Field] = &fields::<8, 8>(Kind::Control, CORRECTABLE);
 
 const AER: &[Register] = &[
-    register(0x04, 4, "Uncorrectable Error Status", UNCORRECTABLE_STATUS),
-    register(0x08, 4, "Uncorrectable Error Mask", UNCORRECTABLE_CONTROL),
-    register(0x0c, 4, "Uncorrectable Error Severity", UNCORRECTABLE_CONTROL),
-    register(0x10, 4, "Correctable Error Status", CORRECTABLE_STATUS),
-    register(0x14, 4, "Correctable Error Mask", CORRECTABLE_CONTROL),
+    register(aer::UNCORRECTABLE_STATUS, 4, "Uncorrectable Error Status", UNCORRECTABLE_STATUS),
+    register(aer::UNCORRECTABLE_MASK, 4, "Uncorrectable Error Mask", UNCORRECTABLE_CONTROL),
+    register(aer::UNCORRECTABLE_SEVERITY, 4, "Uncorrectable Error Severity", UNCORRECTABLE_CONTROL),
+    register(aer::CORRECTABLE_STATUS, 4, "Correctable Error Status", CORRECTABLE_STATUS),
+    register(aer::CORRECTABLE_MASK, 4, "Correctable Error Mask", CORRECTABLE_CONTROL),
     register(
         0x18,
         4,
@@ -110,7 +136,7 @@ const AER: &[Register] = &[
     register(0x24, 4, "Header Log", &[status(0xffff_ffff, "Header Byte 8 to 11")]),
     register(0x28, 4, "Header Log", &[status(0xffff_ffff, "Header Byte 12 to 15")]),
     register(
-        0x2c,
+        aer::ROOT_ERROR_COMMAND,
         4,
         "Root Error Command",
         &[
@@ -177,11 +203,11 @@ const DPC: &[Register] = &[
         ],
     ),
     register(
-        0x08,
+        dpc::STATUS,
         2,
         "DPC Status",
         &[
-            rw1c(1 << 0, "DPC Trigger Status"),
+            rw1c(dpc::TRIGGERED as u32, "DPC Trigger Status"),
             status(0x0006, "DPC Trigger Reason"),
             rw1c(1 << 3, "DPC Interrupt Status"),
             status(1 << 4, "DPC RP Busy"),
@@ -191,7 +217,7 @@ const DPC: &[Register] = &[
             rsvdz(0xc080),
         ],
     ),
-    register(0x0a, 2, "DPC Error Source ID", &[status(0xffff, "DPC Error Source ID")]),
+    register(dpc::SOURCE, 2, "DPC Error Source ID", &[status(0xffff, "DPC Error Source ID")]),
 ];
 
 const PIO: [(u32, &str); 9] = [

@@ -11,7 +11,7 @@ mod speed;
 mod translation;
 mod virtualization;
 
-pub use errors::{CORRECTABLE as CORRECTABLE_ERRORS, UNCORRECTABLE as UNCORRECTABLE_ERRORS};
+pub use errors::{CORRECTABLE as CORRECTABLE_ERRORS, UNCORRECTABLE as UNCORRECTABLE_ERRORS, aer, dpc};
 
 use super::register::{Kind, Length, Register};
 use super::{AnyId, CapabilitySpec, ExtendedCapabilityId};
