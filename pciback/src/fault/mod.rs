@@ -1,8 +1,9 @@
 //! Errors that functions report, and what follows from them: pure, so that every case stands in a table.
 //!
 //! [`decide`] makes an action of an error, its owner, the policy and what happened before; [`Recovery`] is the conversation with a
-//! guest that is told; [`CrossCheck`] finds errors that no event told of.
+//! guest that is told; [`Account`] makes one error of its event and its count.
 
+mod account;
 mod counters;
 mod decision;
 mod history;
@@ -16,7 +17,8 @@ use serde::{Deserialize, Serialize};
 use crate::Sbdf;
 use crate::spec;
 
-pub use counters::{CrossCheck, ErrorCounters};
+pub use account::Account;
+pub use counters::ErrorCounters;
 pub use decision::{Decision, Owner, Relation, Response, decide};
 pub use history::{History, Storms};
 pub use policy::{Action, ErrorPolicy, ErrorWishes};

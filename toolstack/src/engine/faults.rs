@@ -1,35 +1,28 @@
-//! Errors that functions report: heard of, cross-checked with the kernel's counters, and decided about.
+//! Errors that functions report: heard of, accounted for, and decided about.
 //!
-//! Errors of one function and severity that come within a second are dealt with as one, so that no number of them costs more than a
-//! line of the audit log a second. What touches hardware or may wait runs on threads of its own.
+//! Each passes through the account of its function, whichever way it was found, and the account says when and how often there is
+//! something to decide. What touches hardware or may wait runs on threads of its own.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use log::{error, warn};
 use nix::errno::Errno;
 use pciback::config::Identity;
-use pciback::fault::{
-    self, Action, CrossCheck, Detection, ErrorCounters, ErrorPolicy, Fault, History, Owner, Relation,
-    Severity,
-};
+use pciback::fault::{self, Account, Action, ErrorPolicy, Fault, History, Owner, Relation, Severity};
 use pciback::live::errors::{self as registers, Layout};
-use pciback::platform::{ErrorEvent, ErrorEvents, Host};
+use pciback::platform::{ErrorEvent, ErrorEvents};
 use pciback::policy::{self, Subject};
 use pciback::{DomId, FunctionState, Sbdf};
 
+use super::looks::{Looks, PortLooks};
 use super::responses::Underway;
 use super::{Engine, Event};
 use crate::domains;
 use crate::outcome::Failure;
 use crate::protocol::{EventView, Happening, RegisterValue};
 
-/// How often the counters are looked at, and how long errors of one kind are gathered.
-const SECOND: Duration = Duration::from_secs(1);
-/// So many functions are looked at each second; more take longer in turn.
-const EACH_SECOND: usize = 64;
 /// So many events are taken at once before the engine looks at other things.
 const BURST: usize = 256;
 
@@ -42,53 +35,27 @@ pub(super) struct Place {
     pub ports: Vec<Sbdf>,
 }
 
-/// Errors of one kind that are gathered.
-struct Gathered {
-    fault: Option<Fault>,
-    due: Instant,
-}
-
-/// What a look at the counters and ports found.
-pub struct Look {
-    counters: Vec<(Sbdf, Option<ErrorCounters>)>,
-    contained: Vec<(Sbdf, registers::Contained)>,
-    /// Where the capabilities of those that were looked at are.
-    layouts: BTreeMap<Sbdf, Layout>,
-}
-
 /// All that is known of errors.
 #[derive(Default)]
 pub(super) struct Faults {
     /// The functions that guests have.
     pub places: BTreeMap<Sbdf, Place>,
     /// Those, their PFs and the ports above them.
-    checks: BTreeMap<Sbdf, Option<CrossCheck>>,
-    gathered: BTreeMap<(Sbdf, Severity), Gathered>,
+    pub watched: BTreeSet<Sbdf>,
+    /// The accounts of the watched ones, and of others that reported an error just now.
+    pub accounts: BTreeMap<Sbdf, Account>,
+    /// Looks at the counters.
+    pub looks: Looks,
     histories: BTreeMap<Sbdf, History>,
     guests: BTreeMap<DomId, History>,
     /// What is being done about functions.
     pub underway: BTreeMap<Sbdf, Underway>,
     /// Functions whose correctable errors are masked.
     pub masked: BTreeMap<Sbdf, super::responses::Mask>,
-    /// Where the capabilities of the watched ones are.
-    layouts: BTreeMap<Sbdf, Layout>,
-    /// Ports that have cut off what is below them, which was dealt with.
-    contained: BTreeSet<Sbdf>,
+    /// Looks at the ports.
+    pub ports: PortLooks,
     /// Functions whose registers are being read.
     reading: BTreeSet<Sbdf>,
-    looking: bool,
-    next_look: Option<Instant>,
-    last_look: Option<Instant>,
-}
-
-/// The layout of a function, looked for once.
-fn known(host: &dyn Host, address: Sbdf, layouts: &mut BTreeMap<Sbdf, Layout>) -> io::Result<Layout> {
-    if let Some(layout) = layouts.get(&address) {
-        return Ok(*layout);
-    }
-    let layout = Layout::find(host, address)?;
-    layouts.insert(address, layout);
-    Ok(layout)
 }
 
 impl Engine {
@@ -107,151 +74,61 @@ impl Engine {
 
     /// Takes what has come; `true`: there may be more.
     pub(super) fn take_errors(&mut self, events: &dyn ErrorEvents) -> bool {
+        self.faults.looks.set_events_wait(true);
         for _ in 0..BURST {
             match events.next_event() {
-                None => return false,
+                None => {
+                    self.faults.looks.set_events_wait(false);
+                    return false;
+                }
                 Some(ErrorEvent::Lost) => {
                     warn!("events about errors were lost; the kernel's counters are looked at");
                     self.look_at_errors_soon();
                 }
-                Some(ErrorEvent::Error(fault)) => {
-                    if let Some(Some(check)) = self.faults.checks.get_mut(&fault.address) {
-                        check.event(fault.severity);
-                    }
-                    self.gather(fault);
-                }
+                Some(ErrorEvent::Error(fault)) => self.account(&fault),
             }
         }
         true
     }
 
-    /// The counters are looked at as soon as they may be.
-    pub(super) fn look_at_errors_soon(&mut self) {
-        if let Some(next) = &mut self.faults.next_look {
-            let now = Instant::now();
-            *next = self.faults.last_look.map_or(now, |last| last + SECOND).max(now).min(*next);
-        }
-    }
-
     /// Whether anybody but dom0 is concerned with a function.
     fn concerns(&self, address: Sbdf) -> bool {
-        self.faults.checks.contains_key(&address) || self.records.contains_key(&address) || {
+        self.faults.watched.contains(&address) || self.records.contains_key(&address) || {
             // A function of dom0's, below a port that a guest's function hangs below, too.
             let ports = self.platform.host.ports_above(address).unwrap_or_default();
-            ports.iter().any(|port| self.faults.checks.contains_key(port))
+            ports.iter().any(|port| self.faults.watched.contains(port))
         }
     }
 
-    fn gather(&mut self, fault: Fault) {
-        let key = (fault.address, fault.severity);
-        let now = Instant::now();
-        if let Some(gathered) = self.faults.gathered.get_mut(&key)
-            && gathered.due > now
-        {
-            let sum = gathered.fault.get_or_insert(Fault { count: 0, ..fault });
-            sum.count = sum.count.saturating_add(fault.count);
-            sum.status |= fault.status;
-            return;
+    /// Enters into the function's account what told of an error, and deals with what that makes due.
+    pub(super) fn account(&mut self, fault: &Fault) {
+        if !self.faults.accounts.contains_key(&fault.address) {
+            if !self.concerns(fault.address) {
+                return;
+            }
+            let account = Account::begin(fault.address, None, self.faults.looks.begun());
+            self.faults.accounts.insert(fault.address, account);
         }
-        if self.concerns(fault.address) {
-            self.faults.gathered.insert(key, Gathered { fault: None, due: now + SECOND });
-            self.deal_with(&fault);
+        let begun = self.faults.looks.begun();
+        let account = self.faults.accounts.get_mut(&fault.address);
+        let due = account.and_then(|account| account.heard(fault, begun));
+        if let Some(due) = due {
+            // What follows soon waits for looks.
+            self.look_at_open_accounts_soon();
+            self.deal_with(&due);
         }
     }
 
     /// When something about errors is to be done next.
     pub(super) fn next_error_deadline(&self) -> Option<Instant> {
-        let faults = &self.faults;
-        let gathered = faults.gathered.values().map(|gathered| gathered.due);
-        let masked = faults.masked.values().map(|mask| mask.until);
-        gathered.chain(masked).chain(faults.next_look.filter(|_| !faults.looking)).min()
+        let masked = self.faults.masked.values().map(|mask| mask.until);
+        masked.chain(self.faults.looks.next()).min()
     }
 
     /// Does what is due.
     pub(super) fn check_error_deadlines(&mut self, now: Instant) {
-        let due = self.faults.gathered.iter().filter(|(_, gathered)| gathered.due <= now);
-        for key in due.map(|(key, _)| *key).collect::<Vec<_>>() {
-            if let Some(fault) = self.faults.gathered.remove(&key).and_then(|gathered| gathered.fault) {
-                self.faults.gathered.insert(key, Gathered { fault: None, due: now + SECOND });
-                self.deal_with(&fault);
-            }
-        }
         self.unmask_due(now);
-        if self.faults.next_look.is_some_and(|next| next <= now) && !self.faults.looking {
-            self.look_at_errors(now);
-        }
-    }
-
-    fn look_at_errors(&mut self, now: Instant) {
-        let addresses: Vec<Sbdf> = self.faults.checks.keys().copied().collect();
-        let ports: BTreeSet<Sbdf> =
-            self.faults.places.values().flat_map(|place| place.ports.iter().copied()).collect();
-        let functions: Vec<Sbdf> = self.faults.places.keys().copied().collect();
-        let turns = u32::try_from(addresses.len().div_ceil(EACH_SECOND)).unwrap_or(u32::MAX).max(1);
-        self.faults.last_look = Some(now);
-        self.faults.next_look = Some(now + SECOND * turns);
-        self.faults.looking = true;
-        let workshop = self.workshop();
-        let mut layouts = self.faults.layouts.clone();
-        let task = move || {
-            let mut counters = Vec::new();
-            layouts.retain(|address, _| addresses.contains(address));
-            for address in addresses {
-                match workshop.platform.errors.counters(address) {
-                    Ok(found) => counters.push((address, found)),
-                    Err(problem) => warn!("{problem}"),
-                }
-            }
-            let mut contained = Vec::new();
-            let host = workshop.platform.host.as_ref();
-            for function in functions {
-                // So that nothing has to be looked for when it reports an error.
-                if let Err(problem) = known(host, function, &mut layouts) {
-                    warn!("{function}: look for its capabilities: {problem}");
-                }
-            }
-            for port in ports {
-                let found = known(host, port, &mut layouts)
-                    .and_then(|layout| registers::containment(host, port, layout));
-                match found {
-                    Ok(found) => contained.extend(found.map(|found| (port, found))),
-                    Err(problem) => warn!("{port}: look for Downstream Port Containment: {problem}"),
-                }
-            }
-            workshop.inbox.send(Event::LookedAtErrors(Box::new(Look { counters, contained, layouts })));
-        };
-        if let Err(problem) = thread::Builder::new().name("errors".into()).spawn(task) {
-            error!("look at the error counters: start a thread: {problem}");
-            self.faults.looking = false;
-        }
-    }
-
-    pub(super) fn looked_at_errors(&mut self, look: Look) {
-        self.faults.looking = false;
-        self.faults.layouts = look.layouts;
-        for (address, counters) in look.counters {
-            let Some(check) = self.faults.checks.get_mut(&address) else { continue };
-            let Some(counters) = counters else { continue };
-            let missed = match check {
-                Some(check) => check.look(&counters),
-                None => {
-                    *check = Some(CrossCheck::begin(&counters));
-                    Vec::new()
-                }
-            };
-            for (severity, count) in missed {
-                self.gather(Fault { address, severity, status: 0, detection: Detection::Counters, count });
-            }
-        }
-        let now: BTreeSet<Sbdf> = look.contained.iter().map(|(port, _)| *port).collect();
-        self.faults.contained.retain(|port| now.contains(port));
-        for (port, contained) in look.contained {
-            if self.faults.contained.insert(port) {
-                let address = contained.source.unwrap_or(port);
-                let (severity, detection) = (Severity::Fatal, Detection::Containment);
-                self.gather(Fault { address, severity, status: 0, detection, count: 1 });
-            }
-        }
+        self.look_at_errors(now);
     }
 
     /// A guest is given a function, a transaction has ended, or an earlier life's guest is served on: who has what is looked at anew.
@@ -282,22 +159,19 @@ impl Engine {
                 [*address].into_iter().chain(place.physical_function).chain(place.ports.iter().copied()),
             );
         }
-        self.faults.checks.retain(|address, _| watched.contains(address));
         for address in &watched {
-            // Counted from now on.
-            if !self.faults.checks.contains_key(address) {
+            // Counted from now on; one that was dealt with just now may still show in another way.
+            if !self.faults.accounts.contains_key(address) {
                 let counters = self.platform.errors.counters(*address).ok().flatten();
-                self.faults.checks.insert(*address, counters.as_ref().map(CrossCheck::begin));
+                let account = Account::begin(*address, counters.as_ref(), self.faults.looks.begun());
+                self.faults.accounts.insert(*address, account);
             }
         }
+        self.faults.watched = watched;
+        self.schedule_looks();
         let living: BTreeSet<DomId> =
             self.records.values().filter_map(|record| record.guest).map(|place| place.domain).collect();
         self.faults.guests.retain(|domain, _| living.contains(domain));
-        match (watched.is_empty(), self.faults.next_look) {
-            (true, _) => self.faults.next_look = None,
-            (false, None) => self.faults.next_look = Some(Instant::now() + SECOND),
-            _ => {}
-        }
         Ok(())
     }
 
@@ -335,7 +209,7 @@ impl Engine {
         concerned
     }
 
-    fn deal_with(&mut self, fault: &Fault) {
+    pub(super) fn deal_with(&mut self, fault: &Fault) {
         let now = Instant::now();
         let mut concerned = self.concerned(fault);
         if concerned.iter().all(|(address, _)| *address != fault.address) {
@@ -420,7 +294,7 @@ impl Engine {
         let read: Vec<(Sbdf, Option<Layout>)> = [address]
             .into_iter()
             .chain(port)
-            .map(|address| (address, self.faults.layouts.get(&address).copied()))
+            .map(|address| (address, self.faults.ports.layout(address)))
             .collect();
         let workshop = self.workshop();
         let task = move || {

@@ -11,6 +11,7 @@ mod hvm;
 mod keeping;
 mod lists;
 mod log_limit;
+mod looks;
 mod network;
 mod news;
 mod notes;
@@ -135,8 +136,10 @@ pub enum Event {
     Problem(String),
     /// Functions were looked at because something happened to them.
     Seen(Look),
-    /// The kernel's error counters and the ports were looked at.
-    LookedAtErrors(Box<faults::Look>),
+    /// The kernel's error counters were looked at.
+    LookedAtErrors(Box<looks::Counted>),
+    /// The ports above guests' functions were looked at.
+    LookedAtPorts(Box<looks::PortsSeen>),
     /// What the registers that tell of errors hold.
     ErrorRegisters(Sbdf, Vec<RegisterValue>),
     /// A guest was paused or destroyed, or not.
@@ -398,7 +401,8 @@ impl Engine {
                 self.problems.push(text);
             }
             Event::Seen(seen) => self.seen(seen),
-            Event::LookedAtErrors(look) => self.looked_at_errors(*look),
+            Event::LookedAtErrors(counted) => self.errors_looked_at(*counted),
+            Event::LookedAtPorts(seen) => self.ports_looked_at(*seen),
             Event::ErrorRegisters(address, registers) => self.error_registers(address, registers),
             Event::GuestStopped(address, domain, action, outcome) => {
                 self.guest_stopped(address, domain, action, outcome);

@@ -12,9 +12,9 @@ use crate::frontend::{Frontend, write_op};
 use crate::world::{DB, Service, WEB, World, bdf, wait_until};
 
 const PF: &str = "01:00.0";
-const VF: &str = "01:10.0";
-const SIBLING: &str = "01:10.2";
-const PORT: &str = "00:01.0";
+pub const VF: &str = "01:10.0";
+pub const SIBLING: &str = "01:10.2";
+pub const PORT: &str = "00:01.0";
 
 /// What Linux's drivers are asked and answer.
 const DETECTED: u32 = 6;
@@ -29,17 +29,17 @@ const NEED_RESET: u32 = 3;
 const DISCONNECT: u32 = 4;
 const RECOVERED: u32 = 5;
 
-const COMPLETION_TIMEOUT: u32 = 1 << 14;
+pub const COMPLETION_TIMEOUT: u32 = 1 << 14;
 
 /// The VF in the guest `web`, whose frontend hears errors, below a root port.
-fn attached(world: &World, errors: &str) -> (Frontend, Service) {
+pub fn attached(world: &World, errors: &str) -> (Frontend, Service) {
     let frontend = Frontend::load(world, WEB);
     let service = world.start_with_errors(errors);
     attach(&service, &frontend, WEB, bdf(VF));
     (frontend, service)
 }
 
-fn attach(service: &Service, frontend: &Frontend, domain: DomId, address: Sbdf) {
+pub fn attach(service: &Service, frontend: &Frontend, domain: DomId, address: Sbdf) {
     service.hold(address).unwrap();
     service.attach(domain, address).unwrap();
     frontend.hears_errors();

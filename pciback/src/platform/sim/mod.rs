@@ -241,6 +241,11 @@ impl Simulation {
     /// A function reports an error: the kernel counts it and tells of it.
     pub fn report_error(&self, address: Sbdf, severity: Severity, status: u32) {
         self.miss_error(address, severity);
+        self.trace_error(address, severity, status);
+    }
+
+    /// The kernel tells of an error that it counts at another time, or not at all.
+    pub fn trace_error(&self, address: Sbdf, severity: Severity, status: u32) {
         let fault = Fault { address, severity, status, detection: Detection::Event, count: 1 };
         self.errors.tell(ErrorEvent::Error(fault));
     }
