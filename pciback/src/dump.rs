@@ -1,7 +1,7 @@
 //! Reading config spaces from the output of `lspci -x`, `-xxx` or `-xxxx`.
 //!
-//! A dump comes from someone else's machine, perhaps by mail: it is bounded, nothing in it is guessed, and what is wrong is
-//! named with its line.
+//! A dump comes from someone else's machine, perhaps by mail: it is bounded, nothing in it is guessed, what is wrong is named with
+//! its line, and the rest is read.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -16,6 +16,10 @@ pub const MAX_TEXT: usize = 64 << 20;
 pub const MAX_FUNCTIONS: usize = 1 << 16;
 /// The longest title that is kept, in characters.
 pub const MAX_TITLE: usize = 256;
+/// The most damaged places that are reported.
+const MAX_DAMAGE: usize = 100;
+/// The most regions of one function that are kept: six BARs, an expansion ROM, and six VF BARs.
+const MAX_REGIONS: usize = 13;
 
 /// How long a dump can be: `-x`, `-x` of a CardBus bridge, `-xxx`, `-xxxx`.
 const LENGTHS: [usize; 4] = [64, 128, 256, LONGEST];
@@ -45,9 +49,29 @@ pub struct DumpedFunction {
     pub bytes: Vec<u8>,
     /// The line of its address, counted from 1.
     pub line: usize,
+    /// The ranges that lspci -v printed of its BARs and expansion ROM, where it printed their sizes.
+    pub regions: Vec<Region>,
 }
 
-/// Why a text is no dump.
+/// A range of memory or I/O ports in a dump, as `Memory at e0000000 (64-bit, prefetchable) [size=256M]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Region {
+    /// Its first address or port.
+    pub start: u64,
+    /// Its size in bytes, a power of two.
+    pub size: u64,
+}
+
+/// A dump as far as it can be read.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Dump {
+    /// The functions, in their order. One with a damaged line is here with what stands before that line, cut to 64 or 256 bytes.
+    pub functions: Vec<DumpedFunction>,
+    /// What could not be read, by line; at most 100 entries.
+    pub damage: Vec<DumpError>,
+}
+
+/// Why a text is no dump, or why a part of it is not read.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum DumpError {
     /// The text is longer than any host's dump.
@@ -133,30 +157,54 @@ pub enum DumpError {
     },
 }
 
-/// Reads all functions of a dump, in their order.
+/// Reads all functions of a dump that is whole, in their order.
 ///
-/// Lines of `-v` and other text are skipped. What looks like an address or like bytes must be right.
+/// # Errors
+/// The first damaged place.
 pub fn parse(text: &str) -> Result<Vec<DumpedFunction>, DumpError> {
+    let dump = read(text)?;
+    match dump.damage.into_iter().next() {
+        Some(error) => Err(error),
+        None => Ok(dump.functions),
+    }
+}
+
+/// Reads a dump as far as it can be read.
+///
+/// Lines of `-v` and other text are skipped, but for the sizes of regions. What looks like an address or like bytes must be right:
+/// where it is not, the place is named in [`Dump::damage`] and the rest of that function is skipped.
+///
+/// # Errors
+/// The text is longer than [`MAX_TEXT`] bytes, or nothing in it can be read.
+pub fn read(text: &str) -> Result<Dump, DumpError> {
     if text.len() > MAX_TEXT {
         return Err(DumpError::TooLong { length: text.len() });
     }
     let mut reader = Reader::default();
-    for (index, line) in text.lines().enumerate() {
-        reader.line(index + 1, line.trim_end())?;
+    // Editors and PowerShell begin a file with a byte order mark.
+    for (index, line) in text.trim_start_matches('\u{feff}').lines().enumerate() {
+        if let Err(error) = reader.line(index + 1, line.trim_end()) {
+            reader.damaged(error);
+        }
     }
-    reader.end_function()?;
-    if reader.functions.is_empty() {
-        return Err(DumpError::Empty);
+    if let Err(error) = reader.end_function() {
+        reader.damaged(error);
     }
-    Ok(reader.functions)
+    let Dump { functions, damage } = reader.dump;
+    if !functions.is_empty() {
+        return Ok(Dump { functions, damage });
+    }
+    Err(damage.into_iter().next().unwrap_or(DumpError::Empty))
 }
 
 #[derive(Default)]
 struct Reader {
-    functions: Vec<DumpedFunction>,
+    dump: Dump,
     seen: BTreeSet<Sbdf>,
     /// The function whose bytes are being read.
     open: Option<DumpedFunction>,
+    /// Until the next address: bytes that follow a damaged place are nobody's.
+    skipping: bool,
 }
 
 impl Reader {
@@ -167,6 +215,7 @@ impl Reader {
         }
         // Lines of -v are indented.
         if text.starts_with(char::is_whitespace) {
+            self.region(text);
             return Ok(());
         }
         let (word, rest) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
@@ -175,27 +224,66 @@ impl Reader {
             return Ok(());
         }
         match word.strip_suffix(':') {
+            Some(_) if self.skipping => Ok(()),
             Some(offset) => self.bytes(line, text, offset, rest),
             None => self.address(line, word, rest),
         }
     }
 
+    /// Notes a damaged place. What the function has before it is kept, as far as lspci would print it.
+    fn damaged(&mut self, error: DumpError) {
+        if self.dump.damage.len() < MAX_DAMAGE {
+            self.dump.damage.push(error);
+        }
+        self.skipping = true;
+        let Some(mut function) = self.open.take() else { return };
+        if let Some(length) = [256, 64].into_iter().find(|length| *length <= function.bytes.len()) {
+            function.bytes.truncate(length);
+            self.dump.functions.push(function);
+        }
+    }
+
     fn address(&mut self, line: usize, word: &str, title: &str) -> Result<(), DumpError> {
-        self.end_function()?;
+        if let Err(error) = self.end_function() {
+            self.damaged(error);
+        }
+        self.skipping = false;
         let domain = word.split(':').next().filter(|_| word.split(':').count() == 3).unwrap_or_default();
         if domain.len() > 4 && domain.len() <= 8 {
             return Err(DumpError::Domain { line, domain: domain.to_owned() });
         }
         let address = word.parse().map_err(|source| DumpError::Address { line, source })?;
-        if self.functions.len() == MAX_FUNCTIONS {
+        if self.dump.functions.len() == MAX_FUNCTIONS {
             return Err(DumpError::TooMany { line });
         }
         if !self.seen.insert(address) {
             return Err(DumpError::Repeated { line, address });
         }
         let title = printable(title, MAX_TITLE);
-        self.open = Some(DumpedFunction { address, title, bytes: Vec::new(), line });
+        let (bytes, regions) = (Vec::new(), Vec::new());
+        self.open = Some(DumpedFunction { address, title, bytes, line, regions });
         Ok(())
+    }
+
+    /// Takes the size of a region from a line such as `Region 0: Memory at e0000000 (64-bit, prefetchable) [size=256M]`.
+    fn region(&mut self, text: &str) {
+        let Some(function) = self.open.as_mut().filter(|function| function.regions.len() < MAX_REGIONS)
+        else {
+            return;
+        };
+        let what = text.trim_start();
+        let what = match what.strip_prefix("Region ") {
+            Some(numbered) => numbered.split_once(": ").map_or("", |(_, what)| what),
+            None => what,
+        };
+        let at = ["Memory at ", "I/O ports at ", "Expansion ROM at "];
+        let Some(place) = at.iter().find_map(|prefix| what.strip_prefix(prefix)) else { return };
+        let start = place.split_whitespace().next().and_then(|word| u64::from_str_radix(word, 16).ok());
+        let size =
+            place.split_once("[size=").and_then(|(_, size)| size.split_once(']')).map(|(size, _)| size);
+        if let Some((start, size)) = start.zip(size.and_then(byte_count)) {
+            function.regions.push(Region { start, size });
+        }
     }
 
     fn bytes(&mut self, line: usize, text: &str, offset: &str, rest: &str) -> Result<(), DumpError> {
@@ -213,22 +301,42 @@ impl Reader {
             return Err(DumpError::Length { line, address: function.address, length: expected + LINE });
         }
         let mut words = rest.split_ascii_whitespace();
-        for _ in 0..LINE {
-            let byte = words.next().and_then(byte).ok_or_else(malformed)?;
-            function.bytes.push(byte);
+        let mut bytes = [0; LINE];
+        for slot in &mut bytes {
+            *slot = words.next().and_then(byte).ok_or_else(malformed)?;
         }
-        if words.next().is_some() { Err(malformed()) } else { Ok(()) }
+        if words.next().is_some() {
+            return Err(malformed());
+        }
+        function.bytes.extend(bytes);
+        Ok(())
     }
 
     fn end_function(&mut self) -> Result<(), DumpError> {
-        let Some(function) = self.open.take() else { return Ok(()) };
+        let Some(function) = &self.open else { return Ok(()) };
         let (line, address, length) = (function.line, function.address, function.bytes.len());
         if !LENGTHS.contains(&length) {
             return Err(DumpError::Length { line, address, length });
         }
-        self.functions.push(function);
+        self.dump.functions.extend(self.open.take());
         Ok(())
     }
+}
+
+/// A size as lspci prints it, in bytes: digits and perhaps K, M, G or T. Regions are powers of two.
+fn byte_count(text: &str) -> Option<u64> {
+    let digits = text.trim_end_matches(['K', 'M', 'G', 'T']);
+    let shift = match &text[digits.len()..] {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return None,
+    };
+    let count: u64 = digits.parse().ok()?;
+    let size = count.checked_mul(1 << shift)?;
+    size.is_power_of_two().then_some(size)
 }
 
 /// The beginning of a text, without what a terminal would obey.

@@ -25,7 +25,7 @@ const VFS: u32 = 1000;
 fn vf() -> FunctionSpec {
     let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let text = std::fs::read_to_string(repository.join("pciback/tests/dumps/qemu-igbvf.txt")).unwrap();
-    dumped_specs(&dump::parse(&text).unwrap(), Some(pciback::policy::Kind::Virtual)).remove(0)
+    dumped_specs(&dump::parse(&text).unwrap(), Some(pciback::policy::Kind::Virtual)).remove(0).spec
 }
 
 /// As many VFs as one would have of one PF: they differ in their addresses and in nothing that the filter is compiled from.

@@ -169,6 +169,63 @@ fn too_much_text_is_not_read() {
     assert_eq!(parse(&text), Err(DumpError::TooLong { length: MAX_TEXT + 1 }));
 }
 
+#[test]
+fn a_line_that_a_message_has_torn_costs_only_the_rest_of_its_function() {
+    let torn = dump("01:00.0 VGA", 4096).replace("f20:", "f2pcilib: sysfs_read_vpd: read failed\n0:");
+    let dump = read(&(torn + &dump("01:00.1 Audio", 64))).expect("a dump");
+    let lengths: Vec<_> = dump.functions.iter().map(|function| function.bytes.len()).collect();
+    assert_eq!(lengths, [256, 64]);
+    let damage: Vec<_> = dump.damage.iter().map(ToString::to_string).collect();
+    assert_eq!(damage, ["line 245: bytes of offset 0x0, where those of 0xf20 should follow"]);
+}
+
+#[test]
+fn a_function_whose_header_is_damaged_is_left_out() {
+    let broken = dump("01:00.0", 64).replacen("20:", "x0:", 1);
+    let dump = read(&(broken + &dump("02:00.0", 64))).expect("a dump");
+    assert_eq!(dump.functions.len(), 1);
+    assert_eq!(dump.functions[0].address.to_string(), "0000:02:00.0");
+    assert_eq!(dump.damage.len(), 1, "{:?}", dump.damage);
+}
+
+#[test]
+fn a_function_in_a_domain_over_ffff_is_left_out_and_named() {
+    let text = dump("10000:e1:00.0 Disk", 256) + &dump("00:1f.0", 256);
+    let dump = read(&text).expect("a dump");
+    assert_eq!((dump.functions.len(), dump.damage.len()), (1, 1));
+    assert!(dump.damage[0].to_string().starts_with("line 1: domain 10000 is over ffff"));
+}
+
+#[test]
+fn a_function_that_stands_twice_is_read_once() {
+    let dump = read(&(dump("01:00.0 a", 64) + &dump("01:00.0 b", 256))).expect("a dump");
+    assert_eq!((dump.functions.len(), dump.functions[0].title.as_str()), (1, "a"));
+    assert_eq!(dump.damage.len(), 1);
+}
+
+#[test]
+fn a_byte_order_mark_before_the_first_address_is_no_damage() {
+    let dump = read(&format!("\u{feff}{}", dump("03:00.0 Network", 256))).expect("a dump");
+    assert_eq!((dump.functions.len(), dump.damage.len()), (1, 0));
+}
+
+#[test]
+fn the_damage_that_is_reported_is_bounded() {
+    let text = "10000:00:00.0\n".repeat(1000) + &dump("00:00.0", 64);
+    assert_eq!(read(&text).expect("a dump").damage.len(), 100);
+}
+
+#[test]
+fn sizes_of_regions_are_taken_from_verbose_lines_and_only_as_lspci_prints_them() {
+    let head = "01:00.0 VGA\n\tRegion 0: Memory at 383ffff10000 (64-bit, prefetchable) [size=256M]\n\tI/O ports at e000 \
+                [size=128]\n\tExpansion ROM at c0140000 [disabled] [size=128K]\n\tRegion 2: Memory at <unassigned> (64-bit) \
+                [size=4K]\n\tMemory at f000 (32-bit) [size=3K]\n\tMemory at e000 (32-bit) [size=99999999999999999999T]\n\t\
+                Memory at d000 (32-bit)";
+    let regions = &parse(&dump(head, 64)).expect("a dump")[0].regions;
+    let found: Vec<_> = regions.iter().map(|region| (region.start, region.size)).collect();
+    assert_eq!(found, [(0x383f_fff1_0000, 256 << 20), (0xe000, 128), (0xc014_0000, 128 << 10)]);
+}
+
 fn functions() -> impl Strategy<Value = Vec<DumpedFunction>> {
     let length = prop::sample::select(LENGTHS.to_vec());
     let bytes = length.prop_flat_map(|length| prop::collection::vec(any::<u8>(), length));
@@ -180,7 +237,8 @@ fn functions() -> impl Strategy<Value = Vec<DumpedFunction>> {
             .into_iter()
             .map(|(packed, ((first, rest), bytes))| {
                 let title = if first.is_empty() { first } else { first + &rest };
-                let function = DumpedFunction { address: Sbdf::from_packed(packed), title, bytes, line };
+                let (address, regions) = (Sbdf::from_packed(packed), Vec::new());
+                let function = DumpedFunction { address, title, bytes, line, regions };
                 line += 2 + function.bytes.len() / LINE;
                 function
             })

@@ -5,6 +5,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use super::names;
+use super::obstacles::BRIDGE;
 use crate::Sbdf;
 use crate::config::{
     AnyId, Capability, CapabilityList, Deferred, FunctionSpec, Initial, Planes, Policy, Segment, Treatment,
@@ -31,6 +32,12 @@ pub struct Explanation {
     pub problems: Vec<String>,
     /// What the policy asked for in registers that no policy can change, or that are not there.
     pub refused: Vec<String>,
+    /// What stands in the way of giving it to a guest, and what to do about each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub obstacles: Vec<String>,
+    /// What is not known of it, so that registers may be shown wrong.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unknown: Vec<String>,
     /// What waits until the guest that has the function has let go of it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub deferred: Vec<String>,
@@ -115,9 +122,13 @@ pub fn explain(spec: &FunctionSpec, policy: &Policy, visible: Option<&[u16]>) ->
         registers: Vec::new(),
         problems: Vec::new(),
         refused: Vec::new(),
+        obstacles: Vec::new(),
+        unknown: Vec::new(),
         deferred: Vec::new(),
     };
-    match Planes::compile_keeping(spec, policy, visible) {
+    let compiled = Planes::compile_keeping(spec, policy, visible).map_err(|error| error.to_string());
+    let bridge = "it is a bridge (base class 06), and bridges stay with the host".to_owned();
+    match if spec.identity.class >> 16 == BRIDGE { Err(bridge) } else { compiled } {
         Ok(planes) => {
             let line = |(capability, visible): &(Capability, bool)| capability_line(capability, *visible);
             explanation.capabilities = planes.capabilities().iter().map(line).collect();
@@ -128,7 +139,7 @@ pub fn explain(spec: &FunctionSpec, policy: &Policy, visible: Option<&[u16]>) ->
         }
         Err(error) => {
             let list = CapabilityList::walk(&spec.bytes);
-            explanation.not_assignable = Some(error.to_string());
+            explanation.not_assignable = Some(error);
             explanation.capabilities =
                 list.capabilities.iter().map(|capability| capability_line(capability, false)).collect();
             explanation.problems = list.problems.iter().map(ToString::to_string).collect();

@@ -46,7 +46,10 @@ fn dumps() -> Vec<(String, FunctionSpec)> {
     let of = |path: &PathBuf| {
         let name = path.file_stem().unwrap().to_string_lossy().into_owned();
         let functions = dump::parse(&std::fs::read_to_string(path).unwrap()).unwrap();
-        dumped_specs(&functions, None).into_iter().map(move |spec| (name.clone(), spec)).collect::<Vec<_>>()
+        dumped_specs(&functions, None)
+            .into_iter()
+            .map(move |dumped| (name.clone(), dumped.spec))
+            .collect::<Vec<_>>()
     };
     files("tests/dumps", "txt").iter().flat_map(of).collect()
 }
@@ -177,8 +180,9 @@ fn every_dump_can_be_explained_whatever_it_holds_and_each_byte_once() {
                 title: String::new(),
                 bytes: spec.bytes.clone(),
                 line: 1,
+                regions: Vec::new(),
             };
-            let spec = dumped_specs(&[function], kind).remove(0);
+            let spec = dumped_specs(&[function], kind).remove(0).spec;
             let explained = explain(&spec, &Policy::default(), None);
             if explained.not_assignable.is_some() {
                 assert!(explained.registers.is_empty(), "{name}");

@@ -87,6 +87,6 @@ impl Composer {
     pub fn finish(self) -> (&'static str, DumpedFunction) {
         let title = format!("composed: {}", self.name);
         let address = Sbdf::from_devfn(0, 1, 0);
-        (self.name, DumpedFunction { address, title, bytes: self.bytes, line: 1 })
+        (self.name, DumpedFunction { address, title, bytes: self.bytes, line: 1, regions: Vec::new() })
     }
 }

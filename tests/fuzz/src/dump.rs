@@ -5,14 +5,17 @@ use pciback::dump;
 /// What is accepted can be printed and read again.
 pub fn dump_parser(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
-    let functions = match dump::parse(&text) {
-        Ok(functions) => functions,
-        Err(error) => {
-            // One line, of a length that a terminal can take.
-            let said = error.to_string();
-            assert!(said.len() < 1000 && !said.contains(['\n', '\r']), "{said:?}");
-            return;
+    // One line, of a length that a terminal can take.
+    let check = |error: &dump::DumpError| {
+        let said = error.to_string();
+        assert!(said.len() < 1000 && !said.contains(['\n', '\r']), "{said:?}");
+    };
+    let functions = match dump::read(&text) {
+        Ok(dump) => {
+            dump.damage.iter().for_each(check);
+            dump.functions
         }
+        Err(error) => return check(&error),
     };
     assert!(!functions.is_empty());
     let printed: String = functions.iter().map(ToString::to_string).collect();

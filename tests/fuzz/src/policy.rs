@@ -26,8 +26,9 @@ pub fn policy_parser(data: &[u8]) {
             return;
         }
     };
-    static SPECS: LazyLock<Vec<FunctionSpec>> =
-        LazyLock::new(|| dumped_specs(&dump::parse(DEVICE).expect("a dump of ours"), None));
+    static SPECS: LazyLock<Vec<FunctionSpec>> = LazyLock::new(|| {
+        vec![dumped_specs(&dump::parse(DEVICE).expect("a dump of ours"), None).remove(0).spec]
+    });
     let spec = &SPECS[0];
     let set = PolicySet::new(vec![file]);
     let policy = set.all().policy;

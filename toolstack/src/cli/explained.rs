@@ -14,17 +14,22 @@ struct Group<'a> {
     bits: &'a BitsLine,
 }
 
-/// All registers of some functions.
-pub fn explanations(devices: &[Explanation]) -> String {
-    devices.iter().map(explanation).collect::<Vec<_>>().join("\n")
+/// All registers of some functions, after what could not be read.
+pub fn explanations(devices: &[Explanation], damage: &[String]) -> String {
+    let damage: String = damage.iter().map(|line| format!("damaged: {line}\n")).collect();
+    damage + &devices.iter().map(explanation).collect::<Vec<_>>().join("\n")
 }
 
 fn explanation(device: &Explanation) -> String {
     let kind = if device.is_virtual { "virtual" } else { "physical" };
     let mut text = format!("{} {}, a {kind} function\n", device.address, device.id);
-    for (what, list) in
-        [("problem", &device.problems), ("refused", &device.refused), ("deferred", &device.deferred)]
-    {
+    for (what, list) in [
+        ("problem", &device.problems),
+        ("unknown", &device.unknown),
+        ("obstacle", &device.obstacles),
+        ("refused", &device.refused),
+        ("deferred", &device.deferred),
+    ] {
         for line in list {
             let _ = writeln!(text, "  {what}: {line}");
         }

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand, ValueEnum};
 use pciback::Sbdf;
 use pciback::dump;
-use pciback::policy::{Kind, PolicyFile, PolicySet, dumped_specs, explain, schema};
+use pciback::policy::{
+    Dumped, Explanation, Kind, PolicyFile, PolicySet, dumped_specs, explain, obstacles, schema,
+};
 
 use super::Step;
 use crate::outcome::{ErrorCode, Failure};
@@ -181,12 +183,19 @@ fn explain_dump(path: &Path, files: &[PathBuf], kind: Option<As>) -> Result<Succ
         File::open(path).and_then(|file| file.take(limit).read_to_end(&mut text)).map_err(unreadable)?;
     }
     // Names of devices may come in any encoding; the digits are ASCII.
-    let functions = dump::parse(&String::from_utf8_lossy(&text)).map_err(|error| {
+    let dump::Dump { functions, damage } = dump::read(&String::from_utf8_lossy(&text)).map_err(|error| {
         Failure::new(ErrorCode::Failed, format!("{shown}: {error}"))
             .hint("'lspci -xxxx', as root, writes what is expected; one device: 'lspci -xxxx -s 01:10.0'")
     })?;
-    let policy = sources(files)?.all().policy;
+    let set = sources(files)?;
+    let merged = set.all();
     let kind = kind.map(|kind| if kind == As::Vf { Kind::Virtual } else { Kind::Physical });
-    let devices = dumped_specs(&functions, kind).iter().map(|spec| explain(spec, &policy, None)).collect();
-    Ok(Success::Explained { devices })
+    let explained = |Dumped { spec, unknown }: Dumped| Explanation {
+        obstacles: obstacles(&spec, &merged.permits, None),
+        unknown,
+        ..explain(&spec, &merged.policy, None)
+    };
+    let devices = dumped_specs(&functions, kind).into_iter().map(explained).collect();
+    let damage = damage.iter().map(|error| format!("{shown}: {error}")).collect();
+    Ok(Success::Explained { devices, damage })
 }

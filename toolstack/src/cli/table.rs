@@ -24,7 +24,7 @@ pub fn render(success: &Success) -> String {
         Success::VfNetwork(view) => network::vf_network(view),
         Success::VfNetworks { physical_function, vfs } => network::vf_networks(*physical_function, vfs),
         Success::Policy(view) => explained::policy(view),
-        Success::Explained { devices } => explained::explanations(devices),
+        Success::Explained { devices, damage } => explained::explanations(devices, damage),
         Success::Learned { functions } => explained::learned(functions),
         Success::Reloaded { files, functions } => explained::reloaded(*files, functions),
         Success::Checked { files } => explained::checked(files),

@@ -5,7 +5,7 @@ use std::thread;
 
 use log::{error, info, warn};
 use pciback::config::{CapabilityAction, FunctionSpec, Origin, Place, Planes, Rule, Segment, Treatment};
-use pciback::policy::{PolicySet, Subject, deferred, explain, learn, selector_word};
+use pciback::policy::{Explanation, PolicySet, Subject, deferred, explain, learn, obstacles, selector_word};
 use pciback::{DomId, Sbdf};
 
 use super::open::Filter;
@@ -194,8 +194,10 @@ impl Engine {
     /// What a guest sees of a function.
     pub(super) fn explain_policy(&self, address: Sbdf, domain: Option<String>, reply: Reply) {
         self.inspect(address, domain, reply, |looked| {
-            let policy = looked.policies.merge(&looked.subject).policy;
-            Success::Explained { devices: vec![explain(&looked.spec, &policy, looked.visible.as_deref())] }
+            let merged = looked.policies.merge(&looked.subject);
+            let obstacles = obstacles(&looked.spec, &merged.permits, Some(&looked.resets));
+            let explanation = explain(&looked.spec, &merged.policy, looked.visible.as_deref());
+            Success::Explained { devices: vec![Explanation { obstacles, ..explanation }], damage: Vec::new() }
         });
     }
 
@@ -210,7 +212,7 @@ impl Engine {
         let (workshop, user) = (self.workshop(), self.users(|user| *user == address).pop());
         self.background("explain", move || {
             let host = workshop.platform.host.as_ref();
-            let looked = existing(host, address).and_then(|_| {
+            let looked = existing(host, address).and_then(|function| {
                 let spec = function_spec(host, address)?;
                 // Of another guest than the one that has it, nothing has been seen yet.
                 let of_user = user.as_ref().filter(|_| domain.is_none());
@@ -220,7 +222,8 @@ impl Engine {
                 };
                 let visible = of_user.map(|user| user.visible.clone());
                 let subject = Subject::of(&spec, name.as_deref());
-                Ok(Looked { policies: Arc::clone(&workshop.policies), spec, subject, visible })
+                let (policies, resets) = (Arc::clone(&workshop.policies), function.reset_methods);
+                Ok(Looked { policies, spec, subject, visible, resets })
             });
             reply.done(looked.map(show));
         });
@@ -233,6 +236,8 @@ struct Looked {
     spec: FunctionSpec,
     subject: Subject,
     visible: Option<Vec<u16>>,
+    /// The ways in which Linux can reset it.
+    resets: Vec<String>,
 }
 
 impl Workshop {
@@ -303,7 +308,7 @@ fn origin(rule: &Rule) -> String {
 }
 
 fn policy_view(looked: &Looked) -> PolicyView {
-    let Looked { policies, spec, subject, visible } = looked;
+    let Looked { policies, spec, subject, visible, .. } = looked;
     let merged = policies.merge(subject);
     let file = |file: &pciback::policy::PolicyFile, mismatch: Option<String>| PolicyFileView {
         name: file.name.clone(),

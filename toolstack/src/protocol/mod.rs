@@ -321,6 +321,9 @@ pub enum Success {
     Explained {
         /// The list.
         devices: Vec<Explanation>,
+        /// What could not be read of a dump, with file and line.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        damage: Vec<String>,
     },
     /// What guests wrote in vain.
     Learned {

@@ -1,6 +1,6 @@
 use super::*;
 use crate::dump;
-use crate::policy::{Kind, PolicyFile, PolicySet, dumped_specs};
+use crate::policy::{Kind, Permission, PolicyFile, PolicySet, dumped_specs, obstacles};
 
 /// A network controller with power management at 0x40 and a capability that nobody knows at 0x50.
 fn dumped() -> String {
@@ -15,6 +15,7 @@ fn dumped() -> String {
         title: "Ethernet controller".into(),
         bytes: bytes.to_vec(),
         line: 1,
+        regions: Vec::new(),
     };
     function.to_string()
 }
@@ -23,7 +24,7 @@ fn explained(text: &str, kind: Option<Kind>, policy: &str) -> Explanation {
     let functions = dump::parse(text).unwrap();
     let specs = dumped_specs(&functions, kind);
     let set = PolicySet::new(vec![PolicyFile::parse("p.yaml", policy).unwrap()]);
-    explain(&specs[0], &set.all().policy, None)
+    explain(&specs[0].spec, &set.all().policy, None)
 }
 
 fn register<'a>(explanation: &'a Explanation, name: &str) -> &'a RegisterLine {
@@ -97,7 +98,7 @@ fn a_dump_can_be_read_as_a_vfs_and_a_bridge_says_why_no_guest_gets_it() {
     assert_eq!((memory.read.as_str(), memory.value), ("fixed", Some(2)));
     let bridge = dumped().replace("01 00 00 02 10 00 00 00", "01 00 04 06 10 00 01 00");
     let explanation = explained(&bridge, None, "");
-    assert!(explanation.not_assignable.unwrap().contains("header type 0x1"));
+    assert!(explanation.not_assignable.unwrap().contains("bridges stay with the host"));
     assert_eq!(explanation.capabilities.len(), 2);
 }
 
@@ -114,7 +115,49 @@ fn a_vf_gets_its_identity_from_the_pf_of_the_same_dump() {
     vf.bytes[..4].fill(0xff);
     vf.bytes[0x100..0x140].fill(0);
     let specs = dumped_specs(&[pf, vf], None);
-    assert!(!specs[0].is_virtual() && specs[1].is_virtual());
-    assert_eq!((specs[1].identity.vendor, specs[1].identity.device), (0x8086, 0x10ca));
-    assert!(specs[1].resources[0].exists());
+    assert!(!specs[0].spec.is_virtual() && specs[1].spec.is_virtual());
+    assert_eq!((specs[1].spec.identity.vendor, specs[1].spec.identity.device), (0x8086, 0x10ca));
+    assert!(specs[1].spec.resources[0].exists());
+}
+
+#[test]
+fn a_host_bridge_goes_to_no_guest_although_its_header_is_an_ordinary_one() {
+    let bridge = dumped().replace("01 00 00 02 10 00 00 00", "01 00 00 06 10 00 00 00");
+    let explanation = explained(&bridge, None, "");
+    assert!(explanation.not_assignable.unwrap().contains("bridges stay with the host"));
+    assert!(explanation.registers.is_empty());
+}
+
+#[test]
+fn the_size_of_a_bar_comes_from_the_dumps_text_or_is_named_as_unknown() {
+    let specs = |text: &str| dumped_specs(&dump::parse(text).unwrap(), None).remove(0);
+    let unknown = specs(&dumped());
+    assert_eq!(unknown.spec.resources[0].size, 16);
+    assert!(unknown.unknown[0].contains("size of BAR 0 is unknown"), "{:?}", unknown.unknown);
+    let text = dumped().replacen('\n', "\n\tRegion 0: Memory at fe000000 (64-bit) [size=16K]\n", 1);
+    let known = specs(&text);
+    assert_eq!((known.spec.resources[0].size, known.unknown.len()), (16 << 10, 0));
+}
+
+#[test]
+fn what_attach_would_refuse_is_named_as_an_obstacle() {
+    let found = |text: &str, permits: &[Permission], resets: Option<&[String]>| {
+        let spec = dumped_specs(&dump::parse(text).unwrap(), None).remove(0).spec;
+        obstacles(&spec, &permits.iter().copied().collect(), resets)
+    };
+    // It can be reset by power management: No_Soft_Reset is clear.
+    assert!(found(&dumped(), &[], None).is_empty());
+    let keeps_its_state = dumped().replace("40: 01 50 03 00 00", "40: 01 50 03 00 08");
+    assert_ne!(keeps_its_state, dumped());
+    assert!(found(&keeps_its_state, &[], None)[0].contains("only a reset of its bus"));
+    assert!(found(&keeps_its_state, &[], Some(&["bus".to_owned()])).is_empty());
+    assert!(found(&dumped(), &[], Some(&[]))[0].contains("Linux cannot reset it"));
+
+    let mut pf = dump::parse(&dumped()).unwrap().remove(0);
+    pf.bytes.resize(4096, 0);
+    pf.bytes[0x100..0x104].copy_from_slice(&[0x10, 0, 1, 0]);
+    pf.bytes[0x10e] = 8;
+    let pf = pf.to_string();
+    assert!(found(&pf, &[], None)[0].contains("'permit: [physical-function]'"));
+    assert!(found(&pf, &[Permission::PhysicalFunction], None).is_empty());
 }

@@ -1,0 +1,82 @@
+//! What stands in the way of giving a function to a guest, as far as its config space and the policies tell.
+
+use std::collections::BTreeSet;
+
+use super::file::Permission;
+use crate::config::bytes::Bytes;
+use crate::config::{CapabilityList, FunctionSpec};
+use crate::spec::{CapabilityId, ExtendedCapabilityId, express, legacy};
+
+/// The base class of bridges (PCI Code and ID Assignment 1.16, section 1).
+pub(super) const BRIDGE: u32 = 0x06;
+/// Device Capabilities, in the PCI Express capability (PCI Express 6.0, section 7.5.3.3).
+const DEVICE_CAPABILITIES: u16 = 0x04;
+/// AF Capabilities, in the Advanced Features capability (Advanced Capabilities for Conventional PCI ECN).
+const AF_CAPABILITIES: u16 = 0x03;
+/// Power Management Control/Status, in its capability (PCI Express 6.0, section 7.5.2.2).
+const POWER_CONTROL: u16 = 0x04;
+const NO_SOFT_RESET: u16 = 1 << 3;
+/// Total VFs, in the SR-IOV capability (section 9.3.3.5).
+const TOTAL_VFS: u16 = 0x0e;
+/// The part of config space that capabilities stand in, in bytes.
+const CAPABILITIES_END: usize = 256;
+
+/// The obstacles, each with what to do about it. `resets`: the ways in which Linux can reset the function, where a host was asked.
+pub fn obstacles(
+    spec: &FunctionSpec,
+    permits: &BTreeSet<Permission>,
+    resets: Option<&[String]>,
+) -> Vec<String> {
+    let list = CapabilityList::walk(&spec.bytes);
+    let mut found = Vec::new();
+    if spec.identity.class >> 16 == BRIDGE {
+        // Nothing helps.
+        return found;
+    }
+    let vfs =
+        list.extended(ExtendedCapabilityId::SR_IOV).map_or(0, |at| spec.bytes.word(at.offset + TOTAL_VFS));
+    if vfs > 0 && !spec.is_virtual() && !permits.contains(&Permission::PhysicalFunction) {
+        found.push(format!(
+            "it is a PF with up to {vfs} VFs, over which its owner decides: guests get it only where a policy says \
+             'permit: [physical-function]'"
+        ));
+    }
+    let own = [
+        (flr(spec, &list), "FLR"),
+        (af_flr(spec, &list), "AF FLR"),
+        (power_reset(spec, &list), "a reset by power management"),
+    ];
+    let can_be_reset = match resets {
+        Some(resets) => !resets.is_empty(),
+        // VFs have FLR (PCI Express 6.0, section 9.2.2.2).
+        None if spec.bytes.len() < CAPABILITIES_END => true,
+        None => spec.is_virtual() || own.iter().any(|(has, _)| *has),
+    };
+    if !can_be_reset {
+        let names = own.map(|(_, name)| name).join(", ");
+        found.push(match resets {
+            Some(_) => format!("Linux cannot reset it (it has none of {names}, and its bus cannot be reset)"),
+            None => format!(
+                "it has none of {names}: only a reset of its bus, which hits all functions there, is left"
+            ),
+        });
+    }
+    found
+}
+
+fn flr(spec: &FunctionSpec, list: &CapabilityList) -> bool {
+    list.legacy(CapabilityId::PCI_EXPRESS)
+        .is_some_and(|at| spec.bytes.dword(at.offset + DEVICE_CAPABILITIES) & express::FLR_CAPABLE != 0)
+}
+
+fn af_flr(spec: &FunctionSpec, list: &CapabilityList) -> bool {
+    list.legacy(CapabilityId::ADVANCED_FEATURES).is_some_and(|at| {
+        spec.bytes.word(at.offset + AF_CAPABILITIES) & u16::from(legacy::AF_FLR_CAPABLE) != 0
+    })
+}
+
+/// A function that loses its state on the way from D3hot to D0: No_Soft_Reset is clear.
+fn power_reset(spec: &FunctionSpec, list: &CapabilityList) -> bool {
+    list.legacy(CapabilityId::POWER_MANAGEMENT)
+        .is_some_and(|at| spec.bytes.word(at.offset + POWER_CONTROL) & NO_SOFT_RESET == 0)
+}
