@@ -58,6 +58,9 @@ pub struct Record {
     /// What was given to the guest beyond the device itself.
     #[serde(default)]
     pub grants: Vec<Grant>,
+    /// Whether its guest may still reach it: that it was switched off could not be proved.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unproved: bool,
     /// A VF's network settings, once somebody has set one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkRecord>,
@@ -129,6 +132,7 @@ impl Record {
             msix_prepared: false,
             guest: None,
             grants: Vec::new(),
+            unproved: false,
             network: None,
             transaction: None,
             quarantine: None,

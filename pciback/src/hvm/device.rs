@@ -72,6 +72,11 @@ impl GuestFunction {
         self.place_bars(again)
     }
 
+    /// Says what it was in an HVM guest, so that [`Self::quiesce`] takes it out of there.
+    pub fn was_in_guest(&mut self, device: Device) {
+        self.device = Some(device);
+    }
+
     /// Takes everything of it out of the guest; nothing happens for a PV guest.
     pub(crate) fn leave_guest(&mut self) -> std::result::Result<(), crate::pv::InterruptError> {
         let Some(device) = &self.device else { return Ok(()) };

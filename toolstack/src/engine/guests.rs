@@ -166,6 +166,11 @@ impl Guest {
     }
 }
 
+fn not_switched_off(domain: DomId, devfn: u8, why: &dyn std::fmt::Display) -> Failure {
+    let text = format!("switch off what domain {domain} had at {devfn:#x}: {why}");
+    Failure::new(ErrorCode::Failed, text).of(domain)
+}
+
 fn place_of(record: &Record) -> Result<GuestPlace, Failure> {
     let missing =
         || Failure::new(ErrorCode::Failed, format!("the journal names no guest for {}", record.address));
@@ -202,6 +207,7 @@ impl Engine {
             }
         };
         let limit = self.settings.guest_limit();
+        self.given.add(record.address);
         let guest =
             self.guests.entry(place.domain).or_insert_with(|| Guest::new(Handshake::new(place.domain)));
         guest.place(place.devfn, function);
@@ -291,19 +297,24 @@ impl Engine {
             hvm.devices.remove(&devfn);
         }
         let quiesced = match (&guest.server, guest.parked.remove(&devfn)) {
-            (_, Some(mut function)) => function.quiesce().map_err(|error| error.to_string()),
+            (_, Some(mut function)) => {
+                Some((function.address(), function.quiesce().map_err(|error| error.to_string())))
+            }
             (Some(server), None) => match server.take(devfn) {
-                Ok(taken) => taken.map_or(Ok(()), |taken| taken.quiesced).map_err(|error| error.to_string()),
-                Err(stuck) => Err(stuck.to_string()),
+                Ok(taken) => taken.map(|taken| {
+                    (taken.function.address(), taken.quiesced.map_err(|error| error.to_string()))
+                }),
+                Err(stuck) => return Err(not_switched_off(domain, devfn, &stuck)),
             },
-            (None, None) => Ok(()),
+            (None, None) => None,
         };
-        quiesced.map(|()| None).map_err(|error| {
-            Failure::new(
-                ErrorCode::Failed,
-                format!("switch off what domain {domain} had at {devfn:#x}: {error}"),
-            )
-        })
+        match quiesced {
+            Some((address, Ok(()))) => self.given.withdrawn(address),
+            Some((_, Err(error))) => return Err(not_switched_off(domain, devfn, &error)),
+            // The transaction finds out what its guest still reaches.
+            None => {}
+        }
+        Ok(None)
     }
 
     /// It let go of a function, or was overruled.

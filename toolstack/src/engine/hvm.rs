@@ -24,6 +24,7 @@ use crate::domains::{self, DomainType};
 use crate::journal::GuestPlace;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::DomainName;
+use crate::settings::Settings;
 
 /// What an HVM guest has besides what every guest has.
 pub(super) struct Hvm {
@@ -57,6 +58,9 @@ pub(super) struct Resumed {
     pub memory: BTreeMap<u8, Box<dyn BarMemory>>,
 }
 
+/// The folder with the notes of domains' servers.
+const SERVERS: &str = "ioreq-servers";
+
 /// What is noted of a domain's servers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -65,6 +69,11 @@ struct Note {
     others: Vec<u16>,
     /// Ours, once it is created.
     server: Option<u16>,
+}
+
+/// The number of a domain's server, where one is noted.
+pub(super) fn noted_server(settings: &Settings, domain: DomId) -> Option<ServerId> {
+    Notes::of(settings, SERVERS).read(domain).and_then(|note: Note| note.server).map(ServerId)
 }
 
 impl Engine {
@@ -150,6 +159,7 @@ impl Engine {
         let Some(guest) = self.guests.get_mut(&domain) else { return Ok(()) };
         let Some(hvm) = &mut guest.hvm else { return Ok(()) };
         hvm.devices.insert(place.devfn);
+        self.given.add(function.address());
         let (platform, addresses) = (Arc::clone(&self.platform.hvm), Arc::clone(&hvm.addresses));
         let device = Device::new(platform, hvm.server, place.devfn >> 3, addresses, memory);
         let entered = function.enter_guest(device, false);
@@ -237,7 +247,7 @@ impl Engine {
 
     /// Goes on serving an HVM guest.
     pub(super) fn resume_hvm(&mut self, domain: DomId, resumed: Vec<Resumed>) -> Result<(), Failure> {
-        let noted = self.notes().read(domain).and_then(|note: Note| note.server).map(ServerId);
+        let noted = noted_server(&self.settings, domain);
         let present = self.platform.hvm.servers(domain)?;
         let server = match noted.filter(|server| present.contains(server)) {
             Some(server) => server,
@@ -306,6 +316,6 @@ impl Engine {
     }
 
     fn notes(&self) -> Notes {
-        Notes::of(&self.settings, "ioreq-servers")
+        Notes::of(&self.settings, SERVERS)
     }
 }

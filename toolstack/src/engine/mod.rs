@@ -6,6 +6,7 @@
 mod contain;
 mod faults;
 mod frontends;
+mod given;
 mod guests;
 mod hvm;
 mod keeping;
@@ -215,6 +216,8 @@ pub struct Engine {
     guests: BTreeMap<DomId, Guest>,
     /// Functions whose guest ended while a transaction had them: withdrawn when it ends.
     orphans: BTreeSet<Sbdf>,
+    /// Functions that guests may reach.
+    given: given::Given,
     /// Functions that are to be contained when their transaction ends.
     awaiting: contain::Awaiting,
     /// What is to be looked at, because something happened there.
@@ -278,6 +281,7 @@ impl Engine {
             busy_pfs: BTreeSet::new(),
             guests: BTreeMap::new(),
             orphans: BTreeSet::new(),
+            given: given::Given::default(),
             awaiting: contain::Awaiting::default(),
             stirred: Stirred::default(),
             silent: BTreeSet::new(),

@@ -71,6 +71,11 @@ impl Engine {
         let mut hvm_guests: BTreeMap<DomId, Vec<Resumed>> = BTreeMap::new();
         for record in records {
             let Some(place) = record.guest.filter(|_| was_served(record)) else { continue };
+            self.given.add(record.address);
+            if record.unproved {
+                // It was withdrawn from its guest; only what the guest may still reach is left.
+                continue;
+            }
             match self.workshop().open_function(record, place.domain, true) {
                 Ok(Opened { mut function, filter, memory }) => {
                     if record.quarantine.is_some() {
@@ -126,8 +131,11 @@ impl Engine {
             .guest
             .is_some_and(|guest| matches!(self.platform.store.domain_exists(guest.domain), Ok(false)));
         if let Some(progress) = record.transaction.clone() {
+            // What was not proved to be withdrawn is withdrawn again, whatever came after that.
+            let step = if record.unproved { Step::Serve } else { progress.step };
+
             let parting = if guest_is_dead { Parting::Dead } else { Parting::Force };
-            let course = Course::BackwardFrom(progress.kind, progress.step, parting);
+            let course = Course::BackwardFrom(progress.kind, step, parting);
             info!(
                 "{address}: an earlier life was in {:?}, step {:?}; it is undone",
                 progress.kind, progress.step
@@ -167,6 +175,7 @@ impl Engine {
 /// Whether a guest may have been told of the function.
 fn was_served(record: &Record) -> bool {
     match &record.transaction {
+        _ if record.unproved => true,
         None => matches!(record.state, FunctionState::Attached | FunctionState::Quarantined),
         Some(progress) => {
             matches!(progress.kind, Kind::Attach | Kind::Detach) && progress.step == Step::Serve

@@ -11,6 +11,7 @@ use pciback::policy::PolicySet;
 use pciback::{FunctionState, Sbdf};
 
 use super::contain::Awaiting;
+use super::given::Given;
 use super::watch::Changes;
 use super::{Engine, Event, Inbox};
 use crate::control::Reply;
@@ -78,6 +79,7 @@ pub(super) struct Workshop {
     pub filters: Filters,
     pub changes: Changes,
     pub awaiting: Awaiting,
+    pub given: Given,
     pub reservations: Reservations,
 }
 
@@ -91,7 +93,12 @@ impl Serving for Workshop {
     }
 
     fn withdraw(&self, record: &Record, parting: Parting) -> Result<Option<String>, Failure> {
-        self.ask(|answer| Event::Withdraw { record: Box::new(record.clone()), parting, answer })
+        let said =
+            self.ask(|answer| Event::Withdraw { record: Box::new(record.clone()), parting, answer })?;
+        if let Some(place) = record.guest {
+            self.prove_withdrawn(record, place.domain)?;
+        }
+        Ok(said)
     }
 
     fn distrusted(&self, address: Sbdf) -> Option<String> {
@@ -217,6 +224,7 @@ impl Engine {
             filters: self.filters.clone(),
             changes: self.changes.clone(),
             awaiting: self.awaiting.clone(),
+            given: self.given.clone(),
             reservations: self.reservations.clone(),
         }
     }

@@ -238,8 +238,12 @@ impl Context<'_> {
                 failures.push(failure);
             }
             match self.undo(step, &mut record) {
-                Ok(warning) => warnings.extend(warning),
+                Ok(warning) => {
+                    record.unproved &= step != Step::Serve;
+                    warnings.extend(warning);
+                }
                 Err(failure) => {
+                    record.unproved |= step == Step::Serve;
                     warn!("{}: undoing {step:?} failed: {failure}", record.address);
                     if self.serving.ended() {
                         return Finished { record, outcome: Err(failure) };
@@ -341,6 +345,8 @@ impl Context<'_> {
             Step::ContainErrors => path::restore(self, record).map(|()| None),
             Step::Grant => grants::revoke(self, record).map(|()| None),
             Step::ApplyNetwork => Ok(network::verify(self, record)),
+            // It tells what the guest may still reach.
+            Step::Image if record.unproved => Ok(None),
             Step::Image => attach::remove_image(self, record).map(|()| None),
             Step::Serve => self.serving.withdraw(record, self.parting),
         }

@@ -18,4 +18,5 @@ mod quarantine;
 mod reconcile;
 mod scale;
 mod surprises;
+mod unproved;
 mod world;

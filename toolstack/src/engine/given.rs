@@ -1,0 +1,107 @@
+//! Which functions guests may reach, and the proof that one can no more.
+//!
+//! That nobody serves a function is no proof: its thread may have hung, its image may have been damaged or of another version, the
+//! device may have been silent when the service started, and all the while its interrupts and, in an HVM guest, its BARs stay
+//! mapped. So a function counts as given from the moment before its guest can reach it until it was quiesced or its guest has ended.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use log::{info, warn};
+use nix::errno::Errno;
+use pciback::hvm::Device;
+use pciback::live;
+use pciback::platform::ServerId;
+use pciback::{DomId, Sbdf};
+
+use super::hvm::noted_server;
+use super::open::Opened;
+use super::tasks::Workshop;
+use crate::journal::Record;
+use crate::outcome::{ErrorCode, Failure};
+
+/// An ioreq server that no domain has: what it had claimed is nobody's.
+const NO_SERVER: ServerId = ServerId(u16::MAX);
+
+/// The functions that were given to guests and not proved to be withdrawn.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Given(Arc<Mutex<BTreeSet<Sbdf>>>);
+
+impl Given {
+    fn locked(&self) -> MutexGuard<'_, BTreeSet<Sbdf>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its guest is about to reach it, or could in an earlier life of the service.
+    pub fn add(&self, address: Sbdf) {
+        self.locked().insert(address);
+    }
+
+    /// Its guest cannot reach it any more: it was quiesced, or its guest has ended.
+    pub fn withdrawn(&self, address: Sbdf) {
+        self.locked().remove(&address);
+    }
+
+    fn contains(&self, address: Sbdf) -> bool {
+        self.locked().contains(&address)
+    }
+}
+
+impl Workshop {
+    /// Makes sure that the guest of a function that nobody serves cannot reach it: by what its image tells of, or because the guest has ended.
+    /// An error: that is not known, and what could be switched off is.
+    pub(super) fn prove_withdrawn(&self, record: &Record, domain: DomId) -> Result<(), Failure> {
+        let address = record.address;
+        if !self.given.contains(address) {
+            return Ok(());
+        }
+        if self.has_ended(domain) {
+            self.given.withdrawn(address);
+            return Ok(());
+        }
+        let why = match self.open_function(record, domain, true) {
+            Ok(opened) => match self.quiesce(opened, record, domain) {
+                Ok(()) => {
+                    info!("{address}: switched off for domain {domain} by its image");
+                    self.given.withdrawn(address);
+                    return Ok(());
+                }
+                Err(why) => why,
+            },
+            Err(failure) => failure.message,
+        };
+        let off = self
+            .platform
+            .host
+            .config(address)
+            .map_err(|error| error.to_string())
+            .and_then(|config| live::switch_off(config.as_ref()).map_err(|error| error.to_string()));
+        match off {
+            Ok(true) => info!("{address}: bus mastering and interrupts are off"),
+            Ok(false) => warn!("{address}: it answers all ones, so that it cannot be switched off"),
+            Err(error) => warn!("{address}: switch it off: {error}"),
+        }
+        let text = format!(
+            "domain {domain} may still reach {address}, which nobody serves, and what it was given is not known: {why}"
+        );
+        Err(Failure::new(ErrorCode::Failed, text)
+            .on(address)
+            .of(domain)
+            .hint("destroy or shut down the domain; then 'xpci quarantine clear'"))
+    }
+
+    fn has_ended(&self, domain: DomId) -> bool {
+        matches!(self.platform.hypervisor.domain(domain), Err(error) if error.errno() == Some(Errno::ESRCH))
+    }
+
+    fn quiesce(&self, opened: Opened, record: &Record, domain: DomId) -> Result<(), String> {
+        let Opened { mut function, memory, .. } = opened;
+        if let (Some(memory), Some(place)) = (memory, record.guest) {
+            let server = noted_server(&self.settings, domain).unwrap_or(NO_SERVER);
+            let slot = place.devfn >> 3;
+            let hvm = Arc::clone(&self.platform.hvm);
+            function.was_in_guest(Device::new(hvm, server, slot, Arc::default(), memory));
+        }
+        function.quiesce().map_err(|error| error.to_string())
+    }
+}
