@@ -17,6 +17,7 @@ use pciback::{DomId, Sbdf};
 use super::hvm::noted_server;
 use super::open::Opened;
 use super::tasks::Workshop;
+use crate::domains::{self, DomainType};
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 
@@ -55,7 +56,7 @@ impl Workshop {
         if !self.given.contains(address) {
             return Ok(());
         }
-        if self.has_ended(domain) {
+        if self.has_ended(domain) || self.left_the_host(record) && !self.may_map(domain) {
             self.given.withdrawn(address);
             return Ok(());
         }
@@ -92,6 +93,19 @@ impl Workshop {
 
     fn has_ended(&self, domain: DomId) -> bool {
         matches!(self.platform.hypervisor.domain(domain), Err(error) if error.errno() == Some(Errno::ESRCH))
+    }
+
+    /// Whether it was pulled out, or replaced by another function: Xen has freed its interrupts then.
+    fn left_the_host(&self, record: &Record) -> bool {
+        match self.platform.host.function(record.address) {
+            Ok(function) => record.incarnation != 0 && function.incarnation != record.incarnation,
+            Err(error) => error.errno() == Some(Errno::ENOENT),
+        }
+    }
+
+    /// Whether the addresses of BARs may be in the domain's page tables that Xen keeps. A PV guest's own are `former_owners`'s concern.
+    fn may_map(&self, domain: DomId) -> bool {
+        !matches!(domains::kind(self.platform.store.as_ref(), domain), Ok(kind) if kind != DomainType::Hvm)
     }
 
     fn quiesce(&self, opened: Opened, record: &Record, domain: DomId) -> Result<(), String> {

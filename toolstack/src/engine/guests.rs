@@ -16,7 +16,7 @@ use super::open::Opened;
 use super::{Answer, Engine, Event};
 use crate::journal::{GuestPlace, Record};
 use crate::outcome::{ErrorCode, Failure};
-use crate::transaction::{Parting, reapply_network, reset_and_verify};
+use crate::transaction::{Parting, reapply_network, renew_path, reset_and_verify};
 
 /// How long a new guest's frontend may take to look at its first function before attach ends with a note instead.
 const FIRST_LOOK: Duration = Duration::from_secs(2);
@@ -462,6 +462,7 @@ impl Engine {
         let network = self.records.get(&address).and_then(|record| record.network.clone());
         let task = move || {
             let outcome = reset_and_verify(&workshop.platform, &workshop.settings.reset, address)
+                .and_then(|()| renew_path(&workshop.platform, &workshop.ledger, address))
                 .and_then(|()| reapply_network(&workshop.platform, address, network.as_ref()));
             workshop.inbox.send(Event::ResetEnded(address, outcome));
         };

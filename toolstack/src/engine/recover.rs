@@ -176,7 +176,7 @@ impl Engine {
 fn was_served(record: &Record) -> bool {
     match &record.transaction {
         _ if record.unproved => true,
-        None => matches!(record.state, FunctionState::Attached | FunctionState::Quarantined),
+        None => record.state == FunctionState::Attached,
         Some(progress) => {
             matches!(progress.kind, Kind::Attach | Kind::Detach) && progress.step == Step::Serve
         }

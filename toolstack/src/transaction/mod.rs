@@ -29,7 +29,9 @@ pub use network::{
     look as look_at_network, look_at_all as look_at_networks, place as vf_place, prepare as prepare_networks,
     reapply as reapply_network,
 };
-pub use path::{FunctionPath, Member, before as before_on_path, blast_radius, not_handled, value_in};
+pub use path::{
+    FunctionPath, Member, before as before_on_path, blast_radius, not_handled, renew as renew_path, value_in,
+};
 pub use reset::{ResetCheck, ResetPlan, refuse_unresettable, reset_and_verify};
 
 use crate::former_owners::FormerOwners;
@@ -62,13 +64,16 @@ pub enum Step {
     RestoreNetwork,
     /// `DOMID_IO` owns it in Xen. Undo: dom0.
     Quarantine,
+    /// Errors that it causes are reported and do not escalate, those of its resets included. Undo: as before, unless another function below
+    /// needs it.
+    ContainPath,
     /// It is reset and answers. Undo: the same, because a guest has had it.
     Reset,
     /// Xen guards its MSI-X table. Undo: no longer.
     PrepareMsix,
     /// The guest owns it in Xen. Undo: `DOMID_IO`.
     Assign,
-    /// Errors that it causes are reported and do not escalate. Undo: as before, unless another function below needs it.
+    /// What [`Self::ContainPath`] does, after [`Self::Assign`]: a step of earlier versions, which their journals name.
     ContainErrors,
     /// The guest may map its BARs, use its ports and its INTx line. Undo: it may not, but for what another function of it needs.
     Grant,
@@ -85,10 +90,10 @@ pub enum Step {
 pub const HOLD: &[Step] = &[Step::Driver, Step::RestoreNetwork, Step::Quarantine];
 /// Gives a held function to a guest.
 pub const ATTACH: &[Step] = &[
+    Step::ContainPath,
     Step::Reset,
     Step::PrepareMsix,
     Step::Assign,
-    Step::ContainErrors,
     Step::Grant,
     Step::ApplyNetwork,
     Step::Image,
@@ -125,6 +130,18 @@ impl Kind {
         match self {
             Self::Hold | Self::Release => FunctionState::Host,
             Self::Attach | Self::Detach => FunctionState::Held,
+        }
+    }
+}
+
+impl Step {
+    /// From where on steps are undone that an older version did in another order: all that may have been done is undone, whatever was not
+    /// is left as it is.
+    const fn of_this_version(self) -> Self {
+        match self {
+            // It had reset, prepared and assigned the function before.
+            Self::ContainErrors => Self::Assign,
+            other => other,
         }
     }
 }
@@ -226,6 +243,7 @@ impl Context<'_> {
         let mut warnings = Vec::new();
         let mut failures: Vec<Failure> = Vec::new();
         let steps = kind.steps();
+        let step = step.of_this_version();
         let count = steps.iter().position(|candidate| *candidate == step).map_or(0, |index| index + 1);
         if record.quarantine.is_some() {
             // At once: what follows may wait for the guest.
@@ -323,10 +341,12 @@ impl Context<'_> {
             Step::Driver => hold::take_driver(self, record),
             Step::RestoreNetwork => Ok(None),
             Step::Quarantine => hold::own(self, record).map(|()| None),
-            Step::Reset => reset::run(self, record).map(|()| None),
+            Step::ContainPath | Step::ContainErrors => path::apply(self, record),
+            Step::Reset => reset::run(self, record)
+                .and_then(|()| path::renew(self.platform, self.ledger, record.address))
+                .map(|()| None),
             Step::PrepareMsix => attach::prepare_msix(self, record).map(|()| None),
             Step::Assign => attach::assign(self, record),
-            Step::ContainErrors => path::apply(self, record),
             Step::Grant => grants::grant(self, record).map(|()| None),
             Step::ApplyNetwork => network::apply(self, record),
             Step::Image => attach::create_image(self, record).map(|()| None),
@@ -339,10 +359,10 @@ impl Context<'_> {
             Step::Driver => hold::give_back_driver(self, record),
             Step::RestoreNetwork => network::restore(self, record),
             Step::Quarantine => hold::disown(self, record).map(|()| None),
+            Step::ContainPath | Step::ContainErrors => path::restore(self, record).map(|()| None),
             Step::Reset => reset::run(self, record).map(|()| None),
             Step::PrepareMsix => attach::release_msix(self, record).map(|()| None),
             Step::Assign => attach::deassign(self, record).map(|()| None),
-            Step::ContainErrors => path::restore(self, record).map(|()| None),
             Step::Grant => grants::revoke(self, record).map(|()| None),
             Step::ApplyNetwork => Ok(network::verify(self, record)),
             // It tells what the guest may still reach.

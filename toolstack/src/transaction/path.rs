@@ -7,7 +7,7 @@ use std::io;
 
 use log::{info, warn};
 use pciback::Sbdf;
-use pciback::config::Access;
+use pciback::config::{Access, ConfigSpace};
 use pciback::containment::radius::{Bridge, Radius, is_bridge};
 use pciback::containment::{Role, Setting, role, settings};
 use pciback::live::errors::put;
@@ -119,6 +119,19 @@ pub(super) fn apply(context: &Context<'_>, record: &Record) -> Result<Option<Str
     Ok(warnings.into_iter().reduce(|first, next| format!("{first}; {next}")))
 }
 
+/// Sets what is in the function itself again: its reset has cleared it, where Linux does not put it back.
+pub fn renew(platform: &Platform, ledger: &Ledger, address: Sbdf) -> Result<(), Failure> {
+    let _alone = ledger.lock();
+    let Some(entry) = ledger.entry(address)? else { return Ok(()) };
+    let config = platform.host.config(address)?;
+    let bytes = config.read_all().map_err(|error| access_failure("read", address, &error))?;
+    let known = |setting: &&Setting| entry.before.iter().any(|before| before.is_of(setting));
+    settings(&bytes, entry.role, true)
+        .iter()
+        .filter(known)
+        .try_for_each(|setting| enforce(config.as_ref(), setting, address))
+}
+
 /// What it means that the kernel does not handle AER.
 pub fn not_handled(root_port: Sbdf) -> String {
     format!(
@@ -149,23 +162,26 @@ fn set(context: &Context<'_>, member: &Member, user: Sbdf, os_owns_aer: bool) ->
         context.ledger.write(&entry)?;
     }
     let config = context.platform.host.config(address)?;
-    settings.iter().try_for_each(|setting| {
-        let left = put(config.as_ref(), setting, setting.row.wanted)
-            .map_err(|error| access_failure(&format!("set {} of", setting.row.name), address, &error))?;
-        if left == 0 {
-            return Ok(());
-        }
-        let text = format!(
-            "set {} of {address}: bits {left:#x} do not become {:#x}",
-            setting.row.name,
-            setting.row.wanted & left
-        );
-        if setting.row.must_hold {
-            return Err(Failure::new(ErrorCode::Failed, text).on(address).hint(setting.row.reason));
-        }
-        info!("{text}; they may be hardwired");
-        Ok(())
-    })
+    settings.iter().try_for_each(|setting| enforce(config.as_ref(), setting, address))
+}
+
+/// Puts a register to what is wanted.
+fn enforce(config: &dyn ConfigSpace, setting: &Setting, address: Sbdf) -> Result<(), Failure> {
+    let left = put(config, setting, setting.row.wanted)
+        .map_err(|error| access_failure(&format!("set {} of", setting.row.name), address, &error))?;
+    if left == 0 {
+        return Ok(());
+    }
+    let text = format!(
+        "set {} of {address}: bits {left:#x} do not become {:#x}",
+        setting.row.name,
+        setting.row.wanted & left
+    );
+    if setting.row.must_hold {
+        return Err(Failure::new(ErrorCode::Failed, text).on(address).hint(setting.row.reason));
+    }
+    info!("{text}; they may be hardwired");
+    Ok(())
 }
 
 /// Takes `record`'s function off everybody's list, and puts back what was there before where it was the last one. The lists are gone

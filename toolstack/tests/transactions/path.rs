@@ -1,14 +1,18 @@
 //! The registers on the path of an assigned function (E1): set while one is assigned, whatever the guest writes, and put back.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use nix::errno::Errno;
-use pciback::Sbdf;
+use pciback::platform::sim::{self, Owner};
+use pciback::{FunctionState, Sbdf};
+use toolstack::journal::{Journal, Progress};
 use toolstack::protocol::Success;
+use toolstack::transaction::{Kind, Step};
 
 use crate::crashes::{killed_anywhere, settled};
 use crate::frontend::{Frontend, write_op};
-use crate::world::{DB, Service, WEB, World, bdf};
+use crate::world::{DB, Service, WEB, World, bdf, wait_until};
 
 const ROOT_PORT: &str = "00:01.0";
 const PF: &str = "01:00.0";
@@ -101,6 +105,60 @@ fn e1_the_path_is_set_for_the_first_function_and_put_back_after_the_last_over_li
     service.detach(DB, vfs[1]).unwrap();
     assert_eq!(registers(&world), before, "the last one left");
     assert_status_kept(&world, "all the way");
+}
+
+/// Looks at the path while `work` resets a function, which takes a while.
+fn during_the_reset(world: &World, address: Sbdf, work: impl FnOnce() + Send, look: impl FnOnce()) {
+    world.simulation.fail(sim::Failure {
+        operation: "reset".to_owned(),
+        address: Some(address),
+        delay: Duration::from_millis(500),
+        times: 1,
+        ..sim::Failure::default()
+    });
+    std::thread::scope(|scope| {
+        let worker = scope.spawn(work);
+        wait_until("it is being reset", || world.simulation.pending_failures() == 0);
+        look();
+        assert!(!worker.is_finished(), "the reset ended before the path was looked at");
+    });
+}
+
+#[test]
+fn e1_the_path_is_set_before_the_first_reset_and_until_after_the_last() {
+    let world = world();
+    let before = registers(&world);
+    let _guest = Frontend::load(&world, WEB);
+    let service = world.start();
+    let [vf, _] = hold_two(&service);
+    let attach = || drop(service.attach(WEB, vf).unwrap());
+    during_the_reset(&world, vf, attach, || assert_set(&world, "the first reset"));
+    let detach = || drop(service.detach(WEB, vf).unwrap());
+    during_the_reset(&world, vf, detach, || assert_set(&world, "the last reset"));
+    assert_eq!(registers(&world), before, "detached");
+}
+
+#[test]
+fn e1_what_a_version_that_set_the_path_later_left_under_way_is_undone() {
+    for undoing in [false, true] {
+        let world = world();
+        let before = registers(&world);
+        let _guest = Frontend::load(&world, WEB);
+        let service = world.start();
+        let [vf, _] = hold_two(&service);
+        service.attach(WEB, vf).unwrap();
+        service.kill();
+        let mut record = world.record(vf).unwrap();
+        record.state = FunctionState::Attaching;
+        record.transaction = Some(Progress { kind: Kind::Attach, step: Step::ContainErrors, undoing });
+        record.grants.clear();
+        Journal::open(&world.settings().state_directory).unwrap().write(&record).unwrap();
+        let service = world.start();
+        service.wait_for_state(vf, FunctionState::Held);
+        assert_eq!(world.simulation.owner(vf), Some(Owner::Quarantine), "undoing: {undoing}");
+        assert!(!world.simulation.msix_prepared(vf), "undoing: {undoing}");
+        assert_eq!(registers(&world), before, "undoing: {undoing}");
+    }
 }
 
 #[test]
