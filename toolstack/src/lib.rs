@@ -15,4 +15,5 @@ pub mod protocol;
 pub mod reservations;
 pub mod settings;
 pub mod spec;
+pub mod supervisor;
 pub mod transaction;

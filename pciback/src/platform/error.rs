@@ -40,6 +40,9 @@ pub enum Cause {
     /// A library, symbol, module or device node this host would need is not there; the text says how to get it.
     #[error("{0}")]
     Unavailable(String),
+    /// The same, while the host may still be booting: it may be there soon.
+    #[error("{0}")]
+    NotYet(String),
 }
 
 impl PlatformError {
@@ -54,7 +57,7 @@ impl PlatformError {
             Cause::Os(errno) => Some(*errno),
             Cause::Missing => Some(Errno::ENOENT),
             Cause::TimedOut(_) => Some(Errno::ETIMEDOUT),
-            Cause::Malformed(_) | Cause::Unavailable(_) => None,
+            Cause::Malformed(_) | Cause::Unavailable(_) | Cause::NotYet(_) => None,
         }
     }
 }

@@ -7,18 +7,25 @@ use std::str::FromStr;
 
 use anyhow::{Context, bail};
 use clap::Parser;
-use log::{error, warn};
+use log::{error, info, warn};
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use pciback::platform::{Platform, linux, sim, xen};
+use pciback::platform::{Cause, Platform, PlatformError, linux, sim, xen};
 use pciback::policy::PolicySet;
 use std::os::fd::AsFd;
+use std::thread;
+use std::time::Duration;
+use toolstack::client;
 use toolstack::control;
 use toolstack::engine::Engine;
 use toolstack::journal::Journal;
 use toolstack::policies;
+use toolstack::protocol::Request;
 use toolstack::settings::Settings;
+use toolstack::supervisor;
 
 /// Serves PCI functions to Xen guests.
 #[derive(Debug, Parser)]
@@ -60,6 +67,10 @@ impl FromStr for Choice {
     }
 }
 
+/// How long the service waits before it looks again for a host that is still booting, at first and at most.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
 fn main() -> ExitCode {
     // Writes to sysfs that may block for a minute happen in children of ours, started with this word.
     if let Some(code) = linux::blocking::run_if_child() {
@@ -84,6 +95,9 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
     signals.thread_block().context("block signals")?;
     let stop = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).context("receive signals")?;
+    let signals = SigSet::from_iter([Signal::SIGHUP]);
+    signals.thread_block().context("block SIGHUP")?;
+    let hangup = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).context("receive SIGHUP")?;
 
     let mut settings = Settings::load(arguments.settings.as_deref())?;
     settings.run_directory = arguments.run_directory.unwrap_or(settings.run_directory);
@@ -95,7 +109,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     let images = settings.run_directory.join("images");
     fs::create_dir_all(&images).with_context(|| format!("create {}", images.display()))?;
     let _lock = lock(&settings.run_directory)?;
-    let platform = open(&arguments.platform)?;
+    let Some(platform) = open_when_booted(&arguments.platform, &stop)? else { return Ok(()) };
     let journal = Journal::open(&settings.state_directory)?;
     let socket = settings.socket();
     let (policies, problem) = read_policies(&settings)?;
@@ -106,6 +120,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     // Guests may have waited for an answer since the last life of the service ended: they come first.
     engine.recover()?;
     control::listen(&socket, engine.inbox()).with_context(|| format!("listen at {}", socket.display()))?;
+    reload_at(hangup, socket)?;
     engine.run(stop.as_fd())?;
     Ok(())
 }
@@ -149,6 +164,47 @@ fn open(choice: &Choice) -> anyhow::Result<Platform> {
         Choice::Xen => xen::open()?,
         Choice::Simulation(file) => sim::open(file)?,
     })
+}
+
+/// Opens the host, and waits for what a dom0 starts beside this service: /proc/xen, the devices below /dev/xen, xenstored. `None`: the
+/// service is to stop.
+fn open_when_booted(choice: &Choice, stop: &SignalFd) -> anyhow::Result<Option<Platform>> {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let error = match open(choice) {
+            Ok(platform) => return Ok(Some(platform)),
+            Err(error) => error,
+        };
+        let awaited = error.downcast_ref::<PlatformError>();
+        if !awaited.is_some_and(|error| matches!(error.cause, Cause::NotYet(_))) {
+            return Err(error);
+        }
+        warn!("{error:#}; looking again in {pause:?}");
+        supervisor::waiting(&error.to_string());
+        let mut fds = [PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
+        let limit = PollTimeout::try_from(pause).unwrap_or(PollTimeout::MAX);
+        match poll(&mut fds, limit) {
+            Ok(0) | Err(Errno::EINTR) => pause = (pause * 2).min(LONGEST_PAUSE),
+            Ok(_) => return Ok(None),
+            Err(errno) => return Err(errno).context("wait for the Xen host"),
+        }
+    }
+}
+
+/// Has the policies read again at each SIGHUP, as `xpci policy reload` does.
+fn reload_at(hangup: SignalFd, socket: PathBuf) -> anyhow::Result<()> {
+    let task = move || {
+        while let Ok(Some(_)) = hangup.read_signal() {
+            // The service's own socket: a reload by signal is one like any other.
+            let answer = client::call(&socket, Request::PolicyReload, &mut |_| ());
+            match answer.map(|envelope| envelope.error) {
+                Ok(None) => info!("SIGHUP: the policies were read again"),
+                Ok(Some(failure)) | Err(failure) => error!("SIGHUP: reload policies: {failure}"),
+            }
+        }
+    };
+    thread::Builder::new().name("reload".into()).spawn(task).context("start a thread")?;
+    Ok(())
 }
 
 fn boot_id() -> String {

@@ -61,6 +61,7 @@ use crate::protocol::{RegisterValue, Request};
 use crate::reservations::Reservations;
 use crate::settings::Settings;
 use crate::spec::Filters;
+use crate::supervisor::{self, Watchdog};
 use crate::transaction::{Finished, NetworkRecord, Parting};
 pub use contain::Containment;
 use guests::Guest;
@@ -246,6 +247,7 @@ pub struct Engine {
     reservations: Reservations,
     /// Guests that start again.
     returning: Returning,
+    watchdog: Watchdog,
     /// What was found wrong outside any one function, for `xpci status`.
     problems: Vec<String>,
 }
@@ -296,6 +298,7 @@ impl Engine {
             news: news::News::new(audit),
             reservations,
             returning: Returning::default(),
+            watchdog: Watchdog::from_environment(),
             problems: damaged.iter().chain(&unusable).map(ToString::to_string).collect(),
         })
     }
@@ -320,11 +323,13 @@ impl Engine {
         // What happened before the subscription.
         self.stirred.everything();
         info!("ready on {}", self.platform.description);
+        supervisor::ready();
         self.take_back_stubs();
         self.create_wanted_vfs();
         self.resume_returning();
         let mut more_errors = false;
         loop {
+            self.watchdog.feed(Instant::now());
             self.reconcile();
             self.look();
             self.tell_states();
@@ -347,6 +352,7 @@ impl Engine {
             }
             if fds[2].revents().is_some_and(|events| !events.is_empty()) {
                 info!("stopping; guests keep their functions");
+                supervisor::stopping();
                 // Before those who wait for an answer learn that none comes.
                 self.inbox.ended.store(true, Ordering::SeqCst);
                 self.stop_servers();
@@ -374,7 +380,7 @@ impl Engine {
     fn timeout(&self) -> PollTimeout {
         let errors = self.next_error_deadline();
         let deadlines = self.next_deadline().into_iter().chain(errors).chain(self.network_checks.next());
-        let deadlines = deadlines.chain(self.returning.next_deadline());
+        let deadlines = deadlines.chain(self.returning.next_deadline()).chain(self.watchdog.next());
         let Some(deadline) = deadlines.min() else { return PollTimeout::NONE };
         let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
         PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)

@@ -60,7 +60,13 @@ impl Daemon {
     }
 
     fn spawn(directory: TempDir) -> Self {
-        let mut child = service(directory.path()).stderr(Stdio::piped()).spawn().unwrap();
+        let program = service(directory.path());
+        Self::run(directory, program)
+    }
+
+    /// Runs a program that is the service in a directory.
+    pub fn run(directory: TempDir, mut program: Command) -> Self {
+        let mut child = program.stderr(Stdio::piped()).spawn().unwrap();
         let lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let (sender, log) = mpsc::channel();
         thread::spawn(move || lines.map_while(Result::ok).try_for_each(|line| sender.send(line)));

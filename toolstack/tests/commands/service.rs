@@ -1,10 +1,11 @@
 //! How the service starts, stops and starts again.
 
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixDatagram;
 
 use nix::sys::signal::Signal;
 
-use crate::daemon::{Daemon, program, service};
+use crate::daemon::{Daemon, LIMIT, program, service};
 use crate::transcript::host;
 
 #[test]
@@ -71,4 +72,89 @@ fn on_a_machine_without_xen_it_says_so_and_its_help_works() {
     let said = String::from_utf8(wrong.stderr).unwrap();
     assert_eq!(wrong.status.code(), Some(2), "{said}");
     assert!(said.contains("must be 'xen' or 'sim:FILE'"), "{said}");
+}
+
+/// A service as systemd starts it, and what it tells systemd.
+fn under_systemd(watchdog: &str) -> (Daemon, UnixDatagram) {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("host.yaml"), host()).unwrap();
+    std::fs::write(directory.path().join("settings.yaml"), "").unwrap();
+    let socket = directory.path().join("notify");
+    let systemd = UnixDatagram::bind(&socket).unwrap();
+    systemd.set_read_timeout(Some(LIMIT)).unwrap();
+    let mut program = service(directory.path());
+    program.env("NOTIFY_SOCKET", &socket).env("WATCHDOG_USEC", watchdog);
+    (Daemon::run(directory, program), systemd)
+}
+
+/// Waits until the service tells systemd something.
+fn wait_for(systemd: &UnixDatagram, wanted: &str) {
+    let mut bytes = [0; 1024];
+    loop {
+        let length = systemd.recv(&mut bytes).unwrap_or_else(|error| panic!("no {wanted}: {error}"));
+        if String::from_utf8_lossy(&bytes[..length]).lines().any(|line| line == wanted) {
+            return;
+        }
+    }
+}
+
+#[test]
+fn systemd_is_told_that_it_serves_only_when_its_socket_answers() {
+    let (daemon, systemd) = under_systemd("0");
+    wait_for(&systemd, "READY=1");
+    assert!(daemon.xpci(&["status"]).status.success());
+    daemon.signal(Signal::SIGTERM);
+    wait_for(&systemd, "STOPPING=1");
+}
+
+#[test]
+fn systemd_hears_of_the_engine_again_and_again_while_nothing_happens() {
+    let (_daemon, systemd) = under_systemd("200000");
+    (0..3).for_each(|_| wait_for(&systemd, "WATCHDOG=1"));
+}
+
+#[test]
+fn a_hangup_signal_reads_the_policies_again_and_the_service_goes_on() {
+    let daemon = Daemon::start(&host());
+    let policies = daemon.directory.path().join("policies");
+    std::fs::create_dir_all(&policies).unwrap();
+    std::fs::write(policies.join("new.yaml"), "profile: strict\n").unwrap();
+    daemon.signal(Signal::SIGHUP);
+    daemon.wait_for_log("the policies were read again");
+    let shown = daemon.xpci(&["policy", "show", "--for", "02:00.0"]);
+    assert!(String::from_utf8_lossy(&shown.stdout).contains("new.yaml"), "{shown:?}");
+    // A mistake is logged, and changes nothing.
+    std::fs::write(policies.join("new.yaml"), "profil: strict\n").unwrap();
+    daemon.signal(Signal::SIGHUP);
+    daemon.wait_for_log("SIGHUP: reload policies");
+    assert!(daemon.xpci(&["status"]).status.success());
+}
+
+/// The values of a key of the unit that is shipped.
+fn unit(key: &str) -> Vec<String> {
+    let text = include_str!("../../../configs/systemd/xpcid.service");
+    let lines = text.lines().filter_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+    lines.flat_map(|values| values.split_whitespace().map(str::to_owned).collect::<Vec<_>>()).collect()
+}
+
+#[test]
+fn the_unit_starts_after_xen_and_before_the_guests_whichever_way_the_distribution_starts_xen() {
+    let (after, before) = (unit("After"), unit("Before"));
+    for wanted in ["xen.service", "xenstored.service", "proc-xen.mount"] {
+        assert!(after.iter().any(|unit| unit == wanted), "After={wanted}: {after:?}");
+    }
+    for wanted in ["xendomains.service", "libvirtd.service", "virtxend.service"] {
+        assert!(before.iter().any(|unit| unit == wanted), "Before={wanted}: {before:?}");
+    }
+    // A condition that is false for a moment during boot would skip the service for that boot.
+    let conditions: Vec<String> =
+        ["ConditionPathExists", "ConditionPathIsMountPoint"].iter().flat_map(|key| unit(key)).collect();
+    assert!(conditions.iter().all(|path| path.starts_with("/sys/hypervisor/")), "{conditions:?}");
+}
+
+#[test]
+fn the_unit_is_restarted_however_often_it_ends() {
+    assert_eq!(unit("StartLimitIntervalSec"), ["0"]);
+    assert_eq!(unit("Restart"), ["always"]);
+    assert_eq!(unit("Type"), ["notify"]);
 }

@@ -55,6 +55,10 @@ fn unavailable(why: &str) -> PlatformError {
     PlatformError::new("open", "the Xen host", Cause::Unavailable(why.to_owned()))
 }
 
+fn not_yet(why: &str) -> PlatformError {
+    PlatformError::new("open", "the Xen host", Cause::NotYet(why.to_owned()))
+}
+
 /// The running Xen, as the kernel shows it.
 #[derive(Debug, PartialEq, Eq)]
 struct Version {
@@ -90,7 +94,7 @@ fn check_dom0(proc: &Path, dev: &Path) -> Result<()> {
         Ok(capabilities) if capabilities.contains("control_d") => {}
         Ok(_) => return Err(unavailable("this is a guest of Xen, not dom0; run xpcid in dom0")),
         Err(_) => {
-            return Err(unavailable(
+            return Err(not_yet(
                 "/proc/xen is not mounted, so this may be no dom0; in dom0: modprobe xenfs; mount -t xenfs xenfs \
                  /proc/xen",
             ));
@@ -98,9 +102,7 @@ fn check_dom0(proc: &Path, dev: &Path) -> Result<()> {
     }
     for (node, module) in [("privcmd", "xen-privcmd"), ("gntdev", "xen-gntdev"), ("evtchn", "xen-evtchn")] {
         if !dev.join("xen").join(node).exists() {
-            return Err(unavailable(&format!(
-                "/dev/xen/{node} is missing; load its driver: modprobe {module}"
-            )));
+            return Err(not_yet(&format!("/dev/xen/{node} is missing; load its driver: modprobe {module}")));
         }
     }
     Ok(())

@@ -79,7 +79,8 @@ impl XenStoreConnection {
         // SAFETY: 0 are valid flags.
         let opened = unsafe { libraries.store.xs_open(0) };
         let handle = NonNull::new(opened).ok_or_else(|| {
-            PlatformError::new("connect to", "xenstore (is xenstored running?)", Errno::last())
+            let why = format!("{} (is xenstored running?)", Errno::last());
+            PlatformError::new("connect to", "xenstore", Cause::NotYet(why))
         })?;
         let mut store = Self { libraries: Arc::clone(libraries), handle, events: -1 };
         // SAFETY: the handle is open.
