@@ -101,7 +101,7 @@ impl Diagnostics {
 }
 
 /// The word that is most like `found`, if any is like it at all.
-fn nearest<'a>(found: &str, words: impl Iterator<Item = &'a str> + Clone) -> Option<&'a str> {
+pub fn nearest<'a>(found: &str, words: impl Iterator<Item = &'a str> + Clone) -> Option<&'a str> {
     let found = found.to_lowercase().replace(['_', ' '], "-");
     let scored = words.clone().map(|word| (strsim::damerau_levenshtein(&found, word), word));
     let (distance, word) = scored.min_by_key(|(distance, _)| *distance)?;

@@ -18,7 +18,7 @@ mod schema;
 mod set;
 mod yaml;
 
-pub use diagnostic::{Diagnostic, Spot};
+pub use diagnostic::{Diagnostic, Spot, nearest};
 pub use dumped::{Dumped, specs as dumped_specs};
 pub use explain::{BitsLine, CapabilityLine, Explanation, RegisterLine, deferred, explain};
 pub use file::{Holding, Permission, PolicyFile, Profile, Reuse};

@@ -24,7 +24,7 @@ use toolstack::engine::Engine;
 use toolstack::journal::Journal;
 use toolstack::policies;
 use toolstack::protocol::Request;
-use toolstack::settings::Settings;
+use toolstack::settings::{self, Settings};
 use toolstack::supervisor;
 
 /// Serves PCI functions to Xen guests.
@@ -46,7 +46,13 @@ struct Arguments {
     /// Instead of the settings' policy-directories; may be given several times.
     #[arg(long = "policies", value_name = "DIRECTORY")]
     policy_directories: Vec<PathBuf>,
+    /// Only checks the settings and the policies; exits with 1 and names the first mistake of the settings, or all of the policies.
+    #[arg(long)]
+    check: bool,
 }
+
+/// Names and texts of files.
+type Sources = Vec<(String, String)>;
 
 /// Which host to work on.
 #[derive(Debug, Clone)]
@@ -81,7 +87,7 @@ fn main() -> ExitCode {
         .format_target(false)
         .format_timestamp_millis()
         .init();
-    match run(arguments) {
+    match if arguments.check { check(&arguments) } else { run(arguments) } {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             error!("{failure:#}");
@@ -99,11 +105,16 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     signals.thread_block().context("block SIGHUP")?;
     let hangup = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).context("receive SIGHUP")?;
 
-    let mut settings = Settings::load(arguments.settings.as_deref())?;
+    let copies = arguments.state_directory.clone().unwrap_or_else(|| Settings::default().state_directory);
+    let (mut settings, sources, mut problems) = read_settings(arguments.settings.as_deref(), &copies)?;
     settings.run_directory = arguments.run_directory.unwrap_or(settings.run_directory);
     settings.state_directory = arguments.state_directory.unwrap_or(settings.state_directory);
     if !arguments.policy_directories.is_empty() {
         settings.policy_directories = arguments.policy_directories;
+    }
+
+    for directory in missing_directories(&settings) {
+        warn!("the policy directory {} does not exist", directory.display());
     }
 
     let images = settings.run_directory.join("images");
@@ -112,9 +123,16 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     let Some(platform) = open_when_booted(&arguments.platform, &stop)? else { return Ok(()) };
     let journal = Journal::open(&settings.state_directory)?;
     let socket = settings.socket();
+    if let Some(sources) = sources
+        && let Err(error) = fs::create_dir_all(&copies).and_then(|()| settings::keep_copy(&copies, &sources))
+    {
+        problems.push(format!("keep a copy of the settings in {}: {error}", copies.display()));
+    }
     let (policies, problem) = read_policies(&settings)?;
+    problems.extend(problem);
     let mut engine = Engine::new(platform, settings, policies, journal, boot_id())?;
-    if let Some(problem) = problem {
+    for problem in problems {
+        error!("{problem}");
         engine.note_problem(problem);
     }
     // Guests may have waited for an answer since the last life of the service ended: they come first.
@@ -122,6 +140,45 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     control::listen(&socket, engine.inbox()).with_context(|| format!("listen at {}", socket.display()))?;
     reload_at(hangup, socket)?;
     engine.run(stop.as_fd())?;
+    Ok(())
+}
+
+/// The settings, the files that they come from, and what is wrong. Files with mistakes do not stop the guests that an earlier process
+/// served: they are served with the settings that were last in force, and no new copy is kept.
+fn read_settings(
+    path: Option<&Path>,
+    copies: &Path,
+) -> anyhow::Result<(Settings, Option<Sources>, Vec<String>)> {
+    match settings::load(path) {
+        Ok(loaded) => Ok((loaded.settings, Some(loaded.sources), Vec::new())),
+        Err(problem) => {
+            let Some(settings) = settings::read_copy(copies) else {
+                bail!("{problem}\ncorrect the settings ('xpcid --check'), then start xpcid again");
+            };
+            let text =
+                format!("the settings cannot be used, those that were last in force are kept: {problem}");
+            Ok((settings, None, vec![text]))
+        }
+    }
+}
+
+/// Policy directories that are not there. Those of an ordinary installation may be missing.
+fn missing_directories(settings: &Settings) -> impl Iterator<Item = &PathBuf> {
+    let usual = Settings::default().policy_directories;
+    settings.policy_directories.iter().filter(move |path| !path.is_dir() && !usual.contains(path))
+}
+
+/// Checks settings and policies and says what is wrong with them.
+fn check(arguments: &Arguments) -> anyhow::Result<()> {
+    let settings::Loaded { mut settings, sources } = settings::load(arguments.settings.as_deref())?;
+    if !arguments.policy_directories.is_empty() {
+        settings.policy_directories.clone_from(&arguments.policy_directories);
+    }
+    for directory in missing_directories(&settings) {
+        warn!("the policy directory {} does not exist", directory.display());
+    }
+    let (policies, _) = policies::load(&settings.policy_directories)?;
+    println!("{} settings files and {} policy files are good", sources.len(), policies.len());
     Ok(())
 }
 
@@ -143,7 +200,6 @@ fn read_policies(settings: &Settings) -> anyhow::Result<(PolicySet, Option<Strin
                 );
             };
             let text = format!("the policy files cannot be used, those last in force stay so: {problem}");
-            error!("{text}");
             Ok((set, Some(text)))
         }
     }

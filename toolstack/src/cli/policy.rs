@@ -15,7 +15,7 @@ use super::Step;
 use crate::outcome::{ErrorCode, Failure};
 use crate::policies::{self, PolicyError};
 use crate::protocol::{CheckedView, Request, Success};
-use crate::settings::Settings;
+use crate::settings;
 
 /// What can be done with policies.
 #[derive(Debug, Subcommand)]
@@ -157,8 +157,9 @@ fn sources(files: &[PathBuf]) -> Result<PolicySet, Failure> {
 
 fn check(files: &[PathBuf]) -> Result<Success, Failure> {
     let set = if files.is_empty() {
-        let settings =
-            Settings::load(None).map_err(|error| Failure::new(ErrorCode::Failed, error.to_string()))?;
+        let settings = settings::load(None)
+            .map_err(|error| Failure::new(ErrorCode::Failed, error.to_string()))?
+            .settings;
         policies::load(&settings.policy_directories).map_err(failed)?.1
     } else {
         sources(files)?

@@ -51,7 +51,7 @@ fn a_description_or_settings_that_cannot_be_used_are_named_with_the_place() {
         ("host.yaml", "xen: \"4.17\"\ndrivers: 7\n", "host.yaml"),
         ("host.yaml", "", "host.yaml"),
         ("settings.yaml", "holder: vfio\n", "vfio"),
-        ("settings.yaml", "guest-limit-seconds: 0\n", "guest-limit-seconds"),
+        ("settings.yaml", "guest-limit-seconds: 0\n", "guest-limit-seconds is 0"),
     ] {
         let directory = tempfile::tempdir().unwrap();
         std::fs::write(directory.path().join("host.yaml"), host()).unwrap();
@@ -157,4 +157,49 @@ fn the_unit_is_restarted_however_often_it_ends() {
     assert_eq!(unit("StartLimitIntervalSec"), ["0"]);
     assert_eq!(unit("Restart"), ["always"]);
     assert_eq!(unit("Type"), ["notify"]);
+}
+
+#[test]
+fn settings_with_a_mistake_do_not_stop_a_service_that_has_run_before() {
+    let daemon = Daemon::start(&host());
+    std::fs::write(daemon.directory.path().join("settings.yaml"), "guest-limit-seconds: 1\nholdr: auto\n")
+        .unwrap();
+    let daemon = daemon.start_again();
+    let status = daemon.xpci(&["status"]);
+    let shown = String::from_utf8_lossy(&status.stdout);
+    assert!(status.status.success(), "{shown}");
+    assert!(shown.contains("settings.yaml:2:1: 'holdr' is no setting; did you mean 'holder'?"), "{shown}");
+}
+
+#[test]
+fn settings_and_policies_are_checked_without_starting_anything() {
+    let directory = tempfile::tempdir().unwrap();
+    let settings = directory.path().join("settings.yaml");
+    let check = |text: &str| {
+        std::fs::write(&settings, text).unwrap();
+        let output = service(directory.path()).arg("--check").output().unwrap();
+        (
+            output.status.code(),
+            String::from_utf8(output.stdout).unwrap(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
+    };
+    let (code, said, _) = check("guest-limit-seconds: 5\n");
+    assert_eq!((code, said.as_str()), (Some(0), "1 settings files and 0 policy files are good\n"));
+    let (code, _, said) = check("guest-limit-second: 5\n");
+    assert_eq!(code, Some(1), "{said}");
+    assert!(
+        said.contains(
+            "settings.yaml:1:1: 'guest-limit-second' is no setting; did you mean 'guest-limit-seconds'?"
+        ),
+        "{said}"
+    );
+    let (code, _, said) = check("policy-directories: [/nonexistent]\n");
+    assert_eq!(code, Some(0), "{said}");
+    std::fs::create_dir(directory.path().join("policies")).unwrap();
+    std::fs::write(directory.path().join("policies/bad.yaml"), "profil: strict\n").unwrap();
+    let (code, _, said) = check("");
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("bad.yaml:1:1: 'profil' is no key of a policy; did you mean 'profile'?"), "{said}");
+    assert!(!directory.path().join("run").exists() && !directory.path().join("state").exists());
 }

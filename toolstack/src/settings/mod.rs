@@ -1,22 +1,24 @@
 //! The service's settings: `/etc/xpci/xpcid.yaml`, all optional.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::fs;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use pciback::Sbdf;
 use pciback::platform::{Host, HostFunction, PlatformError, VfPlace, VfSettings};
+use pciback::policy::nearest;
 use serde::Deserialize;
-use thiserror::Error;
+
+mod file;
+
+pub use file::{DEFAULT_PATH, Loaded, SettingsError, keep_copy, load, read_copy};
 
 use crate::spec::serial_number;
 use crate::transaction::ResetPlan;
 
-/// Where the settings are when the command line names no other file.
-pub const DEFAULT_PATH: &str = "/etc/xpci/xpcid.yaml";
+/// The words of Linux's `reset_method` (Documentation/ABI/testing/sysfs-bus-pci).
+const RESET_METHODS: [&str; 7] = ["device_specific", "acpi", "flr", "af_flr", "pm", "bus", "cxl_bus"];
 /// Where the service listens when neither side is told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/xpci/control";
 
@@ -155,47 +157,10 @@ impl Default for Settings {
     }
 }
 
-/// Why settings cannot be used.
-#[derive(Debug, Error)]
-pub enum SettingsError {
-    /// The file cannot be read.
-    #[error("read settings {path}: {source}")]
-    Read {
-        /// Which file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The file says something that is no setting.
-    #[error("settings {path}: {reason}")]
-    Invalid {
-        /// Which file.
-        path: PathBuf,
-        /// Where and why.
-        reason: String,
-    },
-}
-
 impl Settings {
-    /// Reads `path`; a default file that is not there means the defaults.
-    pub fn load(path: Option<&Path>) -> Result<Self, SettingsError> {
-        let (path, required) = path.map_or((Path::new(DEFAULT_PATH), false), |path| (path, true));
-        match fs::read_to_string(path) {
-            Ok(text) => {
-                Self::parse(&text).map_err(|reason| SettingsError::Invalid { path: path.to_owned(), reason })
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound && !required => Ok(Self::default()),
-            Err(source) => Err(SettingsError::Read { path: path.to_owned(), source }),
-        }
-    }
-
-    fn parse(text: &str) -> Result<Self, String> {
-        let settings =
-            if text.lines().all(|line| line.trim().is_empty() || line.trim_start().starts_with('#')) {
-                Self::default()
-            } else {
-                serde_saphyr::from_str::<Self>(text).map_err(|error| error.to_string())?
-            };
+    /// Refuses values out of range, in words that name the key.
+    fn check(&self) -> Result<(), String> {
+        let settings = self;
         for (key, seconds) in [
             ("guest-limit-seconds", settings.guest_limit_seconds),
             ("start-limit-seconds", settings.start_limit_seconds),
@@ -221,7 +186,37 @@ impl Settings {
                 return Err(format!("virtual-functions: {entry}: there is no VF {index}, they begin with 0"));
             }
         }
-        Ok(settings)
+        for method in &self.reset.methods {
+            if !RESET_METHODS.contains(&method.as_str()) {
+                let meant = nearest(method, RESET_METHODS.iter().copied());
+                let meant = meant.map_or_else(
+                    || format!("; it is one of {}", RESET_METHODS.join(", ")),
+                    |word| format!("; did you mean '{word}'?"),
+                );
+                return Err(format!("reset: methods: '{method}' is no way to reset a function{meant}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the settings that another file gives by these keys.
+    fn lay_over(&mut self, other: Self, keys: &BTreeSet<String>) {
+        let has = |key: &str| keys.contains(key);
+        macro_rules! take {
+            ($($key:literal => $field:ident),* $(,)?) => { $(if has($key) { self.$field = other.$field; })* };
+        }
+        take! {
+            "holder" => holder,
+            "guest-limit-seconds" => guest_limit_seconds,
+            "start-limit-seconds" => start_limit_seconds,
+            "driver-limit-seconds" => driver_limit_seconds,
+            "reset" => reset,
+            "function-limit" => function_limit,
+            "virtual-functions" => virtual_functions,
+            "policy-directories" => policy_directories,
+            "run-directory" => run_directory,
+            "state-directory" => state_directory,
+        }
     }
 
     /// The network settings that a VF is to have, by the first entry that means its PF.
@@ -262,10 +257,14 @@ impl Settings {
 mod tests {
     use super::*;
 
+    fn parse(text: &str) -> Settings {
+        file::parse("s.yaml", text).unwrap().0
+    }
+
     #[test]
     fn the_shipped_file_says_the_defaults() {
-        let shipped = include_str!("../../configs/xpcid.yaml");
-        assert_eq!(Settings::parse(shipped).unwrap(), Settings::default());
+        let shipped = include_str!("../../../configs/xpcid.yaml");
+        assert_eq!(parse(shipped), Settings::default());
         let without_comments = shipped.lines().filter(|line| !line.trim_start().starts_with('#')).count();
         assert!(without_comments > 5, "the shipped file names each setting");
     }
@@ -290,12 +289,13 @@ mod tests {
             ),
             ("virtual-functions: [{pf: 01:00.0, count: 2, network: {vlans: 1}}]", "vlans"),
             ("reset:\n  checks: [answers, sings]", "sings"),
+            ("reset: {methods: [flr, buss]}", "'buss' is no way to reset a function; did you mean 'bus'?"),
         ] {
-            let error = Settings::parse(text).unwrap_err();
+            let error = file::parse("s.yaml", text).unwrap_err().to_string();
             assert!(error.contains(named), "{text}: {error}");
         }
-        assert_eq!(Settings::parse("# nothing\n").unwrap(), Settings::default());
-        let some = Settings::parse("reset: {methods: [flr, bus]}\n").unwrap();
+        assert_eq!(parse("# nothing\n"), Settings::default());
+        let some = parse("reset: {methods: [flr, bus]}\n");
         let reset = ResetPlan { methods: vec!["flr".to_owned(), "bus".to_owned()], ..ResetPlan::default() };
         assert_eq!(some, Settings { reset, ..Settings::default() });
     }
@@ -304,7 +304,7 @@ mod tests {
     fn network_settings_of_vfs_are_written_as_in_the_shipped_example() {
         let text = "virtual-functions:\n  - {pf: 01:00.0, count: 4, network: {vlan: 100, spoof-check: true}, \
                     vfs: {1: {mac: '52:54:00:12:34:01', vlan: '100:3'}}}\n";
-        let settings = Settings::parse(text).unwrap();
+        let settings = parse(text);
         let [entry] = settings.virtual_functions.as_slice() else { panic!("{settings:?}") };
         let shown = |settings: &VfSettings| format!("{:?}", settings.words());
         assert_eq!(shown(&entry.network), r#"[("vlan", "100"), ("spoof-check", "on")]"#);

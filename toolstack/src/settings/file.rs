@@ -1,0 +1,243 @@
+//! Settings on disk: the file, the files beside it, and the copy of what was last in force.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use pciback::policy::{Diagnostic, Spot, nearest};
+use serde::de::IgnoredAny;
+use thiserror::Error;
+
+use super::Settings;
+
+/// Where the settings are when the command line names no other file.
+pub const DEFAULT_PATH: &str = "/etc/xpci/xpcid.yaml";
+/// What the directory with more settings is called, behind the name of the file.
+const DROP_INS: &str = "d";
+/// The copy of what was last in force, in the state directory.
+const COPY: &str = "settings-in-force";
+/// No file is longer than this, in bytes.
+const SIZE_LIMIT: u64 = 1 << 20;
+/// More files than this are none that somebody wrote.
+const FILES: usize = 100;
+
+/// Why settings cannot be used.
+#[derive(Debug, Error)]
+pub enum SettingsError {
+    /// A file or directory cannot be read.
+    #[error("read settings {path}: {source}")]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// There are too many files.
+    #[error("{directory}: more than {FILES} files with settings")]
+    TooMany {
+        /// Where.
+        directory: PathBuf,
+    },
+    /// A file says something that is no setting.
+    #[error(transparent)]
+    Invalid(Box<Diagnostic>),
+}
+
+/// Settings, and the files that they come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Loaded {
+    /// What the files say together.
+    pub settings: Settings,
+    /// The name and text of each file, in the order in which they are laid over each other.
+    pub sources: Vec<(String, String)>,
+}
+
+/// Reads `path`, then the files `*.yaml` in the directory `PATH.d` in the order of their names: what a later one sets replaces what an
+/// earlier one set, key by key. A default file that is not there means the defaults.
+///
+/// # Errors
+/// The first file that cannot be read or used.
+pub fn load(path: Option<&Path>) -> Result<Loaded, SettingsError> {
+    let (path, required) = path.map_or((Path::new(DEFAULT_PATH), false), |path| (path, true));
+    let mut sources = Vec::new();
+    match read(path) {
+        Ok(text) => sources.push((path.display().to_string(), text)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound && !required => {}
+        Err(source) => return Err(SettingsError::Read { path: path.to_owned(), source }),
+    }
+    for path in drop_ins(path)? {
+        let text = read(&path).map_err(|source| SettingsError::Read { path: path.clone(), source })?;
+        sources.push((path.display().to_string(), text));
+    }
+    together(sources)
+}
+
+/// The files beside a settings file.
+fn drop_ins(path: &Path) -> Result<Vec<PathBuf>, SettingsError> {
+    let directory = PathBuf::from(format!("{}.{DROP_INS}", path.display()));
+    let failed = |source| SettingsError::Read { path: directory.clone(), source };
+    let entries = match fs::read_dir(&directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failed(error)),
+    };
+    let mut paths = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(failed)?.path();
+        if path.extension().is_some_and(|extension| extension == "yaml") {
+            paths.push(path);
+        }
+        if paths.len() > FILES {
+            return Err(SettingsError::TooMany { directory });
+        }
+    }
+    paths.sort_unstable();
+    Ok(paths)
+}
+
+fn read(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    File::open(path)?.take(SIZE_LIMIT).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+fn together(sources: Vec<(String, String)>) -> Result<Loaded, SettingsError> {
+    let mut settings = Settings::default();
+    for (name, text) in &sources {
+        let (own, keys) = parse(name, text)?;
+        settings.lay_over(own, &keys);
+    }
+    Ok(Loaded { settings, sources })
+}
+
+/// One file: what it says, defaults besides, and the keys that it has.
+pub(super) fn parse(name: &str, text: &str) -> Result<(Settings, BTreeSet<String>), SettingsError> {
+    if text.lines().all(|line| line.trim().is_empty() || line.trim_start().starts_with('#')) {
+        return Ok((Settings::default(), BTreeSet::new()));
+    }
+    let mistake = |error| SettingsError::Invalid(Box::new(mistake(name, &error)));
+    let settings: Settings = serde_saphyr::from_str(text).map_err(mistake)?;
+    let keys: BTreeMap<String, IgnoredAny> = serde_saphyr::from_str(text).map_err(mistake)?;
+    let keys: BTreeSet<String> = keys.into_keys().collect();
+    settings.check().map_err(|message| {
+        // It begins with the key.
+        let key = message.split([':', ' ']).next().unwrap_or_default();
+        let line =
+            text.lines().position(|line| line.trim_start().starts_with(key)).map_or(1, |index| index + 1);
+        let at = Spot { line: line as u32, column: 1 };
+        SettingsError::Invalid(Box::new(Diagnostic { file: name.to_owned(), at, message, suggestion: None }))
+    })?;
+    Ok((settings, keys))
+}
+
+fn mistake(name: &str, error: &serde_saphyr::Error) -> Diagnostic {
+    let plain = error.without_snippet();
+    let at = plain.location().map_or(Spot { line: 1, column: 1 }, |location| Spot {
+        line: location.line() as u32,
+        column: location.column() as u32,
+    });
+    let (message, suggestion) = match plain {
+        serde_saphyr::Error::SerdeUnknownField { field, expected, .. } => unknown(field, "setting", expected),
+        serde_saphyr::Error::SerdeUnknownVariant { variant, expected, .. } => {
+            unknown(variant, "word that is allowed here", expected)
+        }
+        other => {
+            // The parser's text repeats the place.
+            let text = other.to_string();
+            let text = text.lines().next().unwrap_or_default();
+            let place = format!("line {} column {}: ", at.line, at.column);
+            (text.split_once(&place).map_or(text, |(_, message)| message).to_owned(), None)
+        }
+    };
+    Diagnostic { file: name.to_owned(), at, message, suggestion }
+}
+
+fn unknown(found: &str, what: &str, expected: &[&'static str]) -> (String, Option<String>) {
+    let found: String = found.chars().take(60).collect();
+    match nearest(&found, expected.iter().copied()) {
+        Some(word) => (format!("'{found}' is no {what}"), Some(word.to_owned())),
+        None => (format!("'{found}' is no {what}; it is one of {}", expected.join(", ")), None),
+    }
+}
+
+/// Keeps a copy of what is in force: a service that starts beside a file with a mistake serves its guests with it.
+///
+/// # Errors
+/// The copy cannot be written.
+pub fn keep_copy(state_directory: &Path, sources: &[(String, String)]) -> io::Result<()> {
+    let (path, new) = (state_directory.join(COPY), state_directory.join(format!("{COPY}.new")));
+    let mut file = File::create(&new)?;
+    file.write_all(&serde_json::to_vec(sources)?)?;
+    file.sync_all()?;
+    fs::rename(new, path)?;
+    File::open(state_directory)?.sync_all()
+}
+
+/// The copy of what was last in force; `None` where there is none that can be used.
+pub fn read_copy(state_directory: &Path) -> Option<Settings> {
+    let text = read(&state_directory.join(COPY)).ok()?;
+    let sources: Vec<(String, String)> = serde_json::from_str(&text).ok()?;
+    together(sources).ok().map(|loaded| loaded.settings)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(text: &str) -> String {
+        parse("xpcid.yaml", text).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_mistake_is_named_once_with_its_place_and_the_nearest_word() {
+        assert_eq!(
+            error("guest-limit-seconds: 10\nholdr: auto\n"),
+            "xpcid.yaml:2:1: 'holdr' is no setting; did you mean 'holder'?"
+        );
+        assert_eq!(
+            error("reset:\n  checks: [answers, sings]\n"),
+            "xpcid.yaml:2:21: 'sings' is no word that is allowed here; it is one of answers, bus-master-off"
+        );
+        let vlan = error("virtual-functions: [{pf: 01:00.0, count: 2, network: {vlan: \"4095\"}}]\n");
+        assert!(vlan.starts_with("xpcid.yaml:1:61: '4095' is no VLAN"), "{vlan}");
+        assert_eq!(vlan.matches("is no VLAN").count(), 1);
+        assert_eq!(
+            error("\nfunction-limit: 0\n"),
+            "xpcid.yaml:2:1: function-limit is 0; it must be 1 to 65536"
+        );
+    }
+
+    #[test]
+    fn files_beside_the_settings_replace_single_keys_in_the_order_of_their_names() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("xpcid.yaml");
+        fs::write(&path, "guest-limit-seconds: 5\nfunction-limit: 7\n").unwrap();
+        fs::create_dir(directory.path().join("xpcid.yaml.d")).unwrap();
+        for (name, text) in [
+            ("20.yaml", "function-limit: 9\n"),
+            ("10.yaml", "function-limit: 8\nholder: pci-stub\n"),
+            ("notes.txt", "no settings"),
+        ] {
+            fs::write(directory.path().join("xpcid.yaml.d").join(name), text).unwrap();
+        }
+        let loaded = load(Some(&path)).unwrap();
+        let wanted = Settings {
+            guest_limit_seconds: 5,
+            function_limit: 9,
+            holder: super::super::Holder::PciStub,
+            ..Settings::default()
+        };
+        assert_eq!((loaded.settings, loaded.sources.len()), (wanted, 3));
+    }
+
+    #[test]
+    fn the_copy_is_what_was_in_force() {
+        let state = tempfile::tempdir().unwrap();
+        assert_eq!(read_copy(state.path()), None);
+        keep_copy(state.path(), &[("a.yaml".into(), "function-limit: 9\n".into())]).unwrap();
+        assert_eq!(read_copy(state.path()).map(|settings| settings.function_limit), Some(9));
+        fs::write(state.path().join(COPY), "[[\"a.yaml\",\"holdr: 1\"]]").unwrap();
+        assert_eq!(read_copy(state.path()), None);
+    }
+}
