@@ -28,6 +28,11 @@ pub enum ErrorCode {
 }
 
 impl ErrorCode {
+    /// Whether nothing was attempted because of what was asked for, or of the present state.
+    pub const fn is_refusal(self) -> bool {
+        matches!(self, Self::Usage | Self::NotFound | Self::Refused)
+    }
+
     /// The exit code of `xpci`.
     pub const fn exit_code(self) -> u8 {
         match self {

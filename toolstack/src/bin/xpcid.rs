@@ -1,13 +1,14 @@
 //! The service: owns the functions that guests have, and serves them.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
 
 use anyhow::{Context, bail};
 use clap::Parser;
-use log::{error, info, warn};
+use log::{Level, error, info, warn};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -83,10 +84,7 @@ fn main() -> ExitCode {
         return code;
     }
     let arguments = Arguments::parse();
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
-        .format_target(false)
-        .format_timestamp_millis()
-        .init();
+    log_to(std::env::var_os("JOURNAL_STREAM").is_some());
     match if arguments.check { check(&arguments) } else { run(arguments) } {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
@@ -94,6 +92,26 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Sets up the log on standard error. The journal knows times itself, and takes priorities as prefixes (sd-daemon(3)).
+fn log_to(journal: bool) {
+    let mut log = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"));
+    if journal {
+        log.format(|line, record| {
+            let priority = match record.level() {
+                Level::Error => 3,
+                Level::Warn => 4,
+                Level::Info => 6,
+                Level::Debug | Level::Trace => 7,
+            };
+            // One record is one line of the journal.
+            writeln!(line, "<{priority}>{}", record.args().to_string().replace('\n', "; "))
+        });
+    } else {
+        log.format_target(false).format_timestamp_millis();
+    }
+    log.init();
 }
 
 fn run(arguments: Arguments) -> anyhow::Result<()> {

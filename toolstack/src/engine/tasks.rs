@@ -269,6 +269,8 @@ impl Engine {
             let (record, outcome) = (finished.record.clone(), finished.outcome.clone());
             match &outcome {
                 Ok(_) => info!("{}", done(&record)),
+                // A request that the present state forbids is no fault of the host.
+                Err(failure) if failure.code.is_refusal() => info!("{address}: {failure}"),
                 Err(failure) => error!("{address}: {failure}"),
             }
             // The engine first: who reads the answer may ask for the state at once.

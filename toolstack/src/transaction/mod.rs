@@ -15,7 +15,7 @@ mod reset;
 
 use std::time::Instant;
 
-use log::{info, warn};
+use log::{debug, warn};
 use nix::errno::Errno;
 use pciback::platform::Platform;
 use pciback::{DomId, FunctionState, Sbdf};
@@ -327,7 +327,7 @@ impl Context<'_> {
         if record.quarantine.is_none() {
             record.quarantine = self.serving.distrusted(record.address);
         }
-        info!("{}: {kind:?}, step {step:?}{}", record.address, if undoing { ", undo" } else { "" });
+        debug!("{}: {kind:?}, step {step:?}{}", record.address, if undoing { ", undo" } else { "" });
         self.write(record)
     }
 

@@ -203,3 +203,32 @@ fn settings_and_policies_are_checked_without_starting_anything() {
     assert!(said.contains("bad.yaml:1:1: 'profil' is no key of a policy; did you mean 'profile'?"), "{said}");
     assert!(!directory.path().join("run").exists() && !directory.path().join("state").exists());
 }
+
+#[test]
+fn the_journal_gets_priorities_one_line_a_record_and_no_times() {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("host.yaml"), host()).unwrap();
+    std::fs::write(directory.path().join("settings.yaml"), "holdr: 1\n").unwrap();
+    let output = service(directory.path()).env("JOURNAL_STREAM", "8:1").output().unwrap();
+    let log = String::from_utf8(output.stderr).unwrap();
+    let path = directory.path().join("settings.yaml");
+    let wanted = format!(
+        "<3>{}:1:1: 'holdr' is no setting; did you mean 'holder'?; correct the settings ('xpcid --check'), then start xpcid again\n",
+        path.display()
+    );
+    assert_eq!(log, wanted);
+}
+
+#[test]
+fn what_the_user_may_not_do_is_no_error_of_the_service() {
+    let mut daemon = Daemon::start(&host());
+    let refused = daemon.xpci(&["pci-attach", "closed", "02:00.0"]);
+    assert_eq!(refused.status.code(), Some(5));
+    daemon.xpci(&["pci-assignable-add", "02:00.0"]);
+    let refused = daemon.xpci(&["pci-attach", "closed", "02:00.0"]);
+    assert_eq!(refused.status.code(), Some(5), "{refused:?}");
+    daemon.signal(Signal::SIGTERM);
+    let (_, log) = daemon.wait();
+    assert!(log.iter().any(|line| line.contains("passthrough")), "{}", log.join("\n"));
+    assert!(log.iter().all(|line| !line.contains("ERROR")), "{}", log.join("\n"));
+}
