@@ -1,4 +1,4 @@
-# make demo | test | lab | bench | dumps | fuzz | install: everything needed is installed first, see CONTRIBUTING.md.
+# make demo | test | lab | bench | dumps | fuzz | fresh | install: everything needed is installed first, see CONTRIBUTING.md.
 
 PREFIX ?= /usr
 DESTDIR ?=
@@ -7,12 +7,17 @@ FUZZ_SECONDS ?= 600
 # Lab tests boot a whole machine each: one after the other.
 LAB_TEST = $(CARGO) test --locked -p xpci-tests -- --test-threads=1 --nocapture
 
-.PHONY: all deps binaries demo test check unit lab-test lab bench dumps fuzz fuzz-short install
+.PHONY: all deps fresh binaries demo test check unit lab-test lab bench dumps fuzz fuzz-short install
 
 all: binaries
 
 deps:
 	@tests/setup/host.sh
+
+# That set-up works on a bare Debian 12 and a bare Debian 13, made with debootstrap; some minutes each.
+fresh:
+	@tests/setup/host.sh debootstrap debian-archive-keyring
+	@CARGO="$(CARGO)" tests/setup/fresh.sh
 
 binaries: deps
 	$(CARGO) build --locked --release -p toolstack -p xpci-tests
@@ -39,6 +44,8 @@ unit: deps
 	@# The one with 4,096 VFs runs alone, else guests of the others take it for a slow host; it prints its times and memory.
 	$(CARGO) test --locked --workspace --exclude xpci-tests -- --skip 4096_vfs
 	$(CARGO) test --locked --workspace --exclude xpci-tests --test transactions 4096_vfs -- --nocapture
+	@# Of the lab, what needs no machine; and set-up's decisions.
+	$(CARGO) test --locked -p xpci-tests --lib --bins --test setup
 
 fuzz-short: deps
 	@echo "== stage 4 of 5: fuzz targets, 10 s each"

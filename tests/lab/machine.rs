@@ -130,18 +130,35 @@ pub fn command(images: &Images, devices: &Devices, folder: &Path) -> Result<Comm
     Ok(qemu)
 }
 
-/// Fails loudly where QEMU is absent or too old.
+/// Fails where QEMU is absent or lacks the device `igb`.
 pub fn check_qemu() -> Result<()> {
     let hint = "the lab needs QEMU 8.0 or newer with the device `igb`; `make deps` installs it";
     let output = Command::new("qemu-system-x86_64").args(["-device", "igb,help"]).output().context(hint)?;
-    ensure!(
-        output.status.success(),
-        "{hint}; the one found says: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    ensure!(describes_igb(&said), "{hint}; the one found says: {}", said.trim());
     Ok(())
+}
+
+/// Whether this answer to `-device igb,help` describes the device. QEMU's exit status tells nothing: it is 0 without the device too.
+fn describes_igb(answer: &str) -> bool {
+    answer.lines().any(|line| line == "igb options:")
 }
 
 fn text(path: &Path) -> Result<&str> {
     path.to_str().with_context(|| format!("{} is not UTF-8", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::describes_igb;
+
+    #[test]
+    fn qemu_10_describes_igb() {
+        assert!(describes_igb(include_str!("../setup/recorded/qemu-10.0.txt")));
+    }
+
+    #[test]
+    fn qemu_7_2_does_not_know_igb() {
+        assert!(!describes_igb(include_str!("../setup/recorded/qemu-7.2.txt")));
+    }
 }
