@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use crate::command::Command;
 use crate::lab::Lab;
 use crate::link::{Link, Process};
-use crate::wire::{Kind, LineDecoder, Start};
+use crate::wire::{Exit, Kind, LineDecoder, Start};
 
 /// What a guest is made of.
 #[derive(Debug, Clone)]
@@ -184,7 +184,11 @@ impl<'a> Guest<'a> {
                 _ = log.write_all(&std::mem::take(&mut decoder.noise));
             }
             if let Some(link) = of_thread.upgrade() {
-                link.dead("the guest's console closed: the domain ended or rebooted");
+                let why = match reader.ended() {
+                    Some(Exit { error: Some(error), .. }) => error,
+                    _ => "the domain ended or rebooted".to_owned(),
+                };
+                link.dead(&format!("the guest's console closed: {why}"));
             }
         });
         let new = Console { domid, link, bridge };

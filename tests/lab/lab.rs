@@ -19,7 +19,7 @@ use crate::link::{Link, Process};
 use crate::logs;
 use crate::machine::{self, Devices};
 use crate::packages::XenVersion;
-use crate::qemu::Qemu;
+use crate::qemu::{Qemu, Witness};
 use crate::qmp::Qmp;
 use crate::udev;
 use crate::wire::{Frame, Start};
@@ -99,26 +99,16 @@ impl Builder {
         self.write_initramfs(&images, &folder.path().join("dom0.cpio")).context("making dom0's initramfs")?;
         let qemu = Qemu::start(machine::command(&images, &self.devices, folder.path())?, &logs, self.life)?;
         let booted = connect(&qemu, folder.path()).and_then(|(agent, monitor)| {
-            let link = serve(agent)?;
-            let lab_ready = Command::new(Ok(Arc::clone(&link)), &until("[ -e /run/lab-ready ]"));
-            link.control
-                .wait(Some(BOOT_LIMIT), |c| (c.pongs > 0 || c.exit.is_some()).then_some(()))
-                .with_context(|| format!("dom0's agent did not report within {BOOT_LIMIT:?}"))?;
-            wait_for(lab_ready, "Xen's services in dom0", BOOT_LIMIT)?;
-            let state = Command::new(Ok(Arc::clone(&link)), "cat /run/lab-ready").ok()?;
-            if state.trim() != "ok" {
-                bail!("Xen's services in dom0 did not start");
+            let link = serve(agent, qemu.witness())?;
+            match services_come_up(&link).and_then(|()| Qmp::new(monitor)) {
+                Ok(qmp) => Ok((link, qmp)),
+                // A link that is dead has said why.
+                Err(error) if link.is_dead() => Err(error),
+                Err(error) => Err(error.context(qemu.witness().account())),
             }
-            Ok((link, Qmp::new(monitor)?))
         });
-        let (link, qmp) = booted.with_context(|| {
-            let last = qemu.last_lines();
-            format!(
-                "booting Xen {}; logs in {}; the console ends with:\n{last}",
-                self.version.name(),
-                logs.display()
-            )
-        })?;
+        let (link, qmp) = booted
+            .with_context(|| format!("booting Xen {}; logs in {}", self.version.name(), logs.display()))?;
         // QEMU has read it; a killed harness should leave no more than two sockets behind.
         fs::remove_file(folder.path().join("dom0.cpio"))?;
         let boot_time = begun.elapsed();
@@ -181,6 +171,19 @@ fn built(name: &str) -> Result<PathBuf> {
     found.with_context(|| format!("no {name} beside {}; run `cargo build -p xpci-tests`", me.display()))
 }
 
+fn services_come_up(link: &Arc<Link>) -> Result<()> {
+    let lab_ready = Command::new(Ok(Arc::clone(link)), &until("[ -e /run/lab-ready ]"));
+    link.control
+        .wait(Some(BOOT_LIMIT), |c| (c.pongs > 0 || c.exit.is_some()).then_some(()))
+        .with_context(|| format!("dom0's agent did not report within {BOOT_LIMIT:?}"))?;
+    wait_for(lab_ready, "Xen's services in dom0", BOOT_LIMIT)?;
+    let state = Command::new(Ok(Arc::clone(link)), "cat /run/lab-ready").ok()?;
+    if state.trim() != "ok" {
+        bail!("Xen's services in dom0 did not start");
+    }
+    Ok(())
+}
+
 /// QEMU makes its sockets right after its start.
 fn connect(qemu: &Qemu, folder: &Path) -> Result<(UnixStream, UnixStream)> {
     let end = Instant::now() + Duration::from_secs(60);
@@ -194,10 +197,10 @@ fn connect(qemu: &Qemu, folder: &Path) -> Result<(UnixStream, UnixStream)> {
         // There is no event for a socket that does not exist yet.
         thread::sleep(Duration::from_millis(20));
     }
-    bail!("QEMU made no sockets: {last:?}")
+    bail!("QEMU made no sockets ({last:?}): {}", qemu.witness().account())
 }
 
-fn serve(stream: UnixStream) -> Result<Arc<Link>> {
+fn serve(stream: UnixStream, witness: Witness) -> Result<Arc<Link>> {
     let mut from = stream.try_clone()?;
     let to = Mutex::new(stream);
     let link = Link::new(move |frame: &Frame| {
@@ -209,13 +212,13 @@ fn serve(stream: UnixStream) -> Result<Arc<Link>> {
         let why = loop {
             match (Frame::read(&mut from), of_thread.upgrade()) {
                 (Ok(Some(frame)), Some(link)) => link.receive(frame),
-                (Ok(None), _) => break "dom0 is gone: QEMU ended".to_owned(),
-                (Err(error), _) => break format!("dom0 is gone: {error:#}"),
+                (Ok(None), _) => break "its socket closed".to_owned(),
+                (Err(error), _) => break format!("{error:#}"),
                 (_, None) => return,
             }
         };
         if let Some(link) = of_thread.upgrade() {
-            link.dead(&why);
+            link.dead(&format!("dom0 is gone ({why}): {}", witness.account_of_end()));
         }
     })?;
     Ok(link)
@@ -298,17 +301,17 @@ impl Lab {
 
     /// A line of QEMU's human monitor; its complaints are errors.
     pub fn monitor(&self, line: &str) -> Result<String> {
-        self.qmp.human(line)
+        self.explained(self.qmp.human(line))
     }
 
     /// QEMU's own monitor protocol.
     pub fn qmp(&self, command: &str, arguments: &Value) -> Result<Value> {
-        self.qmp.execute(command, arguments)
+        self.explained(self.qmp.execute(command, arguments))
     }
 
     /// Waits for an event of QEMU's, such as `DEVICE_DELETED`.
     pub fn wait_event(&self, name: &str, limit: Duration) -> Result<Value> {
-        self.qmp.wait_event(name, limit)
+        self.explained(self.qmp.wait_event(name, limit))
     }
 
     /// Waits for a text on the serial console.
@@ -343,6 +346,14 @@ impl Lab {
 
     pub(crate) fn link(&self) -> &Arc<Link> {
         &self.link
+    }
+
+    /// An error of the monitor, with QEMU's end if that is the reason.
+    fn explained<T>(&self, result: Result<T>) -> Result<T> {
+        match self.check() {
+            Err(end) => result.map_err(|error| error.context(end)),
+            Ok(()) => result,
+        }
     }
 
     pub(crate) fn check(&self) -> Result<()> {

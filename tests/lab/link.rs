@@ -7,9 +7,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 
 use crate::wire::{Exit, Frame, Kind, Start};
+
+/// How long after a failed write the reader needs to find the cause.
+const CAUSE_LIMIT: Duration = Duration::from_secs(15);
 
 type Send = Box<dyn Fn(&Frame) -> Result<()> + std::marker::Send + Sync>;
 
@@ -85,9 +88,20 @@ impl Link {
 
     pub(crate) fn send(&self, kind: Kind, id: u32, payload: impl Into<Vec<u8>>) -> Result<()> {
         if let Some(exit) = &self.control.lock().exit {
-            bail!("{}", exit.error.as_deref().unwrap_or("the agent is gone"));
+            bail!("{}", exit.why());
         }
-        (self.send)(&Frame::new(kind, id, payload))
+        (self.send)(&Frame::new(kind, id, payload)).map_err(|error| {
+            // Whoever reads the other direction finds out why.
+            match self.control.wait(Some(CAUSE_LIMIT), |c| c.exit.clone()) {
+                Some(exit) => anyhow!("{}", exit.why()),
+                None => error,
+            }
+        })
+    }
+
+    /// Whether the agent will say nothing more.
+    pub(crate) fn is_dead(&self) -> bool {
+        self.control.lock().exit.is_some()
     }
 
     pub(crate) fn start(self: &Arc<Self>, start: &Start, log: Option<File>) -> Result<Process> {
@@ -163,6 +177,10 @@ impl Process {
         self.channel.lock().exit.clone()
     }
 
+    fn why_ended(&self) -> String {
+        self.ended().map_or_else(|| "not yet".to_owned(), |exit| exit.why())
+    }
+
     /// Everything it has written so far: standard output, then standard error.
     pub fn output_so_far(&self) -> String {
         let captured = self.channel.lock();
@@ -178,7 +196,12 @@ impl Process {
         });
         match found {
             Some(true) => Ok(()),
-            Some(false) => bail!("{} ended without saying {text:?}: {}", self.name, self.output_so_far()),
+            Some(false) => bail!(
+                "{} ended ({}) without saying {text:?}: {}",
+                self.name,
+                self.why_ended(),
+                self.output_so_far()
+            ),
             None => bail!("{} did not say {text:?} within {limit:?}: {}", self.name, self.output_so_far()),
         }
     }
@@ -191,7 +214,7 @@ impl Process {
         });
         match held {
             Some(true) => Ok(()),
-            Some(false) => bail!("{} ended", self.name),
+            Some(false) => bail!("{} ended ({})", self.name, self.why_ended()),
             None => bail!("{} did not say what was awaited within {limit:?}", self.name),
         }
     }

@@ -73,6 +73,19 @@ pub struct Exit {
     pub error: Option<String>,
 }
 
+impl Exit {
+    /// The same in words.
+    pub fn why(&self) -> String {
+        match (&self.error, self.code, self.signal) {
+            (Some(error), ..) => error.clone(),
+            (None, _, _) if self.timed_out => "its time was up".to_owned(),
+            (None, Some(code), _) => format!("status {code}"),
+            (None, None, Some(signal)) => format!("signal {signal}"),
+            (None, None, None) => "for no known reason".to_owned(),
+        }
+    }
+}
+
 /// Longest payload accepted; senders split output far below this.
 const MAX_PAYLOAD: usize = 16 << 20;
 const HEAD: usize = 5;
