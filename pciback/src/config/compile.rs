@@ -21,6 +21,9 @@ const TRIGGER: &str = "reads 0; starting it is the host's";
 const RESERVED: &str = "reserved: reads 0; writes leave hardware's bits as they are";
 const RESERVED_ZERO: &str = "reserved: reads 0; writes carry 0";
 
+/// Bits of Command that are virtual and that the service carries out.
+const CARRIED_OUT: u16 = header::COMMAND_IO | header::COMMAND_MEMORY | header::COMMAND_INTERRUPT_DISABLE;
+
 impl Planes {
     /// Compiles the built-in rules with `policy` laid over them.
     pub fn compile(spec: &FunctionSpec, policy: &Policy) -> Result<Self, ConfigError> {
@@ -164,6 +167,8 @@ impl<'a> Compiler<'a> {
         for register in header::REGISTERS {
             self.register(register, &family);
         }
+        // A guest that writes them has not lost anything: the service does what they say.
+        self.bits[usize::from(header::COMMAND) / 4].masked &= !u32::from(CARRIED_OUT);
     }
 
     fn bars(&mut self) {

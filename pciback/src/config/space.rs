@@ -50,6 +50,7 @@ pub struct VirtualConfigSpace {
     planes: Arc<Planes>,
     image: FunctionImage,
     bars: Vec<Bar>,
+    is_virtual: bool,
     masked: MaskedWrites,
 }
 
@@ -92,7 +93,7 @@ impl VirtualConfigSpace {
             image.set_hardware_bits(dword, bits.hw_read);
         }
         image.complete();
-        Ok(Self { planes, image, bars, masked: MaskedWrites::default() })
+        Ok(Self { planes, image, bars, is_virtual: spec.is_virtual(), masked: MaskedWrites::default() })
     }
 
     /// Makes it that of an HVM guest, whose firmware places the BARs and routes the line: both begin as 0, and are that again after
@@ -131,7 +132,8 @@ impl VirtualConfigSpace {
     ) -> Result<Self, ConfigError> {
         Self::check_shape(spec, &planes)?;
         image.check(spec.address, planes.shape)?;
-        let mut space = Self { bars: Bar::of(spec), planes, image, masked: MaskedWrites::default() };
+        let (bars, is_virtual) = (Bar::of(spec), spec.is_virtual());
+        let mut space = Self { bars, is_virtual, planes, image, masked: MaskedWrites::default() };
         space.adopt(hw).map_err(|source| ConfigError::Read { address: spec.address, source })?;
         Ok(space)
     }
@@ -159,7 +161,9 @@ impl VirtualConfigSpace {
         for dword in 0..usize::from(self.planes.size) / 4 {
             let bits = self.planes.bits[dword];
             let to_shadow = self.image.hardware_bits(dword) & !bits.hw_read;
-            if to_shadow & !bits.fixed != 0 && !self.image.resetting() {
+            // A guest that an earlier version served has its function switched on.
+            let fixed = if dword == usize::from(header::COMMAND) / 4 { 0 } else { bits.fixed };
+            if to_shadow & !fixed != 0 && !self.image.resetting() {
                 let access = Access::new(4 * dword as u32, 4).map_err(io::Error::other)?;
                 seeds.push((dword, to_shadow, hw.read(access)?));
             }
@@ -286,6 +290,24 @@ impl VirtualConfigSpace {
     /// The function's BARs, on the host.
     pub fn bars(&self) -> &[Bar] {
         &self.bars
+    }
+
+    /// Whether it is a VF: its BARs and Memory Space Enable are its PF's.
+    pub fn is_virtual_function(&self) -> bool {
+        self.is_virtual
+    }
+
+    /// What the guest reads of a register but for the bits that show hardware, which are 0.
+    pub fn own_register(&self, offset: u16, bytes: u16) -> u32 {
+        let shifted = self.image.shadow(usize::from(offset) / 4) >> (8 * u32::from(offset & 3));
+        shifted & (u32::MAX >> (32 - 8 * u32::from(bytes.clamp(1, 4))))
+    }
+
+    /// Shows the guest that hardware did not take its Interrupt Disable.
+    pub fn clear_interrupt_disable(&mut self) {
+        let index = usize::from(header::COMMAND / 4);
+        let bit = u32::from(header::COMMAND_INTERRUPT_DISABLE) & self.planes.bits[index].shadow_write;
+        self.image.set_shadow(index, self.image.shadow(index) & !bit);
     }
 
     /// Sets what the guest reads as MSI Enable, after its protocol request was carried out.

@@ -92,8 +92,10 @@ impl GuestFunction {
         crate::pv::interrupts::release_all(self).map_err(io::Error::other)?;
         self.space.reset();
         live::clear_bus_master(self.hardware.as_ref())?;
+        self.restore_placement()?;
         self.mask_table();
         self.space.image_mut().set_resetting(false);
+        self.apply_interrupt_disable()?;
         self.place_bars(false).map_err(io::Error::other)
     }
 
@@ -169,7 +171,8 @@ impl GuestFunction {
         outcome
     }
 
-    fn unmap_bars(&mut self) -> Result<()> {
+    /// Nothing of it is mapped in an HVM guest any more; nothing happens for a PV guest.
+    pub(crate) fn unmap_bars(&mut self) -> Result<()> {
         let bars = self.space.bars().to_vec();
         let mut outcome = Ok(());
         for bar in bars {

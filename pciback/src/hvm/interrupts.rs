@@ -196,7 +196,8 @@ impl GuestFunction {
         }
         let Some(msi) = self.space.msi() else { return Ok(()) };
         self.begin(InterruptMode::Msi)?;
-        self.bind_msi(msi)
+        self.bind_msi(msi)?;
+        self.enable_mapped_msi()
     }
 
     /// The guest wrote MSI's message or mask while it is enabled.

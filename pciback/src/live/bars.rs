@@ -2,8 +2,8 @@
 
 use std::io;
 
-use super::{COMMAND, change};
-use crate::config::{Access, ConfigSpace};
+use super::{COMMAND, Changed, change};
+use crate::config::{Access, Bar, BarKind, ConfigSpace};
 use crate::platform::{HostFunction, Resource};
 use crate::spec::header;
 
@@ -20,22 +20,63 @@ pub struct LostBar {
 const MEMORY_KIND: u32 = 0xf;
 const IO_KIND: u32 = 0x3;
 
-/// Writes the addresses that the host gave the BARs back where the registers have lost them, and returns which had: a reset of the
-/// link, as Linux begins one when an error was fatal, takes them. A VF has none: its PF places its BARs.
-pub fn place_bars(config: &dyn ConfigSpace, function: &HostFunction) -> io::Result<Vec<LostBar>> {
-    let mut lost = Vec::new();
-    if function.physical_function.is_some() {
-        return Ok(lost);
-    }
-    let mut wanted = Vec::new();
-    for (index, bar) in (0u16..).zip(function.bars()) {
-        if !bar.exists() || bar.start == 0 {
-            continue;
+/// Where the host has placed a BAR that has registers of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PlacedBar {
+    offset: u16,
+    io: bool,
+    wide: bool,
+    start: u64,
+}
+
+impl PlacedBar {
+    /// The BARs that the host has placed. A VF has none of its own: its PF places its BARs.
+    pub fn of_host(function: &HostFunction) -> Vec<Self> {
+        if function.physical_function.is_some() {
+            return Vec::new();
         }
-        let registers = if bar.flags & Resource::MEMORY_64 != 0 { 2 } else { 1 };
-        let kind = if bar.is_io() { IO_KIND } else { MEMORY_KIND };
-        for (part, kind) in [(0, kind), (1, 0)].into_iter().take(registers) {
-            let offset = header::BAR0 + 4 * (index + part);
+        let bars = (0u16..).zip(function.bars()).filter(|(_, bar)| bar.exists() && bar.start != 0);
+        bars.map(|(index, bar)| Self {
+            offset: header::BAR0 + 4 * index,
+            io: bar.is_io(),
+            wide: bar.flags & Resource::MEMORY_64 != 0,
+            start: bar.start,
+        })
+        .collect()
+    }
+
+    /// The same of BARs as a guest is shown them.
+    pub fn of_guest(bars: &[Bar]) -> Vec<Self> {
+        let bars = bars.iter().filter(|bar| bar.kind != BarKind::Rom && bar.start != 0);
+        bars.map(|bar| Self {
+            offset: bar.offset(),
+            io: bar.kind == BarKind::Io,
+            wide: bar.kind == BarKind::Memory64,
+            start: bar.start,
+        })
+        .collect()
+    }
+}
+
+/// Sets Memory and I/O Space Enable as the placed BARs need them: whoever reaches a BAR that is not decoded makes an Unsupported
+/// Request (section 2.3.1), which may be fatal for the host.
+pub fn decode_bars(config: &dyn ConfigSpace, bars: &[PlacedBar]) -> io::Result<Changed> {
+    let bit = |bar: &PlacedBar| if bar.io { header::COMMAND_IO } else { header::COMMAND_MEMORY };
+    let needed = bars.iter().fold(0, |bits, bar| bits | bit(bar));
+    change(config, COMMAND, 0, needed.into())
+}
+
+/// Writes the addresses that the host gave the BARs back where the registers have lost them, and returns which had: a reset of the
+/// link, as Linux begins one when an error was fatal, takes them, and so does a reset that the guest's driver makes by the
+/// device's own registers.
+pub fn place_bars(config: &dyn ConfigSpace, bars: &[PlacedBar]) -> io::Result<Vec<LostBar>> {
+    let mut lost = Vec::new();
+    let mut wanted = Vec::new();
+    for bar in bars {
+        let registers = if bar.wide { 2 } else { 1 };
+        let kind = if bar.io { IO_KIND } else { MEMORY_KIND };
+        for (part, kind) in [(0u16, kind), (1, 0)].into_iter().take(registers) {
+            let offset = bar.offset + 4 * part;
             let access = Access::new(offset.into(), 4).map_err(io::Error::other)?;
             let expected = (bar.start >> (32 * u32::from(part))) as u32;
             let found = config.read(access)?;

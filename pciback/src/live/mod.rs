@@ -12,10 +12,10 @@ use std::io;
 
 use crate::config::{Access, AccessError, ConfigSpace};
 
-pub use bars::{LostBar, place_bars};
+pub use bars::{LostBar, PlacedBar, decode_bars, place_bars};
 pub use switches::{
-    COMMAND, Switch, clear_bus_master, decode_memory, enable_intx, message_control, set_message_control,
-    switch_off,
+    COMMAND, Switch, clear_bus_master, decode_memory, enable_bit, message_control, set_intx,
+    set_message_control, switch_off,
 };
 
 /// What became of a change.

@@ -28,14 +28,26 @@ pub fn decode_memory(config: &dyn ConfigSpace) -> io::Result<Changed> {
     change(config, COMMAND, 0, header::COMMAND_MEMORY.into())
 }
 
-/// Clears Interrupt Disable. It may be hardwired where the function has no pin.
-pub fn enable_intx(config: &dyn ConfigSpace) -> io::Result<Changed> {
-    change(config, COMMAND, header::COMMAND_INTERRUPT_DISABLE.into(), 0)
+/// Lets the function signal INTx, or sets Interrupt Disable. Hardware that has no pin, or is older than PCI 2.3, does not keep the bit.
+pub fn set_intx(config: &dyn ConfigSpace, switch: Switch) -> io::Result<Changed> {
+    let disable = header::COMMAND_INTERRUPT_DISABLE.into();
+    match switch {
+        Switch::On => change(config, COMMAND, disable, 0),
+        Switch::Off => change(config, COMMAND, 0, disable),
+    }
 }
 
 /// Message Control of the MSI or MSI-X capability at an offset. Two bytes: Xen takes no other write to it.
 pub fn message_control(capability: u16) -> Result<Access, AccessError> {
     register(capability, legacy::MESSAGE_CONTROL, 2)
+}
+
+/// MSI Enable or MSI-X Enable in Message Control.
+pub fn enable_bit(mode: InterruptMode) -> u32 {
+    match mode {
+        InterruptMode::MsiX => legacy::MSIX_ENABLE.into(),
+        _ => legacy::MSI_ENABLE.into(),
+    }
 }
 
 /// Switches MSI or MSI-X of the capability at an offset on or off: with one message of MSI, and no vector of MSI-X masked.
@@ -73,7 +85,7 @@ pub fn switch_off(config: &dyn ConfigSpace) -> io::Result<bool> {
         }
     }
     // It may be hardwired to 0 where there is no pin, as in VFs; it is not asked for.
-    let _hardwired = change(config, COMMAND, 0, header::COMMAND_INTERRUPT_DISABLE.into())?;
+    let _hardwired = set_intx(config, Switch::Off)?;
     Ok(answered)
 }
 

@@ -14,9 +14,10 @@ use crate::config::{
 };
 use crate::hash::Fnv;
 use crate::hvm::Device;
-use crate::live;
+use crate::live::{self, Switch};
 use crate::platform::Hypervisor;
 use crate::spec::header::COMMAND_BUS_MASTER;
+use crate::spec::legacy;
 use crate::{DomId, Sbdf};
 
 /// What the guest's request asks of the service beyond its answer.
@@ -66,6 +67,8 @@ pub struct GuestFunction {
     /// What it is in an HVM guest; a PV guest maps and binds for itself.
     pub(crate) device: Option<Device>,
     gone: bool,
+    /// The guest loses it: its INTx reaches nobody any more.
+    leaving: bool,
     /// The reset under way is the host's.
     keeps_registers: bool,
     /// Why the last request failed, for whoever limits what a guest can put into the log.
@@ -91,6 +94,7 @@ impl GuestFunction {
             line,
             device: None,
             gone: false,
+            leaving: false,
             keeps_registers: false,
             trouble: None,
         }
@@ -99,6 +103,11 @@ impl GuestFunction {
     /// Whether nothing of the guest's reaches it: it has left the host, or is being reset.
     pub(crate) fn is_silent(&self) -> bool {
         self.gone || self.resetting()
+    }
+
+    /// Whether its guest is about to lose it.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.leaving
     }
 
     /// Notes why something failed.
@@ -239,11 +248,37 @@ impl GuestFunction {
         if self.is_silent() {
             return Accessed::value(value);
         }
-        match self.space.write(access, value, self.hardware.as_ref()) {
+        if Self::is_placement(access)
+            && let Err(error) = self.restore_placement()
+        {
+            return self.failed_access("restore BARs and decoding before a write of", access, &error);
+        }
+        let written = self.space.write(access, value, self.hardware.as_ref());
+        if Self::is_command(access)
+            && let Err(error) = self.apply_interrupt_disable()
+        {
+            return self.failed_access("set Interrupt Disable after a write of", access, &error);
+        }
+        match written {
             Ok(Some(SideEffect::FunctionLevelReset)) => {
                 debug!("{}: domain {} asks for a function level reset", self.address, self.domain);
-                self.space.image_mut().set_resetting(true);
+                if let Err(error) = self.begin_silence() {
+                    self.note_trouble(&error);
+                    return Accessed { failed: true, ..Accessed::value(value) };
+                }
                 Accessed { demand: Some(Demand::Reset), ..Accessed::value(value) }
+            }
+            Ok(Some(SideEffect::MsiControl { value: control })) => {
+                let on = control & legacy::MSI_ENABLE != 0;
+                self.enabled_again(InterruptMode::Msi, on);
+                let effect = Some(SideEffect::MsiControl { value: control });
+                Accessed { effect, ..Accessed::value(value) }
+            }
+            Ok(Some(SideEffect::MsixControl { value: control })) => {
+                let on = control & legacy::MSIX_ENABLE != 0;
+                self.enabled_again(InterruptMode::MsiX, on);
+                let effect = Some(SideEffect::MsixControl { value: control });
+                Accessed { effect, ..Accessed::value(value) }
             }
             Ok(Some(effect @ SideEffect::Command { changed, value: command }))
                 if changed & command & COMMAND_BUS_MASTER != 0 =>
@@ -254,6 +289,24 @@ impl GuestFunction {
             Ok(effect) => Accessed { effect, ..Accessed::value(value) },
             Err(error) => self.failed_access("write", access, &error),
         }
+    }
+
+    /// The guest has written an Enable bit as 1, which may be so already.
+    fn enabled_again(&mut self, mode: InterruptMode, on: bool) {
+        if on
+            && self.vectors().mode == mode
+            && let Err(error) = self.assert_enable(mode)
+        {
+            self.note_trouble(&error);
+        }
+    }
+
+    /// A reset is about to begin: the function reads all ones, and nothing of it is mapped in an HVM guest. On an error it goes on as before.
+    fn begin_silence(&mut self) -> crate::platform::Result<()> {
+        self.space.image_mut().set_resetting(true);
+        let Err(error) = self.unmap_bars() else { return Ok(()) };
+        self.space.image_mut().set_resetting(false);
+        Err(error)
     }
 
     /// An access that the host could not make: the function has left it, or the host is in trouble.
@@ -278,9 +331,11 @@ impl GuestFunction {
 
     /// The host is about to reset it for an error: until [`Self::reset_done`] it reads all ones. What the guest wrote stays, as
     /// when Linux restores config space for a driver: only a reset that the guest asks for takes that.
-    pub fn begin_reset(&mut self) {
+    /// An error: something of it may still be mapped in an HVM guest, and it must not be reset.
+    pub fn begin_reset(&mut self) -> crate::platform::Result<()> {
+        self.begin_silence()?;
         self.keeps_registers = true;
-        self.space.image_mut().set_resetting(true);
+        Ok(())
     }
 
     /// The reset that the guest asked for, or the host began, has ended well: the function answers again, with the guest's interrupts in place.
@@ -295,15 +350,24 @@ impl GuestFunction {
         }
         // The host's reset puts Command back as it was before; for the guest it is 0.
         live::clear_bus_master(self.hardware.as_ref())?;
+        self.restore_placement()?;
         interrupts::restore(self)?;
         self.space.image_mut().set_resetting(false);
-        Ok(())
+        self.apply_interrupt_disable()
+    }
+
+    /// Bus mastering and INTx off.
+    fn silence(&self) -> io::Result<()> {
+        live::clear_bus_master(self.hardware.as_ref())?;
+        // Hardware without a pin need not have the bit.
+        live::set_intx(self.hardware.as_ref(), Switch::Off).map(drop)
     }
 
     /// Makes the function harmless before the guest loses it: bus mastering off, interrupts off and unmapped.
     pub fn quiesce(&mut self) -> Result<(), interrupts::InterruptError> {
+        self.leaving = true;
         // While it is being reset nothing reaches it, and what the guest set is gone; the reset that detach ends with counts.
-        let quiet = if self.is_silent() { Ok(()) } else { live::clear_bus_master(self.hardware.as_ref()) };
+        let quiet = if self.is_silent() { Ok(()) } else { self.silence() };
         let released = quiet.map_err(Into::into).and_then(|()| interrupts::release_all(self));
         let left = self.leave_guest();
         released.and(left)

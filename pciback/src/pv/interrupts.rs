@@ -142,7 +142,7 @@ impl GuestFunction {
         // A vector that was about to be mapped stays noted: Xen may have it.
         let left = if kept.is_empty() { InterruptMode::Off } else { mode };
         self.note(&VectorState { mode: left, entries: kept, pending: vectors.pending })?;
-        outcome
+        outcome.and(Ok(self.apply_interrupt_disable()?))
     }
 
     /// Begins anew with one kind of interrupts.
@@ -156,14 +156,26 @@ impl GuestFunction {
         }
         let vectors = VectorState { mode, entries: Vec::new(), pending: self.vectors().pending };
         self.note(&vectors)?;
-        self.set_enable(mode, Switch::On)?;
+        if mode == InterruptMode::MsiX {
+            // Each vector is masked until Xen has written its message.
+            self.set_enable(mode, Switch::On)?;
+        }
+        self.apply_interrupt_disable()?;
         Ok(vectors)
+    }
+
+    /// Sets MSI Enable, now that Xen has written the message: without one, an MSI would go to address 0.
+    pub(crate) fn enable_mapped_msi(&self) -> Result<()> {
+        self.set_enable(InterruptMode::Msi, Switch::On)
     }
 
     fn enable(&mut self, mode: InterruptMode, sources: &[MsiSource]) -> Result<Vec<(u16, u32)>> {
         self.capability_of(mode)?;
         let mapped = self.begin(mode).and_then(|mut vectors| {
             sources.iter().try_for_each(|source| self.map(&mut vectors, *source))?;
+            if mode == InterruptMode::Msi {
+                self.enable_mapped_msi()?;
+            }
             Ok(vectors.entries)
         });
         match mapped {

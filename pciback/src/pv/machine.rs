@@ -62,6 +62,7 @@ fn config_bytes() -> Vec<u8> {
         (0x08, 0x0200_0001),
         (0x10, TABLE_BAR as u32),
         (0x34, u32::from(MSI)),
+        (0x3c, 0x0100),
         (0x40, 0x0080_5005),
         (0x50, u32::from(TABLE_SIZE - 1) << 16 | 0x6011),
         (0x54, 0x2000),
@@ -156,6 +157,11 @@ impl Machine {
 
     /// The function as a service opens it: the first time created, later resumed.
     pub fn open(&self, address: Sbdf) -> Box<GuestFunction> {
+        self.open_with_line(address, 0)
+    }
+
+    /// The same with an interrupt line.
+    pub fn open_with_line(&self, address: Sbdf, line: u32) -> Box<GuestFunction> {
         self.with(|state| {
             state.config.entry(address).or_insert_with(config_bytes);
         });
@@ -163,7 +169,7 @@ impl Machine {
         resources[0] = Resource { start: TABLE_BAR, size: 0x4000, flags: Resource::MEMORY };
         let identity = Identity { vendor: 0x8086, device: 0x10ca, class: 0x02_0000, ..Identity::default() };
         let (bytes, kind) = (config_bytes(), FunctionKind::Physical);
-        let spec = FunctionSpec { address, bytes, resources, identity, kind, gsi: 0 };
+        let spec = FunctionSpec { address, bytes, resources, identity, kind, gsi: line };
         let planes = Arc::new(Planes::compile(&spec, &Policy::default()).unwrap());
         let life = Life { boot: 1, domain: DOMAIN };
         let mut images = self.images.lock().unwrap();
@@ -180,7 +186,7 @@ impl Machine {
         } else {
             VirtualConfigSpace::create(&spec, planes, image).unwrap()
         };
-        Box::new(GuestFunction::new(DOMAIN, address, space, hardware, Arc::new(self.clone()), 0))
+        Box::new(GuestFunction::new(DOMAIN, address, space, hardware, Arc::new(self.clone()), line))
     }
 
     /// The guest asks.
@@ -256,8 +262,13 @@ impl ConfigSpace for Hardware {
             }
             state.writes.push((self.address, access.offset(), value));
             let writable =
-                |at: u16| matches!(at, 0x04 | 0x05 | 0x42 | 0x44..0x4f | 0x53 | 0x68 | 0x69 | 0x80..);
+                |at: u16| matches!(at, 0x04 | 0x05 | 0x10..0x14 | 0x42 | 0x44..0x4f | 0x53 | 0x68 | 0x69 | 0x80..);
             let bytes = state.config.get_mut(&self.address).unwrap();
+            let message = bytes[usize::from(MSI) + 4..usize::from(MSI) + 8].iter().any(|byte| *byte != 0);
+            assert!(
+                access.offset() != MSI + 2 || value & 1 == 0 || message,
+                "MSI is enabled before it has a message"
+            );
             for (at, byte) in (access.offset()..).zip(value.to_le_bytes()).take(access.width().bytes().into())
             {
                 if let Some(place) = bytes.get_mut(usize::from(at)).filter(|_| writable(at)) {
@@ -339,6 +350,10 @@ impl Hypervisor for Machine {
             state.pirqs.insert(pirq, (address, entry));
             Some(Pirq(pirq))
         });
+        if entry.is_none() && pirq.is_some() {
+            // As Xen, which leaves enabling to dom0.
+            self.set_word(address, MSI + 4, 0xfee0);
+        }
         self.step();
         pirq.ok_or_else(|| PlatformError::new("map an interrupt of", address, Errno::ENOSPC))
     }

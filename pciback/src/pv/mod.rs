@@ -8,6 +8,7 @@ mod machine;
 pub mod nodes;
 pub(crate) mod roster;
 pub(crate) mod server;
+mod upkeep;
 pub mod wire;
 
 pub use function::{Demand, GuestFunction};

@@ -152,9 +152,9 @@ impl Roster {
                 }
             }
             Order::Tell(telling) => self.to_tell.push_back(telling),
-            Order::BeginReset(devfn) => {
+            Order::BeginReset(devfn, begun) => {
                 if let Some(function) = self.functions.get_mut(&devfn) {
-                    function.begin_reset();
+                    let _ = begun.send(function.begin_reset());
                 }
             }
             Order::Stop(functions) => return Some(functions),

@@ -109,7 +109,7 @@ pub(crate) enum Order {
     ReplaceFilter(u8, Arc<Planes>, mpsc::Sender<io::Result<()>>),
     MaskedWrites(u8, mpsc::Sender<Vec<MaskedWrite>>),
     Tell(Telling),
-    BeginReset(u8),
+    BeginReset(u8, mpsc::Sender<Result<(), PlatformError>>),
     /// Stops; the functions come back as they are.
     Stop(mpsc::Sender<BTreeMap<u8, Box<GuestFunction>>>),
 }
@@ -210,9 +210,10 @@ impl Server {
         self.order(Order::Tell(telling));
     }
 
-    /// The function is about to be reset, which the guest did not ask for: until [`Self::reset_ended`] it reads all ones.
-    pub fn begin_reset(&self, devfn: u8) {
-        self.order(Order::BeginReset(devfn));
+    /// The function is about to be reset, which the guest did not ask for: until [`Self::reset_ended`] it reads all ones, and nothing of
+    /// it is mapped in an HVM guest. `Ok(None)` when the thread does not have the function; an error: it must not be reset.
+    pub fn begin_reset(&self, devfn: u8) -> Result<Option<Result<(), PlatformError>>, ServerStuck> {
+        self.ask(|sender| Order::BeginReset(devfn, sender))
     }
 
     fn ask<T>(&self, order: impl FnOnce(mpsc::Sender<T>) -> Order) -> Result<Option<T>, ServerStuck> {

@@ -77,9 +77,9 @@ fn header_oracle(hardware: &Hardware, line: u8, first: u8) -> Oracle {
     let mut oracle = oracle(hardware);
     oracle
         .frozen(0x00, 4)
-        // Command: I/O, memory and bus mastering reach hardware, INTx and the error bits are the guest's own.
-        .own(0x04, 2, 0x07f8, 0x0140)
-        .hardware(0x04, 2, 0x0007)
+        // Command: bus mastering reaches hardware; decoding, which begins as off, INTx and the error bits are the guest's own.
+        .own(0x04, 2, 0x07fb, 0x0140)
+        .hardware(0x04, 2, 0x0004)
         // Status: events pass, INTx and readiness show.
         .zero(0x06, 2)
         .one(0x06, 0x10)

@@ -50,7 +50,7 @@ fn guarded_registers_are_named_as_such_and_never_proposed() {
     let device = devices::network_pf();
     let mut space = space(&device, &Policy::default());
     space.write(Access::new(0x10, 4).unwrap(), u32::MAX, &device.hardware).unwrap();
-    space.write(Access::new(0x04, 2).unwrap(), 0x0547, &device.hardware).unwrap();
+    space.write(Access::new(0x04, 2).unwrap(), 0x0007, &device.hardware).unwrap();
     space.write(Access::new(0x72, 2).unwrap(), 0x8000, &device.hardware).unwrap();
     let learned = learned(&device, &space);
     let names: Vec<&str> = learned.registers.iter().map(|register| register.name.as_str()).collect();

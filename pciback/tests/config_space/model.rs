@@ -225,8 +225,8 @@ fn writes_tell_the_server_what_they_ask_for() {
     let mut write = |offset, size, value| {
         space.write(Access::new(offset, size).unwrap(), value, &device.hardware).unwrap()
     };
-    assert_eq!(write(4, 2, 0x0146), None, "nothing changes");
-    assert_eq!(write(4, 2, 0x0542), Some(SideEffect::Command { changed: 0x0404, value: 0x0542 }));
+    assert_eq!(write(4, 2, 0x0144), None, "nothing changes");
+    assert_eq!(write(4, 2, 0x0542), Some(SideEffect::Command { changed: 0x0406, value: 0x0542 }));
     assert_eq!(write(4, 1, 0x46), Some(SideEffect::Command { changed: 4, value: 0x46 }));
     assert_eq!(write(5, 1, 0x01), Some(SideEffect::Command { changed: 0x0400, value: 0x0100 }));
     assert_eq!(write(0x44, 1, 3), Some(SideEffect::PowerState { state: 3 }));

@@ -80,10 +80,10 @@ pub fn guarded(bytes: &[u8]) -> Vec<u8> {
             *byte |= mask;
         }
     };
-    // Command but for decoding and bus mastering; class, BARs, subsystem, ROM, pointer, interrupt line. Status is the guest's to
+    // Command but for bus mastering; class, BARs, subsystem, ROM, pointer, interrupt line. Status is the guest's to
     // clear.
     guard(0x00, 0x04, 0xff);
-    guard(0x04, 0x05, 0xf8);
+    guard(0x04, 0x05, 0xfb);
     guard(0x05, 0x06, 0xff);
     guard(0x08, 0x40, 0xff);
     let lists = follow_far(bytes);

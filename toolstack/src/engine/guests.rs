@@ -118,13 +118,17 @@ impl Guest {
         self.server.is_some()
     }
 
-    /// One of its functions is about to be reset, which it did not ask for.
-    pub fn begin_reset(&mut self, devfn: u8) {
-        match (&self.server, self.parked.get_mut(&devfn)) {
+    /// One of its functions is about to be reset, which it did not ask for. An error: the guest may still reach it.
+    pub fn begin_reset(&mut self, devfn: u8) -> Result<(), String> {
+        let begun = match (&self.server, self.parked.get_mut(&devfn)) {
             (_, Some(function)) => function.begin_reset(),
-            (Some(server), None) => server.begin_reset(devfn),
-            (None, None) => {}
-        }
+            (Some(server), None) => match server.begin_reset(devfn) {
+                Ok(begun) => begun.unwrap_or(Ok(())),
+                Err(stuck) => return Err(stuck.to_string()),
+            },
+            (None, None) => Ok(()),
+        };
+        begun.map_err(|error| error.to_string())
     }
 
     /// One of its functions has left the host.

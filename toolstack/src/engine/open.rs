@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::sync::Arc;
 
+use log::warn;
 use pciback::DomId;
 use pciback::config::{FunctionImage, FunctionSpec, Life, Planes, VirtualConfigSpace};
 use pciback::hash::Fnv;
@@ -71,7 +72,12 @@ impl Workshop {
         };
         let space = space.map_err(|error| failed("take over the config space", &error))?;
         let hypervisor = Arc::clone(&self.platform.hypervisor);
-        let function = GuestFunction::new(domain, address, space, hardware, hypervisor, spec.gsi);
+        let mut function = GuestFunction::new(domain, address, space, hardware, hypervisor, spec.gsi);
+        match function.keep_hardware() {
+            // What has become of a function that a guest uses is noticed elsewhere.
+            Err(error) if again => warn!("{address}: bring hardware into step: {error}"),
+            kept => kept.map_err(|error| failed("set decoding and interrupts", &error))?,
+        }
         let filter = Filter { spec, planes, policies: Arc::clone(&self.policies) };
         let open = |bar: u8| Ok((bar, host.bar_memory(address, bar)?));
         let bars = is_hvm.then(|| function.trapped_bars().into_iter().map(open).collect());

@@ -165,8 +165,12 @@ impl Engine {
         }
         if let Some(place) = place
             && let Some(guest) = self.guests.get_mut(&place.domain)
+            && let Err(error) = guest.begin_reset(place.devfn)
         {
-            guest.begin_reset(place.devfn);
+            self.faults.underway.remove(&address);
+            let why = format!("take it from its guest before a reset: {error}");
+            self.contain(address, Containment::Quarantine, &why);
+            return;
         }
         self.reset_for_guest(address);
     }

@@ -4,8 +4,10 @@
 //! keeps what they share until it loses the last of them.
 
 use pciback::DomId;
-use pciback::platform::{PAGE, Pirq, Platform, Resource, Revoked};
+use pciback::live::{self, PlacedBar};
+use pciback::platform::{HostFunction, PAGE, Pirq, Platform, Resource, Revoked};
 
+use super::reset::config_failure;
 use super::{Context, guest_of};
 use crate::domains::{self, DomainType};
 use crate::former_owners::FormerOwners;
@@ -16,6 +18,7 @@ use crate::spec::SpecExt;
 pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
     let domain = guest_of(record)?;
     let function = context.platform.host.function(record.address)?;
+    decode(context, &function)?;
     let mut grants: Vec<Grant> = function.bars().iter().filter_map(bar_grant).collect();
     let has_pin =
         crate::spec::function_spec(context.platform.host.as_ref(), record.address)?.has_interrupt_pin();
@@ -34,6 +37,14 @@ pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<(), Fa
         .iter()
         .try_for_each(|grant| allow(context, domain, *grant, true))
         .map_err(|failure| failure.on(record.address))
+}
+
+/// Decoding is on before the guest can reach a BAR, and stays on until it cannot any more: no write of the guest's switches it off.
+fn decode(context: &Context<'_>, function: &HostFunction) -> Result<(), Failure> {
+    let config = context.platform.host.config(function.address)?;
+    live::decode_bars(config.as_ref(), &PlacedBar::of_host(function))
+        .and_then(|changed| changed.kept("Command"))
+        .map_err(|error| config_failure("enable decoding of", function.address, &error))
 }
 
 /// Notes that a PV guest may map the function's BARs, which outlives the revocation.

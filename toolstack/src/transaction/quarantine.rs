@@ -45,10 +45,6 @@ impl Context<'_> {
             warnings.extend(hold::take_driver(self, record)?);
             hold::own(self, record)?;
             reset::run(self, record)?;
-            let address = record.address;
-            live::enable_intx(self.platform.host.config(address)?.as_ref())
-                .and_then(|changed| changed.kept_or_silent("Command"))
-                .map_err(|error| config_failure("switch INTx on again in", address, &error))?;
             record.state = FunctionState::Held;
         }
         record.quarantine = None;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use log::warn;
 use pciback::Sbdf;
 use pciback::config::{Access, ConfigSpace};
-use pciback::live;
+use pciback::live::{self, PlacedBar, Switch};
 use pciback::platform::{HostFunction, Platform};
 use pciback::spec::header;
 use serde::{Deserialize, Serialize};
@@ -65,14 +65,18 @@ pub fn reset_and_verify(platform: &Platform, plan: &ResetPlan, address: Sbdf) ->
     for check in &plan.checks {
         verify(config.as_ref(), *check, address, Duration::from_secs(plan.answer_seconds))?;
     }
-    place_bars(config.as_ref(), &function)
+    place_bars(config.as_ref(), &function)?;
+    // Nobody hears its INTx until a guest has it, or a driver of dom0's, which clears the bit itself. Not all hardware has it.
+    live::set_intx(config.as_ref(), Switch::Off)
+        .map(drop)
+        .map_err(|error| config_failure("disable INTx of", address, &error))
 }
 
 /// The addresses that Linux gave the BARs, where a reset of the link has taken them: the reset above has then kept what was no longer
 /// right.
 fn place_bars(config: &dyn ConfigSpace, function: &HostFunction) -> Result<(), Failure> {
     let address = function.address;
-    let lost = live::place_bars(config, function).map_err(|error| {
+    let lost = live::place_bars(config, &PlacedBar::of_host(function)).map_err(|error| {
         config_failure("restore the BARs of", address, &error)
             .hint("remove the function from Linux and rescan its bus, or power-cycle the device")
     })?;

@@ -52,7 +52,12 @@ fn assert_off(world: &World, address: Sbdf, why: &str) {
 fn clear_and_attach(world: &World, service: &Service, address: Sbdf, why: &str) {
     service.clear(address).unwrap();
     world.assert_held(service, address, why);
-    assert_eq!(world.simulation.peek(address, 5, 1)[0] & INTERRUPT_DISABLE, 0, "{why}: INTx stays off");
+    // The guest that gets it clears the bit when its driver has started.
+    assert_ne!(
+        world.simulation.peek(address, 5, 1)[0] & INTERRUPT_DISABLE,
+        0,
+        "{why}: INTx reaches the host"
+    );
     service.attach(WEB, address).unwrap();
 }
 

@@ -17,10 +17,11 @@ pub const ROM_REASON: &str = "virtual: the guest sees and sizes the ROM; decodin
 pub const HEADER: &[Row] = &[
     row(
         header::COMMAND,
-        0x0007,
-        Treatment::Pass,
-        "the driver switches decoding and bus mastering of its own function",
+        0x0003,
+        Treatment::VIRTUAL,
+        "hardware decodes as long as the guest may reach the BARs: an access to one that does not would be an error of the host's",
     ),
+    row(header::COMMAND, 0x0004, Treatment::Pass, "the driver switches bus mastering of its own function"),
     row(
         header::COMMAND,
         0x0140,
@@ -31,7 +32,7 @@ pub const HEADER: &[Row] = &[
         header::COMMAND,
         0x0400,
         Treatment::VIRTUAL,
-        "an interrupt line may be shared: the host masks it, not the guest",
+        "hardware has it set when the guest sets it, and whenever INTx could reach nobody but the host",
     ),
     row(
         header::COMMAND,

@@ -37,8 +37,8 @@ fn each_register_says_what_reads_and_writes_do_and_why() {
     assert_eq!(explanation.id, "8086:10ca");
     let command = register(&explanation, "Command");
     assert_eq!((command.offset, command.width), (4, 2));
-    assert_eq!(command.read, "hardware+virtual+fixed");
-    assert_eq!(command.write, "hardware+virtual+dropped");
+    assert_eq!(command.read, "virtual+hardware+fixed");
+    assert_eq!(command.write, "virtual+hardware+dropped");
     let serr = command.bits.iter().find(|bits| bits.mask == 0x100).unwrap();
     assert_eq!((serr.read.as_str(), serr.name.as_str()), ("virtual", "SERR# Enable"));
     assert!(serr.rule.contains("SERR is pinned"), "{}", serr.rule);

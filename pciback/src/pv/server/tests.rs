@@ -484,7 +484,9 @@ mod telling {
         let bar = |serving: &mut Serving| serving.ask(&machine, &op(0, 0x10, 4, 0)).1;
         serving.ask(&machine, &op(1, 0x10, 4, 0xfd00_0000));
         let written = bar(&mut serving);
-        serving.roster.obey(Order::BeginReset(0));
+        let (sender, begun) = channel();
+        serving.roster.obey(Order::BeginReset(0, sender));
+        assert!(begun.recv().unwrap().is_ok());
         assert_eq!(bar(&mut serving), u32::MAX);
         serving.roster.obey(Order::ResetEnded(0, true));
         assert_eq!(bar(&mut serving), written);
