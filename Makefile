@@ -4,6 +4,7 @@ PREFIX ?= /usr
 DESTDIR ?=
 CARGO ?= cargo
 FUZZ_SECONDS ?= 600
+BENCH_OPTIONS ?=
 # Lab tests boot a whole machine each: one after the other.
 LAB_TEST = $(CARGO) test --locked -p xpci-tests -- --test-threads=1 --nocapture
 
@@ -64,11 +65,14 @@ lab: binaries
 	$(CARGO) run --locked --release -q -p xpci-tests --bin lab -- shell \
 	    target/release/xpcid=/usr/sbin/xpcid target/release/xpci=/usr/sbin/xpci
 
+# Each program runs, whatever becomes of the others; BENCH_OPTIONS are for the lab's, such as '--only pv --rounds 2'.
 bench: binaries
-	$(CARGO) bench --locked -p toolstack --bench filter
-	$(CARGO) bench --locked -p pciback --bench inventory
-	$(CARGO) bench --locked -p toolstack --bench growth
-	$(CARGO) run --locked --release -q -p xpci-tests --bin bench
+	@failed=; run() { name=$$1; shift; echo "== $$name"; "$$@" || failed="$$failed $$name"; }; \
+	run filter $(CARGO) bench --locked -p toolstack --bench filter; \
+	run inventory $(CARGO) bench --locked -p pciback --bench inventory; \
+	run growth $(CARGO) bench --locked -p toolstack --bench growth; \
+	run lab $(CARGO) run --locked --release -q -p xpci-tests --bin bench -- $(BENCH_OPTIONS); \
+	[ -z "$$failed" ] || { echo "== failed:$$failed" >&2; exit 1; }
 
 # Takes pciback/tests/dumps/qemu-*.txt anew from QEMU's devices.
 dumps: deps

@@ -31,6 +31,10 @@ impl Comparison {
         self.theirs.push(theirs);
     }
 
+    pub fn has_rounds(&self) -> bool {
+        !self.ours.is_empty()
+    }
+
     /// Of each round on its own: what disturbs a round disturbs both peers in it.
     fn ratios(&self) -> Vec<f64> {
         self.ours.iter().zip(&self.theirs).map(|(ours, theirs)| ours / theirs).collect()

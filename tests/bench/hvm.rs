@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use xpci_tests::{BareGuest, Lab};
 
 use crate::figures::{Better, Comparison};
+use crate::report::Report;
 use crate::scene::Peer;
 
 /// The 82576's VF, as guests see it.
@@ -23,7 +24,7 @@ const LIMIT: Duration = Duration::from_secs(240);
 const FIGURES: [(&str, &str); 2] = [("HVM CFC, \u{b5}s", "reread"), ("HVM CF8+CFC, \u{b5}s", "repeat")];
 
 /// Measures while each side holds its VF and none is attached.
-pub fn measure(lab: &Lab, rounds: usize) -> Result<Vec<Comparison>> {
+pub fn measure(lab: &Lab, rounds: usize, report: &mut Report) -> Result<()> {
     let [mut ours, mut theirs] = [guest(lab, Peer::Ours)?, guest(lab, Peer::Theirs)?];
     for guest in [&mut ours, &mut theirs] {
         guest.start()?;
@@ -31,7 +32,7 @@ pub fn measure(lab: &Lab, rounds: usize) -> Result<Vec<Comparison>> {
         guest.pause()?;
     }
     let mut figures = FIGURES.map(|(name, ..)| Comparison::new(name, Better::Less));
-    for round in 0..=rounds {
+    let outcome = (0..=rounds).try_for_each(|round| {
         for (figure, (name, order)) in figures.iter_mut().zip(FIGURES) {
             let mut seen = [0.0; 2];
             for peer in Peer::in_turns(round) {
@@ -43,10 +44,10 @@ pub fn measure(lab: &Lab, rounds: usize) -> Result<Vec<Comparison>> {
                 figure.add(seen[0], seen[1]);
             }
         }
-    }
-    ours.destroy()?;
-    theirs.destroy()?;
-    Ok(figures.into())
+        Ok(())
+    });
+    report.add(figures);
+    outcome
 }
 
 /// A bare guest with its VF, not started yet.

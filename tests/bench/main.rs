@@ -1,8 +1,9 @@
-//! Measures xpci side by side with xl and the kernel's xen-pciback, in one boot of the lab.
+//! Measures xpci side by side with xl and the kernel's xen-pciback: a boot of the lab for each part, both peers in turns in it.
 
 mod errors;
 mod figures;
 mod hvm;
+mod report;
 mod scene;
 mod vfs;
 
@@ -12,9 +13,10 @@ use anyhow::{Context, Result, bail, ensure};
 use xpci_tests::{Devices, Lab, XenVersion};
 
 use figures::{Better, Comparison};
+use report::Report;
 use scene::{Peer, Scene};
 
-const USAGE: &str = "usage: bench [--rounds N] [--xen 4.17|4.20] [--only vfs|pv|hvm]";
+const USAGE: &str = "usage: bench [--rounds N] [--xen 4.17|4.20] [--only vfs|pv|errors|hvm]";
 
 struct Options {
     rounds: usize,
@@ -28,8 +30,10 @@ struct Options {
 enum Part {
     /// How fast VFs become assignable.
     Vfs,
-    /// PV guests, and errors of their functions.
+    /// PV guests.
     Pv,
+    /// Errors of functions that PV guests have.
+    Errors,
     /// HVM guests.
     Hvm,
 }
@@ -54,12 +58,43 @@ impl Options {
 }
 
 impl Part {
+    const ALL: [Self; 4] = [Self::Vfs, Self::Pv, Self::Errors, Self::Hvm];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Vfs => "vfs",
+            Self::Pv => "pv",
+            Self::Errors => "errors",
+            Self::Hvm => "hvm",
+        }
+    }
+
     fn parse(name: &str) -> Result<Self> {
-        match name {
-            "vfs" => Ok(Self::Vfs),
-            "pv" => Ok(Self::Pv),
-            "hvm" => Ok(Self::Hvm),
-            _ => bail!("nothing to measure is called {name:?}; {USAGE}"),
+        let found = Self::ALL.into_iter().find(|part| part.name() == name);
+        found.with_context(|| format!("nothing to measure is called {name:?}; {USAGE}"))
+    }
+
+    /// In a boot of its own: what a part that fails leaves behind disturbs no other.
+    fn measure(self, options: &Options, report: &mut Report) -> Result<()> {
+        let mut lab = Lab::builder()
+            .xen(options.xen)
+            .name(&format!("bench-{}", self.name()))
+            .devices(Devices::none().igb("igb0").nvme("nvme0", 64).device("virtio-net-pci,id=e0,aer=on"))
+            .install("target/release/xpcid", "/usr/sbin/xpcid")
+            .install("target/release/xpci", "/usr/sbin/xpci");
+        if self == Self::Hvm {
+            lab = lab.hvm_guests();
+        }
+        let lab = lab.boot()?;
+        let _service = scene::serve(&lab)?;
+        if self == Self::Vfs {
+            return vfs::measure(&lab, report);
+        }
+        scene::hold(&lab)?;
+        match self {
+            Self::Vfs | Self::Pv => measure(&Scene::set(&lab)?, options.rounds, report),
+            Self::Errors => errors::measure(&lab, &Scene::set(&lab)?, options.rounds, report),
+            Self::Hvm => hvm::measure(&lab, options.rounds, report),
         }
     }
 }
@@ -67,45 +102,20 @@ impl Part {
 fn main() -> Result<()> {
     let options = Options::parse(std::env::args().skip(1))?;
     build()?;
-    let wanted = |part| options.only.is_none_or(|only| only == part);
-    let mut lab = Lab::builder()
-        .xen(options.xen)
-        .name("bench")
-        .devices(Devices::none().igb("igb0").nvme("nvme0", 64))
-        .install("target/release/xpcid", "/usr/sbin/xpcid")
-        .install("target/release/xpci", "/usr/sbin/xpci");
-    if wanted(Part::Hvm) {
-        lab = lab.hvm_guests();
-    }
-    let lab = lab.boot()?;
-    let _service = scene::serve(&lab)?;
-    let mut comparisons = Vec::new();
-    if wanted(Part::Vfs) {
-        comparisons.extend(vfs::measure(&lab)?);
-    }
-    if options.only != Some(Part::Vfs) {
-        scene::hold(&lab)?;
-    }
-    let mut errors = None;
-    if wanted(Part::Pv) {
-        let scene = Scene::set(&lab)?;
-        comparisons.extend(measure(&scene, options.rounds)?);
-        errors = Some(errors::measure(&lab, &scene, options.rounds)?);
-        scene.end()?;
-    }
-    if wanted(Part::Hvm) {
-        comparisons.extend(hvm::measure(&lab, options.rounds)?);
+    let mut report = Report::default();
+    for part in Part::ALL {
+        if options.only.is_none_or(|only| only == part) {
+            let outcome = part.measure(&options, &mut report);
+            report.end_of(part.name(), outcome);
+        }
     }
     println!(
         "\nXen {} in QEMU without KVM, both peers in turns: median (least..most).\n\
          Only the ratios say something; the figures themselves are those of an emulated machine.\n",
         options.xen.name()
     );
-    print!("{}", figures::table(&comparisons));
-    if let Some(errors) = errors {
-        print!("\nerrors, xpci alone:\n{errors}");
-    }
-    Ok(())
+    print!("{report}");
+    report.into_outcome()
 }
 
 /// What is measured is what the source says now.
@@ -120,30 +130,34 @@ fn build() -> Result<()> {
     Ok(())
 }
 
-fn measure(scene: &Scene<'_>, rounds: usize) -> Result<Vec<Comparison>> {
-    let mut reads = Comparison::new("config reads / s", Better::More);
-    let mut attach = Comparison::new("attach, ms", Better::Less);
-    let mut detach = Comparison::new("detach, ms", Better::Less);
+fn measure(scene: &Scene<'_>, rounds: usize, report: &mut Report) -> Result<()> {
+    let mut figures = [
+        Comparison::new("attach, ms", Better::Less),
+        Comparison::new("config reads / s", Better::More),
+        Comparison::new("detach, ms", Better::Less),
+    ];
     // The first round warms caches and pages in programs on both sides; it does not count.
-    for round in 0..=rounds {
-        let order = Peer::in_turns(round);
-        let mut seen = [[0.0; 3]; 2];
-        for peer in order {
-            seen[peer as usize][0] = scene.attach(peer)?;
-        }
-        for peer in order {
-            seen[peer as usize][1] = scene.reads_per_second(peer)?;
-        }
-        for peer in order {
-            seen[peer as usize][2] = scene.detach(peer)?;
-        }
-        let [ours, theirs] = seen;
-        println!("round {round}: xpci {ours:.0?}, xl {theirs:.0?} (attach ms, reads / s, detach ms)");
+    let outcome = (0..=rounds).try_for_each(|round| {
+        let seen = one_round(scene, round)?;
         if round > 0 {
-            for (index, figure) in [&mut attach, &mut reads, &mut detach].into_iter().enumerate() {
-                figure.add(ours[index], theirs[index]);
+            for (figure, [ours, theirs]) in figures.iter_mut().zip(seen) {
+                figure.add(ours, theirs);
             }
         }
+        Ok(())
+    });
+    report.add(figures);
+    outcome
+}
+
+/// Attach, reads and detach of both peers.
+fn one_round(scene: &Scene<'_>, round: usize) -> Result<[[f64; 2]; 3]> {
+    let mut seen = [[0.0; 2]; 3];
+    for (figure, of_peer) in seen.iter_mut().zip([Scene::attach, Scene::reads_per_second, Scene::detach]) {
+        for peer in Peer::in_turns(round) {
+            figure[peer as usize] = of_peer(scene, peer)?;
+        }
     }
-    Ok(vec![reads, attach, detach])
+    println!("round {round}: {seen:.0?} (attach ms, reads / s, detach ms; of each xpci, xl)");
+    Ok(seen)
 }

@@ -97,13 +97,6 @@ impl<'a> Scene<'a> {
         Ok(Self { lab, guests })
     }
 
-    /// Ends the guests.
-    pub fn end(self) -> Result<()> {
-        self.guests.iter().try_for_each(|guest| {
-            self.lab.dom0(&format!("xl destroy {}", guest.name())).limit(SOON).ok().map(drop)
-        })
-    }
-
     /// Milliseconds until the guest's frontend has connected, which xl's command does not wait for. Returns when the guest has the
     /// function.
     pub fn attach(&self, peer: Peer) -> Result<f64> {

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use xpci_tests::Lab;
 
 use crate::figures::{Better, Comparison};
+use crate::report::Report;
 use crate::scene::{Peer, microseconds};
 
 /// xl takes some hundred milliseconds for each VF.
@@ -27,16 +28,20 @@ const SETS: [Set; 2] = [
 ];
 
 /// Measures while xpcid runs and no PF has VFs.
-pub fn measure(lab: &Lab) -> Result<Vec<Comparison>> {
-    SETS.iter().map(|set| set.measure(lab)).collect()
+pub fn measure(lab: &Lab, report: &mut Report) -> Result<()> {
+    SETS.iter().try_for_each(|set| {
+        let mut figure = Comparison::new(set.name, Better::Less);
+        let outcome = set.measure(lab, &mut figure);
+        report.add([figure]);
+        outcome
+    })
 }
 
 impl Set {
-    fn measure(&self, lab: &Lab) -> Result<Comparison> {
+    fn measure(&self, lab: &Lab, figure: &mut Comparison) -> Result<()> {
         let directory = format!("/sys/bus/pci/devices/{}", self.pf);
         lab.dom0(&format!("modprobe {}", self.driver)).ok()?;
         lab.wait_for("the PF's driver", LIMIT, &format!("[ -e {directory}/driver ]"))?;
-        let mut figure = Comparison::new(self.name, Better::Less);
         for round in 0..=self.rounds {
             let mut seen = [0.0; 2];
             for peer in Peer::in_turns(round) {
@@ -49,7 +54,7 @@ impl Set {
                 figure.add(ours, theirs);
             }
         }
-        Ok(figure)
+        Ok(())
     }
 
     /// The VFs' addresses in dom0's shell.
