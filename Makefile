@@ -54,6 +54,7 @@ fuzz-short: deps
 
 lab-test: binaries
 	@echo "== stage 5 of 5: lab tests"
+	$(CARGO) test --locked -p xpci-tests --test failures -- --test-threads=1
 	$(LAB_TEST)
 
 # What make test does for seconds, for FUZZ_SECONDS each. A finding stays in tests/fuzz/regressions, to be replayed ever after.
