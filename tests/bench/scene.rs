@@ -9,8 +9,8 @@ const SOON: Duration = Duration::from_secs(60);
 const PF: &str = "0000:01:00.0";
 /// How often a guest reads all of its config space in one measurement: about two seconds, for a clock of 10 ms.
 const PASSES: u32 = 2;
-/// On a machine that does other things besides, a read can take several milliseconds.
-const READS_LIMIT: Duration = Duration::from_secs(240);
+/// On a machine that does other things besides, a read can take several milliseconds, and a guest looks at a function for a minute.
+const BUSY_LIMIT: Duration = Duration::from_secs(240);
 
 /// Who is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,14 +103,14 @@ impl<'a> Scene<'a> {
         let state = format!("/local/domain/{}/device/pci/0/state", self.guest(peer).domid()?);
         let connected = format!("until [ \"$(xenstore-read {state} 2>/dev/null)\" = 4 ]; do :; done");
         let took = self.timed(&format!("{} && {connected}", Self::line(peer, "pci-attach")))?;
-        self.guest(peer).wait_for("the function", SOON, "[ -e /sys/bus/pci/devices/*/config ]")?;
+        self.guest(peer).wait_for("the function", BUSY_LIMIT, "[ -e /sys/bus/pci/devices/*/config ]")?;
         Ok(took)
     }
 
     /// Milliseconds that the command takes in dom0. Returns when the guest has lost the function.
     pub fn detach(&self, peer: Peer) -> Result<f64> {
         let took = self.timed(&Self::line(peer, "pci-detach"))?;
-        self.guest(peer).wait_for("its removal", SOON, "[ ! -e /sys/bus/pci/devices/*/config ]")?;
+        self.guest(peer).wait_for("its removal", BUSY_LIMIT, "[ ! -e /sys/bus/pci/devices/*/config ]")?;
         Ok(took)
     }
 
@@ -119,7 +119,7 @@ impl<'a> Scene<'a> {
     }
 
     fn timed(&self, line: &str) -> Result<f64> {
-        Ok(microseconds(self.lab, line, SOON)? / 1000.0)
+        Ok(microseconds(self.lab, line, BUSY_LIMIT)? / 1000.0)
     }
 
     /// How many dwords of config space the guest reads in a second.
@@ -132,7 +132,7 @@ impl<'a> Scene<'a> {
              read a rest < /proc/uptime; cat $copies > /dev/null; read b rest < /proc/uptime\n\
              cat $files > /dev/null; read c rest < /proc/uptime; echo $a $b $c"
         );
-        let output = self.guest(peer).run(&script).limit(READS_LIMIT).ok()?;
+        let output = self.guest(peer).run(&script).limit(BUSY_LIMIT).ok()?;
         let numbers: Vec<f64> = output
             .split_whitespace()
             .map(str::parse)
