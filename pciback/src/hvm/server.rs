@@ -13,12 +13,11 @@ use super::device::{ECAM_BASE, ECAM_BYTES};
 use super::ports::ConfigPorts;
 use super::wire::{self, IoRequest, Place, VCPUS};
 use crate::DomId;
-use crate::Sbdf;
 use crate::platform::{IoreqServer, PlatformError};
 use crate::pv::function::{Demand, GuestFunction};
 use crate::pv::roster::Roster;
 use crate::pv::server::{BURST, Order, SPIN};
-use crate::pv::{Counters, NotTold, Server, ServerReport};
+use crate::pv::{Attachment, Counters, NotTold, Server, ServerReport};
 
 impl Server {
     /// Starts to serve an HVM guest, of which `ports` has what it wrote to port CF8; `functions` are those of an earlier life, by
@@ -93,7 +92,7 @@ impl Serving {
     }
 
     fn serve(&mut self, vcpu: u16, request: &IoRequest) {
-        let (data, known, demand, address) = self.execute(request);
+        let (data, known, demand, attachment) = self.execute(request);
         let data = request.write.is_none().then(|| data & value_mask(request.bytes));
         wire::put_answer(self.server.page(), vcpu, data);
         if let Err(error) = self.server.notify(vcpu) {
@@ -104,11 +103,11 @@ impl Serving {
         if !known || trouble.is_some() {
             self.complain(request, trouble);
         }
-        self.roster.tell(demand, address);
+        self.roster.tell(demand, attachment);
     }
 
     /// What is read, whether the request made sense, and what it asks of the service.
-    fn execute(&mut self, request: &IoRequest) -> (u64, bool, Option<Demand>, Option<Sbdf>) {
+    fn execute(&mut self, request: &IoRequest) -> (u64, bool, Option<Demand>, Option<Attachment>) {
         if request.bytes == 0 {
             return (u64::MAX, false, None, None);
         }
@@ -141,15 +140,15 @@ impl Serving {
         offset: u16,
         bytes: u8,
         write: Option<u64>,
-    ) -> (u64, bool, Option<Demand>, Option<Sbdf>) {
+    ) -> (u64, bool, Option<Demand>, Option<Attachment>) {
         let Some(function) = self.roster.functions.get_mut(&devfn) else {
             return (u64::MAX, true, None, None);
         };
-        let address = Some(function.address());
+        let attachment = Some(function.attachment());
         match write {
             None => {
                 let (value, demand) = function.config_read(offset, bytes);
-                (value, true, demand, address)
+                (value, true, demand, attachment)
             }
             Some(value) => {
                 let before = function.places_released();
@@ -157,7 +156,7 @@ impl Serving {
                 if function.places_released() != before {
                     self.place_others();
                 }
-                (value, true, demand, address)
+                (value, true, demand, attachment)
             }
         }
     }
@@ -171,7 +170,11 @@ impl Serving {
         }
     }
 
-    fn memory(&mut self, address: u64, request: &IoRequest) -> (u64, bool, Option<Demand>, Option<Sbdf>) {
+    fn memory(
+        &mut self,
+        address: u64,
+        request: &IoRequest,
+    ) -> (u64, bool, Option<Demand>, Option<Attachment>) {
         let functions = self.roster.functions.values_mut();
         let value = match request.write {
             None => functions.filter_map(|function| function.memory_read(address, request.bytes)).next(),

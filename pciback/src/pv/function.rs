@@ -6,6 +6,7 @@ use std::sync::Arc;
 use log::{debug, warn};
 use nix::errno::Errno;
 
+use super::attachment::Attachment;
 use super::interrupts;
 use super::wire::{Command, MsixEntry, Op, OpAnswer, WireError};
 use crate::config::{
@@ -59,6 +60,7 @@ impl Accessed {
 pub struct GuestFunction {
     pub(crate) domain: DomId,
     pub(crate) address: Sbdf,
+    attachment: Attachment,
     pub(crate) space: VirtualConfigSpace,
     pub(crate) hardware: Box<dyn ConfigSpace>,
     pub(crate) hypervisor: Arc<dyn Hypervisor>,
@@ -88,6 +90,7 @@ impl GuestFunction {
         Self {
             domain,
             address,
+            attachment: Attachment::new(address),
             space,
             hardware,
             hypervisor,
@@ -113,6 +116,11 @@ impl GuestFunction {
     /// Notes why something failed.
     pub(crate) fn note_trouble(&mut self, why: &dyn std::fmt::Display) {
         self.trouble = Some(why.to_string());
+    }
+
+    /// Which attachment of the function this is.
+    pub fn attachment(&self) -> Attachment {
+        self.attachment
     }
 
     /// Where it is on the host.

@@ -1,5 +1,6 @@
 //! Serving PV guests: the pciif protocol, its xenstore handshake and the thread that serves one guest.
 
+mod attachment;
 pub(crate) mod function;
 pub mod handshake;
 pub(crate) mod interrupts;
@@ -11,6 +12,7 @@ pub(crate) mod server;
 mod upkeep;
 pub mod wire;
 
+pub use attachment::Attachment;
 pub use function::{Demand, GuestFunction};
 pub use handshake::{Action, Handshake, PAUSE};
 pub use interrupts::InterruptError;

@@ -9,12 +9,13 @@ use log::warn;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::attachment::Attachment;
 use super::function::{Demand, GuestFunction};
 use super::interrupts;
 use super::server::{Counters, NotTold, Order, ServerReport, Taken, Telling};
+use crate::DomId;
 use crate::fault::AerAnswer;
 use crate::platform::PlatformError;
-use crate::{DomId, Sbdf};
 
 /// A guest that asks for nonsense gets a line in the log at most this often.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
@@ -48,12 +49,12 @@ impl Roster {
     }
 
     /// Tells the engine what a request asks for beyond its answer.
-    pub fn tell(&self, demand: Option<Demand>, address: Option<Sbdf>) {
-        match (demand, address) {
-            (Some(Demand::Reset), Some(address)) => (self.report)(ServerReport::ResetWanted(address)),
-            (Some(Demand::Vanished), Some(address)) => (self.report)(ServerReport::Vanished(address)),
-            (Some(Demand::DriverStarted), Some(address)) => {
-                (self.report)(ServerReport::DriverStarted(address));
+    pub fn tell(&self, demand: Option<Demand>, attachment: Option<Attachment>) {
+        match (demand, attachment) {
+            (Some(Demand::Reset), Some(attachment)) => (self.report)(ServerReport::ResetWanted(attachment)),
+            (Some(Demand::Vanished), Some(attachment)) => (self.report)(ServerReport::Vanished(attachment)),
+            (Some(Demand::DriverStarted), Some(attachment)) => {
+                (self.report)(ServerReport::DriverStarted(attachment));
             }
             _ => {}
         }
@@ -63,7 +64,7 @@ impl Roster {
     pub fn report_told(&self, telling: Telling, heard: Result<Result<AerAnswer, u32>, NotTold>) {
         // A function that was taken meanwhile is nobody's concern any more.
         if let Some(function) = self.functions.get(&telling.devfn) {
-            (self.report)(ServerReport::Told(function.address(), heard));
+            (self.report)(ServerReport::Told(function.attachment(), heard));
         }
     }
 
@@ -169,9 +170,9 @@ impl Roster {
             return;
         }
         if let Err(error) = function.reset_done() {
-            let address = function.address();
+            let attachment = function.attachment();
             function.set_gone();
-            (self.report)(ServerReport::RestoreFailed(address, error.to_string()));
+            (self.report)(ServerReport::RestoreFailed(attachment, error.to_string()));
         }
     }
 

@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -13,14 +12,15 @@ use log::{error, warn};
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::attachment::Attachment;
 use super::function::GuestFunction;
 use super::interrupts::InterruptError;
 use super::roster::Roster;
 use super::wire::{self, Command, Op, OpAnswer, WireError};
+use crate::DomId;
 use crate::config::{MaskedWrite, Planes};
 use crate::fault::{AerAnswer, AerRequest, ChannelState};
 use crate::platform::{PlatformError, Ring};
-use crate::{DomId, Sbdf};
 
 /// How long the thread looks at the page after an answer before it sleeps: a guest that reads one register usually reads
 /// the next, and waking up costs more than the access.
@@ -35,19 +35,33 @@ const STUCK: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub enum ServerReport {
     /// The guest asked for a function level reset; [`Server::reset_ended`] is awaited.
-    ResetWanted(Sbdf),
+    ResetWanted(Attachment),
     /// The function answers no more.
-    Vanished(Sbdf),
+    Vanished(Attachment),
     /// The guest's driver for the function has started.
-    DriverStarted(Sbdf),
+    DriverStarted(Attachment),
     /// The function's interrupts could not be put back after its reset.
-    RestoreFailed(Sbdf, String),
+    RestoreFailed(Attachment, String),
     /// What became of something the guest was told about an error.
-    Told(Sbdf, Result<Result<AerAnswer, u32>, NotTold>),
+    Told(Attachment, Result<Result<AerAnswer, u32>, NotTold>),
     /// The guest has pulled the reset line of its machine.
     RestartWanted,
     /// The guest cannot be served any more.
     Failed(String),
+}
+
+impl ServerReport {
+    /// Which attachment it is about, if it is about one.
+    pub fn attachment(&self) -> Option<Attachment> {
+        match self {
+            Self::ResetWanted(attachment)
+            | Self::Vanished(attachment)
+            | Self::DriverStarted(attachment)
+            | Self::RestoreFailed(attachment, _)
+            | Self::Told(attachment, _) => Some(*attachment),
+            Self::RestartWanted | Self::Failed(_) => None,
+        }
+    }
 }
 
 /// Why a guest said nothing to an error.
@@ -132,7 +146,7 @@ pub struct Server {
     orders: mpsc::Sender<Order>,
     wake: Arc<EventFd>,
     counters: Arc<Counters>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Server {
@@ -162,7 +176,7 @@ impl Server {
         let thread = thread::Builder::new()
             .name(format!("guest {domain}"))
             .spawn(move || serve(orders, thread_wake))?;
-        Ok(Self { orders: sender, wake, counters, thread: Some(thread) })
+        Ok(Self { orders: sender, wake, counters, thread: Mutex::new(Some(thread)) })
     }
 
     fn order(&self, order: Order) {
@@ -233,14 +247,14 @@ impl Server {
 
     /// Stops and gives the functions back, untouched: they can be served again. `Err`: the thread hangs in an access, and
     /// stops when that ends.
-    pub fn stop(mut self) -> Result<BTreeMap<u8, Box<GuestFunction>>, ServerStuck> {
+    pub fn stop(&self) -> Result<BTreeMap<u8, Box<GuestFunction>>, ServerStuck> {
         let (sender, functions) = mpsc::channel();
         self.order(Order::Stop(sender));
         let functions = match functions.recv_timeout(STUCK) {
             Err(mpsc::RecvTimeoutError::Timeout) => return Err(ServerStuck),
             answered => answered.unwrap_or_default(),
         };
-        if let Some(thread) = self.thread.take()
+        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take()
             && thread.join().is_err()
         {
             error!("a serving thread panicked");
@@ -365,10 +379,10 @@ impl Serving {
         let op = &op;
         let devfn = u8::try_from(op.devfn).ok().filter(|_| op.domain == 0 && op.bus == 0);
         let mut demand = None;
-        let mut address = None;
+        let mut attachment = None;
         let answer = match devfn.and_then(|devfn| self.roster.functions.get_mut(&devfn)) {
             Some(function) => {
-                address = Some(function.address());
+                attachment = Some(function.attachment());
                 let (answer, wanted) = function.execute(op);
                 demand = wanted;
                 answer
@@ -391,7 +405,7 @@ impl Serving {
         if answer.error != WireError::Success {
             self.complain(op, answer.error, trouble);
         }
-        self.roster.tell(demand, address);
+        self.roster.tell(demand, attachment);
     }
 
     fn complain(&mut self, op: &Op, error: WireError, trouble: Option<String>) {

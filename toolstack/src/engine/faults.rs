@@ -4,7 +4,6 @@
 //! something to decide. What touches hardware or may wait runs on threads of its own.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use log::{error, warn};
@@ -296,20 +295,22 @@ impl Engine {
             .chain(port)
             .map(|address| (address, self.faults.ports.layout(address)))
             .collect();
-        let workshop = self.workshop();
-        let task = move || {
+        let (workshop, inbox) = (self.workshop(), self.inbox.clone());
+        let work = move || {
             let host = workshop.platform.host.as_ref();
             let of = |(address, layout): (Sbdf, Option<Layout>)| {
                 let found = registers::of_errors(host, address, layout).into_iter();
                 found.map(move |(name, value)| RegisterValue { address, name: name.to_owned(), value })
             };
-            let found = read.into_iter().flat_map(of).collect();
-            workshop.inbox.send(Event::ErrorRegisters(address, found));
+            read.into_iter().flat_map(of).collect()
         };
-        if let Err(problem) = thread::Builder::new().name(format!("registers {address}")).spawn(task) {
-            error!("{address}: read its error registers: start a thread: {problem}");
-            self.faults.reading.remove(&address);
-        }
+        self.inbox.background(&format!("registers {address}"), work, move |found| {
+            let found = found.unwrap_or_else(|failure| {
+                error!("{address}: read its error registers: {failure}");
+                Vec::new()
+            });
+            inbox.send(Event::ErrorRegisters(address, found));
+        });
     }
 
     pub(super) fn error_registers(&mut self, address: Sbdf, registers: Vec<RegisterValue>) {

@@ -49,8 +49,10 @@ impl Engine {
 
     /// Carries out what a handshake wants, in its order.
     pub(super) fn act(&mut self, domain: DomId, actions: Vec<Action>) {
-        let mut queue = std::collections::VecDeque::from(actions);
-        while let Some(action) = queue.pop_front() {
+        if let Some(guest) = self.guests.get_mut(&domain) {
+            guest.actions.extend(actions);
+        }
+        while let Some(action) = self.next_action(domain) {
             match action {
                 Action::Nodes(changes) => {
                     if let Err(error) = self.write_nodes(domain, changes) {
@@ -63,13 +65,11 @@ impl Engine {
                     let outcome = self.connect(domain, ring);
                     if let Some(guest) = self.guests.get_mut(&domain) {
                         // First: the nodes that follow rely on it.
-                        queue.extend(guest.handshake.ring_connected(outcome));
+                        let next = guest.handshake.ring_connected(outcome);
+                        guest.actions.extend(next);
                     }
                 }
-                Action::Disconnect => {
-                    self.disconnect(domain);
-                    self.quiesce_parked(domain);
-                }
+                Action::Disconnect => self.give_up_ring(domain),
                 Action::Added(devfn) => self.answer(domain, devfn, |awaited| match awaited {
                     Awaited::Look | Awaited::FirstLook => Some(Ok(None)),
                     Awaited::Release => None,
@@ -89,6 +89,12 @@ impl Engine {
             }
         }
         self.forget_if_idle(domain);
+    }
+
+    /// What the guest's handshake wants next; nothing while something is being done for it that the rest relies on.
+    fn next_action(&mut self, domain: DomId) -> Option<Action> {
+        let guest = self.guests.get_mut(&domain).filter(|guest| !guest.working)?;
+        guest.actions.pop_front()
     }
 
     /// Makes changes of a guest's nodes, after those that could not be made before: the handshake goes on as if they had been.
@@ -127,7 +133,7 @@ impl Engine {
         let functions = std::mem::take(&mut guest.parked);
         let report = Box::new(move |report| inbox.send(Event::Server(domain, report)));
         let server = Server::start(domain, ring, functions, Arc::clone(&guest.counters), report);
-        guest.server = Some(server.map_err(|error| format!("start its thread: {error}"))?);
+        guest.server = Some(Arc::new(server.map_err(|error| format!("start its thread: {error}"))?));
         let text =
             format!("domain {domain}: connected to its ring, grant {} and port {}", place.grant, place.port);
         guest.say(Level::Info, &text);
@@ -147,16 +153,6 @@ impl Engine {
                     error!("domain {domain}: {stuck}");
                     self.problems.push(format!("domain {domain}: {stuck}"));
                 }
-            }
-        }
-    }
-
-    /// The frontend is gone: another one finds the functions as after an attach, interrupts and bus mastering off.
-    fn quiesce_parked(&mut self, domain: DomId) {
-        let Some(guest) = self.guests.get_mut(&domain) else { return };
-        for function in guest.parked.values_mut() {
-            if let Err(error) = function.quiesce() {
-                error!("{}: switch off for domain {domain}: {error}", function.address());
             }
         }
     }

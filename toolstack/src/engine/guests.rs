@@ -1,13 +1,15 @@
 //! Guests: carries out what their handshakes say, and runs the threads that serve them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use log::{Level, error, info, log, warn};
 use pciback::config::{MaskedWrite, Planes};
-use pciback::pv::{Counters, GuestFunction, Handshake, NodeChange, Server, ServerReport, Telling, nodes};
+use pciback::platform::Host;
+use pciback::pv::{
+    Action, Attachment, Counters, GuestFunction, Handshake, NodeChange, Server, ServerReport, Telling, nodes,
+};
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::hvm::Hvm;
@@ -26,12 +28,18 @@ pub(super) struct Guest {
     pub handshake: Handshake,
     /// Set for an HVM guest, which has no handshake.
     pub(super) hvm: Option<Hvm>,
-    pub(super) server: Option<Server>,
+    pub(super) server: Option<Arc<Server>>,
     /// The functions while no thread serves them.
     pub(super) parked: BTreeMap<u8, Box<GuestFunction>>,
     pub(super) counters: Arc<Counters>,
     /// Transactions that wait for the guest.
     pub(super) waiting: BTreeMap<u8, Waiting>,
+    /// What its handshake wants done, in its order.
+    pub(super) actions: VecDeque<Action>,
+    /// Something is being done for it, and those wait.
+    pub(super) working: bool,
+    /// What waits for its functions to be back.
+    pub(super) later: Vec<Later>,
     /// Changes of its nodes that could not be made yet, and when they are tried again.
     pub(super) unwritten: Vec<NodeChange>,
     pub(super) write_again: Option<Instant>,
@@ -39,6 +47,9 @@ pub(super) struct Guest {
     pub(super) pause: Option<Instant>,
     log: LogLimit,
 }
+
+/// Something that the engine does later.
+pub(super) type Later = Box<dyn FnOnce(&mut Engine) + Send>;
 
 pub(super) struct Waiting {
     answer: Answer,
@@ -66,6 +77,9 @@ impl Guest {
             parked: BTreeMap::new(),
             counters,
             waiting: BTreeMap::new(),
+            actions: VecDeque::new(),
+            working: false,
+            later: Vec::new(),
             unwritten: Vec::new(),
             write_again: None,
             pause: None,
@@ -118,37 +132,42 @@ impl Guest {
         self.server.is_some()
     }
 
-    /// One of its functions is about to be reset, which it did not ask for. An error: the guest may still reach it.
-    pub fn begin_reset(&mut self, devfn: u8) -> Result<(), String> {
-        let begun = match (&self.server, self.parked.get_mut(&devfn)) {
-            (_, Some(function)) => function.begin_reset(),
-            (Some(server), None) => match server.begin_reset(devfn) {
-                Ok(begun) => begun.unwrap_or(Ok(())),
-                Err(stuck) => return Err(stuck.to_string()),
-            },
-            (None, None) => Ok(()),
-        };
-        begun.map_err(|error| error.to_string())
-    }
-
-    /// One of its functions has left the host.
-    pub fn set_gone(&mut self, devfn: u8) {
+    /// One of its functions is about to be reset, which it did not ask for. A thread that has it is to be told so before the reset. An error:
+    /// the guest may still reach it.
+    pub fn begin_reset(&mut self, devfn: u8) -> Result<Option<(Arc<Server>, u8)>, String> {
         match (&self.server, self.parked.get_mut(&devfn)) {
-            (_, Some(function)) => function.set_gone(),
-            (Some(server), None) => server.set_gone(devfn),
-            (None, None) => {}
+            (_, Some(function)) => function.begin_reset().map(|()| None).map_err(|error| error.to_string()),
+            (Some(server), None) => Ok(Some((Arc::clone(server), devfn))),
+            (None, None) => Ok(None),
         }
     }
 
-    /// What of its writes to one of its functions did not reach hardware.
-    pub fn masked_writes(&self, devfn: u8) -> Result<Vec<MaskedWrite>, String> {
+    /// One of its functions has left the host.
+    pub fn set_gone(&mut self, domain: DomId, devfn: u8) {
+        match (&self.server, self.parked.get_mut(&devfn)) {
+            (_, Some(function)) => function.set_gone(),
+            (Some(server), None) => server.set_gone(devfn),
+            (None, None) => self.when_back(move |engine| {
+                if let Some(guest) = engine.guests.get_mut(&domain) {
+                    guest.set_gone(domain, devfn);
+                }
+            }),
+        }
+    }
+
+    /// Does something when its functions are back; nothing where none are on their way.
+    fn when_back(&mut self, what: impl FnOnce(&mut Engine) + Send + 'static) {
+        if self.working {
+            self.later.push(Box::new(what));
+        }
+    }
+
+    /// Where what of its writes to one of its functions did not reach hardware is found.
+    pub fn masked_writes(&self, devfn: u8) -> MaskedWrites {
         match (&self.server, self.parked.get(&devfn)) {
-            (_, Some(function)) => Ok(function.masked_writes()),
-            (Some(server), None) => {
-                let writes = server.masked_writes(devfn).map_err(|stuck| stuck.to_string())?;
-                Ok(writes.unwrap_or_default())
-            }
-            (None, None) => Ok(Vec::new()),
+            (_, Some(function)) => MaskedWrites::Known(function.masked_writes()),
+            (Some(server), None) => MaskedWrites::Ask(Arc::clone(server), devfn),
+            (None, None) => MaskedWrites::Known(Vec::new()),
         }
     }
 
@@ -170,9 +189,25 @@ impl Guest {
     }
 }
 
-fn not_switched_off(domain: DomId, devfn: u8, why: &dyn std::fmt::Display) -> Failure {
-    let text = format!("switch off what domain {domain} had at {devfn:#x}: {why}");
-    Failure::new(ErrorCode::Failed, text).of(domain)
+/// What of a guest's writes did not reach hardware.
+pub(super) enum MaskedWrites {
+    /// These.
+    Known(Vec<MaskedWrite>),
+    /// Its thread knows.
+    Ask(Arc<Server>, u8),
+}
+
+impl MaskedWrites {
+    /// These; may wait for the thread.
+    pub fn take(self) -> Result<Vec<MaskedWrite>, String> {
+        match self {
+            Self::Known(writes) => Ok(writes),
+            Self::Ask(server, devfn) => {
+                let writes = server.masked_writes(devfn).map_err(|stuck| stuck.to_string())?;
+                Ok(writes.unwrap_or_default())
+            }
+        }
+    }
 }
 
 fn place_of(record: &Record) -> Result<GuestPlace, Failure> {
@@ -187,6 +222,7 @@ impl Engine {
         let Opened { function, filter, memory } = opened;
         let outdated = !Arc::ptr_eq(&filter.policies, &self.policies);
         self.in_use.insert(record.address, filter);
+        self.attachments.begin(function.attachment());
         // From now on the guest can use it, and its errors are the guest's.
         let heard = self.watch_errors_of(record.address);
         if outdated {
@@ -238,9 +274,11 @@ impl Engine {
         };
         if guest.hvm.is_some() {
             // Nobody in the guest is asked: it has no hotplug.
-            let outcome = self.switch_off(place.domain, place.devfn);
-            self.forget_if_idle(place.domain);
-            answer.send(outcome);
+            self.attachments.end(record.address);
+            if let Err(Some(answer)) = self.switch_off(place.domain, place.devfn, Some(answer)) {
+                self.forget_if_idle(place.domain);
+                answer.send(Ok(None));
+            }
             return;
         }
         let waiting = Waiting { answer, deadline: Instant::now() + limit, for_what: Awaited::Release };
@@ -294,49 +332,24 @@ impl Engine {
         }
     }
 
-    /// The guest has no use of the function any more: it is made harmless.
-    fn switch_off(&mut self, domain: DomId, devfn: u8) -> Result<Option<String>, Failure> {
-        let Some(guest) = self.guests.get_mut(&domain) else { return Ok(None) };
-        if let Some(hvm) = &mut guest.hvm {
-            hvm.devices.remove(&devfn);
-        }
-        let quiesced = match (&guest.server, guest.parked.remove(&devfn)) {
-            (_, Some(mut function)) => {
-                Some((function.address(), function.quiesce().map_err(|error| error.to_string())))
-            }
-            (Some(server), None) => match server.take(devfn) {
-                Ok(taken) => taken.map(|taken| {
-                    (taken.function.address(), taken.quiesced.map_err(|error| error.to_string()))
-                }),
-                Err(stuck) => return Err(not_switched_off(domain, devfn, &stuck)),
-            },
-            (None, None) => None,
-        };
-        match quiesced {
-            Some((address, Ok(()))) => self.given.withdrawn(address),
-            Some((_, Err(error))) => return Err(not_switched_off(domain, devfn, &error)),
-            // The transaction finds out what its guest still reaches.
-            None => {}
-        }
-        Ok(None)
-    }
-
     /// It let go of a function, or was overruled.
     pub(super) fn removed(&mut self, domain: DomId, devfn: u8) {
-        let outcome = self.switch_off(domain, devfn);
-        self.answer(domain, devfn, |awaited| match awaited {
-            Awaited::Release => Some(outcome),
-            Awaited::Look | Awaited::FirstLook => Some(Err(Failure::new(
-                ErrorCode::Failed,
-                format!("domain {domain} did not take the function in time"),
-            )
-            .hint("see the guest's log; 'xpci status' shows how far its frontend is"))),
-        });
+        let has_it = |record: &&Record| record.guest == Some(GuestPlace { domain, devfn });
+        if let Some(address) = self.records.values().find(has_it).map(|record| record.address) {
+            self.attachments.end(address);
+        }
+        if self.switch_off(domain, devfn, None).is_err() {
+            self.answer_removed(domain, devfn, Ok(None));
+        }
     }
 
     pub(super) fn forget_if_idle(&mut self, domain: DomId) {
         if self.guests.get(&domain).is_some_and(|guest| {
-            guest.handshake.is_empty() && guest.waiting.is_empty() && !guest.has_functions()
+            !guest.working
+                && guest.actions.is_empty()
+                && guest.handshake.is_empty()
+                && guest.waiting.is_empty()
+                && !guest.has_functions()
         }) {
             self.disconnect(domain);
             if let Some(hvm) = self.guests.remove(&domain).and_then(|guest| guest.hvm) {
@@ -384,7 +397,12 @@ impl Engine {
                 continue;
             }
             warn!("domain {domain} did not answer in time; it is overruled");
+            let limit = self.settings.guest_limit();
             if let Some(guest) = self.guests.get_mut(&domain) {
+                if let Some(waiting) = guest.waiting.get_mut(&devfn) {
+                    // Once: what is done about it may take its time.
+                    waiting.deadline = now + limit;
+                }
                 let actions = guest.handshake.overrule(devfn);
                 self.act(domain, actions);
             }
@@ -427,21 +445,31 @@ impl Engine {
     }
 
     pub(super) fn server_reported(&mut self, domain: DomId, report: ServerReport) {
+        if let Some(attachment) = report.attachment()
+            && !self.attachments.is_current(attachment)
+        {
+            info!(
+                "{}: what was reported of an attachment that has ended is left: {report:?}",
+                attachment.address()
+            );
+            return;
+        }
         match report {
-            ServerReport::ResetWanted(address) => self.reset_for_guest(address),
-            ServerReport::Vanished(address) => {
+            ServerReport::ResetWanted(attachment) => self.reset_for_guest(attachment.address()),
+            ServerReport::Vanished(attachment) => {
+                let address = attachment.address();
                 // It may have left the host: its end is looked at before it is judged.
                 self.silent.insert(address);
                 self.stirred.one(address);
             }
-            ServerReport::DriverStarted(address) => self.driver_started(address),
-            ServerReport::RestoreFailed(address, why) => {
+            ServerReport::DriverStarted(attachment) => self.driver_started(attachment.address()),
+            ServerReport::RestoreFailed(attachment, why) => {
                 self.quarantine(
-                    address,
+                    attachment.address(),
                     &format!("its interrupts could not be put back after a reset: {why}"),
                 );
             }
-            ServerReport::Told(address, heard) => self.guest_answered(address, heard),
+            ServerReport::Told(attachment, heard) => self.guest_answered(attachment.address(), heard),
             ServerReport::RestartWanted => {
                 info!("domain {domain}: it resets itself");
                 if let Err(error) = self.platform.hvm.restart(domain) {
@@ -457,26 +485,45 @@ impl Engine {
 
     /// Resets a function because its guest asked for it, beside everything else.
     pub(super) fn reset_for_guest(&mut self, address: Sbdf) {
-        if let Some(record) = self.records.get_mut(&address)
-            && record.state == FunctionState::Attached
-        {
-            record.state = FunctionState::Resetting;
-        }
-        let workshop = self.workshop();
-        let network = self.records.get(&address).and_then(|record| record.network.clone());
-        let task = move || {
-            let outcome = reset_and_verify(&workshop.platform, &workshop.settings.reset, address)
-                .and_then(|()| renew_path(&workshop.platform, &workshop.ledger, address))
-                .and_then(|()| reapply_network(&workshop.platform, address, network.as_ref()));
-            workshop.inbox.send(Event::ResetEnded(address, outcome));
-        };
-        if let Err(error) = thread::Builder::new().name(format!("reset {address}")).spawn(task) {
-            let failure = Failure::new(ErrorCode::Failed, format!("start a thread: {error}"));
-            self.inbox.send(Event::ResetEnded(address, Err(failure)));
-        }
+        self.reset_under_guest(address, None);
     }
 
-    pub(super) fn reset_ended(&mut self, address: Sbdf, outcome: Result<(), Failure>) {
+    /// Resets a function under its guest; `server` is the thread that is told before, where the guest did not ask.
+    pub(super) fn reset_under_guest(&mut self, address: Sbdf, server: Option<(Arc<Server>, u8)>) {
+        let Some(attachment) = self.attachments.of(address) else {
+            warn!("{address}: it is not reset, no guest is served with it any more");
+            return;
+        };
+        // One that is under way does what is asked.
+        if !self.resets.begin(address) {
+            return;
+        }
+        let Some(record) = self.records.get_mut(&address) else { return self.resets.end(address) };
+        if record.state == FunctionState::Attached {
+            record.state = FunctionState::Resetting;
+        }
+        let (network, incarnation) = (record.network.clone(), record.incarnation);
+        let workshop = self.workshop();
+        let (inbox, resets) = (self.inbox.clone(), self.resets.clone());
+        let work = move || {
+            is_same_device(workshop.platform.host.as_ref(), address, incarnation)?;
+            take_before_reset(server)?;
+            reset_and_verify(&workshop.platform, &workshop.settings.reset, address)
+                .and_then(|()| renew_path(&workshop.platform, &workshop.ledger, address))
+                .and_then(|()| reapply_network(&workshop.platform, address, network.as_ref()))
+        };
+        self.inbox.background(&format!("reset {address}"), work, move |outcome| {
+            resets.end(address);
+            inbox.send(Event::ResetEnded(attachment, outcome.and_then(|outcome| outcome)));
+        });
+    }
+
+    pub(super) fn reset_ended(&mut self, attachment: Attachment, outcome: Result<(), Failure>) {
+        let address = attachment.address();
+        if !self.attachments.is_current(attachment) {
+            info!("{address}: a reset has ended that a guest asked for which does not have it any more");
+            return;
+        }
         let Some(record) = self.records.get_mut(&address) else { return };
         if record.state == FunctionState::Resetting {
             record.state = FunctionState::Attached;
@@ -488,14 +535,10 @@ impl Engine {
             if outcome.is_ok() {
                 guest.say(Level::Info, &format!("{address}: reset for its guest"));
             }
-            match (&guest.server, guest.parked.get_mut(&place.devfn)) {
-                (Some(server), _) => server.reset_ended(place.devfn, outcome.is_ok()),
-                (None, Some(function)) if outcome.is_ok() => {
-                    if let Err(error) = function.reset_done() {
-                        warn!("{address}: put its interrupts back: {error}");
-                    }
-                }
-                _ => {}
+            match &guest.server {
+                Some(server) => server.reset_ended(place.devfn, outcome.is_ok()),
+                None if outcome.is_ok() => self.restore_parked(place.domain, place.devfn),
+                None => {}
             }
         }
         let done = outcome.is_ok();
@@ -534,4 +577,22 @@ impl Engine {
         }
         Ok(())
     }
+}
+
+/// Takes a function from the guest that a thread serves, until its reset has ended.
+fn take_before_reset(server: Option<(Arc<Server>, u8)>) -> Result<(), Failure> {
+    let Some((server, devfn)) = server else { return Ok(()) };
+    let begun = server.begin_reset(devfn).map_err(|stuck| stuck.to_string());
+    begun.and_then(|begun| begun.unwrap_or(Ok(())).map_err(|error| error.to_string())).map_err(|why| {
+        Failure::new(ErrorCode::Failed, format!("take it from its guest before a reset: {why}"))
+    })
+}
+
+/// Refuses to reset another device that has come to the function's address.
+fn is_same_device(host: &dyn Host, address: Sbdf, incarnation: u64) -> Result<(), Failure> {
+    if incarnation != 0 && host.function(address)?.incarnation != incarnation {
+        let text = format!("{address} was replaced by another function before it was reset");
+        return Err(Failure::new(ErrorCode::Failed, text).on(address));
+    }
+    Ok(())
 }

@@ -7,7 +7,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::sync::Arc;
-use std::thread;
 
 use log::{error, info, warn};
 use pciback::hvm::{Addresses, CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts, Device, ECAM_BASE, ECAM_BYTES};
@@ -102,17 +101,16 @@ impl Engine {
             return reply.done(Err(failure));
         }
         let (hvm, inbox) = (Arc::clone(&self.platform.hvm), self.inbox.clone());
-        let task = move || {
-            let slots = hvm.device_model_slots(wanted.domain).map_err(|error| {
+        let work = move || {
+            hvm.device_model_slots(wanted.domain).map_err(|error| {
                 Failure::from(error)
                     .of(wanted.domain)
                     .hint("is its device model QEMU, in dom0? See /var/log/xen/qemu-dm-NAME.log")
-            });
-            inbox.send(Event::DeviceModelAsked { wanted, slots, reply });
+            })
         };
-        if let Err(error) = thread::Builder::new().name(format!("attach {}", wanted.address)).spawn(task) {
-            error!("{}: start a thread: {error}", wanted.address);
-        }
+        self.inbox.background(&format!("attach {}", wanted.address), work, move |slots| {
+            inbox.send(Event::DeviceModelAsked { wanted, slots: slots.and_then(|slots| slots), reply });
+        });
     }
 
     pub(super) fn device_model_asked(
@@ -214,7 +212,7 @@ impl Engine {
             Failure::new(ErrorCode::Failed, format!("start the thread of domain {domain}: {error}"))
                 .of(domain)
         };
-        guest.server = Some(started.map_err(failed)?);
+        guest.server = Some(Arc::new(started.map_err(failed)?));
         self.guests.insert(domain, guest);
         info!("domain {domain}: serving it as ioreq server {}", server.0);
         Ok(())

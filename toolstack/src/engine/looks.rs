@@ -5,7 +5,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use log::{error, warn};
@@ -15,6 +14,7 @@ use pciback::live::errors::{self as registers, Contained, Layout};
 use pciback::platform::Host;
 
 use super::{Engine, Event};
+use crate::outcome::Failure;
 
 /// The least time between the end of a look and the begin of the next one.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -165,8 +165,8 @@ impl Engine {
             self.look_at_ports();
         }
         let look = self.faults.looks.begun;
-        let workshop = self.workshop();
-        let task = move || {
+        let (workshop, inbox) = (self.workshop(), self.inbox.clone());
+        let work = move || {
             let read = |address| {
                 let counters = workshop.platform.errors.counters(address);
                 let counters = counters.unwrap_or_else(|problem| {
@@ -175,13 +175,15 @@ impl Engine {
                 });
                 (address, counters)
             };
-            let counters = addresses.into_iter().map(read).collect();
-            workshop.inbox.send(Event::LookedAtErrors(Box::new(Counted { look, counters })));
+            addresses.into_iter().map(read).collect()
         };
-        if let Err(problem) = thread::Builder::new().name("error counters".into()).spawn(task) {
-            error!("look at the error counters: start a thread: {problem}");
-            self.errors_looked_at(Counted { look, counters: Vec::new() });
-        }
+        self.inbox.background("error counters", work, move |counters| {
+            let counters = counters.unwrap_or_else(|failure| {
+                error!("look at the error counters: {failure}");
+                Vec::new()
+            });
+            inbox.send(Event::LookedAtErrors(Box::new(Counted { look, counters })));
+        });
     }
 
     /// A look at the counters has ended.
@@ -208,7 +210,8 @@ impl Engine {
         let mut layouts = self.faults.ports.layouts.clone();
         layouts.retain(|address, _| self.faults.watched.contains(address));
         let workshop = self.workshop();
-        let task = move || {
+        let inbox = self.inbox.clone();
+        let work = move || {
             let host = workshop.platform.host.as_ref();
             let mut contained = Vec::new();
             for port in ports {
@@ -225,18 +228,20 @@ impl Engine {
                     warn!("{function}: look for its capabilities: {problem}");
                 }
             }
-            workshop.inbox.send(Event::LookedAtPorts(Box::new(PortsSeen { contained, layouts })));
+            PortsSeen { contained, layouts }
         };
-        if let Err(problem) = thread::Builder::new().name("ports".into()).spawn(task) {
-            error!("look for Downstream Port Containment: start a thread: {problem}");
-            self.faults.ports.running = false;
-        }
+        self.inbox
+            .background("ports", work, move |seen| inbox.send(Event::LookedAtPorts(seen.map(Box::new))));
     }
 
     /// A look at the ports has ended.
-    pub(super) fn ports_looked_at(&mut self, seen: PortsSeen) {
+    pub(super) fn ports_looked_at(&mut self, seen: Result<Box<PortsSeen>, Failure>) {
         let ports = &mut self.faults.ports;
         ports.running = false;
+        let seen = match seen {
+            Ok(seen) => *seen,
+            Err(failure) => return error!("look for Downstream Port Containment: {failure}"),
+        };
         ports.layouts = seen.layouts;
         let now: BTreeSet<Sbdf> = seen.contained.iter().map(|(port, _)| *port).collect();
         ports.contained.retain(|port| now.contains(port));

@@ -3,6 +3,8 @@
 //! What may block runs elsewhere: transactions on threads of their own, guests' config accesses on their serving threads.
 //! Both talk to the engine through its [`Inbox`].
 
+mod attachments;
+mod background;
 mod contain;
 mod faults;
 mod frontends;
@@ -31,6 +33,7 @@ mod tasks;
 mod unmanaged;
 mod vfs;
 mod watch;
+mod work;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -47,7 +50,7 @@ use pciback::fault::Action;
 use pciback::inventory::Repair;
 use pciback::platform::{Platform, PlatformError};
 use pciback::policy::PolicySet;
-use pciback::pv::ServerReport;
+use pciback::pv::{Attachment, ServerReport};
 use pciback::{DomId, FunctionState, Sbdf};
 
 use crate::audit::AuditLog;
@@ -117,7 +120,9 @@ pub enum Event {
     /// A thread that serves a guest has something to say.
     Server(DomId, ServerReport),
     /// A reset that a guest asked for ended.
-    ResetEnded(Sbdf, Result<(), Failure>),
+    ResetEnded(Attachment, Result<(), Failure>),
+    /// Something was done for a guest.
+    Worked(DomId, work::Worked),
     /// A task that changes a PF's VFs ended.
     VfsChanged(Sbdf),
     /// A repair that concerns a guest, a driver or a record.
@@ -141,11 +146,11 @@ pub enum Event {
     /// The kernel's error counters were looked at.
     LookedAtErrors(Box<looks::Counted>),
     /// The ports above guests' functions were looked at.
-    LookedAtPorts(Box<looks::PortsSeen>),
+    LookedAtPorts(Result<Box<looks::PortsSeen>, Failure>),
     /// What the registers that tell of errors hold.
     ErrorRegisters(Sbdf, Vec<RegisterValue>),
     /// A guest was paused or destroyed, or not.
-    GuestStopped(Sbdf, DomId, Action, Result<(), PlatformError>),
+    GuestStopped(Sbdf, DomId, Action, Result<(), Failure>),
     /// A function's correctable errors were masked, or cannot be.
     Masked(Sbdf, Result<pciback::live::errors::Masked, String>),
     /// They are heard again, or cannot be.
@@ -217,6 +222,10 @@ pub struct Engine {
     guests: BTreeMap<DomId, Guest>,
     /// Functions whose guest ended while a transaction had them: withdrawn when it ends.
     orphans: BTreeSet<Sbdf>,
+    /// The attachments in force.
+    attachments: attachments::Attachments,
+    /// Functions that are being reset under their guests.
+    resets: attachments::Resets,
     /// Functions that guests may reach.
     given: given::Given,
     /// Functions that are to be contained when their transaction ends.
@@ -283,6 +292,8 @@ impl Engine {
             busy_pfs: BTreeSet::new(),
             guests: BTreeMap::new(),
             orphans: BTreeSet::new(),
+            attachments: attachments::Attachments::default(),
+            resets: attachments::Resets::default(),
             given: given::Given::default(),
             awaiting: contain::Awaiting::default(),
             stirred: Stirred::default(),
@@ -397,7 +408,8 @@ impl Engine {
             Event::Withdraw { record, parting, answer } => self.withdraw(&record, parting, answer),
             Event::Finished(finished) => self.transaction_finished(*finished),
             Event::Server(domain, report) => self.server_reported(domain, report),
-            Event::ResetEnded(address, outcome) => self.reset_ended(address, outcome),
+            Event::ResetEnded(attachment, outcome) => self.reset_ended(attachment, outcome),
+            Event::Worked(domain, worked) => self.worked(domain, worked),
             Event::VfsChanged(physical_function) => self.vfs_changed(physical_function),
             Event::Repair(repair, reply) => self.repair(repair, reply),
             Event::Reserve(address, answer) => self.reserve(address, &answer),
@@ -412,7 +424,7 @@ impl Engine {
             }
             Event::Seen(seen) => self.seen(seen),
             Event::LookedAtErrors(counted) => self.errors_looked_at(*counted),
-            Event::LookedAtPorts(seen) => self.ports_looked_at(*seen),
+            Event::LookedAtPorts(seen) => self.ports_looked_at(seen),
             Event::ErrorRegisters(address, registers) => self.error_registers(address, registers),
             Event::GuestStopped(address, domain, action, outcome) => {
                 self.guest_stopped(address, domain, action, outcome);

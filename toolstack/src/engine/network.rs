@@ -51,18 +51,23 @@ impl Engine {
         self.syncing.touch(address);
         self.records.insert(address, record.clone());
         let workshop = self.workshop();
-        self.spawn(address, move || {
-            reply.progress(&format!("setting {} of {address}", describe_network(&wishes)));
+        let (reporter, listener, before) = (workshop.clone(), reply.clone(), record.clone());
+        let work = move || {
+            listener.progress(&format!("setting {} of {address}", describe_network(&wishes)));
             let changed = change_network(&workshop.platform, &workshop.journal, &mut record, wishes);
+            (record, changed)
+        };
+        self.inbox.background(&format!("task {address}"), work, move |done| {
+            let (record, changed) = done.unwrap_or_else(|failure| (before, Err(failure)));
             // The engine first: who reads the answer may ask for the state at once.
-            workshop.inbox.send(Event::NetworkSet(address, Box::new(record.network.clone())));
+            reporter.inbox.send(Event::NetworkSet(address, Box::new(record.network.clone())));
             let has = |already: &str| format!("{address} has {}{already}", describe_network(&wishes));
             reply.done(changed.map(|warnings| match warnings {
                 None => Success::Already { message: has(" already") },
                 Some(warnings) => Success::Changed {
                     message: has(""),
                     warnings,
-                    functions: vec![workshop.view_of(&record)],
+                    functions: vec![reporter.view_of(&record)],
                 },
             }));
         });

@@ -1,13 +1,14 @@
 //! Policies in the running service: shown, explained, learned from, and put in force anew.
 
 use std::sync::Arc;
-use std::thread;
 
-use log::{error, info, warn};
+use log::{info, warn};
 use pciback::config::{CapabilityAction, FunctionSpec, Origin, Place, Planes, Rule, Segment, Treatment};
+use pciback::platform::StoreOps;
 use pciback::policy::{Explanation, PolicySet, Subject, deferred, explain, learn, obstacles, selector_word};
 use pciback::{DomId, Sbdf};
 
+use super::guests::MaskedWrites;
 use super::open::Filter;
 use super::requests::existing;
 use super::tasks::Workshop;
@@ -70,11 +71,15 @@ impl Engine {
         self.background("recompile", move || workshop.compile(policies, None, users, None));
     }
 
+    /// Does something on a thread of its own that reports by itself.
     pub(super) fn background(&self, name: &str, task: impl FnOnce() + Send + 'static) {
-        if let Err(problem) = thread::Builder::new().name(name.to_owned()).spawn(task) {
-            // The task is dropped with its reply: the client hears that the service gave up.
-            error!("{name}: start a thread: {problem}");
-        }
+        let inbox = self.inbox.clone();
+        self.inbox.background(name, task, move |started| {
+            // Whoever waits hears that the service gave up: what would have answered is dropped.
+            if let Err(failure) = started {
+                inbox.send(Event::Problem(failure.to_string()));
+            }
+        });
     }
 
     /// Swaps the filters of connected functions, each between two requests of its guest.
@@ -144,7 +149,18 @@ impl Engine {
     }
 
     /// What the guests of a function, or a guest with all its functions, wrote in vain.
-    pub(super) fn learned(&self, target: &str) -> Result<Success, Failure> {
+    pub(super) fn learned(&self, target: &str, reply: Reply) {
+        let found = self.to_learn_from(target);
+        let store = Arc::clone(&self.platform.store);
+        self.background("learn", move || {
+            let learned = found.and_then(|found| {
+                found.into_iter().map(|one| one.learned(store.as_ref())).collect::<Result<_, _>>()
+            });
+            reply.done(learned.map(|functions| Success::Learned { functions }));
+        });
+    }
+
+    fn to_learn_from(&self, target: &str) -> Result<Vec<Learning>, Failure> {
         let users = match target.parse::<Sbdf>() {
             Ok(address) => {
                 existing(self.platform.host.as_ref(), address)?;
@@ -166,24 +182,16 @@ impl Engine {
                 self.users(of)
             }
         };
-        let functions = users.iter().map(|user| self.learned_from(user)).collect::<Result<_, _>>()?;
-        Ok(Success::Learned { functions })
+        users.iter().map(|user| self.learned_from(user)).collect()
     }
 
-    fn learned_from(&self, user: &User) -> Result<LearnedView, Failure> {
+    fn learned_from(&self, user: &User) -> Result<Learning, Failure> {
         let User { address, domain, .. } = *user;
-        let failed = |why: String| {
-            Failure::new(ErrorCode::Failed, format!("ask what {address} masked: {why}"))
-                .on(address)
-                .of(domain)
-        };
-        let missing = || failed("it is not served".to_owned());
-        let filter = self.in_use.get(&address).ok_or_else(missing)?;
+        let missing = || not_learned(address, domain, "it is not served");
+        let filter = self.in_use.get(&address).ok_or_else(missing)?.clone();
         let place = self.records.get(&address).and_then(|record| record.guest).ok_or_else(missing)?;
-        let guest = self.guests.get(&domain).ok_or_else(missing)?;
-        let masked = guest.masked_writes(place.devfn).map_err(failed)?;
-        let name = domains::name(self.platform.store.as_ref(), domain).unwrap_or_default();
-        Ok(LearnedView { address, domain, name, learned: learn(&filter.spec, &filter.planes, masked.iter()) })
+        let writes = self.guests.get(&domain).ok_or_else(missing)?.masked_writes(place.devfn);
+        Ok(Learning { address, domain, filter, writes })
     }
 
     /// Which policies a function follows.
@@ -228,6 +236,27 @@ impl Engine {
             reply.done(looked.map(show));
         });
     }
+}
+
+/// A function whose guest's writes are learned from.
+struct Learning {
+    address: Sbdf,
+    domain: DomId,
+    filter: Filter,
+    writes: MaskedWrites,
+}
+
+impl Learning {
+    fn learned(self, store: &dyn StoreOps) -> Result<LearnedView, Failure> {
+        let Self { address, domain, filter, writes } = self;
+        let masked = writes.take().map_err(|why| not_learned(address, domain, &why))?;
+        let name = domains::name(store, domain).unwrap_or_default();
+        Ok(LearnedView { address, domain, name, learned: learn(&filter.spec, &filter.planes, masked.iter()) })
+    }
+}
+
+fn not_learned(address: Sbdf, domain: DomId, why: &str) -> Failure {
+    Failure::new(ErrorCode::Failed, format!("ask what {address} masked: {why}")).on(address).of(domain)
 }
 
 /// A function that somebody wants to know about.

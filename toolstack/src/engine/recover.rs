@@ -82,6 +82,7 @@ impl Engine {
                         function.set_gone();
                     }
                     self.in_use.insert(record.address, filter);
+                    self.attachments.begin(function.attachment());
                     match memory {
                         Some(memory) => {
                             let resumed = Resumed { devfn: place.devfn, function, memory };

@@ -1,19 +1,18 @@
 //! What is done about errors: guests are told, functions reset or taken away, guests paused or destroyed, correctable errors masked.
 
-use std::thread;
 use std::time::{Duration, Instant};
 
-use log::{error, info, warn};
+use log::{info, warn};
 use pciback::fault::{
     Action, AerAnswer, ChannelState, ErrorPolicy, Fault, Next, Recovery, Relation, Severity,
 };
 use pciback::live::errors::{self as registers, Masked};
-use pciback::platform::PlatformError;
 use pciback::pv::{NotTold, Telling};
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::contain::Containment;
 use super::{Engine, Event};
+use crate::outcome::Failure;
 
 /// What is being done about a function.
 pub(super) struct Underway {
@@ -163,16 +162,15 @@ impl Engine {
             self.faults.underway.remove(&address);
             return;
         }
-        if let Some(place) = place
-            && let Some(guest) = self.guests.get_mut(&place.domain)
-            && let Err(error) = guest.begin_reset(place.devfn)
-        {
-            self.faults.underway.remove(&address);
-            let why = format!("take it from its guest before a reset: {error}");
-            self.contain(address, Containment::Quarantine, &why);
-            return;
+        let guest = place.and_then(|place| Some((place, self.guests.get_mut(&place.domain)?)));
+        match guest.map_or(Ok(None), |(place, guest)| guest.begin_reset(place.devfn)) {
+            Ok(server) => self.reset_under_guest(address, server),
+            Err(error) => {
+                self.faults.underway.remove(&address);
+                let why = format!("take it from its guest before a reset: {error}");
+                self.contain(address, Containment::Quarantine, &why);
+            }
         }
-        self.reset_for_guest(address);
     }
 
     /// A reset has ended; one that failed has been dealt with.
@@ -196,18 +194,18 @@ impl Engine {
 
     /// Pauses or destroys a guest, which may take the hypervisor a while.
     fn stop_guest(&mut self, address: Sbdf, domain: DomId, action: Action) {
-        let workshop = self.workshop();
-        let task = move || {
+        let (workshop, inbox) = (self.workshop(), self.inbox.clone());
+        let work = move || {
             let hypervisor = &workshop.platform.hypervisor;
             let outcome = match action {
                 Action::PauseGuest => hypervisor.pause(domain),
                 _ => hypervisor.destroy(domain),
             };
-            workshop.inbox.send(Event::GuestStopped(address, domain, action, outcome));
+            outcome.map_err(Failure::from)
         };
-        if let Err(problem) = thread::Builder::new().name(format!("stop {domain}")).spawn(task) {
-            error!("domain {domain}: {action}: start a thread: {problem}");
-        }
+        self.inbox.background(&format!("stop {domain}"), work, move |outcome| {
+            inbox.send(Event::GuestStopped(address, domain, action, outcome.and_then(|outcome| outcome)));
+        });
     }
 
     pub(super) fn guest_stopped(
@@ -215,7 +213,7 @@ impl Engine {
         address: Sbdf,
         domain: DomId,
         action: Action,
-        outcome: Result<(), PlatformError>,
+        outcome: Result<(), Failure>,
     ) {
         match outcome {
             Ok(()) => {
@@ -234,15 +232,12 @@ impl Engine {
     pub(super) fn mask(&mut self, address: Sbdf, length: Duration) {
         let pf = self.faults.places.get(&address).and_then(|place| place.physical_function);
         self.faults.masked.insert(address, Mask { masked: None, until: Instant::now() + length });
-        let workshop = self.workshop();
-        let task = move || {
-            let masked = registers::mask(workshop.platform.host.as_ref(), address, pf);
-            workshop.inbox.send(Event::Masked(address, masked));
-        };
-        if let Err(problem) = thread::Builder::new().name(format!("mask {address}")).spawn(task) {
-            error!("{address}: mask its correctable errors: start a thread: {problem}");
-            self.faults.masked.remove(&address);
-        }
+        let (workshop, inbox) = (self.workshop(), self.inbox.clone());
+        let work = move || registers::mask(workshop.platform.host.as_ref(), address, pf);
+        self.inbox.background(&format!("mask {address}"), work, move |masked| {
+            let masked = masked.map_err(|failure| failure.to_string()).and_then(|masked| masked);
+            inbox.send(Event::Masked(address, masked));
+        });
     }
 
     pub(super) fn masked(&mut self, address: Sbdf, outcome: Result<Masked, String>) {
@@ -287,14 +282,12 @@ impl Engine {
             other.inherit(masked);
             return;
         }
-        let workshop = self.workshop();
-        let task = move || {
-            let outcome = registers::unmask(workshop.platform.host.as_ref(), masked);
-            workshop.inbox.send(Event::Unmasked(address, outcome));
-        };
-        if let Err(problem) = thread::Builder::new().name(format!("unmask {address}")).spawn(task) {
-            error!("{address}: unmask its correctable errors: start a thread: {problem}");
-        }
+        let (workshop, inbox) = (self.workshop(), self.inbox.clone());
+        let work = move || registers::unmask(workshop.platform.host.as_ref(), masked);
+        self.inbox.background(&format!("unmask {address}"), work, move |outcome| {
+            let outcome = outcome.map_err(|failure| failure.to_string()).and_then(|outcome| outcome);
+            inbox.send(Event::Unmasked(address, outcome));
+        });
     }
 
     pub(super) fn unmasked(&mut self, address: Sbdf, outcome: Result<(), String>) {

@@ -2,7 +2,6 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use log::{error, info, warn};
@@ -10,6 +9,7 @@ use pciback::platform::Platform;
 use pciback::policy::PolicySet;
 use pciback::{FunctionState, Sbdf};
 
+use super::attachments::Resets;
 use super::contain::Awaiting;
 use super::given::Given;
 use super::watch::Changes;
@@ -80,6 +80,7 @@ pub(super) struct Workshop {
     pub changes: Changes,
     pub awaiting: Awaiting,
     pub given: Given,
+    pub resets: Resets,
     pub reservations: Reservations,
 }
 
@@ -95,6 +96,12 @@ impl Serving for Workshop {
     fn withdraw(&self, record: &Record, parting: Parting) -> Result<Option<String>, Failure> {
         let said =
             self.ask(|answer| Event::Withdraw { record: Box::new(record.clone()), parting, answer })?;
+        if !self.resets.wait(record.address, self.settings.driver_limit() + ENGINE_MARGIN) {
+            let text = format!("{}: a reset that its guest asked for has not ended", record.address);
+            return Err(Failure::new(ErrorCode::Failed, text)
+                .on(record.address)
+                .hint("see dom0's kernel log; when it has ended, 'xpci quarantine clear'"));
+        }
         if let Some(place) = record.guest {
             self.prove_withdrawn(record, place.domain)?;
         }
@@ -225,6 +232,7 @@ impl Engine {
             changes: self.changes.clone(),
             awaiting: self.awaiting.clone(),
             given: self.given.clone(),
+            resets: self.resets.clone(),
             reservations: self.reservations.clone(),
         }
     }
@@ -259,13 +267,19 @@ impl Engine {
         self.busy.insert(address);
         self.syncing.touch(address);
         let workshop = self.workshop();
-        let task = move || {
+        let (reporter, listener) = (workshop.clone(), reply.clone());
+        let not_begun = workshop.unchanged(course, record.clone());
+        let work = move || {
             let progress = |text: &str| {
-                if let Some(reply) = &reply {
-                    reply.progress(text);
+                if let Some(listener) = &listener {
+                    listener.progress(text);
                 }
             };
-            let finished = workshop.run_with(course, record, change, &progress);
+            workshop.run_with(course, record, change, &progress)
+        };
+        self.inbox.background(&format!("task {address}"), work, move |finished| {
+            let finished =
+                finished.unwrap_or_else(|failure| Finished { record: not_begun, outcome: Err(failure) });
             let (record, outcome) = (finished.record.clone(), finished.outcome.clone());
             match &outcome {
                 Ok(_) => info!("{}", done(&record)),
@@ -274,25 +288,16 @@ impl Engine {
                 Err(failure) => error!("{address}: {failure}"),
             }
             // The engine first: who reads the answer may ask for the state at once.
-            workshop.inbox.send(Event::Finished(Box::new(finished)));
+            reporter.inbox.send(Event::Finished(Box::new(finished)));
             if let Some(reply) = reply {
-                let view = workshop.view_of(&record);
+                let view = reporter.view_of(&record);
                 reply.done(outcome.map(|warnings| Success::Changed {
                     message: done(&record),
                     warnings,
                     functions: vec![view],
                 }));
             }
-        };
-        self.spawn(address, task);
-    }
-
-    pub(super) fn spawn(&mut self, address: Sbdf, task: impl FnOnce() + Send + 'static) {
-        if let Err(error) = thread::Builder::new().name(format!("task {address}")).spawn(task) {
-            // The task is dropped with its reply: the client hears that the service gave up.
-            error!("{address}: start a thread: {error}");
-            self.busy.remove(&address);
-        }
+        });
     }
 
     pub(super) fn transaction_finished(&mut self, finished: Finished) {
@@ -304,6 +309,7 @@ impl Engine {
         let attached = record.state == FunctionState::Attached;
         if !attached {
             self.in_use.remove(&address);
+            self.attachments.end(address);
             self.forget_network_checks(address);
         }
         self.note_network_problem(&record);

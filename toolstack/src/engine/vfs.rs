@@ -1,6 +1,5 @@
 //! Enabling and disabling a PF's VFs.
 
-use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -24,10 +23,10 @@ impl Engine {
                 let text = format!("{address} has {} VFs enabled already", pf.num_vfs);
                 return Err(Failure::refused(text).on(address).hint("'xpci vf destroy' disables them first"));
             }
-            unmanaged::check(&pf, unmanaged)?;
-            self.room_for(&pf, count)
+            unmanaged::check(&pf, unmanaged)
         });
         self.change_vfs(address, reply, checked, move |workshop, progress| {
+            workshop.room_for(address, count)?;
             create(workshop, address, count, unmanaged, progress)
         });
     }
@@ -42,13 +41,16 @@ impl Engine {
             }
             if count > 0 {
                 unmanaged::check(&pf, unmanaged)?;
-                self.room_for(&pf, count)?;
             }
             self.none_in_use(&pf)
         });
         self.change_vfs(address, reply, checked, move |workshop, progress| {
             if before == count {
                 return Ok(Success::Already { message: format!("{address} has {count} VFs") });
+            }
+            if count > 0 {
+                // Before those that are there go.
+                workshop.room_for(address, count)?;
             }
             if before > 0 {
                 let gone = destroy(workshop, address, progress)?;
@@ -58,57 +60,6 @@ impl Engine {
             }
             create(workshop, address, count, unmanaged, progress)
         });
-    }
-
-    /// Whether a PF may have this many VFs: by its own total, by the number of functions that the host is set up for, and by the bus
-    /// numbers and ARI above it.
-    fn room_for(&self, pf: &HostFunction, count: u16) -> Result<(), Failure> {
-        let address = pf.address;
-        if count == 0 || count > pf.total_vfs {
-            let text = format!("{address} can have 1 to {} VFs, not {count}", pf.total_vfs);
-            return Err(Failure::refused(text).on(address));
-        }
-        let limit = self.settings.function_limit;
-        let others = self.platform.host.functions()?.len() - pf.virtual_functions.len();
-        if others + usize::from(count) > limit as usize {
-            let text = format!(
-                "{count} VFs of {address} would make {} functions, more than function-limit allows, {limit}",
-                others + usize::from(count)
-            );
-            return Err(Failure::refused(text)
-                .on(address)
-                .hint("raise 'function-limit' in xpcid.yaml if Xen has the memory"));
-        }
-        self.reachable(address, count).map_err(|failure| failure.on(address))
-    }
-
-    /// Whether requests reach all these VFs, by what the PF and the port above it say now.
-    fn reachable(&self, address: Sbdf, count: u16) -> Result<(), Failure> {
-        let host = self.platform.host.as_ref();
-        let bytes = |address| {
-            let read = host.config(address)?.read_all();
-            read.map_err(|error| {
-                Failure::new(ErrorCode::Failed, format!("read the config space of {address}: {error}"))
-            })
-        };
-        let Some(routing) = VfRouting::of(address, &bytes(address)?) else { return Ok(()) };
-        let port = match host.ports_above(address)?.first() {
-            Some(port) => Some(PortAbove::of(*port, &bytes(*port)?)),
-            None => None,
-        };
-        routing.check(count, port.as_ref()).map_err(|why| {
-            let failure = Failure::refused(why.to_string());
-            match why {
-                Unroutable::Buses { .. } => failure.hint(
-                    "enable fewer VFs; or have more buses reserved below that bridge, by the firmware's settings or the kernel's \
-                     'pci=assign-busses'",
-                ),
-                Unroutable::Ari { .. } => failure.hint("enable ARI in the firmware's settings, or use another slot"),
-                Unroutable::NoAddresses { .. } | Unroutable::Segment { .. } => {
-                    failure.hint("its SR-IOV capability says so; see 'lspci -vv'")
-                }
-            }
-        })
     }
 
     /// A task that changed a PF's VFs ended; what happened to them meanwhile was left for now.
@@ -238,15 +189,66 @@ impl Engine {
         self.busy_pfs.insert(address);
         self.syncing.touch(address);
         let workshop = self.workshop();
-        let task = move || {
-            let outcome = change(&workshop, &|text| reply.progress(text));
-            workshop.inbox.send(Event::VfsChanged(address));
-            reply.done(outcome.map_err(|failure| failure.on(address)));
-        };
-        if let Err(error) = thread::Builder::new().name(format!("vfs {address}")).spawn(task) {
-            log::error!("{address}: start a thread: {error}");
-            self.busy_pfs.remove(&address);
+        let inbox = self.inbox.clone();
+        let progress = reply.clone();
+        let work = move || change(&workshop, &|text| progress.progress(text));
+        self.inbox.background(&format!("vfs {address}"), work, move |outcome| {
+            inbox.send(Event::VfsChanged(address));
+            reply.done(outcome.and_then(|outcome| outcome).map_err(|failure| failure.on(address)));
+        });
+    }
+}
+
+impl Workshop {
+    /// Whether a PF may have this many VFs: by its own total, by the number of functions that the host is set up for, and by the bus
+    /// numbers and ARI above it.
+    fn room_for(&self, address: Sbdf, count: u16) -> Result<(), Failure> {
+        let pf = self.platform.host.function(address)?;
+        if count == 0 || count > pf.total_vfs {
+            let text = format!("{address} can have 1 to {} VFs, not {count}", pf.total_vfs);
+            return Err(Failure::refused(text).on(address));
         }
+        let limit = self.settings.function_limit;
+        let others = self.platform.host.functions()?.len() - pf.virtual_functions.len();
+        if others + usize::from(count) > limit as usize {
+            let text = format!(
+                "{count} VFs of {address} would make {} functions, more than function-limit allows, {limit}",
+                others + usize::from(count)
+            );
+            return Err(Failure::refused(text)
+                .on(address)
+                .hint("raise 'function-limit' in xpcid.yaml if Xen has the memory"));
+        }
+        self.reachable(address, count).map_err(|failure| failure.on(address))
+    }
+
+    /// Whether requests reach all these VFs, by what the PF and the port above it say now.
+    fn reachable(&self, address: Sbdf, count: u16) -> Result<(), Failure> {
+        let host = self.platform.host.as_ref();
+        let bytes = |address| {
+            let read = host.config(address)?.read_all();
+            read.map_err(|error| {
+                Failure::new(ErrorCode::Failed, format!("read the config space of {address}: {error}"))
+            })
+        };
+        let Some(routing) = VfRouting::of(address, &bytes(address)?) else { return Ok(()) };
+        let port = match host.ports_above(address)?.first() {
+            Some(port) => Some(PortAbove::of(*port, &bytes(*port)?)),
+            None => None,
+        };
+        routing.check(count, port.as_ref()).map_err(|why| {
+            let failure = Failure::refused(why.to_string());
+            match why {
+                Unroutable::Buses { .. } => failure.hint(
+                    "enable fewer VFs; or have more buses reserved below that bridge, by the firmware's settings or the kernel's \
+                     'pci=assign-busses'",
+                ),
+                Unroutable::Ari { .. } => failure.hint("enable ARI in the firmware's settings, or use another slot"),
+                Unroutable::NoAddresses { .. } | Unroutable::Segment { .. } => {
+                    failure.hint("its SR-IOV capability says so; see 'lspci -vv'")
+                }
+            }
+        })
     }
 }
 

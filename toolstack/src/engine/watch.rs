@@ -5,7 +5,6 @@
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread;
 use std::time::Instant;
 
 use log::{error, info, warn};
@@ -118,7 +117,7 @@ impl Engine {
         if let Some(place) = self.records.get(&address).and_then(|record| record.guest)
             && let Some(guest) = self.guests.get_mut(&place.domain)
         {
-            guest.set_gone(place.devfn);
+            guest.set_gone(place.domain, place.devfn);
         }
     }
 
@@ -132,7 +131,8 @@ impl Engine {
         let (addresses, all) = (std::mem::take(addresses), std::mem::take(all));
         let recorded: Vec<Sbdf> = if all { self.records.keys().copied().collect() } else { Vec::new() };
         let (workshop, busy) = (self.workshop(), self.busy.clone());
-        let task = move || {
+        let inbox = self.inbox.clone();
+        let work = move || {
             let addresses: BTreeSet<Sbdf> = match all {
                 true => {
                     let listed = workshop.platform.host.functions().unwrap_or_else(|error| {
@@ -153,12 +153,16 @@ impl Engine {
             };
             let seen: Vec<Seen> = addresses.into_iter().filter_map(look_at).collect();
             let compare = all || seen.len() < count;
-            workshop.inbox.send(Event::Seen(Look { seen, compare }));
+            Look { seen, compare }
         };
-        if let Err(problem) = thread::Builder::new().name("look".into()).spawn(task) {
-            error!("look at the host's functions: start a thread: {problem}");
-            self.stirred.looking = false;
-        }
+        self.inbox.background("look", work, move |look| {
+            // What was not looked at is found by comparing everything.
+            let look = look.unwrap_or_else(|failure| {
+                error!("look at the host's functions: {failure}");
+                Look { seen: Vec::new(), compare: true }
+            });
+            inbox.send(Event::Seen(look));
+        });
     }
 
     pub(super) fn seen(&mut self, look: Look) {

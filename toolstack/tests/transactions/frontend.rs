@@ -118,6 +118,14 @@ impl Frontend {
         wait_until("the frontend hangs", || self.thread.as_ref().is_none_or(JoinHandle::is_finished));
     }
 
+    /// Its module is removed: it lets go of its ring and closes.
+    pub fn unload(&self) {
+        self.freeze();
+        let mut guest = locked(&self.guest);
+        guest.unshare();
+        publish(&guest, self.domain, "state", XenbusState::CLOSED.0);
+    }
+
     /// Whether what was put is answered.
     pub fn has_answer(&self) -> bool {
         locked(&self.guest).page().is_some_and(|page| frontend::take_answer(page, 0).is_some())

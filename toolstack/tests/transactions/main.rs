@@ -12,6 +12,7 @@ mod guests;
 mod holding;
 mod hvm;
 mod network;
+mod ownership;
 mod path;
 mod persistent;
 mod quarantine;

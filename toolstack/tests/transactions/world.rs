@@ -338,6 +338,11 @@ impl Service {
         self.call(Request::QuarantineClear { address, trust_former_owner: false })
     }
 
+    /// Has the engine handle an event.
+    pub fn send(&self, event: Event) {
+        self.inbox.send(event);
+    }
+
     /// Decides as the error policies do.
     pub fn contain(&self, address: Sbdf, containment: Containment) {
         self.inbox.send(Event::Contain(address, containment, "the test distrusts it".into()));

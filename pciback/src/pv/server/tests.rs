@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use super::super::machine::{DEVICE_CONTROL, DOMAIN, Killed, MSI, MSIX, Machine, TABLE_SIZE, msix, op};
 use super::super::wire::frontend;
 use super::*;
+use crate::Sbdf;
 use crate::config::InterruptMode;
 
 const FIRST: Sbdf = Sbdf::from_devfn(0, 1, 0x10);
@@ -278,8 +279,8 @@ fn a_function_that_is_reset_is_silent_until_that_is_over_and_has_its_interrupts_
     let wanted = Arc::new(Mutex::new(Vec::new()));
     let heard = Arc::clone(&wanted);
     serving.roster.report = Box::new(move |report| {
-        if let ServerReport::ResetWanted(address) = report {
-            heard.lock().unwrap().push(address);
+        if let ServerReport::ResetWanted(attachment) = report {
+            heard.lock().unwrap().push(attachment.address());
         }
     });
     assert_eq!(serving.ask(&machine, &op(1, 4, 2, 6)).0, 0);

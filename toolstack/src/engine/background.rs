@@ -1,0 +1,81 @@
+//! Work beside the engine: whatever may wait for hardware, the kernel, Xen or a guest.
+
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use log::error;
+
+use super::{Event, Inbox};
+use crate::outcome::{ErrorCode, Failure};
+
+impl Inbox {
+    /// Does `work` on a thread of its own and hands what comes of it to `report`, there too. Where no thread can be started, `report`
+    /// gets the failure, at once. Work that ends by a fault of the service's own is a problem in the status; nothing is known of what it
+    /// was about, which stays busy until the service is restarted.
+    pub(super) fn background<T>(
+        &self,
+        name: &str,
+        work: impl FnOnce() -> T + Send + 'static,
+        report: impl FnOnce(Result<T, Failure>) + Send + 'static,
+    ) {
+        // Shared, because a thread that cannot be started takes what it was given with it.
+        let report = Arc::new(Mutex::new(Some(report)));
+        let taken = Arc::clone(&report);
+        let take = |report: &Mutex<Option<_>>| report.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (inbox, named) = (self.clone(), name.to_owned());
+        let task = move || {
+            let done = catch_unwind(AssertUnwindSafe(|| {
+                let done = work();
+                if let Some(report) = take(&taken) {
+                    report(Ok(done));
+                }
+            }));
+            if let Err(panic) = done {
+                let text =
+                    format!("{named}: it ended by a fault of xpcid's own; restart xpcid and report the log");
+                inbox.send(Event::Problem(text));
+                resume_unwind(panic);
+            }
+        };
+        if let Err(problem) = thread::Builder::new().name(name.to_owned()).spawn(task) {
+            error!("{name}: start a thread: {problem}");
+            if let Some(report) = take(&report) {
+                let text = format!("start a thread ({name}): {problem}");
+                report(Err(Failure::new(ErrorCode::Failed, text).hint("see how many threads dom0 allows")));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use nix::sys::eventfd::EventFd;
+
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(60);
+
+    fn inbox() -> (Inbox, mpsc::Receiver<Event>) {
+        let (sender, events) = mpsc::channel();
+        (Inbox { sender, wake: Arc::new(EventFd::new().unwrap()), ended: Arc::default() }, events)
+    }
+
+    #[test]
+    fn what_comes_of_the_work_is_reported() {
+        let (sender, reports) = mpsc::channel();
+        inbox().0.background("test", || 7, move |done| sender.send(done).unwrap());
+        assert_eq!(reports.recv_timeout(LIMIT).unwrap().unwrap(), 7);
+    }
+
+    #[test]
+    fn work_that_panics_is_a_problem_in_the_status() {
+        let (inbox, events) = inbox();
+        inbox.background("test", || resume_unwind(Box::new("a fault")), |_: Result<(), _>| ());
+        let Ok(Event::Problem(text)) = events.recv_timeout(LIMIT) else { panic!("no problem is told") };
+        assert!(text.contains("test") && text.contains("restart xpcid"), "{text}");
+    }
+}

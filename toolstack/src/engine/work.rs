@@ -1,0 +1,207 @@
+//! What is done for one guest beside the engine: its functions are switched off, and its thread is stopped.
+//!
+//! While that is under way, what its handshake wants next waits, because it relies on it.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use log::{Level, error};
+use pciback::pv::{GuestFunction, Server};
+use pciback::{DomId, Sbdf};
+
+use super::guests::Awaited;
+use super::{Answer, Engine, Event};
+use crate::outcome::{ErrorCode, Failure};
+
+/// A function that its guest is to lose.
+pub(super) enum Taking {
+    /// It is with a thread.
+    Served(Arc<Server>, u8),
+    /// No thread has it.
+    Parked(Box<GuestFunction>),
+}
+
+impl Taking {
+    /// Switches it off; `None`: its thread does not have it.
+    fn finish(self) -> Result<Option<Sbdf>, String> {
+        let (address, quiesced) = match self {
+            Self::Parked(mut function) => (function.address(), function.quiesce()),
+            Self::Served(server, devfn) => match server.take(devfn).map_err(|stuck| stuck.to_string())? {
+                Some(taken) => (taken.function.address(), taken.quiesced),
+                None => return Ok(None),
+            },
+        };
+        quiesced.map(|()| Some(address)).map_err(|error| error.to_string())
+    }
+}
+
+/// What was done.
+pub enum Worked {
+    /// A function was switched off, or not; an HVM guest's transaction waits for that itself.
+    SwitchedOff(u8, Result<Option<Sbdf>, String>, Option<Answer>),
+    /// The functions of a guest whose ring was given up are back, switched off.
+    GaveUpRing(Result<Parked, String>),
+    /// A function's interrupts are in place again after its reset.
+    Restored(Parked),
+}
+
+/// Functions that no thread serves.
+pub(super) type Parked = BTreeMap<u8, Box<GuestFunction>>;
+
+impl Engine {
+    fn work(
+        &mut self,
+        domain: DomId,
+        name: &str,
+        work: impl FnOnce() -> Worked + Send + 'static,
+        failed: impl FnOnce(Failure) -> Worked + Send + 'static,
+    ) {
+        let Some(guest) = self.guests.get_mut(&domain) else { return };
+        guest.working = true;
+        let inbox = self.inbox.clone();
+        self.inbox.background(&format!("{name} {domain}"), work, move |done| {
+            inbox.send(Event::Worked(domain, done.unwrap_or_else(failed)));
+        });
+    }
+
+    /// The guest has no use of a function any more: it is made harmless. An error gives the answer back: there is
+    /// nothing to do.
+    pub(super) fn switch_off(
+        &mut self,
+        domain: DomId,
+        devfn: u8,
+        answer: Option<Answer>,
+    ) -> Result<(), Option<Answer>> {
+        let Some(guest) = self.guests.get_mut(&domain) else { return Err(answer) };
+        if let Some(hvm) = &mut guest.hvm {
+            hvm.devices.remove(&devfn);
+        }
+        let taking = match (&guest.server, guest.parked.remove(&devfn)) {
+            (_, Some(function)) => Taking::Parked(function),
+            (Some(server), None) => Taking::Served(Arc::clone(server), devfn),
+            (None, None) => return Err(answer),
+        };
+        let answer = Arc::new(Mutex::new(answer));
+        let otherwise = Arc::clone(&answer);
+        let take =
+            |answer: &Mutex<Option<Answer>>| answer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.work(
+            domain,
+            "switch off",
+            move || Worked::SwitchedOff(devfn, taking.finish(), take(&answer)),
+            move |failure| Worked::SwitchedOff(devfn, Err(failure.message), take(&otherwise)),
+        );
+        Ok(())
+    }
+
+    /// The guest's frontend is gone: another one finds the functions as after an attach, interrupts and bus mastering off.
+    pub(super) fn give_up_ring(&mut self, domain: DomId) {
+        let Some(guest) = self.guests.get_mut(&domain) else { return };
+        let (server, parked) = (guest.server.take(), std::mem::take(&mut guest.parked));
+        if server.is_none() && parked.is_empty() {
+            return;
+        }
+        let work = move || {
+            let mut functions = match server.map(|server| server.stop()) {
+                Some(Err(stuck)) => return Worked::GaveUpRing(Err(stuck.to_string())),
+                Some(Ok(functions)) => functions,
+                None => BTreeMap::new(),
+            };
+            functions.extend(parked);
+            for function in functions.values_mut() {
+                if let Err(problem) = function.quiesce() {
+                    error!("{}: switch off for domain {domain}: {problem}", function.address());
+                }
+            }
+            Worked::GaveUpRing(Ok(functions))
+        };
+        self.work(domain, "give up the ring of", work, |failure| Worked::GaveUpRing(Err(failure.message)));
+    }
+
+    /// A reset of a function that no thread serves has ended.
+    pub(super) fn restore_parked(&mut self, domain: DomId, devfn: u8) {
+        let Some(guest) = self.guests.get_mut(&domain) else { return };
+        if guest.working {
+            guest.later.push(Box::new(move |engine| engine.restore_parked(domain, devfn)));
+            return;
+        }
+        let Some(mut function) = guest.parked.remove(&devfn) else { return };
+        let work = move || {
+            if let Err(problem) = function.reset_done() {
+                error!("{}: put its interrupts back: {problem}", function.address());
+            }
+            Worked::Restored(BTreeMap::from([(devfn, function)]))
+        };
+        self.work(domain, "restore for", work, |_| Worked::Restored(BTreeMap::new()));
+    }
+
+    /// Something was done for a guest: what waited for that is done next.
+    pub(super) fn worked(&mut self, domain: DomId, worked: Worked) {
+        let Some(guest) = self.guests.get_mut(&domain) else { return };
+        guest.working = false;
+        match worked {
+            Worked::SwitchedOff(devfn, outcome, answer) => self.switched_off(domain, devfn, outcome, answer),
+            Worked::GaveUpRing(Ok(functions)) => {
+                guest.parked.extend(functions);
+                guest.say(Level::Info, &format!("domain {domain}: its ring is given up"));
+            }
+            Worked::GaveUpRing(Err(why)) => {
+                error!("domain {domain}: {why}");
+                self.problems.push(format!("domain {domain}: {why}"));
+            }
+            Worked::Restored(functions) => guest.parked.extend(functions),
+        }
+        let later = self.guests.get_mut(&domain).map(|guest| std::mem::take(&mut guest.later));
+        for deed in later.unwrap_or_default() {
+            deed(self);
+        }
+        self.act(domain, Vec::new());
+    }
+
+    fn switched_off(
+        &mut self,
+        domain: DomId,
+        devfn: u8,
+        outcome: Result<Option<Sbdf>, String>,
+        answer: Option<Answer>,
+    ) {
+        let outcome = match outcome {
+            Ok(switched) => {
+                if let Some(address) = switched {
+                    self.given.withdrawn(address);
+                }
+                // Where nothing was switched off, the transaction finds out what its guest still reaches.
+                Ok(None)
+            }
+            Err(why) => {
+                let text = format!("switch off what domain {domain} had at {devfn:#x}: {why}");
+                Err(Failure::new(ErrorCode::Failed, text).of(domain))
+            }
+        };
+        match answer {
+            Some(answer) => {
+                // Its server ends with its last function.
+                self.forget_if_idle(domain);
+                answer.send(outcome);
+            }
+            None => self.answer_removed(domain, devfn, outcome),
+        }
+    }
+
+    /// Answers the transaction that waits for its guest to lose a function.
+    pub(super) fn answer_removed(
+        &mut self,
+        domain: DomId,
+        devfn: u8,
+        outcome: Result<Option<String>, Failure>,
+    ) {
+        self.answer(domain, devfn, |awaited| match awaited {
+            Awaited::Release => Some(outcome),
+            Awaited::Look | Awaited::FirstLook => Some(Err(Failure::new(
+                ErrorCode::Failed,
+                format!("domain {domain} did not take the function in time"),
+            )
+            .hint("see the guest's log; 'xpci status' shows how far its frontend is"))),
+        });
+    }
+}

@@ -1,0 +1,108 @@
+//! What is reported of a function concerns only the guest that it was begun for, and nobody waits for a guest's slow hardware.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use pciback::platform::sim;
+use pciback::pv::{Attachment, ServerReport};
+use pciback::{FunctionState, Sbdf};
+use toolstack::engine::Event;
+use toolstack::outcome::{ErrorCode, Failure};
+
+use crate::frontend::{Frontend, write_op};
+use crate::world::{Service, WEB, World, bdf, wait_until};
+
+const COMMAND: u32 = 4;
+const BUS_MASTER: u32 = 1 << 2;
+/// Device Control of the VFs, whose PCI Express capability lies at 0xa0.
+const DEVICE_CONTROL: u32 = 0xa8;
+const INITIATE_FLR: u32 = 1 << 15;
+/// How long a slow call takes.
+const SLOW: Duration = Duration::from_secs(4);
+
+/// Makes the next such call take long.
+fn slow(world: &World, operation: &str, address: Sbdf) {
+    world.simulation.fail(sim::Failure {
+        operation: operation.into(),
+        address: Some(address),
+        delay: SLOW,
+        times: 1,
+        ..sim::Failure::default()
+    });
+}
+
+/// Waits until the slow call is under way, and checks that others are answered meanwhile.
+fn assert_answers_during_a_slow_call(world: &World, service: &Service) {
+    wait_until("the slow call is made", || world.simulation.pending_failures() == 0);
+    let asked = Instant::now();
+    service.status();
+    let took = asked.elapsed();
+    assert!(took < SLOW / 2, "'xpci status' was answered after {took:?}");
+}
+
+#[test]
+fn a_guest_loses_a_function_only_when_the_reset_that_it_asked_for_has_ended() {
+    let (world, address) = (World::new(), bdf("01:10.0"));
+    let frontend = Frontend::load(&world, WEB);
+    let service = world.start();
+    service.hold(address).unwrap();
+    service.attach(WEB, address).unwrap();
+    slow(&world, "reset", address);
+    let begun = Instant::now();
+    frontend.ask(&write_op(0, DEVICE_CONTROL, 2, INITIATE_FLR));
+    service.wait_for_state(address, FunctionState::Resetting);
+    service.detach(WEB, address).unwrap();
+    assert!(begun.elapsed() >= SLOW, "it could be somebody else's while it was reset: {:?}", begun.elapsed());
+    world.assert_held(&service, address, "after its reset");
+}
+
+#[test]
+fn what_is_reported_of_an_attachment_that_has_ended_changes_nothing() {
+    let (world, address) = (World::new(), bdf("01:10.0"));
+    let _frontend = Frontend::load(&world, WEB);
+    let service = world.start();
+    service.hold(address).unwrap();
+    service.attach(WEB, address).unwrap();
+    let ended = Attachment::new(address);
+    let failure = Failure::new(ErrorCode::Failed, "a reset of the test's failed");
+    for event in [
+        Event::Server(WEB, ServerReport::RestoreFailed(ended, "the test says so".into())),
+        Event::Server(WEB, ServerReport::Vanished(ended)),
+        Event::Server(WEB, ServerReport::ResetWanted(ended)),
+        Event::ResetEnded(ended, Err(failure)),
+    ] {
+        service.send(event);
+        assert_eq!(service.state(address), FunctionState::Attached);
+    }
+}
+
+#[test]
+fn a_function_that_is_slow_to_be_switched_off_delays_no_other_request() {
+    let (world, address) = (World::new(), bdf("01:10.0"));
+    let service = world.start();
+    service.hold(address).unwrap();
+    // Nobody in the guest looks at it: no thread serves it.
+    service.attach(WEB, address).unwrap();
+    slow(&world, "config_read", address);
+    thread::scope(|scope| {
+        let detached = scope.spawn(|| service.detach(WEB, address));
+        assert_answers_during_a_slow_call(&world, &service);
+        detached.join().unwrap().unwrap();
+    });
+    world.assert_held(&service, address, "after the slow call");
+}
+
+#[test]
+fn a_frontend_that_leaves_a_slow_function_delays_no_request() {
+    let (world, address) = (World::new(), bdf("01:10.0"));
+    let frontend = Frontend::load(&world, WEB);
+    let service = world.start();
+    service.hold(address).unwrap();
+    service.attach(WEB, address).unwrap();
+    frontend.ask(&write_op(0, COMMAND, 2, BUS_MASTER));
+    slow(&world, "config_write", address);
+    frontend.unload();
+    assert_answers_during_a_slow_call(&world, &service);
+    service.detach(WEB, address).unwrap();
+    world.assert_held(&service, address, "after the slow call");
+}
