@@ -52,6 +52,7 @@ impl Planes {
         compiler.header();
         compiler.bars();
         compiler.capabilities();
+        compiler.device();
         compiler.links();
         compiler.overrides();
         Ok(compiler.finish())
@@ -153,7 +154,10 @@ impl<'a> Compiler<'a> {
                 .filter(move |row| !(is_virtual && row.offset == header::COMMAND))
                 .chain(if is_virtual { rules::VF_COMMAND } else { &[] })
         };
-        let rows: Vec<Row> = rows(self.spec.is_virtual()).copied().collect();
+        let mut rows: Vec<Row> = rows(self.spec.is_virtual()).copied().collect();
+        if !self.spec.has_line() {
+            rows.push(rules::NO_LINE);
+        }
         let family = Family {
             base: 0,
             capability: None,
@@ -178,7 +182,8 @@ impl<'a> Compiler<'a> {
                 if dword == header::ROM { "Expansion ROM Base Address" } else { "Base Address Register" };
             let register = self.name(dword, 4, name, None);
             let known = Known { kind: Kind::Constant, register: Some(register), field: None, guarded: true };
-            let rule = Rule::built_in("not implemented: reads 0", rules::HEADER_SECTION);
+            let reason = if dword == header::ROM { rules::ROM_REASON } else { "not implemented: reads 0" };
+            let rule = Rule::built_in(reason, rules::HEADER_SECTION);
             self.set(Place { offset: dword, width: 4, mask: u32::MAX }, known, Treatment::ZERO, &rule);
             let Some((bar, high)) = bars.iter().find_map(|bar| match dword.checked_sub(bar.offset()) {
                 Some(0) => Some((bar, false)),
@@ -187,17 +192,15 @@ impl<'a> Compiler<'a> {
             }) else {
                 continue;
             };
-            let rom = bar.kind == BarKind::Rom;
-            let reason = if rom { rules::ROM_REASON } else { rules::BAR_REASON };
-            let rule = Rule::built_in(reason, rules::HEADER_SECTION);
+            if bar.kind == BarKind::Rom {
+                continue;
+            }
+            let rule = Rule::built_in(rules::BAR_REASON, rules::HEADER_SECTION);
             let mask = (bar.address_mask() >> if high { 32 } else { 0 }) as u32;
             let place = |mask| Place { offset: dword, width: 4, mask };
             self.set(place(!mask), known, Treatment::Static, &rule);
             let known = Known { kind: Kind::Control, ..known };
             self.set(place(mask), known, Treatment::Virtual(Initial::Hardware), &rule);
-            if rom {
-                self.set(place(1), known, Treatment::VIRTUAL, &rule);
-            }
         }
     }
 
@@ -412,6 +415,9 @@ impl Planes {
         let mut inputs = Vec::with_capacity(1024);
         inputs.extend((spec.bytes.len() as u32).to_le_bytes());
         inputs.push(u8::from(spec.is_virtual()));
+        inputs.push(u8::from(spec.has_line()));
+        inputs.extend(spec.identity.vendor.to_le_bytes());
+        inputs.extend(spec.identity.class.to_le_bytes());
         inputs.push(spec.bytes.byte(header::HEADER_TYPE));
         // A pointer that leads nowhere is a problem only where there is a list.
         inputs.push(spec.bytes.byte(header::STATUS) & header::STATUS_CAPABILITIES as u8);

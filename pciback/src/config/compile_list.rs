@@ -7,11 +7,18 @@ use super::planes::{Deferred, Model, RefusedOverride, Segment};
 use super::policy::{self, CapabilityAction, Rule, Treatment};
 use super::rules::{self, CapabilityRules};
 use crate::spec::{
-    self, AnyId, CapabilityId, CapabilitySpec, Count, Group, Kind, Stride, express, header, legacy,
+    self, AnyId, CapabilityId, CapabilitySpec, Count, ExtendedCapabilityId, Group, Kind, Stride, express,
+    header, legacy,
 };
 
 const BURIED: &str = "its header stands within another capability: no list can lead to it";
 const LINKED: &str = "the list leads only to capabilities that the guest sees";
+
+/// The CXL Consortium as DVSEC Vendor ID.
+const CXL: u16 = 0x1e98;
+const CXL_REASON: &str = "memory ranges, caches and resets of CXL are the host's";
+/// Where a vendor's registers begin in a Designated Vendor-Specific capability (PCI Express 6.0, section 7.9.6).
+const DVSEC_REGISTERS: u16 = 0x0a;
 
 impl Compiler<'_> {
     pub(super) fn capabilities(&mut self) {
@@ -86,6 +93,35 @@ impl Compiler<'_> {
         }
     }
 
+    /// The registers of known devices, where no capability has them.
+    pub(super) fn device(&mut self) {
+        if self.spec.is_virtual() {
+            return;
+        }
+        for rules in rules::device_rules(&self.spec.identity) {
+            let mut named = None;
+            for (name, width, row) in rules.registers {
+                let whole = Place { offset: row.offset, width: *width, mask: full(*width) };
+                let inside = usize::from(row.offset) + usize::from(*width) <= self.spec.bytes.len();
+                if !inside || self.owned(whole, NOBODY).mask != whole.mask {
+                    continue;
+                }
+                let register = match named {
+                    Some((offset, register)) if offset == row.offset => register,
+                    _ => {
+                        let register = self.name(row.offset, *width, name, None);
+                        let (treatment, rule) = &self.policy.unknown;
+                        self.set(whole, control(register), *treatment, rule);
+                        register
+                    }
+                };
+                named = Some((row.offset, register));
+                let rule = Rule::built_in(row.reason, rules.section);
+                self.set(Place { mask: row.mask, ..whole }, control(register), row.treatment, &rule);
+            }
+        }
+    }
+
     /// A guest that uses the function goes on seeing what it has seen.
     fn keep_visibility(&mut self, capability: &Capability, hidden: Option<Rule>) -> Option<Rule> {
         let Some(kept) = self.kept else { return hidden };
@@ -155,6 +191,13 @@ impl Compiler<'_> {
         if capability.id == AnyId::Legacy(CapabilityId::MSI) {
             self.msi(capability, owner, &family);
         }
+        if capability.id == AnyId::Extended(ExtendedCapabilityId::DVSEC)
+            && self.spec.bytes.word(capability.offset.saturating_add(4)) == CXL
+        {
+            let rule = Rule::built_in(CXL_REASON, "Compute Express Link 3.1, 8.1.3");
+            let (kind, treatment) = (Kind::Control, Treatment::ReadOnly);
+            self.fill(capability, DVSEC_REGISTERS, owner, kind, "CXL register", treatment, &rule);
+        }
         self.models(capability, owner);
     }
 
@@ -201,15 +244,15 @@ impl Compiler<'_> {
         }
     }
 
-    /// What of MSI (PCI Express 6.0, 7.7.1) is not offered: extended data, vectors beyond those that there are; and what hardware
+    /// What of MSI (PCI Express 6.0, 7.7.1) is not offered: extended data, vectors beyond the first; and what hardware
     /// alone knows, which vectors are pending.
     fn msi(&mut self, capability: &Capability, owner: u16, family: &Family<'_>) {
         let control = self.spec.bytes.word(capability.offset + legacy::MESSAGE_CONTROL);
         let data = if control & legacy::MSI_ADDRESS_64 != 0 { 0x0c } else { 8 };
-        let vectors = 1u32 << (control >> 1 & 7).min(5);
-        let one_each = u32::MAX >> (32 - vectors);
+        // One vector is delivered, whatever hardware has.
+        let one_each = 1;
         let absent = if control & legacy::MSI_MASKABLE != 0 { u32::MAX } else { 0 };
-        let no_vector = "reserved: there is no such vector";
+        let no_vector = "reserved: the guest has no such vector";
         for (offset, mask, kind, treatment, reason) in [
             (data, 0xffff_0000, Kind::Constant, Treatment::ZERO, "extended message data is not offered"),
             (data + 4, absent & !one_each, Kind::Constant, Treatment::ZERO, no_vector),
@@ -234,6 +277,12 @@ impl Compiler<'_> {
     fn models(&mut self, capability: &Capability, owner: u16) {
         let bytes = &self.spec.bytes;
         let at = |offset| capability.offset.saturating_add(offset);
+        if capability.id == AnyId::Legacy(CapabilityId::PCI_EXPRESS) {
+            let place = Place { offset: at(express::LINK_CONTROL), width: 2, mask: 0xffff };
+            if self.owned(place, owner).mask == place.mask {
+                self.models.push((place.offset, Model::LinkControl));
+            }
+        }
         let (offset, model) = match capability.id {
             AnyId::Legacy(CapabilityId::MSI) => (legacy::MESSAGE_CONTROL, Model::MsiControl),
             AnyId::Legacy(CapabilityId::MSI_X) => (legacy::MESSAGE_CONTROL, Model::MsixControl),
@@ -371,6 +420,11 @@ impl Compiler<'_> {
     /// Treats bits anew; what hardware does with them stays known.
     fn relay(&mut self, place: Place, treatment: Treatment, rule: &Rule) {
         let shift = 8 * u32::from(place.offset & 3);
+        if treatment == Treatment::Pass && place.mask << shift & u32::from(express::LINK_POWER) != 0 {
+            // A policy lets the guest set them, too.
+            let dword = place.offset & !3;
+            self.models.retain(|model| *model != (dword, Model::LinkControl));
+        }
         for (Segment { mask: piece, register, field, .. }, zero_merge) in self.pieces(place) {
             for (mask, kind) in [(piece & zero_merge, Kind::Rw1c), (piece & !zero_merge, Kind::Control)] {
                 let piece = Place { mask: mask >> shift & place.mask, ..place };
@@ -379,6 +433,11 @@ impl Compiler<'_> {
             }
         }
     }
+}
+
+/// Bits of a register that its device's vendor describes.
+fn control(register: u16) -> Known {
+    Known { kind: Kind::Control, register: Some(register), field: None, guarded: false }
 }
 
 /// Bytes of a capability's header.

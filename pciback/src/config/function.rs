@@ -106,6 +106,11 @@ impl FunctionSpec {
         Ok(Self { address, bytes, resources: host.resources, identity, kind, gsi: host.irq })
     }
 
+    /// Whether a guest is given its interrupt line: lines beyond 255 have no place in Interrupt Line, and VFs have none.
+    pub fn has_line(&self) -> bool {
+        !self.is_virtual() && (1..256).contains(&self.gsi)
+    }
+
     /// Whether it is a VF.
     pub fn is_virtual(&self) -> bool {
         matches!(self.kind, FunctionKind::Virtual { .. })

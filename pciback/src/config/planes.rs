@@ -45,6 +45,8 @@ pub enum Model {
     PowerState,
     /// Device Control with function level reset.
     DeviceControl,
+    /// Link Control, whose power management a guest may switch off and not on.
+    LinkControl,
     /// Advanced Features' control with function level reset.
     AfControl,
     /// VPD's address, which passes only as a whole and only to start a read.

@@ -68,8 +68,10 @@ fn measure(length: &Length, base: u16, bytes: &[u8]) -> (u16, bool) {
             (0x0c + wide + masks, false)
         }
         // Version 1: an endpoint's registers end with Link Status, the rest of the 0x3c bytes is optional.
-        Length::Express => match bytes.byte(at(2)) & 0xf {
-            0 | 1 => (0x14, false),
+        // An integrated endpoint's, and an event collector's, end with Device Status: they have no link.
+        Length::Express => match (bytes.byte(at(2)) & 0xf, bytes.byte(at(2)) >> 4) {
+            (0 | 1, 0x9 | 0xa) => (0x0c, false),
+            (0 | 1, _) => (0x14, false),
             _ => (0x3c, true),
         },
         Length::Counted { base, unit, at: field, shift, mask, more } => {

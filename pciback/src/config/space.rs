@@ -261,12 +261,19 @@ impl VirtualConfigSpace {
         Ok(here.filter_map(|(offset, model)| side_effect(*offset, *model, &write, before, after)).next())
     }
 
-    /// Bits that pass only under a condition which this write does not meet. A VPD address passes when it is written as a whole
+    /// Bits that pass only under a condition which this write does not meet. Power management of the link is switched off and
+    /// never on (PCI Express 6.0, section 7.5.3.7). A VPD address passes when it is written as a whole
     /// and its flag is 0: a part of it would leave the flag as hardware holds it, which may start a write (PCI Express 6.0,
     /// section 7.9.18.2).
     fn withheld(&self, write: &Write) -> u32 {
         let mut withheld = 0;
         for (offset, model) in &self.planes.models {
+            if *model == Model::LinkControl
+                && let Some((value, mask)) = write.part(*offset, 2)
+            {
+                let set = value & mask & u32::from(express::LINK_POWER);
+                withheld |= set << (8 * u32::from(*offset & 3));
+            }
             if *model == Model::VpdAddress
                 && let Some((value, mask)) = write.part(*offset, 2)
                 && (mask != 0xffff || value & 0x8000 != 0)
@@ -383,7 +390,7 @@ fn side_effect(offset: u16, model: Model, write: &Write, before: u32, after: u32
             (value & u32::from(express::INITIATE_FLR) != 0).then_some(SideEffect::FunctionLevelReset)
         }
         Model::AfControl => (value & 1 != 0).then_some(SideEffect::FunctionLevelReset),
-        Model::VpdAddress => None,
+        Model::VpdAddress | Model::LinkControl => None,
     }
 }
 

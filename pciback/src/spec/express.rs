@@ -11,6 +11,10 @@ pub const FLR_CAPABLE: u32 = 1 << 28;
 pub const DEVICE_CONTROL: u16 = 8;
 /// Device Status.
 pub const DEVICE_STATUS: u16 = 0x0a;
+/// Link Control.
+pub const LINK_CONTROL: u16 = 0x10;
+/// Link Control: ASPM Control, Enable Clock Power Management.
+pub const LINK_POWER: u16 = 0x0103;
 /// Root Control.
 pub const ROOT_CONTROL: u16 = 0x1c;
 /// Device Control: initiate function level reset.
@@ -126,7 +130,7 @@ const REGISTERS: &[Register] = &[
         ],
     ),
     register(
-        0x10,
+        LINK_CONTROL,
         2,
         "Link Control",
         &[

@@ -91,7 +91,8 @@ fn header_oracle(hardware: &Hardware, line: u8, first: u8) -> Oracle {
         .frozen(0x2c, 4)
         .constant(0x34, &[first])
         .own(0x3c, 1, 0xff, u64::from(line))
-        .constant(0x3d, &[1, 8, 9]);
+        // A pin only where the guest has a line.
+        .constant(0x3d, &[u8::from(!matches!(line, 0 | 0xff)), 8, 9]);
     oracle
 }
 
@@ -179,8 +180,6 @@ pub fn network_pf() -> Device {
     let mut oracle = header_oracle(&hardware, 17, 0x40);
     meaning::bar32(&mut oracle, 0x10, 0xfe80_0000, 0x2_0000, 0);
     meaning::bar32(&mut oracle, 0x18, 0xe000, 0x20, 1);
-    meaning::bar32(&mut oracle, 0x30, 0xfe40_0000, 0x8_0000, 0);
-    oracle.own(0x30, 1, 1, 0);
     // Power management: no PME, the state is the guest's own.
     oracle.constant(0x40, &[0x01, 0x50, 0x23, 0x00, 0x08, 0x20, 0, 7]).own(0x44, 1, 3, 0);
     oracle.frozen(0x50, 4).own(0x52, 1, 0x71, 0).zero(0x54, 0x14);
@@ -307,7 +306,9 @@ pub fn conventional(wide: bool, maskable: bool) -> Device {
     let mut oracle = header_oracle(&hardware, 5, 0x48);
     meaning::bar32(&mut oracle, 0x24, 0xf000_0000, 0x10, 0);
     let length = 0x0c + if wide { 4 } else { 0 } + if maskable { 8 } else { 0 };
-    oracle.zero(0x48, length).frozen(0x48, 4).own(0x4a, 2, 0x0071, 0);
+    // One vector, whatever hardware has.
+    oracle.zero(0x48, length).frozen(0x48, 4).constant(0x4a, &(control & !0x000e).to_le_bytes());
+    oracle.own(0x4a, 2, 0x0071, 0);
     oracle.own(0x4c, 4, 0xffff_fffc, 0);
     let data = if wide { 0x54 } else { 0x50 };
     if wide {
@@ -315,7 +316,7 @@ pub fn conventional(wide: bool, maskable: bool) -> Device {
     }
     oracle.own(data, 2, 0xffff, 0);
     if maskable {
-        oracle.own(data + 4, 4, 0xf, 0).shown(data + 8, 4, 0xf);
+        oracle.own(data + 4, 4, 1, 0).shown(data + 8, 4, 1);
     }
     oracle.frozen(0x70, 4).zero(0x74, 2).shown(0x75, 1, 1).reset_bit(0x74, 1);
     let name = format!("conventional, 64-bit {wide}, maskable {maskable}");

@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod corpus;
 #[cfg(test)]
+mod device_registers;
+#[cfg(test)]
 mod devices;
 #[cfg(test)]
 mod document;

@@ -27,11 +27,17 @@ pub fn express(oracle: &mut Oracle, at: usize) {
         // Link Control: own, but disabling and retraining read 0.
         .zero(at + 0x10, 2)
         .kept(at + 0x10, 2, 0xffcf)
+        // Power management of the link is switched off, never on.
+        .falling(at + 0x10, 2, 0x0103)
         .shown(at + 0x12, 2, 0xffff)
         .zero(at + 0x18, 12)
         .shown(at + 0x20, 4, 0x0002_ffff)
         .zero(at + 0x1e, 2)
+        // Device Control 2: timeout and ordering pass, AtomicOps are not possible.
         .kept(at + 0x28, 2, 0xffff)
+        .own(at + 0x28, 2, 0x0040, 0)
+        .never(at + 0x28, 2, 0x0040)
+        .hardware(at + 0x28, 2, 0x031f)
         .kept(at + 0x30, 2, 0xffbf)
         .zero(at + 0x32, 2)
         .shown(at + 0x32, 2, 0xf7ff)

@@ -9,6 +9,8 @@ pub struct Cell {
     shown: u8,
     /// Bits that a write takes to hardware.
     passed: u8,
+    /// Of these, bits that go to hardware only as 0.
+    falling: u8,
     /// Bits that are the guest's own.
     own: u8,
     /// What the guest reads in bits that do not show hardware.
@@ -30,7 +32,7 @@ impl Oracle {
     /// For hardware with these bytes, of which these bits can be written and these are cleared by ones. Everything from 0x40 on
     /// passes; the header is constant 0 until it is said what it is.
     pub fn new(bytes: Vec<u8>, writable: Vec<u8>, cleared_by_one: Vec<u8>) -> Self {
-        let mut cells = vec![Cell { shown: 0xff, passed: 0xff, own: 0, value: 0 }; bytes.len()];
+        let mut cells = vec![Cell { shown: 0xff, passed: 0xff, ..Cell::default() }; bytes.len()];
         cells[..0x40].fill(Cell::default());
         Self { cells, bytes, writable, cleared_by_one, vpd: None, resets: Vec::new() }
     }
@@ -104,6 +106,16 @@ impl Oracle {
         })
     }
 
+    /// These bits are hardware's and can be cleared, not set.
+    pub fn falling(&mut self, at: usize, length: usize, bits: u64) -> &mut Self {
+        self.hardware(at, length, bits).each(at, length, bits, |cell, bits, _| cell.falling |= bits)
+    }
+
+    /// These bits of the guest's own cannot be written after all.
+    pub fn never(&mut self, at: usize, length: usize, bits: u64) -> &mut Self {
+        self.each(at, length, bits, |cell, bits, _| cell.own &= !bits)
+    }
+
     /// These bits show hardware and cannot be written.
     pub fn shown(&mut self, at: usize, length: usize, bits: u64) -> &mut Self {
         self.each(at, length, bits, |cell, bits, _| {
@@ -152,7 +164,7 @@ impl Oracle {
             let Some(cell) = self.cells.get_mut(at) else { return false };
             cell.value = cell.value & !cell.own | byte & cell.own;
             let events = cell.passed & self.cleared_by_one[at] & byte;
-            let stored = cell.passed & self.writable[at];
+            let stored = cell.passed & self.writable[at] & !(cell.falling & byte);
             self.bytes[at] = self.bytes[at] & !events & !stored | byte & stored;
             reset |= self.resets.iter().any(|(place, bit)| *place == at && byte & bit != 0);
         }

@@ -10,8 +10,8 @@ pub const SECTION: &str = "PCI Express 6.0, 7.5.1";
 /// Why BARs are virtual.
 pub const BAR_REASON: &str =
     "virtual: the guest sees and sizes the BAR but cannot move what the host has placed and granted";
-/// Why the expansion ROM is virtual.
-pub const ROM_REASON: &str = "virtual: the guest sees and sizes the ROM; decoding it on hardware can switch off BARs (PCI 3.0, 6.2.5.2)";
+/// Why the expansion ROM is hidden.
+pub const ROM_REASON: &str = "not given: reads 0, as if there were none; decoding it on hardware can switch off BARs (PCI 3.0, 6.2.5.2)";
 
 /// The header of every function, the BARs excepted.
 pub const HEADER: &[Row] = &[
@@ -62,6 +62,14 @@ pub const HEADER: &[Row] = &[
         "a note for software; it begins as the number that a PV guest binds",
     ),
 ];
+
+/// The pin of a function whose guest has no interrupt line of it.
+pub const NO_LINE: Row = row(
+    header::INTERRUPT_PIN,
+    0xff,
+    Treatment::ZERO,
+    "the guest is given no interrupt line: INTx would reach nobody",
+);
 
 /// What a VF's Command is instead (PCI Express 6.0, section 9.3.4.1.3): hardware hardwires all but Bus Master Enable to 0, and
 /// decodes memory by VF MSE of the PF.

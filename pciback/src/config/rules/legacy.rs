@@ -19,6 +19,12 @@ pub const RULES: &[CapabilityRules] = &[
         "the host keeps the function in D0: a sleeping one would lose its config space and answer nobody",
         &[
             row(2, 0xf800, Treatment::ZERO, "a guest's function wakes nobody"),
+            row(
+                spec::PMCSR,
+                1 << 3,
+                Treatment::Fixed(1 << 3),
+                "the power state is the guest's own: hardware stays in D0 and loses nothing",
+            ),
             row(spec::PMCSR, 1 << 8, Treatment::ZERO, "PME would wake the host"),
             row(spec::PMCSR, 1 << 15, Treatment::ZERO, "PME belongs to the host"),
             row(spec::PMCSR, 0x1e00, Treatment::ZERO, "the data register shows its first value only"),
@@ -50,7 +56,10 @@ pub const RULES: &[CapabilityRules] = &[
         hidden: None,
         controls: (Treatment::VIRTUAL, "Xen programs MSI: a guest's message could reach any interrupt"),
         events: (Treatment::Pass, EVENT),
-        rows: &[row(spec::MESSAGE_CONTROL, 0x0600, Treatment::ZERO, "extended message data is not offered")],
+        rows: &[
+            row(spec::MESSAGE_CONTROL, 0x000e, Treatment::ZERO, "one vector is delivered, not several"),
+            row(spec::MESSAGE_CONTROL, 0x0600, Treatment::ZERO, "extended message data is not offered"),
+        ],
         guarded: true,
     },
     hidden(id(CapabilityId::COMPACT_PCI_HOT_SWAP), "hot swap is between the host and the operator"),
@@ -158,7 +167,31 @@ pub const RULES: &[CapabilityRules] = &[
                 "reads 0; a function level reset is carried out by the host, which saves and restores",
             ),
             row(
-                0x10,
+                express::LINK_CONTROL,
+                express::LINK_POWER as u32,
+                Treatment::Pass,
+                "a 0 passes, a 1 does not: drivers of devices that fail in power saving states switch them off",
+            ),
+            row(
+                express::DEVICE_CONTROL_2,
+                0x001f,
+                Treatment::Pass,
+                "how long the function waits for an answer concerns its own requests only",
+            ),
+            row(
+                express::DEVICE_CONTROL_2,
+                1 << 6,
+                Treatment::ZERO,
+                "AtomicOps need every switch up to the root, which the guest does not see",
+            ),
+            row(
+                express::DEVICE_CONTROL_2,
+                0x0300,
+                Treatment::Pass,
+                "ordering concerns the function's own requests and answers only",
+            ),
+            row(
+                express::LINK_CONTROL,
                 0x0030,
                 Treatment::ZERO,
                 "disabling or retraining the link would hit every function on it",

@@ -1,10 +1,12 @@
 //! The built-in policy: how each capability's registers are treated and why. Rows of data, no code.
 
+mod devices;
 mod extended;
 mod header;
 mod legacy;
 
-pub(super) use header::{BAR_REASON, HEADER, ROM_REASON, SECTION as HEADER_SECTION, VF_COMMAND};
+pub(super) use devices::device_rules;
+pub(super) use header::{BAR_REASON, HEADER, NO_LINE, ROM_REASON, SECTION as HEADER_SECTION, VF_COMMAND};
 
 use super::compile::EVENT;
 use super::policy::Treatment;
