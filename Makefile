@@ -1,14 +1,19 @@
-# make demo | test | lab | bench | dumps | fuzz | fresh | install: everything needed is installed first, see CONTRIBUTING.md.
+# make demo | test | lab | bench | dumps | fuzz | fresh | deb: everything needed is installed first, see CONTRIBUTING.md.
 
 PREFIX ?= /usr
 DESTDIR ?=
+# systemd and udev look here for a PREFIX of /usr or /usr/local; with another one, name folders that they read.
+UNITS ?= $(PREFIX)/lib/systemd/system
+RULES ?= $(PREFIX)/lib/udev/rules.d
+# Where the programs to install are.
+BINARIES ?= target/release
 CARGO ?= cargo
 FUZZ_SECONDS ?= 600
 BENCH_OPTIONS ?=
 # Lab tests boot a whole machine each: one after the other.
 LAB_TEST = $(CARGO) test --locked -p xpci-tests -- --test-threads=1 --nocapture
 
-.PHONY: all deps fresh binaries demo test check unit lab-test lab bench dumps fuzz fuzz-short install
+.PHONY: all deps fresh binaries demo test check unit lab-test lab bench dumps fuzz fuzz-short deb install uninstall
 
 all: binaries
 
@@ -80,11 +85,27 @@ dumps: deps
 	$(CARGO) build --locked --release -p xpci-tests
 	$(CARGO) run --locked --release -q -p xpci-tests --bin dumps
 
-install: binaries
-	install -D -m 755 target/release/xpcid $(DESTDIR)$(PREFIX)/sbin/xpcid
-	install -D -m 755 target/release/xpci $(DESTDIR)$(PREFIX)/sbin/xpci
-	install -D -m 644 configs/xpcid.yaml $(DESTDIR)/etc/xpci/xpcid.yaml
-	install -D -m 644 configs/systemd/xpcid.service $(DESTDIR)/usr/lib/systemd/system/xpcid.service
-	install -D -m 644 udev-rules/90-xpci.rules $(DESTDIR)/usr/lib/udev/rules.d/90-xpci.rules
+# A Debian package of what 'make binaries' built, in target/debian.
+deb: binaries
+	@tests/setup/host.sh dpkg-dev
+	@packaging/deb.sh $(BINARIES) target/debian
+
+# Installs what 'make binaries' built; builds nothing, because it may run as another user. Settings that are there stay.
+install:
+	@[ -e $(BINARIES)/xpcid ] && [ -e $(BINARIES)/xpci ] || { echo "install: no programs in $(BINARIES); run 'make binaries' first" >&2; exit 1; }
+	install -D -m 755 $(BINARIES)/xpcid $(DESTDIR)$(PREFIX)/sbin/xpcid
+	install -D -m 755 $(BINARIES)/xpci $(DESTDIR)$(PREFIX)/sbin/xpci
+	install -d $(DESTDIR)$(UNITS) $(DESTDIR)/etc/xpci/policies
+	sed 's|/usr/sbin/|$(PREFIX)/sbin/|' configs/systemd/xpcid.service > $(DESTDIR)$(UNITS)/xpcid.service
+	chmod 644 $(DESTDIR)$(UNITS)/xpcid.service
+	install -D -m 644 udev-rules/90-xpci.rules $(DESTDIR)$(RULES)/90-xpci.rules
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/xpci/policies configs/policies/*
-	install -d $(DESTDIR)/etc/xpci/policies
+	@[ -e $(DESTDIR)/etc/xpci/xpcid.yaml ] || { \
+	    sed 's|/usr/share/xpci/|$(PREFIX)/share/xpci/|' configs/xpcid.yaml > $(DESTDIR)/etc/xpci/xpcid.yaml; \
+	    chmod 644 $(DESTDIR)/etc/xpci/xpcid.yaml; echo "installed $(DESTDIR)/etc/xpci/xpcid.yaml"; }
+
+# Leaves /etc/xpci and what the service recorded in /var/lib/xpci.
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/sbin/xpcid $(DESTDIR)$(PREFIX)/sbin/xpci
+	rm -f $(DESTDIR)$(UNITS)/xpcid.service $(DESTDIR)$(RULES)/90-xpci.rules
+	rm -rf $(DESTDIR)$(PREFIX)/share/xpci
