@@ -188,7 +188,7 @@ impl Serving {
     }
 
     fn complain(&mut self, request: &IoRequest, trouble: Option<String>) {
-        if let Some(unsaid) = self.roster.complaints.may_say() {
+        if let Some(unsaid) = self.roster.counters.may_complain() {
             let trouble =
                 trouble.unwrap_or_else(|| "it makes no sense, or is a string instruction".to_owned());
             warn!(

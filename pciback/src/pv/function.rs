@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use log::{debug, warn};
 use nix::errno::Errno;
@@ -75,7 +76,12 @@ pub struct GuestFunction {
     keeps_registers: bool,
     /// Why the last request failed, for whoever limits what a guest can put into the log.
     trouble: Option<String>,
+    /// When it was last reported that the guest's driver has started.
+    driver_started: Option<Instant>,
 }
+
+/// A guest that switches bus mastering on again and again has its driver started once in this time.
+const DRIVER_START_INTERVAL: Duration = Duration::from_secs(1);
 
 impl GuestFunction {
     /// A function with its virtual and its physical config space, and its interrupt line (the GSI; 0 for none).
@@ -100,6 +106,7 @@ impl GuestFunction {
             leaving: false,
             keeps_registers: false,
             trouble: None,
+            driver_started: None,
         }
     }
 
@@ -291,8 +298,12 @@ impl GuestFunction {
             Ok(Some(effect @ SideEffect::Command { changed, value: command }))
                 if changed & command & COMMAND_BUS_MASTER != 0 =>
             {
-                let (demand, effect) = (Some(Demand::DriverStarted), Some(effect));
-                Accessed { demand, effect, ..Accessed::value(value) }
+                let recently = |last: Instant| last.elapsed() < DRIVER_START_INTERVAL;
+                let demand = (!self.driver_started.is_some_and(recently)).then(|| {
+                    self.driver_started = Some(Instant::now());
+                    Demand::DriverStarted
+                });
+                Accessed { demand, effect: Some(effect), ..Accessed::value(value) }
             }
             Ok(effect) => Accessed { effect, ..Accessed::value(value) },
             Err(error) => self.failed_access("write", access, &error),

@@ -26,7 +26,6 @@ pub(crate) struct Roster {
     pub functions: BTreeMap<u8, Box<GuestFunction>>,
     pub counters: Arc<Counters>,
     pub report: Box<dyn Fn(ServerReport) + Send>,
-    pub complaints: Complaints,
     /// What the guest will be told of errors.
     pub to_tell: VecDeque<Telling>,
 }
@@ -38,14 +37,7 @@ impl Roster {
         counters: &Arc<Counters>,
         report: Box<dyn Fn(ServerReport) + Send>,
     ) -> Self {
-        Self {
-            domain,
-            functions,
-            counters: Arc::clone(counters),
-            report,
-            complaints: Complaints::default(),
-            to_tell: VecDeque::new(),
-        }
+        Self { domain, functions, counters: Arc::clone(counters), report, to_tell: VecDeque::new() }
     }
 
     /// Tells the engine what a request asks for beyond its answer.

@@ -15,7 +15,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::attachment::Attachment;
 use super::function::GuestFunction;
 use super::interrupts::InterruptError;
-use super::roster::Roster;
+use super::roster::{Complaints, Roster};
 use super::wire::{self, Command, Op, OpAnswer, WireError};
 use crate::DomId;
 use crate::config::{MaskedWrite, Planes};
@@ -96,9 +96,16 @@ pub struct Taken {
 pub struct Counters {
     requests: AtomicU64,
     errors: AtomicU64,
+    /// A guest that connects anew has no more to say than before.
+    complaints: Mutex<Complaints>,
 }
 
 impl Counters {
+    /// Whether a line about the guest's requests may be written to the log now, and how many were not since the last one.
+    pub(crate) fn may_complain(&self) -> Option<u64> {
+        self.complaints.lock().unwrap_or_else(PoisonError::into_inner).may_say()
+    }
+
     pub(crate) fn count(&self, error: bool) {
         self.requests.fetch_add(1, Ordering::Relaxed);
         self.errors.fetch_add(error.into(), Ordering::Relaxed);
@@ -413,7 +420,7 @@ impl Serving {
         if error == WireError::NoDevice && op.command == Command::CONF_READ {
             return;
         }
-        if let Some(unsaid) = self.roster.complaints.may_say() {
+        if let Some(unsaid) = self.roster.counters.may_complain() {
             let (command, devfn, offset, size) = (op.command.0, op.devfn, op.offset, op.size);
             let trouble = trouble.map(|text| format!(" ({text})")).unwrap_or_default();
             warn!(

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use log::{Level, error, info, warn};
 use pciback::DomId;
-use pciback::platform::{PlatformError, WatchEvent};
+use pciback::platform::PlatformError;
 use pciback::pv::{Action, NodeChange, PAUSE, RingPlace, Server, nodes};
 
 use super::guests::Awaited;
@@ -24,16 +24,8 @@ impl Engine {
         Ok(())
     }
 
-    /// A node of some guest changed, or a watch was set.
-    pub(super) fn store_changed(&mut self, event: &WatchEvent) {
-        // The token is the frontend's directory, `/local/domain/DOMID/device/pci/0`.
-        let domain = event.token.split('/').nth(3).and_then(|number| number.parse().ok()).map(DomId);
-        if let Some(domain) = domain.filter(|domain| self.guests.contains_key(domain)) {
-            self.look_at_frontend(domain);
-        }
-    }
-
-    fn look_at_frontend(&mut self, domain: DomId) {
+    /// A guest's nodes changed, or a watch was set.
+    pub(super) fn look_at_frontend(&mut self, domain: DomId) {
         let view = match nodes::read_frontend(self.platform.store.as_ref(), domain) {
             Ok(view) => view,
             Err(error) => {
@@ -57,7 +49,7 @@ impl Engine {
                 Action::Nodes(changes) => {
                     if let Err(error) = self.write_nodes(domain, changes) {
                         error!("domain {domain}: {error}; it is tried again");
-                        self.problems.push(format!("domain {domain}: {error}"));
+                        self.problems.push_of(domain, format!("domain {domain}: {error}"));
                         self.give_up_adding(domain, &Failure::from(error).of(domain));
                     }
                 }
@@ -151,7 +143,7 @@ impl Engine {
                 }
                 Err(stuck) => {
                     error!("domain {domain}: {stuck}");
-                    self.problems.push(format!("domain {domain}: {stuck}"));
+                    self.problems.push_of(domain, format!("domain {domain}: {stuck}"));
                 }
             }
         }

@@ -471,14 +471,19 @@ impl Engine {
             }
             ServerReport::Told(attachment, heard) => self.guest_answered(attachment.address(), heard),
             ServerReport::RestartWanted => {
-                info!("domain {domain}: it resets itself");
+                if let Some(guest) = self.guests.get_mut(&domain) {
+                    guest.say(Level::Info, &format!("domain {domain}: it resets itself"));
+                }
                 if let Err(error) = self.platform.hvm.restart(domain) {
                     error!("{error}");
                 }
             }
             ServerReport::Failed(why) => {
-                error!("domain {domain}: {why}");
-                self.problems.push(format!("domain {domain} is not served any more: {why}"));
+                // A guest that connects anew may do it again and again.
+                if let Some(guest) = self.guests.get_mut(&domain) {
+                    guest.say(Level::Error, &format!("domain {domain}: {why}"));
+                }
+                self.problems.push_of(domain, format!("domain {domain} is not served any more: {why}"));
             }
         }
     }

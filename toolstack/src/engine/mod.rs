@@ -22,12 +22,14 @@ mod observe;
 mod open;
 mod paths;
 mod policies;
+mod problems;
 mod recover;
 mod repairs;
 mod requests;
 mod reserved;
 mod responses;
 mod returning;
+mod store_events;
 mod sync;
 mod tasks;
 mod unmanaged;
@@ -48,14 +50,13 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use pciback::fault::Action;
 use pciback::inventory::Repair;
-use pciback::platform::{Platform, PlatformError};
+use pciback::platform::Platform;
 use pciback::policy::PolicySet;
 use pciback::pv::{Attachment, ServerReport};
 use pciback::{DomId, FunctionState, Sbdf};
 
 use crate::audit::AuditLog;
 use crate::control::Reply;
-use crate::domains;
 use crate::former_owners::FormerOwners;
 use crate::journal::{Journal, Record};
 use crate::ledger::Ledger;
@@ -258,7 +259,7 @@ pub struct Engine {
     returning: Returning,
     watchdog: Watchdog,
     /// What was found wrong outside any one function, for `xpci status`.
-    problems: Vec<String>,
+    problems: problems::Problems,
 }
 
 impl Engine {
@@ -338,7 +339,7 @@ impl Engine {
         self.take_back_stubs();
         self.create_wanted_vfs();
         self.resume_returning();
-        let mut more_errors = false;
+        let (mut more_errors, mut more_changes) = (false, false);
         loop {
             self.watchdog.feed(Instant::now());
             self.reconcile();
@@ -356,7 +357,7 @@ impl Engine {
                     PollFlags::POLLIN,
                 ),
             ];
-            let timeout = if more_errors { PollTimeout::ZERO } else { self.timeout() };
+            let timeout = if more_errors || more_changes { PollTimeout::ZERO } else { self.timeout() };
             match poll(&mut fds, timeout) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => return Err(errno.into()),
@@ -380,7 +381,7 @@ impl Engine {
                 self.handle(event);
             }
             // Without xenstore nothing can be served; a new life may find it again.
-            self.take_store_events().map_err(io::Error::other)?;
+            more_changes = self.take_store_events().map_err(io::Error::other)?;
             self.check_deadlines(Instant::now());
             self.check_error_deadlines(Instant::now());
             self.check_networks(Instant::now());
@@ -433,21 +434,6 @@ impl Engine {
             Event::Unmasked(address, outcome) => self.unmasked(address, outcome),
             Event::Reloaded(reloaded) => self.put_in_force(*reloaded),
         }
-    }
-
-    fn take_store_events(&mut self) -> Result<(), PlatformError> {
-        while let Some(event) = self.platform.store.next_event()? {
-            match (event.path.as_str(), domains::of_device_model(&event.token)) {
-                ("@introduceDomain", _) => self.find_returning(),
-                ("@releaseDomain", _) => {
-                    self.find_dead_guests();
-                    self.find_returning();
-                }
-                (_, Some(domain)) => self.device_model_changed(domain),
-                (_, None) => self.store_changed(&event),
-            }
-        }
-        Ok(())
     }
 
     /// A record for a function, known or new.

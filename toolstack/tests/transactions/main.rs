@@ -6,6 +6,7 @@ mod accounts;
 mod crashes;
 mod errors;
 mod failures;
+mod floods;
 mod former_owners;
 mod frontend;
 mod guests;

@@ -14,7 +14,7 @@ use nix::sys::eventfd::EventFd;
 use pciback::platform::sim::{self, Fuse, Owner, Simulation};
 use pciback::platform::{Host, StoreOps};
 use pciback::policy::{PolicyFile, PolicySet};
-use pciback::pv::nodes;
+use pciback::pv::{ServerReport, nodes};
 use pciback::{DomId, FunctionState, Sbdf};
 use tempfile::TempDir;
 use toolstack::engine::{Containment, Engine, Event, Inbox};
@@ -346,6 +346,11 @@ impl Service {
     /// Decides as the error policies do.
     pub fn contain(&self, address: Sbdf, containment: Containment) {
         self.inbox.send(Event::Contain(address, containment, "the test distrusts it".into()));
+    }
+
+    /// Reports as a guest's serving thread does.
+    pub fn report(&self, domain: DomId, report: ServerReport) {
+        self.inbox.send(Event::Server(domain, report));
     }
 
     pub fn status(&self) -> StatusView {

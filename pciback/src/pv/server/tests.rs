@@ -1,7 +1,6 @@
 //! Serving, with a service that is killed between any two steps, and with guests that ask for anything.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Mutex;
 
 use proptest::prelude::*;
 
@@ -301,6 +300,26 @@ fn a_function_that_is_reset_is_silent_until_that_is_over_and_has_its_interrupts_
     assert_eq!(machine.word(FIRST, MSI + 2) & 1, 1);
     assert_eq!(machine.word(FIRST, 4) & 4, 0, "after a reset bus mastering is off");
     assert!(machine.pirqs().contains_key(&pirq));
+}
+
+#[test]
+fn a_guest_that_toggles_bus_mastering_without_end_reports_little() {
+    let machine = Machine::new();
+    let reports = Arc::new(Mutex::new(0));
+    let mut serving = life(&machine);
+    let count = Arc::clone(&reports);
+    serving.roster.report = Box::new(move |report| {
+        assert!(matches!(report, ServerReport::DriverStarted(_)));
+        *count.lock().unwrap() += 1;
+    });
+    let begun = Instant::now();
+    for _ in 0..1000 {
+        assert_eq!(serving.ask(&machine, &op(1, 4, 2, 6)).0, 0);
+        assert_eq!(serving.ask(&machine, &op(1, 4, 2, 2)).0, 0);
+    }
+    let most = 1 + begun.elapsed().as_secs();
+    let reported = *reports.lock().unwrap();
+    assert!((1..=most).contains(&reported), "{reported} reports within {most} s");
 }
 
 #[test]

@@ -1,0 +1,77 @@
+//! What xenstore tells of: taken into a set first, so that it does not matter how often it tells.
+//!
+//! A guest writes to its own nodes as often as it likes, and each write is an event. Taking one costs little, looking at the guest much:
+//! each guest is looked at once for all events that have come.
+
+use std::collections::BTreeSet;
+
+use pciback::DomId;
+use pciback::platform::{PlatformError, Store, WatchEvent};
+
+use super::Engine;
+use crate::domains;
+
+/// So many events are taken at once before the engine looks at other things.
+const BURST: usize = 1024;
+
+/// What changed.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Changed {
+    /// A domain came.
+    introduced: bool,
+    /// A domain left.
+    released: bool,
+    /// Device models of these domains did something.
+    device_models: BTreeSet<DomId>,
+    /// Frontends of these domains did something.
+    frontends: BTreeSet<DomId>,
+}
+
+impl Changed {
+    /// Takes events; `true`: there may be more.
+    fn take(&mut self, store: &dyn Store) -> Result<bool, PlatformError> {
+        for _ in 0..BURST {
+            match store.next_event()? {
+                Some(event) => self.add(&event),
+                None => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+
+    fn add(&mut self, event: &WatchEvent) {
+        match (event.path.as_str(), domains::of_device_model(&event.token)) {
+            ("@introduceDomain", _) => self.introduced = true,
+            ("@releaseDomain", _) => self.released = true,
+            (_, Some(domain)) => drop(self.device_models.insert(domain)),
+            (_, None) => {
+                // The token is the frontend's directory, `/local/domain/DOMID/device/pci/0`.
+                let domain = event.token.split('/').nth(3).and_then(|number| number.parse().ok());
+                self.frontends.extend(domain.map(DomId));
+            }
+        }
+    }
+}
+
+impl Engine {
+    /// Looks at what xenstore told of; `true`: there may be more.
+    pub(super) fn take_store_events(&mut self) -> Result<bool, PlatformError> {
+        let mut changed = Changed::default();
+        let more = changed.take(self.platform.store.as_ref())?;
+        if changed.released {
+            self.find_dead_guests();
+        }
+        if changed.introduced || changed.released {
+            self.find_returning();
+        }
+        for domain in changed.device_models {
+            self.device_model_changed(domain);
+        }
+        for domain in changed.frontends {
+            if self.guests.contains_key(&domain) {
+                self.look_at_frontend(domain);
+            }
+        }
+        Ok(more)
+    }
+}
