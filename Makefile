@@ -75,7 +75,7 @@ lab: binaries
 bench: binaries
 	@failed=; run() { name=$$1; shift; echo "== $$name"; "$$@" || failed="$$failed $$name"; }; \
 	run filter $(CARGO) bench --locked -p toolstack --bench filter; \
-	run inventory $(CARGO) bench --locked -p pciback --bench inventory; \
+	run inventory $(CARGO) bench --locked -p xpci-core --bench inventory; \
 	run growth $(CARGO) bench --locked -p toolstack --bench growth; \
 	run lab $(CARGO) run --locked --release -q -p xpci-tests --bin bench -- $(BENCH_OPTIONS); \
 	[ -z "$$failed" ] || { echo "== failed:$$failed" >&2; exit 1; }

@@ -1,24 +1,14 @@
-//! What a Xen guest may see and do with a PCI function, and how that is served.
+//! Serving PCI functions to Xen guests: the platform they are on, their live registers, and the threads that answer guests.
 //!
-//! Direction of dependencies: `spec` <- `config` <- `policy`; `config` <- `pv` -> `platform`; `spec` <- `fault`; `config`, `containment`, `platform` <- `live` <- `pv`. What is not `pv`, `live` or `platform` is pure:
-//! hardware, hypervisor, xenstore and guests are reached only through the small traits of [`platform`].
+//! What needs no I/O is in `xpci-core`, and is found here under its own names. Hardware, hypervisor, xenstore and guests are
+//! reached only through the small traits of [`platform`].
 
-pub mod address;
-pub mod config;
-pub mod containment;
-pub mod dump;
-pub mod fault;
-pub mod function;
-pub mod hash;
 pub mod hvm;
-pub mod inventory;
 pub mod live;
 pub mod platform;
-pub mod policy;
 pub mod pv;
-pub mod spec;
-pub mod uuid;
 
-pub use address::{Sbdf, SbdfError};
-pub use function::{DomId, FunctionState};
-pub use uuid::Uuid;
+pub use xpci_core::{
+    DomId, FunctionState, Sbdf, SbdfError, Uuid, abi, address, config, containment, dump, fault, function,
+    hash, host, inventory, memory, policy, spec, uuid,
+};

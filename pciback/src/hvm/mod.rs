@@ -7,7 +7,7 @@ mod device;
 mod interrupts;
 mod ports;
 mod server;
-pub mod wire;
+pub use crate::abi::ioreq as wire;
 
 pub use acpi::mcfg;
 pub use addresses::Addresses;

@@ -8,10 +8,8 @@ use std::ptr::NonNull;
 use std::sync::atomic::AtomicU32;
 
 use super::BarMemory;
+use crate::memory::SharedWords;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
-
-/// Bytes of a page, the unit in which memory is mapped and given to guests.
-pub const PAGE: u64 = 4096;
 
 /// A mapping seen as words that are only ever accessed atomically, so that a concurrent change by the other side is a
 /// value like any other and never undefined behaviour. Words are in the machine's order (x86: little endian).
@@ -82,6 +80,12 @@ impl Deref for SharedMemory {
         unsafe {
             std::slice::from_raw_parts(self.words.as_ptr(), self.len)
         }
+    }
+}
+
+impl SharedWords for SharedMemory {
+    fn words(&self) -> &[AtomicU32] {
+        self
     }
 }
 

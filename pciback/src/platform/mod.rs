@@ -20,13 +20,15 @@ pub mod xen;
 
 use std::sync::Arc;
 
+pub use crate::host::{HostFunction, Resource};
+pub use crate::memory::PAGE;
 pub use error::{Cause, PlatformError, Result, Revoked};
 pub use errors::{ErrorEvent, ErrorEvents, ErrorSource};
 pub use events::{HostEvent, HostEvents};
-pub use host::{BarMemory, Host, HostFunction, Resource, Use};
+pub use host::{BarMemory, Host, Use};
 pub use hvm::{HvmDomains, IoreqServer, MsiMessage, ServerId};
 pub use hypervisor::{DomainInfo, Hypervisor, MsiSource, Pirq};
-pub use memory::{PAGE, SharedMemory};
+pub use memory::SharedMemory;
 pub use network::{VfNetwork, VfPlace, VfSetting, VfSettings};
 pub use rings::{GuestRings, Ring};
 pub use store::{Permissions, Store, StoreOps, WatchEvent};

@@ -10,8 +10,8 @@ pub mod nodes;
 pub(crate) mod roster;
 pub(crate) mod server;
 mod upkeep;
-pub mod wire;
 
+pub use crate::abi::pciif as wire;
 pub use attachment::Attachment;
 pub use function::{Demand, GuestFunction};
 pub use handshake::{Action, Handshake, PAUSE};

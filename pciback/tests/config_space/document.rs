@@ -16,7 +16,7 @@ const INTRODUCTION: &str = "\
 # What a guest sees in config space
 
 This file is written by a test (`pciback/tests/config_space/document.rs`) from compiled filters: change the tables in
-`pciback/src/spec` and `pciback/src/config/rules`, then run `XPCI_BLESS=1 cargo test -p pciback --test config_space`.
+`pciback/core/src/spec` and `pciback/core/src/config/rules`, then run `XPCI_BLESS=1 cargo test -p pciback --test config_space`.
 
 It shows what is built in. A policy can hide and show capabilities and treat registers otherwise, but for the guarded ones.
 

@@ -139,7 +139,7 @@ impl Frontend {
     /// Waits until it is told of an error, and answers: command and state of the link, then the `pci_ers_result_t`.
     pub fn is_told(&self, command: u32, state: u32, devfn: u32, answer: u32) {
         let guest = locked(&self.guest);
-        let told = guest.wait_for_answer(LIMIT, frontend::take_aer).unwrap();
+        let told = guest.wait_for_answer(LIMIT, |page| frontend::take_aer(page)).unwrap();
         assert_eq!(told, (command, state, devfn));
         frontend::answer_aer(guest.page().unwrap(), answer);
         guest.notify().unwrap();
@@ -147,7 +147,7 @@ impl Frontend {
 
     /// Waits until it is told of an error, and says nothing.
     pub fn ignores(&self) {
-        locked(&self.guest).wait_for_answer(LIMIT, frontend::take_aer).unwrap();
+        locked(&self.guest).wait_for_answer(LIMIT, |page| frontend::take_aer(page)).unwrap();
     }
 
     /// Whether both ends are connected.

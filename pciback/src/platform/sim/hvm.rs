@@ -15,7 +15,7 @@ use super::guest::wait;
 use super::locked;
 use super::world::World;
 use crate::DomId;
-use crate::hvm::wire;
+use crate::abi::ioreq as wire;
 use crate::platform::{
     Cause, HvmDomains, IoreqServer, MsiMessage, Pirq, PlatformError, Result, ServerId, SharedMemory,
 };

@@ -16,7 +16,7 @@ use super::bindings::{
 };
 use super::hypervisor::check;
 use crate::DomId;
-use crate::hvm::wire;
+use crate::abi::ioreq as wire;
 use crate::platform::{Cause, IoreqServer, PlatformError, Result, ServerId, SharedMemory};
 
 /// `PROT_READ | PROT_WRITE` of mmap.

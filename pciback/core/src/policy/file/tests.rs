@@ -1,0 +1,236 @@
+use super::*;
+use crate::config::{AnyId, CapabilityAction, Initial, Origin, Place, Selector, VendorPart};
+use crate::spec::{CapabilityId, ExtendedCapabilityId};
+
+fn mistakes(text: &str) -> Vec<String> {
+    let list = PolicyFile::parse("f.yaml", text).expect_err(text);
+    list.iter().map(ToString::to_string).collect()
+}
+
+fn parsed(text: &str) -> PolicyFile {
+    PolicyFile::parse("f.yaml", text).unwrap_or_else(|mistakes| panic!("{mistakes:#?}"))
+}
+
+const EXPRESS: Selector = Selector { id: AnyId::Legacy(CapabilityId::PCI_EXPRESS), part: None };
+
+#[test]
+fn every_key_says_what_it_should() {
+    let file = parsed(
+        "description: A test.
+match:
+  vendor: [8086, 0x10ec]
+  device: 10ca
+  class: 0200
+  function: virtual
+  address: 01:10.0
+  domain: web
+profile: strict
+unknown: {action: pass, reason: we know it}
+capabilities:
+  vpd: hide
+  doe: {action: show, reason: attestation}
+  dvsec:1e98:0008: hide
+  pci-express:
+    registers:
+      - {at: Device Control, mask: 0x7000, action: pass, reason: larger reads}
+      - {at: 0x28, width: 2, action: virtual, value: 0x5, write-mask: 0xf}
+registers:
+  - {at: 0xe1-0xe6, action: read-only}
+  - {at: 0xf0, width: 4, action: fixed, value: 0x12345678}
+",
+    );
+    assert_eq!(file.matching.vendor, [0x8086, 0x10ec]);
+    assert_eq!(file.matching.class[0], ClassPrefix { value: 0x0200, digits: 4 });
+    assert_eq!(file.matching.function, Some(Kind::Virtual));
+    assert_eq!(file.profile.as_ref().unwrap().0, Profile::Strict);
+    let (treatment, rule) = file.unknown.as_ref().unwrap();
+    assert_eq!((*treatment, rule.reason.as_ref()), (Treatment::Pass, "we know it"));
+    let actions: Vec<_> = file.capabilities.iter().map(|entry| (entry.which, entry.action)).collect();
+    let dvsec = Selector {
+        id: AnyId::Extended(ExtendedCapabilityId::DVSEC),
+        part: Some(VendorPart::Dvsec { vendor: 0x1e98, id: 8 }),
+    };
+    assert_eq!(
+        actions,
+        [
+            (AnyId::Legacy(CapabilityId::VPD).into(), CapabilityAction::Hide),
+            (AnyId::Extended(ExtendedCapabilityId::DOE).into(), CapabilityAction::Show),
+            (dvsec, CapabilityAction::Hide),
+        ]
+    );
+    assert_eq!(file.capabilities[1].rule.origin, Origin::Policy { file: "f.yaml".into(), line: 13 });
+    let registers: Vec<_> =
+        file.registers.iter().map(|entry| (entry.place, entry.width, entry.mask, entry.treatment)).collect();
+    assert_eq!(
+        registers,
+        [
+            (Place::In(EXPRESS, 8), 2, 0x7000, Treatment::Pass),
+            (Place::In(EXPRESS, 0x28), 2, 0xf, Treatment::Virtual(Initial::Value(5))),
+            (Place::In(EXPRESS, 0x28), 2, 0xfff0, Treatment::Fixed(5)),
+            (Place::Absolute(0xe1), 1, u32::MAX, Treatment::ReadOnly),
+            (Place::Absolute(0xe2), 2, u32::MAX, Treatment::ReadOnly),
+            (Place::Absolute(0xe4), 2, u32::MAX, Treatment::ReadOnly),
+            (Place::Absolute(0xe6), 1, u32::MAX, Treatment::ReadOnly),
+            (Place::Absolute(0xf0), 4, u32::MAX, Treatment::Fixed(0x1234_5678)),
+        ]
+    );
+    assert_eq!(file.registers[0].rule.reason, "larger reads");
+}
+
+#[test]
+fn an_empty_file_says_nothing_of_every_function() {
+    for text in ["", "# a comment\n", "{}\n"] {
+        let file = parsed(text);
+        assert_eq!((file.matching, file.profile, file.unknown), (Match::default(), None, None));
+    }
+}
+
+#[test]
+fn all_mistakes_are_reported_with_their_place_and_the_nearest_word() {
+    let text = "profile: strickt\nmach: {vendor: 8086}\ncapabilities:\n  vdp: hide\n  vpd: hid\nregisters:\n  - {at: 0xe0, widht: 4, action: pass}\n";
+    assert_eq!(
+        mistakes(text),
+        [
+            "f.yaml:1:10: 'strickt' is no profile; did you mean 'strict'?",
+            "f.yaml:2:1: 'mach' is no key of a policy; did you mean 'match'?",
+            "f.yaml:4:3: 'vdp' is no capability; did you mean 'vpd'?",
+            "f.yaml:5:8: 'hid' is no action for a capability; did you mean 'hide'?",
+            "f.yaml:7:5: a register given by its offset needs a 'width' of 1, 2 or 4",
+            "f.yaml:7:16: 'widht' is no key of a register; did you mean 'width'?",
+        ]
+    );
+}
+
+#[test]
+fn each_mistake_has_its_own_words() {
+    for (text, message) in [
+        ("- a\n", "1:1: a policy is a mapping, not a list"),
+        (
+            "match: {vendor: 80866}\n",
+            "1:17: '80866' is no vendor id: one to four hexadecimal digits are expected, as in 8086",
+        ),
+        ("match: {vendor: []}\n", "1:17: an empty list: no function has any vendor id"),
+        (
+            "match: {class: 020}\n",
+            "1:16: '020' is no class: 2, 4 or 6 hexadecimal digits are expected, as in 0200",
+        ),
+        (
+            "match: {address: 1:2}\n",
+            "1:18: '1:2' is no address: [SSSS:]BB:DD.F is expected, as in 0000:01:10.0",
+        ),
+        ("profile:\n", "1:8: profile is a word, not nothing"),
+        (
+            "capabilities: {msi-x: pass}\n",
+            "1:23: msi-x is guarded: xpci itself carries out what it controls; it can only be hidden",
+        ),
+        (
+            "capabilities:\n  msi:\n    registers: [{at: 2, width: 2, action: pass}]\n",
+            "3:16: the registers of msi are guarded: xpci itself carries out what they control",
+        ),
+        (
+            "registers: [{at: 0x10, width: 4, action: pass}]\n",
+            "1:18: the header is guarded: the guest sees virtual BARs and a filtered Command, whatever a policy says",
+        ),
+        (
+            "registers: [{at: 0x1000, width: 4, action: pass}]\n",
+            "1:18: '0x1000' is no place: an offset from 0 to 0xfff or a range of two is expected",
+        ),
+        (
+            "registers: [{at: 0xe8-0xe0, action: pass}]\n",
+            "1:18: '0xe8-0xe0' is no place: an offset from 0 to 0xfff or a range of two is expected",
+        ),
+        (
+            "registers: [{at: 0xe1, width: 2, action: pass}]\n",
+            "1:13: offset 0xe1 is no multiple of the width, 2",
+        ),
+        (
+            "registers: [{at: 0xe0, width: 3, action: pass}]\n",
+            "1:31: '3' is no width in bytes; it is one of 1, 2, 4",
+        ),
+        (
+            "registers: [{at: 0xe0, width: 1, action: pass, mask: 0x100}]\n",
+            "1:54: mask 0x100 has bits beyond the register's 1 bytes",
+        ),
+        (
+            "registers: [{at: 0xe0, width: 1, action: pass, mask: 0}]\n",
+            "1:54: the mask is 0: no bit is meant",
+        ),
+        (
+            "registers: [{at: 0xe0, width: 1, action: pass, value: 1}]\n",
+            "1:55: a value belongs to 'fixed' and 'virtual' only",
+        ),
+        (
+            "registers: [{at: 0xe0, width: 1, action: hide, write-mask: 1}]\n",
+            "1:60: a write-mask belongs to 'pass' and 'virtual' only",
+        ),
+        ("registers: [{at: 0xe0, width: 1, action: fixed}]\n", "1:13: 'fixed' needs a 'value'"),
+        (
+            "registers: [{at: 0xe0-0xe3, action: pass, mask: 1}]\n",
+            "1:49: a range takes no width, mask, value or write-mask: its bytes are treated alike",
+        ),
+        ("registers: [{at: 0xe0, width: 1}]\n", "1:13: a register without 'action'"),
+        ("registers: [{width: 1, action: pass}]\n", "1:13: a register without 'at'"),
+        (
+            "registers: [{at: 0xe0, width: 1, action: pass, mask: -1}]\n",
+            "1:54: '-1' is no mask: a number from 0 to 0xffffffff is expected",
+        ),
+        (
+            "capabilities:\n  pci-express:\n    registers: [{at: Device Kontrol, action: pass}]\n",
+            "3:22: 'Device Kontrol' is no register of pci-express; did you mean 'Device Control'?",
+        ),
+    ] {
+        assert_eq!(mistakes(text), [format!("f.yaml:{message}")], "{text}");
+    }
+}
+
+#[test]
+fn holding_at_once_says_for_which_functions_and_does_not_depend_on_a_guest() {
+    assert_eq!(parsed("match: {vendor: 8086}\nhold: at-once\n").hold, Some(Holding::AtOnce));
+    assert_eq!(parsed("hold: on-request\n").hold, Some(Holding::OnRequest));
+    for (text, message) in [
+        ("hold: at-once\n", "1:7: 'hold: at-once' needs a 'match' that says for which functions"),
+        ("match: {}\nhold: at-once\n", "2:7: 'hold: at-once' needs a 'match' that says for which functions"),
+        (
+            "match: {vendor: 8086, domain: web}\nhold: at-once\n",
+            "2:7: 'hold: at-once' cannot depend on 'domain': no guest has the function then",
+        ),
+        ("hold: always\n", "1:7: 'always' is no time to hold; it is one of on-request, at-once"),
+    ] {
+        assert_eq!(mistakes(text), [format!("f.yaml:{message}")], "{text}");
+    }
+}
+
+#[test]
+fn the_shipped_files_are_good_and_say_what_they_are_for() {
+    let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/policies");
+    let mut families = 0;
+    for entry in std::fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|extension| extension != "yaml") {
+            continue;
+        }
+        let (name, text) = (path.display().to_string(), std::fs::read_to_string(&path).unwrap());
+        let file = PolicyFile::parse(&name, &text).unwrap_or_else(|mistakes| panic!("{mistakes:#?}"));
+        assert!(file.description.is_some(), "{name}");
+        assert_ne!(file.matching, Match::default(), "{name}");
+        families += 1;
+    }
+    assert!(families >= 8, "{families}");
+}
+
+#[test]
+fn the_example_names_every_key_and_every_word() {
+    let text = include_str!("../../../../../configs/policies/example.yaml");
+    let schema = crate::policy::schema().to_string();
+    let keys = rules::REGISTER_KEYS.iter().chain(KEYS).chain(MATCH_KEYS);
+    for key in keys.chain(rules::CAPABILITY_KEYS) {
+        assert!(text.contains(&format!("{}:", key.word)), "{}", key.word);
+        assert!(schema.contains(&format!("\"{}\"", key.word)), "{}", key.word);
+    }
+    for (word, _) in rules::WholeAction::WORDS {
+        assert!(text.contains(word), "{word}");
+    }
+    for (word, _) in rules::RegisterAction::WORDS {
+        assert!(text.contains(&format!("action: {word}")), "{word}");
+    }
+}
