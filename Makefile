@@ -10,10 +10,13 @@ BINARIES ?= target/release
 CARGO ?= cargo
 FUZZ_SECONDS ?= 600
 BENCH_OPTIONS ?=
-# Lab tests boot a whole machine each: one after the other.
-LAB_TEST = $(CARGO) test --locked -p xpci-tests -- --test-threads=1 --nocapture
+# A word in the names of the lab tests that are to run; empty: all.
+ONLY ?=
+# All of it is built in one profile and for the whole workspace: another choice of packages has other features of dependencies.
+LAB = --locked --profile lab --workspace
+STAGE = @tests/setup/stage.sh
 
-.PHONY: all deps fresh binaries demo test check unit lab-test lab bench dumps fuzz fuzz-short deb install uninstall
+.PHONY: all deps fresh binaries demo test check unit lab-test lab bench dumps fuzz fuzz-short deb install uninstall stages-begin
 
 all: binaries
 
@@ -33,34 +36,33 @@ binaries: deps
 demo: binaries
 	$(CARGO) run --locked --release -q -p xpci-tests --bin demo
 
-test: check unit fuzz-short lab-test
-	@echo "== all stages passed"
+test: stages-begin check unit fuzz-short lab-test
+	@tests/setup/stage.sh --summary
+
+stages-begin:
+	@tests/setup/stage.sh --begin
 
 check: deps
-	@echo "== stage 1 of 5: format"
-	$(CARGO) fmt --all --check
-	$(CARGO) fmt --manifest-path tests/fuzz/Cargo.toml --check
+	$(STAGE) "format" $(CARGO) fmt --all --check
+	$(STAGE) "format of fuzz targets" $(CARGO) fmt --manifest-path tests/fuzz/Cargo.toml --check
 	@# Its lock file is its own: 'cd tests/fuzz && cargo update -w' follows a change of pciback's dependencies.
-	$(CARGO) metadata --locked --format-version 1 --manifest-path tests/fuzz/Cargo.toml >/dev/null
-	@echo "== stage 2 of 5: clippy"
-	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	@$(CARGO) metadata --locked --format-version 1 --manifest-path tests/fuzz/Cargo.toml >/dev/null
+	$(STAGE) "clippy" $(CARGO) clippy $(LAB) --all-targets -- -D warnings
 
 unit: deps
-	@echo "== stage 3 of 5: unit, property and simulation tests"
+	$(STAGE) "building tests and programs" $(CARGO) test $(LAB) --no-run
 	@# The one with 4,096 VFs runs alone, else guests of the others take it for a slow host; it prints its times and memory.
-	$(CARGO) test --locked --workspace --exclude xpci-tests -- --skip 4096_vfs
-	$(CARGO) test --locked --workspace --exclude xpci-tests --test transactions 4096_vfs -- --nocapture
-	@# Of the lab, what needs no machine; and set-up's decisions.
-	$(CARGO) test --locked -p xpci-tests --lib --bins --test setup
+	$(STAGE) "unit, property and simulation tests" $(CARGO) test $(LAB) -- --skip 4096_vfs
+	$(STAGE) "4,096 VFs" $(CARGO) test $(LAB) --test transactions 4096_vfs -- --nocapture
 
 fuzz-short: deps
-	@echo "== stage 4 of 5: fuzz targets, 10 s each"
-	CARGO="$(CARGO)" tests/fuzz/run.sh 10
+	$(STAGE) "fuzz targets, 10 s each" env CARGO="$(CARGO)" tests/fuzz/run.sh 10
 
-lab-test: binaries
-	@echo "== stage 5 of 5: lab tests"
-	$(CARGO) test --locked -p xpci-tests --test failures -- --test-threads=1
-	$(LAB_TEST)
+# 'make lab-test ONLY=word' runs the checks with this word in their names, and those that they need.
+lab-test: deps
+	$(STAGE) "building programs for the lab" $(CARGO) build $(LAB) --bins --examples
+	$(STAGE) "machines that do not come up" $(CARGO) test $(LAB) --test failures -- --test-threads=1
+	$(STAGE) "lab tests" $(CARGO) test $(LAB) --test lab -- $(ONLY)
 
 # What make test does for seconds, for FUZZ_SECONDS each. A finding stays in tests/fuzz/regressions, to be replayed ever after.
 fuzz: deps

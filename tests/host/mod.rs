@@ -1,6 +1,7 @@
 //! What all system tests do with a booted lab: start xpcid, ask Xen who owns what, compare.
 
 pub mod errors;
+pub mod state;
 
 use std::time::{Duration, Instant};
 
@@ -24,9 +25,7 @@ const POLICIES: [&str; 3] = ["intel-82576-vf.yaml", "nvme.yaml", "virtio.yaml"];
 
 /// A lab with the product installed.
 pub fn builder() -> Builder {
-    let programs = Lab::builder()
-        .install("target/release/xpcid", "/usr/sbin/xpcid")
-        .install("target/release/xpci", "/usr/sbin/xpci");
+    let programs = Lab::builder().program("xpcid", "/usr/sbin/xpcid").program("xpci", "/usr/sbin/xpci");
     let programs =
         programs.install("tests/host/former-owners.yaml", "/usr/share/xpci/policies/lab-former-owners.yaml");
     POLICIES.iter().fold(programs, |lab, policy| {

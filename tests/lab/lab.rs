@@ -30,6 +30,7 @@ pub struct Builder {
     version: XenVersion,
     devices: Devices,
     install: Vec<(PathBuf, String)>,
+    programs: Vec<(String, String)>,
     guest_programs: Vec<String>,
     hvm_guests: bool,
     udev: bool,
@@ -54,6 +55,12 @@ impl Builder {
     /// the workspace's root.
     pub fn install(mut self, from: impl AsRef<Path>, to: &str) -> Self {
         self.install.push((logs::workspace().join(from), to.to_owned()));
+        self
+    }
+
+    /// Puts a program or example of this workspace into dom0: the one built beside the running program, in the same profile.
+    pub fn program(mut self, name: &str, to: &str) -> Self {
+        self.programs.push((name.to_owned(), to.to_owned()));
         self
     }
 
@@ -142,6 +149,11 @@ impl Builder {
             for (from, path) in &self.install {
                 programs.add(archive, path, from)?;
             }
+            for (name, path) in &self.programs {
+                let program = built(name)?;
+                crate::fresh::check(&program)?;
+                programs.add(archive, path, &program)?;
+            }
             if self.udev {
                 udev::add(archive, &images.trees)?;
             }
@@ -164,11 +176,14 @@ fn append(
     Ok(())
 }
 
-/// A program of this package, built by the same cargo run as whoever uses the lab.
+/// A program or example of this workspace, built in the same profile as whoever uses the lab.
 fn built(name: &str) -> Result<PathBuf> {
     let me = std::env::current_exe().context("finding this program")?;
-    let found = me.ancestors().skip(1).take(2).map(|d| d.join(name)).find(|p| p.exists());
-    found.with_context(|| format!("no {name} beside {}; run `cargo build -p xpci-tests`", me.display()))
+    let places = me.ancestors().skip(1).take(2).flat_map(|d| [d.join(name), d.join("examples").join(name)]);
+    let found = places.into_iter().find(|place| place.exists());
+    found.with_context(|| {
+        format!("no {name} beside {}; `make lab-test` builds all that the lab needs", me.display())
+    })
 }
 
 fn services_come_up(link: &Arc<Link>) -> Result<()> {
@@ -242,6 +257,7 @@ impl Lab {
             version: XenVersion::V4_17,
             devices: Devices::default(),
             install: Vec::new(),
+            programs: Vec::new(),
             guest_programs: Vec::new(),
             hvm_guests: false,
             udev: false,

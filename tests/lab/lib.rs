@@ -8,6 +8,7 @@ mod command;
 mod cpio;
 mod death;
 mod elf;
+mod fresh;
 mod guest;
 pub mod image;
 mod lab;
@@ -21,14 +22,17 @@ mod qmp;
 mod udev;
 mod wire;
 
-pub use bare::{BareGuest, Pending, unless_lost};
+pub use bare::{BareGuest, Pending};
 pub use command::{Command, DEFAULT_LIMIT, Output};
 pub use guest::{Guest, GuestConfig};
 pub use lab::{Builder, Lab};
 pub use link::Process;
+pub use logs::scratch;
 pub use machine::Devices;
 pub use packages::XenVersion;
 pub use wire::Exit;
 
 #[path = "../host/mod.rs"]
 pub mod host;
+#[path = "../scenes/mod.rs"]
+pub mod scenes;

@@ -23,6 +23,13 @@ pub(crate) fn folder(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// The path of a file for this name, next to the logs; machines run one at a time.
+pub fn scratch(name: &str) -> Result<PathBuf> {
+    let folder = workspace().join("target/lab-logs");
+    fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
+    Ok(folder.join(name))
+}
+
 const COLLECTED: [(&str, &str); 5] = [
     // What the processors of domains and Xen's timers wait for, should something hang.
     ("xl-dmesg.log", "xl debug-keys qvar; xl dmesg"),

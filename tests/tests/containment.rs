@@ -5,8 +5,12 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use xpci_tests::host::{PF, SOON, VFS, builder, guest, prepare, start_service, status, xpci};
-use xpci_tests::{Guest, Lab};
+use xpci_tests::host::state::{keep_running, kill_and_start, make_attached, make_held, no_problems};
+use xpci_tests::host::{PF, SOON, VFS, guest, prepare, xpci};
+use xpci_tests::scenes::{Check, Machine, Scene};
+use xpci_tests::{Guest, Lab, Process, checks};
+
+use crate::machines::HOST;
 
 /// The virtio-net with AER, behind a root port of its own.
 const VIRTIO: &str = "0000:02:00.0";
@@ -18,62 +22,124 @@ const LINK: u32 = 1 << 4;
 /// Registers by function and name, as setpci reads them.
 type Registers = BTreeMap<(String, String), u32>;
 
-#[test]
-fn the_path_of_assigned_functions_is_set_and_put_back() -> Result<()> {
-    let lab = builder().boot()?;
-    let mut service = prepare(&lab)?;
-    xpci(&lab, &format!("vf create {PF} 3"))?;
-    xpci(&lab, &format!("pci-assignable-add {} {} {VIRTIO}", VFS[0], VFS[1]))?;
-    let one = guest(&lab, "one")?;
+pub struct Containment<'a> {
+    lab: &'a Lab,
+    service: Process,
+    one: Guest<'a>,
+    port: String,
+    igb_port: String,
+    /// As they were before anything was assigned.
+    untouched: Registers,
+}
 
-    println!("E1: a firmware that had its own ideas");
-    let port = root_port(&lab, VIRTIO)?;
-    lab.dom0(&format!(
-        "setpci -s {port} CAP_EXP+1c.w=0007 ECAP_AER+8.l=00100000 ECAP_AER+c.l=00477030 && \
-         setpci -s {VIRTIO} CAP_EXP+8.w=0:f ECAP_AER+c.l=00467030"
-    ))
-    .ok()?;
-    let untouched = registers(&lab, &[VIRTIO, VFS[0]])?;
-    ensure!(of(&untouched, &port, "Root Control")? & 7 == 7, "{untouched:?}");
+impl<'a> Scene<'a> for Containment<'a> {
+    const NAME: &'static str = "containment";
+    const MACHINE: &'static Machine = &HOST;
 
-    println!("E1: attached, and whatever the guest writes");
-    let said = xpci(&lab, &format!("pci-attach one {VIRTIO}@0"))?;
-    println!("{said}{}", xpci(&lab, &format!("aer status {VIRTIO}"))?);
-    let set = registers(&lab, &[VIRTIO, VFS[0]])?;
-    wanted(&set, &port, true)?;
-    wanted(&set, VIRTIO, false)?;
+    /// A firmware that had its own ideas.
+    fn set_up(lab: &'a Lab) -> Result<Self> {
+        let service = prepare(lab)?;
+        xpci(lab, &format!("vf create {PF} 3"))?;
+        xpci(lab, &format!("pci-assignable-add {} {} {VIRTIO}", VFS[0], VFS[1]))?;
+        let one = guest(lab, "one")?;
+        let (port, igb_port) = (root_port(lab, VIRTIO)?, root_port(lab, VFS[0])?);
+        lab.dom0(&format!(
+            "setpci -s {port} CAP_EXP+1c.w=0007 ECAP_AER+8.l=00100000 ECAP_AER+c.l=00477030 && \
+             setpci -s {VIRTIO} CAP_EXP+8.w=0:f ECAP_AER+c.l=00467030"
+        ))
+        .ok()?;
+        let untouched = registers(lab, &[VIRTIO, VFS[0]])?;
+        ensure!(of(&untouched, &port, "Root Control")? & 7 == 7, "{untouched:?}");
+        Ok(Self { lab, service, one, port, igb_port, untouched })
+    }
+
+    fn checks() -> Vec<Check<Self>> {
+        checks![
+            the_path_of_an_attached_function_is_set,
+            what_the_guest_writes_does_not_reach_its_path,
+            detaching_puts_the_path_back,
+            a_port_of_two_functions_is_put_back_after_the_last_over_crashes_of_the_service,
+            a_sibling_that_pci_stub_holds_may_veto_recovery,
+            a_sibling_that_xen_pciback_holds_may_not,
+            the_service_knows_of_no_problem,
+        ]
+    }
+
+    fn restore(&mut self) -> Result<()> {
+        keep_running(self.lab, &mut self.service)?;
+        [VIRTIO, VFS[0], VFS[1]].iter().try_for_each(|function| make_held(self.lab, function))
+    }
+}
+
+fn the_path_of_an_attached_function_is_set(scene: &mut Containment<'_>) -> Result<()> {
+    let lab = scene.lab;
+    let said = xpci(lab, &format!("pci-attach one {VIRTIO}@0"))?;
+    println!("{said}{}", xpci(lab, &format!("aer status {VIRTIO}"))?);
+    let set = registers(lab, &[VIRTIO, VFS[0]])?;
+    wanted(&set, &scene.port, true)?;
+    wanted(&set, VIRTIO, false)
+}
+
+fn what_the_guest_writes_does_not_reach_its_path(scene: &mut Containment<'_>) -> Result<()> {
+    let (lab, one) = (scene.lab, &scene.one);
+    make_attached(lab, one, VIRTIO, Some(0))?;
+    let set = registers(lab, &[VIRTIO, VFS[0]])?;
     one.wait_for("the function", SOON, "[ -e /sys/bus/pci/devices/0000:00:00.0 ]")?;
-    guest_writes(&lab, &one)?;
-    ensure!(registers(&lab, &[VIRTIO, VFS[0]])? == set, "the guest's writes reached hardware");
-
-    println!("E1: detached");
-    xpci(&lab, &format!("pci-detach one {VIRTIO}"))?;
-    let now = registers(&lab, &[VIRTIO, VFS[0]])?;
-    ensure!(now == untouched, "before: {untouched:#x?}, now: {now:#x?}");
-
-    println!("E1: two functions below one port, and a service that is killed in between");
-    let igb_port = root_port(&lab, VFS[0])?;
-    xpci(&lab, &format!("pci-attach one {}", VFS[0]))?;
-    wanted(&registers(&lab, &[VFS[0]])?, &igb_port, true)?;
-    service.signal(9)?;
-    service.wait(SOON)?;
-    service = start_service(&lab)?;
-    println!("{}", xpci(&lab, &format!("pci-attach one {}", VFS[1]))?);
-    xpci(&lab, &format!("pci-detach one {}", VFS[0]))?;
-    wanted(&registers(&lab, &[VFS[0]])?, &igb_port, true)?;
-    service.signal(9)?;
-    service.wait(SOON)?;
-    service = start_service(&lab)?;
-    xpci(&lab, &format!("pci-detach one {}", VFS[1]))?;
-    let now = registers(&lab, &[VIRTIO, VFS[0]])?;
-    ensure!(now == untouched, "before: {untouched:#x?}, now: {now:#x?}");
-
-    println!("E4: who is hit, and who vetoes recovery");
-    blast_radius(&lab)?;
-
-    ensure!(service.ended().is_none(), "{}", service.output_so_far());
-    ensure!(status(&lab)?["problems"].as_array().is_some_and(Vec::is_empty), "{}", status(&lab)?);
+    guest_writes(lab, one)?;
+    let now = registers(lab, &[VIRTIO, VFS[0]])?;
+    ensure!(now == set, "before: {set:#x?}, now: {now:#x?}");
     Ok(())
+}
+
+fn detaching_puts_the_path_back(scene: &mut Containment<'_>) -> Result<()> {
+    make_attached(scene.lab, &scene.one, VIRTIO, Some(0))?;
+    xpci(scene.lab, &format!("pci-detach one {VIRTIO}"))?;
+    scene.is_untouched()
+}
+
+fn a_port_of_two_functions_is_put_back_after_the_last_over_crashes_of_the_service(
+    scene: &mut Containment<'_>,
+) -> Result<()> {
+    let lab = scene.lab;
+    xpci(lab, &format!("pci-attach one {}", VFS[0]))?;
+    wanted(&registers(lab, &[VFS[0]])?, &scene.igb_port, true)?;
+    kill_and_start(lab, &mut scene.service)?;
+    println!("{}", xpci(lab, &format!("pci-attach one {}", VFS[1]))?);
+    xpci(lab, &format!("pci-detach one {}", VFS[0]))?;
+    wanted(&registers(lab, &[VFS[0]])?, &scene.igb_port, true)?;
+    kill_and_start(lab, &mut scene.service)?;
+    xpci(lab, &format!("pci-detach one {}", VFS[1]))?;
+    scene.is_untouched()
+}
+
+fn a_sibling_that_pci_stub_holds_may_veto_recovery(scene: &mut Containment<'_>) -> Result<()> {
+    let stubbed = blast_radius_with(scene.lab, "pci-stub")?;
+    println!("{}", xpci(scene.lab, &format!("blast-radius {}", VFS[0]))?);
+    ensure!(addresses(&stubbed["link"]) == [PF, VFS[1], VFS[2]], "{stubbed}");
+    ensure!(addresses(&stubbed["vetoes"]) == [VFS[2]], "{stubbed}");
+    Ok(())
+}
+
+fn a_sibling_that_xen_pciback_holds_may_not(scene: &mut Containment<'_>) -> Result<()> {
+    let held = blast_radius_with(scene.lab, "pciback")?;
+    ensure!(addresses(&held["link"]) == [PF, VFS[1], VFS[2]], "{held}");
+    ensure!(addresses(&held["vetoes"]).is_empty(), "{held}");
+    ensure!(addresses(&held["iommu-group"]).is_empty(), "Linux switches ACS on under Xen: {held}");
+    Ok(())
+}
+
+fn the_service_knows_of_no_problem(scene: &mut Containment<'_>) -> Result<()> {
+    ensure!(scene.service.ended().is_none(), "{}", scene.service.output_so_far());
+    no_problems(scene.lab)
+}
+
+impl Containment<'_> {
+    /// The registers are as they were before anything was assigned.
+    fn is_untouched(&self) -> Result<()> {
+        let now = registers(self.lab, &[VIRTIO, VFS[0]])?;
+        ensure!(now == self.untouched, "before: {:#x?}, now: {now:#x?}", self.untouched);
+        Ok(())
+    }
 }
 
 fn json(lab: &Lab, arguments: &str) -> Result<Value> {
@@ -158,31 +224,22 @@ fn guest_writes(lab: &Lab, guest: &Guest<'_>) -> Result<()> {
     Ok(())
 }
 
-/// A VF with siblings that xen-pciback and pci-stub hold.
-fn blast_radius(lab: &Lab) -> Result<()> {
-    let bind = |driver: &str| {
-        let path = format!("/sys/bus/pci/devices/{}", VFS[2]);
-        let text = format!(
+/// Who is hit when a VF fails one of whose siblings this driver has.
+fn blast_radius_with(lab: &Lab, driver: &str) -> Result<Value> {
+    let path = format!("/sys/bus/pci/devices/{}", VFS[2]);
+    let bound = lab
+        .dom0(&format!(
             "modprobe pci-stub; [ ! -e {path}/driver ] || echo {0} > {path}/driver/unbind; \
              echo {driver} > {path}/driver_override; echo {0} > /sys/bus/pci/drivers_probe; \
              readlink {path}/driver",
             VFS[2]
-        );
-        let bound = lab.dom0(&text).ok()?;
-        ensure!(bound.trim().ends_with(driver), "{bound}");
-        json(lab, &format!("blast-radius {}", VFS[0]))
-    };
-    let addresses = |view: &Value| -> Vec<String> {
-        let sharers = view.as_array().map(Vec::as_slice).unwrap_or_default();
-        sharers.iter().filter_map(|sharer| sharer["address"].as_str().map(str::to_owned)).collect()
-    };
-    let stubbed = bind("pci-stub")?;
-    println!("{}", xpci(lab, &format!("blast-radius {}", VFS[0]))?);
-    ensure!(addresses(&stubbed["link"]) == [PF, VFS[1], VFS[2]], "{stubbed}");
-    ensure!(addresses(&stubbed["vetoes"]) == [VFS[2]], "{stubbed}");
-    let held = bind("pciback")?;
-    ensure!(addresses(&held["link"]) == [PF, VFS[1], VFS[2]], "{held}");
-    ensure!(addresses(&held["vetoes"]).is_empty(), "{held}");
-    ensure!(addresses(&held["iommu-group"]).is_empty(), "Linux switches ACS on under Xen: {held}");
-    Ok(())
+        ))
+        .ok()?;
+    ensure!(bound.trim().ends_with(driver), "{bound}");
+    json(lab, &format!("blast-radius {}", VFS[0]))
+}
+
+fn addresses(view: &Value) -> Vec<String> {
+    let sharers = view.as_array().map(Vec::as_slice).unwrap_or_default();
+    sharers.iter().filter_map(|sharer| sharer["address"].as_str().map(str::to_owned)).collect()
 }

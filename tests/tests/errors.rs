@@ -1,18 +1,22 @@
 //! Errors of functions that guests have, on a real Xen: raised in hardware by QEMU on a virtio-net behind a root port of its own, and
 //! by Linux's aer_inject on a VF of the 82576, whose driver recovers. E2, E3.
 //!
-//! One boot. A second guest's VF and the PF exchange packets from beginning to end, and lose none of note.
+//! A second guest's VF and the PF exchange packets from beginning to end, and lose none of note.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use xpci_tests::host::errors::{decision, history, raise, wait_for_history};
+use xpci_tests::host::state::{keep_running, make_attached, make_held, make_used, no_problems};
 use xpci_tests::host::{
-    PF, SERVICE, SOON, VFS, bring_up, builder, guest, inject_error, is_held, owner, ping, prepare, set_mac,
+    PF, SERVICE, SOON, VFS, bring_up, guest, inject_error, is_held, owner, ping, prepare, set_mac,
     start_service, state, status, wait_for_state, xpci, xpci_fails,
 };
-use xpci_tests::{Guest, GuestConfig, Lab};
+use xpci_tests::scenes::{Check, Machine, Scene};
+use xpci_tests::{Guest, GuestConfig, Lab, Process, checks};
+
+use crate::machines::HOST;
 
 /// The virtio-net that reports errors.
 const VIRTIO: &str = "0000:02:00.0";
@@ -24,58 +28,104 @@ const TRACING: &str = "/sys/kernel/tracing/instances";
 /// How long guests may take for an answer here, in seconds.
 const ANSWER: u64 = 3;
 
-#[test]
-fn errors_stay_with_their_guest() -> Result<()> {
-    let lab = builder().boot()?;
-    let mut service = prepare(&lab)?;
-    lab.dom0("modprobe aer_inject").ok()?;
-    xpci(&lab, &format!("vf create {PF} 3"))?;
-    for (index, mac) in ["52:54:00:aa:bb:01", "52:54:00:aa:bb:02"].iter().enumerate() {
-        set_mac(&lab, index, mac)?;
+pub struct Errors<'a> {
+    lab: &'a Lab,
+    service: Process,
+    one: Guest<'a>,
+    two: Guest<'a>,
+    _follower: Process,
+}
+
+impl<'a> Scene<'a> for Errors<'a> {
+    const NAME: &'static str = "errors";
+    const MACHINE: &'static Machine = &HOST;
+
+    fn set_up(lab: &'a Lab) -> Result<Self> {
+        let service = prepare(lab)?;
+        lab.dom0("modprobe aer_inject").ok()?;
+        xpci(lab, &format!("vf create {PF} 3"))?;
+        for (index, mac) in ["52:54:00:aa:bb:01", "52:54:00:aa:bb:02"].iter().enumerate() {
+            set_mac(lab, index, mac)?;
+        }
+        xpci(lab, &format!("pci-assignable-add {} {} {VIRTIO}", VFS[0], VFS[1]))?;
+        let (one, two) = (guest(lab, "one")?, guest(lab, "two")?);
+        xpci(lab, "pci-attach one 01:10.0@0")?;
+        xpci(lab, "pci-attach two 01:10.2@0")?;
+        bring_up(&one, "10.9.9.11")?;
+        bring_up(&two, "10.9.9.12")?;
+        policy(lab, "")?;
+        let _follower = lab.spawn("xpci events --follow --json")?;
+        lab.dom0("sh -c 'ping -i 0.5 -q 10.9.9.12 > /run/pings 2>&1 & echo $! > /run/pings.pid'").ok()?;
+        Ok(Self { lab, service, one, two, _follower })
     }
-    xpci(&lab, &format!("pci-assignable-add {} {} {VIRTIO}", VFS[0], VFS[1]))?;
-    let (one, two) = (guest(&lab, "one")?, guest(&lab, "two")?);
-    xpci(&lab, "pci-attach one 01:10.0@0")?;
-    xpci(&lab, "pci-attach two 01:10.2@0")?;
-    bring_up(&one, "10.9.9.11")?;
-    bring_up(&two, "10.9.9.12")?;
-    policy(&lab, "")?;
-    let _follower = lab.spawn("xpci events --follow --json")?;
-    lab.dom0("sh -c 'ping -i 0.5 -q 10.9.9.12 > /run/pings 2>&1 & echo $! > /run/pings.pid'").ok()?;
 
-    println!("the guest is told of a non-fatal error, asks for a reset, and recovers");
-    told_and_recovers(&lab, &one)?;
-    println!("a guest that is silent is contained in time; its VF comes back only when that is cleared");
-    silent(&lab, &one)?;
-    println!("errors that hardware raises, and each action of a policy");
-    actions(&lab, &one)?;
-    println!("10,000 correctable errors");
-    storm(&lab)?;
-    println!("a fatal error in hardware");
-    fatal(&lab, &one)?;
+    fn checks() -> Vec<Check<Self>> {
+        checks![
+            a_guest_that_is_told_asks_for_a_reset_and_recovers,
+            a_silent_guest_is_contained_in_time,
+            a_quarantined_vf_comes_back_only_when_it_is_cleared needs a_silent_guest_is_contained_in_time,
+            a_guest_that_knows_nothing_of_errors_loses_its_function,
+            reset_leaves_the_guest_its_function,
+            unplug_takes_the_function_from_its_guest,
+            log_leaves_the_function_alone,
+            pause_guest_pauses_it,
+            destroy_guest_destroys_it_and_its_function_is_held_again,
+            correctable_errors_in_masses_are_masked_and_summed_up,
+            a_fatal_error_quarantines_what_the_guest_had,
+            an_error_while_the_service_is_dead_is_found_by_its_successor,
+            the_second_guest_and_the_pf_never_noticed,
+            the_service_knows_of_no_problem,
+            a_stopped_service_leaves_no_tracing_instance,
+        ]
+    }
 
-    println!("an error that comes while the service is dead is found by its successor");
-    service.signal(9)?;
-    service.wait(SOON)?;
-    inject_error(&lab, VFS[0], 0, 1 << 6)?;
-    service = start_service(&lab)?;
-    wait_for_history(&lab, VFS[0], "correctable error of .* Bad TLP; log", 1)?;
-    ping(&one, "10.9.9.1")?;
+    fn restore(&mut self) -> Result<()> {
+        let lab = self.lab;
+        keep_running(lab, &mut self.service)?;
+        policy(lab, "")?;
+        lab.dom0("! xl list one | grep -qE ' --p--- ' || xl unpause one").ok()?;
+        make_held(lab, VIRTIO)?;
+        make_used(lab, &self.one, VFS[0], "10.9.9.11")?;
+        ping(&self.one, "10.9.9.1")
+    }
+}
 
-    println!("dom0, the PF and the second guest never noticed");
-    ping(&two, "10.9.9.1")?;
-    let pings = lab.dom0("kill -INT $(cat /run/pings.pid); sleep 1; cat /run/pings").ok()?;
+fn an_error_while_the_service_is_dead_is_found_by_its_successor(scene: &mut Errors<'_>) -> Result<()> {
+    let lab = scene.lab;
+    scene.service.signal(9)?;
+    scene.service.wait(SOON)?;
+    inject_error(lab, VFS[0], 0, 1 << 6)?;
+    scene.service = start_service(lab)?;
+    wait_for_history(lab, VFS[0], "correctable error of .* Bad TLP; log", 1)?;
+    ping(&scene.one, "10.9.9.1")
+}
+
+fn the_second_guest_and_the_pf_never_noticed(scene: &mut Errors<'_>) -> Result<()> {
+    let (lab, two) = (scene.lab, &scene.two);
+    ping(two, "10.9.9.1")?;
+    let pings =
+        lab.dom0("pid=$(cat /run/pings.pid); kill -INT $pid; while [ -e /proc/$pid ]; do usleep 100000; done; cat /run/pings");
+    let pings = pings.ok()?;
     let (sent, received) = counted(&pings).with_context(|| pings.clone())?;
     ensure!(sent > 30 && received + 3 >= sent, "{pings}");
-    ensure!(state(&lab, VFS[1])? == "attached", "{}", status(&lab)?);
+    ensure!(state(lab, VFS[1])? == "attached", "{}", status(lab)?);
     ensure!(!two.run("dmesg").ok()?.contains("pciback not responding"), "the second guest noticed");
-    ensure!(status(&lab)?["problems"].as_array().is_some_and(Vec::is_empty), "{}", status(&lab)?);
-    service.signal(15)?;
-    ensure!(service.wait(SOON)?.code == Some(0), "exit status of a stopped service");
-    lab.dom0(&format!("[ -d {TRACING} ] && [ ! -e {TRACING}/xpci ]"))
-        .ok()
-        .context("the tracing instance stays")?;
     Ok(())
+}
+
+fn the_service_knows_of_no_problem(scene: &mut Errors<'_>) -> Result<()> {
+    no_problems(scene.lab)
+}
+
+fn a_stopped_service_leaves_no_tracing_instance(scene: &mut Errors<'_>) -> Result<()> {
+    scene.service.signal(15)?;
+    ensure!(scene.service.wait(SOON)?.code == Some(0), "exit status of a stopped service");
+    scene
+        .lab
+        .dom0(&format!("[ -d {TRACING} ] && [ ! -e {TRACING}/xpci ]"))
+        .ok()
+        .context("the tracing instance stays")
+        .map(drop)
 }
 
 /// Puts a policy about errors in force.
@@ -95,7 +145,8 @@ fn links_up(guest: &Guest<'_>) -> Result<usize> {
     Ok(guest.run("dmesg").ok()?.matches("Link is Up").count())
 }
 
-fn told_and_recovers(lab: &Lab, one: &Guest<'_>) -> Result<()> {
+fn a_guest_that_is_told_asks_for_a_reset_and_recovers(scene: &mut Errors<'_>) -> Result<()> {
+    let (lab, one) = (scene.lab, &scene.one);
     let before = links_up(one)?;
     inject_error(lab, VFS[0], COMPLETION_TIMEOUT, 0)?;
     wait_for_history(lab, VFS[0], "has recovered", 1)?;
@@ -123,7 +174,8 @@ fn told_and_recovers(lab: &Lab, one: &Guest<'_>) -> Result<()> {
     Ok(())
 }
 
-fn silent(lab: &Lab, one: &Guest<'_>) -> Result<()> {
+fn a_silent_guest_is_contained_in_time(scene: &mut Errors<'_>) -> Result<()> {
+    let lab = scene.lab;
     lab.dom0("xl pause one").ok()?;
     let begun = Instant::now();
     inject_error(lab, VFS[0], COMPLETION_TIMEOUT, 0)?;
@@ -135,7 +187,11 @@ fn silent(lab: &Lab, one: &Guest<'_>) -> Result<()> {
     wait_for_history(lab, VFS[0], "did not answer in time; quarantine", 1)?;
     wait_for_state(lab, VFS[0], "quarantined")?;
     ensure!(is_held(lab, VFS[0])?, "{}", owner(lab, VFS[0])?);
-    lab.dom0("xl unpause one").ok()?;
+    lab.dom0("xl unpause one").ok().map(drop)
+}
+
+fn a_quarantined_vf_comes_back_only_when_it_is_cleared(scene: &mut Errors<'_>) -> Result<()> {
+    let (lab, one) = (scene.lab, &scene.one);
     let (exit, said) = xpci_fails(lab, "pci-attach one 01:10.0@0")?;
     ensure!(exit == 5 && said.contains("quarantine clear"), "{exit}: {said}");
     one.run("modprobe -r igbvf").ok()?;
@@ -157,7 +213,8 @@ fn hardware_error(lab: &Lab, wishes: &str, error: &str) -> Result<Value> {
     raise(lab, "e0", VIRTIO, error)
 }
 
-fn actions(lab: &Lab, one: &Guest<'_>) -> Result<()> {
+fn a_guest_that_knows_nothing_of_errors_loses_its_function(scene: &mut Errors<'_>) -> Result<()> {
+    let (lab, one) = (scene.lab, &scene.one);
     // Linux's virtio-pci knows nothing of errors; nobody has the function here, which is the same.
     let told = hardware_error(lab, "", "COMP_TIME")?;
     ensure!(told["action"] == "tell-guest" && told["severity"] == "non-fatal", "{told}");
@@ -166,33 +223,50 @@ fn actions(lab: &Lab, one: &Guest<'_>) -> Result<()> {
     ensure!(is_held(lab, VIRTIO)?, "{}", owner(lab, VIRTIO)?);
     let command = lab.dom0(&format!("setpci -s {VIRTIO} 4.w")).ok()?;
     ensure!(u16::from_str_radix(command.trim(), 16)? & 4 == 0, "bus mastering: {command}");
-    one.wait_for("its going", SOON, "[ ! -e /sys/bus/pci/devices/0000:00:01.0 ]")?;
+    one.wait_for("its going", SOON, "[ ! -e /sys/bus/pci/devices/0000:00:01.0 ]")
+}
 
+fn reset_leaves_the_guest_its_function(scene: &mut Errors<'_>) -> Result<()> {
+    let (lab, one) = (scene.lab, &scene.one);
     let reset = hardware_error(lab, ", non-fatal: reset", "COMP_TIME")?;
     ensure!(reset["action"] == "reset", "{reset}");
     wait_for_history(lab, VIRTIO, "it was reset; its guest keeps it", 1)?;
     ensure!(state(lab, VIRTIO)? == "attached", "{}", status(lab)?);
     ensure!(one.run("setpci -s 00:01.0 0.l").ok()?.trim() == "10411af4", "the guest has it");
+    Ok(())
+}
 
+fn unplug_takes_the_function_from_its_guest(scene: &mut Errors<'_>) -> Result<()> {
+    let (lab, one) = (scene.lab, &scene.one);
     let unplugged = hardware_error(lab, ", non-fatal: unplug", "COMP_TIME")?;
     ensure!(unplugged["action"] == "unplug", "{unplugged}");
     wait_for_state(lab, VIRTIO, "held")?;
-    one.wait_for("its going", SOON, "[ ! -e /sys/bus/pci/devices/0000:00:01.0 ]")?;
+    one.wait_for("its going", SOON, "[ ! -e /sys/bus/pci/devices/0000:00:01.0 ]")
+}
 
+fn log_leaves_the_function_alone(scene: &mut Errors<'_>) -> Result<()> {
+    let lab = scene.lab;
     let logged = hardware_error(lab, ", non-fatal: log", "COMP_TIME")?;
     ensure!(logged["action"] == "log" && state(lab, VIRTIO)? == "attached", "{logged}");
+    Ok(())
+}
 
+fn pause_guest_pauses_it(scene: &mut Errors<'_>) -> Result<()> {
+    let (lab, one) = (scene.lab, &scene.one);
     let paused = hardware_error(lab, ", non-fatal: pause-guest", "COMP_TIME")?;
     ensure!(paused["action"] == "pause-guest", "{paused}");
     lab.wait_for("the guest to be paused", SOON, "xl list one | grep -qE ' --p--- '")?;
     ensure!(state(lab, VIRTIO)? == "attached", "{}", status(lab)?);
     lab.dom0("xl unpause one").ok()?;
-    ping(one, "10.9.9.1")?;
+    ping(one, "10.9.9.1")
+}
 
-    // Another guest: this one is needed.
+fn destroy_guest_destroys_it_and_its_function_is_held_again(scene: &mut Errors<'_>) -> Result<()> {
+    let lab = scene.lab;
+    // Another guest: the first one is needed.
     let doomed = lab.guest(&GuestConfig::pv("doomed"))?;
     policy(lab, "")?;
-    xpci(lab, &format!("pci-detach one {VIRTIO}"))?;
+    make_held(lab, VIRTIO)?;
     xpci(lab, &format!("pci-attach doomed {VIRTIO}@1"))?;
     doomed.wait_for("the function", SOON, "[ -e /sys/bus/pci/devices/0000:00:01.0 ]")?;
     let nodes = format!("/local/domain/{}", doomed.domid()?);
@@ -213,10 +287,11 @@ fn ticks(lab: &Lab) -> Result<u64> {
     Ok(fields.get(11).context("no user time")? + fields.get(12).context("no system time")?)
 }
 
-fn storm(lab: &Lab) -> Result<()> {
+fn correctable_errors_in_masses_are_masked_and_summed_up(scene: &mut Errors<'_>) -> Result<()> {
     const ERRORS: u32 = 10_000;
+    let lab = scene.lab;
     policy(lab, ", mask-seconds: 5")?;
-    xpci(lab, &format!("pci-attach one {VIRTIO}@1"))?;
+    make_attached(lab, &scene.one, VIRTIO, Some(1))?;
     let mask = || -> Result<u32> {
         let text = lab.dom0(&format!("setpci -s {VIRTIO} ECAP_AER+14.l")).ok()?;
         Ok(u32::from_str_radix(text.trim(), 16)?)
@@ -250,7 +325,8 @@ fn storm(lab: &Lab) -> Result<()> {
 }
 
 /// The kernel resets the link, which does not succeed here; what the guest had is quarantined meanwhile.
-fn fatal(lab: &Lab, one: &Guest<'_>) -> Result<()> {
+fn a_fatal_error_quarantines_what_the_guest_had(scene: &mut Errors<'_>) -> Result<()> {
+    let (lab, one) = (scene.lab, &scene.one);
     let fatal = hardware_error(lab, "", "DLP")?;
     ensure!(fatal["severity"] == "fatal" && fatal["action"] == "quarantine", "{fatal}");
     wait_for_state(lab, VIRTIO, "quarantined")?;

@@ -1,23 +1,31 @@
 //! S5, S6, S8 on a real dom0: what it uses is not taken from it, what belongs to guests is held as soon as it appears, and a PF that
 //! nobody manages has VFs that only a policy gives away.
 
+use std::fs;
+
 use anyhow::{Context, Result, ensure};
+use xpci_tests::host::state::{keep_running, kill_and_start, no_problems};
 use xpci_tests::host::{
-    PF, SOON, VFS, builder, guest, is_held, known_to_xen, nothing_remains, owner, prepare, start_service,
-    status, wait_for_state, xpci, xpci_fails,
+    PF, SOON, VFS, builder, guest, is_held, known_to_xen, nothing_remains, owner, prepare, state,
+    wait_for_state, xpci, xpci_fails,
 };
-use xpci_tests::{Devices, Lab};
+use xpci_tests::scenes::{Check, Machine, Scene};
+use xpci_tests::{Builder, Devices, Lab, Process, checks, scratch};
+
+use crate::machines::clean;
 
 const DISK: &str = "0000:02:00.0";
 const SLOT: &str = "0000:03:00.0";
 /// Bytes of the disk: enough for a file system and for swap space.
 const DISK_SIZE: u64 = 32 << 20;
 
-#[test]
-fn functions_are_taken_from_nobody_who_uses_them_and_given_back_as_they_came() -> Result<()> {
-    let disk = tempfile::NamedTempFile::new()?;
-    disk.as_file().set_len(DISK_SIZE)?;
-    let file = disk.path().to_str().context("a path that is no text")?;
+static UDEV: Machine = Machine { name: "udev", builder: with_udev, clean, end: None };
+
+/// With udev, a disk that is written to, and a port for hotplug.
+fn with_udev() -> Result<Builder> {
+    let disk = scratch("holding.disk")?;
+    fs::File::create(&disk)?.set_len(DISK_SIZE)?;
+    let file = disk.to_str().context("a path that is no text")?;
     // As a namespace that controllers share: its block device does not lie below the function.
     let devices = Devices::none()
         .igb("igb0")
@@ -26,31 +34,83 @@ fn functions_are_taken_from_nobody_who_uses_them_and_given_back_as_they_came() -
         .arg("-blockdev", format!("file,node-name=disk-file,filename={file}"))
         .arg("-device", "nvme-ns,bus=disk,drive=disk-file,shared=on".into())
         .empty_port();
-    let lab = builder().udev().devices(devices).boot()?;
-    let service = prepare(&lab)?;
-    // From here on drivers are loaded as on any host, beside xpcid.
-    let _udev = lab.spawn("/usr/lib/systemd/systemd-udevd")?;
-    lab.wait_for("udev", SOON, "[ -S /run/udev/control ]")?;
+    Ok(builder().udev().devices(devices))
+}
 
-    println!("S8: an interface that is up, and one that is part of a bridge");
-    interfaces(&lab)?;
+pub struct Holding<'a> {
+    lab: &'a Lab,
+    service: Process,
+    _udev: Process,
+}
 
-    println!("S8: a mounted file system, and swap space");
-    block_devices(&lab)?;
+impl<'a> Scene<'a> for Holding<'a> {
+    const NAME: &'static str = "holding";
+    const MACHINE: &'static Machine = &UDEV;
 
-    println!("S6: a PF without a driver");
-    unmanaged(&lab)?;
+    fn set_up(lab: &'a Lab) -> Result<Self> {
+        let service = prepare(lab)?;
+        // From here on drivers are loaded as on any host, beside xpcid.
+        let _udev = lab.spawn("/usr/lib/systemd/systemd-udevd")?;
+        lab.wait_for("udev", SOON, "[ -S /run/udev/control ]")?;
+        lab.dom0("modprobe nvme; modprobe crc32c_generic; modprobe ext4").ok()?;
+        lab.wait_for("the disk", SOON, "[ -b /dev/nvme0n1 ]")?;
+        Ok(Self { lab, service, _udev })
+    }
 
-    println!("S1, S8: VFs that somebody else enables, and that policies keep for guests");
-    vfs_by_policy(&lab)?;
-    ensure!(status(&lab)?["problems"].as_array().is_some_and(Vec::is_empty), "{}", status(&lab)?);
+    fn checks() -> Vec<Check<Self>> {
+        checks![
+            an_interface_that_is_up_is_not_taken,
+            an_interface_of_a_bridge_is_not_taken,
+            an_interface_that_is_down_is_taken_and_given_back,
+            with_force_an_interface_that_is_up_is_taken,
+            a_mounted_file_system_is_not_taken,
+            swap_space_is_not_taken,
+            a_disk_that_nobody_uses_is_taken_and_given_back,
+            vfs_of_a_pf_without_a_driver_need_consent_and_pci_pf_stub,
+            an_untrusted_vf_needs_a_policy_that_permits_it needs vfs_of_a_pf_without_a_driver_need_consent_and_pci_pf_stub,
+            destroyed_vfs_leave_the_pf_without_a_driver needs vfs_of_a_pf_without_a_driver_need_consent_and_pci_pf_stub,
+            vfs_that_policies_keep_are_held_as_soon_as_they_appear,
+            the_service_knows_of_no_problem,
+            a_hotplugged_function_that_policies_keep_is_held,
+            a_service_that_starts_holds_what_nobody_uses needs a_hotplugged_function_that_policies_keep_is_held,
+            a_service_that_starts_leaves_what_is_used_and_says_so needs a_service_that_starts_holds_what_nobody_uses,
+        ]
+    }
 
-    println!("S8: a hotplugged function that policies keep for guests");
-    hotplugged(&lab)?;
+    fn restore(&mut self) -> Result<()> {
+        let lab = self.lab;
+        keep_running(lab, &mut self.service)?;
+        lab.dom0("umount '/mnt/a disk'; swapoff /dev/nvme0n1; rm -rf /etc/xpci/policies; xpci policy reload")
+            .ok()?;
+        xpci(lab, "vf set-count 01:00.0 0")?;
+        for function in [PF, DISK] {
+            if state(lab, function)? != "host" {
+                xpci(lab, &format!("pci-assignable-remove {function}"))?;
+            }
+        }
+        has_igb(lab)
+    }
+}
 
-    println!("S8: when the service starts, it holds what nobody uses");
-    drop(service);
-    at_start(&lab)
+/// The PF has its native driver.
+fn has_igb(lab: &Lab) -> Result<()> {
+    if driver(lab, PF)? != "igb" {
+        let path = format!("/sys/bus/pci/devices/{PF}");
+        lab.dom0(&format!(
+            "[ ! -e {path}/driver ] || echo {PF} > {path}/driver/unbind; echo > {path}/driver_override; \
+             echo {PF} > /sys/bus/pci/drivers/igb/bind"
+        ))
+        .limit(SOON)
+        .ok()?;
+    }
+    lab.wait_for("the PF's interface", SOON, &format!("[ -d /sys/bus/pci/devices/{PF}/net ]"))
+}
+
+/// The PF's interface, alone and up.
+fn interface_up(lab: &Lab) -> Result<String> {
+    let name = interface(lab, PF)?;
+    lab.dom0(&format!("ip link set {name} nomaster; ip link set {name} up")).ok()?;
+    Ok(name)
 }
 
 fn driver(lab: &Lab, function: &str) -> Result<String> {
@@ -69,19 +129,35 @@ fn interface(lab: &Lab, function: &str) -> Result<String> {
     Ok(lab.dom0(&format!("ls /sys/bus/pci/devices/{function}/net")).ok()?.trim().to_owned())
 }
 
-fn interfaces(lab: &Lab) -> Result<()> {
-    let name = interface(lab, PF)?;
+fn an_interface_that_is_up_is_not_taken(scene: &mut Holding<'_>) -> Result<()> {
+    let lab = scene.lab;
+    let name = interface_up(lab)?;
     refused(lab, "pci-assignable-add 01:00.0", &[&format!("interface {name} is up"), "--force"])?;
     ensure!(driver(lab, PF)? == "igb" && owner(lab, PF)? == "d0", "{}", owner(lab, PF)?);
+    Ok(())
+}
+
+fn an_interface_of_a_bridge_is_not_taken(scene: &mut Holding<'_>) -> Result<()> {
+    let lab = scene.lab;
+    let name = interface(lab, PF)?;
     lab.dom0(&format!("ip link add br0 type bridge && ip link set {name} master br0 down")).ok()?;
     refused(lab, "pci-assignable-add 01:00.0", &[&format!("interface {name} is part of br0")])?;
-    lab.dom0(&format!("ip link set {name} nomaster")).ok()?;
+    lab.dom0(&format!("ip link set {name} nomaster")).ok().map(drop)
+}
+
+fn an_interface_that_is_down_is_taken_and_given_back(scene: &mut Holding<'_>) -> Result<()> {
+    let lab = scene.lab;
+    let name = interface(lab, PF)?;
+    lab.dom0(&format!("ip link set {name} nomaster; ip link set {name} down")).ok()?;
     xpci(lab, "pci-assignable-add 01:00.0")?;
     ensure!(is_held(lab, PF)?, "{}", owner(lab, PF)?);
     xpci(lab, "pci-assignable-remove 01:00.0")?;
-    lab.wait_for("its interface", SOON, &format!("[ -d /sys/bus/pci/devices/{PF}/net ]"))?;
-    let name = interface(lab, PF)?;
-    lab.dom0(&format!("ip link set {name} up")).ok()?;
+    lab.wait_for("its interface", SOON, &format!("[ -d /sys/bus/pci/devices/{PF}/net ]"))
+}
+
+fn with_force_an_interface_that_is_up_is_taken(scene: &mut Holding<'_>) -> Result<()> {
+    let lab = scene.lab;
+    let name = interface_up(lab)?;
     let said = xpci(lab, "pci-assignable-add --force 01:00.0")?;
     ensure!(said.contains(&format!("is in use: interface {name} is up")), "{said}");
     xpci(lab, "pci-assignable-remove 01:00.0")?;
@@ -89,18 +165,26 @@ fn interfaces(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-fn block_devices(lab: &Lab) -> Result<()> {
-    lab.dom0("modprobe nvme; modprobe crc32c_generic; modprobe ext4").ok()?;
-    lab.wait_for("the disk", SOON, "[ -b /dev/nvme0n1 ]")?;
+fn a_mounted_file_system_is_not_taken(scene: &mut Holding<'_>) -> Result<()> {
+    let lab = scene.lab;
     lab.dom0("mke2fs /dev/nvme0n1 && mkdir -p '/mnt/a disk' && mount -t ext4 /dev/nvme0n1 '/mnt/a disk'")
         .ok()?;
     lab.dom0("echo kept > '/mnt/a disk/file'").ok()?;
     refused(lab, "pci-assignable-add 02:00.0", &["/dev/nvme0n1 is mounted at /mnt/a disk"])?;
     ensure!(driver(lab, DISK)? == "nvme", "{}", driver(lab, DISK)?);
     ensure!(lab.dom0("cat '/mnt/a disk/file'").ok()?.trim() == "kept", "the disk was disturbed");
-    lab.dom0("umount '/mnt/a disk' && mkswap /dev/nvme0n1 && swapon /dev/nvme0n1").ok()?;
+    lab.dom0("umount '/mnt/a disk'").ok().map(drop)
+}
+
+fn swap_space_is_not_taken(scene: &mut Holding<'_>) -> Result<()> {
+    let lab = scene.lab;
+    lab.dom0("mkswap /dev/nvme0n1 && swapon /dev/nvme0n1").ok()?;
     refused(lab, "pci-assignable-add 02:00.0", &["/dev/nvme0n1 is swap space"])?;
-    lab.dom0("swapoff /dev/nvme0n1").ok()?;
+    lab.dom0("swapoff /dev/nvme0n1").ok().map(drop)
+}
+
+fn a_disk_that_nobody_uses_is_taken_and_given_back(scene: &mut Holding<'_>) -> Result<()> {
+    let lab = scene.lab;
     xpci(lab, "pci-assignable-add 02:00.0")?;
     ensure!(is_held(lab, DISK)?, "{}", owner(lab, DISK)?);
     xpci(lab, "pci-assignable-remove 02:00.0")?;
@@ -108,7 +192,8 @@ fn block_devices(lab: &Lab) -> Result<()> {
     lab.wait_for("the disk again", SOON, "dd if=/dev/nvme0n1 of=/dev/null bs=64k count=1")
 }
 
-fn unmanaged(lab: &Lab) -> Result<()> {
+fn vfs_of_a_pf_without_a_driver_need_consent_and_pci_pf_stub(scene: &mut Holding<'_>) -> Result<()> {
+    let lab = scene.lab;
     lab.dom0(&format!("echo {PF} > /sys/bus/pci/devices/{PF}/driver/unbind")).limit(SOON).ok()?;
     refused(lab, "vf create 01:00.0 2", &["has no driver", "--unmanaged"])?;
     refused(lab, "vf create --unmanaged 01:00.0 2", &["modprobe pci-pf-stub"])?;
@@ -121,6 +206,11 @@ fn unmanaged(lab: &Lab) -> Result<()> {
         "{listed}"
     );
     ensure!(listed.lines().count() == 3 && known_to_xen(lab, VFS[1])?, "{listed}");
+    Ok(())
+}
+
+fn an_untrusted_vf_needs_a_policy_that_permits_it(scene: &mut Holding<'_>) -> Result<()> {
+    let lab = scene.lab;
     let one = guest(lab, "one")?;
     xpci(lab, "pci-assignable-add 01:10.0")?;
     refused(
@@ -136,13 +226,17 @@ fn unmanaged(lab: &Lab) -> Result<()> {
     one.wait_for("the VF", SOON, "grep -q 0x10ca /sys/bus/pci/devices/0000:00:00.0/device")?;
     xpci(lab, "pci-detach one 01:10.0")?;
     nothing_remains(lab, &one)?;
-    xpci(lab, "pci-assignable-remove 01:10.0")?;
+    xpci(lab, "pci-assignable-remove 01:10.0").map(drop)
+}
+
+fn destroyed_vfs_leave_the_pf_without_a_driver(scene: &mut Holding<'_>) -> Result<()> {
+    let lab = scene.lab;
     xpci(lab, "vf destroy 01:00.0")?;
     ensure!(driver(lab, PF)?.is_empty() && !known_to_xen(lab, VFS[0])?, "{}", driver(lab, PF)?);
     let left =
         lab.dom0(&format!("cat /sys/bus/pci/devices/{PF}/driver_override; ls /run/xpci/unmanaged")).ok()?;
     ensure!(left.trim() == "(null)", "{left}");
-    lab.dom0(&format!("echo {PF} > /sys/bus/pci/drivers/igb/bind")).limit(SOON).ok().map(drop)
+    has_igb(lab)
 }
 
 /// S1: udev has tagged the function, and systemd is asked to start xpcid for it.
@@ -158,7 +252,9 @@ fn starts_the_service(lab: &Lab, function: &str) -> Result<()> {
     Ok(())
 }
 
-fn vfs_by_policy(lab: &Lab) -> Result<()> {
+fn vfs_that_policies_keep_are_held_as_soon_as_they_appear(scene: &mut Holding<'_>) -> Result<()> {
+    let lab = scene.lab;
+    has_igb(lab)?;
     let keep = "match: {vendor: 8086, device: 10ca, function: virtual}\nhold: at-once\n";
     lab.push(keep.as_bytes(), "/etc/xpci/policies/vf.yaml")?;
     xpci(lab, "policy reload")?;
@@ -178,7 +274,12 @@ fn vfs_by_policy(lab: &Lab) -> Result<()> {
     xpci(lab, "vf destroy 01:00.0").map(drop)
 }
 
-fn hotplugged(lab: &Lab) -> Result<()> {
+fn the_service_knows_of_no_problem(scene: &mut Holding<'_>) -> Result<()> {
+    no_problems(scene.lab)
+}
+
+fn a_hotplugged_function_that_policies_keep_is_held(scene: &mut Holding<'_>) -> Result<()> {
+    let lab = scene.lab;
     let keep = "match: {vendor: 8086, device: 10d3}\nhold: at-once\n";
     lab.push(keep.as_bytes(), "/etc/xpci/policies/nic.yaml")?;
     xpci(lab, "policy reload")?;
@@ -198,18 +299,20 @@ fn hotplugged(lab: &Lab) -> Result<()> {
     wait_for_state(lab, SLOT, "host")
 }
 
-fn at_start(lab: &Lab) -> Result<()> {
-    lab.wait_for("the end of xpcid", SOON, "! pidof xpcid")?;
-    let service = start_service(lab)?;
+fn a_service_that_starts_holds_what_nobody_uses(scene: &mut Holding<'_>) -> Result<()> {
+    kill_and_start(scene.lab, &mut scene.service)?;
+    let lab = scene.lab;
     wait_for_state(lab, SLOT, "held")?;
     lab.wait_for("the end of it", SOON, &format!("xpci status | grep '^{SLOT}' | grep -qE 'pciback$'"))?;
     xpci(lab, "pci-assignable-remove 03:00.0")?;
-    lab.wait_for("its interface", SOON, &format!("[ -d /sys/bus/pci/devices/{SLOT}/net ]"))?;
-    let name = interface(lab, SLOT)?;
-    lab.dom0(&format!("ip link set {name} up")).ok()?;
-    drop(service);
-    lab.wait_for("the end of xpcid", SOON, "! pidof xpcid")?;
-    let _service = start_service(lab)?;
+    lab.wait_for("its interface", SOON, &format!("[ -d /sys/bus/pci/devices/{SLOT}/net ]"))
+}
+
+fn a_service_that_starts_leaves_what_is_used_and_says_so(scene: &mut Holding<'_>) -> Result<()> {
+    let name = interface(scene.lab, SLOT)?;
+    scene.lab.dom0(&format!("ip link set {name} up")).ok()?;
+    kill_and_start(scene.lab, &mut scene.service)?;
+    let lab = scene.lab;
     let said = format!("should be held at once: {SLOT} is in use: interface {name} is up");
     lab.wait_for("the problem", SOON, &format!("xpci status | grep -q '{said}'"))?;
     ensure!(driver(lab, SLOT)? == "e1000e", "{}", driver(lab, SLOT)?);

@@ -3,70 +3,120 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
+use xpci_tests::host::state::{keep_running, make_held};
 use xpci_tests::host::{
-    SOON, builder, guest, is_held, nothing_remains, owner, start_service, xpci, xpci_fails,
+    SOON, guest, is_held, nothing_remains, owner, start_service, state, xpci, xpci_fails,
 };
-use xpci_tests::{Devices, Guest, Lab};
+use xpci_tests::scenes::{Check, Machine, Scene};
+use xpci_tests::{Guest, Lab, Process, checks};
+
+use crate::machines::{HOST, WITHOUT_MSIX};
 
 const VIRTIO_MSIX: &str = "0000:02:00.0";
 const NVME: &str = "0000:03:00.0";
-const VIRTIO_INTX: &str = "0000:04:00.0";
+const VIRTIO_INTX: &str = WITHOUT_MSIX;
+/// The NVMe controller is a PF: without a policy it is refused (S5).
+const PERMIT: &str = "match: {class: '010802', function: physical}\npermit: physical-function\n";
 
-#[test]
-fn nvme_and_virtio_net() -> Result<()> {
-    let devices = Devices::default().device("virtio-net-pci,id=e1,vectors=0");
-    let lab = builder().devices(devices).boot()?;
-    lab.dom0("modprobe xen-pciback && modprobe nvme").ok()?;
-    lab.wait_for("the disk in dom0", SOON, "[ -b /dev/nvme0n1 ]")?;
-    // The NVMe controller is a PF: without a policy it is refused (S5).
-    let permit = "match: {class: '010802', function: physical}\npermit: physical-function\n";
-    let _service = start_service(&lab)?;
-    let before: Vec<String> = [VIRTIO_MSIX, NVME, VIRTIO_INTX]
-        .iter()
-        .map(|function| driver(&lab, function))
-        .collect::<Result<_>>()?;
-    let one = guest(&lab, "one")?;
-    xpci(&lab, &format!("pci-assignable-add {VIRTIO_MSIX} {NVME} {VIRTIO_INTX}"))?;
-    let (exit, said) = xpci_fails(&lab, &format!("pci-attach one {NVME}"))?;
+const FUNCTIONS: [&str; 3] = [VIRTIO_MSIX, NVME, VIRTIO_INTX];
+
+pub struct OtherDevices<'a> {
+    lab: &'a Lab,
+    service: Process,
+    one: Guest<'a>,
+    /// The drivers that they came from.
+    before: Vec<String>,
+}
+
+impl<'a> Scene<'a> for OtherDevices<'a> {
+    const NAME: &'static str = "other_devices";
+    const MACHINE: &'static Machine = &HOST;
+
+    fn set_up(lab: &'a Lab) -> Result<Self> {
+        lab.dom0("modprobe xen-pciback && modprobe nvme").ok()?;
+        lab.wait_for("the disk in dom0", SOON, "[ -b /dev/nvme0n1 ]")?;
+        let service = start_service(lab)?;
+        let before = FUNCTIONS.iter().map(|function| driver(lab, function)).collect::<Result<_>>()?;
+        let one = guest(lab, "one")?;
+        xpci(lab, &format!("pci-assignable-add {VIRTIO_MSIX} {NVME} {VIRTIO_INTX}"))?;
+        Ok(Self { lab, service, one, before })
+    }
+
+    fn checks() -> Vec<Check<Self>> {
+        checks![
+            a_pf_is_refused_until_a_policy_permits_it,
+            three_functions_are_attached_to_one_guest needs a_pf_is_refused_until_a_policy_permits_it,
+            nvme_reads_its_disk_by_dma_and_msix needs three_functions_are_attached_to_one_guest,
+            virtio_net_hears_of_its_link_by_msix needs three_functions_are_attached_to_one_guest,
+            virtio_net_hears_of_its_link_by_its_interrupt_line needs three_functions_are_attached_to_one_guest,
+            detached_functions_leave_nothing_in_the_guest,
+            functions_go_back_to_the_drivers_they_came_from,
+        ]
+    }
+
+    fn restore(&mut self) -> Result<()> {
+        keep_running(self.lab, &mut self.service)
+    }
+}
+
+fn a_pf_is_refused_until_a_policy_permits_it(scene: &mut OtherDevices<'_>) -> Result<()> {
+    let lab = scene.lab;
+    let (exit, said) = xpci_fails(lab, &format!("pci-attach one {NVME}"))?;
     ensure!(
         exit == 5 && said.contains("is a PF") && said.contains("permit: [physical-function]"),
         "{exit}: {said}"
     );
-    lab.push(permit.as_bytes(), "/etc/xpci/policies/nvme-pf.yaml")?;
-    xpci(&lab, "policy reload")?;
-    for (slot, function) in [VIRTIO_MSIX, NVME, VIRTIO_INTX].iter().enumerate() {
-        xpci(&lab, &format!("pci-attach one {function}@{slot}"))?;
-        ensure!(owner(&lab, function)? == format!("d{}", one.domid()?), "{}", owner(&lab, function)?);
-    }
+    lab.push(PERMIT.as_bytes(), "/etc/xpci/policies/nvme-pf.yaml")?;
+    xpci(lab, "policy reload").map(drop)
+}
 
-    println!("the guest's nvme reads its disk, by DMA and MSI-X");
+fn three_functions_are_attached_to_one_guest(scene: &mut OtherDevices<'_>) -> Result<()> {
+    let owned = format!("d{}", scene.one.domid()?);
+    for (slot, function) in FUNCTIONS.iter().enumerate() {
+        xpci(scene.lab, &format!("pci-attach one {function}@{slot}"))?;
+        ensure!(owner(scene.lab, function)? == owned, "{}", owner(scene.lab, function)?);
+    }
+    Ok(())
+}
+
+fn nvme_reads_its_disk_by_dma_and_msix(scene: &mut OtherDevices<'_>) -> Result<()> {
+    let one = &scene.one;
     one.run("modprobe nvme").ok()?;
     one.wait_for("the disk", SOON, "[ -b /dev/nvme0n1 ]")?;
     one.run("dd if=/dev/nvme0n1 of=/dev/null bs=64k count=16").limit(SOON).ok()?;
-    ensure!(interrupts(&one, "nvme0")? > 0, "the disk sent no interrupt");
+    ensure!(interrupts(one, "nvme0")? > 0, "the disk sent no interrupt");
+    Ok(())
+}
 
-    println!("virtio-net hears of its link by MSI-X, another one by its interrupt line");
-    one.run("modprobe virtio_pci; modprobe virtio_net").ok()?;
-    for (id, slot, kind) in [("e0", 0, "pcifront-msi-x"), ("e1", 2, "xen-pirq")] {
-        link_changes_are_heard(&lab, &one, id, slot, kind).with_context(|| id.to_owned())?;
-    }
+fn virtio_net_hears_of_its_link_by_msix(scene: &mut OtherDevices<'_>) -> Result<()> {
+    link_changes_are_heard(scene.lab, &scene.one, "e0", 0, "pcifront-msi-x")
+}
 
-    println!("back to dom0, each to the driver it came from");
-    one.run("modprobe -r nvme").ok()?;
-    for function in [VIRTIO_MSIX, NVME, VIRTIO_INTX] {
-        xpci(&lab, &format!("pci-detach one {function}"))?;
-        ensure!(is_held(&lab, function)?, "{function}: {}", owner(&lab, function)?);
+fn virtio_net_hears_of_its_link_by_its_interrupt_line(scene: &mut OtherDevices<'_>) -> Result<()> {
+    link_changes_are_heard(scene.lab, &scene.one, "e1", 2, "xen-pirq")
+}
+
+fn detached_functions_leave_nothing_in_the_guest(scene: &mut OtherDevices<'_>) -> Result<()> {
+    let lab = scene.lab;
+    scene.one.run("modprobe -r nvme").ok()?;
+    for function in FUNCTIONS {
+        if state(lab, function)? == "attached" {
+            xpci(lab, &format!("pci-detach one {function}"))?;
+        }
+        ensure!(is_held(lab, function)?, "{function}: {}", owner(lab, function)?);
     }
-    nothing_remains(&lab, &one)?;
-    xpci(&lab, &format!("pci-assignable-remove {VIRTIO_MSIX} {NVME} {VIRTIO_INTX}"))?;
-    for (function, before) in [VIRTIO_MSIX, NVME, VIRTIO_INTX].iter().zip(before) {
-        ensure!(
-            driver(&lab, function)? == before,
-            "{function}: {} instead of {before}",
-            driver(&lab, function)?
-        );
-        ensure!(owner(&lab, function)? == "d0", "{}", owner(&lab, function)?);
+    nothing_remains(lab, &scene.one)
+}
+
+fn functions_go_back_to_the_drivers_they_came_from(scene: &mut OtherDevices<'_>) -> Result<()> {
+    let lab = scene.lab;
+    FUNCTIONS.iter().try_for_each(|function| make_held(lab, function))?;
+    xpci(lab, &format!("pci-assignable-remove {VIRTIO_MSIX} {NVME} {VIRTIO_INTX}"))?;
+    for (function, before) in FUNCTIONS.iter().zip(&scene.before) {
+        let now = driver(lab, function)?;
+        ensure!(now == *before, "{function}: {now} instead of {before}");
+        ensure!(owner(lab, function)? == "d0", "{}", owner(lab, function)?);
     }
     lab.wait_for("the disk in dom0 again", SOON, "dd if=/dev/nvme0n1 of=/dev/null bs=64k count=1")
 }
@@ -84,6 +134,7 @@ fn interrupts(guest: &Guest<'_>, name: &str) -> Result<u64> {
 
 /// The device tells its driver by an interrupt that its link goes down and comes up.
 fn link_changes_are_heard(lab: &Lab, guest: &Guest<'_>, id: &str, slot: u8, kind: &str) -> Result<()> {
+    guest.run("modprobe virtio_pci && modprobe virtio_net").ok()?;
     let function = format!("/sys/bus/pci/devices/0000:00:{slot:02x}.0");
     let interface = format!("$(ls {function}/virtio*/net)");
     guest.wait_for("its interface", SOON, &format!("ls {function}/virtio*/net"))?;

@@ -2,81 +2,149 @@
 //! agree each time, and no guest keeps anything of what is gone.
 
 use anyhow::{Context, Result, ensure};
+use xpci_tests::host::state::{keep_running, no_problems};
 use xpci_tests::host::{
-    PF, SERVICE, SOON, VFS, bring_up, builder, guest, is_held, known_to_xen, nothing_remains, owner, ping,
-    prepare, set_mac, start_service, status, wait_for_state, xpci, xpci_fails,
+    PF, SERVICE, SOON, VFS, bring_up, guest, is_held, known_to_xen, nothing_remains, owner, ping, prepare,
+    set_mac, start_service, state, wait_for_state, xpci, xpci_fails,
 };
-use xpci_tests::{Devices, Guest, Lab, Process};
+use xpci_tests::scenes::{Check, Machine, Scene};
+use xpci_tests::{Guest, Lab, Process, checks};
+
+use crate::machines::{HOST, MANY, REMOVABLE, REMOVABLE_DEVICE};
 
 const NVME: &str = "0000:03:00.0";
-const SLOT: &str = "0000:02:00.0";
-/// More than fit below one device number: their functions need ARI.
-const MANY: u16 = 64;
 
-#[test]
-fn functions_come_and_go_by_every_route() -> Result<()> {
-    let devices = Devices::none().igb("igb0").device("virtio-net-pci,id=e0,vectors=0").nvme("nvme0", MANY);
-    let forget = "target/release/examples/forget";
-    let lab = builder().install(forget, "/usr/sbin/forget").devices(devices).boot()?;
-    let service = prepare(&lab)?;
-    let one = guest(&lab, "one")?;
+pub struct Vfs<'a> {
+    lab: &'a Lab,
+    service: Process,
+    one: Guest<'a>,
+}
 
-    println!("S2: VFs by command");
-    xpci(&lab, &format!("vf create {PF} 3"))?;
-    in_step(&lab, 3)?;
-    xpci(&lab, &format!("vf set-count {PF} 0"))?;
-    in_step(&lab, 0)?;
+impl<'a> Scene<'a> for Vfs<'a> {
+    const NAME: &'static str = "vfs";
+    const MACHINE: &'static Machine = &HOST;
 
-    println!("S1: VFs by sysfs, behind xpcid's back");
-    numvfs(&lab, 2)?;
-    in_step(&lab, 2)?;
-    attach_and_use(&lab, &one)?;
+    fn set_up(lab: &'a Lab) -> Result<Self> {
+        let service = prepare(lab)?;
+        Ok(Self { lab, service, one: guest(lab, "one")? })
+    }
 
-    println!("S1: drift made on purpose is found, shown and repaired");
-    drift(&lab)?;
-    ping(&one, "10.9.9.1")?;
+    fn checks() -> Vec<Check<Self>> {
+        checks![
+            vfs_come_and_go_by_command,
+            vfs_that_sysfs_enables_are_noticed_and_can_be_attached,
+            drift_made_on_purpose_is_found_shown_and_repaired,
+            drift_at_the_start_of_the_service_is_repaired_and_said,
+            vfs_in_use_are_not_disabled_and_their_user_is_named,
+            a_vf_whose_pf_lost_its_driver_is_withdrawn_from_its_guest,
+            vfs_come_back_with_the_pfs_driver_for_the_same_guest,
+            a_function_that_is_pulled_out_is_gone_and_nothing_of_it_remains,
+            another_device_in_its_slot_can_be_attached needs a_function_that_is_pulled_out_is_gone_and_nothing_of_it_remains,
+            the_first_and_the_last_of_many_vfs_are_attached_and_given_back,
+            the_service_knows_of_no_problem,
+        ]
+    }
 
-    println!("S1: drift that is there when xpcid starts is repaired by itself, and said");
-    let service = drift_at_start(&lab, service)?;
-    ping(&one, "10.9.9.1")?;
+    /// Two VFs, the first of them in the guest.
+    fn restore(&mut self) -> Result<()> {
+        keep_running(self.lab, &mut self.service)?;
+        has_a_driver(self.lab)?;
+        two_vfs_one_attached(self)
+    }
+}
 
-    println!("S2: VFs in use are not disabled by command, and who uses them is named");
-    let (exit, said) = xpci_fails(&lab, &format!("vf set-count {PF} 0"))?;
-    ensure!(
-        exit == 5 && said.contains(&format!("01:10.0 (attached domain {})", one.domid()?)),
-        "{exit}: {said}"
-    );
+/// The state that most checks begin with.
+fn two_vfs_one_attached(scene: &mut Vfs<'_>) -> Result<()> {
+    let (lab, one) = (scene.lab, &scene.one);
+    if state(lab, VFS[0])? == "attached" {
+        return Ok(());
+    }
+    if xpci(lab, &format!("vf list {PF}"))?.lines().count() != 3 {
+        xpci(lab, &format!("vf set-count {PF} 0"))?;
+        numvfs(lab, 2)?;
+    }
+    attach_and_use(lab, one)
+}
 
-    println!("S2: the PF's driver is unloaded under the guest: its VF is withdrawn, nothing hangs");
+fn vfs_come_and_go_by_command(scene: &mut Vfs<'_>) -> Result<()> {
+    let lab = scene.lab;
+    xpci(lab, &format!("vf create {PF} 3"))?;
+    in_step(lab, 3)?;
+    xpci(lab, &format!("vf set-count {PF} 0"))?;
+    in_step(lab, 0)
+}
+
+fn vfs_that_sysfs_enables_are_noticed_and_can_be_attached(scene: &mut Vfs<'_>) -> Result<()> {
+    let lab = scene.lab;
+    xpci(lab, &format!("vf set-count {PF} 0"))?;
+    numvfs(lab, 2)?;
+    in_step(lab, 2)?;
+    attach_and_use(lab, &scene.one)
+}
+
+fn drift_made_on_purpose_is_found_shown_and_repaired(scene: &mut Vfs<'_>) -> Result<()> {
+    two_vfs_one_attached(scene)?;
+    drift(scene.lab)?;
+    ping(&scene.one, "10.9.9.1")
+}
+
+fn drift_at_the_start_of_the_service_is_repaired_and_said(scene: &mut Vfs<'_>) -> Result<()> {
+    two_vfs_one_attached(scene)?;
+    drift_at_start(scene)?;
+    ping(&scene.one, "10.9.9.1")
+}
+
+fn vfs_in_use_are_not_disabled_and_their_user_is_named(scene: &mut Vfs<'_>) -> Result<()> {
+    two_vfs_one_attached(scene)?;
+    let (exit, said) = xpci_fails(scene.lab, &format!("vf set-count {PF} 0"))?;
+    let user = format!("01:10.0 (attached domain {})", scene.one.domid()?);
+    ensure!(exit == 5 && said.contains(&user), "{exit}: {said}");
+    Ok(())
+}
+
+fn a_vf_whose_pf_lost_its_driver_is_withdrawn_from_its_guest(scene: &mut Vfs<'_>) -> Result<()> {
+    two_vfs_one_attached(scene)?;
+    let (lab, one) = (scene.lab, &scene.one);
     // Not while its vectors are bound: Xen panics then, whoever removes the function (docs/xen-answers.md).
     one.run("modprobe -r igbvf").ok()?;
     lab.dom0("modprobe -r igb").limit(SOON).ok()?;
-    wait_for_state(&lab, VFS[0], "gone")?;
+    wait_for_state(lab, VFS[0], "gone")?;
     one.wait_for("its function to go", SOON, "[ ! -e /sys/bus/pci/devices/0000:00:00.0 ]")?;
-    nothing_remains(&lab, &one)?;
-    ensure!(!known_to_xen(&lab, VFS[0])? && !known_to_xen(&lab, VFS[1])?, "Xen lists VFs that are gone");
+    nothing_remains(lab, one)?;
+    ensure!(!known_to_xen(lab, VFS[0])? && !known_to_xen(lab, VFS[1])?, "Xen lists VFs that are gone");
+    Ok(())
+}
 
-    println!("the PF's driver comes back, and so do its VFs, for the same guest");
+/// The PF has its driver, and is up with its address.
+fn has_a_driver(lab: &Lab) -> Result<()> {
+    let interface = format!("$(ls /sys/bus/pci/devices/{PF}/net)");
     lab.dom0(&format!(
-        "modprobe igb && ip link set $(ls /sys/bus/pci/devices/{PF}/net) up && \
-         ip addr add 10.9.9.1/24 dev $(ls /sys/bus/pci/devices/{PF}/net)"
+        "modprobe igb && ip link set {interface} up && \
+         {{ ip addr show {interface} | grep -q 10.9.9.1/ || ip addr add 10.9.9.1/24 dev {interface}; }}"
     ))
-    .ok()?;
-    xpci(&lab, &format!("vf create {PF} 2"))?;
-    wait_for_state(&lab, VFS[0], "host")?;
-    in_step(&lab, 2)?;
-    attach_and_use(&lab, &one)?;
+    .ok()
+    .map(drop)
+}
+
+fn vfs_come_back_with_the_pfs_driver_for_the_same_guest(scene: &mut Vfs<'_>) -> Result<()> {
+    let (lab, one) = (scene.lab, &scene.one);
+    _ = one.run("modprobe -r igbvf").run()?;
+    lab.dom0("modprobe -r igb").limit(SOON).ok()?;
+    has_a_driver(lab)?;
+    xpci(lab, &format!("vf create {PF} 2"))?;
+    wait_for_state(lab, VFS[0], "host")?;
+    in_step(lab, 2)?;
+    attach_and_use(lab, one)?;
     one.run("modprobe -r igbvf").ok()?;
-    xpci(&lab, "pci-detach one 01:10.0")?;
+    xpci(lab, "pci-detach one 01:10.0").map(drop)
+}
 
-    println!("S1: an assigned function is pulled out, and another device put into its slot");
-    hot_unplug(&lab, &one)?;
-
-    println!("S2: {MANY} VFs of an NVMe controller");
-    many(&lab, &one)?;
-
-    ensure!(service.ended().is_none(), "{}", service.output_so_far());
-    ensure!(status(&lab)?["problems"].as_array().is_some_and(Vec::is_empty), "{}", status(&lab)?);
+/// No guest has the first VF, so that other functions come to its place.
+fn no_vf_attached(scene: &Vfs<'_>) -> Result<()> {
+    _ = scene.one.run("modprobe -r igbvf").run()?;
+    if state(scene.lab, VFS[0])? == "attached" {
+        xpci(scene.lab, "pci-detach one 01:10.0")?;
+    }
     Ok(())
 }
 
@@ -115,17 +183,18 @@ fn drift(lab: &Lab) -> Result<()> {
 }
 
 /// Xen forgets a function while xpcid does not run.
-fn drift_at_start(lab: &Lab, service: Process) -> Result<Process> {
+fn drift_at_start(scene: &mut Vfs<'_>) -> Result<()> {
+    let lab = scene.lab;
     lab.dom0(&format!("kill -9 {SERVICE}")).ok()?;
-    service.wait(SOON)?;
+    scene.service.wait(SOON)?;
     lab.dom0(&format!("forget {}", VFS[1])).ok()?;
     ensure!(!known_to_xen(lab, VFS[1])?, "Xen forgot it");
-    let service = start_service(lab)?;
+    scene.service = start_service(lab)?;
     let said = format!("xpci status | grep -q '^repaired: report {} to Xen'", VFS[1]);
     lab.wait_for("the repair", SOON, &said)?;
     ensure!(owner(lab, VFS[1])? == "d0", "{}", owner(lab, VFS[1])?);
     ensure!(xpci(lab, "sync --dry-run")?.contains("agree"), "all is in step");
-    Ok(service)
+    Ok(())
 }
 
 fn attach_and_use(lab: &Lab, one: &Guest<'_>) -> Result<()> {
@@ -136,32 +205,42 @@ fn attach_and_use(lab: &Lab, one: &Guest<'_>) -> Result<()> {
     ping(one, "10.9.9.1")
 }
 
-fn hot_unplug(lab: &Lab, one: &Guest<'_>) -> Result<()> {
-    xpci(lab, "pci-assignable-add 02:00.0")?;
-    xpci(lab, "pci-attach one 02:00.0")?;
+fn a_function_that_is_pulled_out_is_gone_and_nothing_of_it_remains(scene: &mut Vfs<'_>) -> Result<()> {
+    no_vf_attached(scene)?;
+    let (lab, one) = (scene.lab, &scene.one);
+    xpci(lab, &format!("pci-assignable-add {REMOVABLE}"))?;
+    xpci(lab, &format!("pci-attach one {REMOVABLE}"))?;
     one.wait_for("the function", SOON, "[ -e /sys/bus/pci/devices/0000:00:00.0 ]")?;
-    lab.monitor("device_del e0")?;
-    wait_for_state(lab, SLOT, "gone")?;
+    lab.monitor("device_del e2")?;
+    wait_for_state(lab, REMOVABLE, "gone")?;
     one.wait_for("its going", SOON, "[ ! -e /sys/bus/pci/devices/0000:00:00.0 ]")?;
     nothing_remains(lab, one)?;
-    ensure!(!known_to_xen(lab, SLOT)?, "Xen lists what was pulled out");
-    lab.monitor("device_add e1000e,id=e9,bus=rp2")?;
-    lab.wait_for(
-        "another device in the slot",
-        SOON,
-        &format!("grep -q 0x10d3 /sys/bus/pci/devices/{SLOT}/device"),
-    )?;
-    wait_for_state(lab, SLOT, "host")?;
-    ensure!(owner(lab, SLOT)? == "d0", "{}", owner(lab, SLOT)?);
-    xpci(lab, "pci-assignable-add 02:00.0")?;
-    ensure!(is_held(lab, SLOT)?, "{}", owner(lab, SLOT)?);
-    xpci(lab, "pci-attach one 02:00.0")?;
-    one.wait_for("the other device", SOON, "grep -q 0x10d3 /sys/bus/pci/devices/0000:00:00.0/device")?;
-    xpci(lab, "pci-detach one 02:00.0")?;
-    xpci(lab, "pci-assignable-remove 02:00.0").map(drop)
+    ensure!(!known_to_xen(lab, REMOVABLE)?, "Xen lists what was pulled out");
+    Ok(())
 }
 
-fn many(lab: &Lab, one: &Guest<'_>) -> Result<()> {
+fn another_device_in_its_slot_can_be_attached(scene: &mut Vfs<'_>) -> Result<()> {
+    let (lab, one) = (scene.lab, &scene.one);
+    lab.monitor("device_add e1000e,id=e9,bus=rp5")?;
+    let there = format!("grep -q 0x10d3 /sys/bus/pci/devices/{REMOVABLE}/device");
+    lab.wait_for("another device in the slot", SOON, &there)?;
+    wait_for_state(lab, REMOVABLE, "host")?;
+    ensure!(owner(lab, REMOVABLE)? == "d0", "{}", owner(lab, REMOVABLE)?);
+    xpci(lab, &format!("pci-assignable-add {REMOVABLE}"))?;
+    ensure!(is_held(lab, REMOVABLE)?, "{}", owner(lab, REMOVABLE)?);
+    xpci(lab, &format!("pci-attach one {REMOVABLE}"))?;
+    one.wait_for("the other device", SOON, "grep -q 0x10d3 /sys/bus/pci/devices/0000:00:00.0/device")?;
+    xpci(lab, &format!("pci-detach one {REMOVABLE}"))?;
+    xpci(lab, &format!("pci-assignable-remove {REMOVABLE}"))?;
+    lab.monitor("device_del e9")?;
+    lab.wait_for("its removal", SOON, &format!("[ ! -e /sys/bus/pci/devices/{REMOVABLE} ]"))?;
+    lab.monitor(&format!("device_add {REMOVABLE_DEVICE}"))?;
+    lab.wait_for("the first device again", SOON, &format!("[ -e /sys/bus/pci/devices/{REMOVABLE} ]"))
+}
+
+fn the_first_and_the_last_of_many_vfs_are_attached_and_given_back(scene: &mut Vfs<'_>) -> Result<()> {
+    no_vf_attached(scene)?;
+    let (lab, one) = (scene.lab, &scene.one);
     lab.dom0("modprobe nvme").ok()?;
     lab.wait_for("the controller's driver", SOON, &format!("[ -e /sys/bus/pci/drivers/nvme/{NVME} ]"))?;
     xpci(lab, &format!("vf create {NVME} {MANY}"))?;
@@ -189,4 +268,9 @@ fn many(lab: &Lab, one: &Guest<'_>) -> Result<()> {
     ensure!(left.is_empty() && !known_to_xen(lab, last)?, "{left}");
     lab.dom0(&format!("[ ! -e /sys/bus/pci/devices/{last} ]")).ok().context("sysfs")?;
     Ok(())
+}
+
+fn the_service_knows_of_no_problem(scene: &mut Vfs<'_>) -> Result<()> {
+    ensure!(scene.service.ended().is_none(), "{}", scene.service.output_so_far());
+    no_problems(scene.lab)
 }

@@ -1,14 +1,20 @@
 //! Functions that a guest has for good: it finds them again in its next domain, which xl lets run at once. P6.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use xpci_tests::BareGuest;
+use xpci_tests::host::state::{make_held, no_problems};
 use xpci_tests::host::{SOON, VFS, state, status, xpci, xpci_fails};
-use xpci_tests::{BareGuest, Lab};
 
-const UUID: &str = "5f6e2a34-0d2b-4f0c-9f5e-3c1d7a9b1e57";
+use super::Hvm;
+
+pub const UUID: &str = "5f6e2a34-0d2b-4f0c-9f5e-3c1d7a9b1e57";
 const SLOT: u32 = 6;
 
-/// A guest that ends and is created again, or resets itself, has its function before its firmware looks for devices.
-pub fn created_again(lab: &Lab) -> Result<()> {
+/// A guest that ends and is created again has its function before its firmware looks for devices.
+pub fn the_next_domain_has_its_persistent_function(scene: &mut Hvm<'_>) -> Result<()> {
+    let lab = scene.lab;
+    scene.one.take().map_or(Ok(()), BareGuest::destroy)?;
+    make_held(lab, VFS[0])?;
     let mut guest = BareGuest::create(lab, "lasting", &[&format!("uuid=\"{UUID}\"")])?;
     xpci(lab, &format!("pci-attach --persist lasting 01:10.0@{SLOT}"))?;
     guest.start()?;
@@ -20,10 +26,16 @@ pub fn created_again(lab: &Lab) -> Result<()> {
     guest.create_again()?;
     has_it(&guest)?;
     ensure!(state(lab, VFS[0])? == "attached", "{}", status(lab)?);
+    scene.one = Some(guest);
+    Ok(())
+}
+
+pub fn a_guest_that_resets_itself_has_its_persistent_function(scene: &mut Hvm<'_>) -> Result<()> {
+    let lab = scene.lab;
+    let mut guest = scene.one.take().context("the bare guest is gone")?;
     guest.reset()?;
     has_it(&guest)?;
-    let found = status(lab)?;
-    ensure!(found["problems"].as_array().is_some_and(Vec::is_empty), "{found}");
+    no_problems(lab)?;
     lab.dom0("[ -z \"$(ls /run/xpci/paused)\" ]").ok()?;
     let said = xpci(lab, "pci-list --persistent")?;
     ensure!(said.contains(VFS[0]) && said.contains("persistent for lasting"), "{said}");

@@ -1,13 +1,14 @@
 //! Errors of HVM guests' functions, raised in hardware by QEMU: what a policy says is done, and what is left in the guest.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use xpci_tests::host::errors::{raise, wait_for_history};
-use xpci_tests::host::{is_held, owner, state, status, wait_for_state, xpci, xpci_fails};
+use xpci_tests::host::state::make_held;
+use xpci_tests::host::{SOON, is_held, owner, state, status, wait_for_state, xpci, xpci_fails};
 use xpci_tests::{BareGuest, Lab};
 
-use crate::{COMMAND, SOON, VIRTIO, VIRTIO_SLOTS};
+use super::{COMMAND, HvmDevices, VIRTIO, VIRTIO_SLOTS};
 
-const POLICY: &str = "/etc/xpci/policies/errors.yaml";
+pub const POLICY: &str = "/etc/xpci/policies/errors.yaml";
 /// BAR 4 of a virtio device has its registers; the first ones are those of Virtio 1.2, section 4.1.4.3: how many queues.
 const BAR4: u32 = 0x20;
 const QUEUES: u32 = 0x12;
@@ -26,84 +27,118 @@ fn seen(one: &BareGuest<'_>, slot: u32, register: u32) -> Result<(u32, u32)> {
 const IDENTITY: u32 = 0x1041_1af4;
 const NOBODY: (u32, u32) = (u32::MAX, 0xffff);
 
-/// Each action of a policy. There is no protocol to tell an HVM guest of errors.
-pub fn contained(lab: &Lab, one: BareGuest<'_>) -> Result<()> {
-    let [first, second] = VIRTIO;
-    let [own, other] = VIRTIO_SLOTS.map(|slot| crate::open(&one, slot, BAR4));
-    let (own, other) = (own? + QUEUES, other? + QUEUES);
-    let (slot, second_slot) = (VIRTIO_SLOTS[0], VIRTIO_SLOTS[1]);
-    let healthy = seen(&one, slot, own)?;
-    ensure!(healthy.0 == IDENTITY && healthy.1 == 3, "{healthy:x?}");
+/// Where the registers of both virtio functions are in the guest, with decoding on, and what a healthy one reads.
+struct Places {
+    own: u32,
+    other: u32,
+}
 
-    println!("E2: reset: the function begins anew, and the guest keeps it");
+const SLOT: u32 = VIRTIO_SLOTS[0];
+const SECOND: u32 = VIRTIO_SLOTS[1];
+const HEALTHY: (u32, u32) = (IDENTITY, 3);
+
+fn places(one: &BareGuest<'_>) -> Result<Places> {
+    let [own, other] = VIRTIO_SLOTS.map(|slot| super::open(one, slot, BAR4));
+    Ok(Places { own: own? + QUEUES, other: other? + QUEUES })
+}
+
+fn is_healthy(one: &BareGuest<'_>, slot: u32, register: u32) -> Result<()> {
+    let found = seen(one, slot, register)?;
+    ensure!(found == HEALTHY, "slot {slot:x} reads {found:x?}");
+    Ok(())
+}
+
+/// The guest keeps it, and sets it up anew.
+pub fn reset_lets_the_function_begin_anew_in_its_guest(scene: &mut HvmDevices<'_>) -> Result<()> {
+    let (lab, one, [first, _]) = (scene.lab, scene.one()?, VIRTIO);
+    let Places { own, other } = places(one)?;
+    is_healthy(one, SLOT, own)?;
     policy(lab, "non-fatal: reset")?;
     let decision = raise(lab, "e0", first, "COMP_TIME")?;
     ensure!(decision["action"] == "reset" && decision["domain"] == one.domid()?, "{decision}");
     wait_for_history(lab, first, "it was reset; its guest keeps it", 1)?;
     ensure!(state(lab, first)? == "attached", "{}", status(lab)?);
-    ensure!(seen(&one, slot, own)? == (IDENTITY, 0xffff), "{:x?} after the reset", seen(&one, slot, own)?);
+    ensure!(seen(one, SLOT, own)? == (IDENTITY, 0xffff), "{:x?} after the reset", seen(one, SLOT, own)?);
     ensure!(one.number(&format!("r {BAR4:x} 4"))? & !0xf == 0, "a BAR is placed: {}", one.tell("r 20 4")?);
     one.tell(&format!("w {BAR4:x} 4 {:x}", own - QUEUES))?;
     one.tell(&format!("w {COMMAND:x} 2 6"))?;
-    ensure!(seen(&one, slot, own)? == healthy, "{:x?} when it is set up anew", seen(&one, slot, own)?);
-    ensure!(
-        seen(&one, second_slot, other)? == healthy,
-        "the other one: {:x?}",
-        seen(&one, second_slot, other)?
-    );
+    is_healthy(one, SLOT, own).context("when it is set up anew")?;
+    is_healthy(one, SECOND, other).context("the other one")
+}
 
-    println!("E2: pause");
+pub fn pause_guest_pauses_it(scene: &mut HvmDevices<'_>) -> Result<()> {
+    let (lab, one) = (scene.lab, scene.one()?);
+    let own = places(one)?.own;
     policy(lab, "non-fatal: pause-guest")?;
-    let decision = raise(lab, "e0", first, "COMP_TIME")?;
+    let decision = raise(lab, "e0", VIRTIO[0], "COMP_TIME")?;
     ensure!(decision["action"] == "pause-guest", "{decision}");
     lab.wait_for("the guest to be paused", SOON, "xl list one | grep -qE ' --p--- '")?;
     lab.dom0("xl unpause one").ok()?;
-    ensure!(seen(&one, slot, own)? == healthy, "{:x?} after a pause", seen(&one, slot, own)?);
+    is_healthy(one, SLOT, own).context("after a pause")
+}
 
-    println!("E2: a guest that cannot be told is taken for failed: quarantine");
+/// There is no protocol to tell an HVM guest of errors: its function is quarantined.
+pub fn a_guest_that_cannot_be_told_loses_its_function(scene: &mut HvmDevices<'_>) -> Result<()> {
+    let (lab, one) = (scene.lab, scene.one()?);
+    let Places { own, other } = places(one)?;
     policy(lab, "")?;
-    let decision = raise(lab, "e0", first, "COMP_TIME")?;
+    let decision = raise(lab, "e0", VIRTIO[0], "COMP_TIME")?;
     ensure!(decision["action"] == "tell-guest" && decision["severity"] == "non-fatal", "{decision}");
-    quarantined(lab, &one, first, (slot, own))?;
-    ensure!(
-        seen(&one, second_slot, other)? == healthy,
-        "the other one: {:x?}",
-        seen(&one, second_slot, other)?
-    );
+    quarantined(lab, one, VIRTIO[0], (SLOT, own))?;
+    is_healthy(one, SECOND, other).context("the other one")
+}
 
-    println!("E2: a fatal error: quarantine");
-    let decision = raise(lab, "e1", second, "DLP")?;
+pub fn a_fatal_error_quarantines_the_function(scene: &mut HvmDevices<'_>) -> Result<()> {
+    let (lab, one) = (scene.lab, scene.one()?);
+    let other = super::open(one, SECOND, BAR4)? + QUEUES;
+    policy(lab, "")?;
+    let decision = raise(lab, "e1", VIRTIO[1], "DLP")?;
     ensure!(decision["severity"] == "fatal" && decision["action"] == "quarantine", "{decision}");
-    quarantined(lab, &one, second, (second_slot, other))?;
-    one.destroy()?;
+    quarantined(lab, one, VIRTIO[1], (SECOND, other))
+}
 
-    println!("E2: what was quarantined comes back only when it is cleared; then unplug and destroy");
+pub fn what_was_quarantined_comes_back_only_when_it_is_cleared(scene: &mut HvmDevices<'_>) -> Result<()> {
+    let lab = scene.lab;
+    scene.one.take().context("the bare guest is gone")?.destroy()?;
+    make_held(lab, VIRTIO[0])?;
     let mut two = BareGuest::create(lab, "two", &[])?;
+    let attach = |function: &str, slot: u32| format!("pci-attach two {function}@{slot:x}");
+    let (exit, said) = xpci_fails(lab, &attach(VIRTIO[1], SECOND))?;
+    ensure!(exit == 5 && said.contains("quarantine clear"), "{exit}: {said}");
+    xpci(lab, &format!("quarantine clear {}", VIRTIO[1]))?;
     for (function, slot) in VIRTIO.iter().zip(VIRTIO_SLOTS) {
-        let attach = format!("pci-attach two {function}@{slot:x}");
-        let (exit, said) = xpci_fails(lab, &attach)?;
-        ensure!(exit == 5 && said.contains("quarantine clear"), "{exit}: {said}");
-        xpci(lab, &format!("quarantine clear {function}"))?;
-        xpci(lab, &attach)?;
+        xpci(lab, &attach(function, slot))?;
     }
     two.start()?;
-    let [own, other] = VIRTIO_SLOTS.map(|slot| crate::open(&two, slot, BAR4));
-    let (own, other) = (own? + QUEUES, other? + QUEUES);
-    ensure!(seen(&two, slot, own)? == healthy, "{:x?}", seen(&two, slot, own)?);
-    policy(lab, "non-fatal: unplug")?;
-    let decision = raise(lab, "e0", first, "COMP_TIME")?;
-    ensure!(decision["action"] == "unplug", "{decision}");
-    wait_for_state(lab, first, "held")?;
-    ensure!(is_held(lab, first)? && seen(&two, slot, own)? == NOBODY, "{:x?}", seen(&two, slot, own)?);
-    ensure!(seen(&two, second_slot, other)? == healthy, "{:x?}", seen(&two, second_slot, other)?);
+    let Places { own, other } = places(&two)?;
+    is_healthy(&two, SLOT, own)?;
+    is_healthy(&two, SECOND, other)?;
+    scene.one = Some(two);
+    Ok(())
+}
 
+pub fn unplug_takes_the_function_from_its_guest(scene: &mut HvmDevices<'_>) -> Result<()> {
+    let (lab, one) = (scene.lab, scene.one()?);
+    let Places { own, other } = places(one)?;
+    policy(lab, "non-fatal: unplug")?;
+    let decision = raise(lab, "e0", VIRTIO[0], "COMP_TIME")?;
+    ensure!(decision["action"] == "unplug", "{decision}");
+    wait_for_state(lab, VIRTIO[0], "held")?;
+    ensure!(is_held(lab, VIRTIO[0])? && seen(one, SLOT, own)? == NOBODY, "{:x?}", seen(one, SLOT, own)?);
+    is_healthy(one, SECOND, other).context("the other one")
+}
+
+pub fn destroy_guest_destroys_it_and_its_function_is_held_again(scene: &mut HvmDevices<'_>) -> Result<()> {
+    let (lab, one) = (scene.lab, scene.one()?);
     policy(lab, "non-fatal: destroy-guest")?;
-    let nodes = format!("/local/domain/{}", two.domid()?);
-    let decision = raise(lab, "e1", second, "COMP_TIME")?;
+    let domain = one.domid()?;
+    let decision = raise(lab, "e1", VIRTIO[1], "COMP_TIME")?;
     ensure!(decision["action"] == "destroy-guest", "{decision}");
-    lab.wait_for("the guest to be gone", SOON, &format!("! xl list two && ! xenstore-read {nodes}"))?;
-    wait_for_state(lab, second, "held")?;
-    ensure!(is_held(lab, second)?, "{}", owner(lab, second)?);
+    let gone = format!("! xl list {domain} && ! xenstore-read /local/domain/{domain}");
+    lab.wait_for("the guest to be gone", SOON, &gone)?;
+    scene.one = None;
+    wait_for_state(lab, VIRTIO[1], "held")?;
+    ensure!(is_held(lab, VIRTIO[1])?, "{}", owner(lab, VIRTIO[1])?);
     lab.wait_for("its server's note to be removed", SOON, "[ -z \"$(ls /run/xpci/ioreq-servers)\" ]")?;
     lab.dom0("[ -z \"$(ls /run/xpci/images)\" ]").ok().map(drop)
 }

@@ -1,10 +1,10 @@
 //! MSI and interrupt lines, counted by the guest.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use xpci_tests::BareGuest;
 use xpci_tests::host::{SOON, come, start_service};
-use xpci_tests::{BareGuest, Lab, Process};
 
-use crate::{BAR0, EDU_SLOT, IGB_SLOT, INTERRUPT_LINE, RTL_SLOT, granted_of, open};
+use super::{BAR0, EDU_SLOT, HvmDevices, IGB_SLOT, INTERRUPT_LINE, RTL_SLOT, granted_of, open};
 
 /// Registers of edu (QEMU's docs/specs/edu.rst): raise an interrupt, end it; and where its MSI capability is.
 const RAISE: u32 = 0x60;
@@ -50,8 +50,8 @@ fn enable(one: &BareGuest<'_>, capability: u32, on: u32) -> Result<u32> {
 }
 
 /// One vector, enabled, sent elsewhere, disabled.
-pub fn msi(one: &BareGuest<'_>) -> Result<()> {
-    println!("MSI of a function without a mask");
+pub fn msi_comes_by_the_vector_that_its_message_names(scene: &mut HvmDevices<'_>) -> Result<()> {
+    let one = scene.one()?;
     let own = open(one, EDU_SLOT, BAR0)?;
     let raise = || -> Result<()> {
         one.tell(&format!("n {:x} 4 1", own + RAISE))?;
@@ -80,8 +80,8 @@ pub fn msi(one: &BareGuest<'_>) -> Result<()> {
 }
 
 /// A masked vector waits, its pending bit shows that, and it comes once when it is unmasked.
-pub fn msi_with_a_mask(one: &BareGuest<'_>) -> Result<()> {
-    println!("MSI with a mask and pending bits");
+pub fn msi_that_is_masked_waits_and_comes_once(scene: &mut HvmDevices<'_>) -> Result<()> {
+    let one = scene.one()?;
     let own = open(one, IGB_SLOT, BAR0)?;
     let raise = || -> Result<()> {
         one.tell(&format!("n {:x} 4 ffffffff", own + CAUSE))?;
@@ -131,7 +131,8 @@ fn line(one: &BareGuest<'_>) -> Result<u32> {
 }
 
 /// Level by level: asserted until the guest's handler has told the function, and again when it is asserted again.
-pub fn lines(lab: &Lab, one: &BareGuest<'_>) -> Result<()> {
+pub fn an_asserted_line_interrupts_until_the_function_is_told(scene: &mut HvmDevices<'_>) -> Result<()> {
+    let (lab, one) = (scene.lab, scene.one()?);
     println!("interrupt lines: {}", granted_of(lab, one, "Interrupts")?);
     one.tell("pic")?;
     let own = open(one, EDU_SLOT, BAR0)?;
@@ -158,10 +159,15 @@ pub fn lines(lab: &Lab, one: &BareGuest<'_>) -> Result<()> {
     one.tell(&format!("n {:x} 2 0", own + INTERRUPT_MASK)).map(drop)
 }
 
-/// T3: MSI and line go on while the service is dead, and under its successor.
-pub fn survive_the_service(lab: &Lab, one: &BareGuest<'_>, service: Process) -> Result<Process> {
-    println!("T3: MSI and a line while the service is dead, and afterwards");
+/// T3.
+pub fn messages_and_lines_come_while_the_service_is_dead_and_afterwards(
+    scene: &mut HvmDevices<'_>,
+) -> Result<()> {
+    let one = scene.one.as_ref().context("the bare guest is gone")?;
+    one.tell("pic")?;
     let igb = open(one, IGB_SLOT, BAR0)?;
+    one.tell(&format!("n {:x} 4 {LINK:x}", igb + ENABLE_CAUSE))?;
+    one.tell(&format!("w {:x} 4 0", IGB_MSI + MASK))?;
     set_message(one, IGB_MSI, IGB_VECTOR)?;
     enable(one, IGB_MSI, 1)?;
     let edu = open(one, EDU_SLOT, BAR0)?;
@@ -178,12 +184,11 @@ pub fn survive_the_service(lab: &Lab, one: &BareGuest<'_>, service: Process) -> 
         come(one, vector, levels)
     };
     both()?;
-    service.signal(9)?;
-    service.wait(SOON)?;
+    scene.service.signal(9)?;
+    scene.service.wait(SOON)?;
     both()?;
-    let service = start_service(lab)?;
+    scene.service = start_service(scene.lab)?;
     both()?;
     one.tell(&format!("slot {IGB_SLOT:x}"))?;
-    enable(one, IGB_MSI, 0)?;
-    Ok(service)
+    enable(one, IGB_MSI, 0).map(drop)
 }

@@ -1,9 +1,9 @@
 //! BARs that are no whole pages of memory: I/O ports, which Xen passes through, and memory whose accesses xpcid carries out.
 
 use anyhow::{Result, ensure};
-use xpci_tests::{BareGuest, Lab};
+use xpci_tests::BareGuest;
 
-use crate::{BAR0, COMMAND, IGB_SLOT, RTL_SLOT, granted_of, open};
+use super::{BAR0, COMMAND, HvmDevices, IGB_SLOT, RTL_SLOT, granted_of, open};
 
 /// The 82576's STATUS, and its window in I/O space: IOADDR and IODATA (datasheet, section 8.2.3; BAR 2 in QEMU).
 const STATUS: u32 = 8;
@@ -18,8 +18,8 @@ const TRANSMIT_CONFIGURATION: u32 = 0x40;
 const TIMER_INTERRUPT: u32 = 0x54;
 
 /// I/O BARs are where the guest puts them, while it wants them.
-pub fn io(one: &BareGuest<'_>) -> Result<()> {
-    println!("an I/O BAR, placed, moved, switched off and on");
+pub fn an_io_bar_is_where_the_guest_puts_it(scene: &mut HvmDevices<'_>) -> Result<()> {
+    let one = scene.one()?;
     let own = open(one, IGB_SLOT, BAR0)?;
     let ports = open(one, IGB_SLOT, BAR2)?;
     let status = one.number(&format!("m {:x} 4", own + STATUS))?;
@@ -50,8 +50,10 @@ pub fn io(one: &BareGuest<'_>) -> Result<()> {
 }
 
 /// Each access reaches the function, in its width and at its place: not those of the function that begins the host's page.
-pub fn less_than_a_page(lab: &Lab, one: &BareGuest<'_>) -> Result<()> {
-    println!("a BAR smaller than a page: each access of 1, 2, 4 and 8 bytes");
+pub fn each_access_to_a_bar_of_less_than_a_page_reaches_its_function(
+    scene: &mut HvmDevices<'_>,
+) -> Result<()> {
+    let (lab, one) = (scene.lab, scene.one()?);
     let own = open(one, RTL_SLOT, BAR1)?;
     let memory = granted_of(lab, one, "I/O Memory")?;
     println!("  {memory}");

@@ -14,7 +14,7 @@
 use anyhow::Result;
 use xpci_tests::{Guest, Lab};
 
-use crate::script::Script;
+use super::script::Script;
 use crate::vf::{DEVICE_CONTROL, INITIATE_RESET, Model};
 
 const MSIX_CONTROL: usize = 0x72;

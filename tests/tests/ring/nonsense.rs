@@ -3,14 +3,14 @@
 
 use anyhow::{Context, Result, ensure};
 use xpci_tests::host::SOON;
-use xpci_tests::{Guest, Process};
 
-use crate::script::Step::{Await, Go, Publish};
-use crate::script::{Frontend, hex};
+use super::Ring;
+use super::script::Step::{Await, Go, Publish};
+use super::script::{Frontend, hex};
 
 /// The order that reads who the function is, and the answer.
-const IDENTITY: &str = "r 0 4";
-const VF: &str = "0 10ca8086";
+pub const IDENTITY: &str = "r 0 4";
+pub const VF: &str = "0 10ca8086";
 
 /// What is published instead of the right thing; `None`: nothing.
 struct Lie<'a> {
@@ -20,32 +20,12 @@ struct Lie<'a> {
     said: String,
 }
 
-/// Everybody who is there while one guest lies.
-pub struct Scene<'a> {
-    pub liar: &'a Guest<'a>,
-    pub other: &'a Guest<'a>,
-    pub service: &'a Process,
-}
-
-impl Scene<'_> {
-    /// The service is alive and serves the other guest.
-    fn others_are_served(&self) -> Result<()> {
-        ensure!(self.service.ended().is_none(), "the service ended: {}", self.service.output_so_far());
-        let identity = self.other.run("setpci -s 00:00.0 0.l 4.l >/tmp/read && head -n 1 /tmp/read").ok()?;
-        ensure!(identity.trim() == "10ca8086", "the other guest reads {identity}");
-        Ok(())
-    }
-
-    /// The frontend that has lied begins anew and is served.
-    fn is_forgiven(&self, frontend: &mut Frontend) -> Result<()> {
-        frontend.connect()?;
-        frontend.insist(IDENTITY, VF)?;
-        self.others_are_served()
-    }
-}
-
 /// One node after the other has a value that no frontend should write; the others are right.
-pub fn nodes(scene: &Scene<'_>, domain: u32, bound_port: &str) -> Result<()> {
+pub fn nodes_with_nonsense_lead_to_a_line_in_the_log(scene: &mut Ring<'_>) -> Result<()> {
+    let scene = &*scene;
+    let domain = scene.one.domid()?;
+    let console = scene.lab.dom0(&format!("xenstore-read /local/domain/{domain}/console/port")).ok()?;
+    let bound_port = console.trim();
     let long = [b'9'; 2000];
     let lie = |key, value: &'static [u8], said: &str| Lie { key, value: Some(value), said: said.to_owned() };
     let wrong = |key: &str, value: &str| format!("it published nonsense: {key} is {value}");
@@ -80,7 +60,7 @@ pub fn nodes(scene: &Scene<'_>, domain: u32, bound_port: &str) -> Result<()> {
         let said = unusable(format!("bind event channel port {port} of domain {domain}"));
         lies.push(Lie { key: "event-channel", value: Some(port.as_bytes()), said });
     }
-    let mut frontend = Frontend::start(scene.liar)?;
+    let mut frontend = Frontend::start(&scene.one)?;
     for lie in &lies {
         let shown = lie.value.map(|value| String::from_utf8_lossy(&value[..value.len().min(20)]));
         told(scene, &mut frontend, lie).with_context(|| format!("{} is {shown:?}", lie.key))?;
@@ -96,7 +76,7 @@ pub fn nodes(scene: &Scene<'_>, domain: u32, bound_port: &str) -> Result<()> {
 }
 
 /// A lie leads to a line in the log and to nothing else.
-fn told(scene: &Scene<'_>, frontend: &mut Frontend, lie: &Lie<'_>) -> Result<()> {
+fn told(scene: &Ring<'_>, frontend: &mut Frontend, lie: &Lie<'_>) -> Result<()> {
     let times = || scene.service.output_so_far().matches(&lie.said).count();
     ensure!(times() == 0, "it was said before: {}", lie.said);
     let order_of_lie = match lie.value {
@@ -115,8 +95,8 @@ fn told(scene: &Scene<'_>, frontend: &mut Frontend, lie: &Lie<'_>) -> Result<()>
 }
 
 /// States that do not follow from one another.
-pub fn states(scene: &Scene<'_>) -> Result<()> {
-    let mut frontend = Frontend::start(scene.liar)?;
+pub fn states_that_do_not_follow_from_one_another_are_survived(scene: &mut Ring<'_>) -> Result<()> {
+    let mut frontend = Frontend::start(&scene.one)?;
     println!("  Connected from the start, without a ring and then with one");
     frontend.tell("gone magic\ngone pci-op-ref\ngone event-channel")?;
     for state in [4, 7, 8, 5, 99, 3] {
@@ -159,27 +139,27 @@ pub fn states(scene: &Scene<'_>) -> Result<()> {
 }
 
 /// Frontends that end without a word, while they use what they have; the next one finds it switched off.
-pub fn deaths(scene: &Scene<'_>) -> Result<()> {
+pub fn frontends_that_die_leave_the_function_switched_off(scene: &mut Ring<'_>) -> Result<()> {
     for _ in 0..3 {
-        let mut frontend = Frontend::start(scene.liar)?;
+        let mut frontend = Frontend::start(&scene.one)?;
         scene.is_forgiven(&mut frontend)?;
         let enabled = frontend.tell("op 4 0 0 0 0 0 3 0 0 1 2\nr 72 2\nw 4 2 6\nr 4 2")?;
         ensure!(enabled.contains("\n0 8002\n0 6\n0 6"), "MSI-X and bus mastering: {enabled}");
         frontend.kill()?;
-        let mut next = Frontend::start(scene.liar)?;
+        let mut next = Frontend::start(&scene.one)?;
         scene.is_forgiven(&mut next)?;
         let found = next.tell("r 72 2\nr 4 2")?;
         ensure!(found == "0 2\n0 2", "the next frontend finds {found}");
         next.kill()?;
     }
-    let mut last = Frontend::start(scene.liar)?;
+    let mut last = Frontend::start(&scene.one)?;
     scene.is_forgiven(&mut last)?;
     last.leave()
 }
 
 /// What is on the page besides a request, and requests that come in other ways.
-pub fn pages(scene: &Scene<'_>) -> Result<()> {
-    let mut frontend = Frontend::start(scene.liar)?;
+pub fn a_page_full_of_nonsense_is_answered_by_what_is_in_it(scene: &mut Ring<'_>) -> Result<()> {
+    let mut frontend = Frontend::start(&scene.one)?;
     println!("  a request that waits since before anybody was connected");
     // Four bytes at 0 of 00:00.0: all other words are 0.
     frontend.insist("poke 7 4\npoke 0 1", "ok\nok")?;

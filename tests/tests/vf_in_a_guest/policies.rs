@@ -3,7 +3,9 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use xpci_tests::host::{SOON, VFS, ping, xpci, xpci_fails};
-use xpci_tests::{Guest, Lab};
+use xpci_tests::{Guest, Lab, Process};
+
+use super::VfInAGuest;
 
 /// Where the administrator's own policies are.
 const OWN: &str = "/etc/xpci/policies/learned.yaml";
@@ -24,20 +26,26 @@ const HARMLESS: &[(&str, u32, &str)] = &[
     ),
 ];
 
-/// Of a guest whose igbvf is up, with an address on the PF's network.
-pub fn of_a_connected_guest(lab: &Lab, one: &Guest<'_>) -> Result<()> {
+pub fn the_shipped_policy_of_the_82576s_vfs_applies(scene: &mut VfInAGuest<'_>) -> Result<()> {
+    let lab = scene.lab;
+    scene.one_uses_it()?;
     let shown = xpci(lab, "policy show --for 01:10.0")?;
     ensure!(
         shown.lines().any(|line| line.starts_with("yes") && line.contains("intel-82576-vf.yaml")),
         "the shipped policy applies: {shown}"
     );
     ensure!(shown.contains("profile strict"), "{shown}");
-    igbvf_loses_nothing(lab)?;
     let explained = xpci(lab, "policy explain 01:10.0")?;
     ensure!(explained.contains("[70] MSI-X (msi-x)"), "{explained}");
+    Ok(())
+}
 
-    println!("F3, F4: what the guest writes in vain is learned, proposed and put in force while it works");
-    let load = one.spawn("while ping -c 1 -w 5 10.9.9.1 >/dev/null; do :; done")?;
+pub fn an_ignored_write_is_learned_proposed_and_put_in_force_under_traffic(
+    scene: &mut VfInAGuest<'_>,
+) -> Result<()> {
+    scene.one_uses_it()?;
+    let (lab, one) = (scene.lab, &scene.one);
+    let load = under_traffic(one)?;
     one.run(&format!("setpci -s 00:00.0 {UNKNOWN}=12345678")).ok()?;
     ensure!(unknown(lab)? == 0, "the strict profile keeps it from hardware: {:#x}", unknown(lab)?);
     let learned = json(lab, "policy learn 01:10.0")?;
@@ -51,8 +59,14 @@ pub fn of_a_connected_guest(lab: &Lab, one: &Guest<'_>) -> Result<()> {
     one.run(&format!("setpci -s 00:00.0 {UNKNOWN}=ffffffff")).ok()?;
     ensure!(unknown(lab)? == 0x1234_5678, "the bits that it asked for, and no others: {:#x}", unknown(lab)?);
     one.run(&format!("setpci -s 00:00.0 {UNKNOWN}=0")).ok()?;
+    without_own(lab)?;
+    went_on(one, load)
+}
 
-    println!("F4: files with mistakes change nothing; what the guest has seen stays until detach");
+pub fn a_policy_with_mistakes_changes_nothing(scene: &mut VfInAGuest<'_>) -> Result<()> {
+    scene.one_uses_it()?;
+    let (lab, one) = (scene.lab, &scene.one);
+    let load = under_traffic(one)?;
     lab.push(b"match: {vendor: 8086}\nprofil: hidden\n", "/etc/xpci/policies/bad.yaml")?;
     let (status, said) = xpci_fails(lab, "policy reload")?;
     ensure!(
@@ -60,21 +74,42 @@ pub fn of_a_connected_guest(lab: &Lab, one: &Guest<'_>) -> Result<()> {
         "{said}"
     );
     lab.dom0("rm /etc/xpci/policies/bad.yaml").ok()?;
+    went_on(one, load)
+}
+
+pub fn what_the_guest_has_seen_stays_until_detach(scene: &mut VfInAGuest<'_>) -> Result<()> {
+    scene.one_uses_it()?;
+    let (lab, one) = (scene.lab, &scene.one);
+    let load = under_traffic(one)?;
     lab.push(b"match: {address: 01:10.0}\ncapabilities: {msi-x: hide, aer: hide}\n", OWN)?;
     let reloaded = json(lab, "policy reload")?;
     let deferred = reloaded["functions"][0]["deferred"].as_array().map_or(0, Vec::len);
     ensure!(deferred == 2, "{reloaded}");
     ensure!(one.run("lspci -s 00:00.0 -v").ok()?.contains("MSI-X: Enable+"), "the guest's list is as it was");
+    without_own(lab)?;
+    went_on(one, load)
+}
 
+fn without_own(lab: &Lab) -> Result<()> {
     lab.dom0(&format!("rm {OWN}")).ok()?;
-    xpci(lab, "policy reload")?;
+    xpci(lab, "policy reload").map(drop)
+}
+
+/// Traffic that ends when a packet gets no answer.
+fn under_traffic(one: &Guest<'_>) -> Result<Process> {
+    one.spawn("while ping -c 1 -w 5 10.9.9.1 >/dev/null; do :; done")
+}
+
+fn went_on(one: &Guest<'_>, load: Process) -> Result<()> {
     ensure!(load.ended().is_none(), "the guest's traffic stopped");
     drop(load);
     ping(one, "10.9.9.1")
 }
 
 /// The 82576 VF's stock driver runs with no masked write that matters.
-fn igbvf_loses_nothing(lab: &Lab) -> Result<()> {
+pub fn igbvf_loses_no_write_that_matters(scene: &mut VfInAGuest<'_>) -> Result<()> {
+    let lab = scene.lab;
+    scene.one_uses_it()?;
     let learned = json(lab, "policy learn one")?;
     let registers = learned["functions"][0]["registers"].as_array().context("no registers")?;
     for register in registers {

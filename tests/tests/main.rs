@@ -1,0 +1,50 @@
+//! The lab tests: `cargo test -p xpci-tests --test lab -- WORD` runs the checks with this word in their names.
+//!
+//! A file is a scene (`tests/scenes`): it names its machine, sets it up once and lists its checks in order.
+
+mod containment;
+mod contracts;
+mod errors;
+mod holding;
+mod hvm;
+mod hvm_devices;
+mod lab_smoke;
+mod machines;
+#[path = "../../pciback/tests/config_space/meaning.rs"]
+#[expect(dead_code, reason = "the composed devices of the library's tests have more registers than this VF")]
+mod meaning;
+#[path = "../../pciback/tests/config_space/oracle.rs"]
+#[expect(dead_code, reason = "the composed devices of the library's tests have more registers than this VF")]
+mod oracle;
+mod other_devices;
+mod ring;
+mod vf;
+mod vf_in_a_guest;
+mod vf_network;
+mod vfs;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use xpci_tests::scenes;
+use xpci_tests::scenes::{Arguments, run};
+
+fn main() -> Result<ExitCode> {
+    let arguments = Arguments::read(std::env::args().skip(1))?;
+    let scenes = scenes![
+        lab_smoke::LabSmoke,
+        contracts::Contracts,
+        containment::Containment,
+        errors::Errors,
+        other_devices::OtherDevices,
+        vf_network::VfNetwork,
+        vf_in_a_guest::VfInAGuest,
+        ring::Ring,
+        hvm::Hvm,
+        vfs::Vfs,
+        holding::Holding,
+        hvm_devices::HvmDevices,
+        vf_in_a_guest::newer_xen::NewerXen,
+    ];
+    Ok(if run(&scenes, &arguments)? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
