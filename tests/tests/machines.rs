@@ -35,6 +35,7 @@ fn host() -> Result<Builder> {
         .program("contract", "/usr/bin/contract")
         .program("forget", "/usr/sbin/forget")
         .guest_program("frontend")
+        .guest_program("keep-page")
         .hvm_guests()
         .devices(devices()))
 }

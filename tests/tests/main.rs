@@ -5,6 +5,7 @@
 mod containment;
 mod contracts;
 mod errors;
+mod former_owners;
 mod holding;
 mod hvm;
 mod hvm_devices;
@@ -38,6 +39,7 @@ fn main() -> Result<ExitCode> {
         errors::Errors,
         other_devices::OtherDevices,
         vf_network::VfNetwork,
+        former_owners::FormerOwners,
         vf_in_a_guest::VfInAGuest,
         ring::Ring,
         hvm::Hvm,
