@@ -155,7 +155,7 @@ impl FormerOwners {
         let bars: Vec<(u64, u64)> = function
             .bars()
             .iter()
-            .filter(|bar| bar.exists() && !bar.is_io())
+            .filter(|bar| bar.is_placed() && !bar.is_io())
             .map(|bar| (bar.start / PAGE, (bar.start + bar.size).div_ceil(PAGE)))
             .collect();
         let known = self.known();

@@ -27,6 +27,8 @@ pub const VERSION: u32 = 1;
 const SIZE_LIMIT: u64 = 64 * 1024;
 /// The extension of a file that is being written, or that holds what was there before the last write.
 const TEMPORARY: &str = "new";
+/// The extension of a record that could not be used.
+const UNUSABLE: &str = "unusable";
 
 /// What the service knows of one function and intends with it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -154,13 +156,27 @@ pub enum JournalError {
         source: io::Error,
     },
     /// A record is not one this version wrote.
-    #[error("journal file {path} cannot be used: {reason}; move it away to start without it")]
+    #[error("journal file {path} cannot be used: {reason}")]
     Malformed {
         /// Which file.
         path: PathBuf,
         /// Why.
         reason: String,
     },
+}
+
+impl JournalError {
+    /// The file.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Io { path, .. } | Self::Malformed { path, .. } => path,
+        }
+    }
+
+    /// The function that the file is about, by its name.
+    pub fn address(&self) -> Option<Sbdf> {
+        self.path().file_stem()?.to_str()?.parse().ok()
+    }
 }
 
 /// The directory with the records.
@@ -221,6 +237,16 @@ impl Journal {
         let durable = self.quarantined().remove(&address);
         let removed = remove_entry(&path).and_then(|()| if durable { sync(&self.directory) } else { Ok(()) });
         removed.map_err(|source| JournalError::Io { action: "remove", path, source })
+    }
+
+    /// Keeps a copy of a record that cannot be used, for whoever wants to know what was in it, and returns where.
+    pub fn set_aside(&self, address: Sbdf) -> Result<PathBuf, JournalError> {
+        let path = self.path(address);
+        let aside = path.with_extension(UNUSABLE);
+        match fs::copy(&path, &aside) {
+            Ok(_) => Ok(aside),
+            Err(source) => Err(JournalError::Io { action: "copy", path, source }),
+        }
     }
 
     /// All records, by address, with one error for each file that cannot be used.
@@ -364,6 +390,35 @@ mod tests {
         journal.remove(record.address).unwrap();
         journal.remove(record.address).unwrap();
         assert!(journal.read_all().unwrap().0.is_empty());
+    }
+
+    #[test]
+    fn a_record_that_is_cut_or_garbled_anywhere_is_read_whole_or_refused_by_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = Journal::open(directory.path()).unwrap();
+        let record = sample();
+        journal.write(&record).unwrap();
+        let path = journal.path(record.address);
+        let good = fs::read(&path).unwrap();
+        let read = |bytes: &[u8]| {
+            fs::write(&path, bytes).unwrap();
+            let (records, errors) = journal.read_all().unwrap();
+            assert_eq!(records.len() + errors.len(), usize::from(!bytes.is_empty()));
+            assert!(errors.iter().all(|error| error.address() == Some(record.address)), "{errors:?}");
+            records.into_iter().next()
+        };
+        for length in 0..good.len() {
+            assert_eq!(read(&good[..length]), None, "cut to {length} bytes");
+        }
+        for at in 0..good.len() {
+            for byte in [0, b'"', b'{', b'9', 0x80, 0xff] {
+                let mut garbled = good.clone();
+                garbled[at] = byte;
+                // What still has the form of a record is about the function that the file is named after.
+                let found = read(&garbled);
+                assert!(found.is_none_or(|found| found.address == record.address), "byte {at}: {byte:#x}");
+            }
+        }
     }
 
     #[test]

@@ -85,6 +85,8 @@ pub enum Change {
 pub struct Reservations {
     directory: PathBuf,
     known: Arc<Mutex<BTreeMap<Sbdf, Reservation>>>,
+    /// Files that cannot be used: which guest has their functions is not known.
+    damaged: Arc<BTreeMap<Sbdf, PathBuf>>,
 }
 
 impl Reservations {
@@ -92,14 +94,24 @@ impl Reservations {
     pub fn open(directory: &Path) -> Result<(Self, Vec<JournalError>), JournalError> {
         let error = |source| JournalError::Io { action: "create", path: directory.to_owned(), source };
         fs::create_dir_all(directory).map_err(error)?;
-        let (mut known, mut errors) = (BTreeMap::new(), Vec::new());
+        let (mut known, mut damaged, mut errors) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
         for path in entries(directory)? {
             match read_entry(&path, SIZE_LIMIT, |one: &Reservation| (one.version, one.address)) {
                 Ok(reservation) => drop(known.insert(reservation.address, reservation)),
-                Err(error) => errors.push(error),
+                Err(error) => {
+                    damaged.extend(error.address().map(|address| (address, path)));
+                    errors.push(error);
+                }
             }
         }
-        Ok((Self { directory: directory.to_owned(), known: Arc::new(Mutex::new(known)) }, errors))
+        let (known, damaged) = (Arc::new(Mutex::new(known)), Arc::new(damaged));
+        Ok((Self { directory: directory.to_owned(), known, damaged }, errors))
+    }
+
+    /// The file about a function that could not be used, as long as it is there.
+    pub fn damaged(&self, address: Sbdf) -> Option<&Path> {
+        let path = self.damaged.get(&address)?;
+        (!self.known().contains_key(&address) && path.exists()).then_some(path)
     }
 
     fn known(&self) -> MutexGuard<'_, BTreeMap<Sbdf, Reservation>> {

@@ -24,10 +24,17 @@ impl Resource {
     pub const PREFETCH: u64 = 0x2000;
     /// `IORESOURCE_MEM_64`: the BAR takes two registers.
     pub const MEMORY_64: u64 = 0x10_0000;
+    /// `IORESOURCE_UNSET`: Linux found no place for it; `start` is 0, and not an address.
+    pub const UNSET: u64 = 0x2000_0000;
 
     /// Whether there is such a range.
     pub const fn exists(&self) -> bool {
         self.size != 0
+    }
+
+    /// Whether the range exists and has an address. Nothing answers for one that has none, and nobody is given anything for it.
+    pub const fn is_placed(&self) -> bool {
+        self.exists() && self.start != 0 && self.flags & Self::UNSET == 0
     }
 
     /// Whether the range lies in I/O space.

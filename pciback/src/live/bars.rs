@@ -35,7 +35,7 @@ impl PlacedBar {
         if function.physical_function.is_some() {
             return Vec::new();
         }
-        let bars = (0u16..).zip(function.bars()).filter(|(_, bar)| bar.exists() && bar.start != 0);
+        let bars = (0u16..).zip(function.bars()).filter(|(_, bar)| bar.is_placed());
         bars.map(|(index, bar)| Self {
             offset: header::BAR0 + 4 * index,
             io: bar.is_io(),

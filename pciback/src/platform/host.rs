@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{HostEvents, HostFunction, Result};
+use super::{HostEvents, HostFunction, RamRange, Result};
 use crate::config::ConfigSpace;
 use crate::{DomId, Sbdf};
 
@@ -96,6 +96,8 @@ pub trait Host: Send + Sync {
     fn functions(&self) -> Result<Vec<Sbdf>>;
     /// One function; `Cause::Missing` where it is not, or no longer, there.
     fn function(&self, address: Sbdf) -> Result<HostFunction>;
+    /// Where the host has RAM, as the kernel shows it in `/proc/iomem`.
+    fn ram(&self) -> Result<Vec<RamRange>>;
     /// Opens its config space.
     fn config(&self, address: Sbdf) -> Result<Box<dyn ConfigSpace>>;
     /// Maps the memory of a BAR (0-5).

@@ -4,6 +4,7 @@
 //! Two sets implement them: `xen` with `linux` on a real dom0, and `sim`, a simulated host made of bytes. Only the
 //! service's `main` chooses between them. Every call that may block has a limit of its own and is safe from several threads.
 
+pub mod addresses;
 pub mod error;
 pub mod errors;
 pub mod events;
@@ -22,6 +23,7 @@ use std::sync::Arc;
 
 pub use crate::host::{HostFunction, Resource};
 pub use crate::memory::PAGE;
+pub use addresses::RamRange;
 pub use error::{Cause, PlatformError, Result, Revoked};
 pub use errors::{ErrorEvent, ErrorEvents, ErrorSource};
 pub use events::{HostEvent, HostEvents};

@@ -236,7 +236,7 @@ mod tests {
         let text = r##"// crate::a
             //! [`crate::b`]
             pub(crate) fn f<'a>(x: &'a str) -> char { g("crate::c \" crate::d", r#"crate::e"#, '"', '\'', '\u{7f}'); 'x' }
-            pub(in crate::f) fn h() {} crate::g"##;
+            pub(in crate::f) fn h() {} pub(super) fn i() {} crate::g"##;
         assert_eq!(named(text, &["pv"]), ["g"]);
     }
 

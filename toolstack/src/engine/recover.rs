@@ -16,7 +16,7 @@ use super::contain::Containment;
 use super::hvm::Resumed;
 use super::open::Opened;
 use super::tasks::Course;
-use crate::journal::Record;
+use crate::journal::{JournalError, Record};
 use crate::outcome::Failure;
 use crate::transaction::{Kind, Parting, Step, note_owner};
 
@@ -26,10 +26,6 @@ impl Engine {
         let read = self.journal.read_all();
         let (records, errors) =
             read.map_err(|error| Failure::new(crate::outcome::ErrorCode::Failed, error.to_string()))?;
-        for error in errors {
-            warn!("{error}");
-            self.problems.push(error.to_string());
-        }
         let (current, earlier): (Vec<Record>, Vec<Record>) =
             records.into_iter().partition(|record| record.boot == self.boot);
         for record in earlier {
@@ -46,7 +42,34 @@ impl Engine {
         for record in current {
             self.settle(record);
         }
+        for error in errors {
+            self.distrust_unknown(&error);
+        }
         Ok(())
+    }
+
+    /// A record cannot be used: what an earlier life did with its function is not known, so nobody gets it before somebody has looked.
+    fn distrust_unknown(&mut self, error: &JournalError) {
+        error!("{error}");
+        let Some(address) = error.address() else {
+            self.problems.push(error.to_string());
+            return;
+        };
+        let found = self.platform.host.function(address);
+        if matches!(&found, Err(error) if error.errno() == Some(Errno::ENOENT)) {
+            // Nobody has what is not there.
+            self.problems.push(format!("{error}; {address} is not on this host: remove the file"));
+            return;
+        }
+        let kept = match self.journal.set_aside(address) {
+            Ok(path) => format!("; it is kept as {}", path.display()),
+            Err(second) => format!("; {second}"),
+        };
+        let mut record = Record::new(address, &self.boot);
+        record.incarnation = found.map_or(0, |function| function.incarnation);
+        record.state = FunctionState::Quarantined;
+        record.quarantine = Some(format!("what was done with it is not known: {error}{kept}"));
+        self.start(Course::Condemn, record, None, |record| format!("{}: quarantined", record.address));
     }
 
     /// A reboot gave everything back to dom0; only distrust survives it.

@@ -21,6 +21,14 @@ impl Engine {
     /// Refuses a domain what another guest has for good, and any other device than the one that it has so.
     pub(super) fn not_reserved(&self, function: &HostFunction, domain: DomId) -> Result<(), Failure> {
         let address = function.address;
+        if let Some(path) = self.reservations.damaged(address) {
+            let text = format!(
+                "which guest has {address} persistently is not known: {} cannot be used",
+                path.display()
+            );
+            let hint = "see xpcid's log; remove the file if no guest shall have the function persistently";
+            return Err(Failure::refused(text).on(address).of(domain).hint(hint));
+        }
         let Some(reservation) = self.reservations.get(address) else { return Ok(()) };
         let is_guest = self.platform.hypervisor.domain(domain)?.uuid == reservation.guest;
         let is_same = reservation.identity.may_be(&spec::identity(self.platform.host.as_ref(), function));

@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use pciback::Sbdf;
-use pciback::config::FunctionImage;
+use pciback::config::{CapabilityList, FunctionImage, FunctionSpec};
 use pciback::live;
-use pciback::platform::{PlatformError, Revoked};
+use pciback::platform::{PlatformError, Resource, Revoked};
+use pciback::spec::{CapabilityId, legacy};
 
 use super::reset::config_failure;
 use super::{Context, guest_of};
@@ -23,7 +24,7 @@ pub(super) fn prepare_msix(context: &Context<'_>, record: &mut Record) -> Result
     let host = context.platform.host.as_ref();
     let config = host.config(record.address)?;
     let spec = crate::spec::function_spec(host, record.address)?;
-    if !spec.has_msix() {
+    if !spec.has_msix() || !table_is_placed(&spec) {
         return Ok(());
     }
     // Xen finds the table through the BAR, which must decode.
@@ -38,6 +39,16 @@ pub(super) fn prepare_msix(context: &Context<'_>, record: &mut Record) -> Result
     record.msix_prepared = matches!(prepared, Ok(true));
     prepared?;
     Ok(())
+}
+
+/// Whether the BAR with the MSI-X table has an address: Xen would guard what is at address 0.
+fn table_is_placed(spec: &FunctionSpec) -> bool {
+    let list = CapabilityList::walk(&spec.bytes);
+    let table = list.legacy(CapabilityId::MSI_X).and_then(|msix| {
+        let at = usize::from(msix.offset + legacy::MSIX_TABLE);
+        spec.bytes.get(at).map(|low| low & legacy::MSIX_BAR)
+    });
+    table.is_some_and(|bar| spec.resources.get(usize::from(bar)).is_some_and(Resource::is_placed))
 }
 
 pub(super) fn release_msix(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {

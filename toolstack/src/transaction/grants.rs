@@ -3,9 +3,10 @@
 //! Functions may share what is granted: an interrupt line, or a page with two small BARs. A guest that has two such functions
 //! keeps what they share until it loses the last of them.
 
+use nix::errno::Errno;
 use pciback::DomId;
 use pciback::live::{self, PlacedBar};
-use pciback::platform::{HostFunction, PAGE, Pirq, Platform, Resource, Revoked};
+use pciback::platform::{Host, HostFunction, PAGE, Pirq, Platform, Resource, Revoked};
 
 use super::reset::config_failure;
 use super::{Context, guest_of};
@@ -18,6 +19,7 @@ use crate::spec::SpecExt;
 pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
     let domain = guest_of(record)?;
     let function = context.platform.host.function(record.address)?;
+    refuse_ram(context.platform.host.as_ref(), &function)?;
     decode(context, &function)?;
     let mut grants: Vec<Grant> = function.bars().iter().filter_map(bar_grant).collect();
     let has_pin =
@@ -32,11 +34,38 @@ pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<(), Fa
     record.grants = grants;
     context.write(record)?;
     note_owner(context.former_owners, context.platform, record)?;
-    record
-        .grants
-        .iter()
-        .try_for_each(|grant| allow(context, domain, *grant, true))
-        .map_err(|failure| failure.on(record.address))
+    for (index, grant) in record.grants.clone().into_iter().enumerate() {
+        let Err(error) = allow(context, domain, grant, true) else { continue };
+        if matches!(error.errno(), Some(Errno::EPERM | Errno::EINVAL)) {
+            // Refused before anything was given: neither this nor what follows is to be taken back.
+            record.grants.truncate(index);
+            granted.insert(record.address, (domain, record.grants.clone()));
+        }
+        return Err(Failure::from(error).on(record.address).of(domain));
+    }
+    Ok(())
+}
+
+/// Refuses to give away pages with RAM, whatever the host says of the function's BARs.
+fn refuse_ram(host: &dyn Host, function: &HostFunction) -> Result<(), Failure> {
+    let address = function.address;
+    let mut bars = function.bars().iter().filter(|bar| bar.is_placed() && !bar.is_io()).peekable();
+    if bars.peek().is_none() {
+        return Ok(());
+    }
+    let ram = host.ram()?;
+    for bar in bars {
+        let (first, last) = (bar.start / PAGE * PAGE, bar.start.saturating_add(bar.size - 1) | (PAGE - 1));
+        if let Some(ram) = ram.iter().find(|ram| ram.overlaps(first, last)) {
+            let text = format!(
+                "give memory {first:#x}-{last:#x} of {address} to a guest: {:#x}-{:#x} there is {}",
+                ram.first, ram.last, ram.name
+            );
+            let hint = "see /proc/iomem; have Linux assign the addresses of the device anew";
+            return Err(Failure::refused(text).on(address).hint(hint));
+        }
+    }
+    Ok(())
 }
 
 /// Decoding is on before the guest can reach a BAR, and stays on until it cannot any more: no write of the guest's switches it off.
@@ -75,7 +104,7 @@ pub(super) fn revoke(context: &Context<'_>, record: &mut Record) -> Result<(), F
         .collect();
     let mut first_failure = Ok(());
     for grant in record.grants.iter().flat_map(|grant| without(*grant, &kept)) {
-        let revoked = allow(context, domain, grant, false);
+        let revoked = allow(context, domain, grant, false).map_err(Failure::from);
         first_failure = first_failure.and(revoked);
     }
     first_failure.map_err(|failure| failure.on(record.address).of(domain))?;
@@ -84,7 +113,7 @@ pub(super) fn revoke(context: &Context<'_>, record: &mut Record) -> Result<(), F
 }
 
 fn bar_grant(bar: &Resource) -> Option<Grant> {
-    match (bar.exists(), bar.is_io()) {
+    match (bar.is_placed(), bar.is_io()) {
         (false, _) => None,
         (true, true) => Some(Grant::Ioport { first: bar.start as u32, count: bar.size as u32 }),
         (true, false) => {
@@ -117,7 +146,7 @@ fn cut(grant: Grant, other: Grant) -> [Option<Grant>; 2] {
     }
 }
 
-fn allow(context: &Context<'_>, domain: DomId, grant: Grant, allow: bool) -> Result<(), Failure> {
+fn allow(context: &Context<'_>, domain: DomId, grant: Grant, allow: bool) -> pciback::platform::Result<()> {
     let hypervisor = &context.platform.hypervisor;
     let (what, answer) = match grant {
         Grant::Iomem { first, frames } => {
@@ -129,7 +158,7 @@ fn allow(context: &Context<'_>, domain: DomId, grant: Grant, allow: bool) -> Res
         Grant::Gsi { gsi } if allow => (Revoked::Interrupt, hypervisor.map_gsi(domain, gsi).map(drop)),
         Grant::Gsi { gsi } => (Revoked::Interrupt, hypervisor.unmap_gsi(domain, gsi, Pirq(gsi))),
     };
-    Ok(if allow { answer } else { what.outcome(answer) }?)
+    if allow { answer } else { what.outcome(answer) }
 }
 
 #[cfg(test)]

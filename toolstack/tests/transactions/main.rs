@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that fails says so by panicking")]
 
 mod accounts;
+mod addresses;
 mod crashes;
 mod errors;
 mod failures;
@@ -18,6 +19,7 @@ mod path;
 mod persistent;
 mod quarantine;
 mod reconcile;
+mod records;
 mod scale;
 mod surprises;
 mod unproved;

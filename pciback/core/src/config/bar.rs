@@ -101,7 +101,8 @@ impl Bar {
     }
 
     fn from_register(index: u8, register: u32, resource: &Resource) -> Option<Self> {
-        if !resource.exists() || resource.flags & ENHANCED_ALLOCATION != 0 {
+        // One without an address reads 0, as one that is not implemented: a guest would map what lies at address 0.
+        if !resource.exists() || resource.flags & (ENHANCED_ALLOCATION | Resource::UNSET) != 0 {
             return None;
         }
         // A register that says nothing (never assigned, or a function that just vanished) leaves it to the host's flags, and

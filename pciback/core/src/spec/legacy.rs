@@ -24,6 +24,10 @@ pub const MSI_MASKABLE: u16 = 1 << 8;
 pub const MSIX_FUNCTION_MASK: u16 = 1 << 14;
 /// Message Control of MSI-X: enable.
 pub const MSIX_ENABLE: u16 = 1 << 15;
+/// Table Offset and BIR's offset in MSI-X.
+pub const MSIX_TABLE: u16 = 4;
+/// Table Offset and BIR of MSI-X: which BAR has the table.
+pub const MSIX_BAR: u8 = 0x7;
 /// The byte of Advanced Features that says what it can.
 pub const AF_CAPABILITIES: u16 = 3;
 /// Advanced Features: function level reset is supported.

@@ -15,11 +15,13 @@ use super::attributes::{
 use super::blocking::Blocking;
 use super::config::SysfsConfig;
 use super::events::{PciEvents, Source};
-use super::users::Users;
+use super::users::{Users, read_long};
 use crate::Sbdf;
 use crate::config::ConfigSpace;
 use crate::platform::memory::Registers;
-use crate::platform::{BarMemory, Cause, Host, HostEvents, HostFunction, PAGE, PlatformError, Result, Use};
+use crate::platform::{
+    BarMemory, Cause, Host, HostEvents, HostFunction, PAGE, PlatformError, RamRange, Result, Use,
+};
 
 /// How long a write may take that only waits for another change of the same function.
 const QUICK: Duration = Duration::from_secs(5);
@@ -252,6 +254,12 @@ impl Host for LinuxHost {
             reset_methods: reset_methods.split_ascii_whitespace().map(str::to_owned).collect(),
             interfaces: attributes.interfaces()?,
         })
+    }
+
+    fn ram(&self) -> Result<Vec<RamRange>> {
+        let path = self.processes.join("iomem");
+        let text = read_long(&path).map_err(|cause| PlatformError::new("read", path.display(), cause))?;
+        RamRange::parse_all(&text)
     }
 
     fn config(&self, address: Sbdf) -> Result<Box<dyn ConfigSpace>> {

@@ -210,7 +210,7 @@ fn unescaped(text: &str) -> String {
 }
 
 /// A file of procfs; empty where there is none.
-fn read_long(path: &Path) -> Result<String> {
+pub(super) fn read_long(path: &Path) -> Result<String> {
     let mut bytes = Vec::new();
     match File::open(path).and_then(|file| file.take(LONGEST).read_to_end(&mut bytes)) {
         Ok(_) => Ok(String::from_utf8_lossy(&bytes).into_owned()),

@@ -11,13 +11,17 @@ use super::locked;
 use super::world::{Answer, World};
 use crate::Sbdf;
 use crate::config::{Access, ConfigSpace};
-use crate::platform::{BarMemory, Cause, Host, HostEvents, HostFunction, PlatformError, Result, Use};
+use crate::platform::{
+    BarMemory, Cause, Host, HostEvents, HostFunction, PlatformError, RamRange, Result, Use,
+};
 
 pub(super) struct SimHost {
     world: Arc<Mutex<World>>,
     failures: Failures,
 }
 
+/// `/proc/iomem`, as far as it tells of RAM.
+const IOMEM: &str = "00001000-3fffffff : System RAM\n";
 /// The longest name of a driver (`MODULE_NAME_LEN`).
 const LONGEST_DRIVER_NAME: usize = 56;
 
@@ -132,6 +136,12 @@ impl Host for SimHost {
         let described =
             self.call(("function", "read"), address, None, |world| Ok(world.describe(address)))?;
         described.ok_or_else(|| PlatformError::new("read", address, Cause::Missing))
+    }
+
+    fn ram(&self) -> Result<Vec<RamRange>> {
+        let failed = self.failures.check("ram", Subject::default());
+        failed.map_err(|cause| PlatformError::new("read", "the simulated host's map of memory", cause))?;
+        RamRange::parse_all(IOMEM)
     }
 
     fn config(&self, address: Sbdf) -> Result<Box<dyn ConfigSpace>> {

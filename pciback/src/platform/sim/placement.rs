@@ -110,7 +110,9 @@ impl Placement {
                 0xf
             };
             made.registers.place_bar(at, start, low_bits, flags & Resource::MEMORY_64 != 0);
-            made.resources[usize::from(index)] = Resource { start, size, flags };
+            // As Linux shows what found no place.
+            let unset = if start == 0 { Resource::UNSET } else { 0 };
+            made.resources[usize::from(index)] = Resource { start, size, flags: flags | unset };
         }
         let known = |index: &u8, count: u8| *index < count && kind.sizes[usize::from(*index)] != 0;
         if let Some(index) = function.bars.keys().find(|index| !known(index, 7)) {
@@ -124,7 +126,7 @@ impl Placement {
         let kind = parent.kind.virtual_function.as_ref()?;
         let mut resources: [Resource; 13] = Default::default();
         for (place, (all, size)) in resources.iter_mut().zip(parent.resources[7..].iter().zip(kind.sizes)) {
-            if all.exists() {
+            if all.is_placed() {
                 *place = Resource { start: all.start + u64::from(index) * size, size, flags: all.flags };
             }
         }
