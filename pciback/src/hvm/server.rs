@@ -16,7 +16,7 @@ use crate::DomId;
 use crate::platform::{IoreqServer, PlatformError};
 use crate::pv::function::{Demand, GuestFunction};
 use crate::pv::roster::Roster;
-use crate::pv::server::{BURST, Order, SPIN};
+use crate::pv::server::{BURST, EVENTS, Order, SPIN};
 use crate::pv::{Attachment, Counters, NotTold, Server, ServerReport};
 
 impl Server {
@@ -60,7 +60,11 @@ impl Serving {
 
     fn wait(&mut self, wake: BorrowedFd<'_>) -> Result<(), PlatformError> {
         self.roster.sleep(self.server.event_fd(), wake, None)?;
-        while self.server.take_event()?.is_some() {}
+        for _ in 0..EVENTS {
+            if self.server.take_event()?.is_none() {
+                break;
+            }
+        }
         self.server.bind_vcpus()
     }
 

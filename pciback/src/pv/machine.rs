@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
@@ -51,6 +52,8 @@ pub(super) struct Machine {
     state: Arc<Mutex<State>>,
     page: Arc<SharedMemory>,
     event: Arc<EventFd>,
+    /// Whether the guest sends the next event before one is taken.
+    endless: Arc<AtomicBool>,
     images: Arc<Mutex<BTreeMap<Sbdf, File>>>,
 }
 
@@ -82,6 +85,7 @@ impl Machine {
             state: Arc::default(),
             page: Arc::new(SharedMemory::anonymous(4096).unwrap()),
             event: Arc::new(event),
+            endless: Arc::default(),
             images: Arc::default(),
         }
     }
@@ -192,6 +196,12 @@ impl Machine {
     /// The guest asks.
     pub fn ask(&self, op: &Op) {
         wire::frontend::put_request(&self.page, op);
+        self.send_event();
+    }
+
+    /// From now on the guest sends events faster than they are taken.
+    pub fn send_events_without_end(&self) {
+        self.endless.store(true, Ordering::Relaxed);
         self.send_event();
     }
 
@@ -392,7 +402,7 @@ impl Ring for Machine {
         self.event.as_fd()
     }
     fn take_event(&self) -> Result<bool> {
-        Ok(self.event.read().is_ok())
+        Ok(self.endless.load(Ordering::Relaxed) || self.event.read().is_ok())
     }
     fn notify(&self) -> Result<()> {
         self.step();

@@ -363,6 +363,20 @@ fn a_guest_that_never_pauses_does_not_keep_its_function() {
     assert!(server.stop().unwrap().is_empty());
 }
 
+#[test]
+fn a_guest_that_sends_events_without_end_does_not_keep_its_function() {
+    let machine = Machine::new();
+    let functions = BTreeMap::from([(0, machine.open(FIRST))]);
+    let server = Server::start(DOMAIN, machine.ring(), functions, Arc::default(), Box::new(|_| {})).unwrap();
+    machine.send_events_without_end();
+    machine.ask(&op(0, 0, 4, 0));
+    while server.counters().requests() == 0 {
+        thread::yield_now();
+    }
+    assert!(matches!(server.take(0), Ok(Some(Taken { quiesced: Ok(()), .. }))));
+    assert!(server.stop().unwrap().is_empty());
+}
+
 fn word() -> impl Strategy<Value = u32> {
     prop_oneof![4 => 0u32..16, 2 => 0u32..0x1100, 1 => any::<u32>()]
 }
