@@ -114,11 +114,16 @@ impl<'a> Hvm<'a> {
         BareGuest::create(self.lab, "one", &["acpi_firmware=\"/guest/mcfg.bin\"", "vcpus=2"])
     }
 
-    /// The guest is created, with both functions, and started; the model is that of its first one.
+    /// The guest is created, with both functions, and started.
     fn begins_anew(&mut self) -> Result<()> {
-        let mut one = self.created()?;
+        let one = self.created()?;
         xpci(self.lab, "pci-attach one 01:10.0")?;
         xpci(self.lab, "pci-attach one 01:10.2@5")?;
+        self.starts(one)
+    }
+
+    /// A guest that has its functions is started; the model is that of its first one, as it is after the reset of its attachment.
+    fn starts(&mut self, mut one: BareGuest<'a>) -> Result<()> {
         one.start()?;
         self.model =
             Model::new(vf::config(self.lab, VFS[0])?, self.writable.clone(), host_placed_nothing(self.lab)?);
@@ -129,7 +134,7 @@ impl<'a> Hvm<'a> {
 
 fn a_paused_guest_gets_functions_where_qemu_has_no_device(scene: &mut Hvm<'_>) -> Result<()> {
     let lab = scene.lab;
-    let mut one = scene.created()?;
+    let one = scene.created()?;
     xpci(lab, "pci-attach one 01:10.0")?;
     let (exit, said) = xpci_fails(lab, "pci-attach one 01:10.2@1")?;
     ensure!(exit == 5 && said.contains("an emulated device"), "{said}");
@@ -138,9 +143,7 @@ fn a_paused_guest_gets_functions_where_qemu_has_no_device(scene: &mut Hvm<'_>) -
     xpci(lab, "pci-attach one 01:10.2@5")?;
     let said = xpci(lab, "sync --dry-run")?;
     ensure!(!said.contains("01:10"), "sync would change something: {said}");
-    one.start()?;
-    scene.one = Some(one);
-    Ok(())
+    scene.starts(one)
 }
 
 fn the_firmware_finds_and_places_them_beside_qemus_devices(scene: &mut Hvm<'_>) -> Result<()> {
