@@ -1,7 +1,8 @@
-//! The engine: one thread that owns all state of the service and handles one event after the other, without blocking.
+//! The engine: one thread that owns all state of the service and handles one event after the other.
 //!
-//! What may block runs elsewhere: transactions on threads of their own, guests' config accesses on their serving threads.
-//! Both talk to the engine through its [`Inbox`].
+//! What may block runs elsewhere: transactions and other work on threads of their own (`background`), guests' config accesses on
+//! their serving threads. They talk to the engine through its [`Inbox`]. Still on this thread are the reload of policies, the set-up of a
+//! guest's first function, and pausing guests that start again.
 
 mod attachments;
 mod background;
