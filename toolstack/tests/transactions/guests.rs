@@ -26,6 +26,10 @@ fn attached(world: &World, domain: DomId, addresses: &[Sbdf]) -> (Frontend, Serv
         service.hold(*address).unwrap();
         service.attach(domain, *address).unwrap();
     }
+    // An attachment ends when the function is published; the guest has it when its handshake has ended.
+    for devfn in (0..addresses.len() as u32).map(|slot| slot << 3) {
+        wait_until("the guest has its functions", || frontend.ask(&read_op(devfn, VENDOR, 4)).0 == 0);
+    }
     (frontend, service)
 }
 
