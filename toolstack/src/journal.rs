@@ -354,8 +354,13 @@ pub(crate) fn replace(path: &Path, content: &impl Serialize, durable: bool) -> i
 /// The record in a file; `None`: its bytes never reached the disk before the power failed, so it is of an earlier boot and says nothing.
 fn read(path: &Path) -> Result<Option<Record>, JournalError> {
     let error = |source| JournalError::Io { action: "read", path: path.to_owned(), source };
+    let file = match File::open(path) {
+        // Removed since the directory was read.
+        Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.map_err(error)?,
+    };
     let mut text = String::new();
-    File::open(path).map_err(error)?.take(SIZE_LIMIT).read_to_string(&mut text).map_err(error)?;
+    file.take(SIZE_LIMIT).read_to_string(&mut text).map_err(error)?;
     if text.bytes().all(|byte| byte == 0) {
         log::info!("{}: empty, as a power failure leaves a record", path.display());
         return Ok(None);
