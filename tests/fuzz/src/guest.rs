@@ -41,7 +41,11 @@ struct Device {
 
 impl Device {
     fn new(bytes: &[u8], guarded: Vec<u8>, kind: FunctionKind) -> Self {
-        let spec = FunctionSpec { kind, ..space::function(bytes) };
+        let mut spec = FunctionSpec { kind, ..space::function(bytes) };
+        // A VF's BARs are in its PF's capability.
+        if matches!(spec.kind, FunctionKind::Physical) {
+            space::place_bars(&mut spec);
+        }
         let planes =
             Planes::compile(&spec, &Policy::default()).expect("a function that a guest can be given");
         Self { spec, guarded, planes: Arc::new(planes) }

@@ -84,6 +84,21 @@ pub fn function(bytes: &[u8]) -> FunctionSpec {
     }
 }
 
+/// Writes the addresses of the ranges into the BARs, as the host's firmware or kernel has done before a guest gets the function.
+pub fn place_bars(spec: &mut FunctionSpec) {
+    const BAR0: usize = 0x10;
+    let mut index = 0;
+    while index < 6 {
+        let at = BAR0 + 4 * index;
+        let kind = spec.bytes[at] & if spec.bytes[at] & 1 != 0 { 0x3 } else { 0xf };
+        let wide = kind & 7 == 4 && index < 5;
+        let value = spec.resources[index].start | u64::from(kind);
+        let length = if wide { 8 } else { 4 };
+        spec.bytes[at..at + length].copy_from_slice(&value.to_le_bytes()[..length]);
+        index += length / 4;
+    }
+}
+
 /// The beginning of a function's life with a guest.
 pub fn create(spec: &FunctionSpec, planes: Arc<Planes>) -> VirtualConfigSpace {
     let memory = SharedMemory::anonymous(FunctionImage::BYTES).expect("memory");
