@@ -52,9 +52,7 @@ check: deps
 unit: deps
 	$(STAGE) "building tests and programs" $(CARGO) test $(LAB) --no-run
 	@# The one with 4,096 VFs runs alone, else guests of the others take it for a slow host; it prints its times and memory.
-	@# One at a time: several simulated hosts at once on two cores disturb each other's order of events now and then, see the known
-	@# faults in CONTRIBUTING.md.
-	$(STAGE) "unit, property and simulation tests" $(CARGO) test $(LAB) -- --skip 4096_vfs --test-threads=1
+	$(STAGE) "unit, property and simulation tests" $(CARGO) test $(LAB) -- --skip 4096_vfs
 	$(STAGE) "4,096 VFs" $(CARGO) test $(LAB) --test transactions 4096_vfs -- --nocapture
 
 fuzz-short: deps

@@ -16,7 +16,7 @@ use crate::DomId;
 use crate::platform::{IoreqServer, PlatformError};
 use crate::pv::function::{Demand, GuestFunction};
 use crate::pv::roster::Roster;
-use crate::pv::server::{BURST, EVENTS, Order, SPIN};
+use crate::pv::server::{BURST, EVENTS, Order, SPIN, Turn};
 use crate::pv::{Attachment, Counters, NotTold, Server, ServerReport};
 
 impl Server {
@@ -44,17 +44,19 @@ struct Serving {
 
 impl Serving {
     fn run(&mut self, orders: &mpsc::Receiver<Order>, wake: BorrowedFd<'_>) {
-        let mut busy = self.serve_all(true);
+        let mut turn = self.serve_all(true, orders);
         loop {
-            if self.roster.take_orders(orders) {
+            if turn == Turn::Stopped || self.roster.take_orders(orders) {
                 return;
             }
             // There is no protocol for it.
             self.roster.tell_nothing(NotTold::NoHandler);
-            if !busy && let Err(error) = self.wait(wake) {
+            if turn == Turn::Idle
+                && let Err(error) = self.wait(wake)
+            {
                 return self.roster.fail(&error, orders);
             }
-            busy = self.serve_while_busy();
+            turn = self.serve_while_busy(orders);
         }
     }
 
@@ -68,31 +70,36 @@ impl Serving {
         self.server.bind_vcpus()
     }
 
-    /// Answers requests until none has come for a moment. `true`: there may be more, but orders come first.
-    fn serve_while_busy(&mut self) -> bool {
+    /// Answers requests until none has come for a moment.
+    fn serve_while_busy(&mut self, orders: &mpsc::Receiver<Order>) -> Turn {
         let mut last = Instant::now();
         for _ in 0..BURST {
-            while !self.serve_all(false) {
-                if last.elapsed() >= SPIN {
-                    return false;
+            loop {
+                match self.serve_all(false, orders) {
+                    Turn::Busy => break,
+                    Turn::Stopped => return Turn::Stopped,
+                    Turn::Idle if last.elapsed() >= SPIN => return Turn::Idle,
+                    Turn::Idle => std::hint::spin_loop(),
                 }
-                std::hint::spin_loop();
             }
             last = Instant::now();
         }
-        true
+        Turn::Busy
     }
 
-    /// Answers what waits, for each vCPU once; whether there was anything.
-    fn serve_all(&mut self, resumed: bool) -> bool {
-        let mut any = false;
+    /// Answers what waits, for each vCPU once. A request that an earlier thread took and did not answer is answered where it is `resumed`.
+    fn serve_all(&mut self, resumed: bool, orders: &mpsc::Receiver<Order>) -> Turn {
+        let mut turn = Turn::Idle;
         for vcpu in 0..VCPUS {
             if let Some(request) = wire::take_request(self.server.page(), vcpu, resumed) {
+                if self.roster.take_orders(orders) {
+                    return Turn::Stopped;
+                }
                 self.serve(vcpu, &request);
-                any = true;
+                turn = Turn::Busy;
             }
         }
-        any
+        turn
     }
 
     fn serve(&mut self, vcpu: u16, request: &IoRequest) {

@@ -25,7 +25,7 @@ use crate::platform::{PlatformError, Ring};
 /// How long the thread looks at the page after an answer before it sleeps: a guest that reads one register usually reads
 /// the next, and waking up costs more than the access.
 pub(crate) const SPIN: Duration = Duration::from_micros(400);
-/// How many requests are answered in a row before orders are looked at, by a guest that never pauses.
+/// How many requests are answered in a row before anything else is looked at, by a guest that never pauses.
 pub(crate) const BURST: u32 = 64;
 /// How many events are taken in a row before orders are looked at: the guest can send the next one before this one is taken.
 pub(crate) const EVENTS: u32 = 16;
@@ -286,6 +286,18 @@ struct Serving {
     told: Option<(Telling, Instant)>,
 }
 
+/// How a series of requests ended. Orders are obeyed after a request was found and before it is carried out: a guest asks for a function as
+/// soon as that is published, and must not reach one that is taken from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Turn {
+    /// No request has come for a moment.
+    Idle,
+    /// There may be more, but other things are due.
+    Busy,
+    /// The thread was ordered to stop; the request that was found stays on the page.
+    Stopped,
+}
+
 /// Claims that an earlier life left on the page or in a record must not be met again soon.
 fn first_token() -> u32 {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
@@ -296,9 +308,9 @@ impl Serving {
     fn run(&mut self, orders: &mpsc::Receiver<Order>, wake: BorrowedFd<'_>) {
         self.roster.recover_interrupted();
         // A request may have waited since before the ring was connected.
-        let mut busy = self.serve_while_busy();
+        let mut turn = self.serve_while_busy(orders);
         loop {
-            if self.roster.take_orders(orders) {
+            if turn == Turn::Stopped || self.roster.take_orders(orders) {
                 if self.told.take().is_some() {
                     // Another life, or another thread, begins with a page on which nothing is told.
                     wire::withdraw_aer(self.ring.page());
@@ -306,13 +318,15 @@ impl Serving {
                 return;
             }
             self.hear();
-            if !busy && let Err(error) = self.wait(wake) {
+            if turn == Turn::Idle
+                && let Err(error) = self.wait(wake)
+            {
                 if let Some((telling, _)) = self.told.take() {
                     self.roster.report_told(telling, Err(NotTold::Unreachable));
                 }
                 return self.roster.fail(&error, orders);
             }
-            busy = self.serve_while_busy();
+            turn = self.serve_while_busy(orders);
         }
     }
 
@@ -364,20 +378,23 @@ impl Serving {
         Ok(())
     }
 
-    /// Answers requests until none has come for a moment. `true`: there may be more, but orders come first.
-    fn serve_while_busy(&mut self) -> bool {
+    /// Answers requests until none has come for a moment.
+    fn serve_while_busy(&mut self, orders: &mpsc::Receiver<Order>) -> Turn {
         let mut last = Instant::now();
         let mut left = BURST;
         loop {
             if let Some(op) = wire::take_request(self.ring.page()) {
+                if self.roster.take_orders(orders) {
+                    return Turn::Stopped;
+                }
                 self.serve(op);
                 left -= 1;
                 if left == 0 {
-                    return true;
+                    return Turn::Busy;
                 }
                 last = Instant::now();
             } else if last.elapsed() >= SPIN {
-                return false;
+                return Turn::Idle;
             } else {
                 std::hint::spin_loop();
             }

@@ -215,11 +215,11 @@ impl World {
             assert_ne!(self.simulation.owner(address), Some(Owner::Guest(domain)), "{why}");
             let grants = self.simulation.grants(domain);
             assert!(grants.is_empty(), "{why}: {grants:?}");
-            // A ring is given up beside the engine, so that no guest delays it.
+            // A ring is given up beside the engine, so that no guest delays it, and its nodes are removed after that.
             wait_until(&format!("{why}: its ring is unmapped"), || {
                 self.simulation.connected_rings(domain) == 0
             });
-            self.assert_no_nodes(domain, why);
+            wait_until(&format!("{why}: its nodes are removed"), || self.has_no_nodes(domain));
         }
         assert!(!self.simulation.msix_prepared(address), "{why}: its table is guarded still");
         let image = self.settings().run_directory.join("images").join(address.to_string());
@@ -228,12 +228,11 @@ impl World {
         assert_eq!(command & 1 << 2, 0, "{why}: bus mastering is on");
     }
 
-    fn assert_no_nodes(&self, domain: DomId, why: &str) {
+    fn has_no_nodes(&self, domain: DomId) -> bool {
         let store = self.simulation.store(DomId::DOM0).unwrap();
-        for path in [nodes::backend_directory(domain), nodes::frontend_directory(domain)] {
-            let left = store.list(&path).unwrap();
-            assert_eq!(store.read(&path).unwrap(), None, "{why}: {path} is left with {left:?}");
-        }
+        [nodes::backend_directory(domain), nodes::frontend_directory(domain)]
+            .iter()
+            .all(|path| store.read(path).unwrap().is_none())
     }
 
     /// dom0 has it, as if it had never been held.
@@ -387,12 +386,13 @@ impl Service {
         self.thread.take().unwrap().join().unwrap();
     }
 
-    /// Ends as SIGKILL has it.
+    /// Ends as SIGKILL has it: when this returns, no thread of it is left that could change anything.
     pub fn kill(mut self) {
         self.fuse.blow();
         self.stop.write(1).unwrap();
         // It may have died of itself.
         let _ = self.thread.take().unwrap().join();
+        wait_until("the last thread of the killed service ends", || !self.fuse.is_used());
     }
 }
 

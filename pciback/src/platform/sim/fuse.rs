@@ -1,22 +1,28 @@
 //! The end of the service in the middle of its work, as SIGKILL brings it.
 
 use std::panic::resume_unwind;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+
+use super::locked;
 
 /// When a platform's callers die: at one of their changes to the outside. Clones are the same fuse.
 ///
 /// A thread that dies unwinds, without a message; all others that use the platform do so at their next change or event. A
 /// new platform of the same simulated host is the next life's.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct Fuse(Arc<State>);
 
-#[derive(Debug, Default)]
+type Wake = Box<dyn Fn() + Send>;
+
+#[derive(Default)]
 struct State {
     armed: AtomicBool,
     blown: AtomicBool,
     left: AtomicI64,
     after: AtomicBool,
+    /// Wakes those who wait for events, because they die, too.
+    wakes: Mutex<Vec<Wake>>,
 }
 
 /// Whether the change at which a caller dies is still made.
@@ -39,6 +45,19 @@ impl Fuse {
     /// Callers die at whatever they do next.
     pub fn blow(&self) {
         self.0.blown.store(true, Ordering::SeqCst);
+        for wake in locked(&self.0.wakes).drain(..) {
+            wake();
+        }
+    }
+
+    /// Wakes somebody who waits for events when callers die.
+    pub(super) fn on_end(&self, wake: impl Fn() + Send + 'static) {
+        let mut wakes = locked(&self.0.wakes);
+        if self.is_blown() {
+            wake();
+        } else {
+            wakes.push(Box::new(wake));
+        }
     }
 
     /// Whether that has happened.
@@ -46,9 +65,14 @@ impl Fuse {
         self.0.blown.load(Ordering::SeqCst)
     }
 
-    /// Whether both are the same life's.
-    pub(super) fn is(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
+    /// Whether threads of that process are left: one that was killed has ended when its last system call has.
+    pub fn is_used(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
+
+    /// The process whose end this is.
+    pub(super) fn process(&self) -> Process {
+        Process(Arc::downgrade(&self.0))
     }
 
     /// Something that changes nothing outside.
@@ -73,5 +97,21 @@ impl Fuse {
             self.look();
         }
         outcome
+    }
+}
+
+/// A process that uses the simulated host, without keeping it alive.
+#[derive(Clone)]
+pub(super) struct Process(Weak<State>);
+
+impl Process {
+    /// Whether it has ended or is about to.
+    pub fn has_ended(&self) -> bool {
+        self.0.upgrade().is_none_or(|state| state.blown.load(Ordering::SeqCst))
+    }
+
+    /// Whether it is the one that ends with this fuse.
+    pub fn is_of(&self, fuse: &Fuse) -> bool {
+        std::ptr::eq(self.0.as_ptr(), Arc::as_ptr(&fuse.0))
     }
 }

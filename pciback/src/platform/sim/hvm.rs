@@ -174,6 +174,8 @@ impl HvmDomains for SimHvmDomains {
             let (page, event) = (Arc::clone(&server.page), Arc::clone(&server.to_server));
             // A channel that becomes bound has an event pending.
             event.write(1)?;
+            let woken = Arc::clone(&event);
+            fuse.on_end(move || drop(woken.write(1)));
             let to_guest = Arc::clone(&server.to_guest);
             Ok(Box::new(SimIoreqServer { page, event, to_guest, fuse }) as Box<dyn IoreqServer>)
         })

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::failures::Failures;
-use super::fuse::Fuse;
+use super::fuse::{Fuse, Process};
 use super::locked;
 use crate::DomId;
 use crate::platform::{GuestRings, PlatformError, Result, Ring, SharedMemory};
@@ -19,15 +19,15 @@ struct Offers {
     pages: BTreeMap<(DomId, u32), Arc<SharedMemory>>,
     channels: BTreeMap<(DomId, u32), Arc<Channel>>,
     /// Ports that the backend has bound, and in which of its lives: a second time is refused.
-    bound: BTreeMap<(DomId, u32), Fuse>,
+    bound: BTreeMap<(DomId, u32), Process>,
 }
 
 impl Offers {
     /// Binds a port, unless it is bound: by a life that has not ended, since the kernel unbinds what a process leaves.
     fn bind(&mut self, domain: DomId, port: u32, life: &Fuse) -> bool {
-        let free = self.bound.get(&(domain, port)).is_none_or(Fuse::is_blown);
+        let free = self.bound.get(&(domain, port)).is_none_or(Process::has_ended);
         if free {
-            self.bound.insert((domain, port), life.clone());
+            self.bound.insert((domain, port), life.process());
         }
         free
     }
@@ -96,7 +96,7 @@ impl SimRings {
         locked(&self.offers)
             .bound
             .iter()
-            .filter(|((owner, _), life)| *owner == domain && !life.is_blown())
+            .filter(|((owner, _), life)| *owner == domain && !life.has_ended())
             .count()
     }
 }
@@ -117,6 +117,8 @@ impl GuestRings for SimRings {
         let channel = channel.ok_or_else(|| PlatformError::new(binding, text_port, Errno::EINVAL))?;
         // A channel that becomes bound has an event pending for the side that binds it.
         channel.send(true).map_err(|errno| PlatformError::new(binding, domain, errno))?;
+        let woken = Arc::clone(&channel);
+        self.failures.fuse.on_end(move || drop(woken.send(true)));
         Ok(Box::new(SimRing {
             page,
             channel,
@@ -164,7 +166,7 @@ impl Drop for SimRing {
     fn drop(&mut self) {
         let mut offers = locked(&self.offers);
         // A later life may have it by now.
-        if offers.bound.get(&(self.domain, self.port)).is_some_and(|holder| holder.is(&self.fuse)) {
+        if offers.bound.get(&(self.domain, self.port)).is_some_and(|holder| holder.is_of(&self.fuse)) {
             offers.bound.remove(&(self.domain, self.port));
         }
     }

@@ -23,14 +23,19 @@ fn life(machine: &Machine) -> Serving {
 }
 
 impl Serving {
+    /// Answers what waits, without orders.
+    fn serve_waiting(&mut self) {
+        self.serve_while_busy(&mpsc::channel().1);
+    }
+
     fn begin(&mut self) {
         self.roster.recover_interrupted();
-        self.serve_while_busy();
+        self.serve_waiting();
     }
 
     fn ask(&mut self, machine: &Machine, op: &Op) -> (i32, u32, Vec<u16>) {
         machine.ask(op);
-        self.serve_while_busy();
+        self.serve_waiting();
         answered(machine, op)
     }
 }
@@ -199,7 +204,7 @@ fn an_answer_that_comes_too_late_does_not_reach_the_next_request() {
     machine.ask(&next);
     serving.serve(Op { info: 77, ..taken });
     assert_eq!(machine.answer(0), None, "the next request still waits");
-    serving.serve_while_busy();
+    serving.serve_waiting();
     assert_eq!(answered(&machine, &next), (0, 0x10ca_8086, vec![]));
 }
 
@@ -233,7 +238,7 @@ fn impossible_msix_requests_are_refused_and_change_nothing() {
     huge.value = u32::MAX;
     for bad in [msix(&[]), msix(&[TABLE_SIZE]), msix(&[3, 4, 3]), many, huge] {
         machine.ask(&bad);
-        serving.serve_while_busy();
+        serving.serve_waiting();
         assert_eq!(machine.answer(0).unwrap().0, -5);
         assert_eq!((machine.pirqs(), machine.writes()), before, "{two:?}");
     }
@@ -323,6 +328,49 @@ fn a_guest_that_toggles_bus_mastering_without_end_reports_little() {
 }
 
 #[test]
+fn a_function_that_was_added_before_the_guest_asks_for_it_answers() {
+    let machine = Machine::new();
+    let mut serving = life(&machine);
+    let (sender, orders) = mpsc::channel();
+    let function = serving.roster.functions.remove(&8).unwrap();
+    sender.send(Order::Add(8, function)).unwrap();
+    let read = Op { devfn: 8, ..op(0, 0, 4, 0) };
+    machine.ask(&read);
+    serving.serve_while_busy(&orders);
+    assert_eq!(answered(&machine, &read), (0, 0x10ca_8086, vec![]));
+}
+
+#[test]
+fn a_function_that_is_ordered_away_is_not_touched_by_a_request_that_waits() {
+    let machine = Machine::new();
+    let mut serving = life(&machine);
+    let (sender, orders) = mpsc::channel();
+    let (taken, _keeps_it) = mpsc::channel();
+    sender.send(Order::Take(0, taken)).unwrap();
+    let before = machine.word(FIRST, PLAIN);
+    let write = op(Command::CONF_WRITE.0, PLAIN, 2, u32::from(!before));
+    machine.ask(&write);
+    serving.serve_while_busy(&orders);
+    assert_eq!(answered(&machine, &write).0, WireError::NoDevice.number());
+    assert_eq!(machine.word(FIRST, PLAIN), before);
+}
+
+#[test]
+fn a_request_that_a_stopping_thread_finds_is_left_to_the_next_one() {
+    let machine = Machine::new();
+    let mut serving = life(&machine);
+    let (sender, orders) = mpsc::channel();
+    let (stopped, functions) = mpsc::channel();
+    sender.send(Order::Stop(stopped)).unwrap();
+    machine.ask(&op(0, 0, 4, 0));
+    assert_eq!(serving.serve_while_busy(&orders), Turn::Stopped);
+    assert_eq!(machine.answer(0), None);
+    serving.roster.functions = functions.recv().unwrap();
+    serving.serve_waiting();
+    assert_eq!(answered(&machine, &op(0, 0, 4, 0)), (0, 0x10ca_8086, vec![]));
+}
+
+#[test]
 fn quiescing_leaves_nothing_mapped_and_nothing_enabled() {
     let machine = Machine::new();
     let mut serving = life(&machine);
@@ -394,7 +442,7 @@ proptest! {
                 place.store(*value, Ordering::Relaxed);
             }
             machine.page()[0].store(1, Ordering::Release);
-            serving.serve_while_busy();
+            serving.serve_waiting();
             prop_assert!(machine.answer(0).is_some());
             assert_notes_are_true(&serving, &machine);
         }
@@ -416,7 +464,7 @@ proptest! {
             (op.command, op.offset, op.size) = (Command(*command), *offset, *size);
             op.devfn = value & 8;
             frontend::put_request(machine.page(), &op);
-            serving.serve_while_busy();
+            serving.serve_waiting();
             prop_assert!(machine.answer(0).is_some());
             assert_notes_are_true(&serving, &machine);
             if resets {
