@@ -1,7 +1,7 @@
 //! Threads for what may block: each runs one transaction or one change of VFs and reports to the engine.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use log::{error, info, warn};
@@ -12,6 +12,7 @@ use pciback::{FunctionState, Sbdf};
 use super::attachments::Resets;
 use super::contain::Awaiting;
 use super::given::Given;
+use super::open::Opened;
 use super::watch::Changes;
 use super::{Engine, Event, Inbox};
 use crate::control::Reply;
@@ -82,14 +83,25 @@ pub(super) struct Workshop {
     pub given: Given,
     pub resets: Resets,
     pub reservations: Reservations,
+    /// What [`Serving::open`] opened, until it is served.
+    pub opened: Arc<Mutex<Option<Box<Opened>>>>,
 }
 
 impl Serving for Workshop {
-    fn serve(&self, record: &Record) -> Result<Option<String>, Failure> {
+    fn open(&self, record: &Record) -> Result<(), Failure> {
         let domain = record.guest.map(|guest| guest.domain).ok_or_else(|| {
             Failure::new(ErrorCode::Failed, format!("the journal names no guest for {}", record.address))
         })?;
         let opened = Box::new(self.open_function(record, domain, false)?);
+        *self.opened.lock().unwrap_or_else(PoisonError::into_inner) = Some(opened);
+        Ok(())
+    }
+
+    fn serve(&self, record: &Record) -> Result<Option<String>, Failure> {
+        let opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let opened = opened.ok_or_else(|| {
+            Failure::new(ErrorCode::Failed, "serve a function that was not opened").on(record.address)
+        })?;
         self.ask(|answer| Event::Serve { record: Box::new(record.clone()), opened, answer })
     }
 
@@ -234,6 +246,7 @@ impl Engine {
             given: self.given.clone(),
             resets: self.resets.clone(),
             reservations: self.reservations.clone(),
+            opened: Arc::default(),
         }
     }
 

@@ -80,7 +80,8 @@ pub enum Step {
     /// The VF's network settings are what 'vf set' and the service's settings ask for. Undo: they are so again, and what the guest had
     /// changed is reported.
     ApplyNetwork,
-    /// Its image, the part of its virtual config space that outlives the service, is there. Undo: gone.
+    /// Its image, the part of its virtual config space that outlives the service, is there and complete, so that from the next step on it
+    /// tells what the guest may reach. Undo: gone.
     Image,
     /// The guest is told and served. Undo: asked to let go, then cut off: bus mastering and interrupts first.
     Serve,
@@ -159,6 +160,8 @@ pub enum Parting {
 
 /// The part of attaching and detaching that the engine does, because it owns the guests' threads and handshakes.
 pub trait Serving: Sync {
+    /// Opens a function with a new image, for [`Serving::serve`] on the same transaction. When it returns, the image is complete.
+    fn open(&self, record: &Record) -> Result<(), Failure>;
     /// Publishes a function to its guest and serves it. The text says what the guest still has to do, if anything.
     fn serve(&self, record: &Record) -> Result<Option<String>, Failure>;
     /// Stops serving it: bus mastering and interrupts off, nodes removed. The text says when the guest had to be overruled.
@@ -349,7 +352,9 @@ impl Context<'_> {
             Step::Assign => attach::assign(self, record),
             Step::Grant => grants::grant(self, record).map(|()| None),
             Step::ApplyNetwork => network::apply(self, record),
-            Step::Image => attach::create_image(self, record).map(|()| None),
+            Step::Image => {
+                attach::create_image(self, record).and_then(|()| self.serving.open(record)).map(|()| None)
+            }
             Step::Serve => self.serving.serve(record),
         }
     }
