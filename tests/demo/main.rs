@@ -86,7 +86,7 @@ fn main() -> Result<()> {
 
     chapter(begun, "The VF is taken back: reset, held again, ready for the next guest");
     show(&lab, "xpci pci-detach web 01:10.0")?;
-    show(&lab, "xpci pci-assignable-list")?;
+    show(&lab, "xpci pci-assignable-list -l")?;
     ensure!(is_held(&lab, VFS[0])?, "a detached function must be held again");
     show(&lab, "xpci pci-assignable-remove 01:10.0")?;
 

@@ -73,7 +73,11 @@ fn measure(pfs: u8) {
             for devfn in 1..=VFS as u8 {
                 ask(
                     &socket,
-                    Request::PciAssignableAdd { address: Sbdf::from_devfn(0, bus, devfn), force: false },
+                    Request::PciAssignableAdd {
+                        address: Sbdf::from_devfn(0, bus, devfn),
+                        force: false,
+                        dry_run: false,
+                    },
                 );
             }
         });

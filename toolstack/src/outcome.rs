@@ -46,6 +46,22 @@ impl ErrorCode {
     }
 }
 
+/// One of several things in the way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Obstacle {
+    /// What.
+    pub message: String,
+    /// What the user can do about it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+}
+
+impl From<Failure> for Obstacle {
+    fn from(failure: Failure) -> Self {
+        Self { message: failure.message, hint: failure.hint }
+    }
+}
+
 /// A failed operation: what was attempted, why it failed, and what the user can do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
@@ -62,6 +78,9 @@ pub struct Failure {
     /// The domain it was about.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<DomId>,
+    /// All that is in the way, where that is more than one thing.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub obstacles: Vec<Obstacle>,
     /// The mistakes in policy files, for tools; the message has them too.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mistakes: Vec<Diagnostic>,
@@ -70,7 +89,27 @@ pub struct Failure {
 impl Failure {
     /// A failure of some kind.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), hint: None, address: None, domain: None, mistakes: Vec::new() }
+        let (obstacles, mistakes) = (Vec::new(), Vec::new());
+        Self { code, message: message.into(), hint: None, address: None, domain: None, obstacles, mistakes }
+    }
+
+    /// Refuses an action, in words that follow "to", because of all that is in its way.
+    pub fn refuse_for(action: &str, mut found: Vec<Self>) -> Result<(), Self> {
+        // What could not be found out is no refusal: it goes before.
+        if let Some(failed) = found.iter().position(|failure| !failure.code.is_refusal()) {
+            return Err(found.swap_remove(failed));
+        }
+        match (found.len(), found.pop()) {
+            (_, None) => Ok(()),
+            (1, Some(only)) => Err(only),
+            (count, Some(last)) => {
+                let mut failure = Self::refused(format!("refused to {action}, for {count} reasons"));
+                failure.domain = found.iter().chain([&last]).find_map(|one| one.domain);
+                failure.address = found.iter().chain([&last]).find_map(|one| one.address);
+                failure.obstacles = found.into_iter().chain([last]).map(Obstacle::from).collect();
+                Err(failure)
+            }
+        }
     }
 
     /// Nothing was changed because of the present state.
@@ -111,6 +150,9 @@ impl Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)?;
+        for (index, obstacle) in self.obstacles.iter().enumerate() {
+            write!(f, "{} {}", if index == 0 { ":" } else { ";" }, obstacle.message)?;
+        }
         self.hint.as_ref().map_or(Ok(()), |hint| write!(f, " ({hint})"))
     }
 }

@@ -87,6 +87,21 @@ pub struct HostFunction {
     pub interfaces: Vec<String>,
 }
 
+/// What people call a function, by its numbers; absent where the host's hardware database does not know it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Names {
+    /// The vendor's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vendor: Option<String>,
+    /// The device's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// The subclass's, for example `Ethernet controller`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class: Option<String>,
+}
+
 impl HostFunction {
     /// BAR 0-5, which a guest may be given; the expansion ROM and a PF's VF BARs are never a guest's.
     pub fn bars(&self) -> &[Resource] {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{HostEvents, HostFunction, RamRange, Result};
+use super::{HostEvents, HostFunction, Names, RamRange, Result};
 use crate::config::ConfigSpace;
 use crate::{DomId, Sbdf};
 
@@ -98,6 +98,8 @@ pub trait Host: Send + Sync {
     fn function(&self, address: Sbdf) -> Result<HostFunction>;
     /// Where the host has RAM, as the kernel shows it in `/proc/iomem`.
     fn ram(&self) -> Result<Vec<RamRange>>;
+    /// What people call these functions, in their order.
+    fn names(&self, functions: &[HostFunction]) -> Vec<Names>;
     /// Opens its config space.
     fn config(&self, address: Sbdf) -> Result<Box<dyn ConfigSpace>>;
     /// Maps the memory of a BAR (0-5).

@@ -21,7 +21,7 @@ pub mod xen;
 
 use std::sync::Arc;
 
-pub use crate::host::{HostFunction, Resource};
+pub use crate::host::{HostFunction, Names, Resource};
 pub use crate::memory::PAGE;
 pub use addresses::RamRange;
 pub use error::{Cause, PlatformError, Result, Revoked};

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::thread;
 
 use clap::Parser;
-use toolstack::cli::{Cli, Step, render};
+use toolstack::cli::{Cli, Look, Step, bulleted, render};
 use toolstack::client;
 use toolstack::outcome::{ErrorCode, Failure};
 use toolstack::protocol::{Envelope, Request};
@@ -17,12 +17,13 @@ const AT_ONCE: usize = 8;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let show_progress = !cli.json && std::io::stderr().is_terminal();
+    let look = cli.command.look();
     let mut code = 0;
     let mut steps = cli.command.steps().into_iter().peekable();
     while steps.peek().is_some() {
         let batch: Vec<Step> = steps.by_ref().take(AT_ONCE).collect();
         for envelope in answers(batch, &cli.socket, show_progress, cli.json) {
-            if let Err(failure) = show(envelope, cli.json) {
+            if let Err(failure) = show(envelope, cli.json, look) {
                 code = code.max(failure.code.exit_code());
                 if !cli.json {
                     report(&failure);
@@ -61,7 +62,7 @@ fn ask(socket: &Path, request: Request, show_progress: bool, json: bool) -> Enve
         .unwrap_or_else(|failure| Envelope::done(1, name, Err(failure)))
 }
 
-fn show(envelope: Envelope, json: bool) -> Result<(), Failure> {
+fn show(envelope: Envelope, json: bool, look: Look) -> Result<(), Failure> {
     if json {
         show_json(&envelope);
     }
@@ -69,7 +70,7 @@ fn show(envelope: Envelope, json: bool) -> Result<(), Failure> {
         (_, Some(failure)) => Err(failure),
         (Some(success), None) => {
             if !json {
-                say(&mut std::io::stdout(), &render(&success));
+                say(&mut std::io::stdout(), &render(&success, look));
             }
             Ok(())
         }
@@ -83,7 +84,9 @@ fn show_json(envelope: &Envelope) {
 }
 
 fn report(failure: &Failure) {
-    say(&mut std::io::stderr(), &format!("xpci: {}\n", failure.message));
+    let colon = if failure.obstacles.is_empty() { "" } else { ":" };
+    say(&mut std::io::stderr(), &format!("xpci: {}{colon}\n", failure.message));
+    say(&mut std::io::stderr(), &bulleted(&failure.obstacles, "      "));
     if let Some(hint) = &failure.hint {
         say(&mut std::io::stderr(), &format!("      {hint}\n"));
     }

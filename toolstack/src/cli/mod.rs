@@ -2,6 +2,7 @@
 
 mod explained;
 mod hvm;
+mod list;
 mod network;
 mod paths;
 mod policy;
@@ -17,9 +18,10 @@ use crate::protocol::{DomainName, Request, Scope};
 use crate::settings::DEFAULT_SOCKET;
 
 pub use hvm::Hvm;
+pub use list::ListArguments;
 pub use network::SetArguments;
 pub use policy::{As, ExplainArguments, Local, Policy};
-pub use table::render;
+pub use table::{Look, bulleted, render};
 
 /// Assigns PCI functions to Xen guests.
 ///
@@ -44,10 +46,21 @@ const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 service
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Lists the host's functions: what they are, and who has them.
+    List(ListArguments),
+    /// Shows all that is known of a function, and everything that keeps it from a guest, with what to do.
+    Show(OneFunction),
     /// Lists the functions that can be attached to a guest.
-    PciAssignableList,
+    PciAssignableList {
+        /// Shows also what they are, their drivers and what is to be known of them.
+        #[arg(short, long)]
+        long: bool,
+    },
     /// Takes functions from their drivers and holds them for guests.
     PciAssignableAdd {
+        /// Changes nothing: only says what would be done, or all that is in the way.
+        #[arg(long)]
+        dry_run: bool,
         /// Takes them even while something in dom0 uses them: a mounted file system, an interface that is up.
         #[arg(short, long)]
         force: bool,
@@ -72,6 +85,9 @@ pub enum Command {
     },
     /// Gives a held function to a guest.
     PciAttach {
+        /// Changes nothing: only says what would be done, or all that is in the way.
+        #[arg(long)]
+        dry_run: bool,
         /// Accepts that a PV guest that had the function, and still exists, may have its BARs mapped.
         #[arg(long)]
         trust_former_owner: bool,
@@ -267,6 +283,19 @@ pub enum Step {
 }
 
 impl Command {
+    /// How its answer is to look.
+    pub fn look(&self) -> Look {
+        let width = std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok());
+        let width = width.or_else(|| terminal_size::terminal_size().map(|(width, _)| width.0.into()));
+        let mut look = Look { width: width.filter(|width| *width > 0), ..Look::default() };
+        match self {
+            Self::List(arguments) => look.tree = arguments.tree,
+            Self::PciAssignableList { long } => look.addresses_only = !long,
+            _ => {}
+        }
+        look
+    }
+
     /// What to do, one after the other.
     pub fn steps(self) -> Vec<Step> {
         match self {
@@ -281,21 +310,27 @@ impl Command {
         let one = |request| vec![request];
         match self {
             Self::Policy(_) | Self::Hvm(_) => Vec::new(),
-            Self::PciAssignableList => one(Request::PciAssignableList),
-            Self::PciAssignableAdd { addresses, force } => {
-                addresses.into_iter().map(|address| Request::PciAssignableAdd { address, force }).collect()
-            }
+            Self::List(arguments) => one(Request::List { filter: arguments.filter() }),
+            Self::Show(function) => one(Request::Show { address: function.address }),
+            Self::PciAssignableList { .. } => one(Request::PciAssignableList),
+            Self::PciAssignableAdd { addresses, force, dry_run } => addresses
+                .into_iter()
+                .map(|address| Request::PciAssignableAdd { address, force, dry_run })
+                .collect(),
             Self::PciAssignableRemove { addresses, force, trust_former_owner, .. } => addresses
                 .into_iter()
                 .map(|address| Request::PciAssignableRemove { address, force, trust_former_owner })
                 .collect(),
-            Self::PciAttach { domain, place, persist, trust_former_owner } => one(Request::PciAttach {
-                domain: DomainName(domain),
-                address: place.address,
-                slot: place.slot,
-                persist,
-                trust_former_owner,
-            }),
+            Self::PciAttach { domain, place, persist, trust_former_owner, dry_run } => {
+                one(Request::PciAttach {
+                    dry_run,
+                    domain: DomainName(domain),
+                    address: place.address,
+                    slot: place.slot,
+                    persist,
+                    trust_former_owner,
+                })
+            }
             Self::PciDetach { domain, address, force, live, persistent } => {
                 let scope = match (live, persistent) {
                     (true, _) => Scope::Live,

@@ -2,16 +2,34 @@
 
 use std::fmt::Write;
 
-use super::{explained, network, paths};
+use super::{explained, list, network, paths};
+use crate::outcome::Obstacle;
 use crate::protocol::{FunctionView, StatusView, Success, VfView};
 
+/// How an answer is to look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Look {
+    /// How many columns the terminal has; `None`: it is none, and lines may have any length.
+    pub width: Option<usize>,
+    /// Functions stand below what leads to them.
+    pub tree: bool,
+    /// Of functions only the addresses are shown, one a line, as xl does.
+    pub addresses_only: bool,
+}
+
 /// The answer as text; empty where there is nothing to say.
-pub fn render(success: &Success) -> String {
+pub fn render(success: &Success, look: Look) -> String {
     match success {
+        Success::Listed { functions } if look.tree => list::tree(functions, look.width),
+        Success::Listed { functions } => list::columns(functions, look.width),
+        Success::Shown(view) => list::shown(view),
+        Success::Functions { functions } if look.addresses_only => {
+            functions.iter().fold(String::new(), |text, function| format!("{text}{}\n", function.address))
+        }
         Success::Changed { message, warnings, .. } => warnings
             .iter()
             .fold(format!("{message}\n"), |text, warning| format!("{text}warning: {warning}\n")),
-        Success::Already { message } => format!("{message}\n"),
+        Success::Already { message } | Success::Possible { message } => format!("{message}\n"),
         Success::Functions { functions } => functions_table(functions),
         Success::Vfs { vfs } => vfs_table(vfs),
         Success::Synced(view) if view.plan.is_empty() => format!("{}\n", view.text.join("\n")),
@@ -36,12 +54,13 @@ pub fn render(success: &Success) -> String {
     }
 }
 
+/// How many characters of the last column must fit before other columns are left out for it.
+const LEAST_LAST_COLUMN: usize = 24;
+
 /// Columns as wide as their widest cell, two spaces apart.
 pub(super) fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width =
-        |column: usize| rows.iter().filter_map(|row| row.get(column)).map(String::len).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let widths: Vec<usize> = (0..columns).map(|column| width_of(rows, column)).collect();
     let mut text = String::new();
     for row in rows {
         let cells: Vec<String> =
@@ -51,11 +70,54 @@ pub(super) fn table(rows: &[Vec<String>]) -> String {
     text
 }
 
-fn head(names: &[&str]) -> Vec<String> {
+fn width_of(rows: &[Vec<String>], column: usize) -> usize {
+    let cells = rows.iter().filter_map(|row| row.get(column));
+    cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+}
+
+/// The same within the width of a terminal: columns whose titles are `expendable` go, the first of them first, then the last column is
+/// cut.
+pub(super) fn table_within(mut rows: Vec<Vec<String>>, width: Option<usize>, expendable: &[&str]) -> String {
+    let Some(width) = width else { return table(&rows) };
+    let needed = |rows: &[Vec<String>]| {
+        let columns = rows.first().map_or(0, Vec::len);
+        (0..columns).map(|column| width_of(rows, column) + 2).sum::<usize>().saturating_sub(2)
+    };
+    let last = rows.first().map_or(0, |titles| titles.len().saturating_sub(1));
+    let least = |rows: &[Vec<String>]| {
+        needed(rows) - width_of(rows, rows[0].len() - 1).saturating_sub(LEAST_LAST_COLUMN)
+    };
+    if last == 0 {
+        return table(&rows);
+    }
+    for title in expendable {
+        if least(&rows) <= width {
+            break;
+        }
+        if let Some(column) = rows[0].iter().position(|known| known == title) {
+            rows.iter_mut().for_each(|row| drop(row.remove(column)));
+        }
+    }
+    table(&rows).lines().fold(String::new(), |text, line| format!("{text}{}\n", list::cut(line, Some(width))))
+}
+
+/// Things that are in the way, each with what to do.
+pub fn bulleted(obstacles: &[Obstacle], indent: &str) -> String {
+    let mut text = String::new();
+    for obstacle in obstacles {
+        let _ = writeln!(text, "{indent}- {}", obstacle.message);
+        if let Some(hint) = &obstacle.hint {
+            let _ = writeln!(text, "{indent}  {hint}");
+        }
+    }
+    text
+}
+
+pub(super) fn head(names: &[&str]) -> Vec<String> {
     names.iter().map(|name| (*name).to_owned()).collect()
 }
 
-fn dash<T: ToString>(value: Option<&T>) -> String {
+pub(super) fn dash<T: ToString>(value: Option<&T>) -> String {
     value.map_or_else(|| "-".to_owned(), T::to_string)
 }
 

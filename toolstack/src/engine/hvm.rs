@@ -17,12 +17,11 @@ use serde::{Deserialize, Serialize};
 
 use super::guests::Guest;
 use super::notes::Notes;
+use super::requests::Plan;
 use super::{Engine, Event};
 use crate::control::Reply;
-use crate::domains::{self, DomainType};
 use crate::journal::GuestPlace;
 use crate::outcome::{ErrorCode, Failure};
-use crate::protocol::DomainName;
 use crate::settings::Settings;
 
 /// What an HVM guest has besides what every guest has.
@@ -48,6 +47,8 @@ pub struct Wanted {
     pub(super) persist: bool,
     /// Even while a PV guest that had it may still reach it.
     pub(super) trust: bool,
+    /// Nothing is changed, it is only said what would be.
+    pub(super) dry_run: bool,
 }
 
 /// A function that an earlier life served.
@@ -76,30 +77,21 @@ pub(super) fn noted_server(settings: &Settings, domain: DomId) -> Option<ServerI
 }
 
 impl Engine {
-    /// The domain, when it is an HVM guest.
-    pub(super) fn hvm_guest(&self, name: &DomainName) -> Result<Option<DomId>, Failure> {
-        let store = self.platform.store.as_ref();
-        let domain = domains::find(store, name)?;
-        Ok((domains::kind(store, domain)? == DomainType::Hvm).then_some(domain))
+    /// All that is in the way of an attachment to an HVM guest, if anything is.
+    pub(super) fn hvm_attachable(&self, wanted: &Wanted) -> Result<Option<Plan>, Failure> {
+        let domain = wanted.domain;
+        let running = (!self.platform.hypervisor.domain(domain)?.paused).then(|| {
+            let text =
+                format!("domain {domain} is running, and an HVM guest finds its devices when it starts");
+            Failure::refused(text).of(domain).hint(
+                "shut it down, create it again with 'xl create -p', attach the function, then 'xl unpause'",
+            )
+        });
+        self.refused(wanted, running.into_iter().collect())
     }
 
     /// Asks a guest's device model, which may take its time, where a function can go.
     pub(super) fn ask_device_model(&mut self, wanted: Wanted, reply: Reply) {
-        let checked = self.attachable(wanted.address, wanted.domain, wanted.trust).and_then(|_| {
-            if self.platform.hypervisor.domain(wanted.domain)?.paused {
-                return Ok(());
-            }
-            let text = format!(
-                "domain {} is running, and an HVM guest finds its devices when it starts",
-                wanted.domain
-            );
-            Err(Failure::refused(text).of(wanted.domain).hint(
-                "shut it down, create it again with 'xl create -p', attach the function, then 'xl unpause'",
-            ))
-        });
-        if let Err(failure) = checked {
-            return reply.done(Err(failure));
-        }
         let (hvm, inbox) = (Arc::clone(&self.platform.hvm), self.inbox.clone());
         let work = move || {
             hvm.device_model_slots(wanted.domain).map_err(|error| {
@@ -126,6 +118,7 @@ impl Engine {
             let devfn = self.free_place(wanted.domain, wanted.address, wanted.slot, (0..32).rev(), &slots)?;
             self.attachment(record, wanted.domain, devfn, wanted.persist)
         });
+        let plan = if wanted.dry_run { plan.map(Plan::only_said) } else { plan };
         self.carry_out(plan, reply);
     }
 

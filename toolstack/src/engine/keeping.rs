@@ -13,6 +13,7 @@ use pciback::{FunctionState, Sbdf};
 
 use super::Engine;
 use super::tasks::Course;
+use crate::outcome::Failure;
 use crate::transaction::{Finished, Kind, holder_of};
 
 /// What was done about functions that belong to guests.
@@ -101,7 +102,7 @@ impl Engine {
             info!("{address}: policies say that it is held at once; another program holds it already");
             return;
         }
-        if let Err(failure) = self.holdable(function) {
+        if let Err(failure) = Failure::refuse_for(&format!("hold {address}"), self.holdable(function)) {
             warn!("{address}: policies say that it is held at once, but {}", failure.message);
             self.keeping.refused.insert(address, failure.message);
             return;

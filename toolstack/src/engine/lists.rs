@@ -66,7 +66,7 @@ fn view(function: Option<&HostFunction>, record: &Record) -> FunctionView {
 
 /// The records as they are now, to be shown with what the host says of the functions.
 pub(super) struct Shown {
-    host: Arc<dyn Host>,
+    pub host: Arc<dyn Host>,
     records: BTreeMap<Sbdf, Record>,
     reservations: Reservations,
 }
@@ -189,7 +189,7 @@ impl Shown {
         self.view_of(&self.records.get(&address).cloned().unwrap_or_else(nobodys))
     }
 
-    fn assignable(&self, address: Sbdf) -> Option<FunctionView> {
+    pub(super) fn assignable(&self, address: Sbdf) -> Option<FunctionView> {
         let record = self.records.get(&address);
         match record.map_or(FunctionState::Host, |record| record.state) {
             FunctionState::Held => Some(self.view(address)),

@@ -95,7 +95,7 @@ impl Engine {
                     "run 'xpci pci-assignable-add {address}' first; for dom0's own VFs there is 'ip link set DEVICE vf'"
                 )))
             }
-            other => Err(not_in_state(&record, other, "to be set")),
+            other => Err(not_in_state(&record, other, "set")),
         }
     }
 

@@ -10,6 +10,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 use super::Engine;
 use super::hvm::Wanted;
+use super::obstacles::{Force, Refusal};
 use super::tasks::Course;
 use super::unmanaged::STUB;
 use crate::control::Reply;
@@ -18,7 +19,7 @@ use crate::journal::{GuestPlace, Record};
 use crate::outcome::Failure;
 use crate::protocol::{DomainName, Request, Scope, Success};
 use crate::reservations::Change;
-use crate::transaction::{Kind, Parting, a_guests, holder_of, refuse_in_use, refuse_unresettable};
+use crate::transaction::{Kind, Parting, a_guests, holder_of, refuse_in_use};
 
 /// The function, which must exist.
 pub(super) fn existing(host: &dyn Host, address: Sbdf) -> Result<HostFunction, Failure> {
@@ -36,11 +37,30 @@ pub(super) enum Plan {
     Answer(Success),
     /// A transaction, what to say when it succeeds, and what becomes of the function's reservation before.
     Transaction(Course, Box<Record>, String, Option<Change>),
+    /// What is in the way, and what hinders holding besides, where that is asked; otherwise the answer.
+    Weigh(Refusal, Option<Force>, Success),
+}
+
+impl Plan {
+    /// The same, but nothing is changed.
+    pub(super) fn only_said(self) -> Self {
+        match self {
+            Self::Transaction(_, _, message, _) => Self::Answer(would(&message)),
+            other => other,
+        }
+    }
+}
+
+/// What a dry run says of what would be done.
+fn would(message: &str) -> Success {
+    Success::Possible { message: format!("nothing was changed; without --dry-run: {message}") }
 }
 
 impl Engine {
     pub(super) fn handle_request(&mut self, request: Request, reply: Reply) {
         let plan = match request {
+            Request::List { filter } => return self.list(filter, reply),
+            Request::Show { address } => return self.show_function(address, reply),
             Request::PciAssignableList => return self.assignable_list(reply),
             Request::PciList { domain } => return self.guest_list(&domain, reply),
             Request::VfList { address } => return self.vf_list(address, reply),
@@ -49,21 +69,22 @@ impl Engine {
             Request::AerHistory { address } => Ok(Plan::Answer(self.error_history(address))),
             Request::Events { follow } => return self.events(follow, reply),
             Request::Status => return self.status(reply),
-            Request::PciAssignableAdd { address, force } => self.plan_hold(address, force),
+            Request::PciAssignableAdd { address, force, dry_run } => self.plan_hold(address, force, dry_run),
             Request::PciAssignableRemove { address, force, trust_former_owner } => self
                 .forget_gone(address)
                 .unwrap_or_else(|| self.plan_release(address, force, trust_former_owner)),
-            Request::PciAttach { domain, address, slot, persist, trust_former_owner: trust } => {
-                let attached = persist.then(|| self.attached_already(&domain, address, slot)).flatten();
-                if let Some(record) = attached {
-                    return self.make_persistent(&record, reply);
+            Request::PciAttach { domain, address, slot, persist, trust_former_owner: trust, dry_run } => {
+                if let Some(record) = self.attached_already(&domain, address, slot) {
+                    return match persist && !dry_run {
+                        true => self.make_persistent(&record, reply),
+                        false => reply.done(Ok(self.has_it(&record))),
+                    };
                 }
-                match self.hvm_guest(&domain) {
-                    Ok(Some(guest)) => {
-                        let wanted = Wanted { domain: guest, address, slot, persist, trust };
-                        return self.ask_device_model(wanted, reply);
+                match domains::find(self.platform.store.as_ref(), &domain) {
+                    Ok(domain) => {
+                        let wanted = Wanted { domain, address, slot, persist, trust, dry_run };
+                        return self.attach(wanted, reply);
                     }
-                    Ok(None) => self.plan_attach(&domain, address, slot, persist, trust),
                     Err(failure) => Err(failure),
                 }
             }
@@ -97,6 +118,7 @@ impl Engine {
         match plan {
             Err(failure) => reply.done(Err(failure)),
             Ok(Plan::Answer(success)) => reply.done(Ok(success)),
+            Ok(Plan::Weigh(refusal, more, otherwise)) => self.weigh(refusal, more, otherwise, reply),
             Ok(Plan::Transaction(course, record, message, change)) => {
                 self.start_with(course, *record, change, Some(reply), move |_| message.clone());
             }
@@ -114,7 +136,7 @@ impl Engine {
         Ok(())
     }
 
-    fn plan_hold(&self, address: Sbdf, force: bool) -> Result<Plan, Failure> {
+    fn plan_hold(&self, address: Sbdf, force: bool, dry_run: bool) -> Result<Plan, Failure> {
         let function = existing(self.platform.host.as_ref(), address)?;
         self.idle(address)?;
         let record = self.record(address);
@@ -125,32 +147,39 @@ impl Engine {
                 }));
             }
             FunctionState::Host => {}
-            other => return Err(not_in_state(&record, other, "to be made assignable")),
+            other => return Err(not_in_state(&record, other, "made assignable")),
         }
-        self.holdable(&function)?;
+        let message = format!("{address} is assignable");
+        let found = self.holdable(&function);
+        if dry_run || !found.is_empty() {
+            let more = (!function.is_bridge()).then_some(Force(force));
+            let refusal = Refusal { address, action: format!("make {address} assignable"), found };
+            return Ok(Plan::Weigh(refusal, more, would(&message)));
+        }
         let course = if force { Course::Seize } else { Course::Forward(Kind::Hold) };
-        Ok(Plan::Transaction(course, Box::new(record), format!("{address} is assignable"), None))
+        Ok(Plan::Transaction(course, Box::new(record), message, None))
     }
 
-    /// Refuses to hold what can never be held as it is, by whatever force.
-    pub(super) fn holdable(&self, function: &HostFunction) -> Result<(), Failure> {
+    /// Why a function can never be held as it is, by whatever force.
+    pub(super) fn holdable(&self, function: &HostFunction) -> Vec<Failure> {
         let address = function.address;
-        if function.num_vfs > 0 {
-            return Err(Failure::refused(format!("{address} is a PF with {} VFs enabled", function.num_vfs))
-                .on(address)
-                .hint("its driver must stay while it has VFs; 'xpci vf destroy' disables them"));
-        }
         if function.is_bridge() {
-            return Err(
-                Failure::refused(format!("{address} is a bridge; bridges stay with the host")).on(address)
-            );
+            return vec![
+                Failure::refused(format!("{address} is a bridge; bridges stay with the host")).on(address),
+            ];
+        }
+        let mut found = Vec::new();
+        if function.num_vfs > 0 {
+            let enabled = format!("{address} is a PF with {} VFs enabled", function.num_vfs);
+            let hint = "its driver must stay while it has VFs; 'xpci vf destroy' disables them";
+            found.push(Failure::refused(enabled).on(address).hint(hint));
         }
         // Before its driver is touched: a guest of xl's would lose it when that is undone.
         if holder_of(function).is_some() && matches!(self.platform.hypervisor.assignable(address), Ok(false))
         {
-            return Err(a_guests(&self.platform, address));
+            found.push(a_guests(&self.platform, address));
         }
-        Ok(())
+        found
     }
 
     /// A function that left the host has nothing to give back: it is forgotten.
@@ -184,23 +213,54 @@ impl Engine {
                 let message = format!("{address} is dom0's again, with {driver}");
                 Ok(self.release_of(record, message))
             }
-            other => Err(not_in_state(&record, other, "to be given back to dom0")),
+            other => Err(not_in_state(&record, other, "given back to dom0")),
         }
     }
 
-    fn plan_attach(
-        &self,
-        domain: &DomainName,
-        address: Sbdf,
-        slot: Option<u8>,
-        persist: bool,
-        trust: bool,
-    ) -> Result<Plan, Failure> {
-        let domain = domains::find(self.platform.store.as_ref(), domain)?;
-        let record = self.attachable(address, domain, trust)?;
-        self.has_bus(domain)?;
-        let devfn = self.free_place(domain, address, slot, 0..32, &[])?;
-        self.attachment(record, domain, devfn, persist)
+    /// Gives a function to a guest, once all that is in the way has been looked at.
+    fn attach(&mut self, wanted: Wanted, reply: Reply) {
+        let plan = match domains::kind(self.platform.store.as_ref(), wanted.domain) {
+            Ok(DomainType::Hvm) => match self.hvm_attachable(&wanted) {
+                Ok(None) => return self.ask_device_model(wanted, reply),
+                Ok(Some(refused)) => Ok(refused),
+                Err(failure) => Err(failure),
+            },
+            Ok(_) => self.plan_attach(&wanted),
+            Err(error) => Err(error.into()),
+        };
+        let plan = if wanted.dry_run { plan.map(Plan::only_said) } else { plan };
+        self.carry_out(plan, reply);
+    }
+
+    fn plan_attach(&self, wanted: &Wanted) -> Result<Plan, Failure> {
+        let Wanted { domain, address, slot, persist, .. } = *wanted;
+        let place = self.free_place(domain, address, slot, 0..32, &[]);
+        let bus = self.has_bus(domain);
+        let (place, no_place) = match place {
+            Ok(place) => (place, None),
+            Err(failure) => (0, Some(failure)),
+        };
+        match self.refused(wanted, bus.err().into_iter().chain(no_place).collect())? {
+            Some(refused) => Ok(refused),
+            None => self.attachment(self.record(address), domain, place, persist),
+        }
+    }
+
+    /// All that is in the way of an attachment, if anything is; `also`: what is known of it already.
+    pub(super) fn refused(&self, wanted: &Wanted, also: Vec<Failure>) -> Result<Option<Plan>, Failure> {
+        let (address, domain) = (wanted.address, wanted.domain);
+        let function = existing(self.platform.host.as_ref(), address)?;
+        self.idle(address)?;
+        let found = self.attach_obstacles(&function, Some(domain), wanted.trust);
+        let found = [found, also].concat();
+        if found.is_empty() {
+            return Ok(None);
+        }
+        let more = self.state(address) == FunctionState::Host && !function.is_bridge();
+        let action = format!("attach {address} to {}", self.called(domain));
+        let nothing = Success::Already { message: format!("nothing is in the way to {action} any more") };
+        let refusal = Refusal { address, action, found };
+        Ok(Some(Plan::Weigh(refusal, more.then_some(Force(false)), nothing)))
     }
 
     /// Refuses guests without a device model that cannot have a PCI bus of ours.
@@ -225,24 +285,9 @@ impl Engine {
     pub(super) fn attachable(&self, address: Sbdf, domain: DomId, trust: bool) -> Result<Record, Failure> {
         let function = existing(self.platform.host.as_ref(), address)?;
         self.idle(address)?;
-        let record = self.record(address);
-        match record.state {
-            FunctionState::Held => {}
-            FunctionState::Host => {
-                return Err(Failure::refused(format!("{address} is not assignable"))
-                    .on(address)
-                    .hint(format!("run 'xpci pci-assignable-add {address}' first")));
-            }
-            other => return Err(not_in_state(&record, other, "to be attached")),
-        }
-        self.not_reserved(&function, domain)?;
-        self.permitted(&function, domain)?;
-        if !trust {
-            self.out_of_reach(address, Some(domain), &format!("attach {address} to domain {domain}"))?;
-        }
-        // Refused while nothing has begun: an attachment that ends without a reset would leave the function quarantined.
-        refuse_unresettable(&self.settings.reset, &function)?;
-        Ok(record)
+        let action = format!("attach {address} to domain {domain}");
+        Failure::refuse_for(&action, self.attach_obstacles(&function, Some(domain), trust))?;
+        Ok(self.record(address))
     }
 
     pub(super) fn attachment(
@@ -267,15 +312,16 @@ impl Engine {
     }
 
     /// Refuses what no policy permits: PFs, and VFs that no driver of dom0's watches over.
-    fn permitted(&self, function: &HostFunction, domain: DomId) -> Result<(), Failure> {
+    pub(super) fn permitted(&self, function: &HostFunction, domain: Option<DomId>) -> Result<(), Failure> {
         let address = function.address;
-        let name = domains::name(self.platform.store.as_ref(), domain)?;
+        let store = self.platform.store.as_ref();
+        let name = domain.map_or(Ok(None), |domain| domains::name(store, domain))?;
         let permits = self.policies.merge(&Subject::of_host(function, name)).permits;
         let refused = |text: String, word: &str| {
             let hint = format!(
                 "if that is meant, a policy that matches it says 'permit: [{word}]'; then 'xpci policy reload'"
             );
-            Err(Failure::refused(text).on(address).of(domain).hint(hint))
+            Err(Failure { domain, ..Failure::refused(text).on(address).hint(hint) })
         };
         if function.total_vfs > 0 && !permits.contains(&Permission::PhysicalFunction) {
             let text = format!("{address} is a PF: a guest that has it decides over its VFs");
@@ -292,7 +338,12 @@ impl Engine {
     }
 
     /// Refuses what follows `action` while a PV guest, but for the domain that gets the function, may still reach it.
-    fn out_of_reach(&self, address: Sbdf, but: Option<DomId>, action: &str) -> Result<(), Failure> {
+    pub(super) fn out_of_reach(
+        &self,
+        address: Sbdf,
+        but: Option<DomId>,
+        action: &str,
+    ) -> Result<(), Failure> {
         let function = existing(self.platform.host.as_ref(), address)?;
         let store = self.platform.store.as_ref();
         let name = |domain| domains::name(store, domain).ok().flatten();
@@ -409,9 +460,20 @@ impl Engine {
 }
 
 pub(super) fn not_in_state(record: &Record, state: FunctionState, wanted: &str) -> Failure {
-    let owner = record.guest.map(|guest| format!(" (domain {})", guest.domain)).unwrap_or_default();
-    let failure =
-        Failure::refused(format!("{} is {state}{owner}, which is no state {wanted}", record.address));
+    let address = record.address;
+    let text = match (state, record.guest) {
+        (FunctionState::Attached, Some(guest)) if wanted == "attached" => {
+            format!("{address} is attached to domain {} already", guest.domain)
+        }
+        (FunctionState::Attached, Some(guest)) => {
+            format!("{address} is attached to domain {}; it cannot be {wanted} meanwhile", guest.domain)
+        }
+        (_, Some(guest)) => {
+            format!("{address} is {state} (domain {}); it cannot be {wanted} now", guest.domain)
+        }
+        (_, None) => format!("{address} is {state}; it cannot be {wanted} now"),
+    };
+    let failure = Failure::refused(text);
     let hint = match state {
         FunctionState::Attached => "detach it first: 'xpci pci-detach'",
         FunctionState::Quarantined => "see why in 'xpci status', then 'xpci quarantine clear'",

@@ -96,6 +96,18 @@ impl Engine {
             .then(|| record.clone())
     }
 
+    /// What is said of an attachment to the guest that has the function already.
+    pub(super) fn has_it(&self, record: &Record) -> Success {
+        let place = record.guest.map(|place| (place.domain, Sbdf::from_devfn(0, 0, place.devfn)));
+        let text = place.map_or_else(
+            || format!("{} is attached already", record.address),
+            |(domain, seen)| {
+                format!("{} has {} already, and sees it at {seen}", self.called(domain), record.address)
+            },
+        );
+        Success::Already { message: text }
+    }
+
     /// A guest keeps for good what it has.
     pub(super) fn make_persistent(&self, record: &Record, reply: Reply) {
         let Some(place) = record.guest else { return };

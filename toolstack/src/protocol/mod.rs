@@ -5,6 +5,7 @@
 //! What `xpci --json` prints is the [`Envelope`] of the final answer.
 
 mod event_view;
+mod list_view;
 mod network_view;
 mod path_view;
 mod policy_view;
@@ -17,6 +18,7 @@ use pciback::policy::Explanation;
 use serde::{Deserialize, Serialize};
 
 pub use event_view::{EventView, Happening, RegisterValue};
+pub use list_view::{ListFilter, ListedView, ShownView};
 pub use network_view::VfNetworkView;
 pub use path_view::{AerOwner, AerStatusView, CountersView, MemberView, PathRegisterView, PathView};
 pub use policy_view::{
@@ -75,6 +77,17 @@ impl Scope {
 #[serde(tag = "command", content = "arguments", rename_all = "kebab-case", rename_all_fields = "kebab-case")]
 #[serde(deny_unknown_fields)]
 pub enum Request {
+    /// Lists the host's functions, whoever has them.
+    List {
+        /// Which.
+        #[serde(default)]
+        filter: ListFilter,
+    },
+    /// Shows all that is known of a function, and what keeps it from a guest.
+    Show {
+        /// The function.
+        address: Sbdf,
+    },
     /// Lists the functions that can be attached.
     PciAssignableList,
     /// Takes a function from its driver and holds it for guests.
@@ -84,6 +97,9 @@ pub enum Request {
         /// Takes it even while something in dom0 uses it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         force: bool,
+        /// Only says what would be done, or all that is in the way.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        dry_run: bool,
     },
     /// Gives a held function back to dom0 and the driver it came from.
     PciAssignableRemove {
@@ -111,6 +127,9 @@ pub enum Request {
         /// Does so although a PV guest that had it may still reach it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         trust_former_owner: bool,
+        /// Only says what would be done, or all that is in the way.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        dry_run: bool,
     },
     /// Takes a function from a guest and holds it again.
     PciDetach {
@@ -243,6 +262,8 @@ impl Request {
     /// The command's word, as in the protocol.
     pub const fn name(&self) -> &'static str {
         match self {
+            Self::List { .. } => "list",
+            Self::Show { .. } => "show",
             Self::PciAssignableList => "pci-assignable-list",
             Self::PciAssignableAdd { .. } => "pci-assignable-add",
             Self::PciAssignableRemove { .. } => "pci-assignable-remove",
@@ -290,11 +311,23 @@ pub enum Success {
         /// What, for people.
         message: String,
     },
+    /// Nothing was changed, as was asked for; nothing seen before is in the way.
+    Possible {
+        /// What would be done, for people.
+        message: String,
+    },
     /// Functions.
     Functions {
         /// The list.
         functions: Vec<FunctionView>,
     },
+    /// The host's functions.
+    Listed {
+        /// By address.
+        functions: Vec<ListedView>,
+    },
+    /// One function with all that is known of it.
+    Shown(Box<ShownView>),
     /// VFs, by PF.
     Vfs {
         /// The list.
@@ -426,8 +459,14 @@ mod tests {
             r#"{"version":1,"id":7,"command":"pci-attach","arguments":{"domain":"web","address":"01:10.0"}}"#;
         let call: Call = serde_json::from_str(text).unwrap();
         assert_eq!(call.id, 7);
-        let Request::PciAttach { domain, address, slot: None, persist: false, trust_former_owner: false } =
-            call.request
+        let Request::PciAttach {
+            domain,
+            address,
+            slot: None,
+            persist: false,
+            trust_former_owner: false,
+            dry_run: false,
+        } = call.request
         else {
             panic!("{call:?}")
         };
@@ -451,8 +490,10 @@ mod tests {
         let address = Sbdf::from_devfn(0, 1, 0x80);
         let domain = DomainName("pv1".into());
         for request in [
+            Request::List { filter: ListFilter { class: Some("02".into()), ..ListFilter::default() } },
+            Request::Show { address },
             Request::PciAssignableList,
-            Request::PciAssignableAdd { address, force: true },
+            Request::PciAssignableAdd { address, force: true, dry_run: true },
             Request::PciAssignableRemove { address, force: true, trust_former_owner: true },
             Request::PciAttach {
                 domain: domain.clone(),
@@ -460,6 +501,7 @@ mod tests {
                 slot: Some(3),
                 persist: true,
                 trust_former_owner: true,
+                dry_run: true,
             },
             Request::PciDetach { domain: domain.clone(), address, force: true, scope: Scope::Live },
             Request::PciList { domain: domain.clone() },

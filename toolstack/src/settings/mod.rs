@@ -120,7 +120,7 @@ impl WantedVfs {
 }
 
 /// A Device Serial Number as lspci prints it.
-fn printed(serial: u64) -> String {
+pub fn printed(serial: u64) -> String {
     serial.to_be_bytes().map(|byte| format!("{byte:02x}")).join("-")
 }
 

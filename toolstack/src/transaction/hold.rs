@@ -25,10 +25,10 @@ pub fn holder_of(function: &HostFunction) -> Option<&str> {
     function.driver.as_deref().filter(|driver| HOLDERS.contains(driver))
 }
 
-/// Chooses the driver that will hold.
-fn choose_holder(context: &Context<'_>) -> Result<&'static str, Failure> {
-    let loaded = context.platform.host.drivers()?;
-    let wanted: &[&'static str] = match context.settings.holder {
+/// Chooses the driver that will hold, of those that are loaded.
+pub fn choose_holder(host: &dyn Host, setting: Holder) -> Result<&'static str, Failure> {
+    let loaded = host.drivers()?;
+    let wanted: &[&'static str] = match setting {
         Holder::Auto => &HOLDERS,
         Holder::Pciback => &HOLDERS[..1],
         Holder::PciStub => &HOLDERS[1..],
@@ -46,7 +46,16 @@ fn choose_holder(context: &Context<'_>) -> Result<&'static str, Failure> {
 pub(super) fn take_driver(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
     let host = &context.platform.host;
     let function = host.function(record.address)?;
-    let holder = choose_holder(context)?;
+    let holder = match choose_holder(host.as_ref(), context.settings.holder) {
+        Ok(holder) => holder,
+        Err(failure) => {
+            // What else is in the way is named with it.
+            let in_use = if context.force { Ok(()) } else { refuse_in_use(host.as_ref(), record.address) };
+            let found = [Some(failure.clone()), in_use.err()].into_iter().flatten().collect();
+            let action = format!("make {} assignable", record.address);
+            return Err(Failure::refuse_for(&action, found).err().unwrap_or(failure));
+        }
+    };
     let warning = (holder == "pci-stub").then(|| {
         format!(
             "{} is held by pci-stub, which has no error handlers: an error below the same port cannot be recovered from; \

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 pub use attach::image_path;
 pub use grants::note_owner;
-pub use hold::{a_guests, holder_of, refuse_in_use};
+pub use hold::{a_guests, choose_holder, holder_of, refuse_in_use};
 pub use network::{
     NetworkRecord, Seen as SeenNetwork, change as change_network, described as describe_network,
     look as look_at_network, look_at_all as look_at_networks, place as vf_place, prepare as prepare_networks,

@@ -20,6 +20,33 @@ fn the_life_of_a_vf_from_its_pf_to_a_guest_and_back() {
 }
 
 #[test]
+fn the_hosts_functions_are_listed_with_what_they_are_and_who_has_them() {
+    play("list", host());
+}
+
+#[test]
+fn a_terminal_that_is_too_narrow_loses_columns_and_the_ends_of_names() {
+    let daemon = Daemon::start(&host());
+    for (columns, gone) in [(200, 0), (100, 2), (72, 5)] {
+        let mut list = daemon::program(env!("CARGO_BIN_EXE_xpci"));
+        list.arg("--socket").arg(daemon.socket()).arg("list").env("COLUMNS", columns.to_string());
+        let text = String::from_utf8(list.output().unwrap().stdout).unwrap();
+        let widest = text.lines().map(|line| line.chars().count()).max().unwrap();
+        assert!(widest <= columns, "{columns}:\n{text}");
+        let titles = text.lines().next().unwrap().split("  ").filter(|title| !title.trim().is_empty());
+        assert_eq!(10 - titles.count(), gone, "{columns}:\n{text}");
+        assert_eq!(text.lines().count(), 6, "one line a function:\n{text}");
+    }
+}
+
+#[test]
+fn all_that_is_in_the_way_is_named_at_once_and_a_dry_run_changes_nothing() {
+    let virtio = "{address: 02:00.0, model: virtio-net, irq: 11, interfaces: [eth1]}";
+    let used = virtio.replace("eth1]", "eth1], uses: [{interface: {name: eth1, up: true, master: br0}}]");
+    play("obstacles", host().replace(virtio, &used));
+}
+
+#[test]
 fn what_a_guest_has_for_good_is_kept_for_it_until_somebody_says_so() {
     play("persistent", host());
 }

@@ -58,6 +58,7 @@ fn attach_at(service: &Service, address: Sbdf, slot: u8) -> Result<Success, Fail
         slot: Some(slot),
         persist: false,
         trust_former_owner: false,
+        dry_run: false,
     })
 }
 

@@ -69,6 +69,7 @@ fn a_rebooted_guest_gets_its_function_again_at_the_same_place_also_from_another_
         slot: Some(9),
         persist: true,
         trust_former_owner: false,
+        dry_run: false,
     };
     service.call(at).unwrap();
     let frontend = reboot(&world);

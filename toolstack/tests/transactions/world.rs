@@ -265,7 +265,7 @@ impl Service {
     }
 
     pub fn hold(&self, address: Sbdf) -> Result<Success, Failure> {
-        self.call(Request::PciAssignableAdd { address, force: false })
+        self.call(Request::PciAssignableAdd { address, force: false, dry_run: false })
     }
 
     pub fn release(&self, address: Sbdf) -> Result<Success, Failure> {
@@ -288,6 +288,7 @@ impl Service {
             slot: None,
             persist: true,
             trust_former_owner: false,
+            dry_run: false,
         })
     }
 
@@ -413,6 +414,7 @@ pub fn attachment(domain: DomId, address: Sbdf) -> Request {
         slot: None,
         persist: false,
         trust_former_owner: false,
+        dry_run: false,
     }
 }
 

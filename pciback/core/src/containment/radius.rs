@@ -209,6 +209,30 @@ fn few(sharers: &[Sharer]) -> String {
 
 type Sharers<'a> = &'a dyn Fn(&dyn Fn(&HostFunction) -> bool) -> Vec<Sharer>;
 
+/// What the functions that the IOMMU cannot keep apart have in common.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Group {
+    /// They are below this bridge, which does not isolate.
+    Below(Sbdf),
+    /// They are functions of one device, given by the address of its function 0.
+    Device(Sbdf),
+    /// It is alone.
+    Alone(Sbdf),
+}
+
+impl Group {
+    /// The group of a function below these bridges, the nearest first.
+    pub fn of(function: &HostFunction, bridges: &[Bridge]) -> Self {
+        let address = function.address;
+        // The one nearest to the root decides: nothing below it is kept apart.
+        match bridges.iter().rev().find(|bridge| bridge.isolates.is_err()) {
+            Some(bridge) => Self::Below(bridge.address),
+            None if function.physical_function.is_some() => Self::Alone(address),
+            None => Self::Device(Sbdf::from_devfn(address.segment(), address.bus(), address.device() << 3)),
+        }
+    }
+}
+
 /// Xen shows no IOMMU groups in dom0's sysfs: they follow from the ports, as in Linux.
 fn group(function: &HostFunction, bridges: &[Bridge], sharers: Sharers<'_>) -> (Vec<Sharer>, String) {
     let address = function.address;

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::radius::{Bridge, Radius, Stance, stance};
+use super::radius::{Bridge, Group, Radius, Stance, stance};
 use super::*;
 use crate::Sbdf;
 use crate::dump::parse;
@@ -170,6 +170,33 @@ fn iommu_groups_follow_from_the_port_nearest_to_the_root_that_does_not_isolate()
     let mut vf = own.clone();
     vf.physical_function = "03:00.1".parse().ok();
     assert!(Radius::of(&vf, false, &ports[..1], &others).iommu_group.is_empty());
+}
+
+/// Whoever has the same [`Group`] is in the radius's list, and nobody else.
+#[test]
+fn functions_of_one_group_are_those_that_the_iommu_cannot_keep_apart() {
+    let mut functions: Vec<HostFunction> =
+        ["03:00.0", "03:00.1", "03:10.0", "03:10.1", "04:00.0"].map(|address| function(address, None)).into();
+    for vf in &mut functions[2..4] {
+        vf.physical_function = "03:00.0".parse().ok();
+    }
+    let ports_of = |function: &HostFunction, open: bool| {
+        let mut ports = vec![port(function.address.bus()..=function.address.bus()), port(2..=4)];
+        ports[1].isolates = if open { Err("has no ACS") } else { Ok(()) };
+        ports
+    };
+    for open in [false, true] {
+        for own in &functions {
+            let ports = ports_of(own, open);
+            let radius = Radius::of(own, false, &ports, &functions);
+            let group = Group::of(own, &ports);
+            let same = functions.iter().filter(|other| {
+                other.address != own.address && Group::of(other, &ports_of(other, open)) == group
+            });
+            let same: Vec<String> = same.map(|other| other.address.to_string()).collect();
+            assert_eq!(addresses(&radius.iommu_group), same, "{}, open: {open}", own.address);
+        }
+    }
 }
 
 #[test]

@@ -15,12 +15,13 @@ use super::attributes::{
 use super::blocking::Blocking;
 use super::config::SysfsConfig;
 use super::events::{PciEvents, Source};
+use super::names::names as names_of;
 use super::users::{Users, read_long};
 use crate::Sbdf;
 use crate::config::ConfigSpace;
 use crate::platform::memory::Registers;
 use crate::platform::{
-    BarMemory, Cause, Host, HostEvents, HostFunction, PAGE, PlatformError, RamRange, Result, Use,
+    BarMemory, Cause, Host, HostEvents, HostFunction, Names, PAGE, PlatformError, RamRange, Result, Use,
 };
 
 /// How long a write may take that only waits for another change of the same function.
@@ -260,6 +261,10 @@ impl Host for LinuxHost {
         let path = self.processes.join("iomem");
         let text = read_long(&path).map_err(|cause| PlatformError::new("read", path.display(), cause))?;
         RamRange::parse_all(&text)
+    }
+
+    fn names(&self, functions: &[HostFunction]) -> Vec<Names> {
+        names_of(functions)
     }
 
     fn config(&self, address: Sbdf) -> Result<Box<dyn ConfigSpace>> {

@@ -6,6 +6,7 @@ mod config;
 mod errors;
 pub mod events;
 mod host;
+mod names;
 mod network;
 mod users;
 mod vf_messages;

@@ -12,7 +12,7 @@ use super::world::{Answer, World};
 use crate::Sbdf;
 use crate::config::{Access, ConfigSpace};
 use crate::platform::{
-    BarMemory, Cause, Host, HostEvents, HostFunction, PlatformError, RamRange, Result, Use,
+    BarMemory, Cause, Host, HostEvents, HostFunction, Names, PlatformError, RamRange, Result, Use,
 };
 
 pub(super) struct SimHost {
@@ -142,6 +142,17 @@ impl Host for SimHost {
         let failed = self.failures.check("ram", Subject::default());
         failed.map_err(|cause| PlatformError::new("read", "the simulated host's map of memory", cause))?;
         RamRange::parse_all(IOMEM)
+    }
+
+    fn names(&self, functions: &[HostFunction]) -> Vec<Names> {
+        let world = locked(&self.world);
+        let name = |key: String| world.names.get(&key).cloned();
+        let of = |function: &HostFunction| Names {
+            vendor: name(format!("{:04x}", function.vendor)),
+            device: name(format!("{:04x}:{:04x}", function.vendor, function.device)),
+            class: name(format!("class {:04x}", function.class >> 8)),
+        };
+        functions.iter().map(of).collect()
     }
 
     fn config(&self, address: Sbdf) -> Result<Box<dyn ConfigSpace>> {

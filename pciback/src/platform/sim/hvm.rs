@@ -175,7 +175,9 @@ impl HvmDomains for SimHvmDomains {
             // A channel that becomes bound has an event pending.
             event.write(1)?;
             let woken = Arc::clone(&event);
-            fuse.on_end(move || drop(woken.write(1)));
+            fuse.on_end(move || {
+                let _ = woken.write(1);
+            });
             let to_guest = Arc::clone(&server.to_guest);
             Ok(Box::new(SimIoreqServer { page, event, to_guest, fuse }) as Box<dyn IoreqServer>)
         })

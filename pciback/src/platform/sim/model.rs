@@ -28,6 +28,10 @@ pub(super) struct Description {
     /// What further drivers take, by name.
     #[serde(default)]
     pub driver_kinds: BTreeMap<String, DriverKind>,
+    /// What the host's hardware database has besides what is built in: by vendor (`8086`), by vendor and device (`8086:10c9`), by class
+    /// and subclass (`class 0200`).
+    #[serde(default)]
+    pub names: BTreeMap<String, String>,
     /// Further kinds of functions, by name.
     #[serde(default)]
     pub models: BTreeMap<String, Model>,
@@ -45,6 +49,7 @@ pub(super) struct Description {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct Library {
+    pub names: BTreeMap<String, String>,
     pub driver_kinds: BTreeMap<String, DriverKind>,
     pub models: BTreeMap<String, Model>,
 }
@@ -207,6 +212,9 @@ impl Description {
         }
         for (name, kind) in library.driver_kinds {
             description.driver_kinds.entry(name).or_insert(kind);
+        }
+        for (key, name) in library.names {
+            description.names.entry(key).or_insert(name);
         }
         Ok(description)
     }

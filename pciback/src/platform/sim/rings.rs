@@ -118,7 +118,9 @@ impl GuestRings for SimRings {
         // A channel that becomes bound has an event pending for the side that binds it.
         channel.send(true).map_err(|errno| PlatformError::new(binding, domain, errno))?;
         let woken = Arc::clone(&channel);
-        self.failures.fuse.on_end(move || drop(woken.send(true)));
+        self.failures.fuse.on_end(move || {
+            let _ = woken.send(true);
+        });
         Ok(Box::new(SimRing {
             page,
             channel,

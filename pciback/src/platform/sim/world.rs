@@ -42,6 +42,8 @@ pub(super) struct SimFunction {
 pub(super) struct World {
     pub drivers: Vec<String>,
     pub driver_kinds: BTreeMap<String, DriverKind>,
+    /// What its hardware database knows.
+    pub names: BTreeMap<String, String>,
     pub placement: Placement,
     pub functions: BTreeMap<Sbdf, SimFunction>,
     pub xen: Xen,
@@ -64,6 +66,7 @@ impl World {
         let mut world = Self {
             drivers: description.drivers.clone(),
             driver_kinds: description.driver_kinds.clone(),
+            names: description.names.clone(),
             placement: Placement::new(&description.models)?,
             functions: BTreeMap::new(),
             xen: Xen {

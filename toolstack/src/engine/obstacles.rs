@@ -1,0 +1,99 @@
+//! All that keeps a function from dom0's holder or from a guest, so that it can be named together.
+
+use pciback::platform::{HostFunction, Platform};
+use pciback::{DomId, FunctionState, Sbdf};
+
+use super::Engine;
+use super::requests::not_in_state;
+use crate::control::Reply;
+use crate::outcome::Failure;
+use crate::protocol::Success;
+use crate::settings::Holder;
+use crate::transaction::{choose_holder, holder_of, refuse_in_use, refuse_unresettable};
+
+/// What is in the way of an action.
+pub(super) struct Refusal {
+    /// The function.
+    pub address: Sbdf,
+    /// What is refused, in words that follow "to".
+    pub action: String,
+    /// What is in its way.
+    pub found: Vec<Failure>,
+}
+
+/// Whether a function is taken even while something uses it.
+pub(super) struct Force(pub bool);
+
+/// What is found out on a thread about a function that is to be held: what uses it, unless that is no matter, and which driver would
+/// hold it.
+pub(super) fn hold_obstacles(
+    platform: &Platform,
+    holder: Holder,
+    address: Sbdf,
+    force: bool,
+) -> Vec<Failure> {
+    let host = platform.host.as_ref();
+    let in_use = if force { Ok(()) } else { refuse_in_use(host, address) };
+    let held = host.function(address).is_ok_and(|function| holder_of(&function).is_some());
+    let holder = if held { Ok(()) } else { choose_holder(host, holder).map(drop) };
+    [in_use, holder].into_iter().filter_map(Result::err).collect()
+}
+
+impl Engine {
+    /// What keeps a function from a domain, or from any, as far as the engine can tell without waiting. `trust`: it may have it even
+    /// while a PV guest that had it can still reach it.
+    pub(super) fn attach_obstacles(
+        &self,
+        function: &HostFunction,
+        domain: Option<DomId>,
+        trust: bool,
+    ) -> Vec<Failure> {
+        let address = function.address;
+        let record = self.record(address);
+        let mut found: Vec<Failure> = match record.state {
+            FunctionState::Held => Vec::new(),
+            FunctionState::Host => self.not_held(function),
+            other => return vec![not_in_state(&record, other, "attached")],
+        };
+        if function.is_bridge() {
+            // Nothing helps.
+            return found;
+        }
+        let reserved = domain.map_or(Ok(()), |domain| self.not_reserved(function, domain));
+        let action = match domain {
+            Some(domain) => format!("attach {address} to domain {domain}"),
+            None => format!("attach {address}"),
+        };
+        let reach = if trust { Ok(()) } else { self.out_of_reach(address, domain, &action) };
+        // Refused while nothing has begun: an attachment that ends without a reset would leave the function quarantined.
+        let reset = refuse_unresettable(&self.settings.reset, function);
+        let checks = [reserved, self.permitted(function, domain), reach, reset];
+        found.extend(checks.into_iter().filter_map(Result::err));
+        found
+    }
+
+    /// A function of dom0's must be held first, and what keeps it from that.
+    fn not_held(&self, function: &HostFunction) -> Vec<Failure> {
+        let address = function.address;
+        let cannot = self.holdable(function);
+        if function.is_bridge() {
+            return cannot;
+        }
+        let first = Failure::refused(format!("{address} is not assignable"))
+            .on(address)
+            .hint(format!("run 'xpci pci-assignable-add {address}' first"));
+        [vec![first], cannot].concat()
+    }
+
+    /// Answers with all that is in the way of an action, in words that follow "to", or with `otherwise`. `more`: also asks what hinders
+    /// holding, which takes a thread to find out.
+    pub(super) fn weigh(&self, refusal: Refusal, more: Option<Force>, otherwise: Success, reply: Reply) {
+        let (platform, holder) = (self.platform.clone(), self.settings.holder);
+        let Refusal { address, action, found } = refusal;
+        self.background("obstacles", move || {
+            let more = more.map(|Force(force)| hold_obstacles(&platform, holder, address, force));
+            let found = [found, more.unwrap_or_default()].concat();
+            reply.done(Failure::refuse_for(&action, found).map(|()| otherwise));
+        });
+    }
+}
