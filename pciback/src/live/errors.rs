@@ -12,6 +12,10 @@ use crate::spec::{CORRECTABLE_ERRORS, CapabilityId, ExtendedCapabilityId, aer, d
 /// Registers of the header (section 7.5.1.1).
 const HEADER: [(Access, &str); 2] =
     [(super::COMMAND, "Command"), (Access::fixed::<{ header::STATUS }, 2>(), "Status")];
+/// Status: what a written 1 clears (section 7.5.1.1.4).
+const STATUS_EVENTS: u32 = 0xf900;
+/// Device Status: likewise, of errors (section 7.5.3.5).
+const DEVICE_STATUS_EVENTS: u32 = 0x000f;
 /// Registers of the AER capability (PCI Express 6.0, section 7.8.4), by offset in it.
 const AER: [(u16, &str); 5] = [
     (aer::UNCORRECTABLE_STATUS, "Uncorrectable Error Status"),
@@ -64,6 +68,34 @@ pub fn of_errors(host: &dyn Host, address: Sbdf, layout: Option<Layout>) -> Vec<
         AER.iter().for_each(|(at, name)| add(read(config.as_ref(), aer, *at, 4), name));
     }
     found
+}
+
+/// Clears what a function's registers hold of errors, after they have been read as `found`: what came since stays.
+pub fn clear_errors(
+    host: &dyn Host,
+    address: Sbdf,
+    layout: Option<Layout>,
+    found: &[(&'static str, u32)],
+) -> io::Result<()> {
+    let config = host.config(address).map_err(io::Error::other)?;
+    let layout = layout.map_or_else(|| Layout::find(host, address), Ok)?;
+    let write = |capability: u16, at: u16, size: u16, name: &str, mask: u32| {
+        let seen = found.iter().find(|(known, _)| *known == name).map_or(0, |(_, value)| *value);
+        let all_ones = u32::MAX >> (32 - 8 * u32::from(size));
+        if seen & mask == 0 || seen == all_ones {
+            return Ok(());
+        }
+        config.write(register(capability, at, size).map_err(io::Error::other)?, seen & mask)
+    };
+    write(0, header::STATUS, 2, "Status", STATUS_EVENTS)?;
+    if let Some(at) = layout.express {
+        write(at, express::DEVICE_STATUS, 2, "Device Status", DEVICE_STATUS_EVENTS)?;
+    }
+    if let Some(at) = layout.aer {
+        write(at, aer::UNCORRECTABLE_STATUS, 4, "Uncorrectable Error Status", u32::MAX)?;
+        write(at, aer::CORRECTABLE_STATUS, 4, "Correctable Error Status", u32::MAX)?;
+    }
+    Ok(())
 }
 
 /// A port that has cut off what is below it.

@@ -153,6 +153,11 @@ impl GuestFunction {
         self.space.replace_filter(planes, self.hardware.as_ref())
     }
 
+    /// The host has read and cleared hardware's events.
+    pub fn events_cleared(&mut self) {
+        self.space.events_cleared();
+    }
+
     /// What of the guest's writes did not reach hardware.
     pub fn masked_writes(&self) -> Vec<MaskedWrite> {
         self.space.masked_writes().iter().copied().collect()

@@ -134,6 +134,11 @@ impl Roster {
                     function.set_gone();
                 }
             }
+            Order::EventsCleared(devfn) => {
+                if let Some(function) = self.functions.get_mut(&devfn) {
+                    function.events_cleared();
+                }
+            }
             Order::ReplaceFilter(devfn, planes, done) => {
                 if let Some(function) = self.functions.get_mut(&devfn) {
                     let _ = done.send(function.replace_filter(planes));

@@ -129,6 +129,7 @@ pub(crate) enum Order {
     Take(u8, mpsc::Sender<Taken>),
     ResetEnded(u8, bool),
     SetGone(u8),
+    EventsCleared(u8),
     ReplaceFilter(u8, Arc<Planes>, mpsc::Sender<io::Result<()>>),
     MaskedWrites(u8, mpsc::Sender<Vec<MaskedWrite>>),
     Tell(Telling),
@@ -211,6 +212,11 @@ impl Server {
     /// The function has left the host: from now on it reads all ones and no hardware is touched.
     pub fn set_gone(&self, devfn: u8) {
         self.order(Order::SetGone(devfn));
+    }
+
+    /// The host has read and cleared the function's error registers.
+    pub fn events_cleared(&self, devfn: u8) {
+        self.order(Order::EventsCleared(devfn));
     }
 
     /// Puts another filter in force between two of the guest's requests; `Ok(None)` when the thread does not have the function.

@@ -80,11 +80,11 @@ fn header_oracle(hardware: &Hardware, line: u8, first: u8) -> Oracle {
         // Command: bus mastering reaches hardware; decoding, which begins as off, INTx and the error bits are the guest's own.
         .own(0x04, 2, 0x07fb, 0x0140)
         .hardware(0x04, 2, 0x0004)
-        // Status: events pass, INTx and readiness show.
+        // Status: the guest clears events for itself, INTx and readiness show.
         .zero(0x06, 2)
         .one(0x06, 0x10)
         .shown(0x06, 2, 0x0009)
-        .hardware(0x06, 2, 0xf900)
+        .events(0x06, 2, 0xf900)
         .frozen(0x08, 4)
         .own(0x0c, 2, 0xffff, 0x0010)
         .zero(0x0e, 2)

@@ -30,6 +30,7 @@ holds them, but 0 for `RW1C`, `RsvdZ` and `trigger`: nothing is cleared or start
 | | reads | its writes |
 |---|---|---|
 | hardware, both ways | hardware | reach hardware |
+| hardware, cleared in its view | hardware; 0 once the guest has written 1, until the host has cleared hardware | stay with the guest |
 | hardware, read only | hardware | are dropped |
 | first value | what hardware showed when the guest got the function | are dropped |
 | its own, as hardware showed it | what it wrote; at first what hardware showed | stay with the guest |
@@ -77,6 +78,7 @@ fn kind(kind: Kind) -> &'static str {
 fn guest(treatment: Treatment, shift: u32) -> String {
     match treatment {
         Treatment::Pass => "hardware, both ways".into(),
+        Treatment::Event => "hardware, cleared in its view".into(),
         Treatment::ReadOnly => "hardware, read only".into(),
         Treatment::Static => "first value".into(),
         Treatment::Virtual(Initial::Hardware) => "its own, as hardware showed it".into(),

@@ -199,6 +199,61 @@ fn a_reset_brings_back_what_the_guest_found_at_first() {
     }
 }
 
+const UNCORRECTABLE_STATUS: usize = 0x104;
+const UNSUPPORTED_REQUEST: u32 = 1 << 20;
+
+#[test]
+fn an_error_that_the_guest_clears_is_gone_for_the_guest_and_stays_in_hardware() {
+    let device = devices::network_pf();
+    let mut space = space(&device.spec);
+    let before = device.hardware.bytes.borrow().clone();
+    let access = Access::new(UNCORRECTABLE_STATUS as u32, 4).unwrap();
+    space.write(access, UNSUPPORTED_REQUEST, &device.hardware).unwrap();
+    assert_eq!(space.read(access, &device.hardware).unwrap(), 0x0000_4020);
+    // Device Status and Status, with all that is writable beside them.
+    for (offset, left) in [(0xaa, 0x0000), (0x06, 0x0010)] {
+        space.write(Access::new(offset, 2).unwrap(), 0xffff, &device.hardware).unwrap();
+        let read = space.read(Access::new(offset, 2).unwrap(), &device.hardware).unwrap();
+        assert_eq!(read & !0x0039, left & !0x0039, "{offset:#x}: {read:#x}");
+    }
+    assert_eq!(*device.hardware.bytes.borrow(), before);
+}
+
+#[test]
+fn an_error_that_comes_after_the_host_has_cleared_hardware_shows_again() {
+    let device = devices::network_pf();
+    let access = Access::new(UNCORRECTABLE_STATUS as u32, 4).unwrap();
+    let set = |value: u32| {
+        device.hardware.bytes.borrow_mut()[UNCORRECTABLE_STATUS..UNCORRECTABLE_STATUS + 4]
+            .copy_from_slice(&value.to_le_bytes());
+    };
+    // The guest looks in between; or the host says that it has cleared them.
+    let looks: fn(&mut VirtualConfigSpace, &Device, Access) = |space, device, access| {
+        assert_eq!(space.read(access, &device.hardware).unwrap(), 0);
+    };
+    let hears: fn(&mut VirtualConfigSpace, &Device, Access) = |space, _, _| space.events_cleared();
+    for between in [looks, hears] {
+        let mut space = space(&device.spec);
+        set(UNSUPPORTED_REQUEST);
+        space.write(access, u32::MAX, &device.hardware).unwrap();
+        assert_eq!(space.read(access, &device.hardware).unwrap(), 0, "the guest has cleared it");
+        set(0);
+        between(&mut space, &device, access);
+        set(UNSUPPORTED_REQUEST);
+        assert_eq!(space.read(access, &device.hardware).unwrap(), UNSUPPORTED_REQUEST);
+    }
+}
+
+#[test]
+fn a_guest_cannot_clear_errors_before_they_happen() {
+    let device = devices::network_pf();
+    let mut space = space(&device.spec);
+    let access = Access::new(UNCORRECTABLE_STATUS as u32, 4).unwrap();
+    space.write(access, u32::MAX, &device.hardware).unwrap();
+    device.hardware.bytes.borrow_mut()[UNCORRECTABLE_STATUS + 1] |= 0x80;
+    assert_eq!(space.read(access, &device.hardware).unwrap(), 0x8000);
+}
+
 #[test]
 fn what_protocol_requests_enable_reads_as_enabled() {
     let device = devices::network_pf();

@@ -13,6 +13,10 @@ pub struct Cell {
     falling: u8,
     /// Bits that are the guest's own.
     own: u8,
+    /// Bits that hardware sets, and that a guest's write of 1 clears for the guest and not for hardware.
+    events: u8,
+    /// Of these, those that the guest has cleared since hardware set them.
+    cleared: u8,
     /// What the guest reads in bits that do not show hardware.
     value: u8,
 }
@@ -106,6 +110,11 @@ impl Oracle {
         })
     }
 
+    /// These bits tell of what happened in hardware, and the guest clears its own view of them.
+    pub fn events(&mut self, at: usize, length: usize, bits: u64) -> &mut Self {
+        self.shown(at, length, bits).each(at, length, bits, |cell, bits, _| cell.events |= bits)
+    }
+
     /// These bits are hardware's and can be cleared, not set.
     pub fn falling(&mut self, at: usize, length: usize, bits: u64) -> &mut Self {
         self.hardware(at, length, bits).each(at, length, bits, |cell, bits, _| cell.falling |= bits)
@@ -148,7 +157,10 @@ impl Oracle {
         let mut value = 0;
         for index in (0..length).rev() {
             let byte = match self.cells.get(at + index) {
-                Some(cell) => self.bytes[at + index] & cell.shown | cell.value & !cell.shown,
+                Some(cell) => {
+                    let hardware = self.bytes[at + index] & !(cell.cleared & cell.events);
+                    hardware & cell.shown | cell.value & !cell.shown
+                }
                 None => 0xff,
             };
             value = value << 8 | u32::from(byte);
@@ -163,6 +175,8 @@ impl Oracle {
         for (at, byte) in (at..at + length).zip(written) {
             let Some(cell) = self.cells.get_mut(at) else { return false };
             cell.value = cell.value & !cell.own | byte & cell.own;
+            // What hardware does not show the guest cannot clear; what hardware shows no more is forgotten.
+            cell.cleared = (cell.cleared | byte & cell.events) & self.bytes[at];
             let events = cell.passed & self.cleared_by_one[at] & byte;
             let stored = cell.passed & self.writable[at] & !(cell.falling & byte);
             self.bytes[at] = self.bytes[at] & !events & !stored | byte & stored;

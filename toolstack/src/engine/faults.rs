@@ -284,12 +284,15 @@ impl Engine {
         self.policies.merge(&subject).errors
     }
 
-    /// Reads the registers that tell of an error, on a thread: a function that the kernel resets may keep it waiting.
+    /// Reads the registers that tell of an error, and clears those of a guest's function, on a thread: a function that the kernel resets
+    /// may keep it waiting. Where the platform handles errors itself they are left to it.
     fn note_registers(&mut self, address: Sbdf) {
         if !self.faults.reading.insert(address) {
             return;
         }
-        let port = self.faults.places.get(&address).and_then(|place| place.ports.first().copied());
+        let place = self.faults.places.get(&address);
+        let port = place.and_then(|place| place.ports.first().copied());
+        let root = place.and_then(|place| place.ports.last().copied());
         let read: Vec<(Sbdf, Option<Layout>)> = [address]
             .into_iter()
             .chain(port)
@@ -298,9 +301,18 @@ impl Engine {
         let (workshop, inbox) = (self.workshop(), self.inbox.clone());
         let work = move || {
             let host = workshop.platform.host.as_ref();
+            let handled = |root| workshop.platform.errors.handled(root).unwrap_or(false);
+            let cleared = root.filter(|root| handled(*root)).map(|_| address);
             let of = |(address, layout): (Sbdf, Option<Layout>)| {
-                let found = registers::of_errors(host, address, layout).into_iter();
-                found.map(move |(name, value)| RegisterValue { address, name: name.to_owned(), value })
+                let found = registers::of_errors(host, address, layout);
+                if cleared == Some(address)
+                    && let Err(problem) = registers::clear_errors(host, address, layout, &found)
+                {
+                    warn!("{address}: clear its error registers: {problem}");
+                }
+                let value =
+                    move |(name, value): (&str, u32)| RegisterValue { address, name: name.to_owned(), value };
+                found.into_iter().map(value)
             };
             read.into_iter().flat_map(of).collect()
         };
@@ -315,7 +327,13 @@ impl Engine {
 
     pub(super) fn error_registers(&mut self, address: Sbdf, registers: Vec<RegisterValue>) {
         self.faults.reading.remove(&address);
-        let domain = self.records.get(&address).and_then(|record| record.guest).map(|place| place.domain);
+        let place = self.records.get(&address).and_then(|record| record.guest);
+        if let Some(place) = place
+            && let Some(guest) = self.guests.get_mut(&place.domain)
+        {
+            guest.events_cleared(place.devfn);
+        }
+        let domain = place.map(|place| place.domain);
         self.note_event(EventView::now(address, domain, Happening::Registers { registers }));
     }
 }

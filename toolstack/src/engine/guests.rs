@@ -142,6 +142,16 @@ impl Guest {
         }
     }
 
+    /// The host has read and cleared the error registers of one of its functions.
+    pub fn events_cleared(&mut self, devfn: u8) {
+        match (&self.server, self.parked.get_mut(&devfn)) {
+            (_, Some(function)) => function.events_cleared(),
+            (Some(server), None) => server.events_cleared(devfn),
+            // Its functions are between two threads: it sees the next error of a kind that it has cleared once hardware shows none.
+            (None, None) => {}
+        }
+    }
+
     /// One of its functions has left the host.
     pub fn set_gone(&mut self, domain: DomId, devfn: u8) {
         match (&self.server, self.parked.get_mut(&devfn)) {

@@ -191,6 +191,47 @@ fn an_error_that_no_event_tells_of_is_found_by_the_counters_with_the_same_decisi
     assert_eq!((of_event.0, of_event.1), (Action::Log, Detection::Event));
 }
 
+/// Uncorrectable Error Status of the VF.
+const AER_STATUS: u16 = 0x104;
+
+fn read_by_the_host(service: &Service) -> Vec<(String, u32)> {
+    let found = service.wait_for_event(bdf(VF), "its registers", |what| match what {
+        Happening::Registers { registers } => Some(registers.clone()),
+        _ => None,
+    });
+    let own = found.into_iter().filter(|register| register.address == bdf(VF));
+    own.map(|register| (register.name, register.value)).collect()
+}
+
+#[test]
+fn an_error_that_its_guest_clears_first_is_read_and_then_cleared_by_the_host() {
+    let world = World::new();
+    let (frontend, service) = attached(&world, "non-fatal: log");
+    world.simulation.poke(bdf(VF), AER_STATUS, &COMPLETION_TIMEOUT.to_le_bytes());
+    frontend.ask(&write_op(0, AER_STATUS.into(), 4, u32::MAX));
+    assert_eq!(frontend.read(0, AER_STATUS.into(), 4), 0, "its own view");
+    assert_eq!(world.simulation.peek(bdf(VF), AER_STATUS, 4), COMPLETION_TIMEOUT.to_le_bytes());
+    world.simulation.report_error(bdf(VF), Severity::NonFatal, COMPLETION_TIMEOUT);
+    let seen = read_by_the_host(&service);
+    assert!(seen.contains(&("Uncorrectable Error Status".to_owned(), COMPLETION_TIMEOUT)), "{seen:?}");
+    assert_eq!(world.simulation.peek(bdf(VF), AER_STATUS, 4), [0; 4]);
+    // The next one is new to the guest.
+    world.simulation.poke(bdf(VF), AER_STATUS, &COMPLETION_TIMEOUT.to_le_bytes());
+    assert_eq!(frontend.read(0, AER_STATUS.into(), 4), COMPLETION_TIMEOUT);
+}
+
+#[test]
+fn error_registers_that_the_platform_keeps_to_itself_are_not_cleared() {
+    let world = World::new();
+    world.simulation.withhold_aer(true);
+    let (_frontend, service) = attached(&world, "non-fatal: log");
+    world.simulation.poke(bdf(VF), AER_STATUS, &COMPLETION_TIMEOUT.to_le_bytes());
+    world.simulation.report_error(bdf(VF), Severity::NonFatal, COMPLETION_TIMEOUT);
+    let seen = read_by_the_host(&service);
+    assert!(seen.contains(&("Uncorrectable Error Status".to_owned(), COMPLETION_TIMEOUT)), "{seen:?}");
+    assert_eq!(world.simulation.peek(bdf(VF), AER_STATUS, 4), COMPLETION_TIMEOUT.to_le_bytes());
+}
+
 #[test]
 fn without_tracing_the_counters_do_and_the_status_says_so() {
     let world = World::new();

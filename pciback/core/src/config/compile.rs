@@ -14,9 +14,9 @@ use crate::spec::{AnyId, Kind, Register, header};
 
 pub(super) const CONSTANT: &str = "cannot change: served without asking hardware";
 pub(super) const STATUS: &str = "hardware's state: reading it changes nothing";
-/// Why writes of 1 to what they clear pass.
+/// Why writes of 1 stay with the guest.
 pub(super) const EVENT: &str =
-    "an event of this function: the guest clears what it has seen, and nothing that it has not";
+    "an error or event: the guest clears its own view; the host clears hardware once it has read it";
 const TRIGGER: &str = "reads 0; starting it is the host's";
 const RESERVED: &str = "reserved: reads 0; writes leave hardware's bits as they are";
 const RESERVED_ZERO: &str = "reserved: reads 0; writes carry 0";
@@ -163,7 +163,7 @@ impl<'a> Compiler<'a> {
             capability: None,
             section: rules::HEADER_SECTION,
             controls: (Treatment::ReadOnly, STATUS),
-            events: (Treatment::Pass, EVENT),
+            events: (Treatment::Event, EVENT),
             rows: &rows,
             guarded: true,
             owner: HEADER_OWNER,
@@ -283,14 +283,18 @@ impl<'a> Compiler<'a> {
         let shift = 8 * u32::from(place.offset & 3);
         let (dword, mask) = (usize::from(place.offset / 4), place.mask << shift);
         let (Some(bits), true) = (self.bits.get_mut(dword), mask != 0) else { return };
-        let Bits { hw_read, hw_write, shadow_write, zero_merge, fixed, value, masked } = bits;
-        for plane in [&mut *hw_read, hw_write, shadow_write, zero_merge, fixed, value, masked] {
+        let Bits { hw_read, hw_write, shadow_write, zero_merge, events, fixed, value, masked } = bits;
+        for plane in [&mut *hw_read, hw_write, shadow_write, zero_merge, events, fixed, value, masked] {
             *plane &= !mask;
         }
         match treatment {
             Treatment::Pass => {
                 *hw_read |= mask;
                 *hw_write |= mask;
+            }
+            Treatment::Event => {
+                *hw_read |= mask;
+                *events |= mask;
             }
             Treatment::ReadOnly => *hw_read |= mask,
             Treatment::Static => {}
@@ -310,7 +314,7 @@ impl<'a> Compiler<'a> {
             *zero_merge |= mask;
         }
         let writable = matches!(known.kind, Kind::Control | Kind::Trigger | Kind::Rw1c);
-        if writable && treatment != Treatment::Pass {
+        if writable && !matches!(treatment, Treatment::Pass | Treatment::Event) {
             *masked |= mask;
         }
         if known.guarded {
@@ -378,8 +382,8 @@ impl<'a> Compiler<'a> {
         let mut hash = Fnv::new();
         hash.add(shape);
         for bits in self.bits.iter() {
-            let Bits { hw_read, hw_write, shadow_write, zero_merge, fixed, value, .. } = *bits;
-            for plane in [hw_read, hw_write, shadow_write, zero_merge, fixed, value] {
+            let Bits { hw_read, hw_write, shadow_write, zero_merge, events, fixed, value, .. } = *bits;
+            for plane in [hw_read, hw_write, shadow_write, zero_merge, events, fixed, value] {
                 hash.add(u64::from(plane));
             }
         }

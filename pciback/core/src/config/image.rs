@@ -159,6 +159,13 @@ impl FunctionImage {
         self.set(SHADOW + (dword & (PAGE - 1)), value);
     }
 
+    /// Clears bits of one dword of the shadow.
+    pub(super) fn clear_shadow_bits(&self, dword: usize, bits: u32) {
+        if let Some(word) = self.memory.words().get(SHADOW + (dword & (PAGE - 1))) {
+            word.fetch_and(!bits, Relaxed);
+        }
+    }
+
     /// What a dword of the shadow returns to at a reset.
     pub(super) fn reset_value(&self, dword: usize) -> u32 {
         self.get(RESET_VALUES + (dword & (PAGE - 1)))

@@ -24,6 +24,9 @@ pub struct Bits {
     /// A write that must carry bits the guest may not write carries these as 0 and not as hardware holds them: RW1C, where
     /// what was read would clear an event, and RsvdZ.
     pub zero_merge: u32,
+    /// Of `hw_read`, events that the guest clears in its own view only: the shadow holds a 1 for each that it has cleared and that
+    /// hardware still shows.
+    pub events: u32,
     /// Shadow bits that begin as in `value`; the others begin as hardware showed them.
     pub fixed: u32,
     /// The bits of `fixed`.

@@ -20,6 +20,9 @@ pub enum Initial {
 pub enum Treatment {
     /// Reads and writes reach hardware.
     Pass,
+    /// For what hardware sets and a written 1 clears: reads show hardware, but 0 once the guest has written 1, until the host has cleared
+    /// hardware's bit. The guest's writes do not reach hardware.
+    Event,
     /// Reads reach hardware, writes are dropped.
     ReadOnly,
     /// Reads show what hardware showed when the filter was built, writes are dropped: for what cannot change.
@@ -41,6 +44,7 @@ impl fmt::Display for Treatment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Pass => f.write_str("pass"),
+            Self::Event => f.write_str("event"),
             Self::ReadOnly => f.write_str("read-only"),
             Self::Static => f.write_str("static"),
             Self::Virtual(Initial::Hardware) => f.write_str("virtual"),

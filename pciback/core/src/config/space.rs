@@ -177,7 +177,10 @@ impl VirtualConfigSpace {
         for dword in 0..DWORDS {
             let bits = self.planes.bits[dword];
             let reset = (self.image.reset_value(dword) & !bits.fixed | bits.value) & !bits.hw_read;
-            let shadow = self.image.shadow(dword) & bits.shadow_write | reset & !bits.shadow_write;
+            // What the guest has cleared of events stays cleared; bits that were no events before say nothing of that.
+            let cleared = bits.events & self.image.hardware_bits(dword);
+            let shadow = self.image.shadow(dword) & (bits.shadow_write | cleared)
+                | reset & !bits.shadow_write & !bits.events;
             self.image.set_hardware_bits(dword, bits.hw_read);
             self.image.set_reset_value(dword, reset);
             self.image.set_shadow(dword, shadow);
@@ -200,13 +203,19 @@ impl VirtualConfigSpace {
         }
         let dword = usize::from(access.dword() / 4);
         let (shift, mask) = (access.shift(), access.width().mask());
-        let from_hardware = self.planes.bits[dword].hw_read >> shift & mask;
+        let bits = self.planes.bits[dword];
+        let from_hardware = bits.hw_read >> shift & mask;
         let shadow = self.image.shadow(dword) >> shift & mask;
         if from_hardware == 0 {
             return Ok(shadow);
         }
         let hardware = hw.read(access)?;
-        Ok(hardware & from_hardware | shadow & !from_hardware)
+        let cleared = shadow & bits.events >> shift;
+        if cleared & !hardware != 0 {
+            // Hardware has been cleared, too: the next such event is a new one.
+            self.image.clear_shadow_bits(dword, (cleared & !hardware) << shift);
+        }
+        Ok(hardware & from_hardware & !cleared | shadow & !from_hardware)
     }
 
     /// Carries out a guest's write: at most one read and one write of hardware, both of the guest's own width. Dropped while the
@@ -229,7 +238,8 @@ impl VirtualConfigSpace {
         let index = usize::from(write.dword / 4);
         let bits = self.planes.bits[index];
         let to_hardware = bits.hw_write & write.mask & !self.withheld(&write);
-        let mut before = self.image.shadow(index);
+        let cleared = self.image.shadow(index) & bits.events;
+        let mut before = self.image.shadow(index) & !bits.events;
         let mut after = before & !(bits.shadow_write & write.mask) | write.value & bits.shadow_write;
         let clears_nothing = to_hardware & !bits.zero_merge == 0 && write.value & to_hardware == 0;
         let merged = write.mask & !to_hardware & !bits.zero_merge;
@@ -237,7 +247,9 @@ impl VirtualConfigSpace {
         // Whether a write to bits that show hardware would change anything, only hardware knows.
         let masked = write.mask & !to_hardware & (bits.masked | bits.hw_write);
         let compared = masked & bits.hw_read & !bits.zero_merge;
-        let current = match reaches && merged != 0 || compared != 0 {
+        // The guest clears what hardware shows now, and nothing that comes later.
+        let clearing = write.value & bits.events;
+        let current = match reaches && merged != 0 || compared != 0 || clearing != 0 {
             true => hw.read(access)? << shift,
             false => 0,
         };
@@ -247,13 +259,18 @@ impl VirtualConfigSpace {
             before |= current & bits.hw_read;
             after |= (current & bits.hw_read & !to_hardware) | write.value & to_hardware;
         }
-        let shown = (self.image.shadow(index) | current & bits.hw_read) & !(bits.hw_read & bits.zero_merge);
+        let shown = (self.image.shadow(index) & !bits.events | current & bits.hw_read)
+            & !(bits.hw_read & bits.zero_merge);
         let lost = masked & (write.value ^ shown);
         if lost != 0 {
             self.masked.note(write.dword, lost & bits.shadow_write, lost & !bits.shadow_write, write.value);
         }
-        if bits.shadow_write & write.mask != 0 {
-            self.image.set_shadow(index, after & !bits.hw_read);
+        let cleared = match clearing != 0 {
+            true => cleared & !write.mask | current & (cleared | clearing) & write.mask & bits.events,
+            false => cleared,
+        };
+        if bits.shadow_write & write.mask != 0 || clearing != 0 {
+            self.image.set_shadow(index, after & !bits.hw_read | cleared);
         }
         let models = &self.planes.models;
         let first = models.partition_point(|(offset, _)| *offset < write.dword);
@@ -304,9 +321,21 @@ impl VirtualConfigSpace {
         self.is_virtual
     }
 
+    /// The host has read and cleared the events of hardware: what hardware shows from now on is new to the guest.
+    pub fn events_cleared(&mut self) {
+        for dword in 0..DWORDS {
+            let events = self.planes.bits[dword].events;
+            if events != 0 {
+                self.image.clear_shadow_bits(dword, events);
+            }
+        }
+    }
+
     /// What the guest reads of a register but for the bits that show hardware, which are 0.
     pub fn own_register(&self, offset: u16, bytes: u16) -> u32 {
-        let shifted = self.image.shadow(usize::from(offset) / 4) >> (8 * u32::from(offset & 3));
+        let dword = usize::from(offset) / 4;
+        let own = self.image.shadow(dword) & !self.planes.bits[dword % DWORDS].events;
+        let shifted = own >> (8 * u32::from(offset & 3));
         shifted & (u32::MAX >> (32 - 8 * u32::from(bytes.clamp(1, 4))))
     }
 

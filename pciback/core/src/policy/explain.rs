@@ -180,6 +180,7 @@ pub fn deferred(deferred: &Deferred) -> String {
 fn words(treatment: Treatment) -> (&'static str, &'static str, Option<u32>) {
     match treatment {
         Treatment::Pass => ("hardware", "hardware", None),
+        Treatment::Event => ("hardware", "cleared", None),
         Treatment::ReadOnly => ("hardware", "dropped", None),
         Treatment::Static => ("constant", "dropped", None),
         Treatment::Virtual(Initial::Hardware) => ("virtual", "virtual", None),

@@ -55,7 +55,7 @@ pub const RULES: &[CapabilityRules] = &[
         id: id(CapabilityId::MSI),
         hidden: None,
         controls: (Treatment::VIRTUAL, "Xen programs MSI: a guest's message could reach any interrupt"),
-        events: (Treatment::Pass, EVENT),
+        events: (Treatment::Event, EVENT),
         rows: &[
             row(spec::MESSAGE_CONTROL, 0x000e, Treatment::ZERO, "one vector is delivered, not several"),
             row(spec::MESSAGE_CONTROL, 0x0600, Treatment::ZERO, "extended message data is not offered"),
@@ -97,7 +97,7 @@ pub const RULES: &[CapabilityRules] = &[
         id: id(CapabilityId::MSI_X),
         hidden: None,
         controls: (Treatment::VIRTUAL, "Xen programs MSI-X: a guest's message could reach any interrupt"),
-        events: (Treatment::Pass, EVENT),
+        events: (Treatment::Event, EVENT),
         rows: &[],
         guarded: true,
     },

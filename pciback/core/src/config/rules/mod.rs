@@ -69,7 +69,7 @@ const fn shown(
     reason: &'static str,
     rows: &'static [Row],
 ) -> CapabilityRules {
-    let events = (Treatment::Pass, EVENT);
+    let events = (Treatment::Event, EVENT);
     CapabilityRules { id, hidden: None, controls: (treatment, reason), events, rows, guarded: false }
 }
 
