@@ -5,9 +5,11 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use log::{error, info, warn};
+use pciback::config::{AnyId, FunctionSpec};
 use pciback::platform::Platform;
 use pciback::policy::PolicySet;
-use pciback::{FunctionState, Sbdf};
+use pciback::spec::CapabilityId;
+use pciback::{DomId, FunctionState, Sbdf};
 
 use super::attachments::Resets;
 use super::contain::Awaiting;
@@ -118,6 +120,12 @@ impl Serving for Workshop {
             self.prove_withdrawn(record, place.domain)?;
         }
         Ok(said)
+    }
+
+    fn shows_msix(&self, spec: &FunctionSpec, domain: DomId) -> Result<bool, Failure> {
+        let planes = self.filter(spec, domain, None)?;
+        let msix = AnyId::Legacy(CapabilityId::MSI_X);
+        Ok(planes.capabilities().iter().any(|(capability, seen)| capability.id == msix && *seen))
     }
 
     fn distrusted(&self, address: Sbdf) -> Option<String> {

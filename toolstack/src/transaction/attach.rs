@@ -27,6 +27,10 @@ pub(super) fn prepare_msix(context: &Context<'_>, record: &mut Record) -> Result
     if !spec.has_msix() || !table_is_placed(&spec) {
         return Ok(());
     }
+    // Xen would guard the page that a hidden capability names as its table: device registers, where the capability is wrong.
+    if !context.serving.shows_msix(&spec, guest_of(record)?)? {
+        return Ok(());
+    }
     // Xen finds the table through the BAR, which must decode.
     let decodes = live::decode_memory(config.as_ref());
     // A VF decodes when its PF says so; whether hardware keeps the bit shows in what Xen answers.

@@ -17,6 +17,7 @@ use std::time::Instant;
 
 use log::{debug, warn};
 use nix::errno::Errno;
+use pciback::config::FunctionSpec;
 use pciback::platform::Platform;
 use pciback::{DomId, FunctionState, Sbdf};
 use serde::{Deserialize, Serialize};
@@ -166,6 +167,8 @@ pub trait Serving: Sync {
     fn serve(&self, record: &Record) -> Result<Option<String>, Failure>;
     /// Stops serving it: bus mastering and interrupts off, nodes removed. The text says when the guest had to be overruled.
     fn withdraw(&self, record: &Record, parting: Parting) -> Result<Option<String>, Failure>;
+    /// Whether a guest sees the MSI-X capability of a function that has one, as the policies are.
+    fn shows_msix(&self, spec: &FunctionSpec, domain: DomId) -> Result<bool, Failure>;
     /// Why the function shall end quarantined, where somebody decided that while a transaction has it.
     fn distrusted(&self, address: Sbdf) -> Option<String>;
     /// How many things have happened to the host's functions; ask before looking.

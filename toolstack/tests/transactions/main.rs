@@ -11,6 +11,7 @@ mod floods;
 mod former_owners;
 mod frontend;
 mod guests;
+mod handing_over;
 mod holding;
 mod hvm;
 mod network;
