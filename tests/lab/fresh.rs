@@ -6,22 +6,20 @@ use std::time::SystemTime;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::logs::workspace;
-
-/// Where the sources of the programs in dom0 are.
-const SOURCES: [&str; 2] = ["pciback/src", "toolstack/src"];
-
-/// Fails for a program that is older than its sources: the lab would show what is no longer so.
+/// Fails for a program that is older than its sources, as cargo lists them beside it: the lab would show what is no longer so.
 pub(crate) fn check(program: &Path) -> Result<()> {
-    let folders = SOURCES.map(|folder| workspace().join(folder));
     let built = changed(program)?;
-    let newest = folders.iter().try_fold(None, |newest, folder| newest_file(folder, newest))?;
-    if let Some((time, file)) = newest {
+    let list = program.with_extension("d");
+    let text = fs::read_to_string(&list).with_context(|| format!("reading {}", list.display()))?;
+    for source in sources(&text) {
+        let changed = changed(&source).with_context(|| {
+            format!("{} was built from it; `make lab-test` builds it again", program.display())
+        })?;
         ensure!(
-            time <= built,
+            changed <= built,
             "{} is older than {}; `make lab-test` builds all that the lab needs",
             program.display(),
-            file.display()
+            source.display()
         );
     }
     Ok(())
@@ -32,35 +30,52 @@ fn changed(path: &Path) -> Result<SystemTime> {
     time.with_context(|| format!("looking when {} was changed", path.display()))
 }
 
-type Newest = Option<(SystemTime, PathBuf)>;
-
-fn newest_file(folder: &Path, mut newest: Newest) -> Result<Newest> {
-    for entry in fs::read_dir(folder).with_context(|| format!("looking into {}", folder.display()))? {
-        let path = entry?.path();
-        if path.is_dir() {
-            newest = newest_file(&path, newest)?;
-        } else {
-            let time = changed(&path)?;
-            if newest.as_ref().is_none_or(|(before, _)| time > *before) {
-                newest = Some((time, path));
-            }
-        }
-    }
-    Ok(newest)
+/// The files of a list of dependencies as cargo writes it, in the syntax of make: 'PROGRAM: FILE FILE', spaces in names escaped.
+fn sources(list: &str) -> Vec<PathBuf> {
+    let files = list.lines().next().and_then(|line| line.split_once(": ")).map_or("", |(_, files)| files);
+    let names = files.replace("\\ ", "\0");
+    names.split_whitespace().map(|name| PathBuf::from(name.replace('\0', " "))).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// A program with one source and what cargo writes beside it.
+    fn built(folder: &Path) -> (PathBuf, PathBuf) {
+        let (program, source) = (folder.join("xpcid"), folder.join("main file.rs"));
+        for file in [&source, &program] {
+            fs::write(file, "").unwrap();
+        }
+        let name = source.to_str().unwrap().replace(' ', "\\ ");
+        fs::write(folder.join("xpcid.d"), format!("{}: {name}\n", program.display())).unwrap();
+        (program, source)
+    }
+
     #[test]
     fn a_program_that_is_older_than_its_sources_is_refused() {
         let folder = tempfile::tempdir().unwrap();
-        let program = folder.path().join("xpcid");
-        fs::write(&program, "").unwrap();
+        let (program, _) = built(folder.path());
         check(&program).unwrap();
         fs::File::open(&program).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
         let error = check(&program).unwrap_err();
         assert!(error.to_string().contains("xpcid is older than"), "{error}");
+    }
+
+    #[test]
+    fn what_a_program_is_not_built_from_may_be_newer() {
+        let folder = tempfile::tempdir().unwrap();
+        let (program, _) = built(folder.path());
+        fs::write(folder.path().join("other.rs"), "").unwrap();
+        check(&program).unwrap();
+    }
+
+    #[test]
+    fn a_program_whose_source_is_gone_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let (program, source) = built(folder.path());
+        fs::remove_file(source).unwrap();
+        let error = format!("{:#}", check(&program).unwrap_err());
+        assert!(error.contains("builds it again"), "{error}");
     }
 }

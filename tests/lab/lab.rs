@@ -150,9 +150,7 @@ impl Builder {
                 programs.add(archive, path, from)?;
             }
             for (name, path) in &self.programs {
-                let program = built(name)?;
-                crate::fresh::check(&program)?;
-                programs.add(archive, path, &program)?;
+                programs.add(archive, path, &built(name)?)?;
             }
             if self.udev {
                 udev::add(archive, &images.trees)?;
@@ -176,14 +174,16 @@ fn append(
     Ok(())
 }
 
-/// A program or example of this workspace, built in the same profile as whoever uses the lab.
+/// A program or example of this workspace, built in the same profile as whoever uses the lab, from what the sources are now.
 fn built(name: &str) -> Result<PathBuf> {
     let me = std::env::current_exe().context("finding this program")?;
     let places = me.ancestors().skip(1).take(2).flat_map(|d| [d.join(name), d.join("examples").join(name)]);
     let found = places.into_iter().find(|place| place.exists());
-    found.with_context(|| {
+    let program = found.with_context(|| {
         format!("no {name} beside {}; `make lab-test` builds all that the lab needs", me.display())
-    })
+    })?;
+    crate::fresh::check(&program)?;
+    Ok(program)
 }
 
 fn services_come_up(link: &Arc<Link>) -> Result<()> {

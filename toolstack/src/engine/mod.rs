@@ -7,6 +7,7 @@
 mod attachments;
 mod background;
 mod contain;
+mod deferred;
 mod faults;
 mod frontends;
 mod given;
@@ -240,6 +241,8 @@ pub struct Engine {
     silent: BTreeSet<Sbdf>,
     /// Counts what happens to the host's functions, for those who wait for it.
     changes: Changes,
+    /// Requests about functions that are under repair.
+    deferred: deferred::Deferred,
     /// What is known of comparisons of sysfs, Xen and xenstore.
     syncing: Syncing,
     /// Looks at what guests' drivers made of VFs' network settings.
@@ -303,6 +306,7 @@ impl Engine {
             stirred: Stirred::default(),
             silent: BTreeSet::new(),
             changes: Changes::default(),
+            deferred: deferred::Deferred::default(),
             syncing: Syncing::default(),
             network_checks: NetworkChecks::default(),
             keeping: Keeping::default(),

@@ -58,6 +58,7 @@ fn would(message: &str) -> Success {
 
 impl Engine {
     pub(super) fn handle_request(&mut self, request: Request, reply: Reply) {
+        let Some((request, reply)) = self.defer(request, reply) else { return };
         let plan = match request {
             Request::List { filter } => return self.list(filter, reply),
             Request::Show { address } => return self.show_function(address, reply),

@@ -283,18 +283,17 @@ impl Engine {
     pub(super) fn reserve(&mut self, address: Sbdf, answer: &mpsc::Sender<bool>) {
         let free = self.is_untouched(address);
         if free {
-            self.busy.insert(address);
+            self.repair_begins(address);
         }
         // Who asked may have given up.
-        if answer.send(free).is_err() {
-            self.busy.remove(&address);
+        if answer.send(free).is_err() && free {
+            self.repair_ends(address);
         }
     }
 
     /// A repair of Xen's list has ended.
     pub(super) fn list_repaired(&mut self, repair: Repair, done: bool) {
         let address = repair.address();
-        self.busy.remove(&address);
         // What happened to it meanwhile was left for now.
         self.stirred.one(address);
         let forgotten = done && matches!(repair, Repair::ReleaseMsix { .. } | Repair::ReportToXen { .. });
@@ -307,6 +306,7 @@ impl Engine {
                 self.problems.push(problem.to_string());
             }
         }
+        self.repair_ends(address);
     }
 
     /// One repair that concerns a guest, a driver or a record.

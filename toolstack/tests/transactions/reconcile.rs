@@ -1,10 +1,11 @@
 //! S1: what sysfs, Xen and xenstore disagree on is repaired by the service itself, and reported; what cannot be repaired is tried a few
 //! times, and reported too.
 
+use std::thread;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use pciback::platform::sim::Owner;
+use pciback::platform::sim::{self, Owner};
 use pciback::{FunctionState, Sbdf};
 use toolstack::protocol::Request;
 
@@ -143,4 +144,28 @@ fn s1_a_repair_that_fails_is_tried_three_times_reported_and_left_to_somebody() {
     service.call(Request::Sync { dry_run: false }).unwrap();
     assert_eq!(world.simulation.owner(vf), Some(Owner::Host));
     assert_eq!(service.status().problems, [""; 0]);
+}
+
+#[test]
+fn a_request_waits_for_a_repair_of_its_function() {
+    let world = World::new();
+    let service = world.start();
+    let address = bdf(VF);
+    world.simulation.fail(sim::Failure {
+        operation: "device_add".into(),
+        address: Some(address),
+        domain: None,
+        errno: None,
+        delay: Duration::from_millis(300),
+        times: 1,
+        ..sim::Failure::default()
+    });
+    forget(&world, address);
+    thread::scope(|scope| {
+        scope.spawn(|| service.call(Request::Sync { dry_run: false }).unwrap());
+        wait_until("Xen is asked to take it again", || world.simulation.pending_failures() == 0);
+        let held = service.hold(address);
+        assert!(held.is_ok(), "{held:?}");
+    });
+    world.assert_held(&service, address, "after the repair");
 }
