@@ -196,6 +196,7 @@ impl GuestFunction {
             // Until the place is free nobody answers for this BAR.
             return Ok(());
         }
+        self.revocation.check().map_err(|errno| PlatformError::new("map a BAR of", self.address, errno))?;
         // Noted before it is done: what is not known to be mapped is never unmapped.
         self.space.image_mut().set_placed(bar.index, Some(address));
         if let Err(error) = self.reach(bar, address, true) {

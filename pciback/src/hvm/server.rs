@@ -16,7 +16,7 @@ use crate::DomId;
 use crate::platform::{IoreqServer, PlatformError};
 use crate::pv::function::{Demand, GuestFunction};
 use crate::pv::roster::Roster;
-use crate::pv::server::{BURST, EVENTS, Order, SPIN, Turn};
+use crate::pv::server::{BURST, EVENTS, Order, SPIN, Turn, revocations};
 use crate::pv::{Attachment, Counters, NotTold, Server, ServerReport};
 
 impl Server {
@@ -30,9 +30,10 @@ impl Server {
         counters: Arc<Counters>,
         report: Box<dyn Fn(ServerReport) + Send>,
     ) -> io::Result<Self> {
+        let revocations = revocations(&functions);
         let roster = Roster::new(domain, functions, &counters, report);
         let mut serving = Serving { roster, server, ports };
-        Self::spawn(domain, counters, move |orders, wake| serving.run(&orders, wake.as_fd()))
+        Self::spawn(domain, counters, revocations, move |orders, wake| serving.run(&orders, wake.as_fd()))
     }
 }
 

@@ -9,6 +9,7 @@ use nix::errno::Errno;
 
 use super::attachment::Attachment;
 use super::interrupts;
+use super::revocation::{Revocable, Revocation};
 use super::wire::{Command, MsixEntry, Op, OpAnswer, WireError};
 use crate::config::{
     Access, ConfigSpace, InterruptMode, MaskedWrite, Planes, RequestRecord, RequestStage, SideEffect,
@@ -64,6 +65,7 @@ pub struct GuestFunction {
     attachment: Attachment,
     pub(crate) space: VirtualConfigSpace,
     pub(crate) hardware: Box<dyn ConfigSpace>,
+    pub(crate) revocation: Revocation,
     pub(crate) hypervisor: Arc<dyn Hypervisor>,
     /// The guest's physical interrupt for the function's line, which has the line's number; 0 where it has none.
     pub(crate) line: u32,
@@ -93,12 +95,14 @@ impl GuestFunction {
         hypervisor: Arc<dyn Hypervisor>,
         line: u32,
     ) -> Self {
+        let revocation = Revocation::default();
         Self {
             domain,
             address,
             attachment: Attachment::new(address),
             space,
-            hardware,
+            hardware: Box::new(Revocable::new(hardware, &revocation)),
+            revocation,
             hypervisor,
             line,
             device: None,

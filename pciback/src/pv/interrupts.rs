@@ -107,6 +107,7 @@ impl GuestFunction {
             MsiSource::Msi => 0,
             MsiSource::MsiX { entry, .. } => entry,
         };
+        self.revocation.check().map_err(io::Error::from)?;
         vectors.pending = Some(entry);
         self.note(vectors)?;
         let pirq = self.hypervisor.map_msi(self.domain, self.address, source)?;

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -44,6 +44,8 @@ struct State {
     left: Option<u32>,
     /// What config accesses answer.
     broken: Option<Errno>,
+    /// The functions of all config accesses that were begun, in order.
+    accesses: Vec<Sbdf>,
 }
 
 /// Everything outside of the service.
@@ -55,6 +57,8 @@ pub(super) struct Machine {
     /// Whether the guest sends the next event before one is taken.
     endless: Arc<AtomicBool>,
     images: Arc<Mutex<BTreeMap<Sbdf, File>>>,
+    /// Held: config accesses hang.
+    hang: Arc<Mutex<()>>,
 }
 
 fn config_bytes() -> Vec<u8> {
@@ -87,7 +91,24 @@ impl Machine {
             event: Arc::new(event),
             endless: Arc::default(),
             images: Arc::default(),
+            hang: Arc::default(),
         }
+    }
+
+    /// Config accesses hang until what is returned is dropped.
+    pub fn hang(&self) -> MutexGuard<'_, ()> {
+        self.hang.lock().unwrap()
+    }
+
+    /// The functions of all config accesses that were begun, in order.
+    pub fn accesses(&self) -> Vec<Sbdf> {
+        self.with(|state| state.accesses.clone())
+    }
+
+    fn begin_access(&self, address: Sbdf) {
+        self.step();
+        self.with(|state| state.accesses.push(address));
+        drop(self.hang.lock());
     }
 
     fn with<T>(&self, action: impl FnOnce(&mut State) -> T) -> T {
@@ -251,7 +272,7 @@ impl ConfigSpace for Hardware {
     }
 
     fn read(&self, access: Access) -> io::Result<u32> {
-        self.machine.step();
+        self.machine.begin_access(self.address);
         self.machine.with(|state| {
             if let Some(errno) = state.broken {
                 return Err(errno.into());
@@ -265,7 +286,7 @@ impl ConfigSpace for Hardware {
     }
 
     fn write(&self, access: Access, value: u32) -> io::Result<()> {
-        self.machine.step();
+        self.machine.begin_access(self.address);
         self.machine.with(|state| {
             if let Some(errno) = state.broken {
                 return Err(io::Error::from(errno));

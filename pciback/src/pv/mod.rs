@@ -7,6 +7,7 @@ pub(crate) mod interrupts;
 #[cfg(test)]
 mod machine;
 pub mod nodes;
+pub(crate) mod revocation;
 pub(crate) mod roster;
 pub(crate) mod server;
 mod upkeep;

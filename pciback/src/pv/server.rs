@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -15,6 +15,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::attachment::Attachment;
 use super::function::GuestFunction;
 use super::interrupts::InterruptError;
+use super::revocation::Revocation;
 use super::roster::{Complaints, Roster};
 use super::wire::{self, Command, Op, OpAnswer, WireError};
 use crate::DomId;
@@ -157,6 +158,8 @@ pub struct Server {
     wake: Arc<EventFd>,
     counters: Arc<Counters>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    /// How the functions are taken from the thread should it hang.
+    revocations: Mutex<BTreeMap<u8, Revocation>>,
 }
 
 impl Server {
@@ -168,15 +171,17 @@ impl Server {
         counters: Arc<Counters>,
         report: Box<dyn Fn(ServerReport) + Send>,
     ) -> io::Result<Self> {
+        let revocations = revocations(&functions);
         let roster = Roster::new(domain, functions, &counters, report);
         let mut serving = Serving { roster, ring, token: first_token(), told: None };
-        Self::spawn(domain, counters, move |orders, wake| serving.run(&orders, wake.as_fd()))
+        Self::spawn(domain, counters, revocations, move |orders, wake| serving.run(&orders, wake.as_fd()))
     }
 
     /// Starts a thread that serves a guest and takes orders.
     pub(crate) fn spawn(
         domain: DomId,
         counters: Arc<Counters>,
+        revocations: BTreeMap<u8, Revocation>,
         serve: impl FnOnce(mpsc::Receiver<Order>, Arc<EventFd>) + Send + 'static,
     ) -> io::Result<Self> {
         let wake =
@@ -186,7 +191,12 @@ impl Server {
         let thread = thread::Builder::new()
             .name(format!("guest {domain}"))
             .spawn(move || serve(orders, thread_wake))?;
-        Ok(Self { orders: sender, wake, counters, thread: Mutex::new(Some(thread)) })
+        let (thread, revocations) = (Mutex::new(Some(thread)), Mutex::new(revocations));
+        Ok(Self { orders: sender, wake, counters, thread, revocations })
+    }
+
+    fn revocations(&self) -> MutexGuard<'_, BTreeMap<u8, Revocation>> {
+        self.revocations.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn order(&self, order: Order) {
@@ -201,12 +211,19 @@ impl Server {
 
     /// Serves one more function.
     pub fn add(&self, devfn: u8, function: Box<GuestFunction>) {
+        self.revocations().insert(devfn, function.revocation.clone());
         self.order(Order::Add(devfn, function));
     }
 
-    /// Takes a function out and quiesces it; `Ok(None)` when the thread does not have it. `Err`: the thread hangs in an access.
+    /// Takes a function out and quiesces it; `Ok(None)` when the thread does not have it. `Err`: the thread hangs in an access; it makes
+    /// no other one to this function when that ends, but the function is as the guest had it.
     pub fn take(&self, devfn: u8) -> Result<Option<Taken>, ServerStuck> {
-        self.ask(|sender| Order::Take(devfn, sender))
+        let revocation = self.revocations().remove(&devfn);
+        let taken = self.ask(|sender| Order::Take(devfn, sender));
+        if let (Err(ServerStuck), Some(revocation)) = (&taken, revocation) {
+            revocation.revoke();
+        }
+        taken
     }
 
     /// The function has left the host: from now on it reads all ones and no hardware is touched.
@@ -261,12 +278,15 @@ impl Server {
     }
 
     /// Stops and gives the functions back, untouched: they can be served again. `Err`: the thread hangs in an access, and
-    /// stops when that ends.
+    /// stops when that ends, without another access to its functions, which are as the guest had them.
     pub fn stop(&self) -> Result<BTreeMap<u8, Box<GuestFunction>>, ServerStuck> {
         let (sender, functions) = mpsc::channel();
         self.order(Order::Stop(sender));
         let functions = match functions.recv_timeout(STUCK) {
-            Err(mpsc::RecvTimeoutError::Timeout) => return Err(ServerStuck),
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                self.revocations().values().for_each(Revocation::revoke);
+                return Err(ServerStuck);
+            }
             answered => answered.unwrap_or_default(),
         };
         if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take()
@@ -281,6 +301,11 @@ impl Server {
     pub fn counters(&self) -> &Arc<Counters> {
         &self.counters
     }
+}
+
+/// How functions are taken from a thread that hangs.
+pub(crate) fn revocations(functions: &BTreeMap<u8, Box<GuestFunction>>) -> BTreeMap<u8, Revocation> {
+    functions.iter().map(|(devfn, function)| (*devfn, function.revocation.clone())).collect()
 }
 
 struct Serving {

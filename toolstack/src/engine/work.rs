@@ -11,6 +11,7 @@ use pciback::{DomId, Sbdf};
 
 use super::guests::Awaited;
 use super::{Answer, Engine, Event};
+use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 
 /// A function that its guest is to lose.
@@ -148,6 +149,7 @@ impl Engine {
             Worked::GaveUpRing(Err(why)) => {
                 error!("domain {domain}: {why}");
                 self.problems.push(format!("domain {domain}: {why}"));
+                self.quarantine_all_of(domain, &format!("its ring was given up, but {why}"));
             }
             Worked::Restored(functions) => guest.parked.extend(functions),
         }
@@ -156,6 +158,16 @@ impl Engine {
             deed(self);
         }
         self.act(domain, Vec::new());
+    }
+
+    /// What a guest's thread that does not stop has, it may still be reaching.
+    fn quarantine_all_of(&mut self, domain: DomId, why: &str) {
+        let of_domain = |record: &&Record| record.guest.is_some_and(|guest| guest.domain == domain);
+        let functions: Vec<Sbdf> =
+            self.records.values().filter(of_domain).map(|record| record.address).collect();
+        for address in functions {
+            self.quarantine(address, why);
+        }
     }
 
     fn switched_off(

@@ -120,12 +120,12 @@ fn s1_a_repair_that_fails_is_tried_three_times_reported_and_left_to_somebody() {
     let world = World::new();
     let vf = bdf(VF);
     let service = world.start();
-    world.simulation.fail(pciback::platform::sim::Failure {
+    world.simulation.fail(sim::Failure {
         operation: "device_add".into(),
         address: Some(vf),
         errno: Some(Errno::EIO),
         times: 100,
-        ..pciback::platform::sim::Failure::default()
+        ..sim::Failure::default()
     });
     world.simulation.while_events_are_lost(|| forget(&world, vf));
     wait_until("the service gives up", || {

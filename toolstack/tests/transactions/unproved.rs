@@ -2,17 +2,19 @@
 
 use std::fs;
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use pciback::FunctionState;
 use pciback::hvm::wire::xen::config;
-use pciback::platform::sim::Owner;
+use pciback::platform::sim::{self, Owner};
 use toolstack::outcome::ErrorCode;
 
-use crate::frontend::{Frontend, msix_op, write_op};
-use crate::world::{DB, Service, WEB, World, attachment, bdf};
+use crate::frontend::{Frontend, msix_op, read_op, write_op};
+use crate::world::{DB, Service, WEB, World, attachment, bdf, wait_until};
 
 const COMMAND: u32 = 4;
+const STATUS: u32 = 6;
 /// Message Control of the PF's MSI-X, its high byte with MSI-X Enable.
 const MSIX_CONTROL: u16 = 0x73;
 /// The word of an image with its version, in bytes from its beginning.
@@ -70,7 +72,7 @@ fn assert_nobodys_before_the_guest_ends(world: &World, service: &Service, why: &
     assert!(service.clear(address).is_err(), "{why}: it was cleared while its guest may reach it");
     assert_eq!(service.state(address), FunctionState::Quarantined, "{why}");
     world.simulation.destroy(WEB);
-    crate::world::wait_until("its guest is gone", || service.clear(address).is_ok());
+    wait_until("its guest is gone", || service.clear(address).is_ok());
     world.assert_held(service, address, why);
     service.attach(DB, address).unwrap();
 }
@@ -88,6 +90,29 @@ fn a_function_whose_image_cannot_be_read_goes_to_nobody_before_its_guest_has_end
         assert_eq!(failure.code, ErrorCode::Quarantined, "{why}: {failure}");
         assert_nobodys_before_the_guest_ends(&world, &service, why);
     }
+}
+
+#[test]
+fn a_guest_whose_thread_hangs_when_its_ring_is_given_up_loses_its_functions() {
+    let (world, address) = (World::without_vfs(), bdf("01:00.0"));
+    let frontend = Frontend::load(&world, WEB);
+    let service = world.start();
+    service.hold(address).unwrap();
+    service.attach(WEB, address).unwrap();
+    assert_eq!(frontend.ask(&msix_op(0, 3)).0, 0);
+    frontend.ask(&write_op(0, COMMAND, 2, 0x0006));
+    world.simulation.fail(sim::Failure {
+        operation: "config_read".into(),
+        address: Some(address),
+        delay: Duration::from_secs(4),
+        times: 1,
+        ..sim::Failure::default()
+    });
+    frontend.put(&read_op(0, STATUS, 2));
+    wait_until("its thread hangs", || world.simulation.pending_failures() == 0);
+    frontend.unload();
+    service.wait_for_state(address, FunctionState::Quarantined);
+    assert_off(&world, "quarantined");
 }
 
 #[test]
@@ -151,7 +176,7 @@ fn what_an_hvm_guest_has_mapped_goes_to_no_other_guest() {
         let request = guest.begin(&config(0x1f, offset, 4, value)).unwrap();
         request.answer(crate::world::LIMIT).unwrap()
     };
-    crate::world::wait_until("the function is served", || ask(0, None) as u16 == 0x8086);
+    wait_until("the function is served", || ask(0, None) as u16 == 0x8086);
     ask(0x10, Some(0xf300_0000));
     ask(4, Some(6));
     assert!(!guest.reached().frames.is_empty());

@@ -425,6 +425,25 @@ fn a_guest_that_sends_events_without_end_does_not_keep_its_function() {
     assert!(server.stop().unwrap().is_empty());
 }
 
+#[test]
+fn a_function_that_is_taken_from_a_hanging_thread_is_not_touched_when_that_goes_on() {
+    let machine = Machine::new();
+    let functions = BTreeMap::from([(0, machine.open(FIRST)), (8, machine.open(SECOND))]);
+    let server = Server::start(DOMAIN, machine.ring(), functions, Arc::default(), Box::new(|_| {})).unwrap();
+    let (hang, before) = (machine.hang(), machine.accesses().len());
+    machine.ask(&op(Command::CONF_WRITE.0, PLAIN, 2, 0x1234));
+    while machine.accesses().len() == before {
+        thread::yield_now();
+    }
+    assert!(matches!(server.take(0), Err(ServerStuck)));
+    let before = machine.accesses().len();
+    drop(hang);
+    assert!(matches!(server.take(8), Ok(Some(Taken { quiesced: Ok(()), .. }))), "the other one is served on");
+    assert!(server.stop().unwrap().is_empty());
+    let touched = machine.accesses().split_off(before);
+    assert!(!touched.is_empty() && touched.iter().all(|address| *address == SECOND), "{touched:?}");
+}
+
 fn word() -> impl Strategy<Value = u32> {
     prop_oneof![4 => 0u32..16, 2 => 0u32..0x1100, 1 => any::<u32>()]
 }

@@ -1,0 +1,60 @@
+//! Taking a function from a thread that does not answer.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::errno::Errno;
+
+use crate::config::{Access, ConfigSpace};
+
+/// Whether a function was taken from whoever serves it. Clones are the same.
+///
+/// A thread that hangs in a config access keeps the function's open config space, and goes on with it when that access ends: by then
+/// the function may be somebody else's. So this is looked at before each access to hardware and before anything is mapped.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Revocation(Arc<AtomicBool>);
+
+impl Revocation {
+    pub fn revoke(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+
+    /// An error: the function was taken, and is not there for this thread.
+    pub fn check(&self) -> Result<(), Errno> {
+        if self.0.load(Ordering::SeqCst) { Err(Errno::ENODEV) } else { Ok(()) }
+    }
+}
+
+/// A function's config space until it is revoked.
+pub(crate) struct Revocable {
+    hardware: Box<dyn ConfigSpace>,
+    revocation: Revocation,
+}
+
+impl Revocable {
+    pub fn new(hardware: Box<dyn ConfigSpace>, revocation: &Revocation) -> Self {
+        Self { hardware, revocation: revocation.clone() }
+    }
+}
+
+impl ConfigSpace for Revocable {
+    fn size(&self) -> u16 {
+        self.hardware.size()
+    }
+
+    fn read(&self, access: Access) -> io::Result<u32> {
+        self.revocation.check()?;
+        self.hardware.read(access)
+    }
+
+    fn write(&self, access: Access, value: u32) -> io::Result<()> {
+        self.revocation.check()?;
+        self.hardware.write(access, value)
+    }
+
+    fn read_all(&self) -> io::Result<Vec<u8>> {
+        self.revocation.check()?;
+        self.hardware.read_all()
+    }
+}
