@@ -18,7 +18,7 @@ const OTHER_MAC: &str = "52:54:00:aa:bb:99";
 const SECOND_MAC: &str = "52:54:00:aa:bb:02";
 const SETTINGS: &str = "virtual-functions:\n  - \
     {pf: \"01:00.0\", count: 2, vfs: {1: {mac: \"52:54:00:aa:bb:02\", vlan: 100}}}";
-/// What igb reports of a VF that nobody has touched.
+/// What igb reports of a VF that has not been touched.
 const NO_MAC: &str = "00:00:00:00:00:00";
 /// dom0 and the guest in the PF's untagged network, and in VLAN 100.
 const UNTAGGED: [&str; 2] = ["10.9.9.1", "10.9.9.11"];

@@ -1,4 +1,4 @@
-//! Functions that guests have for good (`pci-attach --persist`), on disk: one small file for each.
+//! Functions that guests have persistently (`pci-attach --persist`), on disk: one small file for each.
 //!
 //! A guest that reboots is another domain for Xen, with the same UUID. A reservation says which guest a function goes to when it
 //! starts again, and keeps it from all others. It outlives the service and the host's boots, so each change is synced to the disk,
@@ -20,7 +20,7 @@ use crate::outcome::Failure;
 /// No reservation is longer than this, in bytes.
 const SIZE_LIMIT: u64 = 64 * 1024;
 
-/// A function that a guest has for good.
+/// A function that a guest has persistently.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Reservation {

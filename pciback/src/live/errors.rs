@@ -185,7 +185,7 @@ pub fn put(config: &dyn ConfigSpace, setting: &Setting, bits: u32) -> io::Result
         return Err(io::Error::other("it answers all ones"));
     }
     if current & setting.row.busy != 0 {
-        return Err(io::Error::other("somebody is resetting what is below; try again"));
+        return Err(io::Error::other("a device below is being reset; try again"));
     }
     if let Some(value) = setting.merged(current, bits) {
         config.write(setting.access, value)?;

@@ -70,8 +70,8 @@ impl ServerReport {
 /// Why a guest said nothing to an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NotTold {
-    /// Its frontend does not say that it can be told.
-    #[error("its frontend cannot be told of errors")]
+    /// Its frontend does not say that it can be notified.
+    #[error("its frontend cannot be notified of errors")]
     NoHandler,
     /// It did not answer in time.
     #[error("it did not answer in time")]

@@ -55,7 +55,7 @@ impl GuestFunction {
         self.line != 0 && pin != 0 && command & u32::from(on) != 0 && !messages && !self.is_leaving()
     }
 
-    /// Sets Interrupt Disable in hardware where the guest has set it, and where INTx would reach nobody but the host, whose
+    /// Sets Interrupt Disable in hardware where the guest has set it, and where INTx would not be delivered but the host, whose
     /// lines it may share; clears it elsewhere. Hardware that does not have the bit shows the guest that it has not.
     pub(crate) fn apply_interrupt_disable(&mut self) -> io::Result<()> {
         if self.is_silent() || self.space.is_virtual_function() {

@@ -95,7 +95,7 @@ impl<'a> Scene<'a> for Hvm<'a> {
         keep_running(lab, &mut self.service)?;
         self.one = None;
         lab.dom0("xl list | awk 'NR > 2 {print $1}' | while read name; do xl destroy $name; done").ok()?;
-        // Nobody has it for good when no check had come so far.
+        // Nobody has it persistently when no check had come so far.
         _ = lab.dom0(&format!("xpci pci-detach --persistent {} 01:10.0", persist::UUID)).run()?;
         for vf in VFS {
             make_held(lab, vf)?;

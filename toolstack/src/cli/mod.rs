@@ -73,7 +73,7 @@ pub enum Command {
         /// Accepted for xl's sake: the driver always gets its function back.
         #[arg(short = 'r')]
         rebind: bool,
-        /// Takes them even from guests that have them for good (pci-attach --persist) and do not run.
+        /// Takes them even from guests that have them persistently (pci-attach --persist) and do not run.
         #[arg(short, long)]
         force: bool,
         /// Accepts that a PV guest that had the function, and still exists, may have its BARs mapped.
@@ -91,7 +91,7 @@ pub enum Command {
         /// Accepts that a PV guest that had the function, and still exists, may have its BARs mapped.
         #[arg(long)]
         trust_former_owner: bool,
-        /// For good: the guest gets it again whenever it starts, and nobody else gets it meanwhile.
+        /// Persistently: the guest gets it again whenever it starts, and no other guest gets it meanwhile.
         #[arg(long)]
         persist: bool,
         /// The guest, by name or number.
@@ -105,10 +105,10 @@ pub enum Command {
         /// Does not wait for the guest to let go.
         #[arg(short, long)]
         force: bool,
-        /// Until the guest starts again, when it has the function for good.
+        /// Until the guest starts again, when it has the function persistently.
         #[arg(long)]
         live: bool,
-        /// Leaves it to the guest, but not for good any more. The guest need not run.
+        /// Leaves it to the guest, but no longer persistently. The guest need not run.
         #[arg(long, conflicts_with_all = ["live", "force"])]
         persistent: bool,
         /// The guest, by name or number; one that does not run also by UUID.
@@ -119,7 +119,7 @@ pub enum Command {
     },
     /// Lists the functions of a guest.
     PciList {
-        /// Lists what guests have for good (pci-attach --persist), whether they run or not; without a guest, of all.
+        /// Lists what guests have persistently (pci-attach --persist), whether they run or not; without a guest, of all.
         #[arg(long)]
         persistent: bool,
         /// The guest, by name or number; one that does not run also by UUID.

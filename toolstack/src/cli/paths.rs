@@ -51,7 +51,7 @@ fn member(member: &MemberView) -> String {
         let digits = usize::from(register.width) * 2;
         let hex = |value: u32| format!("{value:0digits$x}");
         let note = match (register.as_wanted, register.before) {
-            (false, Some(_)) => "not as wanted: hardwired, or changed by somebody else",
+            (false, Some(_)) => "not as wanted: hardwired, or changed by another program",
             _ => "",
         };
         vec![

@@ -39,13 +39,13 @@ pub enum Policy {
     },
     /// Shows for each register what a guest sees, what a write does, and which rule says so.
     Explain(ExplainArguments),
-    /// Shows what a guest wrote in vain, and the smallest addition to a policy that would let it through, with its risk.
+    /// Shows a guest's writes that did not reach hardware, and the smallest addition to a policy that would let it through, with its risk.
     Learn {
         /// A guest, by name or number, or one of its functions.
         #[arg(value_name = "DOMAIN|BDF")]
         target: String,
     },
-    /// Reads the policy files anew and puts them in force, for connected guests too; files with mistakes change nothing.
+    /// Reads the policy files again and puts them in force, for connected guests too; files with mistakes change nothing.
     Reload,
     /// Prints the JSON schema of policy files, for editors. Needs no service.
     Schema,

@@ -15,7 +15,7 @@ use crate::transaction::{Kind, Parting};
 pub enum Containment {
     /// Its guest loses it; it is reset and held, ready for the next one.
     Unplug,
-    /// Its guest loses it, and nobody gets it until 'xpci quarantine clear'.
+    /// Its guest loses it, and no guest gets it until 'xpci quarantine clear'.
     Quarantine,
 }
 

@@ -83,7 +83,7 @@ impl Workshop {
             Err(error) => warn!("{address}: switch it off: {error}"),
         }
         let text = format!(
-            "domain {domain} may still reach {address}, which nobody serves, and what it was given is not known: {why}"
+            "domain {domain} may still reach {address}, which is not served, and what it was given is unknown: {why}"
         );
         Err(Failure::new(ErrorCode::Failed, text)
             .on(address)

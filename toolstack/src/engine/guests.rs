@@ -406,7 +406,7 @@ impl Engine {
                 self.answer(domain, devfn, |_| Some(Ok(Some(text))));
                 continue;
             }
-            warn!("domain {domain} did not answer in time; it is overruled");
+            warn!("domain {domain} did not answer in time; the function is withdrawn without it");
             let limit = self.settings.guest_limit();
             if let Some(guest) = self.guests.get_mut(&domain) {
                 if let Some(waiting) = guest.waiting.get_mut(&devfn) {

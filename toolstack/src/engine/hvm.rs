@@ -129,7 +129,7 @@ impl Engine {
             return Ok(());
         }
         let text =
-            format!("domain {domain} is running, and an HVM guest is not told that it loses a function");
+            format!("domain {domain} is running, and an HVM guest is not notified that it loses a function");
         Err(Failure::refused(text)
             .of(domain)
             .hint("shut it down; or unload the function's driver in it, then detach with --force"))

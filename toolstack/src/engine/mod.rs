@@ -259,7 +259,7 @@ pub struct Engine {
     faults: faults::Faults,
     /// What happened, for those who want to know.
     news: news::News,
-    /// Functions that guests have for good.
+    /// Functions that guests have persistently.
     reservations: Reservations,
     /// Guests that start again.
     returning: Returning,

@@ -166,7 +166,7 @@ impl Engine {
                 existing(self.platform.host.as_ref(), address)?;
                 let users = self.users(|user| *user == address);
                 if users.is_empty() {
-                    let text = format!("{address} is in no guest's hands: there is nothing to learn from");
+                    let text = format!("{address} is not attached: there is nothing to learn from");
                     return Err(Failure::refused(text).on(address));
                 }
                 users

@@ -161,7 +161,7 @@ impl Engine {
             let parting = if guest_is_dead { Parting::Dead } else { Parting::Force };
             let course = Course::BackwardFrom(progress.kind, step, parting);
             info!(
-                "{address}: an earlier life was in {:?}, step {:?}; it is undone",
+                "{address}: the previous xpcid was in {:?}, step {:?}; undoing that",
                 progress.kind, progress.step
             );
             self.start(course, record, None, |record| {

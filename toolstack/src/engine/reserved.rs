@@ -1,4 +1,4 @@
-//! Functions that guests have for good: who may have them, and how that is made, shown and forgotten.
+//! Functions that guests have persistently: who may have them, and how that is made, shown and forgotten.
 
 use pciback::FunctionState;
 use pciback::platform::HostFunction;
@@ -18,7 +18,7 @@ use crate::spec;
 use crate::transaction::{Kind, Parting};
 
 impl Engine {
-    /// Refuses a domain what another guest has for good, and any other device than the one that it has so.
+    /// Refuses a domain what another guest has persistently, and any other device than the one that it has so.
     pub(super) fn not_reserved(&self, function: &HostFunction, domain: DomId) -> Result<(), Failure> {
         let address = function.address;
         if let Some(path) = self.reservations.damaged(address) {
@@ -41,14 +41,14 @@ impl Engine {
                     true => format!("another {was} than"),
                     false => format!("{:04x}:{:04x}, not", function.vendor, function.device),
                 };
-                format!("{address} is {what} the {was} that {} has for good", reservation.who())
+                format!("{address} is {what} the {was} that {} has persistently", reservation.who())
             }
             (false, true) => kept_for(&reservation),
         };
         Err(Failure::refused(text).on(address).of(domain).hint(how_to_forget(&reservation)))
     }
 
-    /// Refuses to give back to dom0 what a guest has for good.
+    /// Refuses to give back to dom0 what a guest has persistently.
     pub(super) fn may_be_released(&self, address: Sbdf) -> Result<(), Failure> {
         match self.reserved(address) {
             Some(reservation) => {
@@ -219,7 +219,7 @@ fn means(reservation: &Reservation, guest: &DomainName, running: Option<Uuid>) -
 }
 
 fn kept_for(reservation: &Reservation) -> String {
-    format!("{} is kept for {}, which has it for good", reservation.address, reservation.who())
+    format!("{} is kept for {}, which has it persistently", reservation.address, reservation.who())
 }
 
 fn how_to_forget(reservation: &Reservation) -> String {

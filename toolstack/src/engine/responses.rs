@@ -115,7 +115,7 @@ impl Engine {
                 if let Some(underway) = self.faults.underway.remove(&address) {
                     let took = underway.begun.elapsed().as_millis();
                     info!("{address}: domain {} has recovered, {took} ms", underway.domain);
-                    let text = format!("its guest was told and has recovered, {took} ms");
+                    let text = format!("its guest was notified and has recovered, {took} ms");
                     self.note_outcome(address, true, text);
                 }
             }
@@ -124,7 +124,7 @@ impl Engine {
                 let Underway { domain, policy, own, .. } = underway;
                 // A guest that did nothing wrong loses nothing; but what its function holds is gone.
                 let action = if own { policy.unanswered } else { Action::Log };
-                let text = format!("its guest was told: {why}; {action}");
+                let text = format!("its guest was notified: {why}; {action}");
                 warn!("{address}: {text}");
                 self.note_outcome(address, false, text);
                 self.last_resort(address, domain, action, &why, policy);

@@ -1,4 +1,4 @@
-//! Guests that start again, as other domains, and get the functions that they have for good.
+//! Guests that start again, as other domains, and get the functions that they have persistently.
 //!
 //! Domains are looked at when xenstore says that one was introduced. A PV guest gets its functions as by `pci-attach`, while it
 //! boots. An HVM guest finds devices only when its firmware runs, and libxl introduces it before it starts its device model: it is
@@ -28,7 +28,7 @@ use crate::transaction::{Finished, Kind};
 pub(super) struct Returning {
     /// The domains that were looked at.
     known: BTreeSet<DomId>,
-    /// Functions that a guest that is there has for good, but has not.
+    /// Functions that a guest that is there has persistently, but has not.
     missing: BTreeMap<Sbdf, Missing>,
     /// HVM guests that are kept paused.
     paused: BTreeMap<DomId, Start>,
@@ -72,7 +72,10 @@ impl Returning {
     pub fn problems(&self) -> impl Iterator<Item = String> {
         self.missing.iter().filter_map(|(address, missing)| {
             let why = missing.why.as_ref()?;
-            Some(format!("{address} is missing in domain {}, which has it for good: {why}", missing.domain))
+            Some(format!(
+                "{address} is missing in domain {}, which has it persistently: {why}",
+                missing.domain
+            ))
         })
     }
 
@@ -166,7 +169,7 @@ impl Engine {
                 });
                 continue;
             }
-            info!("{address}: domain {domain} has it for good");
+            info!("{address}: domain {domain} has it persistently");
             self.returning.missing.insert(address, Missing { domain, under_way: false, why: None });
             found = true;
         }
@@ -270,7 +273,7 @@ impl Engine {
         }
     }
 
-    /// Tries to attach a function to the guest that has it for good; one in a transaction is tried when that has ended.
+    /// Tries to attach a function to the guest that has it persistently; one in a transaction is tried when that has ended.
     fn give_again(&mut self, address: Sbdf) {
         let Some(missing) = self.returning.missing.get_mut(&address) else { return };
         let domain = missing.domain;
@@ -419,7 +422,7 @@ impl Engine {
                 .filter(|(note, info)| note.guest == info.uuid);
             match note {
                 Some((Note { paused: true, .. }, _)) => {
-                    info!("domain {domain}: an earlier life has paused it");
+                    info!("domain {domain}: xpcid paused it before its restart");
                     self.wait_for_device_model(domain);
                     continue;
                 }

@@ -313,7 +313,7 @@ impl Engine {
     pub(super) fn repair(&mut self, repair: Repair, reply: Reply) {
         let address = repair.address();
         if !self.is_untouched(address) {
-            return reply.done(Ok(left(format!("{address}: in other hands by now"))));
+            return reply.done(Ok(left(format!("{address}: another operation has it by now"))));
         }
         let record = self.record(address);
         let (course, what) = match repair {
@@ -379,7 +379,7 @@ fn answer(synced: Synced) -> Result<Success, Failure> {
     let undone = outcomes.iter().filter_map(|(step, outcome)| match outcome {
         Outcome::Done => None,
         Outcome::Left => {
-            Some((step, "it is in other hands by now, or waits for another repair".to_owned(), None))
+            Some((step, "another operation has it by now, or it waits for another repair".to_owned(), None))
         }
         Outcome::Failed(failure) => Some((step, failure.message.clone(), Some(failure))),
     });
@@ -392,7 +392,7 @@ fn answer(synced: Synced) -> Result<Success, Failure> {
         let code = failure.map_or(ErrorCode::Refused, |failure| failure.code);
         return Err(Failure::new(code, message)
             .on(step.repair.address())
-            .hint("'xpci sync --dry-run' plans anew what is left"));
+            .hint("'xpci sync --dry-run' plans what is left"));
     }
     if let Some(why) = unread.first() {
         let message = format!("{} functions could not be compared with Xen: {why}", unread.len());

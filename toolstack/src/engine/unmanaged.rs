@@ -30,7 +30,7 @@ pub(super) fn check(pf: &HostFunction, unmanaged: bool) -> Result<(), Failure> {
     let address = pf.address;
     match (pf.driver.as_deref(), unmanaged) {
         (None, false) => Err(Failure::refused(format!("{address} has no driver that could enable VFs")).hint(format!(
-            "load its driver; or 'xpci vf create --unmanaged' binds it to {STUB}: nobody watches over its VFs then, and guests get \
+            "load its driver; or 'xpci vf create --unmanaged' binds it to {STUB}: no driver manages its VFs then, and guests get \
              them only where a policy says 'permit: [untrusted-vf]'"
         ))),
         (Some(driver), true) if driver != STUB => {

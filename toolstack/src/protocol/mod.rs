@@ -52,7 +52,7 @@ pub struct Call {
 #[serde(transparent)]
 pub struct DomainName(pub String);
 
-/// What a guest loses with a function that it has for good.
+/// What a guest loses with a function that it has persistently.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Scope {
@@ -105,7 +105,7 @@ pub enum Request {
     PciAssignableRemove {
         /// The function.
         address: Sbdf,
-        /// Takes it even from the guest that has it for good, and does not run.
+        /// Takes it even from the guest that has it persistently, and does not run.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         force: bool,
         /// Does so although a PV guest that had it may still reach it.
@@ -121,7 +121,7 @@ pub enum Request {
         /// The device number the guest sees it at, 0-31; the first free one when absent.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         slot: Option<u8>,
-        /// The guest has it for good: it gets it again whenever it starts.
+        /// The guest has it persistently: it gets it again whenever it starts.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         persist: bool,
         /// Does so although a PV guest that had it may still reach it.
@@ -149,7 +149,7 @@ pub enum Request {
         /// The guest.
         domain: DomainName,
     },
-    /// Lists the functions that guests have for good, whether they run or not.
+    /// Lists the functions that guests have persistently, whether they run or not.
     PciListPersistent {
         /// Only those of this guest, by name, number or UUID.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -246,7 +246,7 @@ pub enum Request {
         /// A function, or a guest with all its functions.
         target: String,
     },
-    /// Reads the policy files anew and puts them in force for all functions, those of guests included.
+    /// Reads the policy files again and puts them in force for all functions, those of guests included.
     PolicyReload,
     /// Clears a function's quarantine, after a verified reset.
     QuarantineClear {

@@ -24,7 +24,7 @@ pub struct PolicyView {
     pub errors: String,
     /// The profile in force.
     pub profile: String,
-    /// What happens to registers that nobody knows, and which rule says so.
+    /// What happens to unknown registers, and which rule says so.
     pub unknown: String,
     /// The files' rules for capabilities, in the order in which they are laid over each other.
     pub capabilities: Vec<CapabilityRuleView>,

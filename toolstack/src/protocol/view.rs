@@ -29,7 +29,7 @@ pub struct FunctionView {
     /// Where the guest sees it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest_address: Option<Sbdf>,
-    /// Which guest has it for good.
+    /// Which guest has it persistently.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub persistent: Option<PersistentView>,
     /// What is going on or wrong, for people.

@@ -30,7 +30,7 @@ pub struct Settings {
     pub holder: Holder,
     /// How long a guest may take to accept or let go of a function, in seconds, 1-600.
     pub guest_limit_seconds: u64,
-    /// How long an HVM guest that starts is kept paused until it has the functions that it has for good, in seconds, 1-600.
+    /// How long an HVM guest that starts is kept paused until it has the functions that it has persistently, in seconds, 1-600.
     pub start_limit_seconds: u64,
     /// How long binding and unbinding a driver, or changing the number of VFs, may take, in seconds, 1-600.
     pub driver_limit_seconds: u64,

@@ -61,7 +61,7 @@ fn refuse_ram(host: &dyn Host, function: &HostFunction) -> Result<(), Failure> {
                 "give memory {first:#x}-{last:#x} of {address} to a guest: {:#x}-{:#x} there is {}",
                 ram.first, ram.last, ram.name
             );
-            let hint = "see /proc/iomem; have Linux assign the addresses of the device anew";
+            let hint = "see /proc/iomem; have Linux reassign the addresses of the device";
             return Err(Failure::refused(text).on(address).hint(hint));
         }
     }

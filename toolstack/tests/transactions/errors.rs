@@ -145,7 +145,7 @@ fn a_guest_that_is_silent_gives_up_talks_nonsense_or_cannot_be_told_loses_its_fu
     service.attach(WEB, bdf(VF)).unwrap();
     assert_eq!(service.state(bdf(VF)), FunctionState::Attached);
     world.simulation.report_error(bdf(VF), Severity::NonFatal, COMPLETION_TIMEOUT);
-    assert!(outcome(&service, bdf(VF)).1.contains("its frontend cannot be told of errors; unplug"));
+    assert!(outcome(&service, bdf(VF)).1.contains("its frontend cannot be notified of errors; unplug"));
     service.wait_for_state(bdf(VF), FunctionState::Held);
 }
 

@@ -1,4 +1,4 @@
-//! Functions that guests have for good: they get them again when they start as other domains, and nobody else does. T3.
+//! Functions that guests have persistently: they get them again when they start as other domains, and nobody else does. T3.
 
 use nix::errno::Errno;
 use pciback::hvm::wire::xen::config;

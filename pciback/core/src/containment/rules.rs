@@ -61,7 +61,7 @@ pub const ROWS: &[Row] = &[
         busy: 0,
         os_only: true,
         must_hold: true,
-        reason: "what a guest can provoke is reported, or nobody would learn of it",
+        reason: "what a guest can provoke is reported, or it would go unnoticed",
     },
     Row {
         name: "Correctable Error Mask",

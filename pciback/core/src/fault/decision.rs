@@ -74,7 +74,7 @@ pub fn decide(
     let (action, reason) = match wished {
         Action::TellGuest if !can_be_told => {
             let instead = if relation == Relation::Own { policy.unanswered } else { Action::Log };
-            (instead, format!("{reason}, but domain {domain} cannot be told"))
+            (instead, format!("{reason}, but domain {domain} cannot be notified"))
         }
         action => (action, reason),
     };
@@ -212,7 +212,7 @@ mod tests {
         };
         assert_eq!(
             reason(Severity::NonFatal, Relation::Own, QUIET),
-            "the policy for non-fatal errors, but domain 3 cannot be told"
+            "the policy for non-fatal errors, but domain 3 cannot be notified"
         );
         assert_eq!(
             reason(Severity::Fatal, Relation::Own, FUNCTION),

@@ -190,7 +190,7 @@ pub enum Reason {
     NotHeld,
     /// dom0 owns it, not the quarantine domain, or that cannot be told.
     NotQuarantined,
-    /// The quarantine domain may own it, and nobody holds it.
+    /// The quarantine domain may own it, and it is not held.
     NobodyHolds,
     /// Its guest has it and its nodes are missing.
     NotPublished,
@@ -220,7 +220,7 @@ impl fmt::Display for Reason {
             Self::OnlyInXen => "Xen knows it, sysfs does not show it",
             Self::NotHeld => "no holding driver has it",
             Self::NotQuarantined => "it should belong to Xen's quarantine domain",
-            Self::NobodyHolds => "Xen's quarantine domain may own it, and nobody holds it",
+            Self::NobodyHolds => "Xen's quarantine domain may own it, and it is not held",
             Self::NotPublished => "the guest has it, but its nodes are missing",
             Self::Bridge => "it is a bridge, which cannot be held",
         })

@@ -15,7 +15,7 @@ pub(super) const ERROR_KEYS: &[KeyWord] = &[
     ),
     key(
         "unanswered",
-        "What is done when the guest cannot be told, does not answer in time, answers nonsense, or its driver gives up.",
+        "What is done when the guest cannot be notified, does not answer in time, answers nonsense, or its driver gives up.",
     ),
     key(
         "storm",

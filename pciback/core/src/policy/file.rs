@@ -118,8 +118,8 @@ pub(super) const KEYS: &[KeyWord] = &[
         "reuse",
         "When it may go from a PV guest, which may keep its BARs mapped, to another owner: after-shutdown of that guest, or trusted: at once.",
     ),
-    key("profile", "What happens to registers that nobody knows: a named set of defaults."),
-    key("unknown", "What happens to registers that nobody knows, whatever the profile says."),
+    key("profile", "What happens to unknown registers: a named set of defaults."),
+    key("unknown", "What happens to unknown registers, whatever the profile says."),
     key("capabilities", "By capability: what the guest sees of it and may write."),
     key("registers", "Single registers, by their offset in config space."),
     key("errors", "What is done about errors that the function reports."),
@@ -222,7 +222,7 @@ impl PolicyFile {
             "profile" => {
                 let profile = read::choice(node, "profile", Profile::WORDS, diagnostics);
                 self.profile = profile.map(|profile| {
-                    let reason = format!("registers that nobody knows: profile {}", profile.word());
+                    let reason = format!("unknown registers: profile {}", profile.word());
                     (profile, rules::rule(Some(reason), file, node.at))
                 });
             }

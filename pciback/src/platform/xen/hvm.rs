@@ -409,7 +409,7 @@ fn ask_device_model(domain: DomId) -> std::result::Result<Vec<u8>, Cause> {
     let stream = paths
         .iter()
         .find_map(|path| UnixStream::connect(path).ok())
-        .ok_or_else(|| Cause::Unavailable(format!("nobody listens at {} or {}", paths[0], paths[1])))?;
+        .ok_or_else(|| Cause::Unavailable(format!("no process listens at {} or {}", paths[0], paths[1])))?;
     stream.set_read_timeout(Some(DEVICE_MODEL_LIMIT))?;
     stream.set_write_timeout(Some(DEVICE_MODEL_LIMIT))?;
     let mut lines = BufReader::new(stream.try_clone()?).lines();

@@ -32,7 +32,7 @@ pub const HEADER: &[Row] = &[
         header::COMMAND,
         0x0400,
         Treatment::VIRTUAL,
-        "hardware has it set when the guest sets it, and whenever INTx could reach nobody but the host",
+        "hardware has it set when the guest sets it, and whenever INTx could reach only the host",
     ),
     row(
         header::COMMAND,
@@ -68,7 +68,7 @@ pub const NO_LINE: Row = row(
     header::INTERRUPT_PIN,
     0xff,
     Treatment::ZERO,
-    "the guest is given no interrupt line: INTx would reach nobody",
+    "the guest is given no interrupt line: INTx would not be delivered",
 );
 
 /// What a VF's Command is instead (PCI Express 6.0, section 9.3.4.1.3): hardware hardwires all but Bus Master Enable to 0, and

@@ -16,9 +16,9 @@ pub const RULES: &[CapabilityRules] = &[
     shown(
         id(CapabilityId::POWER_MANAGEMENT),
         Treatment::VIRTUAL,
-        "the host keeps the function in D0: a sleeping one would lose its config space and answer nobody",
+        "the host keeps the function in D0: a sleeping one would lose its config space and not answer",
         &[
-            row(2, 0xf800, Treatment::ZERO, "a guest's function wakes nobody"),
+            row(2, 0xf800, Treatment::ZERO, "a guest's function cannot wake the host"),
             row(
                 spec::PMCSR,
                 1 << 3,
@@ -45,7 +45,7 @@ pub const RULES: &[CapabilityRules] = &[
                 spec::VPD_ADDRESS,
                 0x8000,
                 Treatment::ReadOnly,
-                "writing VPD would change the card for good: only an address that starts a read passes",
+                "writing VPD would change the card permanently: only an address that starts a read passes",
             ),
             row(4, 0xffff_ffff, Treatment::ReadOnly, "data is written only to change VPD"),
         ],
