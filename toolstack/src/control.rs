@@ -2,8 +2,7 @@
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::fd::AsFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
@@ -14,6 +13,12 @@ use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::sockopt::PeerCredentials;
+use nix::sys::socket::{
+    self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr, UnixCredentials, bind, getsockopt, socket,
+};
+use nix::sys::stat::{Mode, fchmod};
+use nix::unistd::geteuid;
 
 use crate::engine::{Event, Inbox};
 use crate::outcome::{ErrorCode, Failure};
@@ -23,6 +28,8 @@ use crate::protocol::{Call, Envelope, EventView, LINE_LIMIT, Success, VERSION};
 const CLIENT_LIMIT: usize = 64;
 /// A client that reads no answer for this long is dropped.
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
+/// How long accepting waits when it fails, as it does while no descriptor is free.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 /// How often it is asked whether a client that waits is still there.
 const HANGUP_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -118,19 +125,55 @@ pub fn listen(path: &Path, inbox: Inbox) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    let listener = UnixListener::bind(path)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    let listener = bind_for_owner(path)?;
     thread::Builder::new().name("control".into()).spawn(move || accept(&listener, &inbox))?;
     Ok(())
 }
 
+/// A socket that nobody else could connect to at any moment: the file gets the mode that the socket has when it is bound (`unix(7)`).
+fn bind_for_owner(path: &Path) -> io::Result<UnixListener> {
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    socket::listen(&socket, Backlog::new(CLIENT_LIMIT as i32)?)?;
+    Ok(socket.into())
+}
+
+/// Who asks; an error: it is neither root nor whom the service runs as.
+fn peer(stream: &UnixStream) -> Result<UnixCredentials, Failure> {
+    let peer = getsockopt(stream, PeerCredentials).map_err(|errno| {
+        Failure::new(ErrorCode::Failed, format!("ask who connects to the control socket: {errno}"))
+    })?;
+    let user = peer.uid();
+    if user == 0 || user == geteuid().as_raw() {
+        return Ok(peer);
+    }
+    Err(Failure::refused(format!("user {user} may not control xpcid"))
+        .hint("run xpci as root, for example with sudo"))
+}
+
 fn accept(listener: &UnixListener, inbox: &Inbox) {
     let clients = Arc::new(AtomicUsize::new(0));
+    let mut failing = false;
     for stream in listener.incoming() {
         let stream = match stream {
             Ok(stream) => stream,
             Err(error) => {
-                warn!("accept a control connection: {error}");
+                if !failing {
+                    warn!("accept control connections: {error}; trying again every {ACCEPT_AGAIN:?}");
+                }
+                failing = true;
+                // The client still waits in the queue, so that the next try fails at once: no event says when a descriptor is free.
+                thread::sleep(ACCEPT_AGAIN);
+                continue;
+            }
+        };
+        failing = false;
+        let peer = match peer(&stream) {
+            Ok(peer) => peer,
+            Err(failure) => {
+                warn!("{failure}");
+                let _ = send(&stream, &Envelope::done(0, "", Err(failure)));
                 continue;
             }
         };
@@ -142,7 +185,7 @@ fn accept(listener: &UnixListener, inbox: &Inbox) {
         }
         let (inbox, clients_left) = (inbox.clone(), Arc::clone(&clients));
         let spawned = thread::Builder::new().name("client".into()).spawn(move || {
-            if let Err(error) = converse(&stream, &inbox) {
+            if let Err(error) = converse(&stream, &inbox, peer) {
                 debug!("control connection: {error}");
             }
             clients_left.fetch_sub(1, Ordering::Relaxed);
@@ -154,7 +197,7 @@ fn accept(listener: &UnixListener, inbox: &Inbox) {
     }
 }
 
-fn converse(stream: &UnixStream, inbox: &Inbox) -> io::Result<()> {
+fn converse(stream: &UnixStream, inbox: &Inbox, peer: UnixCredentials) -> io::Result<()> {
     stream.set_write_timeout(Some(WRITE_LIMIT))?;
     let mut reader = BufReader::new(stream);
     loop {
@@ -169,7 +212,11 @@ fn converse(stream: &UnixStream, inbox: &Inbox) -> io::Result<()> {
             return send(stream, &Envelope::done(0, "", Err(failure)));
         }
         match parse(&line) {
-            Ok(call) => answer(stream, inbox, call)?,
+            Ok(call) => {
+                let (name, user, process) = (call.request.name(), peer.uid(), peer.pid());
+                debug!("{name}: asked by user {user}, process {process}");
+                answer(stream, inbox, call)?;
+            }
             Err((id, failure)) => send(stream, &Envelope::done(id, "", Err(failure)))?,
         }
     }

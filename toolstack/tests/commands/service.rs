@@ -1,7 +1,7 @@
 //! How the service starts, stops and starts again.
 
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 
 use nix::sys::signal::Signal;
 
@@ -35,6 +35,25 @@ fn only_its_owner_reaches_the_socket() {
     let daemon = Daemon::start(&host());
     let mode = std::fs::metadata(daemon.socket()).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
+}
+
+#[test]
+fn a_service_without_free_descriptors_answers_when_there_are_some_and_says_so_once() {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("host.yaml"), host()).unwrap();
+    std::fs::write(directory.path().join("settings.yaml"), "guest-limit-seconds: 1\n").unwrap();
+    let xpcid = service(directory.path());
+    let mut limited = program("sh");
+    limited.args(["-c", "ulimit -n 48; exec \"$0\" \"$@\""]).arg(xpcid.get_program()).args(xpcid.get_args());
+    let mut daemon = Daemon::run(directory, limited);
+    daemon.wait_for_log("ready on");
+    let clients: Vec<UnixStream> = (0..60).map(|_| UnixStream::connect(daemon.socket()).unwrap()).collect();
+    daemon.wait_for_log("accept control connections");
+    drop(clients);
+    assert!(daemon.xpci(&["status"]).status.success());
+    daemon.signal(Signal::SIGTERM);
+    let (_, log) = daemon.wait();
+    assert!(!log.iter().any(|line| line.contains("accept control connections")), "{}", log.join("\n"));
 }
 
 #[test]
