@@ -19,7 +19,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::transaction::{Kind, NetworkRecord, Step};
+use crate::transaction::{Kind, NetworkRecord, Pristine, Step};
 
 /// The form of a record; others are refused.
 pub const VERSION: u32 = 1;
@@ -66,6 +66,10 @@ pub struct Record {
     /// A VF's network settings, once somebody has set one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkRecord>,
+    /// Its registers as they were when it was first held; `None` until they could be read, and in records of versions that did not note
+    /// them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pristine: Option<Vec<Pristine>>,
     /// The transaction in progress.
     pub transaction: Option<Progress>,
     /// Why it is quarantined.
@@ -136,6 +140,7 @@ impl Record {
             grants: Vec::new(),
             unproved: false,
             network: None,
+            pristine: None,
             transaction: None,
             quarantine: None,
         }

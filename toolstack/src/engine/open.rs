@@ -64,7 +64,7 @@ impl Workshop {
         let spec = Arc::new(spec::function_spec(host, address)?);
         // What the guest has seen of the lists stays, whatever became of the policies meanwhile.
         let visible = again.then(|| image.visible_capabilities(spec.bytes.len()));
-        let planes = self.filter(&spec, domain, visible.as_deref())?;
+        let planes = self.planes(&spec, domain, visible.as_deref())?;
         let hardware = host.config(address)?;
         let space = match again {
             false => VirtualConfigSpace::create(&spec, Arc::clone(&planes), image),
@@ -86,7 +86,7 @@ impl Workshop {
     }
 
     /// The filter for a function in a guest's hands, shared with those that have the same.
-    pub(super) fn filter(
+    pub(super) fn planes(
         &self,
         spec: &FunctionSpec,
         domain: DomId,

@@ -283,7 +283,7 @@ impl Workshop {
             .into_iter()
             .map(|user| {
                 let filter = function_spec(self.platform.host.as_ref(), user.address).and_then(|spec| {
-                    let planes = self.filter(&spec, user.domain, Some(&user.visible))?;
+                    let planes = self.planes(&spec, user.domain, Some(&user.visible))?;
                     Ok(Filter { spec: Arc::new(spec), planes, policies: Arc::clone(&policies) })
                 });
                 (user.address, filter)

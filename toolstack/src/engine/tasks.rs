@@ -5,10 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use log::{error, info, warn};
-use pciback::config::{AnyId, FunctionSpec};
+use pciback::config::{FunctionSpec, Planes};
 use pciback::platform::Platform;
 use pciback::policy::PolicySet;
-use pciback::spec::CapabilityId;
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::attachments::Resets;
@@ -122,10 +121,8 @@ impl Serving for Workshop {
         Ok(said)
     }
 
-    fn shows_msix(&self, spec: &FunctionSpec, domain: DomId) -> Result<bool, Failure> {
-        let planes = self.filter(spec, domain, None)?;
-        let msix = AnyId::Legacy(CapabilityId::MSI_X);
-        Ok(planes.capabilities().iter().any(|(capability, seen)| capability.id == msix && *seen))
+    fn filter(&self, spec: &FunctionSpec, domain: DomId) -> Result<Arc<Planes>, Failure> {
+        self.planes(spec, domain, None)
     }
 
     fn distrusted(&self, address: Sbdf) -> Option<String> {

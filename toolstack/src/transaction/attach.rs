@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use pciback::Sbdf;
-use pciback::config::{CapabilityList, FunctionImage, FunctionSpec};
+use pciback::config::{AnyId, CapabilityList, FunctionImage, FunctionSpec};
 use pciback::live;
 use pciback::platform::{PlatformError, Resource, Revoked};
 use pciback::spec::{CapabilityId, legacy};
@@ -28,7 +28,9 @@ pub(super) fn prepare_msix(context: &Context<'_>, record: &mut Record) -> Result
         return Ok(());
     }
     // Xen would guard the page that a hidden capability names as its table: device registers, where the capability is wrong.
-    if !context.serving.shows_msix(&spec, guest_of(record)?)? {
+    let filter = context.serving.filter(&spec, guest_of(record)?)?;
+    let msix = AnyId::Legacy(CapabilityId::MSI_X);
+    if !filter.capabilities().iter().any(|(capability, seen)| capability.id == msix && *seen) {
         return Ok(());
     }
     // Xen finds the table through the BAR, which must decode.

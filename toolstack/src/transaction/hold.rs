@@ -63,6 +63,10 @@ pub(super) fn take_driver(context: &Context<'_>, record: &mut Record) -> Result<
             record.address
         )
     });
+    if record.incarnation != function.incarnation {
+        // What was noted is another one's.
+        record.pristine = None;
+    }
     record.incarnation = function.incarnation;
     if holder_of(&function).is_some() {
         return Ok(warning.filter(|_| function.driver.as_deref() == Some("pci-stub")));

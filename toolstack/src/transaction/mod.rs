@@ -10,14 +10,16 @@ mod grants;
 mod hold;
 mod network;
 mod path;
+mod pristine;
 mod quarantine;
 mod reset;
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use log::{debug, warn};
 use nix::errno::Errno;
-use pciback::config::FunctionSpec;
+use pciback::config::{FunctionSpec, Planes};
 use pciback::platform::Platform;
 use pciback::{DomId, FunctionState, Sbdf};
 use serde::{Deserialize, Serialize};
@@ -33,6 +35,7 @@ pub use network::{
 pub use path::{
     FunctionPath, Member, before as before_on_path, blast_radius, not_handled, renew as renew_path, value_in,
 };
+pub use pristine::Pristine;
 pub use reset::{ResetCheck, ResetPlan, refuse_unresettable, reset_and_verify};
 
 use crate::former_owners::FormerOwners;
@@ -68,7 +71,7 @@ pub enum Step {
     /// Errors that it causes are reported and do not escalate, those of its resets included. Undo: as before, unless another function below
     /// needs it.
     ContainPath,
-    /// It is reset and answers. Undo: the same, because a guest has had it.
+    /// It is reset and answers, and its registers are as they were when it was first held. Undo: the same, because a guest has had it.
     Reset,
     /// Xen guards its MSI-X table. Undo: no longer.
     PrepareMsix,
@@ -167,8 +170,8 @@ pub trait Serving: Sync {
     fn serve(&self, record: &Record) -> Result<Option<String>, Failure>;
     /// Stops serving it: bus mastering and interrupts off, nodes removed. The text says when the guest had to be overruled.
     fn withdraw(&self, record: &Record, parting: Parting) -> Result<Option<String>, Failure>;
-    /// Whether a guest sees the MSI-X capability of a function that has one, as the policies are.
-    fn shows_msix(&self, spec: &FunctionSpec, domain: DomId) -> Result<bool, Failure>;
+    /// What a guest would see of a function, and which of its writes reach hardware, as the policies are.
+    fn filter(&self, spec: &FunctionSpec, domain: DomId) -> Result<Arc<Planes>, Failure>;
     /// Why the function shall end quarantined, where somebody decided that while a transaction has it.
     fn distrusted(&self, address: Sbdf) -> Option<String>;
     /// How many things have happened to the host's functions; ask before looking.
@@ -346,11 +349,17 @@ impl Context<'_> {
         match step {
             Step::Driver => hold::take_driver(self, record),
             Step::RestoreNetwork => Ok(None),
-            Step::Quarantine => hold::own(self, record).map(|()| None),
+            Step::Quarantine => hold::own(self, record).map(|()| {
+                pristine::take(self, record);
+                None
+            }),
             Step::ContainPath | Step::ContainErrors => path::apply(self, record),
-            Step::Reset => reset::run(self, record)
-                .and_then(|()| path::renew(self.platform, self.ledger, record.address))
-                .map(|()| None),
+            Step::Reset => {
+                reset::run(self, record)?;
+                let warning = pristine::prepare(self, record)?;
+                path::renew(self.platform, self.ledger, record.address)?;
+                Ok(warning)
+            }
             Step::PrepareMsix => attach::prepare_msix(self, record).map(|()| None),
             Step::Assign => attach::assign(self, record),
             Step::Grant => grants::grant(self, record).map(|()| None),
@@ -368,7 +377,14 @@ impl Context<'_> {
             Step::RestoreNetwork => network::restore(self, record),
             Step::Quarantine => hold::disown(self, record).map(|()| None),
             Step::ContainPath | Step::ContainErrors => path::restore(self, record).map(|()| None),
-            Step::Reset => reset::run(self, record).map(|()| None),
+            Step::Reset => {
+                reset::run(self, record)?;
+                let warning = pristine::restore(self, record)?;
+                if !self.left_the_host(record) {
+                    path::renew(self.platform, self.ledger, record.address)?;
+                }
+                Ok(warning)
+            }
             Step::PrepareMsix => attach::release_msix(self, record).map(|()| None),
             Step::Assign => attach::deassign(self, record).map(|()| None),
             Step::Grant => grants::revoke(self, record).map(|()| None),

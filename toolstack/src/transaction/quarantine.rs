@@ -4,7 +4,7 @@ use pciback::FunctionState;
 use pciback::live;
 
 use super::reset::config_failure;
-use super::{Context, Finished, Kind, hold, reset};
+use super::{Context, Finished, Kind, hold, pristine, reset};
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 
@@ -45,6 +45,7 @@ impl Context<'_> {
             warnings.extend(hold::take_driver(self, record)?);
             hold::own(self, record)?;
             reset::run(self, record)?;
+            warnings.extend(pristine::restore(self, record)?);
             record.state = FunctionState::Held;
         }
         record.quarantine = None;

@@ -1,0 +1,174 @@
+//! The next owner finds a function's registers as they were when it was first held, and not as the last one left them.
+//!
+//! Linux saves most control registers before a reset and writes them back afterwards, those that a guest has written included. So the
+//! control registers of all known capabilities are noted when a function is first held. What a guest can reach of them is put back at each
+//! change of hands, and read back.
+
+use log::{info, warn};
+use pciback::Sbdf;
+use pciback::config::{Access, ConfigSpace, ControlRegister, Planes, Policy};
+use pciback::live::errors as registers;
+use serde::{Deserialize, Serialize};
+
+use super::Context;
+use super::reset::config_failure;
+use crate::journal::Record;
+use crate::outcome::{ErrorCode, Failure};
+
+/// One register, as it was when the function was first held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Pristine {
+    /// Where the register is.
+    pub offset: u16,
+    /// Its width in bytes.
+    pub width: u8,
+    /// Which of its bits hold what is written.
+    pub mask: u32,
+    /// What they were.
+    pub value: u32,
+    /// Those that guests could reach since they were last known to be so.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub reached: u32,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it so")]
+const fn is_zero(bits: &u32) -> bool {
+    *bits == 0
+}
+
+/// The built-in filter: it tells registers that hold what is written from others.
+fn built_in(context: &Context<'_>, address: Sbdf) -> Result<Planes, Failure> {
+    let spec = crate::spec::function_spec(context.platform.host.as_ref(), address)?;
+    Planes::compile(&spec, &Policy::default()).map_err(|error| {
+        Failure::new(ErrorCode::Failed, format!("tell the registers of {address}: {error}")).on(address)
+    })
+}
+
+/// Notes the registers of a function that is held for the first time. One that cannot be read now is noted before it is given to a guest.
+pub(super) fn take(context: &Context<'_>, record: &mut Record) {
+    if record.pristine.is_some() {
+        return;
+    }
+    match read(context, record.address) {
+        Ok(pristine) => record.pristine = Some(pristine),
+        Err(failure) => warn!("{}: its registers are not noted yet: {failure}", record.address),
+    }
+}
+
+fn read(context: &Context<'_>, address: Sbdf) -> Result<Vec<Pristine>, Failure> {
+    let planes = built_in(context, address)?;
+    let config = context.platform.host.config(address)?;
+    let note = |control: ControlRegister| {
+        let value = config.read(control.access)? & control.mask;
+        let (offset, width) = (control.access.offset(), control.access.width().bytes() as u8);
+        Ok(Pristine { offset, width, mask: control.mask, value, reached: 0 })
+    };
+    let noted: std::io::Result<_> = planes.controls().into_iter().map(note).collect();
+    noted.map_err(|error| config_failure("note the registers of", address, &error))
+}
+
+/// Before a function that has been reset is given to a guest: notes the registers if nobody has yet, puts back what an earlier guest may
+/// have left, and notes what the next one can reach.
+pub(super) fn prepare(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
+    if record.pristine.is_none() {
+        record.pristine = Some(read(context, record.address)?);
+    }
+    let warning = put_back(context, record)?;
+    note_reach(context, record)?;
+    // In the journal before the guest can write.
+    context.write(record)?;
+    Ok(warning)
+}
+
+/// Adds the bits that the guest's filter lets through, as the policies are now.
+fn note_reach(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
+    let (Some(guest), true) = (record.guest, record.pristine.is_some()) else { return Ok(()) };
+    let spec = crate::spec::function_spec(context.platform.host.as_ref(), record.address)?;
+    let planes = context.serving.filter(&spec, guest.domain)?;
+    for register in record.pristine.iter_mut().flatten() {
+        if let Ok(access) = Access::new(register.offset.into(), register.width.into()) {
+            register.reached |= planes.reaches(access) & register.mask;
+        }
+    }
+    Ok(())
+}
+
+/// After a guest has had the function and it has been reset: puts back what the guest could reach.
+pub(super) fn restore(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
+    if context.left_the_host(record) || record.pristine.is_none() {
+        return Ok(None);
+    }
+    note_reach(context, record)?;
+    put_back(context, record)
+}
+
+fn put_back(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
+    let address = record.address;
+    let reached = record.pristine.iter().flatten().any(|register| register.reached != 0);
+    if !reached {
+        return Ok(None);
+    }
+    let planes = built_in(context, address)?;
+    let config = context.platform.host.config(address)?;
+    let controls = planes.controls();
+    let (mut kept_out, mut reported) = (Vec::new(), Vec::new());
+    for register in record.pristine.iter_mut().flatten().filter(|register| register.reached != 0) {
+        let control = controls.iter().find(|control| {
+            let (offset, width) = (control.access.offset(), control.access.width().bytes());
+            (offset, width) == (register.offset, u16::from(register.width))
+        });
+        // Its capability is no longer there: nobody can reach it either.
+        let Some(control) = control else { continue };
+        let left = put(config.as_ref(), control, register)
+            .map_err(|error| config_failure("put back the registers of", address, &error))?;
+        if left == 0 {
+            register.reached = 0;
+            continue;
+        }
+        let text = format!("{} at {:#x}, bits {left:#x}", control.name, register.offset);
+        // What the built-in rules leave to guests is stored by all hardware; what a policy opens may be a device's own affair.
+        match left & planes.reaches(control.access) {
+            0 => reported.push(text),
+            _ => kept_out.push(text),
+        }
+    }
+    clear_errors(context, address);
+    if !kept_out.is_empty() {
+        let text = format!(
+            "put back the registers of {address} as they were when it was first held: {} did not take the value",
+            kept_out.join("; ")
+        );
+        return Err(Failure::new(ErrorCode::Failed, text)
+            .on(address)
+            .hint("the device may need a power cycle; then 'xpci quarantine clear'"));
+    }
+    Ok((!reported.is_empty())
+        .then(|| format!("{address}: the next owner finds what the last one wrote: {}", reported.join("; "))))
+}
+
+/// Puts one register back and reads it; returns the bits that differ all the same.
+fn put(config: &dyn ConfigSpace, control: &ControlRegister, register: &Pristine) -> std::io::Result<u32> {
+    let mask = register.reached & register.mask & control.mask;
+    let found = config.read(control.access)?;
+    if (found ^ register.value) & mask == 0 {
+        return Ok(0);
+    }
+    let value = found & !control.zero & !mask | register.value & mask;
+    info!("{} at {:#x}: {found:#x} is put back to {value:#x}", control.name, register.offset);
+    config.write(control.access, value)?;
+    Ok((config.read(control.access)? ^ register.value) & mask)
+}
+
+/// Errors of the last owner's time are not the next one's. The platform's own are left to it.
+fn clear_errors(context: &Context<'_>, address: Sbdf) {
+    let (host, errors) = (context.platform.host.as_ref(), &context.platform.errors);
+    let root = host.ports_above(address).ok().and_then(|ports| ports.last().copied());
+    if !root.is_some_and(|root| errors.handled(root).unwrap_or(false)) {
+        return;
+    }
+    let found = registers::of_errors(host, address, None);
+    if let Err(error) = registers::clear_errors(host, address, None, &found) {
+        warn!("{address}: clear its error registers: {error}");
+    }
+}
