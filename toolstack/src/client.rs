@@ -1,6 +1,6 @@
 //! The client's side of the control socket.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -16,6 +16,14 @@ pub fn call(socket: &Path, request: Request, progress: &mut dyn FnMut(&str)) -> 
     })
 }
 
+/// What to do where the service cannot be connected to.
+fn connect_hint(kind: ErrorKind) -> &'static str {
+    match kind {
+        ErrorKind::PermissionDenied => "only root may use it: run the command with sudo",
+        _ => "start it with 'systemctl start xpcid', as root; its log says why it stopped",
+    }
+}
+
 /// The same; all envelopes on the way go to `heard`.
 pub fn follow(
     socket: &Path,
@@ -26,7 +34,8 @@ pub fn follow(
         Failure::new(ErrorCode::Unreachable, format!("{what} xpcid at {}: {why}", socket.display()))
             .hint("start it with 'systemctl start xpcid', as root; its log says why it stopped")
     };
-    let mut stream = UnixStream::connect(socket).map_err(|error| unreachable("connect to", &error))?;
+    let mut stream = UnixStream::connect(socket)
+        .map_err(|error| unreachable("connect to", &error).hint(connect_hint(error.kind())))?;
     let call = Call { version: VERSION, id: 1, request };
     let mut line = serde_json::to_vec(&call).map_err(|error| unreachable("write to", &error))?;
     line.push(b'\n');
@@ -49,5 +58,18 @@ pub fn follow(
             return Ok(envelope);
         }
         heard(&envelope);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_may_not_connect_is_told_of_sudo_and_others_how_to_start_the_service() {
+        assert!(connect_hint(ErrorKind::PermissionDenied).contains("sudo"));
+        for kind in [ErrorKind::NotFound, ErrorKind::ConnectionRefused] {
+            assert!(connect_hint(kind).contains("systemctl start xpcid"), "{kind}");
+        }
     }
 }

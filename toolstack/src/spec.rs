@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Weak};
 
 use pciback::Sbdf;
-use pciback::config::{CapabilityList, FunctionSpec, Planes, Policy};
+use pciback::config::{CapabilityList, FunctionSpec, Planes, Policy, PortAbove, Unroutable, VfRouting};
 use pciback::inventory::Identity;
 use pciback::platform::{Host, HostFunction};
 use pciback::spec::ExtendedCapabilityId;
@@ -54,6 +54,22 @@ pub fn serial_number(host: &dyn Host, address: Sbdf) -> Option<u64> {
     let at = usize::from(list.extended(ExtendedCapabilityId::SERIAL_NUMBER)?.offset);
     let number = bytes.get(at + 4..at + 12)?.try_into().ok()?;
     Some(u64::from_le_bytes(number))
+}
+
+/// Whether requests reach this many VFs of a PF, by what the PF and the port above it say now; the inner error says why not.
+pub fn vf_routing(host: &dyn Host, pf: Sbdf, count: u16) -> Result<Result<(), Unroutable>, Failure> {
+    let bytes = |address| {
+        let read = host.config(address)?.read_all();
+        read.map_err(|error| {
+            Failure::new(ErrorCode::Failed, format!("read the config space of {address}: {error}"))
+        })
+    };
+    let Some(routing) = VfRouting::of(pf, &bytes(pf)?) else { return Ok(Ok(())) };
+    let port = match host.ports_above(pf)?.first() {
+        Some(port) => Some(PortAbove::of(*port, &bytes(*port)?)),
+        None => None,
+    };
+    Ok(routing.check(count, port.as_ref()))
 }
 
 /// By what a function is told from another one at its address; a VF has its PF's serial number.

@@ -12,6 +12,7 @@ pub mod host;
 pub mod hvm;
 pub mod hypervisor;
 pub mod linux;
+pub mod machine;
 pub mod memory;
 pub mod network;
 pub mod rings;
@@ -30,6 +31,7 @@ pub use events::{HostEvent, HostEvents};
 pub use host::{BarMemory, Host, Use};
 pub use hvm::{HvmDomains, IoreqServer, MsiMessage, ServerId};
 pub use hypervisor::{DomainInfo, Hypervisor, MsiSource, Pirq};
+pub use machine::{Machine, XlQuestion};
 pub use memory::SharedMemory;
 pub use network::{VfNetwork, VfPlace, VfSetting, VfSettings};
 pub use rings::{GuestRings, Ring};
@@ -52,6 +54,8 @@ pub struct Platform {
     pub network: Arc<dyn VfNetwork>,
     /// What the kernel tells of errors that functions report.
     pub errors: Arc<dyn ErrorSource>,
+    /// How dom0 is set up.
+    pub machine: Arc<dyn Machine>,
     /// What this is, for people: `Xen 4.17.6` or `simulation of FILE`.
     pub description: String,
 }

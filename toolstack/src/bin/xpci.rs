@@ -1,37 +1,60 @@
 //! The command that people use: sends requests to xpcid and shows the answers.
 
+use std::ffi::OsStr;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::thread;
 
 use clap::Parser;
-use toolstack::cli::{Cli, Look, Step, bulleted, render};
+use serde::Serialize;
+use toolstack::cli::{Cli, Look, Step, bulleted, render, usage};
 use toolstack::client;
+use toolstack::doctor;
 use toolstack::outcome::{ErrorCode, Failure};
-use toolstack::protocol::{Envelope, Request};
+use toolstack::protocol::{Answers, Envelope, Request, Success};
 
 /// How many of a command's requests are made at the same time. Taking a function from a driver mostly waits for its reset, 100 ms.
 const AT_ONCE: usize = 8;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if error.use_stderr() && json_wanted() => {
+            show_json(&Envelope::done(1, "", Err(usage(&error))));
+            return ExitCode::from(ErrorCode::Usage.exit_code());
+        }
+        Err(error) => error.exit(),
+    };
     let show_progress = !cli.json && std::io::stderr().is_terminal();
     let look = cli.command.look();
-    let mut code = 0;
-    let mut steps = cli.command.steps().into_iter().peekable();
+    let (mut code, mut shown) = (0, Vec::new());
+    let all = cli.command.steps();
+    let together = cli.json && all.len() > 1;
+    let mut steps = all.into_iter().peekable();
     while steps.peek().is_some() {
         let batch: Vec<Step> = steps.by_ref().take(AT_ONCE).collect();
         for envelope in answers(batch, &cli.socket, show_progress, cli.json) {
-            if let Err(failure) = show(envelope, cli.json, look) {
-                code = code.max(failure.code.exit_code());
-                if !cli.json {
-                    report(&failure);
-                }
+            code = code.max(exit_code(&envelope));
+            match (cli.json, together) {
+                (true, true) => shown.push(envelope),
+                (true, false) => show_json(&envelope),
+                (false, _) => show(envelope, look),
             }
         }
     }
+    if together {
+        show_json(&Answers::of(shown));
+    }
     ExitCode::from(code)
+}
+
+/// Whether the command line asks for JSON, though it cannot be understood.
+fn json_wanted() -> bool {
+    std::env::args_os()
+        .skip(1)
+        .take_while(|word| word != OsStr::new("--"))
+        .any(|word| word == OsStr::new("--json"))
 }
 
 /// The answers to some steps, made at the same time, in the order of the steps.
@@ -51,35 +74,41 @@ fn answers(steps: Vec<Step>, socket: &Path, show_progress: bool, json: bool) -> 
 }
 
 fn ask(socket: &Path, request: Request, show_progress: bool, json: bool) -> Envelope {
-    let name = request.name();
+    let (name, is_doctor) = (request.name(), request == Request::Doctor);
     let mut heard = |envelope: &Envelope| match (&envelope.progress, &envelope.event) {
         (Some(text), _) if show_progress => say(&mut std::io::stderr(), &format!("{text} ...\n")),
         (_, Some(_)) if json => show_json(envelope),
         (_, Some(event)) => say(&mut std::io::stdout(), &format!("{event}\n")),
         _ => {}
     };
-    client::follow(socket, request, &mut heard)
-        .unwrap_or_else(|failure| Envelope::done(1, name, Err(failure)))
-}
-
-fn show(envelope: Envelope, json: bool, look: Look) -> Result<(), Failure> {
-    if json {
-        show_json(&envelope);
-    }
-    match (envelope.result, envelope.error) {
-        (_, Some(failure)) => Err(failure),
-        (Some(success), None) => {
-            if !json {
-                say(&mut std::io::stdout(), &render(&success, look));
-            }
-            Ok(())
+    match client::follow(socket, request, &mut heard) {
+        Ok(envelope) => envelope,
+        // A host on which the service does not run needs a doctor most of all.
+        Err(failure) if is_doctor && failure.code == ErrorCode::Unreachable => {
+            Envelope::done(1, name, Ok(Success::Checkup { findings: doctor::examine_alone(&failure) }))
         }
-        (None, None) => Ok(()),
+        Err(failure) => Envelope::done(1, name, Err(failure)),
     }
 }
 
-fn show_json(envelope: &Envelope) {
-    let text = serde_json::to_string(envelope).unwrap_or_default();
+fn exit_code(envelope: &Envelope) -> u8 {
+    match (&envelope.result, &envelope.error) {
+        (_, Some(failure)) => failure.code.exit_code(),
+        (Some(success), None) => success.exit_code(),
+        (None, None) => 0,
+    }
+}
+
+fn show(envelope: Envelope, look: Look) {
+    match (envelope.result, envelope.error) {
+        (_, Some(failure)) => report(&failure),
+        (Some(success), None) => say(&mut std::io::stdout(), &render(&success, look)),
+        (None, None) => {}
+    }
+}
+
+fn show_json(answer: &impl Serialize) {
+    let text = serde_json::to_string(answer).unwrap_or_default();
     say(&mut std::io::stdout(), &format!("{text}\n"));
 }
 

@@ -154,6 +154,10 @@ pub enum Command {
     },
     /// Shows the functions and guests that the service looks after, and what is wrong.
     Status,
+    /// Checks how dom0 is set up, and says what to do where something is amiss.
+    ///
+    /// Exits with 0 if nothing is amiss, with 1 otherwise. Without the service, the checks that need it are left out.
+    Doctor,
     /// Deals with functions that a failure made unusable.
     #[command(subcommand)]
     Quarantine(Quarantine),
@@ -273,6 +277,23 @@ impl std::str::FromStr for Place {
     }
 }
 
+/// What is wrong with a command line, and how it is written, without the words around.
+pub fn usage(error: &clap::Error) -> Failure {
+    let text = error.to_string();
+    let mut paragraphs =
+        text.split("\n\n").map(|paragraph| paragraph.split_whitespace().collect::<Vec<_>>().join(" "));
+    let first = paragraphs.next().unwrap_or_default();
+    let message = match error.kind() {
+        clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => "a command is missing".to_owned(),
+        _ => first.strip_prefix("error: ").unwrap_or(&first).to_owned(),
+    };
+    let failure = Failure::new(ErrorCode::Usage, message);
+    match paragraphs.find_map(|paragraph| paragraph.strip_prefix("Usage: ").map(str::to_owned)) {
+        Some(usage) => failure.hint(usage),
+        None => failure.hint("'xpci help' shows how commands are written"),
+    }
+}
+
 /// One thing that a command does.
 #[derive(Debug)]
 pub enum Step {
@@ -357,6 +378,7 @@ impl Command {
             Self::Aer(Aer::History(function)) => one(Request::AerHistory { address: function.address }),
             Self::Events { follow } => one(Request::Events { follow }),
             Self::Status => one(Request::Status),
+            Self::Doctor => one(Request::Doctor),
             Self::Quarantine(Quarantine::Clear { address, trust_former_owner }) => {
                 one(Request::QuarantineClear { address, trust_former_owner })
             }

@@ -160,7 +160,7 @@ fn check(files: &[PathBuf]) -> Result<Success, Failure> {
         let settings = settings::load(None)
             .map_err(|error| Failure::new(ErrorCode::Failed, error.to_string()))?
             .settings;
-        policies::load(&settings.policy_directories).map_err(failed)?.1
+        in_directories(&settings.policy_directories)?
     } else {
         sources(files)?
     };
@@ -170,6 +170,18 @@ fn check(files: &[PathBuf]) -> Result<Success, Failure> {
         rules: file.capabilities.len() + file.registers.len(),
     };
     Ok(Success::Checked { files: set.files().iter().map(view).collect() })
+}
+
+/// The policies of some folders, of which there must be at least one.
+fn in_directories(directories: &[PathBuf]) -> Result<PolicySet, Failure> {
+    let set = policies::load(directories).map_err(failed)?.1;
+    if set.files().is_empty() {
+        let named: Vec<String> = directories.iter().map(|path| path.display().to_string()).collect();
+        let text = format!("there are no policy files to check in {}", named.join(", "));
+        let hint = "name the files to check; or set 'policy-directories' in xpcid.yaml";
+        return Err(Failure::new(ErrorCode::NotFound, text).hint(hint));
+    }
+    Ok(set)
 }
 
 fn explain_dump(path: &Path, files: &[PathBuf], kind: Option<As>) -> Result<Success, Failure> {
@@ -199,4 +211,20 @@ fn explain_dump(path: &Path, files: &[PathBuf], kind: Option<As>) -> Result<Succ
     let devices = dumped_specs(&functions, kind).into_iter().map(explained).collect();
     let damage = damage.iter().map(|error| format!("{shown}: {error}")).collect();
     Ok(Success::Explained { devices, damage })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_check_of_no_files_is_no_success() {
+        let directory = tempfile::tempdir().unwrap();
+        let directories = [directory.path().to_owned(), "/nonexistent".into()];
+        let failure = in_directories(&directories).err().unwrap();
+        assert_eq!(failure.code, ErrorCode::NotFound);
+        assert!(failure.message.contains("/nonexistent"), "{failure}");
+        std::fs::write(directory.path().join("strict.yaml"), "profile: strict\n").unwrap();
+        assert_eq!(in_directories(&directories).unwrap().files().len(), 1);
+    }
 }

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use super::{explained, list, network, paths};
+use crate::doctor::{Finding, Verdict};
 use crate::outcome::Obstacle;
 use crate::protocol::{FunctionView, StatusView, Success, VfView};
 
@@ -22,6 +23,7 @@ pub fn render(success: &Success, look: Look) -> String {
     match success {
         Success::Listed { functions } if look.tree => list::tree(functions, look.width),
         Success::Listed { functions } => list::columns(functions, look.width),
+        Success::Checkup { findings } => checkup(findings),
         Success::Shown(view) => list::shown(view),
         Success::Functions { functions } if look.addresses_only => {
             functions.iter().fold(String::new(), |text, function| format!("{text}{}\n", function.address))
@@ -99,6 +101,28 @@ pub(super) fn table_within(mut rows: Vec<Vec<String>>, width: Option<usize>, exp
         }
     }
     table(&rows).lines().fold(String::new(), |text, line| format!("{text}{}\n", list::cut(line, Some(width))))
+}
+
+/// What the checks found, each with what to do.
+fn checkup(findings: &[Finding]) -> String {
+    let mut text = String::new();
+    for finding in findings {
+        let _ = writeln!(text, "{:<12} {}: {}", finding.verdict, finding.check, finding.found);
+        if let Some(mend) = &finding.mend {
+            let _ = writeln!(text, "{:<12} {mend}", "");
+        }
+    }
+    let count = |verdict| findings.iter().filter(|finding| finding.verdict == verdict).count();
+    let several = |count: usize, word| format!("{count} {word}{}", if count == 1 { "" } else { "s" });
+    let _ = writeln!(
+        text,
+        "\n{} good, {}, {}, {} not checked",
+        count(Verdict::Good),
+        several(count(Verdict::Warning), "warning"),
+        several(count(Verdict::Fault), "fault"),
+        count(Verdict::NotChecked)
+    );
+    text
 }
 
 /// Things that are in the way, each with what to do.

@@ -6,8 +6,10 @@ use log::error;
 use pciback::{FunctionState, Sbdf};
 
 use super::Engine;
+use super::requests::existing;
 use crate::audit::AuditLog;
 use crate::control::Reply;
+use crate::outcome::Failure;
 use crate::protocol::{EventView, Happening, Success};
 
 /// How many events are remembered for a function.
@@ -120,9 +122,13 @@ impl Engine {
     }
 
     /// What happened to a function, as far as errors are concerned.
-    pub(super) fn error_history(&self, address: Sbdf) -> Success {
-        let events = self.news.histories.get(&address).into_iter().flatten().cloned().collect();
-        Success::Events { events }
+    pub(super) fn error_history(&self, address: Sbdf) -> Result<Success, Failure> {
+        let known = self.news.histories.get(&address);
+        // One that has left the host keeps its history.
+        if known.is_none() {
+            existing(self.platform.host.as_ref(), address)?;
+        }
+        Ok(Success::Events { events: known.into_iter().flatten().cloned().collect() })
     }
 
     /// What happened last; whoever follows is told on.

@@ -61,13 +61,14 @@ impl Engine {
         let Some((request, reply)) = self.defer(request, reply) else { return };
         let plan = match request {
             Request::List { filter } => return self.list(filter, reply),
+            Request::Doctor => return self.examine(reply),
             Request::Show { address } => return self.show_function(address, reply),
             Request::PciAssignableList => return self.assignable_list(reply),
             Request::PciList { domain } => return self.guest_list(&domain, reply),
             Request::VfList { address } => return self.vf_list(address, reply),
             Request::AerStatus { address } => return self.aer_status(address, reply),
             Request::BlastRadius { address } => return self.blast_radius(address, reply),
-            Request::AerHistory { address } => Ok(Plan::Answer(self.error_history(address))),
+            Request::AerHistory { address } => self.error_history(address).map(Plan::Answer),
             Request::Events { follow } => return self.events(follow, reply),
             Request::Status => return self.status(reply),
             Request::PciAssignableAdd { address, force, dry_run } => self.plan_hold(address, force, dry_run),
@@ -411,6 +412,11 @@ impl Engine {
         let domain = domains::find(self.platform.store.as_ref(), name)?;
         self.idle(address)?;
         let record = self.record(address);
+        if record.guest.is_none() && self.reservation_of(name, address).is_none() {
+            existing(self.platform.host.as_ref(), address)?;
+            let message = format!("{address} is attached to no guest, it is {}", record.state);
+            return Ok(Plan::Answer(Success::Already { message }));
+        }
         if record.guest.map(|guest| guest.domain) != Some(domain) {
             let failure = Failure::not_found(format!("domain {domain} does not have {address}"));
             return Err(failure.on(address).of(domain).hint("'xpci pci-list' shows what it has"));
@@ -434,6 +440,11 @@ impl Engine {
     fn clear_quarantine(&mut self, address: Sbdf, trust: bool, reply: Reply) {
         let record = self.record(address);
         if let Err(failure) = self.idle(address) {
+            return reply.done(Err(failure));
+        }
+        if record.state == FunctionState::Host
+            && let Err(failure) = existing(self.platform.host.as_ref(), address)
+        {
             return reply.done(Err(failure));
         }
         if record.state != FunctionState::Quarantined {

@@ -13,6 +13,7 @@ use super::lists::Shown;
 use super::obstacles::hold_obstacles;
 use super::requests::existing;
 use crate::control::Reply;
+use crate::doctor::{self, Finding, Verdict};
 use crate::domains;
 use crate::outcome::{ErrorCode, Failure, Obstacle};
 use crate::protocol::{ListFilter, ListedView, ShownView, Success};
@@ -181,6 +182,26 @@ impl Engine {
                 uses,
                 obstacles: found.into_iter().map(Obstacle::from).collect(),
             })))
+        });
+    }
+
+    /// Checks how dom0 is set up, on a thread: xl takes a while.
+    pub(super) fn examine(&self, reply: Reply) {
+        let (platform, version) = (self.platform.clone(), env!("CARGO_PKG_VERSION"));
+        let problems = self.problems.iter().count();
+        self.background("doctor", move || {
+            let service = match problems {
+                0 => Finding::new("service", Verdict::Good, format!("xpcid {version} answers")),
+                some => Finding::new(
+                    "service",
+                    Verdict::Warning,
+                    format!("xpcid {version} answers; problems: {some}"),
+                )
+                .mend("'xpci status' shows them"),
+            };
+            let mut findings = vec![service];
+            findings.extend(doctor::examine(&platform));
+            reply.done(Ok(Success::Checkup { findings }));
         });
     }
 

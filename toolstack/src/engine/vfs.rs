@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use pciback::config::{PortAbove, Unroutable, VfRouting};
+use pciback::config::Unroutable;
 use pciback::platform::HostFunction;
 use pciback::{FunctionState, Sbdf};
 
@@ -14,17 +14,27 @@ use super::{Engine, Event};
 use crate::control::Reply;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Success;
+use crate::spec::vf_routing;
 use crate::transaction::prepare_networks;
 
 impl Engine {
     pub(super) fn create_vfs(&mut self, address: Sbdf, count: u16, unmanaged: bool, reply: Reply) {
+        let mut had = 0;
         let checked = self.physical_function(address).and_then(|pf| {
+            had = pf.num_vfs;
+            if had == count && count > 0 {
+                return Ok(());
+            }
             if pf.num_vfs > 0 {
                 let text = format!("{address} has {} VFs enabled already", pf.num_vfs);
                 return Err(Failure::refused(text).on(address).hint("'xpci vf destroy' disables them first"));
             }
             unmanaged::check(&pf, unmanaged)
         });
+        if checked.is_ok() && had > 0 {
+            let message = format!("{address} has {count} VFs already");
+            return reply.done(Ok(Success::Already { message }));
+        }
         self.change_vfs(address, reply, checked, move |workshop, progress| {
             workshop.room_for(address, count)?;
             create(workshop, address, count, unmanaged, progress)
@@ -224,19 +234,7 @@ impl Workshop {
 
     /// Whether requests reach all these VFs, by what the PF and the port above it say now.
     fn reachable(&self, address: Sbdf, count: u16) -> Result<(), Failure> {
-        let host = self.platform.host.as_ref();
-        let bytes = |address| {
-            let read = host.config(address)?.read_all();
-            read.map_err(|error| {
-                Failure::new(ErrorCode::Failed, format!("read the config space of {address}: {error}"))
-            })
-        };
-        let Some(routing) = VfRouting::of(address, &bytes(address)?) else { return Ok(()) };
-        let port = match host.ports_above(address)?.first() {
-            Some(port) => Some(PortAbove::of(*port, &bytes(*port)?)),
-            None => None,
-        };
-        routing.check(count, port.as_ref()).map_err(|why| {
+        vf_routing(self.platform.host.as_ref(), address, count)?.map_err(|why| {
             let failure = Failure::refused(why.to_string());
             match why {
                 Unroutable::Buses { .. } => failure.hint(

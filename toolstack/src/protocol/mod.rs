@@ -26,7 +26,8 @@ pub use policy_view::{
 };
 pub use view::{FunctionView, GuestView, PersistentView, StatusView, SyncView, VfView};
 
-use crate::outcome::Failure;
+use crate::doctor::{Finding, all_good};
+use crate::outcome::{ErrorCode, Failure};
 
 /// The protocol's and the envelope's version.
 pub const VERSION: u32 = 1;
@@ -83,6 +84,8 @@ pub enum Request {
         #[serde(default)]
         filter: ListFilter,
     },
+    /// Checks how dom0 is set up, and says what to do where something is amiss.
+    Doctor,
     /// Shows all that is known of a function, and what keeps it from a guest.
     Show {
         /// The function.
@@ -264,6 +267,7 @@ impl Request {
         match self {
             Self::List { .. } => "list",
             Self::Show { .. } => "show",
+            Self::Doctor => "doctor",
             Self::PciAssignableList => "pci-assignable-list",
             Self::PciAssignableAdd { .. } => "pci-assignable-add",
             Self::PciAssignableRemove { .. } => "pci-assignable-remove",
@@ -325,6 +329,11 @@ pub enum Success {
     Listed {
         /// By address.
         functions: Vec<ListedView>,
+    },
+    /// How dom0 is set up.
+    Checkup {
+        /// What each check found.
+        findings: Vec<Finding>,
     },
     /// One function with all that is known of it.
     Shown(Box<ShownView>),
@@ -389,6 +398,16 @@ pub enum Success {
     Status(StatusView),
 }
 
+impl Success {
+    /// The exit code of `xpci`.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Checkup { findings } if !all_good(findings) => ErrorCode::Failed.exit_code(),
+            _ => 0,
+        }
+    }
+}
+
 /// One line from the service, and what `xpci --json` prints.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Envelope {
@@ -413,6 +432,28 @@ pub struct Envelope {
     /// On failure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<Failure>,
+}
+
+/// What `xpci --json` prints for a command that makes several requests: one object with all answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answers {
+    /// [`VERSION`].
+    pub version: u32,
+    /// The command that they answer, as in the protocol.
+    pub command: String,
+    /// Whether all succeeded.
+    pub ok: bool,
+    /// One for each function, in the order of the command line.
+    pub answers: Vec<Envelope>,
+}
+
+impl Answers {
+    /// The answers to requests of one command.
+    pub fn of(answers: Vec<Envelope>) -> Self {
+        let command = answers.first().map(|answer| answer.command.clone()).unwrap_or_default();
+        let ok = answers.iter().all(|answer| answer.ok == Some(true));
+        Self { version: VERSION, command, ok, answers }
+    }
 }
 
 impl Envelope {
@@ -492,6 +533,7 @@ mod tests {
         for request in [
             Request::List { filter: ListFilter { class: Some("02".into()), ..ListFilter::default() } },
             Request::Show { address },
+            Request::Doctor,
             Request::PciAssignableList,
             Request::PciAssignableAdd { address, force: true, dry_run: true },
             Request::PciAssignableRemove { address, force: true, trust_former_owner: true },

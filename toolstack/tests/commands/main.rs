@@ -47,6 +47,32 @@ fn all_that_is_in_the_way_is_named_at_once_and_a_dry_run_changes_nothing() {
 }
 
 #[test]
+fn a_dom0_in_which_nothing_is_amiss_passes_every_check_and_exits_with_0() {
+    play("doctor", host());
+}
+
+#[test]
+fn what_is_amiss_in_dom0_is_named_with_what_to_do_and_exits_with_1() {
+    let texts = "
+machine:
+  /usr/lib/udev/rules.d/90-xpci.rules: null
+  xl info: \"virt_caps : pv hvm\\nxen_commandline : iommu=off\\n\"
+  xl dmesg: null
+";
+    play("doctor-ill", host().replace("pciback, pci-stub", "pci-stub") + texts);
+}
+
+#[test]
+fn without_the_service_the_doctor_says_so_and_checks_what_it_can() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = daemon::xpci(&directory.path().join("control"), &["doctor"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.starts_with("FAULT        service: connect to xpcid at"), "{text}");
+    assert!(text.contains(" kernel: ") && text.contains(" xl-functions: without xpcid"), "{text}");
+}
+
+#[test]
 fn what_a_guest_has_for_good_is_kept_for_it_until_somebody_says_so() {
     play("persistent", host());
 }

@@ -6,6 +6,7 @@ mod config;
 mod errors;
 pub mod events;
 mod host;
+mod machine;
 mod names;
 mod network;
 mod users;
@@ -13,4 +14,5 @@ mod vf_messages;
 
 pub use errors::LinuxErrors;
 pub use host::LinuxHost;
+pub use machine::LinuxMachine;
 pub use network::LinuxVfNetwork;

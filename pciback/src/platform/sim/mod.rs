@@ -15,6 +15,7 @@ mod home;
 mod host;
 mod hvm;
 mod hypervisor;
+mod machine;
 mod model;
 mod network;
 mod placement;
@@ -60,6 +61,8 @@ pub struct Simulation {
     hvm: hvm::SimHvmDomains,
     failures: Failures,
     errors: errors::Kernel,
+    /// How dom0 is set up.
+    texts: Arc<BTreeMap<String, String>>,
 }
 
 /// What Xen still lets a domain do.
@@ -105,6 +108,7 @@ impl Simulation {
         let description = model::Description::read(text)?;
         let world = World::new(&description)?;
         let failures = Failures::default();
+        let texts = Arc::new(description.texts());
         let mut tree = Tree::new();
         for domain in world.xen.domains.values() {
             tree.introduce(domain);
@@ -122,6 +126,7 @@ impl Simulation {
             rings: rings::SimRings::new(&failures),
             failures,
             errors: errors::Kernel::default(),
+            texts,
         })
     }
 
@@ -144,6 +149,7 @@ impl Simulation {
             hvm: Arc::new(self.hvm.of_a_life(&failures)),
             network: Arc::new(network::SimVfNetwork::new(&self.world, &failures)),
             errors: Arc::new(errors::SimErrors::new(&self.errors, &failures)),
+            machine: Arc::new(machine::SimMachine { texts: self.texts.as_ref().clone(), failures }),
             description: description.to_owned(),
         })
     }

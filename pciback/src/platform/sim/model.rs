@@ -28,6 +28,10 @@ pub(super) struct Description {
     /// What further drivers take, by name.
     #[serde(default)]
     pub driver_kinds: BTreeMap<String, DriverKind>,
+    /// How dom0 is set up: the texts of files by path, and what `xl info` and `xl dmesg` print, in place of what is built in; without a text
+    /// there is no such file.
+    #[serde(default)]
+    pub machine: BTreeMap<String, Option<String>>,
     /// What the host's hardware database has besides what is built in: by vendor (`8086`), by vendor and device (`8086:10c9`), by class
     /// and subclass (`class 0200`).
     #[serde(default)]
@@ -49,6 +53,7 @@ pub(super) struct Description {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct Library {
+    pub machine: BTreeMap<String, Option<String>>,
     pub names: BTreeMap<String, String>,
     pub driver_kinds: BTreeMap<String, DriverKind>,
     pub models: BTreeMap<String, Model>,
@@ -213,10 +218,22 @@ impl Description {
         for (name, kind) in library.driver_kinds {
             description.driver_kinds.entry(name).or_insert(kind);
         }
+        for (path, text) in library.machine {
+            description.machine.entry(path).or_insert(text);
+        }
         for (key, name) in library.names {
             description.names.entry(key).or_insert(name);
         }
         Ok(description)
+    }
+
+    /// The texts that tell how dom0 is set up; the version of Xen is in them too.
+    pub fn texts(&self) -> BTreeMap<String, String> {
+        let (major, minor) = self.xen.split_once('.').unwrap_or((&self.xen, "0"));
+        let version = [("major", major), ("minor", minor)];
+        let version = version.map(|(key, text)| (format!("/sys/hypervisor/version/{key}"), text.to_owned()));
+        let texts = self.machine.iter().filter_map(|(path, text)| Some((path.clone(), text.clone()?)));
+        version.into_iter().chain(texts).collect()
     }
 }
 

@@ -16,14 +16,14 @@ mod msix;
 mod physdev;
 mod rings;
 mod store;
-mod xl;
+pub(super) mod xl;
 
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
 use super::linux::attributes::{parse_decimal, read_text};
-use super::linux::{LinuxErrors, LinuxHost, LinuxVfNetwork};
+use super::linux::{LinuxErrors, LinuxHost, LinuxMachine, LinuxVfNetwork};
 use super::{Cause, Platform, PlatformError, Result};
 
 /// The sysfs of every ordinary host.
@@ -47,6 +47,7 @@ pub fn open() -> Result<Platform> {
         hvm: Arc::new(hvm::XenHvmDomains::open(&libraries)?),
         network: Arc::new(LinuxVfNetwork::new(SYSFS.into())),
         errors: Arc::new(LinuxErrors::new(SYSFS.into())),
+        machine: Arc::new(LinuxMachine::new("/".into())),
         description: format!("Xen {}.{}{}", version.major, version.minor, version.extra),
     })
 }

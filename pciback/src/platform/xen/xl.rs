@@ -1,8 +1,8 @@
 //! What Xen alone cannot do: a domain has parts in dom0 that only the toolstack which made them takes down.
 
-use std::io::{self, Read as _};
-use std::os::fd::AsFd as _;
-use std::process::{Command, Stdio};
+use std::io;
+use std::os::fd::AsFd;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::DomId;
@@ -16,13 +16,38 @@ pub fn destroy(domain: DomId, limit: Duration) -> io::Result<()> {
     run(Command::new("xl").args(["destroy", &domain.to_string()]), limit)
 }
 
+/// How much of what is asked for is kept, in bytes: Xen's log has 16 KiB unless its command line says otherwise.
+const ANSWER: usize = 1 << 20;
+
+/// What a program that must succeed prints, within the limit.
+pub fn output(mut command: Command, limit: Duration) -> io::Result<String> {
+    let (reader, writer) = io::pipe()?;
+    command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
+    let child = command.spawn()?;
+    // With it goes the pipe's end of this process: what is read ends when the program does.
+    drop(command);
+    finish(child, reader, ANSWER, limit)
+}
+
 /// Runs a program to its end, which is when it closes its standard error, within the limit.
 fn run(command: &mut Command, limit: Duration) -> io::Result<()> {
-    let deadline = Instant::now() + limit;
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    match child.stderr.take() {
+        Some(pipe) => finish(child, pipe, KEPT, limit).map(drop),
+        None => Err(io::Error::other("its standard error is no pipe")),
+    }
+}
+
+/// Waits until a program closes the pipe and ends, and returns what it wrote there.
+fn finish(
+    mut child: Child,
+    mut pipe: impl io::Read + AsFd,
+    kept: usize,
+    limit: Duration,
+) -> io::Result<String> {
+    let deadline = Instant::now() + limit;
     let mut said = Vec::new();
     let ended = loop {
-        let Some(pipe) = &mut child.stderr else { break Ok(()) };
         let left = deadline.saturating_duration_since(Instant::now());
         // What goes on talking has no more time than what is silent.
         match if left.is_zero() { Ok(false) } else { wait_until_readable(pipe.as_fd(), left) } {
@@ -33,10 +58,10 @@ fn run(command: &mut Command, limit: Duration) -> io::Result<()> {
             }
             Err(errno) => break Err(errno.into()),
         }
-        let mut bytes = [0; 256];
+        let mut bytes = [0; 4096];
         match pipe.read(&mut bytes) {
             Ok(0) => break Ok(()),
-            Ok(count) => said.extend(bytes[..count].iter().take(KEPT.saturating_sub(said.len()))),
+            Ok(count) => said.extend(bytes[..count].iter().take(kept.saturating_sub(said.len()))),
             Err(error) => break Err(error),
         }
     };
@@ -45,11 +70,12 @@ fn run(command: &mut Command, limit: Duration) -> io::Result<()> {
     }
     let status = child.wait()?;
     ended?;
+    let said = String::from_utf8_lossy(&said).into_owned();
     if status.success() {
-        return Ok(());
+        return Ok(said);
     }
-    let text = String::from_utf8_lossy(&said).trim().replace('\n', "; ");
-    Err(io::Error::other(format!("it ended with {status}: {text}")))
+    let text: String = said.trim().chars().take(KEPT).collect();
+    Err(io::Error::other(format!("it ended with {status}: {}", text.replace('\n', "; "))))
 }
 
 #[cfg(test)]
@@ -70,6 +96,19 @@ mod tests {
         assert!(error.to_string().len() < 2 * KEPT, "{error}");
         let missing = run(&mut Command::new("/nowhere/xl"), long).unwrap_err();
         assert_eq!(missing.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn what_a_program_prints_is_its_answer_unless_it_fails() {
+        let asked = |script: &str| {
+            let mut shell = Command::new("sh");
+            shell.args(["-c", script]);
+            output(shell, Duration::from_secs(60))
+        };
+        assert_eq!(asked("echo one; echo two").unwrap(), "one\ntwo\n");
+        assert_eq!(asked("head -c 3000000 /dev/zero").unwrap().len(), ANSWER);
+        let error = asked("echo no access >&2; exit 1").unwrap_err().to_string();
+        assert!(error.contains("no access"), "{error}");
     }
 
     #[test]
