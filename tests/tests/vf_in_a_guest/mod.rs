@@ -249,7 +249,7 @@ fn what_goes_wrong_says_what_to_do(scene: &mut VfInAGuest<'_>) -> Result<()> {
         ("pci-attach nobody 01:10.2", 4, "no domain 'nobody'"),
         ("pci-attach two 01:1f.7", 4, "no function 0000:01:1f.7"),
         ("pci-attach two 01:10.0", 5, "pci-assignable-add"),
-        ("pci-detach two 01:10.2", 4, "does not have"),
+        ("pci-detach two 01:1f.7", 4, "no function 0000:01:1f.7"),
         ("vf create 01:00.0 1", 5, "enabled already"),
         ("vf create 02:00.0 1", 5, "no PF"),
         ("pci-attach two 01:10.9", 2, "function"),

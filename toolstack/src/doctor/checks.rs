@@ -318,7 +318,7 @@ fn tracing(examined: &Examined<'_>) -> Finding {
 fn udev_rules(examined: &Examined<'_>) -> Finding {
     let folders = ["/etc", "/run", "/usr/local/lib", "/usr/lib", "/lib"];
     let file = |folder: &&str| format!("{folder}/udev/rules.d/90-xpci.rules");
-    match folders.iter().map(|folder| file(&folder)).find(|path| examined.machine.exists(path)) {
+    match folders.iter().map(file).find(|path| examined.machine.exists(path)) {
         Some(path) => good("udev-rules", path),
         None => warning(
             "udev-rules",
