@@ -42,6 +42,7 @@ pub fn express(oracle: &mut Oracle, at: usize) {
         .zero(at + 0x32, 2)
         .shown(at + 0x32, 2, 0xf7ff)
         .zero(at + 0x38, 4)
+        .sizes(at + 8)
         .reset_bit(at + 9, 0x80);
 }
 

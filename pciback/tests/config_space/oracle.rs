@@ -28,6 +28,8 @@ pub struct Oracle {
     writable: Vec<u8>,
     cleared_by_one: Vec<u8>,
     vpd: Option<usize>,
+    /// Where Device Control is, and the sizes of payload and read requests that the host set, as their fields have them.
+    sizes: Option<(usize, u8, u8)>,
     /// Bytes and bits that start a function level reset.
     resets: Vec<(usize, u8)>,
 }
@@ -38,7 +40,7 @@ impl Oracle {
     pub fn new(bytes: Vec<u8>, writable: Vec<u8>, cleared_by_one: Vec<u8>) -> Self {
         let mut cells = vec![Cell { shown: 0xff, passed: 0xff, ..Cell::default() }; bytes.len()];
         cells[..0x40].fill(Cell::default());
-        Self { cells, bytes, writable, cleared_by_one, vpd: None, resets: Vec::new() }
+        Self { cells, bytes, writable, cleared_by_one, vpd: None, sizes: None, resets: Vec::new() }
     }
 
     fn each(
@@ -148,6 +150,12 @@ impl Oracle {
         self
     }
 
+    /// Device Control: a size of read requests between the host's payload size and the host's own reaches hardware.
+    pub fn sizes(&mut self, at: usize) -> &mut Self {
+        self.sizes = Some((at, self.bytes[at] >> 5, self.bytes[at + 1] >> 4 & 7));
+        self
+    }
+
     pub fn reset_bit(&mut self, at: usize, bit: u8) -> &mut Self {
         self.resets.push((at, bit));
         self
@@ -181,6 +189,15 @@ impl Oracle {
             let stored = cell.passed & self.writable[at] & !(cell.falling & byte);
             self.bytes[at] = self.bytes[at] & !events & !stored | byte & stored;
             reset |= self.resets.iter().any(|(place, bit)| *place == at && byte & bit != 0);
+        }
+        if let Some((control, payload, request)) = self.sizes
+            && (at..at + length).contains(&(control + 1))
+        {
+            let wanted = written[control + 1 - at] >> 4 & 7;
+            let byte = &mut self.bytes[control + 1];
+            if (payload..=request).contains(&wanted) {
+                *byte = *byte & 0x8f | wanted << 4 & self.writable[control + 1];
+            }
         }
         if let Some(vpd) = self.vpd
             && at <= vpd

@@ -278,9 +278,14 @@ impl Compiler<'_> {
         let bytes = &self.spec.bytes;
         let at = |offset| capability.offset.saturating_add(offset);
         if capability.id == AnyId::Legacy(CapabilityId::PCI_EXPRESS) {
-            let place = Place { offset: at(express::LINK_CONTROL), width: 2, mask: 0xffff };
-            if self.owned(place, owner).mask == place.mask {
-                self.models.push((place.offset, Model::LinkControl));
+            for (register, model) in [
+                (express::DEVICE_CONTROL, Model::ReadRequestSize),
+                (express::LINK_CONTROL, Model::LinkControl),
+            ] {
+                let place = Place { offset: at(register), width: 2, mask: 0xffff };
+                if self.owned(place, owner).mask == place.mask {
+                    self.models.push((place.offset, model));
+                }
             }
         }
         let (offset, model) = match capability.id {

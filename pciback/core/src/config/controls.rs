@@ -1,8 +1,8 @@
 //! The registers of known capabilities that hold what software writes: what a guest may leave behind for the next owner.
 
 use super::access::Access;
-use super::planes::Planes;
-use crate::spec::{self, AnyId, CapabilityId, ExtendedCapabilityId};
+use super::planes::{Model, Planes};
+use crate::spec::{self, AnyId, CapabilityId, ExtendedCapabilityId, express};
 
 /// A register with bits that hold what is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +65,10 @@ impl Planes {
 
     /// The bits of a register that a guest's write takes to hardware.
     pub fn reaches(&self, access: Access) -> u32 {
-        self.bits(access.offset()).hw_write >> access.shift() & access.width().mask()
+        let by_value = match self.models().contains(&(access.offset(), Model::ReadRequestSize)) {
+            true => u32::from(express::READ_REQUEST_SIZE),
+            false => 0,
+        };
+        (self.bits(access.offset()).hw_write >> access.shift() | by_value) & access.width().mask()
     }
 }

@@ -48,6 +48,8 @@ pub enum Model {
     PowerState,
     /// Device Control with function level reset.
     DeviceControl,
+    /// Device Control, of which a read request size passes that is neither below the payload size nor above the host's.
+    ReadRequestSize,
     /// Link Control, whose power management a guest may switch off and not on.
     LinkControl,
     /// Advanced Features' control with function level reset.

@@ -237,7 +237,7 @@ impl VirtualConfigSpace {
         };
         let index = usize::from(write.dword / 4);
         let bits = self.planes.bits[index];
-        let to_hardware = bits.hw_write & write.mask & !self.withheld(&write);
+        let to_hardware = (bits.hw_write | self.in_range(&write)) & write.mask & !self.withheld(&write);
         let cleared = self.image.shadow(index) & bits.events;
         let mut before = self.image.shadow(index) & !bits.events;
         let mut after = before & !(bits.shadow_write & write.mask) | write.value & bits.shadow_write;
@@ -299,6 +299,31 @@ impl VirtualConfigSpace {
             }
         }
         withheld
+    }
+
+    /// Bits of the guest's own that hardware gets, too, because of their value: Max_Read_Request_Size, where it is not above what the host
+    /// set, and not below the Max_Payload_Size that the host set (PCI Express 6.0, section 7.5.3.4). Smaller requests harm nobody.
+    fn in_range(&self, write: &Write) -> u32 {
+        let mut passing = 0;
+        for (offset, model) in &self.planes.models {
+            let Some((value, mask)) = write.part(*offset, 2) else { continue };
+            let field = u32::from(express::READ_REQUEST_SIZE);
+            let sizes = field | u32::from(express::PAYLOAD_SIZE);
+            let (index, shift) = (usize::from(*offset / 4), 8 * u32::from(*offset & 3));
+            let bits = self.planes.bits[index];
+            // A value that a policy gives says nothing of the host's.
+            let own = (bits.shadow_write & !bits.fixed) >> shift;
+            if *model != Model::ReadRequestSize || mask & field != field || own & sizes != sizes {
+                continue;
+            }
+            let host = self.image.reset_value(index) >> shift;
+            let payload = (host & u32::from(express::PAYLOAD_SIZE)) >> 5;
+            let range = payload..=(host & field) >> 12;
+            if range.contains(&((value & field) >> 12)) {
+                passing |= field << shift;
+            }
+        }
+        passing
     }
 
     /// The function's MSI capability, where it has one that the guest sees.
@@ -419,7 +444,7 @@ fn side_effect(offset: u16, model: Model, write: &Write, before: u32, after: u32
             (value & u32::from(express::INITIATE_FLR) != 0).then_some(SideEffect::FunctionLevelReset)
         }
         Model::AfControl => (value & 1 != 0).then_some(SideEffect::FunctionLevelReset),
-        Model::VpdAddress | Model::LinkControl => None,
+        Model::VpdAddress | Model::LinkControl | Model::ReadRequestSize => None,
     }
 }
 

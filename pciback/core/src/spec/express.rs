@@ -15,6 +15,10 @@ pub const DEVICE_STATUS: u16 = 0x0a;
 pub const LINK_CONTROL: u16 = 0x10;
 /// Link Control: ASPM Control, Enable Clock Power Management.
 pub const LINK_POWER: u16 = 0x0103;
+/// Device Control: Max_Payload_Size, as a power of 2 from 128 bytes.
+pub const PAYLOAD_SIZE: u16 = 0x00e0;
+/// Device Control: Max_Read_Request_Size, likewise.
+pub const READ_REQUEST_SIZE: u16 = 0x7000;
 /// Root Control.
 pub const ROOT_CONTROL: u16 = 0x1c;
 /// Device Control: initiate function level reset.

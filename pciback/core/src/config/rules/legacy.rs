@@ -144,15 +144,15 @@ pub const RULES: &[CapabilityRules] = &[
             ),
             row(
                 express::DEVICE_CONTROL,
-                0x00e0,
+                express::PAYLOAD_SIZE as u32,
                 KEPT,
                 "a payload larger than a switch takes is a fatal error for all below it",
             ),
             row(
                 express::DEVICE_CONTROL,
-                0x7000,
+                express::READ_REQUEST_SIZE as u32,
                 KEPT,
-                "read requests larger than the host allows starve the functions beside it",
+                "read requests larger than the host allows starve the functions beside it; from the payload's size to the host's they pass",
             ),
             row(
                 express::DEVICE_CONTROL,
