@@ -5,6 +5,7 @@
 //! nothing can be changed in it, and callers decide what that means ([`Changed::Silent`]).
 
 mod bars;
+mod canary;
 pub mod errors;
 mod switches;
 
@@ -13,6 +14,7 @@ use std::io;
 use crate::config::{Access, AccessError, ConfigSpace};
 
 pub use bars::{LostBar, PlacedBar, decode_bars, place_bars};
+pub use canary::Canary;
 pub use switches::{
     COMMAND, Switch, clear_bus_master, decode_memory, enable_bit, message_control, set_intx,
     set_message_control, switch_off,

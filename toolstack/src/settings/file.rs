@@ -197,7 +197,7 @@ mod tests {
         );
         assert_eq!(
             error("reset:\n  checks: [answers, sings]\n"),
-            "xpcid.yaml:2:21: 'sings' is no word that is allowed here; it is one of answers, bus-master-off"
+            "xpcid.yaml:2:21: 'sings' is no word that is allowed here; it is one of answers, cleared"
         );
         let vlan = error("virtual-functions: [{pf: 01:00.0, count: 2, network: {vlan: \"4095\"}}]\n");
         assert!(vlan.starts_with("xpcid.yaml:1:61: '4095' is no VLAN"), "{vlan}");

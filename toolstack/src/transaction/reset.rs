@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use log::warn;
 use pciback::Sbdf;
 use pciback::config::{Access, ConfigSpace};
-use pciback::live::{self, PlacedBar, Switch};
+use pciback::live::{self, Canary, PlacedBar, Switch};
 use pciback::platform::{HostFunction, Platform};
 use pciback::spec::header;
 use serde::{Deserialize, Serialize};
@@ -34,8 +34,9 @@ pub struct ResetPlan {
 pub enum ResetCheck {
     /// Command and Status do not read all ones.
     Answers,
-    /// Bus Master Enable is clear.
-    BusMasterOff,
+    /// A register that Linux does not write back has lost what was written into it before. It shows nothing in a function without MSI and
+    /// MSI-X.
+    Cleared,
 }
 
 impl Default for ResetPlan {
@@ -44,7 +45,7 @@ impl Default for ResetPlan {
             methods: ["flr", "af_flr", "pm", "device_specific"].map(str::to_owned).to_vec(),
             limit_seconds: 10,
             answer_seconds: 2,
-            checks: vec![ResetCheck::Answers, ResetCheck::BusMasterOff],
+            checks: vec![ResetCheck::Answers, ResetCheck::Cleared],
         }
     }
 }
@@ -60,11 +61,20 @@ pub fn reset_and_verify(platform: &Platform, plan: &ResetPlan, address: Sbdf) ->
     // Quiet before the reset: Linux saves Command and writes it back afterwards.
     let quiet = live::clear_bus_master(host.config(address)?.as_ref());
     quiet.map_err(|error| config_failure("quiesce", address, &error))?;
-    host.reset(address, Duration::from_secs(plan.limit_seconds))?;
+    let canary = Canary::set(host.config(address)?.as_ref())
+        .map_err(|error| config_failure("mark a register before the reset of", address, &error))?;
+    let reset = host.reset(address, Duration::from_secs(plan.limit_seconds));
     let config = host.config(address)?;
-    for check in &plan.checks {
-        verify(config.as_ref(), *check, address, Duration::from_secs(plan.answer_seconds))?;
+    let limit = Duration::from_secs(plan.answer_seconds);
+    let verified = reset.map_err(Failure::from).and_then(|()| {
+        plan.checks.iter().try_for_each(|check| verify(config.as_ref(), *check, canary, address, limit))
+    });
+    if verified.is_err()
+        && let Some(Err(error)) = canary.map(|canary| canary.remove(config.as_ref()))
+    {
+        warn!("{address}: clear the mark that the reset left: {error}");
     }
+    verified?;
     place_bars(config.as_ref(), &function)?;
     // Nobody hears its INTx until a guest has it, or a driver of dom0's, which clears the bit itself. Not all hardware has it.
     live::set_intx(config.as_ref(), Switch::Off)
@@ -105,25 +115,24 @@ pub fn refuse_unresettable(plan: &ResetPlan, function: &HostFunction) -> Result<
 fn verify(
     config: &dyn ConfigSpace,
     check: ResetCheck,
+    canary: Option<Canary>,
     address: Sbdf,
     limit: Duration,
 ) -> Result<(), Failure> {
     let deadline = Instant::now() + limit;
     loop {
-        let value = config
-            .read(COMMAND_AND_STATUS)
-            .map_err(|error| config_failure("verify the reset of", address, &error))?;
-        let holds = match check {
-            ResetCheck::Answers => value != u32::MAX,
-            ResetCheck::BusMasterOff => value & u32::from(header::COMMAND_BUS_MASTER) == 0,
+        let holds = match (check, canary) {
+            (ResetCheck::Answers, _) => config.read(COMMAND_AND_STATUS).map(|value| value != u32::MAX),
+            (ResetCheck::Cleared, Some(canary)) => canary.is_cleared(config),
+            (ResetCheck::Cleared, None) => Ok(true),
         };
-        if holds {
+        if holds.map_err(|error| config_failure("verify the reset of", address, &error))? {
             return Ok(());
         }
         if Instant::now() >= deadline {
             let why = match check {
                 ResetCheck::Answers => "it still answers all ones",
-                ResetCheck::BusMasterOff => "bus mastering is still on",
+                ResetCheck::Cleared => "a register still holds what it held before",
             };
             return Err(Failure::new(ErrorCode::Failed, format!("reset {address}: {why} after {limit:?}"))
                 .on(address)

@@ -155,3 +155,18 @@ fn msix_that_a_policy_hides_is_not_prepared_in_xen() {
     service.detach(WEB, bdf(VF)).unwrap();
     assert_eq!(service.state(bdf(VF)), FunctionState::Held);
 }
+
+#[test]
+fn a_reset_that_the_kernel_reports_and_hardware_ignored_is_no_reset() {
+    let world = World::new();
+    let service = world.start();
+    service.hold(bdf(VF)).unwrap();
+    world.simulation.ignore_resets(bdf(VF), true);
+    let failure = service.attach(WEB, bdf(VF)).unwrap_err();
+    assert!(failure.message.contains("still holds what it held before"), "{failure}");
+    assert_eq!(service.state(bdf(VF)), FunctionState::Quarantined, "its way back needs a reset, too");
+    assert_eq!(world.simulation.peek(bdf(VF), 0x72, 2)[1] & 0xc0, 0, "Function Mask is as before");
+    world.simulation.ignore_resets(bdf(VF), false);
+    service.clear(bdf(VF)).unwrap();
+    service.attach(WEB, bdf(VF)).unwrap();
+}

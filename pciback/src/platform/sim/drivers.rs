@@ -181,7 +181,9 @@ impl World {
 
     /// A function level reset; a PF's reaches its VFs.
     pub fn hardware_reset(&mut self, address: Sbdf) {
-        let Some(function) = self.functions.get_mut(&address) else { return };
+        let Some(function) = self.functions.get_mut(&address).filter(|function| !function.unreset) else {
+            return;
+        };
         function.registers.reset();
         for vf in function.virtual_functions.clone() {
             self.hardware_reset(vf);

@@ -284,6 +284,13 @@ impl Simulation {
         }
     }
 
+    /// Makes resets of a function have no effect, though the kernel reports success.
+    pub fn ignore_resets(&self, address: Sbdf, ignored: bool) {
+        if let Some(function) = locked(&self.world).functions.get_mut(&address) {
+            function.unreset = ignored;
+        }
+    }
+
     /// Whether dom0's kernel tells Xen of functions that come and go.
     pub fn report_to_xen(&self, reporting: bool) {
         locked(&self.world).reporting = reporting;

@@ -79,6 +79,7 @@ impl Placement {
             vf_autoprobe: true,
             network: super::network::FRESH,
             silent: false,
+            unreset: false,
             incarnation: 0,
         };
         made.registers.poke(0x3c, &[function.irq as u8]);
@@ -145,6 +146,7 @@ impl Placement {
             vf_autoprobe: true,
             network: super::network::FRESH,
             silent: false,
+            unreset: false,
             incarnation: 0,
         })
     }

@@ -36,6 +36,8 @@ pub(super) struct SimFunction {
     pub network: VfSettings,
     /// Answers all ones until it is reset.
     pub silent: bool,
+    /// Resets are without effect, and nothing tells of that.
+    pub unreset: bool,
     pub incarnation: u64,
 }
 
