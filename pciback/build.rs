@@ -42,7 +42,6 @@ const LIBRARIES: [Library; 7] = [
             "xc_domain_bind_pt_pci_irq",
             "xc_domain_unbind_pt_irq",
             "xc_physdev_map_pirq",
-            "xc_physdev_map_pirq_msi",
             "xc_physdev_unmap_pirq",
             "xc_pcitopoinfo",
             "xc_version",
@@ -133,10 +132,11 @@ const LIBRARIES: [Library; 7] = [
 
 /// The types in the functions' signatures, and the arguments of hypercalls.
 const TYPES: &str = "xentoollog_logger|xc_interface|xencall_handle|xengnttab_handle|xenevtchn_(handle|port_or_error_t)|\
-     evtchn_port_t|xs_handle|xs_transaction_t|xs_permissions|physdev_pci_device(_t|_add)?|xc_domaininfo_t|\
+     evtchn_port_t|xs_handle|xs_transaction_t|xs_permissions|physdev_pci_device(_t|_add)?|physdev_map_pirq|xc_domaininfo_t|\
      xendevicemodel_handle|xenforeignmemory_(resource_)?handle|ioservid_t|domid_t|xen_pfn_t|pt_irq_type|xen_hvm_get_mem_type";
 const CONSTANTS: &str = "__HYPERVISOR_physdev_op|PHYSDEVOP_pci_device_(add|remove)|PHYSDEVOP_(prepare|release)_msix|\
-     PHYSDEVOP_restore_msi_ext|XEN_PCI_DEV_.*|XEN_INVALID_.*|XENVER_version|XS_PERM_(NONE|READ)|XBT_NULL|\
+     PHYSDEVOP_restore_msi_ext|PHYSDEVOP_map_pirq|MAP_PIRQ_TYPE_MSI_SEG|XEN_DOMCTL_DEV_RDM_RELAXED|\
+     XEN_PCI_DEV_.*|XEN_INVALID_.*|XENVER_version|XS_PERM_(NONE|READ)|XBT_NULL|\
      XENMEM_resource_ioreq_server|XEN_DOMINF_paused|XEN_DOMINF_dying|__HYPERVISOR_hvm_op|HVMOP_get_mem_type";
 
 const HEADER: &str = "xen.h";

@@ -6,6 +6,7 @@ mod contract;
 
 use contract::{Fixture, LIMIT};
 use pciback::platform::sim::{Owner, Simulation};
+use pciback::policy::RdmPolicy;
 use pciback::{DomId, Sbdf};
 
 /// The shipped example with its VFs, one of them held.
@@ -18,7 +19,7 @@ fn fixture(pf: &str, vf: &str) -> (Simulation, Fixture) {
     platform.host.set_vf_autoprobe(pf, true).unwrap();
     platform.host.set_driver_override(vf, Some("pci-stub")).unwrap();
     platform.host.probe(vf, LIMIT).unwrap();
-    platform.hypervisor.assign(DomId::IO, vf).unwrap();
+    platform.hypervisor.assign(DomId::IO, vf, RdmPolicy::Strict).unwrap();
     let fixture = Fixture {
         other: simulation.platform("the simulated host").unwrap(),
         platform,

@@ -1,6 +1,7 @@
 //! What xpci asks of the hypervisor.
 
 use super::Result;
+use crate::policy::RdmPolicy;
 use crate::{DomId, Sbdf, Uuid};
 
 /// A guest's physical interrupt number.
@@ -56,8 +57,9 @@ pub trait Hypervisor: Send + Sync {
     /// Withdraws a function. `EBUSY`: a PF that still has VFs.
     fn device_remove(&self, address: Sbdf) -> Result<()>;
     /// Gives a function to a domain, `DomId::IO` to hold it. `EOPNOTSUPP`: the domain was created without
-    /// passthrough. `EBUSY`: a guest owns the function. All answers: `docs/xen-answers.md`.
-    fn assign(&self, domain: DomId, address: Sbdf) -> Result<()>;
+    /// passthrough. `EBUSY`: a guest owns the function, or with [`RdmPolicy::Strict`] its reserved memory collides with the domain's
+    /// memory. `EPERM`, with [`RdmPolicy::Strict`]: other functions have the same reserved memory. All answers: `docs/xen-answers.md`.
+    fn assign(&self, domain: DomId, address: Sbdf, rdm: RdmPolicy) -> Result<()>;
     /// Takes a function from a domain: a guest's goes to `DomId::IO`, a held one back to dom0.
     fn deassign(&self, domain: DomId, address: Sbdf) -> Result<()>;
     /// Whether a function could be assigned now, that is, dom0 or `DomId::IO` owns it.

@@ -20,6 +20,7 @@ use crate::platform::hypervisor::DeviceReport;
 use crate::platform::{
     DomainInfo, Hypervisor, MsiSource, Pirq, PlatformError, Resource, Result, Ring, SharedMemory,
 };
+use crate::policy::RdmPolicy;
 use crate::{DomId, Sbdf};
 
 pub(super) const DOMAIN: DomId = DomId(5);
@@ -330,7 +331,7 @@ impl Hypervisor for Machine {
     fn device_remove(&self, address: Sbdf) -> Result<()> {
         refuse(address)
     }
-    fn assign(&self, _: DomId, address: Sbdf) -> Result<()> {
+    fn assign(&self, _: DomId, address: Sbdf, _: RdmPolicy) -> Result<()> {
         refuse(address)
     }
     fn deassign(&self, _: DomId, address: Sbdf) -> Result<()> {

@@ -3,6 +3,7 @@
 use nix::errno::Errno;
 use pciback::DomId;
 use pciback::platform::hypervisor::DeviceReport;
+use pciback::policy::RdmPolicy;
 
 use super::Needs::{Nothing, PlainGuest};
 use super::{Broken, Contract, Fixture, NOBODY, UNKNOWN, ok, refused, same, undone};
@@ -32,7 +33,7 @@ pub fn ours(fixture: &Fixture, body: impl FnOnce() -> Result<(), Broken>) -> Res
     home();
     undone(body, || {
         home();
-        if held { ok(xen.assign(DomId::IO, vf)) } else { Ok(()) }
+        if held { ok(xen.assign(DomId::IO, vf, RdmPolicy::Strict)) } else { Ok(()) }
     })
 }
 
@@ -65,20 +66,20 @@ fn round(fixture: &Fixture) -> Result<(), Broken> {
     let (xen, vf, guest) = (&fixture.platform.hypervisor, fixture.vf, fixture.guest);
     ours(fixture, || {
         same("dom0's", ok(xen.assignable(vf))?, true)?;
-        ok(xen.assign(DomId::IO, vf))?;
-        ok(xen.assign(DomId::IO, vf))?;
+        ok(xen.assign(DomId::IO, vf, RdmPolicy::Strict))?;
+        ok(xen.assign(DomId::IO, vf, RdmPolicy::Strict))?;
         same("held", ok(xen.assignable(vf))?, true)?;
-        ok(xen.assign(guest, vf))?;
+        ok(xen.assign(guest, vf, RdmPolicy::Strict))?;
         same("the guest's", ok(xen.assignable(vf))?, false)?;
-        refused("give it again", xen.assign(guest, vf), &[Errno::EBUSY])?;
-        refused("hold it", xen.assign(DomId::IO, vf), &[Errno::EBUSY])?;
+        refused("give it again", xen.assign(guest, vf, RdmPolicy::Strict), &[Errno::EBUSY])?;
+        refused("hold it", xen.assign(DomId::IO, vf, RdmPolicy::Strict), &[Errno::EBUSY])?;
         refused("take it from IO", xen.deassign(DomId::IO, vf), &[Errno::ENODEV])?;
         ok(xen.deassign(guest, vf))?;
         refused("take it again", xen.deassign(guest, vf), &[Errno::ENODEV])?;
         // It is IO's now, wherever it came from.
         ok(xen.deassign(DomId::IO, vf))?;
         refused("take it from IO again", xen.deassign(DomId::IO, vf), &[Errno::ENODEV])?;
-        ok(xen.assign(guest, vf))?;
+        ok(xen.assign(guest, vf, RdmPolicy::Strict))?;
         ok(xen.deassign(guest, vf))?;
         ok(xen.deassign(DomId::IO, vf))
     })
@@ -87,12 +88,12 @@ fn round(fixture: &Fixture) -> Result<(), Broken> {
 fn refusals(fixture: &Fixture) -> Result<(), Broken> {
     let (xen, vf, guest) = (&fixture.platform.hypervisor, fixture.vf, fixture.guest);
     ours(fixture, || {
-        refused("to dom0", xen.assign(DomId::DOM0, vf), &[Errno::EINVAL])?;
-        refused("to nobody", xen.assign(NOBODY, vf), &[Errno::ESRCH])?;
+        refused("to dom0", xen.assign(DomId::DOM0, vf, RdmPolicy::Strict), &[Errno::EINVAL])?;
+        refused("to nobody", xen.assign(NOBODY, vf, RdmPolicy::Strict), &[Errno::ESRCH])?;
         refused("from nobody", xen.deassign(NOBODY, vf), &[Errno::ESRCH])?;
         refused("from who has it not", xen.deassign(guest, vf), &[Errno::ENODEV])?;
         for domain in [guest, DomId::IO] {
-            refused("what is not there", xen.assign(domain, UNKNOWN), &[Errno::ENODEV])?;
+            refused("what is not there", xen.assign(domain, UNKNOWN, RdmPolicy::Strict), &[Errno::ENODEV])?;
             refused("take what is not there", xen.deassign(domain, UNKNOWN), &[Errno::ENODEV])?;
         }
         same("assignable", ok(xen.assignable(UNKNOWN))?, false)
@@ -104,10 +105,10 @@ fn plain(fixture: &Fixture) -> Result<(), Broken> {
     let plain = fixture.plain_guest.ok_or("a domain without passthrough is missing")?;
     ours(fixture, || {
         let none = [Errno::EOPNOTSUPP];
-        refused("assign", xen.assign(plain, vf), &none)?;
+        refused("assign", xen.assign(plain, vf, RdmPolicy::Strict), &none)?;
         refused("deassign", xen.deassign(plain, vf), &none)?;
-        ok(xen.assign(fixture.guest, vf))?;
-        refused("what somebody else has", xen.assign(plain, vf), &none)
+        ok(xen.assign(fixture.guest, vf, RdmPolicy::Strict))?;
+        refused("what somebody else has", xen.assign(plain, vf, RdmPolicy::Strict), &none)
     })
 }
 
@@ -154,13 +155,13 @@ fn ports(fixture: &Fixture) -> Result<(), Broken> {
 fn withdrawn(fixture: &Fixture) -> Result<(), Broken> {
     let (xen, vf, guest) = (&fixture.platform.hypervisor, fixture.vf, fixture.guest);
     ours(fixture, || {
-        ok(xen.assign(guest, vf))?;
+        ok(xen.assign(guest, vf, RdmPolicy::Strict))?;
         undone(
             || {
                 ok(xen.device_remove(vf))?;
                 same("known", ok(xen.device_known(vf))?, false)?;
                 refused("again", xen.device_remove(vf), &[Errno::ENODEV])?;
-                refused("assign it", xen.assign(guest, vf), &[Errno::ENODEV])
+                refused("assign it", xen.assign(guest, vf, RdmPolicy::Strict), &[Errno::ENODEV])
             },
             || ok(xen.device_add(vf, report(fixture))),
         )?;

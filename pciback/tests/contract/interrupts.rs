@@ -3,6 +3,7 @@
 use nix::errno::Errno;
 use pciback::DomId;
 use pciback::platform::{MsiSource, Pirq};
+use pciback::policy::RdmPolicy;
 
 use super::Needs::Nothing;
 use super::host::{read, write};
@@ -51,7 +52,7 @@ fn given(fixture: &Fixture, body: impl FnOnce(&mut Vec<Pirq>) -> Result<(), Brok
         let mut mapped = Vec::new();
         let body = || {
             same("this call prepared it", ok(xen.prepare_msix(vf))?, true)?;
-            ok(xen.assign(guest, vf))?;
+            ok(xen.assign(guest, vf, RdmPolicy::Strict))?;
             body(&mut mapped)
         };
         let body = body();
@@ -82,7 +83,7 @@ fn unprepared(fixture: &Fixture) -> Result<(), Broken> {
     let first = source(fixture, 0)?;
     ours(fixture, || {
         refused("dom0 has it", xen.map_msi(guest, vf, first), &[Errno::ENODEV])?;
-        ok(xen.assign(guest, vf))?;
+        ok(xen.assign(guest, vf, RdmPolicy::Strict))?;
         refused("not prepared", xen.map_msi(guest, vf, first), &[Errno::ENODATA])?;
         refused("not there", xen.map_msi(guest, UNKNOWN, first), &[Errno::ENODEV])?;
         refused("for nobody", xen.map_msi(NOBODY, vf, first), &[Errno::ESRCH])

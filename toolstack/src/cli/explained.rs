@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use pciback::policy::{BitsLine, Explanation, RegisterLine};
+use pciback::policy::{BitsLine, Explanation, RdmPolicy, RegisterLine};
 
 use super::table::table;
 use crate::protocol::{CheckedView, LearnedView, PolicyView, ReloadedView};
@@ -184,6 +184,15 @@ pub fn policy(view: &PolicyView) -> String {
     let _ = writeln!(text, "errors: {}", view.errors);
     if !view.permits.is_empty() {
         let _ = writeln!(text, "permitted: {}", view.permits.join(", "));
+    }
+    if let Some(methods) = &view.reset_methods {
+        let _ = writeln!(text, "accepted resets: {}", methods.join(", "));
+    }
+    if view.without_reset {
+        text.push_str("changes hands without a reset where Linux has none\n");
+    }
+    if view.rdm_policy == RdmPolicy::Strict.word() {
+        let _ = writeln!(text, "reserved memory (rdm-policy): {}", view.rdm_policy);
     }
     for rule in &view.capabilities {
         let _ = writeln!(text, "{}: {} ({}; {})", rule.capability, rule.action, rule.reason, rule.origin);

@@ -204,7 +204,7 @@ fn explain_dump(path: &Path, files: &[PathBuf], kind: Option<As>) -> Result<Succ
     let merged = set.all();
     let kind = kind.map(|kind| if kind == As::Vf { Kind::Virtual } else { Kind::Physical });
     let explained = |Dumped { spec, unknown }: Dumped| Explanation {
-        obstacles: obstacles(&spec, &merged.permits, None),
+        obstacles: obstacles(&spec, &merged, None),
         unknown,
         ..explain(&spec, &merged.policy, None)
     };

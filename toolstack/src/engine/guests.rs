@@ -18,7 +18,7 @@ use super::open::Opened;
 use super::{Answer, Engine, Event};
 use crate::journal::{GuestPlace, Record};
 use crate::outcome::{ErrorCode, Failure};
-use crate::transaction::{Parting, reapply_network, renew_path, reset_and_verify};
+use crate::transaction::{Parting, ResetPlan, plan_for, reapply_network, renew_path, reset_and_verify};
 
 /// How long a new guest's frontend may take to look at its first function before attach ends with a note instead.
 const FIRST_LOOK: Duration = Duration::from_secs(2);
@@ -523,8 +523,14 @@ impl Engine {
         let work = move || {
             is_same_device(workshop.platform.host.as_ref(), address, incarnation)?;
             take_before_reset(server)?;
-            reset_and_verify(&workshop.platform, &workshop.settings.reset, address)
-                .and_then(|()| renew_path(&workshop.platform, &workshop.ledger, address))
+            let function = workshop.platform.host.function(address)?;
+            // What was asked for is a reset: none at all will not do.
+            let plan = ResetPlan {
+                permit_none: false,
+                ..plan_for(&workshop.settings.reset, &workshop.policies, &function)
+            };
+            reset_and_verify(&workshop.platform, &plan, address)
+                .and_then(|_| renew_path(&workshop.platform, &workshop.ledger, address))
                 .and_then(|()| reapply_network(&workshop.platform, address, network.as_ref()))
         };
         self.inbox.background(&format!("reset {address}"), work, move |outcome| {

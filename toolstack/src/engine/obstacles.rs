@@ -9,7 +9,7 @@ use crate::control::Reply;
 use crate::outcome::Failure;
 use crate::protocol::Success;
 use crate::settings::Holder;
-use crate::transaction::{choose_holder, holder_of, refuse_in_use, refuse_unresettable};
+use crate::transaction::{choose_holder, holder_of, plan_for, refuse_in_use, refuse_unresettable};
 
 /// What is in the way of an action.
 pub(super) struct Refusal {
@@ -66,7 +66,8 @@ impl Engine {
         };
         let reach = if trust { Ok(()) } else { self.out_of_reach(address, domain, &action) };
         // Refused while nothing has begun: an attachment that ends without a reset would leave the function quarantined.
-        let reset = refuse_unresettable(&self.settings.reset, function);
+        let plan = plan_for(&self.settings.reset, &self.policies, function);
+        let reset = refuse_unresettable(self.platform.host.as_ref(), &plan, function);
         let checks = [reserved, self.permitted(function, domain), reach, reset];
         found.extend(checks.into_iter().filter_map(Result::err));
         found

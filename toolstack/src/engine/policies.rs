@@ -203,7 +203,7 @@ impl Engine {
     pub(super) fn explain_policy(&self, address: Sbdf, domain: Option<String>, reply: Reply) {
         self.inspect(address, domain, reply, |looked| {
             let merged = looked.policies.merge(&looked.subject);
-            let obstacles = obstacles(&looked.spec, &merged.permits, Some(&looked.resets));
+            let obstacles = obstacles(&looked.spec, &merged, Some(&looked.resets));
             let explanation = explain(&looked.spec, &merged.policy, looked.visible.as_deref());
             Success::Explained { devices: vec![Explanation { obstacles, ..explanation }], damage: Vec::new() }
         });
@@ -378,6 +378,9 @@ fn policy_view(looked: &Looked) -> PolicyView {
         files,
         errors: merged.errors.to_string(),
         permits: merged.permits.iter().map(|permission| permission.word().to_owned()).collect(),
+        rdm_policy: merged.rdm.word().to_owned(),
+        reset_methods: merged.reset.methods.clone(),
+        without_reset: merged.reset.permits_none(),
         profile: merged.profile.0.word().to_owned(),
         unknown: format!("{treatment} ({}; {})", rule.reason, origin(rule)),
         capabilities: capabilities.collect(),

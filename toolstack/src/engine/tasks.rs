@@ -216,6 +216,7 @@ impl Workshop {
         let context = Context {
             platform: &self.platform,
             settings: &self.settings,
+            policies: &self.policies,
             journal: &self.journal,
             ledger: &self.ledger,
             former_owners: &self.former_owners,

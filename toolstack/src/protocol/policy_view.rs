@@ -22,6 +22,15 @@ pub struct PolicyView {
     /// What is done about errors of the function.
     #[serde(default)]
     pub errors: String,
+    /// What happens where Xen objects to its reserved memory: strict or relaxed.
+    #[serde(default)]
+    pub rdm_policy: String,
+    /// The methods of reset that the files accept; absent where they leave that to the settings.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reset_methods: Option<Vec<String>>,
+    /// Whether it changes hands even where it cannot be reset.
+    #[serde(default)]
+    pub without_reset: bool,
     /// The profile in force.
     pub profile: String,
     /// What happens to unknown registers, and which rule says so.

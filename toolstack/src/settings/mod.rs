@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use pciback::Sbdf;
 use pciback::platform::{Host, HostFunction, PlatformError, VfPlace, VfSettings};
-use pciback::policy::nearest;
+use pciback::policy::{RESET_METHODS, nearest};
 use serde::Deserialize;
 
 mod file;
@@ -17,8 +17,6 @@ pub use file::{DEFAULT_PATH, Loaded, SettingsError, keep_copy, load, read_copy};
 use crate::spec::serial_number;
 use crate::transaction::ResetPlan;
 
-/// The words of Linux's `reset_method` (Documentation/ABI/testing/sysfs-bus-pci).
-const RESET_METHODS: [&str; 7] = ["device_specific", "acpi", "flr", "af_flr", "pm", "bus", "cxl_bus"];
 /// Where the service listens when neither side is told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/xpci/control";
 

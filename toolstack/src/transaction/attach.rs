@@ -5,13 +5,15 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use log::warn;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
-use pciback::Sbdf;
 use pciback::config::{AnyId, CapabilityList, FunctionImage, FunctionSpec};
 use pciback::live;
 use pciback::platform::{PlatformError, Resource, Revoked};
+use pciback::policy::{RdmPolicy, Subject};
 use pciback::spec::{CapabilityId, legacy};
+use pciback::{DomId, Sbdf};
 
 use super::reset::config_failure;
 use super::{Context, guest_of};
@@ -83,29 +85,72 @@ pub(super) fn release_msix(context: &Context<'_>, record: &mut Record) -> Result
 pub(super) fn assign(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
     let domain = guest_of(record)?;
     (context.progress)(&format!("assigning {} to domain {domain}", record.address));
-    context.platform.hypervisor.assign(domain, record.address).map_err(|error| {
-        let errno = error.errno();
-        let failure = Failure::from(error).on(record.address).of(domain);
-        match errno {
-            Some(Errno::EINVAL | Errno::ENODEV | Errno::EXDEV | Errno::EOPNOTSUPP) => Failure {
-                code: ErrorCode::Refused,
-                ..failure
-            }
-            .hint(
-                "the domain was probably created without passthrough: put passthrough=\"enabled\" into its xl.cfg and \
-                 create it again",
-            ),
-            Some(Errno::EBUSY) => failure.hint("another domain owns it; see 'xl pci-list'"),
-            _ => failure,
-        }
-    })?;
+    let relaxed = assign_in_xen(context, domain, record.address)?;
     let privilege = domains::privilege(context.platform.store.as_ref(), domain)?;
-    Ok(privilege.map(|why| {
+    let privileged = privilege.map(|why| {
         format!(
             "domain {domain} is privileged: it {why}; what {} lets it do reaches beyond itself",
             record.address
         )
-    }))
+    });
+    let said: Vec<String> = relaxed.into_iter().chain(privileged).collect();
+    Ok(Some(said.join("; ")).filter(|text| !text.is_empty()))
+}
+
+/// Strictly first, so that it shows whether Xen objects to the reserved memory: where the policies are relaxed about that, the guest
+/// gets the function all the same, and the answer says what that means.
+fn assign_in_xen(context: &Context<'_>, domain: DomId, address: Sbdf) -> Result<Option<String>, Failure> {
+    let hypervisor = &context.platform.hypervisor;
+    let Err(error) = hypervisor.assign(domain, address, RdmPolicy::Strict) else { return Ok(None) };
+    let Some(objection) = objection(context, &error, address) else {
+        return Err(refusal(error, domain, address));
+    };
+    let function = context.platform.host.function(address)?;
+    let name = domains::name(context.platform.store.as_ref(), domain)?;
+    if context.policies.merge(&Subject::of_host(&function, name)).rdm == RdmPolicy::Strict {
+        let text = format!(
+            "assign {address} to domain {domain}: {objection}, and its policy says 'rdm-policy: strict'"
+        );
+        return Err(Failure::refused(text).on(address).of(domain).hint("'xl dmesg' names the memory"));
+    }
+    hypervisor.assign(domain, address, RdmPolicy::Relaxed).map_err(|error| {
+        Failure::from(error).on(address).of(domain).hint(format!("{objection}; see 'xl dmesg'"))
+    })?;
+    let said = format!(
+        "{address}: {objection}; domain {domain} gets it all the same, because 'rdm-policy' is relaxed (see 'xl dmesg')"
+    );
+    warn!("{said}");
+    Ok(Some(said))
+}
+
+/// What Xen has against a function's reserved memory, where that is why it refused.
+fn objection(context: &Context<'_>, error: &PlatformError, address: Sbdf) -> Option<&'static str> {
+    match error.errno()? {
+        Errno::EPERM => Some(
+            "other functions have the same reserved memory (RMRR), so that its guest can disturb them and they the guest",
+        ),
+        // The same answer as for a function that another domain owns.
+        Errno::EBUSY if matches!(context.platform.hypervisor.assignable(address), Ok(true)) => Some(
+            "the guest has memory where the function's reserved memory (RMRR) is, so that what the device does there fails or \
+             damages the guest",
+        ),
+        _ => None,
+    }
+}
+
+fn refusal(error: PlatformError, domain: DomId, address: Sbdf) -> Failure {
+    let errno = error.errno();
+    let failure = Failure::from(error).on(address).of(domain);
+    match errno {
+        Some(Errno::EINVAL | Errno::ENODEV | Errno::EXDEV | Errno::EOPNOTSUPP) => {
+            Failure { code: ErrorCode::Refused, ..failure }.hint(
+                "the domain was probably created without passthrough: put passthrough=\"enabled\" into its xl.cfg and \
+                 create it again",
+            )
+        }
+        Some(Errno::EBUSY) => failure.hint("another domain owns it; see 'xl pci-list'"),
+        _ => failure,
+    }
 }
 
 pub(super) fn deassign(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {

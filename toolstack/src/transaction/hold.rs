@@ -5,10 +5,12 @@ use std::time::{Duration, Instant};
 use log::warn;
 use nix::errno::Errno;
 use pciback::platform::{Host, HostFunction, Platform};
+use pciback::policy::RdmPolicy;
 use pciback::pv::nodes;
 use pciback::{DomId, Sbdf};
 
 use super::Context;
+use super::reset::{plan_for, refuse_unresettable};
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 use crate::settings::Holder;
@@ -68,8 +70,10 @@ pub(super) fn take_driver(context: &Context<'_>, record: &mut Record) -> Result<
         record.pristine = None;
     }
     record.incarnation = function.incarnation;
+    let unresettable = unresettable(context, &function);
     if holder_of(&function).is_some() {
-        return Ok(warning.filter(|_| function.driver.as_deref() == Some("pci-stub")));
+        let warning = warning.filter(|_| function.driver.as_deref() == Some("pci-stub"));
+        return Ok(joined(warning.into_iter().chain(unresettable)));
     }
     let names_no_holder = |name: &String| !HOLDERS.contains(&name.as_str());
     if let Some(before) = function.driver_override.filter(names_no_holder) {
@@ -95,8 +99,21 @@ pub(super) fn take_driver(context: &Context<'_>, record: &mut Record) -> Result<
     (context.progress)(&format!("binding {} to {holder}", record.address));
     bind(context, record.address, holder)?;
     host.forget_slot(record.address)?;
-    let warnings: Vec<String> = taken.into_iter().chain(warning).collect();
-    Ok(Some(warnings.join("; ")).filter(|text| !text.is_empty()))
+    Ok(joined(taken.into_iter().chain(warning).chain(unresettable)))
+}
+
+/// Warnings as one.
+pub(super) fn joined(warnings: impl Iterator<Item = String>) -> Option<String> {
+    let warnings: Vec<String> = warnings.collect();
+    Some(warnings.join("; ")).filter(|text| !text.is_empty())
+}
+
+/// Says of a function that attach will refuse for want of a reset what it will say, while nobody relies on it yet.
+fn unresettable(context: &Context<'_>, function: &HostFunction) -> Option<String> {
+    let plan = plan_for(&context.settings.reset, context.policies, function);
+    let failure = refuse_unresettable(context.platform.host.as_ref(), &plan, function).err()?;
+    let hint = failure.hint.map(|hint| format!(" ({hint})")).unwrap_or_default();
+    Some(format!("no guest can get {} as it is: {}{hint}", function.address, failure.message))
 }
 
 /// Refuses to take a function from a driver through which somebody uses it.
@@ -184,10 +201,16 @@ pub(super) fn own(context: &Context<'_>, record: &mut Record) -> Result<(), Fail
     if !hypervisor.assignable(record.address)? {
         return Err(a_guests(context.platform, record.address));
     }
-    match hypervisor.assign(DomId::IO, record.address) {
+    // Relaxed, as xl does: the quarantine domain has no memory that reserved memory could collide with, and runs nothing.
+    match hypervisor.assign(DomId::IO, record.address, RdmPolicy::Relaxed) {
         // The quarantine domain owns it already, for example because xl holds it.
         Err(error) if matches!(error.errno(), Some(Errno::EBUSY | Errno::EEXIST)) => Ok(()),
-        other => Ok(other?),
+        Err(error) => {
+            let refused = error.errno() == Some(Errno::EPERM);
+            let failure = Failure::from(error).on(record.address);
+            Err(if refused { failure.hint("Xen's log says what it objects to: 'xl dmesg'") } else { failure })
+        }
+        Ok(()) => Ok(()),
     }
 }
 

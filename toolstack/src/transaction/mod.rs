@@ -21,6 +21,7 @@ use log::{debug, warn};
 use nix::errno::Errno;
 use pciback::config::{FunctionSpec, Planes};
 use pciback::platform::Platform;
+use pciback::policy::PolicySet;
 use pciback::{DomId, FunctionState, Sbdf};
 use serde::{Deserialize, Serialize};
 
@@ -36,7 +37,7 @@ pub use path::{
     FunctionPath, Member, before as before_on_path, blast_radius, not_handled, renew as renew_path, value_in,
 };
 pub use pristine::Pristine;
-pub use reset::{ResetCheck, ResetPlan, refuse_unresettable, reset_and_verify};
+pub use reset::{ResetCheck, ResetPlan, plan_for, refuse_unresettable, reset_and_verify};
 
 use crate::former_owners::FormerOwners;
 use crate::journal::{Journal, Progress, Record};
@@ -188,6 +189,8 @@ pub struct Context<'a> {
     pub platform: &'a Platform,
     /// The service's settings.
     pub settings: &'a Settings,
+    /// The policies in force when the transaction began.
+    pub policies: &'a PolicySet,
     /// Where intentions are written.
     pub journal: &'a Journal,
     /// Where it is written what was on the paths before.
@@ -355,10 +358,10 @@ impl Context<'_> {
             }),
             Step::ContainPath | Step::ContainErrors => path::apply(self, record),
             Step::Reset => {
-                reset::run(self, record)?;
+                let unreset = reset::run(self, record)?;
                 let warning = pristine::prepare(self, record)?;
                 path::renew(self.platform, self.ledger, record.address)?;
-                Ok(warning)
+                Ok(hold::joined(unreset.into_iter().chain(warning)))
             }
             Step::PrepareMsix => attach::prepare_msix(self, record).map(|()| None),
             Step::Assign => attach::assign(self, record),
@@ -378,12 +381,12 @@ impl Context<'_> {
             Step::Quarantine => hold::disown(self, record).map(|()| None),
             Step::ContainPath | Step::ContainErrors => path::restore(self, record).map(|()| None),
             Step::Reset => {
-                reset::run(self, record)?;
+                let unreset = reset::run(self, record)?;
                 let warning = pristine::restore(self, record)?;
                 if !self.left_the_host(record) {
                     path::renew(self.platform, self.ledger, record.address)?;
                 }
-                Ok(warning)
+                Ok(hold::joined(unreset.into_iter().chain(warning)))
             }
             Step::PrepareMsix => attach::release_msix(self, record).map(|()| None),
             Step::Assign => attach::deassign(self, record).map(|()| None),

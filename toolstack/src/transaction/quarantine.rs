@@ -44,7 +44,7 @@ impl Context<'_> {
         } else {
             warnings.extend(hold::take_driver(self, record)?);
             hold::own(self, record)?;
-            reset::run(self, record)?;
+            warnings.extend(reset::run(self, record)?);
             warnings.extend(pristine::restore(self, record)?);
             record.state = FunctionState::Held;
         }

@@ -6,7 +6,8 @@ use log::warn;
 use pciback::Sbdf;
 use pciback::config::{Access, ConfigSpace};
 use pciback::live::{self, Canary, PlacedBar, Switch};
-use pciback::platform::{HostFunction, Platform};
+use pciback::platform::{Host, HostFunction, Platform};
+use pciback::policy::{PolicySet, Subject};
 use pciback::spec::header;
 use serde::{Deserialize, Serialize};
 
@@ -26,6 +27,9 @@ pub struct ResetPlan {
     pub answer_seconds: u64,
     /// What must hold afterwards.
     pub checks: Vec<ResetCheck>,
+    /// Whether a function that Linux cannot reset changes hands all the same. Only a policy permits that.
+    #[serde(skip)]
+    pub permit_none: bool,
 }
 
 /// What shows that a reset happened.
@@ -46,6 +50,7 @@ impl Default for ResetPlan {
             limit_seconds: 10,
             answer_seconds: 2,
             checks: vec![ResetCheck::Answers, ResetCheck::Cleared],
+            permit_none: false,
         }
     }
 }
@@ -53,17 +58,48 @@ impl Default for ResetPlan {
 /// Command and Status in one.
 const COMMAND_AND_STATUS: Access = Access::fixed::<{ header::COMMAND }, 4>();
 
-/// Resets a function and makes sure that it did.
-pub fn reset_and_verify(platform: &Platform, plan: &ResetPlan, address: Sbdf) -> Result<(), Failure> {
+/// How a function is reset: as the settings say, but for what its policies say. They do not depend on the guest: it may have ended.
+pub fn plan_for(settings: &ResetPlan, policies: &PolicySet, function: &HostFunction) -> ResetPlan {
+    let wishes = policies.merge(&Subject::of_host(function, None)).reset;
+    let permit_none = wishes.permits_none();
+    let mut plan = ResetPlan { permit_none, ..settings.clone() };
+    if let Some(methods) = wishes.methods {
+        plan.methods = methods;
+    }
+    plan
+}
+
+/// Resets a function and makes sure that it did. Where the plan permits a function that cannot be reset, it is only made quiet, and
+/// the answer says so.
+pub fn reset_and_verify(
+    platform: &Platform,
+    plan: &ResetPlan,
+    address: Sbdf,
+) -> Result<Option<String>, Failure> {
     let host = platform.host.as_ref();
     let function = host.function(address)?;
-    refuse_unresettable(plan, &function)?;
+    refuse_unresettable(host, plan, &function)?;
     // Quiet before the reset: Linux saves Command and writes it back afterwards.
     let quiet = live::clear_bus_master(host.config(address)?.as_ref());
     quiet.map_err(|error| config_failure("quiesce", address, &error))?;
-    let canary = Canary::set(host.config(address)?.as_ref())
-        .map_err(|error| config_failure("mark a register before the reset of", address, &error))?;
-    let reset = host.reset(address, Duration::from_secs(plan.limit_seconds));
+    let said = function.reset_methods.is_empty().then(|| {
+        format!(
+            "{address} changes hands without a reset, as a policy permits: its next owner may find data of the last one in it, and what \
+             the last one has loaded into it goes on running"
+        )
+    });
+    let canary = match &said {
+        None => Canary::set(host.config(address)?.as_ref())
+            .map_err(|error| config_failure("mark a register before the reset of", address, &error))?,
+        Some(_) => None,
+    };
+    let reset = match &said {
+        None => host.reset(address, Duration::from_secs(plan.limit_seconds)),
+        Some(said) => {
+            warn!("{said}");
+            Ok(())
+        }
+    };
     let config = host.config(address)?;
     let limit = Duration::from_secs(plan.answer_seconds);
     let verified = reset.map_err(Failure::from).and_then(|()| {
@@ -78,7 +114,7 @@ pub fn reset_and_verify(platform: &Platform, plan: &ResetPlan, address: Sbdf) ->
     place_bars(config.as_ref(), &function)?;
     // Nobody hears its INTx until a guest has it, or a driver of dom0's, which clears the bit itself. Not all hardware has it.
     live::set_intx(config.as_ref(), Switch::Off)
-        .map(drop)
+        .map(|_| said)
         .map_err(|error| config_failure("disable INTx of", address, &error))
 }
 
@@ -97,19 +133,55 @@ fn place_bars(config: &dyn ConfigSpace, function: &HostFunction) -> Result<(), F
 }
 
 /// Refuses a function that Linux would not reset in a way that will do.
-pub fn refuse_unresettable(plan: &ResetPlan, function: &HostFunction) -> Result<(), Failure> {
+pub fn refuse_unresettable(
+    host: &dyn Host,
+    plan: &ResetPlan,
+    function: &HostFunction,
+) -> Result<(), Failure> {
     let address = function.address;
-    let method = function.reset_methods.first();
-    if !method.is_some_and(|method| plan.methods.contains(method)) {
-        let found = method.map_or_else(|| "none".to_owned(), |method| format!("'{method}' first"));
-        return Err(Failure::refused(format!(
-            "reset {address}: Linux offers {found}, the reset plan wants one of: {}",
-            plan.methods.join(", ")
-        ))
-        .on(address)
-        .hint("a 'bus' reset also hits other functions; allow it in xpcid.yaml under 'reset: methods:' if that is meant"));
+    let refused = |text: String, hint: String| Err(Failure::refused(text).on(address).hint(hint));
+    let Some(method) = function.reset_methods.first() else {
+        if plan.permit_none {
+            return Ok(());
+        }
+        return refused(
+            format!("reset {address}: Linux has no way to reset it alone"),
+            "if guests may get it without a reset, a policy that matches it says 'reset: {none: permit}'; then 'xpci policy reload'"
+                .to_owned(),
+        );
+    };
+    if !plan.methods.contains(method) {
+        return refused(
+            format!(
+                "reset {address}: Linux offers '{method}' first, accepted are: {}",
+                plan.methods.join(", ")
+            ),
+            format!(
+                "if '{method}' is good enough, a policy that matches it says 'reset: {{methods: [{method}]}}', or xpcid.yaml for all \
+                 functions"
+            ),
+        );
+    }
+    if method == BUS {
+        // Linux offers it only where that is so, at the time when it was asked.
+        let others: Vec<Sbdf> =
+            host.functions()?.into_iter().filter(|other| share_a_bus(*other, address)).collect();
+        if !others.is_empty() {
+            let named: Vec<String> = others.iter().map(ToString::to_string).collect();
+            return refused(
+                format!("reset {address}: a reset of its bus would hit {}", named.join(", ")),
+                "remove those from Linux, or choose another function".to_owned(),
+            );
+        }
     }
     Ok(())
+}
+
+/// The method that resets everything on the function's bus.
+const BUS: &str = "bus";
+
+fn share_a_bus(other: Sbdf, address: Sbdf) -> bool {
+    other != address && (other.segment(), other.bus()) == (address.segment(), address.bus())
 }
 
 fn verify(
@@ -147,10 +219,12 @@ pub(super) fn config_failure(action: &str, address: Sbdf, error: &std::io::Error
     Failure::new(ErrorCode::Failed, format!("{action} {address}: config access: {error}")).on(address)
 }
 
-pub(super) fn run(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
+pub(super) fn run(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
     if context.left_the_host(record) {
-        return Ok(());
+        return Ok(None);
     }
     (context.progress)(&format!("resetting {}", record.address));
-    reset_and_verify(context.platform, &context.settings.reset, record.address)
+    let function = context.platform.host.function(record.address)?;
+    let plan = plan_for(&context.settings.reset, context.policies, &function);
+    reset_and_verify(context.platform, &plan, record.address)
 }

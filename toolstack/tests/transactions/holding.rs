@@ -6,6 +6,7 @@ use nix::errno::Errno;
 use pciback::config::Access;
 use pciback::platform::sim::{Moment, Owner};
 use pciback::platform::{StoreOps, Use};
+use pciback::policy::RdmPolicy;
 use pciback::{DomId, FunctionState, Sbdf};
 use toolstack::outcome::{ErrorCode, Failure};
 use toolstack::protocol::{Request, Success, VfView};
@@ -112,7 +113,7 @@ fn a_function_that_a_guest_has_through_xl_stays_its_whatever_the_force() {
     let xl = world.simulation.platform("xl").unwrap();
     xl.host.set_driver_override(vf, Some("pciback")).unwrap();
     xl.host.probe(vf, LIMIT).unwrap();
-    xl.hypervisor.assign(DB, vf).unwrap();
+    xl.hypervisor.assign(DB, vf, RdmPolicy::Strict).unwrap();
     xl.store.write("/local/domain/0/backend/pci/2/0/dev-0", b"0000:01:10.0").unwrap();
     let service = world.start_with(&["match: {device: 10ca}\nhold: at-once\n"]);
     service.wait_for_state(bdf("01:10.2"), FunctionState::Held);

@@ -21,6 +21,8 @@ mod persistent;
 mod quarantine;
 mod reconcile;
 mod records;
+mod reserved_memory;
+mod resets;
 mod scale;
 mod surprises;
 mod unproved;

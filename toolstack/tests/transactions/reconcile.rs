@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use pciback::platform::sim::{self, Owner};
+use pciback::policy::RdmPolicy;
 use pciback::{FunctionState, Sbdf};
 use toolstack::protocol::Request;
 
@@ -92,7 +93,7 @@ fn s1_drift_that_nobody_told_of_is_found_when_events_were_lost() {
     let somebody = world.simulation.platform("somebody").unwrap().hypervisor;
     world.simulation.while_events_are_lost(|| {
         forget(&world, lost);
-        somebody.assign(DB, taken).unwrap();
+        somebody.assign(DB, taken, RdmPolicy::Strict).unwrap();
     });
     wait_until("Xen knows it again", || world.simulation.owner(lost) == Some(Owner::Host));
     // What a guest owns that nobody gave it to cannot be trusted.

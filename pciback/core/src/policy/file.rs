@@ -5,6 +5,7 @@ use super::errors;
 use super::matching::{ClassPrefix, Kind, Match};
 use super::names::hexadecimal;
 use super::read::{self, KeyWord, key};
+use super::reset::{self, ResetWishes};
 use super::rules;
 use super::yaml::{self, Node};
 use crate::Sbdf;
@@ -106,6 +107,30 @@ impl Reuse {
     pub const WORDS: &[(&str, Self)] = &[("after-shutdown", Self::AfterShutdown), ("trusted", Self::Trusted)];
 }
 
+/// What happens to a function whose reserved memory (RMRR of the ACPI table DMAR) Xen would refuse to expose: other functions have it
+/// too, or the guest has something else at its addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum RdmPolicy {
+    /// It is refused.
+    Strict,
+    /// A guest gets it all the same.
+    #[default]
+    Relaxed,
+}
+
+impl RdmPolicy {
+    /// The words of a policy file.
+    pub const WORDS: &[(&str, Self)] = &[("strict", Self::Strict), ("relaxed", Self::Relaxed)];
+
+    /// The word of a policy file.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Strict => "strict",
+            Self::Relaxed => "relaxed",
+        }
+    }
+}
+
 pub(super) const KEYS: &[KeyWord] = &[
     key("description", "What the file is for, in a sentence."),
     key("match", "Which functions it is for: all keys must hold. Without it, every function."),
@@ -117,6 +142,11 @@ pub(super) const KEYS: &[KeyWord] = &[
     key(
         "reuse",
         "When it may go from a PV guest, which may keep its BARs mapped, to another owner: after-shutdown of that guest, or trusted: at once.",
+    ),
+    key("reset", "How it is reset when it changes hands."),
+    key(
+        "rdm-policy",
+        "Whether a guest gets it although its reserved memory (RMRR) is shared with other functions or collides with the guest's memory: strict, or relaxed with a warning.",
     ),
     key("profile", "What happens to unknown registers: a named set of defaults."),
     key("unknown", "What happens to unknown registers, whatever the profile says."),
@@ -151,6 +181,10 @@ pub struct PolicyFile {
     pub hold: Option<Holding>,
     /// When it may go from a PV guest to another owner, where it says so.
     pub reuse: Option<Reuse>,
+    /// How it is reset.
+    pub reset: ResetWishes,
+    /// What happens where Xen objects to its reserved memory, where it says so.
+    pub rdm: Option<RdmPolicy>,
     /// The profile, where it names one.
     pub profile: Option<(Profile, Rule)>,
     /// What happens to what nobody knows, where it says so.
@@ -174,6 +208,8 @@ impl PolicyFile {
             permits: Vec::new(),
             hold: None,
             reuse: None,
+            reset: ResetWishes::default(),
+            rdm: None,
             profile: None,
             unknown: None,
             capabilities: Vec::new(),
@@ -187,6 +223,12 @@ impl PolicyFile {
             }
             if let Some((_, node)) = entries.iter().find(|(key, _)| *key == "hold") {
                 file.check_holding(node, &mut diagnostics);
+            }
+            if let Some((_, node)) = entries.iter().find(|(key, _)| *key == "reset")
+                && !file.matching.domain.is_empty()
+            {
+                let text = "'reset' cannot depend on 'domain': it is needed, too, when that guest has ended";
+                diagnostics.say(node.at, text.to_owned());
             }
         }
         if diagnostics.is_empty() { Ok(file) } else { Err(diagnostics.into_list()) }
@@ -219,6 +261,8 @@ impl PolicyFile {
                 self.hold = read::choice(node, "time to hold", Holding::WORDS, diagnostics);
             }
             "reuse" => self.reuse = read::choice(node, "time to reuse", Reuse::WORDS, diagnostics),
+            "reset" => self.reset = reset::reset(node, diagnostics),
+            "rdm-policy" => self.rdm = read::choice(node, "rdm-policy", RdmPolicy::WORDS, diagnostics),
             "profile" => {
                 let profile = read::choice(node, "profile", Profile::WORDS, diagnostics);
                 self.profile = profile.map(|profile| {

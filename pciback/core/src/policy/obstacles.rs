@@ -1,8 +1,7 @@
 //! What stands in the way of giving a function to a guest, as far as its config space and the policies tell.
 
-use std::collections::BTreeSet;
-
 use super::file::Permission;
+use super::set::Merged;
 use crate::config::bytes::Bytes;
 use crate::config::{CapabilityList, FunctionSpec};
 use crate::spec::{CapabilityId, ExtendedCapabilityId, express, legacy};
@@ -22,11 +21,7 @@ const TOTAL_VFS: u16 = 0x0e;
 const CAPABILITIES_END: usize = 256;
 
 /// The obstacles, each with what to do about it. `resets`: the ways in which Linux can reset the function, where a host was asked.
-pub fn obstacles(
-    spec: &FunctionSpec,
-    permits: &BTreeSet<Permission>,
-    resets: Option<&[String]>,
-) -> Vec<String> {
+pub fn obstacles(spec: &FunctionSpec, merged: &Merged<'_>, resets: Option<&[String]>) -> Vec<String> {
     let list = CapabilityList::walk(&spec.bytes);
     let mut found = Vec::new();
     if spec.identity.class >> 16 == BRIDGE {
@@ -35,48 +30,54 @@ pub fn obstacles(
     }
     let vfs =
         list.extended(ExtendedCapabilityId::SR_IOV).map_or(0, |at| spec.bytes.word(at.offset + TOTAL_VFS));
-    if vfs > 0 && !spec.is_virtual() && !permits.contains(&Permission::PhysicalFunction) {
+    if vfs > 0 && !spec.is_virtual() && !merged.permits.contains(&Permission::PhysicalFunction) {
         found.push(format!(
             "it is a PF with up to {vfs} VFs, over which its owner decides: guests get it only where a policy says \
              'permit: [physical-function]'"
         ));
     }
-    let own = [
-        (flr(spec, &list), "FLR"),
-        (af_flr(spec, &list), "AF FLR"),
-        (power_reset(spec, &list), "a reset by power management"),
-    ];
     let can_be_reset = match resets {
         Some(resets) => !resets.is_empty(),
         // VFs have FLR (PCI Express 6.0, section 9.2.2.2).
         None if spec.bytes.len() < CAPABILITIES_END => true,
-        None => spec.is_virtual() || own.iter().any(|(has, _)| *has),
+        None => spec.is_virtual() || !own_resets(&spec.bytes).is_empty(),
     };
-    if !can_be_reset {
-        let names = own.map(|(_, name)| name).join(", ");
+    if !can_be_reset && !merged.reset.permits_none() {
+        let names = "FLR, AF FLR, a reset by power management";
         found.push(match resets {
-            Some(_) => format!("Linux cannot reset it (it has none of {names}, and its bus cannot be reset)"),
+            Some(_) => format!(
+                "Linux cannot reset it (it has none of {names}, and its bus cannot be reset for it alone): guests get it only where a \
+                 policy says 'reset: {{none: permit}}'"
+            ),
             None => format!(
-                "it has none of {names}: only a reset of its bus, which hits all functions there, is left"
+                "it has none of {names}: only a reset of its bus is left, which Linux makes where it is the only function there, and which \
+                 a policy must accept with 'reset: {{methods: [bus]}}'"
             ),
         });
     }
     found
 }
 
-fn flr(spec: &FunctionSpec, list: &CapabilityList) -> bool {
-    list.legacy(CapabilityId::PCI_EXPRESS)
-        .is_some_and(|at| spec.bytes.dword(at.offset + DEVICE_CAPABILITIES) & express::FLR_CAPABLE != 0)
+/// The resets that the function itself has, in the words of Linux's `reset_method` and the order in which Linux tries them.
+pub fn own_resets(bytes: &[u8]) -> Vec<&'static str> {
+    let list = CapabilityList::walk(bytes);
+    let own =
+        [(flr(bytes, &list), "flr"), (af_flr(bytes, &list), "af_flr"), (power_reset(bytes, &list), "pm")];
+    own.into_iter().filter_map(|(has, word)| has.then_some(word)).collect()
 }
 
-fn af_flr(spec: &FunctionSpec, list: &CapabilityList) -> bool {
-    list.legacy(CapabilityId::ADVANCED_FEATURES).is_some_and(|at| {
-        spec.bytes.word(at.offset + AF_CAPABILITIES) & u16::from(legacy::AF_FLR_CAPABLE) != 0
-    })
+fn flr(bytes: &[u8], list: &CapabilityList) -> bool {
+    list.legacy(CapabilityId::PCI_EXPRESS)
+        .is_some_and(|at| bytes.dword(at.offset + DEVICE_CAPABILITIES) & express::FLR_CAPABLE != 0)
+}
+
+fn af_flr(bytes: &[u8], list: &CapabilityList) -> bool {
+    list.legacy(CapabilityId::ADVANCED_FEATURES)
+        .is_some_and(|at| bytes.word(at.offset + AF_CAPABILITIES) & u16::from(legacy::AF_FLR_CAPABLE) != 0)
 }
 
 /// A function that loses its state on the way from D3hot to D0: No_Soft_Reset is clear.
-fn power_reset(spec: &FunctionSpec, list: &CapabilityList) -> bool {
+fn power_reset(bytes: &[u8], list: &CapabilityList) -> bool {
     list.legacy(CapabilityId::POWER_MANAGEMENT)
-        .is_some_and(|at| spec.bytes.word(at.offset + POWER_CONTROL) & NO_SOFT_RESET == 0)
+        .is_some_and(|at| bytes.word(at.offset + POWER_CONTROL) & NO_SOFT_RESET == 0)
 }

@@ -3,10 +3,11 @@
 use serde_json::{Map, Value, json};
 
 use super::errors::{ERROR_KEYS, SWITCH, actions, most};
-use super::file::{Holding, KEYS, MATCH_KEYS, Permission, Profile, Reuse};
+use super::file::{Holding, KEYS, MATCH_KEYS, Permission, Profile, RdmPolicy, Reuse};
 use super::matching::Kind;
 use super::names::CAPABILITIES;
 use super::read::KeyWord;
+use super::reset::{RESET_KEYS, RESET_METHODS, WithoutReset};
 use super::rules::{
     CAPABILITY_KEYS, REGISTER_KEYS, RegisterAction, UNKNOWN_KEYS, UNKNOWN_WORDS, WholeAction,
 };
@@ -22,6 +23,14 @@ pub fn schema() -> Value {
         }
         "hold" => words(Holding::WORDS),
         "reuse" => words(Reuse::WORDS),
+        "reset" => object(RESET_KEYS, |key| match key {
+            "methods" => {
+                let word = json!({"enum": RESET_METHODS});
+                json!({"oneOf": [word, {"type": "array", "items": word, "minItems": 1}]})
+            }
+            _ => words(WithoutReset::WORDS),
+        }),
+        "rdm-policy" => words(RdmPolicy::WORDS),
         "profile" => words(Profile::WORDS),
         "unknown" => one_or_mapping(
             words(UNKNOWN_WORDS),

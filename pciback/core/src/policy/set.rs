@@ -2,8 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use super::file::{Holding, Permission, PolicyFile, Profile, Reuse};
+use super::file::{Holding, Permission, PolicyFile, Profile, RdmPolicy, Reuse};
 use super::matching::Subject;
+use super::reset::ResetWishes;
 use crate::config::Policy;
 use crate::fault::ErrorPolicy;
 
@@ -26,6 +27,10 @@ pub struct Merged<'a> {
     pub hold: Holding,
     /// When it may go from a PV guest to another owner.
     pub reuse: Reuse,
+    /// How it is reset when it changes hands.
+    pub reset: ResetWishes,
+    /// What happens where Xen objects to its reserved memory.
+    pub rdm: RdmPolicy,
     /// The files that apply, the least specific first: a later one wins.
     pub applied: Vec<&'a PolicyFile>,
     /// The others, each with the reason.
@@ -74,6 +79,8 @@ impl<'a> Merged<'a> {
             errors: ErrorPolicy::default(),
             hold: Holding::default(),
             reuse: Reuse::default(),
+            reset: ResetWishes::default(),
+            rdm: RdmPolicy::default(),
             applied: Vec::new(),
             passed_over: Vec::new(),
             profile: (Profile::Passthrough, None),
@@ -93,6 +100,8 @@ impl<'a> Merged<'a> {
         self.errors = file.errors.lay_over(self.errors);
         self.hold = file.hold.unwrap_or(self.hold);
         self.reuse = file.reuse.unwrap_or(self.reuse);
+        self.reset = file.reset.lay_over(&self.reset);
+        self.rdm = file.rdm.unwrap_or(self.rdm);
         self.policy.capabilities.extend(file.capabilities.iter().cloned());
         self.policy.registers.extend(file.registers.iter().cloned());
         self.applied.push(file);
@@ -164,6 +173,23 @@ mod tests {
         assert_eq!(set(&[silent]).merge(&subject()).hold, Holding::OnRequest);
         assert_eq!(set(&[at_once, silent]).merge(&subject()).hold, Holding::AtOnce);
         assert_eq!(set(&[at_once, silent, except]).merge(&subject()).hold, Holding::OnRequest);
+    }
+
+    #[test]
+    fn each_wish_about_resets_and_reserved_memory_is_laid_over_those_of_less_specific_files() {
+        use crate::policy::WithoutReset;
+        let merged = |files: &[(&str, &str)]| {
+            let set = set(files);
+            let merged = set.merge(&subject());
+            (merged.reset.methods.clone(), merged.reset.none, merged.rdm)
+        };
+        assert_eq!(merged(&[]), (None, None, RdmPolicy::Relaxed));
+        let vendor =
+            ("a.yaml", "match: {vendor: 8086}\nreset: {methods: [bus], none: permit}\nrdm-policy: strict\n");
+        let device = ("b.yaml", "match: {vendor: 8086, device: 10ca}\nreset: {none: refuse}\n");
+        let bus = Some(vec!["bus".to_owned()]);
+        assert_eq!(merged(&[vendor]), (bus.clone(), Some(WithoutReset::Permit), RdmPolicy::Strict));
+        assert_eq!(merged(&[vendor, device]), (bus, Some(WithoutReset::Refuse), RdmPolicy::Strict));
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! The host's PCI functions, as sysfs shows and takes them.
 
 use std::collections::HashMap;
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
+use std::io::Read as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,11 +24,14 @@ use crate::platform::memory::Registers;
 use crate::platform::{
     BarMemory, Cause, Host, HostEvents, HostFunction, Names, PAGE, PlatformError, RamRange, Result, Use,
 };
+use crate::policy::own_resets;
 
 /// How long a write may take that only waits for another change of the same function.
 const QUICK: Duration = Duration::from_secs(5);
 /// The longest name of a kernel module, and so of a driver (`MODULE_NAME_LEN`).
 const LONGEST_DRIVER_NAME: usize = 56;
+/// The part of config space that the capabilities with resets stand in, in bytes.
+const CAPABILITIES_END: u64 = 256;
 /// What the kernel prints where a pointer is null.
 const NULL: &str = "(null)";
 
@@ -187,6 +191,23 @@ impl Attributes<'_> {
         Ok(functions)
     }
 
+    /// The ways to reset it, in the order in which the kernel tries them. Before Linux 5.15 it does not name them, but has the file
+    /// `reset` for a function that it can reset: then by the function's own means, or else by its bus.
+    fn reset_methods(&self) -> Result<Vec<String>> {
+        if let Some(methods) = self.text("reset_method")? {
+            return Ok(methods.split_ascii_whitespace().map(str::to_owned).collect());
+        }
+        if !self.directory.join("reset").exists() {
+            return Ok(Vec::new());
+        }
+        let mut bytes = Vec::new();
+        File::open(self.directory.join("config"))
+            .and_then(|file| file.take(CAPABILITIES_END).read_to_end(&mut bytes))
+            .map_err(|error| missing("read the config space of", self.address)(error.into()))?;
+        let own = own_resets(&bytes);
+        Ok(if own.is_empty() { vec!["bus".to_owned()] } else { own.into_iter().map(str::to_owned).collect() })
+    }
+
     /// Network interfaces, also those that hang on the function's virtio device.
     fn interfaces(&self) -> Result<Vec<String>> {
         let mut interfaces = self.names(&self.directory.join("net"))?;
@@ -233,7 +254,6 @@ impl Host for LinuxHost {
         let total_vfs = attributes.optional("sriov_totalvfs", parse_decimal)?.unwrap_or(0);
         let virtual_functions = attributes.virtual_functions(total_vfs)?;
         let node: Option<i32> = attributes.optional("numa_node", parse_decimal)?;
-        let reset_methods = attributes.text("reset_method")?.unwrap_or_default();
         Ok(HostFunction {
             address,
             incarnation: metadata.ino(),
@@ -252,7 +272,7 @@ impl Host for LinuxHost {
             num_vfs: virtual_functions.len() as u16,
             virtual_functions,
             numa_node: node.and_then(|node| u32::try_from(node).ok()),
-            reset_methods: reset_methods.split_ascii_whitespace().map(str::to_owned).collect(),
+            reset_methods: attributes.reset_methods()?,
             interfaces: attributes.interfaces()?,
         })
     }

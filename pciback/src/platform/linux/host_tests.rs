@@ -115,7 +115,7 @@ fn reads_a_pf_with_its_vfs() {
 #[test]
 fn reads_a_vf_and_what_it_lacks() {
     let tree = Tree::new();
-    for optional in ["reset_method", "numa_node", "irq", "driver_override"] {
+    for optional in ["reset", "reset_method", "numa_node", "irq", "driver_override"] {
         fs::remove_file(tree.path(VF_PATH).join(optional)).unwrap();
     }
     let vf = tree.host().function(VF).unwrap();
@@ -123,6 +123,32 @@ fn reads_a_vf_and_what_it_lacks() {
     assert_eq!((vf.total_vfs, vf.num_vfs, vf.irq), (0, 0, 0));
     assert_eq!((vf.driver, vf.driver_override, vf.numa_node), (None, None, None));
     assert!(vf.reset_methods.is_empty() && vf.interfaces.is_empty());
+}
+
+#[test]
+fn a_kernel_that_does_not_name_reset_methods_uses_the_functions_own_or_else_its_bus() {
+    let tree = Tree::new();
+    fs::remove_file(tree.path(VF_PATH).join("reset_method")).unwrap();
+    let methods = |config: &[(usize, &[u8])]| {
+        let mut bytes = vec![0; 256];
+        for (offset, values) in config {
+            bytes[*offset..offset + values.len()].copy_from_slice(values);
+        }
+        fs::write(tree.path(VF_PATH).join("config"), bytes).unwrap();
+        tree.host().function(VF).unwrap().reset_methods
+    };
+    let capabilities: (usize, &[u8]) = (6, &[0x10]);
+    let pointer: (usize, &[u8]) = (0x34, &[0x40]);
+    assert_eq!(methods(&[]), ["bus"]);
+    // PCI Express with FLR (Device Capabilities, bit 28), then power management without No_Soft_Reset.
+    let express: (usize, &[u8]) = (0x40, &[0x10, 0x80, 0x02, 0, 0, 0, 0, 0x10]);
+    assert_eq!(methods(&[capabilities, pointer, express, (0x80, &[0x01, 0, 3, 0, 0, 0])]), ["flr", "pm"]);
+    assert_eq!(methods(&[capabilities, pointer, express, (0x80, &[0x01, 0, 3, 0, 8, 0])]), ["flr"]);
+    // Advanced Features with TP and FLR.
+    assert_eq!(methods(&[capabilities, pointer, (0x40, &[0x13, 0, 6, 3])]), ["af_flr"]);
+    // Without the file the kernel cannot reset it.
+    fs::remove_file(tree.path(VF_PATH).join("reset")).unwrap();
+    assert_eq!(methods(&[capabilities, pointer, express]), [""; 0]);
 }
 
 #[test]

@@ -11,6 +11,7 @@ use super::locked;
 use super::world::World;
 use crate::platform::hypervisor::DeviceReport;
 use crate::platform::{DomainInfo, Hypervisor, MsiSource, Pirq, PlatformError, Result};
+use crate::policy::RdmPolicy;
 use crate::{DomId, Sbdf};
 
 pub(super) struct SimHypervisor {
@@ -72,10 +73,10 @@ impl Hypervisor for SimHypervisor {
         })
     }
 
-    fn assign(&self, domain: DomId, address: Sbdf) -> Result<()> {
+    fn assign(&self, domain: DomId, address: Sbdf, rdm: RdmPolicy) -> Result<()> {
         let text = format!("{address} to domain {domain}");
         self.call(("assign", "assign"), both(domain, address), text, |world| {
-            world.xen.assign(domain, address)
+            world.xen.assign(domain, address, rdm)
         })
     }
 

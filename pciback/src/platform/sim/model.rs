@@ -135,8 +135,20 @@ pub(super) struct Function {
     /// How many VFs are enabled at first.
     #[serde(default)]
     pub num_vfs: u16,
+    /// What keeps Xen from giving its reserved memory (RMRR) to a domain.
+    pub reserved_memory: Option<ReservedMemory>,
     /// The first and the last bus below a bridge.
     pub buses: Option<(u8, u8)>,
+}
+
+/// What is the matter with the reserved memory of a function.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum ReservedMemory {
+    /// Other functions have the same.
+    Shared,
+    /// Guests have memory of their own at its addresses.
+    InGuestMemory,
 }
 
 /// One domain.

@@ -7,6 +7,7 @@ use nix::errno::Errno;
 use super::{Failure, Owner, Simulation};
 use crate::config::{Access, ConfigSpace};
 use crate::platform::{Cause, MsiSource, Platform, Store, StoreOps};
+use crate::policy::RdmPolicy;
 use crate::{DomId, Sbdf};
 
 const LIMIT: Duration = Duration::from_secs(1);
@@ -102,7 +103,7 @@ fn what_leaves_answers_all_ones_and_belongs_to_nobody() {
     platform.host.set_num_vfs(at("01:00.0"), 1, LIMIT).unwrap();
     let vf = at("01:10.0");
     let config = platform.host.config(vf).unwrap();
-    platform.hypervisor.assign(GUEST, vf).unwrap();
+    platform.hypervisor.assign(GUEST, vf, RdmPolicy::Strict).unwrap();
     assert_eq!(simulation.owner(vf), Some(Owner::Guest(GUEST)));
     simulation.silence(vf, true);
     assert_eq!(read(&*config, 0x70, 1), 0xff);
@@ -134,7 +135,7 @@ fn a_dead_domain_keeps_nothing() {
     platform.store.watch("@releaseDomain", "t").unwrap();
     while platform.store.next_event().unwrap().is_some() {}
     hypervisor.prepare_msix(vf).unwrap();
-    hypervisor.assign(GUEST, vf).unwrap();
+    hypervisor.assign(GUEST, vf, RdmPolicy::Strict).unwrap();
     hypervisor.iomem_permission(GUEST, 0xfea00, 4, true).unwrap();
     let source = MsiSource::MsiX { entry: 0, table: 0xfea2_0000 };
     assert_eq!(hypervisor.map_msi(GUEST, vf, source).unwrap().0, 55);
@@ -155,7 +156,7 @@ fn a_guest_has_32_interrupts_and_no_more() {
     let (_, platform) = shipped();
     let function = at("03:00.0");
     platform.hypervisor.prepare_msix(function).unwrap();
-    platform.hypervisor.assign(GUEST, function).unwrap();
+    platform.hypervisor.assign(GUEST, function, RdmPolicy::Strict).unwrap();
     let map = |entry| platform.hypervisor.map_msi(GUEST, function, MsiSource::MsiX { entry, table: 1 });
     let first: Vec<_> = (0..32).map(|entry| map(entry % 16).unwrap().0).collect();
     assert_eq!((first[0], first[31]), (55, 24));
@@ -269,7 +270,7 @@ fn from_4_20_on_xen_holds_a_withdrawn_pf_against_its_vfs() {
     let platform = Simulation::from_yaml(text).unwrap().platform("test").unwrap();
     let xen = &platform.hypervisor;
     assert_eq!(xen.device_remove(at("03:00.0")).unwrap_err().errno(), Some(Errno::EBUSY));
-    assert_eq!(xen.assign(GUEST, at("03:00.1")).unwrap_err().errno(), Some(Errno::EBADF));
+    assert_eq!(xen.assign(GUEST, at("03:00.1"), RdmPolicy::Strict).unwrap_err().errno(), Some(Errno::EBADF));
 }
 
 #[test]

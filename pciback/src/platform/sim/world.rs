@@ -7,7 +7,7 @@ use nix::errno::Errno;
 
 use super::events::Listeners;
 use super::hardware::Masks;
-use super::model::{Description, DriverKind};
+use super::model::{Description, DriverKind, ReservedMemory};
 use super::placement::{Kind, Placement};
 use super::registers::{Effect, Registers};
 use super::xen::{Device, Owner, Xen};
@@ -27,6 +27,7 @@ pub(super) struct SimFunction {
     pub interfaces: Vec<String>,
     /// What uses it while its own driver has it.
     pub uses: Vec<Use>,
+    pub reserved_memory: Option<ReservedMemory>,
     pub driver: Option<String>,
     pub driver_override: Option<String>,
     pub physical_function: Option<Sbdf>,
@@ -160,7 +161,8 @@ impl World {
 
     /// `PHYSDEVOP_pci_device_add`: Xen looks at the function's capabilities once, now.
     pub fn report(&mut self, address: Sbdf, physical_function: Option<Sbdf>) -> Answer<()> {
-        let registers = &self.functions.get(&address).ok_or(Errno::ENODEV)?.registers;
+        let function = self.functions.get(&address).ok_or(Errno::ENODEV)?;
+        let registers = &function.registers;
         let layout = &registers.masks().layout;
         let device = Device {
             owner: Owner::Host,
@@ -169,6 +171,7 @@ impl World {
             entries: layout.msix.map_or(0, |at| (registers.peek16(at + 2) & 0x7ff) + 1),
             used_entries: 0,
             broken: false,
+            reserved_memory: function.reserved_memory,
         };
         self.xen.add(address, device)
     }

@@ -4,8 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use nix::errno::Errno;
 
+use super::model::ReservedMemory;
 use super::ranges::Ranges;
 use crate::platform::MsiSource;
+use crate::policy::RdmPolicy;
 use crate::{DomId, Sbdf, Uuid};
 
 type Answer<T> = Result<T, Errno>;
@@ -42,6 +44,7 @@ pub(super) struct Device {
     pub used_entries: u32,
     /// A PF was withdrawn before its VFs, which Xen 4.20 holds against all of them.
     pub broken: bool,
+    pub reserved_memory: Option<ReservedMemory>,
 }
 
 #[derive(Debug, Clone)]
@@ -133,7 +136,7 @@ impl Xen {
         Ok(())
     }
 
-    pub fn assign(&mut self, id: DomId, address: Sbdf) -> Answer<()> {
+    pub fn assign(&mut self, id: DomId, address: Sbdf, rdm: RdmPolicy) -> Answer<()> {
         let owner = self.assignee(id)?;
         let device = self.device(address)?;
         if matches!(device.owner, Owner::Guest(_)) {
@@ -141,6 +144,12 @@ impl Xen {
         }
         if device.broken && owner != Owner::Quarantine {
             return Err(Errno::EBADF);
+        }
+        match device.reserved_memory.filter(|_| rdm == RdmPolicy::Strict) {
+            Some(ReservedMemory::Shared) => return Err(Errno::EPERM),
+            // The quarantine domain has no memory.
+            Some(ReservedMemory::InGuestMemory) if owner != Owner::Quarantine => return Err(Errno::EBUSY),
+            _ => {}
         }
         device.owner = owner;
         Ok(())

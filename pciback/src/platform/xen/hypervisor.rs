@@ -10,15 +10,17 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use super::bindings::{
-    Libraries, PHYSDEVOP_pci_device_add, PHYSDEVOP_pci_device_remove, PHYSDEVOP_prepare_msix,
-    PHYSDEVOP_release_msix, PHYSDEVOP_restore_msi_ext, XEN_DOMINF_dying, XEN_DOMINF_paused, XEN_INVALID_DEV,
-    XENVER_version, physdev_pci_device, xc_domaininfo_t, xc_interface,
+    __HYPERVISOR_physdev_op, Libraries, PHYSDEVOP_map_pirq, PHYSDEVOP_pci_device_add,
+    PHYSDEVOP_pci_device_remove, PHYSDEVOP_prepare_msix, PHYSDEVOP_release_msix, PHYSDEVOP_restore_msi_ext,
+    XEN_DOMCTL_DEV_RDM_RELAXED, XEN_DOMINF_dying, XEN_DOMINF_paused, XEN_INVALID_DEV, XENVER_version,
+    physdev_pci_device, xc_domaininfo_t, xc_interface,
 };
 use super::msix::has_msix;
-use super::physdev::{DeviceAdd, PhysDev};
+use super::physdev::{DeviceAdd, PhysDev, map_msi};
 use super::xl;
 use crate::platform::hypervisor::DeviceReport;
 use crate::platform::{Cause, DomainInfo, Host, Hypervisor, MsiSource, Pirq, PlatformError, Result};
+use crate::policy::RdmPolicy;
 use crate::{DomId, Sbdf, Uuid};
 
 /// `DOMID_INVALID` of `xen.h`: asks whether a function could be assigned to any domain.
@@ -144,10 +146,14 @@ impl Hypervisor for XenHypervisor {
             .map_err(|errno| PlatformError::new("withdraw", format!("{address} from Xen"), errno))
     }
 
-    fn assign(&self, domain: DomId, address: Sbdf) -> Result<()> {
+    fn assign(&self, domain: DomId, address: Sbdf, rdm: RdmPolicy) -> Result<()> {
+        let flags = match rdm {
+            RdmPolicy::Strict => 0,
+            RdmPolicy::Relaxed => XEN_DOMCTL_DEV_RDM_RELAXED,
+        };
         // SAFETY: the handle is open; the other arguments are numbers.
         let answer = unsafe {
-            self.libraries.ctrl.xc_assign_device(self.handle(), u32::from(domain.0), address.packed(), 0)
+            self.libraries.ctrl.xc_assign_device(self.handle(), u32::from(domain.0), address.packed(), flags)
         };
         check(answer)
             .map(drop)
@@ -237,29 +243,19 @@ impl Hypervisor for XenHypervisor {
     }
 
     fn map_msi(&self, domain: DomId, address: Sbdf, source: MsiSource) -> Result<Pirq> {
-        let (entry, table, what) = match source {
-            MsiSource::Msi => (0, 0, "MSI".to_owned()),
-            MsiSource::MsiX { entry, table } => (entry, table, format!("MSI-X entry {entry}")),
+        let subject = || {
+            let what = match source {
+                MsiSource::Msi => "MSI".to_owned(),
+                MsiSource::MsiX { entry, .. } => format!("MSI-X entry {entry}"),
+            };
+            format!("{what} of {address} to domain {domain}")
         };
-        let bus = i32::from(address.bus()) | i32::from(address.segment()) << 16;
-        // -1 in: Xen chooses a free number of the domain.
-        let mut pirq = -1;
-        // SAFETY: the handle is open, and `pirq` lives as long as the call.
-        let answer = unsafe {
-            self.libraries.ctrl.xc_physdev_map_pirq_msi(
-                self.handle(),
-                u32::from(domain.0),
-                -1,
-                &raw mut pirq,
-                address.devfn().into(),
-                bus,
-                entry.into(),
-                table,
-            )
-        };
-        let subject = || format!("{what} of {address} to domain {domain}");
-        check(answer).map_err(|errno| PlatformError::new("map", subject(), errno))?;
-        u32::try_from(pirq).map(Pirq).map_err(|_| PlatformError::new("map", subject(), Errno::ERANGE))
+        // Not by libxenctrl: before Xen 4.20.2 it leaves out the segment, and Xen takes the function of segment 0.
+        let mapped = self
+            .physdev
+            .ask(__HYPERVISOR_physdev_op, PHYSDEVOP_map_pirq, map_msi(domain, address, source))
+            .map_err(|errno| PlatformError::new("map", subject(), errno))?;
+        u32::try_from(mapped.pirq).map(Pirq).map_err(|_| PlatformError::new("map", subject(), Errno::ERANGE))
     }
 
     fn map_gsi(&self, domain: DomId, gsi: u32) -> Result<Pirq> {

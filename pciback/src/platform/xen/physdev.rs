@@ -7,13 +7,15 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use super::bindings::{
-    __HYPERVISOR_physdev_op, Libraries, XEN_PCI_DEV_EXTFN, XEN_PCI_DEV_PXM, XEN_PCI_DEV_VIRTFN,
-    physdev_pci_device, physdev_pci_device_add, xen_hvm_get_mem_type, xencall_handle,
+    __HYPERVISOR_physdev_op, Libraries, MAP_PIRQ_TYPE_MSI_SEG, XEN_PCI_DEV_EXTFN, XEN_PCI_DEV_PXM,
+    XEN_PCI_DEV_VIRTFN, physdev_map_pirq, physdev_pci_device, physdev_pci_device_add, xen_hvm_get_mem_type,
+    xencall_handle,
 };
 use super::hypervisor::check;
-use crate::Sbdf;
+use crate::platform::MsiSource;
 use crate::platform::hypervisor::DeviceReport;
 use crate::platform::{PlatformError, Result};
+use crate::{DomId, Sbdf};
 
 /// libxencall's handle. The library locks its cache of buffers itself, and a call is one `ioctl`.
 pub struct PhysDev {
@@ -79,6 +81,29 @@ impl DeviceAdd {
     }
 }
 
+// SAFETY: the structure of command 13.
+unsafe impl Argument for physdev_map_pirq {}
+
+/// The argument of command 13 for a message-signalled interrupt of a function, of any segment.
+pub fn map_msi(domain: DomId, address: Sbdf, source: MsiSource) -> physdev_map_pirq {
+    let (entry, table) = match source {
+        MsiSource::Msi => (0, 0),
+        MsiSource::MsiX { entry, table } => (entry, table),
+    };
+    physdev_map_pirq {
+        domid: domain.0,
+        type_: MAP_PIRQ_TYPE_MSI_SEG as i32,
+        // -1 twice: Xen chooses a free vector, and a free number of the domain.
+        index: -1,
+        pirq: -1,
+        // The segment is in the upper half, the sign bit included.
+        bus: (u32::from(address.bus()) | u32::from(address.segment()) << 16) as i32,
+        devfn: address.devfn().into(),
+        entry_nr: entry.into(),
+        table_base: table,
+    }
+}
+
 // SAFETY: libxencall's handle is not bound to a thread.
 unsafe impl Send for PhysDev {}
 // SAFETY: libxencall is reentrant unless told otherwise when it is opened.
@@ -137,6 +162,21 @@ impl Drop for PhysDev {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn interrupts_of_a_function_are_mapped_with_its_segment() {
+        for (segment, bus) in [(0, 0x41), (2, 0x2_0041), (0xffff, 0xffff_0041_u32 as i32)] {
+            let address = Sbdf::from_devfn(segment, 0x41, 0x10);
+            let msi = map_msi(DomId(7), address, MsiSource::Msi);
+            // MAP_PIRQ_TYPE_MSI, 0, would leave the segment out.
+            assert_eq!((msi.type_, msi.bus, msi.devfn), (3, bus, 0x10));
+            assert_eq!((msi.domid, msi.entry_nr, msi.table_base), (7, 0, 0));
+            let source = MsiSource::MsiX { entry: 5, table: 0xfe40_0000 };
+            let msix = map_msi(DomId(7), address, source);
+            assert_eq!((msix.type_, msix.bus), (3, bus));
+            assert_eq!((msix.index, msix.pirq, msix.entry_nr, msix.table_base), (-1, -1, 5, 0xfe40_0000));
+        }
+    }
 
     #[test]
     fn a_vf_is_reported_with_its_pf_and_node() {

@@ -1,5 +1,6 @@
 use super::*;
 use crate::config::{AnyId, CapabilityAction, Initial, Origin, Place, Selector, VendorPart};
+use crate::policy::WithoutReset;
 use crate::spec::{CapabilityId, ExtendedCapabilityId};
 
 fn mistakes(text: &str) -> Vec<String> {
@@ -201,6 +202,29 @@ fn holding_at_once_says_for_which_functions_and_does_not_depend_on_a_guest() {
 }
 
 #[test]
+fn resets_and_reserved_memory_are_read_and_mistyped_words_are_refused_with_the_nearest_one() {
+    let file = parsed("reset: {methods: [flr, bus], none: permit}\nrdm-policy: strict\n");
+    assert_eq!(file.reset.methods, Some(vec!["flr".to_owned(), "bus".to_owned()]));
+    assert_eq!((file.reset.none, file.rdm), (Some(WithoutReset::Permit), Some(RdmPolicy::Strict)));
+    for (text, message) in [
+        ("reset: {methods: [flr, buss]}\n", "1:24: 'buss' is no method of reset; did you mean 'bus'?"),
+        ("reset: {method: bus}\n", "1:9: 'method' is no key of 'reset'; did you mean 'methods'?"),
+        ("reset: {methods: []}\n", "1:18: an empty list: no method would be accepted"),
+        (
+            "reset: {none: allow}\n",
+            "1:15: 'allow' is no answer to 'without a reset?'; it is one of refuse, permit",
+        ),
+        ("rdm-policy: relax\n", "1:13: 'relax' is no rdm-policy; did you mean 'relaxed'?"),
+        (
+            "match: {domain: web}\nreset: {none: permit}\n",
+            "2:8: 'reset' cannot depend on 'domain': it is needed, too, when that guest has ended",
+        ),
+    ] {
+        assert_eq!(mistakes(text), [format!("f.yaml:{message}")], "{text}");
+    }
+}
+
+#[test]
 fn the_shipped_files_are_good_and_say_what_they_are_for() {
     let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/policies");
     let mut families = 0;
@@ -223,7 +247,7 @@ fn the_example_names_every_key_and_every_word() {
     let text = include_str!("../../../../../configs/policies/example.yaml");
     let schema = crate::policy::schema().to_string();
     let keys = rules::REGISTER_KEYS.iter().chain(KEYS).chain(MATCH_KEYS);
-    for key in keys.chain(rules::CAPABILITY_KEYS) {
+    for key in keys.chain(rules::CAPABILITY_KEYS).chain(reset::RESET_KEYS) {
         assert!(text.contains(&format!("{}:", key.word)), "{}", key.word);
         assert!(schema.contains(&format!("\"{}\"", key.word)), "{}", key.word);
     }

@@ -1,0 +1,85 @@
+//! The key `reset` of a policy file: how a function is reset when it changes hands.
+
+use super::diagnostic::Diagnostics;
+use super::read::{self, KeyWord, key};
+use super::yaml::Node;
+
+/// The words of Linux's `reset_method` (Documentation/ABI/testing/sysfs-bus-pci).
+pub const RESET_METHODS: [&str; 7] = ["device_specific", "acpi", "flr", "af_flr", "pm", "bus", "cxl_bus"];
+
+pub(super) const RESET_KEYS: &[KeyWord] = &[
+    key(
+        "methods",
+        "The ways to reset the function that are accepted, in the words of Linux's reset_method, instead of those of xpcid.yaml.",
+    ),
+    key(
+        "none",
+        "What happens to a function that Linux cannot reset: refuse, or permit: it changes hands without a reset, with a warning.",
+    ),
+];
+
+/// What happens to a function that cannot be reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum WithoutReset {
+    /// No guest gets it.
+    Refuse,
+    /// It changes hands without a reset.
+    Permit,
+}
+
+impl WithoutReset {
+    /// The words of a policy file.
+    pub const WORDS: &[(&str, Self)] = &[("refuse", Self::Refuse), ("permit", Self::Permit)];
+}
+
+/// What a policy says about resets; a key that it does not have leaves what a less specific one said.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ResetWishes {
+    /// The accepted methods, of [`RESET_METHODS`].
+    pub methods: Option<Vec<String>>,
+    /// What happens to a function that cannot be reset.
+    pub none: Option<WithoutReset>,
+}
+
+impl ResetWishes {
+    pub(super) fn lay_over(&self, less_specific: &Self) -> Self {
+        Self {
+            methods: self.methods.clone().or_else(|| less_specific.methods.clone()),
+            none: self.none.or(less_specific.none),
+        }
+    }
+
+    /// Whether a function that cannot be reset changes hands all the same.
+    pub fn permits_none(&self) -> bool {
+        self.none == Some(WithoutReset::Permit)
+    }
+}
+
+pub(super) fn reset(node: &Node, diagnostics: &mut Diagnostics) -> ResetWishes {
+    let mut wishes = ResetWishes::default();
+    for (key, node) in read::entries(node, "'reset'", RESET_KEYS, diagnostics) {
+        match key {
+            "methods" => {
+                let items = read::items(node);
+                if items.is_empty() {
+                    diagnostics.say(node.at, "an empty list: no method would be accepted".to_owned());
+                }
+                wishes.methods = Some(items.iter().filter_map(|item| method(item, diagnostics)).collect());
+            }
+            _ => {
+                wishes.none =
+                    read::choice(node, "answer to 'without a reset?'", WithoutReset::WORDS, diagnostics);
+            }
+        }
+    }
+    wishes
+}
+
+fn method(node: &Node, diagnostics: &mut Diagnostics) -> Option<String> {
+    let found = read::scalar(node, "a method of reset", diagnostics)?;
+    let known = RESET_METHODS.contains(&found);
+    if !known {
+        diagnostics.unknown(node.at, "method of reset", found, RESET_METHODS.iter().copied());
+    }
+    known.then(|| found.to_owned())
+}

@@ -1,0 +1,107 @@
+//! S5: functions that Linux cannot reset, or only by their bus, and what policies make of them.
+
+use pciback::FunctionState;
+use toolstack::outcome::{ErrorCode, Failure};
+use toolstack::protocol::Success;
+
+use crate::world::{WEB, World, bdf};
+
+/// A USB controller that Linux cannot reset, a card alone on its bus, and two on one bus.
+const HOST: &str = r#"
+drivers: [pci-stub]
+models:
+  xhci:
+    size: 256
+    reset-methods: []
+    bars: {0: 10000}
+    config: |
+      00: 86 80 31 8c 02 00 90 02 05 30 03 0c 00 00 00 00
+      10: 04 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00
+      30: 00 00 00 00 70 00 00 00 00 00 00 00 ff 01 00 00
+      70: 01 00 c2 c1 08 00 00 00 00 00 00 00 00 00 00 00
+  card:
+    size: 256
+    reset-methods: [bus]
+    bars: {0: 1000}
+    config: |
+      00: 8c 16 2a 00 02 00 10 00 01 00 80 02 00 00 00 00
+      30: 00 00 00 00 40 00 00 00 00 00 00 00 ff 01 00 00
+      40: 01 00 c2 c1 08 00 00 00 00 00 00 00 00 00 00 00
+functions:
+  - {address: "00:14.0", model: xhci, irq: 16}
+  - {address: "02:00.0", model: card, irq: 17}
+  - {address: "03:00.0", model: card, irq: 18}
+  - {address: "03:00.1", model: card, irq: 18}
+domains:
+  - {id: 1, name: web, type: pv, passthrough: true}
+  - {id: 2, name: db, type: pv, passthrough: true}
+"#;
+
+fn said(answer: Result<Success, Failure>) -> String {
+    match answer.unwrap() {
+        Success::Changed { warnings, .. } => warnings.join("; "),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn refusal(answer: Result<Success, Failure>) -> String {
+    let failure = answer.unwrap_err();
+    assert_eq!(failure.code, ErrorCode::Refused, "{failure}");
+    failure.to_string()
+}
+
+#[test]
+fn a_function_that_cannot_be_reset_is_named_when_it_is_held_and_the_hint_of_attach_helps() {
+    let (world, usb) = (World::of(HOST), bdf("00:14.0"));
+    let service = world.start();
+    let held = said(service.hold(usb));
+    assert!(held.contains("no guest can get 0000:00:14.0 as it is: reset 0000:00:14.0"), "{held}");
+    let refused = refusal(service.attach(WEB, usb));
+    for text in [&held, &refused] {
+        assert!(text.contains("Linux has no way to reset it alone"), "{text}");
+        assert!(text.contains("'reset: {none: permit}'"), "{text}");
+    }
+    world.assert_held(&service, usb, "refused");
+    service.stop();
+
+    let service = world.start_with(&["match: {class: '0c03'}\nreset: {none: permit}\n"]);
+    for round in 0..2 {
+        let attached = said(service.attach(WEB, usb));
+        assert!(attached.contains("0000:00:14.0 changes hands without a reset"), "{round}: {attached}");
+        assert_eq!(service.state(usb), FunctionState::Attached);
+        let detached = said(service.detach(WEB, usb));
+        assert!(detached.contains("0000:00:14.0 changes hands without a reset"), "{round}: {detached}");
+        world.assert_held(&service, usb, "detached");
+    }
+    service.release(usb).unwrap();
+    let held = said(service.hold(usb));
+    assert!(!held.contains("no guest can get"), "{held}");
+}
+
+#[test]
+fn a_permit_to_go_without_a_reset_does_not_replace_one_that_linux_has() {
+    let (world, card) = (World::of(HOST), bdf("02:00.0"));
+    let service = world.start_with(&["match: {class: '0280'}\nreset: {none: permit}\n"]);
+    let held = said(service.hold(card));
+    let refused = refusal(service.attach(WEB, card));
+    for text in [held, refused] {
+        assert!(text.contains("Linux offers 'bus' first"), "{text}");
+        assert!(text.contains("'reset: {methods: [bus]}'"), "{text}");
+    }
+}
+
+#[test]
+fn a_policy_accepts_a_reset_of_the_bus_of_a_function_that_is_alone_there() {
+    let (world, alone, not_alone) = (World::of(HOST), bdf("02:00.0"), bdf("03:00.0"));
+    let service = world.start_with(&["match: {class: '0280'}\nreset: {methods: [flr, bus]}\n"]);
+    let held = said(service.hold(alone));
+    assert!(!held.contains("no guest can get"), "{held}");
+    let attached = said(service.attach(WEB, alone));
+    assert!(!attached.contains("without a reset"), "{attached}");
+    service.detach(WEB, alone).unwrap();
+    world.assert_held(&service, alone, "detached");
+
+    service.hold(not_alone).unwrap();
+    let refused = refusal(service.attach(WEB, not_alone));
+    assert!(refused.contains("a reset of its bus would hit 0000:03:00.1"), "{refused}");
+}
