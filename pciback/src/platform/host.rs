@@ -56,7 +56,12 @@ pub enum Use {
         /// What it is part of.
         master: Option<String>,
     },
-    /// A process drives it through vfio or uio.
+    /// One of its block devices is opened exclusively, and none of the above tells by what.
+    Claimed {
+        /// The block device.
+        device: String,
+    },
+    /// A process has one of its device files open.
     Process {
         /// What it has open, `/dev/...`.
         device: String,
@@ -65,6 +70,20 @@ pub enum Use {
         /// Its name.
         name: String,
     },
+}
+
+impl Use {
+    /// The block device that it is about.
+    pub fn block_device(&self) -> Option<&String> {
+        match self {
+            Self::Mount { device, .. }
+            | Self::Swap { device }
+            | Self::Holder { device, .. }
+            | Self::Disk { device, .. }
+            | Self::Claimed { device } => Some(device),
+            Self::Interface { .. } | Self::Process { .. } => None,
+        }
+    }
 }
 
 impl fmt::Display for Use {
@@ -79,6 +98,12 @@ impl fmt::Display for Use {
             }
             Self::Interface { name, up, master: Some(master) } => {
                 write!(f, "interface {name} is {}part of {master}", if *up { "up and " } else { "" })
+            }
+            Self::Claimed { device } => {
+                write!(
+                    f,
+                    "{device} is opened exclusively (a ZFS pool, a file system of several devices, a program)"
+                )
             }
             Self::Process { device, pid, name } => write!(f, "process {pid} ({name}) has {device} open"),
         }

@@ -17,7 +17,7 @@ use super::blocking::Blocking;
 use super::config::SysfsConfig;
 use super::events::{PciEvents, Source};
 use super::names::names as names_of;
-use super::users::{Users, read_long};
+use super::users::{Users, is_claimed, read_long};
 use crate::Sbdf;
 use crate::config::ConfigSpace;
 use crate::platform::memory::Registers;
@@ -39,6 +39,7 @@ const NULL: &str = "(null)";
 pub struct LinuxHost {
     root: PathBuf,
     processes: PathBuf,
+    device_files: PathBuf,
     blocking: Blocking,
     changing: Arc<Mutex<Changing>>,
 }
@@ -72,6 +73,7 @@ impl LinuxHost {
         Self {
             root,
             processes: PathBuf::from("/proc"),
+            device_files: PathBuf::from("/dev"),
             blocking: Blocking::default(),
             changing: Arc::default(),
         }
@@ -87,6 +89,12 @@ impl LinuxHost {
     /// Asks this procfs, instead of `/proc`, who uses functions.
     pub fn with_processes(mut self, root: PathBuf) -> Self {
         self.processes = root;
+        self
+    }
+
+    /// Finds device files here instead of in `/dev`.
+    pub fn with_device_files(mut self, root: PathBuf) -> Self {
+        self.device_files = root;
         self
     }
 
@@ -327,7 +335,9 @@ impl Host for LinuxHost {
             let there = directory.exists().then(Vec::new);
             return there.ok_or_else(|| PlatformError::new("find out who uses", address, Cause::Missing));
         }
-        Users { root: &self.root, processes: &self.processes, directory: &directory, address }
+        let is_claimed = |name: &str| is_claimed(&self.device_files.join(name));
+        let (root, processes, directory) = (&self.root, &self.processes, &directory);
+        Users { root, processes, directory, address, is_claimed: &is_claimed }
             .find(driver.as_deref())
             .map_err(|cause| PlatformError::new("find out who uses", address, cause))
     }

@@ -2,9 +2,14 @@
 //! device files.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::Read as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::stat::{major, minor};
 
 use super::attributes::{is_absent, link_name, names, parse_hex, read_text};
 use crate::platform::{Cause, Use};
@@ -27,6 +32,8 @@ pub struct Users<'a> {
     pub directory: &'a Path,
     /// The function.
     pub address: Sbdf,
+    /// Whether a block device, by its name below `/dev`, is opened exclusively.
+    pub is_claimed: &'a dyn Fn(&str) -> Result<bool>,
 }
 
 impl Users<'_> {
@@ -93,7 +100,28 @@ impl Users<'_> {
             uses.extend(files.get(&path).map(|device| Use::Swap { device: (*device).clone() }));
         }
         uses.extend(self.disks(&numbers)?);
+        let claimed = self.claimed(&devices, &uses)?;
+        uses.extend(claimed);
         Ok(uses)
+    }
+
+    /// Block devices whose users only the kernel knows. A disk is claimed, too, when one of its partitions is.
+    fn claimed(&self, devices: &[(String, PathBuf)], uses: &[Use]) -> Result<Vec<Use>> {
+        let is_named = |name: &str| uses.iter().any(|known| known.block_device() == Some(&device_file(name)));
+        let mut claimed = BTreeSet::new();
+        for (name, path) in devices {
+            // The paths of a shared NVMe namespace have no device file.
+            if path.join("dev").exists() && (self.is_claimed)(&name.replace('!', "/"))? {
+                claimed.insert(name);
+            }
+        }
+        let explains = |(partition, _): &&(String, PathBuf), disk: &Path| {
+            disk.join(partition).exists() && (claimed.contains(partition) || is_named(partition))
+        };
+        let unexplained = devices.iter().filter(|(name, path)| {
+            claimed.contains(name) && !is_named(name) && !devices.iter().any(|other| explains(&other, path))
+        });
+        Ok(unexplained.map(|(name, _)| Use::Claimed { device: device_file(name) }).collect())
     }
 
     /// Guests' disks that xen-blkback serves.
@@ -131,16 +159,34 @@ impl Users<'_> {
         Ok(uses)
     }
 
-    /// Processes that have it open through uio or vfio.
+    /// The device files of the function, by kind and number.
+    fn device_files(&self) -> Result<BTreeMap<(bool, String), PathBuf>> {
+        let owners = self.owners()?;
+        let mut files = BTreeMap::new();
+        for (block, class) in [(true, "block"), (false, "char")] {
+            let class = self.root.join("dev").join(class);
+            for number in names(&class)?.unwrap_or_default() {
+                let path = class.join(&number);
+                let Ok(target) = fs::read_link(&path) else { continue };
+                if !target.iter().filter_map(|part| part.to_str()).any(|part| owners.contains(part)) {
+                    continue;
+                }
+                let about = read_text(&path.join("uevent"))?.unwrap_or_default();
+                let name = about.lines().find_map(|line| line.strip_prefix("DEVNAME="));
+                files.extend(name.map(|name| ((block, number), Path::new("/dev").join(name))));
+            }
+        }
+        Ok(files)
+    }
+
+    /// Processes that have one of its device files open, or its group of vfio.
     fn of_device_files(&self, driver: Option<&str>) -> Result<Vec<Use>> {
-        let listed = |name: &str| names(&self.directory.join(name)).map(Option::unwrap_or_default);
-        let mut files: Vec<PathBuf> =
-            listed("uio")?.iter().map(|name| Path::new("/dev").join(name)).collect();
-        files.extend(listed("vfio-dev")?.iter().map(|name| Path::new("/dev/vfio/devices").join(name)));
+        let numbers = self.device_files()?;
+        let mut files: BTreeSet<PathBuf> = numbers.values().cloned().collect();
         if driver == Some("vfio-pci")
             && let Some(group) = link_name(&self.directory.join("iommu_group"))?
         {
-            files.push(Path::new("/dev/vfio").join(group));
+            files.insert(Path::new("/dev/vfio").join(group));
         }
         if files.is_empty() {
             return Ok(Vec::new());
@@ -153,7 +199,7 @@ impl Users<'_> {
             let Ok(Some(descriptors)) = names(&directory.join("fd")) else { continue };
             let open: BTreeSet<PathBuf> = descriptors
                 .iter()
-                .filter_map(|fd| fs::read_link(directory.join("fd").join(fd)).ok())
+                .filter_map(|descriptor| opened(&directory.join("fd").join(descriptor), &numbers))
                 .collect();
             for file in files.iter().filter(|file| open.contains(*file)) {
                 let name = read_text(&directory.join("comm")).ok().flatten().unwrap_or_default();
@@ -161,6 +207,33 @@ impl Users<'_> {
             }
         }
         Ok(uses)
+    }
+}
+
+/// The device file that a descriptor of a process leads to. In a container it can have another name, but not another number.
+fn opened(descriptor: &Path, numbers: &BTreeMap<(bool, String), PathBuf>) -> Option<PathBuf> {
+    let target = fs::read_link(descriptor).ok()?;
+    // Of files elsewhere not even the kind is asked: a file system whose server is gone never answers.
+    if !target.to_string_lossy().contains("/dev/") {
+        return None;
+    }
+    let known = fs::metadata(descriptor).ok().and_then(|file| {
+        let (block, number) = (file.file_type().is_block_device(), file.rdev());
+        let is_device = block || file.file_type().is_char_device();
+        let key = (block, format!("{}:{}", major(number), minor(number)));
+        numbers.get(&key).filter(|_| is_device).cloned()
+    });
+    Some(known.unwrap_or(target))
+}
+
+/// Whether a block device is opened exclusively, as file systems, volume managers and mkfs do. One without a file or a medium is not.
+pub(super) fn is_claimed(path: &Path) -> Result<bool> {
+    let flags = (OFlag::O_EXCL | OFlag::O_NONBLOCK).bits();
+    let Err(error) = OpenOptions::new().read(true).custom_flags(flags).open(path) else { return Ok(false) };
+    match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::EBUSY) => Ok(true),
+        Some(Errno::ENOENT | Errno::ENXIO | Errno::ENODEV | Errno::ENOMEDIUM) => Ok(false),
+        _ => Err(error.into()),
     }
 }
 

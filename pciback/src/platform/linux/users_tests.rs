@@ -55,7 +55,7 @@ impl Tree {
     }
 
     fn host(&self) -> LinuxHost {
-        LinuxHost::new(self.path("sys")).with_processes(self.path("proc"))
+        LinuxHost::new(self.path("sys")).with_processes(self.path("proc")).with_device_files(self.path("dev"))
     }
 
     fn uses(&self) -> Vec<String> {
@@ -139,6 +139,77 @@ fn interfaces_that_are_up_or_part_of_something_are_named_those_that_are_down_are
     symlink("../../br0", tree.path(&format!("sys/{DEVICE}/virtio0/net/eth0/master"))).unwrap();
     symlink("../../bond0", tree.path(&format!("sys/{DEVICE}/net/eth2/master"))).unwrap();
     assert_eq!(tree.uses(), ["interface eth0 is up and part of br0", "interface eth2 is part of bond0"]);
+}
+
+#[test]
+fn a_block_device_that_is_opened_exclusively_is_in_use_and_named_once() {
+    let tree = Tree::new("ahci");
+    for (name, number) in [("sda", "8:0"), ("sda/sda1", "8:1"), ("sda/sda2", "8:2"), ("sdb", "8:16")] {
+        tree.member("block", &format!("{DEVICE}/ata1/host0/block/{name}"), number);
+    }
+    let (root, processes, directory) =
+        (tree.path("sys"), tree.path("proc"), tree.path(&format!("sys/{DEVICE}")));
+    let uses = |claimed: &[&str]| -> Vec<String> {
+        let is_claimed = |name: &str| Ok(claimed.contains(&name));
+        let users = Users {
+            root: &root,
+            processes: &processes,
+            directory: &directory,
+            address: ADDRESS,
+            is_claimed: &is_claimed,
+        };
+        users.find(Some("ahci")).unwrap().iter().map(ToString::to_string).collect()
+    };
+    let exclusively = |device| {
+        format!("{device} is opened exclusively (a ZFS pool, a file system of several devices, a program)")
+    };
+    assert_eq!(uses(&[]), [""; 0]);
+    assert_eq!(uses(&["sdb"]), [exclusively("/dev/sdb")]);
+    // The kernel answers so for the disk, too.
+    assert_eq!(uses(&["sda", "sda2"]), [exclusively("/dev/sda2")]);
+    tree.file("proc/self/mountinfo", "22 1 8:1 / /srv rw - ext4 /dev/sda1 rw\n");
+    assert_eq!(uses(&["sda", "sda1"]), ["/dev/sda1 is mounted at /srv"]);
+    assert_eq!(
+        uses(&["sda", "sda1", "sda2"]),
+        [exclusively("/dev/sda2"), "/dev/sda1 is mounted at /srv".to_owned()]
+            .iter()
+            .rev()
+            .cloned()
+            .collect::<Vec<_>>()
+    );
+}
+
+#[test]
+fn what_cannot_be_opened_at_all_is_not_claimed_and_other_failures_are_reported() {
+    let directory = tempfile::tempdir().unwrap();
+    assert!(!is_claimed(&directory.path().join("absent")).unwrap());
+    fs::write(directory.path().join("file"), "").unwrap();
+    assert!(!is_claimed(&directory.path().join("file")).unwrap());
+    assert!(is_claimed(&directory.path().join("file/below")).is_err());
+}
+
+#[test]
+fn a_process_that_has_a_device_file_of_the_function_open_is_named() {
+    let tree = Tree::new("nvme");
+    for (class, number, place, name) in [
+        ("char", "241:0", format!("{DEVICE}/nvme/nvme0"), "nvme0"),
+        ("block", "259:0", format!("{DEVICE}/nvme/nvme0/nvme0n1"), "nvme0n1"),
+        ("char", "241:1", format!("{OTHER}/nvme/nvme1"), "nvme1"),
+    ] {
+        tree.file(&format!("sys/{place}/uevent"), &format!("MAJOR=1\nDEVNAME={name}\n"));
+        tree.directory(&format!("sys/dev/{class}"));
+        symlink(format!("../../{place}"), tree.path(&format!("sys/dev/{class}/{number}"))).unwrap();
+    }
+    for (pid, open, name) in
+        [(41, "/dev/nvme0", "smartd"), (42, "/dev/nvme1", "other"), (43, "/dev/nvme0n1", "qemu")]
+    {
+        tree.directory(&format!("proc/{pid}/fd"));
+        symlink(open, tree.path(&format!("proc/{pid}/fd/3"))).unwrap();
+        tree.file(&format!("proc/{pid}/comm"), &format!("{name}\n"));
+    }
+    let mut uses = tree.uses();
+    uses.sort();
+    assert_eq!(uses, ["process 41 (smartd) has /dev/nvme0 open", "process 43 (qemu) has /dev/nvme0n1 open"]);
 }
 
 #[test]
