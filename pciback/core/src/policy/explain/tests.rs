@@ -121,6 +121,27 @@ fn a_vf_gets_its_identity_from_the_pf_of_the_same_dump() {
 }
 
 #[test]
+fn a_guest_writes_nothing_outside_the_capabilities_of_a_usb_controller_of_any_vendor() {
+    for (interface, policy) in [
+        ("20", include_str!("../../../../../configs/policies/ehci.yaml")),
+        ("30", include_str!("../../../../../configs/policies/xhci.yaml")),
+    ] {
+        let usb = dumped()
+            .replace("86 80 ca 10", "12 19 14 00")
+            .replace("01 00 00 02 10 00 00 00", &format!("01 {interface} 03 0c 10 00 00 00"));
+        let unknown = |policy: &str| -> Vec<String> {
+            let explanation = explained(&usb, Some(Kind::Physical), policy);
+            assert_eq!(explanation.id, "1912:0014");
+            let lines = explanation.registers.iter().filter(|line| line.name == "unknown");
+            lines.filter(|line| line.capability.is_none()).map(|line| line.write.clone()).collect()
+        };
+        assert!(unknown("").iter().any(|write| write == "hardware"), "nothing is shown without the policy");
+        let written = unknown(policy);
+        assert!(!written.is_empty() && written.iter().all(|write| write == "dropped"), "{written:?}");
+    }
+}
+
+#[test]
 fn a_host_bridge_goes_to_no_guest_although_its_header_is_an_ordinary_one() {
     let bridge = dumped().replace("01 00 00 02 10 00 00 00", "01 00 00 06 10 00 00 00");
     let explanation = explained(&bridge, None, "");
