@@ -100,6 +100,7 @@ install:
 	install -d $(DESTDIR)$(UNITS) $(DESTDIR)/etc/xpci/policies
 	sed 's|/usr/sbin/|$(PREFIX)/sbin/|' configs/systemd/xpcid.service > $(DESTDIR)$(UNITS)/xpcid.service
 	chmod 644 $(DESTDIR)$(UNITS)/xpcid.service
+	$(BINARIES)/xpci documents $(DESTDIR)$(PREFIX)/share >/dev/null
 	install -D -m 644 udev-rules/90-xpci.rules $(DESTDIR)$(RULES)/90-xpci.rules
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/xpci/policies configs/policies/*
 	@[ -e $(DESTDIR)/etc/xpci/xpcid.yaml ] || { \
@@ -110,4 +111,7 @@ install:
 uninstall:
 	rm -f $(DESTDIR)$(PREFIX)/sbin/xpcid $(DESTDIR)$(PREFIX)/sbin/xpci
 	rm -f $(DESTDIR)$(UNITS)/xpcid.service $(DESTDIR)$(RULES)/90-xpci.rules
+	cd $(DESTDIR)$(PREFIX)/share 2>/dev/null && rm -f man/man1/xpci.1 man/man1/xpci-*.1 man/man8/xpcid.8 \
+	    bash-completion/completions/xpci bash-completion/completions/xpcid zsh/site-functions/_xpci zsh/site-functions/_xpcid \
+	    fish/vendor_completions.d/xpci.fish fish/vendor_completions.d/xpcid.fish || true
 	rm -rf $(DESTDIR)$(PREFIX)/share/xpci

@@ -22,6 +22,9 @@ trap 'rm -rf "$work"' EXIT
 root=$work/debian/xpci
 make --silent -C "$workspace" install BINARIES="$(realpath "$1")" DESTDIR="$root" PREFIX=/usr
 strip --strip-unneeded "$root/usr/sbin/xpcid" "$root/usr/sbin/xpci"
+# Where Debian has them.
+mv "$root/usr/share/zsh/site-functions" "$root/usr/share/zsh/vendor-completions"
+find "$root/usr/share/man" -type f -exec gzip -9n {} +
 documents=$root/usr/share/doc/xpci
 install -D -m 644 "$workspace/packaging/copyright" "$documents/copyright"
 install -D -m 644 "$workspace/LICENSE-MIT" "$documents/LICENSE-MIT"

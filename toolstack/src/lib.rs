@@ -18,3 +18,6 @@ pub mod settings;
 pub mod spec;
 pub mod supervisor;
 pub mod transaction;
+
+/// The version of both programs, with the commit where a release was built from a git checkout.
+pub const VERSION: &str = env!("XPCI_VERSION");

@@ -4,7 +4,6 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::str::FromStr;
 
 use anyhow::{Context, bail};
 use clap::Parser;
@@ -19,6 +18,7 @@ use pciback::policy::PolicySet;
 use std::os::fd::AsFd;
 use std::thread;
 use std::time::Duration;
+use toolstack::cli::{Choice, ServiceArguments};
 use toolstack::client;
 use toolstack::control;
 use toolstack::engine::Engine;
@@ -28,51 +28,8 @@ use toolstack::protocol::Request;
 use toolstack::settings::{self, Settings};
 use toolstack::supervisor;
 
-/// Serves PCI functions to Xen guests.
-#[derive(Debug, Parser)]
-#[command(name = "xpcid", version, max_term_width = 110)]
-struct Arguments {
-    /// The host to work on: 'xen' (this dom0), or 'sim:FILE', a simulated one described by a YAML file.
-    #[arg(long, default_value = "xen")]
-    platform: Choice,
-    /// The settings; without this, /etc/xpci/xpcid.yaml where it is there.
-    #[arg(long, value_name = "FILE")]
-    settings: Option<PathBuf>,
-    /// Instead of the settings' run-directory.
-    #[arg(long, value_name = "DIRECTORY")]
-    run_directory: Option<PathBuf>,
-    /// Instead of the settings' state-directory.
-    #[arg(long, value_name = "DIRECTORY")]
-    state_directory: Option<PathBuf>,
-    /// Instead of the settings' policy-directories; may be given several times.
-    #[arg(long = "policies", value_name = "DIRECTORY")]
-    policy_directories: Vec<PathBuf>,
-    /// Only checks the settings and the policies; exits with 1 and names the first mistake of the settings, or all of the policies.
-    #[arg(long)]
-    check: bool,
-}
-
 /// Names and texts of files.
 type Sources = Vec<(String, String)>;
-
-/// Which host to work on.
-#[derive(Debug, Clone)]
-enum Choice {
-    Xen,
-    Simulation(PathBuf),
-}
-
-impl FromStr for Choice {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text.split_once(':') {
-            None if text == "xen" => Ok(Self::Xen),
-            Some(("sim", file)) if !file.is_empty() => Ok(Self::Simulation(file.into())),
-            _ => Err("must be 'xen' or 'sim:FILE'".to_owned()),
-        }
-    }
-}
 
 /// How long the service waits before it looks again for a host that is still booting, at first and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -83,7 +40,7 @@ fn main() -> ExitCode {
     if let Some(code) = linux::blocking::run_if_child() {
         return code;
     }
-    let arguments = Arguments::parse();
+    let arguments = ServiceArguments::parse();
     log_to(std::env::var_os("JOURNAL_STREAM").is_some());
     match if arguments.check { check(&arguments) } else { run(arguments) } {
         Ok(()) => ExitCode::SUCCESS,
@@ -114,7 +71,7 @@ fn log_to(journal: bool) {
     log.init();
 }
 
-fn run(arguments: Arguments) -> anyhow::Result<()> {
+fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
     // Before any thread starts: each inherits the mask, so that these signals only ever come out of the descriptor.
     let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
     signals.thread_block().context("block signals")?;
@@ -187,7 +144,7 @@ fn missing_directories(settings: &Settings) -> impl Iterator<Item = &PathBuf> {
 }
 
 /// Checks settings and policies and says what is wrong with them.
-fn check(arguments: &Arguments) -> anyhow::Result<()> {
+fn check(arguments: &ServiceArguments) -> anyhow::Result<()> {
     let settings::Loaded { mut settings, sources } = settings::load(arguments.settings.as_deref())?;
     if !arguments.policy_directories.is_empty() {
         settings.policy_directories.clone_from(&arguments.policy_directories);

@@ -1,11 +1,13 @@
 //! The command line of `xpci`.
 
+mod documents;
 mod explained;
 mod hvm;
 mod list;
 mod network;
 mod paths;
 mod policy;
+mod service;
 mod table;
 
 use std::path::PathBuf;
@@ -13,6 +15,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use pciback::Sbdf;
 
+use crate::VERSION;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{DomainName, Request, Scope};
 use crate::settings::DEFAULT_SOCKET;
@@ -21,13 +24,14 @@ pub use hvm::Hvm;
 pub use list::ListArguments;
 pub use network::SetArguments;
 pub use policy::{As, ExplainArguments, Local, Policy};
+pub use service::{Choice, ServiceArguments};
 pub use table::{Look, bulleted, render};
 
 /// Assigns PCI functions to Xen guests.
 ///
 /// Commands are spelled as xl spells them. PCI addresses are hexadecimal, [SSSS:]BB:DD.F, as in '01:10.0'.
 #[derive(Debug, Parser)]
-#[command(name = "xpci", version, max_term_width = 110, after_help = EXIT_CODES)]
+#[command(name = "xpci", version = VERSION, max_term_width = 110, after_help = EXIT_CODES)]
 pub struct Cli {
     /// Prints the answer as one JSON object.
     #[arg(long, global = true)]
@@ -161,6 +165,12 @@ pub enum Command {
     /// Deals with functions that a failure made unusable.
     #[command(subcommand)]
     Quarantine(Quarantine),
+    /// Writes manual pages and shell completions below a folder, for 'make install'.
+    #[command(hide = true)]
+    Documents {
+        /// The folder that is to be 'share'.
+        directory: PathBuf,
+    },
 }
 
 /// What can be done with VFs.
@@ -322,6 +332,7 @@ impl Command {
         match self {
             Self::Policy(policy) => vec![policy.step()],
             Self::Hvm(hvm) => vec![hvm.step()],
+            Self::Documents { directory } => vec![Step::Local(Local::Documents(directory))],
             other => other.requests().into_iter().map(Step::Ask).collect(),
         }
     }
@@ -330,7 +341,7 @@ impl Command {
     fn requests(self) -> Vec<Request> {
         let one = |request| vec![request];
         match self {
-            Self::Policy(_) | Self::Hvm(_) => Vec::new(),
+            Self::Policy(_) | Self::Hvm(_) | Self::Documents { .. } => Vec::new(),
             Self::List(arguments) => one(Request::List { filter: arguments.filter() }),
             Self::Show(function) => one(Request::Show { address: function.address }),
             Self::PciAssignableList { .. } => one(Request::PciAssignableList),

@@ -98,6 +98,8 @@ pub enum Local {
     Schema,
     /// Writes an ACPI table.
     AcpiTable(PathBuf),
+    /// Writes manual pages and completions.
+    Documents(PathBuf),
 }
 
 impl Policy {
@@ -128,6 +130,7 @@ impl Local {
             Self::Explain { .. } => "policy-explain",
             Self::Schema => "policy-schema",
             Self::AcpiTable(_) => "hvm-acpi-table",
+            Self::Documents(_) => "documents",
         }
     }
 
@@ -137,6 +140,7 @@ impl Local {
             Self::Check(files) => check(&files),
             Self::Explain { dump, policies, kind } => explain_dump(&dump, &policies, kind),
             Self::Schema => Ok(Success::Schema { schema: schema() }),
+            Self::Documents(directory) => super::documents::write(&directory),
             Self::AcpiTable(path) => super::hvm::write_acpi_table(&path),
         }
     }

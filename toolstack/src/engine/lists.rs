@@ -158,7 +158,7 @@ impl Engine {
                 format!("{} is quarantined: {why}", function.address)
             });
             Ok(Success::Status(StatusView {
-                service: env!("CARGO_PKG_VERSION").to_owned(),
+                service: crate::VERSION.to_owned(),
                 platform,
                 guests,
                 problems: quarantined.chain(shown.ports_without_aer(errors.as_ref())).chain(found).collect(),

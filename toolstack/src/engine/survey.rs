@@ -187,7 +187,7 @@ impl Engine {
 
     /// Checks how dom0 is set up, on a thread: xl takes a while.
     pub(super) fn examine(&self, reply: Reply) {
-        let (platform, version) = (self.platform.clone(), env!("CARGO_PKG_VERSION"));
+        let (platform, version) = (self.platform.clone(), crate::VERSION);
         let problems = self.problems.iter().count();
         self.background("doctor", move || {
             let service = match problems {

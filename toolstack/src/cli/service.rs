@@ -1,0 +1,53 @@
+//! The command line of `xpcid`.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::Parser;
+
+use crate::VERSION;
+
+/// Serves PCI functions to Xen guests.
+#[derive(Debug, Parser)]
+#[command(name = "xpcid", version = VERSION, max_term_width = 110)]
+pub struct ServiceArguments {
+    /// The host to work on: 'xen' (this dom0), or 'sim:FILE', a simulated one described by a YAML file.
+    #[arg(long, default_value = "xen")]
+    pub platform: Choice,
+    /// The settings; without this, /etc/xpci/xpcid.yaml where it is there.
+    #[arg(long, value_name = "FILE")]
+    pub settings: Option<PathBuf>,
+    /// Instead of the settings' run-directory.
+    #[arg(long, value_name = "DIRECTORY")]
+    pub run_directory: Option<PathBuf>,
+    /// Instead of the settings' state-directory.
+    #[arg(long, value_name = "DIRECTORY")]
+    pub state_directory: Option<PathBuf>,
+    /// Instead of the settings' policy-directories; may be given several times.
+    #[arg(long = "policies", value_name = "DIRECTORY")]
+    pub policy_directories: Vec<PathBuf>,
+    /// Only checks the settings and the policies; exits with 1 and names the first mistake of the settings, or all of the policies.
+    #[arg(long)]
+    pub check: bool,
+}
+
+/// Which host to work on.
+#[derive(Debug, Clone)]
+pub enum Choice {
+    /// This dom0.
+    Xen,
+    /// A simulated host that this file describes.
+    Simulation(PathBuf),
+}
+
+impl FromStr for Choice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "xen" => Ok(Self::Xen),
+            Some(("sim", file)) if !file.is_empty() => Ok(Self::Simulation(file.into())),
+            _ => Err("must be 'xen' or 'sim:FILE'".to_owned()),
+        }
+    }
+}
