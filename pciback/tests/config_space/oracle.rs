@@ -196,7 +196,8 @@ impl Oracle {
             let wanted = written[control + 1 - at] >> 4 & 7;
             let byte = &mut self.bytes[control + 1];
             if (payload..=request).contains(&wanted) {
-                *byte = *byte & 0x8f | wanted << 4 & self.writable[control + 1];
+                let field = 0x70 & self.writable[control + 1];
+                *byte = *byte & !field | wanted << 4 & field;
             }
         }
         if let Some(vpd) = self.vpd
