@@ -1,4 +1,4 @@
-//! E1, E4: what is set on the path of assigned functions, on a real Xen with hardware that QEMU makes: as wanted while one is assigned,
+//! What is set on the path of assigned functions, on a real Xen with hardware that QEMU makes: as wanted while one is assigned,
 //! whatever its guest writes and whatever happens to the service; as before once the last one has left.
 
 use std::collections::BTreeMap;
@@ -185,7 +185,7 @@ fn of(registers: &Registers, address: &str, name: &str) -> Result<u32> {
     found.copied().with_context(|| format!("{name} of {address} is not among {registers:?}"))
 }
 
-/// What E1 promises of a port, or of a function that is none.
+/// What is promised of a port, or of a function that is none.
 fn wanted(registers: &Registers, address: &str, is_port: bool) -> Result<()> {
     let of = |name| of(registers, address, name);
     let severity = of("Uncorrectable Error Severity")?;

@@ -1,4 +1,4 @@
-//! T6: the contracts that the simulated platform keeps in `cargo test -p pciback` hold on a real Xen too.
+//! The contracts that the simulated platform keeps in `cargo test -p pciback` hold on a real Xen too.
 
 use anyhow::{Result, ensure};
 use xpci_tests::host::{PF, SOON, VFS};

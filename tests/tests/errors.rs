@@ -1,5 +1,5 @@
 //! Errors of functions that guests have, on a real Xen: raised in hardware by QEMU on a virtio-net behind a root port of its own, and
-//! by Linux's aer_inject on a VF of the 82576, whose driver recovers. E2, E3.
+//! by Linux's aer_inject on a VF of the 82576, whose driver recovers.
 //!
 //! A second guest's VF and the PF exchange packets from beginning to end, and lose none of note.
 

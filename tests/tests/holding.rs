@@ -1,4 +1,4 @@
-//! S5, S6, S8 on a real dom0: what it uses is not taken from it, what belongs to guests is held as soon as it appears, and a PF that
+//! On a real dom0: what it uses is not taken from it, what belongs to guests is held as soon as it appears, and a PF that
 //! nobody manages has VFs that only a policy gives away.
 
 use std::fs;
@@ -239,7 +239,7 @@ fn destroyed_vfs_leave_the_pf_without_a_driver(scene: &mut Holding<'_>) -> Resul
     has_igb(lab)
 }
 
-/// S1: udev has tagged the function, and systemd is asked to start xpcid for it.
+/// udev has tagged the function, and systemd is asked to start xpcid for it.
 fn starts_the_service(lab: &Lab, function: &str) -> Result<()> {
     let properties = format!("udevadm info --query=property /sys/bus/pci/devices/{function}");
     lab.wait_for(

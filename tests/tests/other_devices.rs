@@ -1,5 +1,5 @@
 //! Functions of other kinds in a PV guest: an NVMe controller, and virtio-net with MSI-X and without. No device is named in
-//! xpci's code; these have real Command bits, other BARs, an I/O or no MSI-X capability, and an interrupt line. P1, P2, S8.
+//! xpci's code; these have real Command bits, other BARs, an I/O or no MSI-X capability, and an interrupt line.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use crate::machines::{HOST, WITHOUT_MSIX};
 const VIRTIO_MSIX: &str = "0000:02:00.0";
 const NVME: &str = "0000:03:00.0";
 const VIRTIO_INTX: &str = WITHOUT_MSIX;
-/// The NVMe controller is a PF: without a policy it is refused (S5).
+/// The NVMe controller is a PF: without a policy it is refused.
 const PERMIT: &str = "match: {class: '010802', function: physical}\npermit: physical-function\n";
 
 const FUNCTIONS: [&str; 3] = [VIRTIO_MSIX, NVME, VIRTIO_INTX];

@@ -1,5 +1,5 @@
 //! Network settings of an 82576's VFs, set by xpci through the PF's real driver: what the guest sees of them, whether they are
-//! enforced, and that dom0 gets its VF back as it was. S7.
+//! enforced, and that dom0 gets its VF back as it was.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};

@@ -1,4 +1,4 @@
-//! S1, S2, S3: VFs and hotplugged functions that come and go by every route, noticed by events alone: sysfs, Xen's own list and xpcid
+//! VFs and hotplugged functions that come and go by every route, noticed by events alone: sysfs, Xen's own list and xpcid
 //! agree each time, and no guest keeps anything of what is gone.
 
 use anyhow::{Context, Result, ensure};

@@ -1,4 +1,4 @@
-//! P5, F1: the dumps of many devices: hidden capabilities are unlinked wherever they stand, shipped policies fit their devices, and
+//! The dumps of many devices: hidden capabilities are unlinked wherever they stand, shipped policies fit their devices, and
 //! any dump can be explained.
 
 use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! S3: what a function is, read from hardware and host.
+//! What a function is, read from hardware and host.
 
 use pciback::Sbdf;
 use pciback::config::{Bar, BarKind, ConfigError, FunctionKind, FunctionSpec};

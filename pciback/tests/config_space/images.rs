@@ -1,4 +1,4 @@
-//! T2, T3: the image survives the service, whatever happened to it.
+//! The image survives the service, whatever happened to it.
 
 use std::fs::File;
 use std::sync::Arc;

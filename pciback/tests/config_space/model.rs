@@ -1,4 +1,4 @@
-//! P2, P3, P5, S3: every access of a guest, at every offset and width, answers and does what the naive model says.
+//! Every access of a guest, at every offset and width, answers and does what the naive model says.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! F3, F4: what happens to a connected guest's config space when its policy changes, and which of its writes are counted.
+//! What happens to a connected guest's config space when its policy changes, and which of its writes are counted.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! P5: our walk of the capability lists against lspci's, on every dump in `tests/dumps`.
+//! Our walk of the capability lists against lspci's, on every dump in `tests/dumps`.
 
 #[cfg(test)]
 mod composed;

@@ -1,4 +1,4 @@
-//! VFs of the 82576 in HVM guests, served by xpcid's ioreq server beside QEMU, on a real Xen: P5, P6, T2, T3.
+//! VFs of the 82576 in HVM guests, served by xpcid's ioreq server beside QEMU, on a real Xen.
 //!
 //! The guest (`tests/guests`) has no operating system and knows nothing of PCI but the ways to config space; expected values come
 //! from the registers' written meaning (`pciback/tests/config_space/{oracle,meaning}.rs`), none from the library.

@@ -1,4 +1,4 @@
-//! Functions that a guest has persistently: it finds them again in its next domain, which xl lets run at once. P6.
+//! Functions that a guest has persistently: it finds them again in its next domain, which xl lets run at once.
 
 use anyhow::{Context, Result, ensure};
 use xpci_tests::BareGuest;

@@ -159,7 +159,6 @@ pub fn an_asserted_line_interrupts_until_the_function_is_told(scene: &mut HvmDev
     one.tell(&format!("n {:x} 2 0", own + INTERRUPT_MASK)).map(drop)
 }
 
-/// T3.
 pub fn messages_and_lines_come_while_the_service_is_dead_and_afterwards(
     scene: &mut HvmDevices<'_>,
 ) -> Result<()> {

@@ -1,5 +1,5 @@
 //! Functions of other kinds in HVM guests, on a real Xen: MSI, interrupt lines, I/O BARs, BARs that share a
-//! page, a function without function level reset, and errors. P5, P6, E2, T4.
+//! page, a function without function level reset, and errors.
 //!
 //! The guests (`tests/guests`) have no operating system: what they read and count is what hardware, Xen and xpcid make of it.
 
@@ -139,7 +139,7 @@ impl<'a> HvmDevices<'a> {
     }
 }
 
-/// T4: it is nobody's until the host's owner allows that.
+/// It is nobody's until the host's owner allows that.
 fn a_function_without_a_reset_of_its_own_is_refused_until_the_settings_allow_that_of_its_bus(
     scene: &mut HvmDevices<'_>,
 ) -> Result<()> {

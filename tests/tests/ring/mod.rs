@@ -1,5 +1,5 @@
 //! A frontend of our own in a PV guest drives the ring of a VF that a real xpcid serves on a real Xen; every answer is compared
-//! with the naive oracle of the library's own tests, over what dom0 reads of the VF. P2, P3, P5, P8, S3.
+//! with the naive oracle of the library's own tests, over what dom0 reads of the VF.
 //!
 //! The frontend (`tests/frontend`) knows nothing of PCI. Expected answers come from the registers' written meaning
 //! (`pciback/tests/config_space/{oracle,meaning}.rs`), none from the library.

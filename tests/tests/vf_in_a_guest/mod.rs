@@ -1,4 +1,4 @@
-//! A VF of the 82576 in PV guests, served by xpcid, on a real Xen: P1, P2, P4, F1-F4, S3, S8, T1, T2, T3.
+//! A VF of the 82576 in PV guests, served by xpcid, on a real Xen.
 
 mod dumps;
 pub mod newer_xen;

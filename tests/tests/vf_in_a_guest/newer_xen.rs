@@ -88,7 +88,7 @@ fn a_detached_function_is_held_and_nothing_of_it_remains(scene: &mut NewerXen<'_
     nothing_remains(lab, &scene.one)
 }
 
-/// P5, P6 in short; the scene `hvm` has more, on Xen 4.17.
+/// In short; the scene `hvm` has more, on Xen 4.17.
 fn an_hvm_guest_finds_the_function_both_ways_and_reaches_its_registers(
     scene: &mut NewerXen<'_>,
 ) -> Result<()> {

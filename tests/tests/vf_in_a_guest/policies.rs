@@ -1,4 +1,4 @@
-//! F1-F4 with a guest connected: the shipped policy in force, learning from the guest's own driver, reload under traffic.
+//! With a guest connected: the shipped policy in force, learning from the guest's own driver, reload under traffic.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;

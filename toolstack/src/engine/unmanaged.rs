@@ -1,4 +1,4 @@
-//! PFs that have no driver: pci-pf-stub lets them have VFs, and manages nothing (S6).
+//! PFs that have no driver: pci-pf-stub lets them have VFs, and manages nothing.
 //!
 //! Which PFs were given to it is noted in the run directory, so that the stub is taken away again with the VFs: like the stub's
 //! hold itself, the notes survive the service and end with the boot.

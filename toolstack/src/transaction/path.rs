@@ -1,4 +1,4 @@
-//! The path of an assigned function (E1): errors that it causes are reported, do not escalate, and do not take the host down.
+//! The path of an assigned function: errors that it causes are reported, do not escalate, and do not take the host down.
 //!
 //! What is set and why: `pciback::containment`. A port is set once for all assigned functions below it, and what was there before
 //! comes back when the last of them leaves.

@@ -1,4 +1,4 @@
-//! E2: an error is dealt with once, whichever ways tell of it, and whenever they do.
+//! An error is dealt with once, whichever ways tell of it, and whenever they do.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! E2, E3: errors of functions that guests have: heard of, decided about, dealt with, whatever the guests do.
+//! Errors of functions that guests have: heard of, decided about, dealt with, whatever the guests do.
 
 use std::sync::mpsc::channel;
 
@@ -115,7 +115,7 @@ fn a_guest_that_can_go_on_is_asked_to_look_only_where_the_policy_says_so() {
     }
 }
 
-/// E3: and its config accesses are answered meanwhile.
+/// And its config accesses are answered meanwhile.
 #[test]
 fn a_guest_that_is_silent_gives_up_talks_nonsense_or_cannot_be_told_loses_its_function() {
     for (case, said) in [

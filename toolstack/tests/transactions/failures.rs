@@ -48,7 +48,7 @@ fn whichever_call_fails(operation: &str) {
 }
 
 #[test]
-fn t4_a_function_without_a_reset_that_will_do_is_refused_and_stays_held() {
+fn a_function_without_a_reset_that_will_do_is_refused_and_stays_held() {
     let (world, address) = everything();
     let _frontend = Frontend::load(&world, WEB);
     // Linux takes the first of flr, pm and bus.

@@ -1,4 +1,4 @@
-//! S4, S5, S6, S8: who may take a function from whom, what belongs to guests from the start, and PFs that nobody manages.
+//! Who may take a function from whom, what belongs to guests from the start, and PFs that nobody manages.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! HVM guests: what they reach, what happens when the service is killed, and that nothing remains. P6, T2, T3.
+//! HVM guests: what they reach, what happens when the service is killed, and that nothing remains.
 
 use pciback::hvm::wire::xen::{config, memory, port};
 use pciback::hvm::{ECAM_BASE, wire};

@@ -93,7 +93,7 @@ fn in_force(world: &World, address: &str) -> VfSettings {
 }
 
 #[test]
-fn s7_what_the_settings_say_is_set_when_vfs_are_created_and_when_a_guest_gets_one() {
+fn what_the_settings_say_is_set_when_vfs_are_created_and_when_a_guest_gets_one() {
     let (world, vf) = (World::without_vfs(), bdf(VF));
     let _frontend = Frontend::load(&world, WEB);
     let service = world.start_with_vfs(configured());
@@ -130,7 +130,7 @@ fn s7_what_the_settings_say_is_set_when_vfs_are_created_and_when_a_guest_gets_on
 }
 
 #[test]
-fn s7_vfs_whose_settings_cannot_be_set_are_not_created() {
+fn vfs_whose_settings_cannot_be_set_are_not_created() {
     let world = World::without_vfs();
     world.fail("set_vf_setting", Some(bdf("01:10.2")), Errno::EIO, 1);
     let service = world.start_with_vfs(configured());
@@ -142,7 +142,7 @@ fn s7_vfs_whose_settings_cannot_be_set_are_not_created() {
 }
 
 #[test]
-fn s7_what_a_guests_driver_makes_of_the_settings_when_it_starts_is_noticed_by_itself() {
+fn what_a_guests_driver_makes_of_the_settings_when_it_starts_is_noticed_by_itself() {
     let (world, vf) = (World::new(), bdf(VF));
     let frontend = Frontend::load(&world, WEB);
     let service = world.start();

@@ -1,4 +1,4 @@
-//! The registers on the path of an assigned function (E1): set while one is assigned, whatever the guest writes, and put back.
+//! The registers on the path of an assigned function: set while one is assigned, whatever the guest writes, and put back.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -85,7 +85,7 @@ fn hold_two(service: &Service) -> [Sbdf; 2] {
 }
 
 #[test]
-fn e1_the_path_is_set_for_the_first_function_and_put_back_after_the_last_over_lives_of_the_service() {
+fn the_path_is_set_for_the_first_function_and_put_back_after_the_last_over_lives_of_the_service() {
     let world = world();
     let before = registers(&world);
     let _guests = [WEB, DB].map(|domain| Frontend::load(&world, domain));
@@ -125,7 +125,7 @@ fn during_the_reset(world: &World, address: Sbdf, work: impl FnOnce() + Send, lo
 }
 
 #[test]
-fn e1_the_path_is_set_before_the_first_reset_and_until_after_the_last() {
+fn the_path_is_set_before_the_first_reset_and_until_after_the_last() {
     let world = world();
     let before = registers(&world);
     let _guest = Frontend::load(&world, WEB);
@@ -139,7 +139,7 @@ fn e1_the_path_is_set_before_the_first_reset_and_until_after_the_last() {
 }
 
 #[test]
-fn e1_what_a_version_that_set_the_path_later_left_under_way_is_undone() {
+fn what_a_version_that_set_the_path_later_left_under_way_is_undone() {
     for undoing in [false, true] {
         let world = world();
         let before = registers(&world);
@@ -162,7 +162,7 @@ fn e1_what_a_version_that_set_the_path_later_left_under_way_is_undone() {
 }
 
 #[test]
-fn e1_what_a_guest_writes_of_error_reporting_never_reaches_hardware() {
+fn what_a_guest_writes_of_error_reporting_never_reaches_hardware() {
     let world = World::without_vfs();
     let frontend = Frontend::load(&world, WEB);
     let service = world.start();
@@ -181,7 +181,7 @@ fn e1_what_a_guest_writes_of_error_reporting_never_reaches_hardware() {
 }
 
 #[test]
-fn e1_where_the_platform_keeps_aer_its_registers_are_left_alone_and_that_is_said() {
+fn where_the_platform_keeps_aer_its_registers_are_left_alone_and_that_is_said() {
     let world = world();
     world.simulation.withhold_aer(true);
     let before = registers(&world);
@@ -204,7 +204,7 @@ fn e1_where_the_platform_keeps_aer_its_registers_are_left_alone_and_that_is_said
 }
 
 #[test]
-fn e1_a_path_that_cannot_be_set_fails_the_attach_and_one_that_cannot_be_put_back_quarantines() {
+fn a_path_that_cannot_be_set_fails_the_attach_and_one_that_cannot_be_put_back_quarantines() {
     for operation in ["config", "config_read", "config_write"] {
         for member in [ROOT_PORT, PF] {
             for after in 0..6 {
@@ -233,7 +233,7 @@ fn e1_a_path_that_cannot_be_set_fails_the_attach_and_one_that_cannot_be_put_back
 }
 
 #[test]
-fn e1_a_service_killed_anywhere_neither_loses_what_was_there_nor_takes_its_own_for_it() {
+fn a_service_killed_anywhere_neither_loses_what_was_there_nor_takes_its_own_for_it() {
     let vf = bdf("01:10.0");
     let vfs = |world: &World| {
         world.host().set_vf_autoprobe(bdf(PF), false).unwrap();

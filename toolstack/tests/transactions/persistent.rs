@@ -1,4 +1,4 @@
-//! Functions that guests have persistently: they get them again when they start as other domains, and nobody else does. T3.
+//! Functions that guests have persistently: they get them again when they start as other domains, and nobody else does.
 
 use nix::errno::Errno;
 use pciback::hvm::wire::xen::config;

@@ -1,4 +1,4 @@
-//! S1: what sysfs, Xen and xenstore disagree on is repaired by the service itself, and reported; what cannot be repaired is tried a few
+//! What sysfs, Xen and xenstore disagree on is repaired by the service itself, and reported; what cannot be repaired is tried a few
 //! times, and reported too.
 
 use std::thread;
@@ -29,7 +29,7 @@ fn was_repaired(service: &Service, words: &[&str]) -> bool {
 }
 
 #[test]
-fn s1_drift_that_is_there_when_the_service_starts_is_repaired_and_said() {
+fn drift_that_is_there_when_the_service_starts_is_repaired_and_said() {
     let world = World::new();
     let (used, held, lost) = (bdf(VF), bdf(OTHER), bdf("01:10.4"));
     let frontend = Frontend::load(&world, WEB);
@@ -53,7 +53,7 @@ fn s1_drift_that_is_there_when_the_service_starts_is_repaired_and_said() {
 }
 
 #[test]
-fn s1_what_dom0s_kernel_does_not_tell_xen_the_service_does() {
+fn what_dom0s_kernel_does_not_tell_xen_the_service_does() {
     let world = World::without_vfs();
     let service = world.start();
     let vfs = [bdf(VF), bdf(OTHER)];
@@ -69,7 +69,7 @@ fn s1_what_dom0s_kernel_does_not_tell_xen_the_service_does() {
 }
 
 #[test]
-fn s1_a_pf_and_its_vfs_that_left_leave_xens_list_in_the_order_that_xen_wants() {
+fn a_pf_and_its_vfs_that_left_leave_xens_list_in_the_order_that_xen_wants() {
     // From 4.20 on Xen refuses a PF before its VFs, and distrusts all of them from then on.
     let world = World::on_xen("4.20");
     world.host().set_num_vfs(bdf(PF), 2, LIMIT).unwrap();
@@ -85,7 +85,7 @@ fn s1_a_pf_and_its_vfs_that_left_leave_xens_list_in_the_order_that_xen_wants() {
 }
 
 #[test]
-fn s1_drift_that_nobody_told_of_is_found_when_events_were_lost() {
+fn drift_that_nobody_told_of_is_found_when_events_were_lost() {
     let world = World::new();
     let (taken, lost) = (bdf(VF), bdf(OTHER));
     let service = world.start();
@@ -103,7 +103,7 @@ fn s1_drift_that_nobody_told_of_is_found_when_events_were_lost() {
 }
 
 #[test]
-fn s1_a_guest_that_lost_its_function_in_xen_loses_it_in_xenstore_too() {
+fn a_guest_that_lost_its_function_in_xen_loses_it_in_xenstore_too() {
     let world = World::new();
     let vf = bdf(VF);
     let _frontend = Frontend::load(&world, WEB);
@@ -117,7 +117,7 @@ fn s1_a_guest_that_lost_its_function_in_xen_loses_it_in_xenstore_too() {
 }
 
 #[test]
-fn s1_a_repair_that_fails_is_tried_three_times_reported_and_left_to_somebody() {
+fn a_repair_that_fails_is_tried_three_times_reported_and_left_to_somebody() {
     let world = World::new();
     let vf = bdf(VF);
     let service = world.start();

@@ -1,4 +1,4 @@
-//! S1, S2, S4: 4,096 VFs of 64 PFs through the whole service while its calls fail at random and functions vanish: in the end each function has
+//! 4,096 VFs of 64 PFs through the whole service while its calls fail at random and functions vanish: in the end each function has
 //! one owner, sets of VFs are whole, and what failed is said.
 
 use std::collections::BTreeMap;
@@ -143,7 +143,7 @@ fn assert_in_step(world: &World, status: &StatusView) {
 }
 
 #[test]
-fn s1_s2_s4_4096_vfs_of_64_pfs_come_go_and_fail_and_all_is_in_step_in_the_end() {
+fn all_4096_vfs_of_64_pfs_come_go_and_fail_and_all_is_in_step_in_the_end() {
     let world = World::of(&host());
     let frontends: Vec<Frontend> = (1..=GUESTS).map(|id| Frontend::load(&world, DomId(id))).collect();
     let service = world.start();

@@ -1,4 +1,4 @@
-//! S1, S2: functions that leave, come back, are replaced or taken, and events that get lost.
+//! Functions that leave, come back, are replaced or taken, and events that get lost.
 
 use std::time::Duration;
 

@@ -129,8 +129,7 @@ impl Compiler<'_> {
         if seen != hidden.is_none() {
             self.deferred.push(Deferred { capability: *capability, show: hidden.is_none() });
         }
-        let waits =
-            || Rule::built_in("its guest has not seen it: it appears with the next attach", "xpci F4");
+        let waits = || Rule::built_in("its guest has not seen it: it appears with the next attach", "xpci");
         if seen { None } else { Some(hidden.unwrap_or_else(waits)) }
     }
 

@@ -201,7 +201,7 @@ pub struct Policy {
 impl Default for Policy {
     /// The profile `passthrough`: what nobody knows passes, both ways.
     fn default() -> Self {
-        let rule = Rule::built_in("unknown registers pass: the guest's driver may need them", "xpci P2");
+        let rule = Rule::built_in("unknown registers pass: the guest's driver may need them", "xpci");
         Self {
             unknown: (Treatment::Pass, rule),
             hide_unknown: None,

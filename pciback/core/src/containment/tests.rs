@@ -50,7 +50,7 @@ fn what_a_function_has_is_set_and_nothing_in_a_vf_or_in_silence() {
     }
 }
 
-/// E1: nothing but the decided bits changes, no status bit is among them, and a bit that a written 1 clears is written as 0.
+/// Nothing but the decided bits changes, no status bit is among them, and a bit that a written 1 clears is written as 0.
 #[test]
 fn a_write_changes_the_decided_bits_only_and_clears_no_status() {
     for row in ROWS {
@@ -122,7 +122,7 @@ fn addresses(sharers: &[radius::Sharer]) -> Vec<String> {
 }
 
 #[test]
-fn e4_who_shares_the_link_the_root_port_the_line_and_the_page_is_found() {
+fn who_shares_the_link_the_root_port_the_line_and_the_page_is_found() {
     let mut own = function("03:00.0", Some("pciback"));
     own.irq = 16;
     own.resources[0] = Resource { start: 0xfe00_0000, size: 0x100, flags: Resource::MEMORY };

@@ -126,7 +126,7 @@ mod tests {
         Fault { address: Sbdf::from_devfn(0, 1, 0x80), severity, status: 0, detection, count: 1 }
     }
 
-    /// E2: error x severity x owner x policy x history.
+    /// Error x severity x owner x policy x history.
     #[test]
     fn the_defaults_are_what_an_operator_expects() {
         use Action::{Log, Quarantine, TellGuest};

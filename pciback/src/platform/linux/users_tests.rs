@@ -1,4 +1,4 @@
-//! S8: who uses a function, from trees with the layout of sysfs and procfs, their values as seen on a dom0.
+//! Who uses a function, from trees with the layout of sysfs and procfs, their values as seen on a dom0.
 
 use std::os::unix::fs::symlink;
 

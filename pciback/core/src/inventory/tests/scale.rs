@@ -94,9 +94,9 @@ fn settle(mut world: World, what: &str) -> World {
     world
 }
 
-/// Requirement S1, at the size of issue 4, point 8.
+/// At the size of a large host.
 #[test]
-fn s1_4096_vfs_across_64_pfs_settle_after_anything() {
+fn an_inventory_of_64_pfs_with_64_vfs_each_settles_after_anything() {
     let mut random = Random(4096);
     let mut world = settle(world(), "agreement");
     assert!(world.plan().is_empty());
