@@ -85,7 +85,7 @@ impl Engine {
 
     /// What the guest's handshake wants next; nothing while something is being done for it that the rest relies on.
     fn next_action(&mut self, domain: DomId) -> Option<Action> {
-        let guest = self.guests.get_mut(&domain).filter(|guest| !guest.working)?;
+        let guest = self.guests.get_mut(&domain).filter(|guest| guest.working == 0)?;
         guest.actions.pop_front()
     }
 

@@ -36,8 +36,8 @@ pub(super) struct Guest {
     pub(super) waiting: BTreeMap<u8, Waiting>,
     /// What its handshake wants done, in its order.
     pub(super) actions: VecDeque<Action>,
-    /// Something is being done for it, and those wait.
-    pub(super) working: bool,
+    /// How many things are being done for it; those wait until none is.
+    pub(super) working: usize,
     /// What waits for its functions to be back.
     pub(super) later: Vec<Later>,
     /// Changes of its nodes that could not be made yet, and when they are tried again.
@@ -78,7 +78,7 @@ impl Guest {
             counters,
             waiting: BTreeMap::new(),
             actions: VecDeque::new(),
-            working: false,
+            working: 0,
             later: Vec::new(),
             unwritten: Vec::new(),
             write_again: None,
@@ -167,7 +167,7 @@ impl Guest {
 
     /// Does something when its functions are back; nothing where none are on their way.
     fn when_back(&mut self, what: impl FnOnce(&mut Engine) + Send + 'static) {
-        if self.working {
+        if self.working > 0 {
             self.later.push(Box::new(what));
         }
     }
@@ -355,7 +355,7 @@ impl Engine {
 
     pub(super) fn forget_if_idle(&mut self, domain: DomId) {
         if self.guests.get(&domain).is_some_and(|guest| {
-            !guest.working
+            guest.working == 0
                 && guest.actions.is_empty()
                 && guest.handshake.is_empty()
                 && guest.waiting.is_empty()

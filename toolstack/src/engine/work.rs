@@ -58,7 +58,7 @@ impl Engine {
         failed: impl FnOnce(Failure) -> Worked + Send + 'static,
     ) {
         let Some(guest) = self.guests.get_mut(&domain) else { return };
-        guest.working = true;
+        guest.working += 1;
         let inbox = self.inbox.clone();
         self.inbox.background(&format!("{name} {domain}"), work, move |done| {
             inbox.send(Event::Worked(domain, done.unwrap_or_else(failed)));
@@ -122,7 +122,7 @@ impl Engine {
     /// A reset of a function that no thread serves has ended.
     pub(super) fn restore_parked(&mut self, domain: DomId, devfn: u8) {
         let Some(guest) = self.guests.get_mut(&domain) else { return };
-        if guest.working {
+        if guest.working > 0 {
             guest.later.push(Box::new(move |engine| engine.restore_parked(domain, devfn)));
             return;
         }
@@ -139,7 +139,7 @@ impl Engine {
     /// Something was done for a guest: what waited for that is done next.
     pub(super) fn worked(&mut self, domain: DomId, worked: Worked) {
         let Some(guest) = self.guests.get_mut(&domain) else { return };
-        guest.working = false;
+        guest.working = guest.working.saturating_sub(1);
         match worked {
             Worked::SwitchedOff(devfn, outcome, answer) => self.switched_off(domain, devfn, outcome, answer),
             Worked::GaveUpRing(Ok(functions)) => {

@@ -1,8 +1,10 @@
 //! HVM guests: what they reach, what happens when the service is killed, and that nothing remains.
 
+use std::time::Duration;
+
 use pciback::hvm::wire::xen::{config, memory, port};
 use pciback::hvm::{ECAM_BASE, wire};
-use pciback::platform::sim::{Moment, Owner, SimHvmGuest};
+use pciback::platform::sim::{self, Moment, Owner, SimHvmGuest};
 use pciback::{DomId, FunctionState, Sbdf};
 use toolstack::outcome::{ErrorCode, Failure};
 use toolstack::protocol::{Request, Success};
@@ -77,6 +79,29 @@ fn assert_nothing_remains(world: &World, guest: &Guest, why: &str) {
     assert_eq!(guest.0.reached(), Default::default(), "{why}");
     assert!(world.simulation.grants(WIN).is_empty(), "{why}: {:?}", world.simulation.grants(WIN));
     assert_eq!(guest.0.servers(), 0, "{why}");
+}
+
+#[test]
+fn all_functions_of_a_guest_that_ends_are_held_again() {
+    let (world, _guest, service) = attached();
+    let [first, second] = ["01:10.0", "01:10.2"].map(bdf);
+    service.hold(second).unwrap();
+    service.attach(WIN, second).unwrap();
+    // Switching one off takes longer than the other.
+    world.simulation.fail(sim::Failure {
+        operation: "config_write".into(),
+        address: Some(second),
+        delay: Duration::from_millis(300),
+        times: 1,
+        ..sim::Failure::default()
+    });
+    world.simulation.destroy(WIN);
+    for address in [first, second] {
+        wait_until(&format!("{address} has been withdrawn"), || {
+            matches!(service.state(address), FunctionState::Held | FunctionState::Quarantined)
+        });
+        world.assert_held(&service, address, "its guest has ended");
+    }
 }
 
 #[test]
