@@ -170,17 +170,20 @@ fn interrupt_remapping(examined: &Examined<'_>) -> Finding {
         Ok(log) => log,
         Err(why) => return not_checked(check, why),
     };
-    let found = log.lines().rev().find_map(|line| Some(line.split_once("Interrupt remapping ")?.1));
+    // Other lines speak of its tables.
+    let said = |line: &str| {
+        let rest = line.split_once("Interrupt remapping ")?.1.trim_end();
+        [("enabled", true), ("disabled", false)].into_iter().find(|(word, _)| *word == rest).map(|(_, on)| on)
+    };
+    let found = log.lines().rev().find_map(said);
     let mend = match examined.info.as_deref().is_ok_and(|info| switched_off(&iommu_options(info), "intremap"))
     {
         true => format!("Xen's command line switches it off with 'iommu=no-intremap': {COMMAND_LINE}"),
         false => "enable it in the firmware's settings (x2APIC and VT-d, or AMD-Vi)".to_owned(),
     };
     match found {
-        Some(word) if word.starts_with("enabled") => {
-            good(check, "guests' functions send their own interrupts only")
-        }
-        Some(_) => warning(
+        Some(true) => good(check, "guests' functions send their own interrupts only"),
+        Some(false) => warning(
             check,
             "it is off: a guest's function can send any interrupt to the host, by writing to memory",
             mend,

@@ -64,6 +64,14 @@ fn what_is_amiss_is_named_by_its_check_with_what_to_do() {
             Warning,
             "any interrupt",
         ),
+        (
+            with(
+                "xl dmesg: \"(XEN) Interrupt remapping disabled\\n(XEN) Interrupt remapping table at 1\\n\"",
+            ),
+            "interrupt-remapping",
+            Warning,
+            "any interrupt",
+        ),
         (with("xl dmesg: '(XEN) traps.c'"), "interrupt-remapping", NotChecked, "no longer has the line"),
         (with("/proc/sys/kernel/osrelease: 5.10.0-1-amd64"), "kernel", Fault, "Linux 5.10.0"),
         (with("/proc/sys/kernel/osrelease: 5.15.3"), "kernel", Warning, "Linux 5.15.3"),
