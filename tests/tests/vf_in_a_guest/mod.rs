@@ -46,6 +46,7 @@ impl<'a> Scene<'a> for VfInAGuest<'a> {
     fn checks() -> Vec<Check<Self>> {
         checks![
             a_guest_reads_of_its_vf_what_it_reads_through_xen_pciback,
+            the_doctor_finds_what_a_real_dom0_has,
             xens_quarantine_domain_owns_a_held_function,
             the_stock_driver_uses_the_vf_with_its_mac_traffic_and_interrupts,
             a_function_is_where_the_command_puts_it,
@@ -235,6 +236,26 @@ fn a_function_goes_back_to_the_driver_it_came_from(scene: &mut VfInAGuest<'_>) -
     xpci(lab, "pci-assignable-remove 01:10.0")?;
     lab.dom0(&format!("[ -e /sys/bus/pci/drivers/igbvf/{} ]", VFS[0])).ok()?;
     ensure!(owner(lab, VFS[0])? == "d0", "{}", owner(lab, VFS[0])?);
+    Ok(())
+}
+
+/// What xl, sysfs and xenstore say of a real host is what the checks look for.
+fn the_doctor_finds_what_a_real_dom0_has(scene: &mut VfInAGuest<'_>) -> Result<()> {
+    let said = scene.lab.dom0("xpci doctor; true").ok()?;
+    for check in [
+        "xen",
+        "dom0",
+        "xenstored",
+        "iommu",
+        "interrupt-remapping",
+        "quarantine",
+        "kernel",
+        "holder",
+        "xl-functions",
+    ] {
+        let good = said.lines().any(|line| line.starts_with(&format!("good         {check}: ")));
+        ensure!(good, "{check} is not good: {said}");
+    }
     Ok(())
 }
 
