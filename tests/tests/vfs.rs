@@ -221,15 +221,15 @@ fn a_function_that_is_pulled_out_is_gone_and_nothing_of_it_remains(scene: &mut V
 
 fn another_device_in_its_slot_can_be_attached(scene: &mut Vfs<'_>) -> Result<()> {
     let (lab, one) = (scene.lab, &scene.one);
-    lab.monitor("device_add e1000e,id=e9,bus=rp5")?;
-    let there = format!("grep -q 0x10d3 /sys/bus/pci/devices/{REMOVABLE}/device");
+    lab.monitor("device_add virtio-rng-pci,id=e9,bus=rp5")?;
+    let there = format!("grep -q 0x1044 /sys/bus/pci/devices/{REMOVABLE}/device");
     lab.wait_for("another device in the slot", SOON, &there)?;
     wait_for_state(lab, REMOVABLE, "host")?;
     ensure!(owner(lab, REMOVABLE)? == "d0", "{}", owner(lab, REMOVABLE)?);
     xpci(lab, &format!("pci-assignable-add {REMOVABLE}"))?;
     ensure!(is_held(lab, REMOVABLE)?, "{}", owner(lab, REMOVABLE)?);
     xpci(lab, &format!("pci-attach one {REMOVABLE}"))?;
-    one.wait_for("the other device", SOON, "grep -q 0x10d3 /sys/bus/pci/devices/0000:00:00.0/device")?;
+    one.wait_for("the other device", SOON, "grep -q 0x1044 /sys/bus/pci/devices/0000:00:00.0/device")?;
     xpci(lab, &format!("pci-detach one {REMOVABLE}"))?;
     xpci(lab, &format!("pci-assignable-remove {REMOVABLE}"))?;
     lab.monitor("device_del e9")?;

@@ -24,9 +24,8 @@ fn registers(one: &BareGuest<'_>, bar: u32) -> Result<u32> {
     Ok(one.number(&format!("r {bar:x} 4"))? & !0xf)
 }
 
-/// The VF's mailbox reaches the PF's driver in dom0, whose answer interrupts.
-pub fn the_vfs_mailbox_interrupts_the_guest(scene: &mut Hvm<'_>) -> Result<()> {
-    let (lab, one) = (scene.lab, scene.one()?);
+/// Places the VF's BARs and sets up its interrupts, whatever checks before have left; its registers and its table.
+pub fn set_up(one: &BareGuest<'_>) -> Result<(u32, u32)> {
     one.tell(&format!("slot {SLOT:x}"))?;
     // The sweeps left them anywhere.
     one.tell("w 14 4 0")?;
@@ -47,6 +46,13 @@ pub fn the_vfs_mailbox_interrupts_the_guest(scene: &mut Hvm<'_>) -> Result<()> {
     for (at, value) in [(MISCELLANEOUS_VECTOR, 0x81), (AUTO_CLEAR, 7), (CAUSE, 7), (ENABLE_CAUSE, 1)] {
         one.tell(&format!("n {:x} 4 {value:x}", own + at))?;
     }
+    Ok((own, table))
+}
+
+/// The VF's mailbox reaches the PF's driver in dom0, whose answer interrupts.
+pub fn the_vfs_mailbox_interrupts_the_guest(scene: &mut Hvm<'_>) -> Result<()> {
+    let (lab, one) = (scene.lab, scene.one()?);
+    let (own, _) = set_up(one)?;
     come(one, VECTOR, 0)?;
     // A request to the PF: reset (1). The answer is an interrupt.
     one.tell(&format!("n {:x} 4 1", own + MAILBOX_MEMORY))?;
@@ -87,8 +93,8 @@ fn count(one: &BareGuest<'_>) -> Result<u32> {
 
 /// The VF's registers, its table, and how many interrupts have come.
 fn begin(one: &BareGuest<'_>) -> Result<(u32, u32, u32)> {
-    one.tell(&format!("slot {SLOT:x}"))?;
-    Ok((registers(one, BAR0)?, registers(one, BAR3)?, count(one)?))
+    let (own, table) = set_up(one)?;
+    Ok((own, table, settled_count(one)?))
 }
 
 pub fn a_masked_vector_waits_and_its_pending_bit_shows_that(scene: &mut Hvm<'_>) -> Result<()> {
@@ -136,7 +142,8 @@ fn trigger(one: &BareGuest<'_>, own: u32) -> Result<()> {
 
 /// What was set up goes on.
 pub fn again(one: &BareGuest<'_>) -> Result<()> {
-    let (own, _, count) = begin(one)?;
+    one.tell(&format!("slot {SLOT:x}"))?;
+    let (own, count) = (registers(one, BAR0)?, settled_count(one)?);
     trigger(one, own)?;
     come(one, VECTOR, count + 1)
 }

@@ -190,6 +190,7 @@ fn port_cf8_survives_the_service(scene: &mut Hvm<'_>) -> Result<()> {
 }
 
 fn msix_works_on_under_the_services_successor(scene: &mut Hvm<'_>) -> Result<()> {
+    interrupts::set_up(scene.one()?)?;
     kill_and_start(scene.lab, &mut scene.service)?;
     interrupts::again(scene.one()?)
 }

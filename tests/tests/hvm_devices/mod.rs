@@ -147,7 +147,7 @@ fn a_function_without_a_reset_of_its_own_is_refused_until_the_settings_allow_tha
     xpci(lab, &format!("pci-assignable-add {EDU}"))?;
     let paused = BareGuest::create(lab, "zero", &[])?;
     let (exit, said) = xpci_fails(lab, &format!("pci-attach zero {EDU}"))?;
-    ensure!(exit == 5 && said.contains("'bus' reset"), "{exit}: {said}");
+    ensure!(exit == 5 && said.contains("reset: {methods: [bus]}"), "{exit}: {said}");
     ensure!(is_held(lab, EDU)?, "{}", status(lab)?);
     scene.service.signal(15)?;
     ensure!(scene.service.wait(SOON)?.code == Some(0), "exit status of a stopped service");
