@@ -5,6 +5,7 @@ use std::sync::Mutex;
 
 use pciback::platform::hypervisor::DeviceReport;
 use pciback::platform::{DomainInfo, Hypervisor, MsiSource, Pirq, PlatformError, Result};
+use pciback::policy::RdmPolicy;
 use pciback::{DomId, Sbdf};
 
 /// Interrupts that one guest can have.
@@ -67,7 +68,7 @@ impl Hypervisor for Counting {
     never! {
         device_add(address: Sbdf, report: DeviceReport) -> ();
         device_remove(address: Sbdf) -> ();
-        assign(domain: DomId, address: Sbdf) -> ();
+        assign(domain: DomId, address: Sbdf, rdm: RdmPolicy) -> ();
         deassign(domain: DomId, address: Sbdf) -> ();
         assignable(address: Sbdf) -> bool;
         prepare_msix(address: Sbdf) -> bool;
