@@ -260,6 +260,11 @@ fn a_port_that_contained_an_error_is_found_with_the_same_decisions() {
     let (action, detection, _) = decided(&service, bdf(VF), Severity::Fatal);
     assert_eq!((action, detection), (Action::Quarantine, Detection::Containment));
     quarantined(&world, &service, bdf(VF));
+    // The guest's last answer is noted by the engine after the guest has given it.
+    service.wait_for_event(bdf(SIBLING), "its recovery", |what| match what {
+        Happening::Outcome { ok: true, text } => text.contains("has recovered").then_some(()),
+        _ => None,
+    });
     let told = service.error_history(bdf(SIBLING)).len();
     world.simulation.miss_error(bdf(PF), Severity::Correctable);
     decided(&service, bdf(PF), Severity::Correctable);
