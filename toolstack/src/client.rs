@@ -16,11 +16,14 @@ pub fn call(socket: &Path, request: Request, progress: &mut dyn FnMut(&str)) -> 
     })
 }
 
+/// What to do where the service does not answer.
+const START: &str = "start it with 'systemctl start xpcid', as root; its log says why it stopped";
+
 /// What to do where the service cannot be connected to.
 fn connect_hint(kind: ErrorKind) -> &'static str {
     match kind {
         ErrorKind::PermissionDenied => "only root may use it: run the command with sudo",
-        _ => "start it with 'systemctl start xpcid', as root; its log says why it stopped",
+        _ => START,
     }
 }
 
@@ -32,7 +35,7 @@ pub fn follow(
 ) -> Result<Envelope, Failure> {
     let unreachable = |what: &str, why: &dyn std::fmt::Display| {
         Failure::new(ErrorCode::Unreachable, format!("{what} xpcid at {}: {why}", socket.display()))
-            .hint("start it with 'systemctl start xpcid', as root; its log says why it stopped")
+            .hint(START)
     };
     let mut stream = UnixStream::connect(socket)
         .map_err(|error| unreachable("connect to", &error).hint(connect_hint(error.kind())))?;

@@ -20,8 +20,8 @@ pub struct Canary {
     ours: bool,
 }
 
-/// The second number of messages.
-const MSI_TWO_MESSAGES: u16 = 0x0010;
+/// Multiple Message Enable for two messages.
+const TWO_MESSAGES: u16 = 1 << legacy::MSI_MULTIPLE_ENABLE.trailing_zeros();
 
 impl Canary {
     /// Sets the sign; `None`: the function has no such bit, or does not keep it.
@@ -29,7 +29,7 @@ impl Canary {
         let list = CapabilityList::walk(&config.read_all()?);
         for (id, enable, idle) in [
             (CapabilityId::MSI_X, legacy::MSIX_ENABLE, legacy::MSIX_FUNCTION_MASK),
-            (CapabilityId::MSI, legacy::MSI_ENABLE, MSI_TWO_MESSAGES),
+            (CapabilityId::MSI, legacy::MSI_ENABLE, TWO_MESSAGES),
         ] {
             let Some(capability) = list.legacy(id) else { continue };
             let access = message_control(capability.offset).map_err(io::Error::other)?;

@@ -8,7 +8,7 @@ use pciback::DomId;
 use pciback::platform::PlatformError;
 use pciback::pv::{Action, NodeChange, PAUSE, RingPlace, Server, nodes};
 
-use super::guests::Awaited;
+use super::guest::Awaited;
 use super::{Engine, Event};
 use crate::outcome::Failure;
 

@@ -15,7 +15,7 @@ use pciback::pv::{GuestFunction, Handshake, Server};
 use pciback::{DomId, Sbdf};
 use serde::{Deserialize, Serialize};
 
-use super::guests::Guest;
+use super::guest::Guest;
 use super::notes::Notes;
 use super::requests::Plan;
 use super::{Engine, Event};

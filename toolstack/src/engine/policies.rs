@@ -8,7 +8,7 @@ use pciback::platform::StoreOps;
 use pciback::policy::{Explanation, PolicySet, Subject, deferred, explain, learn, obstacles, selector_word};
 use pciback::{DomId, Sbdf};
 
-use super::guests::MaskedWrites;
+use super::guest::MaskedWrites;
 use super::open::Filter;
 use super::requests::existing;
 use super::tasks::Workshop;

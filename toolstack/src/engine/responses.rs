@@ -37,7 +37,7 @@ pub(super) struct Mask {
 impl Engine {
     /// Whether a guest can be told of errors: its frontend is connected. Whether it wants to hear is on its page.
     pub(super) fn can_be_told(&self, domain: DomId) -> bool {
-        self.guests.get(&domain).is_some_and(super::guests::Guest::is_connected)
+        self.guests.get(&domain).is_some_and(super::guest::Guest::is_connected)
     }
 
     /// What is being done about a function.

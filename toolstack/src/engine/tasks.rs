@@ -25,7 +25,7 @@ use crate::protocol::Success;
 use crate::reservations::{Change, Reservations};
 use crate::settings::Settings;
 use crate::spec::Filters;
-use crate::transaction::{Context, Finished, Kind, Parting, Serving, Step};
+use crate::transaction::{Context, Finished, Kind, Parting, Serving, Step, guest_of};
 
 /// What the engine may take beyond a guest's own limit before a transaction stops waiting for it.
 const ENGINE_MARGIN: Duration = Duration::from_secs(10);
@@ -90,10 +90,7 @@ pub(super) struct Workshop {
 
 impl Serving for Workshop {
     fn open(&self, record: &Record) -> Result<(), Failure> {
-        let domain = record.guest.map(|guest| guest.domain).ok_or_else(|| {
-            Failure::new(ErrorCode::Failed, format!("the journal names no guest for {}", record.address))
-        })?;
-        let opened = Box::new(self.open_function(record, domain, false)?);
+        let opened = Box::new(self.open_function(record, guest_of(record)?, false)?);
         *self.opened.lock().unwrap_or_else(PoisonError::into_inner) = Some(opened);
         Ok(())
     }

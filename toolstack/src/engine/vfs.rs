@@ -19,22 +19,18 @@ use crate::transaction::prepare_networks;
 
 impl Engine {
     pub(super) fn create_vfs(&mut self, address: Sbdf, count: u16, unmanaged: bool, reply: Reply) {
-        let mut had = 0;
-        let checked = self.physical_function(address).and_then(|pf| {
-            had = pf.num_vfs;
-            if had == count && count > 0 {
-                return Ok(());
-            }
+        let pf = self.physical_function(address);
+        if pf.as_ref().is_ok_and(|pf| pf.num_vfs == count && count > 0) {
+            let message = format!("{address} has {count} VFs already");
+            return reply.done(Ok(Success::Already { message }));
+        }
+        let checked = pf.and_then(|pf| {
             if pf.num_vfs > 0 {
                 let text = format!("{address} has {} VFs enabled already", pf.num_vfs);
                 return Err(Failure::refused(text).on(address).hint("'xpci vf destroy' disables them first"));
             }
             unmanaged::check(&pf, unmanaged)
         });
-        if checked.is_ok() && had > 0 {
-            let message = format!("{address} has {count} VFs already");
-            return reply.done(Ok(Success::Already { message }));
-        }
         self.change_vfs(address, reply, checked, move |workshop, progress| {
             workshop.room_for(address, count)?;
             create(workshop, address, count, unmanaged, progress)

@@ -9,7 +9,7 @@ use log::{Level, error};
 use pciback::pv::{GuestFunction, Server};
 use pciback::{DomId, Sbdf};
 
-use super::guests::Awaited;
+use super::guest::Awaited;
 use super::{Answer, Engine, Event};
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};

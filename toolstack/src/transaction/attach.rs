@@ -15,6 +15,7 @@ use pciback::policy::{RdmPolicy, Subject};
 use pciback::spec::{CapabilityId, legacy};
 use pciback::{DomId, Sbdf};
 
+use super::hold::joined;
 use super::reset::config_failure;
 use super::{Context, guest_of};
 use crate::domains::{self, DomainType};
@@ -93,8 +94,7 @@ pub(super) fn assign(context: &Context<'_>, record: &mut Record) -> Result<Optio
             record.address
         )
     });
-    let said: Vec<String> = relaxed.into_iter().chain(privileged).collect();
-    Ok(Some(said.join("; ")).filter(|text| !text.is_empty()))
+    Ok(joined(relaxed.into_iter().chain(privileged)))
 }
 
 /// Strictly first, so that it shows whether Xen objects to the reserved memory: where the policies are relaxed about that, the guest

@@ -108,7 +108,7 @@ pub(super) fn joined(warnings: impl Iterator<Item = String>) -> Option<String> {
     Some(warnings.join("; ")).filter(|text| !text.is_empty())
 }
 
-/// Says of a function that attach will refuse for want of a reset what it will say, while nobody relies on it yet.
+/// Says of a function that attach will refuse for want of a reset what it will say, before anybody relies on it.
 fn unresettable(context: &Context<'_>, function: &HostFunction) -> Option<String> {
     let plan = plan_for(&context.settings.reset, context.policies, function);
     let failure = refuse_unresettable(context.platform.host.as_ref(), &plan, function).err()?;

@@ -40,7 +40,7 @@ pub use pristine::Pristine;
 pub use reset::{ResetCheck, ResetPlan, plan_for, refuse_unresettable, reset_and_verify};
 
 use crate::former_owners::FormerOwners;
-use crate::journal::{Journal, Progress, Record};
+use crate::journal::{GuestPlace, Journal, Progress, Record};
 use crate::ledger::Ledger;
 use crate::outcome::{ErrorCode, Failure};
 use crate::settings::Settings;
@@ -413,10 +413,15 @@ fn both(first: Failure, second: Option<Failure>) -> Failure {
     }
 }
 
-/// The guest of a record that must have one.
-fn guest_of(record: &Record) -> Result<DomId, Failure> {
-    record.guest.map(|guest| guest.domain).ok_or_else(|| {
+/// Where the guest of a record that must have one sees the function.
+pub fn place_of(record: &Record) -> Result<GuestPlace, Failure> {
+    record.guest.ok_or_else(|| {
         Failure::new(ErrorCode::Failed, format!("the journal names no guest for {}", record.address))
             .on(record.address)
     })
+}
+
+/// The guest of a record that must have one.
+pub fn guest_of(record: &Record) -> Result<DomId, Failure> {
+    place_of(record).map(|place| place.domain)
 }

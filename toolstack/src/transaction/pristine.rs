@@ -6,7 +6,7 @@
 
 use log::{info, warn};
 use pciback::Sbdf;
-use pciback::config::{Access, ConfigSpace, ControlRegister, Planes, Policy};
+use pciback::config::{Access, ConfigSpace, ControlRegister, FunctionSpec, Planes, Policy};
 use pciback::live::errors as registers;
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +14,7 @@ use super::Context;
 use super::reset::config_failure;
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
+use crate::spec::function_spec;
 
 /// One register, as it was when the function was first held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,9 +39,9 @@ const fn is_zero(bits: &u32) -> bool {
 }
 
 /// The built-in filter: it tells registers that hold what is written from others.
-fn built_in(context: &Context<'_>, address: Sbdf) -> Result<Planes, Failure> {
-    let spec = crate::spec::function_spec(context.platform.host.as_ref(), address)?;
-    Planes::compile(&spec, &Policy::default()).map_err(|error| {
+fn built_in(spec: &FunctionSpec) -> Result<Planes, Failure> {
+    let address = spec.address;
+    Planes::compile(spec, &Policy::default()).map_err(|error| {
         Failure::new(ErrorCode::Failed, format!("tell the registers of {address}: {error}")).on(address)
     })
 }
@@ -50,14 +51,15 @@ pub(super) fn take(context: &Context<'_>, record: &mut Record) {
     if record.pristine.is_some() {
         return;
     }
-    match read(context, record.address) {
+    let spec = function_spec(context.platform.host.as_ref(), record.address);
+    match spec.and_then(|spec| read(context, &spec)) {
         Ok(pristine) => record.pristine = Some(pristine),
         Err(failure) => warn!("{}: its registers are not noted yet: {failure}", record.address),
     }
 }
 
-fn read(context: &Context<'_>, address: Sbdf) -> Result<Vec<Pristine>, Failure> {
-    let planes = built_in(context, address)?;
+fn read(context: &Context<'_>, spec: &FunctionSpec) -> Result<Vec<Pristine>, Failure> {
+    let (address, planes) = (spec.address, built_in(spec)?);
     let config = context.platform.host.config(address)?;
     let note = |control: ControlRegister| {
         let value = config.read(control.access)? & control.mask;
@@ -68,24 +70,24 @@ fn read(context: &Context<'_>, address: Sbdf) -> Result<Vec<Pristine>, Failure> 
     noted.map_err(|error| config_failure("note the registers of", address, &error))
 }
 
-/// Before a function that has been reset is given to a guest: notes the registers if nobody has yet, puts back what an earlier guest may
+/// Before a function that has been reset is given to a guest: notes the registers if that was not done yet, puts back what an earlier guest may
 /// have left, and notes what the next one can reach.
 pub(super) fn prepare(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
+    let spec = function_spec(context.platform.host.as_ref(), record.address)?;
     if record.pristine.is_none() {
-        record.pristine = Some(read(context, record.address)?);
+        record.pristine = Some(read(context, &spec)?);
     }
-    let warning = put_back(context, record)?;
-    note_reach(context, record)?;
+    let warning = put_back(context, record, &spec)?;
+    note_reach(context, record, &spec)?;
     // In the journal before the guest can write.
     context.write(record)?;
     Ok(warning)
 }
 
 /// Adds the bits that the guest's filter lets through, as the policies are now.
-fn note_reach(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
-    let (Some(guest), true) = (record.guest, record.pristine.is_some()) else { return Ok(()) };
-    let spec = crate::spec::function_spec(context.platform.host.as_ref(), record.address)?;
-    let planes = context.serving.filter(&spec, guest.domain)?;
+fn note_reach(context: &Context<'_>, record: &mut Record, spec: &FunctionSpec) -> Result<(), Failure> {
+    let Some(guest) = record.guest else { return Ok(()) };
+    let planes = context.serving.filter(spec, guest.domain)?;
     for register in record.pristine.iter_mut().flatten() {
         if let Ok(access) = Access::new(register.offset.into(), register.width.into()) {
             register.reached |= planes.reaches(access) & register.mask;
@@ -99,17 +101,27 @@ pub(super) fn restore(context: &Context<'_>, record: &mut Record) -> Result<Opti
     if context.left_the_host(record) || record.pristine.is_none() {
         return Ok(None);
     }
-    note_reach(context, record)?;
-    put_back(context, record)
-}
-
-fn put_back(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
-    let address = record.address;
-    let reached = record.pristine.iter().flatten().any(|register| register.reached != 0);
-    if !reached {
+    if record.guest.is_none() && !is_reached(record) {
         return Ok(None);
     }
-    let planes = built_in(context, address)?;
+    let spec = function_spec(context.platform.host.as_ref(), record.address)?;
+    note_reach(context, record, &spec)?;
+    put_back(context, record, &spec)
+}
+
+fn is_reached(record: &Record) -> bool {
+    record.pristine.iter().flatten().any(|register| register.reached != 0)
+}
+
+fn put_back(
+    context: &Context<'_>,
+    record: &mut Record,
+    spec: &FunctionSpec,
+) -> Result<Option<String>, Failure> {
+    if !is_reached(record) {
+        return Ok(None);
+    }
+    let (address, planes) = (record.address, built_in(spec)?);
     let config = context.platform.host.config(address)?;
     let controls = planes.controls();
     let (mut kept_out, mut reported) = (Vec::new(), Vec::new());
@@ -118,7 +130,7 @@ fn put_back(context: &Context<'_>, record: &mut Record) -> Result<Option<String>
             let (offset, width) = (control.access.offset(), control.access.width().bytes());
             (offset, width) == (register.offset, u16::from(register.width))
         });
-        // Its capability is no longer there: nobody can reach it either.
+        // Its capability is no longer there: no guest can reach it either.
         let Some(control) = control else { continue };
         let left = put(config.as_ref(), control, register)
             .map_err(|error| config_failure("put back the registers of", address, &error))?;

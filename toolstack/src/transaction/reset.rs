@@ -74,11 +74,10 @@ pub fn plan_for(settings: &ResetPlan, policies: &PolicySet, function: &HostFunct
 pub fn reset_and_verify(
     platform: &Platform,
     plan: &ResetPlan,
-    address: Sbdf,
+    function: &HostFunction,
 ) -> Result<Option<String>, Failure> {
-    let host = platform.host.as_ref();
-    let function = host.function(address)?;
-    refuse_unresettable(host, plan, &function)?;
+    let (host, address) = (platform.host.as_ref(), function.address);
+    refuse_unresettable(host, plan, function)?;
     // Quiet before the reset: Linux saves Command and writes it back afterwards.
     let quiet = live::clear_bus_master(host.config(address)?.as_ref());
     quiet.map_err(|error| config_failure("quiesce", address, &error))?;
@@ -111,7 +110,7 @@ pub fn reset_and_verify(
         warn!("{address}: clear the mark that the reset left: {error}");
     }
     verified?;
-    place_bars(config.as_ref(), &function)?;
+    place_bars(config.as_ref(), function)?;
     // Nobody hears its INTx until a guest has it, or a driver of dom0's, which clears the bit itself. Not all hardware has it.
     live::set_intx(config.as_ref(), Switch::Off)
         .map(|_| said)
@@ -226,5 +225,5 @@ pub(super) fn run(context: &Context<'_>, record: &mut Record) -> Result<Option<S
     (context.progress)(&format!("resetting {}", record.address));
     let function = context.platform.host.function(record.address)?;
     let plan = plan_for(&context.settings.reset, context.policies, &function);
-    reset_and_verify(context.platform, &plan, record.address)
+    reset_and_verify(context.platform, &plan, &function)
 }

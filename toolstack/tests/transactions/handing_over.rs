@@ -45,6 +45,17 @@ fn guest_changes_registers(world: &World, frontend: &Frontend, before: &[Vec<u8>
     }
 }
 
+/// The controller with a guest that has changed its registers, and what they were before.
+fn changed_by_its_guest() -> (World, Vec<Vec<u8>>, Service, Frontend) {
+    let world = World::new();
+    let before = firmware_sets_registers(&world);
+    let service = world.start();
+    service.hold(bdf(NVME)).unwrap();
+    let web = give(&world, &service, WEB, bdf(NVME));
+    guest_changes_registers(&world, &web, &before);
+    (world, before, service, web)
+}
+
 #[test]
 fn the_next_guest_finds_the_registers_as_they_were_when_the_function_was_first_held() {
     let world = World::new();
@@ -63,12 +74,7 @@ fn the_next_guest_finds_the_registers_as_they_were_when_the_function_was_first_h
 
 #[test]
 fn dom0_gets_a_function_back_with_the_registers_it_had() {
-    let world = World::new();
-    let before = firmware_sets_registers(&world);
-    let service = world.start();
-    service.hold(bdf(NVME)).unwrap();
-    let web = give(&world, &service, WEB, bdf(NVME));
-    guest_changes_registers(&world, &web, &before);
+    let (world, before, service, _web) = changed_by_its_guest();
     service.detach(WEB, bdf(NVME)).unwrap();
     service.release(bdf(NVME)).unwrap();
     assert_eq!(registers(&world), before);
@@ -90,12 +96,7 @@ fn registers_that_a_policy_opens_are_put_back_too() {
 
 #[test]
 fn a_service_that_was_killed_meanwhile_still_knows_the_registers_as_they_were() {
-    let world = World::new();
-    let before = firmware_sets_registers(&world);
-    let service = world.start();
-    service.hold(bdf(NVME)).unwrap();
-    let web = give(&world, &service, WEB, bdf(NVME));
-    guest_changes_registers(&world, &web, &before);
+    let (world, before, service, _web) = changed_by_its_guest();
     service.kill();
     let service = world.start();
     assert_eq!(service.state(bdf(NVME)), FunctionState::Attached);

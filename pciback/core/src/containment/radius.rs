@@ -224,21 +224,23 @@ impl Group {
     /// The group of a function below these bridges, the nearest first.
     pub fn of(function: &HostFunction, bridges: &[Bridge]) -> Self {
         let address = function.address;
-        // The one nearest to the root decides: nothing below it is kept apart.
-        match bridges.iter().rev().find(|bridge| bridge.isolates.is_err()) {
-            Some(bridge) => Self::Below(bridge.address),
+        match open_bridge(bridges) {
+            Some((bridge, _)) => Self::Below(bridge.address),
             None if function.physical_function.is_some() => Self::Alone(address),
             None => Self::Device(Sbdf::from_devfn(address.segment(), address.bus(), address.device() << 3)),
         }
     }
 }
 
+/// The bridge that does not isolate, and why. The one nearest to the root decides: nothing below it is kept apart.
+fn open_bridge(bridges: &[Bridge]) -> Option<(&Bridge, &'static str)> {
+    bridges.iter().rev().find_map(|bridge| Some((bridge, bridge.isolates.err()?)))
+}
+
 /// Xen shows no IOMMU groups in dom0's sysfs: they follow from the ports, as in Linux.
 fn group(function: &HostFunction, bridges: &[Bridge], sharers: Sharers<'_>) -> (Vec<Sharer>, String) {
     let address = function.address;
-    // The one nearest to the root decides: nothing below it is kept apart.
-    let open = bridges.iter().rev().find_map(|bridge| Some((bridge, bridge.isolates.err()?)));
-    if let Some((bridge, why)) = open {
+    if let Some((bridge, why)) = open_bridge(bridges) {
         let group = sharers(&|other| bridge.covers(other.address));
         return (group, format!("{} {why}", bridge.address));
     }
