@@ -1,5 +1,5 @@
 //! A hostile PV guest keeps a page of its VF's BAR mapped, and reads it after it has lost the VF. Xen cannot revoke that; xpci
-//! gives the VF to nobody else while the guest exists.
+//! gives the VF to no other owner while the guest exists.
 
 use anyhow::{Context, Result, ensure};
 use xpci_tests::host::state::{keep_running, kill_and_start, make_held};

@@ -130,7 +130,7 @@ pub fn listen(path: &Path, inbox: Inbox) -> io::Result<()> {
     Ok(())
 }
 
-/// A socket that nobody else could connect to at any moment: the file gets the mode that the socket has when it is bound (`unix(7)`).
+/// A socket that no other user can connect to at any moment: the file gets the mode that the socket has when it is bound (`unix(7)`).
 fn bind_for_owner(path: &Path) -> io::Result<UnixListener> {
     let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;

@@ -1,4 +1,4 @@
-//! What a guest wrote in vain, and that the proposed addition lets exactly that through.
+//! What a guest wrote that did not reach hardware, and that the proposed addition lets exactly that through.
 
 use std::sync::Arc;
 

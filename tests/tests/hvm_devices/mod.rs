@@ -139,7 +139,7 @@ impl<'a> HvmDevices<'a> {
     }
 }
 
-/// It is nobody's until the host's owner allows that.
+/// No guest gets it until the settings allow that reset.
 fn a_function_without_a_reset_of_its_own_is_refused_until_the_settings_allow_that_of_its_bus(
     scene: &mut HvmDevices<'_>,
 ) -> Result<()> {

@@ -87,7 +87,7 @@ fn listed(words: &[String]) -> String {
     if words.is_empty() { "-".to_owned() } else { words.join(",") }
 }
 
-/// Who has it: a guest, nobody while it is held, else dom0.
+/// Who has it: a guest, nothing while it is held, else dom0.
 fn owner(view: &ListedView) -> String {
     match (view.function.domain, &view.domain_name, view.function.state) {
         (Some(_), Some(name), _) => name.clone(),

@@ -1,4 +1,4 @@
-//! Who may take a function from whom, what belongs to guests from the start, and PFs that nobody manages.
+//! Who may take a function from whom, what belongs to guests from the start, and PFs that no driver manages.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Functions that guests have persistently: they get them again when they start as other domains, and nobody else does.
+//! Functions that guests have persistently: they get them again when they start as other domains, and no other guest does.
 
 use nix::errno::Errno;
 use pciback::hvm::wire::xen::config;

@@ -1,4 +1,4 @@
-//! Containing a function: whatever fails, and whenever the service dies, it is harmless and goes to nobody before it is cleared.
+//! Containing a function: whatever fails, and whenever the service dies, it is harmless and no guest gets it before it is cleared.
 
 use std::time::Duration;
 

@@ -302,7 +302,7 @@ impl VirtualConfigSpace {
     }
 
     /// Bits of the guest's own that hardware gets, too, because of their value: Max_Read_Request_Size, where it is not above what the host
-    /// set, and not below the Max_Payload_Size that the host set (PCI Express 6.0, section 7.5.3.4). Smaller requests harm nobody.
+    /// set, and not below the Max_Payload_Size that the host set (PCI Express 6.0, section 7.5.3.4). Smaller requests harm no other function.
     fn in_range(&self, write: &Write) -> u32 {
         let mut passing = 0;
         for (offset, model) in &self.planes.models {

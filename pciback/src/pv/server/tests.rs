@@ -550,7 +550,7 @@ mod telling {
         assert_eq!(frontend::take_aer(machine.page()), None);
     }
 
-    /// The time is up, and a late answer reaches nobody.
+    /// The time is up, and a late answer is dropped.
     #[test]
     fn a_guest_that_is_silent_cannot_be_told_or_is_gone_is_reported_once() {
         let machine = Machine::new();
