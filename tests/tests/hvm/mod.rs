@@ -15,7 +15,7 @@ use xpci_tests::host::{
 use xpci_tests::scenes::{Check, Machine, Scene};
 use xpci_tests::{BareGuest, Lab, Process, checks};
 
-use crate::machines::{HOST, without_policies};
+use crate::machines::{HOST, destroy_guests, without_policies};
 use crate::vf::{self, Model};
 use interrupts::{
     a_masked_function_waits_likewise, a_masked_vector_waits_and_its_pending_bit_shows_that,
@@ -94,7 +94,7 @@ impl<'a> Scene<'a> for Hvm<'a> {
         let lab = self.lab;
         keep_running(lab, &mut self.service)?;
         self.one = None;
-        lab.dom0("xl list | awk 'NR > 2 {print $1}' | while read name; do xl destroy $name; done").ok()?;
+        destroy_guests(lab)?;
         // Nobody has it persistently when no check had come so far.
         _ = lab.dom0(&format!("xpci pci-detach --persistent {} 01:10.0", persist::UUID)).run()?;
         for vf in VFS {

@@ -13,7 +13,7 @@ use xpci_tests::host::{SOON, builder, granted, is_held, start_service, status, x
 use xpci_tests::scenes::{Check, Machine, Scene};
 use xpci_tests::{BareGuest, Builder, Devices, Lab, Process, checks};
 
-use crate::machines::clean;
+use crate::machines::{clean, destroy_guests};
 use errors::{
     a_fatal_error_quarantines_the_function, a_guest_that_cannot_be_told_loses_its_function,
     destroy_guest_destroys_it_and_its_function_is_held_again, pause_guest_pauses_it,
@@ -107,7 +107,7 @@ impl<'a> Scene<'a> for HvmDevices<'a> {
         let lab = self.lab;
         keep_running(lab, &mut self.service)?;
         self.one = None;
-        lab.dom0("xl list | awk 'NR > 2 {print $1}' | while read name; do xl destroy $name; done").ok()?;
+        destroy_guests(lab)?;
         lab.dom0(&format!("rm -f {}", errors::POLICY)).ok()?;
         xpci(lab, "policy reload")?;
         self.begins_anew()

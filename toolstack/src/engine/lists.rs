@@ -23,12 +23,20 @@ fn view_of(host: &dyn Host, reservations: &Reservations, record: &Record) -> Fun
     let seen = match host.function(record.address) {
         Ok(function) => view(Some(&function), record),
         Err(error) if error.errno() == Some(Errno::ENOENT) => {
-            FunctionView { state: FunctionState::Gone, ..view(None, record) }
+            FunctionView { state: state_of_absent(record.state), ..view(None, record) }
         }
         Err(error) => FunctionView { note: Some(error.to_string()), ..view(None, record) },
     };
     let persistent = reservations.get(record.address).as_ref().map(persistent_view);
     FunctionView { persistent, ..seen }
+}
+
+/// The state of a function that is not on the host: what is still done about it, and its quarantine, come first.
+const fn state_of_absent(recorded: FunctionState) -> FunctionState {
+    match recorded {
+        FunctionState::Host | FunctionState::Held | FunctionState::Attached => FunctionState::Gone,
+        other => other,
+    }
 }
 
 impl Workshop {

@@ -97,6 +97,16 @@ fn a_function_that_left_under_a_guest_stays_in_status_until_somebody_has_seen_it
 }
 
 #[test]
+fn a_function_that_left_is_detaching_until_its_guest_has_nothing_of_it() {
+    let world = World::new();
+    let vf = bdf("01:10.0");
+    let (frontend, service) = attached(&world, vf);
+    frontend.freeze();
+    world.simulation.unplug(vf);
+    service.wait_for_state(vf, FunctionState::Detaching);
+}
+
+#[test]
 fn a_held_function_that_somebody_gives_to_a_driver_is_dom0s_again_in_xen_too() {
     let world = World::new();
     let vf = bdf("01:10.0");
