@@ -60,6 +60,9 @@ pub struct Record {
     /// What was given to the guest beyond the device itself.
     #[serde(default)]
     pub grants: Vec<Grant>,
+    /// Whether the guest that has it, or had it last, does without its interrupt line, which another owner uses.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub without_line: bool,
     /// Whether its guest may still reach it: that it was switched off could not be proved.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unproved: bool,
@@ -138,11 +141,23 @@ impl Record {
             msix_prepared: false,
             guest: None,
             grants: Vec::new(),
+            without_line: false,
             unproved: false,
             network: None,
             pristine: None,
             transaction: None,
             quarantine: None,
+        }
+    }
+
+    /// Whose it is.
+    fn owner(&self) -> Owner {
+        match (self.guest, self.state) {
+            (Some(place), _) => Owner::Domain(place.domain),
+            // While it is taken from dom0 or given back, dom0 may have it.
+            (None, FunctionState::Held) if self.transaction.is_none() => Owner::Nobody,
+            (None, FunctionState::Held | FunctionState::Host) => Owner::Domain(DomId::DOM0),
+            (None, _) => Owner::Quarantined,
         }
     }
 }
@@ -191,7 +206,22 @@ pub struct Journal {
     /// Functions whose last record says that they are quarantined.
     quarantined: Arc<Mutex<BTreeSet<Sbdf>>>,
     granted: Arc<Mutex<Granted>>,
+    owners: Arc<Mutex<Owners>>,
 }
+
+/// Whose a function with a record is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Owner {
+    /// It is held: whoever gets it next finds it reset.
+    Nobody,
+    /// This domain's, dom0 included, or about to be.
+    Domain(DomId),
+    /// Not known for sure.
+    Quarantined,
+}
+
+/// The owners of functions with a record; those of others are dom0's, or another toolstack's.
+pub(crate) type Owners = BTreeMap<Sbdf, Owner>;
 
 /// What functions gave their guests.
 pub(crate) type Granted = BTreeMap<Sbdf, (DomId, Vec<Grant>)>;
@@ -201,7 +231,12 @@ impl Journal {
     pub fn open(directory: &Path) -> Result<Self, JournalError> {
         let error = |source| JournalError::Io { action: "create", path: directory.to_owned(), source };
         fs::create_dir_all(directory).map_err(error)?;
-        Ok(Self { directory: directory.to_owned(), quarantined: Arc::default(), granted: Arc::default() })
+        Ok(Self {
+            directory: directory.to_owned(),
+            quarantined: Arc::default(),
+            granted: Arc::default(),
+            owners: Arc::default(),
+        })
     }
 
     fn path(&self, address: Sbdf) -> PathBuf {
@@ -219,6 +254,7 @@ impl Journal {
             path,
             source,
         })?;
+        self.owners().insert(record.address, record.owner());
         if quarantined {
             self.quarantined().insert(record.address);
         } else if durable {
@@ -236,8 +272,14 @@ impl Journal {
         self.granted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whose functions with a record are.
+    pub(crate) fn owners(&self) -> MutexGuard<'_, Owners> {
+        self.owners.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Removes a function's record; nothing happens where there is none.
     pub fn remove(&self, address: Sbdf) -> Result<(), JournalError> {
+        self.owners().remove(&address);
         let path = self.path(address);
         let durable = self.quarantined().remove(&address);
         let removed = remove_entry(&path).and_then(|()| if durable { sync(&self.directory) } else { Ok(()) });
@@ -271,6 +313,7 @@ impl Journal {
             Some((record.address, (domain, record.grants.clone())))
         };
         self.granted().extend(records.iter().filter_map(given));
+        self.owners().extend(records.iter().map(|record| (record.address, record.owner())));
         Ok((records, errors))
     }
 }

@@ -7,7 +7,7 @@ use pciback::Sbdf;
 use pciback::config::{CapabilityList, FunctionSpec, Planes, Policy, PortAbove, Unroutable, VfRouting};
 use pciback::inventory::Identity;
 use pciback::platform::{Host, HostFunction};
-use pciback::spec::ExtendedCapabilityId;
+use pciback::spec::{CapabilityId, ExtendedCapabilityId};
 
 use crate::outcome::{ErrorCode, Failure};
 
@@ -15,6 +15,8 @@ use crate::outcome::{ErrorCode, Failure};
 pub trait SpecExt {
     /// Whether it has an MSI-X capability.
     fn has_msix(&self) -> bool;
+    /// Whether it has an MSI or an MSI-X capability.
+    fn has_messages(&self) -> bool;
     /// Whether it can send INTx.
     fn has_interrupt_pin(&self) -> bool;
 }
@@ -24,7 +26,12 @@ const INTERRUPT_PIN: usize = 0x3d;
 
 impl SpecExt for FunctionSpec {
     fn has_msix(&self) -> bool {
-        CapabilityList::walk(&self.bytes).legacy(pciback::spec::CapabilityId::MSI_X).is_some()
+        CapabilityList::walk(&self.bytes).legacy(CapabilityId::MSI_X).is_some()
+    }
+
+    fn has_messages(&self) -> bool {
+        let list = CapabilityList::walk(&self.bytes);
+        [CapabilityId::MSI, CapabilityId::MSI_X].iter().any(|id| list.legacy(*id).is_some())
     }
 
     fn has_interrupt_pin(&self) -> bool {
@@ -45,6 +52,12 @@ pub fn function_spec(host: &dyn Host, address: Sbdf) -> Result<FunctionSpec, Fai
             .on(address)
             .hint("a device that answers all ones may need a reset or a power cycle")
     })
+}
+
+/// The same of a function in a guest's hands, which shows no interrupt line that the guest was not given.
+pub fn of_guests(host: &dyn Host, address: Sbdf, has_line: bool) -> Result<FunctionSpec, Failure> {
+    let spec = function_spec(host, address)?;
+    Ok(if has_line { spec } else { FunctionSpec { gsi: 0, ..spec } })
 }
 
 /// The Device Serial Number of a function (PCI Express 6.0, section 7.9.3), where it has one that can be read.

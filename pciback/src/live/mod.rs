@@ -16,7 +16,7 @@ use crate::config::{Access, AccessError, ConfigSpace};
 pub use bars::{LostBar, PlacedBar, decode_bars, place_bars};
 pub use canary::Canary;
 pub use switches::{
-    COMMAND, Switch, clear_bus_master, decode_memory, enable_bit, message_control, set_intx,
+    COMMAND, Switch, clear_bus_master, decode_memory, enable_bit, may_send_intx, message_control, set_intx,
     set_message_control, switch_off,
 };
 

@@ -37,6 +37,23 @@ pub fn set_intx(config: &dyn ConfigSpace, switch: Switch) -> io::Result<Changed>
     }
 }
 
+/// Whether a function, by the bytes of its config space, may signal INTx: it has a pin, Interrupt Disable is clear, and neither MSI nor
+/// MSI-X is enabled, which take the place of INTx (PCI Express 6.0, section 6.1.4).
+pub fn may_send_intx(bytes: &[u8]) -> bool {
+    let list = CapabilityList::walk(bytes);
+    let word = |at: u16| {
+        let at = usize::from(at);
+        bytes.get(at..at + 2).map_or(0, |word| u16::from_le_bytes([word[0], word[1]]))
+    };
+    let enabled = |id, enable: u16| {
+        list.legacy(id).is_some_and(|at| word(at.offset + legacy::MESSAGE_CONTROL) & enable != 0)
+    };
+    bytes.get(usize::from(header::INTERRUPT_PIN)).is_some_and(|pin| *pin != 0)
+        && word(header::COMMAND) & header::COMMAND_INTERRUPT_DISABLE == 0
+        && !enabled(CapabilityId::MSI, legacy::MSI_ENABLE)
+        && !enabled(CapabilityId::MSI_X, legacy::MSIX_ENABLE)
+}
+
 /// Message Control of the MSI or MSI-X capability at an offset. Two bytes: Xen takes no other write to it.
 pub fn message_control(capability: u16) -> Result<Access, AccessError> {
     register(capability, legacy::MESSAGE_CONTROL, 2)

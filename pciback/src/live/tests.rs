@@ -99,3 +99,21 @@ fn a_register_that_reads_as_wanted_is_not_written_unless_asked() {
     assert_eq!(rewrite(&registers, COMMAND, 0, 0x2).unwrap(), Changed::Kept);
     assert_eq!(*registers.writes.borrow(), [(header::COMMAND, 0x7)]);
 }
+
+#[test]
+fn a_function_may_send_intx_unless_that_is_off_or_messages_take_its_place() {
+    let function = |pin: u8, command: u16, msi: u16, msix: u16| {
+        let mut bytes = vec![0; 256];
+        (bytes[0x06], bytes[0x34], bytes[0x3d]) = (0x10, 0x50, pin);
+        bytes[4..6].copy_from_slice(&command.to_le_bytes());
+        (bytes[0x50], bytes[0x51], bytes[0x70]) = (0x05, 0x70, 0x11);
+        bytes[0x52..0x54].copy_from_slice(&msi.to_le_bytes());
+        bytes[0x72..0x74].copy_from_slice(&msix.to_le_bytes());
+        may_send_intx(&bytes)
+    };
+    assert!(function(1, 0, 0, 0));
+    assert!(!function(0, 0, 0, 0), "it has no pin");
+    assert!(!function(1, header::COMMAND_INTERRUPT_DISABLE, 0, 0));
+    assert!(!function(1, 0, legacy::MSI_ENABLE, 0));
+    assert!(!function(1, 0, 0, legacy::MSIX_ENABLE));
+}

@@ -5,6 +5,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 use super::Engine;
 use super::requests::not_in_state;
+use super::tasks::Workshop;
 use crate::control::Reply;
 use crate::outcome::Failure;
 use crate::protocol::Success;
@@ -23,6 +24,26 @@ pub(super) struct Refusal {
 
 /// Whether a function is taken even while something uses it.
 pub(super) struct Force(pub bool);
+
+/// What takes a thread to find out.
+#[derive(Default)]
+pub(super) struct Question {
+    /// What hinders holding.
+    pub hold: Option<Force>,
+    /// What it shares with functions of other owners than this domain, or than any.
+    pub shares: Option<Option<DomId>>,
+}
+
+/// Whether it matters what a function shares: no other state lets it go to a guest.
+pub(super) fn shares_with_others(state: FunctionState, function: &HostFunction) -> bool {
+    matches!(state, FunctionState::Held | FunctionState::Host) && !function.is_bridge()
+}
+
+/// What is found out on a thread about what a function shares with those of other owners than a domain, or than any.
+pub(super) fn shared_obstacles(workshop: &Workshop, address: Sbdf, domain: Option<DomId>) -> Vec<Failure> {
+    let found = workshop.sharing().obstacles(address, domain);
+    found.unwrap_or_else(|failure| vec![failure])
+}
 
 /// What is found out on a thread about a function that is to be held: what uses it, unless that is no matter, and which driver would
 /// hold it.
@@ -86,14 +107,15 @@ impl Engine {
         [vec![first], cannot].concat()
     }
 
-    /// Answers with all that is in the way of an action, in words that follow "to", or with `otherwise`. `more`: also asks what hinders
-    /// holding, which takes a thread to find out.
-    pub(super) fn weigh(&self, refusal: Refusal, more: Option<Force>, otherwise: Success, reply: Reply) {
-        let (platform, holder) = (self.platform.clone(), self.settings.holder);
+    /// Answers with all that is in the way of an action, in words that follow "to", what is asked besides included, or with `otherwise`.
+    pub(super) fn weigh(&self, refusal: Refusal, question: Question, otherwise: Success, reply: Reply) {
+        let (workshop, holder) = (self.workshop(), self.settings.holder);
         let Refusal { address, action, found } = refusal;
         self.background("obstacles", move || {
-            let more = more.map(|Force(force)| hold_obstacles(&platform, holder, address, force));
-            let found = [found, more.unwrap_or_default()].concat();
+            let hold = question.hold;
+            let hold = hold.map(|Force(force)| hold_obstacles(&workshop.platform, holder, address, force));
+            let shares = question.shares.map(|domain| shared_obstacles(&workshop, address, domain));
+            let found = [found, hold.unwrap_or_default(), shares.unwrap_or_default()].concat();
             reply.done(Failure::refuse_for(&action, found).map(|()| otherwise));
         });
     }

@@ -61,7 +61,7 @@ impl Workshop {
         let memory = memory.map_err(|error| failed("map the image", &error))?;
         let image = FunctionImage::new(memory, Life { boot: boot_number(&record.boot), domain });
         let host = self.platform.host.as_ref();
-        let spec = Arc::new(spec::function_spec(host, address)?);
+        let spec = Arc::new(spec::of_guests(host, address, !record.without_line)?);
         // What the guest has seen of the lists stays, whatever became of the policies meanwhile.
         let visible = again.then(|| image.visible_capabilities(spec.bytes.len()));
         let planes = self.planes(&spec, domain, visible.as_deref())?;

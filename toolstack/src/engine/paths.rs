@@ -42,7 +42,7 @@ impl Engine {
         let workshop = self.workshop();
         self.background("blast radius", move || {
             let path = FunctionPath::of(&workshop.platform, address);
-            let radius = path.and_then(|path| blast_radius(&workshop.platform, &path, true));
+            let radius = path.and_then(|path| blast_radius(&workshop.platform, &path));
             reply.done(radius.map(|radius| Success::BlastRadius(Box::new(radius))));
         });
     }

@@ -21,7 +21,7 @@ use crate::protocol::{
     CapabilityRuleView, DomainName, LearnedView, PolicyFileView, PolicyView, RegisterRuleView, ReloadedView,
     Success,
 };
-use crate::spec::function_spec;
+use crate::spec::of_guests;
 
 /// What a task has read and compiled.
 pub struct Reloaded {
@@ -39,6 +39,8 @@ struct User {
     address: Sbdf,
     domain: DomId,
     visible: Vec<u16>,
+    /// Whether the guest was given the interrupt line.
+    has_line: bool,
 }
 
 impl Engine {
@@ -47,7 +49,8 @@ impl Engine {
         in_use
             .filter_map(|(address, filter)| {
                 let domain = self.records.get(address)?.guest?.domain;
-                Some(User { address: *address, domain, visible: visible(&filter.planes) })
+                let has_line = filter.spec.has_line();
+                Some(User { address: *address, domain, visible: visible(&filter.planes), has_line })
             })
             .collect()
     }
@@ -221,7 +224,8 @@ impl Engine {
         self.background("explain", move || {
             let host = workshop.platform.host.as_ref();
             let looked = existing(host, address).and_then(|function| {
-                let spec = function_spec(host, address)?;
+                let has_line = user.as_ref().is_none_or(|user| user.has_line);
+                let spec = of_guests(host, address, has_line)?;
                 // Of another guest than the one that has it, nothing has been seen yet.
                 let of_user = user.as_ref().filter(|_| domain.is_none());
                 let name = match of_user {
@@ -282,7 +286,8 @@ impl Workshop {
         let filters = users
             .into_iter()
             .map(|user| {
-                let filter = function_spec(self.platform.host.as_ref(), user.address).and_then(|spec| {
+                let spec = of_guests(self.platform.host.as_ref(), user.address, user.has_line);
+                let filter = spec.and_then(|spec| {
                     let planes = self.planes(&spec, user.domain, Some(&user.visible))?;
                     Ok(Filter { spec: Arc::new(spec), planes, policies: Arc::clone(&policies) })
                 });

@@ -10,7 +10,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 use super::Engine;
 use super::hvm::Wanted;
-use super::obstacles::{Force, Refusal};
+use super::obstacles::{Force, Question, Refusal, shares_with_others};
 use super::tasks::Course;
 use super::unmanaged::STUB;
 use crate::control::Reply;
@@ -37,15 +37,23 @@ pub(super) enum Plan {
     Answer(Success),
     /// A transaction, what to say when it succeeds, and what becomes of the function's reservation before.
     Transaction(Course, Box<Record>, String, Option<Change>),
-    /// What is in the way, and what hinders holding besides, where that is asked; otherwise the answer.
-    Weigh(Refusal, Option<Force>, Success),
+    /// What is in the way, and what is asked besides; otherwise the answer.
+    Weigh(Refusal, Question, Success),
 }
 
 impl Plan {
     /// The same, but nothing is changed.
     pub(super) fn only_said(self) -> Self {
         match self {
-            Self::Transaction(_, _, message, _) => Self::Answer(would(&message)),
+            Self::Transaction(_, record, message, _) => {
+                let (address, domain) = (record.address, record.guest.map(|guest| guest.domain));
+                let action = match domain {
+                    Some(domain) => format!("attach {address} to domain {domain}"),
+                    None => format!("give {address} back to dom0"),
+                };
+                let question = Question { hold: None, shares: Some(domain.or(Some(DomId::DOM0))) };
+                Self::Weigh(Refusal { address, action, found: Vec::new() }, question, would(&message))
+            }
             other => other,
         }
     }
@@ -120,7 +128,7 @@ impl Engine {
         match plan {
             Err(failure) => reply.done(Err(failure)),
             Ok(Plan::Answer(success)) => reply.done(Ok(success)),
-            Ok(Plan::Weigh(refusal, more, otherwise)) => self.weigh(refusal, more, otherwise, reply),
+            Ok(Plan::Weigh(refusal, question, otherwise)) => self.weigh(refusal, question, otherwise, reply),
             Ok(Plan::Transaction(course, record, message, change)) => {
                 self.start_with(course, *record, change, Some(reply), move |_| message.clone());
             }
@@ -154,9 +162,9 @@ impl Engine {
         let message = format!("{address} is assignable");
         let found = self.holdable(&function);
         if dry_run || !found.is_empty() {
-            let more = (!function.is_bridge()).then_some(Force(force));
+            let hold = (!function.is_bridge()).then_some(Force(force));
             let refusal = Refusal { address, action: format!("make {address} assignable"), found };
-            return Ok(Plan::Weigh(refusal, more, would(&message)));
+            return Ok(Plan::Weigh(refusal, Question { hold, shares: None }, would(&message)));
         }
         let course = if force { Course::Seize } else { Course::Forward(Kind::Hold) };
         Ok(Plan::Transaction(course, Box::new(record), message, None))
@@ -258,11 +266,13 @@ impl Engine {
         if found.is_empty() {
             return Ok(None);
         }
-        let more = self.state(address) == FunctionState::Host && !function.is_bridge();
+        let state = self.state(address);
+        let hold = (state == FunctionState::Host && !function.is_bridge()).then_some(Force(false));
+        let shares = shares_with_others(state, &function).then_some(Some(domain));
         let action = format!("attach {address} to {}", self.called(domain));
         let nothing = Success::Already { message: format!("nothing is in the way to {action} any more") };
         let refusal = Refusal { address, action, found };
-        Ok(Some(Plan::Weigh(refusal, more.then_some(Force(false)), nothing)))
+        Ok(Some(Plan::Weigh(refusal, Question { hold, shares }, nothing)))
     }
 
     /// Refuses guests without a device model that cannot have a PCI bus of ours.

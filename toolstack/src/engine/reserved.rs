@@ -15,7 +15,6 @@ use crate::outcome::Failure;
 use crate::protocol::{DomainName, FunctionView, Scope, Success};
 use crate::reservations::{Change, Reservation};
 use crate::spec;
-use crate::transaction::{Kind, Parting};
 
 impl Engine {
     /// Refuses a domain what another guest has persistently, and any other device than the one that it has so.
@@ -190,7 +189,7 @@ impl Engine {
             self.miss_no_more(record.address);
         }
         let change = reservation.map(|reservation| Change::Forget(reservation.address));
-        Plan::Transaction(Course::Backward(Kind::Release, Parting::Dead), Box::new(record), message, change)
+        Plan::Transaction(Course::GiveBack, Box::new(record), message, change)
     }
 
     /// All reservations, or those of a guest.

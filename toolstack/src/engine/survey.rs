@@ -10,7 +10,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 use super::Engine;
 use super::lists::Shown;
-use super::obstacles::hold_obstacles;
+use super::obstacles::{hold_obstacles, shared_obstacles, shares_with_others};
 use super::requests::existing;
 use crate::control::Reply;
 use crate::doctor::{self, Finding, Verdict};
@@ -151,8 +151,9 @@ impl Engine {
             Ok(known) => known,
             Err(failure) => return reply.done(Err(failure)),
         };
-        let (platform, holder) = (self.platform.clone(), self.settings.holder);
+        let (workshop, holder) = (self.workshop(), self.settings.holder);
         self.show(reply, move |shown| {
+            let platform = &workshop.platform;
             let host = platform.host.as_ref();
             let function = existing(host, address)?;
             let survey = Survey::of(shown, platform.store.as_ref())?;
@@ -161,7 +162,10 @@ impl Engine {
                 host.uses(address).unwrap_or_default().iter().map(ToString::to_string).collect();
             let mut found = known;
             if listed.function.state == FunctionState::Host && !function.is_bridge() {
-                found.extend(hold_obstacles(&platform, holder, address, false));
+                found.extend(hold_obstacles(platform, holder, address, false));
+            }
+            if shares_with_others(listed.function.state, &function) {
+                found.extend(shared_obstacles(&workshop, address, None));
             }
             let group = survey.groups.get(&address);
             let members = survey.groups.iter().filter(|(_, number)| Some(*number) == group);

@@ -25,7 +25,9 @@ use crate::protocol::Success;
 use crate::reservations::{Change, Reservations};
 use crate::settings::Settings;
 use crate::spec::Filters;
-use crate::transaction::{Context, Finished, Kind, Parting, Serving, Step, guest_of};
+use crate::transaction::{
+    Context, Finished, Kind, Parting, Serving, Sharing, Step, guest_of, refuse_release,
+};
 
 /// What the engine may take beyond a guest's own limit before a transaction stops waiting for it.
 const ENGINE_MARGIN: Duration = Duration::from_secs(10);
@@ -39,6 +41,8 @@ pub(super) enum Course {
     Seize,
     /// The list from its end, backwards.
     Backward(Kind, Parting),
+    /// [`Kind::Hold`] from its end, backwards, because somebody asks for it: not while a guest's function shares something with it.
+    GiveBack,
     /// From one step backwards: what an earlier life of the service left.
     BackwardFrom(Kind, Step, Parting),
     /// A function that no guest has is quarantined.
@@ -54,7 +58,7 @@ impl Course {
             Self::Forward(kind) | Self::Backward(kind, _) | Self::BackwardFrom(kind, ..) => {
                 kind.state_during()
             }
-            Self::Condemn => FunctionState::Held,
+            Self::Condemn | Self::GiveBack => FunctionState::Held,
             Self::Clear => FunctionState::Resetting,
         }
     }
@@ -62,7 +66,7 @@ impl Course {
     const fn parting(self) -> Parting {
         match self {
             Self::Forward(_) | Self::Seize | Self::Condemn => Parting::Force,
-            Self::Clear => Parting::Dead,
+            Self::Clear | Self::GiveBack => Parting::Dead,
             Self::Backward(_, parting) | Self::BackwardFrom(_, _, parting) => parting,
         }
     }
@@ -158,6 +162,11 @@ impl Workshop {
         change: Option<Change>,
         progress: &dyn Fn(&str),
     ) -> Finished {
+        if course == Course::GiveBack
+            && let Err(failure) = refuse_release(&self.sharing(), record.address)
+        {
+            return Finished { record, outcome: Err(failure) };
+        }
         let before = match &change {
             Some(Change::Reserve(wanted)) => self.reservations.get(wanted.address),
             _ => None,
@@ -209,6 +218,11 @@ impl Workshop {
         self.reservations.give(reservation, &record.boot, place.domain)
     }
 
+    /// By what it is found out what functions share.
+    pub(super) fn sharing(&self) -> Sharing<'_> {
+        Sharing { platform: &self.platform, policies: &self.policies, journal: &self.journal }
+    }
+
     fn run(&self, course: Course, record: Record, progress: &dyn Fn(&str)) -> Finished {
         let context = Context {
             platform: &self.platform,
@@ -226,6 +240,7 @@ impl Workshop {
             Course::Forward(kind) => context.forward(kind, record),
             Course::Seize => context.forward(Kind::Hold, record),
             Course::Backward(kind, _) => context.backward(kind, record),
+            Course::GiveBack => context.backward(Kind::Release, record),
             Course::BackwardFrom(kind, step, _) => context.backward_from(kind, step, record),
             Course::Condemn => context.condemn(record),
             Course::Clear => context.clear(record),
@@ -274,7 +289,7 @@ impl Engine {
         done: impl Fn(&Record) -> String + Send + 'static,
     ) {
         let address = record.address;
-        if matches!(course, Course::Backward(Kind::Release, _)) {
+        if matches!(course, Course::Backward(Kind::Release, _) | Course::GiveBack) {
             self.keeping.gives_back(address, record.incarnation);
         }
         let mut shown = record.clone();

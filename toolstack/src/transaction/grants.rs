@@ -9,26 +9,33 @@ use pciback::live::{self, PlacedBar};
 use pciback::platform::{Host, HostFunction, PAGE, Pirq, Platform, Resource, Revoked};
 
 use super::reset::config_failure;
+use super::sharing::{Line, LineCheck, refuse_pages};
 use super::{Context, guest_of};
 use crate::domains::{self, DomainType};
 use crate::former_owners::FormerOwners;
 use crate::journal::{Grant, Record};
 use crate::outcome::Failure;
-use crate::spec::SpecExt;
 
-pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
+/// The text says when the guest does without its interrupt line.
+pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
     let domain = guest_of(record)?;
     let function = context.platform.host.function(record.address)?;
     refuse_ram(context.platform.host.as_ref(), &function)?;
     decode(context, &function)?;
     let mut grants: Vec<Grant> = function.bars().iter().filter_map(bar_grant).collect();
-    let has_pin =
-        crate::spec::function_spec(context.platform.host.as_ref(), record.address)?.has_interrupt_pin();
-    if has_pin && function.irq != 0 && function.irq < 256 {
-        grants.push(Grant::Gsi { gsi: function.irq });
-    }
-    // Nobody revokes what these share in between.
+    let spec = crate::spec::function_spec(context.platform.host.as_ref(), record.address)?;
+    let line = LineCheck::of(context, &function, &spec, domain)?;
+    // Nobody is given or revokes what these share in between.
     let mut granted = context.journal.granted();
+    refuse_pages(context, &function, domain, &grants, &granted)?;
+    let withheld = match line.settle(context, &granted)? {
+        Line::Given(line) => {
+            grants.extend(line.map(|gsi| Grant::Gsi { gsi }));
+            None
+        }
+        Line::Withheld(said) => Some(said),
+    };
+    record.without_line = withheld.is_some();
     granted.insert(record.address, (domain, grants.clone()));
     // Noted before given: what the journal does not know is never revoked.
     record.grants = grants;
@@ -43,7 +50,7 @@ pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<(), Fa
         }
         return Err(Failure::from(error).on(record.address).of(domain));
     }
-    Ok(())
+    Ok(withheld)
 }
 
 /// Refuses to give away pages with RAM, whatever the host says of the function's BARs.

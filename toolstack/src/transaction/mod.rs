@@ -13,6 +13,7 @@ mod path;
 mod pristine;
 mod quarantine;
 mod reset;
+mod sharing;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -38,6 +39,7 @@ pub use path::{
 };
 pub use pristine::Pristine;
 pub use reset::{ResetCheck, ResetPlan, plan_for, refuse_unresettable, reset_and_verify};
+pub use sharing::{Sharing, refuse_release};
 
 use crate::former_owners::FormerOwners;
 use crate::journal::{GuestPlace, Journal, Progress, Record};
@@ -69,7 +71,8 @@ pub enum Step {
     RestoreNetwork,
     /// `DOMID_IO` owns it in Xen. Undo: dom0.
     Quarantine,
-    /// Errors that it causes are reported and do not escalate, those of its resets included. Undo: as before, unless another function below
+    /// It shares nothing with another owner that no policy permits. Errors that it causes are reported and do not escalate, those of its
+    /// resets included. Undo: as before, unless another function below
     /// needs it.
     ContainPath,
     /// It is reset and answers, and its registers are as they were when it was first held. Undo: the same, because a guest has had it.
@@ -80,7 +83,7 @@ pub enum Step {
     Assign,
     /// What [`Self::ContainPath`] does, after [`Self::Assign`]: a step of earlier versions, which their journals name.
     ContainErrors,
-    /// The guest may map its BARs, use its ports and its INTx line. Undo: it may not, but for what another function of it needs.
+    /// The guest may map its BARs, use its ports and, unless another owner uses that, its INTx line. Undo: it may not, but for what another function of it needs.
     Grant,
     /// The VF's network settings are what 'vf set' and the service's settings ask for. Undo: they are so again, and what the guest had
     /// changed is reported.
@@ -365,7 +368,7 @@ impl Context<'_> {
             }
             Step::PrepareMsix => attach::prepare_msix(self, record).map(|()| None),
             Step::Assign => attach::assign(self, record),
-            Step::Grant => grants::grant(self, record).map(|()| None),
+            Step::Grant => grants::grant(self, record),
             Step::ApplyNetwork => network::apply(self, record),
             Step::Image => {
                 attach::create_image(self, record).and_then(|()| self.serving.open(record)).map(|()| None)

@@ -14,7 +14,7 @@ use pciback::live::errors::put;
 use pciback::platform::{HostFunction, Platform};
 use pciback::spec::header;
 
-use super::Context;
+use super::{Context, sharing};
 use crate::journal::Record;
 use crate::ledger::{Before, Entry, Ledger};
 use crate::outcome::{ErrorCode, Failure};
@@ -67,7 +67,7 @@ impl FunctionPath {
     }
 
     /// The bridges above, the nearest first.
-    fn bridges(&self) -> Vec<Bridge> {
+    pub(super) fn bridges(&self) -> Vec<Bridge> {
         let bridges = self.members.iter().filter(|member| is_bridge(&member.bytes));
         bridges.rev().map(|member| Bridge::read(member.function.address, &member.bytes)).collect()
     }
@@ -87,18 +87,16 @@ pub fn value_in(bytes: &[u8], access: Access) -> u32 {
     bytes.iter().rev().fold(0, |value, byte| value << 8 | u32::from(*byte))
 }
 
-/// Who is hit when a function fails. `everywhere`: looks at all functions of the host, not only at those below its root port.
-pub fn blast_radius(platform: &Platform, path: &FunctionPath, everywhere: bool) -> Result<Radius, Failure> {
+/// Who is hit when a function fails.
+pub fn blast_radius(platform: &Platform, path: &FunctionPath) -> Result<Radius, Failure> {
     let host = platform.host.as_ref();
     let bridges = path.bridges();
     let Some(member) = path.members.last() else {
         return Err(Failure::new(ErrorCode::Failed, "a path without a function"));
     };
-    let root = bridges.last();
-    let near = |address: &Sbdf| everywhere || root.is_some_and(|root| root.covers(*address));
-    let others = host.functions()?.into_iter().filter(near);
     // One that leaves meanwhile is hit by nothing.
-    let others: Vec<HostFunction> = others.filter_map(|address| host.function(address).ok()).collect();
+    let others: Vec<HostFunction> =
+        host.functions()?.into_iter().filter_map(|address| host.function(address).ok()).collect();
     let pin = member.bytes.get(usize::from(header::INTERRUPT_PIN)).is_some_and(|pin| *pin != 0);
     Ok(Radius::of(&member.function, pin && member.role != Role::Virtual, &bridges, &others))
 }
@@ -108,15 +106,12 @@ pub(super) fn apply(context: &Context<'_>, record: &Record) -> Result<Option<Str
     (context.progress)(&format!("setting error reporting on the path of {address}"));
     let _alone = context.ledger.lock();
     let path = FunctionPath::of(context.platform, address)?;
+    sharing::refuse(context, record, &path)?;
     for member in &path.members {
         set(context, member, address, path.os_owns_aer())?;
     }
-    let mut warnings: Vec<String> = Vec::new();
-    if let Some((root_port, false)) = path.root_port {
-        warnings.push(not_handled(root_port));
-    }
-    warnings.extend(blast_radius(context.platform, &path, false)?.warning());
-    Ok(warnings.into_iter().reduce(|first, next| format!("{first}; {next}")))
+    let unhandled = path.root_port.filter(|(_, handled)| !handled);
+    Ok(unhandled.map(|(root_port, _)| not_handled(root_port)))
 }
 
 /// Sets what is in the function itself again: its reset has cleared it, where Linux does not put it back.

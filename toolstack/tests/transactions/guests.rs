@@ -10,7 +10,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 use toolstack::outcome::ErrorCode;
 
 use crate::frontend::{Frontend, msix_op, op, read_op, write_op};
-use crate::world::{DB, Service, WEB, World, bdf, wait_until};
+use crate::world::{DB, LIMIT, Service, WEB, World, bdf, wait_until};
 
 const VENDOR: u32 = 0;
 const COMMAND: u32 = 4;
@@ -48,7 +48,9 @@ fn a_guest_reads_its_vf_as_the_pf_says_it_is_and_nothing_else_answers() {
 
 #[test]
 fn a_line_that_two_functions_of_a_guest_share_is_its_until_it_loses_both() {
-    let (world, [first, second]) = (World::new(), [bdf("04:00.0"), bdf("05:00.0")]);
+    let (world, [first, second]) = (World::without_vfs(), [bdf("04:00.0"), bdf("05:00.0")]);
+    // Nobody in dom0 uses it.
+    world.host().unbind(bdf("01:00.0"), LIMIT).unwrap();
     for address in [first, second] {
         world.simulation.plug(&format!("{{address: \"{address}\", model: nvme, irq: 21}}")).unwrap();
     }

@@ -24,6 +24,7 @@ mod records;
 mod reserved_memory;
 mod resets;
 mod scale;
+mod sharing;
 mod surprises;
 mod unproved;
 mod world;

@@ -173,38 +173,6 @@ impl Radius {
             link,
         }
     }
-
-    /// One line for whoever attaches the function; `None` where nobody else is hit.
-    pub fn warning(&self) -> Option<String> {
-        let part = |what: &str, sharers: &[Sharer]| {
-            (!sharers.is_empty()).then(|| format!("{what} {}", few(sharers)))
-        };
-        let isolated = |sharer: &&Sharer| !self.link.contains(sharer) && !self.root_port.contains(sharer);
-        let group: Vec<Sharer> = self.iommu_group.iter().filter(isolated).cloned().collect();
-        let parts = [
-            part("a reset of its link also hits", &self.link),
-            part("its root port has", &self.root_port),
-            part("its interrupt line is shared with", &self.line),
-            part("memory pages of its BARs are shared with", &self.page),
-            part("the IOMMU cannot keep it apart from", &group),
-        ];
-        let mut parts: Vec<String> = parts.into_iter().flatten().collect();
-        if parts.is_empty() {
-            return None;
-        }
-        parts.extend(part("recovery is vetoed by", &self.vetoes));
-        Some(format!("blast radius of {}: {} (see 'xpci blast-radius')", self.address, parts.join("; ")))
-    }
-}
-
-/// The first few, and how many more.
-fn few(sharers: &[Sharer]) -> String {
-    const SHOWN: usize = 3;
-    let names: Vec<String> = sharers.iter().take(SHOWN).map(|sharer| sharer.address.to_string()).collect();
-    match sharers.len().saturating_sub(SHOWN) {
-        0 => names.join(", "),
-        more => format!("{} and {more} more", names.join(", ")),
-    }
 }
 
 type Sharers<'a> = &'a dyn Fn(&dyn Fn(&HostFunction) -> bool) -> Vec<Sharer>;
@@ -230,6 +198,11 @@ impl Group {
             None => Self::Device(Sbdf::from_devfn(address.segment(), address.bus(), address.device() << 3)),
         }
     }
+}
+
+/// Whether the IOMMU keeps a function apart from all others, whatever there is on the host: true of VFs below ports that isolate.
+pub fn is_alone(function: &HostFunction, bridges: &[Bridge]) -> bool {
+    matches!(Group::of(function, bridges), Group::Alone(_))
 }
 
 /// The bridge that does not isolate, and why. The one nearest to the root decides: nothing below it is kept apart.
@@ -266,7 +239,7 @@ fn group(function: &HostFunction, bridges: &[Bridge], sharers: Sharers<'_>) -> (
 fn share_a_page(own: &HostFunction, other: &HostFunction) -> bool {
     let pages = |bar: &Resource| (bar.start / PAGE, (bar.start + bar.size - 1) / PAGE);
     let memory = |bars: &[Resource]| {
-        let memory = bars.iter().filter(|bar| bar.exists() && !bar.is_io());
+        let memory = bars.iter().filter(|bar| bar.is_placed() && !bar.is_io());
         memory.map(pages).collect::<Vec<_>>()
     };
     let others = memory(other.bars());

@@ -145,11 +145,16 @@ fn who_shares_the_link_the_root_port_the_line_and_the_page_is_found() {
     assert_eq!(addresses(&radius.line), ["0000:09:00.0"]);
     assert_eq!(addresses(&radius.page), ["0000:09:00.0"]);
     assert_eq!(addresses(&radius.vetoes), ["0000:03:00.1"]);
-    let warning = radius.warning().unwrap();
-    assert!(warning.contains("0000:03:00.1") && warning.contains("vetoed"), "{warning}");
-    // A function that uses no line shares none; one that is alone has nothing to be warned of.
+    // A function that uses no line shares none.
     assert!(Radius::of(&own, false, &ports, &others).line.is_empty());
-    assert_eq!(Radius::of(&own, true, &ports[..1], &others[..1]).warning(), None);
+}
+
+#[test]
+fn bars_without_an_address_share_no_page() {
+    let unplaced = Resource { start: 0, size: 0x100, flags: Resource::MEMORY | Resource::UNSET };
+    let (mut own, mut other) = (function("03:00.0", None), function("09:00.0", None));
+    (own.resources[0], other.resources[0]) = (unplaced, unplaced);
+    assert!(Radius::of(&own, false, &[], &[other]).page.is_empty());
 }
 
 #[test]

@@ -53,18 +53,32 @@ pub enum Permission {
     PhysicalFunction,
     /// A VF whose PF no driver of dom0's manages, or a guest has: nobody on the host's side watches over what it does.
     UntrustedVf,
+    /// A function with a BAR in a page of memory that also holds registers of another owner's function: its guest reaches those.
+    SharedPage,
+    /// The interrupt line of a function where another owner uses it: each of them can keep it asserted.
+    SharedLine,
+    /// A function that the IOMMU cannot keep apart from another owner's: each of them may reach the other by DMA.
+    SharedGroup,
 }
 
 impl Permission {
     /// The words of a policy file.
-    pub const WORDS: &[(&str, Self)] =
-        &[("physical-function", Self::PhysicalFunction), ("untrusted-vf", Self::UntrustedVf)];
+    pub const WORDS: &[(&str, Self)] = &[
+        ("physical-function", Self::PhysicalFunction),
+        ("untrusted-vf", Self::UntrustedVf),
+        ("shared-page", Self::SharedPage),
+        ("shared-line", Self::SharedLine),
+        ("shared-group", Self::SharedGroup),
+    ];
 
     /// The word of a policy file.
     pub fn word(self) -> &'static str {
         match self {
             Self::PhysicalFunction => "physical-function",
             Self::UntrustedVf => "untrusted-vf",
+            Self::SharedPage => "shared-page",
+            Self::SharedLine => "shared-line",
+            Self::SharedGroup => "shared-group",
         }
     }
 }
@@ -136,7 +150,7 @@ pub(super) const KEYS: &[KeyWord] = &[
     key("match", "Which functions it is for: all keys must hold. Without it, every function."),
     key(
         "permit",
-        "What is given to guests although it is refused otherwise: physical-function, untrusted-vf.",
+        "What is given to guests although it is refused otherwise: physical-function, untrusted-vf, shared-page, shared-line, shared-group.",
     ),
     key("hold", "When it is taken from dom0 for guests: on-request, or at-once when it appears."),
     key(

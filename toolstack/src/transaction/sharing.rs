@@ -1,0 +1,383 @@
+//! What a function shares with functions of other owners: a page of memory with registers of both, an interrupt line, or the IOMMU's
+//! translation.
+//!
+//! A page or a group that is shared lets one owner reach what is another's, so the function is refused unless a policy permits that by
+//! name. A shared line is not given: a function that can send messages does without it, and any other one is refused.
+
+use nix::errno::Errno;
+use pciback::config::{AnyId, FunctionSpec};
+use pciback::containment::radius::{Bridge, Radius, Sharer, is_alone};
+use pciback::live::{self, Changed, Switch};
+use pciback::platform::{HostFunction, Platform};
+use pciback::policy::{Permission, PolicySet, Subject};
+use pciback::spec::{CapabilityId, header};
+use pciback::{DomId, Sbdf};
+
+use super::path::{FunctionPath, Member};
+use super::reset::config_failure;
+use super::{Context, guest_of};
+use crate::domains;
+use crate::journal::{Grant, Granted, Journal, Owner, Record};
+use crate::outcome::Failure;
+use crate::spec::SpecExt;
+
+/// By what it is found out.
+pub struct Sharing<'a> {
+    /// The host.
+    pub platform: &'a Platform,
+    /// The policies in force.
+    pub policies: &'a PolicySet,
+    /// Where it is noted whose functions are.
+    pub journal: &'a Journal,
+}
+
+/// What a guest gets of its function's interrupt line.
+pub(super) enum Line {
+    /// The function has none, or the guest gets it.
+    Given(Option<u32>),
+    /// Another owner uses it; the guest does without. Said to whoever attaches the function.
+    Withheld(String),
+}
+
+impl<'a> Context<'a> {
+    fn sharing(&self) -> Sharing<'a> {
+        Sharing { platform: self.platform, policies: self.policies, journal: self.journal }
+    }
+}
+
+/// Refuses to give a function to its guest because of what it shares.
+pub(super) fn refuse(context: &Context<'_>, record: &Record, path: &FunctionPath) -> Result<(), Failure> {
+    let domain = guest_of(record)?;
+    let found = context.sharing().on_path(path, Some(domain))?;
+    Failure::refuse_for(&format!("attach {} to domain {domain}", record.address), found)
+}
+
+/// Refuses to give dom0 a function that shares something with a guest's.
+pub fn refuse_release(sharing: &Sharing<'_>, address: Sbdf) -> Result<(), Failure> {
+    let function = match sharing.platform.host.function(address) {
+        Err(error) if error.errno() == Some(Errno::ENOENT) => return Ok(()),
+        other => other?,
+    };
+    // Without a guest there is nobody to share it with.
+    if !sharing.journal.owners().values().any(|owner| matches!(owner, Owner::Domain(_))) {
+        return Ok(());
+    }
+    let found = sharing.obstacles(function.address, Some(DomId::DOM0))?;
+    Failure::refuse_for(&format!("give {address} back to dom0"), found)
+}
+
+/// A function of another owner.
+struct Foreign {
+    function: HostFunction,
+    owner: Owner,
+}
+
+impl Foreign {
+    fn described(&self) -> String {
+        let address = self.function.address;
+        match (self.owner, self.function.driver.as_deref()) {
+            (Owner::Domain(DomId::DOM0), None) => format!("{address} (dom0's, without a driver)"),
+            (Owner::Domain(DomId::DOM0), Some(driver)) => format!("{address} (dom0's, with {driver})"),
+            (Owner::Domain(domain), _) => format!("{address} (domain {domain}'s)"),
+            (Owner::Nobody | Owner::Quarantined, _) => format!("{address} (quarantined)"),
+        }
+    }
+}
+
+impl Sharing<'_> {
+    /// What keeps a function from a domain, or, without one, from any.
+    pub fn obstacles(&self, address: Sbdf, domain: Option<DomId>) -> Result<Vec<Failure>, Failure> {
+        self.on_path(&FunctionPath::of(self.platform, address)?, domain)
+    }
+
+    fn on_path(&self, path: &FunctionPath, domain: Option<DomId>) -> Result<Vec<Failure>, Failure> {
+        let Some(Member { function, bytes, .. }) = path.members.last() else { return Ok(Vec::new()) };
+        let bridges = path.bridges();
+        // A VF's BARs are aligned to pages (PCI Express 6.0, section 9.3.3.13), and it has no line.
+        if is_alone(function, &bridges) {
+            return Ok(Vec::new());
+        }
+        let foreign = self.foreign(function.address, domain)?;
+        let spec = crate::spec::function_spec(self.platform.host.as_ref(), function.address)?;
+        let messages = spec.has_messages();
+        let has_pin = bytes.get(usize::from(header::INTERRUPT_PIN)).is_some_and(|pin| *pin != 0);
+        let mut found = self.shared(function, &bridges, &foreign, domain)?;
+        if has_pin && (!messages || domain == Some(DomId::DOM0)) {
+            let granted = self.journal.granted().clone();
+            let users = self.line_users(function, domain, &granted, &foreign);
+            found.extend(self.refused_line(function, domain, &users)?);
+        }
+        Ok(found)
+    }
+
+    /// What others have, and what nobody can say to be nobody's.
+    fn foreign(&self, address: Sbdf, domain: Option<DomId>) -> Result<Vec<Foreign>, Failure> {
+        let host = self.platform.host.as_ref();
+        let owners = self.journal.owners().clone();
+        let mut foreign = Vec::new();
+        for other in host.functions()? {
+            let owner = owners.get(&other).copied().unwrap_or(Owner::Domain(DomId::DOM0));
+            let is_foreign = match owner {
+                Owner::Nobody => false,
+                Owner::Quarantined => domain != Some(DomId::DOM0),
+                Owner::Domain(owner) => domain != Some(owner),
+            };
+            // One that leaves meanwhile shares nothing.
+            if other != address
+                && is_foreign
+                && let Ok(function) = host.function(other)
+            {
+                foreign.push(Foreign { function, owner });
+            }
+        }
+        Ok(foreign)
+    }
+
+    fn shared(
+        &self,
+        function: &HostFunction,
+        bridges: &[Bridge],
+        foreign: &[Foreign],
+        domain: Option<DomId>,
+    ) -> Result<Vec<Failure>, Failure> {
+        let address = function.address;
+        let others: Vec<HostFunction> = foreign.iter().map(|foreign| foreign.function.clone()).collect();
+        let radius = Radius::of(function, false, bridges, &others);
+        let mut found = Vec::new();
+        let page = Permission::SharedPage;
+        if let Some(who) = self.refused(function, domain, page, &of(foreign, &radius.page))? {
+            found.push(shared_page(address, domain, &who));
+        }
+        let group = Permission::SharedGroup;
+        if let Some(who) = self.refused(function, domain, group, &of(foreign, &radius.iommu_group))? {
+            let because = &radius.iommu_group_because;
+            let text = format!("the IOMMU cannot keep {address} apart from {who}: {because}");
+            let hint = hint(group, "give them to one owner, or hold them with 'xpci pci-assignable-add'");
+            found.push(Failure { domain, ..Failure::refused(text).on(address).hint(hint) });
+        }
+        Ok(found)
+    }
+
+    /// Those with whom it is not permitted to share, in words; `None` where there are none.
+    fn refused(
+        &self,
+        function: &HostFunction,
+        domain: Option<DomId>,
+        permission: Permission,
+        sharers: &[&Foreign],
+    ) -> Result<Option<String>, Failure> {
+        if sharers.is_empty() || self.permits(function, domain, permission)? {
+            return Ok(None);
+        }
+        let mut refused = Vec::new();
+        for sharer in sharers {
+            // What a guest was permitted to share with dom0 it may share after the function was held for a while, too.
+            let permitted = match sharer.owner {
+                Owner::Domain(guest) if domain == Some(DomId::DOM0) => {
+                    self.permits(&sharer.function, Some(guest), permission)?
+                }
+                _ => false,
+            };
+            if !permitted {
+                refused.push(sharer.described());
+            }
+        }
+        Ok((!refused.is_empty()).then(|| few(&refused)))
+    }
+
+    fn permits(
+        &self,
+        function: &HostFunction,
+        domain: Option<DomId>,
+        permission: Permission,
+    ) -> Result<bool, Failure> {
+        let store = self.platform.store.as_ref();
+        let guest = domain.filter(|domain| *domain != DomId::DOM0);
+        let name = guest.map_or(Ok(None), |guest| domains::name(store, guest))?;
+        Ok(self.policies.merge(&Subject::of_host(function, name)).permits.contains(&permission))
+    }
+
+    /// Those of other owners that use the line of a function.
+    fn line_users<'f>(
+        &self,
+        function: &HostFunction,
+        domain: Option<DomId>,
+        granted: &Granted,
+        foreign: &'f [Foreign],
+    ) -> Vec<&'f Foreign> {
+        let uses = |other: &&Foreign| match other.owner {
+            Owner::Domain(DomId::DOM0) => {
+                other.function.irq == function.irq
+                    && other.function.driver.is_some()
+                    && self.may_assert_line(other.function.address)
+            }
+            _ => granted.get(&other.function.address).is_some_and(|(guest, grants)| {
+                domain != Some(*guest) && grants.contains(&Grant::Gsi { gsi: function.irq })
+            }),
+        };
+        if function.irq == 0 { Vec::new() } else { foreign.iter().filter(uses).collect() }
+    }
+
+    /// Whether a function that dom0's driver uses may send INTx: it has a pin, and neither INTx is off nor messages are on. One that
+    /// does not answer may.
+    fn may_assert_line(&self, address: Sbdf) -> bool {
+        let config = match self.platform.host.config(address) {
+            Ok(config) => config,
+            Err(error) => return error.errno() != Some(Errno::ENOENT),
+        };
+        config.read_all().map_or(true, |bytes| live::may_send_intx(&bytes))
+    }
+
+    fn refused_line(
+        &self,
+        function: &HostFunction,
+        domain: Option<DomId>,
+        users: &[&Foreign],
+    ) -> Result<Option<Failure>, Failure> {
+        let line = Permission::SharedLine;
+        let Some(who) = self.refused(function, domain, line, users)? else { return Ok(None) };
+        let address = function.address;
+        let text = format!(
+            "{address} interrupts by line {}, which {who} uses too: each of them can keep the line asserted",
+            function.irq
+        );
+        let hint = hint(line, "put the card into another slot");
+        Ok(Some(Failure { domain, ..Failure::refused(text).on(address).hint(hint) }))
+    }
+
+    /// Switches off the INTx of a function whose guest does without its line, or refuses: hardware that does not keep Interrupt Disable
+    /// could keep asserted a line that only others listen to.
+    fn silence(&self, address: Sbdf, refusal: Failure) -> Result<(), Failure> {
+        let config = self.platform.host.config(address)?;
+        match live::set_intx(config.as_ref(), Switch::Off) {
+            Ok(Changed::Kept) => Ok(()),
+            Ok(Changed::Differs { .. } | Changed::Silent) => Err(refusal),
+            Err(error) => Err(config_failure("switch off INTx of", address, &error)),
+        }
+    }
+}
+
+/// What was found out about a function's line before anything was locked.
+pub(super) struct LineCheck<'a> {
+    function: &'a HostFunction,
+    domain: DomId,
+    has_line: bool,
+    /// Whether its guest sees MSI or MSI-X.
+    messages: bool,
+    foreign: Vec<Foreign>,
+}
+
+impl<'a> LineCheck<'a> {
+    /// Looks at all that may use the line.
+    pub fn of(
+        context: &Context<'_>,
+        function: &'a HostFunction,
+        spec: &FunctionSpec,
+        domain: DomId,
+    ) -> Result<Self, Failure> {
+        let has_line = spec.has_interrupt_pin() && spec.has_line();
+        let foreign = match has_line {
+            true => context.sharing().foreign(function.address, Some(domain))?,
+            false => Vec::new(),
+        };
+        let messages = has_line && sends_messages(context, spec, domain)?;
+        Ok(Self { function, domain, has_line, messages, foreign })
+    }
+
+    /// What the guest gets of the line, as long as what guests were given does not change.
+    pub fn settle(&self, context: &Context<'_>, granted: &Granted) -> Result<Line, Failure> {
+        let Self { function, domain, .. } = self;
+        let (address, gsi) = (function.address, function.irq);
+        if !self.has_line {
+            return Ok(Line::Given(None));
+        }
+        let sharing = context.sharing();
+        let users = sharing.line_users(function, Some(*domain), granted, &self.foreign);
+        let Some(refusal) = sharing.refused_line(function, Some(*domain), &users)? else {
+            return Ok(Line::Given(Some(gsi)));
+        };
+        if !self.messages {
+            return Err(refusal);
+        }
+        sharing.silence(address, refusal)?;
+        let users: Vec<String> = users.iter().map(|user| user.described()).collect();
+        Ok(Line::Withheld(format!(
+            "domain {domain} gets {address} without its interrupt line {gsi}, which {} uses too: its driver must use MSI or MSI-X (a \
+             policy with 'permit: [shared-line]' gives the line as well)",
+            few(&users)
+        )))
+    }
+}
+
+/// Refuses pages that another guest was given, as long as what guests were given does not change.
+pub(super) fn refuse_pages(
+    context: &Context<'_>,
+    function: &HostFunction,
+    domain: DomId,
+    grants: &[Grant],
+    granted: &Granted,
+) -> Result<(), Failure> {
+    let others = granted.iter().filter(|(_, (guest, _))| *guest != domain);
+    let meets = |theirs: &Grant| grants.iter().any(|own| meet(*own, *theirs));
+    let Some((other, (guest, _))) = others.into_iter().find(|(_, (_, theirs))| theirs.iter().any(meets))
+    else {
+        return Ok(());
+    };
+    let page = Permission::SharedPage;
+    if context.sharing().permits(function, Some(domain), page)? {
+        return Ok(());
+    }
+    let who = format!("{other} (domain {guest}'s)");
+    Err(shared_page(function.address, Some(domain), &who))
+}
+
+/// Whether the guest sees MSI or MSI-X.
+fn sends_messages(context: &Context<'_>, spec: &FunctionSpec, domain: DomId) -> Result<bool, Failure> {
+    let filter = context.serving.filter(spec, domain)?;
+    let messages = [AnyId::Legacy(CapabilityId::MSI), AnyId::Legacy(CapabilityId::MSI_X)];
+    Ok(filter.capabilities().iter().any(|(capability, seen)| *seen && messages.contains(&capability.id)))
+}
+
+/// Whether two grants are of the same page.
+fn meet(one: Grant, other: Grant) -> bool {
+    match (one, other) {
+        (Grant::Iomem { first, frames }, Grant::Iomem { first: from, frames: length }) => {
+            first < from.saturating_add(length) && from < first.saturating_add(frames)
+        }
+        _ => false,
+    }
+}
+
+fn shared_page(address: Sbdf, domain: Option<DomId>, who: &str) -> Failure {
+    let text = format!(
+        "a page of memory with a BAR of {address} also holds registers of {who}: whoever maps it reaches both"
+    );
+    let hint = hint(
+        Permission::SharedPage,
+        "give them to one owner, or have Linux place them on pages of their own (its parameter pci=resource_alignment)",
+    );
+    Failure { domain, ..Failure::refused(text).on(address).hint(hint) }
+}
+
+/// The functions that a radius names.
+fn of<'f>(foreign: &'f [Foreign], sharers: &[Sharer]) -> Vec<&'f Foreign> {
+    let named = |foreign: &&Foreign| sharers.iter().any(|sharer| sharer.address == foreign.function.address);
+    foreign.iter().filter(named).collect()
+}
+
+fn hint(permission: Permission, otherwise: &str) -> String {
+    let word = permission.word();
+    format!(
+        "{otherwise}; if that is meant, a policy that matches the function says 'permit: [{word}]'; then 'xpci policy reload'"
+    )
+}
+
+/// The first few, and how many more.
+fn few(names: &[String]) -> String {
+    const SHOWN: usize = 3;
+    let shown = names.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
+    match names.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}
