@@ -3,10 +3,9 @@
 //! What needs no I/O is in `xpci-core`, and is found here under its own names. Hardware, hypervisor, xenstore and guests are
 //! reached only through the small traits of [`platform`].
 
-pub mod hvm;
 pub mod live;
 pub mod platform;
-pub mod pv;
+pub mod serve;
 
 pub use xpci_core::{
     DomId, FunctionState, Sbdf, SbdfError, Uuid, abi, address, config, containment, dump, fault, function,

@@ -6,8 +6,8 @@ use pciback::Sbdf;
 use pciback::config::{AnyId, CapabilityList, FunctionKind, FunctionSpec, InterruptMode, Planes, Policy};
 use pciback::dump;
 use pciback::platform::{MsiSource, SharedMemory};
-use pciback::pv::wire::{self, Command, OpAnswer, WireError};
-use pciback::pv::{Demand, GuestFunction};
+use pciback::serve::pv::wire::{self, Command, OpAnswer, WireError};
+use pciback::serve::{Demand, GuestFunction};
 use pciback::spec::CapabilityId;
 
 use crate::byhand;

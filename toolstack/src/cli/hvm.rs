@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
-use pciback::hvm::mcfg;
+use pciback::serve::hvm::mcfg;
 
 use super::{Local, Step};
 use crate::outcome::{ErrorCode, Failure};

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use pciback::Sbdf;
 use pciback::platform::HostFunction;
-use pciback::pv::nodes;
+use pciback::serve::pv::nodes;
 
 use super::{Examined, Finding, Verdict};
 use crate::spec::vf_routing;

@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use pciback::Sbdf;
-use pciback::pv::Attachment;
+use pciback::serve::Attachment;
 
 /// The attachments in force, by function: from the moment before the guest is served until it has lost the function.
 #[derive(Debug, Default)]

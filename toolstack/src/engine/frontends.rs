@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use log::{Level, error, info, warn};
 use pciback::DomId;
 use pciback::platform::PlatformError;
-use pciback::pv::{Action, NodeChange, PAUSE, RingPlace, Server, nodes};
+use pciback::serve::pv::{self, Action, NodeChange, PAUSE, RingPlace, nodes};
 
 use super::guest::Awaited;
 use super::{Engine, Event};
@@ -124,7 +124,7 @@ impl Engine {
         let Some(guest) = self.guests.get_mut(&domain) else { return Ok(()) };
         let functions = std::mem::take(&mut guest.parked);
         let report = Box::new(move |report| inbox.send(Event::Server(domain, report)));
-        let server = Server::start(domain, ring, functions, Arc::clone(&guest.counters), report);
+        let server = pv::start(domain, ring, functions, Arc::clone(&guest.counters), report);
         guest.server = Some(Arc::new(server.map_err(|error| format!("start its thread: {error}"))?));
         let text =
             format!("domain {domain}: connected to its ring, grant {} and port {}", place.grant, place.port);

@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use log::{info, warn};
 use nix::errno::Errno;
-use pciback::hvm::Device;
 use pciback::live;
 use pciback::platform::ServerId;
+use pciback::serve::hvm::Device;
 use pciback::{DomId, Sbdf};
 
 use super::hvm::noted_server;
@@ -114,7 +114,7 @@ impl Workshop {
             let server = noted_server(&self.settings, domain).unwrap_or(NO_SERVER);
             let slot = place.devfn >> 3;
             let hvm = Arc::clone(&self.platform.hvm);
-            function.was_in_guest(Device::new(hvm, server, slot, Arc::default(), memory));
+            Device::new(hvm, server, slot, Arc::default(), memory).was_entered(&mut function);
         }
         function.quiesce().map_err(|error| error.to_string())
     }

@@ -7,7 +7,8 @@ use std::time::Instant;
 use log::{Level, log};
 use pciback::DomId;
 use pciback::config::{MaskedWrite, Planes};
-use pciback::pv::{Action, Counters, GuestFunction, Handshake, NodeChange, Server, Telling};
+use pciback::serve::pv::{Action, Handshake, NodeChange};
+use pciback::serve::{Counters, GuestFunction, Server, Telling};
 
 use super::hvm::Hvm;
 use super::log_limit::LogLimit;

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use log::{Level, error, info, warn};
 use pciback::platform::Host;
-use pciback::pv::{Attachment, GuestFunction, Handshake, NodeChange, Server, ServerReport, nodes};
+use pciback::serve::pv::{Handshake, NodeChange, nodes};
+use pciback::serve::{Attachment, GuestFunction, Server, ServerReport};
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::guest::{Awaited, Guest, Waiting};

@@ -9,9 +9,12 @@ use std::io;
 use std::sync::Arc;
 
 use log::{error, info, warn};
-use pciback::hvm::{Addresses, CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts, Device, ECAM_BASE, ECAM_BYTES};
 use pciback::platform::{BarMemory, PlatformError, ServerId, SharedMemory};
-use pciback::pv::{GuestFunction, Handshake, Server};
+use pciback::serve::GuestFunction;
+use pciback::serve::hvm::{
+    self, Addresses, CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts, Connection, Device, ECAM_BASE, ECAM_BYTES,
+};
+use pciback::serve::pv::Handshake;
 use pciback::{DomId, Sbdf};
 use serde::{Deserialize, Serialize};
 
@@ -153,7 +156,7 @@ impl Engine {
         self.given.add(function.address());
         let (platform, addresses) = (Arc::clone(&self.platform.hvm), Arc::clone(&hvm.addresses));
         let device = Device::new(platform, hvm.server, place.devfn >> 3, addresses, memory);
-        let entered = function.enter_guest(device, false);
+        let entered = device.enter(&mut function, false);
         // Served in any case: a failed attach is taken back from here.
         guest.place(place.devfn, function);
         entered.map_err(|error| Failure::from(error).of(domain))
@@ -197,10 +200,14 @@ impl Engine {
         hvm.claim_ports(domain, server, CONFIG_ADDRESS, CONFIG_PORTS, true)?;
         let inbox = self.inbox.clone();
         let mut guest = Guest::new(Handshake::new(domain));
-        guest.hvm = Some(Hvm { server, addresses, devices: functions.keys().copied().collect() });
+        guest.hvm = Some(Hvm {
+            server,
+            addresses: Arc::clone(&addresses),
+            devices: functions.keys().copied().collect(),
+        });
         let report = Box::new(move |report| inbox.send(Event::Server(domain, report)));
-        let started =
-            Server::start_hvm(domain, connected, ports, functions, Arc::clone(&guest.counters), report);
+        let connection = Connection { server: connected, ports, addresses };
+        let started = hvm::start(domain, connection, functions, Arc::clone(&guest.counters), report);
         let failed = |error: io::Error| {
             Failure::new(ErrorCode::Failed, format!("start the thread of domain {domain}: {error}"))
                 .of(domain)
@@ -253,7 +260,7 @@ impl Engine {
         for Resumed { devfn, mut function, memory } in resumed {
             let platform = Arc::clone(&self.platform.hvm);
             let device = Device::new(platform, server, devfn >> 3, Arc::clone(&addresses), memory);
-            if let Err(error) = function.enter_guest(device, true) {
+            if let Err(error) = device.enter(&mut function, true) {
                 error!("{}: {error}", function.address());
                 self.problems.push(format!("{}: {error}", function.address()));
             }

@@ -57,7 +57,7 @@ use pciback::fault::Action;
 use pciback::inventory::Repair;
 use pciback::platform::Platform;
 use pciback::policy::PolicySet;
-use pciback::pv::{Attachment, ServerReport};
+use pciback::serve::{Attachment, ServerReport};
 use pciback::{DomId, FunctionState, Sbdf};
 
 use crate::audit::AuditLog;

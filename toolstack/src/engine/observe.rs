@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use pciback::config::CapabilityList;
 use pciback::inventory::{Function, HostView, Identity, Observed, Owner, Place, Published, Wanted};
 use pciback::platform::{HostFunction, PlatformError};
-use pciback::pv::nodes;
+use pciback::serve::pv::nodes;
 use pciback::spec::CapabilityId;
 use pciback::{DomId, Sbdf};
 

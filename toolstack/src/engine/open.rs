@@ -10,7 +10,7 @@ use pciback::config::{FunctionImage, FunctionSpec, Life, Planes, VirtualConfigSp
 use pciback::hash::Fnv;
 use pciback::platform::{BarMemory, PlatformError, SharedMemory};
 use pciback::policy::{PolicySet, Subject};
-use pciback::pv::GuestFunction;
+use pciback::serve::{GuestFunction, hvm};
 
 use super::tasks::Workshop;
 use crate::domains::{self, DomainType};
@@ -80,7 +80,7 @@ impl Workshop {
         }
         let filter = Filter { spec, planes, policies: Arc::clone(&self.policies) };
         let open = |bar: u8| Ok((bar, host.bar_memory(address, bar)?));
-        let bars = is_hvm.then(|| function.trapped_bars().into_iter().map(open).collect());
+        let bars = is_hvm.then(|| hvm::trapped_bars(&function).into_iter().map(open).collect());
         let memory = bars.transpose().map_err(|error: PlatformError| Failure::from(error).on(address))?;
         Ok(Opened { function: Box::new(function), filter, memory })
     }

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use log::{error, info, warn};
 use nix::errno::Errno;
-use pciback::pv::GuestFunction;
+use pciback::serve::GuestFunction;
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::Engine;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use nix::errno::Errno;
 use pciback::platform::{Host, HostFunction};
 use pciback::policy::{Permission, Reuse, Subject};
-use pciback::pv::nodes;
+use pciback::serve::pv::nodes;
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::Engine;

@@ -7,7 +7,7 @@ use pciback::fault::{
     Action, AerAnswer, ChannelState, ErrorPolicy, Fault, Next, Recovery, Relation, Severity,
 };
 use pciback::live::errors::{self as registers, Masked};
-use pciback::pv::{NotTold, Telling};
+use pciback::serve::{NotTold, Telling};
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::contain::Containment;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pciback::containment::radius::{Bridge, Group};
 use pciback::platform::{Host, HostFunction, Names, Resource, Store, StoreOps};
-use pciback::pv::nodes;
+use pciback::serve::pv::nodes;
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::Engine;

@@ -9,7 +9,7 @@ use std::sync::mpsc;
 
 use log::{error, warn};
 use pciback::inventory::{Intent, Owner, Place, Plan, Repair, Step, Want, Wanted};
-use pciback::pv::nodes;
+use pciback::serve::pv::nodes;
 use pciback::{FunctionState, Sbdf};
 
 use super::observe::Known;

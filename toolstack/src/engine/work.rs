@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use log::{Level, error};
-use pciback::pv::{GuestFunction, Server};
+use pciback::serve::{GuestFunction, Server};
 use pciback::{DomId, Sbdf};
 
 use super::guest::Awaited;

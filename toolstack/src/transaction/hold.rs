@@ -6,7 +6,7 @@ use log::warn;
 use nix::errno::Errno;
 use pciback::platform::{Host, HostFunction, Platform};
 use pciback::policy::RdmPolicy;
-use pciback::pv::nodes;
+use pciback::serve::pv::nodes;
 use pciback::{DomId, Sbdf};
 
 use super::Context;

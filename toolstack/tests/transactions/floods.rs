@@ -3,7 +3,8 @@
 use std::time::{Duration, Instant};
 
 use pciback::platform::{StoreOps, sim};
-use pciback::pv::{ServerReport, nodes};
+use pciback::serve::ServerReport;
+use pciback::serve::pv::nodes;
 use pciback::{DomId, FunctionState};
 
 use crate::errors::{VF, attached};

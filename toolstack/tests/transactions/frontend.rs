@@ -9,8 +9,8 @@ use nix::sys::eventfd::EventFd;
 use pciback::DomId;
 use pciback::platform::sim::SimGuest;
 use pciback::platform::{Store, StoreOps};
-use pciback::pv::nodes::{self, XenbusState};
-use pciback::pv::wire::{Command, MSIX_ENTRIES, MsixEntry, Op, frontend};
+use pciback::serve::pv::nodes::{self, XenbusState};
+use pciback::serve::pv::wire::{Command, MSIX_ENTRIES, MsixEntry, Op, frontend};
 
 use crate::world::{LIMIT, World, wait_until};
 

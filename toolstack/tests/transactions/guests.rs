@@ -4,8 +4,8 @@ use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 use pciback::platform::StoreOps;
-use pciback::pv::nodes;
-use pciback::pv::wire::{Command, WireError};
+use pciback::serve::pv::nodes;
+use pciback::serve::pv::wire::{Command, WireError};
 use pciback::{DomId, FunctionState, Sbdf};
 use toolstack::outcome::ErrorCode;
 
@@ -285,13 +285,13 @@ fn what_a_guest_asks_for_that_makes_no_sense_is_answered_with_the_protocols_erro
         (read_op(8, 0, 4), device),
         (read_op(0x100, 0, 4), device),
         (read_op(u32::MAX, 0, 4), device),
-        (pciback::pv::wire::Op { bus: 1, ..read_op(0, 0, 4) }, device),
-        (pciback::pv::wire::Op { domain: 1, ..read_op(0, 0, 4) }, device),
+        (pciback::serve::pv::wire::Op { bus: 1, ..read_op(0, 0, 4) }, device),
+        (pciback::serve::pv::wire::Op { domain: 1, ..read_op(0, 0, 4) }, device),
         (op(Command(6), 0), WireError::NotImplemented),
         (op(Command(u32::MAX), 0), WireError::NotImplemented),
         (msix_op(0, 0), failed),
-        (pciback::pv::wire::Op { value: u32::MAX, ..op(Command::ENABLE_MSIX, 0) }, failed),
-        (pciback::pv::wire::Op { value: 2, ..op(Command::ENABLE_MSIX, 0) }, failed),
+        (pciback::serve::pv::wire::Op { value: u32::MAX, ..op(Command::ENABLE_MSIX, 0) }, failed),
+        (pciback::serve::pv::wire::Op { value: 2, ..op(Command::ENABLE_MSIX, 0) }, failed),
         (op(Command::ENABLE_MSI, 0), failed),
     ] {
         let what = format!("{request:?}").chars().take(110).collect::<String>();
@@ -307,7 +307,7 @@ fn what_a_guest_asks_for_that_makes_no_sense_is_answered_with_the_protocols_erro
 #[test]
 fn a_frontend_that_publishes_nonsense_is_ignored_until_it_makes_sense() {
     use crate::frontend::{ask, await_backend, publish};
-    use pciback::pv::nodes::XenbusState;
+    use pciback::serve::pv::nodes::XenbusState;
     let world = World::new();
     let service = world.start_impatient();
     service.hold(bdf("01:10.0")).unwrap();

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use pciback::hvm::wire::xen::{config, memory, port};
-use pciback::hvm::{ECAM_BASE, wire};
 use pciback::platform::sim::{self, Moment, Owner, SimHvmGuest};
+use pciback::serve::hvm::wire::xen::{config, memory, port};
+use pciback::serve::hvm::{ECAM_BASE, wire};
 use pciback::{DomId, FunctionState, Sbdf};
 use toolstack::outcome::{ErrorCode, Failure};
 use toolstack::protocol::{Request, Success};

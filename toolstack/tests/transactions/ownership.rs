@@ -4,7 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pciback::platform::sim;
-use pciback::pv::{Attachment, ServerReport};
+use pciback::serve::{Attachment, ServerReport};
 use pciback::{FunctionState, Sbdf};
 use toolstack::engine::Event;
 use toolstack::outcome::{ErrorCode, Failure};

@@ -1,8 +1,8 @@
 //! Functions that guests have persistently: they get them again when they start as other domains, and no other guest does.
 
 use nix::errno::Errno;
-use pciback::hvm::wire::xen::config;
 use pciback::platform::sim::Moment;
+use pciback::serve::hvm::wire::xen::config;
 use pciback::{DomId, FunctionState, Sbdf, Uuid};
 use toolstack::outcome::ErrorCode;
 use toolstack::protocol::{DomainName, FunctionView, Request, Scope, Success};

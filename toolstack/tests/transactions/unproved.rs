@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use pciback::FunctionState;
-use pciback::hvm::wire::xen::config;
 use pciback::platform::sim::{self, Owner};
+use pciback::serve::hvm::wire::xen::config;
 use toolstack::outcome::ErrorCode;
 
 use crate::frontend::{Frontend, msix_op, read_op, write_op};

@@ -8,15 +8,12 @@ use log::{debug, warn};
 use nix::errno::Errno;
 
 use super::attachment::Attachment;
+use super::device::{GuestDevice, Unplaced};
 use super::interrupts;
 use super::revocation::{Revocable, Revocation};
-use super::wire::{Command, MsixEntry, Op, OpAnswer, WireError};
 use crate::config::{
-    Access, ConfigSpace, InterruptMode, MaskedWrite, Planes, RequestRecord, RequestStage, SideEffect,
-    VirtualConfigSpace,
+    Access, ConfigSpace, InterruptMode, MaskedWrite, Planes, SideEffect, VirtualConfigSpace,
 };
-use crate::hash::Fnv;
-use crate::hvm::Device;
 use crate::live::{self, Switch};
 use crate::platform::Hypervisor;
 use crate::spec::header::COMMAND_BUS_MASTER;
@@ -35,42 +32,39 @@ pub enum Demand {
 }
 
 /// What came of a config access.
-pub(crate) struct Accessed {
+pub(super) struct Accessed {
     /// What was read, all ones where nobody answered; what was written.
     pub value: u32,
     /// The host could not make the access.
     pub failed: bool,
     /// What it asks of the service.
     pub demand: Option<Demand>,
-    /// What a write asked for besides.
-    pub effect: Option<SideEffect>,
+}
+
+/// Why a write was not carried out.
+struct Unwritten {
+    what: &'static str,
+    error: io::Error,
 }
 
 impl Accessed {
     const fn value(value: u32) -> Self {
-        Self { value, failed: false, demand: None, effect: None }
-    }
-
-    fn answer(self) -> (OpAnswer, Option<Demand>) {
-        let answer =
-            if self.failed { OpAnswer::failed(WireError::Failed) } else { OpAnswer::value(self.value) };
-        (answer, self.demand)
+        Self { value, failed: false, demand: None }
     }
 }
 
 /// One function, served to one guest.
 pub struct GuestFunction {
-    pub(crate) domain: DomId,
-    pub(crate) address: Sbdf,
+    pub(super) domain: DomId,
+    pub(super) address: Sbdf,
     attachment: Attachment,
-    pub(crate) space: VirtualConfigSpace,
-    pub(crate) hardware: Box<dyn ConfigSpace>,
-    pub(crate) revocation: Revocation,
-    pub(crate) hypervisor: Arc<dyn Hypervisor>,
+    pub(super) space: VirtualConfigSpace,
+    pub(super) hardware: Box<dyn ConfigSpace>,
+    pub(super) revocation: Revocation,
+    pub(super) hypervisor: Arc<dyn Hypervisor>,
     /// The guest's physical interrupt for the function's line, which has the line's number; 0 where it has none.
-    pub(crate) line: u32,
-    /// What it is in an HVM guest; a PV guest maps and binds for itself.
-    pub(crate) device: Option<Device>,
+    pub(super) line: u32,
+    device: Arc<dyn GuestDevice>,
     gone: bool,
     /// The guest loses it: its INTx reaches nobody any more.
     leaving: bool,
@@ -105,7 +99,7 @@ impl GuestFunction {
             revocation,
             hypervisor,
             line,
-            device: None,
+            device: Arc::new(Unplaced),
             gone: false,
             leaving: false,
             keeps_registers: false,
@@ -115,7 +109,7 @@ impl GuestFunction {
     }
 
     /// Whether nothing of the guest's reaches it: it has left the host, or is being reset.
-    pub(crate) fn is_silent(&self) -> bool {
+    pub(super) fn is_silent(&self) -> bool {
         self.gone || self.resetting()
     }
 
@@ -125,7 +119,7 @@ impl GuestFunction {
     }
 
     /// Notes why something failed.
-    pub(crate) fn note_trouble(&mut self, why: &dyn std::fmt::Display) {
+    pub(super) fn note_trouble(&mut self, why: &dyn std::fmt::Display) {
         self.trouble = Some(why.to_string());
     }
 
@@ -162,24 +156,19 @@ impl GuestFunction {
         self.space.events_cleared();
     }
 
+    /// Says what the service has placed of it in its guest, or places now.
+    pub(super) fn set_device(&mut self, device: Arc<dyn GuestDevice>) {
+        self.device = device;
+    }
+
+    /// What the service has placed of it in its guest.
+    pub(super) fn device(&self) -> Arc<dyn GuestDevice> {
+        Arc::clone(&self.device)
+    }
+
     /// What of the guest's writes did not reach hardware.
     pub fn masked_writes(&self) -> Vec<MaskedWrite> {
         self.space.masked_writes().iter().copied().collect()
-    }
-
-    /// Answers a request. One that an earlier life of the service had completed is answered with what came out then.
-    pub fn execute(&mut self, op: &Op) -> (OpAnswer, Option<Demand>) {
-        if op.command == Command::CONF_READ {
-            return self.read(op);
-        }
-        let record = record_of(op);
-        if let Some(answer) = self.answered_before(&record) {
-            return (answer, None);
-        }
-        self.space.image_mut().begin_request(&record);
-        let (answer, demand) = self.carry_out(op);
-        self.space.image_mut().finish_request(answer.error.number(), answer.value);
-        (answer, demand)
     }
 
     /// Why the last request failed, where more is known than its answer says.
@@ -187,76 +176,8 @@ impl GuestFunction {
         self.trouble.take()
     }
 
-    /// The answer was sent: the same request is a new one when it comes again.
-    pub fn sent(&mut self, op: &Op) {
-        if op.command != Command::CONF_READ {
-            self.space.image_mut().clear_request();
-        }
-    }
-
-    fn answered_before(&self, wanted: &RequestRecord) -> Option<OpAnswer> {
-        let found = self.space.image().request()?;
-        let RequestStage::Done { error, value } = found.stage else { return None };
-        // By its claim, not by its content: the same write may come twice, and part of an answer may stand on the page.
-        let place = |record: &RequestRecord| (record.info, record.command, record.offset, record.size);
-        let same = wanted.info != 0 && place(&found) == place(wanted);
-        // The entries of MSI-X are read back from what is mapped.
-        same.then(|| OpAnswer {
-            error: WireError::from_number(error),
-            value,
-            entries: self.mapped_entries(wanted),
-        })
-    }
-
-    fn mapped_entries(&self, wanted: &RequestRecord) -> Vec<MsixEntry> {
-        let vectors = self.space.image().vectors();
-        if Command(wanted.command) != Command::ENABLE_MSIX || vectors.mode != InterruptMode::MsiX {
-            return Vec::new();
-        }
-        let entries = vectors.entries.iter();
-        entries.map(|&(entry, pirq)| MsixEntry { entry, vector: pirq as u16 }).collect()
-    }
-
-    fn carry_out(&mut self, op: &Op) -> (OpAnswer, Option<Demand>) {
-        if self.is_silent() {
-            // As on a bus where nobody answers: writes are lost, which the writer does not notice.
-            let answer = match op.command {
-                Command::CONF_WRITE => OpAnswer::value(op.value),
-                _ => OpAnswer::failed(WireError::Failed),
-            };
-            return (answer, None);
-        }
-        let answer = match op.command {
-            Command::CONF_WRITE => return self.write(op),
-            Command::ENABLE_MSI => interrupts::enable_msi(self),
-            Command::ENABLE_MSIX => interrupts::enable_msix(self, op),
-            Command::DISABLE_MSI => interrupts::disable(self, InterruptMode::Msi),
-            Command::DISABLE_MSIX => interrupts::disable(self, InterruptMode::MsiX),
-            _ => return (OpAnswer::failed(WireError::NotImplemented), None),
-        };
-        let answer = answer.unwrap_or_else(|error| {
-            self.trouble = Some(error.to_string());
-            OpAnswer::failed(WireError::Failed)
-        });
-        (answer, None)
-    }
-
-    fn read(&mut self, op: &Op) -> (OpAnswer, Option<Demand>) {
-        match Access::new(op.offset, op.size) {
-            Ok(access) => self.read_config(access).answer(),
-            Err(_) => (OpAnswer::failed(WireError::InvalidOffset), None),
-        }
-    }
-
-    fn write(&mut self, op: &Op) -> (OpAnswer, Option<Demand>) {
-        match Access::new(op.offset, op.size) {
-            Ok(access) => Accessed { value: op.value, ..self.write_config(access, op.value) }.answer(),
-            Err(_) => (OpAnswer::failed(WireError::InvalidOffset), None),
-        }
-    }
-
     /// What the guest reads.
-    pub(crate) fn read_config(&mut self, access: Access) -> Accessed {
+    pub(super) fn read_config(&mut self, access: Access) -> Accessed {
         if self.is_silent() {
             return Accessed::value(access.width().mask());
         }
@@ -266,57 +187,70 @@ impl GuestFunction {
         }
     }
 
-    /// What the guest writes.
-    pub(crate) fn write_config(&mut self, access: Access, value: u32) -> Accessed {
+    /// What the guest writes, and what follows from it.
+    pub(super) fn write_config(&mut self, access: Access, value: u32) -> Accessed {
         let value = value & access.width().mask();
         if self.is_silent() {
             return Accessed::value(value);
         }
-        if Self::is_placement(access)
-            && let Err(error) = self.restore_placement()
+        let (accessed, effect) = match self.write_registers(access, value) {
+            Ok(effect) => (self.take_effect(value, effect), effect),
+            Err(Unwritten { what, error }) => (self.failed_access(what, access, &error), None),
+        };
+        if !self.is_silent()
+            && let Err(error) = self.device().config_written(self, access, effect)
         {
-            return self.failed_access("restore BARs and decoding before a write of", access, &error);
+            self.note_trouble(&error);
+        }
+        accessed
+    }
+
+    fn write_registers(&mut self, access: Access, value: u32) -> Result<Option<SideEffect>, Unwritten> {
+        let failed = |what| move |error| Unwritten { what, error };
+        if Self::is_placement(access) {
+            let restored = self.restore_placement();
+            restored.map_err(failed("restore BARs and decoding before a write of"))?;
         }
         let written = self.space.write(access, value, self.hardware.as_ref());
-        if Self::is_command(access)
-            && let Err(error) = self.apply_interrupt_disable()
-        {
-            return self.failed_access("set Interrupt Disable after a write of", access, &error);
+        if Self::is_command(access) {
+            let applied = self.apply_interrupt_disable();
+            applied.map_err(failed("set Interrupt Disable after a write of"))?;
         }
-        match written {
-            Ok(Some(SideEffect::FunctionLevelReset)) => {
+        written.map_err(failed("write"))
+    }
+
+    /// What a write of a value means for the function itself and for the service.
+    fn take_effect(&mut self, value: u32, effect: Option<SideEffect>) -> Accessed {
+        let mut accessed = Accessed::value(value);
+        match effect {
+            Some(SideEffect::FunctionLevelReset) => {
                 debug!("{}: domain {} asks for a function level reset", self.address, self.domain);
-                if let Err(error) = self.begin_silence() {
-                    self.note_trouble(&error);
-                    return Accessed { failed: true, ..Accessed::value(value) };
+                match self.begin_silence() {
+                    Ok(()) => accessed.demand = Some(Demand::Reset),
+                    Err(error) => {
+                        self.note_trouble(&error);
+                        accessed.failed = true;
+                    }
                 }
-                Accessed { demand: Some(Demand::Reset), ..Accessed::value(value) }
             }
-            Ok(Some(SideEffect::MsiControl { value: control })) => {
-                let on = control & legacy::MSI_ENABLE != 0;
-                self.enabled_again(InterruptMode::Msi, on);
-                let effect = Some(SideEffect::MsiControl { value: control });
-                Accessed { effect, ..Accessed::value(value) }
+            Some(SideEffect::MsiControl { value: control }) => {
+                self.enabled_again(InterruptMode::Msi, control & legacy::MSI_ENABLE != 0);
             }
-            Ok(Some(SideEffect::MsixControl { value: control })) => {
-                let on = control & legacy::MSIX_ENABLE != 0;
-                self.enabled_again(InterruptMode::MsiX, on);
-                let effect = Some(SideEffect::MsixControl { value: control });
-                Accessed { effect, ..Accessed::value(value) }
+            Some(SideEffect::MsixControl { value: control }) => {
+                self.enabled_again(InterruptMode::MsiX, control & legacy::MSIX_ENABLE != 0);
             }
-            Ok(Some(effect @ SideEffect::Command { changed, value: command }))
+            Some(SideEffect::Command { changed, value: command })
                 if changed & command & COMMAND_BUS_MASTER != 0 =>
             {
                 let recently = |last: Instant| last.elapsed() < DRIVER_START_INTERVAL;
-                let demand = (!self.driver_started.is_some_and(recently)).then(|| {
+                if !self.driver_started.is_some_and(recently) {
                     self.driver_started = Some(Instant::now());
-                    Demand::DriverStarted
-                });
-                Accessed { demand, effect: Some(effect), ..Accessed::value(value) }
+                    accessed.demand = Some(Demand::DriverStarted);
+                }
             }
-            Ok(effect) => Accessed { effect, ..Accessed::value(value) },
-            Err(error) => self.failed_access("write", access, &error),
+            _ => {}
         }
+        accessed
     }
 
     /// The guest has written an Enable bit as 1, which may be so already.
@@ -329,10 +263,10 @@ impl GuestFunction {
         }
     }
 
-    /// A reset is about to begin: the function reads all ones, and nothing of it is mapped in an HVM guest. On an error it goes on as before.
+    /// A reset is about to begin: the function reads all ones, and nothing of it is mapped in its guest. On an error it goes on as before.
     fn begin_silence(&mut self) -> crate::platform::Result<()> {
         self.space.image_mut().set_resetting(true);
-        let Err(error) = self.unmap_bars() else { return Ok(()) };
+        let Err(error) = self.device().unmap_bars(self) else { return Ok(()) };
         self.space.image_mut().set_resetting(false);
         Err(error)
     }
@@ -359,7 +293,7 @@ impl GuestFunction {
 
     /// The host is about to reset it for an error: until [`Self::reset_done`] it reads all ones. What the guest wrote stays, as
     /// when Linux restores config space for a driver: only a reset that the guest asks for takes that.
-    /// An error: something of it may still be mapped in an HVM guest, and it must not be reset.
+    /// An error: something of it may still be mapped in its guest, and it must not be reset.
     pub fn begin_reset(&mut self) -> crate::platform::Result<()> {
         self.begin_silence()?;
         self.keeps_registers = true;
@@ -369,19 +303,21 @@ impl GuestFunction {
     /// The reset that the guest asked for, or the host began, has ended well: the function answers again, with the guest's interrupts in place.
     pub fn reset_done(&mut self) -> io::Result<()> {
         let keeps_registers = std::mem::take(&mut self.keeps_registers);
-        if self.device.is_some() {
-            // The messages that Xen has bound went with the reset: the guest begins anew, whoever asked for it.
-            return self.reset_device();
+        let device = self.device();
+        let begins_anew = device.begins_anew_after_reset();
+        if begins_anew {
+            interrupts::release_all(self).map_err(io::Error::other)?;
         }
-        if !keeps_registers {
+        if begins_anew || !keeps_registers {
             self.space.reset();
         }
         // The host's reset puts Command back as it was before; for the guest it is 0.
         live::clear_bus_master(self.hardware.as_ref())?;
         self.restore_placement()?;
-        interrupts::restore(self)?;
+        device.reset(self)?;
         self.space.image_mut().set_resetting(false);
-        self.apply_interrupt_disable()
+        self.apply_interrupt_disable()?;
+        device.place_bars(self).map_err(io::Error::other)
     }
 
     /// Bus mastering and INTx off.
@@ -397,26 +333,7 @@ impl GuestFunction {
         // While it is being reset nothing reaches it, and what the guest set is gone; the reset that detach ends with counts.
         let quiet = if self.is_silent() { Ok(()) } else { self.silence() };
         let released = quiet.map_err(Into::into).and_then(|()| interrupts::release_all(self));
-        let left = self.leave_guest();
+        let left = self.device().leave(self);
         released.and(left)
-    }
-}
-
-/// What identifies a request across lives of the service.
-fn record_of(op: &Op) -> RequestRecord {
-    let mut hash = Fnv::new();
-    if op.command == Command::ENABLE_MSIX {
-        for entry in &op.entries {
-            hash.add(entry.entry.into());
-        }
-    }
-    RequestRecord {
-        command: op.command.0,
-        offset: op.offset,
-        size: op.size,
-        value: op.value,
-        info: op.info,
-        entries_hash: hash.finish(),
-        stage: RequestStage::Begun,
     }
 }

@@ -1,6 +1,6 @@
 //! The ACPI table that tells an HVM guest of extended config space.
 
-use super::device::ECAM_BASE;
+use super::ECAM_BASE;
 
 /// The bytes of an MCFG table for bus 0 of segment 0 (PCI Firmware Specification 3.3, section 4.1.2; ACPI 6.5, section 5.2.6).
 pub fn mcfg() -> Vec<u8> {

@@ -13,7 +13,7 @@ use crate::config::{Access, ConfigSpace};
 /// A thread that hangs in a config access keeps the function's open config space, and goes on with it when that access ends: by then
 /// the function may be somebody else's. So this is looked at before each access to hardware and before anything is mapped.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Revocation(Arc<AtomicBool>);
+pub(super) struct Revocation(Arc<AtomicBool>);
 
 impl Revocation {
     pub fn revoke(&self) {
@@ -27,7 +27,7 @@ impl Revocation {
 }
 
 /// A function's config space until it is revoked.
-pub(crate) struct Revocable {
+pub(super) struct Revocable {
     hardware: Box<dyn ConfigSpace>,
     revocation: Revocation,
 }

@@ -9,8 +9,7 @@ use log::warn;
 use thiserror::Error;
 
 use super::function::GuestFunction;
-use super::wire::{MSIX_ENTRIES, MsixEntry, Op, OpAnswer};
-use crate::config::{InterruptMode, VectorState};
+use crate::config::{InterruptMode, MsixCapability, VectorState};
 use crate::live::{self, Changed, Switch};
 use crate::platform::{MsiSource, Pirq, PlatformError, Revoked};
 use crate::spec::legacy::MESSAGE_CONTROL;
@@ -67,23 +66,29 @@ pub enum InterruptError {
 type Result<T> = std::result::Result<T, InterruptError>;
 
 impl GuestFunction {
-    pub(crate) fn vectors(&self) -> VectorState {
+    pub(super) fn vectors(&self) -> VectorState {
         self.space.image().vectors()
     }
 
-    pub(crate) fn note(&mut self, vectors: &VectorState) -> Result<()> {
+    pub(super) fn note(&mut self, vectors: &VectorState) -> Result<()> {
         let stored = self.space.image_mut().set_vectors(vectors);
         stored.then_some(()).ok_or(InterruptError::Entries("more than can be noted"))
     }
 
     /// Where the capability with a kind of interrupts is.
-    pub(crate) fn capability_of(&self, mode: InterruptMode) -> Result<u16> {
+    pub(super) fn capability_of(&self, mode: InterruptMode) -> Result<u16> {
         let offset = match mode {
             InterruptMode::Msi => self.space.msi().map(|msi| msi.offset),
             InterruptMode::MsiX => self.space.msix().map(|msix| msix.offset),
             InterruptMode::Off | InterruptMode::Intx => None,
         };
         offset.ok_or(InterruptError::NoCapability(mode))
+    }
+
+    /// Where the host has placed the BAR that holds the MSI-X table.
+    pub(super) fn msix_table(&self, msix: &MsixCapability) -> Result<u64> {
+        let bar = self.space.bars().iter().find(|bar| bar.index == msix.table_bar);
+        bar.map(|bar| bar.start).ok_or(InterruptError::Entries("in a table that no BAR holds"))
     }
 
     fn set_enable(&self, mode: InterruptMode, switch: Switch) -> Result<()> {
@@ -93,7 +98,7 @@ impl GuestFunction {
     }
 
     /// What the guest reads back.
-    fn show_enable(&mut self, mode: InterruptMode, enabled: bool) {
+    pub(super) fn show_enable(&mut self, mode: InterruptMode, enabled: bool) {
         match mode {
             InterruptMode::Msi => self.space.set_msi_enabled(enabled),
             InterruptMode::MsiX => self.space.set_msix_enabled(enabled),
@@ -102,7 +107,7 @@ impl GuestFunction {
     }
 
     /// Maps one vector so that it is never lost: noted as about to be mapped, mapped, noted as mapped.
-    pub(crate) fn map(&mut self, vectors: &mut VectorState, source: MsiSource) -> Result<()> {
+    pub(super) fn map(&mut self, vectors: &mut VectorState, source: MsiSource) -> Result<()> {
         let entry = match source {
             MsiSource::Msi => 0,
             MsiSource::MsiX { entry, .. } => entry,
@@ -117,13 +122,14 @@ impl GuestFunction {
     }
 
     /// Unmaps all vectors and clears Enable, as far as that goes.
-    pub(crate) fn release(&mut self) -> Result<()> {
+    pub(super) fn release(&mut self) -> Result<()> {
         let mut vectors = self.vectors();
         let mode = vectors.mode;
         let mut outcome = Ok(());
         let mut kept = Vec::new();
+        let device = self.device();
         while let Some((entry, pirq)) = vectors.entries.pop() {
-            self.unbind(Pirq(pirq));
+            device.unbind(self, Pirq(pirq));
             // It may be unmapped already, by an earlier life or with the domain.
             let unmapped = self.hypervisor.unmap_pirq(self.domain, Pirq(pirq));
             if let Err(error) = Revoked::Interrupt.outcome(unmapped) {
@@ -147,7 +153,7 @@ impl GuestFunction {
     }
 
     /// Begins anew with one kind of interrupts.
-    pub(crate) fn begin(&mut self, mode: InterruptMode) -> Result<VectorState> {
+    pub(super) fn begin(&mut self, mode: InterruptMode) -> Result<VectorState> {
         let active = self.vectors().mode;
         if active == mode {
             // Enabled twice without being disabled, by a guest that was restarted or a request that is done again.
@@ -166,11 +172,12 @@ impl GuestFunction {
     }
 
     /// Sets MSI Enable, now that Xen has written the message: without one, an MSI would go to address 0.
-    pub(crate) fn enable_mapped_msi(&self) -> Result<()> {
+    pub(super) fn enable_mapped_msi(&self) -> Result<()> {
         self.set_enable(InterruptMode::Msi, Switch::On)
     }
 
-    fn enable(&mut self, mode: InterruptMode, sources: &[MsiSource]) -> Result<Vec<(u16, u32)>> {
+    /// Enables a kind of interrupts with these vectors; what was mapped, entry by entry. On an error none is.
+    pub(super) fn enable(&mut self, mode: InterruptMode, sources: &[MsiSource]) -> Result<Vec<(u16, u32)>> {
         self.capability_of(mode)?;
         let mapped = self.begin(mode).and_then(|mut vectors| {
             sources.iter().try_for_each(|source| self.map(&mut vectors, *source))?;
@@ -195,41 +202,6 @@ impl GuestFunction {
     }
 }
 
-pub(super) fn enable_msi(function: &mut GuestFunction) -> Result<OpAnswer> {
-    let entries = function.enable(InterruptMode::Msi, &[MsiSource::Msi])?;
-    Ok(OpAnswer::value(entries.first().map_or(0, |(_, pirq)| *pirq)))
-}
-
-pub(super) fn enable_msix(function: &mut GuestFunction, op: &Op) -> Result<OpAnswer> {
-    let msix = function.space.msix().ok_or(InterruptError::NoCapability(InterruptMode::MsiX))?;
-    let count = op.value as usize;
-    if count == 0 || count > MSIX_ENTRIES {
-        return Err(InterruptError::Entries("none, or more than the page can hold"));
-    }
-    let asked = &op.entries[..count];
-    if asked.iter().any(|asked| asked.entry >= msix.table_size) {
-        return Err(InterruptError::Entries("beyond its table"));
-    }
-    let twice = (1..count).any(|index| asked[..index].iter().any(|other| other.entry == asked[index].entry));
-    if twice {
-        return Err(InterruptError::Entries("given twice"));
-    }
-    let table = function.space.bars().iter().find(|bar| bar.index == msix.table_bar).map(|bar| bar.start);
-    let table = table.ok_or(InterruptError::Entries("in a table that no BAR holds"))?;
-    let sources: Vec<_> = asked.iter().map(|asked| MsiSource::MsiX { entry: asked.entry, table }).collect();
-    let mapped = function.enable(InterruptMode::MsiX, &sources)?;
-    let entries = mapped.iter().map(|&(entry, pirq)| MsixEntry { entry, vector: pirq as u16 }).collect();
-    Ok(OpAnswer { entries, ..OpAnswer::value(0) })
-}
-
-pub(super) fn disable(function: &mut GuestFunction, mode: InterruptMode) -> Result<OpAnswer> {
-    if function.vectors().mode == mode {
-        function.release()?;
-    }
-    function.show_enable(mode, false);
-    Ok(OpAnswer::value(0))
-}
-
 /// After a reset: Enable and, through Xen, the vectors' messages are put back.
 pub(super) fn restore(function: &mut GuestFunction) -> io::Result<()> {
     let mode = function.vectors().mode;
@@ -243,7 +215,7 @@ pub(super) fn restore(function: &mut GuestFunction) -> io::Result<()> {
 }
 
 /// Whether Message Control of the capability at an offset kept what was written.
-pub(crate) fn kept(capability: u16, changed: Changed) -> Result<()> {
+pub(super) fn kept(capability: u16, changed: Changed) -> Result<()> {
     let offset = capability + MESSAGE_CONTROL;
     match changed {
         Changed::Kept => Ok(()),
@@ -253,7 +225,7 @@ pub(crate) fn kept(capability: u16, changed: Changed) -> Result<()> {
 }
 
 /// Takes all interrupts from the guest, one that was only about to be mapped included.
-pub(crate) fn release_all(function: &mut GuestFunction) -> Result<()> {
+pub(super) fn release_all(function: &mut GuestFunction) -> Result<()> {
     function.release()?;
     if let Some(entry) = function.vectors().pending {
         // An earlier life was killed between the note and the mapping, or Xen refused it.
@@ -261,30 +233,4 @@ pub(crate) fn release_all(function: &mut GuestFunction) -> Result<()> {
         function.note(&VectorState::default())?;
     }
     Ok(())
-}
-
-/// The physical interrupts of the guest that are known to belong to a function.
-pub(super) fn known(function: &GuestFunction) -> Vec<u32> {
-    function.vectors().entries.iter().map(|(_, pirq)| *pirq).chain([function.line]).collect()
-}
-
-/// Whether an earlier life was about to map a vector when it was killed.
-pub(super) fn interrupted(function: &GuestFunction) -> bool {
-    function.vectors().pending.is_some()
-}
-
-/// Pirqs below this are the ISA interrupts', above the second no guest has any: by default Xen gives a guest as many as
-/// there are interrupt lines, and 32 more.
-const PIRQS: std::ops::Range<u32> = 16..1024;
-
-/// Gives back a vector that an earlier life mapped but could not note.
-///
-/// Xen chooses the number of a vector's pirq and does not tell later which belongs to what. All pirqs of a PV guest's
-/// functions are ours, since a guest has one PCI device in xenstore; so those that are not `known` are unmapped.
-pub(super) fn unmap_unknown(function: &mut GuestFunction, known: &[u32]) -> Result<()> {
-    for pirq in PIRQS.filter(|pirq| !known.contains(pirq)) {
-        Revoked::Interrupt.outcome(function.hypervisor.unmap_pirq(function.domain, Pirq(pirq)))?;
-    }
-    let vectors = VectorState { pending: None, ..function.vectors() };
-    function.note(&vectors)
 }

@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::function::GuestFunction;
-use super::wire::{self, MSIX_ENTRIES, MsixEntry, Op};
+use crate::abi::pciif::{self as wire, MSIX_ENTRIES, MsixEntry, Op};
 use crate::config::{
     Access, ConfigSpace, FunctionImage, FunctionKind, FunctionSpec, Identity, Life, Planes, Policy,
     VirtualConfigSpace,

@@ -1,33 +1,30 @@
-//! What serving threads have in common, whatever brings their guests' requests: the functions, and the engine's orders.
+//! What a serving thread has, whatever brings its guest's requests: the functions, and the engine's orders.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use log::warn;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::attachment::Attachment;
+use super::counters::Counters;
 use super::function::{Demand, GuestFunction};
-use super::interrupts;
-use super::server::{Counters, NotTold, Order, ServerReport, Taken, Telling};
+use super::orders::{NotTold, Order, ServerReport, Taken, Telling};
 use crate::DomId;
 use crate::fault::AerAnswer;
 use crate::platform::PlatformError;
 
-/// A guest that asks for nonsense gets a line in the log at most this often.
-const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
-
 /// What a serving thread has, whatever brings its guest's requests.
-pub(crate) struct Roster {
+pub(super) struct Roster {
     pub domain: DomId,
     pub functions: BTreeMap<u8, Box<GuestFunction>>,
     pub counters: Arc<Counters>,
     pub report: Box<dyn Fn(ServerReport) + Send>,
     /// What the guest will be told of errors.
     pub to_tell: VecDeque<Telling>,
+    pub orders: mpsc::Receiver<Order>,
 }
 
 impl Roster {
@@ -36,8 +33,10 @@ impl Roster {
         functions: BTreeMap<u8, Box<GuestFunction>>,
         counters: &Arc<Counters>,
         report: Box<dyn Fn(ServerReport) + Send>,
+        orders: mpsc::Receiver<Order>,
     ) -> Self {
-        Self { domain, functions, counters: Arc::clone(counters), report, to_tell: VecDeque::new() }
+        let counters = Arc::clone(counters);
+        Self { domain, functions, counters, report, to_tell: VecDeque::new(), orders }
     }
 
     /// Tells the engine what a request asks for beyond its answer.
@@ -92,10 +91,10 @@ impl Roster {
     }
 
     /// Reports that the guest cannot be heard any more, and keeps the functions for the engine to take.
-    pub fn fail(&mut self, error: &PlatformError, orders: &mpsc::Receiver<Order>) {
+    pub fn fail(&mut self, error: &PlatformError) {
         (self.report)(ServerReport::Failed(error.to_string()));
         self.tell_nothing(NotTold::Unreachable);
-        while let Ok(order) = orders.recv() {
+        while let Ok(order) = self.orders.recv() {
             if let Some(stop) = self.obey(order) {
                 let _ = stop.send(std::mem::take(&mut self.functions));
                 return;
@@ -105,8 +104,8 @@ impl Roster {
     }
 
     /// Obeys the orders that wait; `true`: the last one was to stop, and the functions were given back.
-    pub fn take_orders(&mut self, orders: &mpsc::Receiver<Order>) -> bool {
-        while let Ok(order) = orders.try_recv() {
+    pub fn take_orders(&mut self) -> bool {
+        while let Ok(order) = self.orders.try_recv() {
             if let Some(stop) = self.obey(order) {
                 // The engine may have stopped waiting.
                 let _ = stop.send(std::mem::take(&mut self.functions));
@@ -171,51 +170,5 @@ impl Roster {
             function.set_gone();
             (self.report)(ServerReport::RestoreFailed(attachment, error.to_string()));
         }
-    }
-
-    /// Gives back vectors that an earlier life of the service mapped and was killed before it could note them.
-    pub fn recover_interrupted(&mut self) {
-        let known: Vec<u32> =
-            self.functions.values().flat_map(|function| interrupts::known(function)).collect();
-        for function in self.functions.values_mut().filter(|function| interrupts::interrupted(function)) {
-            if let Err(error) = interrupts::unmap_unknown(function, &known) {
-                warn!("{}: recover a vector of domain {}: {error}", function.address(), self.domain);
-            }
-        }
-    }
-}
-
-/// Limits what a guest can put into the log.
-#[derive(Debug, Default)]
-pub(crate) struct Complaints {
-    last: Option<Instant>,
-    unsaid: u64,
-}
-
-impl Complaints {
-    /// Whether a line may be written now, and how many were not since the last one.
-    pub fn may_say(&mut self) -> Option<u64> {
-        if self.last.is_some_and(|last| last.elapsed() < COMPLAINT_INTERVAL) {
-            self.unsaid += 1;
-            return None;
-        }
-        self.last = Some(Instant::now());
-        Some(std::mem::take(&mut self.unsaid))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_a_guest_can_put_into_the_log_is_limited() {
-        let mut complaints = Complaints::default();
-        assert_eq!(complaints.may_say(), Some(0));
-        for _ in 0..1000 {
-            assert_eq!(complaints.may_say(), None);
-        }
-        complaints.last = Instant::now().checked_sub(COMPLAINT_INTERVAL);
-        assert_eq!(complaints.may_say(), Some(1000));
     }
 }

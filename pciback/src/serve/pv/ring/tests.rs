@@ -1,14 +1,24 @@
 //! Serving, with a service that is killed between any two steps, and with guests that ask for anything.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
 
 use proptest::prelude::*;
 
-use super::super::machine::{DEVICE_CONTROL, DOMAIN, Killed, MSI, MSIX, Machine, TABLE_SIZE, msix, op};
 use super::super::wire::frontend;
 use super::*;
 use crate::Sbdf;
 use crate::config::InterruptMode;
+use crate::fault::{AerRequest, ChannelState};
+use crate::serve::machine::{DEVICE_CONTROL, DOMAIN, Killed, MSI, MSIX, Machine, TABLE_SIZE, msix, op};
+use crate::serve::orders::Order;
+use crate::serve::worker::Worker;
+use crate::serve::{ServerStuck, Taken};
 
 const FIRST: Sbdf = Sbdf::from_devfn(0, 1, 0x10);
 const SECOND: Sbdf = Sbdf::from_devfn(0, 1, 0x18);
@@ -18,18 +28,28 @@ const PLAIN: u16 = 0xc0;
 /// One life of the service over the machine, as far as its thread goes.
 fn life(machine: &Machine) -> Serving {
     let functions = BTreeMap::from([(0, machine.open(FIRST)), (8, machine.open(SECOND))]);
-    let roster = Roster::new(DOMAIN, functions, &Arc::default(), Box::new(|_| {}));
-    Serving { roster, ring: machine.ring(), token: first_token(), told: None }
+    serving(machine, functions, Box::new(|_| {}))
+}
+
+type Serving = Worker<RingRequests>;
+
+fn serving(
+    machine: &Machine,
+    functions: BTreeMap<u8, Box<GuestFunction>>,
+    report: Box<dyn Fn(ServerReport) + Send>,
+) -> Serving {
+    let roster = Roster::new(DOMAIN, functions, &Arc::default(), report, mpsc::channel().1);
+    Worker::new(roster, RingRequests::new(DOMAIN, machine.ring()))
 }
 
 impl Serving {
-    /// Answers what waits, without orders.
+    /// Answers what waits.
     fn serve_waiting(&mut self) {
-        self.serve_while_busy(&mpsc::channel().1);
+        self.serve_while_busy();
     }
 
     fn begin(&mut self) {
-        self.roster.recover_interrupted();
+        self.source.recover(&mut self.roster);
         self.serve_waiting();
     }
 
@@ -38,6 +58,13 @@ impl Serving {
         self.serve_waiting();
         answered(machine, op)
     }
+}
+
+/// Gives a thread orders.
+fn orders(serving: &mut Serving) -> mpsc::Sender<Order> {
+    let (sender, orders) = mpsc::channel();
+    serving.roster.orders = orders;
+    sender
 }
 
 fn answered(machine: &Machine, op: &Op) -> (i32, u32, Vec<u16>) {
@@ -202,7 +229,7 @@ fn an_answer_that_comes_too_late_does_not_reach_the_next_request() {
     // While that is being carried out the frontend gives up and asks for something else.
     let next = op(Command::CONF_READ.0, 0, 4, 0);
     machine.ask(&next);
-    serving.serve(Op { info: 77, ..taken });
+    serving.source.answer(&mut serving.roster, Op { info: 77, ..taken });
     assert_eq!(machine.answer(0), None, "the next request still waits");
     serving.serve_waiting();
     assert_eq!(answered(&machine, &next), (0, 0x10ca_8086, vec![]));
@@ -331,12 +358,12 @@ fn a_guest_that_toggles_bus_mastering_without_end_reports_little() {
 fn a_function_that_was_added_before_the_guest_asks_for_it_answers() {
     let machine = Machine::new();
     let mut serving = life(&machine);
-    let (sender, orders) = mpsc::channel();
+    let sender = orders(&mut serving);
     let function = serving.roster.functions.remove(&8).unwrap();
     sender.send(Order::Add(8, function)).unwrap();
     let read = Op { devfn: 8, ..op(0, 0, 4, 0) };
     machine.ask(&read);
-    serving.serve_while_busy(&orders);
+    serving.serve_while_busy();
     assert_eq!(answered(&machine, &read), (0, 0x10ca_8086, vec![]));
 }
 
@@ -344,13 +371,13 @@ fn a_function_that_was_added_before_the_guest_asks_for_it_answers() {
 fn a_function_that_is_ordered_away_is_not_touched_by_a_request_that_waits() {
     let machine = Machine::new();
     let mut serving = life(&machine);
-    let (sender, orders) = mpsc::channel();
+    let sender = orders(&mut serving);
     let (taken, _keeps_it) = mpsc::channel();
     sender.send(Order::Take(0, taken)).unwrap();
     let before = machine.word(FIRST, PLAIN);
     let write = op(Command::CONF_WRITE.0, PLAIN, 2, u32::from(!before));
     machine.ask(&write);
-    serving.serve_while_busy(&orders);
+    serving.serve_while_busy();
     assert_eq!(answered(&machine, &write).0, WireError::NoDevice.number());
     assert_eq!(machine.word(FIRST, PLAIN), before);
 }
@@ -359,11 +386,11 @@ fn a_function_that_is_ordered_away_is_not_touched_by_a_request_that_waits() {
 fn a_request_that_a_stopping_thread_finds_is_left_to_the_next_one() {
     let machine = Machine::new();
     let mut serving = life(&machine);
-    let (sender, orders) = mpsc::channel();
+    let sender = orders(&mut serving);
     let (stopped, functions) = mpsc::channel();
     sender.send(Order::Stop(stopped)).unwrap();
     machine.ask(&op(0, 0, 4, 0));
-    assert_eq!(serving.serve_while_busy(&orders), Turn::Stopped);
+    assert_eq!(serving.serve_while_busy(), Turn::Stopped);
     assert_eq!(machine.answer(0), None);
     serving.roster.functions = functions.recv().unwrap();
     serving.serve_waiting();
@@ -388,7 +415,7 @@ fn quiescing_leaves_nothing_mapped_and_nothing_enabled() {
 fn a_guest_that_never_pauses_does_not_keep_its_function() {
     let machine = Machine::new();
     let functions = BTreeMap::from([(0, machine.open(FIRST))]);
-    let server = Server::start(DOMAIN, machine.ring(), functions, Arc::default(), Box::new(|_| {})).unwrap();
+    let server = start(DOMAIN, machine.ring(), functions, Arc::default(), Box::new(|_| {})).unwrap();
     let stop = Arc::new(AtomicU64::new(0));
     let flood = thread::spawn({
         let (machine, stop) = (machine.clone(), Arc::clone(&stop));
@@ -415,7 +442,7 @@ fn a_guest_that_never_pauses_does_not_keep_its_function() {
 fn a_guest_that_sends_events_without_end_does_not_keep_its_function() {
     let machine = Machine::new();
     let functions = BTreeMap::from([(0, machine.open(FIRST))]);
-    let server = Server::start(DOMAIN, machine.ring(), functions, Arc::default(), Box::new(|_| {})).unwrap();
+    let server = start(DOMAIN, machine.ring(), functions, Arc::default(), Box::new(|_| {})).unwrap();
     machine.send_events_without_end();
     machine.ask(&op(0, 0, 4, 0));
     while server.counters().requests() == 0 {
@@ -429,7 +456,7 @@ fn a_guest_that_sends_events_without_end_does_not_keep_its_function() {
 fn a_function_that_is_taken_from_a_hanging_thread_is_not_touched_when_that_goes_on() {
     let machine = Machine::new();
     let functions = BTreeMap::from([(0, machine.open(FIRST)), (8, machine.open(SECOND))]);
-    let server = Server::start(DOMAIN, machine.ring(), functions, Arc::default(), Box::new(|_| {})).unwrap();
+    let server = start(DOMAIN, machine.ring(), functions, Arc::default(), Box::new(|_| {})).unwrap();
     let (hang, before) = (machine.hang(), machine.accesses().len());
     machine.ask(&op(Command::CONF_WRITE.0, PLAIN, 2, 0x1234));
     while machine.accesses().len() == before {
@@ -502,15 +529,13 @@ mod telling {
     use std::sync::mpsc::{Receiver, channel};
 
     use super::*;
-    use crate::pv::wire::frontend;
 
     fn serving(machine: &Machine) -> (Serving, Receiver<ServerReport>) {
         let address = Sbdf::from_devfn(0, 1, 0);
         let functions = BTreeMap::from([(0, machine.open(address))]);
         let (sender, reports) = channel();
         let report = Box::new(move |report| sender.send(report).unwrap());
-        let roster = Roster::new(DOMAIN, functions, &Arc::default(), report);
-        (Serving { roster, ..life(machine) }, reports)
+        (super::serving(machine, functions, report), reports)
     }
 
     fn telling(request: AerRequest, limit: Duration) -> Telling {

@@ -1,0 +1,269 @@
+//! A function as a device of an HVM guest: its BARs in the guest's address space, and what the service answers there.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use log::warn;
+
+use super::addresses::Addresses;
+use super::bars::{self, Part};
+use super::table::mask_table;
+use crate::config::{Access, Bar, BarKind, SideEffect};
+use crate::platform::{BarMemory, HvmDomains, PAGE, Pirq, PlatformError, Result, Revoked, ServerId};
+use crate::serve::device::GuestDevice;
+use crate::serve::{GuestFunction, InterruptError};
+use crate::spec::header;
+
+/// What a function is in an HVM guest.
+pub struct Device {
+    pub(super) domains: Arc<dyn HvmDomains>,
+    server: ServerId,
+    /// The device number.
+    slot: u8,
+    /// Where the BARs of all the guest's functions are.
+    addresses: Arc<Addresses>,
+    /// The memory of the BARs that are not mapped as a whole.
+    memory: Mutex<BTreeMap<u8, Box<dyn BarMemory>>>,
+}
+
+/// The BARs of a function that are not mapped as a whole, whose memory the service reads and writes for an HVM guest.
+pub fn trapped_bars(function: &GuestFunction) -> Vec<u8> {
+    let msix = function.space.msix();
+    let bars = function.space.bars().iter();
+    bars.filter(|bar| matches!(bar.kind, BarKind::Memory32 | BarKind::Memory64))
+        .filter(|bar| !bars::parts(bar, msix.as_ref()).trapped.is_empty())
+        .map(|bar| bar.index)
+        .collect()
+}
+
+impl Device {
+    /// At a device number of bus 0, answered for by a server; `addresses` is the guest's, `memory` is that of [`trapped_bars`].
+    pub fn new(
+        domains: Arc<dyn HvmDomains>,
+        server: ServerId,
+        slot: u8,
+        addresses: Arc<Addresses>,
+        memory: BTreeMap<u8, Box<dyn BarMemory>>,
+    ) -> Self {
+        Self { domains, server, slot, addresses, memory: Mutex::new(memory) }
+    }
+
+    /// Does something with the memory of a BAR that is not mapped as a whole.
+    pub(super) fn with_memory<T>(&self, bar: u8, access: impl FnOnce(&dyn BarMemory) -> T) -> Option<T> {
+        let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        memory.get(&bar).map(|memory| access(memory.as_ref()))
+    }
+
+    /// Makes a function what an HVM guest finds at this device number. `again`: an earlier life had done so, and the guest goes on.
+    pub fn enter(self, function: &mut GuestFunction, again: bool) -> Result<()> {
+        let device = Arc::new(self);
+        function.set_device(Arc::clone(&device) as _);
+        if !again {
+            function.space.unplace();
+            mask_table(function);
+        }
+        device.domains.claim_slot(function.domain, device.server, device.slot, true)?;
+        if !again {
+            device.bind_line(function, true)?;
+        }
+        device.place_all(function, again)
+    }
+
+    /// Says what a function was in an HVM guest, so that [`GuestFunction::quiesce`] takes it out of there.
+    pub fn was_entered(self, function: &mut GuestFunction) {
+        function.set_device(Arc::new(self));
+    }
+
+    fn bind_line(&self, function: &GuestFunction, bind: bool) -> Result<()> {
+        let pin = Access::new(u32::from(header::INTERRUPT_PIN), 1)
+            .ok()
+            .and_then(|access| function.space.read(access, function.hardware.as_ref()).ok());
+        match pin {
+            Some(pin @ 1..=4) if function.line != 0 => {
+                let pirq = Pirq(function.line);
+                self.domains.bind_line(function.domain, pirq, self.slot, pin as u8 - 1, bind)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Brings what is mapped into step with the guest's registers; `again`: what is noted as mapped may not be.
+    fn place_all(&self, function: &mut GuestFunction, again: bool) -> Result<()> {
+        let access = Access::new(u32::from(header::COMMAND), 2).ok();
+        let command = access
+            .and_then(|access| function.space.read(access, function.hardware.as_ref()).ok())
+            .filter(|_| !function.is_silent());
+        let mut outcome = Ok(());
+        for bar in function.space.bars().to_vec() {
+            let register = function.space.bar_register(&bar);
+            // An absent function decodes nothing.
+            let wanted = command.and_then(|command| bars::placed(&bar, register, command as u16));
+            outcome = outcome.and(self.place(function, &bar, wanted, again));
+        }
+        outcome
+    }
+
+    fn place(&self, function: &mut GuestFunction, bar: &Bar, wanted: Option<u64>, again: bool) -> Result<()> {
+        let current = function.space.image().placed(bar.index);
+        if current == wanted && !(again && wanted.is_some()) {
+            return Ok(());
+        }
+        if let Some(address) = current.filter(|_| current != wanted) {
+            self.reach(function, bar, address, false)?;
+            function.space.image_mut().set_placed(bar.index, None);
+            self.give_up(bar, address);
+        }
+        let Some(address) = wanted else { return Ok(()) };
+        if !self.take(bar, address) {
+            // Until the place is free nobody answers for this BAR.
+            return Ok(());
+        }
+        let revoked = function.revocation.check();
+        revoked.map_err(|errno| PlatformError::new("map a BAR of", function.address, errno))?;
+        // Noted before it is done: what is not known to be mapped is never unmapped.
+        function.space.image_mut().set_placed(bar.index, Some(address));
+        if let Err(error) = self.reach(function, bar, address, true) {
+            if let Err(second) = self.reach(function, bar, address, false) {
+                warn!("{}: {second}", function.address);
+            }
+            function.space.image_mut().set_placed(bar.index, None);
+            self.give_up(bar, address);
+            return Err(error);
+        }
+        self.table_moved(function, bar);
+        Ok(())
+    }
+
+    fn take(&self, bar: &Bar, address: u64) -> bool {
+        bar.kind == BarKind::Io || self.addresses.take(address, address + bar.size)
+    }
+
+    fn give_up(&self, bar: &Bar, address: u64) {
+        if bar.kind != BarKind::Io {
+            self.addresses.release(address);
+        }
+    }
+
+    /// Lets the guest reach a BAR at an address, or not any more; all of it is tried.
+    fn reach(&self, function: &GuestFunction, bar: &Bar, address: u64, map: bool) -> Result<()> {
+        let (domains, domain) = (self.domains.as_ref(), function.domain);
+        if bar.kind == BarKind::Io {
+            let (guest, host, count) = (address as u32, bar.start as u32, bar.size as u32);
+            return undone(map, domains.map_ports(domain, guest, host, count, map));
+        }
+        let parts = bars::parts(bar, function.space.msix().as_ref());
+        let mut outcome = Ok(());
+        for Part { offset, bytes } in parts.mapped {
+            let (guest, host) = ((address + offset) / PAGE, (bar.start + offset) / PAGE);
+            let answer = domains.map_memory(domain, guest, host, bytes / PAGE, map);
+            outcome = outcome.and(undone(map, answer));
+        }
+        for Part { offset, bytes } in parts.trapped {
+            let answer = domains.claim_memory(domain, self.server, address + offset, bytes, map);
+            outcome = outcome.and(undone(map, answer));
+        }
+        outcome
+    }
+}
+
+impl GuestDevice for Device {
+    fn config_written(
+        &self,
+        function: &mut GuestFunction,
+        access: Access,
+        effect: Option<SideEffect>,
+    ) -> std::result::Result<(), InterruptError> {
+        if access.offset() < header::BAR0 + 24 && access.offset() >= header::BAR0
+            || matches!(effect, Some(SideEffect::Command { .. }))
+        {
+            self.place_bars(function)?;
+        }
+        self.config_interrupts(function, access, effect)
+    }
+
+    /// Of the MSI-X table by the guest's own table, of other memory of a BAR as hardware answers.
+    fn access_memory(
+        &self,
+        function: &mut GuestFunction,
+        address: u64,
+        bytes: u8,
+        write: Option<u64>,
+    ) -> Option<u64> {
+        let (bar, offset) = bar_at(function, address)?;
+        if function.is_silent() {
+            return Some(write.unwrap_or(u64::MAX));
+        }
+        if let Some(value) = self.access_table(function, &bar, offset, bytes, write) {
+            return Some(value);
+        }
+        self.with_memory(bar.index, |memory| match write {
+            Some(value) => {
+                if aligned(offset, bytes) {
+                    memory.write(offset, bytes, value);
+                }
+                value
+            }
+            None if aligned(offset, bytes) => memory.read(offset, bytes),
+            None => u64::MAX,
+        })
+    }
+
+    fn place_bars(&self, function: &mut GuestFunction) -> Result<()> {
+        self.place_all(function, false)
+    }
+
+    fn unmap_bars(&self, function: &mut GuestFunction) -> Result<()> {
+        let mut outcome = Ok(());
+        for bar in function.space.bars().to_vec() {
+            outcome = outcome.and(self.place(function, &bar, None, false));
+        }
+        outcome
+    }
+
+    fn unbind(&self, function: &GuestFunction, pirq: Pirq) {
+        let unbound = self.domains.unbind_msi(function.domain, pirq);
+        if let Err(error) = Revoked::Interrupt.outcome(unbound) {
+            // Unmapping it, which follows, ends it all the same or fails too.
+            warn!("{}: {error}", function.address);
+        }
+    }
+
+    /// The messages that Xen has bound go with a reset.
+    fn begins_anew_after_reset(&self) -> bool {
+        true
+    }
+
+    fn reset(&self, function: &mut GuestFunction) -> io::Result<()> {
+        mask_table(function);
+        Ok(())
+    }
+
+    fn leave(&self, function: &mut GuestFunction) -> std::result::Result<(), InterruptError> {
+        let slot = self.domains.claim_slot(function.domain, self.server, self.slot, false);
+        let slot = Revoked::Reach.outcome(slot);
+        let line = Revoked::Interrupt.outcome(self.bind_line(function, false));
+        let unmapped = self.unmap_bars(function);
+        Ok(slot.and(line).and(unmapped)?)
+    }
+}
+
+/// The BAR whose trapped part holds this address of the guest's, and the offset in it.
+fn bar_at(function: &GuestFunction, address: u64) -> Option<(Bar, u64)> {
+    let bars = function.space.bars().iter().filter(|bar| bar.kind != BarKind::Io);
+    bars.filter_map(|bar| {
+        let offset = address.checked_sub(function.space.image().placed(bar.index)?)?;
+        (offset < bar.size).then_some((*bar, offset))
+    })
+    .next()
+}
+
+/// A register of a device is reached as a whole: what is not aligned is nobody's.
+const fn aligned(offset: u64, bytes: u8) -> bool {
+    offset.is_multiple_of(bytes as u64)
+}
+
+/// What is taken away may have been taken before.
+fn undone(map: bool, answer: Result<()>) -> std::result::Result<(), PlatformError> {
+    if map { answer } else { Revoked::Reach.outcome(answer) }
+}

@@ -1,0 +1,23 @@
+//! Serving HVM guests: an ioreq server beside the guest's device model answers for the functions that the guest was given.
+
+mod acpi;
+mod addresses;
+mod bars;
+mod device;
+mod interrupts;
+mod ports;
+mod requests;
+mod table;
+
+pub use crate::abi::ioreq as wire;
+pub use acpi::mcfg;
+pub use addresses::Addresses;
+pub use device::{Device, trapped_bars};
+pub use ports::{CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts};
+pub use requests::{Connection, start};
+
+/// Where the window to extended config space is in every guest: hvmloader reports 0xfc000000 to 4 GiB as reserved, uses none of
+/// it from 0xfe000000 up to the I/O APIC, and the specification wants it aligned to its size (PCI Express 6.0, section 7.2.2).
+pub const ECAM_BASE: u64 = 0xfe00_0000;
+/// Its size: one bus.
+pub const ECAM_BYTES: u64 = 1 << 20;

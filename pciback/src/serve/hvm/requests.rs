@@ -1,0 +1,239 @@
+//! Requests of an HVM guest: Xen sends what its vCPUs do with our functions to an ioreq server.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use log::warn;
+
+use super::addresses::Addresses;
+use super::ports::ConfigPorts;
+use super::wire::{self, IoRequest, Place, VCPUS};
+use super::{ECAM_BASE, ECAM_BYTES};
+use crate::DomId;
+use crate::config::Width;
+use crate::fault::AerAnswer;
+use crate::platform::{IoreqServer, PlatformError};
+use crate::serve::worker::{EVENTS, RequestSource, Turn};
+use crate::serve::{
+    Attachment, Counters, Demand, GuestFunction, NotTold, Roster, Server, ServerReport, Telling,
+};
+
+/// A connected server of an HVM guest, and what the guest has besides its functions.
+pub struct Connection {
+    /// Who answers for the guest's functions.
+    pub server: Box<dyn IoreqServer>,
+    /// What the guest wrote to port CF8.
+    pub ports: ConfigPorts,
+    /// Where the BARs of its functions are.
+    pub addresses: Arc<Addresses>,
+}
+
+/// Starts to serve an HVM guest; `functions` are those of an earlier life, by device and function number. Requests that have waited since
+/// are answered first. Reports go to `report`, which must not block.
+pub fn start(
+    domain: DomId,
+    connection: Connection,
+    functions: BTreeMap<u8, Box<GuestFunction>>,
+    counters: Arc<Counters>,
+    report: Box<dyn Fn(ServerReport) + Send>,
+) -> io::Result<Server> {
+    let Connection { server, ports, addresses } = connection;
+    let source = IoreqRequests { server, ports, addresses, resumes: true };
+    Server::start(domain, source, functions, counters, report)
+}
+
+/// The requests to an ioreq server.
+struct IoreqRequests {
+    server: Box<dyn IoreqServer>,
+    ports: ConfigPorts,
+    addresses: Arc<Addresses>,
+    /// Requests that an earlier thread took and did not answer are answered, too.
+    resumes: bool,
+}
+
+impl RequestSource for IoreqRequests {
+    /// A vector that was about to be mapped stays noted as that: an HVM guest has physical interrupts that are not ours, so that none can be
+    /// unmapped without its number.
+    fn recover(&mut self, _: &mut Roster) {}
+
+    fn serve(&mut self, roster: &mut Roster) -> Turn {
+        let mut turn = Turn::Idle;
+        for vcpu in 0..VCPUS {
+            if let Some(request) = wire::take_request(self.server.page(), vcpu, self.resumes) {
+                if roster.take_orders() {
+                    return Turn::Stopped;
+                }
+                self.answer(roster, vcpu, &request);
+                turn = Turn::Busy;
+            }
+        }
+        self.resumes = false;
+        turn
+    }
+
+    fn event_fd(&self) -> BorrowedFd<'_> {
+        self.server.event_fd()
+    }
+
+    fn take_events(&mut self) -> Result<(), PlatformError> {
+        for _ in 0..EVENTS {
+            if self.server.take_event()?.is_none() {
+                break;
+            }
+        }
+        self.server.bind_vcpus()
+    }
+
+    /// There is no protocol for it.
+    fn tell(&mut self, _: &Telling) -> Result<(), NotTold> {
+        Err(NotTold::NoHandler)
+    }
+
+    fn take_answer(&mut self) -> Option<Result<AerAnswer, u32>> {
+        None
+    }
+
+    fn withdraw(&mut self) {}
+}
+
+impl IoreqRequests {
+    fn answer(&mut self, roster: &mut Roster, vcpu: u16, request: &IoRequest) {
+        let (data, known, demand, attachment) = self.execute(roster, request);
+        let data = request.write.is_none().then(|| data & value_mask(request.bytes));
+        wire::put_answer(self.server.page(), vcpu, data);
+        if let Err(error) = self.server.notify(vcpu) {
+            warn!("domain {}: {error}", roster.domain);
+        }
+        let trouble = roster.functions.values_mut().find_map(|function| function.take_trouble());
+        roster.counters.count(!known || trouble.is_some());
+        if !known || trouble.is_some() {
+            complain(roster, request, trouble);
+        }
+        roster.tell(demand, attachment);
+    }
+
+    /// What is read, whether the request made sense, and what it asks of the service.
+    fn execute(
+        &mut self,
+        roster: &mut Roster,
+        request: &IoRequest,
+    ) -> (u64, bool, Option<Demand>, Option<Attachment>) {
+        if request.bytes == 0 {
+            return (u64::MAX, false, None, None);
+        }
+        match request.place {
+            Place::Config { slot, offset } => {
+                let bytes = wire::reached_by_ports(offset, request.bytes);
+                self.config(roster, slot << 3, offset, bytes, request.write)
+            }
+            Place::Memory { address } => match address.checked_sub(ECAM_BASE) {
+                Some(at) if at < ECAM_BYTES => {
+                    self.config(roster, (at >> 12) as u8, at as u16 & 0xfff, request.bytes, request.write)
+                }
+                _ => (access_memory(roster, address, request), true, None, None),
+            },
+            Place::Port { port } => {
+                let (value, resets) = self.ports.access(port, request.bytes, request.write);
+                if resets {
+                    (roster.report)(ServerReport::RestartWanted);
+                }
+                (value, true, None, None)
+            }
+            Place::Other => (u64::MAX, false, None, None),
+        }
+    }
+
+    /// Config space; where there is no function of ours, nobody answers.
+    fn config(
+        &mut self,
+        roster: &mut Roster,
+        devfn: u8,
+        offset: u16,
+        bytes: u8,
+        write: Option<u64>,
+    ) -> (u64, bool, Option<Demand>, Option<Attachment>) {
+        let Some(function) = roster.functions.get_mut(&devfn) else {
+            return (u64::MAX, true, None, None);
+        };
+        let attachment = Some(function.attachment());
+        match write {
+            None => {
+                let (value, demand) = config_read(function, offset, bytes);
+                (value, true, demand, attachment)
+            }
+            Some(value) => {
+                let before = self.addresses.released();
+                let demand = config_write(function, offset, bytes, value);
+                if self.addresses.released() != before {
+                    place_others(roster);
+                }
+                (value, true, demand, attachment)
+            }
+        }
+    }
+}
+
+/// Reads config space as a request of any alignment does; `bytes` of it, at most four.
+fn config_read(function: &mut GuestFunction, offset: u16, bytes: u8) -> (u64, Option<Demand>) {
+    let (mut value, mut demand) = (u64::MAX, None);
+    for (access, distance) in wire::pieces(offset, bytes) {
+        let piece = function.read_config(access);
+        value = with_piece(value, access.width(), distance, piece.value);
+        demand = demand.or(piece.demand);
+    }
+    (value, demand)
+}
+
+/// Writes config space likewise.
+fn config_write(function: &mut GuestFunction, offset: u16, bytes: u8, value: u64) -> Option<Demand> {
+    let mut demand = None;
+    for (access, distance) in wire::pieces(offset, bytes) {
+        let piece = (value >> (8 * u32::from(distance))) as u32;
+        demand = demand.or(function.write_config(access, piece).demand);
+    }
+    demand
+}
+
+/// A value with some of its bytes replaced.
+fn with_piece(value: u64, width: Width, distance: u8, piece: u32) -> u64 {
+    let shift = 8 * u32::from(distance);
+    let mask = u64::from(width.mask()) << shift;
+    value & !mask | (u64::from(piece) << shift & mask)
+}
+
+/// A place has become free, for which another BAR may wait.
+fn place_others(roster: &mut Roster) {
+    for function in roster.functions.values_mut() {
+        if let Err(error) = function.device().place_bars(function) {
+            function.note_trouble(&error);
+        }
+    }
+}
+
+/// Memory of a BAR. Where there is none nobody answers: it may have moved while the request was on its way.
+fn access_memory(roster: &mut Roster, address: u64, request: &IoRequest) -> u64 {
+    let (bytes, write) = (request.bytes, request.write);
+    let mut functions = roster.functions.values_mut();
+    let value =
+        functions.find_map(|function| function.device().access_memory(function, address, bytes, write));
+    value.unwrap_or(u64::MAX)
+}
+
+fn complain(roster: &Roster, request: &IoRequest, trouble: Option<String>) {
+    if let Some(unsaid) = roster.counters.may_complain() {
+        let trouble = trouble.unwrap_or_else(|| "it makes no sense, or is a string instruction".to_owned());
+        warn!(
+            "domain {}: {request:x?}: {trouble}; {unsaid} more of its requests failed since the last such line",
+            roster.domain
+        );
+    }
+}
+
+fn value_mask(bytes: u8) -> u64 {
+    match bytes {
+        0 | 8 => u64::MAX,
+        bytes => (1 << (8 * u32::from(bytes))) - 1,
+    }
+}

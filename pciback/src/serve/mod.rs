@@ -1,0 +1,26 @@
+//! Serving functions to guests: one function as its guest uses it, and one thread for each guest, with the engine's orders and what it
+//! reports. How a guest's requests come ([`pv`], [`hvm`]) is behind a trait, and so is what the service places in the guest for a function.
+
+mod attachment;
+mod counters;
+mod device;
+mod function;
+pub mod hvm;
+mod interrupts;
+#[cfg(test)]
+mod machine;
+mod orders;
+pub mod pv;
+mod revocation;
+mod roster;
+mod server;
+mod upkeep;
+mod worker;
+
+pub use attachment::Attachment;
+pub use counters::Counters;
+pub use function::{Demand, GuestFunction};
+pub use interrupts::InterruptError;
+pub use orders::{NotTold, ServerReport, ServerStuck, Taken, Telling};
+use roster::Roster;
+pub use server::Server;

@@ -1,0 +1,100 @@
+//! What the engine asks of a serving thread, and what that reports.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use super::attachment::Attachment;
+use super::function::GuestFunction;
+use super::interrupts::InterruptError;
+use crate::config::{MaskedWrite, Planes};
+use crate::fault::{AerAnswer, AerRequest, ChannelState};
+use crate::platform::PlatformError;
+
+/// What the thread tells the engine.
+#[derive(Debug)]
+pub enum ServerReport {
+    /// The guest asked for a function level reset; [`Server::reset_ended`](super::Server::reset_ended) is awaited.
+    ResetWanted(Attachment),
+    /// The function answers no more.
+    Vanished(Attachment),
+    /// The guest's driver for the function has started.
+    DriverStarted(Attachment),
+    /// The function's interrupts could not be put back after its reset.
+    RestoreFailed(Attachment, String),
+    /// What became of something the guest was told about an error.
+    Told(Attachment, Result<Result<AerAnswer, u32>, NotTold>),
+    /// The guest has pulled the reset line of its machine.
+    RestartWanted,
+    /// The guest cannot be served any more.
+    Failed(String),
+}
+
+impl ServerReport {
+    /// Which attachment it is about, if it is about one.
+    pub fn attachment(&self) -> Option<Attachment> {
+        match self {
+            Self::ResetWanted(attachment)
+            | Self::Vanished(attachment)
+            | Self::DriverStarted(attachment)
+            | Self::RestoreFailed(attachment, _)
+            | Self::Told(attachment, _) => Some(*attachment),
+            Self::RestartWanted | Self::Failed(_) => None,
+        }
+    }
+}
+
+/// Why a guest said nothing to an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NotTold {
+    /// Its frontend does not say that it can be notified.
+    #[error("its frontend cannot be notified of errors")]
+    NoHandler,
+    /// It did not answer in time.
+    #[error("it did not answer in time")]
+    Silent,
+    /// The thread cannot tell it: the event channel or the function is gone.
+    #[error("it cannot be reached")]
+    Unreachable,
+}
+
+/// The thread did not obey in time: it hangs in a config access that the kernel does not finish.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("its serving thread hangs in a config access")]
+pub struct ServerStuck;
+
+/// What a function that was taken from the thread looked like in the end.
+pub struct Taken {
+    /// The function, quiesced; dropping it closes its image and its config space.
+    pub function: Box<GuestFunction>,
+    /// Whether bus mastering and interrupts are off.
+    pub quiesced: Result<(), InterruptError>,
+}
+
+pub(super) enum Order {
+    Add(u8, Box<GuestFunction>),
+    Take(u8, mpsc::Sender<Taken>),
+    ResetEnded(u8, bool),
+    SetGone(u8),
+    EventsCleared(u8),
+    ReplaceFilter(u8, Arc<Planes>, mpsc::Sender<io::Result<()>>),
+    MaskedWrites(u8, mpsc::Sender<Vec<MaskedWrite>>),
+    Tell(Telling),
+    BeginReset(u8, mpsc::Sender<Result<(), PlatformError>>),
+    /// Stops; the functions come back as they are.
+    Stop(mpsc::Sender<BTreeMap<u8, Box<GuestFunction>>>),
+}
+
+/// Something to be told about an error.
+#[derive(Debug, Clone, Copy)]
+pub struct Telling {
+    /// The function, as the guest sees it.
+    pub devfn: u8,
+    /// What the guest's driver is asked.
+    pub request: AerRequest,
+    /// In which state the link is.
+    pub state: ChannelState,
+    /// How long the answer is waited for.
+    pub limit: Duration,
+}

@@ -1,0 +1,155 @@
+//! Requests of a PV guest: they come on the page that it shares (pciif), one at a time.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use log::warn;
+
+use super::interrupts;
+use super::wire::{self, Command, Op, OpAnswer, WireError};
+use crate::DomId;
+use crate::fault::AerAnswer;
+use crate::platform::{PlatformError, Ring};
+use crate::serve::worker::{EVENTS, RequestSource, Turn};
+use crate::serve::{Counters, GuestFunction, NotTold, Roster, Server, ServerReport, Telling};
+
+/// Starts to serve a PV guest over its connected ring; `functions` by device and function number. A request that has waited since is
+/// answered first. Reports go to `report`, which must not block.
+pub fn start(
+    domain: DomId,
+    ring: Box<dyn Ring>,
+    functions: BTreeMap<u8, Box<GuestFunction>>,
+    counters: Arc<Counters>,
+    report: Box<dyn Fn(ServerReport) + Send>,
+) -> io::Result<Server> {
+    Server::start(domain, RingRequests::new(domain, ring), functions, counters, report)
+}
+
+/// The requests on a ring.
+pub(super) struct RingRequests {
+    domain: DomId,
+    ring: Box<dyn Ring>,
+    /// The claim of the last request.
+    token: u32,
+}
+
+/// Claims that an earlier life left on the page or in a record must not be met again soon.
+fn first_token() -> u32 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    now.as_nanos() as u32
+}
+
+impl RequestSource for RingRequests {
+    fn recover(&mut self, roster: &mut Roster) {
+        interrupts::recover_interrupted(roster);
+    }
+
+    fn serve(&mut self, roster: &mut Roster) -> Turn {
+        let Some(op) = wire::take_request(self.ring.page()) else { return Turn::Idle };
+        if roster.take_orders() {
+            return Turn::Stopped;
+        }
+        self.answer(roster, op);
+        Turn::Busy
+    }
+
+    fn event_fd(&self) -> BorrowedFd<'_> {
+        self.ring.event_fd()
+    }
+
+    fn take_events(&mut self) -> Result<(), PlatformError> {
+        for _ in 0..EVENTS {
+            if !self.ring.take_event()? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn tell(&mut self, telling: &Telling) -> Result<(), NotTold> {
+        if !wire::has_aer_handler(self.ring.page()) {
+            return Err(NotTold::NoHandler);
+        }
+        wire::put_aer(self.ring.page(), telling.devfn, telling.request, telling.state);
+        self.ring.notify().map_err(|error| {
+            warn!("domain {}: tell it of an error: {error}", self.domain);
+            self.withdraw();
+            NotTold::Unreachable
+        })
+    }
+
+    fn take_answer(&mut self) -> Option<Result<AerAnswer, u32>> {
+        wire::take_aer_answer(self.ring.page())
+    }
+
+    fn withdraw(&mut self) {
+        wire::withdraw_aer(self.ring.page());
+    }
+}
+
+impl RingRequests {
+    pub fn new(domain: DomId, ring: Box<dyn Ring>) -> Self {
+        Self { domain, ring, token: first_token() }
+    }
+
+    /// Carries out a request that was taken from the page, and answers it.
+    pub fn answer(&mut self, roster: &mut Roster, mut op: Op) {
+        if op.info == 0 {
+            self.token = self.token.wrapping_add(1).max(1);
+            op.info = self.token;
+            wire::claim(self.ring.page(), op.info);
+        }
+        let op = &op;
+        let devfn = u8::try_from(op.devfn).ok().filter(|_| op.domain == 0 && op.bus == 0);
+        let mut demand = None;
+        let mut attachment = None;
+        let answer = match devfn.and_then(|devfn| roster.functions.get_mut(&devfn)) {
+            Some(function) => {
+                attachment = Some(function.attachment());
+                let (answer, wanted) = function.execute(op);
+                demand = wanted;
+                answer
+            }
+            None => OpAnswer::failed(WireError::NoDevice),
+        };
+        // The frontend gives up after two seconds; an answer that comes later must not reach its next request.
+        if wire::claimed(self.ring.page(), op.info) {
+            wire::put_answer(self.ring.page(), &answer);
+            if let Err(error) = self.ring.notify() {
+                warn!("domain {}: {error}", roster.domain);
+            }
+        }
+        let mut trouble = None;
+        if let Some(function) = devfn.and_then(|devfn| roster.functions.get_mut(&devfn)) {
+            function.sent(op);
+            trouble = function.take_trouble();
+        }
+        roster.counters.count(answer.error != WireError::Success);
+        if answer.error != WireError::Success {
+            complain(roster, op, answer.error, trouble);
+        }
+        roster.tell(demand, attachment);
+    }
+}
+
+fn complain(roster: &Roster, op: &Op, error: WireError, trouble: Option<String>) {
+    // A bus scan asks for every device number: that is how guests find out which are there.
+    if error == WireError::NoDevice && op.command == Command::CONF_READ {
+        return;
+    }
+    if let Some(unsaid) = roster.counters.may_complain() {
+        let (command, devfn, offset, size) = (op.command.0, op.devfn, op.offset, op.size);
+        let trouble = trouble.map(|text| format!(" ({text})")).unwrap_or_default();
+        warn!(
+            "domain {}: request {command} on {:x}:{:x}:{devfn:x} at {offset:#x}, {size} bytes: {error:?}{trouble}; {unsaid} more of its \
+             requests failed since the last such line",
+            roster.domain, op.domain, op.bus
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,168 @@
+//! A serving thread, as the engine holds it.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use log::error;
+use nix::errno::Errno;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::counters::Counters;
+use super::function::GuestFunction;
+use super::orders::{Order, ServerReport, ServerStuck, Taken, Telling};
+use super::revocation::Revocation;
+use super::roster::Roster;
+use super::worker::{RequestSource, Worker};
+use crate::DomId;
+use crate::config::{MaskedWrite, Planes};
+use crate::platform::PlatformError;
+
+/// How long the engine waits for the thread. An access takes microseconds, one to a function that the kernel resets up to a
+/// minute.
+const STUCK: Duration = Duration::from_secs(2);
+
+/// A running thread, as the engine holds it.
+pub struct Server {
+    orders: mpsc::Sender<Order>,
+    wake: Arc<EventFd>,
+    counters: Arc<Counters>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    /// How the functions are taken from the thread should it hang.
+    revocations: Mutex<BTreeMap<u8, Revocation>>,
+}
+
+impl Server {
+    /// Starts a thread that serves a guest whose requests come from `source`. Reports go to `report`, which must not block.
+    pub(super) fn start(
+        domain: DomId,
+        source: impl RequestSource + 'static,
+        functions: BTreeMap<u8, Box<GuestFunction>>,
+        counters: Arc<Counters>,
+        report: Box<dyn Fn(ServerReport) + Send>,
+    ) -> io::Result<Self> {
+        let wake =
+            Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
+        let (sender, orders) = mpsc::channel();
+        let revocations: BTreeMap<u8, Revocation> =
+            functions.iter().map(|(devfn, function)| (*devfn, function.revocation.clone())).collect();
+        let roster = Roster::new(domain, functions, &counters, report, orders);
+        let mut worker = Worker::new(roster, source);
+        let thread_wake = Arc::clone(&wake);
+        let thread = thread::Builder::new()
+            .name(format!("guest {domain}"))
+            .spawn(move || worker.run(thread_wake.as_fd()))?;
+        let (thread, revocations) = (Mutex::new(Some(thread)), Mutex::new(revocations));
+        Ok(Self { orders: sender, wake, counters, thread, revocations })
+    }
+
+    fn revocations(&self) -> MutexGuard<'_, BTreeMap<u8, Revocation>> {
+        self.revocations.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn order(&self, order: Order) {
+        if self.orders.send(order).is_ok() {
+            match self.wake.write(1) {
+                // EAGAIN: it is as awake as can be.
+                Ok(_) | Err(Errno::EAGAIN) => {}
+                Err(errno) => error!("wake a serving thread: {errno}"),
+            }
+        }
+    }
+
+    /// Serves one more function.
+    pub fn add(&self, devfn: u8, function: Box<GuestFunction>) {
+        self.revocations().insert(devfn, function.revocation.clone());
+        self.order(Order::Add(devfn, function));
+    }
+
+    /// Takes a function out and quiesces it; `Ok(None)` when the thread does not have it. `Err`: the thread hangs in an access; it makes
+    /// no other one to this function when that ends, but the function is as the guest had it.
+    pub fn take(&self, devfn: u8) -> Result<Option<Taken>, ServerStuck> {
+        let revocation = self.revocations().remove(&devfn);
+        let taken = self.ask(|sender| Order::Take(devfn, sender));
+        if let (Err(ServerStuck), Some(revocation)) = (&taken, revocation) {
+            revocation.revoke();
+        }
+        taken
+    }
+
+    /// The function has left the host: from now on it reads all ones and no hardware is touched.
+    pub fn set_gone(&self, devfn: u8) {
+        self.order(Order::SetGone(devfn));
+    }
+
+    /// The host has read and cleared the function's error registers.
+    pub fn events_cleared(&self, devfn: u8) {
+        self.order(Order::EventsCleared(devfn));
+    }
+
+    /// Puts another filter in force between two of the guest's requests; `Ok(None)` when the thread does not have the function.
+    pub fn replace_filter(
+        &self,
+        devfn: u8,
+        planes: Arc<Planes>,
+    ) -> Result<Option<io::Result<()>>, ServerStuck> {
+        self.ask(|sender| Order::ReplaceFilter(devfn, planes, sender))
+    }
+
+    /// What of the guest's writes did not reach hardware; `Ok(None)` when the thread does not have the function.
+    pub fn masked_writes(&self, devfn: u8) -> Result<Option<Vec<MaskedWrite>>, ServerStuck> {
+        self.ask(|sender| Order::MaskedWrites(devfn, sender))
+    }
+
+    /// Tells the guest something about an error; [`ServerReport::Told`] follows, and meanwhile the guest is served as ever. Things that
+    /// are told at once wait for each other, each with a limit of its own.
+    pub fn tell(&self, telling: Telling) {
+        self.order(Order::Tell(telling));
+    }
+
+    /// The function is about to be reset, which the guest did not ask for: until [`Self::reset_ended`] it reads all ones, and nothing of
+    /// it is mapped in its guest. `Ok(None)` when the thread does not have the function; an error: it must not be reset.
+    pub fn begin_reset(&self, devfn: u8) -> Result<Option<Result<(), PlatformError>>, ServerStuck> {
+        self.ask(|sender| Order::BeginReset(devfn, sender))
+    }
+
+    fn ask<T>(&self, order: impl FnOnce(mpsc::Sender<T>) -> Order) -> Result<Option<T>, ServerStuck> {
+        let (sender, answer) = mpsc::channel();
+        self.order(order(sender));
+        match answer.recv_timeout(STUCK) {
+            Ok(answer) => Ok(Some(answer)),
+            Err(mpsc::RecvTimeoutError::Disconnected) => Ok(None),
+            Err(mpsc::RecvTimeoutError::Timeout) => Err(ServerStuck),
+        }
+    }
+
+    /// The reset that a guest asked for has ended; unless `verified` the function reads all ones from now on.
+    pub fn reset_ended(&self, devfn: u8, verified: bool) {
+        self.order(Order::ResetEnded(devfn, verified));
+    }
+
+    /// Stops and gives the functions back, untouched: they can be served again. `Err`: the thread hangs in an access, and
+    /// stops when that ends, without another access to its functions, which are as the guest had them.
+    pub fn stop(&self) -> Result<BTreeMap<u8, Box<GuestFunction>>, ServerStuck> {
+        let (sender, functions) = mpsc::channel();
+        self.order(Order::Stop(sender));
+        let functions = match functions.recv_timeout(STUCK) {
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                self.revocations().values().for_each(Revocation::revoke);
+                return Err(ServerStuck);
+            }
+            answered => answered.unwrap_or_default(),
+        };
+        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take()
+            && thread.join().is_err()
+        {
+            error!("a serving thread panicked");
+        }
+        Ok(functions)
+    }
+
+    /// How much it has done.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.counters
+    }
+}

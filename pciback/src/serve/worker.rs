@@ -1,0 +1,141 @@
+//! The thread that serves one guest: it answers requests, obeys orders, and tells the guest of errors.
+
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+use super::orders::{NotTold, Telling};
+use super::roster::Roster;
+use crate::fault::AerAnswer;
+use crate::platform::PlatformError;
+
+/// How long the thread looks for requests after an answer before it sleeps: a guest that reads one register usually reads
+/// the next, and waking up costs more than the access.
+const SPIN: Duration = Duration::from_micros(400);
+/// How many requests are answered in a row before anything else is looked at, by a guest that never pauses.
+const BURST: u32 = 64;
+/// How many events are taken in a row before orders are looked at: the guest can send the next one before this one is taken.
+pub(super) const EVENTS: u32 = 16;
+
+/// How a guest's requests come and are answered, and how it is told of errors.
+pub(super) trait RequestSource: Send {
+    /// Puts right what an earlier thread was killed in the midst of. Called once, before the first request is answered.
+    fn recover(&mut self, roster: &mut Roster);
+
+    /// Answers what waits, each vCPU that has a request once. [`Roster::take_orders`] comes after a request was found and before it is
+    /// carried out: a guest asks for a function as soon as that is published, and must not reach one that is taken from it.
+    fn serve(&mut self, roster: &mut Roster) -> Turn;
+
+    /// Readable when the guest has sent an event.
+    fn event_fd(&self) -> BorrowedFd<'_>;
+    /// Takes events that the guest has sent, without waiting, and at most [`EVENTS`]: where more have come, the thread wakes again.
+    fn take_events(&mut self) -> Result<(), PlatformError>;
+
+    /// Tells the guest's driver of an error, for which it has no other one to answer.
+    fn tell(&mut self, telling: &Telling) -> Result<(), NotTold>;
+    /// Takes the driver's answer; `Err`: a number that means nothing.
+    fn take_answer(&mut self) -> Option<Result<AerAnswer, u32>>;
+    /// Takes back what was told and not answered.
+    fn withdraw(&mut self);
+}
+
+/// How a series of requests ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// No request has come for a moment.
+    Idle,
+    /// There may be more, but other things are due.
+    Busy,
+    /// The thread was ordered to stop; the request that was found waits for the next thread.
+    Stopped,
+}
+
+/// What runs in the thread.
+pub(super) struct Worker<S> {
+    pub roster: Roster,
+    pub source: S,
+    /// What the guest was told and has not answered, with the end of its time.
+    told: Option<(Telling, Instant)>,
+}
+
+impl<S: RequestSource> Worker<S> {
+    pub fn new(roster: Roster, source: S) -> Self {
+        Self { roster, source, told: None }
+    }
+
+    /// Serves until it is ordered to stop; `wake` is readable when there are orders.
+    pub fn run(&mut self, wake: BorrowedFd<'_>) {
+        self.source.recover(&mut self.roster);
+        // A request may have waited since before the guest was connected.
+        let mut turn = self.serve_while_busy();
+        loop {
+            if turn == Turn::Stopped || self.roster.take_orders() {
+                if self.told.take().is_some() {
+                    // Another life, or another thread, begins with a guest that is told nothing.
+                    self.source.withdraw();
+                }
+                return;
+            }
+            self.hear();
+            if turn == Turn::Idle
+                && let Err(error) = self.wait(wake)
+            {
+                if let Some((telling, _)) = self.told.take() {
+                    self.roster.report_told(telling, Err(NotTold::Unreachable));
+                }
+                return self.roster.fail(&error);
+            }
+            turn = self.serve_while_busy();
+        }
+    }
+
+    /// Takes the guest's answer to what it was told of an error, or gives up waiting for it, and tells it the next thing.
+    pub fn hear(&mut self) {
+        if let Some((telling, until)) = self.told {
+            let heard = match self.source.take_answer() {
+                Some(answer) => Ok(answer),
+                None if Instant::now() >= until => {
+                    self.source.withdraw();
+                    Err(NotTold::Silent)
+                }
+                None => return,
+            };
+            self.told = None;
+            self.roster.report_told(telling, heard);
+        }
+        while let Some(telling) = self.roster.to_tell.pop_front() {
+            let told = match self.roster.functions.contains_key(&telling.devfn) {
+                true => self.source.tell(&telling),
+                false => Err(NotTold::Unreachable),
+            };
+            match told {
+                Ok(()) => {
+                    self.told = Some((telling, Instant::now() + telling.limit));
+                    return;
+                }
+                Err(why) => self.roster.report_told(telling, Err(why)),
+            }
+        }
+    }
+
+    fn wait(&mut self, wake: BorrowedFd<'_>) -> Result<(), PlatformError> {
+        self.roster.sleep(self.source.event_fd(), wake, self.told.map(|(_, until)| until))?;
+        self.source.take_events()
+    }
+
+    /// Answers requests until none has come for a moment.
+    pub fn serve_while_busy(&mut self) -> Turn {
+        let mut last = Instant::now();
+        for _ in 0..BURST {
+            loop {
+                match self.source.serve(&mut self.roster) {
+                    Turn::Busy => break,
+                    Turn::Stopped => return Turn::Stopped,
+                    Turn::Idle if last.elapsed() >= SPIN => return Turn::Idle,
+                    Turn::Idle => std::hint::spin_loop(),
+                }
+            }
+            last = Instant::now();
+        }
+        Turn::Busy
+    }
+}
