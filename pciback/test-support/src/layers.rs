@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
-/// A module below the root of the crate, and the ones that it may name.
+/// A module of the crate, by its path from the root (`serve` or `serve::pv`), and the ones that it may name. What is in it and is no
+/// layer itself belongs to it.
 pub type Layer = (&'static str, &'static [&'static str]);
 
 /// What is wrong with a crate whose sources are in the folder `src`, one line each. `layers` has each of its modules, from the bottom up,
@@ -18,11 +19,13 @@ pub fn violations(src: &Path, layers: &[Layer]) -> Vec<String> {
         }
         lower.insert(*module);
     }
-    let mut named: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    let mut named: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
     for (file, path) in sources(src) {
-        let Some(module) = path.first() else { continue };
-        let Some((_, allowed)) = layers.iter().find(|(layer, _)| layer == module) else {
-            wrong.push(format!("{file}: the module {module} has no place in the order"));
+        if path.is_empty() {
+            continue;
+        }
+        let Some((module, allowed)) = layer_of(layers, &path) else {
+            wrong.push(format!("{file}: the module {} has no place in the order", path.join("::")));
             continue;
         };
         let text = match fs::read_to_string(src.join(&file)) {
@@ -32,14 +35,13 @@ pub fn violations(src: &Path, layers: &[Layer]) -> Vec<String> {
                 continue;
             }
         };
-        for name in names(&text, &path) {
-            if name == *module || !layers.iter().any(|(layer, _)| *layer == name) {
-                continue;
-            }
-            if !allowed.contains(&name.as_str()) {
+        let names = names(&text, &path);
+        let found: BTreeSet<&str> = names.iter().filter_map(|name| Some(layer_of(layers, name)?.0)).collect();
+        for name in found.into_iter().filter(|name| *name != module) {
+            if !allowed.contains(&name) {
                 wrong.push(format!("{file} names {name}, which {module} may not"));
             }
-            named.entry(module.clone()).or_default().insert(name);
+            named.entry(module).or_default().insert(name);
         }
     }
     for (module, allowed) in layers {
@@ -49,6 +51,15 @@ pub fn violations(src: &Path, layers: &[Layer]) -> Vec<String> {
         }
     }
     wrong
+}
+
+/// The innermost layer that has what a path from the root names.
+fn layer_of(layers: &[Layer], path: &[String]) -> Option<Layer> {
+    let has = |(layer, _): &&Layer| {
+        let mut parts = path.iter();
+        layer.split("::").all(|part| parts.next().is_some_and(|found| found == part))
+    };
+    layers.iter().filter(has).max_by_key(|(layer, _)| layer.split("::").count()).copied()
 }
 
 /// The files below `src`, with the path of the module that each holds.
@@ -74,39 +85,41 @@ fn sources(src: &Path) -> Vec<(String, Vec<String>)> {
     found
 }
 
-/// The names at the root of the crate that a text names with `crate::` or `super::`, in the module `path`.
-fn names(text: &str, path: &[String]) -> BTreeSet<String> {
+/// The paths from the root of the crate that a text names, in the module `path`, with `crate::` or `super::`, or from that module on.
+fn names(text: &str, path: &[String]) -> BTreeSet<Vec<String>> {
     let tokens = tokens(text);
     let mut found = BTreeSet::new();
-    // The braces that are open, and for each whether it is a module's.
-    let mut braces = Vec::new();
+    // The braces that are open, and for each the module that it holds.
+    let mut braces: Vec<Option<&String>> = Vec::new();
     let mut index = 0;
     while let Some(token) = tokens.get(index) {
         let before = index.checked_sub(1).and_then(|before| tokens.get(before)).map(String::as_str);
+        let mut module = path.to_vec();
+        module.extend(braces.iter().flatten().map(|name| (*name).clone()));
+        let is_path = before != Some("::") && next_is(&tokens, index + 1, "::");
         match token.as_str() {
-            "{" => braces.push(index >= 2 && tokens[index - 2] == "mod"),
+            "{" => {
+                let name = index.checked_sub(1).and_then(|before| tokens.get(before));
+                braces.push(name.filter(|_| index >= 2 && tokens[index - 2] == "mod"));
+            }
             "}" => {
                 braces.pop();
             }
-            // `pub(crate)` and `pub(in crate::...)` name nothing.
-            "crate" if before != Some("in") && next_is(&tokens, index + 1, "::") => {
-                first_names(&tokens, index + 2, &mut found);
-            }
-            // `pub(super)` names nothing.
-            "super" if before != Some("::") && next_is(&tokens, index + 1, "::") => {
-                let mut up = 0;
-                while tokens.get(index).is_some_and(|token| token == "super")
-                    && next_is(&tokens, index + 1, "::")
-                {
-                    (up, index) = (up + 1, index + 2);
+            // `pub(crate)`, `pub(super)` and `pub(in crate::...)` name nothing.
+            _ if !is_path || before == Some("in") => {}
+            first => {
+                while next_is(&tokens, index, "super") && next_is(&tokens, index + 1, "::") {
+                    module.pop();
+                    index += 2;
                 }
-                let depth = path.len() + braces.iter().filter(|module| **module).count();
-                if up == depth {
-                    first_names(&tokens, index, &mut found);
+                if first == "crate" {
+                    module.clear();
+                    index += 2;
                 }
+                // A path without either begins with a module of this one, a type, or another crate: those two are no layers.
+                index = add_paths(&tokens, index, module, &mut found);
                 continue;
             }
-            _ => {}
         }
         index += 1;
     }
@@ -117,26 +130,41 @@ fn next_is(tokens: &[String], index: usize, token: &str) -> bool {
     tokens.get(index).is_some_and(|found| found == token)
 }
 
-/// The first name of each path in the tree that begins at `index`: one name, or several in braces.
-fn first_names(tokens: &[String], index: usize, found: &mut BTreeSet<String>) {
-    if !next_is(tokens, index, "{") {
-        found.extend(tokens.get(index).cloned());
-        return;
-    }
-    let mut depth = 0;
-    for (at, token) in tokens.iter().enumerate().skip(index) {
-        match token.as_str() {
-            "{" => depth += 1,
-            "}" => depth -= 1,
-            _ if depth == 1 && matches!(tokens[at - 1].as_str(), "{" | ",") => {
-                found.insert(token.clone());
-            }
-            _ => {}
+/// Adds the paths of the tree that begins at `index`, all below `module`; what is behind the tree.
+fn add_paths(
+    tokens: &[String],
+    mut index: usize,
+    mut module: Vec<String>,
+    found: &mut BTreeSet<Vec<String>>,
+) -> usize {
+    while let Some(word) = tokens.get(index).filter(|token| is_word(token)) {
+        if word != "self" {
+            module.push(word.clone());
         }
-        if depth == 0 {
-            return;
+        index += 1;
+        if !next_is(tokens, index, "::") {
+            break;
         }
+        index += 1;
     }
+    if !next_is(tokens, index, "{") || tokens[index - 1] != "::" {
+        found.insert(module);
+        return index;
+    }
+    index += 1;
+    while let Some(token) = tokens.get(index).filter(|token| *token != "}") {
+        index = match token.as_str() {
+            "as" => index + 2,
+            token if is_word(token) || token == "{" => add_paths(tokens, index, module.clone(), found),
+            // A comma, or what is left of `::*`.
+            _ => index + 1,
+        };
+    }
+    index + 1
+}
+
+fn is_word(token: &str) -> bool {
+    token.starts_with(|c: char| c.is_alphanumeric() || c == '_')
 }
 
 /// Words, braces, commas and `::`, without what stands in comments and literals.
@@ -208,27 +236,31 @@ mod tests {
 
     fn named(text: &str, path: &[&str]) -> Vec<String> {
         let path: Vec<String> = path.iter().map(|part| (*part).to_owned()).collect();
-        names(text, &path).into_iter().collect()
+        names(text, &path).into_iter().map(|path| path.join("::")).collect()
     }
 
     #[test]
-    fn a_path_from_the_root_names_its_first_module() {
+    fn a_path_from_the_root_names_what_it_leads_to() {
         assert_eq!(
-            named("use crate::config::{Access, Width}; fn f() { crate::spec::X }", &["pv"]),
-            ["config", "spec"]
+            named("use crate::config::{Access, rules::{self, Width}}; fn f() { crate::spec::X }", &["pv"]),
+            ["config::Access", "config::rules", "config::rules::Width", "spec::X"]
         );
         assert_eq!(
-            named("use crate::{config::{Access, list}, hvm, Sbdf as B};", &["pv"]),
-            ["Sbdf", "config", "hvm"]
+            named("use crate::{config::{Access, list}, hvm, Sbdf as B}; use crate::live::*;", &["pv"]),
+            ["Sbdf", "config::Access", "config::list", "hvm", "live"]
         );
     }
 
     #[test]
-    fn only_as_many_supers_as_lead_to_the_root_name_a_module() {
-        assert!(named("use super::{wire, nodes};", &["pv", "server"]).is_empty());
-        assert_eq!(named("use super::super::hvm::Device;", &["pv", "server"]), ["hvm"]);
+    fn a_relative_path_names_what_it_leads_to() {
+        assert_eq!(named("use super::{wire, nodes::X};", &["pv", "server"]), ["pv::nodes::X", "pv::wire"]);
+        assert_eq!(named("use super::super::hvm::Device;", &["pv", "server"]), ["hvm::Device"]);
         assert_eq!(named("mod tests { use super::super::super::hvm; }", &["pv", "server"]), ["hvm"]);
-        assert!(named("mod tests { use super::super::hvm; }", &["pv", "server"]).is_empty());
+        assert_eq!(named("mod tests { use super::super::hvm; }", &["pv", "server"]), ["pv::hvm"]);
+        assert_eq!(
+            named("pub use hvm::Device; fn f() { self::pv::g() }", &["serve"]),
+            ["serve::hvm::Device", "serve::pv::g"]
+        );
     }
 
     #[test]
@@ -244,14 +276,20 @@ mod tests {
     fn a_lower_layer_that_names_a_higher_one_is_reported() {
         let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/layers");
         assert_eq!(
-            violations(&src, &[("low", &[]), ("high", &["low"])]),
-            ["low.rs names high, which low may not", "high may name low, and does not"]
+            violations(&src, &[("low", &[]), ("high", &["low"]), ("high::inner", &[])]),
+            [
+                "low.rs names high, which low may not",
+                "low/part.rs names high, which low may not",
+                "low/part.rs names high::inner, which low may not",
+                "high may name low, and does not"
+            ]
         );
         assert_eq!(
-            violations(&src, &[("low", &["high"])]),
+            violations(&src, &[("low", &["high"]), ("high::inner", &[])]),
             [
                 "low may not name high, which does not stand below it",
                 "high.rs: the module high has no place in the order",
+                "low/part.rs names high::inner, which low may not",
                 "low may name high, and does not"
             ]
         );

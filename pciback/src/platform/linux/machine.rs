@@ -5,8 +5,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use super::attributes::read_text;
+use super::programs;
 use crate::platform::machine::{Machine, XlQuestion};
-use crate::platform::xen::xl;
 use crate::platform::{PlatformError, Result};
 
 /// How long xl may take to answer a question.
@@ -41,7 +41,8 @@ impl Machine for LinuxMachine {
         let word = question.word();
         let mut command = Command::new("xl");
         command.arg(word);
-        xl::output(command, LIMIT).map_err(|error| PlatformError::new("run", format!("'xl {word}'"), error))
+        programs::output(command, LIMIT)
+            .map_err(|error| PlatformError::new("run", format!("'xl {word}'"), error))
     }
 }
 

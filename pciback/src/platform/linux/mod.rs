@@ -9,6 +9,7 @@ mod host;
 mod machine;
 mod names;
 mod network;
+pub mod programs;
 mod users;
 mod vf_messages;
 

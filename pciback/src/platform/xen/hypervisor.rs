@@ -3,6 +3,7 @@
 //! All functions of libxenctrl used here answer 0, or -1 with `errno`. Both libraries may be used from several threads:
 //! without the `NON_REENTRANT` flag they lock their cache of hypercall buffers, and their last error is per thread.
 
+use std::process::Command;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,8 +18,8 @@ use super::bindings::{
 };
 use super::msix::has_msix;
 use super::physdev::{DeviceAdd, PhysDev, map_msi};
-use super::xl;
 use crate::platform::hypervisor::DeviceReport;
+use crate::platform::linux::programs;
 use crate::platform::{Cause, DomainInfo, Host, Hypervisor, MsiSource, Pirq, PlatformError, Result};
 use crate::policy::RdmPolicy;
 use crate::{DomId, Sbdf, Uuid};
@@ -351,7 +352,10 @@ impl Hypervisor for XenHypervisor {
         if let Err(error) = self.pause(domain) {
             log::warn!("{error}");
         }
-        let Err(error) = xl::destroy(domain, DESTROY_LIMIT) else { return Ok(()) };
+        // A domain has parts in dom0, its device model, backends and nodes, that only the toolstack which made them takes down.
+        let mut command = Command::new("xl");
+        let ended = programs::run(command.args(["destroy", &domain.to_string()]), DESTROY_LIMIT);
+        let Err(error) = ended else { return Ok(()) };
         log::warn!(
             "domain {domain}: 'xl destroy' failed, Xen destroys it alone and leaves what it has in dom0: {error}"
         );

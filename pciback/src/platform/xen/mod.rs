@@ -16,7 +16,6 @@ mod msix;
 mod physdev;
 mod rings;
 mod store;
-pub(super) mod xl;
 
 use std::fs;
 use std::path::Path;

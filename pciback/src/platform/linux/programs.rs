@@ -1,20 +1,14 @@
-//! What Xen alone cannot do: a domain has parts in dom0 that only the toolstack which made them takes down.
+//! Programs that do not take longer than they may.
 
 use std::io;
 use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::DomId;
-use crate::platform::linux::blocking::wait_until_readable;
+use super::blocking::wait_until_readable;
 
-/// How much of what `xl` says is kept, in bytes.
+/// How much of what a program says that is only run is kept, in bytes.
 const KEPT: usize = 1024;
-
-/// Destroys a domain with all that belongs to it: device model, backends, nodes in xenstore.
-pub fn destroy(domain: DomId, limit: Duration) -> io::Result<()> {
-    run(Command::new("xl").args(["destroy", &domain.to_string()]), limit)
-}
 
 /// How much of what is asked for is kept, in bytes: Xen's log has 16 KiB unless its command line says otherwise.
 const ANSWER: usize = 1 << 20;
@@ -30,7 +24,7 @@ pub fn output(mut command: Command, limit: Duration) -> io::Result<String> {
 }
 
 /// Runs a program to its end, which is when it closes its standard error, within the limit.
-fn run(command: &mut Command, limit: Duration) -> io::Result<()> {
+pub fn run(command: &mut Command, limit: Duration) -> io::Result<()> {
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
     match child.stderr.take() {
         Some(pipe) => finish(child, pipe, KEPT, limit).map(drop),
