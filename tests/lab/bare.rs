@@ -20,6 +20,14 @@ const LOADED: usize = 64 * SECTOR;
 /// What an emulated machine on a busy host may take to get through firmware and BIOS, or to answer.
 const LIMIT: Duration = Duration::from_secs(120);
 
+/// Twice, so that what makes progress shows: the threads of its device model and of xpcid, its processors with their registers, its
+/// event channels.
+const EVIDENCE: &str = "for time in 1 2; do \
+        for pid in $(pidof qemu-system-i386) $(pidof xpcid); do for task in /proc/$pid/task/*; do \
+            echo $task $(cat $task/comm $task/wchan $task/syscall) $(grep ctxt $task/status); done; done; \
+        xl vcpu-list NAME; xl debug-keys v; xl debug-keys e; xl dmesg | tail -n 150; \
+    done; tail -n 20 /var/log/xen/qemu-dm-NAME.log";
+
 /// A bare guest: created paused, so that it can be given functions before its firmware runs.
 pub struct BareGuest<'a> {
     lab: &'a Lab,
@@ -83,7 +91,7 @@ impl<'a> BareGuest<'a> {
         self.lab.dom0(command).ok()?;
         console
             .wait_output("ready\n", LIMIT)
-            .with_context(|| format!("waiting for the bare guest {}", self.name))?;
+            .with_context(|| format!("waiting for the bare guest {}{}", self.name, self.evidence()))?;
         self.console = Some(console);
         self.tell("slot 0").map(drop)
     }
@@ -107,7 +115,17 @@ impl<'a> BareGuest<'a> {
     /// Gives it orders and returns the answers to all of them.
     pub fn tell_all(&self, orders: &[String]) -> Result<Vec<String>> {
         let pending = self.begin(orders)?;
-        pending.answers(LIMIT)
+        pending
+            .answers(LIMIT)
+            .with_context(|| format!("asking the bare guest {}{}", self.name, self.evidence()))
+    }
+
+    /// What Xen and dom0 know of a guest that does not answer: where its processors are, what waits for its device model.
+    fn evidence(&self) -> String {
+        match self.lab.dom0(&EVIDENCE.replace("NAME", &self.name)).run() {
+            Ok(output) => format!("\n{}{}", output.stdout(), output.stderr()),
+            Err(error) => format!("; dom0 cannot be asked why: {error:#}"),
+        }
     }
 
     /// Gives it orders without waiting for the answers.

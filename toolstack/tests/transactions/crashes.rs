@@ -2,6 +2,7 @@
 
 use pciback::FunctionState;
 use pciback::platform::sim::Moment;
+use toolstack::protocol::Request;
 
 use crate::frontend::{Frontend, msix_op};
 use crate::world::{Service, WEB, World, bdf, wait_until};
@@ -22,6 +23,8 @@ pub fn killed_anywhere(
             let frontend = Frontend::load(&world, WEB);
             let service = world.start();
             prepare(&world, &service);
+            // What preparing has stirred up is looked at before: the kill must hit the work.
+            service.call(Request::Sync { dry_run: true }).unwrap();
             service.fuse.arm(changes, moment);
             let done = work(&service);
             if done && !service.fuse.is_blown() {
