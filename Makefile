@@ -52,7 +52,8 @@ check: deps
 unit: deps
 	$(STAGE) "building tests and programs" $(CARGO) test $(LAB) --no-run
 	@# The one with 4,096 VFs runs alone, else guests of the others take it for a slow host; it prints its times and memory.
-	$(STAGE) "unit, property and simulation tests" $(CARGO) test $(LAB) -- --skip 4096_vfs
+	@# Most of them wait for their simulated guests and hosts: more run at once than there are processors.
+	$(STAGE) "unit, property and simulation tests" env RUST_TEST_THREADS=8 $(CARGO) test $(LAB) -- --skip 4096_vfs
 	$(STAGE) "4,096 VFs" $(CARGO) test $(LAB) --test transactions 4096_vfs -- --nocapture
 
 fuzz-short: deps

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use log::{Level, log};
 use pciback::DomId;
@@ -13,6 +13,7 @@ use pciback::serve::{Counters, GuestFunction, Server, Telling};
 use super::hvm::Hvm;
 use super::log_limit::LogLimit;
 use super::{Answer, Engine};
+use crate::settings::Settings;
 
 /// One guest that has functions.
 pub(super) struct Guest {
@@ -45,8 +46,35 @@ pub(super) type Later = Box<dyn FnOnce(&mut Engine) + Send>;
 /// A transaction that waits for its guest.
 pub(super) struct Waiting {
     pub answer: Answer,
-    pub deadline: Instant,
     pub for_what: Awaited,
+    /// When the guest has taken too long, unless it has asked for something meanwhile.
+    pub deadline: Instant,
+    /// When it has, whatever it asks for.
+    at_latest: Instant,
+    /// How many requests it had made when this was last looked at.
+    requests: u64,
+}
+
+impl Waiting {
+    pub fn new(answer: Answer, for_what: Awaited, settings: &Settings, counters: &Counters) -> Self {
+        let now = Instant::now();
+        let (deadline, at_latest) = (now + settings.guest_limit(), now + settings.longest_guest_limit());
+        Self { answer, for_what, deadline, at_latest, requests: counters.requests() }
+    }
+
+    /// Whether a guest is late. One that works its way through a function's registers, on a host that is busy, gets its time again.
+    pub fn is_late(&mut self, now: Instant, limit: Duration, counters: &Counters) -> bool {
+        if self.deadline > now {
+            return false;
+        }
+        let requests = counters.requests();
+        if self.for_what == Awaited::FirstLook || requests == self.requests || self.at_latest <= now {
+            return true;
+        }
+        self.requests = requests;
+        self.deadline = self.at_latest.min(now + limit);
+        false
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]

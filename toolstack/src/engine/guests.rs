@@ -52,12 +52,11 @@ impl Engine {
                 return;
             }
         };
-        let limit = self.settings.guest_limit();
         self.given.add(record.address);
         let guest =
             self.guests.entry(place.domain).or_insert_with(|| Guest::new(Handshake::new(place.domain)));
         guest.place(place.devfn, function);
-        let waiting = Waiting { answer, deadline: Instant::now() + limit, for_what: Awaited::Look };
+        let waiting = Waiting::new(answer, Awaited::Look, &self.settings, &guest.counters);
         guest.waiting.insert(place.devfn, waiting);
         let actions = guest.handshake.add(place.devfn, record.address);
         self.act(place.domain, actions);
@@ -72,7 +71,6 @@ impl Engine {
                 return;
             }
         };
-        let limit = self.settings.guest_limit();
         let Some(guest) = self.guests.get_mut(&place.domain) else {
             // Nobody serves it: the transaction never came that far, or this life could not take it over.
             answer.send(self.clean_up_unserved(place.domain));
@@ -87,7 +85,7 @@ impl Engine {
             }
             return;
         }
-        let waiting = Waiting { answer, deadline: Instant::now() + limit, for_what: Awaited::Release };
+        let waiting = Waiting::new(answer, Awaited::Release, &self.settings, &guest.counters);
         guest.waiting.insert(place.devfn, waiting);
         let actions = match parting {
             Parting::Ask => guest.handshake.remove(place.devfn),
@@ -186,14 +184,14 @@ impl Engine {
                 self.act(domain, actions);
             }
         }
-        let late: Vec<(DomId, u8, Awaited)> = self
-            .guests
-            .iter()
-            .flat_map(|(domain, guest)| {
-                let late = guest.waiting.iter().filter(|(_, waiting)| waiting.deadline <= now);
-                late.map(|(devfn, waiting)| (*domain, *devfn, waiting.for_what))
-            })
-            .collect();
+        let limit = self.settings.guest_limit();
+        let mut late = Vec::new();
+        for (domain, Guest { waiting, counters, .. }) in &mut self.guests {
+            let of_this = waiting.iter_mut().filter_map(|(devfn, waiting)| {
+                waiting.is_late(now, limit, counters).then_some((*domain, *devfn, waiting.for_what))
+            });
+            late.extend(of_this);
+        }
         for (domain, devfn, awaited) in late {
             if awaited == Awaited::FirstLook {
                 let text = format!(
@@ -203,7 +201,6 @@ impl Engine {
                 continue;
             }
             warn!("domain {domain} did not answer in time; the function is withdrawn without it");
-            let limit = self.settings.guest_limit();
             if let Some(guest) = self.guests.get_mut(&domain) {
                 if let Some(waiting) = guest.waiting.get_mut(&devfn) {
                     // Once: what is done about it may take its time.

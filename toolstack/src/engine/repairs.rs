@@ -100,7 +100,7 @@ impl Workshop {
             repair,
             Repair::ReportToXen { .. } | Repair::RemoveFromXen { .. } | Repair::ReleaseMsix { .. }
         ) {
-            let limit = self.settings.guest_limit() + self.settings.driver_limit() + ENGINE_LIMIT;
+            let limit = self.settings.longest_guest_limit() + self.settings.driver_limit() + ENGINE_LIMIT;
             let (reply, answer) = Reply::awaited();
             self.inbox.send(Event::Repair(repair, reply));
             return match answer.wait(limit) {

@@ -148,7 +148,7 @@ impl Workshop {
         let (sender, receiver) = mpsc::channel();
         let ended = Arc::clone(&self.inbox.ended);
         self.inbox.send(event(super::Answer { sender, ended }));
-        receiver.recv_timeout(self.settings.guest_limit() + ENGINE_MARGIN).unwrap_or_else(|error| {
+        receiver.recv_timeout(self.settings.longest_guest_limit() + ENGINE_MARGIN).unwrap_or_else(|error| {
             Err(Failure::new(ErrorCode::Failed, format!("wait for the engine: {error}"))
                 .hint("see xpcid's log"))
         })

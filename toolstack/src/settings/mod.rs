@@ -26,7 +26,8 @@ pub const DEFAULT_SOCKET: &str = "/run/xpci/control";
 pub struct Settings {
     /// Which driver holds functions that no guest has.
     pub holder: Holder,
-    /// How long a guest may take to accept or let go of a function, in seconds, 1-600.
+    /// How long a guest may take to accept or let go of a function, from the last register that it read or wrote, in seconds, 1-600. Six
+    /// times as long in all.
     pub guest_limit_seconds: u64,
     /// How long an HVM guest that starts is kept paused until it has the functions that it has persistently, in seconds, 1-600.
     pub start_limit_seconds: u64,
@@ -230,9 +231,14 @@ impl Settings {
         }))
     }
 
-    /// How long a guest may take.
+    /// How long a guest may take from the last time that it asked for something.
     pub fn guest_limit(&self) -> Duration {
         Duration::from_secs(self.guest_limit_seconds)
+    }
+
+    /// How long a guest may take that asks for something all the time.
+    pub fn longest_guest_limit(&self) -> Duration {
+        self.guest_limit() * 6
     }
 
     /// How long a guest that starts may wait.

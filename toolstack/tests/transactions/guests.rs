@@ -1,6 +1,8 @@
 //! What guests do with what they have: connect, read, interrupts, more functions and fewer, resets, ends.
 
 use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use pciback::platform::StoreOps;
@@ -267,6 +269,29 @@ fn a_function_that_leaves_under_its_guest_reads_all_ones_and_the_others_go_on() 
     service.detach(WEB, other).unwrap();
     world.assert_nothing_granted_but_nodes(other);
     wait_until("its memory is taken back", || world.simulation.grants(WEB).is_empty());
+}
+
+#[test]
+fn a_slow_guest_that_still_reads_registers_is_waited_for_but_not_without_end() {
+    let world = World::new();
+    let (used, new) = (bdf("01:10.0"), bdf("01:10.2"));
+    let frontend = Frontend::load(&world, WEB);
+    let service = world.start_impatient();
+    let limit = Duration::from_secs(1);
+    service.hold(used).unwrap();
+    service.hold(new).unwrap();
+    service.attach(WEB, used).unwrap();
+    frontend.freeze();
+    let begun = Instant::now();
+    let outcome = thread::scope(|scope| {
+        let attach = scope.spawn(|| service.attach(WEB, new));
+        while !attach.is_finished() {
+            frontend.read(0, VENDOR, 2);
+        }
+        attach.join().unwrap()
+    });
+    assert_eq!(outcome.unwrap_err().message, format!("domain {WEB} did not take the function in time"));
+    assert!(begun.elapsed() > 4 * limit, "it was given up after {:?}", begun.elapsed());
 }
 
 #[test]
