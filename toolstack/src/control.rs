@@ -9,9 +9,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use log::{debug, info, warn};
+use log::{debug, warn};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{
@@ -22,7 +22,8 @@ use nix::unistd::geteuid;
 
 use crate::engine::{Event, Inbox};
 use crate::outcome::{ErrorCode, Failure};
-use crate::protocol::{Call, Envelope, EventView, LINE_LIMIT, Success, VERSION};
+use crate::protocol::{Call, Envelope, LINE_LIMIT, VERSION};
+use crate::reply::{Line, Reply};
 
 /// More clients than this at once are refused.
 const CLIENT_LIMIT: usize = 64;
@@ -32,91 +33,6 @@ const WRITE_LIMIT: Duration = Duration::from_secs(10);
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 /// How often it is asked whether a client that waits is still there.
 const HANGUP_INTERVAL: Duration = Duration::from_secs(5);
-
-/// Where the engine sends what it has to say about one call.
-#[derive(Clone)]
-pub struct Reply(Listener);
-
-#[derive(Clone)]
-enum Listener {
-    Client(mpsc::Sender<Line>),
-    /// Nobody asked: a failure becomes a problem in the status.
-    Nobody(Inbox),
-}
-
-#[derive(Debug)]
-enum Line {
-    Progress(String),
-    Event(Box<EventView>),
-    Done(Box<Result<Success, Failure>>),
-}
-
-impl Reply {
-    /// A reply and where its lines come out.
-    fn channel() -> (Self, mpsc::Receiver<Line>) {
-        let (sender, receiver) = mpsc::channel();
-        (Self(Listener::Client(sender)), receiver)
-    }
-
-    /// A reply that a thread of the service's own waits for.
-    pub fn awaited() -> (Self, Answer) {
-        let (reply, lines) = Self::channel();
-        (reply, Answer(lines))
-    }
-
-    /// A reply for what the service does of its own accord.
-    pub fn of_nobody(inbox: Inbox) -> Self {
-        Self(Listener::Nobody(inbox))
-    }
-
-    /// Says what is done now.
-    pub fn progress(&self, text: &str) {
-        match &self.0 {
-            // A client that has gone away is no reason to stop.
-            Listener::Client(client) => drop(client.send(Line::Progress(text.to_owned()))),
-            Listener::Nobody(_) => info!("{text}"),
-        }
-    }
-
-    /// Says what happened; `false` when nobody listens any more.
-    pub fn event(&self, event: &EventView) -> bool {
-        match &self.0 {
-            Listener::Client(client) => client.send(Line::Event(Box::new(event.clone()))).is_ok(),
-            Listener::Nobody(_) => false,
-        }
-    }
-
-    /// Ends the call.
-    pub fn done(&self, outcome: Result<Success, Failure>) {
-        match (&self.0, outcome) {
-            (Listener::Client(client), outcome) => drop(client.send(Line::Done(Box::new(outcome)))),
-            (Listener::Nobody(_), Ok(Success::Changed { message, .. } | Success::Already { message })) => {
-                info!("{message}")
-            }
-            (Listener::Nobody(_), Ok(_)) => {}
-            (Listener::Nobody(inbox), Err(failure)) => inbox.send(Event::Problem(failure.to_string())),
-        }
-    }
-}
-
-/// What a thread of the service's own waits for.
-pub struct Answer(mpsc::Receiver<Line>);
-
-impl Answer {
-    /// The outcome, at most after `limit`.
-    pub fn wait(&self, limit: Duration) -> Result<Success, Failure> {
-        let deadline = Instant::now() + limit;
-        loop {
-            match self.0.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(Line::Progress(_) | Line::Event(_)) => {}
-                Ok(Line::Done(outcome)) => return *outcome,
-                Err(error) => {
-                    return Err(Failure::new(ErrorCode::Failed, format!("wait for the engine: {error}")));
-                }
-            }
-        }
-    }
-}
 
 /// Listens at `path`, for root only, until the process ends.
 pub fn listen(path: &Path, inbox: Inbox) -> io::Result<()> {

@@ -2,11 +2,16 @@
 
 use pciback::DomId;
 use pciback::platform::{PlatformError, StoreOps};
+use serde::{Deserialize, Serialize};
 
 use crate::outcome::Failure;
-use crate::protocol::DomainName;
 
 const DEVICE_MODELS: &str = "/local/domain/0/device-model/";
+
+/// A domain as the user named it: by name, or by number.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct DomainName(pub String);
 
 /// What kind of guest it is, in xl's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -13,9 +13,12 @@ pub mod ledger;
 pub mod outcome;
 pub mod policies;
 pub mod protocol;
+pub mod reply;
 pub mod reservations;
+pub mod reset_plan;
 pub mod settings;
 pub mod spec;
+pub mod steps;
 pub mod supervisor;
 pub mod transaction;
 

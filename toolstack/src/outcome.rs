@@ -7,8 +7,6 @@ use pciback::policy::Diagnostic;
 use pciback::{DomId, Sbdf};
 use serde::{Deserialize, Serialize};
 
-use crate::journal::JournalError;
-
 /// What kind of failure it was: stable words for tools, each with its exit code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -162,12 +160,5 @@ impl std::error::Error for Failure {}
 impl From<PlatformError> for Failure {
     fn from(error: PlatformError) -> Self {
         Self::new(ErrorCode::Failed, error.to_string())
-    }
-}
-
-impl From<JournalError> for Failure {
-    fn from(error: JournalError) -> Self {
-        Self::new(ErrorCode::Failed, error.to_string())
-            .hint("check that the disk of /var/lib/xpci has room and is writable")
     }
 }

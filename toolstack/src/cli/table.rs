@@ -3,9 +3,8 @@
 use std::fmt::Write;
 
 use super::{explained, list, network, paths};
-use crate::doctor::{Finding, Verdict};
 use crate::outcome::Obstacle;
-use crate::protocol::{FunctionView, StatusView, Success, VfView};
+use crate::protocol::{Finding, FunctionView, StatusView, Success, Verdict, VfView};
 
 /// How an answer is to look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

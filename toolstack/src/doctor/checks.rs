@@ -6,7 +6,8 @@ use pciback::Sbdf;
 use pciback::platform::HostFunction;
 use pciback::serve::pv::nodes;
 
-use super::{Examined, Finding, Verdict};
+use super::Examined;
+use crate::protocol::{Finding, Verdict};
 use crate::spec::vf_routing;
 use crate::transaction::holder_of;
 

@@ -4,6 +4,7 @@ use pciback::platform::Platform;
 use pciback::platform::sim::Simulation;
 
 use super::*;
+use crate::protocol::all_good;
 
 const HOST: &str = "\
 drivers: [igb, pciback]

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use pciback::Sbdf;
 
 use super::Engine;
-use crate::control::Reply;
 use crate::protocol::Request;
+use crate::reply::Reply;
 
 /// What waits, by function under repair.
 #[derive(Default)]

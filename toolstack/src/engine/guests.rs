@@ -15,9 +15,8 @@ use super::open::Opened;
 use super::{Answer, Engine, Event};
 use crate::journal::{GuestPlace, Record};
 use crate::outcome::{ErrorCode, Failure};
-use crate::transaction::{
-    Parting, ResetPlan, place_of, plan_for, reapply_network, renew_path, reset_and_verify,
-};
+use crate::reset_plan::ResetPlan;
+use crate::transaction::{Parting, place_of, plan_for, reapply_network, renew_path, reset_and_verify};
 
 /// How long a new guest's frontend may take to look at its first function before attach ends with a note instead.
 const FIRST_LOOK: Duration = Duration::from_secs(2);

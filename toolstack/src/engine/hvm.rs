@@ -22,9 +22,9 @@ use super::guest::Guest;
 use super::notes::Notes;
 use super::requests::Plan;
 use super::{Engine, Event};
-use crate::control::Reply;
 use crate::journal::GuestPlace;
 use crate::outcome::{ErrorCode, Failure};
+use crate::reply::Reply;
 use crate::settings::Settings;
 
 /// What an HVM guest has besides what every guest has.

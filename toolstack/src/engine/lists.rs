@@ -10,11 +10,11 @@ use pciback::{FunctionState, Sbdf};
 use super::Engine;
 use super::requests::{distrusted, existing};
 use super::tasks::Workshop;
-use crate::control::Reply;
 use crate::domains;
 use crate::journal::Record;
 use crate::outcome::Failure;
 use crate::protocol::{DomainName, FunctionView, GuestView, PersistentView, StatusView, Success, VfView};
+use crate::reply::Reply;
 use crate::reservations::{Reservation, Reservations};
 use crate::transaction::{holder_of, not_handled};
 

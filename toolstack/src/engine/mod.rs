@@ -61,17 +61,17 @@ use pciback::serve::{Attachment, ServerReport};
 use pciback::{DomId, FunctionState, Sbdf};
 
 use crate::audit::AuditLog;
-use crate::control::Reply;
 use crate::former_owners::FormerOwners;
-use crate::journal::{Journal, Record};
+use crate::journal::{Journal, NetworkRecord, Record};
 use crate::ledger::Ledger;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{RegisterValue, Request};
+use crate::reply::Reply;
 use crate::reservations::Reservations;
 use crate::settings::Settings;
 use crate::spec::Filters;
 use crate::supervisor::{self, Watchdog};
-use crate::transaction::{Finished, NetworkRecord, Parting};
+use crate::transaction::{Finished, Parting};
 pub use contain::Containment;
 use guest::Guest;
 use keeping::Keeping;
@@ -206,6 +206,12 @@ impl Inbox {
         {
             error!("wake the engine: {errno}");
         }
+    }
+
+    /// A reply for what the service does of its own accord: a failure becomes a problem in the status.
+    fn reply_of_nobody(&self) -> Reply {
+        let inbox = self.clone();
+        Reply::of_nobody(move |failure| inbox.send(Event::Problem(failure.to_string())))
     }
 }
 

@@ -9,12 +9,13 @@ use pciback::{FunctionState, Sbdf};
 
 use super::requests::{existing, not_in_state};
 use super::{Engine, Event};
-use crate::control::Reply;
-use crate::journal::Record;
+use crate::journal::{NetworkRecord, Record};
 use crate::outcome::Failure;
 use crate::protocol::{Success, VfNetworkView};
+use crate::reply::Reply;
 use crate::transaction::{
-    NetworkRecord, SeenNetwork, change_network, describe_network, look_at_network, look_at_networks, vf_place,
+    SeenNetwork, change_network, describe_network, look_at_network, look_at_networks, network_deviation,
+    vf_place,
 };
 
 impl Engine {
@@ -196,7 +197,8 @@ impl Engine {
             self.background("look", move || {
                 // What cannot be read now is read the next time, or at detach.
                 if let Ok(seen) = look_at_network(&workshop.platform, address) {
-                    let differs = seen.settings.and_then(|settings| network.differs(&settings));
+                    let differs =
+                        seen.settings.and_then(|settings| network_deviation(&network.wanted(), &settings));
                     workshop.inbox.send(Event::NetworkCompared(address, differs));
                 }
             });

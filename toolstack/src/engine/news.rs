@@ -8,9 +8,9 @@ use pciback::{FunctionState, Sbdf};
 use super::Engine;
 use super::requests::existing;
 use crate::audit::AuditLog;
-use crate::control::Reply;
 use crate::outcome::Failure;
 use crate::protocol::{EventView, Happening, Success};
+use crate::reply::Reply;
 
 /// How many events are remembered for a function.
 const OF_A_FUNCTION: usize = 64;

@@ -6,9 +6,9 @@ use pciback::{DomId, FunctionState, Sbdf};
 use super::Engine;
 use super::requests::not_in_state;
 use super::tasks::Workshop;
-use crate::control::Reply;
 use crate::outcome::Failure;
 use crate::protocol::Success;
+use crate::reply::Reply;
 use crate::settings::Holder;
 use crate::transaction::{choose_holder, holder_of, plan_for, refuse_in_use, refuse_unresettable};
 

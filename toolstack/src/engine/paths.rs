@@ -6,9 +6,9 @@ use pciback::containment::Setting;
 use super::Engine;
 use super::requests::existing;
 use super::tasks::Workshop;
-use crate::control::Reply;
 use crate::outcome::Failure;
 use crate::protocol::{AerOwner, AerStatusView, MemberView, PathRegisterView, PathView, Success};
+use crate::reply::Reply;
 use crate::transaction::{FunctionPath, Member, before_on_path, blast_radius, value_in};
 
 impl Engine {

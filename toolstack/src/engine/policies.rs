@@ -13,7 +13,6 @@ use super::open::Filter;
 use super::requests::existing;
 use super::tasks::Workshop;
 use super::{Engine, Event};
-use crate::control::Reply;
 use crate::domains;
 use crate::outcome::{ErrorCode, Failure};
 use crate::policies::{self, Source};
@@ -21,6 +20,7 @@ use crate::protocol::{
     CapabilityRuleView, DomainName, LearnedView, PolicyFileView, PolicyView, RegisterRuleView, ReloadedView,
     Success,
 };
+use crate::reply::Reply;
 use crate::spec::of_guests;
 
 /// What a task has read and compiled.

@@ -15,9 +15,9 @@ use pciback::platform::hypervisor::DeviceReport;
 use super::Event;
 use super::observe::Known;
 use super::tasks::Workshop;
-use crate::control::Reply;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Success;
+use crate::reply::Reply;
 
 /// How long the engine may take to answer, which never blocks.
 const ENGINE_LIMIT: Duration = Duration::from_secs(10);

@@ -13,11 +13,11 @@ use super::hvm::Wanted;
 use super::obstacles::{Force, Question, Refusal, shares_with_others};
 use super::tasks::Course;
 use super::unmanaged::STUB;
-use crate::control::Reply;
 use crate::domains::{self, DomainType};
 use crate::journal::{GuestPlace, Record};
 use crate::outcome::Failure;
 use crate::protocol::{DomainName, Request, Scope, Success};
+use crate::reply::Reply;
 use crate::reservations::Change;
 use crate::transaction::{Kind, Parting, a_guests, holder_of, refuse_in_use};
 

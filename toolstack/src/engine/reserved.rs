@@ -8,11 +8,11 @@ use super::Engine;
 use super::lists::persistent_view;
 use super::requests::{Plan, existing};
 use super::tasks::Course;
-use crate::control::Reply;
 use crate::domains;
 use crate::journal::Record;
 use crate::outcome::Failure;
 use crate::protocol::{DomainName, FunctionView, Scope, Success};
+use crate::reply::Reply;
 use crate::reservations::{Change, Reservation};
 use crate::spec;
 

@@ -17,10 +17,10 @@ use super::repairs::{Outcome, Synced};
 use super::tasks::Course;
 use super::watch::Seen;
 use super::{Engine, Event};
-use crate::control::Reply;
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{Success, SyncView};
+use crate::reply::Reply;
 use crate::transaction::{Kind, Parting};
 
 /// How often the same function is repaired, or read in vain, before the service gives up.

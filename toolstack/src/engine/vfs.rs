@@ -11,9 +11,9 @@ use super::lists::{all_pfs, known_pf};
 use super::tasks::Workshop;
 use super::unmanaged::{self, STUB};
 use super::{Engine, Event};
-use crate::control::Reply;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Success;
+use crate::reply::Reply;
 use crate::spec::vf_routing;
 use crate::transaction::prepare_networks;
 
@@ -94,7 +94,7 @@ impl Engine {
                 pf.num_vfs == 0 && !wanted
             });
             if without_vfs {
-                let reply = Reply::of_nobody(self.inbox.clone());
+                let reply = self.inbox.reply_of_nobody();
                 self.change_vfs(address, reply, Ok(()), move |workshop, progress| {
                     destroy(workshop, address, progress)
                 });
@@ -138,7 +138,7 @@ impl Engine {
                     pf.address,
                     entry.count,
                     entry.unmanaged && pf.driver.is_none(),
-                    Reply::of_nobody(self.inbox.clone()),
+                    self.inbox.reply_of_nobody(),
                 );
             }
         }

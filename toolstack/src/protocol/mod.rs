@@ -5,6 +5,7 @@
 //! What `xpci --json` prints is the [`Envelope`] of the final answer.
 
 mod event_view;
+mod finding;
 mod list_view;
 mod network_view;
 mod path_view;
@@ -18,6 +19,7 @@ use pciback::policy::Explanation;
 use serde::{Deserialize, Serialize};
 
 pub use event_view::{EventView, Happening, RegisterValue};
+pub use finding::{Finding, Verdict, all_good};
 pub use list_view::{ListFilter, ListedView, ShownView};
 pub use network_view::VfNetworkView;
 pub use path_view::{AerOwner, AerStatusView, CountersView, MemberView, PathRegisterView, PathView};
@@ -26,7 +28,7 @@ pub use policy_view::{
 };
 pub use view::{FunctionView, GuestView, PersistentView, StatusView, SyncView, VfView};
 
-use crate::doctor::{Finding, all_good};
+pub use crate::domains::DomainName;
 use crate::outcome::{ErrorCode, Failure};
 
 /// The protocol's and the envelope's version.
@@ -47,11 +49,6 @@ pub struct Call {
     #[serde(flatten)]
     pub request: Request,
 }
-
-/// A domain as the user named it: by name, or by number.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct DomainName(pub String);
 
 /// What a guest loses with a function that it has persistently.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]

@@ -14,8 +14,8 @@ mod file;
 
 pub use file::{DEFAULT_PATH, Loaded, SettingsError, keep_copy, load, read_copy};
 
+use crate::reset_plan::ResetPlan;
 use crate::spec::serial_number;
-use crate::transaction::ResetPlan;
 
 /// Where the service listens when neither side is told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/xpci/control";

@@ -1,7 +1,6 @@
 //! Attach, detach, hold and release as lists of steps with undo.
 //!
-//! There are two lists. [`HOLD`] takes a function from dom0; [`ATTACH`] gives a held function to a guest. Forwards they are
-//! hold and attach, backwards release and detach: what is done in one direction is undone in the other by the same code.
+//! The lists are in [`steps`](crate::steps); what is done in one direction is undone in the other by the same code.
 //! Before a step runs or is undone the journal names it. A step that fails on the way forward undoes itself and those before it;
 //! on the way back all steps run whatever happens, and a failure quarantines the function.
 
@@ -24,21 +23,19 @@ use pciback::config::{FunctionSpec, Planes};
 use pciback::platform::Platform;
 use pciback::policy::PolicySet;
 use pciback::{DomId, FunctionState, Sbdf};
-use serde::{Deserialize, Serialize};
 
 pub use attach::image_path;
 pub use grants::note_owner;
 pub use hold::{a_guests, choose_holder, holder_of, refuse_in_use};
 pub use network::{
-    NetworkRecord, Seen as SeenNetwork, change as change_network, described as describe_network,
-    look as look_at_network, look_at_all as look_at_networks, place as vf_place, prepare as prepare_networks,
-    reapply as reapply_network,
+    Seen as SeenNetwork, change as change_network, described as describe_network,
+    deviation as network_deviation, look as look_at_network, look_at_all as look_at_networks,
+    place as vf_place, prepare as prepare_networks, reapply as reapply_network,
 };
 pub use path::{
     FunctionPath, Member, before as before_on_path, blast_radius, not_handled, renew as renew_path, value_in,
 };
-pub use pristine::Pristine;
-pub use reset::{ResetCheck, ResetPlan, plan_for, refuse_unresettable, reset_and_verify};
+pub use reset::{plan_for, refuse_unresettable, reset_and_verify};
 pub use sharing::{Sharing, refuse_release};
 
 use crate::former_owners::FormerOwners;
@@ -46,114 +43,7 @@ use crate::journal::{GuestPlace, Journal, Progress, Record};
 use crate::ledger::Ledger;
 use crate::outcome::{ErrorCode, Failure};
 use crate::settings::Settings;
-
-/// A list of steps and its direction.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Kind {
-    /// [`HOLD`], forwards.
-    Hold,
-    /// [`HOLD`], backwards.
-    Release,
-    /// [`ATTACH`], forwards.
-    Attach,
-    /// [`ATTACH`], backwards.
-    Detach,
-}
-
-/// One step. Doing or undoing it when that was done already changes nothing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Step {
-    /// The driver that only holds takes it. Undo: the driver it came from.
-    Driver,
-    /// Nothing: a VF keeps its network settings while it is held. Undo: what 'vf set' changed is as before.
-    RestoreNetwork,
-    /// `DOMID_IO` owns it in Xen. Undo: dom0.
-    Quarantine,
-    /// It shares nothing with another owner that no policy permits. Errors that it causes are reported and do not escalate, those of its
-    /// resets included. Undo: as before, unless another function below
-    /// needs it.
-    ContainPath,
-    /// It is reset and answers, and its registers are as they were when it was first held. Undo: the same, because a guest has had it.
-    Reset,
-    /// Xen guards its MSI-X table. Undo: no longer.
-    PrepareMsix,
-    /// The guest owns it in Xen. Undo: `DOMID_IO`.
-    Assign,
-    /// What [`Self::ContainPath`] does, after [`Self::Assign`]: a step of earlier versions, which their journals name.
-    ContainErrors,
-    /// The guest may map its BARs, use its ports and, unless another owner uses that, its INTx line. Undo: it may not, but for what another function of it needs.
-    Grant,
-    /// The VF's network settings are what 'vf set' and the service's settings ask for. Undo: they are so again, and what the guest had
-    /// changed is reported.
-    ApplyNetwork,
-    /// Its image, the part of its virtual config space that outlives the service, is there and complete, so that from the next step on it
-    /// tells what the guest may reach. Undo: gone.
-    Image,
-    /// The guest is told and served. Undo: asked to let go, then cut off: bus mastering and interrupts first.
-    Serve,
-}
-
-/// Takes a function from dom0.
-pub const HOLD: &[Step] = &[Step::Driver, Step::RestoreNetwork, Step::Quarantine];
-/// Gives a held function to a guest.
-pub const ATTACH: &[Step] = &[
-    Step::ContainPath,
-    Step::Reset,
-    Step::PrepareMsix,
-    Step::Assign,
-    Step::Grant,
-    Step::ApplyNetwork,
-    Step::Image,
-    Step::Serve,
-];
-
-impl Kind {
-    /// The steps, in the order of going forwards.
-    pub const fn steps(self) -> &'static [Step] {
-        match self {
-            Self::Hold | Self::Release => HOLD,
-            Self::Attach | Self::Detach => ATTACH,
-        }
-    }
-
-    /// The state while it runs, forwards.
-    pub const fn state_during(self) -> FunctionState {
-        match self {
-            Self::Hold => FunctionState::Host,
-            Self::Release => FunctionState::Held,
-            Self::Attach => FunctionState::Attaching,
-            Self::Detach => FunctionState::Detaching,
-        }
-    }
-
-    const fn state_when_forward(self) -> FunctionState {
-        match self {
-            Self::Hold | Self::Release => FunctionState::Held,
-            Self::Attach | Self::Detach => FunctionState::Attached,
-        }
-    }
-
-    const fn state_when_undone(self) -> FunctionState {
-        match self {
-            Self::Hold | Self::Release => FunctionState::Host,
-            Self::Attach | Self::Detach => FunctionState::Held,
-        }
-    }
-}
-
-impl Step {
-    /// From where on steps are undone that an older version did in another order: all that may have been done is undone, whatever was not
-    /// is left as it is.
-    const fn of_this_version(self) -> Self {
-        match self {
-            // It had reset, prepared and assigned the function before.
-            Self::ContainErrors => Self::Assign,
-            other => other,
-        }
-    }
-}
+pub use crate::steps::{ATTACH, HOLD, Kind, Step};
 
 /// How a guest loses a function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

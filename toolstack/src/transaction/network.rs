@@ -11,40 +11,11 @@ use pciback::Sbdf;
 use pciback::platform::{
     Cause, HostFunction, Platform, PlatformError, VfNetwork, VfPlace, VfSetting, VfSettings,
 };
-use serde::{Deserialize, Serialize};
 
 use super::{Context, both};
-use crate::journal::{Journal, Record};
+use crate::journal::{Journal, NetworkRecord, Record};
 use crate::outcome::{ErrorCode, Failure};
 use crate::settings::Settings;
-
-/// What the journal knows of a VF's network settings.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
-pub struct NetworkRecord {
-    /// What the administrator set.
-    pub wished: VfSettings,
-    /// What the service's settings said when a guest got it last.
-    #[serde(skip_serializing_if = "VfSettings::is_empty")]
-    pub configured: VfSettings,
-    /// What was there before, of those settings.
-    pub before: VfSettings,
-    /// Why that could not be put back.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub problem: Option<String>,
-}
-
-impl NetworkRecord {
-    /// What is to be in force.
-    pub fn wanted(&self) -> VfSettings {
-        self.wished.or(self.configured)
-    }
-
-    /// What is in force otherwise than it should be, in words.
-    pub fn differs(&self, found: &VfSettings) -> Option<String> {
-        deviation(&self.wanted(), found)
-    }
-}
 
 /// What a PF's driver says of one VF.
 #[derive(Debug, Clone)]
@@ -183,8 +154,8 @@ pub fn described(settings: &VfSettings) -> String {
     words.join(", ")
 }
 
-/// What the driver reports otherwise than it should be.
-fn deviation(wanted: &VfSettings, found: &VfSettings) -> Option<String> {
+/// What the driver reports otherwise than it should be, in words.
+pub fn deviation(wanted: &VfSettings, found: &VfSettings) -> Option<String> {
     let unlike = wanted.unlike(found);
     (!unlike.is_empty()).then(|| {
         let instead = described(&found.only(&unlike));
@@ -305,7 +276,7 @@ pub(super) fn verify(context: &Context<'_>, record: &Record) -> Option<String> {
         return None;
     }
     let seen = look(context.platform, record.address).ok()?;
-    let differs = network.differs(&seen.settings?)?;
+    let differs = deviation(&network.wanted(), &seen.settings?)?;
     let undone = match reapply(context.platform, record.address, Some(network)) {
         Ok(()) => String::new(),
         Err(failure) => format!("; it stays so until the next attach: {}", failure.message),

@@ -8,35 +8,12 @@ use log::{info, warn};
 use pciback::Sbdf;
 use pciback::config::{Access, ConfigSpace, ControlRegister, FunctionSpec, Planes, Policy};
 use pciback::live::errors as registers;
-use serde::{Deserialize, Serialize};
 
 use super::Context;
 use super::reset::config_failure;
-use crate::journal::Record;
+use crate::journal::{Pristine, Record};
 use crate::outcome::{ErrorCode, Failure};
 use crate::spec::function_spec;
-
-/// One register, as it was when the function was first held.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct Pristine {
-    /// Where the register is.
-    pub offset: u16,
-    /// Its width in bytes.
-    pub width: u8,
-    /// Which of its bits hold what is written.
-    pub mask: u32,
-    /// What they were.
-    pub value: u32,
-    /// Those that guests could reach since they were last known to be so.
-    #[serde(default, skip_serializing_if = "is_zero")]
-    pub reached: u32,
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it so")]
-const fn is_zero(bits: &u32) -> bool {
-    *bits == 0
-}
 
 /// The built-in filter: it tells registers that hold what is written from others.
 fn built_in(spec: &FunctionSpec) -> Result<Planes, Failure> {

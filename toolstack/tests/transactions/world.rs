@@ -25,8 +25,8 @@ use toolstack::protocol::{
     Call, DomainName, Envelope, EventView, FunctionView, Happening, Request, Scope, StatusView, Success,
     VERSION,
 };
+use toolstack::reset_plan::ResetPlan;
 use toolstack::settings::{Holder, Settings, WantedVfs};
-use toolstack::transaction::ResetPlan;
 use toolstack::{client, control};
 
 /// Longer than anything a test waits for takes on a busy machine.

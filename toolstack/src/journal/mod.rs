@@ -5,6 +5,8 @@
 //! record of another boot only remembers quarantine. So only quarantine, and its end, is synced to the disk, which takes milliseconds:
 //! the rest need not survive a power failure, which gives everything back to dom0.
 
+mod record;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -14,12 +16,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
-use pciback::{DomId, FunctionState, Sbdf};
+use pciback::{DomId, Sbdf};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::transaction::{Kind, NetworkRecord, Pristine, Step};
+pub(crate) use record::Owner;
+pub use record::{Grant, GuestPlace, NetworkRecord, Pristine, Progress, Record};
+
+use crate::outcome::{ErrorCode, Failure};
 
 /// The form of a record; others are refused.
 pub const VERSION: u32 = 1;
@@ -29,138 +34,6 @@ const SIZE_LIMIT: u64 = 64 * 1024;
 const TEMPORARY: &str = "new";
 /// The extension of a record that could not be used.
 const UNUSABLE: &str = "unusable";
-
-/// What the service knows of one function and intends with it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct Record {
-    /// [`VERSION`].
-    pub version: u32,
-    /// The boot it belongs to, `/proc/sys/kernel/random/boot_id`.
-    pub boot: String,
-    /// The function.
-    pub address: Sbdf,
-    /// Where it stands; while a transaction runs, the state that leads to its end.
-    pub state: FunctionState,
-    /// Which of the functions that were at this address since boot it is; 0 in records of versions that did not ask.
-    #[serde(default)]
-    pub incarnation: u64,
-    /// The driver it came from and goes back to.
-    pub original_driver: Option<String>,
-    /// The `driver_override` that it had, and has again when it goes back.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub original_override: Option<String>,
-    /// Whether it was taken before any driver had been asked: when it goes back, they are.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub unprobed: bool,
-    /// Whether the service itself prepared its MSI-X table, and so must release it.
-    pub msix_prepared: bool,
-    /// The guest that has it, gets it or loses it.
-    pub guest: Option<GuestPlace>,
-    /// What was given to the guest beyond the device itself.
-    #[serde(default)]
-    pub grants: Vec<Grant>,
-    /// Whether the guest that has it, or had it last, does without its interrupt line, which another owner uses.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub without_line: bool,
-    /// Whether its guest may still reach it: that it was switched off could not be proved.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub unproved: bool,
-    /// A VF's network settings, once somebody has set one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub network: Option<NetworkRecord>,
-    /// Its registers as they were when it was first held; `None` until they could be read, and in records of versions that did not note
-    /// them.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pristine: Option<Vec<Pristine>>,
-    /// The transaction in progress.
-    pub transaction: Option<Progress>,
-    /// Why it is quarantined.
-    pub quarantine: Option<String>,
-}
-
-/// A guest, and where it sees the function.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct GuestPlace {
-    /// The guest.
-    pub domain: DomId,
-    /// Device and function number in the guest, on its bus 0000:00.
-    pub devfn: u8,
-}
-
-/// One permission that a guest was given; noted before it is given.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, tag = "kind", rename_all = "kebab-case")]
-pub enum Grant {
-    /// Page frames of memory space.
-    Iomem {
-        /// The first page frame.
-        first: u64,
-        /// How many.
-        frames: u64,
-    },
-    /// I/O ports.
-    Ioport {
-        /// The first port.
-        first: u32,
-        /// How many.
-        count: u32,
-    },
-    /// An INTx line.
-    Gsi {
-        /// The line.
-        gsi: u32,
-    },
-}
-
-/// How far a transaction is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Progress {
-    /// What it does.
-    pub kind: Kind,
-    /// The step that runs or ran last: it and those before it may have had their effect.
-    pub step: Step,
-    /// Whether its steps are being undone.
-    pub undoing: bool,
-}
-
-impl Record {
-    /// A function of which nothing is known but that it exists.
-    pub fn new(address: Sbdf, boot: &str) -> Self {
-        Self {
-            version: VERSION,
-            boot: boot.to_owned(),
-            address,
-            state: FunctionState::Host,
-            incarnation: 0,
-            original_driver: None,
-            original_override: None,
-            unprobed: false,
-            msix_prepared: false,
-            guest: None,
-            grants: Vec::new(),
-            without_line: false,
-            unproved: false,
-            network: None,
-            pristine: None,
-            transaction: None,
-            quarantine: None,
-        }
-    }
-
-    /// Whose it is.
-    fn owner(&self) -> Owner {
-        match (self.guest, self.state) {
-            (Some(place), _) => Owner::Domain(place.domain),
-            // While it is taken from dom0 or given back, dom0 may have it.
-            (None, FunctionState::Held) if self.transaction.is_none() => Owner::Nobody,
-            (None, FunctionState::Held | FunctionState::Host) => Owner::Domain(DomId::DOM0),
-            (None, _) => Owner::Quarantined,
-        }
-    }
-}
 
 /// What can go wrong with the journal.
 #[derive(Debug, Error)]
@@ -199,6 +72,13 @@ impl JournalError {
     }
 }
 
+impl From<JournalError> for Failure {
+    fn from(error: JournalError) -> Self {
+        Self::new(ErrorCode::Failed, error.to_string())
+            .hint("check that the disk of /var/lib/xpci has room and is writable")
+    }
+}
+
 /// The directory with the records.
 #[derive(Debug, Clone)]
 pub struct Journal {
@@ -207,17 +87,6 @@ pub struct Journal {
     quarantined: Arc<Mutex<BTreeSet<Sbdf>>>,
     granted: Arc<Mutex<Granted>>,
     owners: Arc<Mutex<Owners>>,
-}
-
-/// Whose a function with a record is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Owner {
-    /// It is held: whoever gets it next finds it reset.
-    Nobody,
-    /// This domain's, dom0 included, or about to be.
-    Domain(DomId),
-    /// Not known for sure.
-    Quarantined,
 }
 
 /// The owners of functions with a record; those of others are dom0's, or another toolstack's.
@@ -419,6 +288,7 @@ fn read(path: &Path) -> Result<Option<Record>, JournalError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::steps::{Kind, Step};
 
     fn sample() -> Record {
         let mut record = Record::new(Sbdf::from_devfn(0, 1, 0x80), "boot");

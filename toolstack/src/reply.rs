@@ -1,0 +1,98 @@
+//! Where the engine sends what it has to say about one call.
+
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use log::info;
+
+use crate::outcome::{ErrorCode, Failure};
+use crate::protocol::{EventView, Success};
+
+/// Where the engine sends what it has to say about one call.
+#[derive(Clone)]
+pub struct Reply(Listener);
+
+#[derive(Clone)]
+enum Listener {
+    Client(mpsc::Sender<Line>),
+    /// Nobody asked: a failure goes here.
+    Nobody(Arc<dyn Fn(&Failure) + Send + Sync>),
+}
+
+/// One thing that the engine has to say about a call.
+#[derive(Debug)]
+pub(crate) enum Line {
+    /// What is done now.
+    Progress(String),
+    /// What happened.
+    Event(Box<EventView>),
+    /// The last one.
+    Done(Box<Result<Success, Failure>>),
+}
+
+impl Reply {
+    /// A reply and where its lines come out.
+    pub(crate) fn channel() -> (Self, mpsc::Receiver<Line>) {
+        let (sender, receiver) = mpsc::channel();
+        (Self(Listener::Client(sender)), receiver)
+    }
+
+    /// A reply that a thread of the service's own waits for.
+    pub fn awaited() -> (Self, Answer) {
+        let (reply, lines) = Self::channel();
+        (reply, Answer(lines))
+    }
+
+    /// A reply for what the service does of its own accord; of a failure `failed` is told.
+    pub fn of_nobody(failed: impl Fn(&Failure) + Send + Sync + 'static) -> Self {
+        Self(Listener::Nobody(Arc::new(failed)))
+    }
+
+    /// Says what is done now.
+    pub fn progress(&self, text: &str) {
+        match &self.0 {
+            // A client that has gone away is no reason to stop.
+            Listener::Client(client) => drop(client.send(Line::Progress(text.to_owned()))),
+            Listener::Nobody(_) => info!("{text}"),
+        }
+    }
+
+    /// Says what happened; `false` when nobody listens any more.
+    pub fn event(&self, event: &EventView) -> bool {
+        match &self.0 {
+            Listener::Client(client) => client.send(Line::Event(Box::new(event.clone()))).is_ok(),
+            Listener::Nobody(_) => false,
+        }
+    }
+
+    /// Ends the call.
+    pub fn done(&self, outcome: Result<Success, Failure>) {
+        match (&self.0, outcome) {
+            (Listener::Client(client), outcome) => drop(client.send(Line::Done(Box::new(outcome)))),
+            (Listener::Nobody(_), Ok(Success::Changed { message, .. } | Success::Already { message })) => {
+                info!("{message}")
+            }
+            (Listener::Nobody(_), Ok(_)) => {}
+            (Listener::Nobody(failed), Err(failure)) => failed(&failure),
+        }
+    }
+}
+
+/// What a thread of the service's own waits for.
+pub struct Answer(mpsc::Receiver<Line>);
+
+impl Answer {
+    /// The outcome, at most after `limit`.
+    pub fn wait(&self, limit: Duration) -> Result<Success, Failure> {
+        let deadline = Instant::now() + limit;
+        loop {
+            match self.0.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Line::Progress(_) | Line::Event(_)) => {}
+                Ok(Line::Done(outcome)) => return *outcome,
+                Err(error) => {
+                    return Err(Failure::new(ErrorCode::Failed, format!("wait for the engine: {error}")));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! The order of the modules of this crate.
+
+use std::path::Path;
+
+use xpci_test_support::layers::{Layer, violations};
+
+/// From the bottom up: each module, and those that it may name.
+const ORDER: &[Layer] = &[
+    ("outcome", &[]),
+    ("steps", &[]),
+    ("reset_plan", &[]),
+    ("supervisor", &[]),
+    ("domains", &["outcome"]),
+    ("spec", &["outcome"]),
+    ("policies", &["outcome"]),
+    ("protocol", &["outcome", "domains"]),
+    ("audit", &["protocol"]),
+    ("settings", &["reset_plan", "spec"]),
+    ("journal", &["outcome", "steps"]),
+    ("ledger", &["journal"]),
+    ("former_owners", &["outcome", "journal"]),
+    ("reservations", &["outcome", "journal"]),
+    (
+        "transaction",
+        &[
+            "outcome",
+            "steps",
+            "reset_plan",
+            "domains",
+            "spec",
+            "settings",
+            "journal",
+            "ledger",
+            "former_owners",
+        ],
+    ),
+    ("doctor", &["outcome", "spec", "protocol", "transaction"]),
+    ("reply", &["outcome", "protocol"]),
+    (
+        "engine",
+        &[
+            "outcome",
+            "reset_plan",
+            "supervisor",
+            "domains",
+            "spec",
+            "policies",
+            "protocol",
+            "audit",
+            "settings",
+            "journal",
+            "ledger",
+            "former_owners",
+            "reservations",
+            "transaction",
+            "doctor",
+            "reply",
+        ],
+    ),
+    ("control", &["outcome", "protocol", "reply", "engine"]),
+    ("client", &["outcome", "protocol"]),
+    ("cli", &["outcome", "policies", "protocol", "settings"]),
+    ("bin", &[]),
+];
+
+#[test]
+fn no_module_names_one_above_it() {
+    let wrong = violations(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), ORDER);
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
