@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use nix::errno::Errno;
 use pciback::platform::sim::{self, Moment, Owner, SimHvmGuest};
 use pciback::serve::hvm::wire::xen::{config, memory, port};
 use pciback::serve::hvm::{ECAM_BASE, wire};
@@ -187,6 +188,32 @@ fn a_bar_that_is_put_over_another_one_waits_until_the_place_is_free() {
     guest.write(BAR0, 4, 0xf400_0000);
     assert_eq!((guest.0.reached().frames[&0xf3000], guest.frames().len()), (start(0), 8));
     assert_eq!(service.status().guests[0].errors, 0);
+}
+
+#[test]
+fn what_fails_for_two_functions_at_once_counts_for_the_request_that_caused_it_only() {
+    let (world, guest, service) = attached();
+    service.hold(bdf("01:10.2")).unwrap();
+    attach_at(&service, bdf("01:10.2"), 9).unwrap();
+    served(&guest, 9);
+    guest.write(BAR0, 4, 0xf300_0000);
+    guest.ask(&config(9, BAR0, 4, Some(0xf300_0000)));
+    // The first function leaves the place; then neither it nor the other one can be mapped.
+    world.simulation.fail(sim::Failure {
+        operation: "map_memory".into(),
+        errno: Some(Errno::EIO),
+        after: 1,
+        times: 100,
+        ..sim::Failure::default()
+    });
+    guest.write(BAR0, 4, 0xf400_0000);
+    world.simulation.forget_failures();
+    wait_until("the request counts as one that failed", || service.status().guests[0].errors > 0);
+    // Each is counted before the next is answered.
+    for _ in 0..3 {
+        assert_eq!(guest.read(SLOT, VENDOR, 2), 0x8086);
+    }
+    assert_eq!(service.status().guests[0].errors, 1);
 }
 
 /// The guest sets up a vector.

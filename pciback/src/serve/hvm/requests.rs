@@ -106,7 +106,10 @@ impl IoreqRequests {
         if let Err(error) = self.server.notify(vcpu) {
             warn!("domain {}: {error}", roster.domain);
         }
-        let trouble = roster.functions.values_mut().find_map(|function| function.take_trouble());
+        // A BAR that has moved concerns the guest's other functions, too: what fails for them fails for this request.
+        let troubles: Vec<String> =
+            roster.functions.values_mut().filter_map(|function| function.take_trouble()).collect();
+        let trouble = (!troubles.is_empty()).then(|| troubles.join("; "));
         roster.counters.count(!known || trouble.is_some());
         if !known || trouble.is_some() {
             complain(roster, request, trouble);
