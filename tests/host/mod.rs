@@ -89,9 +89,20 @@ pub fn state(lab: &Lab, address: &str) -> Result<String> {
 
 /// Sends Xen a debug key and returns what it prints for it.
 fn debug_key(lab: &Lab, key: &str) -> Result<String> {
-    lab.dom0("xl dmesg -c >/dev/null").ok()?;
+    let before = length_of_xens_log(lab)?;
     lab.dom0(&format!("xl debug-keys {key}")).ok()?;
-    lab.dom0("xl dmesg").ok()
+    xens_log_from(lab, before)
+}
+
+/// How many bytes Xen's log has. It is never cleared: others look for what Xen said at boot.
+pub fn length_of_xens_log(lab: &Lab) -> Result<usize> {
+    let text = lab.dom0("xl dmesg | wc -c").ok()?;
+    text.trim().parse().with_context(|| format!("Xen's log has {text:?} bytes"))
+}
+
+/// What Xen's log has from this byte on.
+pub fn xens_log_from(lab: &Lab, start: usize) -> Result<String> {
+    lab.dom0(&format!("xl dmesg | tail -c +{}", start + 1)).ok()
 }
 
 /// Who owns a function, in Xen's own words: `d0`, `d[IO]` or `DomIO:...`, `d1` and so on.

@@ -120,7 +120,7 @@ pub fn command(images: &Images, devices: &Devices, folder: &Path) -> Result<Comm
     // With x2apic, interrupts reach the wrong CPU. The log keeps what Xen says when it boots, however much guests make it say later.
     qemu.args([
         "-append",
-        "console=com1 com1=115200,8n1 conring_size=512k dom0_mem=1200M,max:1200M noreboot loglvl=all guest_loglvl=all x2apic=0",
+        "console=com1 com1=115200,8n1 conring_size=1m dom0_mem=1200M,max:1200M noreboot loglvl=all guest_loglvl=all x2apic=0",
     ]);
     qemu.args(["-device", "intel-iommu,intremap=on"]);
     qemu.args(["-device", "virtio-serial-pci,id=lab-serial,addr=1e.0"]);

@@ -10,7 +10,8 @@ mod sweeps;
 use anyhow::{Context, Result, ensure};
 use xpci_tests::host::state::{keep_running, kill_and_start, make_held, no_problems};
 use xpci_tests::host::{
-    PF, SOON, VFS, granted, guest, is_held, prepare, set_mac, state, status, xpci, xpci_fails,
+    PF, SOON, VFS, granted, guest, is_held, length_of_xens_log, prepare, set_mac, state, status,
+    xens_log_from, xpci, xpci_fails,
 };
 use xpci_tests::scenes::{Check, Machine, Scene};
 use xpci_tests::{BareGuest, Lab, Process, checks};
@@ -357,12 +358,12 @@ fn an_hvm_and_a_pv_guest_read_the_same(scene: &mut Hvm<'_>) -> Result<()> {
     pv.wait_for("the function", SOON, "[ -e /sys/bus/pci/devices/0000:00:00.0 ]")?;
     let text = pv.run("od -An -v -tx1 /sys/bus/pci/devices/0000:00:00.0/config | tr -d ' \\n'").ok()?;
     let seen_by_pv = bytes(text.trim())?;
-    lab.dom0("xl dmesg -c >/dev/null").ok()?;
+    let before = length_of_xens_log(lab)?;
     ensure!(seen_by_pv.len() == 4096, "{} bytes", seen_by_pv.len());
     // Linux in the PV guest sets up Device Control, whose bits are each guest's own or pass.
     one.tell(&format!("w a8 2 {:02x}{:02x}", seen_by_pv[0xa9] & 0x7f, seen_by_pv[0xa8]))?;
     one.tell("edump 4")?;
-    let log = lab.dom0("xl dmesg").ok()?;
+    let log = xens_log_from(lab, before)?;
     let mark = format!("(d{}) ", one.domid()?);
     let rows = log.lines().filter_map(|line| line.strip_prefix(mark.as_str())).map(str::trim);
     let text: String = rows.filter(|row| row.len() == 64).collect();
