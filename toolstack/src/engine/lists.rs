@@ -188,6 +188,11 @@ impl Shown {
         roots.map(not_handled).collect()
     }
 
+    /// The record of a function, where it has one.
+    pub(super) fn record(&self, address: Sbdf) -> Option<&Record> {
+        self.records.get(&address)
+    }
+
     fn view_of(&self, record: &Record) -> FunctionView {
         view_of(self.host.as_ref(), &self.reservations, record)
     }

@@ -57,6 +57,7 @@ use pciback::fault::Action;
 use pciback::inventory::Repair;
 use pciback::platform::Platform;
 use pciback::policy::PolicySet;
+use pciback::serve::pv::nodes;
 use pciback::serve::{Attachment, ServerReport};
 use pciback::{DomId, FunctionState, Sbdf};
 
@@ -341,7 +342,8 @@ impl Engine {
 
     /// Handles events until `stop` becomes readable. Guests keep their functions: a successor serves them on.
     pub fn run(&mut self, stop: BorrowedFd<'_>) -> io::Result<()> {
-        for event in ["@introduceDomain", "@releaseDomain"] {
+        // The last one tells of what xl gives to guests.
+        for event in ["@introduceDomain", "@releaseDomain", nodes::PCIBACK] {
             self.platform.store.watch(event, event).map_err(io::Error::other)?;
         }
         let host = self.platform.host.events().map_err(io::Error::other)?;

@@ -6,11 +6,14 @@ use pciback::{DomId, FunctionState, Sbdf};
 use super::Engine;
 use super::requests::not_in_state;
 use super::tasks::Workshop;
+use crate::journal::Record;
 use crate::outcome::Failure;
 use crate::protocol::Success;
 use crate::reply::Reply;
 use crate::settings::Holder;
-use crate::transaction::{choose_holder, holder_of, plan_for, refuse_in_use, refuse_unresettable};
+use crate::transaction::{
+    a_guests, choose_holder, holder_of, is_another_toolstacks, plan_for, refuse_in_use, refuse_unresettable,
+};
 
 /// What is in the way of an action.
 pub(super) struct Refusal {
@@ -39,10 +42,24 @@ pub(super) fn shares_with_others(state: FunctionState, function: &HostFunction) 
     matches!(state, FunctionState::Held | FunctionState::Host) && !function.is_bridge()
 }
 
-/// What is found out on a thread about what a function shares with those of other owners than a domain, or than any.
-pub(super) fn shared_obstacles(workshop: &Workshop, address: Sbdf, domain: Option<DomId>) -> Vec<Failure> {
+/// What is found out on a thread about who has a function, where it has a record, and about what it shares with those of other owners than
+/// a domain, or than any.
+pub(super) fn shared_obstacles(
+    workshop: &Workshop,
+    address: Sbdf,
+    record: Option<&Record>,
+    domain: Option<DomId>,
+) -> Vec<Failure> {
     let found = workshop.sharing().obstacles(address, domain);
-    found.unwrap_or_else(|failure| vec![failure])
+    let mut found = found.unwrap_or_else(|failure| vec![failure]);
+    if let Some(record) = record {
+        match is_another_toolstacks(&workshop.platform, record) {
+            Ok(false) => {}
+            Ok(true) => found.insert(0, a_guests(&workshop.platform, address)),
+            Err(failure) => found.push(failure),
+        }
+    }
+    found
 }
 
 /// What is found out on a thread about a function that is to be held: what uses it, unless that is no matter, and which driver would
@@ -111,10 +128,12 @@ impl Engine {
     pub(super) fn weigh(&self, refusal: Refusal, question: Question, otherwise: Success, reply: Reply) {
         let (workshop, holder) = (self.workshop(), self.settings.holder);
         let Refusal { address, action, found } = refusal;
+        let record = self.records.get(&address).cloned();
         self.background("obstacles", move || {
             let hold = question.hold;
             let hold = hold.map(|Force(force)| hold_obstacles(&workshop.platform, holder, address, force));
-            let shares = question.shares.map(|domain| shared_obstacles(&workshop, address, domain));
+            let shares = question.shares;
+            let shares = shares.map(|domain| shared_obstacles(&workshop, address, record.as_ref(), domain));
             let found = [found, hold.unwrap_or_default(), shares.unwrap_or_default()].concat();
             reply.done(Failure::refuse_for(&action, found).map(|()| otherwise));
         });

@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 
 use pciback::DomId;
 use pciback::platform::{PlatformError, Store, WatchEvent};
+use pciback::serve::pv::nodes;
 
 use super::Engine;
 use crate::domains;
@@ -23,6 +24,8 @@ struct Changed {
     released: bool,
     /// Device models of these domains did something.
     device_models: BTreeSet<DomId>,
+    /// xl gave functions to guests, or took them.
+    pciback: bool,
     /// Frontends of these domains did something.
     frontends: BTreeSet<DomId>,
 }
@@ -43,6 +46,7 @@ impl Changed {
         match (event.path.as_str(), domains::of_device_model(&event.token)) {
             ("@introduceDomain", _) => self.introduced = true,
             ("@releaseDomain", _) => self.released = true,
+            _ if event.token == nodes::PCIBACK => self.pciback = true,
             (_, Some(domain)) => drop(self.device_models.insert(domain)),
             (_, None) => {
                 // The token is the frontend's directory, `/local/domain/DOMID/device/pci/0`.
@@ -63,6 +67,9 @@ impl Engine {
         }
         if changed.introduced || changed.released {
             self.find_returning();
+        }
+        if changed.pciback {
+            self.stirred.others();
         }
         for domain in changed.device_models {
             self.device_model_changed(domain);

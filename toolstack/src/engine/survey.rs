@@ -165,7 +165,7 @@ impl Engine {
                 found.extend(hold_obstacles(platform, holder, address, false));
             }
             if shares_with_others(listed.function.state, &function) {
-                found.extend(shared_obstacles(&workshop, address, None));
+                found.extend(shared_obstacles(&workshop, address, shown.record(address), None));
             }
             let group = survey.groups.get(&address);
             let members = survey.groups.iter().filter(|(_, number)| Some(*number) == group);

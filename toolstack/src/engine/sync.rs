@@ -21,7 +21,7 @@ use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{Success, SyncView};
 use crate::reply::Reply;
-use crate::transaction::{Kind, Parting};
+use crate::transaction::{Kind, Parting, a_guests, is_another_toolstacks};
 
 /// How often the same function is repaired, or read in vain, before the service gives up.
 const TRIES: u32 = 3;
@@ -338,7 +338,11 @@ impl Engine {
         let message = match repair {
             Repair::Quarantine { .. } => {
                 self.keep_for_quarantine(&record);
-                self.quarantine(address, "sysfs, Xen and xenstore disagree on who has it");
+                let why = match is_another_toolstacks(&self.platform, &record) {
+                    Ok(true) => format!("while xpci held it, {}", a_guests(&self.platform, address).message),
+                    _ => "sysfs, Xen and xenstore disagree on who has it".to_owned(),
+                };
+                self.quarantine(address, &why);
                 format!("{address}: quarantined")
             }
             Repair::MarkGone { .. } => {

@@ -163,7 +163,7 @@ impl Workshop {
         progress: &dyn Fn(&str),
     ) -> Finished {
         if course == Course::GiveBack
-            && let Err(failure) = refuse_release(&self.sharing(), record.address)
+            && let Err(failure) = refuse_release(&self.sharing(), &record)
         {
             return Finished { record, outcome: Err(failure) };
         }

@@ -10,6 +10,7 @@ use std::time::Instant;
 use log::{error, info, warn};
 use pciback::inventory::Owner;
 use pciback::platform::{HostEvent, HostFunction};
+use pciback::serve::pv::nodes;
 use pciback::{FunctionState, Sbdf};
 
 use super::tasks::Course;
@@ -22,6 +23,8 @@ use crate::transaction::{Kind, Parting, holder_of};
 pub(super) struct Stirred {
     addresses: BTreeSet<Sbdf>,
     all: bool,
+    /// Also those that another toolstack has given to guests.
+    others: bool,
     /// A thread is looking.
     looking: bool,
 }
@@ -37,6 +40,11 @@ impl Stirred {
 
     pub fn everything(&mut self) {
         self.all = true;
+    }
+
+    /// Another toolstack has done something.
+    pub fn others(&mut self) {
+        self.others = true;
     }
 
     /// Whether something is being looked at.
@@ -123,16 +131,23 @@ impl Engine {
 
     /// Looks at what was stirred up, unless that is being done.
     pub(super) fn look(&mut self) {
-        let Stirred { addresses, all, looking } = &mut self.stirred;
-        if *looking || (addresses.is_empty() && !*all) {
+        let Stirred { addresses, all, others, looking } = &mut self.stirred;
+        if *looking || (addresses.is_empty() && !*all && !*others) {
             return;
         }
         *looking = true;
-        let (addresses, all) = (std::mem::take(addresses), std::mem::take(all));
+        let (mut addresses, all) = (std::mem::take(addresses), std::mem::take(all));
+        let others = std::mem::take(others);
         let recorded: Vec<Sbdf> = if all { self.records.keys().copied().collect() } else { Vec::new() };
         let (workshop, busy) = (self.workshop(), self.busy.clone());
         let inbox = self.inbox.clone();
         let work = move || {
+            if others {
+                match nodes::pciback_functions(workshop.platform.store.as_ref()) {
+                    Ok(found) => addresses.extend(found.into_iter().map(|(address, _)| address)),
+                    Err(error) => warn!("{error}"),
+                }
+            }
             let addresses: BTreeSet<Sbdf> = match all {
                 true => {
                     let listed = workshop.platform.host.functions().unwrap_or_else(|error| {

@@ -48,6 +48,7 @@ pub fn choose_holder(host: &dyn Host, setting: Holder) -> Result<&'static str, F
 pub(super) fn take_driver(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
     let host = &context.platform.host;
     let function = host.function(record.address)?;
+    refuse_owned(context, record)?;
     let holder = match choose_holder(host.as_ref(), context.settings.holder) {
         Ok(holder) => holder,
         Err(failure) => {
@@ -156,6 +157,8 @@ pub(super) fn give_back_driver(
     if context.left_the_host(record) {
         return Ok(None);
     }
+    // Unbinding resets it.
+    refuse_owned(context, record)?;
     let function = host.function(record.address)?;
     let (before, limit) = (record.original_override.as_deref(), context.settings.driver_limit());
     let Some(original) = record.original_driver.clone() else {
@@ -228,11 +231,32 @@ pub fn a_guests(platform: &Platform, address: Sbdf) -> Failure {
     .on(address)
 }
 
+/// Whether a guest has a function that this service gave to nobody: another toolstack gave it.
+pub fn is_another_toolstacks(platform: &Platform, record: &Record) -> Result<bool, Failure> {
+    let hypervisor = &platform.hypervisor;
+    let given = record.guest.is_none() && hypervisor.device_known(record.address)?;
+    Ok(given && !hypervisor.assignable(record.address)?)
+}
+
+/// Refuses to touch a function that no guest should own now: Xen is asked, since another toolstack takes what xen-pciback holds.
+pub(super) fn refuse_owned(context: &Context<'_>, record: &Record) -> Result<(), Failure> {
+    let hypervisor = &context.platform.hypervisor;
+    let address = record.address;
+    if !context.left_the_host(record)
+        && hypervisor.device_known(address)?
+        && !hypervisor.assignable(address)?
+    {
+        return Err(a_guests(context.platform, address));
+    }
+    Ok(())
+}
+
 pub(super) fn disown(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
     if context.left_the_host(record) {
         // Another one at its address is dom0's already.
         return Ok(());
     }
+    refuse_owned(context, record)?;
     match context.platform.hypervisor.deassign(DomId::IO, record.address) {
         // It is not the quarantine domain's: dom0 has it, or it left the host.
         Err(error) if matches!(error.errno(), Some(Errno::ENODEV | Errno::EINVAL)) => Ok(()),

@@ -26,7 +26,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 pub use attach::image_path;
 pub use grants::note_owner;
-pub use hold::{a_guests, choose_holder, holder_of, refuse_in_use};
+pub use hold::{a_guests, choose_holder, holder_of, is_another_toolstacks, refuse_in_use};
 pub use network::{
     Seen as SeenNetwork, change as change_network, described as describe_network,
     deviation as network_deviation, look as look_at_network, look_at_all as look_at_networks,
@@ -249,8 +249,12 @@ impl Context<'_> {
                 pristine::take(self, record);
                 None
             }),
-            Step::ContainPath | Step::ContainErrors => path::apply(self, record),
+            Step::ContainPath | Step::ContainErrors => {
+                hold::refuse_owned(self, record)?;
+                path::apply(self, record)
+            }
             Step::Reset => {
+                hold::refuse_owned(self, record)?;
                 let unreset = reset::run(self, record)?;
                 let warning = pristine::prepare(self, record)?;
                 path::renew(self.platform, self.ledger, record.address)?;
@@ -274,6 +278,7 @@ impl Context<'_> {
             Step::Quarantine => hold::disown(self, record).map(|()| None),
             Step::ContainPath | Step::ContainErrors => path::restore(self, record).map(|()| None),
             Step::Reset => {
+                hold::refuse_owned(self, record)?;
                 let unreset = reset::run(self, record)?;
                 let warning = pristine::restore(self, record)?;
                 if !self.left_the_host(record) {

@@ -1,7 +1,9 @@
 //! Functions that are trusted no more: made harmless in hardware, and trusted again only after a verified reset.
 
+use log::warn;
 use pciback::FunctionState;
 use pciback::live;
+use pciback::serve::pv::nodes;
 
 use super::reset::config_failure;
 use super::{Context, Finished, Kind, hold, pristine, reset};
@@ -11,9 +13,19 @@ use crate::outcome::{ErrorCode, Failure};
 impl Context<'_> {
     /// Marks a function that no guest has: it goes to nobody until it is cleared.
     pub fn condemn(&self, mut record: Record) -> Finished {
+        // What the journal knows to be held, and a guest owns, another toolstack has given to that guest.
+        let theirs = record.state == FunctionState::Held
+            && hold::is_another_toolstacks(self.platform, &record).unwrap_or(false);
         record.state = FunctionState::Quarantined;
         let noted = self.write(&record);
-        let outcome = switch_off(self, &record).and(noted).map(|()| Vec::new());
+        let off = match theirs {
+            true => {
+                left_alone(&record);
+                Ok(())
+            }
+            false => switch_off(self, &record),
+        };
+        let outcome = off.and(noted).map(|()| Vec::new());
         Finished { record, outcome }
     }
 
@@ -64,7 +76,15 @@ pub(super) fn switch_off(context: &Context<'_>, record: &Record) -> Result<(), F
         return Ok(());
     }
     let address = record.address;
+    if record.guest.is_none() && nodes::pciback_guest(context.platform.store.as_ref(), address)?.is_some() {
+        left_alone(record);
+        return Ok(());
+    }
     live::switch_off(context.platform.host.config(address)?.as_ref())
         .map(drop)
         .map_err(|error| config_failure("switch bus mastering and interrupts off in", address, &error))
+}
+
+fn left_alone(record: &Record) {
+    warn!("{}: left as it is in hardware: a guest has it through another toolstack", record.address);
 }

@@ -13,6 +13,7 @@ use pciback::policy::{Permission, PolicySet, Subject};
 use pciback::spec::{CapabilityId, header};
 use pciback::{DomId, Sbdf};
 
+use super::hold::{a_guests, is_another_toolstacks};
 use super::path::{FunctionPath, Member};
 use super::reset::config_failure;
 use super::{Context, guest_of};
@@ -52,12 +53,16 @@ pub(super) fn refuse(context: &Context<'_>, record: &Record, path: &FunctionPath
     Failure::refuse_for(&format!("attach {} to domain {domain}", record.address), found)
 }
 
-/// Refuses to give dom0 a function that shares something with a guest's.
-pub fn refuse_release(sharing: &Sharing<'_>, address: Sbdf) -> Result<(), Failure> {
+/// Refuses to give dom0 a function that another toolstack has given to a guest, or that shares something with a guest's.
+pub fn refuse_release(sharing: &Sharing<'_>, record: &Record) -> Result<(), Failure> {
+    let address = record.address;
     let function = match sharing.platform.host.function(address) {
         Err(error) if error.errno() == Some(Errno::ENOENT) => return Ok(()),
         other => other?,
     };
+    if is_another_toolstacks(sharing.platform, record)? {
+        return Err(a_guests(sharing.platform, address));
+    }
     // Without a guest there is nobody to share it with.
     if !sharing.journal.owners().values().any(|owner| matches!(owner, Owner::Domain(_))) {
         return Ok(());

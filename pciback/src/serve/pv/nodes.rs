@@ -223,21 +223,27 @@ pub fn foreign_backend(store: &dyn StoreOps, domain: DomId) -> Result<Option<Str
 }
 
 /// Where xl keeps what xen-pciback gives to guests.
-const PCIBACK: &str = "/local/domain/0/backend/pci";
+pub const PCIBACK: &str = "/local/domain/0/backend/pci";
 
-/// The guest that has a function through xen-pciback, as xl attaches it.
-pub fn pciback_guest(store: &dyn StoreOps, address: Sbdf) -> Result<Option<DomId>> {
+/// The functions that guests have through xen-pciback, as xl attaches them, each with its guest.
+pub fn pciback_functions(store: &dyn StoreOps) -> Result<Vec<(Sbdf, DomId)>> {
+    let mut found = Vec::new();
     for name in store.list(PCIBACK)? {
         let Ok(number) = name.parse() else { continue };
         let directory = format!("{PCIBACK}/{name}/0");
         for key in store.list(&directory)?.iter().filter(|key| key.starts_with("dev-")) {
             let value = store.read(&format!("{directory}/{key}"))?.unwrap_or_default();
-            if std::str::from_utf8(&value).is_ok_and(|text| text.parse() == Ok(address)) {
-                return Ok(Some(DomId(number)));
-            }
+            let address = std::str::from_utf8(&value).ok().and_then(|text| text.parse().ok());
+            found.extend(address.map(|address| (address, DomId(number))));
         }
     }
-    Ok(None)
+    Ok(found)
+}
+
+/// The guest that has a function through xen-pciback.
+pub fn pciback_guest(store: &dyn StoreOps, address: Sbdf) -> Result<Option<DomId>> {
+    let found = pciback_functions(store)?.into_iter().find(|(function, _)| *function == address);
+    Ok(found.map(|(_, domain)| domain))
 }
 
 /// Reads the state our end was left in by an earlier life; `None` where there is no device.
