@@ -4,6 +4,7 @@ pub mod audit;
 pub mod cli;
 pub mod client;
 pub mod control;
+pub mod descriptors;
 pub mod doctor;
 pub mod domains;
 pub mod engine;

@@ -10,6 +10,7 @@ const ORDER: &[Layer] = &[
     ("steps", &[]),
     ("reset_plan", &[]),
     ("supervisor", &[]),
+    ("descriptors", &[]),
     ("domains", &["outcome"]),
     ("spec", &["outcome"]),
     ("policies", &["outcome"]),

@@ -9,6 +9,7 @@ use std::sync::atomic::AtomicU32;
 
 use super::BarMemory;
 use crate::memory::SharedWords;
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 /// A mapping seen as words that are only ever accessed atomically, so that a concurrent change by the other side is a
@@ -30,12 +31,14 @@ enum Owner {
 
 impl SharedMemory {
     /// Maps the first `bytes` of a file, shared: what is stored stays in the file when the process is killed. The file must
-    /// be that long, and nobody may shorten it while it is mapped.
+    /// be that long, and nobody may shorten it while it is mapped. Its holes are filled first: a store into one would end the process
+    /// (SIGBUS) once the file system is full, while here that is an error.
     pub fn map_file(file: &File, bytes: usize) -> io::Result<Self> {
         let length = Self::checked_length(bytes)?;
         if file.metadata()?.len() < bytes as u64 {
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file is shorter than its mapping"));
         }
+        fallocate(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, 0, bytes as i64)?;
         #[expect(unsafe_code, reason = "mapping memory")]
         // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing.
         let mapped = unsafe {
@@ -214,6 +217,18 @@ mod tests {
         memory[2047].store(0xdead_beef, Relaxed);
         drop(memory);
         assert_eq!(SharedMemory::map_file(&file, 8192).unwrap()[2047].load(Relaxed), 0xdead_beef);
+    }
+
+    #[test]
+    fn holes_of_a_mapped_file_are_filled_before_anybody_can_store_into_them() {
+        use std::os::unix::fs::MetadataExt as _;
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(65536).unwrap();
+        assert_eq!(file.metadata().unwrap().blocks(), 0, "this file system has no holes");
+        let _memory = SharedMemory::map_file(&file, 65536).unwrap();
+        // In units of 512 bytes (stat(2)).
+        assert!(file.metadata().unwrap().blocks() * 512 >= 65536);
+        assert_eq!(file.metadata().unwrap().len(), 65536);
     }
 
     #[test]

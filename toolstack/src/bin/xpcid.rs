@@ -21,6 +21,7 @@ use std::time::Duration;
 use toolstack::cli::{Choice, ServiceArguments};
 use toolstack::client;
 use toolstack::control;
+use toolstack::descriptors;
 use toolstack::engine::Engine;
 use toolstack::journal::Journal;
 use toolstack::policies;
@@ -95,7 +96,9 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
     let images = settings.run_directory.join("images");
     fs::create_dir_all(&images).with_context(|| format!("create {}", images.display()))?;
     let _lock = lock(&settings.run_directory)?;
+    let limit = descriptors::raise_limit().context("raise the limit of open files")?;
     let Some(platform) = open_when_booted(&arguments.platform, &stop)? else { return Ok(()) };
+    problems.extend(descriptors::shortage(limit, platform.host.functions()?.len()));
     let journal = Journal::open(&settings.state_directory)?;
     let socket = settings.socket();
     if let Some(sources) = sources

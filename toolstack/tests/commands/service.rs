@@ -37,16 +37,44 @@ fn only_its_owner_reaches_the_socket() {
     assert_eq!(mode & 0o777, 0o600);
 }
 
-#[test]
-fn a_service_without_free_descriptors_answers_when_there_are_some_and_says_so_once() {
+/// A service that is started with these limits of a shell's.
+fn limited(limits: &str) -> Daemon {
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("host.yaml"), host()).unwrap();
     std::fs::write(directory.path().join("settings.yaml"), "guest-limit-seconds: 1\n").unwrap();
     let xpcid = service(directory.path());
     let mut limited = program("sh");
-    limited.args(["-c", "ulimit -n 48; exec \"$0\" \"$@\""]).arg(xpcid.get_program()).args(xpcid.get_args());
-    let mut daemon = Daemon::run(directory, limited);
+    let script = format!("{limits}; exec \"$0\" \"$@\"");
+    limited.args(["-c", script.as_str()]).arg(xpcid.get_program()).args(xpcid.get_args());
+    let daemon = Daemon::run(directory, limited);
     daemon.wait_for_log("ready on");
+    daemon
+}
+
+#[test]
+fn the_limit_of_open_files_is_raised_as_far_as_it_goes() {
+    let daemon = limited("ulimit -Sn 64; ulimit -Hn 777");
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", daemon.id())).unwrap();
+    let files: Vec<&str> = limits
+        .lines()
+        .find(|line| line.starts_with("Max open files"))
+        .map(|line| line.split_whitespace().collect())
+        .unwrap();
+    assert_eq!(files[3..5], ["777", "777"], "{limits}");
+    let status = String::from_utf8(daemon.xpci(&["status"]).stdout).unwrap();
+    assert!(!status.contains("LimitNOFILE"), "{status}");
+}
+
+#[test]
+fn a_limit_of_open_files_that_is_too_low_for_the_host_is_a_problem_in_the_status() {
+    let daemon = limited("ulimit -n 200");
+    let status = String::from_utf8(daemon.xpci(&["status"]).stdout).unwrap();
+    assert!(status.contains("xpcid may open 200 files") && status.contains("LimitNOFILE"), "{status}");
+}
+
+#[test]
+fn a_service_without_free_descriptors_answers_when_there_are_some_and_says_so_once() {
+    let mut daemon = limited("ulimit -n 48");
     let clients: Vec<UnixStream> = (0..60).map(|_| UnixStream::connect(daemon.socket()).unwrap()).collect();
     daemon.wait_for_log("accept control connections");
     drop(clients);

@@ -1,14 +1,10 @@
 //! HVM guests through libxendevicemodel and libxenctrl.
 
-use std::io::{BufRead as _, BufReader, Write as _};
 use std::ops::RangeInclusive;
-use std::os::unix::net::UnixStream;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
-use std::time::Duration;
 
 use nix::errno::Errno;
-use serde_json::Value;
 
 use super::bindings::{
     __HYPERVISOR_hvm_op, HVMOP_get_mem_type, Libraries, ioservid_t, pt_irq_type_PT_IRQ_TYPE_PCI,
@@ -17,13 +13,12 @@ use super::bindings::{
 use super::hypervisor::check;
 use super::ioreq::{RequestPage, XenIoreqServer};
 use super::physdev::PhysDev;
+use super::qmp::ask_device_model;
 use crate::DomId;
-use crate::platform::{Cause, HvmDomains, IoreqServer, MsiMessage, Pirq, PlatformError, Result, ServerId};
+use crate::platform::{HvmDomains, IoreqServer, MsiMessage, Pirq, PlatformError, Result, ServerId};
 
 /// Servers that a domain can have (`MAX_NR_IOREQ_SERVERS` of Xen).
 const SERVERS: u16 = 8;
-/// How long QEMU may take to answer.
-const DEVICE_MODEL_LIMIT: Duration = Duration::from_secs(5);
 
 /// The HVM guests of the running hypervisor.
 pub struct XenHvmDomains {
@@ -402,42 +397,6 @@ fn already(answer: i32, claim: bool, subject: impl FnOnce() -> String) -> Result
     }
 }
 
-/// QEMU's answer to QMP's `query-pci`: the device numbers on bus 0.
-fn ask_device_model(domain: DomId) -> std::result::Result<Vec<u8>, Cause> {
-    // The first is for statistics and nearly always free; at the second libxl itself connects, for each of its commands.
-    let paths = ["qmp-libxenstat", "qmp-libxl"].map(|name| format!("/run/xen/{name}-{domain}"));
-    let stream = paths
-        .iter()
-        .find_map(|path| UnixStream::connect(path).ok())
-        .ok_or_else(|| Cause::Unavailable(format!("no process listens at {} or {}", paths[0], paths[1])))?;
-    stream.set_read_timeout(Some(DEVICE_MODEL_LIMIT))?;
-    stream.set_write_timeout(Some(DEVICE_MODEL_LIMIT))?;
-    let mut lines = BufReader::new(stream.try_clone()?).lines();
-    let mut answer = |key: &str| loop {
-        let line = lines.next().ok_or(Cause::Missing)??;
-        let mut value: Value =
-            serde_json::from_str(&line).map_err(|error| Cause::Malformed(error.to_string()))?;
-        if let Some(found) = value.get_mut(key) {
-            return Ok(found.take());
-        }
-        if let Some(error) = value.get("error") {
-            return Err(Cause::Malformed(error.to_string()));
-        }
-    };
-    answer("QMP")?;
-    let mut stream = stream;
-    stream.write_all(b"{\"execute\":\"qmp_capabilities\"}\n")?;
-    answer("return")?;
-    stream.write_all(b"{\"execute\":\"query-pci\"}\n")?;
-    slots_of(&answer("return")?).ok_or_else(|| Cause::Malformed("query-pci lists no bus 0".to_owned()))
-}
-
-fn slots_of(buses: &Value) -> Option<Vec<u8>> {
-    let root = buses.as_array()?.iter().find(|bus| bus["bus"] == 0)?;
-    let slots = root["devices"].as_array()?.iter().map(|device| device["slot"].as_u64());
-    slots.map(|slot| u8::try_from(slot?).ok().filter(|slot| *slot < 32)).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -448,17 +407,5 @@ mod tests {
         let message = MsiMessage { address: 0xfee7_f00c, data: 0x8141 };
         assert_eq!((vector(message), delivery(message)), (0x41, 0x937f));
         assert_eq!(delivery(MsiMessage { address: 0xfee0_0000, data: 0x0030 }), 0);
-    }
-
-    #[test]
-    fn the_device_models_slots_are_those_of_bus_0() {
-        let answer = serde_json::json!([
-            {"bus": 0, "devices": [{"slot": 0, "function": 0}, {"slot": 1, "function": 3}, {"slot": 4}]},
-            {"bus": 1, "devices": [{"slot": 9}]},
-        ]);
-        assert_eq!(slots_of(&answer), Some(vec![0, 1, 4]));
-        for malformed in [serde_json::json!([]), serde_json::json!([{"bus": 0, "devices": [{"slot": 32}]}])] {
-            assert_eq!(slots_of(&malformed), None, "{malformed}");
-        }
     }
 }

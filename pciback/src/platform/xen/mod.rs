@@ -14,6 +14,7 @@ mod ioreq;
 mod messages;
 mod msix;
 mod physdev;
+mod qmp;
 mod rings;
 mod store;
 

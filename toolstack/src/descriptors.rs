@@ -1,0 +1,45 @@
+//! How many files the service may have open: each function that a guest has needs some.
+
+use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+/// What the service opens whatever guests have: libraries' connections, xenstore, clients, the journal.
+const FIXED: u64 = 256;
+/// What it opens at most for one function that a guest has: config space, mapped BARs, the guest's event channel and page.
+const EACH: u64 = 4;
+
+/// Raises the limit as far as it goes (setrlimit(2)), and returns what it is then.
+pub fn raise_limit() -> Result<u64, Errno> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    if soft < hard {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    }
+    Ok(hard)
+}
+
+/// What is wrong with a limit on a host with so many functions, if guests had all of them.
+pub fn shortage(limit: u64, functions: usize) -> Option<String> {
+    let needed = FIXED + EACH * functions as u64;
+    (limit < needed).then(|| {
+        format!(
+            "xpcid may open {limit} files, and the {functions} functions of this host may need {needed} with guests: raise LimitNOFILE \
+             in its systemd unit ('systemctl edit xpcid'), or 'ulimit -Hn'"
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_that_is_too_low_for_the_hosts_functions_is_reported_with_what_they_need() {
+        assert_eq!(shortage(1024, 64), None);
+        assert_eq!(shortage(FIXED + 4096 * EACH, 4096), None);
+        let said = shortage(1024, 4096).unwrap();
+        assert!(
+            said.contains("1024 files") && said.contains("16640") && said.contains("LimitNOFILE"),
+            "{said}"
+        );
+    }
+}
