@@ -260,7 +260,21 @@ pub struct Service {
     thread: Option<JoinHandle<()>>,
 }
 
+/// Somebody with a connection of his own.
+#[derive(Clone)]
+pub struct Operator(PathBuf);
+
+impl Operator {
+    pub fn call(&self, request: Request) -> Result<Success, Failure> {
+        call(&self.0, request)
+    }
+}
+
 impl Service {
+    pub fn operator(&self) -> Operator {
+        Operator(self.socket.clone())
+    }
+
     pub fn call(&self, request: Request) -> Result<Success, Failure> {
         call(&self.socket, request)
     }
