@@ -1,6 +1,7 @@
 //! A guest whose xen-pcifront does what Linux's does, without a bus to scan.
 
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
@@ -96,6 +97,29 @@ impl Frontend {
 
     pub fn ask(&self, op: &Op) -> (i32, u32, Vec<MsixEntry>) {
         ask(&locked(&self.guest), op)
+    }
+
+    /// Asks while another vCPU of the guest goes on changing the page.
+    pub fn ask_while(&self, op: &Op, change: impl Fn(&[AtomicU32]) + Sync) -> (i32, u32, Vec<MsixEntry>) {
+        let guest = locked(&self.guest);
+        let (page, answered) = (guest.page().unwrap(), AtomicBool::new(false));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !answered.load(Ordering::Relaxed) {
+                    change(page);
+                }
+            });
+            frontend::put_request(page, op);
+            guest.notify().unwrap();
+            let answer = guest.wait_for_answer(LIMIT, |page| frontend::take_answer(page, 0));
+            answered.store(true, Ordering::Relaxed);
+            answer.unwrap()
+        })
+    }
+
+    /// Sends an event without a request.
+    pub fn notify(&self) {
+        locked(&self.guest).notify().unwrap();
     }
 
     /// A register's value; the read must succeed.

@@ -12,17 +12,17 @@ use toolstack::protocol::{Request, Success};
 
 use crate::world::{LIMIT, Service, World, bdf, name, wait_until};
 
-const WIN: DomId = DomId(7);
-const SLOT: u8 = 0x1f;
-const VENDOR: u16 = 0;
+pub const WIN: DomId = DomId(7);
+pub const SLOT: u8 = 0x1f;
+pub const VENDOR: u16 = 0;
 const BAR0: u16 = 0x10;
-const BAR3: u16 = 0x1c;
-const MSIX_CONTROL: u16 = 0x72;
+pub const BAR3: u16 = 0x1c;
+pub const MSIX_CONTROL: u16 = 0x72;
 const DEVICE_CONTROL: u16 = 0xa8;
-const TABLE: u64 = 0xf310_0000;
+pub const TABLE: u64 = 0xf310_0000;
 
 /// The guest's vCPU.
-struct Guest(SimHvmGuest);
+pub struct Guest(SimHvmGuest);
 
 impl Guest {
     /// A paused guest.
@@ -31,16 +31,16 @@ impl Guest {
         Self(world.simulation.hvm_guest(WIN))
     }
 
-    fn ask(&self, access: &wire::xen::Access) -> u64 {
+    pub fn ask(&self, access: &wire::xen::Access) -> u64 {
         let Some(request) = self.0.begin(access) else { panic!("nobody takes {access:x?}") };
         request.answer(LIMIT).unwrap()
     }
 
-    fn read(&self, slot: u8, offset: u16, size: u32) -> u64 {
+    pub fn read(&self, slot: u8, offset: u16, size: u32) -> u64 {
         self.ask(&config(slot, offset, size, None))
     }
 
-    fn write(&self, offset: u16, size: u32, value: u32) {
+    pub fn write(&self, offset: u16, size: u32, value: u32) {
         self.ask(&config(SLOT, offset, size, Some(value)));
     }
 
@@ -65,7 +65,7 @@ fn attach_at(service: &Service, address: Sbdf, slot: u8) -> Result<Success, Fail
     })
 }
 
-fn attached() -> (World, Guest, Service) {
+pub fn attached() -> (World, Guest, Service) {
     let world = World::new();
     let guest = Guest::new(&world);
     let service = world.start();
@@ -217,12 +217,12 @@ fn what_fails_for_two_functions_at_once_counts_for_the_request_that_caused_it_on
 }
 
 /// The guest sets up a vector.
-fn set_up(guest: &Guest, entry: u64, vector: u64) {
+pub fn set_up(guest: &Guest, entry: u64, vector: u64) {
     guest.ask(&memory(TABLE + 16 * entry, 8, Some(0xfee0_0000)));
     guest.ask(&memory(TABLE + 16 * entry + 8, 8, Some(vector)));
 }
 
-fn bound(guest: &Guest) -> Vec<(u32, u64)> {
+pub fn bound(guest: &Guest) -> Vec<(u32, u64)> {
     guest.0.reached().messages.values().map(|(message, table)| (message.data, *table)).collect()
 }
 

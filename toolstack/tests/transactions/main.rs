@@ -4,10 +4,10 @@
 
 mod accounts;
 mod addresses;
+mod advisories;
 mod crashes;
 mod errors;
 mod failures;
-mod floods;
 mod former_owners;
 mod frontend;
 mod guests;
@@ -15,6 +15,8 @@ mod handing_over;
 mod holding;
 mod hvm;
 mod network;
+mod operators;
+mod other_toolstacks;
 mod ownership;
 mod path;
 mod persistent;
