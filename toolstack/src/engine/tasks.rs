@@ -297,6 +297,7 @@ impl Engine {
         self.records.insert(address, shown);
         self.busy.insert(address);
         self.syncing.touch(address);
+        self.stirred.begin(address);
         let workshop = self.workshop();
         let (reporter, listener) = (workshop.clone(), reply.clone());
         let not_begun = workshop.unchanged(course, record.clone());

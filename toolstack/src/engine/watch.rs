@@ -27,6 +27,8 @@ pub(super) struct Stirred {
     others: bool,
     /// A thread is looking.
     looking: bool,
+    /// Functions that were in a transaction at some time since: what it saw of them may be of before.
+    begun_with: BTreeSet<Sbdf>,
 }
 
 impl Stirred {
@@ -45,6 +47,13 @@ impl Stirred {
     /// Another toolstack has done something.
     pub fn others(&mut self) {
         self.others = true;
+    }
+
+    /// Something is begun with a function.
+    pub fn begin(&mut self, address: Sbdf) {
+        if self.looking {
+            self.begun_with.insert(address);
+        }
     }
 
     /// Whether something is being looked at.
@@ -131,11 +140,12 @@ impl Engine {
 
     /// Looks at what was stirred up, unless that is being done.
     pub(super) fn look(&mut self) {
-        let Stirred { addresses, all, others, looking } = &mut self.stirred;
+        let Stirred { addresses, all, others, looking, begun_with } = &mut self.stirred;
         if *looking || (addresses.is_empty() && !*all && !*others) {
             return;
         }
         *looking = true;
+        begun_with.clone_from(&self.busy);
         let (mut addresses, all) = (std::mem::take(addresses), std::mem::take(all));
         let others = std::mem::take(others);
         let recorded: Vec<Sbdf> = if all { self.records.keys().copied().collect() } else { Vec::new() };
@@ -188,8 +198,8 @@ impl Engine {
         for seen in look.seen {
             self.compare(&seen);
             let Seen { address, function, .. } = seen;
-            // One in a transaction is looked at when that has ended.
-            if self.busy.contains(&address) {
+            // One in a transaction is looked at when that has ended, one that has been in one meanwhile is looked at again.
+            if self.busy.contains(&address) || self.stirred.begun_with.contains(&address) {
                 continue;
             }
             let Some(record) = self.records.get(&address).cloned() else {

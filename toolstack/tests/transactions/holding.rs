@@ -1,10 +1,10 @@
 //! Who may take a function from whom, what belongs to guests from the start, and PFs that no driver manages.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use pciback::config::Access;
-use pciback::platform::sim::{Moment, Owner};
+use pciback::platform::sim::{self, Moment, Owner};
 use pciback::platform::{StoreOps, Use};
 use pciback::policy::RdmPolicy;
 use pciback::{DomId, FunctionState, Sbdf};
@@ -361,4 +361,28 @@ fn bars_that_a_reset_of_the_link_has_taken_are_placed_again_before_anybody_gets_
     forget(&world, nvme);
     service.detach(WEB, nvme).unwrap();
     assert_eq!(bars(), placed, "dom0 gets it back");
+}
+
+/// A look that began before the function was held ends afterwards, and tells of the time before.
+#[test]
+fn a_look_that_began_before_a_function_was_held_does_not_give_it_back() {
+    let (world, address) = (World::new(), bdf("02:00.0"));
+    let service = world.start();
+    let delay = Duration::from_secs(3);
+    world.simulation.fail(sim::Failure {
+        operation: "assignable".into(),
+        address: Some(address),
+        delay,
+        times: 1,
+        ..sim::Failure::default()
+    });
+    world.host().unbind(address, LIMIT).unwrap();
+    wait_until("the service looks at it", || world.simulation.pending_failures() == 0);
+    let begun = Instant::now();
+    service.hold(address).unwrap();
+    assert!(begun.elapsed() < delay, "the look ended before");
+    // Answered when the look has ended.
+    service.call(Request::Sync { dry_run: true }).unwrap();
+    service.attach(WEB, address).unwrap();
+    assert_eq!(service.state(address), FunctionState::Attached);
 }
