@@ -28,6 +28,9 @@ fn main() -> ExitCode {
     };
     let show_progress = !cli.json && std::io::stderr().is_terminal();
     let look = cli.command.look();
+    for note in cli.command.notes() {
+        say(&mut std::io::stderr(), &format!("xpci: {note}\n"));
+    }
     let (mut code, mut shown) = (0, Vec::new());
     let all = cli.command.steps();
     let together = cli.json && all.len() > 1;

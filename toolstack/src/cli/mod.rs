@@ -6,6 +6,7 @@ mod hvm;
 mod list;
 mod network;
 mod paths;
+mod place;
 mod policy;
 mod service;
 mod table;
@@ -14,6 +15,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use pciback::Sbdf;
+
+pub use place::Place;
 
 use crate::VERSION;
 use crate::outcome::{ErrorCode, Failure};
@@ -100,7 +103,8 @@ pub enum Command {
         persist: bool,
         /// The guest, by name or number.
         domain: String,
-        /// The function, and the device number at which the guest shall see it (hexadecimal, 0-1f).
+        /// The function, and the device number at which the guest shall see it (hexadecimal, 0-1f). xl's options may follow:
+        /// 'BDF@SLOT,permissive=1'; those without effect here are named.
         #[arg(value_name = "BDF[@SLOT]")]
         place: Place,
     },
@@ -256,37 +260,6 @@ pub struct OneFunction {
     pub address: Sbdf,
 }
 
-/// A function and where the guest sees it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
-    /// The function.
-    pub address: Sbdf,
-    /// The guest's device number.
-    pub slot: Option<u8>,
-}
-
-impl std::str::FromStr for Place {
-    type Err = Failure;
-
-    fn from_str(text: &str) -> Result<Self, Failure> {
-        let (address, slot) = match text.split_once('@') {
-            Some((address, slot)) => (address, Some(slot)),
-            None => (text, None),
-        };
-        let usage = |message: String| Failure::new(ErrorCode::Usage, message);
-        let address = address.parse().map_err(|error: pciback::SbdfError| usage(error.to_string()))?;
-        let slot = slot.map(|digits| {
-            u8::from_str_radix(digits, 16)
-                .ok()
-                .filter(|slot| *slot < 32 && !digits.starts_with('+'))
-                .ok_or_else(|| {
-                    usage(format!("'@{digits}' is no device number: it must be hexadecimal, 0 to 1f"))
-                })
-        });
-        Ok(Self { address, slot: slot.transpose()? })
-    }
-}
-
 /// What is wrong with a command line, and how it is written, without the words around.
 pub fn usage(error: &clap::Error) -> Failure {
     let text = error.to_string();
@@ -325,6 +298,14 @@ impl Command {
             _ => {}
         }
         look
+    }
+
+    /// What is to be said of the command line itself, on standard error.
+    pub fn notes(&self) -> &[&'static str] {
+        match self {
+            Self::PciAttach { place, .. } => &place.notes,
+            _ => &[],
+        }
     }
 
     /// What to do, one after the other.
@@ -400,16 +381,6 @@ impl Command {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_slot_is_hexadecimal_as_in_xl() {
-        let place: Place = "1:10.2@1f".parse().unwrap();
-        assert_eq!((place.address.to_string().as_str(), place.slot), ("0000:01:10.2", Some(0x1f)));
-        assert_eq!("01:10.2".parse::<Place>().unwrap().slot, None);
-        for text in ["01:10.2@", "01:10.2@20", "01:10.2@+1", "01:10.2@1@2", "@1"] {
-            assert_eq!(text.parse::<Place>().unwrap_err().code, ErrorCode::Usage, "{text}");
-        }
-    }
 
     #[test]
     fn the_command_line_is_consistent() {
