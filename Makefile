@@ -90,7 +90,6 @@ dumps: deps
 
 # A Debian package of what 'make binaries' built, in target/debian.
 deb: binaries
-	@tests/setup/host.sh dpkg-dev
 	@packaging/deb.sh $(BINARIES) target/debian
 
 # Installs what 'make binaries' built; builds nothing, because it may run as another user. Settings that are there stay.

@@ -36,10 +36,7 @@ impl Apt {
             fs::create_dir_all(root.join(folder))?;
         }
         fs::write(root.join("state/status"), "")?;
-        let keyring = KEYRINGS.into_iter().find(|k| Path::new(k).exists());
-        let signed = keyring.map(|k| format!("signed-by={k}")).unwrap_or_default();
-        let source = format!("deb [arch=amd64 {signed}] {} {suite} main\n", mirror()?);
-        fs::write(root.join("etc/sources.list"), source)?;
+        fs::write(root.join("etc/sources.list"), format!("{}\n", source(suite)?))?;
         let apt = Self { root };
         apt.run(&["update", "-q", "--error-on=any"])
             .with_context(|| format!("fetching the package lists of {suite}"))?;
@@ -95,7 +92,7 @@ impl Apt {
 }
 
 fn run(mut command: Command) -> Result<String> {
-    let output = command.env("LC_ALL", "C").stdin(Stdio::null()).output().context("starting apt-get")?;
+    let output = command.env("LC_ALL", "C").stdin(Stdio::null()).output().context("starting apt")?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     if !output.status.success() {
         bail!("apt-get failed ({}):\n{text}{}", output.status, String::from_utf8_lossy(&output.stderr));
@@ -108,6 +105,23 @@ fn parse_inst(line: &str) -> Option<Package> {
     let (name, rest) = line.strip_prefix("Inst ")?.split_once(" (")?;
     let name = name.split_whitespace().next()?;
     Some(Package { name: name.to_owned(), version: rest.split_whitespace().next()?.to_owned() })
+}
+
+/// The line of a sources.list for a suite, on the mirror that the host's apt uses.
+pub fn source(suite: &str) -> Result<String> {
+    let keyring = KEYRINGS.into_iter().find(|k| Path::new(k).exists());
+    let signed = keyring.map(|k| format!("signed-by={k}")).unwrap_or_default();
+    Ok(format!("deb [arch=amd64 {signed}] {} {suite} main", mirror()?))
+}
+
+/// How the host's apt reaches that mirror, for another apt: proxies, time limits, checks of dates.
+pub fn network_settings() -> Result<String> {
+    const NAMES: [&str; 4] = ["Acquire::http", "Acquire::https", "Acquire::Check", "Acquire::Retries"];
+    let mut command = Command::new("apt-config");
+    command.arg("dump");
+    let all = run(command).context("asking apt for its settings")?;
+    let lines = all.lines().filter(|line| NAMES.iter().any(|name| line.starts_with(name)));
+    Ok(lines.map(|line| format!("{line}\n")).collect())
 }
 
 /// The archive that the host's apt uses for Debian's `main`, without naming any host in our files.

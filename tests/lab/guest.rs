@@ -224,7 +224,7 @@ pub(crate) fn shell(script: &str) -> Start {
 
 /// A script that ends when the condition holds; it asks ten times a second, inside the machine.
 pub(crate) fn until(condition: &str) -> String {
-    format!("until {{ {condition}\n}} >/dev/null 2>&1; do usleep 100000; done")
+    format!("until {{ {condition}\n}} >/dev/null 2>&1; do sleep 0.1; done")
 }
 
 pub(crate) fn wait_for(command: Command, what: &str, limit: Duration) -> Result<()> {

@@ -16,7 +16,8 @@ use crate::{elf, modules};
 const DOM0_INIT: &str = include_str!("assets/dom0-init.sh");
 const GUEST_INIT: &str = include_str!("assets/guest-init.sh");
 
-const DOM0_MODULES: [&str; 21] = [
+/// The modules that dom0 has, with what they depend on.
+pub const DOM0_MODULES: [&str; 21] = [
     "8021q",
     "aer_inject",
     "crc32c_generic",
@@ -77,7 +78,7 @@ pub struct Images {
     pub hypervisor: PathBuf,
     /// Kernel of dom0 and guests.
     pub kernel: PathBuf,
-    /// Initramfs of dom0, without agent and guests' files.
+    /// Initramfs of dom0, without agent and guests' files; a real Debian has one of its own.
     pub dom0: PathBuf,
     /// Initramfs of guests, without agent.
     pub guest: PathBuf,
@@ -183,7 +184,8 @@ fn guest(archive: &mut Archive<impl Write>, trees: &Trees) -> Result<()> {
     modules::add(archive, trees, &GUEST_MODULES)
 }
 
-fn skeleton(archive: &mut Archive<impl Write>) -> Result<()> {
+/// The folders and files that every initramfs has.
+pub fn skeleton(archive: &mut Archive<impl Write>) -> Result<()> {
     for folder in ["bin", "dev", "etc", "lab", "proc", "root", "run", "sbin", "sys", "tmp", "var"] {
         archive.directory(folder)?;
     }
@@ -192,8 +194,8 @@ fn skeleton(archive: &mut Archive<impl Write>) -> Result<()> {
     archive.file("/etc/hosts", 0o644, b"127.0.0.1 localhost\n")
 }
 
-/// Added last: a real program of the same name is already there and stays.
-fn busybox(archive: &mut Archive<impl Write>, trees: &Trees) -> Result<()> {
+/// Adds busybox under all its names; last: a real program of the same name is already there and stays.
+pub fn busybox(archive: &mut Archive<impl Write>, trees: &Trees) -> Result<()> {
     let path = trees.find("/bin/busybox")?;
     archive.copy("/bin/busybox", &path, 0o755)?;
     let list = packages::run(Command::new(&path).arg("--list"))?;

@@ -13,6 +13,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::command::Command;
+use crate::debian;
 use crate::guest::{Guest, GuestConfig, shell, until, wait_for};
 use crate::image::{self, Images, Programs};
 use crate::link::{Link, Process};
@@ -34,6 +35,7 @@ pub struct Builder {
     guest_programs: Vec<String>,
     hvm_guests: bool,
     udev: bool,
+    debian: bool,
     name: String,
     life: Duration,
 }
@@ -82,6 +84,14 @@ impl Builder {
         self
     }
 
+    /// Has dom0 be a real Debian with systemd, of the host's release and with its Xen; what is put into it comes below /lab. It can be
+    /// rebooted, and keeps its disk then.
+    pub fn debian(mut self) -> Result<Self> {
+        self.version = XenVersion::of_the_host()?;
+        self.debian = true;
+        Ok(self)
+    }
+
     /// Name of the folder for logs; the running test's name unless told.
     pub fn name(mut self, name: &str) -> Self {
         self.name = name.to_owned();
@@ -100,11 +110,17 @@ impl Builder {
         machine::check_qemu()?;
         let images = image::images(self.version)
             .with_context(|| format!("preparing the Xen {} lab", self.version.name()))?;
+        let root = if self.debian {
+            Some(debian::root(&images.trees).context("making a Debian for dom0")?)
+        } else {
+            None
+        };
         let logs = logs::folder(&self.name)?;
         let folder =
             tempfile::Builder::new().prefix("xpci-lab-").tempdir().context("creating the lab's folder")?;
         self.write_initramfs(&images, &folder.path().join("dom0.cpio")).context("making dom0's initramfs")?;
-        let qemu = Qemu::start(machine::command(&images, &self.devices, folder.path())?, &logs, self.life)?;
+        let command = machine::command(&images, root.as_deref(), &self.devices, folder.path())?;
+        let qemu = Qemu::start(command, &logs, self.life)?;
         let booted = connect(&qemu, folder.path()).and_then(|(agent, monitor)| {
             let link = serve(agent, qemu.witness())?;
             match services_come_up(&link).and_then(|()| Qmp::new(monitor)) {
@@ -140,6 +156,10 @@ impl Builder {
                 .iter()
                 .try_for_each(|name| programs.add(archive, &format!("/lab/{name}"), &built(name)?))
         })?;
+        if self.debian {
+            self.write_debian(images, to, &agent, &guest)?;
+            return Ok(fs::remove_file(guest)?);
+        }
         fs::copy(&images.dom0, to)?;
         append(to, |archive| {
             let mut programs = Programs::new(&images.trees);
@@ -159,9 +179,25 @@ impl Builder {
         })?;
         Ok(fs::remove_file(guest)?)
     }
+
+    /// With the lab's own files only: libraries are the Debian's.
+    fn write_debian(&self, images: &Images, to: &Path, agent: &Path, guest: &Path) -> Result<()> {
+        let mut files = self.install.clone();
+        for (name, path) in &self.programs {
+            files.push((built(name)?, path.clone()));
+        }
+        for (from, path) in
+            [(agent, "lab-agent"), (&images.kernel, "guest/vmlinuz"), (guest, "guest/initrd.cpio")]
+        {
+            files.push((from.to_owned(), format!("/lab/{path}")));
+        }
+        debian::initramfs(to, &images.trees, &files)
+    }
 }
 
 const BOOT_LIMIT: Duration = Duration::from_secs(240);
+/// Guests are shut down first.
+const REBOOT_LIMIT: Duration = Duration::from_secs(300);
 
 fn append(
     to: &Path,
@@ -175,7 +211,7 @@ fn append(
 }
 
 /// A program or example of this workspace, built in the same profile as whoever uses the lab, from what the sources are now.
-fn built(name: &str) -> Result<PathBuf> {
+pub fn built(name: &str) -> Result<PathBuf> {
     let me = std::env::current_exe().context("finding this program")?;
     let places = me.ancestors().skip(1).take(2).flat_map(|d| [d.join(name), d.join("examples").join(name)]);
     let found = places.into_iter().find(|place| place.exists());
@@ -261,6 +297,7 @@ impl Lab {
             guest_programs: Vec::new(),
             hvm_guests: false,
             udev: false,
+            debian: false,
             name: thread::current().name().unwrap_or("lab").replace("::", "-"),
             life: Duration::from_secs(1800),
         }
@@ -294,6 +331,23 @@ impl Lab {
     /// Starts a guest and waits until it runs commands.
     pub fn guest(&self, config: &GuestConfig) -> Result<Guest<'_>> {
         Guest::start(self, config)
+    }
+
+    /// Reboots a dom0 that is a real Debian, as its administrator does, and waits until it has started again.
+    pub fn reboot(&self) -> Result<()> {
+        self.link.control.lock().pongs = 0;
+        self.link.start(&shell("systemctl reboot"), None).and_then(|_asked| {
+            // Only an agent that has just started says this unasked.
+            let came = self
+                .link
+                .control
+                .wait(Some(REBOOT_LIMIT), |c| (c.pongs > 0 || c.exit.is_some()).then_some(()));
+            came.with_context(|| {
+                format!("dom0 did not come back within {REBOOT_LIMIT:?}: {}", self.qemu.witness().account())
+            })
+        })?;
+        self.link.end_all("dom0 was rebooted");
+        services_come_up(&self.link)
     }
 
     /// Waits until a shell condition holds in dom0.

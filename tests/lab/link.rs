@@ -131,7 +131,13 @@ impl Link {
     /// The agent will say nothing more.
     pub(crate) fn dead(&self, why: &str) {
         let exit = Exit { error: Some(why.to_owned()), ..Exit::default() };
-        self.control.update(|c| c.exit = Some(exit.clone()));
+        self.control.update(|c| c.exit = Some(exit));
+        self.end_all(why);
+    }
+
+    /// Another agent has taken the place of the one that ran these commands.
+    pub(crate) fn end_all(&self, why: &str) {
+        let exit = Exit { error: Some(why.to_owned()), ..Exit::default() };
         for (_, channel) in self.channels().drain() {
             channel.update(|c| _ = c.exit.get_or_insert_with(|| exit.clone()));
         }

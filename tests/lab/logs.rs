@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use crate::lab::Lab;
 
 /// The workspace's root: cargo runs tests in the member's folder.
-pub(crate) fn workspace() -> PathBuf {
+pub fn workspace() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap_or_else(|_| PathBuf::from("."))
 }
 
@@ -63,13 +63,15 @@ pub fn scratch(name: &str) -> Result<PathBuf> {
     Ok(folder.join(name))
 }
 
-const COLLECTED: [(&str, &str); 5] = [
+const COLLECTED: [(&str, &str); 6] = [
     // What the processors of domains and Xen's timers wait for, should something hang.
     ("xl-dmesg.log", "xl debug-keys qvar; xl dmesg"),
     ("dom0-dmesg.log", "dmesg"),
     ("xl.log", "xl list; cat /var/log/xen/*.log"),
     ("guest-consoles.log", "cat /var/log/xen/console/*.log | tr -d '\\002\\003'"),
     ("xenstore.log", "xenstore-ls -fp"),
+    // Of a dom0 that is a real Debian.
+    ("journal.log", "[ ! -d /run/systemd/system ] || journalctl --no-pager -o short-monotonic"),
 ];
 
 /// What only dom0 can tell. A dom0 that no longer answers costs a few seconds, and its console's log is there already.

@@ -83,8 +83,9 @@ impl Devices {
     }
 }
 
-/// QEMU, ready to start. Its sockets and the initramfs are in `folder`.
-pub fn command(images: &Images, devices: &Devices, folder: &Path) -> Result<Command> {
+/// QEMU, ready to start. Its sockets and the initramfs are in `folder`. `root` is the image of dom0's root file system, if it has one: such a
+/// machine can be rebooted, and what it writes is in a file of QEMU's own that ends with it.
+pub fn command(images: &Images, root: Option<&Path>, devices: &Devices, folder: &Path) -> Result<Command> {
     let (folder, kernel) = (text(folder)?, text(&images.kernel)?);
     ensure!(
         !format!("{folder}{kernel}").contains([',', ' ']),
@@ -104,16 +105,16 @@ pub fn command(images: &Images, devices: &Devices, folder: &Path) -> Result<Comm
         "-smp",
         "2",
     ]);
-    qemu.args([
-        "-m",
-        &MEMORY_MIB.to_string(),
-        "-display",
-        "none",
-        "-nodefaults",
-        "-no-reboot",
-        "-serial",
-        "stdio",
-    ]);
+    qemu.args(["-m", &MEMORY_MIB.to_string(), "-display", "none", "-nodefaults", "-serial", "stdio"]);
+    match root {
+        Some(root) => {
+            let image = text(root)?;
+            ensure!(!image.contains(','), "QEMU cannot take commas in {image}");
+            qemu.args(["-drive", &format!("if=none,id=root,format=raw,snapshot=on,file={image}")]);
+            qemu.args(["-device", "virtio-blk-pci,drive=root,addr=1d.0"]);
+        }
+        None => _ = qemu.arg("-no-reboot"),
+    }
     qemu.args(["-qmp", &format!("unix:{folder}/qmp,server=on,wait=off")]);
     qemu.arg("-kernel").arg(&images.hypervisor);
     qemu.args(["-initrd", &format!("{kernel} console=hvc0 rdinit=/init loglevel=5,{folder}/dom0.cpio")]);

@@ -3,16 +3,36 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use tempfile::TempDir;
 
 use crate::cpio::Archive;
 use crate::packages::{Trees, run};
 
 /// Adds these modules and their dependencies under /lib/modules, with depmod's indexes.
 pub fn add(archive: &mut Archive<impl Write>, trees: &Trees, wanted: &[&str]) -> Result<()> {
+    let stage = stage(trees, wanted)?;
+    add_folder(archive, &stage.folder, &format!("/lib/modules/{}", trees.kernel_release()?))
+}
+
+/// Some of a kernel's modules in a temporary folder.
+pub struct Stage {
+    folder: PathBuf,
+    _root: TempDir,
+}
+
+impl Stage {
+    /// The folder that is named after the kernel's release.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+}
+
+/// Copies these modules and their dependencies, with depmod's indexes.
+pub fn stage(trees: &Trees, wanted: &[&str]) -> Result<Stage> {
     let release = trees.kernel_release()?;
     let all = trees.find(&format!("lib/modules/{release}"))?;
     // depmod works on a copy with the wanted modules only, so that its indexes name nothing that is absent.
@@ -40,7 +60,7 @@ pub fn add(archive: &mut Archive<impl Write>, trees: &Trees, wanted: &[&str]) ->
         fs::write(&to, bytes)?;
     }
     run(Command::new("/sbin/depmod").arg("-b").arg(stage.path()).arg(&release))?;
-    add_folder(archive, &folder, &format!("/lib/modules/{release}"))
+    Ok(Stage { folder, _root: stage })
 }
 
 /// Newer Debian kernels have compressed modules; unpacked ones need no support in the initramfs.

@@ -43,7 +43,15 @@ impl XenVersion {
         found.with_context(|| format!("no lab for Xen {name:?}; there are 4.17 and 4.20"))
     }
 
-    fn suite(self) -> &'static str {
+    /// That of the release whose programs the lab's base userland is made of, which is the host's where the lab can boot that.
+    pub fn of_the_host() -> Result<Self> {
+        let base = base_suite(Self::ALL[0])?;
+        let found = Self::ALL.into_iter().find(|version| version.suite() == base);
+        found.with_context(|| format!("no lab for the Xen of {base}"))
+    }
+
+    /// The Debian release that has it.
+    pub fn suite(self) -> &'static str {
         match self {
             Self::V4_17 => "bookworm",
             Self::V4_20 => "trixie",

@@ -1,4 +1,4 @@
-//! `lab shell [4.17|4.20] [FILE=PATH]...` boots the lab for a person; `lab fetch` only fills the cache.
+//! `lab shell [4.17|4.20|debian] [FILE=PATH]...` boots the lab for a person; `lab fetch` only fills the cache.
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
@@ -7,18 +7,21 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
-use xpci_tests::{GuestConfig, Lab, Process, XenVersion, image};
+use xpci_tests::{GuestConfig, Lab, Process, XenVersion, debian, image};
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.first().map(String::as_str) {
         Some("shell") => shell(&arguments[1..]),
         Some("fetch") => XenVersion::ALL.into_iter().try_for_each(|version| {
-            image::images(version)?;
+            let images = image::images(version)?;
+            if version == XenVersion::of_the_host()? {
+                debian::root(&images.trees)?;
+            }
             println!("lab: Xen {} is ready", version.name());
             Ok(())
         }),
-        _ => bail!("usage: lab shell [4.17|4.20] [FILE=PATH]... | lab fetch"),
+        _ => bail!("usage: lab shell [4.17|4.20|debian] [FILE=PATH]... | lab fetch"),
     }
 }
 
@@ -27,6 +30,7 @@ fn shell(arguments: &[String]) -> Result<()> {
     for argument in arguments {
         builder = match argument.split_once('=') {
             Some((from, to)) => builder.install(from, to),
+            None if argument == "debian" => builder.debian()?,
             None => builder.xen(XenVersion::parse(argument)?),
         };
     }
