@@ -93,8 +93,11 @@ impl Workshop {
         visible: Option<&[u16]>,
     ) -> Result<Arc<Planes>, Failure> {
         let name = domains::name(self.platform.store.as_ref(), domain)?;
-        let merged = self.policies.merge(&Subject::of(spec, name.as_deref()));
-        self.filters.planes(spec, merged.policy, visible)
+        let mut policy = self.policies.merge(&Subject::of(spec, name.as_deref())).policy;
+        if domains::kind(self.platform.store.as_ref(), domain)? == DomainType::Hvm {
+            policy.hide_enhanced_allocation();
+        }
+        self.filters.planes(spec, policy, visible)
     }
 }
 

@@ -10,11 +10,32 @@ use pciback::{DomId, FunctionState, Sbdf};
 use toolstack::outcome::{ErrorCode, Failure};
 use toolstack::protocol::{Request, Success};
 
-use crate::world::{LIMIT, Service, World, bdf, name, wait_until};
+use crate::frontend::Frontend;
+use crate::world::{LIMIT, Service, WEB, World, bdf, name, wait_until};
 
 pub const WIN: DomId = DomId(7);
 pub const SLOT: u8 = 0x1f;
 pub const VENDOR: u16 = 0;
+const CAPABILITIES_POINTER: u16 = 0x34;
+/// A function with Enhanced Allocation at 0xe0, before its PCI Express capability at 0x80.
+const WITH_ENHANCED_ALLOCATION: &str = r#"
+drivers: [pci-stub]
+models:
+  allocated:
+    reset-methods: [flr]
+    bars: {0: 4000}
+    config: |
+      00: 86 80 10 00 00 00 10 00 02 02 08 01 00 00 00 00
+      10: 04 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00
+      30: 00 00 00 00 e0 00 00 00 00 00 00 00 00 00 00 00
+      80: 10 00 02 00 20 80 00 10 00 00 00 00 11 04 00 00
+      90: 00 00 11 00 00 00 00 00 00 00 00 00 00 00 00 00
+      e0: 14 80 00 00 00 00 00 00 00 00 00 00 00 00 00 00
+functions:
+  - {address: "02:00.0", model: allocated}
+domains:
+  - {id: 1, name: web, type: pv, passthrough: true}
+"#;
 const BAR0: u16 = 0x10;
 pub const BAR3: u16 = 0x1c;
 pub const MSIX_CONTROL: u16 = 0x72;
@@ -124,6 +145,23 @@ fn a_paused_guest_gets_a_function_that_answers_beside_its_device_models() {
     service.detach(WIN, bdf("01:10.0")).unwrap();
     world.assert_held(&service, bdf("01:10.0"), "detached");
     assert_nothing_remains(&world, &guest, "detached");
+}
+
+#[test]
+fn a_guest_that_places_bars_itself_does_not_find_the_hosts_addresses_in_enhanced_allocation() {
+    let world = World::of(WITH_ENHANCED_ALLOCATION);
+    let function = bdf("02:00.0");
+    let pv = Frontend::load(&world, WEB);
+    let guest = Guest::new(&world);
+    let service = world.start();
+    service.hold(function).unwrap();
+    service.attach(WEB, function).unwrap();
+    wait_until("the guest has it", || pv.is_connected());
+    assert_eq!(pv.read(0, CAPABILITIES_POINTER.into(), 1), 0xe0);
+    service.detach(WEB, function).unwrap();
+    service.attach(WIN, function).unwrap();
+    served(&guest, SLOT);
+    assert_eq!(guest.read(SLOT, CAPABILITIES_POINTER, 1), 0x80);
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 use super::bytes::Bytes;
-use crate::spec::AnyId;
+use crate::spec::{AnyId, CapabilityId};
 
 /// What a shadow bit is before the guest writes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -196,6 +196,21 @@ pub struct Policy {
     pub capabilities: Vec<CapabilityOverride>,
     /// Single registers.
     pub registers: Vec<RegisterOverride>,
+}
+
+impl Policy {
+    /// For guests that place BARs by themselves: the host's addresses, which the capability has, are none of theirs. Whatever else the
+    /// policy says of it.
+    pub fn hide_enhanced_allocation(&mut self) {
+        self.capabilities.push(CapabilityOverride {
+            which: AnyId::Legacy(CapabilityId::ENHANCED_ALLOCATION).into(),
+            action: CapabilityAction::Hide,
+            rule: Rule::built_in(
+                "it has the host's addresses, and an HVM guest has its own",
+                "PCI Express 6.0, 7.8.5",
+            ),
+        });
+    }
 }
 
 impl Default for Policy {
