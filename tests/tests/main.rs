@@ -18,6 +18,7 @@ mod meaning;
 #[expect(dead_code, reason = "the composed devices of the library's tests have more registers than this VF")]
 mod oracle;
 mod other_devices;
+mod real_dom0;
 mod ring;
 mod vf;
 mod vf_in_a_guest;
@@ -47,6 +48,7 @@ fn main() -> Result<ExitCode> {
         holding::Holding,
         hvm_devices::HvmDevices,
         vf_in_a_guest::newer_xen::NewerXen,
+        real_dom0::RealDom0,
     ];
     Ok(if run(&scenes, &arguments)? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
