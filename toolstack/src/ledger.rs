@@ -105,7 +105,7 @@ impl Ledger {
         entries(&self.directory)?.iter().map(|path| read(path)).collect()
     }
 
-    /// Writes an entry so that the next life of the service finds it when the call returns; one without users is removed. A power
+    /// Writes an entry so that the next run of the service finds it when the call returns; one without users is removed. A power
     /// failure takes the registers along.
     pub fn write(&self, entry: &Entry) -> Result<(), JournalError> {
         let path = self.path(entry.address);

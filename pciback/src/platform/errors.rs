@@ -25,7 +25,7 @@ pub trait ErrorEvents {
 
 /// Where errors become known.
 pub trait ErrorSource: Send + Sync {
-    /// Subscribes. Events that came since an earlier life of the service was killed are among them.
+    /// Subscribes. Events that came since an earlier run of the service was killed are among them.
     fn events(&self) -> Result<Box<dyn ErrorEvents>>;
     /// How many errors of a function, or a port, the kernel has counted; `None` where it counts none: the function has no AER
     /// capability, or the platform keeps it from the kernel. Does not touch the function.

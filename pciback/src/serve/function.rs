@@ -133,7 +133,7 @@ impl GuestFunction {
         self.address
     }
 
-    /// Whether a reset of the guest's was under way when an earlier life of the service ended.
+    /// Whether a reset of the guest's was under way when an earlier run of the service ended.
     pub fn resetting(&self) -> bool {
         self.space.image().resetting()
     }

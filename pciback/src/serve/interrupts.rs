@@ -130,7 +130,7 @@ impl GuestFunction {
         let device = self.device();
         while let Some((entry, pirq)) = vectors.entries.pop() {
             device.unbind(self, Pirq(pirq));
-            // It may be unmapped already, by an earlier life or with the domain.
+            // It may be unmapped already, by an earlier run or with the domain.
             let unmapped = self.hypervisor.unmap_pirq(self.domain, Pirq(pirq));
             if let Err(error) = Revoked::Interrupt.outcome(unmapped) {
                 // It stays noted, to be unmapped by the next try: nobody else knows its number.
@@ -228,7 +228,7 @@ pub(super) fn kept(capability: u16, changed: Changed) -> Result<()> {
 pub(super) fn release_all(function: &mut GuestFunction) -> Result<()> {
     function.release()?;
     if let Some(entry) = function.vectors().pending {
-        // An earlier life was killed between the note and the mapping, or Xen refused it.
+        // An earlier run was killed between the note and the mapping, or Xen refused it.
         warn!("{}: entry {entry} may be mapped to domain {}", function.address, function.domain);
         function.note(&VectorState::default())?;
     }

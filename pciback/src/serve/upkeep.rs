@@ -37,7 +37,7 @@ impl GuestFunction {
         live::decode_bars(config, &bars)?.kept_or_silent("Command")
     }
 
-    /// Brings hardware into step with what its guest has: before it is served, by this life of the service or the first one.
+    /// Brings hardware into step with what its guest has: before it is served, by this run of the service or the first one.
     pub fn keep_hardware(&mut self) -> io::Result<()> {
         if self.is_silent() {
             return Ok(());

@@ -70,7 +70,7 @@ impl<S: RequestSource> Worker<S> {
         loop {
             if turn == Turn::Stopped || self.roster.take_orders() {
                 if self.told.take().is_some() {
-                    // Another life, or another thread, begins with a guest that is told nothing.
+                    // Another run, or another thread, begins with a guest that is told nothing.
                     self.source.withdraw();
                 }
                 return;

@@ -51,7 +51,7 @@ fn request() -> RequestRecord {
 }
 
 #[test]
-fn another_life_of_the_service_finds_everything_as_it_was() {
+fn a_restarted_service_finds_everything_as_it_was() {
     let (file, device) = (file(), devices::network_pf());
     let mut space = created(&file);
     space.write(Access::new(0x10, 4).unwrap(), u32::MAX, &device.hardware).unwrap();

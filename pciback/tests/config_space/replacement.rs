@@ -104,7 +104,7 @@ fn hardware_that_fails_leaves_the_old_filter_in_force() {
 }
 
 #[test]
-fn a_life_with_another_policy_takes_over_as_a_reload_does() {
+fn a_restart_with_another_policy_takes_over_as_a_reload_does() {
     let mut device = devices::network_pf();
     let file = tempfile::tempfile().unwrap();
     file.set_len(FunctionImage::BYTES as u64).unwrap();
@@ -113,7 +113,7 @@ fn a_life_with_another_policy_takes_over_as_a_reload_does() {
     device.hardware.put(UNKNOWN.into(), &[0xcd, 0xab]);
     let own = treat(UNKNOWN, 2, 0xffff, Treatment::Virtual(pciback::config::Initial::Hardware));
     for written in [0xabcd, 0x5555] {
-        // The first life seeds; a later one keeps what the guest wrote.
+        // The first run seeds; a later one keeps what the guest wrote.
         let mut space =
             VirtualConfigSpace::resume(&device.spec, planes(&device, &own), image(), &device.hardware)
                 .unwrap();

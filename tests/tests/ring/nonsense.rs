@@ -1,5 +1,5 @@
 //! Frontends that publish nonsense, jump between states, leave or die at the wrong moment. Each time the backend says what is
-//! wrong, goes back to Initialised and waits; the service lives on, another guest is served, and a correct frontend connects.
+//! wrong, goes back to Initialised and waits; the service goes on, another guest is served, and a correct frontend connects.
 
 use anyhow::{Context, Result, ensure};
 use xpci_tests::host::SOON;

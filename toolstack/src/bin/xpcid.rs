@@ -113,7 +113,7 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
         error!("{problem}");
         engine.note_problem(problem);
     }
-    // Guests may have waited for an answer since the last life of the service ended: they come first.
+    // Guests may have waited for an answer since the last run of the service ended: they come first.
     engine.recover()?;
     control::listen(&socket, engine.inbox()).with_context(|| format!("listen at {}", socket.display()))?;
     reload_at(hangup, socket)?;
@@ -160,7 +160,7 @@ fn check(arguments: &ServiceArguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The policies to begin with. Files with mistakes do not stop the guests that an earlier life left: they are served on under what
+/// The policies to begin with. Files with mistakes do not stop the guests that an earlier run left: they are served on under what
 /// was in force, and the second value says so.
 fn read_policies(settings: &Settings) -> anyhow::Result<(PolicySet, Option<String>)> {
     match policies::load(&settings.policy_directories) {

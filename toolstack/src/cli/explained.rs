@@ -124,7 +124,7 @@ fn groups(register: &RegisterLine) -> Vec<Group<'_>> {
     groups
 }
 
-/// What guests wrote in vain.
+/// What guests wrote without effect.
 pub fn learned(functions: &[LearnedView]) -> String {
     let mut text = String::new();
     for view in functions {

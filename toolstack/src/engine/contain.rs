@@ -1,4 +1,4 @@
-//! Containing a function that its guest shall not live with any longer.
+//! Containing a function that its guest shall not keep.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -130,7 +130,7 @@ impl Engine {
         self.look_at_errors(now);
     }
 
-    /// A guest is given a function, a transaction has ended, or an earlier life's guest is served on: who has what is looked at anew.
+    /// A guest is given a function, a transaction has ended, or an earlier run's guest is served on: who has what is looked at anew.
     pub(super) fn watch_errors_of(&mut self, address: Sbdf) -> Result<(), Failure> {
         let record = self.records.get(&address);
         let given = [FunctionState::Attaching, FunctionState::Attached, FunctionState::Resetting];

@@ -33,7 +33,7 @@ impl Given {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Its guest is about to reach it, or could in an earlier life of the service.
+    /// Its guest is about to reach it, or could in an earlier run of the service.
     pub fn add(&self, address: Sbdf) {
         self.locked().insert(address);
     }

@@ -71,7 +71,7 @@ impl Engine {
             }
         };
         let Some(guest) = self.guests.get_mut(&place.domain) else {
-            // Nobody serves it: the transaction never came that far, or this life could not take it over.
+            // Nobody serves it: the transaction never came that far, or this run could not take it over.
             answer.send(self.clean_up_unserved(place.domain));
             return;
         };
@@ -101,7 +101,7 @@ impl Engine {
         Ok(None)
     }
 
-    /// The function is published but the guest has not connected: what its transaction waits for is not an answer to a dance.
+    /// The function is published but the guest has not connected: what its transaction waits for is not an answer to an exchange.
     pub(super) fn published(&mut self, domain: DomId, devfn: u8) {
         if let Some(guest) = self.guests.get_mut(&domain)
             && let Some(waiting) = guest.waiting.get_mut(&devfn)
@@ -361,7 +361,7 @@ impl Engine {
         self.reset_for_error_ended(address, done);
     }
 
-    /// Takes over a guest that an earlier life served.
+    /// Takes over a guest that an earlier run served.
     pub(super) fn resume_guest(
         &mut self,
         domain: DomId,
@@ -385,7 +385,7 @@ impl Engine {
         self.guests.insert(domain, guest);
         self.act(domain, actions);
         for address in resetting {
-            // The earlier life may have been killed before, during or after it.
+            // The earlier run may have been killed before, during or after it.
             self.reset_for_guest(address);
         }
         Ok(())

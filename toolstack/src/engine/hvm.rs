@@ -54,7 +54,7 @@ pub struct Wanted {
     pub(super) dry_run: bool,
 }
 
-/// A function that an earlier life served.
+/// A function that an earlier run served.
 pub(super) struct Resumed {
     pub devfn: u8,
     pub function: Box<GuestFunction>,
@@ -218,7 +218,7 @@ impl Engine {
         Ok(())
     }
 
-    /// What the guest wrote to port CF8, which the next life of the service has to know too.
+    /// What the guest wrote to port CF8, which the next run of the service has to know too.
     fn config_ports(&self, domain: DomId) -> Result<ConfigPorts, Failure> {
         let path = self.ports_notes().path(domain);
         let open = || -> io::Result<ConfigPorts> {
@@ -271,7 +271,7 @@ impl Engine {
         }
         self.start_server(domain, server, addresses, functions)?;
         for address in resetting {
-            // The earlier life may have been killed before, during or after it.
+            // The earlier run may have been killed before, during or after it.
             self.reset_for_guest(address);
         }
         Ok(())
@@ -293,7 +293,7 @@ impl Engine {
         }
     }
 
-    /// Ends servers that an earlier life left in domains that have no function of ours.
+    /// Ends servers that an earlier run left in domains that have no function of ours.
     pub(super) fn end_stray_servers(&self) {
         let known = |domain: &DomId| self.guests.contains_key(domain);
         for domain in self.notes().domains().into_iter().filter(|domain| !known(domain)) {

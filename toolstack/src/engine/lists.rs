@@ -46,7 +46,7 @@ impl Workshop {
     }
 }
 
-/// Which guest has a function for good.
+/// Which guest has a function persistently.
 pub(super) fn persistent_view(reservation: &Reservation) -> PersistentView {
     PersistentView { guest: reservation.guest, name: reservation.name.clone() }
 }

@@ -181,7 +181,7 @@ impl Answer {
 
 impl Drop for Answer {
     fn drop(&mut self) {
-        // An engine that dies over a question has not refused: what was asked for is the next life's.
+        // An engine that dies over a question has not refused: what was asked for is the next run's.
         if std::thread::panicking() {
             self.ended.store(true, Ordering::SeqCst);
         }
@@ -396,7 +396,7 @@ impl Engine {
             while let Ok(event) = self.events.try_recv() {
                 self.handle(event);
             }
-            // Without xenstore nothing can be served; a new life may find it again.
+            // Without xenstore nothing can be served; a restarted service may find it again.
             more_changes = self.take_store_events().map_err(io::Error::other)?;
             self.check_deadlines(Instant::now());
             self.check_error_deadlines(Instant::now());

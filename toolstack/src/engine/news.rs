@@ -33,7 +33,7 @@ pub(super) struct News {
 }
 
 impl News {
-    /// With what earlier lives of the service wrote down.
+    /// With what earlier runs of the service wrote down.
     pub fn new(audit: AuditLog) -> Self {
         let mut news = Self {
             failed: false,

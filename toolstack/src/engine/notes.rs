@@ -1,4 +1,4 @@
-//! Notes about domains for the next life of the service, one small file for each in the run directory.
+//! Notes about domains for the next run of the service, one small file for each in the run directory.
 
 use std::fs;
 use std::io;

@@ -41,7 +41,7 @@ pub struct Opened {
 }
 
 impl Workshop {
-    /// Opens the image and the config space of a function for a guest; `again`: of an earlier life of the service.
+    /// Opens the image and the config space of a function for a guest; `again`: of an earlier run of the service.
     pub(super) fn open_function(
         &self,
         record: &Record,

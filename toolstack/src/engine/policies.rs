@@ -151,7 +151,7 @@ impl Engine {
         Some(view)
     }
 
-    /// What the guests of a function, or a guest with all its functions, wrote in vain.
+    /// What the guests of a function, or a guest with all its functions, wrote without effect.
     pub(super) fn learned(&self, target: &str, reply: Reply) {
         let found = self.to_learn_from(target);
         let store = Arc::clone(&self.platform.store);

@@ -1,6 +1,6 @@
-//! Taking over from an earlier life of the service.
+//! Taking over from an earlier run of the service.
 //!
-//! Guests first: one may have waited for an answer since that life ended, and gives up after two seconds. Then what it left
+//! Guests first: one may have waited for an answer since that run ended, and gives up after two seconds. Then what it left
 //! half-done: an attach or hold is undone, a detach or release completed; both mean going backwards from the step that the
 //! journal names.
 
@@ -48,7 +48,7 @@ impl Engine {
         Ok(())
     }
 
-    /// A record cannot be used: what an earlier life did with its function is not known, so nobody gets it before somebody has looked.
+    /// A record cannot be used: what an earlier run did with its function is not known, so nobody gets it before somebody has looked.
     fn distrust_unknown(&mut self, error: &JournalError) {
         error!("{error}");
         let Some(address) = error.address() else {
@@ -145,7 +145,7 @@ impl Engine {
         }
     }
 
-    /// Ends what an earlier life left half-done, and notices what changed meanwhile.
+    /// Ends what an earlier run left half-done, and notices what changed meanwhile.
     fn settle(&mut self, record: Record) {
         let address = record.address;
         let exists = !matches!(
@@ -177,7 +177,7 @@ impl Engine {
         } else if !exists {
             warn!("{address}: it left the host");
         } else if let Some(why) = record.quarantine.filter(|_| record.state != FunctionState::Quarantined) {
-            // The earlier life was killed between the decision and its first deed.
+            // The earlier run was killed between the decision and its first deed.
             self.contain(address, Containment::Quarantine, &why);
         } else if !attached && record.state == FunctionState::Held {
             self.check_held(address);

@@ -80,7 +80,7 @@ impl Engine {
         Ok(Reservation::new(address, identity, guest, name, devfn))
     }
 
-    /// What an attachment for good is besides, when the guest has the function already; otherwise `None`.
+    /// What a persistent attachment is besides, when the guest has the function already; otherwise `None`.
     pub(super) fn attached_already(
         &self,
         domain: &DomainName,
@@ -107,7 +107,7 @@ impl Engine {
         Success::Already { message: text }
     }
 
-    /// A guest keeps for good what it has.
+    /// A guest keeps persistently what it has.
     pub(super) fn make_persistent(&self, record: &Record, reply: Reply) {
         let Some(place) = record.guest else { return };
         let (address, domain) = (record.address, place.domain);
@@ -144,7 +144,7 @@ impl Engine {
         Ok(self.reservations.of(self.platform.hypervisor.domain(domain)?.uuid))
     }
 
-    /// Whether a guest has a function for good, but not now.
+    /// Whether a guest has a function persistently, but not now.
     pub(super) fn is_only_reserved(&self, guest: &DomainName, address: Sbdf, scope: Scope) -> bool {
         let domain = domains::find(self.platform.store.as_ref(), guest).ok();
         let place = self.records.get(&address).and_then(|record| record.guest);
@@ -158,7 +158,7 @@ impl Engine {
         self.platform.hypervisor.domain(domain).ok().map(|info| info.uuid)
     }
 
-    /// A guest has a function no longer for good.
+    /// A guest has a function no longer persistently.
     pub(super) fn forget_reservation(&mut self, guest: &DomainName, address: Sbdf, reply: Reply) {
         let Some(reservation) = self.reservation_of(guest, address) else {
             let shown: String = guest.0.chars().take(64).collect();
@@ -176,7 +176,7 @@ impl Engine {
         });
     }
 
-    /// A function goes back to dom0, and the guest that had it for good has it no longer.
+    /// A function goes back to dom0, and the guest that had it persistently has it no longer.
     pub(super) fn release_of(&mut self, record: Record, message: String) -> Plan {
         let reservation = self.reserved(record.address);
         let message = match &reservation {

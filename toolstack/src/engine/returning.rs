@@ -23,7 +23,7 @@ use crate::journal::{GuestPlace, Record};
 use crate::outcome::{ErrorCode, Failure};
 use crate::transaction::{Finished, Kind};
 
-/// What is known of guests that have functions for good.
+/// What is known of guests that have functions persistently.
 #[derive(Default)]
 pub(super) struct Returning {
     /// The domains that were looked at.
@@ -83,7 +83,7 @@ impl Returning {
         self.paused.values().filter_map(|start| start.deadline).min()
     }
 
-    /// Functions that were tried in vain and that are a domain's, or anybody's.
+    /// Functions that were tried without success and that are a domain's, or anybody's.
     fn failed(&self, of: Option<DomId>) -> Vec<Sbdf> {
         let failed = self.missing.iter().filter(|(_, missing)| {
             missing.why.is_some() && !missing.under_way && of.is_none_or(|domain| domain == missing.domain)
@@ -325,7 +325,7 @@ impl Engine {
         }
     }
 
-    /// A guest has a function no longer for good.
+    /// A guest has a function no longer persistently.
     pub(super) fn miss_no_more(&mut self, address: Sbdf) {
         if let Some(missing) = self.returning.missing.remove(&address) {
             self.let_run_if_ready(missing.domain);
@@ -411,7 +411,7 @@ impl Engine {
         self.pause_notes().remove(domain);
     }
 
-    /// Takes over guests that an earlier life kept paused, and looks for others that came meanwhile.
+    /// Takes over guests that an earlier run kept paused, and looks for others that came meanwhile.
     pub(super) fn resume_returning(&mut self) {
         for domain in self.pause_notes().domains() {
             let info = self.platform.hypervisor.domain(domain).ok();

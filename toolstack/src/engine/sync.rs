@@ -23,7 +23,7 @@ use crate::protocol::{Success, SyncView};
 use crate::reply::Reply;
 use crate::transaction::{Kind, Parting, a_guests, is_another_toolstacks};
 
-/// How often the same function is repaired, or read in vain, before the service gives up.
+/// How often the same function is repaired, or read without success, before the service gives up.
 const TRIES: u32 = 3;
 /// How many of the repairs made are shown in the status.
 const SHOWN: usize = 16;

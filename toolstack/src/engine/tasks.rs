@@ -43,7 +43,7 @@ pub(super) enum Course {
     Backward(Kind, Parting),
     /// [`Kind::Hold`] from its end, backwards, because somebody asks for it: not while a guest's function shares something with it.
     GiveBack,
-    /// From one step backwards: what an earlier life of the service left.
+    /// From one step backwards: what an earlier run of the service left.
     BackwardFrom(Kind, Step, Parting),
     /// A function that no guest has is quarantined.
     Condemn,
@@ -207,7 +207,7 @@ impl Workshop {
         }
     }
 
-    /// The guest that has a function for good has it now.
+    /// The guest that has a function persistently has it now.
     fn note_given(&self, record: &Record) -> Result<(), Failure> {
         let Some((reservation, place)) = self.reservations.get(record.address).zip(record.guest) else {
             return Ok(());

@@ -84,7 +84,7 @@ impl Engine {
         }
     }
 
-    /// Takes PFs back from pci-pf-stub that an earlier life gave to it, before it was killed with no VF enabled yet, or none any more.
+    /// Takes PFs back from pci-pf-stub that an earlier run gave to it, before it was killed with no VF enabled yet, or none any more.
     pub(super) fn take_back_stubs(&mut self) {
         let host = std::sync::Arc::clone(&self.platform.host);
         for address in unmanaged::noted(&self.settings.run_directory) {

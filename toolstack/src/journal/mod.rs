@@ -112,7 +112,7 @@ impl Journal {
         self.directory.join(format!("{address}.json"))
     }
 
-    /// Writes a record so that the next life of the service finds it, whole, when the call returns; that of a quarantined
+    /// Writes a record so that the next run of the service finds it, whole, when the call returns; that of a quarantined
     /// function also after a power failure.
     pub fn write(&self, record: &Record) -> Result<(), JournalError> {
         let path = self.path(record.address);
@@ -247,7 +247,7 @@ pub(crate) fn remove_entry(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Replaces a file so that the next life of the service finds it, whole, when the call returns; with `durable` also after a power failure.
+/// Replaces a file so that the next run of the service finds it, whole, when the call returns; with `durable` also after a power failure.
 pub(crate) fn replace(path: &Path, content: &impl Serialize, durable: bool) -> io::Result<()> {
     let text = serde_json::to_vec_pretty(content)?;
     let temporary = path.with_extension(TEMPORARY);

@@ -54,7 +54,7 @@ pub struct Call {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Scope {
-    /// The function, for good.
+    /// The function, persistently.
     #[default]
     All,
     /// The function, until it starts again.
@@ -241,7 +241,7 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         domain: Option<String>,
     },
-    /// What a guest wrote in vain.
+    /// What a guest wrote without effect.
     PolicyLearn {
         /// A function, or a guest with all its functions.
         target: String,
@@ -364,7 +364,7 @@ pub enum Success {
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         damage: Vec<String>,
     },
-    /// What guests wrote in vain.
+    /// What guests wrote without effect.
     Learned {
         /// By function.
         functions: Vec<LearnedView>,

@@ -91,7 +91,7 @@ pub struct RegisterRuleView {
     pub origin: String,
 }
 
-/// What one guest wrote in vain to one of its functions.
+/// What one guest wrote without effect to one of its functions.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct LearnedView {

@@ -37,7 +37,7 @@ pub struct FunctionView {
     pub note: Option<String>,
 }
 
-/// A guest that has a function for good: it gets it again whenever it starts.
+/// A guest that has a function persistently: it gets it again whenever it starts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct PersistentView {

@@ -72,7 +72,7 @@ pub trait Serving: Sync {
     fn host_changes(&self) -> u64;
     /// Waits until more than `seen` have; `false` when nothing did before the deadline.
     fn wait_for_host(&self, seen: u64, deadline: Instant) -> bool;
-    /// Whether the engine has stopped: then nobody carries out the first two, and what is under way is the next life's.
+    /// Whether the engine has stopped: then nobody carries out the first two, and what is under way is the next run's.
     fn ended(&self) -> bool;
 }
 

@@ -52,7 +52,7 @@ fn what_is_no_request_is_answered_with_what_is_wrong_and_the_connection_lives_on
 }
 
 #[test]
-fn a_line_that_is_too_long_is_refused_and_the_service_lives_on() {
+fn a_line_that_is_too_long_is_refused_and_the_service_goes_on() {
     let daemon = Daemon::start(&host());
     let mut stream = connect(&daemon);
     // Exactly one byte more than it takes: it answers without having left anything unread.

@@ -101,7 +101,7 @@ fn an_undo_that_fails_quarantines_and_clearing_makes_it_whole() {
         assert!(world.record(address).unwrap().quarantine.is_some(), "{why}");
         drop(service);
         let service = world.start();
-        assert_quarantined(&service, address, &format!("{why}, in the next life"));
+        assert_quarantined(&service, address, &format!("{why}, after a restart"));
         service.clear(address).unwrap();
         world.assert_held(&service, address, &why);
         service.attach(WEB, address).unwrap();

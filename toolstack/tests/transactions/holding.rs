@@ -213,7 +213,7 @@ fn what_policies_keep_for_guests_is_held_as_soon_as_it_appears_and_given_back_to
 }
 
 #[test]
-fn what_policies_keep_for_guests_is_held_by_the_next_life_when_one_is_killed_over_it() {
+fn what_policies_keep_for_guests_is_held_after_a_restart_when_one_is_killed_over_it() {
     let policy = "match: {vendor: 1af4}\nhold: at-once\n";
     for changes in 0..4 {
         let (world, nic) = (World::without_vfs(), bdf(NIC));

@@ -70,7 +70,7 @@ impl Guest {
     }
 }
 
-/// The thread takes a new function in between two requests of the guest's, which in life is paused then.
+/// The thread takes a new function in between two requests of the guest's, which otherwise is paused then.
 fn served(guest: &Guest, slot: u8) {
     wait_until("the function is served", || guest.read(slot, VENDOR, 2) == 0x8086);
 }
@@ -297,7 +297,7 @@ fn msix_is_bound_per_vector_and_ends_with_enable_reset_and_detach() {
 }
 
 #[test]
-fn a_request_that_waits_while_the_service_is_dead_is_answered_by_the_next_life() {
+fn a_request_that_waits_while_the_service_is_dead_is_answered_after_the_restart() {
     let (world, guest, service) = attached();
     guest.write(BAR0, 4, 0xf300_0000);
     service.kill();

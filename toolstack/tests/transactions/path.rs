@@ -85,7 +85,7 @@ fn hold_two(service: &Service) -> [Sbdf; 2] {
 }
 
 #[test]
-fn the_path_is_set_for_the_first_function_and_put_back_after_the_last_over_lives_of_the_service() {
+fn the_path_is_set_for_the_first_function_and_put_back_after_the_last_over_restarts_of_the_service() {
     let world = world();
     let before = registers(&world);
     let _guests = [WEB, DB].map(|domain| Frontend::load(&world, domain));
@@ -97,7 +97,7 @@ fn the_path_is_set_for_the_first_function_and_put_back_after_the_last_over_lives
     service.kill();
     let service = world.start();
     service.attach(DB, vfs[1]).unwrap();
-    assert_set(&world, "the second VF, in another life");
+    assert_set(&world, "the second VF, after a restart");
     service.detach(WEB, vfs[0]).unwrap();
     assert_set(&world, "the other guest still has one");
     service.stop();

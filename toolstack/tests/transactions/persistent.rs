@@ -59,7 +59,7 @@ fn problem(service: &Service) -> String {
 }
 
 #[test]
-fn a_rebooted_guest_gets_its_function_again_at_the_same_place_also_from_another_life() {
+fn a_rebooted_guest_gets_its_function_again_at_the_same_place_also_after_a_restart() {
     let world = World::new();
     let service = world.start();
     service.hold(vf()).unwrap();
@@ -131,11 +131,11 @@ fn a_guest_that_does_not_run_is_forgotten_by_name_or_uuid_and_others_are_not_fou
 }
 
 #[test]
-fn a_detach_is_for_good_or_until_the_guest_starts_again() {
+fn a_detach_is_persistent_or_until_the_guest_starts_again() {
     let (world, service) = persistent(vf());
     service.detach_only(WEB, vf(), Scope::Live).unwrap();
     world.assert_held(&service, vf(), "detached for now");
-    // Not even another life gives it back to the domain that lost it.
+    // Not even another run gives it back to the domain that lost it.
     service.stop();
     let service = world.start();
     assert_eq!((service.state(vf()), problem(&service)), (FunctionState::Held, String::new()));
@@ -250,7 +250,7 @@ fn a_persistent_attach_that_is_killed_anywhere_ends_with_both_or_neither() {
     );
 }
 
-/// Kills the service at each change that it makes from the end of a guest on, and lets `check` look at the next life.
+/// Kills the service at each change that it makes from the end of a guest on, and lets `check` look at the next run.
 fn rebooted_and_killed<Guest>(
     prepare: impl Fn(&World) -> Service,
     reboot: impl Fn(&World) -> Guest,
@@ -302,7 +302,7 @@ fn is_domains(service: &Service, address: Sbdf, domain: DomId) -> bool {
     status.functions.iter().any(|view| view.address == address && view.domain == Some(domain))
 }
 
-/// An HVM guest with a function for good, which ran and ended.
+/// An HVM guest with a function persistently, which ran and ended.
 fn win(world: &World) -> Service {
     world.simulation.create_guest(WIN, "win", "hvm", WIN_UUID).unwrap();
     world.simulation.start_device_model(WIN);
@@ -325,7 +325,7 @@ fn an_hvm_guest_does_not_run_before_it_has_its_function_again() {
     win_again(&world);
     let pauses = |count: u32| world.simulation.pauses(AGAIN) == Some(count);
     wait_until("it is kept paused", || pauses(2));
-    // xl is ready before the device model, which never is so in life, and lets it run.
+    // xl is ready before the device model, which is never so on a real host, and lets it run.
     world.simulation.unpause(AGAIN).unwrap();
     assert!(pauses(1) && !is_attached(&service, vf(), AGAIN));
     world.simulation.start_device_model(AGAIN);

@@ -69,7 +69,7 @@ fn a_quarantined_function_is_switched_off_and_goes_to_nobody_before_a_verified_r
     assert_contained(&world, &service, address, "contained");
     service.stop();
     let service = world.start();
-    assert_contained(&world, &service, address, "in the next life");
+    assert_contained(&world, &service, address, "after a restart");
     world.fail("reset", Some(address), Errno::ETIMEDOUT, 0);
     let failure = service.clear(address).unwrap_err();
     assert_eq!(failure.code, ErrorCode::Quarantined, "{failure}");

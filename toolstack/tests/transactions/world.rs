@@ -1,4 +1,4 @@
-//! A simulated host with lives of the service on it.
+//! A simulated host with runs of the service on it.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -118,7 +118,7 @@ impl World {
 
     /// Starts the service.
     pub fn start(&self) -> Service {
-        self.start_life(self.settings(), &[])
+        self.start_service_with(self.settings(), &[])
     }
 
     /// Starts the service with a policy of its own about errors, the text below `errors:`.
@@ -128,13 +128,16 @@ impl World {
 
     /// Starts the service with a limit for what guests may take, in seconds.
     pub fn start_impatient(&self) -> Service {
-        self.start_life(Settings { guest_limit_seconds: 1, start_limit_seconds: 1, ..self.settings() }, &[])
+        self.start_service_with(
+            Settings { guest_limit_seconds: 1, start_limit_seconds: 1, ..self.settings() },
+            &[],
+        )
     }
 
     /// Starts the service with these methods of reset in its settings.
     pub fn start_with_resets(&self, methods: &[&str]) -> Service {
         let methods = methods.iter().map(|method| (*method).to_owned()).collect();
-        self.start_life(
+        self.start_service_with(
             Settings { reset: ResetPlan { methods, ..ResetPlan::default() }, ..self.settings() },
             &[],
         )
@@ -142,15 +145,15 @@ impl World {
 
     /// Starts the service with VFs in its settings.
     pub fn start_with_vfs(&self, virtual_functions: Vec<WantedVfs>) -> Service {
-        self.start_life(Settings { virtual_functions, ..self.settings() }, &[])
+        self.start_service_with(Settings { virtual_functions, ..self.settings() }, &[])
     }
 
     /// Starts the service with these policy files besides.
     pub fn start_with(&self, policies: &[&str]) -> Service {
-        self.start_life(self.settings(), policies)
+        self.start_service_with(self.settings(), policies)
     }
 
-    fn start_life(&self, settings: Settings, more: &[&str]) -> Service {
+    fn start_service_with(&self, settings: Settings, more: &[&str]) -> Service {
         let fuse = Fuse::default();
         let platform = self.simulation.platform_with("test", &fuse).unwrap();
         fs::create_dir_all(settings.run_directory.join("images")).unwrap();
@@ -250,7 +253,7 @@ impl World {
     }
 }
 
-/// One life of the service; it stops when it is dropped.
+/// One run of the service; it stops when it is dropped.
 pub struct Service {
     socket: PathBuf,
     stop: Arc<EventFd>,
@@ -295,7 +298,7 @@ impl Service {
         self.detach_only(domain, address, Scope::All)
     }
 
-    /// Attaches for good.
+    /// Attaches persistently.
     pub fn persist(&self, domain: DomId, address: Sbdf) -> Result<Success, Failure> {
         self.call(Request::PciAttach {
             domain: name(domain),

@@ -88,12 +88,12 @@ pub struct IoRequest {
     pub bytes: u8,
     /// The value to write; `None` for a read.
     pub write: Option<u64>,
-    /// An earlier life of the service had begun it.
+    /// An earlier run of the service had begun it.
     pub again: bool,
 }
 
 /// The request that waits for this vCPU, copied and marked as begun; `None` when none waits. `resumed`: those count too that
-/// are marked already, by an earlier life.
+/// are marked already, by an earlier run.
 pub fn take_request(page: &[AtomicU32], vcpu: u16, resumed: bool) -> Option<IoRequest> {
     let first = first_word(vcpu);
     let load = |index: usize| page[first + index].load(Ordering::Relaxed);
@@ -266,7 +266,7 @@ mod tests {
         assert_eq!(request, IoRequest { place, bytes: 4, write: Some(0x1234_5678), again: false });
         assert_eq!(page[base + 7].load(Ordering::Relaxed), 2 << 24 | 2 << 16 | 0xabcd);
         assert_eq!(take_request(&page, 5, false), None);
-        // Another life of the service takes it up.
+        // Another run of the service takes it up.
         assert!(take_request(&page, 5, true).unwrap().again);
         put_answer(&page, 5, Some(9));
         assert_eq!(page[base + 7].load(Ordering::Relaxed), 2 << 24 | 3 << 16 | 0xabcd);

@@ -81,7 +81,7 @@ impl WireError {
         self as i32
     }
 
-    /// Reads a number back, for a record of an earlier life; `Failed` for any that is none.
+    /// Reads a number back, for a record of an earlier run; `Failed` for any that is none.
     pub const fn from_number(number: i32) -> Self {
         match number {
             0 => Self::Success,
@@ -181,7 +181,7 @@ pub fn take_request(page: &[AtomicU32]) -> Option<Op> {
 /// Marks the request that waits as taken by a number other than 0, in a word that frontends write as 0 with each request and do
 /// not read.
 ///
-/// So a later life of the service knows a request that an earlier one began from one with the same content that came after it,
+/// So a later run of the service knows a request that an earlier one began from one with the same content that came after it,
 /// and an answer that took longer than the frontend's two seconds is known to have lost its request.
 pub fn claim(page: &[AtomicU32], token: u32) {
     page[word::INFO].store(token, Ordering::Relaxed);

@@ -96,7 +96,7 @@ impl FunctionImage {
         self.publish(word::MAGIC, MAGIC);
     }
 
-    /// Checks everything that another life of the service left.
+    /// Checks everything that another run of the service left.
     pub(super) fn check(&self, address: Sbdf, shape: u64) -> Result<(), ImageError> {
         self.check_size(address)?;
         let magic = self.memory.words().first().map_or(0, |word| word.load(Acquire));

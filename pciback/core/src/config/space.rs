@@ -121,8 +121,8 @@ impl VirtualConfigSpace {
         u64::from(self.image.shadow(dword)) | u64::from(high) << 32
     }
 
-    /// Takes over the image of an earlier life of the service. An image of another version, boot, domain, function or layout,
-    /// and one that holds impossible values, is an error. The filter may be another than that life's: see
+    /// Takes over the image of an earlier run of the service. An image of another version, boot, domain, function or layout,
+    /// and one that holds impossible values, is an error. The filter may be another than that run's: see
     /// [`Self::replace_filter`].
     pub fn resume(
         spec: &FunctionSpec,
@@ -153,7 +153,7 @@ impl VirtualConfigSpace {
         adopted
     }
 
-    /// Brings the image from the filter that it was written for to the one in force. Killed at any point, the next life does
+    /// Brings the image from the filter that it was written for to the one in force. Killed at any point, the next run does
     /// the same again with the same result.
     fn adopt(&mut self, hw: &dyn ConfigSpace) -> io::Result<()> {
         // Everything is read first: an error changes nothing.

@@ -11,7 +11,7 @@ use crate::spec;
 const PARTIAL: &str =
     "it passes only as a whole: a part of it may start what the rest of it does not ask for";
 
-/// One register whose bits a guest wrote in vain.
+/// One register whose bits a guest wrote without effect.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct LearnedRegister {

@@ -113,7 +113,7 @@ impl Drop for Place {
 impl Instance {
     fn open(directory: &Path) -> io::Result<Self> {
         match fs::create_dir(directory) {
-            // One that an earlier life left.
+            // One that an earlier run left.
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             other => other?,
         }

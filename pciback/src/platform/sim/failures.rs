@@ -99,14 +99,14 @@ impl Random {
     }
 }
 
-/// All failures of one host, as one life of the service meets them.
+/// All failures of one host, as one run of the service meets them.
 #[derive(Clone, Default)]
 pub(super) struct Failures {
     list: Arc<Mutex<Vec<Failure>>>,
     random: Arc<Mutex<Option<Random>>>,
     /// Whether it meets those at random.
     shaken: bool,
-    /// How that life ends.
+    /// How that run ends.
     pub fuse: Fuse,
 }
 
@@ -126,7 +126,7 @@ impl Failures {
     }
 
     /// The same failures, for a service that dies when the fuse says so; `shaken`: also those at random.
-    pub fn of_a_life(&self, fuse: &Fuse, shaken: bool) -> Self {
+    pub fn of_a_run(&self, fuse: &Fuse, shaken: bool) -> Self {
         Self { shaken, fuse: fuse.clone(), ..self.clone() }
     }
 

@@ -9,7 +9,7 @@ use super::locked;
 /// When a platform's callers die: at one of their changes to the outside. Clones are the same fuse.
 ///
 /// A thread that dies unwinds, without a message; all others that use the platform do so at their next change or event. A
-/// new platform of the same simulated host is the next life's.
+/// new platform of the same simulated host is the next run's.
 #[derive(Clone, Default)]
 pub struct Fuse(Arc<State>);
 

@@ -75,8 +75,8 @@ impl SimHvmDomains {
         Self { domains: Arc::default(), world: Arc::clone(world), failures: failures.clone() }
     }
 
-    /// The same domains, for one life of the service.
-    pub fn of_a_life(&self, failures: &Failures) -> Self {
+    /// The same domains, for one run of the service.
+    pub fn of_a_run(&self, failures: &Failures) -> Self {
         Self { failures: failures.clone(), ..self.clone() }
     }
 

@@ -132,12 +132,12 @@ impl Simulation {
 
     /// This host as a platform, with a connection to its xenstore.
     pub fn platform(&self, description: &str) -> Result<Platform> {
-        self.platform_over(description, self.failures.of_a_life(&Fuse::default(), false))
+        self.platform_over(description, self.failures.of_a_run(&Fuse::default(), false))
     }
 
     /// The same, for a service that dies when the fuse says so and meets failures at random.
     pub fn platform_with(&self, description: &str, fuse: &Fuse) -> Result<Platform> {
-        self.platform_over(description, self.failures.of_a_life(fuse, true))
+        self.platform_over(description, self.failures.of_a_run(fuse, true))
     }
 
     fn platform_over(&self, description: &str, failures: Failures) -> Result<Platform> {
@@ -145,8 +145,8 @@ impl Simulation {
             host: Arc::new(host::SimHost::new(&self.world, &failures)),
             hypervisor: Arc::new(hypervisor::SimHypervisor::new(self, &failures)),
             store: Arc::new(SimStore::connect(&self.tree, DomId::DOM0, &failures)?),
-            rings: Arc::new(self.rings.of_a_life(&failures)),
-            hvm: Arc::new(self.hvm.of_a_life(&failures)),
+            rings: Arc::new(self.rings.of_a_run(&failures)),
+            hvm: Arc::new(self.hvm.of_a_run(&failures)),
             network: Arc::new(network::SimVfNetwork::new(&self.world, &failures)),
             errors: Arc::new(errors::SimErrors::new(&self.errors, &failures)),
             machine: Arc::new(machine::SimMachine { texts: self.texts.as_ref().clone(), failures }),

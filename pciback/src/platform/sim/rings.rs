@@ -18,12 +18,12 @@ use crate::platform::{GuestRings, PlatformError, Result, Ring, SharedMemory};
 struct Offers {
     pages: BTreeMap<(DomId, u32), Arc<SharedMemory>>,
     channels: BTreeMap<(DomId, u32), Arc<Channel>>,
-    /// Ports that the backend has bound, and in which of its lives: a second time is refused.
+    /// Ports that the backend has bound, and in which of its runs: a second time is refused.
     bound: BTreeMap<(DomId, u32), Process>,
 }
 
 impl Offers {
-    /// Binds a port, unless it is bound: by a life that has not ended, since the kernel unbinds what a process leaves.
+    /// Binds a port, unless it is bound: by a process that has not ended, since the kernel unbinds what a process leaves.
     fn bind(&mut self, domain: DomId, port: u32, life: &Fuse) -> bool {
         let free = self.bound.get(&(domain, port)).is_none_or(Process::has_ended);
         if free {
@@ -57,8 +57,8 @@ impl SimRings {
         Self { offers: Arc::default(), failures: failures.clone() }
     }
 
-    /// The same offers, for one life of the service.
-    pub fn of_a_life(&self, failures: &Failures) -> Self {
+    /// The same offers, for one run of the service.
+    pub fn of_a_run(&self, failures: &Failures) -> Self {
         Self { offers: Arc::clone(&self.offers), failures: failures.clone() }
     }
 
@@ -167,7 +167,7 @@ impl Ring for SimRing {
 impl Drop for SimRing {
     fn drop(&mut self) {
         let mut offers = locked(&self.offers);
-        // A later life may have it by now.
+        // A later run may have it by now.
         if offers.bound.get(&(self.domain, self.port)).is_some_and(|holder| holder.is_of(&self.fuse)) {
             offers.bound.remove(&(self.domain, self.port));
         }

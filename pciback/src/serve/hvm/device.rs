@@ -55,7 +55,7 @@ impl Device {
         memory.get(&bar).map(|memory| access(memory.as_ref()))
     }
 
-    /// Makes a function what an HVM guest finds at this device number. `again`: an earlier life had done so, and the guest goes on.
+    /// Makes a function what an HVM guest finds at this device number. `again`: an earlier run had done so, and the guest goes on.
     pub fn enter(self, function: &mut GuestFunction, again: bool) -> Result<()> {
         let device = Arc::new(self);
         function.set_device(Arc::clone(&device) as _);

@@ -30,7 +30,7 @@ pub struct Connection {
     pub addresses: Arc<Addresses>,
 }
 
-/// Starts to serve an HVM guest; `functions` are those of an earlier life, by device and function number. Requests that have waited since
+/// Starts to serve an HVM guest; `functions` are those of an earlier run, by device and function number. Requests that have waited since
 /// are answered first. Reports go to `report`, which must not block.
 pub fn start(
     domain: DomId,

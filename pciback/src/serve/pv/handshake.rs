@@ -2,7 +2,7 @@
 //!
 //! It knows which functions the guest shall have and what the frontend says, and answers with what to do next. Linux's
 //! xen-pcifront sets the pace: it publishes its ring and goes to Initialised; it scans its buses when we go to
-//! Connected; while both are connected the set of functions changes only by the dance Reconfiguring (it drops what is marked
+//! Connected; while both are connected the set of functions changes only by the exchange Reconfiguring (it drops what is marked
 //! Closing) and Reconfigured (it scans again); when we go to Closing it drops everything. Its module can be removed and
 //! loaded again: then it comes back to Initialised with another ring.
 
@@ -71,13 +71,13 @@ enum Phase {
     Wanted,
     /// Published; the guest has not scanned since.
     Published,
-    /// Part of the dance in progress.
+    /// Part of the exchange in progress.
     Adding,
     /// The guest has it.
     Present,
     /// To be withdrawn.
     Unwanted,
-    /// Part of the dance in progress.
+    /// Part of the exchange in progress.
     Removing,
 }
 
@@ -106,7 +106,7 @@ impl Handshake {
         Self { domain, link, frontend, functions: BTreeMap::new(), refused: None }
     }
 
-    /// A guest that an earlier life of the service served. `left` is what our end's nodes say; functions they name but
+    /// A guest that an earlier run of the service served. `left` is what our end's nodes say; functions they name but
     /// `functions` does not are forgotten. The first action is to connect to the ring again, where there was one.
     pub fn resume(
         domain: DomId,
@@ -224,7 +224,7 @@ impl Handshake {
                 *phase = Phase::Unwanted;
                 self.drop_unpublished(devfn, &mut actions);
             }
-            // In a dance: it ends first.
+            // In an exchange: it ends first.
             Some(Phase::Removing) => {}
             Some(phase) => *phase = Phase::Unwanted,
         }

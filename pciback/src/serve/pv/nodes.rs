@@ -246,7 +246,7 @@ pub fn pciback_guest(store: &dyn StoreOps, address: Sbdf) -> Result<Option<DomId
     Ok(found.map(|(_, domain)| domain))
 }
 
-/// Reads the state our end was left in by an earlier life; `None` where there is no device.
+/// Reads the state our end was left in by an earlier run; `None` where there is no device.
 pub fn read_backend_state(store: &dyn StoreOps, domain: DomId) -> Result<Option<XenbusState>> {
     let path = format!("{}/{}", backend_directory(domain), key::STATE);
     Ok(store.read(&path)?.as_deref().and_then(number).map(XenbusState))

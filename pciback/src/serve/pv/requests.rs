@@ -8,7 +8,7 @@ use crate::serve::function::Accessed;
 use crate::serve::{Demand, GuestFunction};
 
 impl GuestFunction {
-    /// Answers a request. One that an earlier life of the service had completed is answered with what came out then.
+    /// Answers a request. One that an earlier run of the service had completed is answered with what came out then.
     pub fn execute(&mut self, op: &Op) -> (OpAnswer, Option<Demand>) {
         if op.command == Command::CONF_READ {
             return self.read(op);
@@ -98,7 +98,7 @@ fn answer(accessed: Accessed) -> (OpAnswer, Option<Demand>) {
     (answer, accessed.demand)
 }
 
-/// What identifies a request across lives of the service.
+/// What identifies a request across restarts of the service.
 fn record_of(op: &Op) -> RequestRecord {
     let mut hash = Fnv::new();
     if op.command == Command::ENABLE_MSIX {

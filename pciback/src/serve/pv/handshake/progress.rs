@@ -6,7 +6,7 @@ use crate::serve::pv::nodes::{NodeChange, RingPlace, XenbusState, key};
 impl Handshake {
     /// Goes as far as the frontend lets us.
     pub(super) fn advance(&mut self, actions: &mut Vec<Action>) {
-        // Each turn moves the link or stops; a dance has four links, so this many turns are more than enough.
+        // Each turn moves the link or stops; an exchange has four links, so this many turns are more than enough.
         for _ in 0..16 {
             let before = self.link;
             match self.link {

@@ -25,7 +25,7 @@ const SECOND: Sbdf = Sbdf::from_devfn(0, 1, 0x18);
 /// An unknown register, which passes.
 const PLAIN: u16 = 0xc0;
 
-/// One life of the service over the machine, as far as its thread goes.
+/// One run of the service over the machine, as far as its thread goes.
 fn life(machine: &Machine) -> Serving {
     let functions = BTreeMap::from([(0, machine.open(FIRST)), (8, machine.open(SECOND))]);
     serving(machine, functions, Box::new(|_| {}))
@@ -103,7 +103,7 @@ fn killed_anywhere(before: &[Op], op: &Op, check: impl Fn(&Machine, (i32, u32, V
             serving.ask(&machine, &other);
             before.iter().for_each(|op| drop(serving.ask(&machine, op)));
             machine.ask(op);
-            for (life_number, steps) in [Some(first), second, None].into_iter().enumerate() {
+            for (run_number, steps) in [Some(first), second, None].into_iter().enumerate() {
                 machine.kill_after(steps);
                 // The killed service runs no more code: what unwinding drops has no effects of its own.
                 let outcome = catch_unwind(AssertUnwindSafe(|| serving.begin()));
@@ -112,7 +112,7 @@ fn killed_anywhere(before: &[Op], op: &Op, check: impl Fn(&Machine, (i32, u32, V
                     kills += 1;
                 }
                 // The page is looked at, that is a step, as long as nothing waits on it.
-                idle += u32::from(life_number == 0 && machine.answer(0).is_some());
+                idle += u32::from(run_number == 0 && machine.answer(0).is_some());
                 machine.kill_after(None);
                 serving = life(&machine);
             }
