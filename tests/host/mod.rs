@@ -108,8 +108,9 @@ pub fn xens_log_from(lab: &Lab, start: usize) -> Result<String> {
 /// Who owns a function, in Xen's own words: `d0`, `d[IO]` or `DomIO:...`, `d1` and so on.
 pub fn owner(lab: &Lab, address: &str) -> Result<String> {
     let report = debug_key(lab, "Q")?;
-    let line = report.lines().find(|line| line.contains(address)).with_context(|| report.clone())?;
-    let rest = line.split_once(&format!("{address} - ")).with_context(|| line.to_owned())?.1;
+    // What Xen says of the function at other occasions may stand beside it.
+    let listed = format!("{address} - ");
+    let rest = report.lines().find_map(|line| line.split_once(&listed)).with_context(|| report.clone())?.1;
     Ok(rest.split_whitespace().next().unwrap_or_default().to_owned())
 }
 

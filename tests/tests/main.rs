@@ -2,6 +2,7 @@
 //!
 //! A file is a scene (`tests/scenes`): it names its machine, sets it up once and lists its checks in order.
 
+mod beside_xl;
 mod containment;
 mod contracts;
 mod errors;
@@ -41,6 +42,7 @@ fn main() -> Result<ExitCode> {
         other_devices::OtherDevices,
         vf_network::VfNetwork,
         former_owners::FormerOwners,
+        beside_xl::BesideXl,
         vf_in_a_guest::VfInAGuest,
         ring::Ring,
         hvm::Hvm,
