@@ -4,6 +4,8 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+use toolstack::protocol::{Call, Envelope};
+
 /// The names in backquotes that are paths of files or folders of this repository.
 fn paths(text: &str) -> Vec<&str> {
     const TOP: [&str; 6] = ["pciback/", "toolstack/", "tests/", "docs/", "configs/", "udev-rules/"];
@@ -57,5 +59,50 @@ fn the_files_that_the_documents_for_engineers_name_exist() {
         assert!(named.len() > 5, "{document} names hardly any file: {named:?}");
         let missing: Vec<_> = named.into_iter().filter(|name| !root.join(name).exists()).collect();
         assert!(missing.is_empty(), "{document} names files that do not exist: {missing:?}");
+    }
+}
+
+/// The rows of the table of commands: the command's word and the arguments of a request, or nothing.
+fn commands(text: &str) -> Vec<(&str, &str)> {
+    let table = text.split("## The commands").nth(1).unwrap_or_default();
+    table
+        .lines()
+        .filter_map(|line| {
+            let mut cells = line.strip_prefix("| `")?.split(" | ");
+            let (word, arguments) = (cells.next()?.strip_suffix('`')?, cells.nth(1).unwrap_or_default());
+            Some((word, arguments.trim_end_matches(" |").trim_matches(['|', ' ', '`'])))
+        })
+        .collect()
+}
+
+#[test]
+fn the_protocols_document_has_each_command_with_a_request_that_is_understood() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = fs::read_to_string(root.join("../docs/protocol.md")).unwrap();
+    let documented = commands(&text);
+    for (word, arguments) in &documented {
+        let arguments =
+            if arguments.is_empty() { String::new() } else { format!(r#","arguments":{arguments}"#) };
+        let line = format!(r#"{{"version":1,"id":1,"command":"{word}"{arguments}}}"#);
+        let call: Call = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line}: {error}"));
+        assert_eq!(call.request.name(), *word);
+    }
+    let source = fs::read_to_string(root.join("src/protocol/mod.rs")).unwrap();
+    let names = source.split("pub const fn name").nth(1).unwrap().split("\n}\n").next().unwrap();
+    let known: Vec<&str> = names.split('"').skip(1).step_by(2).collect();
+    let missing: Vec<_> =
+        known.iter().filter(|name| !documented.iter().any(|(word, _)| word == *name)).collect();
+    assert!(known.len() > 20 && missing.is_empty(), "docs/protocol.md lacks {missing:?}");
+}
+
+#[test]
+fn the_lines_that_the_protocols_document_shows_are_of_the_protocol() {
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/protocol.md")).unwrap();
+    let lines: Vec<&str> = text.lines().filter(|line| line.starts_with("{\"version\"")).collect();
+    assert!(lines.len() > 3, "{lines:?}");
+    for line in lines {
+        let is_request = serde_json::from_str::<Call>(line).is_ok_and(|_| !line.contains("\"ok\""));
+        let answer = serde_json::from_str::<Envelope>(line);
+        assert!(is_request || answer.is_ok(), "{line}: {answer:?}");
     }
 }
