@@ -436,7 +436,8 @@ fn decisions(errors: &[Real], course: &Course, begin: u64) -> u64 {
                         let due = account.looked(looks, Some(&counters(NonFatal, *shown)));
                         decided += due.iter().map(|due| due.count).sum::<u64>();
                         reading = None;
-                        next = tick + INTERVAL;
+                        // What ends late in a tick is a whole interval before what begins early only in the tick after that.
+                        next = tick + INTERVAL + 1;
                     }
                     _ => {}
                 },
