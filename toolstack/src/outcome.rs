@@ -60,6 +60,15 @@ impl From<Failure> for Obstacle {
     }
 }
 
+/// The first `shown` of a list, and how many more there are.
+pub fn few(names: &[String], shown: usize) -> String {
+    let first = names[..shown.min(names.len())].join(", ");
+    match names.len().saturating_sub(shown) {
+        0 => first,
+        more => format!("{first} and {more} more"),
+    }
+}
+
 /// A failed operation: what was attempted, why it failed, and what the user can do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {

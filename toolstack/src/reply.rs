@@ -15,8 +15,8 @@ pub struct Reply(Listener);
 #[derive(Clone)]
 enum Listener {
     Client(mpsc::Sender<Line>),
-    /// Nobody asked: a failure goes here.
-    Nobody(Arc<dyn Fn(&Failure) + Send + Sync>),
+    /// The service itself: a failure goes here.
+    Unasked(Arc<dyn Fn(&Failure) + Send + Sync>),
 }
 
 /// One thing that the engine has to say about a call.
@@ -43,9 +43,9 @@ impl Reply {
         (reply, Answer(lines))
     }
 
-    /// A reply for what the service does of its own accord; of a failure `failed` is told.
-    pub fn of_nobody(failed: impl Fn(&Failure) + Send + Sync + 'static) -> Self {
-        Self(Listener::Nobody(Arc::new(failed)))
+    /// A reply for what the service does of its own accord; a failure goes to `failed`.
+    pub fn unasked(failed: impl Fn(&Failure) + Send + Sync + 'static) -> Self {
+        Self(Listener::Unasked(Arc::new(failed)))
     }
 
     /// Says what is done now.
@@ -53,15 +53,15 @@ impl Reply {
         match &self.0 {
             // A client that has gone away is no reason to stop.
             Listener::Client(client) => drop(client.send(Line::Progress(text.to_owned()))),
-            Listener::Nobody(_) => info!("{text}"),
+            Listener::Unasked(_) => info!("{text}"),
         }
     }
 
-    /// Says what happened; `false` when nobody listens any more.
+    /// Says what happened; `false` when its client has left.
     pub fn event(&self, event: &EventView) -> bool {
         match &self.0 {
             Listener::Client(client) => client.send(Line::Event(Box::new(event.clone()))).is_ok(),
-            Listener::Nobody(_) => false,
+            Listener::Unasked(_) => false,
         }
     }
 
@@ -69,11 +69,11 @@ impl Reply {
     pub fn done(&self, outcome: Result<Success, Failure>) {
         match (&self.0, outcome) {
             (Listener::Client(client), outcome) => drop(client.send(Line::Done(Box::new(outcome)))),
-            (Listener::Nobody(_), Ok(Success::Changed { message, .. } | Success::Already { message })) => {
+            (Listener::Unasked(_), Ok(Success::Changed { message, .. } | Success::Already { message })) => {
                 info!("{message}")
             }
-            (Listener::Nobody(_), Ok(_)) => {}
-            (Listener::Nobody(failed), Err(failure)) => failed(&failure),
+            (Listener::Unasked(_), Ok(_)) => {}
+            (Listener::Unasked(failed), Err(failure)) => failed(&failure),
         }
     }
 }

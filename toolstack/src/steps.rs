@@ -50,7 +50,7 @@ pub enum Step {
     /// Its image, the part of its virtual config space that outlives the service, is there and complete, so that from the next step on it
     /// tells what the guest may reach. Undo: gone.
     Image,
-    /// The guest is told and served. Undo: asked to let go, then cut off: bus mastering and interrupts first.
+    /// The guest is notified and served. Undo: asked to let go, then cut off: bus mastering and interrupts first.
     Serve,
 }
 

@@ -23,7 +23,7 @@ pub enum ServerReport {
     DriverStarted(Attachment),
     /// The function's interrupts could not be put back after its reset.
     RestoreFailed(Attachment, String),
-    /// What became of something the guest was told about an error.
+    /// What became of a notification of an error.
     Told(Attachment, Result<Result<AerAnswer, u32>, NotTold>),
     /// The guest has pulled the reset line of its machine.
     RestartWanted,

@@ -16,7 +16,7 @@ const BURST: u32 = 64;
 /// How many events are taken in a row before orders are looked at: the guest can send the next one before this one is taken.
 pub(super) const EVENTS: u32 = 16;
 
-/// How a guest's requests come and are answered, and how it is told of errors.
+/// How a guest's requests come and are answered, and how it is notified of errors.
 pub(super) trait RequestSource: Send {
     /// Puts right what an earlier thread was killed in the midst of. Called once, before the first request is answered.
     fn recover(&mut self, roster: &mut Roster);
@@ -34,7 +34,7 @@ pub(super) trait RequestSource: Send {
     fn tell(&mut self, telling: &Telling) -> Result<(), NotTold>;
     /// Takes the driver's answer; `Err`: a number that means nothing.
     fn take_answer(&mut self) -> Option<Result<AerAnswer, u32>>;
-    /// Takes back what was told and not answered.
+    /// Takes back a notification that was not answered.
     fn withdraw(&mut self);
 }
 
@@ -53,7 +53,7 @@ pub(super) enum Turn {
 pub(super) struct Worker<S> {
     pub roster: Roster,
     pub source: S,
-    /// What the guest was told and has not answered, with the end of its time.
+    /// The notification that the guest has not answered, and when its time is up.
     told: Option<(Telling, Instant)>,
 }
 
@@ -70,7 +70,7 @@ impl<S: RequestSource> Worker<S> {
         loop {
             if turn == Turn::Stopped || self.roster.take_orders() {
                 if self.told.take().is_some() {
-                    // Another run, or another thread, begins with a guest that is told nothing.
+                    // Another run, or another thread, begins with a guest that has no notification to answer.
                     self.source.withdraw();
                 }
                 return;
@@ -88,7 +88,7 @@ impl<S: RequestSource> Worker<S> {
         }
     }
 
-    /// Takes the guest's answer to what it was told of an error, or gives up waiting for it, and tells it the next thing.
+    /// Takes the guest's answer to a notification of an error, or gives up waiting for it, and sends the next one.
     pub fn hear(&mut self) {
         if let Some((telling, until)) = self.told {
             let heard = match self.source.take_answer() {

@@ -7,6 +7,7 @@ use pciback::platform::HostFunction;
 use pciback::serve::pv::nodes;
 
 use super::Examined;
+use crate::outcome;
 use crate::protocol::{Finding, Verdict};
 use crate::spec::vf_routing;
 use crate::transaction::holder_of;
@@ -252,13 +253,9 @@ fn functions(examined: &Examined<'_>) -> Result<Vec<HostFunction>, String> {
     Ok(addresses.into_iter().filter_map(|address| examined.host.function(address).ok()).collect())
 }
 
-/// The first few of a list.
+/// The first few functions of a list.
 fn few(list: &[Sbdf]) -> String {
-    let shown: Vec<String> = list.iter().take(4).map(ToString::to_string).collect();
-    match list.len().saturating_sub(4) {
-        0 => shown.join(", "),
-        more => format!("{} and {more} more", shown.join(", ")),
-    }
+    outcome::few(&list.iter().map(ToString::to_string).collect::<Vec<_>>(), 4)
 }
 
 fn aer(examined: &Examined<'_>) -> Finding {

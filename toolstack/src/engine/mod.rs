@@ -210,9 +210,9 @@ impl Inbox {
     }
 
     /// A reply for what the service does of its own accord: a failure becomes a problem in the status.
-    fn reply_of_nobody(&self) -> Reply {
+    fn unasked_reply(&self) -> Reply {
         let inbox = self.clone();
-        Reply::of_nobody(move |failure| inbox.send(Event::Problem(failure.to_string())))
+        Reply::unasked(move |failure| inbox.send(Event::Problem(failure.to_string())))
     }
 }
 

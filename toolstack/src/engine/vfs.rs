@@ -94,7 +94,7 @@ impl Engine {
                 pf.num_vfs == 0 && !wanted
             });
             if without_vfs {
-                let reply = self.inbox.reply_of_nobody();
+                let reply = self.inbox.unasked_reply();
                 self.change_vfs(address, reply, Ok(()), move |workshop, progress| {
                     destroy(workshop, address, progress)
                 });
@@ -138,7 +138,7 @@ impl Engine {
                     pf.address,
                     entry.count,
                     entry.unmanaged && pf.driver.is_none(),
-                    self.inbox.reply_of_nobody(),
+                    self.inbox.unasked_reply(),
                 );
             }
         }

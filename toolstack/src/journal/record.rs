@@ -132,7 +132,7 @@ impl Record {
         match (self.guest, self.state) {
             (Some(place), _) => Owner::Domain(place.domain),
             // While it is taken from dom0 or given back, dom0 may have it.
-            (None, FunctionState::Held) if self.transaction.is_none() => Owner::Nobody,
+            (None, FunctionState::Held) if self.transaction.is_none() => Owner::Held,
             (None, FunctionState::Held | FunctionState::Host) => Owner::Domain(DomId::DOM0),
             (None, _) => Owner::Quarantined,
         }
@@ -143,7 +143,7 @@ impl Record {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Owner {
     /// It is held: whoever gets it next finds it reset.
-    Nobody,
+    Held,
     /// This domain's, dom0 included, or about to be.
     Domain(DomId),
     /// Not known for sure.

@@ -233,20 +233,19 @@ pub fn a_guests(platform: &Platform, address: Sbdf) -> Failure {
 
 /// Whether a guest has a function that this service gave to nobody: another toolstack gave it.
 pub fn is_another_toolstacks(platform: &Platform, record: &Record) -> Result<bool, Failure> {
+    Ok(record.guest.is_none() && is_a_guests(platform, record.address)?)
+}
+
+/// Whether Xen knows a function as a guest's.
+fn is_a_guests(platform: &Platform, address: Sbdf) -> Result<bool, Failure> {
     let hypervisor = &platform.hypervisor;
-    let given = record.guest.is_none() && hypervisor.device_known(record.address)?;
-    Ok(given && !hypervisor.assignable(record.address)?)
+    Ok(hypervisor.device_known(address)? && !hypervisor.assignable(address)?)
 }
 
 /// Refuses to touch a function that no guest should own now: Xen is asked, since another toolstack takes what xen-pciback holds.
 pub(super) fn refuse_owned(context: &Context<'_>, record: &Record) -> Result<(), Failure> {
-    let hypervisor = &context.platform.hypervisor;
-    let address = record.address;
-    if !context.left_the_host(record)
-        && hypervisor.device_known(address)?
-        && !hypervisor.assignable(address)?
-    {
-        return Err(a_guests(context.platform, address));
+    if !context.left_the_host(record) && is_a_guests(context.platform, record.address)? {
+        return Err(a_guests(context.platform, record.address));
     }
     Ok(())
 }

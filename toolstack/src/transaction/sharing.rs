@@ -19,8 +19,11 @@ use super::reset::config_failure;
 use super::{Context, guest_of};
 use crate::domains;
 use crate::journal::{Grant, Granted, Journal, Owner, Record};
-use crate::outcome::Failure;
+use crate::outcome::{Failure, few};
 use crate::spec::SpecExt;
+
+/// How many of those that share something are named.
+const SHOWN: usize = 3;
 
 /// By what it is found out.
 pub struct Sharing<'a> {
@@ -84,7 +87,7 @@ impl Foreign {
             (Owner::Domain(DomId::DOM0), None) => format!("{address} (dom0's, without a driver)"),
             (Owner::Domain(DomId::DOM0), Some(driver)) => format!("{address} (dom0's, with {driver})"),
             (Owner::Domain(domain), _) => format!("{address} (domain {domain}'s)"),
-            (Owner::Nobody | Owner::Quarantined, _) => format!("{address} (quarantined)"),
+            (Owner::Held | Owner::Quarantined, _) => format!("{address} (quarantined)"),
         }
     }
 }
@@ -123,7 +126,7 @@ impl Sharing<'_> {
         for other in host.functions()? {
             let owner = owners.get(&other).copied().unwrap_or(Owner::Domain(DomId::DOM0));
             let is_foreign = match owner {
-                Owner::Nobody => false,
+                Owner::Held => false,
                 Owner::Quarantined => domain != Some(DomId::DOM0),
                 Owner::Domain(owner) => domain != Some(owner),
             };
@@ -187,7 +190,7 @@ impl Sharing<'_> {
                 refused.push(sharer.described());
             }
         }
-        Ok((!refused.is_empty()).then(|| few(&refused)))
+        Ok((!refused.is_empty()).then(|| few(&refused, SHOWN)))
     }
 
     fn permits(
@@ -309,7 +312,7 @@ impl<'a> LineCheck<'a> {
         Ok(Line::Withheld(format!(
             "domain {domain} gets {address} without its interrupt line {gsi}, which {} uses too: its driver must use MSI or MSI-X (a \
              policy with 'permit: [shared-line]' gives the line as well)",
-            few(&users)
+            few(&users, SHOWN)
         )))
     }
 }
@@ -375,14 +378,4 @@ fn hint(permission: Permission, otherwise: &str) -> String {
     format!(
         "{otherwise}; if that is meant, a policy that matches the function says 'permit: [{word}]'; then 'xpci policy reload'"
     )
-}
-
-/// The first few, and how many more.
-fn few(names: &[String]) -> String {
-    const SHOWN: usize = 3;
-    let shown = names.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
-    match names.len().saturating_sub(SHOWN) {
-        0 => shown,
-        more => format!("{shown} and {more} more"),
-    }
 }

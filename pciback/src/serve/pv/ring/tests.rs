@@ -1,5 +1,7 @@
 //! Serving, with a service that is killed between any two steps, and with guests that ask for anything.
 
+mod telling;
+
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, mpsc};
@@ -26,7 +28,7 @@ const SECOND: Sbdf = Sbdf::from_devfn(0, 1, 0x18);
 const PLAIN: u16 = 0xc0;
 
 /// One run of the service over the machine, as far as its thread goes.
-fn life(machine: &Machine) -> Serving {
+fn one_run(machine: &Machine) -> Serving {
     let functions = BTreeMap::from([(0, machine.open(FIRST)), (8, machine.open(SECOND))]);
     serving(machine, functions, Box::new(|_| {}))
 }
@@ -96,7 +98,7 @@ fn killed_anywhere(before: &[Op], op: &Op, check: impl Fn(&Machine, (i32, u32, V
         let mut idle = 0;
         for first in 0.. {
             let machine = Machine::new();
-            let mut serving = life(&machine);
+            let mut serving = one_run(&machine);
             // Another function has vectors already, which nobody may touch.
             let mut other = msix(&[0, 3]);
             other.devfn = 8;
@@ -114,7 +116,7 @@ fn killed_anywhere(before: &[Op], op: &Op, check: impl Fn(&Machine, (i32, u32, V
                 // The page is looked at, that is a step, as long as nothing waits on it.
                 idle += u32::from(run_number == 0 && machine.answer(0).is_some());
                 machine.kill_after(None);
-                serving = life(&machine);
+                serving = one_run(&machine);
             }
             serving.begin();
             assert_notes_are_true(&serving, &machine);
@@ -182,13 +184,13 @@ fn the_same_write_again_is_carried_out_again_whenever_the_service_is_killed() {
     let mut idle = 0;
     for steps in 0..40 {
         let machine = Machine::new();
-        let mut serving = life(&machine);
+        let mut serving = one_run(&machine);
         machine.ask(&write);
         machine.kill_after(Some(steps));
         let _ = catch_unwind(AssertUnwindSafe(|| serving.begin()));
         idle += u32::from(machine.answer(0).is_some());
         machine.kill_after(None);
-        serving = life(&machine);
+        serving = one_run(&machine);
         serving.begin();
         assert_eq!(answered(&machine, &write).0, 0);
         // The device changes it, the guest writes it again.
@@ -204,14 +206,14 @@ fn a_killed_service_that_nobody_waits_for_leaves_nothing_to_the_next_request() {
     let write = op(Command::CONF_WRITE.0, PLAIN, 2, 0x1234);
     for steps in 0..20 {
         let machine = Machine::new();
-        let mut serving = life(&machine);
+        let mut serving = one_run(&machine);
         machine.ask(&write);
         machine.kill_after(Some(steps));
         let _ = catch_unwind(AssertUnwindSafe(|| serving.begin()));
         machine.kill_after(None);
         // The frontend gives up, and later asks for the same.
         machine.page()[0].store(0, Ordering::Relaxed);
-        serving = life(&machine);
+        serving = one_run(&machine);
         serving.begin();
         machine.set_word(FIRST, PLAIN, 0);
         assert_eq!(serving.ask(&machine, &write).0, 0);
@@ -222,7 +224,7 @@ fn a_killed_service_that_nobody_waits_for_leaves_nothing_to_the_next_request() {
 #[test]
 fn an_answer_that_comes_too_late_does_not_reach_the_next_request() {
     let machine = Machine::new();
-    let mut serving = life(&machine);
+    let mut serving = one_run(&machine);
     let write = op(Command::CONF_WRITE.0, PLAIN, 2, 1);
     machine.ask(&write);
     let taken = wire::take_request(machine.page()).unwrap();
@@ -238,7 +240,7 @@ fn an_answer_that_comes_too_late_does_not_reach_the_next_request() {
 #[test]
 fn requests_for_others_and_beyond_are_refused_with_the_protocols_errors() {
     let machine = Machine::new();
-    let mut serving = life(&machine);
+    let mut serving = one_run(&machine);
     let read = |devfn, bus, domain| Op { devfn, bus, domain, ..op(0, 0, 4, 0) };
     assert_eq!(serving.ask(&machine, &read(0, 0, 0)), (0, 0x10ca_8086, vec![]));
     for other in [read(16, 0, 0), read(0, 1, 0), read(0, 0, 1), read(0x100, 0, 0), read(u32::MAX, 0, 0)] {
@@ -256,7 +258,7 @@ fn requests_for_others_and_beyond_are_refused_with_the_protocols_errors() {
 #[test]
 fn impossible_msix_requests_are_refused_and_change_nothing() {
     let machine = Machine::new();
-    let mut serving = life(&machine);
+    let mut serving = one_run(&machine);
     let two = serving.ask(&machine, &msix(&[0, 1]));
     let before = (machine.pirqs(), machine.writes());
     let mut many = msix(&[]);
@@ -277,7 +279,7 @@ fn impossible_msix_requests_are_refused_and_change_nothing() {
 fn a_mapping_that_fails_half_way_is_undone() {
     let machine = Machine::new();
     machine.occupy_pirqs(2);
-    let mut serving = life(&machine);
+    let mut serving = one_run(&machine);
     let occupied = machine.pirqs();
     assert_eq!(serving.ask(&machine, &msix(&[0, 1, 2])).0, -5);
     assert_eq!(machine.pirqs(), occupied);
@@ -289,7 +291,7 @@ fn a_mapping_that_fails_half_way_is_undone() {
 fn a_function_that_vanishes_reads_all_ones_and_is_reported_once() {
     let machine = Machine::new();
     let reports = Arc::new(Mutex::new(0));
-    let mut serving = life(&machine);
+    let mut serving = one_run(&machine);
     let count = Arc::clone(&reports);
     serving.roster.report = Box::new(move |_| *count.lock().unwrap() += 1);
     machine.break_config(Some(Errno::ENODEV));
@@ -306,7 +308,7 @@ fn a_function_that_vanishes_reads_all_ones_and_is_reported_once() {
 #[test]
 fn a_function_that_is_reset_is_silent_until_that_is_over_and_has_its_interrupts_then() {
     let machine = Machine::new();
-    let mut serving = life(&machine);
+    let mut serving = one_run(&machine);
     let wanted = Arc::new(Mutex::new(Vec::new()));
     let heard = Arc::clone(&wanted);
     serving.roster.report = Box::new(move |report| {
@@ -338,7 +340,7 @@ fn a_function_that_is_reset_is_silent_until_that_is_over_and_has_its_interrupts_
 fn a_guest_that_toggles_bus_mastering_without_end_reports_little() {
     let machine = Machine::new();
     let reports = Arc::new(Mutex::new(0));
-    let mut serving = life(&machine);
+    let mut serving = one_run(&machine);
     let count = Arc::clone(&reports);
     serving.roster.report = Box::new(move |report| {
         assert!(matches!(report, ServerReport::DriverStarted(_)));
@@ -357,7 +359,7 @@ fn a_guest_that_toggles_bus_mastering_without_end_reports_little() {
 #[test]
 fn a_function_that_was_added_before_the_guest_asks_for_it_answers() {
     let machine = Machine::new();
-    let mut serving = life(&machine);
+    let mut serving = one_run(&machine);
     let sender = orders(&mut serving);
     let function = serving.roster.functions.remove(&8).unwrap();
     sender.send(Order::Add(8, function)).unwrap();
@@ -370,7 +372,7 @@ fn a_function_that_was_added_before_the_guest_asks_for_it_answers() {
 #[test]
 fn a_function_that_is_ordered_away_is_not_touched_by_a_request_that_waits() {
     let machine = Machine::new();
-    let mut serving = life(&machine);
+    let mut serving = one_run(&machine);
     let sender = orders(&mut serving);
     let (taken, _keeps_it) = mpsc::channel();
     sender.send(Order::Take(0, taken)).unwrap();
@@ -385,7 +387,7 @@ fn a_function_that_is_ordered_away_is_not_touched_by_a_request_that_waits() {
 #[test]
 fn a_request_that_a_stopping_thread_finds_is_left_to_the_next_one() {
     let machine = Machine::new();
-    let mut serving = life(&machine);
+    let mut serving = one_run(&machine);
     let sender = orders(&mut serving);
     let (stopped, functions) = mpsc::channel();
     sender.send(Order::Stop(stopped)).unwrap();
@@ -400,7 +402,7 @@ fn a_request_that_a_stopping_thread_finds_is_left_to_the_next_one() {
 #[test]
 fn quiescing_leaves_nothing_mapped_and_nothing_enabled() {
     let machine = Machine::new();
-    let mut serving = life(&machine);
+    let mut serving = one_run(&machine);
     serving.ask(&machine, &op(1, 4, 2, 6));
     serving.ask(&machine, &msix(&[0, 1, 2]));
     assert_eq!(machine.word(FIRST, 4) & 4, 4);
@@ -482,7 +484,7 @@ proptest! {
     #[test]
     fn any_page_is_answered(pages in prop::collection::vec(prop::collection::vec(word(), 142), 1..8)) {
         let machine = Machine::new();
-        let mut serving = life(&machine);
+        let mut serving = one_run(&machine);
         for words in &pages {
             for (place, value) in machine.page()[1..].iter().zip(words) {
                 place.store(*value, Ordering::Relaxed);
@@ -501,7 +503,7 @@ proptest! {
         resets in any::<bool>(),
     ) {
         let machine = Machine::new();
-        let mut serving = life(&machine);
+        let mut serving = one_run(&machine);
         for (command, offset, size, value, entries) in &requests {
             let mut op = msix(entries);
             if *command != Command::ENABLE_MSIX.0 {
@@ -521,101 +523,5 @@ proptest! {
             let _ = function.quiesce();
         }
         prop_assert!(machine.pirqs().is_empty());
-    }
-}
-
-/// Everything that a guest did with what it was told, and what the engine heard of it.
-mod telling {
-    use std::sync::mpsc::{Receiver, channel};
-
-    use super::*;
-
-    fn serving(machine: &Machine) -> (Serving, Receiver<ServerReport>) {
-        let address = Sbdf::from_devfn(0, 1, 0);
-        let functions = BTreeMap::from([(0, machine.open(address))]);
-        let (sender, reports) = channel();
-        let report = Box::new(move |report| sender.send(report).unwrap());
-        (super::serving(machine, functions, report), reports)
-    }
-
-    fn telling(request: AerRequest, limit: Duration) -> Telling {
-        Telling { devfn: 0, request, state: ChannelState::Normal, limit }
-    }
-
-    fn heard(reports: &Receiver<ServerReport>) -> Option<Result<Result<AerAnswer, u32>, NotTold>> {
-        match reports.try_recv() {
-            Ok(ServerReport::Told(_, heard)) => Some(heard),
-            Ok(other) => panic!("{other:?}"),
-            Err(_) => None,
-        }
-    }
-
-    const LONG: Duration = Duration::from_secs(600);
-
-    #[test]
-    fn answers_arrive_one_after_the_other_while_requests_are_served() {
-        let machine = Machine::new();
-        let (mut serving, reports) = serving(&machine);
-        frontend::set_aer_handler(machine.page(), true);
-        for request in [AerRequest::Detected, AerRequest::Resume] {
-            assert!(serving.roster.obey(Order::Tell(telling(request, LONG))).is_none());
-        }
-        serving.hear();
-        assert_eq!(frontend::take_aer(machine.page()), Some((6, 1, 0)));
-        assert_eq!(serving.ask(&machine, &op(0, 0, 4, 0)).1, 0x10ca_8086, "served meanwhile");
-        serving.hear();
-        assert_eq!(heard(&reports), None);
-        frontend::answer_aer(machine.page(), 3);
-        serving.hear();
-        assert_eq!(heard(&reports), Some(Ok(Ok(AerAnswer::NeedReset))));
-        assert_eq!(frontend::take_aer(machine.page()), Some((7, 1, 0)));
-        frontend::answer_aer(machine.page(), 77);
-        serving.hear();
-        assert_eq!(heard(&reports), Some(Ok(Err(77))));
-        assert_eq!(frontend::take_aer(machine.page()), None);
-    }
-
-    /// The time is up, and a late answer is dropped.
-    #[test]
-    fn a_guest_that_is_silent_cannot_be_told_or_is_gone_is_reported_once() {
-        let machine = Machine::new();
-        let (mut serving, reports) = serving(&machine);
-        serving.roster.obey(Order::Tell(telling(AerRequest::Detected, LONG)));
-        serving.hear();
-        assert_eq!(heard(&reports), Some(Err(NotTold::NoHandler)));
-        frontend::set_aer_handler(machine.page(), true);
-        serving.roster.obey(Order::Tell(telling(AerRequest::Detected, Duration::ZERO)));
-        serving.hear();
-        serving.hear();
-        assert_eq!(heard(&reports), Some(Err(NotTold::Silent)));
-        assert_eq!(frontend::take_aer(machine.page()), None, "taken back");
-        frontend::answer_aer(machine.page(), 5);
-        serving.hear();
-        assert_eq!(heard(&reports), None);
-        // A function that the guest does not have any more.
-        serving.roster.obey(Order::Tell(telling(AerRequest::Detected, LONG)));
-        serving.hear();
-        let (taken, _taken) = channel();
-        serving.roster.obey(Order::Take(0, taken));
-        frontend::answer_aer(machine.page(), 5);
-        serving.hear();
-        assert_eq!(heard(&reports), None);
-    }
-
-    #[test]
-    fn a_reset_by_the_host_keeps_what_the_guest_wrote_and_one_by_the_guest_does_not() {
-        let machine = Machine::new();
-        let (mut serving, reports) = serving(&machine);
-        // The address of a message of MSI is the guest's own.
-        let bar = |serving: &mut Serving| serving.ask(&machine, &op(0, 0x10, 4, 0)).1;
-        serving.ask(&machine, &op(1, 0x10, 4, 0xfd00_0000));
-        let written = bar(&mut serving);
-        let (sender, begun) = channel();
-        serving.roster.obey(Order::BeginReset(0, sender));
-        assert!(begun.recv().unwrap().is_ok());
-        assert_eq!(bar(&mut serving), u32::MAX);
-        serving.roster.obey(Order::ResetEnded(0, true));
-        assert_eq!(bar(&mut serving), written);
-        assert!(reports.try_recv().is_err());
     }
 }

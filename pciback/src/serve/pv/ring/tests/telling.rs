@@ -1,0 +1,94 @@
+//! What a guest does when it is notified of errors, and what the engine hears of it.
+
+use std::sync::mpsc::{Receiver, channel};
+
+use super::*;
+
+fn serving(machine: &Machine) -> (Serving, Receiver<ServerReport>) {
+    let address = Sbdf::from_devfn(0, 1, 0);
+    let functions = BTreeMap::from([(0, machine.open(address))]);
+    let (sender, reports) = channel();
+    let report = Box::new(move |report| sender.send(report).unwrap());
+    (super::serving(machine, functions, report), reports)
+}
+
+fn telling(request: AerRequest, limit: Duration) -> Telling {
+    Telling { devfn: 0, request, state: ChannelState::Normal, limit }
+}
+
+fn heard(reports: &Receiver<ServerReport>) -> Option<Result<Result<AerAnswer, u32>, NotTold>> {
+    match reports.try_recv() {
+        Ok(ServerReport::Told(_, heard)) => Some(heard),
+        Ok(other) => panic!("{other:?}"),
+        Err(_) => None,
+    }
+}
+
+const LONG: Duration = Duration::from_secs(600);
+
+#[test]
+fn answers_arrive_one_after_the_other_while_requests_are_served() {
+    let machine = Machine::new();
+    let (mut serving, reports) = serving(&machine);
+    frontend::set_aer_handler(machine.page(), true);
+    for request in [AerRequest::Detected, AerRequest::Resume] {
+        assert!(serving.roster.obey(Order::Tell(telling(request, LONG))).is_none());
+    }
+    serving.hear();
+    assert_eq!(frontend::take_aer(machine.page()), Some((6, 1, 0)));
+    assert_eq!(serving.ask(&machine, &op(0, 0, 4, 0)).1, 0x10ca_8086, "served meanwhile");
+    serving.hear();
+    assert_eq!(heard(&reports), None);
+    frontend::answer_aer(machine.page(), 3);
+    serving.hear();
+    assert_eq!(heard(&reports), Some(Ok(Ok(AerAnswer::NeedReset))));
+    assert_eq!(frontend::take_aer(machine.page()), Some((7, 1, 0)));
+    frontend::answer_aer(machine.page(), 77);
+    serving.hear();
+    assert_eq!(heard(&reports), Some(Ok(Err(77))));
+    assert_eq!(frontend::take_aer(machine.page()), None);
+}
+
+/// The time is up, and a late answer is dropped.
+#[test]
+fn a_guest_that_is_silent_cannot_be_told_or_is_gone_is_reported_once() {
+    let machine = Machine::new();
+    let (mut serving, reports) = serving(&machine);
+    serving.roster.obey(Order::Tell(telling(AerRequest::Detected, LONG)));
+    serving.hear();
+    assert_eq!(heard(&reports), Some(Err(NotTold::NoHandler)));
+    frontend::set_aer_handler(machine.page(), true);
+    serving.roster.obey(Order::Tell(telling(AerRequest::Detected, Duration::ZERO)));
+    serving.hear();
+    serving.hear();
+    assert_eq!(heard(&reports), Some(Err(NotTold::Silent)));
+    assert_eq!(frontend::take_aer(machine.page()), None, "taken back");
+    frontend::answer_aer(machine.page(), 5);
+    serving.hear();
+    assert_eq!(heard(&reports), None);
+    // A function that the guest does not have any more.
+    serving.roster.obey(Order::Tell(telling(AerRequest::Detected, LONG)));
+    serving.hear();
+    let (taken, _taken) = channel();
+    serving.roster.obey(Order::Take(0, taken));
+    frontend::answer_aer(machine.page(), 5);
+    serving.hear();
+    assert_eq!(heard(&reports), None);
+}
+
+#[test]
+fn a_reset_by_the_host_keeps_what_the_guest_wrote_and_one_by_the_guest_does_not() {
+    let machine = Machine::new();
+    let (mut serving, reports) = serving(&machine);
+    // The address of a message of MSI is the guest's own.
+    let bar = |serving: &mut Serving| serving.ask(&machine, &op(0, 0x10, 4, 0)).1;
+    serving.ask(&machine, &op(1, 0x10, 4, 0xfd00_0000));
+    let written = bar(&mut serving);
+    let (sender, begun) = channel();
+    serving.roster.obey(Order::BeginReset(0, sender));
+    assert!(begun.recv().unwrap().is_ok());
+    assert_eq!(bar(&mut serving), u32::MAX);
+    serving.roster.obey(Order::ResetEnded(0, true));
+    assert_eq!(bar(&mut serving), written);
+    assert!(reports.try_recv().is_err());
+}
