@@ -32,7 +32,7 @@ impl Counters {
         self.requests.load(Ordering::Relaxed)
     }
 
-    /// Those of them answered with an error.
+    /// Those of them answered with an error, except reads of functions that are not there, which every bus scan makes.
     pub fn errors(&self) -> u64 {
         self.errors.load(Ordering::Relaxed)
     }

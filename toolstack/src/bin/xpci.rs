@@ -1,9 +1,10 @@
 //! The command that people use: sends requests to xpcid and shows the answers.
 
 use std::ffi::OsStr;
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use clap::Parser;
@@ -16,6 +17,8 @@ use toolstack::protocol::{Answers, Envelope, Request, Success};
 
 /// How many of a command's requests are made at the same time. Taking a function from a driver mostly waits for its reset, 100 ms.
 const AT_ONCE: usize = 8;
+/// Whether a part of an answer could not be printed.
+static LOST: AtomicBool = AtomicBool::new(false);
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -27,7 +30,7 @@ fn main() -> ExitCode {
         Err(error) => error.exit(),
     };
     let show_progress = !cli.json && std::io::stderr().is_terminal();
-    let look = cli.command.look();
+    let (look, checked) = (cli.command.look(), cli.command.is_check());
     for note in cli.command.notes() {
         say(&mut std::io::stderr(), &format!("xpci: {note}\n"));
     }
@@ -38,7 +41,7 @@ fn main() -> ExitCode {
     while steps.peek().is_some() {
         let batch: Vec<Step> = steps.by_ref().take(AT_ONCE).collect();
         for envelope in answers(batch, &cli.socket, show_progress, cli.json) {
-            code = code.max(exit_code(&envelope));
+            code = code.max(exit_code(&envelope, checked));
             match (cli.json, together) {
                 (true, true) => shown.push(envelope),
                 (true, false) => show_json(&envelope),
@@ -48,6 +51,9 @@ fn main() -> ExitCode {
     }
     if together {
         show_json(&Answers::of(shown));
+    }
+    if code == 0 && LOST.load(Ordering::Relaxed) {
+        code = ErrorCode::Failed.exit_code();
     }
     ExitCode::from(code)
 }
@@ -94,9 +100,11 @@ fn ask(socket: &Path, request: Request, show_progress: bool, json: bool) -> Enve
     }
 }
 
-fn exit_code(envelope: &Envelope) -> u8 {
+/// `checked`: what is wrong in the answer is a failure of the command.
+fn exit_code(envelope: &Envelope, checked: bool) -> u8 {
     match (&envelope.result, &envelope.error) {
         (_, Some(failure)) => failure.code.exit_code(),
+        (Some(success), None) if checked && success.has_problems() => ErrorCode::Failed.exit_code(),
         (Some(success), None) => success.exit_code(),
         (None, None) => 0,
     }
@@ -124,7 +132,14 @@ fn report(failure: &Failure) {
     }
 }
 
-/// Prints; a reader that went away, as `head` does, is no error.
+/// Prints; a reader that went away, as `head` does, is no error. What a full disk loses is one.
 fn say(to: &mut dyn Write, text: &str) {
-    let _ = to.write_all(text.as_bytes()).and_then(|()| to.flush());
+    match to.write_all(text.as_bytes()).and_then(|()| to.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            // Where that cannot be said either, the exit status says it.
+            let _ = writeln!(std::io::stderr(), "xpci: print the answer: {error}");
+            LOST.store(true, Ordering::Relaxed);
+        }
+        _ => {}
+    }
 }

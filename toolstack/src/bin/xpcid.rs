@@ -25,7 +25,7 @@ use toolstack::descriptors;
 use toolstack::engine::Engine;
 use toolstack::journal::Journal;
 use toolstack::policies;
-use toolstack::protocol::Request;
+use toolstack::protocol::{Cause as ProblemCause, Request};
 use toolstack::settings::{self, Settings};
 use toolstack::supervisor;
 
@@ -82,7 +82,9 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
     let hangup = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).context("receive SIGHUP")?;
 
     let copies = arguments.state_directory.clone().unwrap_or_else(|| Settings::default().state_directory);
-    let (mut settings, sources, mut problems) = read_settings(arguments.settings.as_deref(), &copies)?;
+    let (mut settings, sources, problem) = read_settings(arguments.settings.as_deref(), &copies)?;
+    let mut problems: Vec<(ProblemCause, String)> =
+        problem.map(|text| (ProblemCause::Settings, text)).into_iter().collect();
     settings.run_directory = arguments.run_directory.unwrap_or(settings.run_directory);
     settings.state_directory = arguments.state_directory.unwrap_or(settings.state_directory);
     if !arguments.policy_directories.is_empty() {
@@ -98,20 +100,22 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
     let _lock = lock(&settings.run_directory)?;
     let limit = descriptors::raise_limit().context("raise the limit of open files")?;
     let Some(platform) = open_when_booted(&arguments.platform, &stop)? else { return Ok(()) };
-    problems.extend(descriptors::shortage(limit, platform.host.functions()?.len()));
+    let shortage = descriptors::shortage(limit, platform.host.functions()?.len());
+    problems.extend(shortage.map(|text| (ProblemCause::Service, text)));
     let journal = Journal::open(&settings.state_directory)?;
     let socket = settings.socket();
     if let Some(sources) = sources
         && let Err(error) = fs::create_dir_all(&copies).and_then(|()| settings::keep_copy(&copies, &sources))
     {
-        problems.push(format!("keep a copy of the settings in {}: {error}", copies.display()));
+        let text = format!("keep a copy of the settings in {}: {error}", copies.display());
+        problems.push((ProblemCause::StateFiles, text));
     }
     let (policies, problem) = read_policies(&settings)?;
-    problems.extend(problem);
+    problems.extend(problem.map(|text| (ProblemCause::Policies, text)));
     let mut engine = Engine::new(platform, settings, policies, journal, boot_id())?;
-    for problem in problems {
+    for (cause, problem) in problems {
         error!("{problem}");
-        engine.note_problem(problem);
+        engine.note_problem(cause, problem);
     }
     // Guests may have waited for an answer since the last run of the service ended: they come first.
     engine.recover()?;
@@ -126,16 +130,16 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
 fn read_settings(
     path: Option<&Path>,
     copies: &Path,
-) -> anyhow::Result<(Settings, Option<Sources>, Vec<String>)> {
+) -> anyhow::Result<(Settings, Option<Sources>, Option<String>)> {
     match settings::load(path) {
-        Ok(loaded) => Ok((loaded.settings, Some(loaded.sources), Vec::new())),
+        Ok(loaded) => Ok((loaded.settings, Some(loaded.sources), None)),
         Err(problem) => {
             let Some(settings) = settings::read_copy(copies) else {
                 bail!("{problem}\ncorrect the settings ('xpcid --check'), then start xpcid again");
             };
             let text =
                 format!("the settings cannot be used, those that were last in force are kept: {problem}");
-            Ok((settings, None, vec![text]))
+            Ok((settings, None, Some(text)))
         }
     }
 }

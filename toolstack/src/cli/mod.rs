@@ -160,8 +160,12 @@ pub enum Command {
         #[arg(long)]
         follow: bool,
     },
-    /// Shows the functions and guests that the service looks after, and what is wrong.
-    Status,
+    /// Shows the functions and guests that the service manages, and current problems.
+    Status {
+        /// Exits with 1 while there are problems.
+        #[arg(long)]
+        check: bool,
+    },
     /// Checks how dom0 is set up, and says what to do where something is amiss.
     ///
     /// Exits with 0 if nothing is amiss, with 1 otherwise. Without the service, the checks that need it are left out.
@@ -300,6 +304,11 @@ impl Command {
         look
     }
 
+    /// Whether problems that the answer shows are a failure of the command.
+    pub const fn is_check(&self) -> bool {
+        matches!(self, Self::Status { check: true })
+    }
+
     /// What is to be said of the command line itself, on standard error.
     pub fn notes(&self) -> &[&'static str] {
         match self {
@@ -369,7 +378,7 @@ impl Command {
             Self::BlastRadius(function) => one(Request::BlastRadius { address: function.address }),
             Self::Aer(Aer::History(function)) => one(Request::AerHistory { address: function.address }),
             Self::Events { follow } => one(Request::Events { follow }),
-            Self::Status => one(Request::Status),
+            Self::Status { .. } => one(Request::Status),
             Self::Doctor => one(Request::Doctor),
             Self::Quarantine(Quarantine::Clear { address, trust_former_owner }) => {
                 one(Request::QuarantineClear { address, trust_former_owner })

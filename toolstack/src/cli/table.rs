@@ -48,6 +48,7 @@ pub fn render(success: &Success, look: Look) -> String {
         Success::Reloaded { files, functions } => explained::reloaded(*files, functions),
         Success::Checked { files } => explained::checked(files),
         Success::Schema { schema } => format!("{schema:#}\n"),
+        Success::Events { events } if events.is_empty() => "nothing has happened yet\n".to_owned(),
         Success::Events { events } => {
             events.iter().fold(String::new(), |text, event| format!("{text}{event}\n"))
         }

@@ -6,8 +6,10 @@ use std::thread;
 
 use log::error;
 
+use super::problems::Problem;
 use super::{Event, Inbox};
 use crate::outcome::{ErrorCode, Failure};
+use crate::protocol::Cause;
 
 impl Inbox {
     /// Does `work` on a thread of its own and hands what comes of it to `report`, there too. Where no thread can be started, `report`
@@ -34,7 +36,7 @@ impl Inbox {
             if let Err(panic) = done {
                 let text =
                     format!("{named}: it ended by a fault of xpcid's own; restart xpcid and report the log");
-                inbox.send(Event::Problem(text));
+                inbox.send(Event::Problem(Problem::new(Cause::Service, text)));
                 resume_unwind(panic);
             }
         };
@@ -75,7 +77,10 @@ mod tests {
     fn work_that_panics_is_a_problem_in_the_status() {
         let (inbox, events) = inbox();
         inbox.background("test", || resume_unwind(Box::new("a fault")), |_: Result<(), _>| ());
-        let Ok(Event::Problem(text)) = events.recv_timeout(LIMIT) else { panic!("no problem is told") };
+        let Ok(Event::Problem(problem)) = events.recv_timeout(LIMIT) else {
+            panic!("no problem is reported")
+        };
+        let text = problem.view().message;
         assert!(text.contains("test") && text.contains("restart xpcid"), "{text}");
     }
 }

@@ -7,6 +7,7 @@ use log::{error, warn};
 use pciback::{FunctionState, Sbdf};
 
 use super::Engine;
+use super::problems::Problem;
 use super::tasks::Course;
 use crate::transaction::{Kind, Parting};
 
@@ -69,7 +70,7 @@ impl Engine {
             record.quarantine.get_or_insert_with(|| why.to_owned());
             if let Err(error) = self.journal.write(record) {
                 error!("{error}");
-                self.problems.push(error.to_string());
+                self.problems.push(Problem::unwritten(&error));
             }
         }
         let record = record.clone();

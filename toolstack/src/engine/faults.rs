@@ -16,11 +16,12 @@ use pciback::policy::{self, Subject};
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::looks::{Looks, PortLooks};
+use super::problems::Problem;
 use super::responses::Underway;
 use super::{Engine, Event};
 use crate::domains;
 use crate::outcome::Failure;
-use crate::protocol::{EventView, Happening, RegisterValue};
+use crate::protocol::{Cause, EventView, Happening, RegisterValue};
 
 /// So many events are taken at once before the engine looks at other things.
 const BURST: usize = 256;
@@ -65,7 +66,7 @@ impl Engine {
             Err(problem) => {
                 let text = format!("{problem}; errors of functions are found by the kernel's counters only");
                 warn!("{text}");
-                self.problems.push(text);
+                self.problems.push(Problem::new(Cause::ErrorReporting, text));
                 None
             }
         }
@@ -179,7 +180,7 @@ impl Engine {
         if let Err(failure) = self.watch_errors_of(address) {
             let text = format!("{address}: its errors are not heard: {failure}");
             error!("{text}");
-            self.problems.push(text);
+            self.problems.push(Problem::new(Cause::ErrorReporting, text).on(address));
         }
     }
 

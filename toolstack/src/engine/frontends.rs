@@ -57,8 +57,12 @@ impl Engine {
                     let outcome = self.connect(domain, ring);
                     if let Some(guest) = self.guests.get_mut(&domain) {
                         // First: the nodes that follow rely on it.
+                        let connected = outcome.is_ok();
                         let next = guest.handshake.ring_connected(outcome);
                         guest.actions.extend(next);
+                        if connected {
+                            self.problems.cure_guest(domain);
+                        }
                     }
                 }
                 Action::Disconnect => self.give_up_ring(domain),

@@ -20,10 +20,12 @@ use serde::{Deserialize, Serialize};
 
 use super::guest::Guest;
 use super::notes::Notes;
+use super::problems::Problem;
 use super::requests::Plan;
 use super::{Engine, Event};
 use crate::journal::GuestPlace;
 use crate::outcome::{ErrorCode, Failure};
+use crate::protocol::Cause;
 use crate::reply::Reply;
 use crate::settings::Settings;
 
@@ -262,7 +264,8 @@ impl Engine {
             let device = Device::new(platform, server, devfn >> 3, Arc::clone(&addresses), memory);
             if let Err(error) = device.enter(&mut function, true) {
                 error!("{}: {error}", function.address());
-                self.problems.push(format!("{}: {error}", function.address()));
+                let text = format!("{}: {error}", function.address());
+                self.problems.push(Problem::new(Cause::Guest, text).on(function.address()).of(domain));
             }
             if function.resetting() {
                 resetting.push(function.address());

@@ -12,8 +12,10 @@ use pciback::policy::{Holding, Subject};
 use pciback::{FunctionState, Sbdf};
 
 use super::Engine;
+use super::problems::{Lasting, Problem};
 use super::tasks::Course;
 use crate::outcome::Failure;
+use crate::protocol::Cause;
 use crate::transaction::{Finished, Kind, holder_of};
 
 /// What was done about functions that belong to guests.
@@ -30,13 +32,14 @@ pub(super) struct Keeping {
     /// Those being held.
     under_way: BTreeSet<Sbdf>,
     /// Why some could not be held.
-    refused: BTreeMap<Sbdf, String>,
+    refused: Lasting,
 }
 
 impl Keeping {
     /// What is wrong, for `xpci status`.
-    pub fn problems(&self) -> impl Iterator<Item = String> {
-        self.refused.iter().map(|(address, why)| format!("{address} should be held at once: {why}"))
+    pub fn problems(&self) -> impl Iterator<Item = Problem> {
+        self.refused
+            .problems(Cause::Holding, |address, why| format!("{address} should be held at once: {why}"))
     }
 
     /// Policies are others now: what was tried may be tried again, what somebody gave back stays.
@@ -61,7 +64,7 @@ impl Keeping {
         self.given_back.remove(&address);
         self.appeared.remove(&address);
         self.enabled.remove(&address);
-        self.refused.remove(&address);
+        self.refused.remove(address);
     }
 
     /// Somebody gives a function back to dom0.
@@ -79,7 +82,7 @@ impl Keeping {
                 warn!("{address}: policies say that it is held at once, but {}", failure.message);
                 self.refused.insert(address, failure.message.clone());
             }
-            _ => drop(self.refused.remove(&address)),
+            _ => self.refused.remove(address),
         }
     }
 }

@@ -2,18 +2,22 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use nix::errno::Errno;
 use pciback::platform::{ErrorSource, Host, HostFunction};
 use pciback::{FunctionState, Sbdf};
 
 use super::Engine;
+use super::problems::Problem;
 use super::requests::{distrusted, existing};
 use super::tasks::Workshop;
 use crate::domains;
 use crate::journal::Record;
 use crate::outcome::Failure;
-use crate::protocol::{DomainName, FunctionView, GuestView, PersistentView, StatusView, Success, VfView};
+use crate::protocol::{
+    Cause, DomainName, FunctionView, GuestView, PersistentView, ProblemView, StatusView, Success, VfView,
+};
 use crate::reply::Reply;
 use crate::reservations::{Reservation, Reservations};
 use crate::transaction::{holder_of, not_handled};
@@ -131,7 +135,21 @@ impl Engine {
         });
     }
 
-    pub(super) fn status(&self, reply: Reply) {
+    /// What is wrong now, but for quarantines and what the host's ports show.
+    pub(super) fn problems_now(&mut self) -> Vec<Problem> {
+        self.problems.sweep(self.platform.store.as_ref(), self.platform.hypervisor.as_ref());
+        self.problems
+            .iter()
+            .cloned()
+            .chain(self.syncing.problems())
+            .chain(self.keeping.problems())
+            .chain(self.network_checks.problems())
+            .chain(self.returning.problems())
+            .collect()
+    }
+
+    pub(super) fn status(&mut self, reply: Reply) {
+        let found = self.problems_now();
         // One that has lost its last function stays known for a moment, until its nodes may be made again.
         let served = self.guests.iter().filter(|(_, guest)| guest.has_functions());
         let guests = served.map(|(domain, guest)| GuestView {
@@ -143,16 +161,7 @@ impl Engine {
         });
         let mut guests: Vec<GuestView> = guests.collect();
         let platform = self.platform.description.clone();
-        let (repaired, unrepaired) = (self.syncing.repaired(), self.syncing.problems());
-        let found: Vec<String> = self
-            .problems
-            .iter()
-            .cloned()
-            .chain(unrepaired)
-            .chain(self.keeping.problems())
-            .chain(self.network_checks.problems())
-            .chain(self.returning.problems())
-            .collect();
+        let (repaired, since) = (self.syncing.repaired(), self.quarantined_since());
         let (store, errors) = (Arc::clone(&self.platform.store), Arc::clone(&self.platform.errors));
         self.show(reply, move |shown| {
             for guest in &mut guests {
@@ -162,9 +171,13 @@ impl Engine {
             let quarantined =
                 functions.iter().filter(|function| function.state == FunctionState::Quarantined);
             let quarantined = quarantined.map(|function| {
-                let why = function.note.as_deref().unwrap_or("unknown reason");
-                format!("{} is quarantined: {why}", function.address)
+                let (address, why) = (function.address, function.note.as_deref().unwrap_or("unknown reason"));
+                let text = format!("{address} is quarantined: {why}");
+                let since = since.get(&address).copied().unwrap_or_else(SystemTime::now);
+                let problem = Problem::new(Cause::Quarantine, text).on(address).since(since).view();
+                ProblemView { domain: function.domain, ..problem }
             });
+            let found = found.iter().map(Problem::view);
             Ok(Success::Status(StatusView {
                 service: crate::VERSION.to_owned(),
                 platform,
@@ -179,13 +192,21 @@ impl Engine {
 
 impl Shown {
     /// What it means that the kernel does not handle errors at root ports above assigned functions.
-    fn ports_without_aer(&self, errors: &dyn ErrorSource) -> BTreeSet<String> {
+    fn ports_without_aer(&self, errors: &dyn ErrorSource) -> Vec<ProblemView> {
         let assigned = self.records.values().filter(|record| record.guest.is_some());
         let roots = assigned.filter_map(|record| {
             let ports = self.host.ports_above(record.address).ok()?;
             ports.last().copied().filter(|root| matches!(errors.handled(*root), Ok(false)))
         });
-        roots.map(not_handled).collect()
+        let roots: BTreeSet<Sbdf> = roots.collect();
+        let view = |root| ProblemView {
+            message: not_handled(root),
+            cause: Cause::ErrorReporting,
+            since: None,
+            address: Some(root),
+            domain: None,
+        };
+        roots.into_iter().map(view).collect()
     }
 
     /// The record of a function, where it has one.

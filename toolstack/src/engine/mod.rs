@@ -66,7 +66,7 @@ use crate::former_owners::FormerOwners;
 use crate::journal::{Journal, NetworkRecord, Record};
 use crate::ledger::Ledger;
 use crate::outcome::{ErrorCode, Failure};
-use crate::protocol::{RegisterValue, Request};
+use crate::protocol::{Cause, RegisterValue, Request};
 use crate::reply::Reply;
 use crate::reservations::Reservations;
 use crate::settings::Settings;
@@ -79,6 +79,7 @@ use keeping::Keeping;
 use network::NetworkChecks;
 use open::{Filter, Opened};
 use policies::Reloaded;
+use problems::Problem;
 use repairs::Synced;
 use returning::Returning;
 use sync::Syncing;
@@ -131,7 +132,7 @@ pub enum Event {
     /// Something was done for a guest.
     Worked(DomId, work::Worked),
     /// A task that changes a PF's VFs ended.
-    VfsChanged(Sbdf),
+    VfsChanged(Sbdf, bool),
     /// A repair that concerns a guest, a driver or a record.
     Repair(Repair, Reply),
     /// A function is wanted for a repair of Xen's list; the answer says whether it may be had.
@@ -147,7 +148,7 @@ pub enum Event {
     /// What a guest's driver made of its VF's network settings; `None`: nothing.
     NetworkCompared(Sbdf, Option<String>),
     /// Something that nobody waits for went wrong.
-    Problem(String),
+    Problem(Problem),
     /// Functions were looked at because something happened to them.
     Seen(Look),
     /// The kernel's error counters were looked at.
@@ -210,9 +211,9 @@ impl Inbox {
     }
 
     /// A reply for what the service does of its own accord: a failure becomes a problem in the status.
-    fn unasked_reply(&self) -> Reply {
+    fn unasked_reply(&self, cause: Cause) -> Reply {
         let inbox = self.clone();
-        Reply::unasked(move |failure| inbox.send(Event::Problem(failure.to_string())))
+        Reply::unasked(move |failure| inbox.send(Event::Problem(Problem::failed(cause, failure))))
     }
 }
 
@@ -326,13 +327,13 @@ impl Engine {
             reservations,
             returning: Returning::default(),
             watchdog: Watchdog::from_environment(),
-            problems: damaged.iter().chain(&unusable).map(ToString::to_string).collect(),
+            problems: damaged.iter().chain(&unusable).map(Problem::unusable).collect(),
         })
     }
 
     /// Notes something for 'xpci status' that was found before the engine ran.
-    pub fn note_problem(&mut self, problem: String) {
-        self.problems.push(problem);
+    pub fn note_problem(&mut self, cause: Cause, problem: String) {
+        self.problems.push(Problem::new(cause, problem));
     }
 
     /// The way to this engine.
@@ -427,7 +428,9 @@ impl Engine {
             Event::Server(domain, report) => self.server_reported(domain, report),
             Event::ResetEnded(attachment, outcome) => self.reset_ended(attachment, outcome),
             Event::Worked(domain, worked) => self.worked(domain, worked),
-            Event::VfsChanged(physical_function) => self.vfs_changed(physical_function),
+            Event::VfsChanged(physical_function, succeeded) => {
+                self.vfs_changed(physical_function, succeeded);
+            }
             Event::Repair(repair, reply) => self.repair(repair, reply),
             Event::Reserve(address, answer) => self.reserve(address, &answer),
             Event::ListRepaired(repair, done) => self.list_repaired(repair, done),
@@ -435,9 +438,9 @@ impl Engine {
             Event::NetworkSet(address, network) => self.network_set(address, *network),
             Event::Contain(address, containment, why) => self.contain(address, containment, &why),
             Event::NetworkCompared(address, differs) => self.network_compared(address, differs),
-            Event::Problem(text) => {
-                error!("{text}");
-                self.problems.push(text);
+            Event::Problem(problem) => {
+                error!("{}", problem.view().message);
+                self.problems.push(problem);
             }
             Event::Seen(seen) => self.seen(seen),
             Event::LookedAtErrors(counted) => self.errors_looked_at(*counted),

@@ -7,11 +7,12 @@ use log::warn;
 use pciback::platform::VfSettings;
 use pciback::{FunctionState, Sbdf};
 
+use super::problems::{Lasting, Problem};
 use super::requests::{existing, not_in_state};
 use super::{Engine, Event};
 use crate::journal::{NetworkRecord, Record};
 use crate::outcome::Failure;
-use crate::protocol::{Success, VfNetworkView};
+use crate::protocol::{Cause, Success, VfNetworkView};
 use crate::reply::Reply;
 use crate::transaction::{
     SeenNetwork, change_network, describe_network, look_at_network, look_at_networks, network_deviation,
@@ -105,7 +106,7 @@ impl Engine {
         self.busy.remove(&address);
         let orphan = self.orphans.remove(&address);
         // What was found before may be as wished now.
-        self.network_checks.differing.remove(&address);
+        self.network_checks.differing.remove(address);
         let Some(record) = self.records.get_mut(&address) else { return };
         record.network = network;
         let record = record.clone();
@@ -121,6 +122,7 @@ impl Engine {
     pub(super) fn note_network_problem(&mut self, record: &Record) {
         let problem = record.network.as_ref().and_then(|network| network.problem.clone());
         if record.state == FunctionState::Host {
+            let problem = problem.map(|text| Problem::new(Cause::Network, text).on(record.address));
             self.problems.extend(problem);
         }
     }
@@ -153,7 +155,7 @@ pub(super) struct NetworkChecks {
     /// When to look, and how often that was done since the driver started.
     due: BTreeMap<Sbdf, (Instant, usize)>,
     /// What is otherwise than wished.
-    differing: BTreeMap<Sbdf, String>,
+    differing: Lasting,
 }
 
 impl NetworkChecks {
@@ -163,11 +165,9 @@ impl NetworkChecks {
     }
 
     /// What is otherwise than wished, for the status.
-    pub fn problems(&self) -> impl Iterator<Item = String> {
-        let text = |(address, how): (&Sbdf, &String)| {
-            format!("{address} has other network settings than wished: {how}")
-        };
-        self.differing.iter().map(text)
+    pub fn problems(&self) -> impl Iterator<Item = Problem> {
+        let text = |address, how: &str| format!("{address} has other network settings than requested: {how}");
+        self.differing.problems(Cause::Network, text)
     }
 }
 
@@ -211,17 +211,17 @@ impl Engine {
         match differs.filter(|_| attached) {
             Some(how) => {
                 warn!(
-                    "{address}: its guest's driver has started, and its network settings are not as wished: {how}"
+                    "{address}: its guest's driver has started, and its network settings are not as requested: {how}"
                 );
                 self.network_checks.differing.insert(address, how);
             }
-            None => drop(self.network_checks.differing.remove(&address)),
+            None => self.network_checks.differing.remove(address),
         }
     }
 
     /// A guest has a function no more.
     pub(super) fn forget_network_checks(&mut self, address: Sbdf) {
         self.network_checks.due.remove(&address);
-        self.network_checks.differing.remove(&address);
+        self.network_checks.differing.remove(address);
     }
 }

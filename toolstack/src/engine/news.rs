@@ -1,15 +1,17 @@
 //! What happened to functions: remembered, written down, and told to those who follow.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::time::SystemTime;
 
 use log::error;
 use pciback::{FunctionState, Sbdf};
 
 use super::Engine;
+use super::problems::Problem;
 use super::requests::existing;
 use crate::audit::AuditLog;
 use crate::outcome::Failure;
-use crate::protocol::{EventView, Happening, Success};
+use crate::protocol::{Cause, EventView, Happening, Success};
 use crate::reply::Reply;
 
 /// How many events are remembered for a function.
@@ -28,8 +30,8 @@ pub(super) struct News {
     histories: BTreeMap<Sbdf, VecDeque<EventView>>,
     recent: VecDeque<EventView>,
     followers: Vec<Reply>,
-    /// The states that were told last.
-    states: BTreeMap<Sbdf, FunctionState>,
+    /// The states that were told last, and since when.
+    states: BTreeMap<Sbdf, (FunctionState, SystemTime)>,
 }
 
 impl News {
@@ -79,13 +81,18 @@ impl News {
 impl Engine {
     /// Notes an error, a decision, or what came of it.
     pub(super) fn note_event(&mut self, event: EventView) {
-        if let Err(problem) = self.news.audit.add(&event)
-            && !self.news.failed
-        {
-            self.news.failed = true;
-            let text = format!("write the audit log: {problem}");
-            error!("{text}");
-            self.problems.push(text);
+        match self.news.audit.add(&event) {
+            Err(problem) if !self.news.failed => {
+                self.news.failed = true;
+                let text = format!("write the audit log: {problem}");
+                error!("{text}");
+                self.problems.push(Problem::new(Cause::AuditLog, text));
+            }
+            Ok(()) if self.news.failed => {
+                self.news.failed = false;
+                self.problems.cure(Cause::AuditLog);
+            }
+            _ => {}
         }
         self.news.remember(event.clone());
         self.news.tell(event);
@@ -101,13 +108,13 @@ impl Engine {
     pub(super) fn tell_states(&mut self) {
         let mut changed = Vec::new();
         for (address, record) in &self.records {
-            let before = self.news.states.get(address).copied().unwrap_or(FunctionState::Host);
+            let before = self.news.states.get(address).map_or(FunctionState::Host, |(state, _)| *state);
             if before != record.state {
                 let domain = record.guest.map(|place| place.domain);
                 changed.push((*address, domain, before, record.state));
             }
         }
-        for (address, before) in &self.news.states {
+        for (address, (before, _)) in &self.news.states {
             if !self.records.contains_key(address) && *before != FunctionState::Host {
                 changed.push((*address, None, *before, FunctionState::Host));
             }
@@ -115,10 +122,17 @@ impl Engine {
         for (address, domain, from, to) in changed {
             match to {
                 FunctionState::Host => self.news.states.remove(&address),
-                _ => self.news.states.insert(address, to),
+                _ => self.news.states.insert(address, (to, SystemTime::now())),
             };
             self.news.tell(EventView::now(address, domain, Happening::State { from, to }));
         }
+    }
+
+    /// Since when functions are quarantined.
+    pub(super) fn quarantined_since(&self) -> BTreeMap<Sbdf, SystemTime> {
+        let quarantined =
+            self.news.states.iter().filter(|(_, (state, _))| *state == FunctionState::Quarantined);
+        quarantined.map(|(address, (_, since))| (*address, *since)).collect()
     }
 
     /// What happened to a function, as far as errors are concerned.

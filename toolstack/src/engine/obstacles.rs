@@ -77,6 +77,16 @@ pub(super) fn hold_obstacles(
     [in_use, holder].into_iter().filter_map(Result::err).collect()
 }
 
+impl Workshop {
+    /// Why no guest would get a function that was just held, because of what it shares with functions of others.
+    pub(super) fn shares(&self, address: Sbdf) -> Vec<String> {
+        match self.sharing().obstacles(address, None) {
+            Ok(found) => found.iter().map(|failure| format!("no guest can get it yet: {failure}")).collect(),
+            Err(failure) => vec![format!("what it shares with other functions is unknown: {failure}")],
+        }
+    }
+}
+
 impl Engine {
     /// What keeps a function from a domain, or from any, as far as the engine can tell without waiting. `trust`: it may have it even
     /// while a PV guest that had it can still reach it.

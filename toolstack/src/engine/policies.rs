@@ -10,6 +10,7 @@ use pciback::{DomId, Sbdf};
 
 use super::guest::MaskedWrites;
 use super::open::Filter;
+use super::problems::Problem;
 use super::requests::existing;
 use super::tasks::Workshop;
 use super::{Engine, Event};
@@ -17,8 +18,8 @@ use crate::domains;
 use crate::outcome::{ErrorCode, Failure};
 use crate::policies::{self, Source};
 use crate::protocol::{
-    CapabilityRuleView, DomainName, LearnedView, PolicyFileView, PolicyView, RegisterRuleView, ReloadedView,
-    Success,
+    CapabilityRuleView, Cause, DomainName, LearnedView, PolicyFileView, PolicyView, RegisterRuleView,
+    ReloadedView, Success,
 };
 use crate::reply::Reply;
 use crate::spec::of_guests;
@@ -80,7 +81,7 @@ impl Engine {
         self.inbox.background(name, task, move |started| {
             // Whoever waits hears that the service gave up: what would have answered is dropped.
             if let Err(failure) = started {
-                inbox.send(Event::Problem(failure.to_string()));
+                inbox.send(Event::Problem(Problem::failed(Cause::Service, &failure)));
             }
         });
     }
@@ -93,10 +94,11 @@ impl Engine {
             self.keeping.begin_anew();
             self.try_again(None);
             self.stirred.everything();
+            self.problems.cure(Cause::Policies);
             if let Err(problem) = policies::keep_copy(&self.settings.state_directory, sources) {
                 let text = format!("keep a copy of the policies: {problem}");
                 warn!("{text}");
-                self.problems.push(text);
+                self.problems.push(Problem::new(Cause::StateFiles, text));
             }
         }
         let views: Vec<ReloadedView> =

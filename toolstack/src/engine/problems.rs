@@ -1,68 +1,230 @@
-//! What was found wrong outside any one function, for `xpci status`: as much of it as somebody can read.
+//! What was found wrong, for `xpci status`: as much of it as somebody can read, and as long as it lasts.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
-use pciback::DomId;
+use pciback::platform::{Hypervisor, Store};
+use pciback::{DomId, Sbdf};
+
+use crate::journal::JournalError;
+use crate::outcome::Failure;
+use crate::protocol::{Cause, ProblemView, utc_of};
 
 /// How many are kept of those that one guest causes; the last ones.
 const OF_A_GUEST: usize = 8;
 /// How many are kept in all.
 const IN_ALL: usize = 512;
 
+/// One problem.
+#[derive(Debug, Clone)]
+pub struct Problem {
+    text: String,
+    cause: Cause,
+    since: SystemTime,
+    address: Option<Sbdf>,
+    domain: Option<DomId>,
+    /// A guest may cause it as often as it likes.
+    of_guest: bool,
+    until: Until,
+}
+
+/// How a problem ends, besides with its domain.
+#[derive(Debug, Clone)]
+enum Until {
+    /// When the engine cures it.
+    Cured,
+    /// When this file is gone.
+    FileGone(PathBuf),
+    /// When Xen does not have the domain paused any more.
+    Unpaused,
+}
+
+impl Problem {
+    /// A problem that was found now.
+    pub fn new(cause: Cause, text: impl Into<String>) -> Self {
+        let (text, since, until) = (text.into(), SystemTime::now(), Until::Cured);
+        Self { text, cause, since, address: None, domain: None, of_guest: false, until }
+    }
+
+    /// What failed, about the function and the domain that it names.
+    pub fn failed(cause: Cause, failure: &Failure) -> Self {
+        let (address, domain) = (failure.address, failure.domain);
+        Self { address, domain, ..Self::new(cause, failure.to_string()) }
+    }
+
+    /// A file that cannot be used, until somebody removes it.
+    pub fn unusable(error: &JournalError) -> Self {
+        let until = Until::FileGone(error.path().to_owned());
+        Self { address: error.address(), until, ..Self::new(Cause::StateFiles, error.to_string()) }
+    }
+
+    /// A file of a function that could not be written, until something else is done with the function.
+    pub fn unwritten(error: &JournalError) -> Self {
+        Self { address: error.address(), ..Self::new(Cause::StateFiles, error.to_string()) }
+    }
+
+    /// Names the function.
+    pub fn on(self, address: Sbdf) -> Self {
+        Self { address: Some(address), ..self }
+    }
+
+    /// Names the domain: the problem ends with it.
+    pub fn of(self, domain: DomId) -> Self {
+        Self { domain: Some(domain), ..self }
+    }
+
+    /// It ends when Xen does not have the domain paused.
+    pub fn until_unpaused(self) -> Self {
+        Self { until: Until::Unpaused, ..self }
+    }
+
+    /// It ends when this file is gone.
+    pub fn until_gone(self, path: &Path) -> Self {
+        Self { until: Until::FileGone(path.to_owned()), ..self }
+    }
+
+    fn is_cured(&self, store: &dyn Store, hypervisor: &dyn Hypervisor) -> bool {
+        // What cannot be asked is no cure.
+        let gone = self.domain.is_some_and(|domain| matches!(store.domain_exists(domain), Ok(false)));
+        gone || match (&self.until, self.domain) {
+            (Until::FileGone(path), _) => matches!(path.try_exists(), Ok(false)),
+            (Until::Unpaused, Some(domain)) => hypervisor.domain(domain).is_ok_and(|info| !info.paused),
+            _ => false,
+        }
+    }
+
+    /// As it is shown.
+    pub fn view(&self) -> ProblemView {
+        ProblemView {
+            message: self.text.clone(),
+            cause: self.cause,
+            since: Some(utc_of(self.since)),
+            address: self.address,
+            domain: self.domain,
+        }
+    }
+}
+
 /// Problems, the oldest first. None stands there twice. All of them are in the log.
 #[derive(Debug, Default)]
-pub(super) struct Problems(VecDeque<(Option<DomId>, String)>);
+pub(super) struct Problems(VecDeque<Problem>);
 
 impl Problems {
     /// Adds one that no guest can cause.
-    pub fn push(&mut self, text: String) {
-        self.add(None, text);
+    pub fn push(&mut self, problem: Problem) {
+        self.add(problem);
     }
 
     /// Adds one that a guest may cause as often as it likes. What was kept of it before counts, however often it has connected since.
     pub fn push_of(&mut self, domain: DomId, text: String) {
-        self.add(Some(domain), text);
-        let own = self.0.iter().filter(|(cause, _)| *cause == Some(domain)).count();
-        if own > OF_A_GUEST {
-            self.remove_first(|cause| cause == Some(domain));
+        self.add(Problem { of_guest: true, ..Problem::new(Cause::Guest, text).of(domain) });
+        let is_its = |problem: &Problem| problem.of_guest && problem.domain == Some(domain);
+        if self.0.iter().filter(|problem| is_its(problem)).count() > OF_A_GUEST {
+            self.remove_first(is_its);
         }
+    }
+
+    /// Something works that did not.
+    pub fn cure(&mut self, cause: Cause) {
+        self.0.retain(|problem| problem.cause != cause || !matches!(problem.until, Until::Cured));
+    }
+
+    /// Something works that did not, of one function.
+    pub fn cure_of(&mut self, address: Sbdf, causes: &[Cause]) {
+        self.0.retain(|problem| {
+            problem.address != Some(address)
+                || !causes.contains(&problem.cause)
+                || !matches!(problem.until, Until::Cured)
+        });
+    }
+
+    /// A guest is served again.
+    pub fn cure_guest(&mut self, domain: DomId) {
+        self.0.retain(|problem| !problem.of_guest || problem.domain != Some(domain));
+    }
+
+    /// Forgets those that ended without the engine's doing.
+    pub fn sweep(&mut self, store: &dyn Store, hypervisor: &dyn Hypervisor) {
+        self.0.retain(|problem| !problem.is_cured(store, hypervisor));
     }
 
     /// All that are kept.
-    pub fn iter(&self) -> impl Iterator<Item = &String> {
-        self.0.iter().map(|(_, text)| text)
+    pub fn iter(&self) -> impl Iterator<Item = &Problem> {
+        self.0.iter()
     }
 
-    fn add(&mut self, cause: Option<DomId>, text: String) {
-        if self.iter().any(|known| *known == text) {
+    fn add(&mut self, problem: Problem) {
+        if self.iter().any(|known| known.text == problem.text) {
             return;
         }
-        self.0.push_back((cause, text));
+        self.0.push_back(problem);
         if self.0.len() > IN_ALL {
-            // What guests cause goes before what nobody else tells of.
-            let guests = self.0.iter().any(|(cause, _)| cause.is_some());
-            self.remove_first(|cause| cause.is_some() || !guests);
+            // What guests cause goes before what only the service reports.
+            let guests = self.iter().any(|problem| problem.of_guest);
+            self.remove_first(|problem| problem.of_guest || !guests);
         }
     }
 
-    fn remove_first(&mut self, which: impl Fn(Option<DomId>) -> bool) {
-        if let Some(first) = self.0.iter().position(|(cause, _)| which(*cause)) {
+    fn remove_first(&mut self, which: impl Fn(&Problem) -> bool) {
+        if let Some(first) = self.0.iter().position(which) {
             self.0.remove(first);
         }
     }
 }
 
-impl Extend<String> for Problems {
-    fn extend<T: IntoIterator<Item = String>>(&mut self, problems: T) {
-        problems.into_iter().for_each(|text| self.push(text));
+impl Extend<Problem> for Problems {
+    fn extend<T: IntoIterator<Item = Problem>>(&mut self, problems: T) {
+        problems.into_iter().for_each(|problem| self.push(problem));
     }
 }
 
-impl FromIterator<String> for Problems {
-    fn from_iter<T: IntoIterator<Item = String>>(problems: T) -> Self {
+impl FromIterator<Problem> for Problems {
+    fn from_iter<T: IntoIterator<Item = Problem>>(problems: T) -> Self {
         let mut all = Self::default();
         all.extend(problems);
         all
+    }
+}
+
+/// Why something is not as it should be, of several functions, and since when.
+#[derive(Debug, Default)]
+pub(super) struct Lasting(BTreeMap<Sbdf, (String, SystemTime)>);
+
+impl Lasting {
+    /// One is not as it should be: since it first was not, whatever the reason was then.
+    pub fn insert(&mut self, address: Sbdf, why: String) {
+        let since = self.0.get(&address).map_or_else(SystemTime::now, |(_, since)| *since);
+        self.0.insert(address, (why, since));
+    }
+
+    /// One is as it should be.
+    pub fn remove(&mut self, address: Sbdf) {
+        self.0.remove(&address);
+    }
+
+    /// All are.
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// For the status, in words made of a function and the reason.
+    pub fn problems(
+        &self,
+        cause: Cause,
+        text: impl Fn(Sbdf, &str) -> String,
+    ) -> impl Iterator<Item = Problem> {
+        self.0.iter().map(move |(address, (why, since))| Problem {
+            since: *since,
+            ..Problem::new(cause, text(*address, why)).on(*address)
+        })
+    }
+}
+
+impl Problem {
+    /// The same, known since then.
+    pub fn since(self, since: SystemTime) -> Self {
+        Self { since, ..self }
     }
 }
 
@@ -70,30 +232,65 @@ impl FromIterator<String> for Problems {
 mod tests {
     use super::*;
 
+    fn audit_log() -> Problem {
+        Problem::new(Cause::StateFiles, "the audit log")
+    }
+
     #[test]
     fn a_guest_pushes_out_its_own_problems_only_and_none_stands_there_twice() {
         let mut problems = Problems::default();
-        problems.push("the audit log".into());
+        problems.push(audit_log());
         problems.push_of(DomId(1), "its ring".into());
         for number in 0..10_000 {
             problems.push_of(DomId(2), format!("trouble {number}"));
             problems.push_of(DomId(1), "its ring".into());
         }
-        let kept: Vec<&String> = problems.iter().collect();
+        let kept: Vec<&str> = problems.iter().map(|problem| problem.text.as_str()).collect();
         assert_eq!(kept.len(), 2 + OF_A_GUEST);
-        assert_eq!((kept[0].as_str(), kept[1].as_str()), ("the audit log", "its ring"));
-        assert_eq!(problems.iter().last().unwrap(), "trouble 9999");
+        assert_eq!((kept[0], kept[1]), ("the audit log", "its ring"));
+        assert_eq!(kept.last(), Some(&"trouble 9999"));
     }
 
     #[test]
     fn many_guests_push_out_nothing_else_either() {
-        let mut problems: Problems = ["the audit log".to_owned()].into_iter().collect();
+        let mut problems: Problems = [audit_log()].into_iter().collect();
         for domain in 0..1000 {
             problems.push_of(DomId(domain), format!("trouble of {domain}"));
         }
         assert_eq!(
-            (problems.iter().count(), problems.iter().next().unwrap().as_str()),
+            (problems.iter().count(), problems.iter().next().unwrap().text.as_str()),
             (IN_ALL, "the audit log")
         );
+    }
+
+    #[test]
+    fn a_cure_ends_problems_of_its_cause_and_function_only() {
+        let (one, other) = (Sbdf::from_devfn(0, 1, 0x80), Sbdf::from_devfn(0, 1, 0x82));
+        let mut problems: Problems = [
+            Problem::new(Cause::Network, "one").on(one),
+            Problem::new(Cause::StateFiles, "its file").on(one),
+            Problem::new(Cause::Network, "other").on(other),
+        ]
+        .into_iter()
+        .collect();
+        problems.cure_of(one, &[Cause::Network]);
+        let left: Vec<&str> = problems.iter().map(|problem| problem.text.as_str()).collect();
+        assert_eq!(left, ["its file", "other"]);
+    }
+
+    #[test]
+    fn a_reason_that_changes_is_the_same_problem_since_it_began() {
+        let address = Sbdf::from_devfn(0, 1, 0x80);
+        let mut lasting = Lasting::default();
+        let only = |lasting: &Lasting| {
+            let mut all = lasting.problems(Cause::Holding, |address, why| format!("{address}: {why}"));
+            all.next().map(|problem| (problem.text, problem.since))
+        };
+        lasting.insert(address, "a".into());
+        let (_, began) = only(&lasting).unwrap();
+        lasting.insert(address, "b".into());
+        assert_eq!(only(&lasting), Some((format!("{address}: b"), began)));
+        lasting.remove(address);
+        assert_eq!(only(&lasting), None);
     }
 }

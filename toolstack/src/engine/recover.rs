@@ -15,9 +15,11 @@ use super::Engine;
 use super::contain::Containment;
 use super::hvm::Resumed;
 use super::open::Opened;
+use super::problems::Problem;
 use super::tasks::Course;
 use crate::journal::{JournalError, Record};
 use crate::outcome::Failure;
+use crate::protocol::Cause;
 use crate::transaction::{Kind, Parting, Step, note_owner};
 
 impl Engine {
@@ -36,7 +38,7 @@ impl Engine {
             // Granted by a version that took no note of it.
             if let Err(failure) = note_owner(&self.former_owners, &self.platform, record) {
                 error!("{}: note that a PV guest may map it: {failure}", record.address);
-                self.problems.push(failure.to_string());
+                self.problems.push(Problem::failed(Cause::StateFiles, &failure).on(record.address));
             }
         }
         for record in current {
@@ -52,13 +54,15 @@ impl Engine {
     fn distrust_unknown(&mut self, error: &JournalError) {
         error!("{error}");
         let Some(address) = error.address() else {
-            self.problems.push(error.to_string());
+            self.problems.push(Problem::unusable(error));
             return;
         };
         let found = self.platform.host.function(address);
         if matches!(&found, Err(error) if error.errno() == Some(Errno::ENOENT)) {
             // Nobody has what is not there.
-            self.problems.push(format!("{error}; {address} is not on this host: remove the file"));
+            let text = format!("{error}; {address} is not on this host: remove the file");
+            let problem = Problem::new(Cause::StateFiles, text).on(address);
+            self.problems.push(problem.until_gone(error.path()));
             return;
         }
         let kept = match self.journal.set_aside(address) {
@@ -121,7 +125,8 @@ impl Engine {
                     error!("{}: cannot be served on: {failure}", record.address);
                     // What was under way is undone now, and may not have come as far as its image.
                     if record.transaction.is_none() {
-                        self.problems.push(format!("{} cannot be served on: {failure}", record.address));
+                        let text = format!("{} cannot be served any more: {failure}", record.address);
+                        self.problems.push(Problem::new(Cause::Guest, text).on(record.address));
                     }
                 }
             }
@@ -139,7 +144,8 @@ impl Engine {
                 Ok(()) => info!("domain {domain}: serving its {count} functions on"),
                 Err(failure) => {
                     error!("domain {domain}: {failure}");
-                    self.problems.push(format!("domain {domain} cannot be served on: {failure}"));
+                    let text = format!("domain {domain} cannot be served any more: {failure}");
+                    self.problems.push(Problem::new(Cause::Guest, text).of(domain));
                 }
             }
         }
@@ -191,7 +197,7 @@ impl Engine {
         if !held {
             let why = "it was held, but its holding driver lost it while xpcid did not run".to_owned();
             warn!("{address}: {why}");
-            self.problems.push(format!("{address}: {why}"));
+            self.problems.push(Problem::new(Cause::Holding, format!("{address}: {why}")).on(address));
         }
     }
 }

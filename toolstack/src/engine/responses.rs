@@ -11,8 +11,10 @@ use pciback::serve::{NotTold, Telling};
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::contain::Containment;
+use super::problems::Problem;
 use super::{Engine, Event};
 use crate::outcome::Failure;
+use crate::protocol::Cause;
 
 /// What is being done about a function.
 pub(super) struct Underway {
@@ -292,10 +294,14 @@ impl Engine {
 
     pub(super) fn unmasked(&mut self, address: Sbdf, outcome: Result<(), String>) {
         match outcome {
-            Ok(()) => self.note_outcome(address, true, "correctable errors are heard again".to_owned()),
+            Ok(()) => {
+                self.problems.cure_of(address, &[Cause::ErrorReporting]);
+                self.note_outcome(address, true, "correctable errors are heard again".to_owned());
+            }
             Err(why) => {
                 self.note_outcome(address, false, format!("correctable errors stay masked: {why}"));
-                self.problems.push(format!("{address}: correctable errors stay masked: {why}"));
+                let text = format!("{address}: correctable errors stay masked: {why}");
+                self.problems.push(Problem::new(Cause::ErrorReporting, text).on(address));
             }
         }
     }

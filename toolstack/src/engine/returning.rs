@@ -9,18 +9,20 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use log::{error, info, warn};
 use pciback::{DomId, FunctionState, Sbdf, Uuid};
 use serde::{Deserialize, Serialize};
 
 use super::notes::Notes;
+use super::problems::Problem;
 use super::tasks::Course;
 use super::{Engine, Event};
 use crate::domains::{self, DomainType};
 use crate::journal::{GuestPlace, Record};
 use crate::outcome::{ErrorCode, Failure};
+use crate::protocol::Cause;
 use crate::transaction::{Finished, Kind};
 
 /// What is known of guests that have functions persistently.
@@ -40,6 +42,8 @@ struct Missing {
     under_way: bool,
     /// Why it could not be, the last time that it was tried; `None`: it was not tried yet.
     why: Option<String>,
+    /// When it could not be the first time.
+    since: Option<SystemTime>,
 }
 
 /// The start of an HVM guest.
@@ -69,13 +73,12 @@ impl Missing {
 
 impl Returning {
     /// What is wrong, for `xpci status`.
-    pub fn problems(&self) -> impl Iterator<Item = String> {
+    pub fn problems(&self) -> impl Iterator<Item = Problem> {
         self.missing.iter().filter_map(|(address, missing)| {
-            let why = missing.why.as_ref()?;
-            Some(format!(
-                "{address} is missing in domain {}, which has it persistently: {why}",
-                missing.domain
-            ))
+            let (why, domain) = (missing.why.as_ref()?, missing.domain);
+            let text = format!("{address} is missing in domain {domain}, which has it persistently: {why}");
+            let since = missing.since.unwrap_or_else(SystemTime::now);
+            Some(Problem::new(Cause::Persistent, text).on(*address).of(domain).since(since))
         })
     }
 
@@ -108,10 +111,14 @@ impl Engine {
             return;
         }
         let present = match self.domains_present() {
-            Ok(present) => present,
+            Ok(present) => {
+                self.problems.cure(Cause::Starts);
+                present
+            }
             Err(error) => {
-                error!("look for guests that start again: {error}");
-                self.problems.push(format!("look for guests that start again: {error}"));
+                let text = format!("look for guests that start again: {error}");
+                error!("{text}");
+                self.problems.push(Problem::new(Cause::Starts, text));
                 return;
             }
         };
@@ -170,7 +177,9 @@ impl Engine {
                 continue;
             }
             info!("{address}: domain {domain} has it persistently");
-            self.returning.missing.insert(address, Missing { domain, under_way: false, why: None });
+            self.returning
+                .missing
+                .insert(address, Missing { domain, under_way: false, why: None, since: None });
             found = true;
         }
         if found && self.keep_paused(domain) {
@@ -315,6 +324,7 @@ impl Engine {
         error!("{address}: not attached again to domain {domain}: {failure}");
         missing.under_way = false;
         missing.why = Some(failure.to_string());
+        missing.since = missing.since.or_else(|| Some(SystemTime::now()));
         self.let_run_if_ready(domain);
     }
 
@@ -405,7 +415,8 @@ impl Engine {
             Err(_) if matches!(self.platform.store.domain_exists(domain), Ok(false)) => {}
             Err(error) => {
                 error!("{error}");
-                self.problems.push(format!("{error}; 'xl unpause {domain}' may do it"));
+                let text = format!("{error}; 'xl unpause {domain}' may do it");
+                self.problems.push(Problem::new(Cause::Guest, text).of(domain).until_unpaused());
             }
         }
         self.pause_notes().remove(domain);
@@ -427,9 +438,12 @@ impl Engine {
                     continue;
                 }
                 // Nobody but Xen knows how often it is paused, and Xen does not say.
-                Some((_, info)) if info.paused && !info.has_run => self.problems.push(format!(
-                    "xpcid was killed while it paused domain {domain} or let it run: if it does not start, 'xl unpause {domain}'"
-                )),
+                Some((_, info)) if info.paused && !info.has_run => {
+                    let text = format!(
+                        "xpcid was killed while it paused domain {domain} or let it run: if it does not start, 'xl unpause {domain}'"
+                    );
+                    self.problems.push(Problem::new(Cause::Guest, text).of(domain).until_unpaused());
+                }
                 _ => {}
             }
             self.pause_notes().remove(domain);

@@ -190,9 +190,9 @@ impl Engine {
     }
 
     /// Checks how dom0 is set up, on a thread: xl takes a while.
-    pub(super) fn examine(&self, reply: Reply) {
+    pub(super) fn examine(&mut self, reply: Reply) {
         let (platform, version) = (self.platform.clone(), crate::VERSION);
-        let problems = self.problems.iter().count();
+        let problems = self.problems_now().len();
         self.background("doctor", move || {
             let service = match problems {
                 0 => Finding::new("service", Verdict::Good, format!("xpcid {version} answers")),

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::mpsc;
+use std::time::SystemTime;
 
 use log::{error, warn};
 use pciback::inventory::{Intent, Owner, Place, Plan, Repair, Step, Want, Wanted};
@@ -13,13 +14,14 @@ use pciback::serve::pv::nodes;
 use pciback::{FunctionState, Sbdf};
 
 use super::observe::Known;
+use super::problems::Problem;
 use super::repairs::{Outcome, Synced};
 use super::tasks::Course;
 use super::watch::Seen;
 use super::{Engine, Event};
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
-use crate::protocol::{Success, SyncView};
+use crate::protocol::{Cause, Success, SyncView};
 use crate::reply::Reply;
 use crate::transaction::{Kind, Parting, a_guests, is_another_toolstacks};
 
@@ -43,8 +45,18 @@ pub(super) struct Syncing {
     tried: BTreeMap<Sbdf, Tried>,
     /// The last repairs that were made without being asked for.
     repaired: VecDeque<String>,
-    /// Why the lists could not be read, and how often in a row.
-    unread: (Vec<String>, u32),
+    /// Why the lists could not be read.
+    unread: Unread,
+}
+
+/// Lists that could not be read.
+#[derive(Default)]
+struct Unread {
+    why: Vec<String>,
+    /// How often in a row.
+    times: u32,
+    /// Since when.
+    since: Option<SystemTime>,
 }
 
 /// What was done about one function without being asked for.
@@ -52,6 +64,8 @@ pub(super) struct Syncing {
 struct Tried {
     times: u32,
     failure: Option<String>,
+    /// Since when it has failed.
+    since: Option<SystemTime>,
 }
 
 impl Syncing {
@@ -78,16 +92,22 @@ impl Syncing {
     }
 
     /// What could not be repaired, for the status.
-    pub fn problems(&self) -> Vec<String> {
+    pub fn problems(&self) -> Vec<Problem> {
         let failed = self.tried.iter().filter_map(|(address, tried)| {
             let given_up = if tried.times < TRIES { "" } else { "; given up, 'xpci sync' tries again" };
-            match &tried.failure {
-                Some(failure) => Some(format!("{address} is not in step: {failure}{given_up}")),
-                None if given_up.is_empty() => None,
-                None => Some(format!("{address} was repaired {TRIES} times and is wrong again{given_up}")),
-            }
+            let text = match &tried.failure {
+                Some(failure) => format!("{address} is not in step: {failure}{given_up}"),
+                None if given_up.is_empty() => return None,
+                None => format!("{address} was repaired {TRIES} times and is wrong again{given_up}"),
+            };
+            let problem = Problem::new(Cause::OutOfStep, text).on(*address);
+            Some(problem.since(tried.since.unwrap_or_else(SystemTime::now)))
         });
-        let unread = self.unread.0.iter().map(|why| format!("not compared with Xen: {why}"));
+        let Unread { why, since, .. } = &self.unread;
+        let unread = why.iter().map(|why| {
+            let problem = Problem::new(Cause::OutOfStep, format!("not compared with Xen: {why}"));
+            problem.since(since.unwrap_or_else(SystemTime::now))
+        });
         failed.chain(unread).collect()
     }
 
@@ -229,9 +249,13 @@ impl Engine {
 
     /// What cannot be read now may be readable the next time.
     fn note_unread(&mut self, unread: Vec<String>, again: bool) {
-        let times = if unread.is_empty() { 0 } else { self.syncing.unread.1 + 1 };
+        let before = &self.syncing.unread;
+        let (times, since) = match unread.is_empty() {
+            true => (0, None),
+            false => (before.times + 1, before.since.or_else(|| Some(SystemTime::now()))),
+        };
         self.syncing.due |= again && (1..TRIES).contains(&times);
-        self.syncing.unread = (unread, times);
+        self.syncing.unread = Unread { why: unread, times, since };
     }
 
     /// Reports what the service repaired by itself, and counts what it could not.
@@ -261,6 +285,7 @@ impl Engine {
             let entry = tried.entry(address).or_default();
             // Several steps may be one repair.
             entry.times += u32::from(counted.insert(address));
+            entry.since = entry.since.or_else(|| Some(SystemTime::now()));
             entry.failure = failure;
         }
         while repaired.len() > SHOWN {
@@ -303,7 +328,7 @@ impl Engine {
             record.msix_prepared = false;
             if let Err(problem) = self.journal.write(record) {
                 error!("{problem}");
-                self.problems.push(problem.to_string());
+                self.problems.push(Problem::unwritten(&problem));
             }
         }
         self.repair_ends(address);

@@ -14,13 +14,14 @@ use super::attachments::Resets;
 use super::contain::Awaiting;
 use super::given::Given;
 use super::open::Opened;
+use super::problems::Problem;
 use super::watch::Changes;
 use super::{Engine, Event, Inbox};
 use crate::former_owners::FormerOwners;
 use crate::journal::{Journal, Record};
 use crate::ledger::Ledger;
 use crate::outcome::{ErrorCode, Failure};
-use crate::protocol::Success;
+use crate::protocol::{Cause, Success};
 use crate::reply::Reply;
 use crate::reservations::{Change, Reservations};
 use crate::settings::Settings;
@@ -194,7 +195,9 @@ impl Workshop {
             _ => Ok(()),
         };
         if let Err(failure) = after {
-            self.inbox.send(Event::Problem(failure.to_string()));
+            self.inbox.send(Event::Problem(
+                Problem::failed(Cause::StateFiles, &failure).on(finished.record.address),
+            ));
         }
         finished
     }
@@ -248,6 +251,10 @@ impl Workshop {
     }
 }
 
+/// What ends when something was done with a function and went well.
+const CURED_BY_SUCCESS: [Cause; 5] =
+    [Cause::Holding, Cause::Network, Cause::OutOfStep, Cause::ErrorReporting, Cause::Guest];
+
 impl Engine {
     pub(super) fn workshop(&self) -> Workshop {
         Workshop {
@@ -298,6 +305,8 @@ impl Engine {
         self.busy.insert(address);
         self.syncing.touch(address);
         self.stirred.begin(address);
+        // Its files are written anew: if that fails again, it is reported again.
+        self.problems.cure_of(address, &[Cause::StateFiles]);
         let workshop = self.workshop();
         let (reporter, listener) = (workshop.clone(), reply.clone());
         let not_begun = workshop.unchanged(course, record.clone());
@@ -323,9 +332,13 @@ impl Engine {
             reporter.inbox.send(Event::Finished(Box::new(finished)));
             if let Some(reply) = reply {
                 let view = reporter.view_of(&record);
+                let shares = match (&outcome, course) {
+                    (Ok(_), Course::Forward(Kind::Hold) | Course::Seize) => reporter.shares(address),
+                    _ => Vec::new(),
+                };
                 reply.done(outcome.map(|warnings| Success::Changed {
                     message: done(&record),
-                    warnings,
+                    warnings: [warnings, shares].concat(),
                     functions: vec![view],
                 }));
             }
@@ -343,6 +356,10 @@ impl Engine {
             self.in_use.remove(&address);
             self.attachments.end(address);
             self.forget_network_checks(address);
+        }
+        if finished.outcome.is_ok() {
+            // What was done with it now went well.
+            self.problems.cure_of(address, &CURED_BY_SUCCESS);
         }
         self.note_network_problem(&record);
         self.keep(record.clone());

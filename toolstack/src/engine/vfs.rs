@@ -8,11 +8,12 @@ use pciback::platform::HostFunction;
 use pciback::{FunctionState, Sbdf};
 
 use super::lists::{all_pfs, known_pf};
+use super::problems::Problem;
 use super::tasks::Workshop;
 use super::unmanaged::{self, STUB};
 use super::{Engine, Event};
 use crate::outcome::{ErrorCode, Failure};
-use crate::protocol::Success;
+use crate::protocol::{Cause, Success};
 use crate::reply::Reply;
 use crate::spec::vf_routing;
 use crate::transaction::prepare_networks;
@@ -69,7 +70,10 @@ impl Engine {
     }
 
     /// A task that changed a PF's VFs ended; what happened to them meanwhile was left for now.
-    pub(super) fn vfs_changed(&mut self, address: Sbdf) {
+    pub(super) fn vfs_changed(&mut self, address: Sbdf, succeeded: bool) {
+        if succeeded {
+            self.problems.cure_of(address, &[Cause::VirtualFunctions]);
+        }
         self.busy_pfs.remove(&address);
         self.stirred.one(address);
         // Those that left ...
@@ -94,7 +98,7 @@ impl Engine {
                 pf.num_vfs == 0 && !wanted
             });
             if without_vfs {
-                let reply = self.inbox.unasked_reply();
+                let reply = self.inbox.unasked_reply(Cause::VirtualFunctions);
                 self.change_vfs(address, reply, Ok(()), move |workshop, progress| {
                     destroy(workshop, address, progress)
                 });
@@ -112,14 +116,16 @@ impl Engine {
         let pfs = match all_pfs(host.as_ref()) {
             Ok(pfs) => pfs,
             Err(failure) => {
-                return self.problems.push(format!("enable the VFs that the settings ask for: {failure}"));
+                let text = format!("enable the VFs that the settings ask for: {failure}");
+                return self.problems.push(Problem::new(Cause::VirtualFunctions, text));
             }
         };
         for entry in wanted {
             let matching: Vec<&HostFunction> =
                 pfs.iter().filter(|pf| entry.means(host.as_ref(), pf)).collect();
             if matching.is_empty() {
-                self.problems.push(format!("virtual-functions: no PF is {entry}"));
+                let text = format!("virtual-functions: no PF is {entry}");
+                self.problems.push(Problem::new(Cause::VirtualFunctions, text));
             }
             for pf in matching {
                 if pf.num_vfs == entry.count {
@@ -138,7 +144,7 @@ impl Engine {
                     pf.address,
                     entry.count,
                     entry.unmanaged && pf.driver.is_none(),
-                    self.inbox.unasked_reply(),
+                    self.inbox.unasked_reply(Cause::VirtualFunctions),
                 );
             }
         }
@@ -199,7 +205,8 @@ impl Engine {
         let progress = reply.clone();
         let work = move || change(&workshop, &|text| progress.progress(text));
         self.inbox.background(&format!("vfs {address}"), work, move |outcome| {
-            inbox.send(Event::VfsChanged(address));
+            let succeeded = matches!(&outcome, Ok(Ok(_)));
+            inbox.send(Event::VfsChanged(address, succeeded));
             reply.done(outcome.and_then(|outcome| outcome).map_err(|failure| failure.on(address)));
         });
     }
@@ -300,6 +307,7 @@ fn enable(
                 let message = format!("{}; and then: {error}", failure.message);
                 // They stay until somebody disables them, whoever reads this answer.
                 let problem = format!("{address} has VFs that did not all come up: {message}");
+                let problem = Problem::new(Cause::VirtualFunctions, problem).on(address);
                 workshop.inbox.send(Event::Problem(problem));
                 Err(Failure { message, ..failure })
             }

@@ -13,6 +13,7 @@ use pciback::platform::{HostEvent, HostFunction};
 use pciback::serve::pv::nodes;
 use pciback::{FunctionState, Sbdf};
 
+use super::problems::Problem;
 use super::tasks::Course;
 use super::{Engine, Event};
 use crate::journal::Record;
@@ -246,7 +247,7 @@ impl Engine {
                 info!("{address}: it {how}; xpci forgets the old one");
                 if let Err(error) = self.journal.remove(address) {
                     warn!("{error}");
-                    self.problems.push(error.to_string());
+                    self.problems.push(Problem::unwritten(&error));
                 }
                 self.records.remove(&address);
                 // Another one may have come to its place.

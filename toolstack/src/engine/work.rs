@@ -10,9 +10,11 @@ use pciback::serve::{GuestFunction, Server};
 use pciback::{DomId, Sbdf};
 
 use super::guest::Awaited;
+use super::problems::Problem;
 use super::{Answer, Engine, Event};
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
+use crate::protocol::Cause;
 
 /// A function that its guest is to lose.
 pub(super) enum Taking {
@@ -148,7 +150,7 @@ impl Engine {
             }
             Worked::GaveUpRing(Err(why)) => {
                 error!("domain {domain}: {why}");
-                self.problems.push(format!("domain {domain}: {why}"));
+                self.problems.push(Problem::new(Cause::Guest, format!("domain {domain}: {why}")).of(domain));
                 self.quarantine_all_of(domain, &format!("its ring was given up, but {why}"));
             }
             Worked::Restored(functions) => guest.parked.extend(functions),

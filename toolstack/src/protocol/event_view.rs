@@ -81,8 +81,7 @@ pub struct RegisterValue {
 impl EventView {
     /// Something that happens now.
     pub fn now(address: Sbdf, domain: Option<DomId>, what: Happening) -> Self {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Self { at: utc(since), address, domain, what }
+        Self { at: utc_of(SystemTime::now()), address, domain, what }
     }
 
     /// An error and what was decided about a function because of it.
@@ -136,6 +135,11 @@ impl fmt::Display for EventView {
             Happening::Outcome { ok: false, text } => write!(f, ": failed: {text}"),
         }
     }
+}
+
+/// A moment as the protocol has it: UTC, as `2026-11-21T10:43:47.123Z`.
+pub fn utc_of(moment: SystemTime) -> String {
+    utc(moment.duration_since(UNIX_EPOCH).unwrap_or_default())
 }
 
 /// Time since 1970 as a date of the Gregorian calendar (the algorithm is Howard Hinnant's `civil_from_days`).

@@ -10,6 +10,7 @@ mod list_view;
 mod network_view;
 mod path_view;
 mod policy_view;
+mod problem;
 mod view;
 
 use pciback::Sbdf;
@@ -18,7 +19,7 @@ use pciback::platform::VfSettings;
 use pciback::policy::Explanation;
 use serde::{Deserialize, Serialize};
 
-pub use event_view::{EventView, Happening, RegisterValue};
+pub use event_view::{EventView, Happening, RegisterValue, utc_of};
 pub use finding::{Finding, Verdict, all_good};
 pub use list_view::{ListFilter, ListedView, ShownView};
 pub use network_view::VfNetworkView;
@@ -26,6 +27,7 @@ pub use path_view::{AerOwner, AerStatusView, CountersView, MemberView, PathRegis
 pub use policy_view::{
     CapabilityRuleView, CheckedView, LearnedView, PolicyFileView, PolicyView, RegisterRuleView, ReloadedView,
 };
+pub use problem::{Cause, ProblemView};
 pub use view::{FunctionView, GuestView, PersistentView, StatusView, SyncView, VfView};
 
 pub use crate::domains::DomainName;
@@ -402,6 +404,11 @@ impl Success {
             Self::Checkup { findings } if !all_good(findings) => ErrorCode::Failed.exit_code(),
             _ => 0,
         }
+    }
+
+    /// Whether it is a status with problems.
+    pub fn has_problems(&self) -> bool {
+        matches!(self, Self::Status(status) if !status.problems.is_empty())
     }
 }
 

@@ -4,6 +4,8 @@ use pciback::inventory::Plan;
 use pciback::{DomId, FunctionState, Sbdf, Uuid};
 use serde::{Deserialize, Serialize};
 
+use super::ProblemView;
+
 /// One function.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -61,7 +63,7 @@ pub struct GuestView {
     pub frontend: String,
     /// Requests answered since the service started.
     pub requests: u64,
-    /// Those of them answered with an error.
+    /// Those of them answered with an error; reads of functions that are not there, as every bus scan makes them, do not count.
     pub errors: u64,
 }
 
@@ -91,8 +93,8 @@ pub struct StatusView {
     pub functions: Vec<FunctionView>,
     /// The guests it serves.
     pub guests: Vec<GuestView>,
-    /// What needs somebody's attention.
-    pub problems: Vec<String>,
+    /// What is wrong, for as long as it lasts.
+    pub problems: Vec<ProblemView>,
     /// What sysfs, Xen and xenstore disagreed on and the service repaired by itself: the last of it, the oldest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub repaired: Vec<String>,

@@ -88,6 +88,20 @@ fn json_prints_one_envelope_for_each_answer() {
 }
 
 #[test]
+fn an_answer_that_the_disk_has_no_room_for_exits_with_1() {
+    let daemon = Daemon::start(&host());
+    for arguments in [&["status"][..], &["--json", "list"]] {
+        let mut command = daemon::program(env!("CARGO_BIN_EXE_xpci"));
+        command.arg("--socket").arg(daemon.socket()).args(arguments);
+        command.stdout(std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap());
+        let output = command.output().unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {text}");
+        assert!(text.contains("print the answer: No space left on device"), "{arguments:?}: {text}");
+    }
+}
+
+#[test]
 fn what_does_not_exist_exits_with_4() {
     play("not-found", host());
 }
@@ -184,4 +198,7 @@ fn a_journal_file_that_cannot_be_used_is_a_problem_in_status() {
     std::fs::write(state.join("0000:01:10.0.json"), "{\"version\": 1, \"boo").unwrap();
     let daemon = Daemon::start_in(directory, &host());
     play_on("corrupt-journal", &daemon);
+    std::fs::remove_file(daemon.directory.path().join("state/0000:01:10.0.json")).unwrap();
+    let checked = daemon.xpci(&["status", "--check"]);
+    assert!(checked.status.success(), "without the file there is no problem: {checked:?}");
 }

@@ -130,9 +130,11 @@ fn status_flood_a_guest_whose_ring_fails_again_and_again_fills_neither_memory_no
     for number in 0..10_000 {
         service.report(WEB, ServerReport::Failed(format!("its ring, connection {number}")));
     }
-    let problems = service.status().problems;
+    let problems = service.problems();
     assert!((1..=8).contains(&problems.len()), "{} problems", problems.len());
     assert!(problems.iter().any(|problem| problem.contains("connection 9999")), "{problems:?}");
+    world.simulation.destroy(WEB);
+    assert_eq!(service.problems(), [""; 0], "its problems end with the guest");
 }
 
 /// 120, 126: a guest switches off decoding, and the host's access to the device ends in an error of the platform's.

@@ -45,7 +45,7 @@ pub fn settled(service: &Service, why: &str) {
     let under_way = [FunctionState::Attaching, FunctionState::Detaching, FunctionState::Resetting];
     wait_until(&format!("{why}: it settles"), || {
         let status = service.status();
-        assert_eq!(status.problems, [""; 0], "{why}");
+        assert!(status.problems.is_empty(), "{why}: {:?}", status.problems);
         status.functions.iter().all(|view| !under_way.contains(&view.state) && view.note.is_none())
     });
 }

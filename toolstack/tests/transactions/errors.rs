@@ -237,7 +237,7 @@ fn without_tracing_the_counters_do_and_the_status_says_so() {
     let world = World::new();
     world.fail("error_events", None, Errno::ENOENT, 0);
     let (_frontend, service) = attached(&world, "");
-    let problems = service.status().problems;
+    let problems = service.problems();
     assert!(problems.iter().any(|problem| problem.contains("counters only")), "{problems:?}");
     world.simulation.miss_error(bdf(VF), Severity::Fatal);
     assert_eq!(decided(&service, bdf(VF), Severity::Fatal).1, Detection::Counters);

@@ -112,7 +112,10 @@ fn an_undo_that_fails_quarantines_and_clearing_makes_it_whole() {
 fn assert_quarantined(service: &Service, address: Sbdf, why: &str) {
     let status = service.status();
     assert_eq!(service.state(address), FunctionState::Quarantined, "{why}");
-    assert!(status.problems.iter().any(|problem| problem.contains("quarantined: ")), "{why}: {status:?}");
+    assert!(
+        status.problems.iter().any(|problem| problem.message.contains("quarantined: ")),
+        "{why}: {status:?}"
+    );
     for refused in [service.attach(WEB, address), service.hold(address), service.release(address)] {
         assert_eq!(refused.unwrap_err().code, ErrorCode::Refused, "{why}");
     }

@@ -152,7 +152,7 @@ fn a_note_that_is_damaged_keeps_the_function_from_everybody() {
     let failure = service.attach(DB, bdf(VF)).unwrap_err();
     assert_eq!(failure.code, ErrorCode::Refused, "{failure}");
     assert!(failure.message.contains("former-owners/0000:01:10.0.json is damaged"), "{failure}");
-    assert!(service.status().problems.iter().any(|problem| problem.contains("former-owners")));
+    assert!(service.problems().iter().any(|problem| problem.contains("former-owners")));
 }
 
 #[test]

@@ -179,7 +179,7 @@ fn a_pf_is_taken_from_the_stub_when_its_vfs_do_not_come_up_or_nobody_finished_wi
     world.host().set_num_vfs(pf, 0, LIMIT).unwrap();
     let service = world.start();
     wait_until("the PF is taken back", || driver(&world, PF) == (None, None));
-    assert_eq!(service.status().problems, [""; 0]);
+    assert_eq!(service.problems(), [""; 0]);
 }
 
 #[test]
@@ -236,14 +236,16 @@ fn what_policies_keep_for_guests_is_left_alone_and_reported_while_it_is_in_use()
     let (world, nic) = (World::without_vfs(), bdf(NIC));
     world.simulation.set_uses(nic, interface(true, None));
     let service = world.start_with(&["match: {vendor: 1af4}\nhold: at-once\n"]);
-    wait_until("the refusal is shown", || !service.status().problems.is_empty());
-    let problems = service.status().problems;
+    wait_until("the refusal is shown", || !service.problems().is_empty());
+    let (problems, since) = (service.problems(), service.status().problems.remove(0).since);
     let expected = "0000:02:00.0 should be held at once: 0000:02:00.0 is in use: interface eth1 is up";
     assert_eq!(problems, [expected]);
+    assert!(since.is_some());
+    assert_eq!(service.status().problems[0].since, since, "since it was found, not since it was asked for");
     world.assert_host(&service, nic, Some("virtio-pci"), "in use");
     world.simulation.set_uses(nic, Vec::new());
     service.hold(nic).unwrap();
-    assert_eq!(service.status().problems, [""; 0]);
+    assert_eq!(service.problems(), [""; 0]);
 }
 
 #[test]

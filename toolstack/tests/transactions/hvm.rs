@@ -306,7 +306,7 @@ fn a_request_that_waits_while_the_service_is_dead_is_answered_after_the_restart(
     assert_eq!(waiting.answer(LIMIT).unwrap(), 0x10ca_8086);
     assert_eq!((guest.0.servers(), guest.frames().len()), (1, 4));
     assert_eq!(guest.read(SLOT, BAR0, 4), 0xf300_000c);
-    assert_eq!(service.status().problems, [""; 0]);
+    assert_eq!(service.problems(), [""; 0]);
     service.detach(WIN, bdf("01:10.0")).unwrap();
     assert_nothing_remains(&world, &guest, "detached by another life");
 }

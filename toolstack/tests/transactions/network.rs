@@ -134,7 +134,7 @@ fn vfs_whose_settings_cannot_be_set_are_not_created() {
     let world = World::without_vfs();
     world.fail("set_vf_setting", Some(bdf("01:10.2")), Errno::EIO, 1);
     let service = world.start_with_vfs(configured());
-    wait_until("it is said", || service.status().problems.iter().any(|problem| problem.contains("01:10.2")));
+    wait_until("it is said", || service.problems().iter().any(|problem| problem.contains("01:10.2")));
     assert_eq!(world.host().function(bdf("01:00.0")).unwrap().num_vfs, 0, "all or none");
     // The next try works.
     service.call(Request::VfCreate { address: bdf("01:00.0"), count: 2, unmanaged: false }).unwrap();
@@ -151,12 +151,12 @@ fn what_a_guests_driver_makes_of_the_settings_when_it_starts_is_noticed_by_itsel
     service.attach(WEB, vf).unwrap();
     frontend.ask(&write_op(0, COMMAND, 2, BUS_MASTER));
     world.simulation.guest_sets(vf, VfSetting::Mac("52:54:00:00:00:99".parse().unwrap()));
-    let said = "0000:01:10.0 has other network settings than wished: mac 52:54:00:00:00:99 instead of mac 52:54:00:aa:bb:01";
-    wait_until("it is said", || service.status().problems.iter().any(|problem| problem == said));
+    let said = "0000:01:10.0 has other network settings than requested: mac 52:54:00:00:00:99 instead of mac 52:54:00:aa:bb:01";
+    wait_until("it is said", || service.problems().iter().any(|problem| problem == said));
     let warnings = warnings(service.detach(WEB, vf));
     assert!(warnings.iter().any(|warning| warning.contains("the guest had changed")), "{warnings:?}");
     assert_eq!(world.simulation.vf_network(vf).unwrap().mac, wishes().mac, "put back at once");
-    assert_eq!(service.status().problems, [""; 0]);
+    assert_eq!(service.problems(), [""; 0]);
 }
 
 #[test]
@@ -236,7 +236,7 @@ fn a_vf_that_is_destroyed_takes_its_settings_with_it() {
     world.host().set_num_vfs(pf, 2, LIMIT).unwrap();
     service.hold(vf).unwrap();
     assert!(show(&service, vf).wished.is_empty());
-    assert_eq!(service.status().problems, [""; 0]);
+    assert_eq!(service.problems(), [""; 0]);
 }
 
 /// Whatever was under way when the service was killed, the VF goes back to dom0 as it came.

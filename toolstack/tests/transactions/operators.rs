@@ -114,7 +114,7 @@ fn operators_with_a_function_each_are_told_what_xen_and_the_host_say_too() {
     for domain in [WEB, DB] {
         assert!(world.simulation.grants(domain).is_empty());
     }
-    assert_eq!(service.status().problems, [""; 0]);
+    assert_eq!(service.problems(), [""; 0]);
 }
 
 #[test]

@@ -190,7 +190,7 @@ fn where_the_platform_keeps_aer_its_registers_are_left_alone_and_that_is_said() 
     let [vf, _] = hold_two(&service);
     let Ok(Success::Changed { warnings, .. }) = service.attach(WEB, vf) else { panic!("attach") };
     assert!(warnings.iter().any(|warning| warning.contains("keeps AER at 0000:00:01.0")), "{warnings:?}");
-    let problems = service.status().problems;
+    let problems = service.problems();
     assert!(problems.iter().any(|problem| problem.contains("keeps AER at 0000:00:01.0")), "{problems:?}");
     let changed: Vec<_> =
         registers(&world).into_iter().filter(|(place, value)| before[place] != *value).collect();

@@ -55,7 +55,7 @@ fn listed(service: &Service, guest: Option<&str>) -> Vec<FunctionView> {
 }
 
 fn problem(service: &Service) -> String {
-    service.status().problems.join("\n")
+    service.problems().join("\n")
 }
 
 #[test]
@@ -386,7 +386,7 @@ fn an_hvm_guest_whose_service_is_killed_anywhere_gets_its_function_and_runs() {
     let done = |world: &World, service: &Service| {
         let told = || {
             let Ok(Success::Status(status)) = service.call(Request::Status) else { return false };
-            status.problems.iter().any(|problem| problem.contains("killed while it paused"))
+            status.problems.iter().any(|problem| problem.message.contains("killed while it paused"))
         };
         service.is_in_state(vf(), FunctionState::Attached)
             && is_domains(service, vf(), AGAIN)

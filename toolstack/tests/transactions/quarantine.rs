@@ -38,7 +38,7 @@ fn assert_contained(world: &World, service: &Service, address: Sbdf, why: &str) 
     for refused in [service.attach(WEB, address), service.hold(address), service.release(address)] {
         assert_eq!(refused.unwrap_err().code, ErrorCode::Refused, "{why}");
     }
-    let problems = service.status().problems;
+    let problems = service.problems();
     assert!(problems.iter().any(|problem| problem.contains("the test distrusts it")), "{why}: {problems:?}");
 }
 

@@ -49,7 +49,7 @@ fn drift_that_is_there_when_the_service_starts_is_repaired_and_said() {
     service.release(held).unwrap();
     world.assert_host(&service, held, None, "it was held before");
     assert_eq!(frontend.read(0, 0, 4), 0x10ca_8086, "the guest never noticed");
-    assert_eq!(service.status().problems, [""; 0]);
+    assert_eq!(service.problems(), [""; 0]);
 }
 
 #[test]
@@ -65,7 +65,7 @@ fn what_dom0s_kernel_does_not_tell_xen_the_service_does() {
     wait_until("it is said", || {
         was_repaired(&service, &["0000:01:10.2", "Xen knows it, sysfs does not show it"])
     });
-    assert_eq!(service.status().problems, [""; 0]);
+    assert_eq!(service.problems(), [""; 0]);
 }
 
 #[test]
@@ -81,7 +81,7 @@ fn a_pf_and_its_vfs_that_left_leave_xens_list_in_the_order_that_xen_wants() {
         [PF, VF, OTHER].iter().all(|address| world.simulation.owner(bdf(address)).is_none())
     });
     service.wait_for_state(bdf(VF), FunctionState::Host);
-    assert_eq!(service.status().problems, [""; 0]);
+    assert_eq!(service.problems(), [""; 0]);
 }
 
 #[test]
@@ -130,10 +130,11 @@ fn a_repair_that_fails_is_tried_three_times_reported_and_left_to_somebody() {
     });
     world.simulation.while_events_are_lost(|| forget(&world, vf));
     wait_until("the service gives up", || {
-        service.status().problems.iter().any(|problem| problem.contains("given up"))
+        service.problems().iter().any(|problem| problem.contains("given up"))
     });
     let status = service.status();
     let [problem] = status.problems.as_slice() else { panic!("{status:?}") };
+    let problem = &problem.message;
     assert!(problem.contains("report 0000:01:10.0 to Xen") && problem.contains("EIO"), "{problem}");
     assert_eq!(world.simulation.pending_failures(), 97, "three tries");
     // Neither further events nor a full look make it try again.
@@ -144,7 +145,7 @@ fn a_repair_that_fails_is_tried_three_times_reported_and_left_to_somebody() {
     world.simulation.forget_failures();
     service.call(Request::Sync { dry_run: false }).unwrap();
     assert_eq!(world.simulation.owner(vf), Some(Owner::Host));
-    assert_eq!(service.status().problems, [""; 0]);
+    assert_eq!(service.problems(), [""; 0]);
 }
 
 #[test]

@@ -44,7 +44,7 @@ fn a_function_whose_journal_record_cannot_be_used_is_quarantined() {
         service.wait_for_state(address, FunctionState::Quarantined);
         wait_until("it is switched off", || world.simulation.peek(address, 4, 1)[0] & 1 << 2 == 0);
         assert_eq!(fs::read_to_string(journal(&world).with_extension("unusable")).unwrap(), text, "{why}");
-        let problems = service.status().problems;
+        let problems = service.problems();
         assert!(problems.iter().any(|problem| problem.contains("cannot be used")), "{why}: {problems:?}");
         assert_eq!(service.attach(DB, address).unwrap_err().code, ErrorCode::Refused, "{why}");
         assert!(service.clear(address).is_err(), "{why}: it is the guest's still");
@@ -102,7 +102,7 @@ fn a_service_goes_on_with_what_version_0_1_wrote() {
         fs::write(&path, fs::read(&fixture).unwrap()).unwrap();
     }
     let service = world.start();
-    assert_eq!(service.status().problems, [""; 0]);
+    assert_eq!(service.problems(), [""; 0]);
     assert_eq!(service.state(bdf("01:00.0")), FunctionState::Attached);
     assert_eq!(frontend.read(0, 0, 2), 0x8086);
     assert_eq!(world.simulation.grants(WEB).vectors, vectors);

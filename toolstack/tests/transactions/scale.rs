@@ -131,7 +131,10 @@ fn assert_in_step(world: &World, status: &StatusView) {
             }
             FunctionState::Quarantined => {
                 let said = format!("{address} is quarantined: ");
-                assert!(status.problems.iter().any(|problem| problem.starts_with(&said)), "{address}");
+                assert!(
+                    status.problems.iter().any(|problem| problem.message.starts_with(&said)),
+                    "{address}"
+                );
             }
             other => panic!("{address} is {other}: {record:?}"),
         }

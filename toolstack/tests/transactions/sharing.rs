@@ -209,6 +209,25 @@ fn a_function_without_messages_is_refused_where_its_line_is_shared() {
 }
 
 #[test]
+fn holding_a_function_warns_of_what_an_attachment_would_be_refused_for() {
+    let world = World::of(HOST);
+    let service = world.start();
+    for (held, shares) in
+        [(IN_PAGE[0], "a page of memory"), (IN_DEVICE[0], ""), (WITHOUT_MESSAGES, "line 20")]
+    {
+        let warned = said(service.hold(bdf(held)));
+        let refused = refusal(service.attach(WEB, bdf(held)));
+        assert!(warned.contains("no guest can get it yet") && warned.contains(shares), "{held}: {warned}");
+        assert!(refused.contains(shares), "{held}: {refused}");
+    }
+    // One is attached without its line; of the others, both are held now.
+    for held in [ON_LINE[0], IN_PAGE[1], IN_DEVICE[1]] {
+        let warned = said(service.hold(bdf(held)));
+        assert!(!warned.contains("no guest can get it"), "{held}: {warned}");
+    }
+}
+
+#[test]
 fn a_shared_line_that_a_policy_permits_is_given() {
     let (world, one) = (World::of(HOST), bdf(ON_LINE[0]));
     let service = world.start_with(&["match: {vendor: 8086}\npermit: [shared-line]\n"]);

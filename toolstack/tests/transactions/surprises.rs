@@ -76,7 +76,7 @@ fn a_held_function_that_leaves_is_forgotten_and_begins_anew_when_it_comes_back()
     world.simulation.unplug(bdf("01:00.0"));
     service.wait_for_state(vf, FunctionState::Host);
     assert_eq!(world.record(vf), None);
-    assert_eq!(service.status().problems, [""; 0]);
+    assert_eq!(service.problems(), [""; 0]);
 }
 
 #[test]

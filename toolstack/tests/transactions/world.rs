@@ -381,6 +381,11 @@ impl Service {
         }
     }
 
+    /// What is wrong now, as text.
+    pub fn problems(&self) -> Vec<String> {
+        self.status().problems.into_iter().map(|problem| problem.message).collect()
+    }
+
     pub fn view(&self, address: Sbdf) -> Option<FunctionView> {
         self.status().functions.into_iter().find(|view| view.address == address)
     }

@@ -18,9 +18,9 @@ mod qmp;
 mod rings;
 mod store;
 
-use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::{fs, io};
 
 use super::linux::attributes::{parse_decimal, read_text};
 use super::linux::{LinuxErrors, LinuxHost, LinuxMachine, LinuxVfNetwork};
@@ -94,11 +94,16 @@ fn check_dom0(proc: &Path, dev: &Path) -> Result<()> {
     match fs::read_to_string(proc.join("xen/capabilities")) {
         Ok(capabilities) if capabilities.contains("control_d") => {}
         Ok(_) => return Err(unavailable("this is a guest of Xen, not dom0; run xpcid in dom0")),
-        Err(_) => {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
             return Err(not_yet(
                 "/proc/xen is not mounted, so this may be no dom0; in dom0: modprobe xenfs; mount -t xenfs xenfs \
                  /proc/xen",
             ));
+        }
+        Err(error) => {
+            return Err(unavailable(&format!(
+                "whether this is dom0 is unknown: read /proc/xen/capabilities: {error}"
+            )));
         }
     }
     for (node, module) in [("privcmd", "xen-privcmd"), ("gntdev", "xen-gntdev"), ("evtchn", "xen-evtchn")] {
@@ -141,11 +146,15 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_a_missing_mount_and_a_missing_driver_are_told_apart() {
+    fn a_guest_a_missing_mount_an_unreadable_file_and_a_missing_driver_are_told_apart() {
         let root = tempfile::tempdir().unwrap();
         let check = || check_dom0(root.path(), root.path()).unwrap_err().to_string();
         assert!(check().contains("mount -t xenfs"), "{}", check());
         fs::create_dir(root.path().join("xen")).unwrap();
+        // It can be read as little as a file that the kernel denies.
+        fs::create_dir(root.path().join("xen/capabilities")).unwrap();
+        assert!(check().contains("capabilities: Is a directory"), "{}", check());
+        fs::remove_dir(root.path().join("xen/capabilities")).unwrap();
         fs::write(root.path().join("xen/capabilities"), "").unwrap();
         assert!(check().contains("guest of Xen"), "{}", check());
         fs::write(root.path().join("xen/capabilities"), "control_d\n").unwrap();

@@ -127,19 +127,21 @@ impl RingRequests {
             function.sent(op);
             trouble = function.take_trouble();
         }
-        roster.counters.count(answer.error != WireError::Success);
-        if answer.error != WireError::Success {
+        let failed = answer.error != WireError::Success && !is_scan(op, answer.error);
+        roster.counters.count(failed);
+        if failed {
             complain(roster, op, answer.error, trouble);
         }
         roster.tell(demand, attachment);
     }
 }
 
+/// Whether a guest only asked which functions there are: a bus scan reads every device number.
+fn is_scan(op: &Op, error: WireError) -> bool {
+    error == WireError::NoDevice && op.command == Command::CONF_READ
+}
+
 fn complain(roster: &Roster, op: &Op, error: WireError, trouble: Option<String>) {
-    // A bus scan asks for every device number: that is how guests find out which are there.
-    if error == WireError::NoDevice && op.command == Command::CONF_READ {
-        return;
-    }
     if let Some(unsaid) = roster.counters.may_complain() {
         let (command, devfn, offset, size) = (op.command.0, op.devfn, op.offset, op.size);
         let trouble = trouble.map(|text| format!(" ({text})")).unwrap_or_default();

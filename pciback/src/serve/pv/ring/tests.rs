@@ -246,6 +246,7 @@ fn requests_for_others_and_beyond_are_refused_with_the_protocols_errors() {
     for other in [read(16, 0, 0), read(0, 1, 0), read(0, 0, 1), read(0x100, 0, 0), read(u32::MAX, 0, 0)] {
         assert_eq!(serving.ask(&machine, &other), (-1, u32::MAX, vec![]));
     }
+    assert_eq!(serving.roster.counters.errors(), 0, "a scan of the bus is no error");
     for (offset, size) in [(1u16, 2), (2, 4), (0, 3), (0, 0), (0xfffe, 4)] {
         assert_eq!(serving.ask(&machine, &op(0, offset, size, 0)).0, -2);
         assert_eq!(serving.ask(&machine, &op(1, offset, size, 0)).0, -2);
@@ -253,6 +254,7 @@ fn requests_for_others_and_beyond_are_refused_with_the_protocols_errors() {
     for command in [6, 7, 10, 11, u32::MAX] {
         assert_eq!(serving.ask(&machine, &op(command, 0, 4, 0)).0, -4);
     }
+    assert_eq!(serving.roster.counters.errors(), 15);
 }
 
 #[test]
