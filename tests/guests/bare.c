@@ -24,6 +24,8 @@
  *   i PORT SIZE     reads an I/O port
  *   o PORT SIZE V   writes it
  *   count V         how many interrupts came by vector 40 to 4f
+ *   twice           how many interrupts the emulator delivered a second time
+ *   ipi V N         sends itself N interrupts by vector 40 to 4f, one after the other: how many came
  *   end V ADDRESS SIZE W  what ends an interrupt that came by this vector: memory that is written before the interrupt controller is told
  *   pic             lets interrupts of the two 8259 come, by vectors 40 to 4f
  */
@@ -236,7 +238,8 @@ static u32 repeat(u32 at, u32 rounds, int select_again)
 }
 
 /* Interrupts: 16 vectors, each counted; the local APIC and both 8259 are told of the end of each. */
-enum { FIRST = 0x40, VECTORS = 16, SPURIOUS_VECTOR = 0xff, APIC = 0xfee00000, SPURIOUS = APIC + 0xf0, END = APIC + 0xb0 };
+enum { FIRST = 0x40, VECTORS = 16, SPURIOUS_VECTOR = 0xff, APIC = 0xfee00000, SPURIOUS = APIC + 0xf0, END = APIC + 0xb0,
+       COMMAND = APIC + 0x300, TO_ITSELF = 1 << 18 };
 
 static volatile u32 counts[VECTORS];
 static struct { u32 address, size, value; } ends[VECTORS];
@@ -244,6 +247,9 @@ static int uses_pic;
 
 static struct __attribute__((packed)) { u16 low, selector, kind, high; } idt[256];
 static struct __attribute__((packed)) { u16 limit; u32 base; } idt_place;
+
+/* Where boot.S lets the stack begin. */
+enum { STACK = 0x7c00 };
 
 /* What nobody asked for is told on port E9 and ends everything: an exception, or an interrupt by a vector that nobody set up. */
 static void unexpected(const u32 *stack)
@@ -255,6 +261,17 @@ static void unexpected(const u32 *stack)
 		put(' ');
 		number(stack[word]);
 	}
+	/* What was called before, as far as it has not been overwritten, and what calls are still open. */
+	say("\nregisters and stack below");
+	for (const u32 *word = stack - 40; word < stack; word++) {
+		put(' ');
+		number(*word);
+	}
+	say("\nstack above");
+	for (const u32 *word = stack; word < (const u32 *)STACK; word++) {
+		put(' ');
+		number(*word);
+	}
 	put('\n');
 	/* Halted without interrupts, the domain would be powered off. */
 	for (;;) {
@@ -262,10 +279,21 @@ static void unexpected(const u32 *stack)
 	}
 }
 
+/* An interrupt gate clears the interrupt flag, so none can come while it is clear. QEMU's emulation of SVM sometimes delivers one that
+ * Xen has injected a second time, before the first instruction of its handler or within it: QEMU's vCPU is asked to leave its loop
+ * while the number of the injected vector is still noted as an exception to be delivered. Only that is left out here. */
+enum { INTERRUPT_FLAG = 0x200 };
+
+static u32 delivered_twice;
+
 void interrupted(const u32 *stack)
 {
 	u32 vector = *stack, index = vector & (VECTORS - 1);
 	if (vector == SPURIOUS_VECTOR) {
+		return;
+	}
+	if (vector >= 32 && !(stack[3] & INTERRUPT_FLAG)) {
+		delivered_twice++;
 		return;
 	}
 	if (vector - FIRST >= VECTORS) {
@@ -332,6 +360,20 @@ static void use_pic(void)
 	/* All lines but the timer's, the keyboard's and the serial ports'. */
 	out(0x21, 1, 0x1b);
 	out(0xa1, 1, 0x00);
+}
+
+/* Through its own interrupt controller alone: no device and no program of dom0 takes part. */
+static u32 interrupt_itself(u32 vector, u32 rounds)
+{
+	volatile u32 *count = &counts[vector & (VECTORS - 1)];
+	u32 before = *count;
+	while (rounds--) {
+		u32 now = *count;
+		store(COMMAND, 4, TO_ITSELF | vector);
+		while (*count == now) {
+		}
+	}
+	return *count - before;
 }
 
 static char line[256];
@@ -427,10 +469,14 @@ static void obey(void)
 		out(a, b, c);
 	} else if (is("count")) {
 		number(counts[a & (VECTORS - 1)]);
+	} else if (is("twice")) {
+		number(delivered_twice);
 	} else if (is("end")) {
 		ends[a & (VECTORS - 1)].address = b;
 		ends[a & (VECTORS - 1)].size = c;
 		ends[a & (VECTORS - 1)].value = argument(4);
+	} else if (is("ipi")) {
+		number(interrupt_itself(a, b));
 	} else if (is("pic")) {
 		use_pic();
 	} else {
@@ -439,8 +485,18 @@ static void obey(void)
 	put('\n');
 }
 
+/* Whatever goes astray stops at its first step: zeros would be executed up to the BIOS's own data. */
+static void fill_with_breakpoints(u8 *from, u8 *end)
+{
+	while (from < end) {
+		*from++ = 0xcc;
+	}
+}
+
 __attribute__((section(".text.start"))) void _start(void)
 {
+	fill_with_breakpoints((u8 *)0x8000, (u8 *)0x10000);
+	fill_with_breakpoints((u8 *)0x18000, (u8 *)0x9f000);
 	set_up_interrupts();
 	/* Until somebody listens and speaks: what is said before is lost. */
 	while (!(in(LINE_STATUS, 1) & RECEIVED)) {

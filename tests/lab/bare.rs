@@ -36,13 +36,23 @@ pub struct BareGuest<'a> {
 }
 
 impl<'a> BareGuest<'a> {
-    /// Creates it, paused; `lines` are added to its xl.cfg.
+    /// Creates it, paused; `lines` are added to its xl.cfg. One that resets itself is there to be looked at: it never should.
     pub fn create(lab: &'a Lab, name: &str, lines: &[&str]) -> Result<Self> {
+        Self::create_and(lab, name, "preserve", lines)
+    }
+
+    /// Creates one that is restarted when it resets itself.
+    pub fn create_restarted(lab: &'a Lab, name: &str, lines: &[&str]) -> Result<Self> {
+        Self::create_and(lab, name, "restart", lines)
+    }
+
+    fn create_and(lab: &'a Lab, name: &str, on_reboot: &str, lines: &[&str]) -> Result<Self> {
         let image = format!("/guest/{name}.img");
         lab.push(&disk().context("building the bare guest")?, &image)?;
         let drive = format!("file={image},format=raw,if=ide,index=0");
         let mut text = format!(
             "name=\"{name}\"\ntype=\"hvm\"\nmemory=32\nvga=\"none\"\nvnc=0\nserial=\"pty\"\nboot=\"c\"\npassthrough=\"enabled\"\n\
+             on_reboot=\"{on_reboot}\"\n\
              device_model_args_hvm=[\"-drive\",\"{drive}\"]\n"
         );
         for line in lines {

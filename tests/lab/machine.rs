@@ -117,8 +117,9 @@ pub fn command(images: &Images, root: Option<&Path>, devices: &Devices, folder: 
     }
     qemu.args(["-qmp", &format!("unix:{folder}/qmp,server=on,wait=off")]);
     qemu.arg("-kernel").arg(&images.hypervisor);
-    qemu.args(["-initrd", &format!("{kernel} console=hvc0 rdinit=/init loglevel=5,{folder}/dom0.cpio")]);
-    // With x2apic, interrupts reach the wrong CPU. The log keeps what Xen says when it boots, however much guests make it say later.
+    qemu.args(["-initrd", &format!("{kernel} console=hvc0 rdinit=/init loglevel=5 log_buf_len=4M,{folder}/dom0.cpio")]);
+    // With x2apic, interrupts reach the wrong CPU. Both logs keep what Xen and dom0's kernel say when they boot, however much
+    // comes later.
     qemu.args([
         "-append",
         "console=com1 com1=115200,8n1 conring_size=1m dom0_mem=1200M,max:1200M noreboot loglvl=all guest_loglvl=all x2apic=0",

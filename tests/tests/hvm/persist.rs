@@ -15,7 +15,7 @@ pub fn the_next_domain_has_its_persistent_function(scene: &mut Hvm<'_>) -> Resul
     let lab = scene.lab;
     scene.one.take().map_or(Ok(()), BareGuest::destroy)?;
     make_held(lab, VFS[0])?;
-    let mut guest = BareGuest::create(lab, "lasting", &[&format!("uuid=\"{UUID}\"")])?;
+    let mut guest = BareGuest::create_restarted(lab, "lasting", &[&format!("uuid=\"{UUID}\"")])?;
     xpci(lab, &format!("pci-attach --persist lasting 01:10.0@{SLOT}"))?;
     guest.start()?;
     has_it(&guest)?;

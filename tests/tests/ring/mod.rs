@@ -25,8 +25,6 @@ use nonsense::{
 use script::{Frontend, Step};
 
 const VF: &str = VFS[0];
-/// What the service says when it has reset the VF for its guest.
-const RESET: &str = "0000:01:10.0: reset for its guest";
 
 pub struct Ring<'a> {
     lab: &'a Lab,
@@ -142,7 +140,7 @@ fn msix_is_enabled_and_disabled_by_requests(scene: &mut Ring<'_>) -> Result<()> 
 fn a_function_reads_all_ones_while_it_is_reset_and_as_at_first_afterwards(
     scene: &mut Ring<'_>,
 ) -> Result<()> {
-    reset(scene.lab, &scene.service, &scene.one, &mut scene.model)?;
+    reset(scene.lab, &scene.one, &mut scene.model)?;
     accesses::read_all(&scene.one, &mut scene.model, "reads after the reset")
 }
 
@@ -198,7 +196,7 @@ fn interrupts(lab: &Lab, guest: &Guest<'_>) -> Result<()> {
 }
 
 /// Until the reset has ended everything reads all ones and no write arrives; then it is as at first.
-fn reset(lab: &Lab, service: &Process, guest: &Guest<'_>, model: &mut Model) -> Result<()> {
+fn reset(lab: &Lab, guest: &Guest<'_>, model: &mut Model) -> Result<()> {
     // Order, answer while it is reset, answer after that.
     const MEANWHILE: [(&str, &str, &str); 7] = [
         ("r 0 4", "0 ffffffff", "0 10ca8086"),
@@ -213,7 +211,7 @@ fn reset(lab: &Lab, service: &Process, guest: &Guest<'_>, model: &mut Model) -> 
     frontend.connect()?;
     let mut seen = 0;
     for _ in 0..5 {
-        let heard = service.output_so_far().matches(RESET).count();
+        frontend.insist("w 3c 1 55\nr 3c 1", "0 55\n0 55")?;
         let orders = MEANWHILE.map(|(order, ..)| order).join("\n");
         let answers = frontend.tell(&format!("w a8 2 8000\n{orders}"))?;
         let answers: Vec<&str> = answers.lines().collect();
@@ -227,19 +225,24 @@ fn reset(lab: &Lab, service: &Process, guest: &Guest<'_>, model: &mut Model) -> 
             during += usize::from(!ended);
         }
         seen = seen.max(during);
-        let end = Instant::now() + SOON;
-        while service.output_so_far().matches(RESET).count() == heard
-            || frontend.tell("r 0 4")? != MEANWHILE[0].2
-        {
-            ensure!(Instant::now() < end, "the reset does not end");
-        }
+        end_of_reset(&mut frontend)?;
     }
     ensure!(seen == MEANWHILE.len(), "of the answers during a reset only {seen} were seen");
-    frontend.insist("w c 4 22222222\nw 10 4 0\nw a8 2 8000", "0 22222222\n0 0\n0 8000")?;
-    let end = Instant::now() + SOON;
-    while frontend.tell("r 0 4")? != MEANWHILE[0].2 {
-        ensure!(Instant::now() < end, "the reset does not end");
-    }
+    frontend.insist("w c 4 22222222\nw 10 4 0\nw 3c 1 55\nw a8 2 8000", "0 22222222\n0 0\n0 55\n0 8000")?;
+    end_of_reset(&mut frontend)?;
     model.reset(vf::config(lab, VF)?)?;
     frontend.leave()
+}
+
+/// Waits until Interrupt Line, which had been written, reads as at first: the guest may have slept through the reset. The log tells
+/// nothing of it, because a guest's share of the log is limited, and this one has had its share.
+fn end_of_reset(frontend: &mut Frontend) -> Result<()> {
+    let end = Instant::now() + SOON;
+    loop {
+        let now = frontend.tell("r 3c 1")?;
+        if now == "0 0" {
+            return Ok(());
+        }
+        ensure!(Instant::now() < end, "Interrupt Line reads {now} and not 0: the reset does not end");
+    }
 }
