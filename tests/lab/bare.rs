@@ -134,7 +134,9 @@ impl<'a> BareGuest<'a> {
     fn evidence(&self) -> String {
         match self.lab.dom0(&EVIDENCE.replace("NAME", &self.name)).run() {
             Ok(output) => format!("\n{}{}", output.stdout(), output.stderr()),
-            Err(error) => format!("; dom0 cannot be asked why: {error:#}"),
+            Err(error) => {
+                format!("; dom0 cannot be asked why: {error:#}; QEMU says:\n{}", self.lab.processors())
+            }
         }
     }
 

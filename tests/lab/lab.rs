@@ -374,6 +374,14 @@ impl Lab {
         self.explained(self.qmp.human(line))
     }
 
+    /// What QEMU knows of a machine that answers nothing: whether its processors run, where, and what interrupts wait for them.
+    pub fn processors(&self) -> String {
+        let lines =
+            ["info status", "info cpus", "info registers -a", "info lapic 0", "info lapic 1", "info pic"];
+        let said = lines.map(|line| self.monitor(line).unwrap_or_else(|error| format!("{line}: {error:#}")));
+        said.join("\n")
+    }
+
     /// QEMU's own monitor protocol.
     pub fn qmp(&self, command: &str, arguments: &Value) -> Result<Value> {
         self.explained(self.qmp.execute(command, arguments))

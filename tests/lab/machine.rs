@@ -117,7 +117,10 @@ pub fn command(images: &Images, root: Option<&Path>, devices: &Devices, folder: 
     }
     qemu.args(["-qmp", &format!("unix:{folder}/qmp,server=on,wait=off")]);
     qemu.arg("-kernel").arg(&images.hypervisor);
-    qemu.args(["-initrd", &format!("{kernel} console=hvc0 rdinit=/init loglevel=5 log_buf_len=4M,{folder}/dom0.cpio")]);
+    qemu.args([
+        "-initrd",
+        &format!("{kernel} console=hvc0 rdinit=/init loglevel=5 log_buf_len=4M,{folder}/dom0.cpio"),
+    ]);
     // With x2apic, interrupts reach the wrong CPU. Both logs keep what Xen and dom0's kernel say when they boot, however much
     // comes later.
     qemu.args([
