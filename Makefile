@@ -4,6 +4,8 @@ PREFIX ?= /usr
 DESTDIR ?=
 # systemd and udev look here for a PREFIX of /usr or /usr/local; with another one, name folders that they read.
 UNITS ?= $(PREFIX)/lib/systemd/system
+# What the service adds to systemd's own unit that loads its kernel module.
+MODULE := modprobe@xen_pciback.service.d
 RULES ?= $(PREFIX)/lib/udev/rules.d
 # Where the programs to install are.
 BINARIES ?= target/release
@@ -100,6 +102,7 @@ install:
 	install -d $(DESTDIR)$(UNITS) $(DESTDIR)/etc/xpci/policies
 	sed 's|/usr/sbin/|$(PREFIX)/sbin/|' configs/systemd/xpcid.service > $(DESTDIR)$(UNITS)/xpcid.service
 	chmod 644 $(DESTDIR)$(UNITS)/xpcid.service
+	install -D -m 644 configs/systemd/$(MODULE)/xpcid.conf $(DESTDIR)$(UNITS)/$(MODULE)/xpcid.conf
 	$(BINARIES)/xpci documents $(DESTDIR)$(PREFIX)/share >/dev/null
 	install -D -m 644 udev-rules/90-xpci.rules $(DESTDIR)$(RULES)/90-xpci.rules
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/xpci/policies configs/policies/*
@@ -111,6 +114,8 @@ install:
 uninstall:
 	rm -f $(DESTDIR)$(PREFIX)/sbin/xpcid $(DESTDIR)$(PREFIX)/sbin/xpci
 	rm -f $(DESTDIR)$(UNITS)/xpcid.service $(DESTDIR)$(RULES)/90-xpci.rules
+	rm -f $(DESTDIR)$(UNITS)/$(MODULE)/xpcid.conf
+	rmdir --ignore-fail-on-non-empty $(DESTDIR)$(UNITS)/$(MODULE) 2>/dev/null || true
 	cd $(DESTDIR)$(PREFIX)/share 2>/dev/null && rm -f man/man1/xpci.1 man/man1/xpci-*.1 man/man8/xpcid.8 \
 	    bash-completion/completions/xpci bash-completion/completions/xpcid zsh/site-functions/_xpci zsh/site-functions/_xpcid \
 	    fish/vendor_completions.d/xpci.fish fish/vendor_completions.d/xpcid.fish || true

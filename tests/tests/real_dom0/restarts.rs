@@ -75,6 +75,14 @@ pub fn a_guest_notices_nothing_of_five_kills_in_a_row(scene: &mut RealDom0<'_>) 
     no_problems(scene.lab)
 }
 
+/// Guests wait for a restart: what need not be done again is not done again.
+pub fn the_kernel_module_is_loaded_once_a_boot(scene: &mut RealDom0<'_>) -> Result<()> {
+    let loads = "journalctl -b -u modprobe@xen_pciback.service --no-pager | grep -c Finished";
+    let count = scene.lab.dom0(loads).ok()?;
+    ensure!(count.trim() == "1", "xen-pciback was loaded {} times", count.trim());
+    Ok(())
+}
+
 pub fn a_service_that_hangs_is_restarted_by_the_watchdog(scene: &mut RealDom0<'_>) -> Result<()> {
     let lab = scene.lab;
     // The limit that is shipped is longer than this check shall take.
