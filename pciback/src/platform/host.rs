@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{HostEvents, HostFunction, Names, RamRange, Result};
+use super::{AddressMap, HostEvents, HostFunction, Names, Result};
 use crate::config::ConfigSpace;
 use crate::{DomId, Sbdf};
 
@@ -121,8 +121,10 @@ pub trait Host: Send + Sync {
     fn functions(&self) -> Result<Vec<Sbdf>>;
     /// One function; `Cause::Missing` where it is not, or no longer, there.
     fn function(&self, address: Sbdf) -> Result<HostFunction>;
-    /// Where the host has RAM, as the kernel shows it in `/proc/iomem`.
-    fn ram(&self) -> Result<Vec<RamRange>>;
+    /// What the host has at its memory addresses (`/proc/iomem`).
+    fn memory_map(&self) -> Result<AddressMap>;
+    /// What the host has at its I/O ports (`/proc/ioports`).
+    fn port_map(&self) -> Result<AddressMap>;
     /// What people call these functions, in their order.
     fn names(&self, functions: &[HostFunction]) -> Vec<Names>;
     /// Opens its config space.

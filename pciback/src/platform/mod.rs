@@ -24,7 +24,7 @@ use std::sync::Arc;
 
 pub use crate::host::{HostFunction, Names, Resource};
 pub use crate::memory::PAGE;
-pub use addresses::RamRange;
+pub use addresses::{AddressMap, AddressRange, Foreign, foreign_bar};
 pub use error::{Cause, PlatformError, Result, Revoked};
 pub use errors::{ErrorEvent, ErrorEvents, ErrorSource};
 pub use events::{HostEvent, HostEvents};

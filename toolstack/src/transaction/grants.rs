@@ -6,7 +6,7 @@
 use nix::errno::Errno;
 use pciback::DomId;
 use pciback::live::{self, PlacedBar};
-use pciback::platform::{Host, HostFunction, PAGE, Pirq, Platform, Resource, Revoked};
+use pciback::platform::{Foreign, Host, HostFunction, PAGE, Pirq, Platform, Resource, Revoked, foreign_bar};
 
 use super::reset::config_failure;
 use super::sharing::{Line, LineCheck, refuse_pages};
@@ -20,7 +20,7 @@ use crate::outcome::Failure;
 pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
     let domain = guest_of(record)?;
     let function = context.platform.host.function(record.address)?;
-    refuse_ram(context.platform.host.as_ref(), &function)?;
+    refuse_foreign(context.platform.host.as_ref(), &function)?;
     decode(context, &function)?;
     let mut grants: Vec<Grant> = function.bars().iter().filter_map(bar_grant).collect();
     let spec = crate::spec::function_spec(context.platform.host.as_ref(), record.address)?;
@@ -53,26 +53,28 @@ pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<Option
     Ok(withheld)
 }
 
-/// Refuses to give away pages with RAM, whatever the host says of the function's BARs.
-fn refuse_ram(host: &dyn Host, function: &HostFunction) -> Result<(), Failure> {
-    let address = function.address;
-    let mut bars = function.bars().iter().filter(|bar| bar.is_placed() && !bar.is_io()).peekable();
-    if bars.peek().is_none() {
+/// Refuses to give away what the kernel does not list as a function's own, and pages with something else than functions in them.
+pub(super) fn refuse_foreign(host: &dyn Host, function: &HostFunction) -> Result<(), Failure> {
+    if !function.bars().iter().any(Resource::is_placed) {
         return Ok(());
     }
-    let ram = host.ram()?;
-    for bar in bars {
-        let (first, last) = (bar.start / PAGE * PAGE, bar.start.saturating_add(bar.size - 1) | (PAGE - 1));
-        if let Some(ram) = ram.iter().find(|ram| ram.overlaps(first, last)) {
-            let text = format!(
-                "give memory {first:#x}-{last:#x} of {address} to a guest: {:#x}-{:#x} there is {}",
-                ram.first, ram.last, ram.name
-            );
-            let hint = "see /proc/iomem; have Linux reassign the addresses of the device";
-            return Err(Failure::refused(text).on(address).hint(hint));
-        }
-    }
-    Ok(())
+    let address = function.address;
+    let (memory, ports) = (host.memory_map()?, host.port_map()?);
+    let Some((bar, why)) = foreign_bar(function, &memory, &ports) else { return Ok(()) };
+    let (what, file) = if bar.is_io() { ("ports", "/proc/ioports") } else { ("memory", "/proc/iomem") };
+    let (first, last) = (bar.start, bar.start.saturating_add(bar.size - 1));
+    let (why, otherwise) = match why {
+        Foreign::NotListed => (
+            "the kernel does not list it as this function's".to_owned(),
+            "have Linux reassign the addresses of the device",
+        ),
+        Foreign::Occupied(range) => (
+            format!("{:#x}-{:#x} there is {}", range.first, range.last, range.name),
+            "have Linux reassign the addresses of the device, or have dom0 stop using it (a framebuffer: video=efifb:off)",
+        ),
+    };
+    let text = format!("give {what} {first:#x}-{last:#x} of {address} to a guest: {why}");
+    Err(Failure::refused(text).on(address).hint(format!("see {file}; {otherwise}")))
 }
 
 /// Decoding is on before the guest can reach a BAR, and stays on until it cannot any more: no write of the guest's switches it off.

@@ -13,6 +13,7 @@ use pciback::policy::{Permission, PolicySet, Subject};
 use pciback::spec::{CapabilityId, header};
 use pciback::{DomId, Sbdf};
 
+use super::grants::refuse_foreign;
 use super::hold::{a_guests, is_another_toolstacks};
 use super::path::{FunctionPath, Member};
 use super::reset::config_failure;
@@ -95,7 +96,13 @@ impl Foreign {
 impl Sharing<'_> {
     /// What keeps a function from a domain, or, without one, from any.
     pub fn obstacles(&self, address: Sbdf, domain: Option<DomId>) -> Result<Vec<Failure>, Failure> {
-        self.on_path(&FunctionPath::of(self.platform, address)?, domain)
+        let mut found = self.on_path(&FunctionPath::of(self.platform, address)?, domain)?;
+        // While dom0's driver has it, that driver's claims are in its BARs.
+        if domain != Some(DomId::DOM0) && self.journal.owners().get(&address) == Some(&Owner::Held) {
+            let host = self.platform.host.as_ref();
+            found.extend(refuse_foreign(host, &host.function(address)?).err());
+        }
+        Ok(found)
     }
 
     fn on_path(&self, path: &FunctionPath, domain: Option<DomId>) -> Result<Vec<Failure>, Failure> {

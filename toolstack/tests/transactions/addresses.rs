@@ -1,13 +1,18 @@
 //! What a guest is given of the host's addresses: the function's own and nothing else.
 
 use pciback::FunctionState;
+use toolstack::outcome::ErrorCode;
 
 use crate::frontend::Frontend;
-use crate::world::{WEB, World, bdf};
+use crate::world::{WEB, World, bdf, dry_run};
 
 /// A host with a network card of which Linux placed no I/O BAR, or as `bars` says.
 fn host(bars: &str) -> World {
-    World::of(&format!(
+    World::of(&description(bars))
+}
+
+fn description(bars: &str) -> String {
+    format!(
         r#"
 xen: 4.17
 extra-guest-irqs: 32
@@ -29,7 +34,7 @@ domains:
   - {{id: 1, name: web, type: pv, passthrough: true}}
 failures: []
 "#
-    ))
+    )
 }
 
 fn register(world: &World, offset: u32) -> u32 {
@@ -70,6 +75,29 @@ fn what_the_kernel_shows_as_ram_is_not_granted() {
     let failure = service.attach(WEB, bdf("04:00.0")).unwrap_err();
     assert!(failure.message.contains("System RAM"), "{failure}");
     world.assert_held(&service, bdf("04:00.0"), "refused");
+}
+
+#[test]
+fn what_else_the_kernel_shows_in_a_page_or_a_bar_is_not_granted() {
+    for (more, named) in [
+        ("memory: \"fbd04400-fbd0440f : HPET 0\"\n", "HPET 0"),
+        ("memory: \"fbd00000-fbd03fff : efifb\"\n", "efifb"),
+        ("ports: \"d000-d00f : ata_piix\"\n", "ata_piix"),
+    ] {
+        // A BAR of 1 KiB at fbd04000, one of 16 KiB at fbd00000, ports from d000.
+        let description = description("0: d000, 2: fbd04000, 4: fbd00000").replace("2: 1000", "2: 400");
+        let world = World::of(&format!("{description}{more}"));
+        let service = world.start();
+        service.hold(bdf("04:00.0")).unwrap();
+        let refusals = [service.attach(WEB, bdf("04:00.0")), dry_run(&service, WEB, bdf("04:00.0"))];
+        for failure in refusals.map(Result::unwrap_err) {
+            assert_eq!(failure.code, ErrorCode::Refused, "{failure}");
+            assert!(failure.message.contains(named), "{failure}");
+        }
+        let grants = world.simulation.grants(WEB);
+        assert!(grants.frames.is_empty() && grants.ports.is_empty(), "{more}: {grants:x?}");
+        world.assert_held(&service, bdf("04:00.0"), "refused");
+    }
 }
 
 #[test]

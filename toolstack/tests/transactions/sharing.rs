@@ -1,12 +1,12 @@
 //! What functions of different owners share is refused, or not given, unless a policy permits it by name.
 
 use pciback::platform::sim::Owner;
-use pciback::{DomId, FunctionState, Sbdf};
+use pciback::{FunctionState, Sbdf};
 use toolstack::outcome::{ErrorCode, Failure};
 use toolstack::protocol::{Request, Success};
 
 use crate::frontend::Frontend;
-use crate::world::{DB, Service, WEB, World, attachment, bdf, name};
+use crate::world::{DB, Service, WEB, World, attachment, bdf, dry_run};
 
 /// Two with small BARs in one page, two functions of one device, and three on one interrupt line, of which the last has no messages.
 const HOST: &str = r#"
@@ -61,17 +61,6 @@ fn said(answer: Result<Success, Failure>) -> String {
         Success::Changed { warnings, .. } => warnings.join("; "),
         other => panic!("{other:?}"),
     }
-}
-
-fn dry_run(service: &Service, domain: DomId, address: Sbdf) -> Result<Success, Failure> {
-    service.call(Request::PciAttach {
-        domain: name(domain),
-        address,
-        slot: None,
-        persist: false,
-        trust_former_owner: false,
-        dry_run: true,
-    })
 }
 
 fn obstacles(service: &Service, address: Sbdf) -> String {

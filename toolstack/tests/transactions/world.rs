@@ -441,6 +441,17 @@ pub fn attachment(domain: DomId, address: Sbdf) -> Request {
     }
 }
 
+pub fn dry_run(service: &Service, domain: DomId, address: Sbdf) -> Result<Success, Failure> {
+    service.call(Request::PciAttach {
+        domain: name(domain),
+        address,
+        slot: None,
+        persist: false,
+        trust_former_owner: false,
+        dry_run: true,
+    })
+}
+
 pub fn name(domain: DomId) -> DomainName {
     DomainName(domain.to_string())
 }

@@ -22,7 +22,7 @@ use crate::Sbdf;
 use crate::config::ConfigSpace;
 use crate::platform::memory::Registers;
 use crate::platform::{
-    BarMemory, Cause, Host, HostEvents, HostFunction, Names, PAGE, PlatformError, RamRange, Result, Use,
+    AddressMap, BarMemory, Cause, Host, HostEvents, HostFunction, Names, PAGE, PlatformError, Result, Use,
 };
 use crate::policy::own_resets;
 
@@ -118,6 +118,12 @@ impl LinuxHost {
         let changing = Arc::clone(&self.changing);
         let finished = move || changing.lock().unwrap_or_else(PoisonError::into_inner).end(address);
         self.blocking.write(path, value, limit, finished)
+    }
+
+    fn address_map(&self, file: &str, what: &'static str) -> Result<AddressMap> {
+        let path = self.processes.join(file);
+        let text = read_long(&path).map_err(|cause| PlatformError::new("read", path.display(), cause))?;
+        AddressMap::parse(what, &text)
     }
 
     fn changing(&self) -> MutexGuard<'_, Changing> {
@@ -285,10 +291,12 @@ impl Host for LinuxHost {
         })
     }
 
-    fn ram(&self) -> Result<Vec<RamRange>> {
-        let path = self.processes.join("iomem");
-        let text = read_long(&path).map_err(|cause| PlatformError::new("read", path.display(), cause))?;
-        RamRange::parse_all(&text)
+    fn memory_map(&self) -> Result<AddressMap> {
+        self.address_map("iomem", "the kernel's map of memory")
+    }
+
+    fn port_map(&self) -> Result<AddressMap> {
+        self.address_map("ioports", "the kernel's map of I/O ports")
     }
 
     fn names(&self, functions: &[HostFunction]) -> Vec<Names> {

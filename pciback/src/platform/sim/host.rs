@@ -1,5 +1,6 @@
 //! Linux's answers: sysfs and drivers.
 
+use std::cmp::Reverse;
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -12,7 +13,7 @@ use super::world::{Answer, World};
 use crate::Sbdf;
 use crate::config::{Access, ConfigSpace};
 use crate::platform::{
-    BarMemory, Cause, Host, HostEvents, HostFunction, Names, PlatformError, RamRange, Result, Use,
+    AddressMap, BarMemory, Cause, Host, HostEvents, HostFunction, Names, PlatformError, Resource, Result, Use,
 };
 
 pub(super) struct SimHost {
@@ -20,8 +21,9 @@ pub(super) struct SimHost {
     failures: Failures,
 }
 
-/// `/proc/iomem`, as far as it tells of RAM.
-const IOMEM: &str = "00001000-3fffffff : System RAM\n";
+/// What every simulated host has at its memory addresses and its I/O ports.
+const MEMORY: &str = "00001000-3fffffff : System RAM\n";
+const PORTS: &str = "0000-001f : dma1\n";
 /// The longest name of a driver (`MODULE_NAME_LEN`).
 const LONGEST_DRIVER_NAME: usize = 56;
 
@@ -110,6 +112,20 @@ impl World {
         ports
     }
 
+    /// What `/proc/iomem` or `/proc/ioports` lists of functions, without its indentation: a PF's VF BARs stand before its VFs'.
+    fn address_map(&self, is_kind: impl Fn(&Resource) -> bool) -> String {
+        let mut ranges = Vec::new();
+        for (address, function) in &self.functions {
+            for range in function.resources.iter().filter(|range| range.is_placed() && is_kind(range)) {
+                ranges.push((range.start, Reverse(range.start + (range.size - 1)), address));
+            }
+        }
+        ranges.sort();
+        let lines =
+            ranges.iter().map(|(first, Reverse(last), name)| format!("{first:08x}-{last:08x} : {name}\n"));
+        lines.collect()
+    }
+
     fn uses(&self, address: Sbdf) -> Vec<Use> {
         let own_driver = self.driver_of(address).is_some_and(|kind| !kind.any);
         let uses = self.functions.get(&address).filter(|_| own_driver).map(|function| function.uses.clone());
@@ -138,10 +154,22 @@ impl Host for SimHost {
         described.ok_or_else(|| PlatformError::new("read", address, Cause::Missing))
     }
 
-    fn ram(&self) -> Result<Vec<RamRange>> {
-        let failed = self.failures.check("ram", Subject::default());
-        failed.map_err(|cause| PlatformError::new("read", "the simulated host's map of memory", cause))?;
-        RamRange::parse_all(IOMEM)
+    fn memory_map(&self) -> Result<AddressMap> {
+        let what = "the simulated host's map of memory";
+        let failed = self.failures.check("memory_map", Subject::default());
+        failed.map_err(|cause| PlatformError::new("read", what, cause))?;
+        let world = locked(&self.world);
+        let functions = world.address_map(|bar| !bar.is_io());
+        AddressMap::parse(what, &format!("{MEMORY}{functions}{}", world.memory))
+    }
+
+    fn port_map(&self) -> Result<AddressMap> {
+        let what = "the simulated host's map of I/O ports";
+        let failed = self.failures.check("port_map", Subject::default());
+        failed.map_err(|cause| PlatformError::new("read", what, cause))?;
+        let world = locked(&self.world);
+        let functions = world.address_map(Resource::is_io);
+        AddressMap::parse(what, &format!("{PORTS}{functions}{}", world.ports))
     }
 
     fn names(&self, functions: &[HostFunction]) -> Vec<Names> {

@@ -41,6 +41,12 @@ pub(super) struct Description {
     pub models: BTreeMap<String, Model>,
     /// The functions that are there at first.
     pub functions: Vec<Function>,
+    /// What else is at memory addresses, as lines of `/proc/iomem`.
+    #[serde(default)]
+    pub memory: String,
+    /// What else is at I/O ports, as lines of `/proc/ioports`.
+    #[serde(default)]
+    pub ports: String,
     /// The domains besides dom0.
     #[serde(default)]
     pub domains: Vec<Domain>,

@@ -53,6 +53,9 @@ pub(super) struct World {
     /// Whether dom0's kernel tells Xen of functions that come and go.
     pub reporting: bool,
     pub listeners: Listeners,
+    /// What else is at memory addresses and I/O ports, as lines of `/proc/iomem` and `/proc/ioports`.
+    pub memory: String,
+    pub ports: String,
     /// How many functions have appeared.
     appeared: u64,
 }
@@ -86,6 +89,8 @@ impl World {
             },
             reporting: true,
             listeners: Listeners::default(),
+            memory: description.memory.clone(),
+            ports: description.ports.clone(),
             appeared: 0,
         };
         for name in &description.drivers {
