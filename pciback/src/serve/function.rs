@@ -239,6 +239,7 @@ impl GuestFunction {
             Some(SideEffect::MsixControl { value: control }) => {
                 self.enabled_again(InterruptMode::MsiX, control & legacy::MSIX_ENABLE != 0);
             }
+            Some(SideEffect::VpdRead { register, address }) => self.read_vpd(register, address),
             Some(SideEffect::Command { changed, value: command })
                 if changed & command & COMMAND_BUS_MASTER != 0 =>
             {
@@ -251,6 +252,14 @@ impl GuestFunction {
             _ => {}
         }
         accessed
+    }
+
+    /// Reads VPD for the guest. Where that fails the flag stays 0, as on a card that does not answer.
+    fn read_vpd(&mut self, register: u16, address: u16) {
+        match self.hardware.read_vpd(address) {
+            Ok(data) => self.space.show_vpd(register, data.unwrap_or(u32::MAX)),
+            Err(error) => self.note_trouble(&format!("read VPD at {address:#x}: {error}")),
+        }
     }
 
     /// The guest has written an Enable bit as 1, which may be so already.

@@ -53,6 +53,11 @@ impl ConfigSpace for Revocable {
         self.hardware.write(access, value)
     }
 
+    fn read_vpd(&self, address: u16) -> io::Result<Option<u32>> {
+        self.revocation.check()?;
+        self.hardware.read_vpd(address)
+    }
+
     fn read_all(&self) -> io::Result<Vec<u8>> {
         self.revocation.check()?;
         self.hardware.read_all()

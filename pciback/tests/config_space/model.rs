@@ -26,6 +26,17 @@ fn check(device: &mut Device, space: &mut VirtualConfigSpace, offset: u32, size:
     let resets = device.oracle.write(offset as usize, size as usize, value);
     let effect = space.write(access, value, &device.hardware).unwrap();
     assert_eq!(effect == Some(SideEffect::FunctionLevelReset), resets, "{context}: {effect:?}");
+    let asked = match effect {
+        Some(SideEffect::VpdRead { register, address }) => {
+            // Any data will do, each address other ones.
+            let data = 0x5a00_0000 | u32::from(address);
+            space.show_vpd(register, data);
+            device.oracle.vpd_read(data);
+            Some(address)
+        }
+        _ => None,
+    };
+    assert_eq!(asked, device.oracle.vpd_asked, "{context}: {effect:?}");
     let seen = device.hardware.take_seen();
     assert!(seen.iter().filter(|seen| seen.write).count() <= 1, "{context}: {seen:?}");
     assert!(seen.iter().filter(|seen| !seen.write).count() <= 1, "{context}: {seen:?}");

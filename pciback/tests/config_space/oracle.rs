@@ -27,7 +27,10 @@ pub struct Oracle {
     pub bytes: Vec<u8>,
     writable: Vec<u8>,
     cleared_by_one: Vec<u8>,
+    /// Where VPD's address is.
     vpd: Option<usize>,
+    /// The address in VPD that the last write asked the host for.
+    pub vpd_asked: Option<u16>,
     /// Where Device Control is, and the sizes of payload and read requests that the host set, as their fields have them.
     sizes: Option<(usize, u8, u8)>,
     /// Bytes and bits that start a function level reset.
@@ -40,7 +43,16 @@ impl Oracle {
     pub fn new(bytes: Vec<u8>, writable: Vec<u8>, cleared_by_one: Vec<u8>) -> Self {
         let mut cells = vec![Cell { shown: 0xff, passed: 0xff, ..Cell::default() }; bytes.len()];
         cells[..0x40].fill(Cell::default());
-        Self { cells, bytes, writable, cleared_by_one, vpd: None, sizes: None, resets: Vec::new() }
+        Self {
+            cells,
+            bytes,
+            writable,
+            cleared_by_one,
+            vpd: None,
+            vpd_asked: None,
+            sizes: None,
+            resets: Vec::new(),
+        }
     }
 
     fn each(
@@ -143,11 +155,20 @@ impl Oracle {
         self
     }
 
-    /// Vital product data: only an address that starts a read goes through, and only whole.
+    /// Vital product data: the registers are the guest's own, and the host reads what a whole address without the flag asks for.
     pub fn vpd(&mut self, at: usize) -> &mut Self {
-        self.shown(at + 2, 6, u64::MAX);
+        self.own(at + 2, 6, u64::MAX, 0);
         self.vpd = Some(at + 2);
         self
+    }
+
+    /// The host has read what was asked for: the flag is 1.
+    pub fn vpd_read(&mut self, data: u32) {
+        let Some(vpd) = self.vpd else { return };
+        self.cells[vpd + 1].value |= 0x80;
+        for (cell, byte) in self.cells[vpd + 2..].iter_mut().zip(data.to_le_bytes()) {
+            cell.value = byte;
+        }
     }
 
     /// Device Control: a size of read requests between the host's payload size and the host's own reaches hardware.
@@ -200,15 +221,10 @@ impl Oracle {
                 *byte = *byte & !field | wanted << 4 & field;
             }
         }
-        if let Some(vpd) = self.vpd
-            && at <= vpd
-            && vpd + 2 <= at + length
-        {
-            let address = (value >> (8 * (vpd - at))) as u16;
-            if address < 0x8000 {
-                self.bytes[vpd..vpd + 2].copy_from_slice(&address.to_le_bytes());
-            }
-        }
+        let whole = |vpd: &usize| at <= *vpd && *vpd + 2 <= at + length;
+        let address = self.vpd.filter(whole).map(|vpd| (value >> (8 * (vpd - at))) as u16);
+        // VPD is addressed in dwords.
+        self.vpd_asked = address.filter(|address| *address < 0x8000).map(|address| address / 4 * 4);
         reset
     }
 }

@@ -119,11 +119,8 @@ pub fn guarded_well_formed(bytes: &[u8]) -> Vec<u8> {
                 guard(at + 4, at + 5, 0x03);
                 guard(at + 5, at + 6, 0x01);
             }
-            // The flag and the data of VPD.
-            0x03 => {
-                guard(at + 3, at + 4, 0x80);
-                guard(at + 4, at + 8, 0xff);
-            }
+            // VPD whole: the host reads it.
+            0x03 => guard(at + 2, at + 8, 0xff),
             // Device Control but for relaxed ordering and no snoop, Link Control.
             0x10 => {
                 guard(at + 8, at + 9, 0xef);

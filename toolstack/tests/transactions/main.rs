@@ -29,4 +29,5 @@ mod scale;
 mod sharing;
 mod surprises;
 mod unproved;
+mod vpd;
 mod world;

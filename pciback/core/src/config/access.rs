@@ -160,6 +160,13 @@ pub trait ConfigSpace: Send {
     /// Writes the value's lower bits, as one access of this width.
     fn write(&self, access: Access, value: u32) -> std::io::Result<()>;
 
+    /// Reads a dword of the function's Vital Product Data (PCI Express 6.0, section 7.9.18), at an address in it that is a multiple of 4;
+    /// `None` behind its end. An error: the function has none, or hardware did not deliver it in time.
+    fn read_vpd(&self, address: u16) -> std::io::Result<Option<u32>> {
+        let _nowhere = address;
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+
     /// Reads all of it, in dwords; one system call where the host has one for that.
     fn read_all(&self) -> std::io::Result<Vec<u8>> {
         let mut bytes = Vec::with_capacity(usize::from(self.size()));

@@ -356,15 +356,31 @@ impl<'a> Compiler<'a> {
         touched.map(|segment| (Segment { mask: segment.mask & mask, ..*segment }, zero_merge)).collect()
     }
 
+    /// Who reads VPD, now that policies have had their say.
+    fn vpd(&mut self) {
+        let bits = &mut self.bits;
+        self.models.retain_mut(|(offset, model)| {
+            if *model != Model::VpdRead {
+                return true;
+            }
+            let (dword, shift) = (usize::from(*offset / 4), 8 * u32::from(*offset & 3));
+            let (address, data) = (0xffff << shift, bits.get(dword + 1).map_or(0, |data| data.shadow_write));
+            if bits[dword].shadow_write & address == address && data == u32::MAX {
+                // A guest that writes an address has not lost anything: the host reads what is there.
+                bits[dword].masked &= !address;
+                return true;
+            }
+            *model = Model::VpdAddress;
+            // A policy that lets the flag through wants writes of VPD.
+            bits[dword].hw_write >> shift & 0x8000 == 0
+        });
+    }
+
     fn finish(mut self) -> Planes {
         let bytes = &self.spec.bytes;
         let crowding = self.list.crowding(bytes);
         self.list.problems.extend(crowding);
-        // A policy that lets VPD's flag through wants writes of VPD.
-        let bits = &self.bits;
-        let flag_passes =
-            |at: u16| bits[usize::from(at / 4)].hw_write >> (8 * u32::from(at & 3)) & 0x8000 != 0;
-        self.models.retain(|(offset, model)| *model != Model::VpdAddress || !flag_passes(*offset));
+        self.vpd();
         self.models.sort_by_key(|(offset, _)| *offset);
         for segments in &mut self.segments {
             segments.sort_by_key(|segment| segment.mask.trailing_zeros());

@@ -291,7 +291,7 @@ impl Compiler<'_> {
             AnyId::Legacy(CapabilityId::MSI) => (legacy::MESSAGE_CONTROL, Model::MsiControl),
             AnyId::Legacy(CapabilityId::MSI_X) => (legacy::MESSAGE_CONTROL, Model::MsixControl),
             AnyId::Legacy(CapabilityId::POWER_MANAGEMENT) => (legacy::PMCSR, Model::PowerState),
-            AnyId::Legacy(CapabilityId::VPD) => (legacy::VPD_ADDRESS, Model::VpdAddress),
+            AnyId::Legacy(CapabilityId::VPD) => (legacy::VPD_ADDRESS, Model::VpdRead),
             AnyId::Legacy(CapabilityId::PCI_EXPRESS)
                 if bytes.dword(at(express::DEVICE_CAPABILITIES)) & express::FLR_CAPABLE != 0 =>
             {

@@ -54,7 +54,9 @@ pub enum Model {
     LinkControl,
     /// Advanced Features' control with function level reset.
     AfControl,
-    /// VPD's address, which passes only as a whole and only to start a read.
+    /// VPD's address: a write of it as a whole, with the flag 0, has the host read what is there.
+    VpdRead,
+    /// VPD's address where a policy gives the guest a part of the register in hardware: it passes only as a whole, and with the flag 0.
     VpdAddress,
 }
 

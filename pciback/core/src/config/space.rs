@@ -42,6 +42,13 @@ pub enum SideEffect {
         /// 0-3: D0 to D3hot.
         state: u8,
     },
+    /// The guest wants a dword of VPD. The host reads it, then calls [`VirtualConfigSpace::show_vpd`].
+    VpdRead {
+        /// Where the capability's address register is.
+        register: u16,
+        /// Where the dword is in VPD, a multiple of 4.
+        address: u16,
+    },
 }
 
 /// The virtual config space of one function, for one guest.
@@ -346,6 +353,16 @@ impl VirtualConfigSpace {
         self.is_virtual
     }
 
+    /// Shows the guest a dword of VPD that it asked for, by the address register at this offset.
+    pub fn show_vpd(&mut self, register: u16, data: u32) {
+        if !self.planes.models.contains(&(register, Model::VpdRead)) {
+            return;
+        }
+        let (dword, flag) = (usize::from(register / 4), 0x8000 << (8 * u32::from(register & 3)));
+        self.image.set_shadow(dword + 1, data);
+        self.image.set_shadow(dword, self.image.shadow(dword) | flag);
+    }
+
     /// The host has read and cleared the events of hardware: what hardware shows from now on is new to the guest.
     pub fn events_cleared(&mut self) {
         for dword in 0..DWORDS {
@@ -444,6 +461,8 @@ fn side_effect(offset: u16, model: Model, write: &Write, before: u32, after: u32
             (value & u32::from(express::INITIATE_FLR) != 0).then_some(SideEffect::FunctionLevelReset)
         }
         Model::AfControl => (value & 1 != 0).then_some(SideEffect::FunctionLevelReset),
+        Model::VpdRead => (mask == 0xffff && value & 0x8000 == 0)
+            .then_some(SideEffect::VpdRead { register: offset, address: value as u16 & 0x7ffc }),
         Model::VpdAddress | Model::LinkControl | Model::ReadRequestSize => None,
     }
 }

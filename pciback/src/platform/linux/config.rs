@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::attributes::is_absent;
 use crate::config::access::{CONVENTIONAL_SIZE, EXTENDED_SIZE};
@@ -12,9 +12,10 @@ use crate::config::{Access, ConfigSpace};
 /// Bytes that sysfs shows where it may not show more.
 const HEADER_SIZE: u16 = 64;
 
-/// The `config` attribute of one function. Rust opens every file with close-on-exec.
+/// The `config` attribute of one function, and the `vpd` beside it. Rust opens every file with close-on-exec.
 pub struct SysfsConfig {
     file: File,
+    vpd: PathBuf,
     size: u16,
 }
 
@@ -26,7 +27,7 @@ impl SysfsConfig {
             256.. => CONVENTIONAL_SIZE,
             _ => HEADER_SIZE,
         };
-        Ok(Self { file, size })
+        Ok(Self { file, vpd: path.with_file_name("vpd"), size })
     }
 
     fn reaches(&self, access: Access) -> bool {
@@ -65,6 +66,14 @@ impl ConfigSpace for SysfsConfig {
             Err(error) if is_absent(&error) => Ok(()),
             Err(error) => Err(error),
         }
+    }
+
+    /// The kernel takes the lock of the function's VPD, waits for hardware for at most 125 ms a dword, and knows where VPD ends and which
+    /// devices must not be asked.
+    fn read_vpd(&self, address: u16) -> io::Result<Option<u32>> {
+        let mut bytes = [0; 4];
+        let count = File::open(&self.vpd)?.read_at(&mut bytes, address.into())?;
+        Ok((count != 0).then_some(u32::from_le_bytes(bytes)))
     }
 
     fn read_all(&self) -> io::Result<Vec<u8>> {
@@ -111,6 +120,18 @@ mod tests {
         assert_eq!(config.read(access(0xffe, 2)).unwrap(), 0xffff);
         config.write(access(0x100, 4), 1).unwrap();
         assert_eq!(fs::metadata(file.path()).unwrap().len(), 256);
+    }
+
+    #[test]
+    fn vpd_is_read_from_the_kernels_file_to_its_end() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("config"), [0; 256]).unwrap();
+        let config = SysfsConfig::open(&directory.path().join("config")).unwrap();
+        assert!(config.read_vpd(0).is_err(), "it has none");
+        fs::write(directory.path().join("vpd"), [0x82, 1, 0, 0x41, 0x78, 9]).unwrap();
+        assert_eq!(config.read_vpd(0).unwrap(), Some(0x4100_0182));
+        assert_eq!(config.read_vpd(4).unwrap(), Some(0x0978), "the last bytes");
+        assert_eq!(config.read_vpd(8).unwrap(), None);
     }
 
     #[test]

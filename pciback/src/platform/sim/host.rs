@@ -304,6 +304,14 @@ impl ConfigSpace for SimConfig {
         self.failures.fuse.change(|| locked(&self.world).config_write(self.address, access, value));
         Ok(())
     }
+
+    fn read_vpd(&self, address: u16) -> io::Result<Option<u32>> {
+        self.check("vpd_read")?;
+        let world = locked(&self.world);
+        let function = world.functions.get(&self.address);
+        let vpd = function.and_then(|function| function.kind.vpd.as_ref()).ok_or(Errno::ENOENT)?;
+        Ok(vpd.get(usize::from(address / 4)).copied())
+    }
 }
 
 /// The memory of a BAR: bytes that keep what is written, anew each time it is mapped.

@@ -106,6 +106,8 @@ pub(super) struct Model {
     /// Bits that a written 1 clears, likewise.
     #[serde(default)]
     pub clear_on_one: BTreeMap<String, String>,
+    /// What the kernel reads as its VPD, as rows like those of `config`, of up to 256 bytes; without it there is no such file.
+    pub vpd: Option<String>,
     /// How Linux can reset it.
     #[serde(default)]
     pub reset_methods: Vec<String>,

@@ -17,6 +17,8 @@ pub(super) struct Kind {
     pub masks: Arc<Masks>,
     pub sizes: Sizes,
     pub reset_methods: Vec<String>,
+    /// What the kernel reads as its VPD.
+    pub vpd: Option<Vec<u32>>,
     /// The kind of its VFs.
     pub virtual_function: Option<Arc<Kind>>,
 }
@@ -193,7 +195,12 @@ fn kind(
             place.copy_from_slice(&mask.to_le_bytes());
         }
     }
+    let vpd = model.vpd.as_ref().map(|text| model::rows(text, 256)).transpose()?;
+    let dwords = |bytes: Vec<u8>| {
+        bytes.chunks_exact(4).map(|four| u32::from_le_bytes([four[0], four[1], four[2], four[3]])).collect()
+    };
     Ok(Kind {
+        vpd: vpd.map(dwords),
         power_up: Arc::new(power_up),
         masks: Arc::new(masks),
         sizes,

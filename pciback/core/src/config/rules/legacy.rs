@@ -38,16 +38,21 @@ pub const RULES: &[CapabilityRules] = &[
     ),
     shown(
         id(CapabilityId::VPD),
-        Treatment::Pass,
-        "reading VPD is harmless",
+        Treatment::VIRTUAL,
+        "the host reads VPD for the guest, through its kernel, which has its size, its lock and quirks of devices",
         &[
             row(
                 spec::VPD_ADDRESS,
                 0x8000,
-                Treatment::ReadOnly,
-                "writing VPD would change the card permanently: only an address that starts a read passes",
+                Treatment::VIRTUAL,
+                "the host sets it when it has read; a guest's 1, which would change the card permanently, starts nothing",
             ),
-            row(4, 0xffff_ffff, Treatment::ReadOnly, "data is written only to change VPD"),
+            row(
+                4,
+                0xffff_ffff,
+                Treatment::VIRTUAL,
+                "what the host has read; it is never written to the card",
+            ),
         ],
     ),
     shown(id(CapabilityId::SLOT_ID), Treatment::ReadOnly, "chassis numbers are the host's", &[]),
