@@ -10,6 +10,7 @@ use pciback::config::{
 use pciback::spec::{self, Field, Group, Kind, Register, header};
 
 use crate::devices;
+use crate::peers;
 use crate::rules::{alone, variants};
 
 const INTRODUCTION: &str = "\
@@ -196,6 +197,11 @@ fn table(text: &mut String, all: &mut [Line]) {
     }
 }
 
+/// What xen-pciback, xen_pt and vfio-pci do.
+fn elsewhere([pciback, xen_pt, vfio]: [&str; 3]) -> String {
+    format!("\n**Elsewhere**: xen-pciback: {pciback}. xen_pt: {xen_pt}. vfio-pci: {vfio}.\n")
+}
+
 fn name(id: AnyId) -> (u32, &'static str, String) {
     match id {
         AnyId::Legacy(number) => (u32::from(number.0), "PCI", id.to_string()),
@@ -214,6 +220,7 @@ fn document() -> String {
         // What the composed device's own BARs and list are is no rule.
         all.retain(|line| !(line.register == "Base Address Register" && line.guest == "always 0x0"));
         table(&mut text, &mut all);
+        text.push_str(&elsewhere(peers::HEADER));
     }
     let mut capabilities: Vec<_> = spec::capabilities().collect();
     capabilities.sort_by_key(|capability| capability.id);
@@ -266,8 +273,9 @@ fn document() -> String {
             );
         }
         writeln!(text, "\n{}", tables.trim_end()).unwrap();
+        text.push_str(&elsewhere(peers::peers(id)));
     }
-    format!("{INTRODUCTION}{overview}{text}")
+    format!("{INTRODUCTION}{}{overview}{text}", peers::INTRODUCTION)
 }
 
 #[test]

@@ -29,6 +29,8 @@ mod model;
 #[cfg(test)]
 mod oracle;
 #[cfg(test)]
+mod peers;
+#[cfg(test)]
 mod policies;
 #[cfg(test)]
 mod replacement;
