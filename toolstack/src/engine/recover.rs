@@ -72,6 +72,7 @@ impl Engine {
         let mut record = Record::new(address, &self.boot);
         record.incarnation = found.map_or(0, |function| function.incarnation);
         record.state = FunctionState::Quarantined;
+        record.unknown_past = true;
         record.quarantine = Some(format!("what was done with it is not known: {error}{kept}"));
         self.start(Course::Condemn, record, None, |record| format!("{}: quarantined", record.address));
     }

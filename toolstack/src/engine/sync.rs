@@ -23,7 +23,7 @@ use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{Cause, Success, SyncView};
 use crate::reply::Reply;
-use crate::transaction::{Kind, Parting, a_guests, is_another_toolstacks};
+use crate::transaction::{Kind, Parting};
 
 /// How often the same function is repaired, or read without success, before the service gives up.
 const TRIES: u32 = 3;
@@ -363,11 +363,7 @@ impl Engine {
         let message = match repair {
             Repair::Quarantine { .. } => {
                 self.keep_for_quarantine(&record);
-                let why = match is_another_toolstacks(&self.platform, &record) {
-                    Ok(true) => format!("while xpci held it, {}", a_guests(&self.platform, address).message),
-                    _ => "sysfs, Xen and xenstore disagree on who has it".to_owned(),
-                };
-                self.quarantine(address, &why);
+                self.quarantine(address, "sysfs, Xen and xenstore disagree on who has it");
                 format!("{address}: quarantined")
             }
             Repair::MarkGone { .. } => {

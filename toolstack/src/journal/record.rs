@@ -43,6 +43,9 @@ pub struct Record {
     /// Whether its guest may still reach it: that it was switched off could not be proved.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unproved: bool,
+    /// Whether what was done with it is not known, because its record could not be used: a guest that has it may be one of ours.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unknown_past: bool,
     /// A VF's network settings, once somebody has set one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkRecord>,
@@ -120,6 +123,7 @@ impl Record {
             grants: Vec::new(),
             without_line: false,
             unproved: false,
+            unknown_past: false,
             network: None,
             pristine: None,
             transaction: None,

@@ -231,9 +231,14 @@ pub fn a_guests(platform: &Platform, address: Sbdf) -> Failure {
     .on(address)
 }
 
-/// Whether a guest has a function that this service gave to nobody: another toolstack gave it.
+/// Whether a guest has a function that this service gave to nobody: another toolstack gave it. Where the service does not know any more what
+/// it did, what xl writes to xenstore decides.
 pub fn is_another_toolstacks(platform: &Platform, record: &Record) -> Result<bool, Failure> {
-    Ok(record.guest.is_none() && is_a_guests(platform, record.address)?)
+    let address = record.address;
+    if record.guest.is_some() || !is_a_guests(platform, address)? {
+        return Ok(false);
+    }
+    Ok(!record.unknown_past || nodes::pciback_guest(platform.store.as_ref(), address)?.is_some())
 }
 
 /// Whether Xen knows a function as a guest's.

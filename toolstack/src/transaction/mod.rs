@@ -218,7 +218,7 @@ impl Context<'_> {
             // Nobody's, but for nobody either. Linux's reset put back what it had found before.
             record.state = FunctionState::Quarantined;
             self.write(record)?;
-            return quarantine::switch_off(self, record);
+            return quarantine::switch_off(self, record).map(drop);
         }
         if record.state == FunctionState::Host {
             self.journal.remove(record.address).map_err(|error| Failure::from(error).on(record.address))

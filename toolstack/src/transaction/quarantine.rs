@@ -3,7 +3,6 @@
 use log::warn;
 use pciback::FunctionState;
 use pciback::live;
-use pciback::serve::pv::nodes;
 
 use super::reset::config_failure;
 use super::{Context, Finished, Kind, hold, pristine, reset};
@@ -13,19 +12,19 @@ use crate::outcome::{ErrorCode, Failure};
 impl Context<'_> {
     /// Marks a function that no guest has: it goes to nobody until it is cleared.
     pub fn condemn(&self, mut record: Record) -> Finished {
-        // What the journal knows to be held, and a guest owns, another toolstack has given to that guest.
-        let theirs = record.state == FunctionState::Held
-            && hold::is_another_toolstacks(self.platform, &record).unwrap_or(false);
         record.state = FunctionState::Quarantined;
         let noted = self.write(&record);
-        let off = match theirs {
-            true => {
-                left_alone(&record);
-                Ok(())
+        let off = switch_off(self, &record);
+        let named = match off {
+            // That says more than what made somebody look.
+            Ok(Off::AnotherGuests) => {
+                let taken = hold::a_guests(self.platform, record.address).message;
+                record.quarantine = Some(format!("while xpci held it, {taken}"));
+                self.write(&record)
             }
-            false => switch_off(self, &record),
+            _ => Ok(()),
         };
-        let outcome = off.and(noted).map(|()| Vec::new());
+        let outcome = off.map(drop).and(noted).and(named).map(|()| Vec::new());
         Finished { record, outcome }
     }
 
@@ -61,30 +60,39 @@ impl Context<'_> {
             record.state = FunctionState::Held;
         }
         record.quarantine = None;
+        record.unknown_past = false;
         self.write(record).map(|()| warnings)
     }
 }
 
-/// Switches bus mastering and all interrupts off and makes sure of it. What answers all ones can do neither.
-pub(super) fn switch_off(context: &Context<'_>, record: &Record) -> Result<(), Failure> {
+/// What became of a function that is to do nothing more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Off {
+    /// It can do nothing: it is switched off, or is not there.
+    Harmless,
+    /// A driver of dom0's has it, which goes on.
+    Dom0s,
+    /// A guest has it through another toolstack, and goes on.
+    AnotherGuests,
+}
+
+/// Switches bus mastering and all interrupts off and makes sure of it. What answers all ones can do neither. A function of which it cannot be
+/// found out whether another toolstack's guest has it is left as it is, and that is an error.
+pub(super) fn switch_off(context: &Context<'_>, record: &Record) -> Result<Off, Failure> {
     if context.left_the_host(record) {
-        return Ok(());
+        return Ok(Off::Harmless);
     }
     let function = context.platform.host.function(record.address)?;
     if function.driver.is_some() && hold::holder_of(&function).is_none() {
         // A driver of dom0's uses it, perhaps for dom0's own disk: what failed was taking it away.
-        return Ok(());
+        return Ok(Off::Dom0s);
     }
     let address = record.address;
-    if record.guest.is_none() && nodes::pciback_guest(context.platform.store.as_ref(), address)?.is_some() {
-        left_alone(record);
-        return Ok(());
+    if hold::is_another_toolstacks(context.platform, record)? {
+        warn!("{address}: left as it is in hardware: a guest has it through another toolstack");
+        return Ok(Off::AnotherGuests);
     }
     live::switch_off(context.platform.host.config(address)?.as_ref())
-        .map(drop)
+        .map(|_| Off::Harmless)
         .map_err(|error| config_failure("switch bus mastering and interrupts off in", address, &error))
-}
-
-fn left_alone(record: &Record) {
-    warn!("{}: left as it is in hardware: a guest has it through another toolstack", record.address);
 }

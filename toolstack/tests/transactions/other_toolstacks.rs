@@ -2,10 +2,11 @@
 //! what is another's guest's.
 
 use nix::errno::Errno;
-use pciback::platform::sim::Owner;
+use pciback::platform::sim::{self, Owner};
 use pciback::platform::{Hypervisor, StoreOps};
 use pciback::policy::RdmPolicy;
 use pciback::{DomId, FunctionState, Sbdf};
+use toolstack::engine::Containment;
 use toolstack::outcome::{ErrorCode, Failure};
 use toolstack::protocol::{Request, Success};
 
@@ -111,6 +112,26 @@ fn xen_is_asked_who_has_a_function_before_it_is_given_to_anybody() {
         assert_eq!(world.simulation.owner(vf), Some(Owner::Guest(DB)));
         assert_eq!(world.host().function(vf).unwrap().driver.as_deref(), Some("pci-stub"));
     }
+}
+
+#[test]
+fn a_function_of_which_xen_cannot_say_who_has_it_is_quarantined_and_not_touched() {
+    let (world, vf) = (World::new(), bdf(VF));
+    let service = world.start();
+    service.hold(vf).unwrap();
+    world.simulation.poke(vf, COMMAND, &[BUS_MASTER]);
+    world.simulation.fail(sim::Failure {
+        operation: "device_known".into(),
+        errno: Some(Errno::EIO),
+        times: u32::MAX,
+        ..sim::Failure::default()
+    });
+    service.contain(vf, Containment::Quarantine);
+    service.wait_for_state(vf, FunctionState::Quarantined);
+    assert_eq!(world.simulation.peek(vf, COMMAND, 1)[0] & BUS_MASTER, BUS_MASTER, "it may be a guest's");
+    world.simulation.forget_failures();
+    service.clear(vf).unwrap();
+    world.assert_held(&service, vf, "cleared");
 }
 
 #[test]
