@@ -1,6 +1,6 @@
 use super::*;
-use crate::config::{AnyId, CapabilityAction, Initial, Origin, Place, Selector, VendorPart};
-use crate::policy::WithoutReset;
+use crate::config::{AnyId, CapabilityAction, Identity, Initial, Origin, Place, Selector, VendorPart};
+use crate::policy::{Subject, WithoutReset};
 use crate::spec::{CapabilityId, ExtendedCapabilityId};
 
 fn mistakes(text: &str) -> Vec<String> {
@@ -240,6 +240,41 @@ fn the_shipped_files_are_good_and_say_what_they_are_for() {
         families += 1;
     }
     assert!(families >= 8, "{families}");
+}
+
+/// Device ids as drivers of Linux list them.
+#[test]
+fn each_shipped_file_is_for_all_devices_of_the_driver_that_it_names() {
+    let ethernet = 0x02_0000;
+    for (file, vendor, devices, class, kind) in [
+        ("intel-82576-vf", 0x8086, &[0x10ca, 0x152d, 0x1520, 0x152f][..], ethernet, Kind::Virtual),
+        (
+            "intel-ixgbevf",
+            0x8086,
+            &[0x10ed, 0x152e, 0x1515, 0x1530, 0x1564, 0x1565, 0x15a8, 0x15a9, 0x15c5, 0x15b4, 0x57ad],
+            ethernet,
+            Kind::Virtual,
+        ),
+        ("intel-iavf", 0x8086, &[0x154c, 0x1571, 0x37cd, 0x1889], ethernet, Kind::Virtual),
+        (
+            "mellanox-mlx5-vf",
+            0x15b3,
+            &[0x1012, 0x1014, 0x1016, 0x1018, 0x101a, 0x101c, 0x101e, 0xa2d3],
+            ethernet,
+            Kind::Virtual,
+        ),
+        ("ehci", 0x8086, &[0x8c26], 0x0c_0320, Kind::Physical),
+        ("xhci", 0x8086, &[0x8c31], 0x0c_0330, Kind::Physical),
+        ("uhci", 0x8086, &[0x2934], 0x0c_0300, Kind::Physical),
+    ] {
+        let path = format!("{}/../../configs/policies/{file}.yaml", env!("CARGO_MANIFEST_DIR"));
+        let policy = parsed(&std::fs::read_to_string(path).unwrap());
+        for device in devices {
+            let identity = Identity { vendor, device: *device, class, ..Identity::default() };
+            let subject = Subject { address: Sbdf::from_devfn(0, 1, 0), identity, kind, domain: None };
+            assert_eq!(policy.matching.mismatch(&subject), None, "{file}: {device:04x}");
+        }
+    }
 }
 
 #[test]
