@@ -12,12 +12,6 @@ mod hvm;
 mod hvm_devices;
 mod lab_smoke;
 mod machines;
-#[path = "../../pciback/tests/config_space/meaning.rs"]
-#[expect(dead_code, reason = "the composed devices of the library's tests have more registers than this VF")]
-mod meaning;
-#[path = "../../pciback/tests/config_space/oracle.rs"]
-#[expect(dead_code, reason = "the composed devices of the library's tests have more registers than this VF")]
-mod oracle;
 mod other_devices;
 mod real_dom0;
 mod ring;

@@ -4,10 +4,9 @@ use std::fmt::Write as _;
 use std::ops::Range;
 
 use anyhow::{Context, Result, ensure};
+use xpci_test_support::meaning;
+use xpci_test_support::oracle::Oracle;
 use xpci_tests::Lab;
-
-use crate::meaning;
-use crate::oracle::Oracle;
 
 pub const DEVICE_CONTROL: u32 = 0xa8;
 /// Initiate Function Level Reset, as a bit of Device Control.

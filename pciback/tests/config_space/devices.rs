@@ -3,10 +3,10 @@
 use pciback::Sbdf;
 use pciback::config::{FunctionKind, FunctionSpec, Identity};
 use pciback::platform::Resource;
+use xpci_test_support::meaning;
+use xpci_test_support::oracle::Oracle;
 
 use crate::hardware::Hardware;
-use crate::meaning;
-use crate::oracle::Oracle;
 
 pub struct Device {
     pub name: String,

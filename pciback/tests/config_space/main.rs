@@ -23,11 +23,7 @@ mod linux;
 #[cfg(test)]
 mod lists;
 #[cfg(test)]
-mod meaning;
-#[cfg(test)]
 mod model;
-#[cfg(test)]
-mod oracle;
 #[cfg(test)]
 mod peers;
 #[cfg(test)]

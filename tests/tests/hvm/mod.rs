@@ -1,7 +1,7 @@
 //! VFs of the 82576 in HVM guests, served by xpcid's ioreq server beside QEMU, on a real Xen.
 //!
 //! The guest (`tests/guests`) has no operating system and knows nothing of PCI but the ways to config space; expected values come
-//! from the registers' written meaning (`pciback/tests/config_space/{oracle,meaning}.rs`), none from the library.
+//! from the registers' written meaning (`pciback/test-support/src/{oracle,meaning}.rs`), none from the library.
 
 mod interrupts;
 mod persist;

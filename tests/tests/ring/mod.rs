@@ -2,7 +2,7 @@
 //! with the naive oracle of the library's own tests, over what dom0 reads of the VF.
 //!
 //! The frontend (`tests/frontend`) knows nothing of PCI. Expected answers come from the registers' written meaning
-//! (`pciback/tests/config_space/{oracle,meaning}.rs`), none from the library.
+//! (`pciback/test-support/src/{oracle,meaning}.rs`), none from the library.
 
 mod accesses;
 mod nonsense;

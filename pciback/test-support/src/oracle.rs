@@ -1,10 +1,10 @@
 //! What a guest should see, byte by byte and bit by bit, written from the meaning of registers and not from the tables.
 //!
-//! It knows nothing of the library: the lab's test of a real frontend uses it too.
+//! It knows nothing of the library: the library's own tests and those of real frontends in the lab use it.
 
 /// What one byte is to a guest. Bits in no mask are constant.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Cell {
+struct Cell {
     /// Bits that show hardware.
     shown: u8,
     /// Bits that a write takes to hardware.
@@ -24,6 +24,7 @@ pub struct Cell {
 /// A model of one function. It has hardware of its own, so that both can be compared after each write.
 pub struct Oracle {
     cells: Vec<Cell>,
+    /// What hardware holds.
     pub bytes: Vec<u8>,
     writable: Vec<u8>,
     cleared_by_one: Vec<u8>,
@@ -177,11 +178,13 @@ impl Oracle {
         self
     }
 
+    /// A 1 in this bit starts a function level reset.
     pub fn reset_bit(&mut self, at: usize, bit: u8) -> &mut Self {
         self.resets.push((at, bit));
         self
     }
 
+    /// What the guest reads; all ones behind the end.
     pub fn read(&self, at: usize, length: usize) -> u32 {
         let mut value = 0;
         for index in (0..length).rev() {

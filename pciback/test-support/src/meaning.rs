@@ -3,18 +3,22 @@
 
 use crate::oracle::Oracle;
 
+/// A BAR of one register: where it is on the host, its size, and its constant low bits.
 pub fn bar32(oracle: &mut Oracle, at: usize, start: u32, size: u32, flags: u8) {
     oracle.own(at, 4, u64::from(!(size - 1)), u64::from(start)).one(at, flags);
 }
 
+/// A prefetchable BAR of two registers.
 pub fn bar64(oracle: &mut Oracle, at: usize, start: u64, size: u64) {
     oracle.own(at, 8, !(size - 1), start).one(at, 0xc);
 }
 
+/// MSI-X: the guest's own are Enable and Function Mask.
 pub fn msix(oracle: &mut Oracle, at: usize) {
     oracle.frozen(at, 12).own(at + 2, 2, 0xc000, 0);
 }
 
+/// The PCI Express capability of an endpoint, version 2.
 pub fn express(oracle: &mut Oracle, at: usize) {
     oracle
         .frozen(at, 0x3c)
