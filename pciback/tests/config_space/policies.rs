@@ -65,7 +65,7 @@ fn guarded_registers_stay_as_they_are_and_the_policy_hears_of_it() {
         Place::Absolute(0x100),
     ] {
         let planes = Planes::compile(&device.spec, &register(place, 2, 0xffff, Treatment::Pass)).unwrap();
-        assert_eq!(planes.layout_hash(), plain.layout_hash(), "{place:?}");
+        assert_eq!(planes.behaviour_hash(), plain.behaviour_hash(), "{place:?}");
         assert_eq!(planes.refused().len(), 1, "{place:?}");
         assert_eq!(planes.refused()[0].mask, 0xffff, "{place:?}");
     }
@@ -130,7 +130,7 @@ fn vfs_of_one_pf_share_planes_and_other_layouts_do_not() {
     second.resources[0].start += 0x4000;
     second.identity.subsystem = 7;
     let hash = |spec: &pciback::config::FunctionSpec| {
-        Planes::compile(spec, &Policy::default()).unwrap().layout_hash()
+        Planes::compile(spec, &Policy::default()).unwrap().behaviour_hash()
     };
     assert_eq!(hash(&first), hash(&second));
     second.resources[0].size *= 2;

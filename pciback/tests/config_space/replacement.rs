@@ -92,15 +92,15 @@ fn bars_command_and_msix_stay_as_the_guest_left_them() {
 fn hardware_that_fails_leaves_the_old_filter_in_force() {
     let mut device = devices::network_pf();
     let mut space = create(&device, &Policy::default());
-    let old = space.planes().layout_hash();
+    let old = space.planes().behaviour_hash();
     device.hardware.fails = true;
     let own = treat(UNKNOWN, 2, 0xffff, Treatment::Virtual(pciback::config::Initial::Hardware));
     assert!(space.replace_filter(planes(&device, &own), &device.hardware).is_err());
-    assert_eq!(space.planes().layout_hash(), old);
+    assert_eq!(space.planes().behaviour_hash(), old);
     device.hardware.fails = false;
     let other = planes(&devices::disk(), &Policy::default());
     assert!(space.replace_filter(other, &device.hardware).is_err(), "a filter of another device");
-    assert_eq!(space.planes().layout_hash(), old);
+    assert_eq!(space.planes().behaviour_hash(), old);
 }
 
 #[test]

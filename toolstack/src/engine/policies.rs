@@ -141,7 +141,7 @@ impl Engine {
         });
         match swapped {
             Ok(filter) => {
-                view.changed = filter.planes.layout_hash() != old.layout_hash();
+                view.changed = filter.planes.behaviour_hash() != old.behaviour_hash();
                 self.in_use.insert(address, filter);
             }
             Err(why) => {

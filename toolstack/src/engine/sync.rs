@@ -70,7 +70,7 @@ struct Tried {
 
 impl Syncing {
     /// The lists are compared soon.
-    pub fn is_due(&mut self) {
+    pub fn make_due(&mut self) {
         self.due = true;
     }
 
@@ -210,7 +210,7 @@ impl Engine {
                 | (Some(_), Some(Owner::Free), FunctionState::Attached)
         );
         if drifted && !self.busy.contains(&address) && !self.syncing.given_up(address) {
-            self.syncing.is_due();
+            self.syncing.make_due();
         }
     }
 

@@ -194,7 +194,7 @@ impl Engine {
     pub(super) fn seen(&mut self, look: Look) {
         self.stirred.looking = false;
         if look.compare {
-            self.syncing.is_due();
+            self.syncing.make_due();
         }
         for seen in look.seen {
             self.compare(&seen);

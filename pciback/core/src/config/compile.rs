@@ -394,9 +394,9 @@ impl<'a> Compiler<'a> {
         };
         let msi = shape::msi(list, bytes).filter(|msi| seen(msi.offset));
         let msix = shape::msix(list, bytes).filter(|msix| seen(msix.offset));
-        let shape = shape_hash(self.spec);
+        let layout = layout_hash(self.spec);
         let mut hash = Fnv::new();
-        hash.add(shape);
+        hash.add(layout);
         for bits in self.bits.iter() {
             let Bits { hw_read, hw_write, shadow_write, zero_merge, events, fixed, value, .. } = *bits;
             for plane in [hw_read, hw_write, shadow_write, zero_merge, events, fixed, value] {
@@ -412,8 +412,8 @@ impl<'a> Compiler<'a> {
             bits: self.bits,
             guarded: self.guarded,
             size: self.spec.bytes.len().min(DWORDS * 4) as u16,
-            shape,
-            hash: hash.finish(),
+            layout,
+            behaviour: hash.finish(),
             models: self.models,
             segments: self.segments.into_iter().flatten().collect(),
             rules: self.rules,
@@ -465,7 +465,7 @@ pub(super) const fn full(width: u8) -> u32 {
 }
 
 /// A hash of what of a function decides where its registers are: the same for all VFs of a PF.
-pub(super) fn shape_hash(spec: &FunctionSpec) -> u64 {
+pub(super) fn layout_hash(spec: &FunctionSpec) -> u64 {
     let mut hash = Fnv::new();
     hash.add(spec.bytes.len() as u64);
     hash.add(u64::from(spec.is_virtual()));

@@ -116,8 +116,8 @@ pub struct Planes {
     pub(super) bits: Box<[Bits; DWORDS]>,
     pub(super) guarded: Vec<u32>,
     pub(super) size: u16,
-    pub(super) shape: u64,
-    pub(super) hash: u64,
+    pub(super) layout: u64,
+    pub(super) behaviour: u64,
     pub(super) models: Vec<(u16, Model)>,
     pub(super) segments: Vec<Segment>,
     pub(super) rules: Vec<Rule>,
@@ -133,8 +133,8 @@ pub struct Planes {
 impl Planes {
     /// A hash of everything that the filter does: functions with the same hash can share it, and a shadow that was made
     /// for one hash means nothing for another.
-    pub fn layout_hash(&self) -> u64 {
-        self.hash
+    pub fn behaviour_hash(&self) -> u64 {
+        self.behaviour
     }
 
     /// Bytes of config space that the function has.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::access::{Access, ConfigSpace};
 use super::bar::{Bar, BarKind};
 use super::bytes::Bytes;
-use super::compile::shape_hash;
+use super::compile::layout_hash;
 use super::error::ConfigError;
 use super::function::FunctionSpec;
 use super::image::FunctionImage;
@@ -89,9 +89,9 @@ impl VirtualConfigSpace {
         planes: Arc<Planes>,
         mut image: FunctionImage,
     ) -> Result<Self, ConfigError> {
-        Self::check_shape(spec, &planes)?;
+        Self::check_layout(spec, &planes)?;
         let bars = Bar::of(spec);
-        image.begin(spec.address, planes.shape)?;
+        image.begin(spec.address, planes.layout)?;
         for (dword, hardware) in shown_by_hardware(spec, &bars).into_iter().enumerate() {
             let bits = planes.bits[dword];
             let value = (hardware & !bits.fixed | bits.value) & !bits.hw_read;
@@ -137,8 +137,8 @@ impl VirtualConfigSpace {
         image: FunctionImage,
         hw: &dyn ConfigSpace,
     ) -> Result<Self, ConfigError> {
-        Self::check_shape(spec, &planes)?;
-        image.check(spec.address, planes.shape)?;
+        Self::check_layout(spec, &planes)?;
+        image.check(spec.address, planes.layout)?;
         let (bars, is_virtual) = (Bar::of(spec), spec.is_virtual());
         let mut space = Self { bars, is_virtual, planes, image, masked: MaskedWrites::default() };
         space.adopt(hw).map_err(|source| ConfigError::Read { address: spec.address, source })?;
@@ -149,7 +149,7 @@ impl VirtualConfigSpace {
     /// begin as hardware shows them now; bits that were virtual and become hardware's show hardware, and what the guest wrote
     /// before never reaches it. When hardware cannot be read the old filter stays.
     pub fn replace_filter(&mut self, planes: Arc<Planes>, hw: &dyn ConfigSpace) -> io::Result<()> {
-        if planes.shape != self.planes.shape {
+        if planes.layout != self.planes.layout {
             return Err(io::Error::other("the filter is for a function of another layout"));
         }
         let old = std::mem::replace(&mut self.planes, planes);
@@ -195,12 +195,12 @@ impl VirtualConfigSpace {
         Ok(())
     }
 
-    fn check_shape(spec: &FunctionSpec, planes: &Planes) -> Result<(), ConfigError> {
-        let function = shape_hash(spec);
-        if planes.shape == function {
+    fn check_layout(spec: &FunctionSpec, planes: &Planes) -> Result<(), ConfigError> {
+        let function = layout_hash(spec);
+        if planes.layout == function {
             return Ok(());
         }
-        Err(ConfigError::LayoutMismatch { address: spec.address, planes: planes.shape, function })
+        Err(ConfigError::LayoutMismatch { address: spec.address, planes: planes.layout, function })
     }
 
     /// What the guest reads. All ones while the function is being reset, and behind the end of its config space.
