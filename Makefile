@@ -117,6 +117,7 @@ uninstall:
 	rm -f $(DESTDIR)$(UNITS)/$(MODULE)/xpcid.conf
 	rmdir --ignore-fail-on-non-empty $(DESTDIR)$(UNITS)/$(MODULE) 2>/dev/null || true
 	cd $(DESTDIR)$(PREFIX)/share 2>/dev/null && rm -f man/man1/xpci.1 man/man1/xpci-*.1 man/man8/xpcid.8 \
+	    man/man5/xpcid.yaml.5 man/man5/xpci-policy.5 \
 	    bash-completion/completions/xpci bash-completion/completions/xpcid zsh/site-functions/_xpci zsh/site-functions/_xpcid \
 	    fish/vendor_completions.d/xpci.fish fish/vendor_completions.d/xpcid.fish || true
 	rm -rf $(DESTDIR)$(PREFIX)/share/xpci

@@ -62,6 +62,30 @@ fn the_files_that_the_documents_for_engineers_name_exist() {
     }
 }
 
+#[test]
+fn the_dashboard_and_the_document_name_metrics_that_there_are() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let source = fs::read_to_string(root.join("src/cli/metrics.rs")).unwrap();
+    let names = |text: &str| -> Vec<String> {
+        let words = text.split(|sign: char| !sign.is_ascii_alphanumeric() && sign != '_');
+        let named = words.filter(|word| word.starts_with("xpci_")).map(str::to_owned);
+        named.collect::<std::collections::BTreeSet<_>>().into_iter().collect()
+    };
+    let document = fs::read_to_string(root.join("../docs/fleet.md")).unwrap();
+    let document = document.split("## Prometheus").nth(1).unwrap();
+    let dashboard = fs::read_to_string(root.join("../configs/grafana/xpci.json")).unwrap();
+    serde_json::from_str::<serde_json::Value>(&dashboard).unwrap();
+    let there: Vec<String> =
+        names(&source).into_iter().filter(|name| source.contains(&format!("\"{name}\""))).collect();
+    assert!(there.len() > 8, "{there:?}");
+    for named in names(&dashboard) {
+        assert!(there.contains(&named), "{named} is in the dashboard alone");
+    }
+    let missing: Vec<&String> =
+        there.iter().filter(|name| *name != "xpci_up" && !names(document).contains(name)).collect();
+    assert!(missing.is_empty(), "docs/fleet.md lacks {missing:?}");
+}
+
 /// The rows of the table of commands: the command's word and the arguments of a request, or nothing.
 fn commands(text: &str) -> Vec<(&str, &str)> {
     let table = text.split("## The commands").nth(1).unwrap_or_default();

@@ -60,7 +60,7 @@ const ORDER: &[Layer] = &[
     ),
     ("control", &["outcome", "protocol", "reply", "engine"]),
     ("client", &["outcome", "protocol"]),
-    ("cli", &["outcome", "policies", "protocol", "settings"]),
+    ("cli", &["outcome", "policies", "protocol", "settings", "client"]),
     ("bin", &[]),
 ];
 

@@ -9,7 +9,7 @@ use std::thread;
 
 use clap::Parser;
 use serde::Serialize;
-use toolstack::cli::{Cli, Look, Step, bulleted, render, usage};
+use toolstack::cli::{Cli, Look, Step, bulleted, gather, render, usage};
 use toolstack::client;
 use toolstack::doctor;
 use toolstack::outcome::{ErrorCode, Failure};
@@ -70,6 +70,7 @@ fn json_wanted() -> bool {
 fn answers(steps: Vec<Step>, socket: &Path, show_progress: bool, json: bool) -> Vec<Envelope> {
     let answer = |step| match step {
         Step::Ask(request) => ask(socket, request, show_progress, json),
+        Step::Metrics(file) => Envelope::done(1, "metrics", gather(socket, file.as_deref())),
         Step::Local(local) => Envelope::done(1, local.name(), local.run()),
     };
     let stopped = |_| Failure::new(ErrorCode::Failed, "the request was given up");

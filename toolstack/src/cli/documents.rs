@@ -19,6 +19,22 @@ const COMPLETIONS: [(Shell, &str); 3] = [
     (Shell::Fish, "fish/vendor_completions.d"),
 ];
 
+/// The file formats: their names, what they are, where their files are, and a file with all keys.
+const FORMATS: [(&str, &str, &str, &str); 2] = [
+    (
+        "xpcid.yaml",
+        "settings of xpcid",
+        "/etc/xpci/xpcid.yaml, /etc/xpci/xpcid.yaml.d/*.yaml",
+        include_str!("../../../configs/xpcid.yaml"),
+    ),
+    (
+        "xpci-policy",
+        "policies of xpcid: what guests may do with the registers of their functions",
+        "/etc/xpci/policies/*.yaml, /usr/share/xpci/policies/*.yaml",
+        include_str!("../../../configs/policies/example.yaml"),
+    ),
+];
+
 /// Writes them below a folder that is to be `share`.
 pub(super) fn write(share: &Path) -> Result<Success, Failure> {
     let failed = |error: io::Error| {
@@ -37,7 +53,30 @@ fn manual_pages(share: &Path) -> io::Result<()> {
     clap_mangen::generate_to(Cli::command().disable_help_subcommand(true), &user)?;
     let mut page = Vec::new();
     Man::new(ServiceArguments::command()).section("8").render(&mut page)?;
-    fs::write(system.join("xpcid.8"), page)
+    fs::write(system.join("xpcid.8"), page)?;
+    let formats = share.join("man/man5");
+    fs::create_dir_all(&formats)?;
+    for (name, purpose, place, text) in FORMATS {
+        fs::write(formats.join(format!("{name}.5")), file_format(name, purpose, place, text))?;
+    }
+    Ok(())
+}
+
+/// The manual page of a file format: a file with all of its keys and what they mean.
+fn file_format(name: &str, purpose: &str, place: &str, text: &str) -> String {
+    let (title, version) = (name.to_uppercase(), crate::VERSION);
+    let mut page = format!(
+        ".TH {title} 5 \"\" \"xpci {version}\"\n.SH NAME\n{name} \\- {purpose}\n.SH SYNOPSIS\n{place}\n.SH DESCRIPTION\n\
+         All keys, in YAML, with their meaning in comments:\n.PP\n.nf\n"
+    );
+    for line in text.lines() {
+        // A dot or an apostrophe at the start of a line would be a request.
+        page.push_str("\\&");
+        page.push_str(&line.replace('\\', "\\e").replace('-', "\\-"));
+        page.push('\n');
+    }
+    page.push_str(".fi\n.SH SEE ALSO\nxpci(1), xpcid(8)\n");
+    page
 }
 
 fn completions(share: &Path) -> io::Result<()> {
@@ -53,4 +92,24 @@ fn completions(share: &Path) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_manual_pages_of_the_file_formats_have_every_line_of_the_shipped_files() {
+        let share = tempfile::tempdir().unwrap();
+        write(share.path()).unwrap();
+        for (name, _, _, text) in FORMATS {
+            let page = fs::read_to_string(share.path().join(format!("man/man5/{name}.5"))).unwrap();
+            let shown: Vec<String> = page
+                .lines()
+                .filter_map(|line| line.strip_prefix("\\&"))
+                .map(|line| line.replace("\\-", "-").replace("\\e", "\\"))
+                .collect();
+            assert_eq!(shown, text.lines().collect::<Vec<_>>(), "{name}");
+        }
+    }
 }

@@ -4,6 +4,7 @@ mod documents;
 mod explained;
 mod hvm;
 mod list;
+mod metrics;
 mod network;
 mod paths;
 mod place;
@@ -25,6 +26,7 @@ use crate::settings::DEFAULT_SOCKET;
 
 pub use hvm::Hvm;
 pub use list::ListArguments;
+pub use metrics::gather;
 pub use network::SetArguments;
 pub use policy::{As, ExplainArguments, Local, Policy};
 pub use service::{Choice, ServiceArguments};
@@ -101,7 +103,8 @@ pub enum Command {
         /// Persistently: the guest gets it again whenever it starts, and no other guest gets it meanwhile.
         #[arg(long)]
         persist: bool,
-        /// The guest, by name or number.
+        /// The guest, by name or number; with --persist one that does not run by UUID, or by the name of a guest that has functions
+        /// persistently.
         domain: String,
         /// The function, and the device number at which the guest shall see it (hexadecimal, 0-1f). xl's options may follow:
         /// 'BDF@SLOT,permissive=1'; those without effect here are named.
@@ -165,6 +168,12 @@ pub enum Command {
         /// Exits with 1 while there are problems.
         #[arg(long)]
         check: bool,
+    },
+    /// Prints the state of the service for Prometheus, in its text format.
+    Metrics {
+        /// Writes it to this file, for node_exporter's textfile collector. If the service does not answer, the file says xpci_up 0.
+        #[arg(long, value_name = "FILE")]
+        write: Option<PathBuf>,
     },
     /// Checks how dom0 is set up, and says what to do where something is amiss.
     ///
@@ -288,6 +297,8 @@ pub enum Step {
     Ask(Request),
     /// Does it without the service.
     Local(Local),
+    /// Gathers metrics, and writes them to a file.
+    Metrics(Option<PathBuf>),
 }
 
 impl Command {
@@ -322,6 +333,7 @@ impl Command {
         match self {
             Self::Policy(policy) => vec![policy.step()],
             Self::Hvm(hvm) => vec![hvm.step()],
+            Self::Metrics { write } => vec![Step::Metrics(write)],
             Self::Documents { directory } => vec![Step::Local(Local::Documents(directory))],
             other => other.requests().into_iter().map(Step::Ask).collect(),
         }
@@ -331,7 +343,7 @@ impl Command {
     fn requests(self) -> Vec<Request> {
         let one = |request| vec![request];
         match self {
-            Self::Policy(_) | Self::Hvm(_) | Self::Documents { .. } => Vec::new(),
+            Self::Policy(_) | Self::Hvm(_) | Self::Metrics { .. } | Self::Documents { .. } => Vec::new(),
             Self::List(arguments) => one(Request::List { filter: arguments.filter() }),
             Self::Show(function) => one(Request::Show { address: function.address }),
             Self::PciAssignableList { .. } => one(Request::PciAssignableList),

@@ -47,6 +47,7 @@ pub fn render(success: &Success, look: Look) -> String {
         Success::Learned { functions } => explained::learned(functions),
         Success::Reloaded { files, functions } => explained::reloaded(*files, functions),
         Success::Checked { files } => explained::checked(files),
+        Success::Metrics { text } => text.clone(),
         Success::Schema { schema } => format!("{schema:#}\n"),
         Success::Events { events } if events.is_empty() => "nothing has happened yet\n".to_owned(),
         Success::Events { events } => {

@@ -162,6 +162,7 @@ impl Engine {
         let mut guests: Vec<GuestView> = guests.collect();
         let platform = self.platform.description.clone();
         let (repaired, since) = (self.syncing.repaired(), self.quarantined_since());
+        let device_errors = self.device_errors();
         let (store, errors) = (Arc::clone(&self.platform.store), Arc::clone(&self.platform.errors));
         self.show(reply, move |shown| {
             for guest in &mut guests {
@@ -184,6 +185,7 @@ impl Engine {
                 guests,
                 problems: quarantined.chain(shown.ports_without_aer(errors.as_ref())).chain(found).collect(),
                 functions,
+                device_errors,
                 repaired,
             }))
         });

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::SystemTime;
 
 use log::error;
+use pciback::fault::{Action, Severity};
 use pciback::{FunctionState, Sbdf};
 
 use super::Engine;
@@ -11,7 +12,7 @@ use super::problems::Problem;
 use super::requests::existing;
 use crate::audit::AuditLog;
 use crate::outcome::Failure;
-use crate::protocol::{Cause, EventView, Happening, Success};
+use crate::protocol::{Cause, DeviceErrorsView, EventView, Happening, Success};
 use crate::reply::Reply;
 
 /// How many events are remembered for a function.
@@ -29,6 +30,8 @@ pub(super) struct News {
     /// Errors and what followed, by function.
     histories: BTreeMap<Sbdf, VecDeque<EventView>>,
     recent: VecDeque<EventView>,
+    /// How many errors there were since the service started.
+    errors: BTreeMap<(Severity, Action), u64>,
     followers: Vec<Reply>,
     /// The states that were told last, and since when.
     states: BTreeMap<Sbdf, (FunctionState, SystemTime)>,
@@ -41,6 +44,7 @@ impl News {
             failed: false,
             histories: BTreeMap::new(),
             recent: VecDeque::new(),
+            errors: BTreeMap::new(),
             followers: Vec::new(),
             states: BTreeMap::new(),
             audit,
@@ -94,6 +98,10 @@ impl Engine {
             }
             _ => {}
         }
+        if let Happening::Error { severity, action, count, .. } = &event.what {
+            let known = self.news.errors.entry((*severity, *action)).or_default();
+            *known = known.saturating_add(*count);
+        }
         self.news.remember(event.clone());
         self.news.tell(event);
     }
@@ -126,6 +134,16 @@ impl Engine {
             };
             self.news.tell(EventView::now(address, domain, Happening::State { from, to }));
         }
+    }
+
+    /// How many errors there were since the service started.
+    pub(super) fn device_errors(&self) -> Vec<DeviceErrorsView> {
+        let view = |((severity, action), count): (&(Severity, Action), &u64)| DeviceErrorsView {
+            severity: *severity,
+            action: *action,
+            count: *count,
+        };
+        self.news.errors.iter().map(view).collect()
     }
 
     /// Since when functions are quarantined.

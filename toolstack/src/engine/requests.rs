@@ -15,7 +15,7 @@ use super::tasks::Course;
 use super::unmanaged::STUB;
 use crate::domains::{self, DomainType};
 use crate::journal::{GuestPlace, Record};
-use crate::outcome::Failure;
+use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{DomainName, Request, Scope, Success};
 use crate::reply::Reply;
 use crate::reservations::Change;
@@ -94,6 +94,10 @@ impl Engine {
                     Ok(domain) => {
                         let wanted = Wanted { domain, address, slot, persist, trust, dry_run };
                         return self.attach(wanted, reply);
+                    }
+                    Err(failure) if persist && failure.code == ErrorCode::NotFound => {
+                        let absent = self.absent_guest(&domain, failure);
+                        return self.reserve_for_absent(absent, address, (slot, dry_run), reply);
                     }
                     Err(failure) => Err(failure),
                 }

@@ -130,6 +130,95 @@ impl Engine {
         });
     }
 
+    /// The guest of this UUID, or of this name and with functions that it has persistently, when it does not run: its UUID and name.
+    pub(super) fn absent_guest(
+        &self,
+        guest: &DomainName,
+        not_found: Failure,
+    ) -> Result<(Uuid, Option<String>), Failure> {
+        let known = self.reservations.all().into_iter().find(|known| means(known, guest, None));
+        let (uuid, name) = match (known, guest.0.parse()) {
+            (Some(known), _) => (known.guest, known.name),
+            (None, Ok(uuid)) => (uuid, None),
+            (None, Err(_)) => {
+                return Err(not_found.hint("name a guest that does not run by its UUID, as in its xl.cfg"));
+            }
+        };
+        for domain in self.domains_present()? {
+            if self.platform.hypervisor.domain(domain).is_ok_and(|info| info.uuid == uuid) {
+                let text = format!("guest {uuid} runs, as {}", self.called(domain));
+                return Err(Failure::refused(text).of(domain).hint("name it by name or number"));
+            }
+        }
+        Ok((uuid, name))
+    }
+
+    /// A guest that does not run gets a function when it starts.
+    pub(super) fn reserve_for_absent(
+        &self,
+        guest: Result<(Uuid, Option<String>), Failure>,
+        address: Sbdf,
+        (slot, dry_run): (Option<u8>, bool),
+        reply: Reply,
+    ) {
+        let wanted = guest.and_then(|(guest, name)| self.absent_reservation(guest, name, address, slot));
+        let wanted = match wanted {
+            Ok(wanted) => wanted,
+            Err(failure) => return reply.done(Err(failure)),
+        };
+        let seen = Sbdf::from_devfn(0, 0, wanted.devfn);
+        let message =
+            format!("{address} is kept for {}, which sees it at {seen} when it starts", wanted.who());
+        if self.reservations.get(address).as_ref() == Some(&wanted) {
+            return reply.done(Ok(Success::Already { message }));
+        }
+        if dry_run {
+            let message = format!("nothing was changed; without --dry-run: {message}");
+            return reply.done(Ok(Success::Possible { message }));
+        }
+        let reservations = self.reservations.clone();
+        self.background("persist", move || {
+            let changed = Success::Changed { message, warnings: Vec::new(), functions: Vec::new() };
+            reply.done(reservations.keep(wanted).map(|()| changed));
+        });
+    }
+
+    fn absent_reservation(
+        &self,
+        guest: Uuid,
+        name: Option<String>,
+        address: Sbdf,
+        slot: Option<u8>,
+    ) -> Result<Reservation, Failure> {
+        let host = self.platform.host.as_ref();
+        let function = existing(host, address)?;
+        self.idle(address)?;
+        // Who may still reach it is looked at when the guest starts.
+        let mut found = self.attach_obstacles(&function, None, true);
+        let known = self.reserved(address);
+        if let Some(other) = known.as_ref().filter(|known| known.guest != guest) {
+            found.push(Failure::refused(kept_for(other)).on(address).hint(how_to_forget(other)));
+        }
+        Failure::refuse_for(&format!("keep {address} for guest {guest}"), found)?;
+        let own = known.filter(|known| slot.is_none_or(|slot| slot == known.devfn >> 3));
+        if let Some(own) = own {
+            return Ok(own);
+        }
+        let others: Vec<Reservation> =
+            self.reservations.of(guest).into_iter().filter(|other| other.address != address).collect();
+        let is_free = |slot: &u8| others.iter().all(|other| other.devfn >> 3 != *slot);
+        // From the top: an HVM guest's device model has its devices at the lowest numbers.
+        let free = match slot {
+            Some(slot) => Some(slot).filter(|slot| *slot < 32 && is_free(slot)),
+            None => (0..32).rev().find(is_free),
+        };
+        let slot = free.ok_or_else(|| {
+            let text = format!("guest {guest} has no free device number for {address}");
+            Failure::refused(text).on(address).hint("'xpci pci-list --persistent' shows what it has")
+        })?;
+        Ok(Reservation::new(address, spec::identity(host, &function), guest, name, slot << 3))
+    }
+
     /// The reservation of a function for the guest that a command calls so: by name, number or UUID, whether it runs or not.
     pub(super) fn reservation_of(&self, guest: &DomainName, address: Sbdf) -> Option<Reservation> {
         let uuids = self.uuids_of(guest);

@@ -136,7 +136,7 @@ impl Engine {
         }
     }
 
-    fn domains_present(&self) -> Result<BTreeSet<DomId>, Failure> {
+    pub(super) fn domains_present(&self) -> Result<BTreeSet<DomId>, Failure> {
         let store = self.platform.store.as_ref();
         let mut present = BTreeSet::new();
         for number in store.list("/local/domain")? {

@@ -28,7 +28,7 @@ pub use policy_view::{
     CapabilityRuleView, CheckedView, LearnedView, PolicyFileView, PolicyView, RegisterRuleView, ReloadedView,
 };
 pub use problem::{Cause, ProblemView};
-pub use view::{FunctionView, GuestView, PersistentView, StatusView, SyncView, VfView};
+pub use view::{DeviceErrorsView, FunctionView, GuestView, PersistentView, StatusView, SyncView, VfView};
 
 pub use crate::domains::DomainName;
 use crate::outcome::{ErrorCode, Failure};
@@ -387,6 +387,11 @@ pub enum Success {
     Schema {
         /// In JSON Schema draft-07.
         schema: serde_json::Value,
+    },
+    /// The state of the service for Prometheus.
+    Metrics {
+        /// In its text format.
+        text: String,
     },
     /// What happened.
     Events {

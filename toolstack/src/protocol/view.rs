@@ -1,5 +1,6 @@
 //! What the service shows of functions and guests.
 
+use pciback::fault::{Action, Severity};
 use pciback::inventory::Plan;
 use pciback::{DomId, FunctionState, Sbdf, Uuid};
 use serde::{Deserialize, Serialize};
@@ -81,6 +82,18 @@ pub struct VfView {
     pub untrusted: Option<String>,
 }
 
+/// How many errors of one kind guests' functions had.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DeviceErrorsView {
+    /// How bad they were.
+    pub severity: Severity,
+    /// What was decided.
+    pub action: Action,
+    /// How many.
+    pub count: u64,
+}
+
 /// The state of the service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -93,6 +106,9 @@ pub struct StatusView {
     pub functions: Vec<FunctionView>,
     /// The guests it serves.
     pub guests: Vec<GuestView>,
+    /// Errors of guests' functions since the service started, by severity and by what was decided.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub device_errors: Vec<DeviceErrorsView>,
     /// What is wrong, for as long as it lasts.
     pub problems: Vec<ProblemView>,
     /// What sysfs, Xen and xenstore disagreed on and the service repaired by itself: the last of it, the oldest first.

@@ -59,6 +59,54 @@ fn problem(service: &Service) -> String {
 }
 
 #[test]
+fn a_guest_that_does_not_run_gets_what_was_kept_for_its_uuid_when_it_starts() {
+    let world = World::new();
+    let service = world.start();
+    service.hold(vf()).unwrap();
+    let kept = |guest: &str, slot, dry_run| {
+        service.call(Request::PciAttach {
+            domain: DomainName(guest.into()),
+            address: vf(),
+            slot,
+            persist: true,
+            trust_former_owner: false,
+            dry_run,
+        })
+    };
+    let later = "00000000-0000-0000-0000-0000000000aa";
+    assert!(matches!(kept(later, Some(9), true), Ok(Success::Possible { .. })));
+    assert!(listed(&service, None).is_empty(), "a dry run changes nothing");
+    assert!(matches!(kept(later, Some(9), false), Ok(Success::Changed { .. })));
+    assert!(matches!(kept(later, Some(9), false), Ok(Success::Already { .. })));
+    assert_eq!(service.attach(WEB, vf()).unwrap_err().code, ErrorCode::Refused, "it is kept");
+    assert_eq!(kept("nobody", None, false).unwrap_err().code, ErrorCode::NotFound, "no name is no UUID");
+    let other = "00000000-0000-0000-0000-0000000000bb";
+    assert_eq!(kept(other, None, false).unwrap_err().code, ErrorCode::Refused, "it is another guest's");
+    world.simulation.create_guest(AGAIN, "later", "pv", later.parse().unwrap()).unwrap();
+    let frontend = Frontend::load(&world, AGAIN);
+    wait_until("it is attached", || is_attached(&service, vf(), AGAIN));
+    assert_eq!(frontend.read(9 << 3, VENDOR, 2), 0x8086);
+}
+
+#[test]
+fn a_guest_that_runs_is_not_named_by_its_uuid() {
+    let world = World::new();
+    let service = world.start();
+    service.hold(vf()).unwrap();
+    let request = Request::PciAttach {
+        domain: DomainName(web_uuid().to_string()),
+        address: vf(),
+        slot: None,
+        persist: true,
+        trust_former_owner: false,
+        dry_run: false,
+    };
+    let failure = service.call(request).unwrap_err();
+    assert_eq!(failure.code, ErrorCode::Refused);
+    assert!(failure.message.contains("'web' (domain 1)"), "{failure}");
+}
+
+#[test]
 fn a_rebooted_guest_gets_its_function_again_at_the_same_place_also_after_a_restart() {
     let world = World::new();
     let service = world.start();

@@ -1,0 +1,174 @@
+//! `xpci metrics`: the service's state in the text format of Prometheus (exposition format 0.0.4).
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+
+use pciback::FunctionState;
+use serde::Serialize;
+
+use crate::client;
+use crate::outcome::{ErrorCode, Failure};
+use crate::protocol::{ListFilter, ListedView, Request, StatusView, Success};
+
+/// What stands in the file while the service does not answer.
+const DOWN: &str = "# HELP xpci_up Whether xpcid answers.\n# TYPE xpci_up gauge\nxpci_up 0\n";
+
+/// All states: one without functions counts 0, so that it can be graphed and alerted on.
+const STATES: [FunctionState; 8] = [
+    FunctionState::Host,
+    FunctionState::Held,
+    FunctionState::Attaching,
+    FunctionState::Attached,
+    FunctionState::Detaching,
+    FunctionState::Resetting,
+    FunctionState::Gone,
+    FunctionState::Quarantined,
+];
+
+/// Asks the service and writes its metrics to a file, or returns them as text.
+///
+/// # Errors
+/// The service or the file. Of a service that does not answer, the file says so.
+pub fn gather(socket: &Path, file: Option<&Path>) -> Result<Success, Failure> {
+    let found = ask(socket);
+    let Some(file) = file else { return found.map(|text| Success::Metrics { text }) };
+    let down = found.as_ref().is_err_and(|failure| failure.code == ErrorCode::Unreachable);
+    match (&found, down) {
+        (Ok(text), _) => replace(file, text)?,
+        (Err(_), true) => replace(file, DOWN)?,
+        (Err(_), false) => {}
+    }
+    let message = format!("the metrics are in {}", file.display());
+    found.map(|_| Success::Changed { message, warnings: Vec::new(), functions: Vec::new() })
+}
+
+/// Puts a file into place at once: whoever reads it sees the old metrics or the new ones.
+fn replace(file: &Path, text: &str) -> Result<(), Failure> {
+    let new = file.with_extension("new");
+    fs::write(&new, text).and_then(|()| fs::rename(&new, file)).map_err(|error| {
+        Failure::new(ErrorCode::Failed, format!("write the metrics to {}: {error}", file.display()))
+    })
+}
+
+fn ask(socket: &Path) -> Result<String, Failure> {
+    let answer = |request| {
+        let envelope = client::call(socket, request, &mut |_| ())?;
+        match (envelope.result, envelope.error) {
+            (Some(success), _) => Ok(success),
+            (None, error) => Err(error.unwrap_or_else(|| {
+                Failure::new(ErrorCode::Failed, "xpcid's answer has neither result nor error")
+            })),
+        }
+    };
+    match (answer(Request::Status)?, answer(Request::List { filter: ListFilter::default() })?) {
+        (Success::Status(status), Success::Listed { functions }) => Ok(text(&status, &functions)),
+        _ => Err(Failure::new(ErrorCode::Failed, "xpcid answered something else than was asked")
+            .hint("is xpcid of the same version as xpci? 'xpci --version', 'xpcid --version'")),
+    }
+}
+
+/// One metric with its samples: labels and value.
+fn metric(into: &mut String, name: &str, kind: &str, help: &str, samples: &[(Vec<(&str, String)>, u64)]) {
+    if samples.is_empty() {
+        return;
+    }
+    let _ = writeln!(into, "# HELP {name} {help}\n# TYPE {name} {kind}");
+    for (labels, value) in samples {
+        let labels: Vec<String> =
+            labels.iter().map(|(label, value)| format!("{label}=\"{}\"", escaped(value))).collect();
+        let braces = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
+        let _ = writeln!(into, "{name}{braces} {value}");
+    }
+}
+
+/// A label's value: a name that a guest chose may have any characters.
+fn escaped(value: &str) -> String {
+    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
+/// The protocol's word for a value.
+fn word(value: impl Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+fn text(status: &StatusView, functions: &[ListedView]) -> String {
+    let mut text = String::new();
+    metric(&mut text, "xpci_up", "gauge", "Whether xpcid answers.", &[(Vec::new(), 1)]);
+    let info = vec![("version", status.service.clone()), ("platform", status.platform.clone())];
+    metric(&mut text, "xpci_info", "gauge", "The version of xpcid and what it runs on.", &[(info, 1)]);
+    let mut states: BTreeMap<String, u64> = STATES.iter().map(|state| (state.to_string(), 0)).collect();
+    let gone = status.functions.iter().filter(|function| function.state == FunctionState::Gone);
+    for state in functions.iter().map(|listed| listed.function.state).chain(gone.map(|one| one.state)) {
+        *states.entry(state.to_string()).or_default() += 1;
+    }
+    let states: Vec<_> = states.into_iter().map(|(state, count)| (vec![("state", state)], count)).collect();
+    metric(&mut text, "xpci_functions", "gauge", "PCI functions of the host by state.", &states);
+    let pf = |count: fn(&ListedView) -> Option<u16>| -> Vec<_> {
+        let of = |listed: &ListedView| {
+            count(listed).map(|count| (vec![("pf", listed.function.address.to_string())], count.into()))
+        };
+        functions.iter().filter_map(of).collect()
+    };
+    let (enabled, total) = (pf(|listed| listed.enabled_vfs), pf(|listed| listed.total_vfs));
+    metric(&mut text, "xpci_vfs_enabled", "gauge", "Enabled VFs of a PF.", &enabled);
+    metric(&mut text, "xpci_vfs_total", "gauge", "VFs that a PF can have.", &total);
+    let guest = |count: &dyn Fn(&crate::protocol::GuestView) -> u64| -> Vec<_> {
+        let of = |guest: &crate::protocol::GuestView| {
+            let name = guest.name.clone().unwrap_or_default();
+            (vec![("domain", guest.domain.to_string()), ("name", name)], count(guest))
+        };
+        status.guests.iter().map(of).collect()
+    };
+    let has = |guest: &crate::protocol::GuestView| {
+        status.functions.iter().filter(|function| function.domain == Some(guest.domain)).count() as u64
+    };
+    metric(&mut text, "xpci_guest_functions", "gauge", "Functions that a guest has.", &guest(&has));
+    let help = "Requests of a guest answered since xpcid started or the guest connected first.";
+    metric(&mut text, "xpci_guest_requests_total", "counter", help, &guest(&|guest| guest.requests));
+    let help = "Those answered with an error, except reads of functions that are not there.";
+    metric(&mut text, "xpci_guest_errors_total", "counter", help, &guest(&|guest| guest.errors));
+    let mut problems: BTreeMap<String, u64> = BTreeMap::new();
+    for problem in &status.problems {
+        *problems.entry(word(problem.cause)).or_default() += 1;
+    }
+    let problems: Vec<_> =
+        problems.into_iter().map(|(cause, count)| (vec![("cause", cause)], count)).collect();
+    let all = [(Vec::new(), status.problems.len() as u64)];
+    metric(&mut text, "xpci_problems", "gauge", "Problems in 'xpci status'.", &all);
+    metric(&mut text, "xpci_problems_by_cause", "gauge", "Problems in 'xpci status' by cause.", &problems);
+    let errors: Vec<_> = status
+        .device_errors
+        .iter()
+        .map(|errors| {
+            (vec![("severity", word(errors.severity)), ("action", word(errors.action))], errors.count)
+        })
+        .collect();
+    let help = "Errors of guests' functions since xpcid started, by severity and the action decided.";
+    metric(&mut text, "xpci_device_errors_total", "counter", help, &errors);
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_a_guest_chose_stays_within_its_label() {
+        let mut text = String::new();
+        metric(&mut text, "m", "gauge", "h", &[(vec![("name", "a\"} 7\n\\".to_owned())], 1)]);
+        assert_eq!(text.lines().last(), Some(r#"m{name="a\"} 7\n\\"} 1"#));
+        assert_eq!(text.lines().count(), 3);
+    }
+
+    #[test]
+    fn the_file_of_a_service_that_does_not_answer_says_so() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("xpci.prom");
+        let failure = gather(&directory.path().join("control"), Some(&file)).unwrap_err();
+        assert_eq!(failure.code, ErrorCode::Unreachable);
+        assert!(fs::read_to_string(&file).unwrap().ends_with("xpci_up 0\n"));
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "nothing else is left");
+    }
+}
