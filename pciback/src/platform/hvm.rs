@@ -14,8 +14,20 @@ pub struct ServerId(pub u16);
 pub struct MsiMessage {
     /// The lower half of the address: where the interrupt goes.
     pub address: u32,
+    /// The upper half.
+    pub address_high: u32,
     /// The data: vector, delivery and trigger mode.
     pub data: u32,
+}
+
+impl MsiMessage {
+    /// The physical interrupt that the guest wants, where it wants it as an event and not by a vector. So does a system that Xen offers
+    /// `XENFEAT_hvm_pirqs` (`xen/include/public/features.h`): vector 0, which no interrupt has, bits 0 to 7 of the number as the destination,
+    /// the others in the upper half of the address.
+    pub fn pirq(self) -> Option<Pirq> {
+        let number = self.address_high & !0xff | self.address >> 12 & 0xff;
+        (self.data & 0xff == 0 && number != 0).then_some(Pirq(number))
+    }
 }
 
 /// Ioreq servers, and mappings and interrupts of HVM guests.
@@ -55,7 +67,8 @@ pub trait HvmDomains: Send + Sync {
     fn map_ports(&self, domain: DomId, guest: u32, host: u32, count: u32, map: bool) -> Result<()>;
 
     /// Delivers a physical interrupt of the guest by the message that it wrote. `table` is the guest's address of the MSI-X
-    /// table, through which Xen then takes the vector's mask; 0 for MSI. `masked`: the guest has masked it.
+    /// table, through which Xen then takes the vector's mask; 0 for MSI. `masked`: the guest has masked it; one that is bound already stays as
+    /// it is then. A message that names a physical interrupt is bound to that one, and comes as an event once the guest has bound it to one.
     fn bind_msi(
         &self,
         domain: DomId,

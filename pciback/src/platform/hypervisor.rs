@@ -22,6 +22,25 @@ pub enum MsiSource {
     },
 }
 
+impl MsiSource {
+    /// The entry as it is noted; MSI has one, 0.
+    pub const fn entry(self) -> u16 {
+        match self {
+            Self::Msi => 0,
+            Self::MsiX { entry, .. } => entry,
+        }
+    }
+}
+
+impl std::fmt::Display for MsiSource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Msi => f.write_str("MSI"),
+            Self::MsiX { entry, .. } => write!(f, "MSI-X entry {entry}"),
+        }
+    }
+}
+
 /// What dom0's kernel reports to Xen of a function (`PHYSDEVOP_pci_device_add`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceReport {
@@ -77,11 +96,14 @@ pub trait Hypervisor: Send + Sync {
     fn ioport_permission(&self, domain: DomId, first: u32, count: u32, allow: bool) -> Result<()>;
     /// Maps a message-signalled interrupt to a new physical interrupt of the domain.
     fn map_msi(&self, domain: DomId, address: Sbdf, source: MsiSource) -> Result<Pirq>;
+    /// Maps a message-signalled interrupt to a physical interrupt of the domain that nothing is mapped to. Xen does as if it had, and forgets an
+    /// interrupt of the host, where something is: callers must know. `EINVAL`: the domain has no such number.
+    fn map_msi_as(&self, domain: DomId, address: Sbdf, source: MsiSource, pirq: Pirq) -> Result<()>;
     /// Maps an INTx line to the domain's physical interrupt of the same number and permits it.
     fn map_gsi(&self, domain: DomId, gsi: u32) -> Result<Pirq>;
     /// Removes the domain's permission for the line that `map_gsi` mapped, and the mapping.
     fn unmap_gsi(&self, domain: DomId, gsi: u32, pirq: Pirq) -> Result<()>;
-    /// Unmaps a physical interrupt of `map_msi`. `EINVAL`: it is not mapped.
+    /// Unmaps a physical interrupt of `map_msi` or `map_msi_as`. `EINVAL`: it is not mapped.
     fn unmap_pirq(&self, domain: DomId, pirq: Pirq) -> Result<()>;
     /// What it is and whether it runs. `ESRCH`: there is none.
     fn domain(&self, domain: DomId) -> Result<DomainInfo>;

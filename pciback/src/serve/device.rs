@@ -33,6 +33,9 @@ pub(super) trait GuestDevice: Send + Sync {
     /// Takes all BARs out of the guest's address space.
     fn unmap_bars(&self, function: &mut GuestFunction) -> platform::Result<()>;
 
+    /// Other vectors are mapped for the function than before.
+    fn vectors_noted(&self, function: &GuestFunction);
+
     /// Ends the delivery of a physical interrupt that is about to be unmapped.
     fn unbind(&self, function: &GuestFunction, pirq: Pirq);
 
@@ -69,6 +72,8 @@ impl GuestDevice for Unplaced {
     fn unmap_bars(&self, _: &mut GuestFunction) -> platform::Result<()> {
         Ok(())
     }
+
+    fn vectors_noted(&self, _: &GuestFunction) {}
 
     fn unbind(&self, _: &GuestFunction, _: Pirq) {}
 

@@ -9,6 +9,7 @@ use log::warn;
 use thiserror::Error;
 
 use super::function::GuestFunction;
+use crate::Sbdf;
 use crate::config::{InterruptMode, MsixCapability, VectorState};
 use crate::live::{self, Changed, Switch};
 use crate::platform::{MsiSource, Pirq, PlatformError, Revoked};
@@ -31,6 +32,18 @@ pub enum InterruptError {
     /// The list of MSI-X entries makes no sense.
     #[error("the guest asks for MSI-X entries that are {0}")]
     Entries(&'static str),
+    /// The message names a physical interrupt that the guest cannot have for it.
+    #[error("the guest's message for {interrupt} of {address} names its interrupt {}, which is {holder}", pirq.0)]
+    Taken {
+        /// Which of the function's interrupts.
+        interrupt: MsiSource,
+        /// The function.
+        address: Sbdf,
+        /// The number.
+        pirq: Pirq,
+        /// Who has it.
+        holder: String,
+    },
     /// Message Control does not keep what is written.
     #[error("Message Control at {offset:#x} reads {found:#06x} after {written:#06x} was written")]
     Control {
@@ -72,6 +85,7 @@ impl GuestFunction {
 
     pub(super) fn note(&mut self, vectors: &VectorState) -> Result<()> {
         let stored = self.space.image_mut().set_vectors(vectors);
+        self.device().vectors_noted(self);
         stored.then_some(()).ok_or(InterruptError::Entries("more than can be noted"))
     }
 
@@ -107,17 +121,48 @@ impl GuestFunction {
     }
 
     /// Maps one vector so that it is never lost: noted as about to be mapped, mapped, noted as mapped.
-    pub(super) fn map(&mut self, vectors: &mut VectorState, source: MsiSource) -> Result<()> {
-        let entry = match source {
-            MsiSource::Msi => 0,
-            MsiSource::MsiX { entry, .. } => entry,
-        };
+    pub(super) fn map(&mut self, vectors: &mut VectorState, source: MsiSource) -> Result<Pirq> {
+        let entry = source.entry();
         self.revocation.check().map_err(io::Error::from)?;
         vectors.pending = Some(entry);
         self.note(vectors)?;
         let pirq = self.hypervisor.map_msi(self.domain, self.address, source)?;
         vectors.pending = None;
         vectors.entries.push((entry, pirq.0));
+        self.note(vectors)?;
+        Ok(pirq)
+    }
+
+    /// Maps one vector likewise to a physical interrupt of the guest's choice, which nothing may be mapped to. Its number is known, so that it
+    /// is noted at once.
+    pub(super) fn map_chosen(
+        &mut self,
+        vectors: &mut VectorState,
+        source: MsiSource,
+        pirq: Pirq,
+    ) -> Result<()> {
+        let entry = source.entry();
+        self.revocation.check().map_err(io::Error::from)?;
+        vectors.pending = Some(entry);
+        vectors.entries.push((entry, pirq.0));
+        vectors.chosen.push(entry);
+        self.note(vectors)?;
+        let mapped = self.hypervisor.map_msi_as(self.domain, self.address, source, pirq);
+        if mapped.is_err() {
+            vectors.forget(entry);
+        }
+        vectors.pending = None;
+        self.note(vectors)?;
+        Ok(mapped?)
+    }
+
+    /// Unmaps one vector. What is not mapped is no failure: it may be unmapped already, by an earlier run or with the domain. On an
+    /// error it stays noted, to be unmapped by the next try: nobody else knows its number.
+    pub(super) fn unmap(&mut self, vectors: &mut VectorState, entry: u16) -> Result<()> {
+        let Some(pirq) = vectors.pirq_of(entry).map(Pirq) else { return Ok(()) };
+        self.device().unbind(self, pirq);
+        Revoked::Interrupt.outcome(self.hypervisor.unmap_pirq(self.domain, pirq))?;
+        vectors.forget(entry);
         self.note(vectors)
     }
 
@@ -126,19 +171,8 @@ impl GuestFunction {
         let mut vectors = self.vectors();
         let mode = vectors.mode;
         let mut outcome = Ok(());
-        let mut kept = Vec::new();
-        let device = self.device();
-        while let Some((entry, pirq)) = vectors.entries.pop() {
-            device.unbind(self, Pirq(pirq));
-            // It may be unmapped already, by an earlier run or with the domain.
-            let unmapped = self.hypervisor.unmap_pirq(self.domain, Pirq(pirq));
-            if let Err(error) = Revoked::Interrupt.outcome(unmapped) {
-                // It stays noted, to be unmapped by the next try: nobody else knows its number.
-                kept.push((entry, pirq));
-                outcome = outcome.and(Err(InterruptError::from(error)));
-            }
-            let entries = vectors.entries.iter().chain(&kept).copied().collect();
-            self.note(&VectorState { mode, entries, pending: vectors.pending })?;
+        for (entry, _) in vectors.entries.clone().into_iter().rev() {
+            outcome = outcome.and(self.unmap(&mut vectors, entry));
         }
         if matches!(mode, InterruptMode::Msi | InterruptMode::MsiX) {
             if !self.resetting() {
@@ -147,8 +181,10 @@ impl GuestFunction {
             self.show_enable(mode, false);
         }
         // A vector that was about to be mapped stays noted: Xen may have it.
-        let left = if kept.is_empty() { InterruptMode::Off } else { mode };
-        self.note(&VectorState { mode: left, entries: kept, pending: vectors.pending })?;
+        if vectors.entries.is_empty() {
+            vectors.mode = InterruptMode::Off;
+        }
+        self.note(&vectors)?;
         outcome.and(Ok(self.apply_interrupt_disable()?))
     }
 
@@ -161,7 +197,7 @@ impl GuestFunction {
         } else if active != InterruptMode::Off {
             return Err(InterruptError::Conflict { wanted: mode, active });
         }
-        let vectors = VectorState { mode, entries: Vec::new(), pending: self.vectors().pending };
+        let vectors = VectorState { mode, pending: self.vectors().pending, ..VectorState::default() };
         self.note(&vectors)?;
         if mode == InterruptMode::MsiX {
             // Each vector is masked until Xen has written its message.
@@ -180,7 +216,7 @@ impl GuestFunction {
     pub(super) fn enable(&mut self, mode: InterruptMode, sources: &[MsiSource]) -> Result<Vec<(u16, u32)>> {
         self.capability_of(mode)?;
         let mapped = self.begin(mode).and_then(|mut vectors| {
-            sources.iter().try_for_each(|source| self.map(&mut vectors, *source))?;
+            sources.iter().try_for_each(|source| self.map(&mut vectors, *source).map(drop))?;
             if mode == InterruptMode::Msi {
                 self.enable_mapped_msi()?;
             }

@@ -367,6 +367,9 @@ impl Hypervisor for Machine {
     fn ioport_permission(&self, domain: DomId, _: u32, _: u32, _: bool) -> Result<()> {
         refuse(domain)
     }
+    fn map_msi_as(&self, _: DomId, address: Sbdf, _: MsiSource, _: Pirq) -> Result<()> {
+        refuse(address)
+    }
     /// The highest number that is free, and never an objection to an entry that is mapped already.
     fn map_msi(&self, _: DomId, address: Sbdf, source: MsiSource) -> Result<Pirq> {
         self.step();

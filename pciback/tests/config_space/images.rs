@@ -56,8 +56,12 @@ fn a_restarted_service_finds_everything_as_it_was() {
     let mut space = created(&file);
     space.write(Access::new(0x10, 4).unwrap(), u32::MAX, &device.hardware).unwrap();
     space.set_msix_enabled(true);
-    let vectors =
-        VectorState { mode: InterruptMode::MsiX, entries: vec![(0, 55), (9, 56)], pending: Some(3) };
+    let vectors = VectorState {
+        mode: InterruptMode::MsiX,
+        entries: vec![(0, 55), (9, 56)],
+        chosen: vec![9],
+        pending: Some(3),
+    };
     assert!(space.image_mut().set_vectors(&vectors));
     space.image_mut().begin_request(&request());
     space.image_mut().set_resetting(true);
@@ -95,7 +99,7 @@ fn requests_go_from_begun_to_done_to_forgotten() {
 fn too_many_vectors_change_nothing() {
     let file = file();
     let mut space = created(&file);
-    let one = VectorState { mode: InterruptMode::Msi, entries: vec![(0, 1)], pending: None };
+    let one = VectorState { mode: InterruptMode::Msi, entries: vec![(0, 1)], ..VectorState::default() };
     assert!(space.image_mut().set_vectors(&one));
     let entries = vec![(0, 0); FunctionImage::MAX_VECTORS + 1];
     assert!(!space.image_mut().set_vectors(&VectorState { entries, ..one.clone() }));
@@ -109,8 +113,13 @@ fn too_many_vectors_change_nothing() {
 #[test]
 fn a_writer_killed_at_any_word_leaves_the_old_vectors_or_the_new() {
     let (before, after) = (file(), file());
-    let old = VectorState { mode: InterruptMode::MsiX, entries: vec![(0, 10), (1, 11)], pending: Some(2) };
-    let new = VectorState { mode: InterruptMode::Off, entries: vec![(5, 50)], pending: None };
+    let old = VectorState {
+        mode: InterruptMode::MsiX,
+        entries: vec![(0, 10), (1, 11)],
+        chosen: vec![1],
+        pending: Some(2),
+    };
+    let new = VectorState { entries: vec![(5, 50)], ..VectorState::default() };
     for (file, last) in [(&before, &old), (&after, &new)] {
         let mut space = created(file);
         assert!(space.image_mut().set_vectors(&VectorState::default()));

@@ -17,6 +17,7 @@ pub const CONTRACTS: &[Contract] = &[
     ("msix/mapped-entries-outlive-the-assignment", Nothing, deassigned),
     ("msix/control-is-written-as-one-word", Nothing, control),
     ("pirq/unmapped-once", Nothing, unmap),
+    ("pirq/mapped-to-the-number-that-is-asked-for", Nothing, chosen),
     ("gsi/lines-have-an-end", Nothing, lines),
 ];
 
@@ -157,6 +158,26 @@ fn unmap(fixture: &Fixture) -> Result<(), Broken> {
         ok(xen.unmap_pirq(guest, pirq))?;
         refused("twice", xen.unmap_pirq(guest, pirq), &[Errno::EINVAL])?;
         refused("out of range", xen.unmap_pirq(guest, Pirq(100_000)), &[Errno::EINVAL])
+    })
+}
+
+fn chosen(fixture: &Fixture) -> Result<(), Broken> {
+    let (xen, vf, guest) = (&fixture.platform.hypervisor, fixture.vf, fixture.guest);
+    let first = source(fixture, 0)?;
+    given(fixture, |mapped| {
+        // A free number that the domain has, whatever its range.
+        let known = ok(xen.map_msi(guest, vf, first))?;
+        ok(xen.unmap_pirq(guest, known))?;
+        refused("out of range", xen.map_msi_as(guest, vf, first, Pirq(100_000)), &[Errno::EINVAL])?;
+        refused("no number", xen.map_msi_as(guest, vf, first, Pirq(u32::MAX)), &[Errno::EINVAL])?;
+        refused("for nobody", xen.map_msi_as(NOBODY, vf, first, known), &[Errno::ESRCH])?;
+        ok(xen.map_msi_as(guest, vf, first, known))?;
+        mapped.push(known);
+        let other = ok(xen.map_msi(guest, vf, source(fixture, 1)?))?;
+        mapped.push(other);
+        same("two numbers", other != known, true)?;
+        ok(xen.unmap_pirq(guest, known))?;
+        refused("unmap again", xen.unmap_pirq(guest, known), &[Errno::EINVAL])
     })
 }
 

@@ -77,6 +77,7 @@ impl Hypervisor for Counting {
         ioport_permission(domain: DomId, first: u32, count: u32, allow: bool) -> ();
         map_gsi(domain: DomId, gsi: u32) -> Pirq;
         unmap_gsi(domain: DomId, gsi: u32, pirq: Pirq) -> ();
+        map_msi_as(domain: DomId, address: Sbdf, source: MsiSource, pirq: Pirq) -> ();
         domain(domain: DomId) -> DomainInfo;
         pause(domain: DomId) -> ();
         unpause(domain: DomId) -> ();

@@ -12,7 +12,7 @@ use log::{error, info, warn};
 use pciback::platform::{BarMemory, PlatformError, ServerId, SharedMemory};
 use pciback::serve::GuestFunction;
 use pciback::serve::hvm::{
-    self, Addresses, CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts, Connection, Device, ECAM_BASE, ECAM_BYTES,
+    self, CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts, Connection, Device, ECAM_BASE, ECAM_BYTES, Taken,
 };
 use pciback::serve::pv::Handshake;
 use pciback::{DomId, Sbdf};
@@ -32,7 +32,7 @@ use crate::settings::Settings;
 /// What an HVM guest has besides what every guest has.
 pub(super) struct Hvm {
     server: ServerId,
-    addresses: Arc<Addresses>,
+    taken: Arc<Taken>,
     /// Device and function numbers of its functions.
     pub devices: BTreeSet<u8>,
 }
@@ -156,8 +156,8 @@ impl Engine {
         let Some(hvm) = &mut guest.hvm else { return Ok(()) };
         hvm.devices.insert(place.devfn);
         self.given.add(function.address());
-        let (platform, addresses) = (Arc::clone(&self.platform.hvm), Arc::clone(&hvm.addresses));
-        let device = Device::new(platform, hvm.server, place.devfn >> 3, addresses, memory);
+        let (platform, taken) = (Arc::clone(&self.platform.hvm), Arc::clone(&hvm.taken));
+        let device = Device::new(platform, hvm.server, place.devfn >> 3, taken, memory);
         let entered = device.enter(&mut function, false);
         // Served in any case: a failed attach is taken back from here.
         guest.place(place.devfn, function);
@@ -192,7 +192,7 @@ impl Engine {
         &mut self,
         domain: DomId,
         server: ServerId,
-        addresses: Arc<Addresses>,
+        taken: Arc<Taken>,
         functions: BTreeMap<u8, Box<GuestFunction>>,
     ) -> Result<(), Failure> {
         let hvm = &self.platform.hvm;
@@ -202,13 +202,10 @@ impl Engine {
         hvm.claim_ports(domain, server, CONFIG_ADDRESS, CONFIG_PORTS, true)?;
         let inbox = self.inbox.clone();
         let mut guest = Guest::new(Handshake::new(domain));
-        guest.hvm = Some(Hvm {
-            server,
-            addresses: Arc::clone(&addresses),
-            devices: functions.keys().copied().collect(),
-        });
+        guest.hvm =
+            Some(Hvm { server, taken: Arc::clone(&taken), devices: functions.keys().copied().collect() });
         let report = Box::new(move |report| inbox.send(Event::Server(domain, report)));
-        let connection = Connection { server: connected, ports, addresses };
+        let connection = Connection { server: connected, ports, taken };
         let started = hvm::start(domain, connection, functions, Arc::clone(&guest.counters), report);
         let failed = |error: io::Error| {
             Failure::new(ErrorCode::Failed, format!("start the thread of domain {domain}: {error}"))
@@ -256,12 +253,12 @@ impl Engine {
                 self.create_server(domain)?
             }
         };
-        let addresses: Arc<Addresses> = Arc::default();
+        let taken: Arc<Taken> = Arc::default();
         let mut functions = BTreeMap::new();
         let mut resetting = Vec::new();
         for Resumed { devfn, mut function, memory } in resumed {
             let platform = Arc::clone(&self.platform.hvm);
-            let device = Device::new(platform, server, devfn >> 3, Arc::clone(&addresses), memory);
+            let device = Device::new(platform, server, devfn >> 3, Arc::clone(&taken), memory);
             if let Err(error) = device.enter(&mut function, true) {
                 error!("{}: {error}", function.address());
                 let text = format!("{}: {error}", function.address());
@@ -272,7 +269,7 @@ impl Engine {
             }
             functions.insert(devfn, function);
         }
-        self.start_server(domain, server, addresses, functions)?;
+        self.start_server(domain, server, taken, functions)?;
         for address in resetting {
             // The earlier run may have been killed before, during or after it.
             self.reset_for_guest(address);

@@ -1,9 +1,10 @@
 //! HVM guests: what they reach, what happens when the service is killed, and that nothing remains.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use pciback::platform::sim::{self, Moment, Owner, SimHvmGuest};
+use pciback::platform::sim::{self, Delivery, Moment, Owner, SimHvmGuest, SimRequest};
 use pciback::serve::hvm::wire::xen::{config, memory, port};
 use pciback::serve::hvm::{ECAM_BASE, wire};
 use pciback::{DomId, FunctionState, Sbdf};
@@ -39,7 +40,7 @@ domains:
 const BAR0: u16 = 0x10;
 pub const BAR3: u16 = 0x1c;
 pub const MSIX_CONTROL: u16 = 0x72;
-const DEVICE_CONTROL: u16 = 0xa8;
+pub const DEVICE_CONTROL: u16 = 0xa8;
 pub const TABLE: u64 = 0xf310_0000;
 
 /// The guest's vCPU.
@@ -47,14 +48,13 @@ pub struct Guest(SimHvmGuest);
 
 impl Guest {
     /// A paused guest.
-    fn new(world: &World) -> Self {
+    pub fn new(world: &World) -> Self {
         world.simulation.create_hvm(WIN, "win").unwrap();
         Self(world.simulation.hvm_guest(WIN))
     }
 
     pub fn ask(&self, access: &wire::xen::Access) -> u64 {
-        let Some(request) = self.0.begin(access) else { panic!("nobody takes {access:x?}") };
-        request.answer(LIMIT).unwrap()
+        self.begin(access).answer(LIMIT).unwrap()
     }
 
     pub fn read(&self, slot: u8, offset: u16, size: u32) -> u64 {
@@ -65,17 +65,26 @@ impl Guest {
         self.ask(&config(SLOT, offset, size, Some(value)));
     }
 
+    /// Sends a request, which is answered when the service runs.
+    pub fn begin(&self, access: &wire::xen::Access) -> SimRequest {
+        self.0.begin(access).unwrap_or_else(|| panic!("nobody takes {access:x?}"))
+    }
+
+    pub fn deliveries(&self) -> BTreeMap<u32, Delivery> {
+        self.0.reached().messages
+    }
+
     fn frames(&self) -> Vec<u64> {
         self.0.reached().frames.into_keys().collect()
     }
 }
 
 /// The thread takes a new function in between two requests of the guest's, which otherwise is paused then.
-fn served(guest: &Guest, slot: u8) {
+pub fn served(guest: &Guest, slot: u8) {
     wait_until("the function is served", || guest.read(slot, VENDOR, 2) == 0x8086);
 }
 
-fn attach_at(service: &Service, address: Sbdf, slot: u8) -> Result<Success, Failure> {
+pub fn attach_at(service: &Service, address: Sbdf, slot: u8) -> Result<Success, Failure> {
     service.call(Request::PciAttach {
         domain: name(WIN),
         address,
@@ -97,7 +106,7 @@ pub fn attached() -> (World, Guest, Service) {
 }
 
 /// Nothing of a function is in the guest or granted to it.
-fn assert_nothing_remains(world: &World, guest: &Guest, why: &str) {
+pub fn assert_nothing_remains(world: &World, guest: &Guest, why: &str) {
     assert_eq!(guest.0.reached(), Default::default(), "{why}");
     assert!(world.simulation.grants(WIN).is_empty(), "{why}: {:?}", world.simulation.grants(WIN));
     assert_eq!(guest.0.servers(), 0, "{why}");
@@ -261,7 +270,7 @@ pub fn set_up(guest: &Guest, entry: u64, vector: u64) {
 }
 
 pub fn bound(guest: &Guest) -> Vec<(u32, u64)> {
-    guest.0.reached().messages.values().map(|(message, table)| (message.data, *table)).collect()
+    guest.0.reached().messages.values().map(|bound| (bound.message.data, bound.table)).collect()
 }
 
 #[test]

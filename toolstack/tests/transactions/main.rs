@@ -14,6 +14,7 @@ mod guests;
 mod handing_over;
 mod holding;
 mod hvm;
+mod hvm_events;
 mod network;
 mod operators;
 mod other_toolstacks;

@@ -46,6 +46,8 @@ const TABLE: usize = 6 * PAGE;
 /// Words of a vector slot before its entries: mode, pending entry, number of entries, reserved.
 const VECTOR_HEADER: usize = 4;
 const NO_ENTRY: u32 = u32::MAX;
+/// Beside a vector's entry: the guest chose the number of its interrupt.
+const CHOSEN: u32 = 1 << 16;
 
 /// The mapped words of one function.
 ///
@@ -133,7 +135,7 @@ impl FunctionImage {
         }
         for index in 0..count as usize {
             let entry = self.get(slot + VECTOR_HEADER + 2 * index);
-            if entry > u32::from(u16::MAX) {
+            if entry & !CHOSEN > u32::from(u16::MAX) {
                 return damaged("a vector's entry", entry);
             }
         }
@@ -230,11 +232,14 @@ impl FunctionImage {
             _ => InterruptMode::Off,
         };
         let count = (self.get(slot + 2) as usize).min(Self::MAX_VECTORS);
-        let entries = (0..count).map(|index| {
-            let at = slot + VECTOR_HEADER + 2 * index;
-            (self.get(at) as u16, self.get(at + 1))
-        });
-        VectorState { mode, entries: entries.collect(), pending: u16::try_from(self.get(slot + 1)).ok() }
+        let words = (0..count).map(|index| slot + VECTOR_HEADER + 2 * index);
+        let words = words.map(|at| (self.get(at), self.get(at + 1)));
+        VectorState {
+            mode,
+            entries: words.clone().map(|(entry, pirq)| (entry as u16, pirq)).collect(),
+            chosen: words.filter(|(entry, _)| entry & CHOSEN != 0).map(|(entry, _)| entry as u16).collect(),
+            pending: u16::try_from(self.get(slot + 1)).ok(),
+        }
     }
 
     /// Replaces the vectors, all at once. Entries beyond [`Self::MAX_VECTORS`] are the caller's mistake: nothing is changed and
@@ -257,7 +262,8 @@ impl FunctionImage {
         self.set(slot + 2, state.entries.len() as u32);
         for (index, (entry, pirq)) in state.entries.iter().enumerate() {
             let at = slot + VECTOR_HEADER + 2 * index;
-            self.set(at, u32::from(*entry));
+            let chosen = if state.chosen.contains(entry) { CHOSEN } else { 0 };
+            self.set(at, u32::from(*entry) | chosen);
             self.set(at + 1, *pirq);
         }
         self.publish(word::VECTORS_GENERATION, generation);

@@ -86,8 +86,27 @@ pub struct VectorState {
     pub mode: InterruptMode,
     /// Entry of the table (0 for MSI and the line) and the guest's physical interrupt, at most [`FunctionImage::MAX_VECTORS`].
     pub entries: Vec<(u16, u32)>,
-    /// The entry that was about to be mapped: Xen may know its interrupt although `entries` does not.
+    /// Those of `entries` whose physical interrupt's number the guest chose; all others are of Xen's choice.
+    pub chosen: Vec<u16>,
+    /// The entry that was about to be mapped. Of Xen's choice: Xen may know its interrupt although `entries` does not. Of the guest's: it is in
+    /// `entries`, and Xen may not know it.
     pub pending: Option<u16>,
+}
+
+impl VectorState {
+    /// The physical interrupt of an entry.
+    pub fn pirq_of(&self, entry: u16) -> Option<u32> {
+        self.entries.iter().find(|(known, _)| *known == entry).map(|(_, pirq)| *pirq)
+    }
+
+    /// Forgets an entry, whatever was known of it.
+    pub fn forget(&mut self, entry: u16) {
+        if let Some(index) = self.entries.iter().position(|(known, _)| *known == entry) {
+            self.entries.remove(index);
+        }
+        self.chosen.retain(|known| *known != entry);
+        self.pending = self.pending.filter(|pending| *pending != entry);
+    }
 }
 
 /// How far a request has come.

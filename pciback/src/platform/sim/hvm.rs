@@ -51,10 +51,21 @@ pub struct Reached {
     pub frames: BTreeMap<u64, u64>,
     /// Host's port by guest's.
     pub ports: BTreeMap<u32, u32>,
-    /// Message and table's address by physical interrupt.
-    pub messages: BTreeMap<u32, (MsiMessage, u64)>,
+    /// How it is delivered, by physical interrupt.
+    pub messages: BTreeMap<u32, Delivery>,
     /// Lines with the guest's device and pin.
     pub lines: BTreeSet<(u32, u8, u8)>,
+}
+
+/// How Xen delivers a message-signalled interrupt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Delivery {
+    /// What the guest wrote.
+    pub message: MsiMessage,
+    /// The guest's address of its MSI-X table.
+    pub table: u64,
+    /// Whether it was bound without being unmasked.
+    pub masked: bool,
 }
 
 type Domains = Arc<Mutex<BTreeMap<DomId, Domain>>>;
@@ -269,7 +280,14 @@ impl HvmDomains for SimHvmDomains {
         })
     }
 
-    fn bind_msi(&self, domain: DomId, pirq: Pirq, message: MsiMessage, table: u64, _: bool) -> Result<()> {
+    fn bind_msi(
+        &self,
+        domain: DomId,
+        pirq: Pirq,
+        message: MsiMessage,
+        table: u64,
+        masked: bool,
+    ) -> Result<()> {
         let mapped = locked(&self.world)
             .xen
             .domains
@@ -279,7 +297,9 @@ impl HvmDomains for SimHvmDomains {
             if !mapped {
                 return Err(Errno::EINVAL);
             }
-            domain.reached.messages.insert(pirq.0, (message, table));
+            // Xen unmasks at this call, and never masks.
+            let masked = masked && domain.reached.messages.get(&pirq.0).is_none_or(|known| known.masked);
+            domain.reached.messages.insert(pirq.0, Delivery { message, table, masked });
             Ok(())
         })
     }

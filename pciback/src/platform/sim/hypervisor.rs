@@ -127,13 +127,18 @@ impl Hypervisor for SimHypervisor {
     }
 
     fn map_msi(&self, domain: DomId, address: Sbdf, source: MsiSource) -> Result<Pirq> {
-        let text = match source {
-            MsiSource::Msi => format!("MSI of {address} to domain {domain}"),
-            MsiSource::MsiX { entry, .. } => format!("MSI-X entry {entry} of {address} to domain {domain}"),
-        };
+        let text = format!("{source} of {address} to domain {domain}");
         self.call(("map_msi", "map"), both(domain, address), text, |world| {
             let memory = world.decodes_memory(address);
             world.xen.map_msi(domain, address, source, memory).map(Pirq)
+        })
+    }
+
+    fn map_msi_as(&self, domain: DomId, address: Sbdf, source: MsiSource, pirq: Pirq) -> Result<()> {
+        let text = format!("{source} of {address} to interrupt {} of domain {domain}", pirq.0);
+        self.call(("map_msi_as", "map"), both(domain, address), text, |world| {
+            let memory = world.decodes_memory(address);
+            world.xen.map_msi_as(domain, address, source, memory, pirq.0)
         })
     }
 

@@ -44,7 +44,7 @@ use crate::{DomId, Sbdf, Uuid};
 pub use failures::Failure;
 pub use fuse::{Fuse, Moment};
 pub use guest::SimGuest;
-pub use hvm::SimHvmGuest;
+pub use hvm::{Delivery, SimHvmGuest, SimRequest};
 pub use store::SimStore;
 pub use xen::{Owner, Vector};
 
@@ -355,6 +355,11 @@ impl Simulation {
             lines: domain.lines.iter().copied().collect(),
             vectors: domain.vectors.clone(),
         })
+    }
+
+    /// How many interrupts of the host were mapped to numbers that had one: nobody can give them back.
+    pub fn lost_interrupts(&self) -> u32 {
+        locked(&self.world).xen.lost
     }
 
     /// How many pages of a domain are mapped by its backend.

@@ -86,6 +86,7 @@ impl World {
                     .map(|function| function.irq)
                     .filter(|irq| *irq != 0)
                     .collect(),
+                lost: 0,
             },
             reporting: true,
             listeners: Listeners::default(),

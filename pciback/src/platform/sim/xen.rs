@@ -72,6 +72,8 @@ pub(super) struct Xen {
     pub domains: BTreeMap<DomId, Domain>,
     /// Lines that dom0 has set up.
     pub lines: BTreeSet<u32>,
+    /// Interrupts of the host that were taken for a number that had one already, and that nobody gives back.
+    pub lost: u32,
 }
 
 /// Interrupt lines of the host; a guest's pirqs lie behind them.
@@ -202,25 +204,50 @@ impl Xen {
         let pirqs = LINES..LINES + self.extra_pirqs;
         let taken = &self.domain(id)?.vectors;
         let pirq = pirqs.rev().find(|pirq| !taken.contains_key(pirq)).ok_or(Errno::ENOSPC)?;
+        self.take_entry(id, address, source, memory)?;
+        self.domain(id)?.vectors.insert(pirq, Vector { address, entry: entry_of(source) });
+        Ok(pirq)
+    }
+
+    pub fn map_msi_as(
+        &mut self,
+        id: DomId,
+        address: Sbdf,
+        source: MsiSource,
+        memory: bool,
+        pirq: u32,
+    ) -> Answer<()> {
+        if pirq >= LINES + self.extra_pirqs {
+            return Err(Errno::EINVAL);
+        }
+        let domain = self.domain(id)?;
+        if domain.vectors.contains_key(&pirq) || domain.lines.contains(&pirq) {
+            self.lost += 1;
+            return Ok(());
+        }
+        self.take_entry(id, address, source, memory)?;
+        self.domain(id)?.vectors.insert(pirq, Vector { address, entry: entry_of(source) });
+        Ok(())
+    }
+
+    fn take_entry(&mut self, id: DomId, address: Sbdf, source: MsiSource, memory: bool) -> Answer<()> {
         let device = self.device(address)?;
         if device.owner != Owner::Guest(id) {
             return Err(Errno::ENODEV);
         }
-        let entry = match source {
-            MsiSource::Msi if !device.msi => return Err(Errno::ENODEV),
-            MsiSource::Msi => None,
-            MsiSource::MsiX { .. } if device.entries == 0 => return Err(Errno::ENODEV),
-            MsiSource::MsiX { entry, .. } if entry >= device.entries => return Err(Errno::EINVAL),
-            MsiSource::MsiX { .. } if !memory => return Err(Errno::ENXIO),
-            MsiSource::MsiX { .. } if device.used_entries == 0 => return Err(Errno::ENODATA),
-            MsiSource::MsiX { entry, .. } => {
+        match source {
+            MsiSource::Msi if !device.msi => Err(Errno::ENODEV),
+            MsiSource::Msi => Ok(()),
+            MsiSource::MsiX { .. } if device.entries == 0 => Err(Errno::ENODEV),
+            MsiSource::MsiX { entry, .. } if entry >= device.entries => Err(Errno::EINVAL),
+            MsiSource::MsiX { .. } if !memory => Err(Errno::ENXIO),
+            MsiSource::MsiX { .. } if device.used_entries == 0 => Err(Errno::ENODATA),
+            MsiSource::MsiX { .. } => {
                 // An entry that is mapped is mapped once more: Xen does not count, callers must.
                 device.used_entries += 1;
-                Some(entry)
+                Ok(())
             }
-        };
-        self.domain(id)?.vectors.insert(pirq, Vector { address, entry });
-        Ok(pirq)
+        }
     }
 
     pub fn unmap_pirq(&mut self, id: DomId, pirq: u32) -> Answer<()> {
@@ -278,6 +305,10 @@ impl Xen {
             device.owner = Owner::Quarantine;
         }
     }
+}
+
+fn entry_of(source: MsiSource) -> Option<u16> {
+    matches!(source, MsiSource::MsiX { .. }).then(|| source.entry())
 }
 
 fn change(

@@ -124,7 +124,7 @@ const fn verb(map: bool) -> &'static str {
 /// Where Xen delivers a message, in its own packing (`XEN_DOMCTL_VMSI_X86_*`): destination, redirection hint and mode of the
 /// address; delivery and trigger mode of the data.
 fn delivery(message: MsiMessage) -> u32 {
-    let MsiMessage { address, data } = message;
+    let MsiMessage { address, data, .. } = message;
     (address >> 12 & 0xff)
         | (address >> 3 & 1) << 8
         | (address >> 2 & 1) << 9
@@ -404,8 +404,18 @@ mod tests {
     #[test]
     fn a_message_is_packed_as_xen_wants_it() {
         // Vector 41h, lowest priority, level triggered, to logical destination 7fh with redirection.
-        let message = MsiMessage { address: 0xfee7_f00c, data: 0x8141 };
+        let message = MsiMessage { address: 0xfee7_f00c, address_high: 0, data: 0x8141 };
         assert_eq!((vector(message), delivery(message)), (0x41, 0x937f));
-        assert_eq!(delivery(MsiMessage { address: 0xfee0_0000, data: 0x0030 }), 0);
+        let plain = MsiMessage { address: 0xfee0_0000, address_high: 0, data: 0x0030 };
+        assert_eq!((delivery(plain), plain.pirq()), (0, None));
+    }
+
+    #[test]
+    fn a_message_without_a_vector_names_a_physical_interrupt() {
+        // As Linux composes it for interrupt 1234h: delivery mode ExtINT, which is 7.
+        let named = MsiMessage { address: 0xfee3_4000, address_high: 0x1200, data: 0x0700 };
+        assert_eq!((named.pirq(), vector(named), delivery(named)), (Some(Pirq(0x1234)), 0, 0x7034));
+        // Nothing is written yet.
+        assert_eq!(MsiMessage::default().pirq(), None);
     }
 }

@@ -244,19 +244,24 @@ impl Hypervisor for XenHypervisor {
     }
 
     fn map_msi(&self, domain: DomId, address: Sbdf, source: MsiSource) -> Result<Pirq> {
-        let subject = || {
-            let what = match source {
-                MsiSource::Msi => "MSI".to_owned(),
-                MsiSource::MsiX { entry, .. } => format!("MSI-X entry {entry}"),
-            };
-            format!("{what} of {address} to domain {domain}")
-        };
+        let subject = || format!("{source} of {address} to domain {domain}");
         // Not by libxenctrl: before Xen 4.20.2 it leaves out the segment, and Xen takes the function of segment 0.
         let mapped = self
             .physdev
-            .ask(__HYPERVISOR_physdev_op, PHYSDEVOP_map_pirq, map_msi(domain, address, source))
+            .ask(__HYPERVISOR_physdev_op, PHYSDEVOP_map_pirq, map_msi(domain, address, source, -1))
             .map_err(|errno| PlatformError::new("map", subject(), errno))?;
         u32::try_from(mapped.pirq).map(Pirq).map_err(|_| PlatformError::new("map", subject(), Errno::ERANGE))
+    }
+
+    fn map_msi_as(&self, domain: DomId, address: Sbdf, source: MsiSource, pirq: Pirq) -> Result<()> {
+        let error = |errno| {
+            let subject = format!("{source} of {address} to interrupt {} of domain {domain}", pirq.0);
+            PlatformError::new("map", subject, errno)
+        };
+        let number = i32::try_from(pirq.0).map_err(|_| error(Errno::EINVAL))?;
+        let wanted = map_msi(domain, address, source, number);
+        let mapped = self.physdev.ask(__HYPERVISOR_physdev_op, PHYSDEVOP_map_pirq, wanted).map_err(error)?;
+        if mapped.pirq == number { Ok(()) } else { Err(error(Errno::EEXIST)) }
     }
 
     fn map_gsi(&self, domain: DomId, gsi: u32) -> Result<Pirq> {

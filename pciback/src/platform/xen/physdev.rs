@@ -84,8 +84,9 @@ impl DeviceAdd {
 // SAFETY: the structure of command 13.
 unsafe impl Argument for physdev_map_pirq {}
 
-/// The argument of command 13 for a message-signalled interrupt of a function, of any segment.
-pub fn map_msi(domain: DomId, address: Sbdf, source: MsiSource) -> physdev_map_pirq {
+/// The argument of command 13 for a message-signalled interrupt of a function, of any segment; `pirq`: the domain's number for it, -1 for
+/// a free one of Xen's choice.
+pub fn map_msi(domain: DomId, address: Sbdf, source: MsiSource, pirq: i32) -> physdev_map_pirq {
     let (entry, table) = match source {
         MsiSource::Msi => (0, 0),
         MsiSource::MsiX { entry, table } => (entry, table),
@@ -93,9 +94,9 @@ pub fn map_msi(domain: DomId, address: Sbdf, source: MsiSource) -> physdev_map_p
     physdev_map_pirq {
         domid: domain.0,
         type_: MAP_PIRQ_TYPE_MSI_SEG as i32,
-        // -1 twice: Xen chooses a free vector, and a free number of the domain.
+        // Xen chooses a free vector.
         index: -1,
-        pirq: -1,
+        pirq,
         // The segment is in the upper half, the sign bit included.
         bus: (u32::from(address.bus()) | u32::from(address.segment()) << 16) as i32,
         devfn: address.devfn().into(),
@@ -167,12 +168,12 @@ mod tests {
     fn interrupts_of_a_function_are_mapped_with_its_segment() {
         for (segment, bus) in [(0, 0x41), (2, 0x2_0041), (0xffff, 0xffff_0041_u32 as i32)] {
             let address = Sbdf::from_devfn(segment, 0x41, 0x10);
-            let msi = map_msi(DomId(7), address, MsiSource::Msi);
+            let msi = map_msi(DomId(7), address, MsiSource::Msi, 300);
             // MAP_PIRQ_TYPE_MSI, 0, would leave the segment out.
             assert_eq!((msi.type_, msi.bus, msi.devfn), (3, bus, 0x10));
-            assert_eq!((msi.domid, msi.entry_nr, msi.table_base), (7, 0, 0));
+            assert_eq!((msi.domid, msi.index, msi.pirq, msi.entry_nr, msi.table_base), (7, -1, 300, 0, 0));
             let source = MsiSource::MsiX { entry: 5, table: 0xfe40_0000 };
-            let msix = map_msi(DomId(7), address, source);
+            let msix = map_msi(DomId(7), address, source, -1);
             assert_eq!((msix.type_, msix.bus), (3, bus));
             assert_eq!((msix.index, msix.pirq, msix.entry_nr, msix.table_base), (-1, -1, 5, 0xfe40_0000));
         }

@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use log::warn;
 
-use super::addresses::Addresses;
+use super::Taken;
 use super::bars::{self, Part};
+use super::numbers::Use;
 use super::table::mask_table;
 use crate::config::{Access, Bar, BarKind, SideEffect};
 use crate::platform::{BarMemory, HvmDomains, PAGE, Pirq, PlatformError, Result, Revoked, ServerId};
@@ -21,8 +22,8 @@ pub struct Device {
     server: ServerId,
     /// The device number.
     slot: u8,
-    /// Where the BARs of all the guest's functions are.
-    addresses: Arc<Addresses>,
+    /// What all the guest's functions have of it.
+    pub(super) taken: Arc<Taken>,
     /// The memory of the BARs that are not mapped as a whole.
     memory: Mutex<BTreeMap<u8, Box<dyn BarMemory>>>,
 }
@@ -38,15 +39,15 @@ pub fn trapped_bars(function: &GuestFunction) -> Vec<u8> {
 }
 
 impl Device {
-    /// At a device number of bus 0, answered for by a server; `addresses` is the guest's, `memory` is that of [`trapped_bars`].
+    /// At a device number of bus 0, answered for by a server; `taken` is the guest's, `memory` is that of [`trapped_bars`].
     pub fn new(
         domains: Arc<dyn HvmDomains>,
         server: ServerId,
         slot: u8,
-        addresses: Arc<Addresses>,
+        taken: Arc<Taken>,
         memory: BTreeMap<u8, Box<dyn BarMemory>>,
     ) -> Self {
-        Self { domains, server, slot, addresses, memory: Mutex::new(memory) }
+        Self { domains, server, slot, taken, memory: Mutex::new(memory) }
     }
 
     /// Does something with the memory of a BAR that is not mapped as a whole.
@@ -59,6 +60,7 @@ impl Device {
     pub fn enter(self, function: &mut GuestFunction, again: bool) -> Result<()> {
         let device = Arc::new(self);
         function.set_device(Arc::clone(&device) as _);
+        device.vectors_noted(function);
         if !again {
             function.space.unplace();
             mask_table(function);
@@ -72,6 +74,7 @@ impl Device {
 
     /// Says what a function was in an HVM guest, so that [`GuestFunction::quiesce`] takes it out of there.
     pub fn was_entered(self, function: &mut GuestFunction) {
+        self.vectors_noted(function);
         function.set_device(Arc::new(self));
     }
 
@@ -136,12 +139,12 @@ impl Device {
     }
 
     fn take(&self, bar: &Bar, address: u64) -> bool {
-        bar.kind == BarKind::Io || self.addresses.take(address, address + bar.size)
+        bar.kind == BarKind::Io || self.taken.addresses.take(address, address + bar.size)
     }
 
     fn give_up(&self, bar: &Bar, address: u64) {
         if bar.kind != BarKind::Io {
-            self.addresses.release(address);
+            self.taken.addresses.release(address);
         }
     }
 
@@ -219,6 +222,13 @@ impl GuestDevice for Device {
             outcome = outcome.and(self.place(function, &bar, None, false));
         }
         outcome
+    }
+
+    fn vectors_noted(&self, function: &GuestFunction) {
+        let entries = function.vectors().entries.into_iter();
+        let vectors = entries.map(|(entry, pirq)| (Pirq(pirq), Use::Entry(entry)));
+        let line = Some((Pirq(function.line), Use::Line)).filter(|_| function.line != 0);
+        self.taken.numbers.set(function.address, vectors.chain(line).collect());
     }
 
     fn unbind(&self, function: &GuestFunction, pirq: Pirq) {

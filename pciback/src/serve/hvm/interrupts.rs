@@ -1,19 +1,23 @@
 //! MSI and MSI-X of an HVM guest's function: the guest writes messages, Xen delivers them.
 //!
-//! A vector is mapped and bound when the guest has enabled its kind of interrupts and unmasked it. From then on Xen takes the mask
+//! A message is by a vector, or names a physical interrupt that the guest takes as an event ([`MsiMessage::pirq`]); that is seen from each
+//! message anew. A vector is mapped and bound when the guest has enabled its kind of interrupts and unmasked it. From then on Xen takes the mask
 //! of an MSI-X vector itself, from the guest's write to its table, and answers reads of it; everything else of the table
 //! comes to us. So the masks in the image are true for vectors that are not bound, and are read from hardware when they are
 //! unbound.
 
 use super::device::Device;
-use super::table::MASKED;
-use crate::config::{Access, Bar, InterruptMode, MsiCapability, SideEffect, Width};
+use super::numbers::{self, Use};
+use super::table;
+use crate::config::{
+    Access, Bar, InterruptMode, MsiCapability, MsixCapability, SideEffect, VectorState, Width,
+};
 use crate::live;
 use crate::platform::{MsiMessage, MsiSource, Pirq};
 use crate::serve::device::GuestDevice;
 use crate::serve::interrupts::kept;
 use crate::serve::{GuestFunction, InterruptError};
-use crate::spec::legacy;
+use crate::spec::legacy::{self, MESSAGE_CONTROL};
 
 type Result<T> = std::result::Result<T, InterruptError>;
 
@@ -59,33 +63,77 @@ impl Device {
         let bits = legacy::MSIX_FUNCTION_MASK.into();
         kept(capability, live::rewrite(function.hardware.as_ref(), register, bits, mask.into())?)?;
         let entries = function.space.msix().map_or(0, |msix| msix.table_size);
-        (0..entries).try_for_each(|entry| self.bind_if_unmasked(function, entry))
+        // One that cannot be had keeps no other from being bound.
+        (0..entries).map(|entry| self.bind_entry(function, entry, false)).fold(Ok(()), Result::and)
     }
 
-    pub(super) fn bind_if_unmasked(&self, function: &mut GuestFunction, entry: u16) -> Result<()> {
-        let [address, _, data, control] = function.space.image().table_entry(entry);
-        if control & MASKED != 0 || function.vectors().mode != InterruptMode::MsiX {
+    /// Binds a vector of MSI-X that can be delivered now, with the message that the table has.
+    ///
+    /// One that comes by a vector can be when it is not masked. A system that names a physical interrupt takes that as an event, and masks
+    /// that: it never touches the mask in the table, so that its message counts when the function is not masked as a whole.
+    /// `mask_written`: the guest has written the vector's mask, just now.
+    pub(super) fn bind_entry(
+        &self,
+        function: &mut GuestFunction,
+        entry: u16,
+        mask_written: bool,
+    ) -> Result<()> {
+        let Some(msix) = function.space.msix().filter(|_| function.vectors().mode == InterruptMode::MsiX)
+        else {
+            return Ok(());
+        };
+        let (message, masked) = table::message(function, entry);
+        let wanted = message.pirq();
+        let waits = match wanted {
+            Some(_) => {
+                let control = virtual_register(function, msix.offset + MESSAGE_CONTROL, Width::Word)?;
+                control & u32::from(legacy::MSIX_FUNCTION_MASK) != 0
+            }
+            None => masked,
+        };
+        if waits {
             return Ok(());
         }
-        let Some(msix) = function.space.msix() else { return Ok(()) };
-        let table = function.msix_table(&msix)?;
-        let pirq = self.mapped(function, entry, MsiSource::MsiX { entry, table })?;
-        let seen = function.space.image().placed(msix.table_bar);
-        let seen = seen.map_or(0, |address| address + u64::from(msix.table_offset));
-        self.bind(function, pirq, MsiMessage { address, data }, seen, false)
+        let source = MsiSource::MsiX { entry, table: function.msix_table(&msix)? };
+        let known = is_mapped(&function.vectors(), entry, wanted);
+        let pirq = self.mapped(function, source, wanted)?;
+        // The mask of one that is bound is Xen's, which takes it from the guest's write or from its event channel.
+        let in_hardware = if known && !mask_written { self.mask_in_hardware(&msix, entry) } else { None };
+        let masked = in_hardware.unwrap_or(masked);
+        self.bind(function, pirq, message, table_in_guest(function, &msix), masked)
     }
 
-    /// The physical interrupt of a vector, mapped now where it was not.
-    fn mapped(&self, function: &mut GuestFunction, entry: u16, source: MsiSource) -> Result<Pirq> {
+    /// The physical interrupt of a vector, mapped now where it was not: one of Xen's choice, or the one that the guest wants.
+    fn mapped(&self, function: &mut GuestFunction, source: MsiSource, wanted: Option<Pirq>) -> Result<Pirq> {
         let mut vectors = function.vectors();
-        let known = |entries: &[(u16, u32)]| {
-            entries.iter().find(|(known, _)| *known == entry).map(|(_, pirq)| Pirq(*pirq))
-        };
-        if let Some(pirq) = known(&vectors.entries) {
-            return Ok(pirq);
+        let entry = source.entry();
+        if is_mapped(&vectors, entry, wanted)
+            && let Some(pirq) = vectors.pirq_of(entry)
+        {
+            return Ok(Pirq(pirq));
         }
-        function.map(&mut vectors, source)?;
-        known(&vectors.entries).ok_or(InterruptError::Entries("not mapped"))
+        function.unmap(&mut vectors, entry)?;
+        let Some(pirq) = wanted else { return function.map(&mut vectors, source) };
+        if let Some(holder) = self.holder(function, source, pirq) {
+            return Err(InterruptError::Taken { interrupt: source, address: function.address, pirq, holder });
+        }
+        function.map_chosen(&mut vectors, source, pirq)?;
+        Ok(pirq)
+    }
+
+    /// Who has a physical interrupt, or may have it, which the guest wants for another one; in words.
+    fn holder(&self, function: &GuestFunction, source: MsiSource, pirq: Pirq) -> Option<String> {
+        if pirq < numbers::FIRST {
+            return Some("an interrupt line's".to_owned());
+        }
+        let (address, what) = self.taken.numbers.holder(pirq)?;
+        Some(match (what, source) {
+            (Use::Line, _) => format!("the interrupt line's of {address}"),
+            (Use::Entry(entry), MsiSource::MsiX { .. }) if address == function.address => {
+                format!("its MSI-X entry {entry}'s")
+            }
+            (Use::Entry(_), _) => format!("one of {address}'s"),
+        })
     }
 
     fn bind(
@@ -107,12 +155,18 @@ impl Device {
             return;
         }
         self.keep_masks(function);
-        let seen = function.space.image().placed(bar.index).unwrap_or(0) + u64::from(msix.table_offset);
-        for (entry, pirq) in vectors.entries {
-            self.unbind(function, Pirq(pirq));
-            let [address, _, data, control] = function.space.image().table_entry(entry);
-            let masked = control & MASKED != 0;
-            if let Err(error) = self.bind(function, Pirq(pirq), MsiMessage { address, data }, seen, masked) {
+        let seen = table_in_guest(function, &msix);
+        for (entry, pirq) in &vectors.entries {
+            // Before it is unbound: what is bound anew is masked, unless Xen is told otherwise.
+            let in_hardware = self.mask_in_hardware(&msix, *entry);
+            self.unbind(function, Pirq(*pirq));
+            let (message, masked) = table::message(function, *entry);
+            // A message that was written since, and waits for the end of its mask, is another interrupt's.
+            if !is_mapped(&vectors, *entry, message.pirq()) {
+                continue;
+            }
+            let masked = in_hardware.unwrap_or(masked);
+            if let Err(error) = self.bind(function, Pirq(*pirq), message, seen, masked) {
                 function.note_trouble(&error);
             }
         }
@@ -123,47 +177,82 @@ impl Device {
         if control & legacy::MSI_ENABLE == 0 {
             return if active == InterruptMode::Msi { function.release() } else { Ok(()) };
         }
-        if active == InterruptMode::Msi {
-            return Ok(());
-        }
+        let Some(msi) = function.space.msi() else { return Ok(()) };
         if active == InterruptMode::MsiX {
             self.keep_masks(function);
             function.release()?;
         }
-        let Some(msi) = function.space.msi() else { return Ok(()) };
-        function.begin(InterruptMode::Msi)?;
-        self.bind_msi(function, msi)?;
+        // Enabled already, it may be that an earlier run was killed before all was done.
+        if active != InterruptMode::Msi {
+            function.begin(InterruptMode::Msi)?;
+        }
+        self.bind_msi(function, msi, false)?;
         function.enable_mapped_msi()
     }
 
     /// The guest wrote MSI's message or mask while it is enabled.
     fn msi_written(&self, function: &mut GuestFunction, msi: MsiCapability, access: Access) -> Result<()> {
         let end = msi.offset + if msi.address_64 { 0x18 } else { 0x14 };
+        let data = data_register(msi);
+        let reaches = access.offset() + u16::from(access.width().bytes());
         if !(msi.offset + 4..end).contains(&access.offset()) {
             return Ok(());
         }
-        self.bind_msi(function, msi)
+        let vectors = function.vectors();
+        let wanted = msi_message(function, msi)?.pirq();
+        // Half of a number names another interrupt: it counts when the data has been written, which comes last.
+        if (wanted.is_some() || vectors.chosen.contains(&0)) && reaches <= data {
+            return Ok(());
+        }
+        let anew = !is_mapped(&vectors, 0, wanted);
+        self.bind_msi(function, msi, reaches > data + 4)?;
+        if anew { function.enable_mapped_msi() } else { Ok(()) }
     }
 
-    fn bind_msi(&self, function: &mut GuestFunction, msi: MsiCapability) -> Result<()> {
-        let data_at = msi.offset + if msi.address_64 { 0xc } else { 8 };
-        let message = MsiMessage {
-            address: virtual_register(function, msi.offset + 4, Width::Dword)?,
-            data: virtual_register(function, data_at, Width::Word)?,
-        };
-        let pirq = self.mapped(function, 0, MsiSource::Msi)?;
-        let mut masked = false;
-        if msi.maskable {
-            let at = data_at + 4;
-            let mask = virtual_register(function, at, Width::Dword)?;
-            masked = mask & 1 != 0;
-            self.bind(function, pirq, message, 0, masked)?;
-            // Xen takes this write and combines it with its own mask.
+    /// Binds MSI with the message in the guest's registers; `mask_written`: so is its mask, just now.
+    fn bind_msi(&self, function: &mut GuestFunction, msi: MsiCapability, mask_written: bool) -> Result<()> {
+        let message = msi_message(function, msi)?;
+        let at = data_register(msi) + 4;
+        let mask = if msi.maskable { virtual_register(function, at, Width::Dword)? } else { 0 };
+        let pirq = self.mapped(function, MsiSource::Msi, message.pirq())?;
+        self.bind(function, pirq, message, 0, mask & 1 != 0)?;
+        if msi.maskable && (mask_written || message.pirq().is_none()) {
+            // Xen takes this write and combines it with its own mask. It ends a mask that binding an event channel has cleared.
             let access = Access::new(at.into(), 4).map_err(std::io::Error::other)?;
-            return Ok(function.hardware.write(access, mask)?);
+            function.hardware.write(access, mask)?;
         }
-        self.bind(function, pirq, message, 0, masked)
+        Ok(())
     }
+}
+
+/// Whether an entry has the physical interrupt that its message asks for: this one, or any of Xen's choice. What an earlier run was
+/// about to map may not be mapped, and Xen would not say so.
+fn is_mapped(vectors: &VectorState, entry: u16, wanted: Option<Pirq>) -> bool {
+    let chosen = vectors.chosen.contains(&entry);
+    vectors.pending != Some(entry)
+        && vectors
+            .pirq_of(entry)
+            .is_some_and(|pirq| wanted.map_or(!chosen, |wanted| chosen && wanted.0 == pirq))
+}
+
+/// Where the guest sees its MSI-X table.
+fn table_in_guest(function: &GuestFunction, msix: &MsixCapability) -> u64 {
+    let placed = function.space.image().placed(msix.table_bar);
+    placed.map_or(0, |address| address + u64::from(msix.table_offset))
+}
+
+/// Where Message Data is (PCI Express 6.0, section 7.7.1).
+const fn data_register(msi: MsiCapability) -> u16 {
+    msi.offset + if msi.address_64 { 0xc } else { 8 }
+}
+
+fn msi_message(function: &GuestFunction, msi: MsiCapability) -> Result<MsiMessage> {
+    let high = if msi.address_64 { virtual_register(function, msi.offset + 8, Width::Dword)? } else { 0 };
+    Ok(MsiMessage {
+        address: virtual_register(function, msi.offset + 4, Width::Dword)?,
+        address_high: high,
+        data: virtual_register(function, data_register(msi), Width::Word)?,
+    })
 }
 
 /// What the guest reads in a register of MSI.

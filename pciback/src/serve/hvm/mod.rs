@@ -5,16 +5,25 @@ mod addresses;
 mod bars;
 mod device;
 mod interrupts;
+mod numbers;
 mod ports;
 mod requests;
 mod table;
 
 pub use crate::abi::ioreq as wire;
 pub use acpi::mcfg;
-pub use addresses::Addresses;
 pub use device::{Device, trapped_bars};
 pub use ports::{CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts};
 pub use requests::{Connection, start};
+
+/// What the functions of one guest have of it.
+#[derive(Debug, Default)]
+pub struct Taken {
+    /// Addresses of its BARs.
+    addresses: addresses::Addresses,
+    /// Physical interrupts.
+    numbers: numbers::Numbers,
+}
 
 /// Where the window to extended config space is in every guest: hvmloader reports 0xfc000000 to 4 GiB as reserved, uses none of
 /// it from 0xfe000000 up to the I/O APIC, and the specification wants it aligned to its size (PCI Express 6.0, section 7.2.2).

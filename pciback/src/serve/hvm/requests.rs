@@ -7,10 +7,9 @@ use std::sync::Arc;
 
 use log::warn;
 
-use super::addresses::Addresses;
 use super::ports::ConfigPorts;
 use super::wire::{self, IoRequest, Place, VCPUS};
-use super::{ECAM_BASE, ECAM_BYTES};
+use super::{ECAM_BASE, ECAM_BYTES, Taken};
 use crate::DomId;
 use crate::config::Width;
 use crate::fault::AerAnswer;
@@ -26,8 +25,8 @@ pub struct Connection {
     pub server: Box<dyn IoreqServer>,
     /// What the guest wrote to port CF8.
     pub ports: ConfigPorts,
-    /// Where the BARs of its functions are.
-    pub addresses: Arc<Addresses>,
+    /// What its functions have of it.
+    pub taken: Arc<Taken>,
 }
 
 /// Starts to serve an HVM guest; `functions` are those of an earlier run, by device and function number. Requests that have waited since
@@ -39,8 +38,8 @@ pub fn start(
     counters: Arc<Counters>,
     report: Box<dyn Fn(ServerReport) + Send>,
 ) -> io::Result<Server> {
-    let Connection { server, ports, addresses } = connection;
-    let source = IoreqRequests { server, ports, addresses, resumes: true };
+    let Connection { server, ports, taken } = connection;
+    let source = IoreqRequests { server, ports, taken, resumes: true };
     Server::start(domain, source, functions, counters, report)
 }
 
@@ -48,7 +47,7 @@ pub fn start(
 struct IoreqRequests {
     server: Box<dyn IoreqServer>,
     ports: ConfigPorts,
-    addresses: Arc<Addresses>,
+    taken: Arc<Taken>,
     /// Requests that an earlier thread took and did not answer are answered, too.
     resumes: bool,
 }
@@ -167,9 +166,9 @@ impl IoreqRequests {
                 (value, true, demand, attachment)
             }
             Some(value) => {
-                let before = self.addresses.released();
+                let before = self.taken.addresses.released();
                 let demand = config_write(function, offset, bytes, value);
-                if self.addresses.released() != before {
+                if self.taken.addresses.released() != before {
                     place_others(roster);
                 }
                 (value, true, demand, attachment)

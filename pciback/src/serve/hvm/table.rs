@@ -3,11 +3,14 @@
 use super::bars;
 use super::device::Device;
 use crate::config::{Bar, MsixCapability};
+use crate::platform::MsiMessage;
 use crate::serve::GuestFunction;
 
+/// Index of Message Data in an entry of the table.
+const DATA: usize = 2;
 /// Index of Vector Control in an entry of the table, and its Mask bit (PCI Express 6.0, section 7.7.2.9).
 const CONTROL: usize = 3;
-pub(super) const MASKED: u32 = 1;
+const MASKED: u32 = 1;
 
 /// The place of an access in the table: entry and first word. `None`: it is not in the table. `Some(None)`: it is, but in no
 /// way that the specification defines (section 7.7.2: aligned dwords and quadwords).
@@ -16,6 +19,12 @@ fn place(msix: &MsixCapability, bar: &Bar, offset: u64, bytes: u8) -> Option<Opt
     let at = offset.checked_sub(part.offset).filter(|at| *at < part.bytes)?;
     let defined = matches!(bytes, 4 | 8) && at.is_multiple_of(u64::from(bytes));
     Some(defined.then_some(((at / bars::ENTRY) as u16, (at % bars::ENTRY / 4) as usize)))
+}
+
+/// The message of an entry, and whether it is masked.
+pub(super) fn message(function: &GuestFunction, entry: u16) -> (MsiMessage, bool) {
+    let [address, address_high, data, control] = function.space.image().table_entry(entry);
+    (MsiMessage { address, address_high, data }, control & MASKED != 0)
 }
 
 /// What a reset makes of the table: every vector is masked.
@@ -52,21 +61,31 @@ impl Device {
             let word = if index == CONTROL { word & MASKED } else { word };
             function.space.image_mut().set_table_word(entry, index, word);
         }
+        // The data is what is written last, and half of a message may name another interrupt.
+        let complete = first + usize::from(bytes) / 4 > DATA || message(function, entry).0.pirq().is_none();
         // Pending bits are read where hardware has them, and writes of them do nothing.
-        if let Err(error) = self.bind_if_unmasked(function, entry) {
+        let mask_written = first + usize::from(bytes) / 4 > CONTROL;
+        if complete && let Err(error) = self.bind_entry(function, entry, mask_written) {
             function.note_trouble(&error);
         }
         Some(value)
     }
 
-    /// Notes the masks of bound vectors, which Xen took from the guest without asking us, as hardware has them.
+    /// Notes the masks of bound vectors, which Xen took from the guest without asking us, as hardware has them. That of an interrupt
+    /// that the guest takes as an event is no mask of the guest's.
     pub(super) fn keep_masks(&self, function: &mut GuestFunction) {
         let Some(msix) = function.space.msix() else { return };
-        for (entry, _) in function.vectors().entries {
-            let at = u64::from(msix.table_offset) + bars::ENTRY * u64::from(entry) + 4 * CONTROL as u64;
-            if let Some(control) = self.with_memory(msix.table_bar, |memory| memory.read(at, 4) as u32) {
-                function.space.image_mut().set_table_word(entry, CONTROL, control & MASKED);
+        let vectors = function.vectors();
+        for (entry, _) in vectors.entries.iter().filter(|(entry, _)| !vectors.chosen.contains(entry)) {
+            if let Some(masked) = self.mask_in_hardware(&msix, *entry) {
+                function.space.image_mut().set_table_word(*entry, CONTROL, masked.into());
             }
         }
+    }
+
+    /// Whether hardware masks an entry.
+    pub(super) fn mask_in_hardware(&self, msix: &MsixCapability, entry: u16) -> Option<bool> {
+        let at = u64::from(msix.table_offset) + bars::ENTRY * u64::from(entry) + 4 * CONTROL as u64;
+        self.with_memory(msix.table_bar, |memory| memory.read(at, 4) as u32 & MASKED != 0)
     }
 }
