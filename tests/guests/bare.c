@@ -27,6 +27,13 @@
  *   twice           how many interrupts the emulator delivered a second time
  *   ipi V N         sends itself N interrupts by vector 40 to 4f, one after the other: how many came
  *   end V ADDRESS SIZE W  what ends an interrupt that came by this vector: memory that is written before the interrupt controller is told
+ *   xen             gets ready for hypercalls and events: the features that Xen offers (XENVER_get_features)
+ *   pirq            a free physical interrupt for a message; Xen's error is a number from fffff000 on, here and below
+ *   bind PIRQ       the port of an event channel for it
+ *   close PORT      closes that
+ *   events PORT     how many events came by it
+ *   emask PORT      keeps events from coming
+ *   eunmask PORT    lets them come, also the one that waits
  *   pic             lets interrupts of the two 8259 come, by vectors 40 to 4f
  */
 typedef unsigned char u8;
@@ -286,6 +293,8 @@ enum { INTERRUPT_FLAG = 0x200 };
 
 static u32 delivered_twice;
 
+#include "events.h"
+
 void interrupted(const u32 *stack)
 {
 	u32 vector = *stack, index = vector & (VECTORS - 1);
@@ -294,6 +303,10 @@ void interrupted(const u32 *stack)
 	}
 	if (vector >= 32 && !(stack[3] & INTERRUPT_FLAG)) {
 		delivered_twice++;
+		return;
+	}
+	if (vector == EVENT_VECTOR && uses_xen) {
+		take_events();
 		return;
 	}
 	if (vector - FIRST >= VECTORS) {
@@ -477,6 +490,20 @@ static void obey(void)
 		ends[a & (VECTORS - 1)].value = argument(4);
 	} else if (is("ipi")) {
 		number(interrupt_itself(a, b));
+	} else if (is("xen")) {
+		number(set_up_xen());
+	} else if (is("pirq")) {
+		number(free_pirq());
+	} else if (is("bind")) {
+		number(bind_pirq(a));
+	} else if (is("close")) {
+		number(close_port(a));
+	} else if (is("events")) {
+		number(events[a % PORTS]);
+	} else if (is("emask")) {
+		change_bit(masked, a % PORTS, 1);
+	} else if (is("eunmask")) {
+		number(unmask_port(a));
 	} else if (is("pic")) {
 		use_pic();
 	} else {

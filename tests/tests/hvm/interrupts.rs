@@ -11,8 +11,8 @@ use super::{BAR0, BAR3, Hvm, SLOT};
 /// Registers of the 82576's VF (Intel 82576 datasheet, section 7.10.2.9).
 const MAILBOX: u32 = 0xc40;
 const MAILBOX_MEMORY: u32 = 0x800;
-const SET_CAUSE: u32 = 0x1520;
-const ENABLE_CAUSE: u32 = 0x1524;
+pub const SET_CAUSE: u32 = 0x1520;
+pub const ENABLE_CAUSE: u32 = 0x1524;
 const AUTO_CLEAR: u32 = 0x152c;
 const CAUSE: u32 = 0x1580;
 const MISCELLANEOUS_VECTOR: u32 = 0x1740;
@@ -79,7 +79,7 @@ pub fn the_vfs_mailbox_interrupts_the_guest(scene: &mut Hvm<'_>) -> Result<()> {
 }
 
 /// The count when no interrupt has come during many looks: the answer can be read before its interrupt has arrived.
-fn settled_count(one: &BareGuest<'_>) -> Result<u32> {
+pub fn settled_count(one: &BareGuest<'_>) -> Result<u32> {
     let end = Instant::now() + SOON;
     let (mut last, mut same) = (count(one)?, 0);
     while same < 50 {

@@ -3,6 +3,7 @@
 //! The guest (`tests/guests`) has no operating system and knows nothing of PCI but the ways to config space; expected values come
 //! from the registers' written meaning (`pciback/test-support/src/{oracle,meaning}.rs`), none from the library.
 
+mod events;
 mod interrupts;
 mod persist;
 mod sweeps;
@@ -18,6 +19,7 @@ use xpci_tests::{BareGuest, Lab, Process, checks};
 
 use crate::machines::{HOST, destroy_guests, without_policies};
 use crate::vf::{self, Model};
+use events::{events_of_msix_survive_the_service, msix_comes_as_events_where_messages_name_interrupts};
 use interrupts::{
     a_masked_function_waits_likewise, a_masked_vector_waits_and_its_pending_bit_shows_that,
     a_vector_stays_masked_over_disabling_and_enabling, the_vfs_mailbox_interrupts_the_guest,
@@ -78,6 +80,8 @@ impl<'a> Scene<'a> for Hvm<'a> {
             a_guest_that_reads_notices_no_killed_service,
             port_cf8_survives_the_service,
             msix_works_on_under_the_services_successor needs the_vfs_mailbox_interrupts_the_guest,
+            msix_comes_as_events_where_messages_name_interrupts,
+            events_of_msix_survive_the_service needs msix_comes_as_events_where_messages_name_interrupts,
             the_service_knows_of_no_problem,
             a_running_guest_gets_no_function,
             a_running_guest_loses_a_function_by_force_alone,
