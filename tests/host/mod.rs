@@ -1,6 +1,7 @@
 //! What all system tests do with a booted lab: start xpcid, ask Xen who owns what, compare.
 
 pub mod errors;
+pub mod events;
 pub mod state;
 
 use std::time::{Duration, Instant};

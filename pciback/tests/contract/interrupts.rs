@@ -173,7 +173,7 @@ fn chosen(fixture: &Fixture) -> Result<(), Broken> {
         refused("for nobody", xen.map_msi_as(NOBODY, vf, first, known), &[Errno::ESRCH])?;
         ok(xen.map_msi_as(guest, vf, first, known))?;
         mapped.push(known);
-        let other = ok(xen.map_msi(guest, vf, source(fixture, 1)?))?;
+        let other = ok(xen.map_msi(guest, vf, first))?;
         mapped.push(other);
         same("two numbers", other != known, true)?;
         ok(xen.unmap_pirq(guest, known))?;

@@ -1,18 +1,14 @@
 //! MSI-X of the VF as Linux takes it where Xen offers `XENFEAT_hvm_pirqs`: the bare guest names physical interrupts in its messages, binds
 //! them as event channels, and never touches the masks in the table.
 
-use std::time::Instant;
-
 use anyhow::{Context, Result, ensure};
 use xpci_tests::BareGuest;
-use xpci_tests::host::SOON;
+use xpci_tests::host::events::{arrives, events, message, offers_pirqs, xen};
 use xpci_tests::host::state::kill_and_start;
 
+use super::Hvm;
 use super::interrupts::{self, ENABLE_CAUSE, SET_CAUSE, settled_count};
-use super::{Hvm, SLOT};
 
-/// `XENFEAT_hvm_pirqs` (xen/include/public/features.h).
-const HVM_PIRQS: u32 = 1 << 10;
 const CONTROL: u32 = 0x72;
 const ENABLE: u32 = 0x8000;
 const ALL_MASKED: u32 = 0xc000;
@@ -25,20 +21,11 @@ struct SetUp {
     pirqs: [u32; 2],
 }
 
-/// A number that Xen has answered.
-fn xen(one: &BareGuest<'_>, order: &str) -> Result<u32> {
-    let answer = one.number(order)?;
-    ensure!(answer < 0xffff_f000, "Xen answers {} to '{order}'", answer.cast_signed());
-    Ok(answer)
-}
-
 /// Enables MSI-X in Linux's order: all masked, two messages, not masked as a whole.
 fn enable(one: &BareGuest<'_>, set_up: SetUp) -> Result<()> {
     one.tell(&format!("w {CONTROL:x} 2 {ALL_MASKED:x}"))?;
     for (entry, pirq) in [set_up.table, set_up.table + 0x10].into_iter().zip(set_up.pirqs) {
-        // Delivery mode ExtINT.
-        let message = [(0, 0xfee0_0000 | (pirq & 0xff) << 12), (4, pirq & !0xff), (8, 0x700)];
-        for (at, value) in message {
+        for (at, value) in [0, 4, 8].into_iter().zip(message(pirq)) {
             one.tell(&format!("n {:x} 4 {value:x}", entry + at))?;
         }
     }
@@ -47,10 +34,6 @@ fn enable(one: &BareGuest<'_>, set_up: SetUp) -> Result<()> {
 
 fn bind(one: &BareGuest<'_>, set_up: SetUp) -> Result<[u32; 2]> {
     Ok([xen(one, &format!("bind {:x}", set_up.pirqs[0]))?, xen(one, &format!("bind {:x}", set_up.pirqs[1]))?])
-}
-
-fn events(one: &BareGuest<'_>, port: u32) -> Result<u32> {
-    one.number(&format!("events {port:x}"))
 }
 
 /// Has the function send the interrupt of an entry, which comes once by its port.
@@ -64,31 +47,15 @@ fn trigger(one: &BareGuest<'_>, set_up: SetUp, entry: usize) -> Result<()> {
     one.tell(&format!("n {:x} 4 {:x}", set_up.registers + SET_CAUSE, 1 << entry)).map(drop)
 }
 
-fn arrives(one: &BareGuest<'_>, port: u32, count: u32) -> Result<()> {
-    let end = Instant::now() + SOON;
-    loop {
-        let found = events(one, port)?;
-        if found == count {
-            return Ok(());
-        }
-        ensure!(
-            found < count && Instant::now() < end,
-            "{found} events came by port {port:x}, {count} were awaited"
-        );
-    }
-}
-
 /// The VF with its BARs placed and MSI-X disabled, all vectors masked as after a reset, and two free numbers.
 fn begin(one: &BareGuest<'_>) -> Result<SetUp> {
-    one.tell(&format!("slot {SLOT:x}"))?;
     let (registers, table) = interrupts::set_up(one)?;
     one.tell(&format!("w {CONTROL:x} 2 0"))?;
     for entry in [table, table + 0x10] {
         one.tell(&format!("n {:x} 4 1", entry + 0xc))?;
     }
     one.tell(&format!("n {:x} 4 3", registers + ENABLE_CAUSE))?;
-    let features = one.number("xen")?;
-    ensure!(features & HVM_PIRQS != 0, "Xen offers no physical interrupts: features {features:x}");
+    ensure!(offers_pirqs(one)?, "Xen offers no physical interrupts");
     let pirqs = [xen(one, "pirq")?, xen(one, "pirq")?];
     ensure!(pirqs[0] != pirqs[1], "one number twice: {pirqs:x?}");
     Ok(SetUp { registers, table, pirqs })
@@ -96,7 +63,11 @@ fn begin(one: &BareGuest<'_>) -> Result<SetUp> {
 
 /// Two vectors, masks of event channels, channels that are closed and bound again, MSI-X disabled and enabled again.
 pub fn msix_comes_as_events_where_messages_name_interrupts(scene: &mut Hvm<'_>) -> Result<()> {
-    let one = scene.one()?;
+    two_vectors(scene.one()?)
+}
+
+/// The same, of a guest whose VF is at the first place.
+pub fn two_vectors(one: &BareGuest<'_>) -> Result<()> {
     let set_up = begin(one)?;
     enable(one, set_up)?;
     let ports = bind(one, set_up)?;

@@ -3,7 +3,7 @@
 //! The guest (`tests/guests`) has no operating system and knows nothing of PCI but the ways to config space; expected values come
 //! from the registers' written meaning (`pciback/test-support/src/{oracle,meaning}.rs`), none from the library.
 
-mod events;
+pub mod events;
 mod interrupts;
 mod persist;
 mod sweeps;

@@ -7,22 +7,22 @@ use xpci_tests::host::{SOON, come, start_service};
 use super::{BAR0, EDU_SLOT, HvmDevices, IGB_SLOT, INTERRUPT_LINE, RTL_SLOT, granted_of, open};
 
 /// Registers of edu (QEMU's docs/specs/edu.rst): raise an interrupt, end it; and where its MSI capability is.
-const RAISE: u32 = 0x60;
-const LOWER: u32 = 0x64;
-const EDU_MSI: u32 = 0x40;
+pub const RAISE: u32 = 0x60;
+pub const LOWER: u32 = 0x64;
+pub const EDU_MSI: u32 = 0x40;
 /// Registers of the 82576: causes of interrupts, to be cleared, set and enabled; that of a link that changed. At the places of its
 /// predecessors (datasheet, section 8.1.3): QEMU has not all of them at its own.
-const CAUSE: u32 = 0xc0;
-const SET_CAUSE: u32 = 0xc8;
-const ENABLE_CAUSE: u32 = 0xd0;
-const LINK: u32 = 1 << 2;
-const IGB_MSI: u32 = 0x50;
+pub const CAUSE: u32 = 0xc0;
+pub const SET_CAUSE: u32 = 0xc8;
+pub const ENABLE_CAUSE: u32 = 0xd0;
+pub const LINK: u32 = 1 << 2;
+pub const IGB_MSI: u32 = 0x50;
 /// Of MSI with 64-bit addresses, from its begin (PCI Express 6.0, section 7.7.1).
 const CONTROL: u32 = 2;
-const ADDRESS: u32 = 4;
-const UPPER: u32 = 8;
-const DATA: u32 = 0xc;
-const MASK: u32 = 0x10;
+pub const ADDRESS: u32 = 4;
+pub const UPPER: u32 = 8;
+pub const DATA: u32 = 0xc;
+pub const MASK: u32 = 0x10;
 const PENDING: u32 = 0x14;
 /// Registers of the RTL8139.
 const INTERRUPT_MASK: u32 = 0x3c;
@@ -32,19 +32,19 @@ const TIMER_INTERRUPT: u32 = 0x54;
 const TIMED_OUT: u32 = 1 << 14;
 
 /// Vectors of the guest's processor; those of the interrupt controllers' lines are from 40 on.
-const EDU_VECTOR: u32 = 0x41;
+pub const EDU_VECTOR: u32 = 0x41;
 const SECOND_VECTOR: u32 = 0x43;
 const IGB_VECTOR: u32 = 0x44;
 const LINES: u32 = 0x40;
 
-fn set_message(one: &BareGuest<'_>, capability: u32, vector: u32) -> Result<()> {
+pub fn set_message(one: &BareGuest<'_>, capability: u32, vector: u32) -> Result<()> {
     for (at, size, value) in [(ADDRESS, 4, 0xfee0_0000), (UPPER, 4, 0), (DATA, 2, vector)] {
         one.tell(&format!("w {:x} {size} {value:x}", capability + at))?;
     }
     Ok(())
 }
 
-fn enable(one: &BareGuest<'_>, capability: u32, on: u32) -> Result<u32> {
+pub fn enable(one: &BareGuest<'_>, capability: u32, on: u32) -> Result<u32> {
     one.tell(&format!("w {:x} 2 {on:x}", capability + CONTROL))?;
     one.number(&format!("r {:x} 2", capability + CONTROL))
 }

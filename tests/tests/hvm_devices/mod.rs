@@ -4,6 +4,7 @@
 //! The guests (`tests/guests`) have no operating system: what they read and count is what hardware, Xen and xpcid make of it.
 
 mod errors;
+mod events;
 mod interrupts;
 mod registers;
 
@@ -19,6 +20,9 @@ use errors::{
     destroy_guest_destroys_it_and_its_function_is_held_again, pause_guest_pauses_it,
     reset_lets_the_function_begin_anew_in_its_guest, unplug_takes_the_function_from_its_guest,
     what_was_quarantined_comes_back_only_when_it_is_cleared,
+};
+use events::{
+    msi_comes_as_an_event_where_its_message_names_an_interrupt, msi_whose_mask_is_left_set_comes_as_an_event,
 };
 use interrupts::{
     an_asserted_line_interrupts_until_the_function_is_told,
@@ -88,6 +92,8 @@ impl<'a> Scene<'a> for HvmDevices<'a> {
             each_access_to_a_bar_of_less_than_a_page_reaches_its_function,
             msi_comes_by_the_vector_that_its_message_names,
             msi_that_is_masked_waits_and_comes_once,
+            msi_comes_as_an_event_where_its_message_names_an_interrupt,
+            msi_whose_mask_is_left_set_comes_as_an_event,
             an_asserted_line_interrupts_until_the_function_is_told,
             messages_and_lines_come_while_the_service_is_dead_and_afterwards,
             detached_from_a_running_guest_functions_answer_no_more,

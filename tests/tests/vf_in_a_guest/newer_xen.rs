@@ -1,12 +1,14 @@
 //! The same spine on the newer Xen: attach, traffic, detach, nothing left; then an HVM guest. And what the lab promises of itself.
 
 use anyhow::{Result, ensure};
+use xpci_tests::host::events::offers_pirqs;
 use xpci_tests::host::state::{keep_running, make_attached, make_held};
 use xpci_tests::host::{PF, SOON, VFS, guest, is_held, nothing_remains, owner, prepare, set_mac, xpci};
 use xpci_tests::scenes::{Check, Machine, Scene};
 use xpci_tests::{BareGuest, Guest, Lab, Process, checks};
 
 use super::{MACS, traffic};
+use crate::hvm::events::two_vectors;
 use crate::lab_smoke;
 use crate::machines::NEWER_HOST;
 
@@ -39,6 +41,7 @@ impl<'a> Scene<'a> for NewerXen<'a> {
             a_persistent_function_is_listed_by_the_guests_uuid needs the_stock_driver_uses_a_persistent_vf,
             a_detached_function_is_held_and_nothing_of_it_remains,
             an_hvm_guest_finds_the_function_both_ways_and_reaches_its_registers,
+            an_hvm_guest_takes_events_where_its_configuration_allows_that,
             a_function_that_is_given_back_is_dom0s,
         ]
     }
@@ -110,6 +113,24 @@ fn an_hvm_guest_finds_the_function_both_ways_and_reaches_its_registers(
     lab.wait_for("the function to be held again", SOON, "xpci pci-assignable-list | grep -q 01:10.0")?;
     ensure!(is_held(lab, VFS[0])?, "{}", owner(lab, VFS[0])?);
     lab.dom0("[ -z \"$(ls /run/xpci/ioreq-servers)\" ] && [ -z \"$(ls /run/xpci/images)\" ]").ok().map(drop)
+}
+
+/// Xen 4.20 offers it only to guests with `hvm_pirq=1`.
+fn an_hvm_guest_takes_events_where_its_configuration_allows_that(scene: &mut NewerXen<'_>) -> Result<()> {
+    let lab = scene.lab;
+    for (offered, line) in [(false, "vcpus=2"), (true, "hvm_pirq=1")] {
+        make_held(lab, VFS[0])?;
+        let mut bare = BareGuest::create(lab, "bare", &[line])?;
+        xpci(lab, "pci-attach bare 01:10.0")?;
+        bare.start()?;
+        ensure!(offers_pirqs(&bare)? == offered, "with {line} Xen says otherwise");
+        if offered {
+            two_vectors(&bare)?;
+        }
+        bare.destroy()?;
+        lab.wait_for("the function to be held again", SOON, "xpci pci-assignable-list | grep -q 01:10.0")?;
+    }
+    Ok(())
 }
 
 fn a_function_that_is_given_back_is_dom0s(scene: &mut NewerXen<'_>) -> Result<()> {

@@ -99,7 +99,16 @@ fn xen(examined: &Examined<'_>) -> Finding {
 
 fn dom0(examined: &Examined<'_>) -> Finding {
     match text(examined, "/proc/xen/capabilities") {
-        Some(words) if words.contains("control_d") => good("dom0", "this is the control domain"),
+        Some(words) if words.contains("control_d") => {
+            match text(examined, "/sys/hypervisor/guest_type").as_deref() {
+                Some("PVH") => fault(
+                    "dom0",
+                    "it is a PVH domain, to which Xen refuses calls that giving a function to a guest takes",
+                    "remove dom0=pvh from Xen's command line and boot again",
+                ),
+                _ => good("dom0", "this is the control domain"),
+            }
+        }
         Some(_) => fault("dom0", "this is a guest of Xen", "run xpci in dom0"),
         None => fault(
             "dom0",

@@ -49,6 +49,7 @@ fn what_is_amiss_is_named_by_its_check_with_what_to_do() {
         (format!("xen: 4.21\n{HOST}"), "xen", Warning, "Xen 4.21"),
         (with("/proc/xen/capabilities: ''"), "dom0", Fault, "a guest of Xen"),
         (with("/proc/xen/capabilities: null"), "dom0", Fault, "not mounted"),
+        (with("/sys/hypervisor/guest_type: PVH"), "dom0", Fault, "PVH"),
         (info("pv hvm", "iommu=off"), "iommu", Fault, "switches the IOMMU off"),
         (info("pv hvm", ""), "iommu", Fault, "uses no IOMMU"),
         (with("xl info: null"), "iommu", NotChecked, "run 'xl info'"),

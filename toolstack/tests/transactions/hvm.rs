@@ -342,6 +342,18 @@ fn port_cf8_keeps_its_value_over_a_kill_and_the_port_in_its_midst_restarts_the_g
 }
 
 #[test]
+fn a_pvh_guest_is_refused_for_having_no_bus() {
+    let text =
+        std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/sim/two-guests.yaml"));
+    let world = World::of(&text.unwrap().replace("name: web, type: pv,", "name: web, type: pvh,"));
+    let service = world.start();
+    service.hold(bdf("02:00.0")).unwrap();
+    let failure = service.attach(WEB, bdf("02:00.0")).unwrap_err();
+    assert!(failure.code == ErrorCode::Refused && failure.message.contains("no PCI bus"), "{failure:?}");
+    assert_eq!(service.state(bdf("02:00.0")), FunctionState::Held);
+}
+
+#[test]
 fn when_the_guest_ends_its_functions_are_held_again() {
     let (world, guest, service) = attached();
     guest.write(BAR0, 4, 0xf300_0000);

@@ -37,6 +37,7 @@ const OWN_PROGRAM: &str = "/proc/self/exe";
 pub fn open() -> Result<Platform> {
     let version = Version::read(Path::new(SYSFS))?;
     check_dom0(Path::new("/proc"), Path::new("/dev"))?;
+    check_kind(Path::new(SYSFS))?;
     let libraries = bindings::Libraries::load((version.major, version.minor))?;
     let host = Arc::new(LinuxHost::new(SYSFS.into()).with_child(OWN_PROGRAM.into()));
     Ok(Platform {
@@ -114,9 +115,32 @@ fn check_dom0(proc: &Path, dev: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The kernel says since Linux 4.13 as what it runs; an older one is no PVH dom0.
+fn check_kind(sysfs: &Path) -> Result<()> {
+    match read_text(&sysfs.join("hypervisor/guest_type")).ok().flatten().as_deref() {
+        Some("PVH") => Err(unavailable(
+            "dom0 is a PVH domain, to which Xen refuses calls that giving a function to a guest takes; remove dom0=pvh              from Xen's command line and boot again",
+        )),
+        _ => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pvh_dom0_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = root.path().join("hypervisor");
+        fs::create_dir(&directory).unwrap();
+        assert!(check_kind(root.path()).is_ok(), "of an old kernel");
+        fs::write(directory.join("guest_type"), "PV\n").unwrap();
+        assert!(check_kind(root.path()).is_ok());
+        fs::write(directory.join("guest_type"), "PVH\n").unwrap();
+        let error = check_kind(root.path()).unwrap_err().to_string();
+        assert!(error.contains("dom0=pvh"), "{error}");
+    }
 
     #[test]
     fn a_machine_without_xen_is_told_so() {

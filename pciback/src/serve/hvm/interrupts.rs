@@ -13,8 +13,7 @@ use crate::config::{
     Access, Bar, InterruptMode, MsiCapability, MsixCapability, SideEffect, VectorState, Width,
 };
 use crate::live;
-use crate::platform::{MsiMessage, MsiSource, Pirq};
-use crate::serve::device::GuestDevice;
+use crate::platform::{MsiMessage, MsiSource, Pirq, Revoked};
 use crate::serve::interrupts::kept;
 use crate::serve::{GuestFunction, InterruptError};
 use crate::spec::legacy::{self, MESSAGE_CONTROL};
@@ -100,7 +99,8 @@ impl Device {
         // The mask of one that is bound is Xen's, which takes it from the guest's write or from its event channel.
         let in_hardware = if known && !mask_written { self.mask_in_hardware(&msix, entry) } else { None };
         let masked = in_hardware.unwrap_or(masked);
-        self.bind(function, pirq, message, table_in_guest(function, &msix), masked)
+        let table = table_in_guest(function, &msix);
+        self.bind(function, source, pirq, message, table, masked)
     }
 
     /// The physical interrupt of a vector, mapped now where it was not: one of Xen's choice, or the one that the guest wants.
@@ -136,15 +136,22 @@ impl Device {
         })
     }
 
+    /// Binds a vector that is mapped; on an error it is not mapped any more, so that what is mapped is bound.
     fn bind(
         &self,
-        function: &GuestFunction,
+        function: &mut GuestFunction,
+        source: MsiSource,
         pirq: Pirq,
         message: MsiMessage,
         table: u64,
         masked: bool,
     ) -> Result<()> {
-        Ok(self.domains.bind_msi(function.domain, pirq, message, table, masked)?)
+        let bound = self.domains.bind_msi(function.domain, pirq, message, table, masked);
+        let Err(first) = bound.map_err(InterruptError::from) else { return Ok(()) };
+        Err(match function.unmap(&mut function.vectors(), source.entry()) {
+            Ok(()) => first,
+            Err(second) => InterruptError::Both { first: Box::new(first), second: Box::new(second) },
+        })
     }
 
     /// The BAR with the table has another address in the guest: Xen must look for masks there.
@@ -154,19 +161,28 @@ impl Device {
         if vectors.mode != InterruptMode::MsiX || vectors.entries.is_empty() {
             return;
         }
-        self.keep_masks(function);
         let seen = table_in_guest(function, &msix);
+        let Ok(table) = function.msix_table(&msix) else { return };
         for (entry, pirq) in &vectors.entries {
             // Before it is unbound: what is bound anew is masked, unless Xen is told otherwise.
             let in_hardware = self.mask_in_hardware(&msix, *entry);
-            self.unbind(function, Pirq(*pirq));
-            let (message, masked) = table::message(function, *entry);
+            let unbound = self.domains.unbind_msi(function.domain, Pirq(*pirq));
+            let was_bound = unbound.is_ok();
+            if let Err(error) = Revoked::Interrupt.outcome(unbound) {
+                function.note_trouble(&error);
+            }
+            // One that an earlier run was killed before binding has the mask that the guest has written.
+            let (message, written) = table::message(function, *entry);
+            let masked = in_hardware.filter(|_| was_bound).unwrap_or(written);
+            if !vectors.chosen.contains(entry) {
+                table::set_mask(function, *entry, masked);
+            }
             // A message that was written since, and waits for the end of its mask, is another interrupt's.
             if !is_mapped(&vectors, *entry, message.pirq()) {
                 continue;
             }
-            let masked = in_hardware.unwrap_or(masked);
-            if let Err(error) = self.bind(function, Pirq(*pirq), message, seen, masked) {
+            let source = MsiSource::MsiX { entry: *entry, table };
+            if let Err(error) = self.bind(function, source, Pirq(*pirq), message, seen, masked) {
                 function.note_trouble(&error);
             }
         }
@@ -215,7 +231,7 @@ impl Device {
         let at = data_register(msi) + 4;
         let mask = if msi.maskable { virtual_register(function, at, Width::Dword)? } else { 0 };
         let pirq = self.mapped(function, MsiSource::Msi, message.pirq())?;
-        self.bind(function, pirq, message, 0, mask & 1 != 0)?;
+        self.bind(function, MsiSource::Msi, pirq, message, 0, mask & 1 != 0)?;
         if msi.maskable && (mask_written || message.pirq().is_none()) {
             // Xen takes this write and combines it with its own mask. It ends a mask that binding an event channel has cleared.
             let access = Access::new(at.into(), 4).map_err(std::io::Error::other)?;

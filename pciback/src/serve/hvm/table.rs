@@ -27,6 +27,11 @@ pub(super) fn message(function: &GuestFunction, entry: u16) -> (MsiMessage, bool
     (MsiMessage { address, address_high, data }, control & MASKED != 0)
 }
 
+/// Notes the mask of an entry.
+pub(super) fn set_mask(function: &mut GuestFunction, entry: u16, masked: bool) {
+    function.space.image_mut().set_table_word(entry, CONTROL, masked.into());
+}
+
 /// What a reset makes of the table: every vector is masked.
 pub(super) fn mask_table(function: &mut GuestFunction) {
     let entries = function.space.msix().map_or(0, |msix| msix.table_size);
@@ -78,7 +83,7 @@ impl Device {
         let vectors = function.vectors();
         for (entry, _) in vectors.entries.iter().filter(|(entry, _)| !vectors.chosen.contains(entry)) {
             if let Some(masked) = self.mask_in_hardware(&msix, *entry) {
-                function.space.image_mut().set_table_word(*entry, CONTROL, masked.into());
+                set_mask(function, *entry, masked);
             }
         }
     }
