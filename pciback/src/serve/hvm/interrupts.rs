@@ -210,7 +210,7 @@ impl Device {
     fn msi_written(&self, function: &mut GuestFunction, msi: MsiCapability, access: Access) -> Result<()> {
         let end = msi.offset + if msi.address_64 { 0x18 } else { 0x14 };
         let data = data_register(msi);
-        let reaches = access.offset() + u16::from(access.width().bytes());
+        let reaches = access.offset() + access.width().bytes();
         if !(msi.offset + 4..end).contains(&access.offset()) {
             return Ok(());
         }
