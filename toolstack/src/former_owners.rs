@@ -17,7 +17,8 @@ use pciback::platform::{HostFunction, Hypervisor, PAGE, PlatformError};
 use pciback::{DomId, Sbdf, Uuid};
 use serde::{Deserialize, Serialize};
 
-use crate::journal::{JournalError, VERSION, entries, read_entry, remove_entry, replace};
+use crate::durable;
+use crate::journal::{JournalError, VERSION, entries, read_entry};
 use crate::outcome::Failure;
 
 /// No file is longer than this, in bytes.
@@ -78,7 +79,7 @@ impl FormerOwners {
         for path in entries(directory)? {
             match read_entry(&path, SIZE_LIMIT, |entry: &Entry| (entry.version, entry.address)) {
                 Ok(entry) if entry.boot == boot => drop(known.entries.insert(entry.address, entry)),
-                Ok(_) => remove_entry(&path).map_err(|source| JournalError::Io {
+                Ok(_) => durable::remove(&path).map_err(|source| JournalError::Io {
                     action: "remove",
                     path: path.clone(),
                     source,
@@ -138,7 +139,7 @@ impl FormerOwners {
         }
         let entry = Entry { version: VERSION, boot: self.boot.clone(), address, ranges };
         let path = self.path(address);
-        replace(&path, &entry, false).map_err(|source| {
+        durable::replace(&path, &entry, false).map_err(|source| {
             Failure::from(JournalError::Io { action: "write", path, source }).on(address)
         })?;
         known.entries.insert(address, entry);

@@ -13,7 +13,8 @@ use pciback::Sbdf;
 use pciback::containment::Role;
 use serde::{Deserialize, Serialize};
 
-use crate::journal::{JournalError, VERSION, entries, read_entry, remove_entry, replace};
+use crate::durable;
+use crate::journal::{JournalError, VERSION, entries, read_entry};
 
 /// No entry is longer than this, in bytes: a PF may have 65,535 VFs, each a user.
 const SIZE_LIMIT: u64 = 2 << 20;
@@ -112,7 +113,11 @@ impl Ledger {
         if entry.users.is_empty() {
             return self.remove_file(&path);
         }
-        replace(&path, entry, false).map_err(|source| JournalError::Io { action: "write", path, source })
+        durable::replace(&path, entry, false).map_err(|source| JournalError::Io {
+            action: "write",
+            path,
+            source,
+        })
     }
 
     fn path(&self, address: Sbdf) -> PathBuf {
@@ -120,7 +125,7 @@ impl Ledger {
     }
 
     fn remove_file(&self, path: &Path) -> Result<(), JournalError> {
-        remove_entry(path).map_err(|source| JournalError::Io {
+        durable::remove(path).map_err(|source| JournalError::Io {
             action: "remove",
             path: path.to_owned(),
             source,

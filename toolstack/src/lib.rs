@@ -7,6 +7,7 @@ pub mod control;
 pub mod descriptors;
 pub mod doctor;
 pub mod domains;
+mod durable;
 pub mod engine;
 pub mod former_owners;
 pub mod journal;

@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use pciback::policy::{Diagnostic, FILE_LIMIT, PolicyFile, PolicySet};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::durable;
 use crate::outcome::{ErrorCode, Failure};
 
 /// More policy files than this are none that somebody wrote.
@@ -131,12 +132,7 @@ pub fn load(directories: &[PathBuf]) -> Result<(Vec<Source>, PolicySet), PolicyE
 
 /// Keeps a copy of what is in force: a service that starts while somebody edits a file badly serves its guests on with it.
 pub fn keep_copy(state_directory: &Path, sources: &[Source]) -> io::Result<()> {
-    let (path, new) = (state_directory.join(COPY), state_directory.join(format!("{COPY}.new")));
-    let mut file = File::create(&new)?;
-    file.write_all(&serde_json::to_vec(sources)?)?;
-    file.sync_all()?;
-    fs::rename(new, path)?;
-    File::open(state_directory)?.sync_all()
+    durable::keep(&state_directory.join(COPY), &sources)
 }
 
 /// The copy of what was last in force; `None` where there is none that can be used.

@@ -14,7 +14,8 @@ use pciback::inventory::Identity;
 use pciback::{DomId, Sbdf, Uuid};
 use serde::{Deserialize, Serialize};
 
-use crate::journal::{JournalError, VERSION, entries, read_entry, remove_entry, replace, sync};
+use crate::durable;
+use crate::journal::{JournalError, VERSION, entries, read_entry};
 use crate::outcome::Failure;
 
 /// No reservation is longer than this, in bytes.
@@ -145,7 +146,7 @@ impl Reservations {
     /// Keeps a reservation, also over a power failure.
     pub fn keep(&self, reservation: Reservation) -> Result<(), Failure> {
         let (address, path) = (reservation.address, self.path(reservation.address));
-        let written = replace(&path, &reservation, true);
+        let written = durable::replace(&path, &reservation, true);
         written.map_err(|source| failure(address, "write", path, source))?;
         self.known().insert(address, reservation);
         Ok(())
@@ -154,7 +155,7 @@ impl Reservations {
     /// Forgets that of a function, if it has one.
     pub fn forget(&self, address: Sbdf) -> Result<(), Failure> {
         let path = self.path(address);
-        let removed = remove_entry(&path).and_then(|()| sync(&self.directory));
+        let removed = durable::remove(&path).and_then(|()| durable::sync(&self.directory));
         removed.map_err(|source| failure(address, "remove", path, source))?;
         self.known().remove(&address);
         Ok(())

@@ -7,20 +7,21 @@ use xpci_test_support::layers::{Layer, violations};
 /// From the bottom up: each module, and those that it may name.
 const ORDER: &[Layer] = &[
     ("outcome", &[]),
+    ("durable", &[]),
     ("steps", &[]),
     ("reset_plan", &[]),
     ("supervisor", &[]),
     ("descriptors", &[]),
     ("domains", &["outcome"]),
     ("spec", &["outcome"]),
-    ("policies", &["outcome"]),
+    ("policies", &["durable", "outcome"]),
     ("protocol", &["outcome", "domains"]),
     ("audit", &["protocol"]),
-    ("settings", &["reset_plan", "spec"]),
-    ("journal", &["outcome", "steps"]),
-    ("ledger", &["journal"]),
-    ("former_owners", &["outcome", "journal"]),
-    ("reservations", &["outcome", "journal"]),
+    ("settings", &["durable", "reset_plan", "spec"]),
+    ("journal", &["durable", "outcome", "steps"]),
+    ("ledger", &["durable", "journal"]),
+    ("former_owners", &["durable", "outcome", "journal"]),
+    ("reservations", &["durable", "outcome", "journal"]),
     (
         "transaction",
         &[

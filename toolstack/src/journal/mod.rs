@@ -8,30 +8,25 @@
 mod record;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use pciback::{DomId, Sbdf};
-use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 
 pub(crate) use record::Owner;
 pub use record::{Grant, GuestPlace, NetworkRecord, Pristine, Progress, Record};
 
+use crate::durable;
 use crate::outcome::{ErrorCode, Failure};
 
 /// The form of a record; others are refused.
 pub const VERSION: u32 = 1;
 /// No record is longer than this, in bytes.
 const SIZE_LIMIT: u64 = 64 * 1024;
-/// The extension of a file that is being written, or that holds what was there before the last write.
-const TEMPORARY: &str = "new";
 /// The extension of a record that could not be used.
 const UNUSABLE: &str = "unusable";
 
@@ -118,7 +113,7 @@ impl Journal {
         let path = self.path(record.address);
         let quarantined = record.quarantine.is_some();
         let durable = quarantined || self.quarantined().contains(&record.address);
-        replace(&path, record, durable).map_err(|source| JournalError::Io {
+        durable::replace(&path, record, durable).map_err(|source| JournalError::Io {
             action: "write",
             path,
             source,
@@ -151,7 +146,8 @@ impl Journal {
         self.owners().remove(&address);
         let path = self.path(address);
         let durable = self.quarantined().remove(&address);
-        let removed = remove_entry(&path).and_then(|()| if durable { sync(&self.directory) } else { Ok(()) });
+        let removed = durable::remove(&path)
+            .and_then(|()| if durable { durable::sync(&self.directory) } else { Ok(()) });
         removed.map_err(|source| JournalError::Io { action: "remove", path, source })
     }
 
@@ -185,11 +181,6 @@ impl Journal {
         self.owners().extend(records.iter().map(|record| (record.address, record.owner())));
         Ok((records, errors))
     }
-}
-
-/// What was renamed or removed in a directory is so after a power failure, too.
-pub(crate) fn sync(directory: &Path) -> io::Result<()> {
-    File::open(directory)?.sync_all()
 }
 
 /// The entries of a directory that has one for each function.
@@ -234,38 +225,6 @@ fn parse<T: DeserializeOwned>(
         return Err(malformed(format!("it is about {address}")));
     }
     Ok(entry)
-}
-
-/// Removes a file and what is left of its last write; nothing happens where there is none.
-pub(crate) fn remove_entry(path: &Path) -> io::Result<()> {
-    for path in [path, &path.with_extension(TEMPORARY)] {
-        match fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-    }
-    Ok(())
-}
-
-/// Replaces a file so that the next run of the service finds it, whole, when the call returns; with `durable` also after a power failure.
-pub(crate) fn replace(path: &Path, content: &impl Serialize, durable: bool) -> io::Result<()> {
-    let text = serde_json::to_vec_pretty(content)?;
-    let temporary = path.with_extension(TEMPORARY);
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-    file.write_all(&text)?;
-    if durable {
-        file.sync_all()?;
-    }
-    // The old file becomes the temporary one of the next write: file systems are slow at making and deleting thousands of them.
-    match renameat2(AT_FDCWD, &temporary, AT_FDCWD, path, RenameFlags::RENAME_EXCHANGE) {
-        // ENOENT: there was none. EINVAL: the file system cannot exchange.
-        Err(Errno::ENOENT | Errno::EINVAL) => fs::rename(&temporary, path)?,
-        exchanged => exchanged?,
-    }
-    match path.parent().filter(|_| durable) {
-        Some(directory) => sync(directory),
-        None => Ok(()),
-    }
 }
 
 /// The record in a file; `None`: its bytes never reached the disk before the power failed, so it is of an earlier boot and says nothing.

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use pciback::policy::{Diagnostic, Spot, nearest};
@@ -10,6 +10,7 @@ use serde::de::IgnoredAny;
 use thiserror::Error;
 
 use super::Settings;
+use crate::durable;
 
 /// Where the settings are when the command line names no other file.
 pub const DEFAULT_PATH: &str = "/etc/xpci/xpcid.yaml";
@@ -166,12 +167,7 @@ fn unknown(found: &str, what: &str, expected: &[&'static str]) -> (String, Optio
 /// # Errors
 /// The copy cannot be written.
 pub fn keep_copy(state_directory: &Path, sources: &[(String, String)]) -> io::Result<()> {
-    let (path, new) = (state_directory.join(COPY), state_directory.join(format!("{COPY}.new")));
-    let mut file = File::create(&new)?;
-    file.write_all(&serde_json::to_vec(sources)?)?;
-    file.sync_all()?;
-    fs::rename(new, path)?;
-    File::open(state_directory)?.sync_all()
+    durable::keep(&state_directory.join(COPY), &sources)
 }
 
 /// The copy of what was last in force; `None` where there is none that can be used.

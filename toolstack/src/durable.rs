@@ -1,0 +1,84 @@
+//! Files that are replaced as a whole: whoever reads one finds what was there before or what is there now.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use serde::Serialize;
+
+/// The extension of a file that is being written, or that holds what was there before the last write.
+const TEMPORARY: &str = "new";
+
+/// What was renamed or removed in a directory is so after a power failure, too.
+pub(crate) fn sync(directory: &Path) -> io::Result<()> {
+    File::open(directory)?.sync_all()
+}
+
+/// Replaces a file so that the next run of the service finds it, whole, when the call returns; with `durable` also after a power failure.
+pub(crate) fn replace(path: &Path, content: &impl Serialize, durable: bool) -> io::Result<()> {
+    write(path, &serde_json::to_vec_pretty(content)?, durable)
+}
+
+/// Has a file hold this, also after a power failure. One that does is left alone: the disk takes milliseconds, and guests may wait.
+pub(crate) fn keep(path: &Path, content: &impl Serialize) -> io::Result<()> {
+    let text = serde_json::to_vec_pretty(content)?;
+    let has_length = fs::metadata(path).is_ok_and(|file| file.len() == text.len() as u64);
+    if has_length && fs::read(path)? == text {
+        return Ok(());
+    }
+    write(path, &text, true)
+}
+
+/// Removes a file and what is left of its last write; nothing happens where there is none.
+pub(crate) fn remove(path: &Path) -> io::Result<()> {
+    for path in [path, &path.with_extension(TEMPORARY)] {
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn write(path: &Path, text: &[u8], durable: bool) -> io::Result<()> {
+    let temporary = path.with_extension(TEMPORARY);
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+    file.write_all(text)?;
+    if durable {
+        file.sync_all()?;
+    }
+    // The old file becomes the temporary one of the next write: file systems are slow at making and deleting thousands of them.
+    match renameat2(AT_FDCWD, &temporary, AT_FDCWD, path, RenameFlags::RENAME_EXCHANGE) {
+        // ENOENT: there was none. EINVAL: the file system cannot exchange.
+        Err(Errno::ENOENT | Errno::EINVAL) => fs::rename(&temporary, path)?,
+        exchanged => exchanged?,
+    }
+    match path.parent().filter(|_| durable) {
+        Some(directory) => sync(directory),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn what_a_file_holds_already_is_not_written_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("copy");
+        let number = || fs::metadata(&path).unwrap().ino();
+        keep(&path, &["first"]).unwrap();
+        let first = number();
+        keep(&path, &["first"]).unwrap();
+        assert_eq!(number(), first);
+        keep(&path, &["second"]).unwrap();
+        assert_ne!(number(), first);
+        assert!(fs::read_to_string(&path).unwrap().contains("second"));
+    }
+}
