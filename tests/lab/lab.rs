@@ -195,6 +195,8 @@ impl Builder {
     }
 }
 
+/// How long Xen may take to write, over a serial line, what its debug keys ask for.
+const KEYS_LIMIT: Duration = Duration::from_secs(20);
 const BOOT_LIMIT: Duration = Duration::from_secs(240);
 /// Guests are shut down first.
 const REBOOT_LIMIT: Duration = Duration::from_secs(300);
@@ -374,12 +376,18 @@ impl Lab {
         self.explained(self.qmp.human(line))
     }
 
-    /// What QEMU knows of a machine that answers nothing: whether its processors run, where, and what interrupts wait for them.
+    /// What QEMU and Xen know of a machine whose dom0 does not answer: what its processors do and what waits for them.
     pub fn processors(&self) -> String {
-        let lines =
-            ["info status", "info cpus", "info registers -a", "info lapic 0", "info lapic 1", "info pic"];
+        let lines = ["info status", "info registers -a", "info lapic 0", "info lapic 1"];
         let said = lines.map(|line| self.monitor(line).unwrap_or_else(|error| format!("{line}: {error:#}")));
-        said.join("\n")
+        let console = || fs::read(self.logs().join("console.log")).unwrap_or_default();
+        let before = console().len();
+        // Domains, event channels, run queues and timers. Xen writes a line for each key first, and 's' comes last.
+        let xen = match self.qemu.press("qeras", "'s' pressed", KEYS_LIMIT) {
+            Ok(()) => String::from_utf8_lossy(console().get(before..).unwrap_or_default()).into_owned(),
+            Err(error) => format!("Xen does not answer its debug keys: {error:#}"),
+        };
+        format!("{}\n{xen}", said.join("\n"))
     }
 
     /// QEMU's own monitor protocol.

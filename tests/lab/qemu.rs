@@ -46,7 +46,7 @@ pub struct Qemu {
     shared: Arc<Shared>,
     watcher: Option<JoinHandle<()>>,
     // Closing it would be an end of file on the serial line.
-    _serial: Option<ChildStdin>,
+    serial: Mutex<Option<ChildStdin>>,
 }
 
 impl Qemu {
@@ -95,7 +95,7 @@ impl Qemu {
         })?;
         let (pid, serial) =
             told.recv().context("the QEMU thread died")?.context("starting qemu-system-x86_64")?;
-        Ok(Self { pid, shared, watcher: Some(watcher), _serial: serial })
+        Ok(Self { pid, shared, watcher: Some(watcher), serial: Mutex::new(serial) })
     }
 
     /// QEMU's process id.
@@ -106,6 +106,16 @@ impl Qemu {
     /// The last lines of the console.
     pub fn last_lines(&self) -> String {
         self.shared.console()
+    }
+
+    /// Presses debug keys of Xen, whose serial line takes them after Ctrl-A three times, and waits until the console has this text. Works
+    /// while Xen does, whatever has become of dom0.
+    pub fn press(&self, keys: &str, text: &str, limit: Duration) -> Result<()> {
+        if let Some(serial) = self.serial.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            serial.write_all(format!("\x01\x01\x01{keys}").as_bytes()).context("typing on the console")?;
+            serial.flush().context("typing on the console")?;
+        }
+        self.wait_console(text, limit)
     }
 
     /// Whoever needs to say what became of the machine.
