@@ -82,6 +82,7 @@ impl Engine {
                 });
             }
             (FunctionState::Held | FunctionState::Host, Containment::Quarantine) => {
+                self.requests_wait(address);
                 self.start(Course::Condemn, record, None, |record| {
                     format!("{}: quarantined", record.address)
                 });

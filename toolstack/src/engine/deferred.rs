@@ -1,4 +1,4 @@
-//! Requests that wait: a repair of Xen's list that the service makes by itself has their function, for a moment that no user can know of.
+//! Requests that wait: a repair that the service makes by itself has their function, for a moment that no user can know of.
 
 use std::collections::BTreeMap;
 
@@ -29,12 +29,22 @@ impl Engine {
     /// A function is repaired from now on.
     pub(super) fn repair_begins(&mut self, address: Sbdf) {
         self.busy.insert(address);
+        self.requests_wait(address);
+    }
+
+    /// Requests for a function wait until [`Self::repair_ends`].
+    pub(super) fn requests_wait(&mut self, address: Sbdf) {
         self.deferred.0.entry(address).or_default();
     }
 
     /// Its repair has ended, or was not begun: what waited for that is handled in the order in which it came.
     pub(super) fn repair_ends(&mut self, address: Sbdf) {
         self.busy.remove(&address);
+        self.requests_go_on(address);
+    }
+
+    /// What waited for a function is handled, if anything did.
+    pub(super) fn requests_go_on(&mut self, address: Sbdf) {
         for (request, reply) in self.deferred.0.remove(&address).unwrap_or_default() {
             self.handle_request(request, reply);
         }

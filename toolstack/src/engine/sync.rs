@@ -350,6 +350,7 @@ impl Engine {
             Repair::Release { .. } => (Course::Backward(Kind::Release, Parting::Dead), "dom0's again"),
             other => return reply.done(self.note_repair(other, record)),
         };
+        self.requests_wait(address);
         self.start(course, record, Some(reply), move |record| format!("{}: {what}", record.address));
         // The plan's own.
         self.syncing.touched.remove(&address);

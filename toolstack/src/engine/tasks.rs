@@ -372,6 +372,7 @@ impl Engine {
         }
         self.contain_awaiting(address);
         self.returning_finished(&finished, before);
+        self.requests_go_on(address);
     }
 
     /// Takes a function from a guest that is gone.
