@@ -152,7 +152,7 @@ fn a_trusted_guest_changes_its_mac_address_and_the_difference_is_shown(
     ensure!(view["differing"] == json!(["mac"]), "{view}");
     // Looked at by itself some time after the guest's driver has started.
     let said = format!(
-        "xpci status | grep -q 'other network settings than wished: mac {OTHER_MAC} instead of mac {MAC}'"
+        "xpci status | grep -q 'other network settings than requested: mac {OTHER_MAC} instead of mac {MAC}'"
     );
     lab.wait_for("the difference in the status", SOON, &said)
 }
