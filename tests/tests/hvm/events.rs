@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, ensure};
 use xpci_tests::BareGuest;
-use xpci_tests::host::events::{arrives, events, message, offers_pirqs, xen};
+use xpci_tests::host::events::{arrives, arrives_again, events, message, offers_pirqs, xen};
 use xpci_tests::host::state::kill_and_start;
 
 use super::Hvm;
@@ -36,11 +36,12 @@ fn bind(one: &BareGuest<'_>, set_up: SetUp) -> Result<[u32; 2]> {
     Ok([xen(one, &format!("bind {:x}", set_up.pirqs[0]))?, xen(one, &format!("bind {:x}", set_up.pirqs[1]))?])
 }
 
-/// Has the function send the interrupt of an entry, which comes once by its port.
+/// Has the function send the interrupt of an entry, which comes by its port. Nothing of the service's takes part in that, and QEMU's
+/// 82576 now and then sends a second one.
 fn comes(one: &BareGuest<'_>, set_up: SetUp, entry: usize, port: u32) -> Result<()> {
     let before = events(one, port)?;
     trigger(one, set_up, entry)?;
-    arrives(one, port, before + 1)
+    arrives_again(one, port, before).map(drop)
 }
 
 fn trigger(one: &BareGuest<'_>, set_up: SetUp, entry: usize) -> Result<()> {
