@@ -41,7 +41,7 @@ static void change_bit(volatile u32 *bits, u32 index, int set)
 	}
 }
 
-/* Each event is counted, and Xen is told of the end of its interrupt. */
+/* Each event is counted, and Xen gets the end of its interrupt. */
 static void take_events(void)
 {
 	*upcall_pending = 0;

@@ -1,10 +1,7 @@
 //! Interrupts that a bare guest takes as events.
 
-use std::time::Instant;
-
 use anyhow::{Result, ensure};
 
-use super::SOON;
 use crate::BareGuest;
 
 /// `XENFEAT_hvm_pirqs` (xen/include/public/features.h).
@@ -34,29 +31,12 @@ pub fn events(one: &BareGuest<'_>, port: u32) -> Result<u32> {
     one.number(&format!("events {port:x}"))
 }
 
-/// Waits until an event has come by a port since `before` were counted, and no more come during many looks; how many there are then.
-pub fn arrives_again(one: &BareGuest<'_>, port: u32, before: u32) -> Result<u32> {
-    let end = Instant::now() + SOON;
-    let (mut last, mut same) = (before, 0);
-    while last == before || same < 50 {
-        ensure!(Instant::now() < end, "{last} events came by port {port:x}, {before} of them before");
-        let now = events(one, port)?;
-        (last, same) = if now == last { (last, same + 1) } else { (now, 0) };
-    }
-    Ok(last)
+/// Waits until an event has come by a port since `before` were counted, and no more come.
+pub fn arrives_again(one: &BareGuest<'_>, port: u32, before: u32) -> Result<()> {
+    super::settled_count(one, &format!("events {port:x}"), Some(before)).map(drop)
 }
 
 /// Waits until so many events have come by a port, and makes sure that there are not more.
 pub fn arrives(one: &BareGuest<'_>, port: u32, count: u32) -> Result<()> {
-    let end = Instant::now() + SOON;
-    loop {
-        let found = events(one, port)?;
-        if found == count {
-            return Ok(());
-        }
-        ensure!(
-            found < count && Instant::now() < end,
-            "{found} events came by port {port:x}, {count} were awaited"
-        );
-    }
+    super::counts(one, &format!("events {port:x}"), count)
 }

@@ -211,24 +211,33 @@ pub fn inject_error(lab: &Lab, address: &str, uncorrectable: u32, correctable: u
     lab.dom0("dd of=/dev/aer_inject bs=64").input(bytes).ok().map(drop)
 }
 
-/// Waits until an interrupt has come by a vector of a bare guest's since `before` were counted. For triggers of which nothing of the
-/// service's takes part in the way to the guest, while QEMU's 82576 now and then sends a second one.
-pub fn comes_again(one: &BareGuest<'_>, vector: u32, before: u32) -> Result<()> {
-    let end = Instant::now() + SOON;
-    while one.number(&format!("count {vector:x}"))? <= before {
-        ensure!(Instant::now() < end, "no interrupt came by vector {vector:x} after {before}");
-    }
-    Ok(())
-}
-
 /// Waits until so many interrupts have come by a vector of a bare guest's, and makes sure that there are not more.
 pub fn come(one: &BareGuest<'_>, vector: u32, count: u32) -> Result<()> {
+    counts(one, &format!("count {vector:x}"), count)
+}
+
+/// Waits until what a bare guest counts, asked for by this order, is so many, and makes sure that it is not more.
+fn counts(one: &BareGuest<'_>, order: &str, count: u32) -> Result<()> {
     let end = Instant::now() + SOON;
     loop {
-        let found = one.number(&format!("count {vector:x}"))?;
+        let found = one.number(order)?;
         if found == count {
             return Ok(());
         }
-        ensure!(found < count && Instant::now() < end, "{found} interrupts came, not {count}");
+        ensure!(found < count && Instant::now() < end, "'{order}' says that {found} came, not {count}");
     }
+}
+
+/// What a bare guest counts, asked for by this order, when nothing has come during many looks: what has been sent may still be on its way.
+/// With `before` it waits until more than that have come. For triggers of which the service takes no part in the way to the guest, while
+/// QEMU's 82576 now and then sends a second one.
+pub fn settled_count(one: &BareGuest<'_>, order: &str, before: Option<u32>) -> Result<u32> {
+    let end = Instant::now() + SOON;
+    let (mut last, mut same) = (one.number(order)?, 0);
+    while same < 50 || before.is_some_and(|before| last <= before) {
+        ensure!(Instant::now() < end, "'{order}' says {last} and does not settle; before it was {before:?}");
+        let now = one.number(order)?;
+        (last, same) = if now == last { (last, same + 1) } else { (now, 0) };
+    }
+    Ok(last)
 }

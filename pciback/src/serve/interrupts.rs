@@ -157,7 +157,7 @@ impl GuestFunction {
     }
 
     /// Unmaps one vector. What is not mapped is no failure: it may be unmapped already, by an earlier run or with the domain. On an
-    /// error it stays noted, to be unmapped by the next try: nobody else knows its number.
+    /// error it stays noted, to be unmapped by the next try: its number is recorded nowhere else.
     pub(super) fn unmap(&mut self, vectors: &mut VectorState, entry: u16) -> Result<()> {
         let Some(pirq) = vectors.pirq_of(entry).map(Pirq) else { return Ok(()) };
         self.device().unbind(self, pirq);

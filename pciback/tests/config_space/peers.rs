@@ -22,7 +22,7 @@ pub const HEADER: [&str; 3] = [
      Interrupt Line and Pin are virtual; Cache Line Size, Latency Timer and BIST reach hardware",
 ];
 
-/// What vfio-pci keeps in the list and lets nobody write.
+/// What vfio-pci keeps in the list read-only.
 const READ_ONLY: &str = "shown; hardware, read only";
 const NOT_LISTED: &str = "not in the list";
 

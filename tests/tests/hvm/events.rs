@@ -41,7 +41,7 @@ fn bind(one: &BareGuest<'_>, set_up: SetUp) -> Result<[u32; 2]> {
 fn comes(one: &BareGuest<'_>, set_up: SetUp, entry: usize, port: u32) -> Result<()> {
     let before = events(one, port)?;
     trigger(one, set_up, entry)?;
-    arrives_again(one, port, before).map(drop)
+    arrives_again(one, port, before)
 }
 
 fn trigger(one: &BareGuest<'_>, set_up: SetUp, entry: usize) -> Result<()> {

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use xpci_tests::BareGuest;
-use xpci_tests::host::{SOON, come, comes_again};
+use xpci_tests::host::{self, SOON, come};
 
 use super::{BAR0, BAR3, Hvm, SLOT};
 
@@ -75,23 +75,17 @@ pub fn the_vfs_mailbox_interrupts_the_guest(scene: &mut Hvm<'_>) -> Result<()> {
     one.tell(&format!("n {:x} 4 0", own + MISCELLANEOUS_VECTOR))?;
     let count = settled_count(one)?;
     trigger(one, own)?;
-    comes_again(one, VECTOR, count)
+    comes_again(one, count)
 }
 
-/// The count when no interrupt has come during many looks: the answer can be read before its interrupt has arrived.
+/// How many have come by the vector when no more come.
 pub fn settled_count(one: &BareGuest<'_>) -> Result<u32> {
-    let end = Instant::now() + SOON;
-    let (mut last, mut same) = (count(one)?, 0);
-    while same < 50 {
-        ensure!(Instant::now() < end, "interrupts do not end: {last}");
-        let now = count(one)?;
-        (last, same) = if now == last { (last, same + 1) } else { (now, 0) };
-    }
-    Ok(last)
+    host::settled_count(one, &format!("count {VECTOR:x}"), None)
 }
 
-fn count(one: &BareGuest<'_>) -> Result<u32> {
-    one.number(&format!("count {VECTOR:x}"))
+/// Waits until one more has come.
+fn comes_again(one: &BareGuest<'_>, before: u32) -> Result<()> {
+    host::settled_count(one, &format!("count {VECTOR:x}"), Some(before)).map(drop)
 }
 
 /// The VF's registers, its table, and how many interrupts have come.
@@ -148,5 +142,5 @@ pub fn again(one: &BareGuest<'_>) -> Result<()> {
     one.tell(&format!("slot {SLOT:x}"))?;
     let (own, count) = (registers(one, BAR0)?, settled_count(one)?);
     trigger(one, own)?;
-    comes_again(one, VECTOR, count)
+    comes_again(one, count)
 }

@@ -7,17 +7,13 @@ use xpci_tests::host::events::{arrives, events, message, offers_pirqs, xen};
 use xpci_tests::host::state::kill_and_start;
 
 use super::interrupts::{
-    ADDRESS, CAUSE, DATA, EDU_MSI, EDU_VECTOR, ENABLE_CAUSE, IGB_MSI, LINK, LOWER, MASK, RAISE, SET_CAUSE,
-    UPPER, enable, set_message,
+    EDU_MSI, EDU_VECTOR, ENABLE_CAUSE, IGB_MSI, LINK, MASK, edu_raises, enable, igb_raises, set_message,
+    write_message,
 };
 use super::{BAR0, EDU_SLOT, HvmDevices, IGB_SLOT, open};
 
 fn name(one: &BareGuest<'_>, capability: u32, pirq: u32) -> Result<()> {
-    let [address, upper, data] = message(pirq);
-    for (at, size, value) in [(ADDRESS, 4, address), (UPPER, 4, upper), (DATA, 2, data)] {
-        one.tell(&format!("w {:x} {size} {value:x}", capability + at))?;
-    }
-    Ok(())
+    write_message(one, capability, message(pirq))
 }
 
 fn free_number(one: &BareGuest<'_>) -> Result<u32> {
@@ -26,11 +22,10 @@ fn free_number(one: &BareGuest<'_>) -> Result<u32> {
 }
 
 /// edu sends its interrupt, which must come by this port.
-fn edu_raises(one: &BareGuest<'_>, port: u32) -> Result<()> {
+fn edu_sends(one: &BareGuest<'_>, port: u32) -> Result<()> {
     let own = open(one, EDU_SLOT, BAR0)?;
     let before = events(one, port)?;
-    one.tell(&format!("n {:x} 4 1", own + RAISE))?;
-    one.tell(&format!("n {:x} 4 1", own + LOWER))?;
+    edu_raises(one, own)?;
     arrives(one, port, before + 1)
 }
 
@@ -45,22 +40,22 @@ pub fn msi_comes_as_an_event_where_its_message_names_an_interrupt(scene: &mut Hv
     let one = scene.one()?;
     let port = xen(one, &format!("bind {pirq:x}"))?;
     for round in 0..2 {
-        edu_raises(one, port).with_context(|| format!("interrupt {round}"))?;
+        edu_sends(one, port).with_context(|| format!("interrupt {round}"))?;
     }
     kill_and_start(scene.lab, &mut scene.service)?;
     let one = scene.one()?;
-    edu_raises(one, port)?;
+    edu_sends(one, port)?;
     println!("  bound again; another number");
     xen(one, &format!("close {port:x}"))?;
     let port = xen(one, &format!("bind {pirq:x}"))?;
-    edu_raises(one, port)?;
+    edu_sends(one, port)?;
     xen(one, &format!("close {port:x}"))?;
     enable(one, EDU_MSI, 0)?;
     let other = free_number(one)?;
     name(one, EDU_MSI, other)?;
     enable(one, EDU_MSI, 1)?;
     let port = xen(one, &format!("bind {other:x}"))?;
-    edu_raises(one, port)?;
+    edu_sends(one, port)?;
     println!("  by a vector");
     xen(one, &format!("close {port:x}"))?;
     enable(one, EDU_MSI, 0)?;
@@ -68,8 +63,7 @@ pub fn msi_comes_as_an_event_where_its_message_names_an_interrupt(scene: &mut Hv
     enable(one, EDU_MSI, 1)?;
     let own = open(one, EDU_SLOT, BAR0)?;
     let before = one.number(&format!("count {EDU_VECTOR:x}"))?;
-    one.tell(&format!("n {:x} 4 1", own + RAISE))?;
-    one.tell(&format!("n {:x} 4 1", own + LOWER))?;
+    edu_raises(one, own)?;
     come(one, EDU_VECTOR, before + 1)?;
     enable(one, EDU_MSI, 0).map(drop)
 }
@@ -78,10 +72,7 @@ pub fn msi_comes_as_an_event_where_its_message_names_an_interrupt(scene: &mut Hv
 pub fn msi_whose_mask_is_left_set_comes_as_an_event(scene: &mut HvmDevices<'_>) -> Result<()> {
     let one = scene.one()?;
     let own = open(one, IGB_SLOT, BAR0)?;
-    let raise = || -> Result<()> {
-        one.tell(&format!("n {:x} 4 ffffffff", own + CAUSE))?;
-        one.tell(&format!("n {:x} 4 {LINK:x}", own + SET_CAUSE)).map(drop)
-    };
+    let raise = || igb_raises(one, own);
     one.tell(&format!("n {:x} 4 {LINK:x}", own + ENABLE_CAUSE))?;
     one.tell(&format!("w {:x} 4 1", IGB_MSI + MASK))?;
     let pirq = free_number(one)?;

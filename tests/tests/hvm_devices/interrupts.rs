@@ -7,21 +7,21 @@ use xpci_tests::host::{SOON, come, start_service};
 use super::{BAR0, EDU_SLOT, HvmDevices, IGB_SLOT, INTERRUPT_LINE, RTL_SLOT, granted_of, open};
 
 /// Registers of edu (QEMU's docs/specs/edu.rst): raise an interrupt, end it; and where its MSI capability is.
-pub const RAISE: u32 = 0x60;
-pub const LOWER: u32 = 0x64;
+const RAISE: u32 = 0x60;
+const LOWER: u32 = 0x64;
 pub const EDU_MSI: u32 = 0x40;
 /// Registers of the 82576: causes of interrupts, to be cleared, set and enabled; that of a link that changed. At the places of its
 /// predecessors (datasheet, section 8.1.3): QEMU has not all of them at its own.
-pub const CAUSE: u32 = 0xc0;
-pub const SET_CAUSE: u32 = 0xc8;
+const CAUSE: u32 = 0xc0;
+const SET_CAUSE: u32 = 0xc8;
 pub const ENABLE_CAUSE: u32 = 0xd0;
 pub const LINK: u32 = 1 << 2;
 pub const IGB_MSI: u32 = 0x50;
 /// Of MSI with 64-bit addresses, from its begin (PCI Express 6.0, section 7.7.1).
 const CONTROL: u32 = 2;
-pub const ADDRESS: u32 = 4;
-pub const UPPER: u32 = 8;
-pub const DATA: u32 = 0xc;
+const ADDRESS: u32 = 4;
+const UPPER: u32 = 8;
+const DATA: u32 = 0xc;
 pub const MASK: u32 = 0x10;
 const PENDING: u32 = 0x14;
 /// Registers of the RTL8139.
@@ -38,10 +38,27 @@ const IGB_VECTOR: u32 = 0x44;
 const LINES: u32 = 0x40;
 
 pub fn set_message(one: &BareGuest<'_>, capability: u32, vector: u32) -> Result<()> {
-    for (at, size, value) in [(ADDRESS, 4, 0xfee0_0000), (UPPER, 4, 0), (DATA, 2, vector)] {
+    write_message(one, capability, [0xfee0_0000, 0, vector])
+}
+
+/// Writes address, upper address and data.
+pub fn write_message(one: &BareGuest<'_>, capability: u32, [address, upper, data]: [u32; 3]) -> Result<()> {
+    for (at, size, value) in [(ADDRESS, 4, address), (UPPER, 4, upper), (DATA, 2, data)] {
         one.tell(&format!("w {:x} {size} {value:x}", capability + at))?;
     }
     Ok(())
+}
+
+/// edu, whose registers are there, sends its interrupt.
+pub fn edu_raises(one: &BareGuest<'_>, own: u32) -> Result<()> {
+    one.tell(&format!("n {:x} 4 1", own + RAISE))?;
+    one.tell(&format!("n {:x} 4 1", own + LOWER)).map(drop)
+}
+
+/// The 82576, whose registers are there, sends the interrupt of a link that changed.
+pub fn igb_raises(one: &BareGuest<'_>, own: u32) -> Result<()> {
+    one.tell(&format!("n {:x} 4 ffffffff", own + CAUSE))?;
+    one.tell(&format!("n {:x} 4 {LINK:x}", own + SET_CAUSE)).map(drop)
 }
 
 pub fn enable(one: &BareGuest<'_>, capability: u32, on: u32) -> Result<u32> {
@@ -53,10 +70,7 @@ pub fn enable(one: &BareGuest<'_>, capability: u32, on: u32) -> Result<u32> {
 pub fn msi_comes_by_the_vector_that_its_message_names(scene: &mut HvmDevices<'_>) -> Result<()> {
     let one = scene.one()?;
     let own = open(one, EDU_SLOT, BAR0)?;
-    let raise = || -> Result<()> {
-        one.tell(&format!("n {:x} 4 1", own + RAISE))?;
-        one.tell(&format!("n {:x} 4 1", own + LOWER)).map(drop)
-    };
+    let raise = || edu_raises(one, own);
     ensure!(one.number(&format!("m {own:x} 4"))? == 0x0100_00ed, "edu's identification");
     ensure!(one.number(&format!("r {EDU_MSI:x} 1"))? == 5, "no MSI at {EDU_MSI:#x}");
     set_message(one, EDU_MSI, EDU_VECTOR)?;
@@ -83,10 +97,7 @@ pub fn msi_comes_by_the_vector_that_its_message_names(scene: &mut HvmDevices<'_>
 pub fn msi_that_is_masked_waits_and_comes_once(scene: &mut HvmDevices<'_>) -> Result<()> {
     let one = scene.one()?;
     let own = open(one, IGB_SLOT, BAR0)?;
-    let raise = || -> Result<()> {
-        one.tell(&format!("n {:x} 4 ffffffff", own + CAUSE))?;
-        one.tell(&format!("n {:x} 4 {LINK:x}", own + SET_CAUSE)).map(drop)
-    };
+    let raise = || igb_raises(one, own);
     let mask = |bits: u32| one.tell(&format!("w {:x} 4 {bits:x}", IGB_MSI + MASK)).map(drop);
     let pending = || one.number(&format!("r {:x} 4", IGB_MSI + PENDING));
     one.tell(&format!("n {:x} 4 {LINK:x}", own + ENABLE_CAUSE))?;
@@ -175,8 +186,7 @@ pub fn messages_and_lines_come_while_the_service_is_dead_and_afterwards(
     let mut messages = one.number(&format!("count {IGB_VECTOR:x}"))?;
     let mut levels = one.number(&format!("count {vector:x}"))?;
     let mut both = || -> Result<()> {
-        one.tell(&format!("n {:x} 4 ffffffff", igb + CAUSE))?;
-        one.tell(&format!("n {:x} 4 {LINK:x}", igb + SET_CAUSE))?;
+        igb_raises(one, igb)?;
         one.tell(&format!("n {:x} 4 1", edu + RAISE))?;
         (messages, levels) = (messages + 1, levels + 1);
         come(one, IGB_VECTOR, messages)?;

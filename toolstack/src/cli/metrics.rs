@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::client;
 use crate::outcome::{ErrorCode, Failure};
-use crate::protocol::{ListFilter, ListedView, Request, StatusView, Success};
+use crate::protocol::{GuestView, ListFilter, ListedView, Request, StatusView, Success};
 
 /// What stands in the file while the service does not answer.
 const DOWN: &str = "# HELP xpci_up Whether xpcid answers.\n# TYPE xpci_up gauge\nxpci_up 0\n";
@@ -114,14 +114,14 @@ fn text(status: &StatusView, functions: &[ListedView]) -> String {
     let (enabled, total) = (pf(|listed| listed.enabled_vfs), pf(|listed| listed.total_vfs));
     metric(&mut text, "xpci_vfs_enabled", "gauge", "Enabled VFs of a PF.", &enabled);
     metric(&mut text, "xpci_vfs_total", "gauge", "VFs that a PF can have.", &total);
-    let guest = |count: &dyn Fn(&crate::protocol::GuestView) -> u64| -> Vec<_> {
-        let of = |guest: &crate::protocol::GuestView| {
+    let guest = |count: &dyn Fn(&GuestView) -> u64| -> Vec<_> {
+        let of = |guest: &GuestView| {
             let name = guest.name.clone().unwrap_or_default();
             (vec![("domain", guest.domain.to_string()), ("name", name)], count(guest))
         };
         status.guests.iter().map(of).collect()
     };
-    let has = |guest: &crate::protocol::GuestView| {
+    let has = |guest: &GuestView| {
         status.functions.iter().filter(|function| function.domain == Some(guest.domain)).count() as u64
     };
     metric(&mut text, "xpci_guest_functions", "gauge", "Functions that a guest has.", &guest(&has));

@@ -231,7 +231,7 @@ pub fn a_guests(platform: &Platform, address: Sbdf) -> Failure {
     .on(address)
 }
 
-/// Whether a guest has a function that this service gave to nobody: another toolstack gave it. Where the service does not know any more what
+/// Whether a guest has a function that this service did not give: another toolstack gave it. Where the service does not know any more what
 /// it did, what xl writes to xenstore decides.
 pub fn is_another_toolstacks(platform: &Platform, record: &Record) -> Result<bool, Failure> {
     let address = record.address;

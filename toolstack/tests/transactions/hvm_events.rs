@@ -83,7 +83,7 @@ fn masked_vectors_are_bound_to_the_interrupts_that_their_messages_name_when_the_
     assert_eq!((mapped(&world), guest.deliveries().len()), (vec![], 0), "while all of it is masked");
     guest.write(MSIX_CONTROL, 2, ENABLE);
     assert_eq!(mapped(&world), [(40, 2), (50, 0)]);
-    // Binding the event channel unmasks them, not we: what comes before is nobody's.
+    // Binding the event channel unmasks them, not we: what comes before reaches no event channel.
     let expected = [delivered(40, TABLE, true), delivered(50, TABLE, true)];
     assert_eq!(guest.deliveries().into_iter().collect::<Vec<_>>(), expected);
     assert_eq!(guest.ask(&memory(TABLE + 0xc, 4, None)), 1, "the mask in the table is as it was");
@@ -205,7 +205,7 @@ fn numbers_that_others_have_or_the_guest_has_not_are_refused() {
     assert_ends_well(&world, &guest, &service, bdf(VF), "detached");
 }
 
-/// What is bound anew is masked for Xen until it is told otherwise; no event channel is bound again.
+/// What is bound anew is masked in Xen until it is bound as unmasked; no event channel is bound again.
 #[test]
 fn a_table_that_moves_and_a_service_that_is_restarted_leave_vectors_unmasked() {
     let (world, guest, service) = with_table();
@@ -223,40 +223,56 @@ fn a_table_that_moves_and_a_service_that_is_restarted_leave_vectors_unmasked() {
     assert_ends_well(&world, &guest, &service, bdf(VF), "detached");
 }
 
-/// A run of the service that is killed at any of its changes leaves the next one to carry the request out.
-#[test]
-fn a_service_that_is_killed_anywhere_loses_no_interrupt() {
+/// A run of the service that is killed at any of the changes which a write to config space makes leaves the next one to carry the write out;
+/// `more_than` are so many changes, and `check` looks at what has become of it.
+fn killed_at_each_change(
+    begin: impl Fn() -> (World, Guest, Service),
+    register: u16,
+    value: u32,
+    more_than: u32,
+    check: impl Fn(&World, &Guest, &Service, &str),
+) {
     for changes in 0..100 {
         for moment in [Moment::Before, Moment::After] {
             let why = format!("killed at change {changes}, {moment:?}");
-            let (world, guest, service) = with_table();
-            enable(&guest, &[(0, 50), (1, 51)]);
-            guest.write(MSIX_CONTROL, 2, ENABLE | ALL_MASKED);
-            write_message(&guest, 0, event(30));
-            set_up(&guest, 1, 0x41);
-            write_message(&guest, 2, event(51));
+            let (world, guest, service) = begin();
             service.fuse.arm(changes, moment);
-            let request = guest.begin(&config(SLOT, MSIX_CONTROL, 2, Some(ENABLE)));
+            let request = guest.begin(&config(SLOT, register, 2, Some(value)));
             wait_until("it is killed or has answered", || {
                 service.fuse.is_blown() || request.answer(std::time::Duration::ZERO).is_ok()
             });
             if !service.fuse.is_blown() {
-                assert!(changes > 4, "hardly anything was done");
+                assert!(changes > more_than, "hardly anything was done");
                 return;
             }
             service.kill();
             let service = world.start();
             request.answer(LIMIT).unwrap();
-            let found = mapped(&world);
-            assert!(found.contains(&(30, 0)) && found.contains(&(51, 2)), "{why}: {found:?}");
-            assert!(bound(&guest).iter().any(|(data, _)| *data == 0x41), "{why}");
-            guest.write(MSIX_CONTROL, 2, 0);
-            assert_eq!(guest.deliveries().len(), 0, "{why}");
-            assert_eq!(world.simulation.lost_interrupts(), 0, "{why}");
-            drop(service);
+            check(&world, &guest, &service, &why);
         }
     }
     panic!("it makes more changes than are tested");
+}
+
+#[test]
+fn a_service_that_is_killed_anywhere_loses_no_interrupt() {
+    let begin = || {
+        let (world, guest, service) = with_table();
+        enable(&guest, &[(0, 50), (1, 51)]);
+        guest.write(MSIX_CONTROL, 2, ENABLE | ALL_MASKED);
+        write_message(&guest, 0, event(30));
+        set_up(&guest, 1, 0x41);
+        write_message(&guest, 2, event(51));
+        (world, guest, service)
+    };
+    killed_at_each_change(begin, MSIX_CONTROL, ENABLE, 4, |world, guest, _, why| {
+        let found = mapped(world);
+        assert!(found.contains(&(30, 0)) && found.contains(&(51, 2)), "{why}: {found:?}");
+        assert!(bound(guest).iter().any(|(data, _)| *data == 0x41), "{why}");
+        guest.write(MSIX_CONTROL, 2, 0);
+        assert_eq!(guest.deliveries().len(), 0, "{why}");
+        assert_eq!(world.simulation.lost_interrupts(), 0, "{why}");
+    });
 }
 
 fn pf() -> (World, Guest, Service) {
@@ -306,29 +322,16 @@ fn access(offset: u16) -> pciback::config::Access {
 
 #[test]
 fn msi_is_enabled_by_the_next_run_when_the_service_is_killed_anywhere() {
-    for changes in 0..100 {
-        for moment in [Moment::Before, Moment::After] {
-            let why = format!("killed at change {changes}, {moment:?}");
-            let (world, guest, service) = pf();
-            write_msi(&guest, event(44));
-            service.fuse.arm(changes, moment);
-            let request = guest.begin(&config(SLOT, MSI_CONTROL, 2, Some(1)));
-            wait_until("it is killed or has answered", || {
-                service.fuse.is_blown() || request.answer(std::time::Duration::ZERO).is_ok()
-            });
-            if !service.fuse.is_blown() {
-                assert!(changes > 2, "hardly anything was done");
-                return;
-            }
-            service.kill();
-            let service = world.start();
-            request.answer(LIMIT).unwrap();
-            assert_eq!(mapped(&world), [(44, 0)], "{why}");
-            assert_eq!(guest.deliveries()[&44].message, event(44), "{why}");
-            let control = world.host().config(bdf(PF)).unwrap().read(access(MSI_CONTROL)).unwrap();
-            assert_eq!(control & 1, 1, "{why}");
-            assert_ends_well(&world, &guest, &service, bdf(PF), &why);
-        }
-    }
-    panic!("it makes more changes than are tested");
+    let begin = || {
+        let (world, guest, service) = pf();
+        write_msi(&guest, event(44));
+        (world, guest, service)
+    };
+    killed_at_each_change(begin, MSI_CONTROL, 1, 2, |world, guest, service, why| {
+        assert_eq!(mapped(world), [(44, 0)], "{why}");
+        assert_eq!(guest.deliveries()[&44].message, event(44), "{why}");
+        let control = world.host().config(bdf(PF)).unwrap().read(access(MSI_CONTROL)).unwrap();
+        assert_eq!(control & 1, 1, "{why}");
+        assert_ends_well(world, guest, service, bdf(PF), why);
+    });
 }

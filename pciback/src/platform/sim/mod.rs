@@ -357,7 +357,7 @@ impl Simulation {
         })
     }
 
-    /// How many interrupts of the host were mapped to numbers that had one: nobody can give them back.
+    /// How many interrupts of the host were mapped to numbers that had one: they cannot be unmapped any more.
     pub fn lost_interrupts(&self) -> u32 {
         locked(&self.world).xen.lost
     }

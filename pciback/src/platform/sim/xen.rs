@@ -72,7 +72,7 @@ pub(super) struct Xen {
     pub domains: BTreeMap<DomId, Domain>,
     /// Lines that dom0 has set up.
     pub lines: BTreeSet<u32>,
-    /// Interrupts of the host that were taken for a number that had one already, and that nobody gives back.
+    /// Interrupts of the host that were mapped to a number that had one already, and that cannot be unmapped any more.
     pub lost: u32,
 }
 

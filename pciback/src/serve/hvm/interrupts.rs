@@ -164,7 +164,7 @@ impl Device {
         let seen = table_in_guest(function, &msix);
         let Ok(table) = function.msix_table(&msix) else { return };
         for (entry, pirq) in &vectors.entries {
-            // Before it is unbound: what is bound anew is masked, unless Xen is told otherwise.
+            // Before it is unbound: what is bound anew is masked, unless the flag for unmasked is passed.
             let in_hardware = self.mask_in_hardware(&msix, *entry);
             let unbound = self.domains.unbind_msi(function.domain, Pirq(*pirq));
             let was_bound = unbound.is_ok();
