@@ -37,17 +37,34 @@ fn sources(folder: &Path, into: &mut String) -> io::Result<()> {
 }
 
 #[test]
-fn the_tests_that_the_threat_model_names_exist() {
+fn the_tests_that_the_threat_model_and_the_comparison_name_exist() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let text = fs::read_to_string(root.join("SECURITY.md")).unwrap();
     let mut code = String::new();
     for folder in ["pciback", "toolstack", "tests"] {
         sources(&root.join(folder), &mut code).unwrap();
     }
-    let named = tests_named(&text);
-    assert!(named.len() > 20, "{named:?}");
-    let missing: Vec<_> = named.into_iter().filter(|name| !code.contains(&format!("fn {name}("))).collect();
-    assert!(missing.is_empty(), "SECURITY.md names tests that do not exist: {missing:?}");
+    for document in ["SECURITY.md", "docs/comparison.md"] {
+        let text = fs::read_to_string(root.join(document)).expect(document);
+        let named = tests_named(&text);
+        assert!(named.len() > 20, "{document}: {named:?}");
+        let missing: Vec<_> =
+            named.into_iter().filter(|name| !code.contains(&format!("fn {name}("))).collect();
+        assert!(missing.is_empty(), "{document} names tests that do not exist: {missing:?}");
+    }
+}
+
+#[test]
+fn each_claim_of_the_comparison_names_a_test() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/comparison.md");
+    let text = fs::read_to_string(path).unwrap();
+    let compared = text.split("## Sources").next().unwrap();
+    let rows = compared.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| |"));
+    let claims: Vec<&str> = rows.filter(|row| !row.starts_with("| ---")).collect();
+    assert!(claims.len() > 20, "{claims:?}");
+    for claim in claims {
+        let shown_by = claim.split(" | ").nth(2).expect(claim);
+        assert!(!tests_named(shown_by).is_empty(), "no test shows: {claim}");
+    }
 }
 
 #[test]
