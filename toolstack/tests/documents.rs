@@ -43,7 +43,7 @@ fn the_tests_that_the_threat_model_and_the_comparison_name_exist() {
     for folder in ["pciback", "toolstack", "tests"] {
         sources(&root.join(folder), &mut code).unwrap();
     }
-    for document in ["SECURITY.md", "docs/comparison.md"] {
+    for document in ["docs/security.md", "docs/comparison.md"] {
         let text = fs::read_to_string(root.join(document)).expect(document);
         let named = tests_named(&text);
         assert!(named.len() > 20, "{document}: {named:?}");
