@@ -113,7 +113,7 @@ fn for_each_pf(pfs: u8, work: impl Fn(u8) + Sync) {
 }
 
 fn ask(socket: &Path, request: Request) {
-    let envelope = client::call(socket, request, &mut |_| ()).unwrap();
+    let envelope = client::call(socket, request.into(), &mut |_| ()).unwrap();
     assert!(envelope.error.is_none(), "{:?}", envelope.error);
 }
 

@@ -6,9 +6,14 @@ use std::path::Path;
 
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{ANSWER_LIMIT, Call, Envelope, Request, VERSION};
+use crate::target::Target;
 
 /// Sends one request and returns the final answer; lines on the way go to `progress`.
-pub fn call(socket: &Path, request: Request, progress: &mut dyn FnMut(&str)) -> Result<Envelope, Failure> {
+pub fn call(
+    socket: &Path,
+    request: Request<Target>,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Envelope, Failure> {
     follow(socket, request, &mut |envelope| {
         if let Some(text) = &envelope.progress {
             progress(text);
@@ -30,7 +35,7 @@ fn connect_hint(kind: ErrorKind) -> &'static str {
 /// The same; all envelopes on the way go to `heard`.
 pub fn follow(
     socket: &Path,
-    request: Request,
+    request: Request<Target>,
     heard: &mut dyn FnMut(&Envelope),
 ) -> Result<Envelope, Failure> {
     let unreachable = |what: &str, why: &dyn std::fmt::Display| {

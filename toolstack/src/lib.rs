@@ -12,6 +12,7 @@ pub mod engine;
 pub mod former_owners;
 pub mod journal;
 pub mod ledger;
+pub mod names;
 pub mod outcome;
 pub mod policies;
 pub mod protocol;
@@ -22,6 +23,7 @@ pub mod settings;
 pub mod spec;
 pub mod steps;
 pub mod supervisor;
+pub mod target;
 pub mod transaction;
 
 /// The version of both programs, with the commit where a release was built from a git checkout.

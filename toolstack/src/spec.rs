@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Weak};
 
+use nix::errno::Errno;
 use pciback::Sbdf;
 use pciback::config::{CapabilityList, FunctionSpec, Planes, Policy, PortAbove, Unroutable, VfRouting};
 use pciback::inventory::Identity;
@@ -37,6 +38,16 @@ impl SpecExt for FunctionSpec {
     fn has_interrupt_pin(&self) -> bool {
         !self.is_virtual() && self.bytes.get(INTERRUPT_PIN).is_some_and(|pin| *pin != 0)
     }
+}
+
+/// The function, which must exist.
+pub fn existing(host: &dyn Host, address: Sbdf) -> Result<HostFunction, Failure> {
+    host.function(address).map_err(|error| match error.errno() {
+        Some(Errno::ENOENT) => Failure::not_found(format!("there is no function {address} on this host"))
+            .on(address)
+            .hint("'lspci -D' lists them"),
+        _ => Failure::from(error).on(address),
+    })
 }
 
 /// Reads a function as hardware and host show it, a VF with the help of its PF.

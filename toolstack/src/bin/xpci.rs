@@ -14,6 +14,7 @@ use toolstack::client;
 use toolstack::doctor;
 use toolstack::outcome::{ErrorCode, Failure};
 use toolstack::protocol::{Answers, Envelope, Request, Success};
+use toolstack::target::Target;
 
 /// How many of a command's requests are made at the same time. Taking a function from a driver mostly waits for its reset, 100 ms.
 const AT_ONCE: usize = 8;
@@ -83,7 +84,7 @@ fn answers(steps: Vec<Step>, socket: &Path, show_progress: bool, json: bool) -> 
     })
 }
 
-fn ask(socket: &Path, request: Request, show_progress: bool, json: bool) -> Envelope {
+fn ask(socket: &Path, request: Request<Target>, show_progress: bool, json: bool) -> Envelope {
     let (name, is_doctor) = (request.name(), request == Request::Doctor);
     let mut heard = |envelope: &Envelope| match (&envelope.progress, &envelope.event) {
         (Some(text), _) if show_progress => say(&mut std::io::stderr(), &format!("{text} ...\n")),

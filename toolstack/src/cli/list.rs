@@ -204,6 +204,7 @@ pub(super) fn shown(view: &ShownView) -> String {
         ("class", Some(format!("{} ({})", listed_view.class, listed_view.base_class))),
         ("subsystem", Some(view.subsystem.clone())),
         ("serial number", view.serial_number.clone()),
+        ("path", view.path.clone()),
         ("reset methods", Some(listed(&listed_view.reset_methods).replace(',', ", "))),
         ("IOMMU group", Some(group)),
         ("ports above", Some(addresses(&listed_view.ports))),

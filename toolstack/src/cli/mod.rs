@@ -15,7 +15,6 @@ mod table;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use pciback::Sbdf;
 
 pub use place::Place;
 
@@ -23,6 +22,7 @@ use crate::VERSION;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{DomainName, Request, Scope};
 use crate::settings::DEFAULT_SOCKET;
+use crate::target::Target;
 
 pub use hvm::Hvm;
 pub use list::ListArguments;
@@ -34,7 +34,9 @@ pub use table::{Look, bulleted, render};
 
 /// Assigns PCI functions to Xen guests.
 ///
-/// Commands are spelled as xl spells them. PCI addresses are hexadecimal, [SSSS:]BB:DD.F, as in '01:10.0'.
+/// Commands are spelled as xl spells them. PCI addresses are hexadecimal, [SSSS:]BB:DD.F, as in '01:10.0'. Wherever a function is named
+/// (BDF, PF, VF), 'PF:N' is VF N of a PF, from 0, and NAME a name of the settings or a network interface in dom0: '01:00.0:3', 'eth0:3',
+/// 'eth0'.
 #[derive(Debug, Parser)]
 #[command(name = "xpci", version = VERSION, max_term_width = 110, after_help = EXIT_CODES)]
 pub struct Cli {
@@ -73,9 +75,9 @@ pub enum Command {
         /// Takes them even while something in dom0 uses them: a mounted file system, an interface that is up.
         #[arg(short, long)]
         force: bool,
-        /// The functions.
+        /// The functions; 'any:PF' is the first VF of a PF that is dom0's and has no driver, another one each time.
         #[arg(required = true, value_name = "BDF")]
-        addresses: Vec<Sbdf>,
+        addresses: Vec<Target>,
     },
     /// Gives held functions back to dom0 and to the drivers they came from.
     PciAssignableRemove {
@@ -90,7 +92,7 @@ pub enum Command {
         trust_former_owner: bool,
         /// The functions.
         #[arg(required = true, value_name = "BDF")]
-        addresses: Vec<Sbdf>,
+        addresses: Vec<Target>,
     },
     /// Gives a held function to a guest.
     PciAttach {
@@ -107,7 +109,8 @@ pub enum Command {
         /// persistently.
         domain: String,
         /// The function, and the device number at which the guest shall see it (hexadecimal, 0-1f). xl's options may follow:
-        /// 'BDF@SLOT,permissive=1'; those without effect here are named.
+        /// 'BDF@SLOT,permissive=1'; those without effect here are named. 'any:PF' is the first VF of a PF that is assignable and kept for
+        /// no guest: the answer says which, and each such command gives another one.
         #[arg(value_name = "BDF[@SLOT]")]
         place: Place,
     },
@@ -126,7 +129,7 @@ pub enum Command {
         domain: String,
         /// The function.
         #[arg(value_name = "BDF")]
-        address: Sbdf,
+        address: Target,
     },
     /// Lists the functions of a guest.
     PciList {
@@ -197,7 +200,7 @@ pub enum Vf {
     Create {
         /// The PF.
         #[arg(value_name = "PF")]
-        address: Sbdf,
+        address: Target,
         /// How many, from 1 to the PF's total.
         count: u16,
         /// For a PF that has no driver: binds it to pci-pf-stub, which manages nothing, until 'vf destroy'.
@@ -208,7 +211,7 @@ pub enum Vf {
     SetCount {
         /// The PF.
         #[arg(value_name = "PF")]
-        address: Sbdf,
+        address: Target,
         /// How many, from 0 to the PF's total.
         count: u16,
     },
@@ -216,13 +219,13 @@ pub enum Vf {
     Destroy {
         /// The PF.
         #[arg(value_name = "PF")]
-        address: Sbdf,
+        address: Target,
     },
     /// Lists VFs.
     List {
         /// Only those of this PF.
         #[arg(value_name = "PF")]
-        address: Option<Sbdf>,
+        address: Option<Target>,
     },
     /// Sets network settings of a held or attached VF through its PF, until it goes back to dom0.
     ///
@@ -233,7 +236,7 @@ pub enum Vf {
     Show {
         /// The VF or PF.
         #[arg(value_name = "VF|PF")]
-        address: Sbdf,
+        address: Target,
     },
 }
 
@@ -245,7 +248,7 @@ pub enum Aer {
     Status {
         /// The function; without it, all that the service looks after.
         #[arg(value_name = "BDF")]
-        address: Option<Sbdf>,
+        address: Option<Target>,
     },
     /// Shows the last errors of a function, what was decided, the registers then read, and what came of it.
     History(OneFunction),
@@ -261,7 +264,7 @@ pub enum Quarantine {
         trust_former_owner: bool,
         /// The function.
         #[arg(value_name = "BDF")]
-        address: Sbdf,
+        address: Target,
     },
 }
 
@@ -270,7 +273,7 @@ pub enum Quarantine {
 pub struct OneFunction {
     /// The function.
     #[arg(value_name = "BDF")]
-    pub address: Sbdf,
+    pub address: Target,
 }
 
 /// What is wrong with a command line, and how it is written, without the words around.
@@ -294,7 +297,7 @@ pub fn usage(error: &clap::Error) -> Failure {
 #[derive(Debug)]
 pub enum Step {
     /// Asks the service.
-    Ask(Request),
+    Ask(Request<Target>),
     /// Does it without the service.
     Local(Local),
     /// Gathers metrics, and writes them to a file.
@@ -340,7 +343,7 @@ impl Command {
     }
 
     /// The requests to send, one after the other.
-    fn requests(self) -> Vec<Request> {
+    fn requests(self) -> Vec<Request<Target>> {
         let one = |request| vec![request];
         match self {
             Self::Policy(_) | Self::Hvm(_) | Self::Metrics { .. } | Self::Documents { .. } => Vec::new(),

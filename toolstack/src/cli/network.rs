@@ -7,13 +7,14 @@ use pciback::platform::network::{LinkState, MacAddress, Vlan};
 
 use super::table::table;
 use crate::protocol::{Request, VfNetworkView};
+use crate::target::Target;
 
 /// What to set for a VF.
 #[derive(Debug, Args)]
 pub struct SetArguments {
     /// The VF.
     #[arg(value_name = "VF")]
-    pub address: Sbdf,
+    pub address: Target,
     #[command(flatten)]
     settings: SettingArguments,
 }
@@ -59,7 +60,7 @@ enum Link {
 
 impl SetArguments {
     /// The request.
-    pub(super) fn request(self) -> Request {
+    pub(super) fn request(self) -> Request<Target> {
         let given = self.settings;
         let link = |link| match link {
             Link::Auto => LinkState::Auto,

@@ -3,15 +3,14 @@
 
 use std::str::FromStr;
 
-use pciback::{Sbdf, SbdfError};
-
 use crate::outcome::{ErrorCode, Failure};
+use crate::target::{Parent, Target, Word};
 
-/// A function and where the guest sees it: `BDF[@SLOT][,KEY=VALUE]...`.
+/// A function and where the guest sees it: `BDF[@SLOT][,KEY=VALUE]...`, or with `bdf=BDF` or `name=NAME` among the options.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
     /// The function.
-    pub address: Sbdf,
+    pub address: Target,
     /// The guest's device number, 0-31.
     pub slot: Option<u8>,
     /// What is said of xl's options that have no effect.
@@ -36,58 +35,66 @@ impl FromStr for Place {
     type Err = Failure;
 
     fn from_str(text: &str) -> Result<Self, Failure> {
-        let mut parts = text.split(',');
-        let first = parts.next().unwrap_or_default();
-        let (address, slot) = match first.split_once('@') {
-            Some((address, slot)) => (address, Some(slot)),
-            None => (first, None),
-        };
-        let mut place = Self {
-            address: address_of(address)?,
-            slot: slot.map(|digits| slot_of(&format!("@{digits}"), digits)).transpose()?,
-            notes: Vec::new(),
-        };
-        for option in parts {
-            place.take(option)?;
+        let mut parts = text.split(',').peekable();
+        let (mut address, mut slot) = (None, None);
+        if let Some(first) = parts.next_if(|first| !first.contains('=')) {
+            let (function, digits) = match first.split_once('@') {
+                Some((function, digits)) => (function, Some(digits)),
+                None => (first, None),
+            };
+            address = Some(target(function)?);
+            slot = digits.map(|digits| slot_of(&format!("@{digits}"), digits)).transpose()?;
         }
-        Ok(place)
+        let (mut notes, mut seize) = (Vec::new(), None);
+        for option in parts {
+            let (key, value) = option
+                .split_once('=')
+                .ok_or_else(|| usage(format!("'{option}' is no option: options are KEY=VALUE")))?;
+            if let Some((_, note)) = WITHOUT_EFFECT.iter().find(|(name, _)| *name == key) {
+                if is_on(key, value)? {
+                    notes.push(*note);
+                }
+                continue;
+            }
+            match (key, value) {
+                ("vslot", digits) if slot.is_none() => slot = Some(slot_of(option, digits)?),
+                ("vslot", _) => {
+                    return Err(usage(format!("'{option}': the device number stands there already")));
+                }
+                ("bdf" | "name", _) if address.is_some() => {
+                    return Err(usage(format!("'{option}': the function stands there already")));
+                }
+                ("bdf", value) => address = Some(target(value)?),
+                ("name", value) => {
+                    let word = Word::try_from(value.to_owned()).map_err(usage)?;
+                    address = Some(Target::One(Parent::Word(word)));
+                }
+                ("rdm_policy", "relaxed") => {}
+                ("rdm_policy", "strict") => {
+                    return Err(usage(format!("'{option}' is a policy's: write 'rdm-policy: strict' there")));
+                }
+                ("seize", _) => seize = is_on(key, value)?.then_some(option),
+                _ => {
+                    let known = "bdf, name, vslot, permissive, msitranslate, power_mgmt, seize, rdm_policy";
+                    return Err(usage(format!("'{option}' is none of the options {known}")));
+                }
+            }
+        }
+        let Some(address) = address else {
+            return Err(usage(format!("'{text}' has no function: write BDF, bdf=BDF or name=NAME")));
+        };
+        match seize {
+            None => Ok(Self { address, slot, notes }),
+            Some(option) => {
+                let first = format!("'xpci pci-assignable-add {address}' first");
+                Err(usage(format!("'{option}' is a command of its own: {first}")))
+            }
+        }
     }
 }
 
-impl Place {
-    /// Takes one of xl's options.
-    fn take(&mut self, option: &str) -> Result<(), Failure> {
-        let (key, value) = option
-            .split_once('=')
-            .ok_or_else(|| usage(format!("'{option}' is no option: options are KEY=VALUE")))?;
-        if let Some((_, note)) = WITHOUT_EFFECT.iter().find(|(name, _)| *name == key) {
-            if is_on(key, value)? {
-                self.notes.push(note);
-            }
-            return Ok(());
-        }
-        match (key, value) {
-            ("vslot", digits) if self.slot.is_none() => self.slot = Some(slot_of(option, digits)?),
-            ("vslot", _) => return Err(usage(format!("'{option}': the device number stands there already"))),
-            ("rdm_policy", "relaxed") => {}
-            ("rdm_policy", "strict") => {
-                return Err(usage(format!("'{option}' is a policy's: write 'rdm-policy: strict' there")));
-            }
-            ("seize", _) if is_on(key, value)? => {
-                let first = format!("'xpci pci-assignable-add {}' first", self.address);
-                return Err(usage(format!("'{option}' is a command of its own: {first}")));
-            }
-            ("seize", _) => {}
-            ("name", _) => {
-                return Err(usage(format!("'{option}': functions have no names here; give the address")));
-            }
-            _ => {
-                let known = "vslot, permissive, msitranslate, power_mgmt, seize, rdm_policy";
-                return Err(usage(format!("'{option}' is none of the options {known}")));
-            }
-        }
-        Ok(())
-    }
+fn target(text: &str) -> Result<Target, Failure> {
+    text.parse().map_err(usage)
 }
 
 /// xl's booleans.
@@ -104,34 +111,6 @@ fn slot_of(shown: &str, digits: &str) -> Result<u8, Failure> {
         .ok()
         .filter(|slot| *slot < 32 && !digits.starts_with('+'))
         .ok_or_else(|| usage(format!("'{shown}' is no device number: it must be hexadecimal, 0 to 1f")))
-}
-
-fn address_of(text: &str) -> Result<Sbdf, Failure> {
-    let parsed = text.parse().map_err(|error: SbdfError| error.to_string());
-    parsed.map_err(|message| {
-        usage(match foreign(text) {
-            Some(what) => format!("{message}; {what}"),
-            None => message,
-        })
-    })
-}
-
-/// What other tools' words for a function mean, when they are well formed.
-fn foreign(text: &str) -> Option<String> {
-    let address = |text: String| text.parse::<Sbdf>().ok();
-    if let Some(rest) = text.strip_prefix("pci_") {
-        let [segment, bus, device, function] = rest.split('_').collect::<Vec<_>>().try_into().ok()?;
-        let meant = address(format!("{segment}:{bus}:{device}.{function}"))?;
-        return Some(format!("this is libvirt's name of {meant}"));
-    }
-    if let Some(rest) = text.strip_prefix("dom0:") {
-        let meant = address(rest.split(':').next()?.replace('_', ":"))?;
-        return Some(format!("this is Qubes' name of {meant}"));
-    }
-    if text.ends_with(".*") {
-        return Some("each function is given by a command of its own".to_owned());
-    }
-    None
 }
 
 #[cfg(test)]
@@ -168,7 +147,9 @@ mod tests {
         for (text, said) in [
             ("01:10.2,seize=1", "pci-assignable-add 0000:01:10.2"),
             ("01:10.2,rdm_policy=strict", "rdm-policy: strict"),
-            ("01:10.2,name=nic", "give the address"),
+            ("01:10.2,name=nic", "stands there already"),
+            ("name=01:10.2", "no name"),
+            ("vslot=3", "has no function"),
             ("01:10.2,permissive=2", "is 0 or 1"),
             ("01:10.2,permissive", "KEY=VALUE"),
             ("01:10.2,fast=1", "none of the options"),
@@ -180,9 +161,10 @@ mod tests {
     }
 
     #[test]
-    fn names_of_libvirt_and_qubes_are_refused_with_the_address_that_they_mean() {
-        assert!(refused("pci_0000_01_10_2").ends_with("libvirt's name of 0000:01:10.2"));
-        assert!(refused("dom0:01_10.2").ends_with("Qubes' name of 0000:01:10.2"));
-        assert!(!refused("pci_0000_01").contains("libvirt"));
+    fn a_function_is_given_by_xls_keys_too() {
+        for (text, meant) in [("name=nic,vslot=5", "nic"), ("bdf=01:10.2,vslot=5", "0000:01:10.2")] {
+            let place: Place = text.parse().unwrap();
+            assert_eq!((place.address.to_string().as_str(), place.slot), (meant, Some(5)));
+        }
     }
 }

@@ -5,7 +5,6 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
-use pciback::Sbdf;
 use pciback::dump;
 use pciback::policy::{
     Dumped, Explanation, Kind, PolicyFile, PolicySet, dumped_specs, explain, obstacles, schema,
@@ -16,6 +15,7 @@ use crate::outcome::{ErrorCode, Failure};
 use crate::policies::{self, PolicyError};
 use crate::protocol::{CheckedView, Request, Success};
 use crate::settings;
+use crate::target::Target;
 
 /// What can be done with policies.
 #[derive(Debug, Subcommand)]
@@ -24,7 +24,7 @@ pub enum Policy {
     Show {
         /// The function.
         #[arg(long = "for", value_name = "BDF")]
-        address: Sbdf,
+        address: Target,
         /// As if this guest had it; without this, the guest that has it.
         #[arg(long, value_name = "NAME")]
         domain: Option<String>,
@@ -56,7 +56,7 @@ pub enum Policy {
 pub struct ExplainArguments {
     /// A function of this host, under the policies in force.
     #[arg(value_name = "BDF", required_unless_present = "dump", conflicts_with_all = ["dump", "policy", "kind"])]
-    pub address: Option<Sbdf>,
+    pub address: Option<Target>,
     /// As if this guest had it; without this, the guest that has it.
     #[arg(long, value_name = "NAME", requires = "address")]
     pub domain: Option<String>,

@@ -10,7 +10,7 @@ use pciback::{FunctionState, Sbdf};
 
 use super::Engine;
 use super::problems::Problem;
-use super::requests::{distrusted, existing};
+use super::requests::distrusted;
 use super::tasks::Workshop;
 use crate::domains;
 use crate::journal::Record;
@@ -20,6 +20,7 @@ use crate::protocol::{
 };
 use crate::reply::Reply;
 use crate::reservations::{Reservation, Reservations};
+use crate::spec::existing;
 use crate::transaction::{holder_of, not_handled};
 
 /// A function as its record and the host show it.

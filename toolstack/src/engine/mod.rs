@@ -4,6 +4,7 @@
 //! their serving threads. They talk to the engine through its [`Inbox`]. Still on this thread are the reload of policies, the set-up of a
 //! guest's first function, and pausing guests that start again.
 
+mod asked;
 mod attachments;
 mod background;
 mod contain;
@@ -72,6 +73,7 @@ use crate::reservations::Reservations;
 use crate::settings::Settings;
 use crate::spec::Filters;
 use crate::supervisor::{self, Watchdog};
+use crate::target::Target;
 use crate::transaction::{Finished, Parting};
 pub use contain::Containment;
 use guest::Guest;
@@ -90,7 +92,7 @@ pub enum Event {
     /// A client's request.
     Call {
         /// What it wants.
-        request: Request,
+        request: Request<Target>,
         /// Where the answer goes.
         reply: Reply,
     },
@@ -417,7 +419,7 @@ impl Engine {
 
     fn handle(&mut self, event: Event) {
         match event {
-            Event::Call { request, reply } => self.handle_request(request, reply),
+            Event::Call { request, reply } => self.asked(request, reply),
             Event::DeviceModelAsked { wanted, slots, reply } => {
                 self.device_model_asked(&wanted, slots, reply)
             }

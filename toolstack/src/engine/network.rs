@@ -8,12 +8,13 @@ use pciback::platform::VfSettings;
 use pciback::{FunctionState, Sbdf};
 
 use super::problems::{Lasting, Problem};
-use super::requests::{existing, not_in_state};
+use super::requests::not_in_state;
 use super::{Engine, Event};
 use crate::journal::{NetworkRecord, Record};
 use crate::outcome::Failure;
 use crate::protocol::{Cause, Success, VfNetworkView};
 use crate::reply::Reply;
+use crate::spec::existing;
 use crate::transaction::{
     SeenNetwork, change_network, describe_network, look_at_network, look_at_networks, network_deviation,
     vf_place,

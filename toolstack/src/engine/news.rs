@@ -9,11 +9,11 @@ use pciback::{FunctionState, Sbdf};
 
 use super::Engine;
 use super::problems::Problem;
-use super::requests::existing;
 use crate::audit::AuditLog;
 use crate::outcome::Failure;
 use crate::protocol::{Cause, DeviceErrorsView, EventView, Happening, Success};
 use crate::reply::Reply;
+use crate::spec::existing;
 
 /// How many events are remembered for a function.
 const OF_A_FUNCTION: usize = 64;

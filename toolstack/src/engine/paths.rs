@@ -4,11 +4,11 @@ use pciback::Sbdf;
 use pciback::containment::Setting;
 
 use super::Engine;
-use super::requests::existing;
 use super::tasks::Workshop;
 use crate::outcome::Failure;
 use crate::protocol::{AerOwner, AerStatusView, MemberView, PathRegisterView, PathView, Success};
 use crate::reply::Reply;
+use crate::spec::existing;
 use crate::transaction::{FunctionPath, Member, before_on_path, blast_radius, value_in};
 
 impl Engine {

@@ -11,10 +11,10 @@ use pciback::{DomId, Sbdf};
 use super::guest::MaskedWrites;
 use super::open::Filter;
 use super::problems::Problem;
-use super::requests::existing;
 use super::tasks::Workshop;
 use super::{Engine, Event};
 use crate::domains;
+use crate::names;
 use crate::outcome::{ErrorCode, Failure};
 use crate::policies::{self, Source};
 use crate::protocol::{
@@ -22,7 +22,8 @@ use crate::protocol::{
     ReloadedView, Success,
 };
 use crate::reply::Reply;
-use crate::spec::of_guests;
+use crate::spec::{existing, of_guests};
+use crate::target::{Parent, Target};
 
 /// What a task has read and compiled.
 pub struct Reloaded {
@@ -166,8 +167,14 @@ impl Engine {
     }
 
     fn to_learn_from(&self, target: &str) -> Result<Vec<Learning>, Failure> {
-        let users = match target.parse::<Sbdf>() {
-            Ok(address) => {
+        let function = match target.parse() {
+            Ok(called @ (Target::One(Parent::At(_)) | Target::Vf(..))) => {
+                names::find(self.platform.host.as_ref(), &self.settings.names, &called)?.address()
+            }
+            _ => None,
+        };
+        let users = match function {
+            Some(address) => {
                 existing(self.platform.host.as_ref(), address)?;
                 let users = self.users(|user| *user == address);
                 if users.is_empty() {
@@ -176,7 +183,7 @@ impl Engine {
                 }
                 users
             }
-            Err(_) => {
+            None => {
                 let domain = domains::find(self.platform.store.as_ref(), &DomainName(target.to_owned()))?;
                 let of = |user: &Sbdf| {
                     self.records

@@ -2,8 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use nix::errno::Errno;
-use pciback::platform::{Host, HostFunction};
+use pciback::platform::HostFunction;
 use pciback::policy::{Permission, Reuse, Subject};
 use pciback::serve::pv::nodes;
 use pciback::{DomId, FunctionState, Sbdf};
@@ -19,17 +18,8 @@ use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{DomainName, Request, Scope, Success};
 use crate::reply::Reply;
 use crate::reservations::Change;
+use crate::spec::existing;
 use crate::transaction::{Kind, Parting, a_guests, holder_of, refuse_in_use};
-
-/// The function, which must exist.
-pub(super) fn existing(host: &dyn Host, address: Sbdf) -> Result<HostFunction, Failure> {
-    host.function(address).map_err(|error| match error.errno() {
-        Some(Errno::ENOENT) => Failure::not_found(format!("there is no function {address} on this host"))
-            .on(address)
-            .hint("'lspci -D' lists them"),
-        _ => Failure::from(error).on(address),
-    })
-}
 
 /// What a request leads to.
 pub(super) enum Plan {

@@ -6,7 +6,7 @@ use pciback::{DomId, Sbdf, Uuid};
 
 use super::Engine;
 use super::lists::persistent_view;
-use super::requests::{Plan, existing};
+use super::requests::Plan;
 use super::tasks::Course;
 use crate::domains;
 use crate::journal::Record;
@@ -14,7 +14,7 @@ use crate::outcome::Failure;
 use crate::protocol::{DomainName, FunctionView, Scope, Success};
 use crate::reply::Reply;
 use crate::reservations::{Change, Reservation};
-use crate::spec;
+use crate::spec::{self, existing};
 
 impl Engine {
     /// Refuses a domain what another guest has persistently, and any other device than the one that it has so.
@@ -306,11 +306,13 @@ fn means(reservation: &Reservation, guest: &DomainName, running: Option<Uuid>) -
     }
 }
 
-fn kept_for(reservation: &Reservation) -> String {
+/// That a function is another guest's.
+pub(super) fn kept_for(reservation: &Reservation) -> String {
     format!("{} is kept for {}, which has it persistently", reservation.address, reservation.who())
 }
 
-fn how_to_forget(reservation: &Reservation) -> String {
+/// The command that ends that.
+pub(super) fn how_to_forget(reservation: &Reservation) -> String {
     let (guest, address) = (reservation.called(), reservation.address);
     format!("'xpci pci-detach --persistent {guest} {address}' forgets that")
 }

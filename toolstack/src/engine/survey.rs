@@ -11,14 +11,13 @@ use pciback::{DomId, FunctionState, Sbdf};
 use super::Engine;
 use super::lists::Shown;
 use super::obstacles::{hold_obstacles, shared_obstacles, shares_with_others};
-use super::requests::existing;
 use crate::doctor;
 use crate::domains;
+use crate::names::{PciPath, printed};
 use crate::outcome::{ErrorCode, Failure, Obstacle};
 use crate::protocol::{Finding, ListFilter, ListedView, ShownView, Success, Verdict};
 use crate::reply::Reply;
-use crate::settings::printed;
-use crate::spec::serial_number;
+use crate::spec::{existing, serial_number};
 use crate::transaction::holder_of;
 
 /// The base classes, by number (PCI Code and ID Assignment 1.16, section 1).
@@ -181,6 +180,12 @@ impl Engine {
                 subsystem: format!("{:04x}:{:04x}", function.subsystem_vendor, function.subsystem),
                 serial_number: serial_number(host, function.physical_function.unwrap_or(address))
                     .map(printed),
+                path: function
+                    .physical_function
+                    .is_none()
+                    .then(|| PciPath::of(host, address).ok())
+                    .flatten()
+                    .map(|path| path.to_string()),
                 bars: bars(&function),
                 interrupt_line: Some(function.irq).filter(|line| *line != 0),
                 uses,

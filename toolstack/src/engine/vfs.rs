@@ -93,8 +93,11 @@ impl Engine {
         let host = std::sync::Arc::clone(&self.platform.host);
         for address in unmanaged::noted(&self.settings.run_directory) {
             let without_vfs = host.function(address).is_ok_and(|pf| {
-                let wanted =
-                    self.settings.virtual_functions.iter().any(|entry| entry.means(host.as_ref(), &pf));
+                let wanted = self
+                    .settings
+                    .virtual_functions
+                    .iter()
+                    .any(|entry| entry.means(host.as_ref(), &self.settings.names, &pf));
                 pf.num_vfs == 0 && !wanted
             });
             if without_vfs {
@@ -122,7 +125,7 @@ impl Engine {
         };
         for entry in wanted {
             let matching: Vec<&HostFunction> =
-                pfs.iter().filter(|pf| entry.means(host.as_ref(), pf)).collect();
+                pfs.iter().filter(|pf| entry.means(host.as_ref(), &self.settings.names, pf)).collect();
             if matching.is_empty() {
                 let text = format!("virtual-functions: no PF is {entry}");
                 self.problems.push(Problem::new(Cause::VirtualFunctions, text));

@@ -84,6 +84,10 @@ pub struct ShownView {
     /// Its Device Serial Number, as lspci prints it; a VF's is its PF's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial_number: Option<String>,
+    /// The way to it from its root bus, which stays when bus numbers change: the function on the root bus, then device and function
+    /// number below each bridge. Absent for a VF.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
     /// Its BARs, as text: number, kind, address and size.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub bars: Vec<String>,

@@ -11,11 +11,11 @@ mod network_view;
 mod path_view;
 mod policy_view;
 mod problem;
+mod request;
 mod view;
 
 use pciback::Sbdf;
 use pciback::containment::radius::Radius;
-use pciback::platform::VfSettings;
 use pciback::policy::Explanation;
 use serde::{Deserialize, Serialize};
 
@@ -28,10 +28,12 @@ pub use policy_view::{
     CapabilityRuleView, CheckedView, LearnedView, PolicyFileView, PolicyView, RegisterRuleView, ReloadedView,
 };
 pub use problem::{Cause, ProblemView};
+pub use request::{Request, Scope};
 pub use view::{DeviceErrorsView, FunctionView, GuestView, PersistentView, StatusView, SyncView, VfView};
 
 pub use crate::domains::DomainName;
 use crate::outcome::{ErrorCode, Failure};
+use crate::target::Target;
 
 /// The protocol's and the envelope's version.
 pub const VERSION: u32 = 1;
@@ -49,250 +51,7 @@ pub struct Call {
     pub id: u64,
     /// What to do.
     #[serde(flatten)]
-    pub request: Request,
-}
-
-/// What a guest loses with a function that it has persistently.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Scope {
-    /// The function, persistently.
-    #[default]
-    All,
-    /// The function, until it starts again.
-    Live,
-    /// Not the function, but it does not get it again.
-    Persistent,
-}
-
-impl Scope {
-    /// Whether it is the usual one.
-    pub fn is_all(&self) -> bool {
-        *self == Self::All
-    }
-}
-
-/// What the service can do.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "command", content = "arguments", rename_all = "kebab-case", rename_all_fields = "kebab-case")]
-#[serde(deny_unknown_fields)]
-pub enum Request {
-    /// Lists the host's functions, whoever has them.
-    List {
-        /// Which.
-        #[serde(default)]
-        filter: ListFilter,
-    },
-    /// Checks how dom0 is set up, and says what to do where something is amiss.
-    Doctor,
-    /// Shows all that is known of a function, and what keeps it from a guest.
-    Show {
-        /// The function.
-        address: Sbdf,
-    },
-    /// Lists the functions that can be attached.
-    PciAssignableList,
-    /// Takes a function from its driver and holds it for guests.
-    PciAssignableAdd {
-        /// The function.
-        address: Sbdf,
-        /// Takes it even while something in dom0 uses it.
-        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-        force: bool,
-        /// Only says what would be done, or all that is in the way.
-        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-        dry_run: bool,
-    },
-    /// Gives a held function back to dom0 and the driver it came from.
-    PciAssignableRemove {
-        /// The function.
-        address: Sbdf,
-        /// Takes it even from the guest that has it persistently, and does not run.
-        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-        force: bool,
-        /// Does so although a PV guest that had it may still reach it.
-        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-        trust_former_owner: bool,
-    },
-    /// Gives a held function to a guest.
-    PciAttach {
-        /// The guest.
-        domain: DomainName,
-        /// The function.
-        address: Sbdf,
-        /// The device number the guest sees it at, 0-31; the first free one when absent.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        slot: Option<u8>,
-        /// The guest has it persistently: it gets it again whenever it starts.
-        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-        persist: bool,
-        /// Does so although a PV guest that had it may still reach it.
-        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-        trust_former_owner: bool,
-        /// Only says what would be done, or all that is in the way.
-        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-        dry_run: bool,
-    },
-    /// Takes a function from a guest and holds it again.
-    PciDetach {
-        /// The guest.
-        domain: DomainName,
-        /// The function.
-        address: Sbdf,
-        /// Does not wait for the guest to let go.
-        #[serde(default)]
-        force: bool,
-        /// What it loses.
-        #[serde(default, skip_serializing_if = "Scope::is_all")]
-        scope: Scope,
-    },
-    /// Lists the functions of a guest.
-    PciList {
-        /// The guest.
-        domain: DomainName,
-    },
-    /// Lists the functions that guests have persistently, whether they run or not.
-    PciListPersistent {
-        /// Only those of this guest, by name, number or UUID.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        guest: Option<DomainName>,
-    },
-    /// Enables VFs.
-    VfCreate {
-        /// The PF.
-        address: Sbdf,
-        /// How many, from 1 to the PF's total.
-        count: u16,
-        /// Binds a PF that has no driver to pci-pf-stub, which manages nothing.
-        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-        unmanaged: bool,
-    },
-    /// Makes a PF have this many VFs, 0 included.
-    VfSetCount {
-        /// The PF.
-        address: Sbdf,
-        /// How many, up to the PF's total.
-        count: u16,
-    },
-    /// Disables all VFs of a PF.
-    VfDestroy {
-        /// The PF.
-        address: Sbdf,
-    },
-    /// Lists the VFs of one PF, or of all.
-    VfList {
-        /// The PF.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        address: Option<Sbdf>,
-    },
-    /// Sets network settings of a VF through its PF, for as long as it is held or attached.
-    VfSet {
-        /// The VF.
-        address: Sbdf,
-        /// What to set; the rest stays as it is.
-        settings: VfSettings,
-    },
-    /// Shows the network settings of a VF, or of all VFs of a PF.
-    VfShow {
-        /// The VF or PF.
-        address: Sbdf,
-    },
-    /// The registers on the path of a function that decide over its errors.
-    AerStatus {
-        /// The function; without it, all that the service looks after.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        address: Option<Sbdf>,
-    },
-    /// Who is hit when a function fails.
-    BlastRadius {
-        /// The function.
-        address: Sbdf,
-    },
-    /// What happened to a function as far as errors are concerned.
-    AerHistory {
-        /// The function.
-        address: Sbdf,
-    },
-    /// What happened last to functions: errors, what was decided, what came of it, and where they stand.
-    Events {
-        /// Goes on: each event that comes is a line of its own, and there is no final one.
-        #[serde(default)]
-        follow: bool,
-    },
-    /// What the service knows: functions, guests, what is wrong.
-    Status,
-    /// Brings sysfs, Xen and xenstore into step.
-    Sync {
-        /// Only says what would be done.
-        #[serde(default)]
-        dry_run: bool,
-    },
-    /// Which policy files apply to a function, and what they say together.
-    PolicyShow {
-        /// The function.
-        address: Sbdf,
-        /// The guest that would get it; without it, the one that has it.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        domain: Option<String>,
-    },
-    /// What a guest sees of a function, register by register.
-    PolicyExplain {
-        /// The function.
-        address: Sbdf,
-        /// The guest that would get it; without it, the one that has it.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        domain: Option<String>,
-    },
-    /// What a guest wrote without effect.
-    PolicyLearn {
-        /// A function, or a guest with all its functions.
-        target: String,
-    },
-    /// Reads the policy files again and puts them in force for all functions, those of guests included.
-    PolicyReload,
-    /// Clears a function's quarantine, after a verified reset.
-    QuarantineClear {
-        /// The function.
-        address: Sbdf,
-        /// Does so although a PV guest that had it may still reach it.
-        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-        trust_former_owner: bool,
-    },
-}
-
-impl Request {
-    /// The command's word, as in the protocol.
-    pub const fn name(&self) -> &'static str {
-        match self {
-            Self::List { .. } => "list",
-            Self::Show { .. } => "show",
-            Self::Doctor => "doctor",
-            Self::PciAssignableList => "pci-assignable-list",
-            Self::PciAssignableAdd { .. } => "pci-assignable-add",
-            Self::PciAssignableRemove { .. } => "pci-assignable-remove",
-            Self::PciAttach { .. } => "pci-attach",
-            Self::PciDetach { .. } => "pci-detach",
-            Self::PciList { .. } => "pci-list",
-            Self::PciListPersistent { .. } => "pci-list-persistent",
-            Self::VfCreate { .. } => "vf-create",
-            Self::VfSetCount { .. } => "vf-set-count",
-            Self::VfDestroy { .. } => "vf-destroy",
-            Self::VfList { .. } => "vf-list",
-            Self::VfSet { .. } => "vf-set",
-            Self::VfShow { .. } => "vf-show",
-            Self::AerStatus { .. } => "aer-status",
-            Self::BlastRadius { .. } => "blast-radius",
-            Self::AerHistory { .. } => "aer-history",
-            Self::Events { .. } => "events",
-            Self::Status => "status",
-            Self::Sync { .. } => "sync",
-            Self::PolicyShow { .. } => "policy-show",
-            Self::PolicyExplain { .. } => "policy-explain",
-            Self::PolicyLearn { .. } => "policy-learn",
-            Self::PolicyReload => "policy-reload",
-            Self::QuarantineClear { .. } => "quarantine-clear",
-        }
-    }
+    pub request: Request<Target>,
 }
 
 /// What a successful operation says.
@@ -501,6 +260,8 @@ impl Envelope {
 
 #[cfg(test)]
 mod tests {
+    use pciback::platform::VfSettings;
+
     use super::*;
 
     #[test]
@@ -576,7 +337,7 @@ mod tests {
             Request::QuarantineClear { address, trust_former_owner: true },
         ] {
             let name = request.name();
-            let call = Call { version: VERSION, id: 1, request };
+            let call = Call { version: VERSION, id: 1, request: request.into() };
             let text = serde_json::to_string(&call).unwrap();
             assert!(text.contains(&format!("\"command\":\"{name}\"")), "{text}");
             assert_eq!(serde_json::from_str::<Call>(&text).unwrap(), call);

@@ -198,6 +198,9 @@ mod tests {
         let vlan = error("virtual-functions: [{pf: 01:00.0, count: 2, network: {vlan: \"4095\"}}]\n");
         assert!(vlan.starts_with("xpcid.yaml:1:61: '4095' is no VLAN"), "{vlan}");
         assert_eq!(vlan.matches("is no VLAN").count(), 1);
+        let name = error("names:\n  web: {address: 01:00.0}\n  nic: {path: eth0}\n");
+        assert!(name.starts_with("xpcid.yaml:3:"), "{name}");
+        assert_eq!(name.matches("is no path").count(), 1, "{name}");
         assert_eq!(
             error("\nfunction-limit: 0\n"),
             "xpcid.yaml:2:1: function-limit is 0; it must be 1 to 65536"

@@ -5,7 +5,6 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use pciback::Sbdf;
 use pciback::platform::{Host, HostFunction, PlatformError, VfPlace, VfSettings};
 use pciback::policy::{RESET_METHODS, nearest};
 use serde::Deserialize;
@@ -14,8 +13,10 @@ mod file;
 
 pub use file::{DEFAULT_PATH, Loaded, SettingsError, keep_copy, load, read_copy};
 
+use crate::names::{self, Names, printed};
 use crate::reset_plan::ResetPlan;
 use crate::spec::serial_number;
+use crate::target::Parent;
 
 /// Where the service listens when neither side is told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/xpci/control";
@@ -37,6 +38,8 @@ pub struct Settings {
     pub reset: ResetPlan,
     /// The most PCI functions that the host shall have, VFs included, 1-65536.
     pub function_limit: u32,
+    /// Names of functions.
+    pub names: Names,
     /// The VFs to enable when the service starts, on PFs that have none.
     pub virtual_functions: Vec<WantedVfs>,
     /// Where policy files are; a file in a later directory replaces one of the same name in an earlier one.
@@ -51,9 +54,9 @@ pub struct Settings {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WantedVfs {
-    /// The PF by its address ...
+    /// The PF by its address, a name or a network interface ...
     #[serde(default)]
-    pub pf: Option<Sbdf>,
+    pub pf: Option<Parent>,
     /// ... or all PFs with these ids, `vendor:device` ...
     #[serde(default)]
     pub id: Option<PciId>,
@@ -98,7 +101,7 @@ impl TryFrom<String> for PciId {
 
 impl fmt::Display for WantedVfs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (self.pf, self.id, &self.serial) {
+        match (&self.pf, self.id, &self.serial) {
             (Some(pf), ..) => write!(f, "{pf}"),
             (_, Some(id), _) => write!(f, "{:04x}:{:04x}", id.vendor, id.device),
             (_, _, serial) => write!(f, "serial number {}", serial.as_deref().unwrap_or("none")),
@@ -108,19 +111,14 @@ impl fmt::Display for WantedVfs {
 
 impl WantedVfs {
     /// Whether a PF is meant.
-    pub fn means(&self, host: &dyn Host, pf: &HostFunction) -> bool {
-        self.pf == Some(pf.address)
+    pub fn means(&self, host: &dyn Host, names: &Names, pf: &HostFunction) -> bool {
+        self.pf.as_ref().is_some_and(|wanted| names::means(host, names, wanted, pf))
             || self.id.is_some_and(|id| (id.vendor, id.device) == (pf.vendor, pf.device))
             || self.serial.as_ref().is_some_and(|wanted| {
                 serial_number(host, pf.address)
                     .is_some_and(|found| printed(found).eq_ignore_ascii_case(wanted))
             })
     }
-}
-
-/// A Device Serial Number as lspci prints it.
-pub fn printed(serial: u64) -> String {
-    serial.to_be_bytes().map(|byte| format!("{byte:02x}")).join("-")
 }
 
 /// Which driver holds functions that no guest has.
@@ -145,6 +143,7 @@ impl Default for Settings {
             driver_limit_seconds: 30,
             reset: ResetPlan::default(),
             function_limit: 8192,
+            names: Names::new(),
             virtual_functions: Vec::new(),
             policy_directories: vec![
                 PathBuf::from("/usr/share/xpci/policies"),
@@ -211,6 +210,7 @@ impl Settings {
             "driver-limit-seconds" => driver_limit_seconds,
             "reset" => reset,
             "function-limit" => function_limit,
+            "names" => names,
             "virtual-functions" => virtual_functions,
             "policy-directories" => policy_directories,
             "run-directory" => run_directory,
@@ -224,7 +224,7 @@ impl Settings {
             return Ok(VfSettings::default());
         }
         let pf = host.function(vf.physical_function)?;
-        let entry = self.virtual_functions.iter().find(|entry| entry.means(host, &pf));
+        let entry = self.virtual_functions.iter().find(|entry| entry.means(host, &self.names, &pf));
         Ok(entry.map_or_else(VfSettings::default, |entry| {
             let own = entry.vfs.get(&vf.index).copied().unwrap_or_default();
             own.or(entry.network)
@@ -285,6 +285,10 @@ mod tests {
             ("virtual-functions: [{id: 8086, count: 1}]", "VVVV:DDDD"),
             ("virtual-functions: [{pf: 01:00.0, id: '8086:10c9', count: 1}]", "one of pf, id, serial"),
             ("virtual-functions: [{count: 1}]", "one of pf, id, serial"),
+            ("names: {nic: {}}", "one of address, serial, path"),
+            ("names: {nic: {serial: '1'}}", "as lspci does"),
+            ("names: {any: {address: 01:00.0}}", "'any' is no name"),
+            ("names: {nic: {address: 01:00.0, function: 1}}", "goes with 'serial'"),
             ("virtual-functions: [{pf: 01:00.0, count: 2, vfs: {2: {trust: true}}}]", "no VF 2"),
             ("virtual-functions: [{pf: 01:00.0, count: 2, network: {vlan: '4095'}}]", "is no VLAN"),
             (

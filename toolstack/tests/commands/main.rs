@@ -78,6 +78,56 @@ fn what_a_guest_has_for_good_is_kept_for_it_until_somebody_says_so() {
 }
 
 #[test]
+fn functions_are_called_by_vf_number_interface_name_and_pool() {
+    let settings = "names:
+  uplink: {address: '01:00.0'}
+  web-vf: {address: '01:00.0', vf: 0}
+  virtio: {path: pci-0000:02:00.0}
+  nic: {serial: 52-54-00-ff-ff-12-34-56, function: 0}
+  twins: {serial: 52-54-00-ff-ff-12-34-56}
+  slot: {path: 0000:00:03.0/00.1}
+  absent: {serial: 00-00-00-00-00-00-00-01}
+";
+    let daemon = Daemon::start_with(tempfile::tempdir().unwrap(), &host_with_card(4), settings);
+    play_on("names", &daemon);
+}
+
+/// The host with a card of two functions that have a serial number, on a bus of this number.
+fn host_with_card(bus: u8) -> String {
+    let port = "  - {address: 00:03.0, model: root-port, buses: [BUS, BUS]}";
+    let card = "  - {address: 0BUS:00.0, model: card}\n  - {address: 0BUS:00.1, model: card}";
+    let functions = format!("{port}\n{card}\n").replace("BUS", &bus.to_string());
+    let model = "models:
+  card:
+    bars: {0: 4000}
+    config: |
+      00: 86 80 d3 10 00 00 10 00 00 00 00 02 00 00 80 00
+      30: 00 00 00 00 a0 00 00 00 00 00 00 00 00 01 00 00
+      a0: 10 00 02 00 00 00 00 10 00 00 00 00 11 04 00 00
+      100: 03 00 01 00 56 34 12 ff ff 00 54 52 00 00 00 00
+";
+    let host = host().replace("\n# A model of your own", &format!("{functions}\n# A model of your own"));
+    host.replace("models: {}\n", model)
+}
+
+#[test]
+fn a_name_by_serial_number_or_path_follows_a_device_whose_bus_number_changes() {
+    let settings = "names:
+  nic: {serial: 52-54-00-ff-ff-12-34-56, function: 1}
+  slot: {path: /sys/devices/pci0000:00/0000:00:03.0/0000:04:00.1}
+";
+    for (bus, address) in [(4, "0000:04:00.1"), (6, "0000:06:00.1")] {
+        let daemon = Daemon::start_with(tempfile::tempdir().unwrap(), &host_with_card(bus), settings);
+        for name in ["nic", "slot"] {
+            let shown = daemon.xpci(&["--json", "show", name]);
+            let answer: serde_json::Value = serde_json::from_slice(&shown.stdout).unwrap();
+            assert_eq!(answer["result"]["address"], address, "{name}: {answer}");
+            assert_eq!(answer["result"]["path"], "0000:00:03.0/00.1", "{name}: {answer}");
+        }
+    }
+}
+
+#[test]
 fn what_is_done_already_is_said_and_is_no_failure() {
     play("already", host());
 }

@@ -10,6 +10,7 @@ use pciback::{FunctionState, Sbdf};
 use toolstack::outcome::Failure;
 use toolstack::protocol::{Request, Success, VfNetworkView};
 use toolstack::settings::WantedVfs;
+use toolstack::target::Parent;
 
 use crate::crashes::{killed_anywhere, settled};
 use crate::frontend::{Frontend, write_op};
@@ -78,7 +79,7 @@ fn configured() -> Vec<WantedVfs> {
     let all = VfSettings { vlan: Some("100".parse().unwrap()), trust: Some(true), ..VfSettings::default() };
     let first = VfSettings { mac: wishes().mac, vlan: wishes().vlan, ..VfSettings::default() };
     vec![WantedVfs {
-        pf: Some(bdf("01:00.0")),
+        pf: Some(Parent::At(bdf("01:00.0"))),
         id: None,
         serial: None,
         count: 2,

@@ -457,7 +457,7 @@ pub fn name(domain: DomId) -> DomainName {
 }
 
 fn call(socket: &Path, request: Request) -> Result<Success, Failure> {
-    let envelope = client::call(socket, request, &mut |_| ())?;
+    let envelope = client::call(socket, request.into(), &mut |_| ())?;
     match (envelope.result, envelope.error) {
         (Some(success), None) => Ok(success),
         (_, Some(failure)) => Err(failure),

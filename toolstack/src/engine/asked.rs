@@ -1,0 +1,103 @@
+//! What clients call a function, made an address before the request is handled.
+
+use pciback::{FunctionState, Sbdf};
+
+use super::reserved::{how_to_forget, kept_for};
+use super::{Engine, Event};
+use crate::domains;
+use crate::names;
+use crate::outcome::{ErrorCode, Failure};
+use crate::protocol::{DomainName, Request};
+use crate::reply::Reply;
+use crate::spec::existing;
+use crate::target::{Parent, Target};
+
+impl Engine {
+    /// Handles a request of a client. What takes a look at the whole host is found out on a thread, and the request comes back.
+    pub(super) fn asked(&mut self, request: Request<Target>, reply: Reply) {
+        match request.clone().map(|target| target.address().ok_or(target)) {
+            Ok(request) => self.handle_request(request, reply),
+            Err(Target::Any(Parent::At(pf))) => match self.choose(&request, pf) {
+                Ok(chosen) => {
+                    let Ok(request) = request.map(|_| Ok::<_, std::convert::Infallible>(chosen));
+                    self.handle_request(request, reply);
+                }
+                Err(failure) => reply.done(Err(failure)),
+            },
+            Err(_) => {
+                let (host, settings) = (self.platform.host.clone(), self.settings.clone());
+                let inbox = self.inbox.clone();
+                self.background("find", move || {
+                    let find = |target| names::find(host.as_ref(), &settings.names, &target);
+                    match request.map(find) {
+                        Ok(request) => inbox.send(Event::Call { request, reply }),
+                        Err(failure) => reply.done(Err(failure)),
+                    }
+                });
+            }
+        }
+    }
+
+    /// A free VF of a PF, for a request that takes one: the first in order. Nothing else is asked meanwhile, so that nobody else gets it.
+    fn choose(&self, request: &Request<Target>, pf: Sbdf) -> Result<Sbdf, Failure> {
+        let function = existing(self.platform.host.as_ref(), pf)?;
+        if function.total_vfs == 0 {
+            return Err(Failure::refused(format!("{pf} is no PF: it has no VFs to choose from")).on(pf));
+        }
+        let in_state = |state| {
+            let vfs = function.virtual_functions.iter().copied();
+            vfs.filter(move |vf| self.state(*vf) == state && !self.busy.contains(vf))
+        };
+        let (of_dom0, held) = (in_state(FunctionState::Host), in_state(FunctionState::Held));
+        match request {
+            Request::PciAssignableAdd { .. } => {
+                let host = self.platform.host.as_ref();
+                let free = |vf: &Sbdf| host.function(*vf).is_ok_and(|vf| vf.driver.is_none());
+                let mut of_dom0 = of_dom0;
+                of_dom0.find(free).ok_or_else(|| {
+                    let text = format!("no VF of {pf} is dom0's and without a driver");
+                    Failure::refused(text)
+                        .on(pf)
+                        .hint("'xpci vf list' shows them; 'xpci vf create' enables more")
+                })
+            }
+            Request::PciAttach { domain, trust_former_owner: trust, .. } => {
+                let (mut why, mut held) = (None, held);
+                let free = |vf: &Sbdf| match self.keeps_from(*vf, domain, *trust) {
+                    None => true,
+                    Some(failure) => {
+                        why.get_or_insert(failure);
+                        false
+                    }
+                };
+                held.find(free).ok_or_else(|| {
+                    let text = format!("no VF of {pf} is free");
+                    match why {
+                        Some(why) => Failure { message: format!("{text}: {}", why.message), ..why },
+                        None => Failure::refused(format!("{text}: none is assignable and no guest's")).on(pf).hint(
+                            format!("'xpci pci-assignable-add any:{pf}' makes one assignable; 'xpci vf create' enables VFs"),
+                        ),
+                    }
+                })
+            }
+            other => {
+                let text = format!("any:{pf} takes a free VF, and {} is about a certain one", other.name());
+                Err(Failure::new(ErrorCode::Usage, text)
+                    .on(pf)
+                    .hint("name it by its address or as PF:N; 'xpci vf list' shows them"))
+            }
+        }
+    }
+
+    /// What keeps a held function from a guest that takes any: one that is kept for a guest is not free, not even for that guest.
+    fn keeps_from(&self, vf: Sbdf, guest: &DomainName, trust: bool) -> Option<Failure> {
+        if let Some(kept) = self.reservations.get(vf) {
+            return Some(Failure::refused(kept_for(&kept)).on(vf).hint(how_to_forget(&kept)));
+        }
+        let domain = domains::find(self.platform.store.as_ref(), guest).ok();
+        match existing(self.platform.host.as_ref(), vf) {
+            Ok(function) => self.attach_obstacles(&function, domain, trust).into_iter().next(),
+            Err(failure) => Some(failure),
+        }
+    }
+}
