@@ -14,6 +14,9 @@ pub struct ResetPlan {
     pub answer_seconds: u64,
     /// What must hold afterwards.
     pub checks: Vec<ResetCheck>,
+    /// Whether a function without such a method is reset with all others on its bus. Only a policy says so.
+    #[serde(skip)]
+    pub together: bool,
     /// Whether a function that Linux cannot reset changes hands all the same. Only a policy permits that.
     #[serde(skip)]
     pub permit_none: bool,
@@ -37,6 +40,7 @@ impl Default for ResetPlan {
             limit_seconds: 10,
             answer_seconds: 2,
             checks: vec![ResetCheck::Answers, ResetCheck::Cleared],
+            together: false,
             permit_none: false,
         }
     }

@@ -7,6 +7,8 @@
 mod bars;
 mod canary;
 pub mod errors;
+mod kept;
+mod secondary_bus;
 mod switches;
 
 use std::io;
@@ -15,6 +17,8 @@ use crate::config::{Access, AccessError, ConfigSpace};
 
 pub use bars::{LostBar, PlacedBar, decode_bars, place_bars};
 pub use canary::Canary;
+pub use kept::KeptRegisters;
+pub use secondary_bus::{notifies_of_removal, reset_secondary_bus};
 pub use switches::{
     COMMAND, Switch, clear_bus_master, decode_memory, enable_bit, may_send_intx, message_control, set_intx,
     set_message_control, switch_off,

@@ -188,6 +188,9 @@ pub fn policy(view: &PolicyView) -> String {
     if let Some(methods) = &view.reset_methods {
         let _ = writeln!(text, "accepted resets: {}", methods.join(", "));
     }
+    if view.reset_together {
+        text.push_str("reset with all functions on its bus where it cannot be reset alone\n");
+    }
     if view.without_reset {
         text.push_str("changes hands without a reset where Linux has none\n");
     }

@@ -316,8 +316,9 @@ impl Engine {
             is_same_device(workshop.platform.host.as_ref(), address, incarnation)?;
             take_before_reset(server)?;
             let function = workshop.platform.host.function(address)?;
-            // What was asked for is a reset: none at all will not do.
+            // What was asked for is a reset of this function: none at all will not do, nor one that reaches others.
             let plan = ResetPlan {
+                together: false,
                 permit_none: false,
                 ..plan_for(&workshop.settings.reset, &workshop.policies, &function)
             };

@@ -74,7 +74,7 @@ use crate::settings::Settings;
 use crate::spec::Filters;
 use crate::supervisor::{self, Watchdog};
 use crate::target::Target;
-use crate::transaction::{Finished, Parting};
+use crate::transaction::{Finished, Fresh, Parting};
 pub use contain::Containment;
 use guest::Guest;
 use keeping::Keeping;
@@ -242,6 +242,8 @@ pub struct Engine {
     attachments: attachments::Attachments,
     /// Functions that are being reset under their guests.
     resets: attachments::Resets,
+    /// Functions that were reset with their bus, and that nobody has had since.
+    fresh: Fresh,
     /// Functions that guests may reach.
     given: given::Given,
     /// Functions that are to be contained when their transaction ends.
@@ -312,6 +314,7 @@ impl Engine {
             orphans: BTreeSet::new(),
             attachments: attachments::Attachments::default(),
             resets: attachments::Resets::default(),
+            fresh: Fresh::default(),
             given: given::Given::default(),
             awaiting: contain::Awaiting::default(),
             stirred: Stirred::default(),

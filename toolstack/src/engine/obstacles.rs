@@ -12,7 +12,7 @@ use crate::protocol::Success;
 use crate::reply::Reply;
 use crate::settings::Holder;
 use crate::transaction::{
-    a_guests, choose_holder, holder_of, is_another_toolstacks, plan_for, refuse_in_use, refuse_unresettable,
+    Buses, a_guests, choose_holder, holder_of, is_another_toolstacks, plan_for, refuse_in_use,
 };
 
 /// What is in the way of an action.
@@ -115,7 +115,8 @@ impl Engine {
         let reach = if trust { Ok(()) } else { self.out_of_reach(address, domain, &action) };
         // Refused while nothing has begun: an attachment that ends without a reset would leave the function quarantined.
         let plan = plan_for(&self.settings.reset, &self.policies, function);
-        let reset = refuse_unresettable(self.platform.host.as_ref(), &plan, function);
+        let buses = Buses { platform: &self.platform, journal: &self.journal, fresh: &self.fresh };
+        let reset = buses.refuse_unresettable(&plan, function, domain);
         let checks = [reserved, self.permitted(function, domain), reach, reset];
         found.extend(checks.into_iter().filter_map(Result::err));
         found

@@ -394,6 +394,7 @@ fn policy_view(looked: &Looked) -> PolicyView {
         permits: merged.permits.iter().map(|permission| permission.word().to_owned()).collect(),
         rdm_policy: merged.rdm.word().to_owned(),
         reset_methods: merged.reset.methods.clone(),
+        reset_together: merged.reset.wants_together(),
         without_reset: merged.reset.permits_none(),
         profile: merged.profile.0.word().to_owned(),
         unknown: format!("{treatment} ({}; {})", rule.reason, origin(rule)),

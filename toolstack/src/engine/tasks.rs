@@ -27,7 +27,7 @@ use crate::reservations::{Change, Reservations};
 use crate::settings::Settings;
 use crate::spec::Filters;
 use crate::transaction::{
-    Context, Finished, Kind, Parting, Serving, Sharing, Step, guest_of, refuse_release,
+    Context, Finished, Fresh, Kind, Parting, Serving, Sharing, Step, guest_of, refuse_release,
 };
 
 /// What the engine may take beyond a guest's own limit before a transaction stops waiting for it.
@@ -88,6 +88,7 @@ pub(super) struct Workshop {
     pub awaiting: Awaiting,
     pub given: Given,
     pub resets: Resets,
+    pub fresh: Fresh,
     pub reservations: Reservations,
     /// What [`Serving::open`] opened, until it is served.
     pub opened: Arc<Mutex<Option<Box<Opened>>>>,
@@ -223,7 +224,12 @@ impl Workshop {
 
     /// By what it is found out what functions share.
     pub(super) fn sharing(&self) -> Sharing<'_> {
-        Sharing { platform: &self.platform, policies: &self.policies, journal: &self.journal }
+        Sharing {
+            platform: &self.platform,
+            policies: &self.policies,
+            journal: &self.journal,
+            fresh: &self.fresh,
+        }
     }
 
     fn run(&self, course: Course, record: Record, progress: &dyn Fn(&str)) -> Finished {
@@ -234,6 +240,7 @@ impl Workshop {
             journal: &self.journal,
             ledger: &self.ledger,
             former_owners: &self.former_owners,
+            fresh: &self.fresh,
             serving: self,
             parting: course.parting(),
             force: course == Course::Seize,
@@ -270,6 +277,7 @@ impl Engine {
             awaiting: self.awaiting.clone(),
             given: self.given.clone(),
             resets: self.resets.clone(),
+            fresh: self.fresh.clone(),
             reservations: self.reservations.clone(),
             opened: Arc::default(),
         }

@@ -46,6 +46,9 @@ pub struct Record {
     /// Whether what was done with it is not known, because its record could not be used: a guest that has it may be one of ours.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unknown_past: bool,
+    /// Whether a guest has had it and it was not reset since, because others on its bus, which it is reset with, were a guest's.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unreset: bool,
     /// A VF's network settings, once somebody has set one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkRecord>,
@@ -124,6 +127,7 @@ impl Record {
             without_line: false,
             unproved: false,
             unknown_past: false,
+            unreset: false,
             network: None,
             pristine: None,
             transaction: None,

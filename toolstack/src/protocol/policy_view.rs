@@ -28,6 +28,9 @@ pub struct PolicyView {
     /// The methods of reset that the files accept; absent where they leave that to the settings.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reset_methods: Option<Vec<String>>,
+    /// Whether it is reset with all other functions on its bus where it cannot be reset alone.
+    #[serde(default)]
+    pub reset_together: bool,
     /// Whether it changes hands even where it cannot be reset.
     #[serde(default)]
     pub without_reset: bool,

@@ -10,7 +10,7 @@ use pciback::serve::pv::nodes;
 use pciback::{DomId, Sbdf};
 
 use super::Context;
-use super::reset::{plan_for, refuse_unresettable};
+use super::reset::plan_for;
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 use crate::settings::Holder;
@@ -112,7 +112,7 @@ pub(super) fn joined(warnings: impl Iterator<Item = String>) -> Option<String> {
 /// Says of a function that attach will refuse for want of a reset what it will say, before anybody relies on it.
 fn unresettable(context: &Context<'_>, function: &HostFunction) -> Option<String> {
     let plan = plan_for(&context.settings.reset, context.policies, function);
-    let failure = refuse_unresettable(context.platform.host.as_ref(), &plan, function).err()?;
+    let failure = context.buses().refuse_unresettable(&plan, function, None).err()?;
     let hint = failure.hint.map(|hint| format!(" ({hint})")).unwrap_or_default();
     Some(format!("no guest can get {} as it is: {}{hint}", function.address, failure.message))
 }
@@ -242,7 +242,7 @@ pub fn is_another_toolstacks(platform: &Platform, record: &Record) -> Result<boo
 }
 
 /// Whether Xen knows a function as a guest's.
-fn is_a_guests(platform: &Platform, address: Sbdf) -> Result<bool, Failure> {
+pub(super) fn is_a_guests(platform: &Platform, address: Sbdf) -> Result<bool, Failure> {
     let hypervisor = &platform.hypervisor;
     Ok(hypervisor.device_known(address)? && !hypervisor.assignable(address)?)
 }

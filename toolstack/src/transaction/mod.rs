@@ -13,6 +13,7 @@ mod pristine;
 mod quarantine;
 mod reset;
 mod sharing;
+mod together;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -35,8 +36,9 @@ pub use network::{
 pub use path::{
     FunctionPath, Member, before as before_on_path, blast_radius, not_handled, renew as renew_path, value_in,
 };
-pub use reset::{plan_for, refuse_unresettable, reset_and_verify};
+pub use reset::{plan_for, reset_and_verify};
 pub use sharing::{Sharing, refuse_release};
+pub use together::{Buses, Fresh};
 
 use crate::former_owners::FormerOwners;
 use crate::journal::{GuestPlace, Journal, Progress, Record};
@@ -90,6 +92,8 @@ pub struct Context<'a> {
     pub ledger: &'a Ledger,
     /// Where it is written which PV guests may still reach a function.
     pub former_owners: &'a FormerOwners,
+    /// The functions that were reset with their bus.
+    pub fresh: &'a Fresh,
     /// The engine.
     pub serving: &'a dyn Serving,
     /// How a guest loses the function when steps are undone.
@@ -246,6 +250,8 @@ impl Context<'_> {
             Step::Driver => hold::take_driver(self, record),
             Step::RestoreNetwork => Ok(None),
             Step::Quarantine => hold::own(self, record).map(|()| {
+                // dom0 has had it.
+                self.fresh.forget(record.address);
                 pristine::take(self, record);
                 None
             }),
@@ -275,7 +281,10 @@ impl Context<'_> {
         match step {
             Step::Driver => hold::give_back_driver(self, record),
             Step::RestoreNetwork => network::restore(self, record),
-            Step::Quarantine => hold::disown(self, record).map(|()| None),
+            Step::Quarantine => {
+                together::before_release(self, record)?;
+                hold::disown(self, record).map(|()| None)
+            }
             Step::ContainPath | Step::ContainErrors => path::restore(self, record).map(|()| None),
             Step::Reset => {
                 hold::refuse_owned(self, record)?;

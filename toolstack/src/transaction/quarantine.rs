@@ -13,6 +13,8 @@ impl Context<'_> {
     /// Marks a function that no guest has: it goes to nobody until it is cleared.
     pub fn condemn(&self, mut record: Record) -> Finished {
         record.state = FunctionState::Quarantined;
+        // Whatever it was condemned for, it is reset before anybody gets it.
+        self.fresh.forget(record.address);
         let noted = self.write(&record);
         let off = switch_off(self, &record);
         let named = match off {

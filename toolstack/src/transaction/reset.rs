@@ -10,8 +10,8 @@ use pciback::platform::{Host, HostFunction, Platform};
 use pciback::policy::{PolicySet, Subject};
 use pciback::spec::header;
 
-use super::Context;
-use crate::journal::Record;
+use super::{Context, Kind, together};
+use crate::journal::{Progress, Record};
 use crate::outcome::{ErrorCode, Failure};
 use crate::reset_plan::{ResetCheck, ResetPlan};
 
@@ -22,7 +22,7 @@ const COMMAND_AND_STATUS: Access = Access::fixed::<{ header::COMMAND }, 4>();
 pub fn plan_for(settings: &ResetPlan, policies: &PolicySet, function: &HostFunction) -> ResetPlan {
     let wishes = policies.merge(&Subject::of_host(function, None)).reset;
     let permit_none = wishes.permits_none();
-    let mut plan = ResetPlan { permit_none, ..settings.clone() };
+    let mut plan = ResetPlan { permit_none, together: wishes.wants_together(), ..settings.clone() };
     if let Some(methods) = wishes.methods {
         plan.methods = methods;
     }
@@ -37,11 +37,11 @@ pub fn reset_and_verify(
     function: &HostFunction,
 ) -> Result<Option<String>, Failure> {
     let (host, address) = (platform.host.as_ref(), function.address);
-    refuse_unresettable(host, plan, function)?;
+    let way = way(host, plan, function)?;
     // Quiet before the reset: Linux saves Command and writes it back afterwards.
     let quiet = live::clear_bus_master(host.config(address)?.as_ref());
     quiet.map_err(|error| config_failure("quiesce", address, &error))?;
-    let said = function.reset_methods.is_empty().then(|| {
+    let said = (way == Way::Without).then(|| {
         format!(
             "{address} changes hands without a reset, as a policy permits: its next owner may find data of the last one in it, and what \
              the last one has loaded into it goes on running"
@@ -61,9 +61,8 @@ pub fn reset_and_verify(
     };
     let config = host.config(address)?;
     let limit = Duration::from_secs(plan.answer_seconds);
-    let verified = reset.map_err(Failure::from).and_then(|()| {
-        plan.checks.iter().try_for_each(|check| verify(config.as_ref(), *check, canary, address, limit))
-    });
+    let verified =
+        reset.map_err(Failure::from).and_then(|()| verify_all(config.as_ref(), plan, canary, address, limit));
     if verified.is_err()
         && let Some(Err(error)) = canary.map(|canary| canary.remove(config.as_ref()))
     {
@@ -79,7 +78,7 @@ pub fn reset_and_verify(
 
 /// The addresses that Linux gave the BARs, where a reset of the link has taken them: the reset above has then kept what was no longer
 /// right.
-fn place_bars(config: &dyn ConfigSpace, function: &HostFunction) -> Result<(), Failure> {
+pub(super) fn place_bars(config: &dyn ConfigSpace, function: &HostFunction) -> Result<(), Failure> {
     let address = function.address;
     let lost = live::place_bars(config, &PlacedBar::of_host(function)).map_err(|error| {
         config_failure("restore the BARs of", address, &error)
@@ -91,25 +90,55 @@ fn place_bars(config: &dyn ConfigSpace, function: &HostFunction) -> Result<(), F
     Ok(())
 }
 
-/// Refuses a function that Linux would not reset in a way that will do.
-pub fn refuse_unresettable(
+/// How a function is reset when it changes hands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// By Linux, without any other function.
+    Alone,
+    /// By the service, with all others on its bus.
+    Together,
+    /// Not at all.
+    Without,
+}
+
+/// How a function is reset by a plan; an error where no way will do.
+pub(super) fn way(host: &dyn Host, plan: &ResetPlan, function: &HostFunction) -> Result<Way, Failure> {
+    let address = function.address;
+    let alone = match function.reset_methods.first() {
+        Some(method) => Some(refuse_alone(host, plan, address, method)?),
+        None => None,
+    };
+    let has_bridge = || Ok::<bool, Failure>(!host.ports_above(address)?.is_empty());
+    match alone {
+        Some(None) => return Ok(Way::Alone),
+        _ if plan.together && has_bridge()? => return Ok(Way::Together),
+        Some(Some(refusal)) => return Err(refusal),
+        None if plan.permit_none => return Ok(Way::Without),
+        None => {}
+    }
+    let together = match has_bridge()? {
+        true => {
+            "all functions on its bus are reset together where a policy that matches them says 'reset: {together: true}'; "
+        }
+        false => "",
+    };
+    let hint = format!(
+        "{together}if guests may get it without a reset, a policy that matches it says 'reset: {{none: permit}}'; then 'xpci policy reload'"
+    );
+    Err(Failure::refused(format!("reset {address}: Linux has no way to reset it alone"))
+        .on(address)
+        .hint(hint))
+}
+
+/// Why Linux's way to reset a function will not do, if so.
+fn refuse_alone(
     host: &dyn Host,
     plan: &ResetPlan,
-    function: &HostFunction,
-) -> Result<(), Failure> {
-    let address = function.address;
-    let refused = |text: String, hint: String| Err(Failure::refused(text).on(address).hint(hint));
-    let Some(method) = function.reset_methods.first() else {
-        if plan.permit_none {
-            return Ok(());
-        }
-        return refused(
-            format!("reset {address}: Linux has no way to reset it alone"),
-            "if guests may get it without a reset, a policy that matches it says 'reset: {none: permit}'; then 'xpci policy reload'"
-                .to_owned(),
-        );
-    };
-    if !plan.methods.contains(method) {
+    address: Sbdf,
+    method: &str,
+) -> Result<Option<Failure>, Failure> {
+    let refused = |text: String, hint: String| Ok(Some(Failure::refused(text).on(address).hint(hint)));
+    if !plan.methods.iter().any(|accepted| accepted == method) {
         return refused(
             format!(
                 "reset {address}: Linux offers '{method}' first, accepted are: {}",
@@ -129,11 +158,11 @@ pub fn refuse_unresettable(
             let named: Vec<String> = others.iter().map(ToString::to_string).collect();
             return refused(
                 format!("reset {address}: a reset of its bus would hit {}", named.join(", ")),
-                "remove those from Linux, or choose another function".to_owned(),
+                "a policy that matches all of them says 'reset: {together: true}', or remove those from Linux".to_owned(),
             );
         }
     }
-    Ok(())
+    Ok(None)
 }
 
 /// The method that resets everything on the function's bus.
@@ -141,6 +170,17 @@ const BUS: &str = "bus";
 
 fn share_a_bus(other: Sbdf, address: Sbdf) -> bool {
     other != address && (other.segment(), other.bus()) == (address.segment(), address.bus())
+}
+
+/// Makes sure that a reset happened, in all ways that the plan names.
+pub(super) fn verify_all(
+    config: &dyn ConfigSpace,
+    plan: &ResetPlan,
+    canary: Option<Canary>,
+    address: Sbdf,
+    limit: Duration,
+) -> Result<(), Failure> {
+    plan.checks.iter().try_for_each(|check| verify(config, *check, canary, address, limit))
 }
 
 fn verify(
@@ -185,5 +225,13 @@ pub(super) fn run(context: &Context<'_>, record: &mut Record) -> Result<Option<S
     (context.progress)(&format!("resetting {}", record.address));
     let function = context.platform.host.function(record.address)?;
     let plan = plan_for(&context.settings.reset, context.policies, &function);
-    reset_and_verify(context.platform, &plan, &function)
+    if way(context.platform.host.as_ref(), &plan, &function)? != Way::Together {
+        return reset_and_verify(context.platform, &plan, &function);
+    }
+    match record.transaction.as_ref() {
+        Some(Progress { kind: Kind::Attach, undoing: false, .. }) => {
+            together::prepare(context, record, &plan, &function)
+        }
+        _ => together::restore(context, record, &plan, &function),
+    }
 }

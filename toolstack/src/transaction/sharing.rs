@@ -17,6 +17,7 @@ use super::grants::refuse_foreign;
 use super::hold::{a_guests, is_another_toolstacks};
 use super::path::{FunctionPath, Member};
 use super::reset::config_failure;
+use super::together::{self, Buses, Fresh};
 use super::{Context, guest_of};
 use crate::domains;
 use crate::journal::{Grant, Granted, Journal, Owner, Record};
@@ -34,6 +35,8 @@ pub struct Sharing<'a> {
     pub policies: &'a PolicySet,
     /// Where it is noted whose functions are.
     pub journal: &'a Journal,
+    /// The functions that were reset with their bus.
+    pub fresh: &'a Fresh,
 }
 
 /// What a guest gets of its function's interrupt line.
@@ -46,7 +49,7 @@ pub(super) enum Line {
 
 impl<'a> Context<'a> {
     fn sharing(&self) -> Sharing<'a> {
-        Sharing { platform: self.platform, policies: self.policies, journal: self.journal }
+        Sharing { platform: self.platform, policies: self.policies, journal: self.journal, fresh: self.fresh }
     }
 }
 
@@ -67,6 +70,8 @@ pub fn refuse_release(sharing: &Sharing<'_>, record: &Record) -> Result<(), Fail
     if is_another_toolstacks(sharing.platform, record)? {
         return Err(a_guests(sharing.platform, address));
     }
+    let buses = Buses { platform: sharing.platform, journal: sharing.journal, fresh: sharing.fresh };
+    together::refuse_release(&buses, sharing.policies, record)?;
     // Without a guest there is nobody to share it with.
     if !sharing.journal.owners().values().any(|owner| matches!(owner, Owner::Domain(_))) {
         return Ok(());

@@ -29,6 +29,7 @@ mod resets;
 mod scale;
 mod sharing;
 mod surprises;
+mod together;
 mod unproved;
 mod vpd;
 mod world;

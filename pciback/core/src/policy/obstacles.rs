@@ -42,16 +42,18 @@ pub fn obstacles(spec: &FunctionSpec, merged: &Merged<'_>, resets: Option<&[Stri
         None if spec.bytes.len() < CAPABILITIES_END => true,
         None => spec.is_virtual() || !own_resets(&spec.bytes).is_empty(),
     };
-    if !can_be_reset && !merged.reset.permits_none() {
+    // What is on its bus, and whose, only the host tells.
+    if !can_be_reset && !merged.reset.permits_none() && !merged.reset.wants_together() {
         let names = "FLR, AF FLR, a reset by power management";
         found.push(match resets {
             Some(_) => format!(
                 "Linux cannot reset it (it has none of {names}, and its bus cannot be reset for it alone): guests get it only where a \
-                 policy says 'reset: {{none: permit}}'"
+                 policy says 'reset: {{together: true}}', with all functions on its bus, or 'reset: {{none: permit}}'"
             ),
             None => format!(
                 "it has none of {names}: only a reset of its bus is left, which Linux makes where it is the only function there, and which \
-                 a policy must accept with 'reset: {{methods: [bus]}}'"
+                 a policy must accept with 'reset: {{methods: [bus]}}'; where it is not the only one, 'reset: {{together: true}}' resets \
+                 all functions on the bus"
             ),
         });
     }

@@ -1,6 +1,7 @@
 //! The key `reset` of a policy file: how a function is reset when it changes hands.
 
 use super::diagnostic::Diagnostics;
+use super::errors::SWITCH;
 use super::read::{self, KeyWord, key};
 use super::yaml::Node;
 
@@ -11,6 +12,10 @@ pub(super) const RESET_KEYS: &[KeyWord] = &[
     key(
         "methods",
         "The ways to reset the function that are accepted, in the words of Linux's reset_method, instead of those of xpcid.yaml.",
+    ),
+    key(
+        "together",
+        "Whether a function without such a way is reset by its bus, where all functions on that go to the same guest: true or false.",
     ),
     key(
         "none",
@@ -37,6 +42,8 @@ impl WithoutReset {
 pub struct ResetWishes {
     /// The accepted methods, of [`RESET_METHODS`].
     pub methods: Option<Vec<String>>,
+    /// Whether it is reset with all others on its bus.
+    pub together: Option<bool>,
     /// What happens to a function that cannot be reset.
     pub none: Option<WithoutReset>,
 }
@@ -45,6 +52,7 @@ impl ResetWishes {
     pub(super) fn lay_over(&self, less_specific: &Self) -> Self {
         Self {
             methods: self.methods.clone().or_else(|| less_specific.methods.clone()),
+            together: self.together.or(less_specific.together),
             none: self.none.or(less_specific.none),
         }
     }
@@ -52,6 +60,11 @@ impl ResetWishes {
     /// Whether a function that cannot be reset changes hands all the same.
     pub fn permits_none(&self) -> bool {
         self.none == Some(WithoutReset::Permit)
+    }
+
+    /// Whether a function that cannot be reset alone is reset with all others on its bus.
+    pub fn wants_together(&self) -> bool {
+        self.together == Some(true)
     }
 }
 
@@ -66,6 +79,7 @@ pub(super) fn reset(node: &Node, diagnostics: &mut Diagnostics) -> ResetWishes {
                 }
                 wishes.methods = Some(items.iter().filter_map(|item| method(item, diagnostics)).collect());
             }
+            "together" => wishes.together = read::choice(node, "switch", SWITCH, diagnostics),
             _ => {
                 wishes.none =
                     read::choice(node, "answer to 'without a reset?'", WithoutReset::WORDS, diagnostics);

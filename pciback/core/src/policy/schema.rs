@@ -28,6 +28,7 @@ pub fn schema() -> Value {
                 let word = json!({"enum": RESET_METHODS});
                 json!({"oneOf": [word, {"type": "array", "items": word, "minItems": 1}]})
             }
+            "together" => switch(),
             _ => words(WithoutReset::WORDS),
         }),
         "rdm-policy" => words(RdmPolicy::WORDS),
@@ -64,9 +65,13 @@ fn matching(key: &str) -> Value {
     json!({"oneOf": [one, {"type": "array", "items": one, "minItems": 1}]})
 }
 
+fn switch() -> Value {
+    json!({"enum": SWITCH.iter().map(|(_, value)| *value).collect::<Vec<_>>()})
+}
+
 fn error(key: &str) -> Value {
     match key {
-        "mmio-enabled" => json!({"enum": SWITCH.iter().map(|(_, value)| *value).collect::<Vec<_>>()}),
+        "mmio-enabled" => switch(),
         "correctable" | "non-fatal" | "fatal" | "link-reset" | "unanswered" | "storm" => words(actions(key)),
         _ => json!({"type": "integer", "minimum": 1, "maximum": most(key)}),
     }

@@ -16,6 +16,8 @@ pub const STATUS_CAPABILITIES: u16 = 1 << 4;
 pub const REVISION_ID: u16 = 0x08;
 /// Cache line size.
 pub const CACHE_LINE_SIZE: u16 = 0x0c;
+/// Latency timer.
+pub const LATENCY_TIMER: u16 = 0x0d;
 /// Built-in self test.
 pub const BIST: u16 = 0x0f;
 /// Header type.
@@ -113,7 +115,7 @@ pub const REGISTERS: &[Register] = &[
         ],
     ),
     register(CACHE_LINE_SIZE, 1, "Cache Line Size", &[control(0xff, "Cache Line Size")]),
-    register(0x0d, 1, "Latency Timer", &[control(0xff, "Latency Timer")]),
+    register(LATENCY_TIMER, 1, "Latency Timer", &[control(0xff, "Latency Timer")]),
     register(
         HEADER_TYPE,
         1,

@@ -19,6 +19,8 @@ pub(super) struct Masks {
     pub clear_on_one: Vec<u8>,
     /// The byte whose highest bit starts a function level reset.
     pub reset_trigger: Option<u16>,
+    /// The byte of a bridge whose bit 6 resets what is below it.
+    pub bus_reset: Option<u16>,
     /// What Linux saves before a reset.
     pub saved: Vec<Range<u16>>,
     pub layout: Layout,
@@ -44,6 +46,7 @@ impl Masks {
             writable: vec![0; bytes.len()],
             clear_on_one: vec![0; bytes.len()],
             reset_trigger: None,
+            bus_reset: None,
             saved: vec![0x04..0x06, 0x0c..0x40],
             layout: Layout::default(),
         };
@@ -57,6 +60,7 @@ impl Masks {
             if bridge(bytes) {
                 masks.clear(0x1e, 0xf900);
                 masks.write(BRIDGE_CONTROL, 0x0053, 2);
+                masks.bus_reset = Some(BRIDGE_CONTROL);
                 masks.bars(bytes, BAR0, &sizes[..2]);
             } else {
                 masks.bars(bytes, BAR0, &sizes[..6]);

@@ -112,6 +112,19 @@ impl World {
         ports
     }
 
+    /// A reset of a bridge's secondary bus.
+    pub fn reset_below(&mut self, bridge: Sbdf) {
+        let below: Vec<Sbdf> = self
+            .functions
+            .keys()
+            .copied()
+            .filter(|address| self.ports_above(*address).contains(&bridge))
+            .collect();
+        for address in below {
+            self.hardware_reset(address);
+        }
+    }
+
     /// What `/proc/iomem` or `/proc/ioports` lists of functions, without its indentation: a PF's VF BARs stand before its VFs'.
     fn address_map(&self, is_kind: impl Fn(&Resource) -> bool) -> String {
         let mut ranges = Vec::new();

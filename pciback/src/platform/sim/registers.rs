@@ -12,6 +12,8 @@ pub(super) enum Effect {
     None,
     /// Initiate Function Level Reset was written.
     FunctionLevelReset,
+    /// Secondary Bus Reset was set in a bridge.
+    SecondaryBusReset,
 }
 
 /// The config space of one function.
@@ -82,7 +84,11 @@ impl Registers {
             let at = usize::from(access.offset() + index);
             let Some(byte) = self.bytes.get_mut(at) else { break };
             let (writable, clear) = (self.masks.writable[at], self.masks.clear_on_one[at]);
+            let before = *byte;
             *byte = *byte & !writable & !(clear & written) | written & writable;
+            if self.masks.bus_reset == Some(at as u16) && !before & *byte & 0x40 != 0 {
+                effect = Effect::SecondaryBusReset;
+            }
             if self.masks.reset_trigger == Some(at as u16) && written & 0x80 != 0 {
                 effect = Effect::FunctionLevelReset;
             }

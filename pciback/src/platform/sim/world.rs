@@ -242,8 +242,10 @@ impl World {
             return;
         }
         let Some(function) = self.functions.get_mut(&address) else { return };
-        if function.registers.write(access, value) == Effect::FunctionLevelReset {
-            self.hardware_reset(address);
+        match function.registers.write(access, value) {
+            Effect::None => {}
+            Effect::FunctionLevelReset => self.hardware_reset(address),
+            Effect::SecondaryBusReset => self.reset_below(address),
         }
     }
 

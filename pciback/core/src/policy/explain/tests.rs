@@ -174,7 +174,10 @@ fn what_attach_would_refuse_is_named_as_an_obstacle() {
     assert_ne!(keeps_its_state, dumped());
     assert!(found(&keeps_its_state, None)[0].contains("only a reset of its bus"));
     assert!(found(&keeps_its_state, Some(&["bus".to_owned()])).is_empty());
-    assert!(found(&dumped(), Some(&[]))[0].contains("a policy says 'reset: {none: permit}'"));
+    for said in ["a policy says 'reset: {together: true}'", "'reset: {none: permit}'"] {
+        assert!(found(&dumped(), Some(&[]))[0].contains(said));
+    }
+    assert!(found_with("reset: {together: true}\n", &dumped(), Some(&[])).is_empty());
     assert!(found_with("reset: {none: permit}\n", &dumped(), Some(&[])).is_empty());
 
     let mut pf = dump::parse(&dumped()).unwrap().remove(0);

@@ -203,12 +203,14 @@ fn holding_at_once_says_for_which_functions_and_does_not_depend_on_a_guest() {
 
 #[test]
 fn resets_and_reserved_memory_are_read_and_mistyped_words_are_refused_with_the_nearest_one() {
-    let file = parsed("reset: {methods: [flr, bus], none: permit}\nrdm-policy: strict\n");
+    let file = parsed("reset: {methods: [flr, bus], together: true, none: permit}\nrdm-policy: strict\n");
     assert_eq!(file.reset.methods, Some(vec!["flr".to_owned(), "bus".to_owned()]));
+    assert_eq!(file.reset.together, Some(true));
     assert_eq!((file.reset.none, file.rdm), (Some(WithoutReset::Permit), Some(RdmPolicy::Strict)));
     for (text, message) in [
         ("reset: {methods: [flr, buss]}\n", "1:24: 'buss' is no method of reset; did you mean 'bus'?"),
         ("reset: {method: bus}\n", "1:9: 'method' is no key of 'reset'; did you mean 'methods'?"),
+        ("reset: {together: yes}\n", "1:19: 'yes' is no switch; it is one of true, false"),
         ("reset: {methods: []}\n", "1:18: an empty list: no method would be accepted"),
         (
             "reset: {none: allow}\n",

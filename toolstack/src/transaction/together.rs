@@ -1,0 +1,355 @@
+//! Functions that cannot be reset alone: they are reset together, by the secondary bus of the bridge above.
+//!
+//! Such a reset reaches every function below that bridge and nothing else, not the bridge either. It is made while all of those are held and no
+//! guest has any. From then on each of them is fresh: it may go to a guest without another reset, to the same one as the
+//! others. What a guest gives back while it has others of them cannot be reset yet; the last one that comes back has all of them reset.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use log::{info, warn};
+use pciback::containment::radius::Bridge;
+use pciback::live::{self, Canary, KeptRegisters, Switch};
+use pciback::platform::{Host, HostFunction, Platform};
+use pciback::policy::{PolicySet, Subject};
+use pciback::{DomId, Sbdf};
+
+use super::hold::{holder_of, is_a_guests};
+use super::reset::{Way, config_failure, place_bars, plan_for, verify_all, way};
+use super::{Context, guest_of};
+use crate::journal::{Journal, Owner, Record};
+use crate::outcome::{Failure, few};
+use crate::reset_plan::ResetPlan;
+
+/// How many of the functions on a bus are named.
+const SHOWN: usize = 4;
+
+/// The functions that were reset with their bus and that nobody has had since. A restart of the service forgets them: then they are reset
+/// again.
+#[derive(Debug, Clone, Default)]
+pub struct Fresh {
+    /// Which, and which of the functions that were at this address it is.
+    known: Arc<Mutex<BTreeMap<Sbdf, u64>>>,
+    /// Held while a bus is reset, and while it is found out whether it may be.
+    turn: Arc<Mutex<()>>,
+}
+
+impl Fresh {
+    fn known(&self) -> MutexGuard<'_, BTreeMap<Sbdf, u64>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has(&self, function: &HostFunction) -> bool {
+        self.known().get(&function.address) == Some(&function.incarnation)
+    }
+
+    /// Somebody else gets, or has had, a function.
+    pub(super) fn forget(&self, address: Sbdf) {
+        self.known().remove(&address);
+    }
+
+    /// Waits for the end of a reset of a bus that is under way. Who has noted before that a function changes hands is seen by all
+    /// later ones.
+    pub(super) fn wait(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// By what it is found out whether a bus may be reset.
+#[derive(Clone, Copy)]
+pub struct Buses<'a> {
+    /// The host.
+    pub platform: &'a Platform,
+    /// Where it is noted whose functions are.
+    pub journal: &'a Journal,
+    /// The functions that were reset so.
+    pub fresh: &'a Fresh,
+}
+
+impl<'a> Context<'a> {
+    pub(super) fn buses(&self) -> Buses<'a> {
+        Buses { platform: self.platform, journal: self.journal, fresh: self.fresh }
+    }
+}
+
+/// A bridge and all functions below it.
+struct Bus {
+    bridge: Sbdf,
+    functions: Vec<HostFunction>,
+}
+
+impl Bus {
+    fn of(host: &dyn Host, address: Sbdf) -> Result<Self, Failure> {
+        let Some(bridge) = host.ports_above(address)?.first().copied() else {
+            let text = format!("reset {address}: there is no bridge above it, whose bus could be reset");
+            return Err(Failure::refused(text).on(address));
+        };
+        let bytes = host.config(bridge)?.read_all();
+        let bytes = bytes.map_err(|error| config_failure("read the bus numbers of", bridge, &error))?;
+        let below = Bridge::read(bridge, &bytes);
+        if !below.covers(address) {
+            let text = format!(
+                "reset {address}: the bridge {bridge} above it does not answer, or has other buses below"
+            );
+            return Err(Failure::refused(text).on(address));
+        }
+        // One that leaves meanwhile is not reset.
+        let functions = host.functions()?.into_iter().filter(|other| below.covers(*other));
+        Ok(Self { bridge, functions: functions.filter_map(|other| host.function(other).ok()).collect() })
+    }
+
+    fn others(&self, address: Sbdf) -> impl Iterator<Item = &HostFunction> {
+        self.functions.iter().filter(move |other| other.address != address)
+    }
+}
+
+/// What keeps a bus from being reset, besides the function that is to be reset.
+#[derive(Default)]
+struct Taken {
+    /// Functions that a guest has from this service.
+    guests: Vec<(Sbdf, DomId)>,
+    /// Functions that dom0 or another toolstack has, in words.
+    others: Vec<String>,
+}
+
+impl Taken {
+    /// Whether this guest, and nobody else, has functions there.
+    fn only_by(&self, domain: Option<DomId>) -> bool {
+        self.others.is_empty() && self.guests.iter().all(|(_, guest)| Some(*guest) == domain)
+    }
+
+    fn refusal(&self, address: Sbdf, bridge: Sbdf) -> Result<(), Failure> {
+        let guests = self.guests.iter().map(|(other, domain)| format!("{other} (domain {domain}'s)"));
+        let named: Vec<String> = guests.chain(self.others.iter().cloned()).collect();
+        if named.is_empty() {
+            return Ok(());
+        }
+        let text =
+            format!("reset {address}: a reset of the bus below {bridge} would hit {}", few(&named, SHOWN));
+        let hint = match self.others.is_empty() {
+            true => "detach those first; then all of them go to the same guest",
+            false => {
+                "hold all functions on this bus with 'xpci pci-assignable-add'; then all of them go to the same guest"
+            }
+        };
+        Err(Failure::refused(text).on(address).hint(hint))
+    }
+}
+
+impl Buses<'_> {
+    fn taken(&self, bus: &Bus, address: Sbdf) -> Result<Taken, Failure> {
+        let owners = self.journal.owners().clone();
+        let mut taken = Taken::default();
+        for other in bus.others(address) {
+            let name = other.address;
+            if other.is_bridge() {
+                taken.others.push(format!("{name} (a bridge)"));
+                continue;
+            }
+            match owners.get(&name) {
+                Some(Owner::Domain(domain)) if *domain != DomId::DOM0 => taken.guests.push((name, *domain)),
+                Some(Owner::Held | Owner::Quarantined) if holder_of(other).is_some() => {
+                    if is_a_guests(self.platform, name)? {
+                        taken.others.push(format!("{name} (a guest's, through another toolstack)"));
+                    }
+                }
+                _ => match other.driver.as_deref() {
+                    Some(driver) => taken.others.push(format!("{name} (dom0's, with {driver})")),
+                    None => taken.others.push(format!("{name} (dom0's, without a driver)")),
+                },
+            }
+        }
+        Ok(taken)
+    }
+
+    /// Refuses a function of which no reset will do, before anything is begun. `domain`: who is to get it, where that is known.
+    pub fn refuse_unresettable(
+        &self,
+        plan: &ResetPlan,
+        function: &HostFunction,
+        domain: Option<DomId>,
+    ) -> Result<(), Failure> {
+        let host = self.platform.host.as_ref();
+        if way(host, plan, function)? != Way::Together {
+            return Ok(());
+        }
+        let bus = Bus::of(host, function.address)?;
+        let taken = self.taken(&bus, function.address)?;
+        if taken.only_by(domain) && self.fresh.has(function) {
+            return Ok(());
+        }
+        self.refuse_bus(&bus, &taken, function.address)
+    }
+
+    /// Refuses to reset a bus.
+    fn refuse_bus(&self, bus: &Bus, taken: &Taken, address: Sbdf) -> Result<(), Failure> {
+        taken.refusal(address, bus.bridge)?;
+        let host = self.platform.host.as_ref();
+        match live::notifies_of_removal(host.config(bus.bridge)?.as_ref()) {
+            Ok(false) => Ok(()),
+            Ok(true) => {
+                let text = format!(
+                    "reset {}: {} is a hot-plug slot: the kernel would take a reset of its bus for the removal of what is there",
+                    address, bus.bridge
+                );
+                Err(Failure::refused(text)
+                    .on(address)
+                    .hint("start dom0 with pcie_ports=compat, or use another slot"))
+            }
+            Err(error) => Err(config_failure("read Slot Control of", bus.bridge, &error)),
+        }
+    }
+}
+
+/// Refuses to give dom0 a function without whose bus functions of a guest could not be reset, or one that a guest has had and that cannot be
+/// reset now.
+pub(super) fn refuse_release(
+    buses: &Buses<'_>,
+    policies: &PolicySet,
+    record: &Record,
+) -> Result<(), Failure> {
+    let address = record.address;
+    let host = buses.platform.host.as_ref();
+    if host.ports_above(address)?.is_empty() {
+        return Ok(());
+    }
+    let Ok(bus) = Bus::of(host, address) else { return Ok(()) };
+    let mut taken = buses.taken(&bus, address)?;
+    let due =
+        record.unreset && !bus.functions.iter().any(|own| own.address == address && buses.fresh.has(own));
+    if !due {
+        taken.others.clear();
+        taken.guests.retain(|(other, _)| {
+            let function = bus.functions.iter().find(|function| function.address == *other);
+            function.is_some_and(|function| {
+                policies.merge(&Subject::of_host(function, None)).reset.wants_together()
+                    && function.reset_methods.is_empty()
+            })
+        });
+    }
+    taken.refusal(address, bus.bridge)
+}
+
+/// Before a function goes back to dom0: one that a guest has had is reset.
+pub(super) fn before_release(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
+    let _turn = context.fresh.wait();
+    let left = context.left_the_host(record);
+    if !left && record.unreset {
+        let function = context.platform.host.function(record.address)?;
+        if !context.fresh.has(&function) {
+            let plan = plan_for(&context.settings.reset, context.policies, &function);
+            reset_bus(context, &plan, &function)?;
+        }
+        record.unreset = false;
+    }
+    context.fresh.forget(record.address);
+    Ok(())
+}
+
+/// Before a guest gets a function.
+pub(super) fn prepare(
+    context: &Context<'_>,
+    record: &mut Record,
+    plan: &ResetPlan,
+    function: &HostFunction,
+) -> Result<Option<String>, Failure> {
+    let _turn = context.fresh.wait();
+    let address = function.address;
+    let bus = Bus::of(context.platform.host.as_ref(), address)?;
+    let taken = context.buses().taken(&bus, address)?;
+    if !(context.fresh.has(function) && taken.only_by(Some(guest_of(record)?))) {
+        reset_bus(context, plan, function)?;
+    }
+    // From here on it is the guest's.
+    context.fresh.forget(address);
+    record.unreset = false;
+    Ok(None)
+}
+
+/// After a guest has had a function, or when it is to be trusted again.
+pub(super) fn restore(
+    context: &Context<'_>,
+    record: &mut Record,
+    plan: &ResetPlan,
+    function: &HostFunction,
+) -> Result<Option<String>, Failure> {
+    let _turn = context.fresh.wait();
+    let address = function.address;
+    let bus = Bus::of(context.platform.host.as_ref(), address)?;
+    let taken = context.buses().taken(&bus, address)?;
+    let domain = record.guest.map(|guest| guest.domain);
+    if domain.is_none() || taken.guests.is_empty() || !taken.only_by(domain) {
+        reset_bus(context, plan, function)?;
+        record.unreset = false;
+        return Ok(None);
+    }
+    make_quiet(context.platform.host.as_ref(), address)?;
+    record.unreset = true;
+    context.write(record)?;
+    let others: Vec<String> = taken.guests.iter().map(|(other, _)| other.to_string()).collect();
+    Ok(Some(format!(
+        "{address} is not reset yet: its bus is reset when the guest has given back {}, too; until then nobody gets it",
+        few(&others, SHOWN)
+    )))
+}
+
+fn make_quiet(host: &dyn Host, address: Sbdf) -> Result<(), Failure> {
+    live::switch_off(host.config(address)?.as_ref())
+        .map(drop)
+        .map_err(|error| config_failure("switch bus mastering and interrupts off in", address, &error))
+}
+
+/// Resets all functions on the bus of one, makes sure that each is reset, and puts their registers back. The caller has waited for its turn.
+fn reset_bus(context: &Context<'_>, plan: &ResetPlan, function: &HostFunction) -> Result<(), Failure> {
+    let (host, address) = (context.platform.host.as_ref(), function.address);
+    let bus = Bus::of(host, address)?;
+    // Something may have changed hands since somebody asked.
+    let buses = context.buses();
+    buses.refuse_bus(&bus, &buses.taken(&bus, address)?, address)?;
+    info!("{address}: resetting all {} functions below {}", bus.functions.len(), bus.bridge);
+    let mut marked = Vec::new();
+    for function in &bus.functions {
+        context.fresh.forget(function.address);
+        make_quiet(host, function.address)?;
+        let config = host.config(function.address)?;
+        let failed =
+            |error| config_failure("note the registers before the reset of", function.address, &error);
+        let kept = KeptRegisters::read(config.as_ref()).map_err(failed)?;
+        let canary = Canary::set(config.as_ref()).map_err(|error| {
+            config_failure("mark a register before the reset of", function.address, &error)
+        })?;
+        marked.push((function, config, kept, canary));
+    }
+    let bridge = host.config(bus.bridge)?;
+    let reset = live::reset_secondary_bus(bridge.as_ref())
+        .map_err(|error| config_failure("reset the bus below", bus.bridge, &error).on(address));
+    let limit = Duration::from_secs(plan.answer_seconds);
+    let mut outcome = reset;
+    for (function, config, kept, canary) in marked {
+        // One that fails keeps no other from getting its registers back.
+        let verified = verify_all(config.as_ref(), plan, canary, function.address, limit);
+        let put_back = kept
+            .write_back(config.as_ref())
+            .map_err(|error| config_failure("put back the registers of", function.address, &error))
+            .and_then(|()| place_bars(config.as_ref(), function));
+        let silenced = live::set_intx(config.as_ref(), Switch::Off)
+            .map(drop)
+            .map_err(|error| config_failure("disable INTx of", function.address, &error));
+        if verified.is_err()
+            && let Some(Err(error)) = canary.map(|canary| canary.remove(config.as_ref()))
+        {
+            warn!("{}: clear the mark that the reset left: {error}", function.address);
+        }
+        let done = verified.and(put_back).and(silenced);
+        if done.is_ok() && outcome.is_ok() {
+            context.fresh.known().insert(function.address, function.incarnation);
+        }
+        outcome = outcome.and(done);
+    }
+    if outcome.is_err() {
+        // What is known of one was found out by a reset that was not made as a whole.
+        bus.functions.iter().for_each(|function| context.fresh.forget(function.address));
+    }
+    outcome
+}

@@ -1,0 +1,216 @@
+//! P9, T4: functions that cannot be reset alone are reset with all others on their bus.
+
+use pciback::{FunctionState, Sbdf};
+use toolstack::outcome::{ErrorCode, Failure};
+use toolstack::protocol::Success;
+
+use crate::world::{DB, Service, WEB, World, bdf};
+
+/// A graphics card with its audio function, neither of which can be reset alone.
+const HOST: &str = r#"
+drivers: [pci-stub, snd]
+driver-kinds:
+  snd: {ids: ["1002:ab28"]}
+models:
+  gpu:
+    size: 256
+    reset-methods: []
+    bars: {0: 1000}
+    config: |
+      00: 02 10 ff 73 02 00 10 00 00 00 00 03 08 00 80 00
+      30: 00 00 00 00 50 00 00 00 00 00 00 00 ff 01 00 00
+      50: 01 70 03 00 08 00 00 00 00 00 00 00 00 00 00 00
+      70: 05 00 82 00 00 00 00 00 00 00 00 00 00 00 00 00
+  audio:
+    size: 256
+    reset-methods: []
+    bars: {0: 1000}
+    config: |
+      00: 02 10 28 ab 02 00 10 00 00 00 03 04 08 00 80 00
+      30: 00 00 00 00 50 00 00 00 00 00 00 00 ff 02 00 00
+      50: 01 70 03 00 08 00 00 00 00 00 00 00 00 00 00 00
+      70: 05 00 82 00 00 00 00 00 00 00 00 00 00 00 00 00
+functions:
+  - {address: "00:01.0", model: root-port, buses: [1, 1]}
+  - {address: "01:00.0", model: gpu, irq: 17}
+  - {address: "01:00.1", model: audio, irq: 18}
+domains:
+  - {id: 1, name: web, type: pv, passthrough: true}
+  - {id: 2, name: db, type: pv, passthrough: true}
+"#;
+
+const TOGETHER: &str = "match: {vendor: 1002}\nreset: {together: true}\n";
+/// Where no capability is, and what a guest leaves there.
+const OWN_REGISTER: u16 = 0xc0;
+const TRACE: u8 = 0x5a;
+/// Slot Control of the root port.
+const SLOT_CONTROL: u16 = 0x6c;
+
+fn both() -> [Sbdf; 2] {
+    [bdf("01:00.0"), bdf("01:00.1")]
+}
+
+fn leave_traces(world: &World) {
+    for address in both() {
+        world.simulation.poke(address, OWN_REGISTER, &[TRACE]);
+    }
+}
+
+fn has_trace(world: &World, address: Sbdf) -> bool {
+    world.simulation.peek(address, OWN_REGISTER, 1)[0] == TRACE
+}
+
+/// The service with both functions held.
+fn held(world: &World) -> Service {
+    let service = world.start_with(&[TOGETHER]);
+    for address in both() {
+        service.hold(address).unwrap();
+    }
+    service
+}
+
+fn warnings(answer: Result<Success, Failure>) -> String {
+    match answer.unwrap() {
+        Success::Changed { warnings, .. } => warnings.join("; "),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn refusal(answer: Result<Success, Failure>) -> String {
+    let failure = answer.unwrap_err();
+    assert_eq!(failure.code, ErrorCode::Refused, "{failure}");
+    format!("{failure} ({})", failure.hint.clone().unwrap_or_default())
+}
+
+#[test]
+fn the_first_attachment_resets_all_functions_on_the_bus_and_keeps_their_registers() {
+    let (world, [gpu, audio]) = (World::of(HOST), both());
+    let service = held(&world);
+    let port = bdf("00:01.0");
+    let placed: Vec<_> = both().iter().map(|address| world.simulation.peek(*address, 0x10, 4)).collect();
+    leave_traces(&world);
+    world.simulation.poke(port, 0xc0, &[TRACE]);
+    service.attach(WEB, gpu).unwrap();
+    assert!(!has_trace(&world, gpu) && !has_trace(&world, audio));
+    let now: Vec<_> = both().iter().map(|address| world.simulation.peek(*address, 0x10, 4)).collect();
+    assert!(placed == now && placed.iter().all(|bar| *bar != [0; 4]), "{placed:x?} {now:x?}");
+    // The bridge is not reset, and its bus does not stay in reset.
+    assert_eq!(world.simulation.peek(port, 0xc0, 1), [TRACE]);
+    assert_eq!(world.simulation.peek(port, 0x3e, 1)[0] & 0x40, 0);
+    leave_traces(&world);
+    service.attach(WEB, audio).unwrap();
+    assert!(has_trace(&world, gpu), "the guest's function is left alone");
+    assert_eq!(service.state(audio), FunctionState::Attached);
+}
+
+#[test]
+fn the_last_function_that_comes_back_has_all_on_the_bus_reset() {
+    let (world, [gpu, audio]) = (World::of(HOST), both());
+    let service = held(&world);
+    service.attach(WEB, gpu).unwrap();
+    service.attach(WEB, audio).unwrap();
+    leave_traces(&world);
+    let said = warnings(service.detach(WEB, gpu));
+    assert!(said.contains("0000:01:00.0 is not reset yet") && said.contains("0000:01:00.1"), "{said}");
+    assert!(has_trace(&world, gpu));
+    let refused = refusal(service.attach(WEB, gpu));
+    assert!(refused.contains("would hit 0000:01:00.1 (domain 1's) (detach those first"), "{refused}");
+    let refused = refusal(service.release(gpu));
+    assert!(refused.contains("would hit 0000:01:00.1 (domain 1's)"), "{refused}");
+
+    let said = warnings(service.detach(WEB, audio));
+    assert!(!said.contains("not reset"), "{said}");
+    assert!(!has_trace(&world, gpu) && !has_trace(&world, audio));
+    for address in both() {
+        world.assert_held(&service, address, "detached");
+    }
+    service.attach(DB, gpu).unwrap();
+    service.detach(DB, gpu).unwrap();
+    for address in both() {
+        service.release(address).unwrap();
+    }
+}
+
+#[test]
+fn a_function_that_waits_for_its_reset_is_reset_after_a_restart_before_dom0_gets_it() {
+    let (world, [gpu, audio]) = (World::of(HOST), both());
+    let service = held(&world);
+    service.attach(WEB, gpu).unwrap();
+    service.attach(WEB, audio).unwrap();
+    service.detach(WEB, gpu).unwrap();
+    service.detach(WEB, audio).unwrap();
+    service.attach(WEB, audio).unwrap();
+    service.attach(WEB, gpu).unwrap();
+    service.detach(WEB, gpu).unwrap();
+    leave_traces(&world);
+    service.stop();
+    let service = world.start_with(&[TOGETHER]);
+    let refused = refusal(service.release(gpu));
+    assert!(refused.contains("would hit 0000:01:00.1"), "{refused}");
+    assert!(has_trace(&world, gpu));
+    service.detach(WEB, audio).unwrap();
+    service.release(gpu).unwrap();
+    assert!(!has_trace(&world, gpu));
+    world.assert_host(&service, gpu, None, "released");
+}
+
+#[test]
+fn a_bus_that_dom0_uses_too_is_not_reset_and_holding_says_so_at_once() {
+    let (world, [gpu, audio]) = (World::of(HOST), both());
+    let service = world.start_with(&[TOGETHER]);
+    let said = warnings(service.hold(gpu));
+    leave_traces(&world);
+    let refused = refusal(service.attach(WEB, gpu));
+    for text in [&said, &refused] {
+        assert!(text.contains("would hit 0000:01:00.1 (dom0's, with snd)"), "{text}");
+    }
+    assert!(said.contains("hold all functions on this bus with 'xpci pci-assignable-add'"), "{said}");
+    assert!(has_trace(&world, audio));
+    let said = warnings(service.hold(audio));
+    assert!(!said.contains("no guest can get"), "{said}");
+    service.attach(WEB, gpu).unwrap();
+    // The guest's function could not be reset any more.
+    let refused = refusal(service.release(audio));
+    assert!(refused.contains("would hit 0000:01:00.0 (domain 1's)"), "{refused}");
+    assert_eq!(service.state(audio), FunctionState::Held);
+}
+
+#[test]
+fn functions_of_one_bus_do_not_go_to_different_guests() {
+    let (world, [gpu, audio]) = (World::of(HOST), both());
+    let permit = "match: {vendor: 1002}\npermit: [shared-group]\nreset: {together: true}\n";
+    let service = world.start_with(&[permit]);
+    for address in both() {
+        service.hold(address).unwrap();
+    }
+    service.attach(WEB, gpu).unwrap();
+    let refused = refusal(service.attach(DB, audio));
+    assert!(refused.contains("would hit 0000:01:00.0 (domain 1's)"), "{refused}");
+}
+
+#[test]
+fn a_reset_of_the_bus_without_effect_on_one_function_quarantines() {
+    let (world, [gpu, audio]) = (World::of(HOST), both());
+    let service = held(&world);
+    service.attach(WEB, gpu).unwrap();
+    world.simulation.ignore_resets(audio, true);
+    let failure = service.detach(WEB, gpu).unwrap_err();
+    assert_eq!(failure.code, ErrorCode::Quarantined);
+    let text = failure.to_string();
+    assert!(text.contains("reset 0000:01:00.1: a register still holds what it held before"), "{text}");
+    assert_eq!(service.state(gpu), FunctionState::Quarantined);
+    world.simulation.ignore_resets(audio, false);
+    service.clear(gpu).unwrap();
+    world.assert_held(&service, gpu, "cleared");
+}
+
+#[test]
+fn a_hot_plug_slot_is_not_reset_because_the_kernel_would_take_that_for_a_removal() {
+    let (world, [gpu, _]) = (World::of(HOST), both());
+    world.simulation.poke(bdf("00:01.0"), SLOT_CONTROL, &[0, 0x10]);
+    let service = held(&world);
+    leave_traces(&world);
+    let refused = refusal(service.attach(WEB, gpu));
+    assert!(refused.contains("0000:00:01.0 is a hot-plug slot"), "{refused}");
+    assert!(has_trace(&world, gpu));
+}
