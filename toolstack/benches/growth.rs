@@ -76,6 +76,7 @@ fn measure(pfs: u8) {
                     Request::PciAssignableAdd {
                         address: Sbdf::from_devfn(0, bus, devfn),
                         force: false,
+                        persist: false,
                         dry_run: false,
                     },
                 );

@@ -5,6 +5,7 @@ pub mod cli;
 pub mod client;
 pub mod control;
 pub mod descriptors;
+pub mod device;
 pub mod doctor;
 pub mod domains;
 mod durable;
@@ -25,6 +26,7 @@ pub mod steps;
 pub mod supervisor;
 pub mod target;
 pub mod transaction;
+pub mod wishes;
 
 /// The version of both programs, with the commit where a release was built from a git checkout.
 pub const VERSION: &str = env!("XPCI_VERSION");

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use pciback::Sbdf;
 use pciback::platform::{Host, HostFunction};
 use pciback::policy::nearest;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::outcome::Failure;
 use crate::spec::{existing, serial_number};
@@ -89,7 +89,8 @@ fn serial_of(text: &str) -> Result<u64, String> {
 
 /// The way to a function from its root bus: the function there, then device and function number below each bridge. It stays when bus
 /// numbers change.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
 pub struct PciPath {
     root: Sbdf,
     below: Vec<u8>,
@@ -132,6 +133,20 @@ impl FromStr for PciPath {
             full.parse().map(|address: Sbdf| address.devfn()).map_err(|_| wrong())
         };
         Ok(Self { root, below: rest.iter().map(devfn).collect::<Result<_, _>>()? })
+    }
+}
+
+impl TryFrom<String> for PciPath {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl Serialize for PciPath {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 

@@ -79,6 +79,8 @@ pub enum Change {
     Reserve(Box<Reservation>),
     /// Forgets that of a function.
     Forget(Sbdf),
+    /// Notes that a function is to be held persistently; likewise.
+    Hold(Sbdf),
 }
 
 /// All reservations. Clones are the same.

@@ -17,6 +17,7 @@ const ORDER: &[Layer] = &[
     ("policies", &["durable", "outcome"]),
     ("target", &[]),
     ("names", &["outcome", "spec", "target"]),
+    ("device", &["outcome", "spec", "names"]),
     ("protocol", &["outcome", "domains", "target"]),
     ("audit", &["protocol"]),
     ("settings", &["durable", "reset_plan", "spec", "names", "target"]),
@@ -24,6 +25,7 @@ const ORDER: &[Layer] = &[
     ("ledger", &["durable", "journal"]),
     ("former_owners", &["durable", "outcome", "journal"]),
     ("reservations", &["durable", "outcome", "journal"]),
+    ("wishes", &["durable", "outcome", "journal", "device"]),
     (
         "transaction",
         &[
@@ -36,6 +38,7 @@ const ORDER: &[Layer] = &[
             "journal",
             "ledger",
             "former_owners",
+            "wishes",
         ],
     ),
     ("doctor", &["outcome", "spec", "protocol", "transaction"]),
@@ -58,6 +61,8 @@ const ORDER: &[Layer] = &[
             "ledger",
             "former_owners",
             "reservations",
+            "device",
+            "wishes",
             "transaction",
             "doctor",
             "reply",

@@ -75,6 +75,10 @@ pub enum Command {
         /// Takes them even while something in dom0 uses them: a mounted file system, an interface that is up.
         #[arg(short, long)]
         force: bool,
+        /// Persistently: they are held again after a reboot of the host and whenever they appear, also at another address, until
+        /// pci-assignable-remove.
+        #[arg(long)]
+        persist: bool,
         /// The functions; 'any:PF' is the first VF of a PF that is dom0's and has no driver, another one each time.
         #[arg(required = true, value_name = "BDF")]
         addresses: Vec<Target>,
@@ -230,7 +234,7 @@ pub enum Vf {
     /// Sets network settings of a held or attached VF through its PF, until it goes back to dom0.
     ///
     /// They are in force at once, put in force again at each attach, and what was there before the first 'vf set' comes back
-    /// with pci-assignable-remove.
+    /// with pci-assignable-remove. A reboot of the host discards them, but for those set with --persist.
     Set(SetArguments),
     /// Shows the network settings of a VF, or of all VFs of a PF: in force, as the PF's driver reports them, and wished.
     Show {
@@ -350,9 +354,9 @@ impl Command {
             Self::List(arguments) => one(Request::List { filter: arguments.filter() }),
             Self::Show(function) => one(Request::Show { address: function.address }),
             Self::PciAssignableList { .. } => one(Request::PciAssignableList),
-            Self::PciAssignableAdd { addresses, force, dry_run } => addresses
+            Self::PciAssignableAdd { addresses, force, persist, dry_run } => addresses
                 .into_iter()
-                .map(|address| Request::PciAssignableAdd { address, force, dry_run })
+                .map(|address| Request::PciAssignableAdd { address, force, persist, dry_run })
                 .collect(),
             Self::PciAssignableRemove { addresses, force, trust_former_owner, .. } => addresses
                 .into_iter()

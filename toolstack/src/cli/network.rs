@@ -15,6 +15,9 @@ pub struct SetArguments {
     /// The VF.
     #[arg(value_name = "VF")]
     pub address: Target,
+    /// Persistently: also after a reboot of the host, until pci-assignable-remove.
+    #[arg(long)]
+    persist: bool,
     #[command(flatten)]
     settings: SettingArguments,
 }
@@ -76,7 +79,7 @@ impl SetArguments {
             min_rate: given.min_rate,
             link_state: given.link_state.map(link),
         };
-        Request::VfSet { address: self.address, settings }
+        Request::VfSet { address: self.address, settings, persist: self.persist }
     }
 }
 

@@ -75,6 +75,7 @@ use crate::spec::Filters;
 use crate::supervisor::{self, Watchdog};
 use crate::target::Target;
 use crate::transaction::{Finished, Fresh, Parting};
+use crate::wishes::Wishes;
 pub use contain::Containment;
 use guest::Guest;
 use keeping::Keeping;
@@ -274,6 +275,8 @@ pub struct Engine {
     news: news::News,
     /// Functions that guests have persistently.
     reservations: Reservations,
+    /// What is wanted persistently of functions.
+    wishes: Wishes,
     /// Guests that start again.
     returning: Returning,
     watchdog: Watchdog,
@@ -298,6 +301,7 @@ impl Engine {
         let (former_owners, damaged) = former_owners.map_err(io::Error::other)?;
         let reservations = Reservations::open(&settings.state_directory.join("persistent"));
         let (reservations, unusable) = reservations.map_err(io::Error::other)?;
+        let (wishes, unreadable) = Wishes::open(settings.state_directory.join("wanted"));
         Ok(Self {
             platform,
             settings: Arc::new(settings),
@@ -330,9 +334,10 @@ impl Engine {
             faults: faults::Faults::default(),
             news: news::News::new(audit),
             reservations,
+            wishes,
             returning: Returning::default(),
             watchdog: Watchdog::from_environment(),
-            problems: damaged.iter().chain(&unusable).map(Problem::unusable).collect(),
+            problems: damaged.iter().chain(&unusable).chain(&unreadable).map(Problem::unusable).collect(),
         })
     }
 

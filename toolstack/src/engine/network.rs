@@ -45,7 +45,7 @@ impl Engine {
     }
 
     /// Takes over the administrator's wishes for a VF.
-    pub(super) fn set_network(&mut self, address: Sbdf, wishes: VfSettings, reply: Reply) {
+    pub(super) fn set_network(&mut self, address: Sbdf, wishes: VfSettings, persist: bool, reply: Reply) {
         let mut record = match self.settable(address, wishes) {
             Ok(record) => record,
             Err(failure) => return reply.done(Err(failure)),
@@ -58,13 +58,21 @@ impl Engine {
         let work = move || {
             listener.progress(&format!("setting {} of {address}", describe_network(&wishes)));
             let changed = change_network(&workshop.platform, &workshop.journal, &mut record, wishes);
+            let changed = changed.and_then(|warnings| {
+                match persist && workshop.want(address, |wish| wish.network = wishes.or(wish.network))? {
+                    true => Ok(Some(warnings.unwrap_or_default())),
+                    false => Ok(warnings),
+                }
+            });
             (record, changed)
         };
         self.inbox.background(&format!("task {address}"), work, move |done| {
             let (record, changed) = done.unwrap_or_else(|failure| (before, Err(failure)));
             // The engine first: who reads the answer may ask for the state at once.
             reporter.inbox.send(Event::NetworkSet(address, Box::new(record.network.clone())));
-            let has = |already: &str| format!("{address} has {}{already}", describe_network(&wishes));
+            let persistently = if persist { " persistently" } else { "" };
+            let has =
+                |already: &str| format!("{address} has {}{already}{persistently}", describe_network(&wishes));
             reply.done(changed.map(|warnings| match warnings {
                 None => Success::Already { message: has(" already") },
                 Some(warnings) => Success::Changed {

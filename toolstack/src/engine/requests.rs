@@ -69,7 +69,13 @@ impl Engine {
             Request::AerHistory { address } => self.error_history(address).map(Plan::Answer),
             Request::Events { follow } => return self.events(follow, reply),
             Request::Status => return self.status(reply),
-            Request::PciAssignableAdd { address, force, dry_run } => self.plan_hold(address, force, dry_run),
+            Request::PciAssignableAdd { address, force, persist, dry_run } => {
+                let plan = self.plan_hold(address, force, dry_run);
+                if persist && !dry_run {
+                    return self.hold_persistently(address, plan, reply);
+                }
+                plan
+            }
             Request::PciAssignableRemove { address, force, trust_former_owner } => self
                 .forget_gone(address)
                 .unwrap_or_else(|| self.plan_release(address, force, trust_former_owner)),
@@ -110,7 +116,9 @@ impl Engine {
             Request::VfCreate { address, count, unmanaged } => {
                 return self.create_vfs(address, count, unmanaged, reply);
             }
-            Request::VfSet { address, settings } => return self.set_network(address, settings, reply),
+            Request::VfSet { address, settings, persist } => {
+                return self.set_network(address, settings, persist, reply);
+            }
             Request::VfShow { address } => return self.show_network(address, reply),
             Request::VfSetCount { address, count } => return self.set_vf_count(address, count, reply),
             Request::VfDestroy { address } => return self.destroy_vfs(address, reply),

@@ -277,6 +277,12 @@ impl Engine {
         if reservation.is_some() {
             self.miss_no_more(record.address);
         }
+        let host = self.platform.host.as_ref();
+        let wished = host.function(record.address).ok().and_then(|function| self.wishes.of(host, &function));
+        let message = match wished {
+            Some(_) => format!("{message}; what was persistent of it is forgotten"),
+            None => message,
+        };
         let change = reservation.map(|reservation| Change::Forget(reservation.address));
         Plan::Transaction(Course::GiveBack, Box::new(record), message, change)
     }

@@ -29,6 +29,7 @@ use crate::spec::Filters;
 use crate::transaction::{
     Context, Finished, Fresh, Kind, Parting, Serving, Sharing, Step, guest_of, refuse_release,
 };
+use crate::wishes::Wishes;
 
 /// What the engine may take beyond a guest's own limit before a transaction stops waiting for it.
 const ENGINE_MARGIN: Duration = Duration::from_secs(10);
@@ -90,6 +91,7 @@ pub(super) struct Workshop {
     pub resets: Resets,
     pub fresh: Fresh,
     pub reservations: Reservations,
+    pub wishes: Wishes,
     /// What [`Serving::open`] opened, until it is served.
     pub opened: Arc<Mutex<Option<Box<Opened>>>>,
 }
@@ -173,11 +175,19 @@ impl Workshop {
             Some(Change::Reserve(wanted)) => self.reservations.get(wanted.address),
             _ => None,
         };
+        let mut newly_held = false;
         let made = match change.clone() {
             Some(Change::Reserve(wanted)) => self.reservations.keep(*wanted),
             Some(Change::Forget(address)) => self.reservations.forget(address),
+            Some(Change::Hold(address)) => {
+                self.want(address, |wish| wish.hold = true).map(|new| newly_held = new)
+            }
             None => Ok(()),
         };
+        let made = made.and_then(|()| match course {
+            Course::GiveBack => self.want_nothing(record.address),
+            _ => Ok(()),
+        });
         if let Err(failure) = made {
             return Finished { record: self.unchanged(course, record), outcome: Err(failure) };
         }
@@ -193,6 +203,9 @@ impl Workshop {
                 Some(before) => self.reservations.keep(before),
                 None => self.reservations.forget(wanted.address),
             },
+            (Err(_), Some(Change::Hold(address))) if newly_held && !self.ended() => {
+                self.want(address, |wish| wish.hold = false).map(drop)
+            }
             _ => Ok(()),
         };
         if let Err(failure) = after {
@@ -201,6 +214,16 @@ impl Workshop {
             ));
         }
         finished
+    }
+
+    /// Nothing is wanted persistently any more of a function that goes back to dom0.
+    fn want_nothing(&self, address: Sbdf) -> Result<(), Failure> {
+        let host = self.platform.host.as_ref();
+        match host.function(address) {
+            Ok(function) => self.wishes.forget(host, &function).map(drop),
+            // It has left.
+            Err(_) => Ok(()),
+        }
     }
 
     /// The record as it was before a transaction that did not begin.
@@ -241,6 +264,7 @@ impl Workshop {
             ledger: &self.ledger,
             former_owners: &self.former_owners,
             fresh: &self.fresh,
+            wishes: &self.wishes,
             serving: self,
             parting: course.parting(),
             force: course == Course::Seize,
@@ -279,6 +303,7 @@ impl Engine {
             resets: self.resets.clone(),
             fresh: self.fresh.clone(),
             reservations: self.reservations.clone(),
+            wishes: self.wishes.clone(),
             opened: Arc::default(),
         }
     }

@@ -292,7 +292,7 @@ fn enable(
     // that long before it looks for them, within the write.
     let came_up = enabled.and(put_back).map_err(Failure::from);
     let came_up = came_up.and_then(|_| all_known(workshop, address, count, limit)).and_then(|vfs| {
-        prepare_networks(&workshop.platform, &workshop.settings, address, &vfs)?;
+        prepare_networks(&workshop.platform, (&workshop.settings, &workshop.wishes), address, &vfs)?;
         Ok(vfs)
     });
     match came_up {

@@ -305,7 +305,7 @@ mod tests {
             Request::Show { address },
             Request::Doctor,
             Request::PciAssignableList,
-            Request::PciAssignableAdd { address, force: true, dry_run: true },
+            Request::PciAssignableAdd { address, force: true, persist: true, dry_run: true },
             Request::PciAssignableRemove { address, force: true, trust_former_owner: true },
             Request::PciAttach {
                 domain: domain.clone(),
@@ -322,7 +322,11 @@ mod tests {
             Request::VfSetCount { address, count: 0 },
             Request::VfDestroy { address },
             Request::VfList { address: None },
-            Request::VfSet { address, settings: VfSettings { trust: Some(true), ..VfSettings::default() } },
+            Request::VfSet {
+                address,
+                persist: true,
+                settings: VfSettings { trust: Some(true), ..VfSettings::default() },
+            },
             Request::VfShow { address },
             Request::AerStatus { address: None },
             Request::BlastRadius { address },

@@ -55,6 +55,9 @@ pub enum Request<A = Sbdf> {
         /// Takes it even while something in dom0 uses it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         force: bool,
+        /// It is held again after a reboot of the host, and whenever it appears.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        persist: bool,
         /// Only says what would be done, or all that is in the way.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         dry_run: bool,
@@ -147,6 +150,9 @@ pub enum Request<A = Sbdf> {
         address: A,
         /// What to set; the rest stays as it is.
         settings: VfSettings,
+        /// They are in force after a reboot of the host too.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        persist: bool,
     },
     /// Shows the network settings of a VF, or of all VFs of a PF.
     VfShow {
@@ -260,8 +266,8 @@ impl<A> Request<A> {
             Self::Doctor => Request::Doctor,
             Self::Show { address } => Request::Show { address: of(address)? },
             Self::PciAssignableList => Request::PciAssignableList,
-            Self::PciAssignableAdd { address, force, dry_run } => {
-                Request::PciAssignableAdd { address: of(address)?, force, dry_run }
+            Self::PciAssignableAdd { address, force, persist, dry_run } => {
+                Request::PciAssignableAdd { address: of(address)?, force, persist, dry_run }
             }
             Self::PciAssignableRemove { address, force, trust_former_owner } => {
                 Request::PciAssignableRemove { address: of(address)?, force, trust_former_owner }
@@ -287,7 +293,9 @@ impl<A> Request<A> {
             Self::VfSetCount { address, count } => Request::VfSetCount { address: of(address)?, count },
             Self::VfDestroy { address } => Request::VfDestroy { address: of(address)? },
             Self::VfList { address } => Request::VfList { address: address.map(&mut of).transpose()? },
-            Self::VfSet { address, settings } => Request::VfSet { address: of(address)?, settings },
+            Self::VfSet { address, settings, persist } => {
+                Request::VfSet { address: of(address)?, settings, persist }
+            }
             Self::VfShow { address } => Request::VfShow { address: of(address)? },
             Self::AerStatus { address } => Request::AerStatus { address: address.map(&mut of).transpose()? },
             Self::BlastRadius { address } => Request::BlastRadius { address: of(address)? },

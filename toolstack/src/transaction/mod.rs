@@ -46,6 +46,7 @@ use crate::ledger::Ledger;
 use crate::outcome::{ErrorCode, Failure};
 use crate::settings::Settings;
 pub use crate::steps::{ATTACH, HOLD, Kind, Step};
+use crate::wishes::Wishes;
 
 /// How a guest loses a function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,6 +95,8 @@ pub struct Context<'a> {
     pub former_owners: &'a FormerOwners,
     /// The functions that were reset with their bus.
     pub fresh: &'a Fresh,
+    /// What is wanted persistently of functions.
+    pub wishes: &'a Wishes,
     /// The engine.
     pub serving: &'a dyn Serving,
     /// How a guest loses the function when steps are undone.

@@ -16,6 +16,7 @@ use super::{Context, both};
 use crate::journal::{Journal, NetworkRecord, Record};
 use crate::outcome::{ErrorCode, Failure};
 use crate::settings::Settings;
+use crate::wishes::Wishes;
 
 /// What a PF's driver says of one VF.
 #[derive(Debug, Clone)]
@@ -212,12 +213,28 @@ fn unconfirmed(platform: &Platform, address: Sbdf, wishes: &VfSettings) -> Optio
     }
 }
 
+/// What a VF is to have by 'vf set --persist', which goes before, and by the service's settings.
+fn configured(
+    platform: &Platform,
+    (settings, wishes): (&Settings, &Wishes),
+    vf: VfPlace,
+) -> Result<VfSettings, Failure> {
+    let host = platform.host.as_ref();
+    let persistent = wishes.of(host, &host.function(vf.address)?).map(|wish| wish.network);
+    Ok(persistent.unwrap_or_default().or(settings.network(host, vf)?))
+}
+
 /// Puts what the service's settings say in force for VFs that were just created, of PFs of which they say something.
-pub fn prepare(platform: &Platform, settings: &Settings, pf: Sbdf, vfs: &[Sbdf]) -> Result<(), Failure> {
+pub fn prepare(
+    platform: &Platform,
+    (settings, wishes): (&Settings, &Wishes),
+    pf: Sbdf,
+    vfs: &[Sbdf],
+) -> Result<(), Failure> {
     let mut seen = None;
     for (index, address) in vfs.iter().enumerate() {
         let vf = VfPlace { address: *address, physical_function: pf, index: index as u16 };
-        let wanted = settings.network(platform.host.as_ref(), vf)?;
+        let wanted = configured(platform, (settings, wishes), vf)?;
         if wanted.is_empty() {
             continue;
         }
@@ -237,7 +254,7 @@ pub fn prepare(platform: &Platform, settings: &Settings, pf: Sbdf, vfs: &[Sbdf])
 pub(super) fn apply(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
     let mut network = record.network.clone().unwrap_or_default();
     network.configured = match place(context.platform, record.address) {
-        Ok(vf) => context.settings.network(context.platform.host.as_ref(), vf)?,
+        Ok(vf) => configured(context.platform, (context.settings, context.wishes), vf)?,
         // No VF.
         Err(failure) if failure.code == ErrorCode::Refused => VfSettings::default(),
         Err(failure) => return Err(failure),

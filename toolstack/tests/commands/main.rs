@@ -99,6 +99,7 @@ fn host_with_card(bus: u8) -> String {
     let functions = format!("{port}\n{card}\n").replace("BUS", &bus.to_string());
     let model = "models:
   card:
+    reset-methods: [flr]
     bars: {0: 4000}
     config: |
       00: 86 80 d3 10 00 00 10 00 00 00 00 02 00 00 80 00
@@ -125,6 +126,41 @@ fn a_name_by_serial_number_or_path_follows_a_device_whose_bus_number_changes() {
             assert_eq!(answer["result"]["path"], "0000:00:03.0/00.1", "{name}: {answer}");
         }
     }
+}
+
+/// A service after a reboot of the host: only what is wanted persistently is left.
+fn rebooted(before: &Daemon, host: &str) -> Daemon {
+    let directory = tempfile::tempdir().unwrap();
+    let wanted = |daemon: &std::path::Path| daemon.join("state/wanted");
+    std::fs::create_dir(directory.path().join("state")).unwrap();
+    std::fs::copy(wanted(before.directory.path()), wanted(directory.path())).unwrap();
+    Daemon::start_in(directory, host)
+}
+
+#[test]
+fn what_is_held_and_set_persistently_is_so_after_a_reboot_until_it_is_given_back() {
+    let daemon = Daemon::start(&host());
+    play_on("wanted", &daemon);
+    let after = rebooted(&daemon, &host());
+    after.wait_for_log("0000:02:00.0: held at once");
+    // The VFs are there when they are enabled again.
+    assert!(after.xpci(&["vf", "create", "01:00.0", "2"]).status.success());
+    after.wait_for_log("0000:01:10.0: held at once");
+    play_on("wanted-again", &after);
+    let wanted = std::fs::read_to_string(after.directory.path().join("state/wanted")).unwrap();
+    assert!(wanted.contains("\"wishes\": []"), "all was given back: {wanted}");
+}
+
+#[test]
+fn a_function_that_is_held_persistently_is_held_at_the_address_that_it_has_later() {
+    let daemon = Daemon::start(&host_with_card(4));
+    assert!(daemon.xpci(&["pci-assignable-add", "--persist", "04:00.1"]).status.success());
+    let moved = host_with_card(6)
+        .replace("  - {address: 02:00.0", "  - {address: 04:00.1, model: nvme}\n  - {address: 02:00.0");
+    let after = rebooted(&daemon, &moved);
+    after.wait_for_log("0000:06:00.1: held at once");
+    let held = after.xpci(&["pci-assignable-list"]);
+    assert_eq!(String::from_utf8(held.stdout).unwrap(), "0000:06:00.1\n", "not what is at its address now");
 }
 
 #[test]

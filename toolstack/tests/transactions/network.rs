@@ -34,7 +34,7 @@ fn wishes() -> VfSettings {
 }
 
 fn set(service: &Service, address: Sbdf, settings: VfSettings) -> Result<Success, Failure> {
-    service.call(Request::VfSet { address, settings })
+    service.call(Request::VfSet { address, settings, persist: false })
 }
 
 fn show(service: &Service, address: Sbdf) -> VfNetworkView {

@@ -1,0 +1,159 @@
+//! What administrators want persistently of functions: that they are held, and VFs' network settings. One small file.
+//!
+//! It is about devices, not addresses, and outlives the service and the host's boots. Each change is synced to the disk, which takes
+//! milliseconds: only threads that may block make one.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pciback::platform::{Host, HostFunction, VfSettings};
+use serde::{Deserialize, Serialize};
+
+use crate::device::Device;
+use crate::durable;
+use crate::journal::{JournalError, VERSION};
+use crate::outcome::{ErrorCode, Failure};
+
+/// The file is no longer than this, in bytes: 8192 functions have about half of that.
+const SIZE_LIMIT: u64 = 1 << 22;
+
+/// What is wanted of one function.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Wish {
+    device: Device,
+    /// It is held as soon as it appears.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub hold: bool,
+    /// A VF's network settings.
+    #[serde(default, skip_serializing_if = "VfSettings::is_empty")]
+    pub network: VfSettings,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Kept {
+    version: u32,
+    wishes: Vec<Wish>,
+}
+
+/// All that is wanted. Clones are the same.
+#[derive(Debug, Clone)]
+pub struct Wishes {
+    path: PathBuf,
+    /// `None`: the file cannot be used.
+    known: Arc<Mutex<Option<Vec<Wish>>>>,
+}
+
+impl Wishes {
+    /// Reads the file; one that is not there means nothing. The second value says why it cannot be used.
+    pub fn open(path: PathBuf) -> (Self, Option<JournalError>) {
+        let (known, problem) = match read(&path) {
+            Ok(wishes) => (Some(wishes), None),
+            Err(error) => (None, Some(error)),
+        };
+        (Self { path, known: Arc::new(Mutex::new(known)) }, problem)
+    }
+
+    fn known(&self) -> MutexGuard<'_, Option<Vec<Wish>>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is wanted of a function, if anything is.
+    pub fn of(&self, host: &dyn Host, function: &HostFunction) -> Option<Wish> {
+        if self.known().as_ref().is_none_or(Vec::is_empty) {
+            return None;
+        }
+        let device = match Device::of(host, function) {
+            Ok(device) => device,
+            Err(failure) => {
+                log::warn!("{}: find out what is wanted of it: {failure}", function.address);
+                return None;
+            }
+        };
+        self.known().iter().flatten().find(|wish| wish.device.is(&device)).cloned()
+    }
+
+    /// Changes what is wanted of a device and keeps it, also over a power failure; returns what was wanted before.
+    ///
+    /// # Errors
+    /// The file cannot be used or written; nothing is changed.
+    pub fn change(&self, device: Device, change: impl FnOnce(&mut Wish)) -> Result<Option<Wish>, Failure> {
+        let mut known = self.known();
+        let failed = |text: String| Failure::new(ErrorCode::Failed, text).on(device.address);
+        let Some(wishes) = known.as_ref() else {
+            let text =
+                format!("what is wanted persistently is not known: {} cannot be used", self.path.display());
+            return Err(
+                failed(text).hint("see xpcid's log; remove the file to begin anew, and restart xpcid")
+            );
+        };
+        let (mut wishes, mut before) = (wishes.clone(), None);
+        if let Some(at) = wishes.iter().position(|wish| wish.device.is(&device)) {
+            before = Some(wishes.remove(at));
+        }
+        let none = Wish { device: device.clone(), hold: false, network: VfSettings::default() };
+        let mut wish = before.clone().map_or(none, |before| Wish { device: device.clone(), ..before });
+        change(&mut wish);
+        if wish.hold || !wish.network.is_empty() {
+            wishes.push(wish);
+        }
+        let kept = Kept { version: VERSION, wishes };
+        durable::replace(&self.path, &kept, true)
+            .map_err(|error| failed(format!("write {}: {error}", self.path.display())))?;
+        *known = Some(kept.wishes);
+        Ok(before)
+    }
+
+    /// Nothing is wanted of a function any more; whether anything was.
+    ///
+    /// # Errors
+    /// As of [`Self::change`].
+    pub fn forget(&self, host: &dyn Host, function: &HostFunction) -> Result<bool, Failure> {
+        let Some(wish) = self.of(host, function) else { return Ok(false) };
+        let nothing = |wish: &mut Wish| (wish.hold, wish.network) = (false, VfSettings::default());
+        self.change(wish.device, nothing).map(|_| true)
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<Wish>, JournalError> {
+    let failed = |source| JournalError::Io { action: "read", path: path.to_owned(), source };
+    let malformed = |reason| JournalError::Malformed { path: path.to_owned(), reason };
+    let mut text = String::new();
+    match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        file => file.and_then(|file| file.take(SIZE_LIMIT).read_to_string(&mut text)).map_err(failed)?,
+    };
+    let kept: Kept = serde_json::from_str(&text).map_err(|error| malformed(error.to_string()))?;
+    match kept.version {
+        VERSION => Ok(kept.wishes),
+        other => Err(malformed(format!("it has version {other}, this xpcid reads {VERSION}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_cannot_be_used_is_told_and_left_as_it_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("wanted.json");
+        assert!(Wishes::open(path.clone()).1.is_none(), "one that is not there is no mistake");
+        for text in ["{", r#"{"version":9,"wishes":[]}"#] {
+            std::fs::write(&path, text).unwrap();
+            let (wishes, problem) = Wishes::open(path.clone());
+            assert!(problem.is_some(), "{text}");
+            let host = pciback::platform::sim::Simulation::from_yaml(
+                "drivers: []\nfunctions: [{address: 02:00.0, model: virtio-net}]\n",
+            );
+            let platform = host.unwrap().platform("test").unwrap();
+            let function = platform.host.function("02:00.0".parse().unwrap()).unwrap();
+            let device = Device::of(platform.host.as_ref(), &function).unwrap();
+            assert!(wishes.change(device, |wish| wish.hold = true).is_err());
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
+        }
+    }
+}
