@@ -20,7 +20,7 @@ use machine::REAL_DOM0;
 use restarts::{
     a_guest_notices_nothing_of_an_upgrade, a_guest_notices_nothing_of_five_kills_in_a_row,
     a_purge_leaves_nothing, a_removal_is_refused_while_a_guest_has_a_function,
-    a_service_that_hangs_is_restarted_by_the_watchdog, the_kernel_module_is_loaded_once_a_boot,
+    a_restart_does_not_load_the_kernel_module_again, a_service_that_hangs_is_restarted_by_the_watchdog,
 };
 use sandbox::{
     systemd_rates_the_service_below_4, the_service_sees_a_mount_made_after_its_start,
@@ -62,7 +62,7 @@ impl<'a> Scene<'a> for RealDom0<'a> {
             a_guest_that_starts_at_boot_has_its_persistent_function needs after_a_boot_nothing_has_failed,
             a_guest_notices_nothing_of_an_upgrade needs a_guest_that_starts_at_boot_has_its_persistent_function,
             a_guest_notices_nothing_of_five_kills_in_a_row needs a_guest_that_starts_at_boot_has_its_persistent_function,
-            the_kernel_module_is_loaded_once_a_boot needs a_guest_notices_nothing_of_five_kills_in_a_row,
+            a_restart_does_not_load_the_kernel_module_again needs a_guest_notices_nothing_of_five_kills_in_a_row,
             a_service_that_hangs_is_restarted_by_the_watchdog needs installing_the_package_starts_the_service,
             a_removal_is_refused_while_a_guest_has_a_function needs a_guest_that_starts_at_boot_has_its_persistent_function,
             a_purge_leaves_nothing needs installing_the_package_starts_the_service,
