@@ -45,6 +45,7 @@ fn main() -> Result<ExitCode> {
         hvm_devices::HvmDevices,
         vf_in_a_guest::newer_xen::NewerXen,
         real_dom0::RealDom0,
+        real_dom0::debian_13::Debian13,
     ];
     Ok(if run(&scenes, &arguments)? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -30,7 +30,7 @@ fn shell(arguments: &[String]) -> Result<()> {
     for argument in arguments {
         builder = match argument.split_once('=') {
             Some((from, to)) => builder.install(from, to),
-            None if argument == "debian" => builder.debian()?,
+            None if argument == "debian" => builder.xen(XenVersion::of_the_host()?).debian(),
             None => builder.xen(XenVersion::parse(argument)?),
         };
     }

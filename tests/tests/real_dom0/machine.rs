@@ -6,14 +6,18 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use xpci_tests::packages::run;
 use xpci_tests::scenes::Machine;
-use xpci_tests::{Builder, Devices, Lab, built, scratch, workspace};
+use xpci_tests::{Builder, Devices, Lab, XenVersion, built, scratch, workspace};
 
 /// An NVMe controller with a file system on its disk.
 pub const DISK: &str = "0000:02:00.0";
 /// The version of the package that the other one is upgraded to.
 pub const NEWER: &str = "99.0";
 
+/// The Debian release of the host, whose libraries the package fits.
 pub static REAL_DOM0: Machine = Machine { name: "real-dom0", builder, clean: |_| Ok(()), end: None };
+/// Debian 13, whatever release the package was built on.
+pub static DEBIAN_13: Machine =
+    Machine { name: "debian-13", builder: debian_13, clean: |_| Ok(()), end: None };
 
 fn builder() -> Result<Builder> {
     let disk = scratch("real-dom0.disk")?;
@@ -26,10 +30,17 @@ fn builder() -> Result<Builder> {
         .device("nvme,id=disk,serial=disk,drive=disk-file");
     let (package, newer) = packages()?;
     Ok(Lab::builder()
-        .debian()?
+        .xen(XenVersion::of_the_host()?)
+        .debian()
         .devices(devices)
         .install(package, "/lab/xpci.deb")
         .install(newer, "/lab/xpci-newer.deb"))
+}
+
+fn debian_13() -> Result<Builder> {
+    let (package, _) = packages()?;
+    let devices = Devices::none().igb("igb0");
+    Ok(Lab::builder().xen(XenVersion::V4_20).debian().devices(devices).install(package, "/lab/xpci.deb"))
 }
 
 /// The Debian package of the programs beside this one, and the same under a newer version.

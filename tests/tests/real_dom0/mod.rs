@@ -2,6 +2,7 @@
 //! started by systemd throughout, never by the harness.
 
 mod boots;
+pub mod debian_13;
 mod machine;
 mod restarts;
 mod sandbox;
