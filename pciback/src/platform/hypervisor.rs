@@ -63,6 +63,8 @@ pub struct DomainInfo {
     pub dying: bool,
     /// Whether a vCPU of it has run.
     pub has_run: bool,
+    /// Whether it is an HVM or PVH guest without hardware-assisted paging (`hap=0`).
+    pub shadow_paging: bool,
 }
 
 /// Device assignment, permissions and interrupts. All calls are hypercalls and answer with Xen's error numbers.

@@ -67,6 +67,7 @@ impl<'a> Scene<'a> for Hvm<'a> {
     fn checks() -> Vec<Check<Self>> {
         checks![
             a_paused_guest_gets_functions_where_qemu_has_no_device,
+            a_guest_with_shadow_page_tables_gets_no_function,
             the_firmware_finds_and_places_them_beside_qemus_devices,
             bars_decode_where_they_are_put_and_nowhere_else,
             the_msix_table_is_the_services,
@@ -149,6 +150,14 @@ fn a_paused_guest_gets_functions_where_qemu_has_no_device(scene: &mut Hvm<'_>) -
     let said = xpci(lab, "sync --dry-run")?;
     ensure!(!said.contains("01:10"), "sync would change something: {said}");
     scene.starts(one)
+}
+
+/// Without the refusal it reads a BAR's registers after the function is taken from it.
+fn a_guest_with_shadow_page_tables_gets_no_function(scene: &mut Hvm<'_>) -> Result<()> {
+    let guest = BareGuest::create(scene.lab, "shadow", &["hap=0"])?;
+    let (exit, said) = xpci_fails(scene.lab, "pci-attach shadow 01:10.4")?;
+    ensure!(exit == 5 && said.contains("hardware-assisted paging"), "{said}");
+    guest.destroy()
 }
 
 fn the_firmware_finds_and_places_them_beside_qemus_devices(scene: &mut Hvm<'_>) -> Result<()> {

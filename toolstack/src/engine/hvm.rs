@@ -92,7 +92,21 @@ impl Engine {
                 "shut it down, create it again with 'xl create -p', attach the function, then 'xl unpause'",
             )
         });
-        self.refused(wanted, running.into_iter().collect())
+        self.refused(wanted, running.into_iter().chain(self.can_lose_bars(domain).err()).collect())
+    }
+
+    /// Refuses guests with shadow page tables. Seen with Xen 4.17: such a guest reaches a BAR as before after Xen has unmapped it, since the
+    /// shadows keep their entries for it.
+    pub(super) fn can_lose_bars(&self, domain: DomId) -> Result<(), Failure> {
+        if !self.platform.hypervisor.domain(domain)?.shadow_paging {
+            return Ok(());
+        }
+        let text = format!(
+            "domain {domain} has no hardware-assisted paging: with shadow page tables it would still reach a BAR that it has lost"
+        );
+        Err(Failure::refused(text)
+            .of(domain)
+            .hint("remove hap=0 from its xl.cfg and from Xen's command line, and create it again"))
     }
 
     /// Asks a guest's device model, which may take its time, where a function can go.

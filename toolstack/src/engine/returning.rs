@@ -311,6 +311,7 @@ impl Engine {
         if slots.is_none() {
             self.has_bus(domain)?;
         }
+        self.can_lose_bars(domain)?;
         let (slot, others) = (Some(reservation.devfn >> 3), slots.unwrap_or_default());
         let devfn = self.free_place(domain, address, slot, std::iter::empty(), &others)?;
         record.guest = Some(GuestPlace { domain, devfn });

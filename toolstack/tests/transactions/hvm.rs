@@ -354,6 +354,23 @@ fn a_pvh_guest_is_refused_for_having_no_bus() {
 }
 
 #[test]
+fn a_guest_with_shadow_page_tables_is_refused_for_what_it_would_keep() {
+    let text =
+        std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/sim/two-guests.yaml"));
+    let shadow = "name: web, type: hvm, shadow-paging: true,";
+    let world = World::of(&text.unwrap().replace("name: web, type: pv,", shadow));
+    let service = world.start();
+    service.hold(bdf("02:00.0")).unwrap();
+    let failure = service.attach(WEB, bdf("02:00.0")).unwrap_err();
+    let said = format!("{failure:?}");
+    assert!(
+        failure.code == ErrorCode::Refused && said.contains("shadow") && said.contains("hap=0"),
+        "{said}"
+    );
+    assert_eq!(service.state(bdf("02:00.0")), FunctionState::Held);
+}
+
+#[test]
 fn when_the_guest_ends_its_functions_are_held_again() {
     let (world, guest, service) = attached();
     guest.write(BAR0, 4, 0xf300_0000);

@@ -166,6 +166,7 @@ impl Hypervisor for SimHypervisor {
                 paused: found.pauses > 0,
                 dying: false,
                 has_run: found.has_run,
+                shadow_paging: found.shadow_paging,
             })
         })
     }

@@ -206,8 +206,14 @@ impl Simulation {
         uuid: Option<Uuid>,
         passthrough: bool,
     ) -> std::result::Result<(), Errno> {
-        let text =
-            model::Domain { id: domain.0, name: name.to_owned(), uuid, kind: kind.to_owned(), passthrough };
+        let text = model::Domain {
+            id: domain.0,
+            name: name.to_owned(),
+            uuid,
+            kind: kind.to_owned(),
+            passthrough,
+            shadow_paging: false,
+        };
         let mut world = locked(&self.world);
         if domain == DomId::DOM0 || world.xen.domains.contains_key(&domain) {
             return Err(Errno::EEXIST);

@@ -176,6 +176,9 @@ pub(super) struct Domain {
     /// Whether it was created with passthrough.
     #[serde(default)]
     pub passthrough: bool,
+    /// Whether it is an HVM guest without hardware-assisted paging.
+    #[serde(default)]
+    pub shadow_paging: bool,
 }
 
 /// An operation that fails.

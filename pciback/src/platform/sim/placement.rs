@@ -238,6 +238,7 @@ impl From<&DomainText> for Domain {
             // Without one: the same each time, and no two the same.
             uuid: text.uuid.unwrap_or(Uuid(u128::from(text.id).to_be_bytes())),
             passthrough: text.passthrough,
+            shadow_paging: text.shadow_paging,
             pauses: 0,
             has_run: true,
             frames: Default::default(),

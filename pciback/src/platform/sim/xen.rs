@@ -54,6 +54,7 @@ pub(super) struct Domain {
     pub kind: String,
     pub uuid: Uuid,
     pub passthrough: bool,
+    pub shadow_paging: bool,
     /// How often it is paused.
     pub pauses: u32,
     pub has_run: bool,

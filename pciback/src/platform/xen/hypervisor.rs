@@ -13,8 +13,8 @@ use nix::errno::Errno;
 use super::bindings::{
     __HYPERVISOR_physdev_op, Libraries, PHYSDEVOP_map_pirq, PHYSDEVOP_pci_device_add,
     PHYSDEVOP_pci_device_remove, PHYSDEVOP_prepare_msix, PHYSDEVOP_release_msix, PHYSDEVOP_restore_msi_ext,
-    XEN_DOMCTL_DEV_RDM_RELAXED, XEN_DOMINF_dying, XEN_DOMINF_paused, XEN_INVALID_DEV, XENVER_version,
-    physdev_pci_device, xc_domaininfo_t, xc_interface,
+    XEN_DOMCTL_DEV_RDM_RELAXED, XEN_DOMINF_dying, XEN_DOMINF_hap, XEN_DOMINF_hvm_guest, XEN_DOMINF_paused,
+    XEN_INVALID_DEV, XENVER_version, physdev_pci_device, xc_domaininfo_t, xc_interface,
 };
 use super::msix::has_msix;
 use super::physdev::{DeviceAdd, PhysDev, map_msi};
@@ -335,6 +335,7 @@ impl Hypervisor for XenHypervisor {
             paused: info.flags & XEN_DOMINF_paused != 0,
             dying: info.flags & XEN_DOMINF_dying != 0,
             has_run: info.cpu_time != 0,
+            shadow_paging: info.flags & XEN_DOMINF_hvm_guest != 0 && info.flags & XEN_DOMINF_hap == 0,
         })
     }
 
