@@ -84,14 +84,18 @@ pub struct Answer(mpsc::Receiver<Line>);
 impl Answer {
     /// The outcome, at most after `limit`.
     pub fn wait(&self, limit: Duration) -> Result<Success, Failure> {
+        self.given(limit).unwrap_or_else(|error| {
+            Err(Failure::new(ErrorCode::Failed, format!("wait for the engine: {error}")))
+        })
+    }
+
+    /// The outcome, at most after `limit`; an error where nobody gives one, so that it is not known what was done.
+    pub fn given(&self, limit: Duration) -> Result<Result<Success, Failure>, mpsc::RecvTimeoutError> {
         let deadline = Instant::now() + limit;
         loop {
-            match self.0.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(Line::Progress(_) | Line::Event(_)) => {}
-                Ok(Line::Done(outcome)) => return *outcome,
-                Err(error) => {
-                    return Err(Failure::new(ErrorCode::Failed, format!("wait for the engine: {error}")));
-                }
+            match self.0.recv_timeout(deadline.saturating_duration_since(Instant::now()))? {
+                Line::Progress(_) | Line::Event(_) => {}
+                Line::Done(outcome) => return Ok(*outcome),
             }
         }
     }

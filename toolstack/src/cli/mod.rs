@@ -20,7 +20,7 @@ pub use place::Place;
 
 use crate::VERSION;
 use crate::outcome::{ErrorCode, Failure};
-use crate::protocol::{DomainName, Request, Scope};
+use crate::protocol::{DomainName, Placed, Request, Scope};
 use crate::settings::DEFAULT_SOCKET;
 use crate::target::Target;
 
@@ -98,7 +98,7 @@ pub enum Command {
         #[arg(required = true, value_name = "BDF")]
         addresses: Vec<Target>,
     },
-    /// Gives a held function to a guest.
+    /// Gives held functions to a guest: of several, all or none.
     PciAttach {
         /// Changes nothing: only says what would be done, or all that is in the way.
         #[arg(long)]
@@ -112,11 +112,11 @@ pub enum Command {
         /// The guest, by name or number; with --persist one that does not run by UUID, or by the name of a guest that has functions
         /// persistently.
         domain: String,
-        /// The function, and the device number at which the guest shall see it (hexadecimal, 0-1f). xl's options may follow:
+        /// The functions, and for each the device number at which the guest shall see it (hexadecimal, 0-1f). xl's options may follow:
         /// 'BDF@SLOT,permissive=1'; those without effect here are named. 'any:PF' is the first VF of a PF that is assignable and kept for
         /// no guest: the answer says which, and each such command gives another one.
-        #[arg(value_name = "BDF[@SLOT]")]
-        place: Place,
+        #[arg(required = true, value_name = "BDF[@SLOT]")]
+        places: Vec<Place>,
     },
     /// Takes a function from a guest and holds it again.
     PciDetach {
@@ -328,10 +328,14 @@ impl Command {
     }
 
     /// What is to be said of the command line itself, on standard error.
-    pub fn notes(&self) -> &[&'static str] {
+    pub fn notes(&self) -> Vec<&'static str> {
         match self {
-            Self::PciAttach { place, .. } => &place.notes,
-            _ => &[],
+            Self::PciAttach { places, .. } => {
+                let mut notes: Vec<_> = places.iter().flat_map(|place| place.notes.iter().copied()).collect();
+                notes.dedup();
+                notes
+            }
+            _ => Vec::new(),
         }
     }
 
@@ -362,15 +366,24 @@ impl Command {
                 .into_iter()
                 .map(|address| Request::PciAssignableRemove { address, force, trust_former_owner })
                 .collect(),
-            Self::PciAttach { domain, place, persist, trust_former_owner, dry_run } => {
-                one(Request::PciAttach {
-                    dry_run,
-                    domain: DomainName(domain),
-                    address: place.address,
-                    slot: place.slot,
-                    persist,
-                    trust_former_owner,
-                })
+            Self::PciAttach { domain, places, persist, trust_former_owner, dry_run } => {
+                let domain = DomainName(domain);
+                let placed = |Place { address, slot, .. }| Placed { address, slot };
+                let mut functions: Vec<_> = places.into_iter().map(placed).collect();
+                match (functions.pop(), functions.is_empty()) {
+                    (Some(Placed { address, slot }), true) => one(Request::PciAttach {
+                        dry_run,
+                        domain,
+                        address,
+                        slot,
+                        persist,
+                        trust_former_owner,
+                    }),
+                    (last, _) => {
+                        functions.extend(last);
+                        one(Request::PciAttachAll { dry_run, domain, functions, persist, trust_former_owner })
+                    }
+                }
             }
             Self::PciDetach { domain, address, force, live, persistent } => {
                 let scope = match (live, persistent) {
@@ -420,5 +433,18 @@ mod tests {
     fn several_functions_become_several_requests() {
         let cli = Cli::try_parse_from(["xpci", "pci-assignable-add", "01:10.0", "01:10.2"]).unwrap();
         assert_eq!(cli.command.requests().len(), 2);
+    }
+
+    #[test]
+    fn several_functions_for_one_guest_are_one_request() {
+        let attach = |functions: &[&str]| {
+            let words = ["xpci", "pci-attach", "web"].iter().chain(functions);
+            Cli::try_parse_from(words).unwrap().command.requests().remove(0)
+        };
+        assert_eq!(attach(&["01:00.0@5"]).name(), "pci-attach");
+        let Request::PciAttachAll { functions, .. } = attach(&["01:00.0@5", "01:00.1"]) else { panic!() };
+        let slots: Vec<_> =
+            functions.iter().map(|placed| (placed.address.to_string(), placed.slot)).collect();
+        assert_eq!(slots, [("0000:01:00.0".to_owned(), Some(5)), ("0000:01:00.1".to_owned(), None)]);
     }
 }

@@ -34,6 +34,7 @@ mod requests;
 mod reserved;
 mod responses;
 mod returning;
+mod several;
 mod store_events;
 mod survey;
 mod sync;

@@ -44,6 +44,7 @@ impl Engine {
         for record in current {
             self.settle(record);
         }
+        self.undo_several();
         for error in errors {
             self.distrust_unknown(&error);
         }

@@ -10,6 +10,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 use super::Engine;
 use super::hvm::Wanted;
 use super::obstacles::{Force, Question, Refusal, shares_with_others};
+use super::several::Several;
 use super::tasks::Course;
 use super::unmanaged::STUB;
 use crate::domains::{self, DomainType};
@@ -97,6 +98,9 @@ impl Engine {
                     }
                     Err(failure) => Err(failure),
                 }
+            }
+            Request::PciAttachAll { domain, functions, persist, trust_former_owner: trust, dry_run } => {
+                return self.attach_several(Several { domain, functions, persist, trust, dry_run }, reply);
             }
             Request::PciDetach { domain, address, force, scope } => {
                 if scope == Scope::Persistent || self.is_only_reserved(&domain, address, scope) {

@@ -28,7 +28,7 @@ pub use policy_view::{
     CapabilityRuleView, CheckedView, LearnedView, PolicyFileView, PolicyView, RegisterRuleView, ReloadedView,
 };
 pub use problem::{Cause, ProblemView};
-pub use request::{Request, Scope};
+pub use request::{Placed, Request, Scope};
 pub use view::{DeviceErrorsView, FunctionView, GuestView, PersistentView, StatusView, SyncView, VfView};
 
 pub use crate::domains::DomainName;
@@ -311,6 +311,13 @@ mod tests {
                 domain: domain.clone(),
                 address,
                 slot: Some(3),
+                persist: true,
+                trust_former_owner: true,
+                dry_run: true,
+            },
+            Request::PciAttachAll {
+                domain: domain.clone(),
+                functions: vec![Placed { address, slot: Some(3) }, Placed { address, slot: None }],
                 persist: true,
                 trust_former_owner: true,
                 dry_run: true,

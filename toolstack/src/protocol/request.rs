@@ -27,6 +27,17 @@ impl Scope {
     }
 }
 
+/// One of several functions for a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Placed<A = Sbdf> {
+    /// The function.
+    pub address: A,
+    /// The device number the guest sees it at, 0-31; the first free one when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<u8>,
+}
+
 /// What the service can do. `A` is what functions are called: on the wire what the user calls them ([`Target`]), in the service their
 /// addresses.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,6 +97,22 @@ pub enum Request<A = Sbdf> {
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         persist: bool,
         /// Does so although a PV guest that had it may still reach it.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        trust_former_owner: bool,
+        /// Only says what would be done, or all that is in the way.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        dry_run: bool,
+    },
+    /// Gives several held functions to a guest, all or none.
+    PciAttachAll {
+        /// The guest.
+        domain: DomainName,
+        /// The functions, 1 to 32.
+        functions: Vec<Placed<A>>,
+        /// The guest has them persistently.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        persist: bool,
+        /// Does so although a PV guest that had one of them may still reach it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         trust_former_owner: bool,
         /// Only says what would be done, or all that is in the way.
@@ -233,6 +260,7 @@ impl<A> Request<A> {
             Self::PciAssignableAdd { .. } => "pci-assignable-add",
             Self::PciAssignableRemove { .. } => "pci-assignable-remove",
             Self::PciAttach { .. } => "pci-attach",
+            Self::PciAttachAll { .. } => "pci-attach-all",
             Self::PciDetach { .. } => "pci-detach",
             Self::PciList { .. } => "pci-list",
             Self::PciListPersistent { .. } => "pci-list-persistent",
@@ -281,6 +309,11 @@ impl<A> Request<A> {
                     trust_former_owner,
                     dry_run,
                 }
+            }
+            Self::PciAttachAll { functions, domain, persist, trust_former_owner, dry_run } => {
+                let placed = |Placed { address, slot }| Ok(Placed { address: of(address)?, slot });
+                let functions = functions.into_iter().map(placed).collect::<Result<_, E>>()?;
+                Request::PciAttachAll { functions, domain, persist, trust_former_owner, dry_run }
             }
             Self::PciDetach { address, domain, force, scope } => {
                 Request::PciDetach { address: of(address)?, domain, force, scope }

@@ -128,9 +128,12 @@ impl Taken {
         let text =
             format!("reset {address}: a reset of the bus below {bridge} would hit {}", few(&named, SHOWN));
         let hint = match self.others.is_empty() {
-            true => "detach those first; then all of them go to the same guest",
+            true => {
+                "detach those first; then all of them go to the same guest in one command: 'xpci pci-attach GUEST BDF BDF'"
+            }
             false => {
-                "hold all functions on this bus with 'xpci pci-assignable-add'; then all of them go to the same guest"
+                "hold all functions on this bus with 'xpci pci-assignable-add'; then all of them go to the same guest in one command: 'xpci \
+                 pci-attach GUEST BDF BDF'"
             }
         };
         Err(Failure::refused(text).on(address).hint(hint))

@@ -1,10 +1,12 @@
 //! P9, T4: functions that cannot be reset alone are reset with all others on their bus.
 
-use pciback::{FunctionState, Sbdf};
+use nix::errno::Errno;
+use pciback::platform::sim::Moment;
+use pciback::{DomId, FunctionState, Sbdf};
 use toolstack::outcome::{ErrorCode, Failure};
-use toolstack::protocol::Success;
+use toolstack::protocol::{Placed, Request, Success};
 
-use crate::world::{DB, Service, WEB, World, bdf};
+use crate::world::{DB, Service, WEB, World, bdf, name, wait_until};
 
 /// A graphics card with its audio function, neither of which can be reset alone.
 const HOST: &str = r#"
@@ -213,4 +215,109 @@ fn a_hot_plug_slot_is_not_reset_because_the_kernel_would_take_that_for_a_removal
     let refused = refusal(service.attach(WEB, gpu));
     assert!(refused.contains("0000:00:01.0 is a hot-plug slot"), "{refused}");
     assert!(has_trace(&world, gpu));
+}
+
+fn attach_both(service: &Service, domain: DomId, dry_run: bool) -> Result<Success, Failure> {
+    service.call(Request::PciAttachAll {
+        domain: name(domain),
+        functions: both().map(|address| Placed { address, slot: None }).to_vec(),
+        persist: false,
+        trust_former_owner: false,
+        dry_run,
+    })
+}
+
+fn states(service: &Service) -> [FunctionState; 2] {
+    both().map(|address| service.state(address))
+}
+
+#[test]
+fn several_functions_are_attached_by_one_request() {
+    let world = World::of(HOST);
+    let service = held(&world);
+    attach_both(&service, WEB, true).unwrap();
+    assert_eq!(states(&service), [FunctionState::Held; 2], "a dry run changes nothing");
+    let Success::Changed { message, functions, .. } = attach_both(&service, WEB, false).unwrap() else {
+        panic!()
+    };
+    assert!(both().iter().all(|address| message.contains(&address.to_string())), "{message}");
+    assert_eq!((functions.len(), states(&service)), (2, [FunctionState::Attached; 2]));
+    assert!(matches!(attach_both(&service, WEB, false), Ok(Success::Already { .. })));
+}
+
+#[test]
+fn when_one_of_several_functions_cannot_be_attached_none_is_and_those_taken_back_are_named() {
+    let (world, [gpu, audio]) = (World::of(HOST), both());
+    let service = held(&world);
+    world.fail("assign", Some(audio), Errno::EIO, 0);
+    let failure = attach_both(&service, WEB, false).unwrap_err();
+    let text = failure.to_string();
+    assert!(failure.code == ErrorCode::Failed && text.contains("assign 0000:01:00.1"), "{failure:?}");
+    assert!(text.contains("taken back: 0000:01:00.0"), "{text}");
+    for address in [gpu, audio] {
+        world.assert_held(&service, address, "one failed");
+    }
+    attach_both(&service, WEB, false).unwrap();
+}
+
+#[test]
+fn several_functions_are_looked_at_before_the_first_is_attached() {
+    let (world, [gpu, audio]) = (World::of(HOST), both());
+    let service =
+        world.start_with(&["match: {vendor: 1002}\nreset: {none: permit}\npermit: [shared-group]\n"]);
+    service.hold(gpu).unwrap();
+    leave_traces(&world);
+    let refused = refusal(attach_both(&service, WEB, false));
+    assert!(
+        refused.contains(&format!("{audio} is not assignable")) && !refused.contains("taken back"),
+        "{refused}"
+    );
+    assert!(service.error_history(gpu).is_empty() && service.state(gpu) == FunctionState::Held);
+    let twice = |slot| {
+        let placed = |address| Placed { address, slot };
+        service.call(Request::PciAttachAll {
+            domain: name(WEB),
+            functions: vec![placed(gpu), placed(if slot.is_some() { audio } else { gpu })],
+            persist: false,
+            trust_former_owner: false,
+            dry_run: false,
+        })
+    };
+    for (slot, why) in [(None, "0000:01:00.0 is named twice"), (Some(3), "two functions are to be device 3")]
+    {
+        let failure = twice(slot).unwrap_err();
+        assert_eq!(failure.code, ErrorCode::Usage);
+        assert!(failure.message.contains(why), "{failure}");
+    }
+}
+
+#[test]
+fn a_service_killed_between_several_functions_leaves_all_or_none_with_the_guest() {
+    let mut between = 0;
+    // Every change would take minutes; what a killed attachment of one function leaves, other tests show at each.
+    for changes in (1..).step_by(9) {
+        let world = World::of(HOST);
+        let service = held(&world);
+        service.fuse.arm(changes, if changes % 2 == 0 { Moment::After } else { Moment::Before });
+        let done = attach_both(&service, WEB, false).is_ok() && !service.fuse.is_blown();
+        service.kill();
+        if world.record(both()[0]).is_some_and(|record| record.state == FunctionState::Attached) {
+            between += 1;
+        }
+        let service = world.start_with(&[TOGETHER]);
+        let settled = [[FunctionState::Held; 2], [FunctionState::Attached; 2]];
+        wait_until(&format!("killed at change {changes}: all or none"), || {
+            settled.contains(&states(&service))
+        });
+        if done {
+            assert_eq!(states(&service), settled[1]);
+            break;
+        }
+        for address in both() {
+            let _ = service.detach(WEB, address);
+            world.assert_held(&service, address, "undone");
+        }
+        attach_both(&service, WEB, false).unwrap();
+    }
+    assert!(between > 1, "never killed while the guest had one of them");
 }

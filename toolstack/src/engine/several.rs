@@ -1,0 +1,290 @@
+//! Several functions for one guest, all or none.
+//!
+//! Each is attached as by a request of its own, after all were looked at; when one fails, those before it are detached again, the last one
+//! first. As long as that is under way, a note in the run directory has those that may be attached: the next run of a service that was
+//! killed meanwhile detaches them.
+
+use std::cell::Cell;
+use std::time::Duration;
+
+use log::{info, warn};
+use pciback::{DomId, FunctionState, Sbdf};
+use serde::{Deserialize, Serialize};
+
+use super::notes::Notes;
+use super::tasks::{Course, Workshop};
+use super::{Engine, Event};
+use crate::domains;
+use crate::outcome::{ErrorCode, Failure};
+use crate::protocol::{DomainName, Placed, Request, Scope, Success};
+use crate::reply::Reply;
+use crate::reservations::Change;
+use crate::settings::Settings;
+use crate::transaction::{Kind, Parting};
+
+/// The folder with the notes.
+const ATTACHING: &str = "attaching";
+/// More devices a guest's bus does not have.
+const MOST: usize = 32;
+/// What the engine may take besides what guests, drivers and resets may.
+const ENGINE_LIMIT: Duration = Duration::from_secs(60);
+
+/// What is noted of a domain that gets several functions.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Note {
+    functions: Vec<Noted>,
+}
+
+/// A function that the domain does not have yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Noted {
+    address: Sbdf,
+    /// Whether the guest had it persistently before.
+    reserved: bool,
+}
+
+/// What is to be attached, and how.
+pub(super) struct Several {
+    pub domain: DomainName,
+    pub functions: Vec<Placed>,
+    pub persist: bool,
+    pub trust: bool,
+    pub dry_run: bool,
+}
+
+impl Several {
+    fn attachment(&self, function: &Placed, dry_run: bool) -> Request {
+        Request::PciAttach {
+            domain: self.domain.clone(),
+            address: function.address,
+            slot: function.slot,
+            persist: self.persist,
+            trust_former_owner: self.trust,
+            dry_run,
+        }
+    }
+
+    fn named(&self) -> String {
+        names(self.functions.iter().map(|function| function.address))
+    }
+
+    /// Refuses what can be no request.
+    fn check(&self) -> Result<(), Failure> {
+        let usage = |text: String| Err(Failure::new(ErrorCode::Usage, text));
+        if self.functions.is_empty() || self.functions.len() > MOST {
+            return usage(format!("{} functions: one command attaches 1 to {MOST}", self.functions.len()));
+        }
+        for (index, function) in self.functions.iter().enumerate() {
+            let before = &self.functions[..index];
+            if before.iter().any(|other| other.address == function.address) {
+                return usage(format!("{} is named twice", function.address));
+            }
+            if let Some(slot) = function.slot
+                && before.iter().any(|other| other.slot == Some(slot))
+            {
+                return usage(format!("two functions are to be device {slot:x} of the guest"));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn names(functions: impl Iterator<Item = Sbdf>) -> String {
+    functions.map(|address| address.to_string()).collect::<Vec<_>>().join(", ")
+}
+
+/// Attaches functions on a thread of its own.
+struct Attaching {
+    workshop: Workshop,
+    wanted: Several,
+    reply: Reply,
+    /// Whether a request was not answered: what came of it the next run of the service finds out.
+    unanswered: Cell<bool>,
+}
+
+impl Attaching {
+    fn ask(&self, request: Request) -> Result<Success, Failure> {
+        let settings = &self.workshop.settings;
+        let reset = Duration::from_secs(settings.reset.limit_seconds + settings.reset.answer_seconds);
+        // Attached and, when that fails, taken back.
+        let limit = (settings.longest_guest_limit() + settings.driver_limit() + reset) * 2 + ENGINE_LIMIT;
+        let (reply, answer) = Reply::awaited();
+        self.workshop.inbox.send(Event::Call { request: request.into(), reply });
+        answer.given(limit).unwrap_or_else(|error| {
+            self.unanswered.set(true);
+            let text = format!("attach {}: wait for the engine: {error}", self.wanted.named());
+            Err(Failure::new(ErrorCode::Failed, text)
+                .hint("see xpcid's log, and restart xpcid, which ends what was begun"))
+        })
+    }
+
+    fn run(&self) -> Result<Success, Failure> {
+        let mut missing = Vec::new();
+        for function in &self.wanted.functions {
+            match self.ask(self.wanted.attachment(function, true))? {
+                // A guest that has it may still not have it persistently.
+                Success::Already { .. } if !self.wanted.persist => {}
+                _ => missing.push(function),
+            }
+        }
+        if self.wanted.dry_run {
+            let text = format!(
+                "nothing was changed; without --dry-run: {} go to {}",
+                self.wanted.named(),
+                self.wanted.domain.0
+            );
+            return Ok(Success::Possible { message: text });
+        }
+        let mut done: Vec<Done> = Vec::new();
+        let (mut messages, mut all_warnings, mut views) = (Vec::new(), Vec::new(), Vec::new());
+        for function in missing {
+            let address = function.address;
+            let before = self.workshop.reservations.get(address).is_some();
+            let had = self.is_attached(address);
+            self.reply.progress(&format!("attaching {address} to {}", self.wanted.domain.0));
+            match self.ask(self.wanted.attachment(function, false)) {
+                Ok(Success::Changed { message, warnings, functions }) => {
+                    messages.push(message);
+                    all_warnings.extend(warnings);
+                    views.extend(functions);
+                    done.push(Done { address, reserved: before, had });
+                }
+                Ok(_) => {}
+                Err(failure) => return Err(self.undo(done, failure)),
+            }
+        }
+        if messages.is_empty() {
+            let text = format!("{} has {} already", self.wanted.domain.0, self.wanted.named());
+            return Ok(Success::Already { message: text });
+        }
+        Ok(Success::Changed { message: messages.join("; "), warnings: all_warnings, functions: views })
+    }
+
+    fn is_attached(&self, address: Sbdf) -> bool {
+        matches!(self.workshop.journal.owners().get(&address), Some(crate::journal::Owner::Domain(_)))
+    }
+
+    /// Takes back what was done, the last one first, and names it.
+    fn undo(&self, done: Vec<Done>, failure: Failure) -> Failure {
+        if self.unanswered.get() || done.is_empty() {
+            return failure;
+        }
+        warn!("{}: {failure}; taking back {} functions", self.wanted.domain.0, done.len());
+        let (mut undone, mut left, mut code) = (Vec::new(), Vec::new(), failure.code);
+        for done in done.into_iter().rev() {
+            let scope = match (done.had, done.reserved) {
+                (true, _) => Scope::Persistent,
+                (false, true) => Scope::Live,
+                (false, false) => Scope::All,
+            };
+            let domain = self.wanted.domain.clone();
+            let request = Request::PciDetach { domain, address: done.address, force: false, scope };
+            match self.ask(request) {
+                Ok(_) => undone.push(done.address),
+                Err(second) => {
+                    code = second.code;
+                    left.push(format!("{}: {}", done.address, second.message));
+                }
+            }
+        }
+        let mut message = failure.message.clone();
+        if !undone.is_empty() {
+            message.push_str(&format!("; taken back: {}", names(undone.into_iter())));
+        }
+        if !left.is_empty() {
+            message.push_str(&format!("; not taken back: {}", left.join("; ")));
+        }
+        // Something was attempted, whatever the last one was refused for.
+        let code = if code.is_refusal() { ErrorCode::Failed } else { code };
+        Failure { message, code, ..failure }
+    }
+}
+
+/// A function that was attached.
+struct Done {
+    address: Sbdf,
+    /// Whether the guest had it persistently before.
+    reserved: bool,
+    /// Whether it had it at all before.
+    had: bool,
+}
+
+impl Engine {
+    /// Attaches several functions to a guest, all or none.
+    pub(super) fn attach_several(&self, wanted: Several, reply: Reply) {
+        if let Err(failure) = wanted.check() {
+            return reply.done(Err(failure));
+        }
+        let domain = match domains::find(self.platform.store.as_ref(), &wanted.domain) {
+            Ok(domain) => Some(domain),
+            // Its functions are kept for it.
+            Err(failure) if wanted.persist && failure.code == ErrorCode::NotFound => None,
+            Err(failure) => return reply.done(Err(failure)),
+        };
+        let notes = notes(&self.settings);
+        if let Some(domain) = domain.filter(|_| !wanted.dry_run)
+            && let Err(failure) = self.note_several(&notes, domain, &wanted)
+        {
+            return reply.done(Err(failure));
+        }
+        let noted = domain.filter(|_| !wanted.dry_run);
+        let attaching = Attaching {
+            workshop: self.workshop(),
+            wanted,
+            reply: reply.clone(),
+            unanswered: Cell::new(false),
+        };
+        let work = move || {
+            let outcome = attaching.run();
+            // What a service that ends leaves is the next run's.
+            if let Some(domain) = noted.filter(|_| !attaching.unanswered.get()) {
+                notes.remove(domain);
+            }
+            outcome
+        };
+        let done = move |outcome: Result<_, Failure>| reply.done(outcome.and_then(|outcome| outcome));
+        self.inbox.background("attach several", work, done);
+    }
+
+    fn note_several(&self, notes: &Notes, domain: DomId, wanted: &Several) -> Result<(), Failure> {
+        if notes.path(domain).exists() {
+            let text = format!("domain {domain} gets several functions by another command right now");
+            return Err(Failure::refused(text).of(domain).hint("try again"));
+        }
+        let functions = wanted.functions.iter().map(|function| function.address);
+        let missing = functions.filter(|address| self.state(*address) != FunctionState::Attached);
+        let noted = |address| Noted { address, reserved: self.reservations.get(address).is_some() };
+        notes.write(domain, &Note { functions: missing.map(noted).collect() })
+    }
+
+    /// Detaches what an earlier run attached of several functions before it was killed.
+    pub(super) fn undo_several(&mut self) {
+        let notes = notes(&self.settings);
+        for domain in notes.domains() {
+            let functions = notes.read::<Note>(domain).map_or_else(Vec::new, |note| note.functions);
+            for Noted { address, reserved } in functions.into_iter().rev() {
+                let record = self.record(address);
+                let is_theirs = record.guest.is_some_and(|guest| guest.domain == domain);
+                if self.busy.contains(&address) || record.state != FunctionState::Attached || !is_theirs {
+                    continue;
+                }
+                info!(
+                    "{address}: the previous xpcid ended before all functions of domain {domain} were attached; undoing that"
+                );
+                let change = (!reserved && self.reservations.get(address).is_some())
+                    .then_some(Change::Forget(address));
+                let course = Course::Backward(Kind::Detach, Parting::Ask);
+                self.start_with(course, record, change, None, |record| {
+                    format!("{}: it is {} again", record.address, record.state)
+                });
+            }
+            notes.remove(domain);
+        }
+    }
+}
+
+fn notes(settings: &Settings) -> Notes {
+    Notes::of(settings, ATTACHING)
+}
