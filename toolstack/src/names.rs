@@ -289,6 +289,35 @@ pub fn means(host: &dyn Host, names: &Names, parent: &Parent, function: &HostFun
     }
 }
 
+/// Whether a function is what somebody means who writes this; none of a pool is.
+pub fn means_one(host: &dyn Host, names: &Names, target: &Target, function: &HostFunction) -> bool {
+    match target {
+        Target::Any(_) => false,
+        Target::Vf(pf, number) => is_vf(host, function, *number, |parent| means(host, names, pf, parent)),
+        Target::One(Parent::Word(word)) => match names.get(word) {
+            Some(Name { vf: Some(number), by, function: of_device }) => {
+                let device = Name { by: by.clone(), function: *of_device, vf: None };
+                is_vf(host, function, *number, |parent| device.means(host, parent))
+            }
+            _ => means(host, names, &Parent::Word(word.clone()), function),
+        },
+        Target::One(parent) => means(host, names, parent, function),
+    }
+}
+
+/// Whether a function is this VF of a PF.
+fn is_vf(
+    host: &dyn Host,
+    function: &HostFunction,
+    number: u16,
+    is_pf: impl Fn(&HostFunction) -> bool,
+) -> bool {
+    let pf = function.physical_function.and_then(|pf| host.function(pf).ok());
+    pf.is_some_and(|pf| {
+        pf.virtual_functions.get(usize::from(number)) == Some(&function.address) && is_pf(&pf)
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

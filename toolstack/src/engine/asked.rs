@@ -40,46 +40,18 @@ impl Engine {
 
     /// A free VF of a PF, for a request that takes one: the first in order. Nothing else is asked meanwhile, so that nobody else gets it.
     fn choose(&self, request: &Request<Target>, pf: Sbdf) -> Result<Sbdf, Failure> {
-        let function = existing(self.platform.host.as_ref(), pf)?;
-        if function.total_vfs == 0 {
-            return Err(Failure::refused(format!("{pf} is no PF: it has no VFs to choose from")).on(pf));
-        }
-        let in_state = |state| {
-            let vfs = function.virtual_functions.iter().copied();
-            vfs.filter(move |vf| self.state(*vf) == state && !self.busy.contains(vf))
-        };
-        let (of_dom0, held) = (in_state(FunctionState::Host), in_state(FunctionState::Held));
         match request {
             Request::PciAssignableAdd { .. } => {
                 let host = self.platform.host.as_ref();
                 let free = |vf: &Sbdf| host.function(*vf).is_ok_and(|vf| vf.driver.is_none());
-                let mut of_dom0 = of_dom0;
-                of_dom0.find(free).ok_or_else(|| {
+                self.vfs_in(pf, FunctionState::Host)?.into_iter().find(free).ok_or_else(|| {
                     let text = format!("no VF of {pf} is dom0's and without a driver");
                     Failure::refused(text)
                         .on(pf)
                         .hint("'xpci vf list' shows them; 'xpci vf create' enables more")
                 })
             }
-            Request::PciAttach { domain, trust_former_owner: trust, .. } => {
-                let (mut why, mut held) = (None, held);
-                let free = |vf: &Sbdf| match self.keeps_from(*vf, domain, *trust) {
-                    None => true,
-                    Some(failure) => {
-                        why.get_or_insert(failure);
-                        false
-                    }
-                };
-                held.find(free).ok_or_else(|| {
-                    let text = format!("no VF of {pf} is free");
-                    match why {
-                        Some(why) => Failure { message: format!("{text}: {}", why.message), ..why },
-                        None => Failure::refused(format!("{text}: none is assignable and no guest's")).on(pf).hint(
-                            format!("'xpci pci-assignable-add any:{pf}' makes one assignable; 'xpci vf create' enables VFs"),
-                        ),
-                    }
-                })
-            }
+            Request::PciAttach { domain, trust_former_owner: trust, .. } => self.free_vf(pf, domain, *trust),
             other => {
                 let text = format!("any:{pf} takes a free VF, and {} is about a certain one", other.name());
                 Err(Failure::new(ErrorCode::Usage, text)
@@ -89,6 +61,37 @@ impl Engine {
         }
     }
 
+    /// The VFs of a PF that are in a state, and in no transaction.
+    fn vfs_in(&self, pf: Sbdf, state: FunctionState) -> Result<Vec<Sbdf>, Failure> {
+        let function = existing(self.platform.host.as_ref(), pf)?;
+        if function.total_vfs == 0 {
+            return Err(Failure::refused(format!("{pf} is no PF: it has no VFs to choose from")).on(pf));
+        }
+        let vfs = function.virtual_functions.into_iter();
+        Ok(vfs.filter(|vf| self.state(*vf) == state && !self.busy.contains(vf)).collect())
+    }
+
+    /// The first VF of a PF that a guest could have now. `trust`: even while a PV guest that had it can still reach it.
+    pub(super) fn free_vf(&self, pf: Sbdf, guest: &DomainName, trust: bool) -> Result<Sbdf, Failure> {
+        let mut why = None;
+        for vf in self.vfs_in(pf, FunctionState::Held)? {
+            match self.keeps_from(vf, guest, trust) {
+                None => return Ok(vf),
+                Some(failure) => drop(why.get_or_insert(failure)),
+            }
+        }
+        let text = format!("no VF of {pf} is free");
+        Err(match why {
+            Some(why) => Failure { message: format!("{text}: {}", why.message), ..why },
+            None => {
+                let hint = format!(
+                    "'xpci pci-assignable-add any:{pf}' makes one assignable; 'xpci vf create' enables VFs"
+                );
+                Failure::refused(format!("{text}: none is assignable and no guest's")).on(pf).hint(hint)
+            }
+        })
+    }
+
     /// What keeps a held function from a guest that takes any: one that is kept for a guest is not free, not even for that guest.
     fn keeps_from(&self, vf: Sbdf, guest: &DomainName, trust: bool) -> Option<Failure> {
         if let Some(kept) = self.reservations.get(vf) {
@@ -96,6 +99,9 @@ impl Engine {
         }
         let domain = domains::find(self.platform.store.as_ref(), guest).ok();
         match existing(self.platform.host.as_ref(), vf) {
+            Ok(function) if self.promised_to(&function).is_some() => {
+                Some(Failure::refused(format!("{vf} is kept for a guest by the settings")).on(vf))
+            }
             Ok(function) => self.attach_obstacles(&function, domain, trust).into_iter().next(),
             Err(failure) => Some(failure),
         }

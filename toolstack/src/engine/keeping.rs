@@ -118,6 +118,9 @@ impl Engine {
     pub(super) fn keep_for_guests(&mut self, function: &HostFunction) {
         let (address, incarnation) = (function.address, function.incarnation);
         let appeared = self.keeping.appeared.remove(&address);
+        if appeared {
+            self.try_promises();
+        }
         let same = |known: &BTreeMap<Sbdf, u64>| known.get(&address) == Some(&incarnation);
         if same(&self.keeping.tried) || same(&self.keeping.given_back) || !self.belongs_to_guests(function) {
             return;

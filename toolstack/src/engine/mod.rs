@@ -28,6 +28,7 @@ mod open;
 mod paths;
 mod policies;
 mod problems;
+mod promised;
 mod recover;
 mod repairs;
 mod requests;
@@ -151,6 +152,10 @@ pub enum Event {
     Contain(Sbdf, Containment, String),
     /// What a guest's driver made of its VF's network settings; `None`: nothing.
     NetworkCompared(Sbdf, Option<String>),
+    /// Functions that the settings give to a guest that has come were found.
+    Promised(promised::Promises),
+    /// They are kept for it.
+    Kept(DomId),
     /// Something that nobody waits for went wrong.
     Problem(Problem),
     /// Functions were looked at because something happened to them.
@@ -449,6 +454,8 @@ impl Engine {
             Event::NetworkSet(address, network) => self.network_set(address, *network),
             Event::Contain(address, containment, why) => self.contain(address, containment, &why),
             Event::NetworkCompared(address, differs) => self.network_compared(address, differs),
+            Event::Promised(promises) => self.promised(promises),
+            Event::Kept(domain) => self.look_again_at(domain),
             Event::Problem(problem) => {
                 error!("{}", problem.view().message);
                 self.problems.push(problem);

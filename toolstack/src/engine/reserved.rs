@@ -28,7 +28,16 @@ impl Engine {
             let hint = "see xpcid's log; remove the file if no guest shall have the function persistently";
             return Err(Failure::refused(text).on(address).of(domain).hint(hint));
         }
-        let Some(reservation) = self.reservations.get(address) else { return Ok(()) };
+        let Some(reservation) = self.reservations.get(address) else {
+            if self.settings.guests.is_empty() {
+                return Ok(());
+            }
+            let uuid = self.platform.hypervisor.domain(domain)?.uuid;
+            let name = domains::name(self.platform.store.as_ref(), domain)?;
+            return self
+                .promised_to_others(function, &(uuid, name))
+                .map_or(Ok(()), |other| Err(other.of(domain)));
+        };
         let is_guest = self.platform.hypervisor.domain(domain)?.uuid == reservation.guest;
         let is_same = reservation.identity.may_be(&spec::identity(self.platform.host.as_ref(), function));
         let text = match (is_guest, is_same) {
@@ -54,7 +63,12 @@ impl Engine {
                 let hint = format!("{}, and so does --force here", how_to_forget(&reservation));
                 Err(Failure::refused(kept_for(&reservation)).on(address).hint(hint))
             }
-            None => Ok(()),
+            None => {
+                let function = existing(self.platform.host.as_ref(), address)?;
+                let Some(guest) = self.promised_to(&function) else { return Ok(()) };
+                let text = format!("{address} is kept for guest '{guest}' by the settings (guests)");
+                Err(Failure::refused(text).on(address).hint("change 'guests' in xpcid.yaml, or use --force"))
+            }
         }
     }
 
@@ -196,27 +210,23 @@ impl Engine {
         // Who may still reach it is looked at when the guest starts.
         let mut found = self.attach_obstacles(&function, None, true);
         let known = self.reserved(address);
-        if let Some(other) = known.as_ref().filter(|known| known.guest != guest) {
-            found.push(Failure::refused(kept_for(other)).on(address).hint(how_to_forget(other)));
-        }
+        found.extend(self.kept_for_others(address, guest).err());
+        found.extend(self.promised_to_others(&function, &(guest, name.clone())));
         Failure::refuse_for(&format!("keep {address} for guest {guest}"), found)?;
         let own = known.filter(|known| slot.is_none_or(|slot| slot == known.devfn >> 3));
         if let Some(own) = own {
             return Ok(own);
         }
-        let others: Vec<Reservation> =
-            self.reservations.of(guest).into_iter().filter(|other| other.address != address).collect();
-        let is_free = |slot: &u8| others.iter().all(|other| other.devfn >> 3 != *slot);
-        // From the top: an HVM guest's device model has its devices at the lowest numbers.
-        let free = match slot {
-            Some(slot) => Some(slot).filter(|slot| *slot < 32 && is_free(slot)),
-            None => (0..32).rev().find(is_free),
-        };
-        let slot = free.ok_or_else(|| {
-            let text = format!("guest {guest} has no free device number for {address}");
-            Failure::refused(text).on(address).hint("'xpci pci-list --persistent' shows what it has")
-        })?;
-        Ok(Reservation::new(address, spec::identity(host, &function), guest, name, slot << 3))
+        let devfn = free_devfn(address, guest, slot, &self.reservations.of(guest))?;
+        Ok(Reservation::new(address, spec::identity(host, &function), guest, name, devfn))
+    }
+
+    /// Refuses what another guest than this one has persistently.
+    pub(super) fn kept_for_others(&self, address: Sbdf, guest: Uuid) -> Result<(), Failure> {
+        match self.reserved(address).filter(|known| known.guest != guest) {
+            Some(other) => Err(Failure::refused(kept_for(&other)).on(address).hint(how_to_forget(&other))),
+            None => Ok(()),
+        }
     }
 
     /// The reservation of a function for the guest that a command calls so: by name, number or UUID, whether it runs or not.
@@ -302,6 +312,26 @@ impl Engine {
             Ok(Success::Functions { functions: listed.iter().map(view).collect() })
         });
     }
+}
+
+/// Where a guest that does not run sees a function: at the device number asked for, or at a free one, with those that it has besides.
+pub(super) fn free_devfn(
+    address: Sbdf,
+    guest: Uuid,
+    slot: Option<u8>,
+    kept: &[Reservation],
+) -> Result<u8, Failure> {
+    let others = kept.iter().filter(|other| other.address != address);
+    let is_free = |slot: &u8| others.clone().all(|other| other.devfn >> 3 != *slot);
+    // From the top: an HVM guest's device model has its devices at the lowest numbers.
+    let free = match slot {
+        Some(slot) => Some(slot).filter(|slot| *slot < 32 && is_free(slot)),
+        None => (0..32).rev().find(is_free),
+    };
+    free.map(|slot| slot << 3).ok_or_else(|| {
+        let text = format!("guest {guest} has no free device number for {address}");
+        Failure::refused(text).on(address).hint("'xpci pci-list --persistent' shows what it has")
+    })
 }
 
 /// Whether a reservation is of the guest that a command calls so; `running`: the UUID of the domain that is called so now.

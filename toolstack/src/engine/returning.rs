@@ -34,6 +34,8 @@ pub(super) struct Returning {
     missing: BTreeMap<Sbdf, Missing>,
     /// HVM guests that are kept paused.
     paused: BTreeMap<DomId, Start>,
+    /// What the settings give to guests that are there and cannot be kept for them.
+    unkept: BTreeMap<DomId, Vec<Problem>>,
 }
 
 struct Missing {
@@ -74,12 +76,35 @@ impl Missing {
 impl Returning {
     /// What is wrong, for `xpci status`.
     pub fn problems(&self) -> impl Iterator<Item = Problem> {
-        self.missing.iter().filter_map(|(address, missing)| {
+        let missing = self.missing.iter().filter_map(|(address, missing)| {
             let (why, domain) = (missing.why.as_ref()?, missing.domain);
             let text = format!("{address} is missing in domain {domain}, which has it persistently: {why}");
             let since = missing.since.unwrap_or_else(SystemTime::now);
             Some(Problem::new(Cause::Persistent, text).on(*address).of(domain).since(since))
-        })
+        });
+        missing.chain(self.unkept.values().flatten().cloned())
+    }
+
+    /// What the settings give to a domain and cannot be kept for it now; an error in the log when it is new.
+    pub fn note_unkept(&mut self, domain: DomId, problems: Vec<Problem>) {
+        let before = self.unkept.remove(&domain).unwrap_or_default();
+        let mut noted = Vec::new();
+        for problem in problems {
+            let text = problem.view().message;
+            let known = before.iter().find(|known| known.view().message == text);
+            if known.is_none() {
+                error!("{text}");
+            }
+            noted.push(known.cloned().unwrap_or(problem));
+        }
+        if !noted.is_empty() {
+            self.unkept.insert(domain, noted);
+        }
+    }
+
+    /// The domains for which something cannot be kept.
+    pub fn without_promises(&self) -> Vec<DomId> {
+        self.unkept.keys().copied().collect()
     }
 
     pub fn next_deadline(&self) -> Option<Instant> {
@@ -106,7 +131,7 @@ impl Returning {
 impl Engine {
     /// Looks for guests that have come, and forgets those that are gone.
     pub(super) fn find_returning(&mut self) {
-        if self.reservations.is_empty() {
+        if self.reservations.is_empty() && self.settings.guests.is_empty() {
             self.returning.known.clear();
             return;
         }
@@ -123,6 +148,7 @@ impl Engine {
             }
         };
         self.returning.known.retain(|domain| present.contains(domain));
+        self.returning.unkept.retain(|domain, _| present.contains(domain));
         self.returning.missing.retain(|_, missing| present.contains(&missing.domain));
         let gone = self.returning.paused.keys().filter(|domain| !present.contains(domain));
         for domain in gone.copied().collect::<Vec<_>>() {
@@ -130,9 +156,18 @@ impl Engine {
             self.pause_notes().remove(domain);
         }
         for domain in present {
-            if self.returning.known.insert(domain) {
-                self.look_at_domain(domain);
+            if self.returning.known.insert(domain)
+                && let Some(guest) = self.look_at_domain(domain)
+            {
+                self.find_promises(domain, guest);
             }
+        }
+    }
+
+    /// More functions are kept for a guest that is there.
+    pub(super) fn look_again_at(&mut self, domain: DomId) {
+        if self.returning.known.contains(&domain) {
+            self.look_at_domain(domain);
         }
     }
 
@@ -150,14 +185,15 @@ impl Engine {
         Ok(present)
     }
 
-    fn look_at_domain(&mut self, domain: DomId) {
+    /// Looks for functions that a domain has persistently and gets again; its UUID.
+    fn look_at_domain(&mut self, domain: DomId) -> Option<Uuid> {
         let guest = match self.platform.hypervisor.domain(domain) {
             Ok(info) => info.uuid,
             Err(error) => {
                 // It may have ended already.
                 warn!("{error}");
                 self.returning.known.remove(&domain);
-                return;
+                return None;
             }
         };
         let mut found = false;
@@ -176,6 +212,10 @@ impl Engine {
                 });
                 continue;
             }
+            if self.returning.missing.get(&address).is_some_and(|missing| missing.domain == domain) {
+                // It is seen to already.
+                continue;
+            }
             info!("{address}: domain {domain} has it persistently");
             self.returning
                 .missing
@@ -185,6 +225,7 @@ impl Engine {
         if found && self.keep_paused(domain) {
             self.try_waiting(domain);
         }
+        Some(guest)
     }
 
     /// Keeps a guest paused that must have its functions before it runs; whether it is known by now where they can go.

@@ -385,6 +385,7 @@ impl Engine {
         let before = self.records.get(&address).and_then(|record| record.guest).map(|guest| guest.domain);
         self.busy.remove(&address);
         let attached = record.state == FunctionState::Attached;
+        let record_is_held = record.state == FunctionState::Held;
         if !attached {
             self.in_use.remove(&address);
             self.attachments.end(address);
@@ -405,6 +406,9 @@ impl Engine {
         }
         self.contain_awaiting(address);
         self.returning_finished(&finished, before);
+        if record_is_held {
+            self.try_promises();
+        }
         self.requests_go_on(address);
     }
 

@@ -76,6 +76,7 @@ impl Engine {
         }
         self.busy_pfs.remove(&address);
         self.stirred.one(address);
+        self.try_promises();
         // Those that left ...
         self.stirred.all_of(self.syncing.vfs(address));
         // ... and those that came.

@@ -198,6 +198,10 @@ mod tests {
         let vlan = error("virtual-functions: [{pf: 01:00.0, count: 2, network: {vlan: \"4095\"}}]\n");
         assert!(vlan.starts_with("xpcid.yaml:1:61: '4095' is no VLAN"), "{vlan}");
         assert_eq!(vlan.matches("is no VLAN").count(), 1);
+        assert!(
+            error("guests:\n  web: [eth0:1]\n  db:\n    - 'any:eth0'\n    - 'eth0:'\n")
+                .starts_with("xpcid.yaml:5:7: 'eth0:' is not")
+        );
         let name = error("names:\n  web: {address: 01:00.0}\n  nic: {path: eth0}\n");
         assert!(name.starts_with("xpcid.yaml:3:"), "{name}");
         assert_eq!(name.matches("is no path").count(), 1, "{name}");

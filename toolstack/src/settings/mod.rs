@@ -16,7 +16,7 @@ pub use file::{DEFAULT_PATH, Loaded, SettingsError, keep_copy, load, read_copy};
 use crate::names::{self, Names, printed};
 use crate::reset_plan::ResetPlan;
 use crate::spec::serial_number;
-use crate::target::Parent;
+use crate::target::{Parent, Target};
 
 /// Where the service listens when neither side is told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/xpci/control";
@@ -40,6 +40,8 @@ pub struct Settings {
     pub function_limit: u32,
     /// Names of functions.
     pub names: Names,
+    /// Functions that guests have persistently, by the guest's name or UUID.
+    pub guests: BTreeMap<String, Vec<Assigned>>,
     /// The VFs to enable when the service starts, on PFs that have none.
     pub virtual_functions: Vec<WantedVfs>,
     /// Where policy files are; a file in a later directory replaces one of the same name in an earlier one.
@@ -74,6 +76,33 @@ pub struct WantedVfs {
     /// Where the PF has no driver, pci-pf-stub gets it, which manages nothing.
     #[serde(default)]
     pub unmanaged: bool,
+}
+
+/// A function that the settings give to a guest: `FUNCTION[@SLOT]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Assigned {
+    /// The function.
+    pub target: Target,
+    /// The guest's device number, 0-31; a free one where it is absent.
+    pub slot: Option<u8>,
+}
+
+impl TryFrom<String> for Assigned {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let (function, slot) = match text.split_once('@') {
+            Some((function, slot)) => (function, Some(slot)),
+            None => (text.as_str(), None),
+        };
+        let number = |slot: &str| {
+            let number =
+                u8::from_str_radix(slot, 16).ok().filter(|number| *number < 32 && !slot.starts_with('+'));
+            number.ok_or_else(|| format!("'@{slot}' is no device number: it must be hexadecimal, 0 to 1f"))
+        };
+        Ok(Self { target: function.parse()?, slot: slot.map(number).transpose()? })
+    }
 }
 
 /// Vendor and device id.
@@ -144,6 +173,7 @@ impl Default for Settings {
             reset: ResetPlan::default(),
             function_limit: 8192,
             names: Names::new(),
+            guests: BTreeMap::new(),
             virtual_functions: Vec::new(),
             policy_directories: vec![
                 PathBuf::from("/usr/share/xpci/policies"),
@@ -184,6 +214,16 @@ impl Settings {
                 return Err(format!("virtual-functions: {entry}: there is no VF {index}, they begin with 0"));
             }
         }
+        let certain = settings.guests.iter().flat_map(|(guest, functions)| {
+            let certain = functions.iter().filter(|one| !matches!(one.target, Target::Any(_)));
+            certain.map(move |one| (guest, &one.target))
+        });
+        let mut owners: BTreeMap<&Target, &String> = BTreeMap::new();
+        for (guest, target) in certain {
+            if let Some(other) = owners.insert(target, guest) {
+                return Err(format!("guests: {target} stands there twice, for '{other}' and for '{guest}'"));
+            }
+        }
         for method in &self.reset.methods {
             if !RESET_METHODS.contains(&method.as_str()) {
                 let meant = nearest(method, RESET_METHODS.iter().copied());
@@ -211,6 +251,7 @@ impl Settings {
             "reset" => reset,
             "function-limit" => function_limit,
             "names" => names,
+            "guests" => guests,
             "virtual-functions" => virtual_functions,
             "policy-directories" => policy_directories,
             "run-directory" => run_directory,
@@ -285,6 +326,9 @@ mod tests {
             ("virtual-functions: [{id: 8086, count: 1}]", "VVVV:DDDD"),
             ("virtual-functions: [{pf: 01:00.0, id: '8086:10c9', count: 1}]", "one of pf, id, serial"),
             ("virtual-functions: [{count: 1}]", "one of pf, id, serial"),
+            ("guests: {web: [01:10.0@20]}", "0 to 1f"),
+            ("guests: {web: ['01:10']}", "not a PCI address"),
+            ("guests: {web: [eth0:1], db: [eth0:1]}", "eth0:1 stands there twice, for 'db' and for 'web'"),
             ("names: {nic: {}}", "one of address, serial, path"),
             ("names: {nic: {serial: '1'}}", "as lspci does"),
             ("names: {any: {address: 01:00.0}}", "'any' is no name"),

@@ -164,6 +164,26 @@ fn a_function_that_is_held_persistently_is_held_at_the_address_that_it_has_later
 }
 
 #[test]
+fn the_settings_give_functions_to_guests_as_soon_as_both_are_there() {
+    let settings = "guests:
+  web: [02:00.0@5, eth0:1]
+  db: [any:eth0]
+  00000000-0000-0000-0000-0000000000aa: [03:00.0]
+";
+    let daemon = Daemon::start_with(tempfile::tempdir().unwrap(), &host(), settings);
+    daemon.wait_for_log("eth0:1 is missing in domain 1, to which the settings give it");
+    assert_eq!(daemon.xpci(&["status", "--check"]).status.code(), Some(1));
+    assert!(daemon.xpci(&["vf", "create", "eth0", "2"]).status.success());
+    for (function, address, domain) in
+        [("02:00.0", "0000:02:00.0", 1), ("eth0:1", "0000:01:10.2", 1), ("eth0:0", "0000:01:10.0", 2)]
+    {
+        assert!(daemon.xpci(&["pci-assignable-add", function]).status.success(), "{function}");
+        daemon.wait_for_log(&format!("{address}: attached again, to domain {domain}"));
+    }
+    play_on("guests", &daemon);
+}
+
+#[test]
 fn what_is_done_already_is_said_and_is_no_failure() {
     play("already", host());
 }

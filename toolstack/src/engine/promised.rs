@@ -1,0 +1,180 @@
+//! Functions that the settings' `guests` give to guests: as with `pci-attach --persist`, from the moment that a guest starts.
+
+use pciback::platform::HostFunction;
+use pciback::{DomId, Sbdf, Uuid};
+
+use super::problems::Problem;
+use super::{Engine, Event};
+use crate::domains;
+use crate::names;
+use crate::outcome::Failure;
+use crate::protocol::{Cause, DomainName};
+use crate::reservations::Reservation;
+use crate::settings::{Assigned, Settings};
+use crate::spec::identity;
+use crate::target::{Parent, Target};
+
+/// What the settings give to a guest, by address; a pool by its PF's.
+pub struct Promises {
+    domain: DomId,
+    guest: Uuid,
+    name: Option<String>,
+    functions: Vec<(Assigned, Result<Target, Failure>)>,
+}
+
+impl Settings {
+    /// What the settings call a guest, when they give functions to it.
+    fn guest(&self, name: Option<&str>, uuid: Uuid) -> impl Iterator<Item = &String> {
+        let name = name.map(str::to_owned);
+        self.guests.keys().filter(move |key| name.as_ref() == Some(key) || key.parse() == Ok(uuid))
+    }
+}
+
+impl Engine {
+    /// A domain has come: finds out which functions the settings give to it, on a thread.
+    pub(super) fn find_promises(&self, domain: DomId, guest: Uuid) {
+        if self.settings.guests.is_empty() {
+            return;
+        }
+        let name = domains::name(self.platform.store.as_ref(), domain).ok().flatten();
+        let wanted = self.settings.guest(name.as_deref(), guest).flat_map(|key| &self.settings.guests[key]);
+        let wanted: Vec<Assigned> = wanted.cloned().collect();
+        if wanted.is_empty() {
+            return;
+        }
+        let (host, settings, inbox) = (self.platform.host.clone(), self.settings.clone(), self.inbox.clone());
+        self.background("find", move || {
+            let find = |one: Assigned| {
+                let found = names::find(host.as_ref(), &settings.names, &one.target);
+                (one, found)
+            };
+            let functions = wanted.into_iter().map(find).collect();
+            inbox.send(Event::Promised(Promises { domain, guest, name, functions }));
+        });
+    }
+
+    /// Keeps for a guest what the settings give to it, and has it attached.
+    pub(super) fn promised(&mut self, promises: Promises) {
+        let Promises { domain, guest, name, functions } = promises;
+        let mut kept: Vec<Reservation> = self.reservations.of(guest);
+        let (mut new, mut taken, mut unkept) = (Vec::new(), Vec::new(), Vec::new());
+        // Pools last: what is called by its own name is no part of them.
+        let (pools, certain): (Vec<_>, Vec<_>) =
+            functions.into_iter().partition(|(one, _)| matches!(one.target, Target::Any(_)));
+        for (one, found) in certain.into_iter().chain(pools) {
+            let made =
+                found.and_then(|found| self.promise(&found, domain, &kept, &taken)).and_then(|address| {
+                    taken.push(address);
+                    let has_it = |known: &Reservation| {
+                        known.address == address && one.slot.is_none_or(|slot| slot == known.devfn >> 3)
+                    };
+                    match kept.iter().any(has_it) {
+                        true => Ok(None),
+                        false => self.keep_promise(address, (guest, name.clone()), one.slot, &kept).map(Some),
+                    }
+                });
+            match made {
+                Ok(None) => {}
+                Ok(Some(reservation)) => {
+                    kept.push(reservation.clone());
+                    new.push(reservation);
+                }
+                Err(failure) => {
+                    let text = format!(
+                        "{} is missing in domain {domain}, to which the settings give it: {failure}",
+                        one.target
+                    );
+                    unkept.push(Problem::new(Cause::Persistent, text).of(domain));
+                }
+            }
+        }
+        self.returning.note_unkept(domain, unkept);
+        if new.is_empty() {
+            return;
+        }
+        let (reservations, inbox) = (self.reservations.clone(), self.inbox.clone());
+        self.background("persist", move || {
+            for reservation in new {
+                let address = reservation.address;
+                if let Err(failure) = reservations.keep(reservation) {
+                    inbox.send(Event::Problem(
+                        Problem::failed(Cause::StateFiles, &failure).on(address).of(domain),
+                    ));
+                }
+            }
+            inbox.send(Event::Kept(domain));
+        });
+    }
+
+    /// Something has come or become free: what the settings give to guests that are there may be found now.
+    pub(super) fn try_promises(&self) {
+        for domain in self.returning.without_promises() {
+            if let Ok(info) = self.platform.hypervisor.domain(domain) {
+                self.find_promises(domain, info.uuid);
+            }
+        }
+    }
+
+    /// The function that is meant, of a pool one that the guest has or that is free.
+    fn promise(
+        &self,
+        found: &Target,
+        domain: DomId,
+        kept: &[Reservation],
+        taken: &[Sbdf],
+    ) -> Result<Sbdf, Failure> {
+        let pf = match found {
+            Target::Any(Parent::At(pf)) => *pf,
+            other => {
+                return other.address().ok_or_else(|| Failure::not_found(format!("{other} was not found")));
+            }
+        };
+        let vfs = crate::spec::existing(self.platform.host.as_ref(), pf)?.virtual_functions;
+        let own = kept.iter().map(|known| known.address);
+        let mut own = own.filter(|address| vfs.contains(address) && !taken.contains(address));
+        match own.next() {
+            Some(address) => Ok(address),
+            None => self.free_vf(pf, &DomainName(domain.0.to_string()), false),
+        }
+    }
+
+    fn keep_promise(
+        &self,
+        address: Sbdf,
+        guest: (Uuid, Option<String>),
+        slot: Option<u8>,
+        kept: &[Reservation],
+    ) -> Result<Reservation, Failure> {
+        let host = self.platform.host.as_ref();
+        let function = crate::spec::existing(host, address)?;
+        self.kept_for_others(address, guest.0)?;
+        if let Some(other) = self.promised_to_others(&function, &guest) {
+            return Err(other);
+        }
+        let devfn = super::reserved::free_devfn(address, guest.0, slot, kept)?;
+        Ok(Reservation::new(address, identity(host, &function), guest.0, guest.1, devfn))
+    }
+
+    /// Refuses a function that the settings give to another guest than this one.
+    pub(super) fn promised_to_others(
+        &self,
+        function: &HostFunction,
+        (uuid, name): &(Uuid, Option<String>),
+    ) -> Option<Failure> {
+        let own: Vec<&String> = self.settings.guest(name.as_deref(), *uuid).collect();
+        let other = self.promised_to(function).filter(|guest| !own.contains(guest))?;
+        let text = format!("{} is kept for guest '{other}' by the settings (guests)", function.address);
+        Some(
+            Failure::refused(text)
+                .on(function.address)
+                .hint("change 'guests' in xpcid.yaml, then restart xpcid"),
+        )
+    }
+
+    /// The guest to which the settings give a function, as they call it.
+    pub(super) fn promised_to(&self, function: &HostFunction) -> Option<&String> {
+        let (host, names) = (self.platform.host.as_ref(), &self.settings.names);
+        let means = |one: &Assigned| names::means_one(host, names, &one.target, function);
+        self.settings.guests.iter().find(|(_, functions)| functions.iter().any(means)).map(|(guest, _)| guest)
+    }
+}
