@@ -4,7 +4,7 @@
 //! guest has any. From then on each of them is fresh: it may go to a guest without another reset, to the same one as the
 //! others. What a guest gives back while it has others of them cannot be reset yet; the last one that comes back has all of them reset.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -31,6 +31,9 @@ const SHOWN: usize = 4;
 pub struct Fresh {
     /// Which, and which of the functions that were at this address it is.
     known: Arc<Mutex<BTreeMap<Sbdf, u64>>>,
+    /// Those that their guests have lost and that wait for the reset of their bus. As long as the transaction that takes one is not over, its
+    /// record still names the guest.
+    waiting: Arc<Mutex<BTreeSet<Sbdf>>>,
     /// Held while a bus is reset, and while it is found out whether it may be.
     turn: Arc<Mutex<()>>,
 }
@@ -40,6 +43,10 @@ impl Fresh {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn waiting(&self) -> MutexGuard<'_, BTreeSet<Sbdf>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn has(&self, function: &HostFunction) -> bool {
         self.known().get(&function.address) == Some(&function.incarnation)
     }
@@ -47,6 +54,7 @@ impl Fresh {
     /// Somebody else gets, or has had, a function.
     pub(super) fn forget(&self, address: Sbdf) {
         self.known().remove(&address);
+        self.waiting().remove(&address);
     }
 
     /// Waits for the end of a reset of a bus that is under way. Who has noted before that a function changes hands is seen by all
@@ -151,6 +159,7 @@ impl Buses<'_> {
                 continue;
             }
             match owners.get(&name) {
+                Some(Owner::Domain(_)) if self.fresh.waiting().contains(&name) => {}
                 Some(Owner::Domain(domain)) if *domain != DomId::DOM0 => taken.guests.push((name, *domain)),
                 Some(Owner::Held | Owner::Quarantined) if holder_of(other).is_some() => {
                     if is_a_guests(self.platform, name)? {
@@ -290,6 +299,8 @@ pub(super) fn restore(
     make_quiet(context.platform.host.as_ref(), address)?;
     record.unreset = true;
     context.write(record)?;
+    // From here on the last one of the guest's may have it reset.
+    context.fresh.waiting().insert(address);
     let others: Vec<String> = taken.guests.iter().map(|(other, _)| other.to_string()).collect();
     Ok(Some(format!(
         "{address} is not reset yet: its bus is reset when the guest has given back {}, too; until then nobody gets it",
@@ -313,7 +324,7 @@ fn reset_bus(context: &Context<'_>, plan: &ResetPlan, function: &HostFunction) -
     info!("{address}: resetting all {} functions below {}", bus.functions.len(), bus.bridge);
     let mut marked = Vec::new();
     for function in &bus.functions {
-        context.fresh.forget(function.address);
+        context.fresh.known().remove(&function.address);
         make_quiet(host, function.address)?;
         let config = host.config(function.address)?;
         let failed =
@@ -352,7 +363,9 @@ fn reset_bus(context: &Context<'_>, plan: &ResetPlan, function: &HostFunction) -
     }
     if outcome.is_err() {
         // What is known of one was found out by a reset that was not made as a whole.
-        bus.functions.iter().for_each(|function| context.fresh.forget(function.address));
+        for function in &bus.functions {
+            context.fresh.known().remove(&function.address);
+        }
     }
     outcome
 }

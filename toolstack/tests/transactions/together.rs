@@ -157,6 +157,30 @@ fn a_function_that_waits_for_its_reset_is_reset_after_a_restart_before_dom0_gets
 }
 
 #[test]
+fn a_guest_that_ends_leaves_all_its_functions_on_the_bus_reset() {
+    // Both are taken from it at the same time.
+    for round in 0..8 {
+        let world = World::of(HOST);
+        let service = held(&world);
+        for address in both() {
+            service.attach(WEB, address).unwrap();
+        }
+        leave_traces(&world);
+        world.simulation.destroy(WEB);
+        for address in both() {
+            service.wait_for_state(address, FunctionState::Held);
+        }
+        wait_until(&format!("round {round}: both transactions end"), || {
+            let records = both().map(|address| world.record(address));
+            records.iter().flatten().all(|record| record.transaction.is_none())
+        });
+        for address in both() {
+            assert!(!has_trace(&world, address), "round {round}: {address} is not reset");
+        }
+    }
+}
+
+#[test]
 fn a_bus_that_dom0_uses_too_is_not_reset_and_holding_says_so_at_once() {
     let (world, [gpu, audio]) = (World::of(HOST), both());
     let service = world.start_with(&[TOGETHER]);
