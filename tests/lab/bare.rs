@@ -47,7 +47,23 @@ impl<'a> BareGuest<'a> {
     }
 
     fn create_and(lab: &'a Lab, name: &str, on_reboot: &str, lines: &[&str]) -> Result<Self> {
-        let image = format!("/guest/{name}.img");
+        let path = format!("/guest/{name}.cfg");
+        Self::describe(lab, name, &path, on_reboot, lines)?;
+        lab.dom0(&format!("xl create -p {path}")).limit(LIMIT).ok()?;
+        Ok(Self { lab, name: name.to_owned(), console: None })
+    }
+
+    /// One that dom0's next boot starts, as xl lets it: it runs at once.
+    pub fn at_boot(lab: &'a Lab, name: &str, lines: &[&str]) -> Result<Self> {
+        let path = format!("/etc/xen/{name}.cfg");
+        Self::describe(lab, name, &path, "preserve", lines)?;
+        lab.dom0(&format!("mkdir -p /etc/xen/auto && ln -s {path} /etc/xen/auto/")).ok()?;
+        Ok(Self { lab, name: name.to_owned(), console: None })
+    }
+
+    /// Puts its disk and its xl.cfg into dom0; the disk lies beside the file for xl.
+    fn describe(lab: &Lab, name: &str, path: &str, on_reboot: &str, lines: &[&str]) -> Result<()> {
+        let image = format!("{}.img", path.strip_suffix(".cfg").unwrap_or(path));
         lab.push(&disk().context("building the bare guest")?, &image)?;
         let drive = format!("file={image},format=raw,if=ide,index=0");
         let mut text = format!(
@@ -58,10 +74,7 @@ impl<'a> BareGuest<'a> {
         for line in lines {
             _ = writeln!(text, "{line}");
         }
-        let path = format!("/guest/{name}.cfg");
-        lab.push(text.as_bytes(), &path)?;
-        lab.dom0(&format!("xl create -p {path}")).limit(LIMIT).ok()?;
-        Ok(Self { lab, name: name.to_owned(), console: None })
+        lab.push(text.as_bytes(), path)
     }
 
     /// Its domain id.
@@ -73,6 +86,11 @@ impl<'a> BareGuest<'a> {
     /// Lets it run, and waits until it listens.
     pub fn start(&mut self) -> Result<()> {
         self.start_by(&format!("xl unpause {}", self.name))
+    }
+
+    /// Waits until it listens, which somebody else has started.
+    pub fn find(&mut self) -> Result<()> {
+        self.start_by("true")
     }
 
     /// Creates its next domain, which xl lets run at once, and waits until that listens.

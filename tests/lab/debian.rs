@@ -26,7 +26,7 @@ const UNITS: [(&str, &str); 2] = [
 
 /// What a dom0 has, with what these need and Debian's essential packages. The libraries are those that the product's package needs: it is
 /// installed with dpkg, which fetches nothing.
-const PACKAGES: [&str; 17] = [
+const PACKAGES: [&str; 18] = [
     "busybox-static",
     "dbus",
     "iproute2",
@@ -39,6 +39,7 @@ const PACKAGES: [&str; 17] = [
     "libxengnttab1",
     "pciutils",
     "procps",
+    "qemu-system-xen",
     "systemd",
     "systemd-sysv",
     "udev",

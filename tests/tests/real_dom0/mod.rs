@@ -10,10 +10,12 @@ mod sandbox;
 use anyhow::{Context, Result, ensure};
 use xpci_tests::host::{PF, SOON, VFS, wait_for_state, xpci};
 use xpci_tests::scenes::{Check, Machine, Scene};
-use xpci_tests::{Guest, GuestConfig, Lab, checks};
+use xpci_tests::{BareGuest, Guest, GuestConfig, Lab, checks};
 
 use boots::{
+    a_function_is_given_persistently_to_an_hvm_guest_that_is_not_there_yet,
     a_guest_that_starts_at_boot_has_its_persistent_function, after_a_boot_nothing_has_failed,
+    an_hvm_guest_that_starts_at_boot_has_its_persistent_function,
     at_boot_the_service_is_ready_after_xen_and_before_guests_start,
     at_boot_the_vfs_of_the_settings_are_enabled_and_held,
 };
@@ -37,6 +39,7 @@ const ADDRESS: &str = "10.9.9.11";
 pub struct RealDom0<'a> {
     lab: &'a Lab,
     guest: Option<Guest<'a>>,
+    hvm: Option<BareGuest<'a>>,
 }
 
 impl<'a> Scene<'a> for RealDom0<'a> {
@@ -44,7 +47,7 @@ impl<'a> Scene<'a> for RealDom0<'a> {
     const MACHINE: &'static Machine = &REAL_DOM0;
 
     fn set_up(lab: &'a Lab) -> Result<Self> {
-        Ok(Self { lab, guest: None })
+        Ok(Self { lab, guest: None, hvm: None })
     }
 
     fn checks() -> Vec<Check<Self>> {
@@ -57,10 +60,12 @@ impl<'a> Scene<'a> for RealDom0<'a> {
             a_restart_enables_the_vfs_of_the_settings needs installing_the_package_starts_the_service,
             a_reload_by_systemd_puts_policies_in_force needs a_restart_enables_the_vfs_of_the_settings,
             a_guest_uses_a_function_that_it_has_persistently needs a_reload_by_systemd_puts_policies_in_force,
+            a_function_is_given_persistently_to_an_hvm_guest_that_is_not_there_yet needs a_reload_by_systemd_puts_policies_in_force,
             after_a_boot_nothing_has_failed needs a_guest_uses_a_function_that_it_has_persistently,
             at_boot_the_service_is_ready_after_xen_and_before_guests_start needs after_a_boot_nothing_has_failed,
             at_boot_the_vfs_of_the_settings_are_enabled_and_held needs after_a_boot_nothing_has_failed,
             a_guest_that_starts_at_boot_has_its_persistent_function needs after_a_boot_nothing_has_failed,
+            an_hvm_guest_that_starts_at_boot_has_its_persistent_function needs a_function_is_given_persistently_to_an_hvm_guest_that_is_not_there_yet & after_a_boot_nothing_has_failed,
             a_guest_notices_nothing_of_an_upgrade needs a_guest_that_starts_at_boot_has_its_persistent_function,
             a_guest_notices_nothing_of_five_kills_in_a_row needs a_guest_that_starts_at_boot_has_its_persistent_function,
             a_restart_does_not_load_the_kernel_module_again needs a_guest_notices_nothing_of_five_kills_in_a_row,
@@ -117,11 +122,11 @@ fn the_doctor_finds_no_fault(scene: &mut RealDom0<'_>) -> Result<()> {
 fn a_restart_enables_the_vfs_of_the_settings(scene: &mut RealDom0<'_>) -> Result<()> {
     let lab = scene.lab;
     let settings = format!(
-        "virtual-functions:\n  - {{pf: \"{PF}\", count: 2, network: {{spoof-check: true}}, vfs: {{0: {{mac: \"{MAC}\"}}}}}}\n"
+        "virtual-functions:\n  - {{pf: \"{PF}\", count: 3, network: {{spoof-check: true}}, vfs: {{0: {{mac: \"{MAC}\"}}}}}}\n"
     );
     lab.push(settings.as_bytes(), "/etc/xpci/xpcid.yaml.d/vfs.yaml")?;
     lab.dom0("systemctl restart xpcid").limit(SOON).ok()?;
-    lab.wait_for("the VFs", SOON, &format!("[ -e /sys/bus/pci/devices/{} ]", VFS[1]))
+    lab.wait_for("the VFs", SOON, &format!("[ -e /sys/bus/pci/devices/{} ]", VFS[2]))
 }
 
 fn a_reload_by_systemd_puts_policies_in_force(scene: &mut RealDom0<'_>) -> Result<()> {
@@ -129,7 +134,7 @@ fn a_reload_by_systemd_puts_policies_in_force(scene: &mut RealDom0<'_>) -> Resul
     let policy = "match: {vendor: 8086, device: 10ca, function: virtual}\nhold: at-once\n";
     lab.push(policy.as_bytes(), "/etc/xpci/policies/vfs.yaml")?;
     lab.dom0("systemctl reload xpcid").ok()?;
-    VFS[..2].iter().try_for_each(|vf| wait_for_state(lab, vf, "held"))
+    VFS.iter().try_for_each(|vf| wait_for_state(lab, vf, "held"))
 }
 
 fn a_guest_uses_a_function_that_it_has_persistently(scene: &mut RealDom0<'_>) -> Result<()> {
