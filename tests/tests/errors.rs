@@ -218,7 +218,7 @@ fn a_guest_that_knows_nothing_of_errors_loses_its_function(scene: &mut Errors<'_
     // Linux's virtio-pci knows nothing of errors; nobody has the function here, which is the same.
     let told = hardware_error(lab, "", "COMP_TIME")?;
     ensure!(told["action"] == "tell-guest" && told["severity"] == "non-fatal", "{told}");
-    wait_for_history(lab, VIRTIO, "knows nothing of errors, or there is none; quarantine", 1)?;
+    wait_for_history(lab, VIRTIO, "has no error handlers, or there is no driver; quarantine", 1)?;
     wait_for_state(lab, VIRTIO, "quarantined")?;
     ensure!(is_held(lab, VIRTIO)?, "{}", owner(lab, VIRTIO)?);
     let command = lab.dom0(&format!("setpci -s {VIRTIO} 4.w")).ok()?;

@@ -313,7 +313,7 @@ fn a_service_that_starts_leaves_what_is_used_and_says_so(scene: &mut Holding<'_>
     scene.lab.dom0(&format!("ip link set {name} up")).ok()?;
     kill_and_start(scene.lab, &mut scene.service)?;
     let lab = scene.lab;
-    let said = format!("should be held at once: {SLOT} is in use: interface {name} is up");
+    let said = format!("is to be held at once: {SLOT} is in use: interface {name} is up");
     lab.wait_for("the problem", SOON, &format!("xpci status | grep -q '{said}'"))?;
     ensure!(driver(lab, SLOT)? == "e1000e", "{}", driver(lab, SLOT)?);
     Ok(())

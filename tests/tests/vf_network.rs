@@ -218,7 +218,7 @@ fn what_cannot_be_set_is_refused_and_says_why(scene: &mut VfNetwork<'_>) -> Resu
     let (code, said) = xpci_fails(lab, "vf set 01:10.0 --min-rate 10")?;
     ensure!(code == 1 && said.contains("many drivers guarantee no minimum"), "{code}, {said}");
     let (code, said) = xpci_fails(lab, "vf show 02:00.0")?;
-    ensure!(code == 5 && said.contains("is no VF"), "{code}, {said}");
+    ensure!(code == 5 && said.contains("is not a VF"), "{code}, {said}");
     Ok(())
 }
 

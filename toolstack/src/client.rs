@@ -27,7 +27,7 @@ const START: &str = "start it with 'systemctl start xpcid', as root; its log say
 /// What to do where the service cannot be connected to.
 fn connect_hint(kind: ErrorKind) -> &'static str {
     match kind {
-        ErrorKind::PermissionDenied => "only root may use it: run the command with sudo",
+        ErrorKind::PermissionDenied => "only root may use it: run the command as root, for example with sudo",
         _ => START,
     }
 }

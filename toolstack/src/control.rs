@@ -142,7 +142,7 @@ fn converse(stream: &UnixStream, inbox: &Inbox, peer: UnixCredentials) -> io::Re
 fn parse(line: &[u8]) -> Result<Call, (u64, Failure)> {
     let usage = |id, message: String| (id, Failure::new(ErrorCode::Usage, message));
     let value: serde_json::Value =
-        serde_json::from_slice(line).map_err(|error| usage(0, format!("the request is no JSON: {error}")))?;
+        serde_json::from_slice(line).map_err(|error| usage(0, format!("the request is not JSON: {error}")))?;
     let id = value.get("id").and_then(serde_json::Value::as_u64).unwrap_or(0);
     let version = value.get("version").and_then(serde_json::Value::as_u64);
     if version != Some(u64::from(VERSION)) {

@@ -22,7 +22,7 @@ pub fn shortage(limit: u64, functions: usize) -> Option<String> {
     let needed = FIXED + EACH * functions as u64;
     (limit < needed).then(|| {
         format!(
-            "xpcid may open {limit} files, and the {functions} functions of this host may need {needed} with guests: raise LimitNOFILE \
+            "xpcid can open {limit} files, and the {functions} functions of this host may need {needed} with guests: raise LimitNOFILE \
              in its systemd unit ('systemctl edit xpcid'), or 'ulimit -Hn'"
         )
     })

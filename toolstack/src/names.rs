@@ -77,7 +77,7 @@ impl TryFrom<Entry> for Name {
 
 /// A Device Serial Number as lspci prints it.
 fn serial_of(text: &str) -> Result<u64, String> {
-    let wrong = || format!("'{text}' is no serial number: write it as lspci does, 01-23-45-67-89-ab-cd-ef");
+    let wrong = || format!("'{text}' is not a serial number: write it as lspci does, 01-23-45-67-89-ab-cd-ef");
     let digits: String = text.split('-').collect();
     let formed = text.len() == 23 && text.split('-').all(|byte| byte.len() == 2);
     let hexadecimal = digits.bytes().all(|digit| digit.is_ascii_hexdigit());
@@ -118,7 +118,7 @@ impl FromStr for PciPath {
         let shown: String = text.chars().take(120).collect();
         let wrong = || {
             format!(
-                "'{shown}' is no path: write it as 'xpci show' does, 0000:00:1c.0/00.0, or as sysfs has it"
+                "'{shown}' is not a path: write it as 'xpci show' does, 0000:00:1c.0/00.0, or as sysfs has it"
             )
         };
         let in_sysfs = text.split_once("/pci").map(|(_, rest)| rest);
@@ -232,7 +232,7 @@ fn functions(host: &dyn Host) -> Result<Vec<HostFunction>, Failure> {
 fn virtual_function(host: &dyn Host, pf: Sbdf, number: u16) -> Result<Sbdf, Failure> {
     let function = existing(host, pf)?;
     if function.total_vfs == 0 {
-        return Err(Failure::refused(format!("{pf} is no PF: it has no VF {number}")).on(pf));
+        return Err(Failure::refused(format!("{pf} is not a PF: it has no VF {number}")).on(pf));
     }
     function.virtual_functions.get(usize::from(number)).copied().ok_or_else(|| {
         let text = match function.virtual_functions.len() {
@@ -257,7 +257,7 @@ fn function(host: &dyn Host, names: &Names, parent: &Parent) -> Result<Sbdf, Fai
         return Ok(found.address);
     }
     let text = format!(
-        "there is no function '{word}': it is no name of the settings and no network interface in dom0",
+        "there is no function '{word}': it is neither a name of the settings nor a network interface in dom0",
         word = word.as_str()
     );
     Err(Failure::not_found(text).hint(match nearest(word.as_str(), names.keys().map(Word::as_str)) {

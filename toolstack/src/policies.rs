@@ -170,7 +170,7 @@ mod tests {
         let error = parse(&sources).unwrap_err().to_string();
         assert_eq!(
             error,
-            "a.yaml:1:1: 'profil' is no key of a policy; did you mean 'profile'?\nc.yaml:1:1: a policy is a mapping, not a list"
+            "a.yaml:1:1: 'profil' is not a valid key of a policy; did you mean 'profile'?\nc.yaml:1:1: a policy is a mapping, not a list"
         );
     }
 

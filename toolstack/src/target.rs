@@ -61,7 +61,7 @@ impl TryFrom<String> for Word {
             return Ok(Self(text));
         }
         let shown: String = text.chars().take(WORD_LIMIT).collect();
-        Err(format!("'{shown}' is no name: a letter, then letters, digits, '-', '_' and '.', and not 'any'"))
+        Err(format!("'{shown}' is not a name: a letter, then letters, digits, '-', '_' and '.', and not 'any'"))
     }
 }
 
@@ -111,7 +111,7 @@ impl FromStr for Target {
         {
             return match number.parse() {
                 Ok(number) => Ok(Self::Vf(pf, number)),
-                Err(_) => Err(format!("'{number}' is no number of a VF: they are 0 to 65535")),
+                Err(_) => Err(format!("'{number}' is not the number of a VF: they are 0 to 65535")),
             };
         }
         text.parse().map(Self::One)

@@ -55,7 +55,7 @@ pub struct MacAddress(pub [u8; 6]);
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum MacAddressError {
     /// Not six bytes.
-    #[error("'{0}' is no MAC address: write it as 52:54:00:12:34:56")]
+    #[error("'{0}' is not a MAC address: write it as 52:54:00:12:34:56")]
     Form(String),
     /// An address of a group.
     #[error("'{0}' is a multicast address; an interface must have an address of its own")]
@@ -120,7 +120,7 @@ impl Vlan {
 
 /// Why a text is no VLAN.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("'{0}' is no VLAN: write ID or ID:QOS, the id from 0 (none) to 4094, the priority from 0 to 7")]
+#[error("'{0}' is not a VLAN: write ID or ID:QOS, the id from 0 (none) to 4094, the priority from 0 to 7")]
 pub struct VlanError(String);
 
 impl FromStr for Vlan {

@@ -28,7 +28,7 @@ pub fn nodes_with_nonsense_lead_to_a_line_in_the_log(scene: &mut Ring<'_>) -> Re
     let bound_port = console.trim();
     let long = [b'9'; 2000];
     let lie = |key, value: &'static [u8], said: &str| Lie { key, value: Some(value), said: said.to_owned() };
-    let wrong = |key: &str, value: &str| format!("it published nonsense: {key} is {value}");
+    let wrong = |key: &str, value: &str| format!("it published an invalid value: {key} is {value}");
     let mut lies = vec![
         lie("magic", b"8", &wrong("magic", "'8', not '7'")),
         lie("magic", b"7 ", &wrong("magic", "'7 ', not '7'")),

@@ -272,7 +272,7 @@ fn what_goes_wrong_says_what_to_do(scene: &mut VfInAGuest<'_>) -> Result<()> {
         ("pci-attach two 01:10.0", 5, "pci-assignable-add"),
         ("pci-detach two 01:1f.7", 4, "no function 0000:01:1f.7"),
         ("vf create 01:00.0 1", 5, "enabled already"),
-        ("vf create 02:00.0 1", 5, "no PF"),
+        ("vf create 02:00.0 1", 5, "not a PF"),
         ("pci-attach two 01:10.9", 2, "function"),
     ] {
         let (status, text) = xpci_fails(lab, command)?;

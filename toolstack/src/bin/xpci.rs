@@ -74,7 +74,7 @@ fn answers(steps: Vec<Step>, socket: &Path, show_progress: bool, json: bool) -> 
         Step::Metrics(file) => Envelope::done(1, "metrics", gather(socket, file.as_deref())),
         Step::Local(local) => Envelope::done(1, local.name(), local.run()),
     };
-    let stopped = |_| Failure::new(ErrorCode::Failed, "the request was given up");
+    let stopped = |_| Failure::new(ErrorCode::Failed, "the request was abandoned");
     thread::scope(|scope| {
         let threads: Vec<_> = steps.into_iter().map(|step| scope.spawn(move || answer(step))).collect();
         threads

@@ -178,7 +178,7 @@ fn read_policies(settings: &Settings) -> anyhow::Result<(PolicySet, Option<Strin
         Err(problem) => {
             let Some(set) = policies::read_copy(&settings.state_directory) else {
                 bail!(
-                    "{problem}\nmend the files ('xpci policy check') or remove them, then start xpcid again"
+                    "{problem}\ncorrect the files ('xpci policy check') or remove them, then start xpcid again"
                 );
             };
             let text = format!("the policy files cannot be used, those last in force stay so: {problem}");
@@ -249,7 +249,7 @@ fn boot_id() -> String {
     match fs::read_to_string("/proc/sys/kernel/random/boot_id") {
         Ok(id) => id.trim().to_owned(),
         Err(error) => {
-            warn!("read the boot id: {error}; what the journal says of guests is taken for this boot's");
+            warn!("read the boot id: {error}; the journal's records of guests are assumed to be of this boot");
             "unknown".to_owned()
         }
     }

@@ -132,7 +132,7 @@ pub fn learned(functions: &[LearnedView]) -> String {
         let _ = writeln!(text, "{} of domain {} ({name})", view.address, view.domain);
         let registers = &view.learned.registers;
         if registers.is_empty() {
-            text.push_str("  no write lost a bit\n\n");
+            text.push_str("  no write was blocked\n\n");
             continue;
         }
         let titles =
@@ -152,10 +152,10 @@ pub fn learned(functions: &[LearnedView]) -> String {
         text.push_str(&table(&std::iter::once(titles).chain(rows).collect::<Vec<_>>()));
         match &view.learned.addition {
             None => text.push_str(
-                "no policy can let any of these through: xpci itself carries out what they control\n",
+                "no policy can permit any of these: xpci itself carries out what the registers control\n",
             ),
             Some(addition) => {
-                let _ = write!(text, "what would let through what may pass:\n\n{addition}");
+                let _ = write!(text, "this addition to a policy permits those that may pass:\n\n{addition}");
             }
         }
         text.push('\n');
@@ -216,7 +216,7 @@ pub fn policy(view: &PolicyView) -> String {
 
 /// What a reload did.
 pub fn reloaded(files: usize, functions: &[ReloadedView]) -> String {
-    let mut text = format!("{files} policy files are in force\n");
+    let mut text = format!("policy files in force: {files}\n");
     for view in functions {
         let what = match (&view.failure, view.changed) {
             (Some(why), _) => format!("its old filter stays in force: {why}"),

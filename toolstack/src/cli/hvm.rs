@@ -13,9 +13,9 @@ use crate::protocol::Success;
 /// What can be done for HVM guests.
 #[derive(Debug, Subcommand)]
 pub enum Hvm {
-    /// Writes the ACPI table by which guests find extended config space, for xl.cfg's acpi_firmware="PATH".
+    /// Writes the ACPI table (MCFG) by which guests find extended config space, for acpi_firmware="PATH" in xl.cfg.
     AcpiTable {
-        /// Where to write it.
+        /// The file to write.
         path: PathBuf,
     },
 }

@@ -28,16 +28,16 @@ pub struct ListArguments {
     /// Only functions of this class: the first digits of a class code (02), or a part of a class's name (network).
     #[arg(long)]
     class: Option<String>,
-    /// Only functions that this driver has in dom0; 'none': no driver.
+    /// Only functions that are bound to this driver in dom0; 'none': to no driver.
     #[arg(long)]
     driver: Option<String>,
     /// Only functions in this state.
     #[arg(long, value_parser = PossibleValuesParser::new(STATES.map(|(word, _)| word)).map(state))]
     state: Option<FunctionState>,
-    /// Only functions that could be attached now, as pci-assignable-list has them.
+    /// Only functions that can be attached now, as in pci-assignable-list.
     #[arg(long)]
     assignable: bool,
-    /// Shows VFs below their PFs, and functions below the bridges that lead to them.
+    /// Shows VFs below their PFs, and functions below the bridges above them.
     #[arg(long)]
     pub tree: bool,
 }

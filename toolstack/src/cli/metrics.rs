@@ -64,8 +64,8 @@ fn ask(socket: &Path) -> Result<String, Failure> {
     };
     match (answer(Request::Status)?, answer(Request::List { filter: ListFilter::default() })?) {
         (Success::Status(status), Success::Listed { functions }) => Ok(text(&status, &functions)),
-        _ => Err(Failure::new(ErrorCode::Failed, "xpcid answered something else than was asked")
-            .hint("is xpcid of the same version as xpci? 'xpci --version', 'xpcid --version'")),
+        _ => Err(Failure::new(ErrorCode::Failed, "xpcid's answer does not match the request")
+            .hint("compare the versions: 'xpci --version', 'xpcid --version'")),
     }
 }
 
@@ -127,7 +127,7 @@ fn text(status: &StatusView, functions: &[ListedView]) -> String {
     metric(&mut text, "xpci_guest_functions", "gauge", "Functions that a guest has.", &guest(&has));
     let help = "Requests of a guest answered since xpcid started or the guest connected first.";
     metric(&mut text, "xpci_guest_requests_total", "counter", help, &guest(&|guest| guest.requests));
-    let help = "Those answered with an error, except reads of functions that are not there.";
+    let help = "Those answered with an error, except reads of functions that do not exist.";
     metric(&mut text, "xpci_guest_errors_total", "counter", help, &guest(&|guest| guest.errors));
     let mut problems: BTreeMap<String, u64> = BTreeMap::new();
     for problem in &status.problems {

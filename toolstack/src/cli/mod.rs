@@ -11,6 +11,7 @@ mod place;
 mod policy;
 mod service;
 mod table;
+mod texts;
 
 use std::path::PathBuf;
 
@@ -34,11 +35,12 @@ pub use table::{Look, bulleted, render};
 
 /// Assigns PCI functions to Xen guests.
 ///
-/// Commands are spelled as xl spells them. PCI addresses are hexadecimal, [SSSS:]BB:DD.F, as in '01:10.0'. Wherever a function is named
-/// (BDF, PF, VF), 'PF:N' is VF N of a PF, from 0, and NAME a name of the settings or a network interface in dom0: '01:00.0:3', 'eth0:3',
-/// 'eth0'.
+/// Commands follow the syntax of xl. A function (BDF, PF, VF) is given by its address, hexadecimal, [SSSS:]BB:DD.F, as in '01:10.0'; by
+/// a name of the settings; by the name of its network interface in dom0; or as 'PF:N', VF N of a PF, from 0: 'eth0', 'eth0:3',
+/// '01:00.0:3'. A guest is given by its name or its domain number.
 #[derive(Debug, Parser)]
-#[command(name = "xpci", version = VERSION, max_term_width = 110, after_help = EXIT_CODES)]
+#[command(name = "xpci", version = VERSION, max_term_width = 110)]
+#[command(after_help = texts::EXIT_CODES, after_long_help = texts::GENERAL)]
 pub struct Cli {
     /// Prints the answer as one JSON object.
     #[arg(long, global = true)]
@@ -51,44 +53,44 @@ pub struct Cli {
     pub command: Command,
 }
 
-const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 service not reachable, 4 no such function or domain, \
-                          5 refused because of the present state, 6 failed and quarantined.";
-
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Lists the host's functions: what they are, and who has them.
+    /// Lists the host's functions and who has them.
+    #[command(after_long_help = texts::LIST)]
     List(ListArguments),
-    /// Shows all that is known of a function, and everything that keeps it from a guest, with what to do.
+    /// Shows the properties of a function, and everything that prevents attaching it, with what to do.
     Show(OneFunction),
     /// Lists the functions that can be attached to a guest.
     PciAssignableList {
-        /// Shows also what they are, their drivers and what is to be known of them.
+        /// Shows their ids, states and drivers too.
         #[arg(short, long)]
         long: bool,
     },
     /// Takes functions from their drivers and holds them for guests.
+    ///
+    /// A held function is bound to xen-pciback (or pci-stub), and Xen's quarantine domain owns it.
     PciAssignableAdd {
-        /// Changes nothing: only says what would be done, or all that is in the way.
+        /// Changes nothing: shows what would be done, or everything that prevents it.
         #[arg(long)]
         dry_run: bool,
-        /// Takes them even while something in dom0 uses them: a mounted file system, an interface that is up.
+        /// Takes them even if dom0 uses them, for example as a mounted file system or an interface that is up.
         #[arg(short, long)]
         force: bool,
-        /// Persistently: they are held again after a reboot of the host and whenever they appear, also at another address, until
+        /// Makes it persistent: they are held again after a reboot of the host and whenever they appear, also at another address, until
         /// pci-assignable-remove.
         #[arg(long)]
         persist: bool,
-        /// The functions; 'any:PF' is the first VF of a PF that is dom0's and has no driver, another one each time.
+        /// The functions; 'any:PF' is the first VF of a PF that belongs to dom0 and has no driver, another one each time.
         #[arg(required = true, value_name = "BDF")]
         addresses: Vec<Target>,
     },
-    /// Gives held functions back to dom0 and to the drivers they came from.
+    /// Returns held functions to dom0 and to the drivers that they had.
     PciAssignableRemove {
-        /// Accepted for xl's sake: the driver always gets its function back.
+        /// Has no effect, for compatibility with xl: functions always return to their drivers.
         #[arg(short = 'r')]
         rebind: bool,
-        /// Takes them even from guests that have them persistently (pci-attach --persist) and do not run.
+        /// Also functions that are persistent for a guest (pci-attach --persist); ends that.
         #[arg(short, long)]
         force: bool,
         /// Accepts that a PV guest that had the function, and still exists, may have its BARs mapped.
@@ -98,38 +100,41 @@ pub enum Command {
         #[arg(required = true, value_name = "BDF")]
         addresses: Vec<Target>,
     },
-    /// Gives held functions to a guest: of several, all or none.
+    /// Gives held functions to a guest: all of them, or changes nothing.
+    #[command(after_long_help = texts::ATTACH)]
     PciAttach {
-        /// Changes nothing: only says what would be done, or all that is in the way.
+        /// Changes nothing: shows what would be done, or everything that prevents it.
         #[arg(long)]
         dry_run: bool,
         /// Accepts that a PV guest that had the function, and still exists, may have its BARs mapped.
         #[arg(long)]
         trust_former_owner: bool,
-        /// Persistently: the guest gets it again whenever it starts, and no other guest gets it meanwhile.
+        /// Makes it persistent: the guest gets it again each time it starts, and no other guest gets it meanwhile.
         #[arg(long)]
         persist: bool,
-        /// The guest, by name or number; with --persist one that does not run by UUID, or by the name of a guest that has functions
-        /// persistently.
+        /// The guest, by name or number. With --persist, a guest that does not run is given by its UUID, or by its name if it has
+        /// other persistent functions.
         domain: String,
-        /// The functions, and for each the device number at which the guest shall see it (hexadecimal, 0-1f). xl's options may follow:
-        /// 'BDF@SLOT,permissive=1'; those without effect here are named. 'any:PF' is the first VF of a PF that is assignable and kept for
-        /// no guest: the answer says which, and each such command gives another one.
+        /// The functions, each with the device number at which the guest sees it (hexadecimal, 0-1f). Options of xl may follow, as in
+        /// 'BDF@SLOT,permissive=1'. 'any:PF' is the first VF of a PF that is assignable and reserved for no guest: the answer names it, and
+        /// each such command gives another one.
         #[arg(required = true, value_name = "BDF[@SLOT]")]
         places: Vec<Place>,
     },
     /// Takes a function from a guest and holds it again.
+    ///
+    /// A guest that does not release it in time (guest-limit-seconds in the settings) loses it.
     PciDetach {
-        /// Does not wait for the guest to let go.
+        /// Does not ask the guest to release it.
         #[arg(short, long)]
         force: bool,
-        /// Until the guest starts again, when it has the function persistently.
+        /// Keeps it persistent: the guest gets it again the next time it starts.
         #[arg(long)]
         live: bool,
-        /// Leaves it to the guest, but no longer persistently. The guest need not run.
+        /// Only ends that it is persistent; a guest that runs keeps it until it ends.
         #[arg(long, conflicts_with_all = ["live", "force"])]
         persistent: bool,
-        /// The guest, by name or number; one that does not run also by UUID.
+        /// The guest, by name or number; one that does not run, also by UUID.
         domain: String,
         /// The function.
         #[arg(value_name = "BDF")]
@@ -137,62 +142,64 @@ pub enum Command {
     },
     /// Lists the functions of a guest.
     PciList {
-        /// Lists what guests have persistently (pci-attach --persist), whether they run or not; without a guest, of all.
+        /// Lists persistent functions (pci-attach --persist), whether the guests run or not; without DOMAIN, of all guests.
         #[arg(long)]
         persistent: bool,
-        /// The guest, by name or number; one that does not run also by UUID.
+        /// The guest, by name or number; one that does not run, also by UUID.
         #[arg(required_unless_present = "persistent")]
         domain: Option<String>,
     },
     /// Enables, disables and lists the VFs of a PF.
     #[command(subcommand)]
     Vf(Vf),
-    /// Shows, checks, explains and changes what guests may do with the registers of their functions.
+    /// Shows, checks and explains what guests may do with the registers of their functions.
     #[command(subcommand)]
     Policy(Policy),
     /// Prepares HVM guests.
     #[command(subcommand)]
     Hvm(Hvm),
-    /// Compares what sysfs, Xen and xenstore say of the host's functions, and repairs what they disagree on.
+    /// Compares the host's functions in sysfs, Xen and xenstore, and repairs differences.
     Sync {
-        /// Only shows what would be done.
+        /// Changes nothing: shows what would be repaired.
         #[arg(long)]
         dry_run: bool,
     },
-    /// Shows what is set for errors of functions, which they reported, and what was done about them.
+    /// Shows how errors of functions are reported, and the last errors.
     #[command(subcommand)]
     Aer(Aer),
-    /// Shows who is hit when a function fails, and who could veto its recovery.
+    /// Shows which functions and guests a failure of a function affects, and which drivers can veto recovery.
     BlastRadius(OneFunction),
-    /// Shows what happened to functions: errors, what was decided, what came of it, and where they stand.
+    /// Shows the last events: errors, decisions, outcomes, changes of state.
     Events {
-        /// Goes on with each event that comes, until it is interrupted.
+        /// Continues with each new event until interrupted; with --json, one object a line.
         #[arg(long)]
         follow: bool,
     },
     /// Shows the functions and guests that the service manages, and current problems.
+    #[command(after_long_help = texts::STATUS)]
     Status {
         /// Exits with 1 while there are problems.
         #[arg(long)]
         check: bool,
     },
-    /// Prints the state of the service for Prometheus, in its text format.
+    /// Prints metrics of the service in Prometheus' text format.
     Metrics {
-        /// Writes it to this file, for node_exporter's textfile collector. If the service does not answer, the file says xpci_up 0.
+        /// Writes them to this file, for node_exporter's textfile collector. If the service does not answer, the file contains
+        /// 'xpci_up 0' alone.
         #[arg(long, value_name = "FILE")]
         write: Option<PathBuf>,
     },
-    /// Checks how dom0 is set up, and says what to do where something is amiss.
+    /// Checks dom0's configuration, and shows how to correct what is wrong.
     ///
-    /// Exits with 0 if nothing is amiss, with 1 otherwise. Without the service, the checks that need it are left out.
+    /// Exits with 0 if nothing is wrong, otherwise with 1. Without the service, the checks that need it are left out.
     Doctor,
-    /// Deals with functions that a failure made unusable.
+    /// Clears the quarantine of functions.
     #[command(subcommand)]
     Quarantine(Quarantine),
     /// Writes manual pages and shell completions below a folder, for 'make install'.
     #[command(hide = true)]
     Documents {
-        /// The folder that is to be 'share'.
+        /// The folder 'share'.
         directory: PathBuf,
     },
 }
@@ -200,26 +207,26 @@ pub enum Command {
 /// What can be done with VFs.
 #[derive(Debug, Subcommand)]
 pub enum Vf {
-    /// Enables VFs of a PF that has none enabled; no native driver takes them.
+    /// Enables VFs of a PF that has none enabled. No native driver binds to them.
     Create {
         /// The PF.
         #[arg(value_name = "PF")]
         address: Target,
-        /// How many, from 1 to the PF's total.
+        /// The number of VFs, from 1 to the PF's total.
         count: u16,
-        /// For a PF that has no driver: binds it to pci-pf-stub, which manages nothing, until 'vf destroy'.
+        /// For a PF without a driver: binds it to pci-pf-stub, which does not manage VFs, until 'vf destroy'.
         #[arg(long)]
         unmanaged: bool,
     },
-    /// Makes a PF have this many VFs; where it has another number, all are disabled first, as the kernel wants it.
+    /// Sets the number of VFs of a PF. To change it, the kernel requires that all VFs are disabled first.
     SetCount {
         /// The PF.
         #[arg(value_name = "PF")]
         address: Target,
-        /// How many, from 0 to the PF's total.
+        /// The number of VFs, from 0 to the PF's total.
         count: u16,
     },
-    /// Disables all VFs of a PF; refused while a guest has one.
+    /// Disables all VFs of a PF. Refused while one is held or a guest has one.
     Destroy {
         /// The PF.
         #[arg(value_name = "PF")]
@@ -227,16 +234,16 @@ pub enum Vf {
     },
     /// Lists VFs.
     List {
-        /// Only those of this PF.
+        /// The PF; without it, the VFs of all PFs.
         #[arg(value_name = "PF")]
         address: Option<Target>,
     },
-    /// Sets network settings of a held or attached VF through its PF, until it goes back to dom0.
+    /// Sets network settings of a held or attached VF through the driver of its PF.
     ///
-    /// They are in force at once, put in force again at each attach, and what was there before the first 'vf set' comes back
-    /// with pci-assignable-remove. A reboot of the host discards them, but for those set with --persist.
+    /// They apply at once and again at each attach. pci-assignable-remove restores the settings from before the first 'vf set'. A reboot of
+    /// the host discards them, except those set with --persist.
     Set(SetArguments),
-    /// Shows the network settings of a VF, or of all VFs of a PF: in force, as the PF's driver reports them, and wished.
+    /// Shows the network settings of a VF, or of all VFs of a PF: those in force, as the PF's driver reports them, and those requested.
     Show {
         /// The VF or PF.
         #[arg(value_name = "VF|PF")]
@@ -247,21 +254,21 @@ pub enum Vf {
 /// What can be asked about errors.
 #[derive(Debug, Subcommand)]
 pub enum Aer {
-    /// Shows the registers that decide over errors, of functions and of everybody above them: as they read, as they are while a
-    /// function is assigned, and as they were before.
+    /// Shows the registers that control error reporting, of functions and of all ports above them: their present values, the values
+    /// while a function is assigned, and the values before.
     Status {
-        /// The function; without it, all that the service looks after.
+        /// The function; without it, all functions that the service manages.
         #[arg(value_name = "BDF")]
         address: Option<Target>,
     },
-    /// Shows the last errors of a function, what was decided, the registers then read, and what came of it.
+    /// Shows the last errors of a function with the decision, the registers read then, and the outcome.
     History(OneFunction),
 }
 
 /// What can be done with quarantined functions.
 #[derive(Debug, Subcommand)]
 pub enum Quarantine {
-    /// Resets a quarantined function and, when that is verified, holds it again.
+    /// Resets a quarantined function, verifies the reset, and holds the function again.
     Clear {
         /// Accepts that a PV guest that had the function, and still exists, may have its BARs mapped.
         #[arg(long)]
@@ -293,7 +300,7 @@ pub fn usage(error: &clap::Error) -> Failure {
     let failure = Failure::new(ErrorCode::Usage, message);
     match paragraphs.find_map(|paragraph| paragraph.strip_prefix("Usage: ").map(str::to_owned)) {
         Some(usage) => failure.hint(usage),
-        None => failure.hint("'xpci help' shows how commands are written"),
+        None => failure.hint("'xpci help' shows the syntax"),
     }
 }
 

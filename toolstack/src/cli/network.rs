@@ -25,25 +25,25 @@ pub struct SetArguments {
 #[derive(Debug, Args)]
 #[group(required = true, multiple = true)]
 struct SettingArguments {
-    /// Its MAC address; 00:00:00:00:00:00 leaves it to the guest.
+    /// The MAC address; 00:00:00:00:00:00 leaves it to the guest.
     #[arg(long)]
     mac: Option<MacAddress>,
-    /// The VLAN that its packets are put into, unseen by the guest, and their priority; 0 is none.
+    /// The VLAN (1-4094; 0: none) and priority (0-7) of its packets; the guest does not see the tag.
     #[arg(long, value_name = "ID[:QOS]")]
     vlan: Option<Vlan>,
-    /// Whether packets with another sender's address are dropped.
+    /// Whether packets with another source address are dropped.
     #[arg(long, value_enum)]
     spoof_check: Option<Switch>,
-    /// Whether the guest may do what the PF's driver keeps from others, for example change its MAC address.
+    /// Whether the PF's driver lets the guest change what it otherwise protects, for example the MAC address.
     #[arg(long, value_enum)]
     trust: Option<Switch>,
-    /// The most it may send, in Mbit/s; 0 is no limit.
+    /// The maximum transmit rate, in Mbit/s; 0: no limit.
     #[arg(long, value_name = "MBIT")]
     max_rate: Option<u32>,
-    /// What it is guaranteed to send, in Mbit/s.
+    /// The guaranteed transmit rate, in Mbit/s.
     #[arg(long, value_name = "MBIT")]
     min_rate: Option<u32>,
-    /// The link that it sees: the PF's, always up, or always down.
+    /// The link state that the guest sees: that of the PF, always up, or always down.
     #[arg(long, value_enum)]
     link_state: Option<Link>,
 }
@@ -109,10 +109,10 @@ pub(super) fn vf_network(view: &VfNetworkView) -> String {
             value(in_force, name),
             value(&view.wished, name),
             value(&view.before, name),
-            if differs { "not as wished".to_owned() } else { String::new() },
+            if differs { "not as requested".to_owned() } else { String::new() },
         ]
     };
-    let titles = ["SETTING", "IN FORCE", "WISHED", "BEFORE", "NOTE"].map(str::to_owned).to_vec();
+    let titles = ["SETTING", "IN FORCE", "REQUESTED", "BEFORE", "NOTE"].map(str::to_owned).to_vec();
     let rows: Vec<_> = std::iter::once(titles).chain(names.map(row)).collect();
     format!("{head} ({interface})\n{}", table(&rows))
 }
@@ -133,7 +133,7 @@ pub(super) fn vf_networks(physical_function: Sbdf, vfs: &[VfNetworkView]) -> Str
     };
     let mut titles = vec!["VF".to_owned(), "FUNCTION".to_owned(), "STATE".to_owned()];
     titles.extend(COLUMNS.map(str::to_uppercase));
-    titles.push("WISHED INSTEAD".to_owned());
+    titles.push("REQUESTED INSTEAD".to_owned());
     let row = |view: &VfNetworkView| {
         let words = |settings: &VfSettings| settings.words();
         let in_force = view.in_force.as_ref().map(words).unwrap_or_default();

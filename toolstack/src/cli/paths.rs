@@ -13,8 +13,8 @@ pub(super) fn aer_status(view: &AerStatusView) -> String {
     let paths = view.functions.iter().map(|path| {
         let owner = match path.aer_owner {
             AerOwner::Linux => "AER is handled by Linux",
-            AerOwner::Platform => "the platform keeps AER from Linux: its registers are left alone",
-            AerOwner::NoRootPort => "no root port above: AER's registers are left alone",
+            AerOwner::Platform => "the platform keeps AER from Linux: its registers are not changed",
+            AerOwner::NoRootPort => "no root port above: AER's registers are not changed",
         };
         let members: String = path.members.iter().map(member).collect();
         format!("{}: {owner}\n{members}", path.address)
@@ -77,14 +77,14 @@ pub(super) fn blast_radius(radius: &Radius) -> String {
         ports => format!("below {}", ports.join(", below ")),
     };
     let mut text = format!("{}, {above}\n", radius.address);
-    let because = format!("cannot be kept apart by the IOMMU ({})", radius.iommu_group_because);
+    let because = format!("cannot be isolated by the IOMMU ({})", radius.iommu_group_because);
     for (what, sharers) in [
-        ("hit by a reset of its link", &radius.link),
-        ("hit by a reset at its root port besides", &radius.root_port),
+        ("affected by a reset of its link", &radius.link),
+        ("also affected by a reset at its root port", &radius.root_port),
         ("on the same interrupt line", &radius.line),
         ("with a BAR in the same page of memory", &radius.page),
         (because.as_str(), &radius.iommu_group),
-        ("without whose drivers Linux recovers nothing below the port", &radius.vetoes),
+        ("preventing Linux's recovery of everything below the port", &radius.vetoes),
     ] {
         let _ = writeln!(text, "{what}:{}", if sharers.is_empty() { " none" } else { "" });
         sharers.iter().for_each(|sharer| text.push_str(&line(sharer)));

@@ -21,9 +21,9 @@ pub struct Place {
 const WITHOUT_EFFECT: [(&str, &str); 3] = [
     (
         "permissive",
-        "permissive has no effect: unknown registers pass anyway; 'xpci policy explain' shows which do not, and how a policy opens them",
+        "permissive has no effect: unknown registers pass by default; 'xpci policy explain' shows which do not",
     ),
-    ("msitranslate", "msitranslate has no effect: interrupts come as the guest sets them up"),
+    ("msitranslate", "msitranslate has no effect: the guest sets up its own interrupts"),
     ("power_mgmt", "power_mgmt has no effect: the guest's power states are virtual"),
 ];
 
@@ -49,7 +49,7 @@ impl FromStr for Place {
         for option in parts {
             let (key, value) = option
                 .split_once('=')
-                .ok_or_else(|| usage(format!("'{option}' is no option: options are KEY=VALUE")))?;
+                .ok_or_else(|| usage(format!("'{option}' is not an option: options are KEY=VALUE")))?;
             if let Some((_, note)) = WITHOUT_EFFECT.iter().find(|(name, _)| *name == key) {
                 if is_on(key, value)? {
                     notes.push(*note);
@@ -59,10 +59,10 @@ impl FromStr for Place {
             match (key, value) {
                 ("vslot", digits) if slot.is_none() => slot = Some(slot_of(option, digits)?),
                 ("vslot", _) => {
-                    return Err(usage(format!("'{option}': the device number stands there already")));
+                    return Err(usage(format!("'{option}': the device number is given twice")));
                 }
                 ("bdf" | "name", _) if address.is_some() => {
-                    return Err(usage(format!("'{option}': the function stands there already")));
+                    return Err(usage(format!("'{option}': the function is given twice")));
                 }
                 ("bdf", value) => address = Some(target(value)?),
                 ("name", value) => {
@@ -71,12 +71,12 @@ impl FromStr for Place {
                 }
                 ("rdm_policy", "relaxed") => {}
                 ("rdm_policy", "strict") => {
-                    return Err(usage(format!("'{option}' is a policy's: write 'rdm-policy: strict' there")));
+                    return Err(usage(format!("'{option}' is set in a policy: write 'rdm-policy: strict' there")));
                 }
                 ("seize", _) => seize = is_on(key, value)?.then_some(option),
                 _ => {
                     let known = "bdf, name, vslot, permissive, msitranslate, power_mgmt, seize, rdm_policy";
-                    return Err(usage(format!("'{option}' is none of the options {known}")));
+                    return Err(usage(format!("unknown option '{option}'; the options are {known}")));
                 }
             }
         }
@@ -110,7 +110,7 @@ fn slot_of(shown: &str, digits: &str) -> Result<u8, Failure> {
     u8::from_str_radix(digits, 16)
         .ok()
         .filter(|slot| *slot < 32 && !digits.starts_with('+'))
-        .ok_or_else(|| usage(format!("'{shown}' is no device number: it must be hexadecimal, 0 to 1f")))
+        .ok_or_else(|| usage(format!("'{shown}' is not a device number: it must be hexadecimal, 0 to 1f")))
 }
 
 #[cfg(test)]

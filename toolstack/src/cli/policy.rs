@@ -1,4 +1,4 @@
-//! `xpci policy`: what asks the service, and what needs nobody.
+//! `xpci policy`: what asks the service, and what does not need it.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -20,34 +20,34 @@ use crate::target::Target;
 /// What can be done with policies.
 #[derive(Debug, Subcommand)]
 pub enum Policy {
-    /// Shows which policy files apply to a function, in the order in which they are laid over each other, and what they say together.
+    /// Shows which policy files apply to a function, in the order in which they are merged, and the result.
     Show {
         /// The function.
         #[arg(long = "for", value_name = "BDF")]
         address: Target,
-        /// As if this guest had it; without this, the guest that has it.
+        /// The result for this guest; without it, for the guest that has the function.
         #[arg(long, value_name = "NAME")]
         domain: Option<String>,
     },
-    /// Checks policy files; without any, those of the settings' directories.
+    /// Checks policy files; without FILE, those of the settings' directories.
     ///
-    /// Every mistake is shown with its line and column and the nearest valid word. Needs no service.
+    /// Shows each mistake with line, column and the nearest valid word. Does not need the service.
     Check {
         /// The files.
         #[arg(value_name = "FILE")]
         files: Vec<PathBuf>,
     },
-    /// Shows for each register what a guest sees, what a write does, and which rule says so.
+    /// Shows for each register what a guest reads, what its writes do, and the rule that decides it.
     Explain(ExplainArguments),
-    /// Shows a guest's writes that did not reach hardware, and the smallest addition to a policy that would let it through, with its risk.
+    /// Shows the blocked writes of a guest, and the smallest addition to a policy that permits them, with its risk.
     Learn {
         /// A guest, by name or number, or one of its functions.
         #[arg(value_name = "DOMAIN|BDF")]
         target: String,
     },
-    /// Reads the policy files again and puts them in force, for connected guests too; files with mistakes change nothing.
+    /// Reads the policy files again and applies them, to connected guests too. A mistake in a file changes nothing.
     Reload,
-    /// Prints the JSON schema of policy files, for editors. Needs no service.
+    /// Prints the JSON schema of policy files, for editors. Does not need the service.
     Schema,
 }
 
@@ -57,16 +57,17 @@ pub struct ExplainArguments {
     /// A function of this host, under the policies in force.
     #[arg(value_name = "BDF", required_unless_present = "dump", conflicts_with_all = ["dump", "policy", "kind"])]
     pub address: Option<Target>,
-    /// As if this guest had it; without this, the guest that has it.
+    /// The result for this guest; without it, for the guest that has the function.
     #[arg(long, value_name = "NAME", requires = "address")]
     pub domain: Option<String>,
-    /// The functions of a dump in the format of 'lspci -xxxx' ('-': standard input), under the built-in rules. Needs no service.
+    /// The functions of a dump in the format of 'lspci -xxxx' ('-': standard input), under the built-in rules. Does not need the
+    /// service.
     #[arg(long, value_name = "FILE")]
     pub dump: Option<PathBuf>,
-    /// With --dump: this policy file too, whether it matches or not; may be given several times.
+    /// With --dump: applies this policy file too, whether it matches or not; may be given several times.
     #[arg(long, value_name = "FILE", requires = "dump")]
     pub policy: Vec<PathBuf>,
-    /// With --dump: what the functions are; without this, what the dump shows.
+    /// With --dump: the kind of the functions; without it, what the dump shows.
     #[arg(long = "as", value_name = "KIND", requires = "dump")]
     pub kind: Option<As>,
 }

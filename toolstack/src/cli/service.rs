@@ -11,22 +11,23 @@ use crate::VERSION;
 #[derive(Debug, Parser)]
 #[command(name = "xpcid", version = VERSION, max_term_width = 110)]
 pub struct ServiceArguments {
-    /// The host to work on: 'xen' (this dom0), or 'sim:FILE', a simulated one described by a YAML file.
+    /// The host: 'xen' (this dom0), or 'sim:FILE', a simulated host that a YAML file describes.
     #[arg(long, default_value = "xen")]
     pub platform: Choice,
-    /// The settings; without this, /etc/xpci/xpcid.yaml where it is there.
+    /// The settings; without it, /etc/xpci/xpcid.yaml if that exists.
     #[arg(long, value_name = "FILE")]
     pub settings: Option<PathBuf>,
-    /// Instead of the settings' run-directory.
+    /// Replaces run-directory of the settings.
     #[arg(long, value_name = "DIRECTORY")]
     pub run_directory: Option<PathBuf>,
-    /// Instead of the settings' state-directory.
+    /// Replaces state-directory of the settings.
     #[arg(long, value_name = "DIRECTORY")]
     pub state_directory: Option<PathBuf>,
-    /// Instead of the settings' policy-directories; may be given several times.
+    /// Replaces policy-directories of the settings; may be given several times.
     #[arg(long = "policies", value_name = "DIRECTORY")]
     pub policy_directories: Vec<PathBuf>,
-    /// Only checks the settings and the policies; exits with 1 and names the first mistake of the settings, or all of the policies.
+    /// Only checks the settings and the policies. Exits with 1 if there is a mistake, and names the first one of the settings or all
+    /// of the policies.
     #[arg(long)]
     pub check: bool,
 }

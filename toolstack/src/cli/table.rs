@@ -49,7 +49,7 @@ pub fn render(success: &Success, look: Look) -> String {
         Success::Checked { files } => explained::checked(files),
         Success::Metrics { text } => text.clone(),
         Success::Schema { schema } => format!("{schema:#}\n"),
-        Success::Events { events } if events.is_empty() => "nothing has happened yet\n".to_owned(),
+        Success::Events { events } if events.is_empty() => "there are no events\n".to_owned(),
         Success::Events { events } => {
             events.iter().fold(String::new(), |text, event| format!("{text}{event}\n"))
         }
@@ -204,7 +204,7 @@ fn vfs_table(vfs: &[VfView]) -> String {
 fn status_text(status: &StatusView) -> String {
     let mut text = format!("xpcid {} on {}\n", status.service, status.platform);
     if status.functions.is_empty() {
-        text.push_str("\nIt looks after no function; 'xpci pci-assignable-add BDF' takes one.\n");
+        text.push_str("\nIt manages no functions; 'xpci pci-assignable-add BDF' holds one.\n");
     } else {
         text = format!("{text}\n{}", functions_table(&status.functions));
     }

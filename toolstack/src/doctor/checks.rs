@@ -29,9 +29,9 @@ pub(super) const CHECKS: [fn(&Examined<'_>) -> Finding; 13] = [
     other_toolstack,
 ];
 
-/// The versions of Xen that xpci is tried with.
+/// The versions of Xen that xpci is tested with.
 const XEN: std::ops::RangeInclusive<(u32, u32)> = (4, 17)..=(4, 20);
-/// The oldest kernel that says how it resets functions (`reset_method`), and the oldest that xpci is tried with.
+/// The oldest kernel that says how it resets functions (`reset_method`), and the oldest that xpci is tested with.
 const KERNEL: [(u32, u32); 2] = [(5, 15), (6, 1)];
 /// How the command line is changed.
 const COMMAND_LINE: &str = "change GRUB_CMDLINE_XEN in /etc/default/grub, run 'update-grub', and reboot";
@@ -92,7 +92,7 @@ fn xen(examined: &Examined<'_>) -> Finding {
         _ => warning(
             "xen",
             shown,
-            format!("xpci is tried with Xen {first}.{oldest} to {last}.{newest}: look for a newer xpci"),
+            format!("xpci is tested with Xen {first}.{oldest} to {last}.{newest}: look for a newer xpci"),
         ),
     }
 }
@@ -121,7 +121,7 @@ fn dom0(examined: &Examined<'_>) -> Finding {
 fn xenstored(examined: &Examined<'_>) -> Finding {
     let start = "start it ('systemctl start xenstored', in Debian '/etc/init.d/xen start')";
     match examined.store.map(|store| store.list("/local/domain")) {
-        Some(Ok(domains)) => good("xenstored", format!("it answers and knows {} domains", domains.len())),
+        Some(Ok(domains)) => good("xenstored", format!("it answers; there are {} domains", domains.len())),
         Some(Err(error)) => fault("xenstored", error.to_string(), start),
         None if ["/run/xenstored/socket", "/var/run/xenstored/socket"]
             .iter()
@@ -225,14 +225,14 @@ fn kernel(examined: &Examined<'_>) -> Finding {
     let shown = format!("Linux {release}");
     let [oldest, tried] = KERNEL;
     match version(&release) {
-        None => not_checked("kernel", format!("'{release}' is no version")),
+        None => not_checked("kernel", format!("'{release}' is not a version")),
         Some(found) if found < oldest => fault(
             "kernel",
-            format!("{shown} does not say how it resets functions"),
+            format!("{shown} does not list reset methods"),
             format!("use Linux {}.{} or newer", tried.0, tried.1),
         ),
         Some(found) if found < tried => {
-            let mend = format!("xpci is tried with Linux {}.{} and newer", tried.0, tried.1);
+            let mend = format!("xpci is tested with Linux {}.{} and newer", tried.0, tried.1);
             warning("kernel", shown, mend)
         }
         Some(_) => good("kernel", shown),
@@ -289,7 +289,7 @@ fn aer(examined: &Examined<'_>) -> Finding {
         return good("aer", format!("Linux handles errors at all {} root ports with functions", roots.len()));
     }
     let found = format!(
-        "Linux does not handle errors at {} of {} root ports: {}; xpci does not hear of errors below",
+        "Linux does not handle errors at {} of {} root ports: {}; xpci does not notice errors below",
         without.len(),
         roots.len(),
         few(&without)
@@ -386,7 +386,7 @@ fn other_toolstack(examined: &Examined<'_>) -> Finding {
     match given.is_empty() {
         true => good(check, "no guest has functions through xl"),
         false => {
-            good(check, format!("guests have these through xl; xpci leaves them alone: {}", given.join(", ")))
+            good(check, format!("guests have these through xl; xpci does not touch them: {}", given.join(", ")))
         }
     }
 }

@@ -77,7 +77,7 @@ fn what_is_amiss_is_named_by_its_check_with_what_to_do() {
         (with("xl dmesg: '(XEN) traps.c'"), "interrupt-remapping", NotChecked, "no longer has the line"),
         (with("/proc/sys/kernel/osrelease: 5.10.0-1-amd64"), "kernel", Fault, "Linux 5.10.0"),
         (with("/proc/sys/kernel/osrelease: 5.15.3"), "kernel", Warning, "Linux 5.15.3"),
-        (with("/proc/sys/kernel/osrelease: next"), "kernel", NotChecked, "no version"),
+        (with("/proc/sys/kernel/osrelease: next"), "kernel", NotChecked, "not a version"),
         (HOST.replace("pciback", "pci-stub"), "holder", Warning, "only pci-stub"),
         (HOST.replace(", pciback", ""), "holder", Fault, "no driver is loaded"),
         (

@@ -35,7 +35,7 @@ impl Inbox {
             }));
             if let Err(panic) = done {
                 let text =
-                    format!("{named}: it ended by a fault of xpcid's own; restart xpcid and report the log");
+                    format!("{named}: it ended by a bug in xpcid; restart xpcid and report its log");
                 inbox.send(Event::Problem(Problem::new(Cause::Service, text)));
                 resume_unwind(panic);
             }

@@ -62,7 +62,7 @@ impl Engine {
             return;
         }
         let Some(record) = self.records.get_mut(&address) else {
-            warn!("{address}: {why}; it is dom0's own and stays so");
+            warn!("{address}: {why}; it belongs to dom0 and stays there");
             return;
         };
         if quarantine && record.state != FunctionState::Gone {

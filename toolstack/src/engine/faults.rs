@@ -82,7 +82,7 @@ impl Engine {
                     return false;
                 }
                 Some(ErrorEvent::Lost) => {
-                    warn!("events about errors were lost; the kernel's counters are looked at");
+                    warn!("events about errors were lost; the kernel's counters are read");
                     self.look_at_errors_soon();
                 }
                 Some(ErrorEvent::Error(fault)) => self.account(&fault),
@@ -178,7 +178,7 @@ impl Engine {
     /// The same, where nobody can be told that it fails.
     pub(super) fn keep_watching_errors_of(&mut self, address: Sbdf) {
         if let Err(failure) = self.watch_errors_of(address) {
-            let text = format!("{address}: its errors are not heard: {failure}");
+            let text = format!("{address}: its errors are not noticed: {failure}");
             error!("{text}");
             self.problems.push(Problem::new(Cause::ErrorReporting, text).on(address));
         }

@@ -194,7 +194,7 @@ impl Engine {
         for (domain, devfn, awaited) in late {
             if awaited == Awaited::FirstLook {
                 let text = format!(
-                    "domain {domain} has not looked at it yet; it will when its xen-pcifront is loaded"
+                    "domain {domain} has not connected yet; it will when its xen-pcifront is loaded"
                 );
                 self.answer(domain, devfn, |_| Some(Ok(Some(text))));
                 continue;
@@ -232,7 +232,7 @@ impl Engine {
                 record.state,
                 FunctionState::Attached | FunctionState::Resetting | FunctionState::Quarantined
             ) {
-                info!("{}: its guest is gone", record.address);
+                info!("{}: its guest has ended", record.address);
                 self.detach_from_dead(record);
             }
         }
@@ -251,7 +251,7 @@ impl Engine {
             && !self.attachments.is_current(attachment)
         {
             info!(
-                "{}: what was reported of an attachment that has ended is left: {report:?}",
+                "{}: a report about an attachment that has ended is ignored: {report:?}",
                 attachment.address()
             );
             return;
@@ -268,7 +268,7 @@ impl Engine {
             ServerReport::RestoreFailed(attachment, why) => {
                 self.quarantine(
                     attachment.address(),
-                    &format!("its interrupts could not be put back after a reset: {why}"),
+                    &format!("its interrupts could not be restored after a reset: {why}"),
                 );
             }
             ServerReport::Told(attachment, heard) => self.guest_answered(attachment.address(), heard),

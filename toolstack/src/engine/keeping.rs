@@ -48,7 +48,7 @@ impl Keeping {
     /// What is wrong, for `xpci status`.
     pub fn problems(&self) -> impl Iterator<Item = Problem> {
         self.refused
-            .problems(Cause::Holding, |address, why| format!("{address} should be held at once: {why}"))
+            .problems(Cause::Holding, |address, why| format!("{address} is to be held at once: {why}"))
     }
 
     /// Policies are others now: what was tried may be tried again, what somebody gave back stays.

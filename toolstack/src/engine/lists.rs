@@ -253,7 +253,7 @@ pub(super) fn all_pfs(host: &dyn Host) -> Result<Vec<HostFunction>, Failure> {
 pub(super) fn known_pf(host: &dyn Host, address: Sbdf) -> Result<HostFunction, Failure> {
     let function = existing(host, address)?;
     if function.total_vfs == 0 {
-        let failure = Failure::refused(format!("{address} is no PF: it has no SR-IOV capability"));
+        let failure = Failure::refused(format!("{address} is not a PF: it has no SR-IOV capability"));
         return Err(failure.on(address));
     }
     Ok(function)

@@ -102,8 +102,8 @@ impl Engine {
             FunctionState::Held | FunctionState::Attached => Ok(record),
             FunctionState::Host => {
                 let driver = function.driver.as_deref().unwrap_or("no driver");
-                Err(Failure::refused(format!("{address} is dom0's own, with {driver}")).on(address).hint(format!(
-                    "run 'xpci pci-assignable-add {address}' first; for dom0's own VFs there is 'ip link set DEVICE vf'"
+                Err(Failure::refused(format!("{address} belongs to dom0, with {driver}")).on(address).hint(format!(
+                    "run 'xpci pci-assignable-add {address}' first; for VFs of dom0 use 'ip link set DEVICE vf'"
                 )))
             }
             other => Err(not_in_state(&record, other, "set")),

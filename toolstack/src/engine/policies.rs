@@ -63,7 +63,7 @@ impl Engine {
         self.background("reload", move || match policies::load(&workshop.settings.policy_directories) {
             Err(problem) => {
                 warn!("reload policies: {problem}");
-                reply.done(Err(Failure::from(problem).hint("the policies that were in force stay in force")));
+                reply.done(Err(Failure::from(problem).hint("the earlier policies stay in force")));
             }
             Ok((sources, set)) => workshop.compile(Arc::new(set), Some(sources), users, Some(reply)),
         });
@@ -136,7 +136,7 @@ impl Engine {
         let swapped = filter.map_err(|failure| failure.to_string()).and_then(|filter| {
             view.registers = differences(&old, &filter.planes);
             view.deferred = filter.planes.deferred().iter().map(deferred).collect();
-            let guest = self.guests.get_mut(&place.domain).ok_or("its guest is gone")?;
+            let guest = self.guests.get_mut(&place.domain).ok_or("its guest has ended")?;
             guest.replace_filter(place.devfn, Arc::clone(&filter.planes))?;
             Ok(filter)
         });

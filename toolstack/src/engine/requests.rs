@@ -216,7 +216,7 @@ impl Engine {
         match record.state {
             FunctionState::Host => {
                 existing(self.platform.host.as_ref(), address)?;
-                Ok(Plan::Answer(Success::Already { message: format!("{address} is dom0's already") }))
+                Ok(Plan::Answer(Success::Already { message: format!("{address} belongs to dom0 already") }))
             }
             FunctionState::Held => {
                 if !force {
@@ -226,7 +226,7 @@ impl Engine {
                     self.out_of_reach(address, None, &format!("give {address} back to dom0"))?;
                 }
                 let driver = record.original_driver.as_deref().unwrap_or("no driver").to_owned();
-                let message = format!("{address} is dom0's again, with {driver}");
+                let message = format!("{address} belongs to dom0 again, with {driver}");
                 Ok(self.release_of(record, message))
             }
             other => Err(not_in_state(&record, other, "given back to dom0")),
@@ -276,7 +276,7 @@ impl Engine {
         let hold = (state == FunctionState::Host && !function.is_bridge()).then_some(Force(false));
         let shares = shares_with_others(state, &function).then_some(Some(domain));
         let action = format!("attach {address} to {}", self.called(domain));
-        let nothing = Success::Already { message: format!("nothing is in the way to {action} any more") };
+        let nothing = Success::Already { message: format!("{action}: nothing prevents it any more") };
         let refusal = Refusal { address, action, found };
         Ok(Some(Plan::Weigh(refusal, Question { hold, shares }, nothing)))
     }
@@ -337,12 +337,12 @@ impl Engine {
         let permits = self.policies.merge(&Subject::of_host(function, name)).permits;
         let refused = |text: String, word: &str| {
             let hint = format!(
-                "if that is meant, a policy that matches it says 'permit: [{word}]'; then 'xpci policy reload'"
+                "to permit that, write 'permit: [{word}]' in a policy that matches it; then 'xpci policy reload'"
             );
             Err(Failure { domain, ..Failure::refused(text).on(address).hint(hint) })
         };
         if function.total_vfs > 0 && !permits.contains(&Permission::PhysicalFunction) {
-            let text = format!("{address} is a PF: a guest that has it decides over its VFs");
+            let text = format!("{address} is a PF: a guest that has it controls its VFs");
             return refused(text, "physical-function");
         }
         let Some(pf) = function.physical_function else { return Ok(()) };
@@ -388,7 +388,7 @@ impl Engine {
         }
         for reservation in self.reserved_in(domain)? {
             if reservation.address != address {
-                let kept = format!("{}, which is kept for it,", reservation.address);
+                let kept = format!("{}, which is reserved for it,", reservation.address);
                 taken[usize::from(reservation.devfn >> 3)] = Some(kept);
             }
         }
@@ -399,14 +399,14 @@ impl Engine {
         }
         match slot {
             Some(slot) if slot > 0x1f => {
-                Err(Failure::refused(format!("{slot:#x} is no device number (0 to 1f)")))
+                Err(Failure::refused(format!("{slot:#x} is not a device number (0 to 1f)")))
             }
             Some(slot) => match &taken[usize::from(slot)] {
                 None => Ok(slot << 3),
                 Some(other) => {
                     Err(Failure::refused(format!("domain {domain} sees {other} at device {slot:x}"))
                         .of(domain)
-                        .hint("choose another one, or none"))
+                        .hint("choose another device number, or give none"))
                 }
             },
             None => order.find(|slot| taken[usize::from(*slot)].is_none()).map(|slot| slot << 3).ok_or_else(
@@ -430,7 +430,7 @@ impl Engine {
         let record = self.record(address);
         if record.guest.is_none() && self.reservation_of(name, address).is_none() {
             existing(self.platform.host.as_ref(), address)?;
-            let message = format!("{address} is attached to no guest, it is {}", record.state);
+            let message = format!("{address} is attached to no guest; its state is '{}'", record.state);
             return Ok(Plan::Answer(Success::Already { message }));
         }
         if record.guest.map(|guest| guest.domain) != Some(domain) {
@@ -464,7 +464,7 @@ impl Engine {
             return reply.done(Err(failure));
         }
         if record.state != FunctionState::Quarantined {
-            let message = format!("{address} is not quarantined, it is {}", record.state);
+            let message = format!("{address} is not quarantined; its state is '{}'", record.state);
             return reply.done(Ok(Success::Already { message }));
         }
         // A driver of dom0's may have got it since.

@@ -22,10 +22,10 @@ impl Engine {
         let address = function.address;
         if let Some(path) = self.reservations.damaged(address) {
             let text = format!(
-                "which guest has {address} persistently is not known: {} cannot be used",
+                "it is unknown for which guest {address} is persistent: {} cannot be used",
                 path.display()
             );
-            let hint = "see xpcid's log; remove the file if no guest shall have the function persistently";
+            let hint = "see xpcid's log; remove the file if the function is not to be persistent for a guest";
             return Err(Failure::refused(text).on(address).of(domain).hint(hint));
         }
         let Some(reservation) = self.reservations.get(address) else {
@@ -182,7 +182,7 @@ impl Engine {
         };
         let seen = Sbdf::from_devfn(0, 0, wanted.devfn);
         let message =
-            format!("{address} is kept for {}, which sees it at {seen} when it starts", wanted.who());
+            format!("{address} is reserved for {}, which sees it at {seen} when it starts", wanted.who());
         if self.reservations.get(address).as_ref() == Some(&wanted) {
             return reply.done(Ok(Success::Already { message }));
         }
@@ -342,13 +342,13 @@ fn means(reservation: &Reservation, guest: &DomainName, running: Option<Uuid>) -
     }
 }
 
-/// That a function is another guest's.
+/// That a function is reserved for another guest.
 pub(super) fn kept_for(reservation: &Reservation) -> String {
-    format!("{} is kept for {}, which has it persistently", reservation.address, reservation.who())
+    format!("{} is reserved for {}, for which it is persistent", reservation.address, reservation.who())
 }
 
 /// The command that ends that.
 pub(super) fn how_to_forget(reservation: &Reservation) -> String {
     let (guest, address) = (reservation.called(), reservation.address);
-    format!("'xpci pci-detach --persistent {guest} {address}' forgets that")
+    format!("'xpci pci-detach --persistent {guest} {address}' ends that")
 }

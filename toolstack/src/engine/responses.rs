@@ -296,7 +296,7 @@ impl Engine {
         match outcome {
             Ok(()) => {
                 self.problems.cure_of(address, &[Cause::ErrorReporting]);
-                self.note_outcome(address, true, "correctable errors are heard again".to_owned());
+                self.note_outcome(address, true, "correctable errors are reported again".to_owned());
             }
             Err(why) => {
                 self.note_outcome(address, false, format!("correctable errors stay masked: {why}"));

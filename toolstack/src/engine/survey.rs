@@ -229,7 +229,7 @@ fn known_class(word: &str, all: &[ListedView]) -> Result<(), Failure> {
         return Ok(());
     }
     let shown: String = word.chars().take(64).collect();
-    Err(Failure::new(ErrorCode::Usage, format!("'{shown}' is no class of functions")).hint(format!(
+    Err(Failure::new(ErrorCode::Usage, format!("'{shown}' is not a class of functions")).hint(format!(
         "write the first digits of a class code, as in 'lspci -n', a part of a class's name, or one of: {}",
         BASE_CLASSES.join(", ")
     )))

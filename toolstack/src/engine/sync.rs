@@ -96,9 +96,9 @@ impl Syncing {
         let failed = self.tried.iter().filter_map(|(address, tried)| {
             let given_up = if tried.times < TRIES { "" } else { "; given up, 'xpci sync' tries again" };
             let text = match &tried.failure {
-                Some(failure) => format!("{address} is not in step: {failure}{given_up}"),
+                Some(failure) => format!("{address} is not consistent in sysfs, Xen and xenstore: {failure}{given_up}"),
                 None if given_up.is_empty() => return None,
-                None => format!("{address} was repaired {TRIES} times and is wrong again{given_up}"),
+                None => format!("{address} was repaired {TRIES} times and is inconsistent again{given_up}"),
             };
             let problem = Problem::new(Cause::OutOfStep, text).on(*address);
             Some(problem.since(tried.since.unwrap_or_else(SystemTime::now)))
@@ -338,7 +338,7 @@ impl Engine {
     pub(super) fn repair(&mut self, repair: Repair, reply: Reply) {
         let address = repair.address();
         if !self.is_untouched(address) {
-            return reply.done(Ok(left(format!("{address}: another operation has it by now"))));
+            return reply.done(Ok(left(format!("{address}: another operation has started"))));
         }
         let record = self.record(address);
         let (course, what) = match repair {
@@ -405,7 +405,7 @@ fn answer(synced: Synced) -> Result<Success, Failure> {
     let undone = outcomes.iter().filter_map(|(step, outcome)| match outcome {
         Outcome::Done => None,
         Outcome::Left => {
-            Some((step, "another operation has it by now, or it waits for another repair".to_owned(), None))
+            Some((step, "another operation has started, or it waits for another repair".to_owned(), None))
         }
         Outcome::Failed(failure) => Some((step, failure.message.clone(), Some(failure))),
     });

@@ -419,7 +419,7 @@ impl Engine {
             return;
         }
         self.start(Course::Backward(Kind::Detach, Parting::Dead), record, None, |record| {
-            format!("{}: held again, its guest is gone", record.address)
+            format!("{}: held again, its guest has ended", record.address)
         });
     }
 }

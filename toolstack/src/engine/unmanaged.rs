@@ -82,7 +82,7 @@ impl Workshop {
             Some(STUB) => Ok(()),
             other => {
                 let left_with = other.unwrap_or("no driver");
-                let text = format!("bind {address} to {STUB}: the kernel left it with {left_with}");
+                let text = format!("bind {address} to {STUB}: afterwards it has {left_with}");
                 Err(Failure::new(ErrorCode::Failed, text).hint("see dom0's kernel log"))
             }
         }

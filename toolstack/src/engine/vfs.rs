@@ -364,7 +364,7 @@ fn destroy(workshop: &Workshop, address: Sbdf, progress: &dyn Fn(&str)) -> Resul
         let failure =
             Failure::new(ErrorCode::Failed, format!("disable the VFs of {address}: {after} are still there"));
         return Err(failure
-            .hint("its driver refused, see dom0's kernel log: a VF held by xen-pciback is in use to it"));
+            .hint("the PF's driver refused, see dom0's kernel log: it counts a VF held by xen-pciback as in use"));
     }
     workshop.take_from_stub(address)?;
     let message = format!("{address} has no VFs any more");

@@ -131,7 +131,7 @@ impl Engine {
         let Some(mut function) = guest.parked.remove(&devfn) else { return };
         let work = move || {
             if let Err(problem) = function.reset_done() {
-                error!("{}: put its interrupts back: {problem}", function.address());
+                error!("{}: restore its interrupts: {problem}", function.address());
             }
             Worked::Restored(BTreeMap::from([(devfn, function)]))
         };
@@ -215,7 +215,7 @@ impl Engine {
                 ErrorCode::Failed,
                 format!("domain {domain} did not take the function in time"),
             )
-            .hint("see the guest's log; 'xpci status' shows how far its frontend is"))),
+            .hint("see the guest's log; 'xpci status' shows the state of its frontend"))),
         });
     }
 }

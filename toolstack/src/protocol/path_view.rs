@@ -31,9 +31,9 @@ pub struct PathView {
 pub enum AerOwner {
     /// dom0's kernel.
     Linux,
-    /// The platform, which has not granted it to the kernel; AER's registers are left alone.
+    /// The platform, which has not granted it to the kernel; AER's registers are not changed.
     Platform,
-    /// There is no root port above: AER's registers are left alone.
+    /// There is no root port above: AER's registers are not changed.
     NoRootPort,
 }
 

@@ -141,7 +141,7 @@ fn mistake(name: &str, error: &serde_saphyr::Error) -> Diagnostic {
     let (message, suggestion) = match plain {
         serde_saphyr::Error::SerdeUnknownField { field, expected, .. } => unknown(field, "setting", expected),
         serde_saphyr::Error::SerdeUnknownVariant { variant, expected, .. } => {
-            unknown(variant, "word that is allowed here", expected)
+            unknown(variant, "value here", expected)
         }
         other => {
             // The parser's text repeats the place.
@@ -157,8 +157,8 @@ fn mistake(name: &str, error: &serde_saphyr::Error) -> Diagnostic {
 fn unknown(found: &str, what: &str, expected: &[&'static str]) -> (String, Option<String>) {
     let found: String = found.chars().take(60).collect();
     match nearest(&found, expected.iter().copied()) {
-        Some(word) => (format!("'{found}' is no {what}"), Some(word.to_owned())),
-        None => (format!("'{found}' is no {what}; it is one of {}", expected.join(", ")), None),
+        Some(word) => (format!("'{found}' is not a valid {what}"), Some(word.to_owned())),
+        None => (format!("'{found}' is not a valid {what}; it is one of {}", expected.join(", ")), None),
     }
 }
 
@@ -189,22 +189,22 @@ mod tests {
     fn a_mistake_is_named_once_with_its_place_and_the_nearest_word() {
         assert_eq!(
             error("guest-limit-seconds: 10\nholdr: auto\n"),
-            "xpcid.yaml:2:1: 'holdr' is no setting; did you mean 'holder'?"
+            "xpcid.yaml:2:1: 'holdr' is not a valid setting; did you mean 'holder'?"
         );
         assert_eq!(
             error("reset:\n  checks: [answers, sings]\n"),
-            "xpcid.yaml:2:21: 'sings' is no word that is allowed here; it is one of answers, cleared"
+            "xpcid.yaml:2:21: 'sings' is not a valid value here; it is one of answers, cleared"
         );
         let vlan = error("virtual-functions: [{pf: 01:00.0, count: 2, network: {vlan: \"4095\"}}]\n");
-        assert!(vlan.starts_with("xpcid.yaml:1:61: '4095' is no VLAN"), "{vlan}");
-        assert_eq!(vlan.matches("is no VLAN").count(), 1);
+        assert!(vlan.starts_with("xpcid.yaml:1:61: '4095' is not a VLAN"), "{vlan}");
+        assert_eq!(vlan.matches("is not a VLAN").count(), 1);
         assert!(
             error("guests:\n  web: [eth0:1]\n  db:\n    - 'any:eth0'\n    - 'eth0:'\n")
                 .starts_with("xpcid.yaml:5:7: 'eth0:' is not")
         );
         let name = error("names:\n  web: {address: 01:00.0}\n  nic: {path: eth0}\n");
         assert!(name.starts_with("xpcid.yaml:3:"), "{name}");
-        assert_eq!(name.matches("is no path").count(), 1, "{name}");
+        assert_eq!(name.matches("is not a path").count(), 1, "{name}");
         assert_eq!(
             error("\nfunction-limit: 0\n"),
             "xpcid.yaml:2:1: function-limit is 0; it must be 1 to 65536"

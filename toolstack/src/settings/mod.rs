@@ -123,7 +123,7 @@ impl TryFrom<String> for PciId {
         };
         let ids = text.split_once(':').and_then(|(vendor, device)| Some((digits(vendor)?, digits(device)?)));
         let (vendor, device) =
-            ids.ok_or_else(|| format!("'{text}' is no id: VVVV:DDDD is expected, as in 8086:10c9"))?;
+            ids.ok_or_else(|| format!("'{text}' is not an id: VVVV:DDDD is expected, as in 8086:10c9"))?;
         Ok(Self { vendor, device })
     }
 }
@@ -231,7 +231,7 @@ impl Settings {
                     || format!("; it is one of {}", RESET_METHODS.join(", ")),
                     |word| format!("; did you mean '{word}'?"),
                 );
-                return Err(format!("reset: methods: '{method}' is no way to reset a function{meant}"));
+                return Err(format!("reset: methods: '{method}' is not a reset method{meant}"));
             }
         }
         Ok(())
@@ -331,17 +331,17 @@ mod tests {
             ("guests: {web: [eth0:1], db: [eth0:1]}", "eth0:1 stands there twice, for 'db' and for 'web'"),
             ("names: {nic: {}}", "one of address, serial, path"),
             ("names: {nic: {serial: '1'}}", "as lspci does"),
-            ("names: {any: {address: 01:00.0}}", "'any' is no name"),
+            ("names: {any: {address: 01:00.0}}", "'any' is not a name"),
             ("names: {nic: {address: 01:00.0, function: 1}}", "goes with 'serial'"),
             ("virtual-functions: [{pf: 01:00.0, count: 2, vfs: {2: {trust: true}}}]", "no VF 2"),
-            ("virtual-functions: [{pf: 01:00.0, count: 2, network: {vlan: '4095'}}]", "is no VLAN"),
+            ("virtual-functions: [{pf: 01:00.0, count: 2, network: {vlan: '4095'}}]", "is not a VLAN"),
             (
                 "virtual-functions: [{pf: 01:00.0, count: 2, network: {mac: '01:00:5e:00:00:01'}}]",
                 "multicast",
             ),
             ("virtual-functions: [{pf: 01:00.0, count: 2, network: {vlans: 1}}]", "vlans"),
             ("reset:\n  checks: [answers, sings]", "sings"),
-            ("reset: {methods: [flr, buss]}", "'buss' is no way to reset a function; did you mean 'bus'?"),
+            ("reset: {methods: [flr, buss]}", "'buss' is not a reset method; did you mean 'bus'?"),
         ] {
             let error = file::parse("s.yaml", text).unwrap_err().to_string();
             assert!(error.contains(named), "{text}: {error}");

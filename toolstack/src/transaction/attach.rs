@@ -90,7 +90,7 @@ pub(super) fn assign(context: &Context<'_>, record: &mut Record) -> Result<Optio
     let privilege = domains::privilege(context.platform.store.as_ref(), domain)?;
     let privileged = privilege.map(|why| {
         format!(
-            "domain {domain} is privileged: it {why}; what {} lets it do reaches beyond itself",
+            "domain {domain} is privileged: it {why}; what {} lets it do affects other domains",
             record.address
         )
     });
@@ -127,7 +127,7 @@ fn assign_in_xen(context: &Context<'_>, domain: DomId, address: Sbdf) -> Result<
 fn objection(context: &Context<'_>, error: &PlatformError, address: Sbdf) -> Option<&'static str> {
     match error.errno()? {
         Errno::EPERM => Some(
-            "other functions have the same reserved memory (RMRR), so that its guest can disturb them and they the guest",
+            "other functions have the same reserved memory (RMRR), so that the guest and those functions can disturb each other",
         ),
         // The same answer as for a function that another domain owns.
         Errno::EBUSY if matches!(context.platform.hypervisor.assignable(address), Ok(true)) => Some(

@@ -114,7 +114,7 @@ fn unresettable(context: &Context<'_>, function: &HostFunction) -> Option<String
     let plan = plan_for(&context.settings.reset, context.policies, function);
     let failure = context.buses().refuse_unresettable(&plan, function, None).err()?;
     let hint = failure.hint.map(|hint| format!(" ({hint})")).unwrap_or_default();
-    Some(format!("no guest can get {} as it is: {}{hint}", function.address, failure.message))
+    Some(format!("{} cannot be attached as it is: {}{hint}", function.address, failure.message))
 }
 
 /// Refuses to take a function from a driver through which somebody uses it.
@@ -125,7 +125,7 @@ pub fn refuse_in_use(host: &dyn Host, address: Sbdf) -> Result<(), Failure> {
     }
     Err(Failure::refused(format!("{address} is in use: {}", uses.join("; ")))
         .on(address)
-        .hint("end that first; 'xpci pci-assignable-add --force' takes the function away from under it"))
+        .hint("stop that first; 'xpci pci-assignable-add --force' takes the function all the same"))
 }
 
 /// Binds a function to the driver of its override.
@@ -143,7 +143,7 @@ fn bind(context: &Context<'_>, address: Sbdf, driver: &str) -> Result<(), Failur
         // One that has just appeared is not offered to drivers before the kernel has finished with it. An event tells of that.
         if bound.is_some() || !context.serving.wait_for_host(seen, deadline) {
             let left_with = bound.as_deref().unwrap_or("no driver");
-            let text = format!("bind {address} to {driver}: the kernel left it with {left_with}");
+            let text = format!("bind {address} to {driver}: afterwards it has {left_with}");
             return Err(Failure::new(ErrorCode::Failed, text).on(address).hint("see dom0's kernel log"));
         }
     }
@@ -186,9 +186,9 @@ pub(super) fn give_back_driver(
     if now.as_ref() == Some(&original) {
         return Ok(None);
     }
-    warn!("{}: {original} did not take it back", record.address);
+    warn!("{}: {original} did not bind to it again", record.address);
     Ok(Some(format!(
-        "{} is dom0's again, but {original} did not take it (it has {}); load that driver or see dom0's kernel log",
+        "{} belongs to dom0 again, but {original} did not bind to it (it has {}); load that driver or see dom0's kernel log",
         record.address,
         now.as_deref().unwrap_or("no driver")
     )))
@@ -211,7 +211,7 @@ pub(super) fn own(context: &Context<'_>, record: &mut Record) -> Result<(), Fail
         Err(error) => {
             let refused = error.errno() == Some(Errno::EPERM);
             let failure = Failure::from(error).on(record.address);
-            Err(if refused { failure.hint("Xen's log says what it objects to: 'xl dmesg'") } else { failure })
+            Err(if refused { failure.hint("'xl dmesg' shows Xen's reason") } else { failure })
         }
         Ok(()) => Ok(()),
     }
@@ -257,7 +257,7 @@ pub(super) fn refuse_owned(context: &Context<'_>, record: &Record) -> Result<(),
 
 pub(super) fn disown(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
     if context.left_the_host(record) {
-        // Another one at its address is dom0's already.
+        // Another one at its address belongs to dom0 already.
         return Ok(());
     }
     refuse_owned(context, record)?;

@@ -55,7 +55,7 @@ pub fn place(platform: &Platform, address: Sbdf) -> Result<VfPlace, Failure> {
     let host = platform.host.as_ref();
     let function = host.function(address)?;
     let Some(physical_function) = function.physical_function else {
-        let failure = Failure::refused(format!("{address} is no VF"));
+        let failure = Failure::refused(format!("{address} is not a VF"));
         return Err(failure
             .on(address)
             .hint("'xpci vf list' lists the VFs; a guest that has a whole card sets it itself"));
@@ -195,7 +195,7 @@ pub fn change(
     let unknown = wishes.unlike(&wishes.only(&before));
     if !unknown.is_empty() {
         warnings.push(format!(
-            "the PF's driver does not tell what was there before {}; that cannot be put back",
+            "the PF's driver does not report the settings before {}; they cannot be restored",
             described(&unknown)
         ));
     }
@@ -323,7 +323,7 @@ pub(super) fn restore(context: &Context<'_>, record: &mut Record) -> Result<Opti
         return Ok(None);
     };
     let warning = format!(
-        "the network settings of {} could not be put back to {}: {}; set them with 'ip link set'",
+        "the network settings of {} could not be restored to {}: {}; set them with 'ip link set'",
         record.address,
         described(&before),
         failure.message

@@ -130,7 +130,7 @@ pub fn renew(platform: &Platform, ledger: &Ledger, address: Sbdf) -> Result<(), 
 /// What it means that the kernel does not handle AER.
 pub fn not_handled(root_port: Sbdf) -> String {
     format!(
-        "the platform keeps AER at {root_port} from Linux: error reporting is left as it is, and xpci hears of no error below"
+        "the platform keeps AER at {root_port} from Linux: error reporting is left as it is, and xpci notices no errors below"
     )
 }
 
@@ -218,7 +218,7 @@ fn put_back(context: &Context<'_>, entry: &Entry) -> Result<(), Failure> {
     let config = host.config(address)?;
     let bytes = config.read_all().map_err(|error| access_failure("read", address, &error))?;
     if bytes.iter().all(|byte| *byte == 0xff) {
-        warn!("{address}: it answers all ones; what was in its registers before cannot be put back");
+        warn!("{address}: it answers all ones; its earlier register values cannot be restored");
         return Ok(());
     }
     let settings = settings(&bytes, entry.role, true);
@@ -229,7 +229,7 @@ fn put_back(context: &Context<'_>, entry: &Entry) -> Result<(), Failure> {
             0 => Ok(()),
             left => Err(io::Error::other(format!("bits {left:#x} do not become {:#x}", before.value & left))),
         });
-        let action = format!("put back {} of", setting.row.name);
+        let action = format!("restore {} of", setting.row.name);
         outcome = outcome.and(left.map_err(|error| access_failure(&action, address, &error)));
     }
     outcome

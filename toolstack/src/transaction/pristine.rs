@@ -19,7 +19,7 @@ use crate::spec::function_spec;
 fn built_in(spec: &FunctionSpec) -> Result<Planes, Failure> {
     let address = spec.address;
     Planes::compile(spec, &Policy::default()).map_err(|error| {
-        Failure::new(ErrorCode::Failed, format!("tell the registers of {address}: {error}")).on(address)
+        Failure::new(ErrorCode::Failed, format!("determine the registers of {address}: {error}")).on(address)
     })
 }
 
@@ -110,7 +110,7 @@ fn put_back(
         // Its capability is no longer there: no guest can reach it either.
         let Some(control) = control else { continue };
         let left = put(config.as_ref(), control, register)
-            .map_err(|error| config_failure("put back the registers of", address, &error))?;
+            .map_err(|error| config_failure("restore the registers of", address, &error))?;
         if left == 0 {
             register.reached = 0;
             continue;
@@ -125,7 +125,7 @@ fn put_back(
     clear_errors(context, address);
     if !kept_out.is_empty() {
         let text = format!(
-            "put back the registers of {address} as they were when it was first held: {} did not take the value",
+            "restore the registers of {address} as they were when it was first held: {} did not take the value",
             kept_out.join("; ")
         );
         return Err(Failure::new(ErrorCode::Failed, text)
@@ -133,7 +133,7 @@ fn put_back(
             .hint("the device may need a power cycle; then 'xpci quarantine clear'"));
     }
     Ok((!reported.is_empty())
-        .then(|| format!("{address}: the next owner finds what the last one wrote: {}", reported.join("; "))))
+        .then(|| format!("{address}: the next owner finds what the previous one wrote: {}", reported.join("; "))))
 }
 
 /// Puts one register back and reads it; returns the bits that differ all the same.
@@ -144,7 +144,7 @@ fn put(config: &dyn ConfigSpace, control: &ControlRegister, register: &Pristine)
         return Ok(0);
     }
     let value = found & !control.zero & !mask | register.value & mask;
-    info!("{} at {:#x}: {found:#x} is put back to {value:#x}", control.name, register.offset);
+    info!("{} at {:#x}: {found:#x} is restored to {value:#x}", control.name, register.offset);
     config.write(control.access, value)?;
     Ok((config.read(control.access)? ^ register.value) & mask)
 }

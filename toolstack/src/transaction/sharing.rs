@@ -171,7 +171,7 @@ impl Sharing<'_> {
         let group = Permission::SharedGroup;
         if let Some(who) = self.refused(function, domain, group, &of(foreign, &radius.iommu_group))? {
             let because = &radius.iommu_group_because;
-            let text = format!("the IOMMU cannot keep {address} apart from {who}: {because}");
+            let text = format!("the IOMMU cannot isolate {address} from {who}: {because}");
             let hint = hint(group, "give them to one owner, or hold them with 'xpci pci-assignable-add'");
             found.push(Failure { domain, ..Failure::refused(text).on(address).hint(hint) });
         }
@@ -388,6 +388,6 @@ fn of<'f>(foreign: &'f [Foreign], sharers: &[Sharer]) -> Vec<&'f Foreign> {
 fn hint(permission: Permission, otherwise: &str) -> String {
     let word = permission.word();
     format!(
-        "{otherwise}; if that is meant, a policy that matches the function says 'permit: [{word}]'; then 'xpci policy reload'"
+        "{otherwise}; to permit that, write 'permit: [{word}]' in a policy that matches the function; then 'xpci policy reload'"
     )
 }

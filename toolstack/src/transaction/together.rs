@@ -345,7 +345,7 @@ fn reset_bus(context: &Context<'_>, plan: &ResetPlan, function: &HostFunction) -
         let verified = verify_all(config.as_ref(), plan, canary, function.address, limit);
         let put_back = kept
             .write_back(config.as_ref())
-            .map_err(|error| config_failure("put back the registers of", function.address, &error))
+            .map_err(|error| config_failure("restore the registers of", function.address, &error))
             .and_then(|()| place_bars(config.as_ref(), function));
         let silenced = live::set_intx(config.as_ref(), Switch::Off)
             .map(drop)

@@ -69,7 +69,7 @@ fn the_limit_of_open_files_is_raised_as_far_as_it_goes() {
 fn a_limit_of_open_files_that_is_too_low_for_the_host_is_a_problem_in_the_status() {
     let daemon = limited("ulimit -n 200");
     let status = String::from_utf8(daemon.xpci(&["status"]).stdout).unwrap();
-    assert!(status.contains("xpcid may open 200 files") && status.contains("LimitNOFILE"), "{status}");
+    assert!(status.contains("xpcid can open 200 files") && status.contains("LimitNOFILE"), "{status}");
 }
 
 #[test]
@@ -215,7 +215,7 @@ fn settings_with_a_mistake_do_not_stop_a_service_that_has_run_before() {
     let status = daemon.xpci(&["status"]);
     let shown = String::from_utf8_lossy(&status.stdout);
     assert!(status.status.success(), "{shown}");
-    assert!(shown.contains("settings.yaml:2:1: 'holdr' is no setting; did you mean 'holder'?"), "{shown}");
+    assert!(shown.contains("settings.yaml:2:1: 'holdr' is not a valid setting; did you mean 'holder'?"), "{shown}");
 }
 
 #[test]
@@ -237,7 +237,7 @@ fn settings_and_policies_are_checked_without_starting_anything() {
     assert_eq!(code, Some(1), "{said}");
     assert!(
         said.contains(
-            "settings.yaml:1:1: 'guest-limit-second' is no setting; did you mean 'guest-limit-seconds'?"
+            "settings.yaml:1:1: 'guest-limit-second' is not a valid setting; did you mean 'guest-limit-seconds'?"
         ),
         "{said}"
     );
@@ -247,7 +247,7 @@ fn settings_and_policies_are_checked_without_starting_anything() {
     std::fs::write(directory.path().join("policies/bad.yaml"), "profil: strict\n").unwrap();
     let (code, _, said) = check("");
     assert_eq!(code, Some(1), "{said}");
-    assert!(said.contains("bad.yaml:1:1: 'profil' is no key of a policy; did you mean 'profile'?"), "{said}");
+    assert!(said.contains("bad.yaml:1:1: 'profil' is not a valid key of a policy; did you mean 'profile'?"), "{said}");
     assert!(!directory.path().join("run").exists() && !directory.path().join("state").exists());
 }
 
@@ -260,7 +260,7 @@ fn the_journal_gets_priorities_one_line_a_record_and_no_times() {
     let log = String::from_utf8(output.stderr).unwrap();
     let path = directory.path().join("settings.yaml");
     let wanted = format!(
-        "<3>{}:1:1: 'holdr' is no setting; did you mean 'holder'?; correct the settings ('xpcid --check'), then start xpcid again\n",
+        "<3>{}:1:1: 'holdr' is not a valid setting; did you mean 'holder'?; correct the settings ('xpcid --check'), then start xpcid again\n",
         path.display()
     );
     assert_eq!(log, wanted);

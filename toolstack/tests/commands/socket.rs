@@ -31,9 +31,9 @@ fn what_is_no_request_is_answered_with_what_is_wrong_and_the_connection_lives_on
     let daemon = Daemon::start(&host());
     let mut stream = connect(&daemon);
     for (line, id, said) in [
-        (&b"GET / HTTP/1.0"[..], 0, "no JSON"),
-        (b"\xff\xfe\x00", 0, "no JSON"),
-        (b"", 0, "no JSON"),
+        (&b"GET / HTTP/1.0"[..], 0, "not JSON"),
+        (b"\xff\xfe\x00", 0, "not JSON"),
+        (b"", 0, "not JSON"),
         (b"[1, 2]", 0, "version 1"),
         (br#"{"id": 4}"#, 4, "version 1"),
         (br#"{"version": 2, "id": 5, "command": "status"}"#, 5, "version 1"),

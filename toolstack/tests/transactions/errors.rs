@@ -121,8 +121,8 @@ fn a_guest_that_is_silent_gives_up_talks_nonsense_or_cannot_be_told_loses_its_fu
     for (case, said) in [
         (None, "did not answer in time"),
         (Some(DISCONNECT), "gives up"),
-        (Some(NONE), "knows nothing of errors"),
-        (Some(0xdead_beef), "which means nothing"),
+        (Some(NONE), "has no error handlers"),
+        (Some(0xdead_beef), "not a valid answer"),
     ] {
         let world = World::new();
         let (frontend, service) = attached(&world, "answer-seconds: 1");

@@ -196,7 +196,7 @@ fn a_guest_that_is_destroyed_loses_all_and_the_functions_are_held_again() {
         service.wait_for_state(address, FunctionState::Held);
     }
     for address in addresses {
-        world.assert_held(&service, address, "its guest is gone");
+        world.assert_held(&service, address, "its guest has ended");
     }
     service.attach(DB, addresses[0]).unwrap();
 }
@@ -209,7 +209,7 @@ fn a_guest_that_ends_while_the_service_is_down_is_noticed_at_the_start() {
     world.simulation.destroy(WEB);
     let service = world.start();
     service.wait_for_state(bdf("01:10.0"), FunctionState::Held);
-    world.assert_held(&service, bdf("01:10.0"), "its guest is gone");
+    world.assert_held(&service, bdf("01:10.0"), "its guest has ended");
 }
 
 #[test]

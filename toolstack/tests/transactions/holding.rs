@@ -238,7 +238,7 @@ fn what_policies_keep_for_guests_is_left_alone_and_reported_while_it_is_in_use()
     let service = world.start_with(&["match: {vendor: 1af4}\nhold: at-once\n"]);
     wait_until("the refusal is shown", || !service.problems().is_empty());
     let (problems, since) = (service.problems(), service.status().problems.remove(0).since);
-    let expected = "0000:02:00.0 should be held at once: 0000:02:00.0 is in use: interface eth1 is up";
+    let expected = "0000:02:00.0 is to be held at once: 0000:02:00.0 is in use: interface eth1 is up";
     assert_eq!(problems, [expected]);
     assert!(since.is_some());
     assert_eq!(service.status().problems[0].since, since, "since it was found, not since it was asked for");

@@ -376,7 +376,7 @@ fn when_the_guest_ends_its_functions_are_held_again() {
     guest.write(BAR0, 4, 0xf300_0000);
     world.simulation.destroy(WIN);
     wait_until("it is held", || service.state(bdf("01:10.0")) == FunctionState::Held);
-    world.assert_held(&service, bdf("01:10.0"), "its guest is gone");
+    world.assert_held(&service, bdf("01:10.0"), "its guest has ended");
     assert_eq!(world.simulation.owner(bdf("01:10.0")), Some(Owner::Quarantine));
 }
 

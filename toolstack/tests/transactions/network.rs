@@ -207,7 +207,7 @@ fn a_guest_that_ends_while_its_vf_is_being_set_loses_it_and_the_wish_stays() {
         setting.join().unwrap().unwrap();
     });
     service.wait_for_state(vf, FunctionState::Held);
-    world.assert_held(&service, vf, "its guest is gone");
+    world.assert_held(&service, vf, "its guest has ended");
     assert_eq!(show(&service, vf).wished, wishes());
 }
 

@@ -150,5 +150,5 @@ fn a_function_whose_guest_of_xls_is_destroyed_can_be_cleared() {
     world.simulation.destroy(DB);
     world.simulation.store(DomId::DOM0).unwrap().remove(&Xl::nodes(DB)).unwrap();
     service.clear(vf).unwrap();
-    world.assert_held(&service, vf, "its guest is gone");
+    world.assert_held(&service, vf, "its guest has ended");
 }

@@ -142,7 +142,7 @@ fn what_a_guest_has_for_good_nobody_else_gets_until_somebody_says_so() {
     for refused in [service.attach(DB, vf()), service.persist(DB, vf()), service.release(vf())] {
         let failure = refused.unwrap_err();
         assert_eq!(failure.code, ErrorCode::Refused);
-        assert!(failure.message.contains("kept for guest 'web'"), "{failure}");
+        assert!(failure.message.contains("reserved for guest 'web'"), "{failure}");
         let hint = failure.hint.unwrap();
         assert!(hint.contains("xpci pci-detach --persistent web 0000:01:10.0"), "{hint}");
     }

@@ -103,7 +103,7 @@ fn a_page_with_another_owners_registers_is_given_to_nobody_else() {
 
 #[test]
 fn functions_that_the_iommu_cannot_keep_apart_go_to_one_owner() {
-    refused_between_owners(IN_DEVICE, "the IOMMU cannot keep", "shared-group");
+    refused_between_owners(IN_DEVICE, "the IOMMU cannot isolate", "shared-group");
 }
 
 #[test]
@@ -206,13 +206,13 @@ fn holding_a_function_warns_of_what_an_attachment_would_be_refused_for() {
     {
         let warned = said(service.hold(bdf(held)));
         let refused = refusal(service.attach(WEB, bdf(held)));
-        assert!(warned.contains("no guest can get it yet") && warned.contains(shares), "{held}: {warned}");
+        assert!(warned.contains("it cannot be attached yet") && warned.contains(shares), "{held}: {warned}");
         assert!(refused.contains(shares), "{held}: {refused}");
     }
     // One is attached without its line; of the others, both are held now.
     for held in [ON_LINE[0], IN_PAGE[1], IN_DEVICE[1]] {
         let warned = said(service.hold(bdf(held)));
-        assert!(!warned.contains("no guest can get it"), "{held}: {warned}");
+        assert!(!warned.contains("cannot be attached"), "{held}: {warned}");
     }
 }
 

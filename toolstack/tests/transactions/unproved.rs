@@ -72,7 +72,7 @@ fn assert_nobodys_before_the_guest_ends(world: &World, service: &Service, why: &
     assert!(service.clear(address).is_err(), "{why}: it was cleared while its guest may reach it");
     assert_eq!(service.state(address), FunctionState::Quarantined, "{why}");
     world.simulation.destroy(WEB);
-    wait_until("its guest is gone", || service.clear(address).is_ok());
+    wait_until("its guest has ended", || service.clear(address).is_ok());
     world.assert_held(service, address, why);
     service.attach(DB, address).unwrap();
 }

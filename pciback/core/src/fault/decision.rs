@@ -61,7 +61,7 @@ pub fn decide(
 ) -> Decision {
     let Owner::Guest { domain, can_be_told } = owner else {
         let reason = match owner {
-            Owner::Host => "it is dom0's, whose kernel deals with it",
+            Owner::Host => "it belongs to dom0, whose kernel handles it",
             _ => "no guest has it, and it is reset before one gets it",
         };
         return Decision {

@@ -72,7 +72,7 @@ pub struct ErrorPolicy {
     pub fatal: Action,
     /// About a function that lost its state because the link above it was reset for another one's error.
     pub link_reset: Action,
-    /// When the guest cannot be notified, does not answer in time, answers nonsense, or gives up; never `TellGuest`.
+    /// When the guest cannot be notified, does not answer in time, gives an invalid answer, or gives up; never `TellGuest`.
     pub unanswered: Action,
     /// When a function or its guest exceeds its limit of uncorrectable errors; never `TellGuest`.
     pub storm: Action,

@@ -107,10 +107,10 @@ impl Recovery {
         }
         let answer = match answer {
             Ok(answer) => answer,
-            Err(number) => return Next::Failed(format!("it answered {number}, which means nothing")),
+            Err(number) => return Next::Failed(format!("it answered {number}, which is not a valid answer")),
         };
         match (self.asked, answer) {
-            (_, None) => Next::Failed("its driver knows nothing of errors, or there is none".to_owned()),
+            (_, None) => Next::Failed("its driver has no error handlers, or there is no driver".to_owned()),
             (_, Disconnect) => Next::Failed("its driver gives up".to_owned()),
             // A link that was stopped and a driver that says it can do without a reset: the state behind the link is gone all the same.
             (AerRequest::Detected, CanRecover | Recovered) if self.state == ChannelState::Frozen => {
@@ -188,13 +188,13 @@ mod tests {
     #[test]
     fn silence_of_the_driver_giving_up_and_nonsense_are_failures() {
         for (answers, said) in [
-            (&[1][..], "knows nothing"),
-            (&[6], "knows nothing"),
+            (&[1][..], "no error handlers"),
+            (&[6], "no error handlers"),
             (&[4], "gives up"),
             (&[0], "answered 0"),
-            (&[u32::MAX], "which means nothing"),
+            (&[u32::MAX], "not a valid answer"),
             (&[3, 3], "did not recover by a reset"),
-            (&[3, 1], "knows nothing"),
+            (&[3, 1], "no error handlers"),
         ] {
             let (_, end) = converse(ChannelState::Normal, false, answers);
             let Next::Failed(why) = end else { panic!("{answers:?}: {end:?}") };

@@ -209,9 +209,9 @@ impl fmt::Display for Reason {
             }
             Self::LostByGuest => "Xen says that the guest does not own it any more",
             Self::OwnedBy { owner: Some(owner) } => {
-                return write!(f, "domain {owner} owns it in Xen, which was not asked for");
+                return write!(f, "domain {owner} owns it in Xen, which xpci did not request");
             }
-            Self::OwnedBy { owner: None } => "another domain owns it in Xen, which was not asked for",
+            Self::OwnedBy { owner: None } => "another domain owns it in Xen, which xpci did not request",
             Self::DriverUnderGuest => "a driver of dom0 took it while the guest had it",
             Self::GuestEnded => "the guest has ended",
             Self::Unrecorded => "no record says that the guest has it",

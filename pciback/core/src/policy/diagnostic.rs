@@ -81,7 +81,7 @@ impl Diagnostics {
         } else {
             format!("; it is one of {}", list.join(", "))
         };
-        self.add(at, format!("'{found}' is no {what}{listed}"), suggestion);
+        self.add(at, format!("'{found}' is not a valid {what}{listed}"), suggestion);
     }
 
     fn add(&mut self, at: Spot, message: String, suggestion: Option<String>) {

@@ -32,7 +32,7 @@ pub fn obstacles(spec: &FunctionSpec, merged: &Merged<'_>, resets: Option<&[Stri
         list.extended(ExtendedCapabilityId::SR_IOV).map_or(0, |at| spec.bytes.word(at.offset + TOTAL_VFS));
     if vfs > 0 && !spec.is_virtual() && !merged.permits.contains(&Permission::PhysicalFunction) {
         found.push(format!(
-            "it is a PF with up to {vfs} VFs, over which its owner decides: guests get it only where a policy says \
+            "it is a PF with up to {vfs} VFs, which its owner controls: guests get it only where a policy says \
              'permit: [physical-function]'"
         ));
     }

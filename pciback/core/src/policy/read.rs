@@ -100,7 +100,7 @@ pub fn number(node: &Node, what: &str, most: u32, diagnostics: &mut Diagnostics)
     let number = parse_number(found).filter(|number| *number <= most);
     if number.is_none() {
         let found: String = found.chars().take(60).collect();
-        diagnostics.say(node.at, format!("'{found}' is no {what}: a number from 0 to {most:#x} is expected"));
+        diagnostics.say(node.at, format!("'{found}' is not a valid {what}: a number from 0 to {most:#x} is expected"));
     }
     number
 }
@@ -134,7 +134,7 @@ pub fn list<T>(
             Some(value) => values.push(value),
             None => {
                 let found: String = found.chars().take(60).collect();
-                diagnostics.say(item.at, format!("'{found}' is no {what}: {expected}"));
+                diagnostics.say(item.at, format!("'{found}' is not a valid {what}: {expected}"));
             }
         }
     }

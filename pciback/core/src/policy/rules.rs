@@ -282,7 +282,7 @@ fn place(node: &Node, capability: Option<&Selector>, diagnostics: &mut Diagnosti
         (None, _) => {
             let found: String = text.chars().take(60).collect();
             let text = format!(
-                "'{found}' is no place: an offset from 0 to {:#x} or a range of two is expected",
+                "'{found}' is not a valid place: an offset from 0 to {:#x} or a range of two is expected",
                 EXTENDED_SIZE - 1
             );
             diagnostics.say(node.at, text);
@@ -367,7 +367,7 @@ impl Entry<'_> {
     ) -> Vec<RegisterOverride> {
         let full = u32::MAX >> (32 - 8 * u32::from(width));
         if !offset.is_multiple_of(u16::from(width)) {
-            diagnostics.say(at, format!("offset {offset:#x} is no multiple of the width, {width}"));
+            diagnostics.say(at, format!("offset {offset:#x} is not a multiple of the width, {width}"));
             return Vec::new();
         }
         for (what, bits) in [("mask", self.mask), ("value", self.value), ("write-mask", self.write_mask)] {

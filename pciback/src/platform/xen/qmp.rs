@@ -103,7 +103,7 @@ impl Conversation {
             };
             self.received += count;
             if self.received > SIZE_LIMIT {
-                return Err(Cause::Malformed(format!("it says more than {SIZE_LIMIT} bytes")));
+                return Err(Cause::Malformed(format!("its answer has more than {SIZE_LIMIT} bytes")));
             }
             self.pending.extend_from_slice(&bytes[..count]);
         }

@@ -225,7 +225,7 @@ fn access_memory(roster: &mut Roster, address: u64, request: &IoRequest) -> u64 
 
 fn complain(roster: &Roster, request: &IoRequest, trouble: Option<String>) {
     if let Some(unsaid) = roster.counters.may_complain() {
-        let trouble = trouble.unwrap_or_else(|| "it makes no sense, or is a string instruction".to_owned());
+        let trouble = trouble.unwrap_or_else(|| "it is invalid, or a string instruction".to_owned());
         warn!(
             "domain {}: {request:x?}: {trouble}; {unsaid} more of its requests failed since the last such line",
             roster.domain

@@ -92,12 +92,12 @@ fn all_mistakes_are_reported_with_their_place_and_the_nearest_word() {
     assert_eq!(
         mistakes(text),
         [
-            "f.yaml:1:10: 'strickt' is no profile; did you mean 'strict'?",
-            "f.yaml:2:1: 'mach' is no key of a policy; did you mean 'match'?",
-            "f.yaml:4:3: 'vdp' is no capability; did you mean 'vpd'?",
-            "f.yaml:5:8: 'hid' is no action for a capability; did you mean 'hide'?",
+            "f.yaml:1:10: 'strickt' is not a valid profile; did you mean 'strict'?",
+            "f.yaml:2:1: 'mach' is not a valid key of a policy; did you mean 'match'?",
+            "f.yaml:4:3: 'vdp' is not a valid capability; did you mean 'vpd'?",
+            "f.yaml:5:8: 'hid' is not a valid action for a capability; did you mean 'hide'?",
             "f.yaml:7:5: a register given by its offset needs a 'width' of 1, 2 or 4",
-            "f.yaml:7:16: 'widht' is no key of a register; did you mean 'width'?",
+            "f.yaml:7:16: 'widht' is not a valid key of a register; did you mean 'width'?",
         ]
     );
 }
@@ -108,16 +108,16 @@ fn each_mistake_has_its_own_words() {
         ("- a\n", "1:1: a policy is a mapping, not a list"),
         (
             "match: {vendor: 80866}\n",
-            "1:17: '80866' is no vendor id: one to four hexadecimal digits are expected, as in 8086",
+            "1:17: '80866' is not a valid vendor id: one to four hexadecimal digits are expected, as in 8086",
         ),
         ("match: {vendor: []}\n", "1:17: an empty list: no function has any vendor id"),
         (
             "match: {class: 020}\n",
-            "1:16: '020' is no class: 2, 4 or 6 hexadecimal digits are expected, as in 0200",
+            "1:16: '020' is not a valid class: 2, 4 or 6 hexadecimal digits are expected, as in 0200",
         ),
         (
             "match: {address: 1:2}\n",
-            "1:18: '1:2' is no address: [SSSS:]BB:DD.F is expected, as in 0000:01:10.0",
+            "1:18: '1:2' is not a valid address: [SSSS:]BB:DD.F is expected, as in 0000:01:10.0",
         ),
         ("profile:\n", "1:8: profile is a word, not nothing"),
         (
@@ -134,19 +134,19 @@ fn each_mistake_has_its_own_words() {
         ),
         (
             "registers: [{at: 0x1000, width: 4, action: pass}]\n",
-            "1:18: '0x1000' is no place: an offset from 0 to 0xfff or a range of two is expected",
+            "1:18: '0x1000' is not a valid place: an offset from 0 to 0xfff or a range of two is expected",
         ),
         (
             "registers: [{at: 0xe8-0xe0, action: pass}]\n",
-            "1:18: '0xe8-0xe0' is no place: an offset from 0 to 0xfff or a range of two is expected",
+            "1:18: '0xe8-0xe0' is not a valid place: an offset from 0 to 0xfff or a range of two is expected",
         ),
         (
             "registers: [{at: 0xe1, width: 2, action: pass}]\n",
-            "1:13: offset 0xe1 is no multiple of the width, 2",
+            "1:13: offset 0xe1 is not a multiple of the width, 2",
         ),
         (
             "registers: [{at: 0xe0, width: 3, action: pass}]\n",
-            "1:31: '3' is no width in bytes; it is one of 1, 2, 4",
+            "1:31: '3' is not a valid width in bytes; it is one of 1, 2, 4",
         ),
         (
             "registers: [{at: 0xe0, width: 1, action: pass, mask: 0x100}]\n",
@@ -173,11 +173,11 @@ fn each_mistake_has_its_own_words() {
         ("registers: [{width: 1, action: pass}]\n", "1:13: a register without 'at'"),
         (
             "registers: [{at: 0xe0, width: 1, action: pass, mask: -1}]\n",
-            "1:54: '-1' is no mask: a number from 0 to 0xffffffff is expected",
+            "1:54: '-1' is not a valid mask: a number from 0 to 0xffffffff is expected",
         ),
         (
             "capabilities:\n  pci-express:\n    registers: [{at: Device Kontrol, action: pass}]\n",
-            "3:22: 'Device Kontrol' is no register of pci-express; did you mean 'Device Control'?",
+            "3:22: 'Device Kontrol' is not a valid register of pci-express; did you mean 'Device Control'?",
         ),
     ] {
         assert_eq!(mistakes(text), [format!("f.yaml:{message}")], "{text}");
@@ -195,7 +195,7 @@ fn holding_at_once_says_for_which_functions_and_does_not_depend_on_a_guest() {
             "match: {vendor: 8086, domain: web}\nhold: at-once\n",
             "2:7: 'hold: at-once' cannot depend on 'domain': no guest has the function then",
         ),
-        ("hold: always\n", "1:7: 'always' is no time to hold; it is one of on-request, at-once"),
+        ("hold: always\n", "1:7: 'always' is not a valid time to hold; it is one of on-request, at-once"),
     ] {
         assert_eq!(mistakes(text), [format!("f.yaml:{message}")], "{text}");
     }
@@ -208,15 +208,15 @@ fn resets_and_reserved_memory_are_read_and_mistyped_words_are_refused_with_the_n
     assert_eq!(file.reset.together, Some(true));
     assert_eq!((file.reset.none, file.rdm), (Some(WithoutReset::Permit), Some(RdmPolicy::Strict)));
     for (text, message) in [
-        ("reset: {methods: [flr, buss]}\n", "1:24: 'buss' is no method of reset; did you mean 'bus'?"),
-        ("reset: {method: bus}\n", "1:9: 'method' is no key of 'reset'; did you mean 'methods'?"),
-        ("reset: {together: yes}\n", "1:19: 'yes' is no switch; it is one of true, false"),
+        ("reset: {methods: [flr, buss]}\n", "1:24: 'buss' is not a valid method of reset; did you mean 'bus'?"),
+        ("reset: {method: bus}\n", "1:9: 'method' is not a valid key of 'reset'; did you mean 'methods'?"),
+        ("reset: {together: yes}\n", "1:19: 'yes' is not a valid switch; it is one of true, false"),
         ("reset: {methods: []}\n", "1:18: an empty list: no method would be accepted"),
         (
             "reset: {none: allow}\n",
-            "1:15: 'allow' is no answer to 'without a reset?'; it is one of refuse, permit",
+            "1:15: 'allow' is not a valid answer to 'without a reset?'; it is one of refuse, permit",
         ),
-        ("rdm-policy: relax\n", "1:13: 'relax' is no rdm-policy; did you mean 'relaxed'?"),
+        ("rdm-policy: relax\n", "1:13: 'relax' is not a valid rdm-policy; did you mean 'relaxed'?"),
         (
             "match: {domain: web}\nreset: {none: permit}\n",
             "2:8: 'reset' cannot depend on 'domain': it is needed, too, when that guest has ended",

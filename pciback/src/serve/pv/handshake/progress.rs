@@ -88,7 +88,7 @@ impl Handshake {
                 actions.push(Action::Connect(ring));
             }
             Err(why) => {
-                actions.push(Action::Report(format!("it published nonsense: {why}")));
+                actions.push(Action::Report(format!("it published an invalid value: {why}")));
                 self.refused = Some(Err(why));
             }
         }

@@ -1,4 +1,6 @@
-//! What the documents say of the repository's files and tests.
+//! What the documents say of the repository's files, tests and commands.
+
+mod commands_page;
 
 use std::fs;
 use std::io;
