@@ -113,7 +113,7 @@ fn filtered_write(begun: Instant, lab: &Lab, web: &Guest<'_>) -> Result<()> {
     Ok(())
 }
 
-/// The guest is told of an error of its function, and recovers; nobody else is touched.
+/// The guest is notified of an error of its function, and recovers; no other guest is affected.
 fn contained_error(begun: Instant, lab: &Lab, web: &Guest<'_>) -> Result<()> {
     chapter(begun, "A contained error: the VF reports a Completion Timeout to the host");
     lab.dom0("modprobe aer_inject").ok()?;

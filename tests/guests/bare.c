@@ -1,4 +1,4 @@
-/* A guest without an operating system: does what it is told over its first serial port, one line after the other, and answers
+/* A guest without an operating system: carries out orders from its first serial port, one line after the other, and answers
  * each with a line. It knows nothing of PCI beyond the two ways to config space. Numbers are hexadecimal.
  *
  *   slot N          the device on bus 0 that the following is about
@@ -26,7 +26,7 @@
  *   count V         how many interrupts came by vector 40 to 4f
  *   twice           how many interrupts the emulator delivered a second time
  *   ipi V N         sends itself N interrupts by vector 40 to 4f, one after the other: how many came
- *   end V ADDRESS SIZE W  what ends an interrupt that came by this vector: memory that is written before the interrupt controller is told
+ *   end V ADDRESS SIZE W  what ends an interrupt that came by this vector: memory that is written before the end of interrupt
  *   xen             gets ready for hypercalls and events: the features that Xen offers (XENVER_get_features)
  *   pirq            a free physical interrupt for a message; Xen's error is a number from fffff000 on, here and below
  *   bind PIRQ       the port of an event channel for it
@@ -253,7 +253,7 @@ static u32 repeat(u32 at, u32 rounds, int select_again)
 	return count;
 }
 
-/* Interrupts: 16 vectors, each counted; the local APIC and both 8259 are told of the end of each. */
+/* Interrupts: 16 vectors, each counted; the local APIC and both 8259 get the end of each. */
 enum { FIRST = 0x40, VECTORS = 16, SPURIOUS_VECTOR = 0xff, APIC = 0xfee00000, SPURIOUS = APIC + 0xf0, END = APIC + 0xb0,
        COMMAND = APIC + 0x300, TO_ITSELF = 1 << 18 };
 
@@ -267,7 +267,7 @@ static struct __attribute__((packed)) { u16 limit; u32 base; } idt_place;
 /* Where boot.S lets the stack begin. */
 enum { STACK = 0x7c00 };
 
-/* What nobody asked for is told on port E9 and ends everything: an exception, or an interrupt by a vector that nobody set up. */
+/* The unexpected is reported on port E9 and ends the guest: an exception, or an interrupt by a vector that nobody set up. */
 static void unexpected(const u32 *stack)
 {
 	/* Where Xen's log has it, whatever became of the serial port. */

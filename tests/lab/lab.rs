@@ -457,7 +457,7 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        // Always: a test that fails by returning an error cannot be told from here.
+        // Always: a test that fails by returning an error cannot be recognized here.
         logs::collect(self);
         if thread::panicking() {
             println!("lab: logs are in {}", self.logs.display());

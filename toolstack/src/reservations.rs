@@ -28,7 +28,7 @@ pub struct Reservation {
     version: u32,
     /// The function.
     pub address: Sbdf,
-    /// By what it is told from another one that comes to its address.
+    /// What distinguishes it from another one at its address.
     pub identity: Identity,
     /// The guest.
     pub guest: Uuid,

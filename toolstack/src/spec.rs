@@ -96,7 +96,7 @@ pub fn vf_routing(host: &dyn Host, pf: Sbdf, count: u16) -> Result<Result<(), Un
     Ok(routing.check(count, port.as_ref()))
 }
 
-/// By what a function is told from another one at its address; a VF has its PF's serial number.
+/// What distinguishes a function from another one at its address; a VF has its PF's serial number.
 pub fn identity(host: &dyn Host, function: &HostFunction) -> Identity {
     let serial = serial_number(host, function.physical_function.unwrap_or(function.address));
     Identity { serial, ..Identity::of(function) }

@@ -42,7 +42,8 @@ pub enum Step {
     Assign,
     /// What [`Self::ContainPath`] does, after [`Self::Assign`]: a step of earlier versions, which their journals name.
     ContainErrors,
-    /// The guest may map its BARs, use its ports and, unless another owner uses that, its INTx line. Undo: it may not, but for what another function of it needs.
+    /// The guest may map its BARs, use its ports and, unless another owner uses that, its INTx line. Undo: revokes this, except what
+    /// another function of the guest needs.
     Grant,
     /// The VF's network settings are what 'vf set' and the service's settings ask for. Undo: they are so again, and what the guest had
     /// changed is reported.

@@ -31,6 +31,6 @@ pub trait ErrorSource: Send + Sync {
     /// capability, or the platform keeps it from the kernel. Does not touch the function.
     fn counters(&self, address: Sbdf) -> Result<Option<ErrorCounters>>;
     /// Whether the kernel handles the errors that arrive at a root port. Where it does not, the platform has kept AER to itself (ACPI `_OSC`,
-    /// PCI Firmware 3.3, section 4.5.1), or the kernel was told to leave it alone.
+    /// PCI Firmware 3.3, section 4.5.1), or the kernel's command line says not to use it.
     fn handled(&self, root_port: Sbdf) -> Result<bool>;
 }

@@ -86,7 +86,7 @@ pub(super) enum Order {
     Stop(mpsc::Sender<BTreeMap<u8, Box<GuestFunction>>>),
 }
 
-/// Something to be told about an error.
+/// A notification of an error.
 #[derive(Debug, Clone, Copy)]
 pub struct Telling {
     /// The function, as the guest sees it.

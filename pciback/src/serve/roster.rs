@@ -22,7 +22,7 @@ pub(super) struct Roster {
     pub functions: BTreeMap<u8, Box<GuestFunction>>,
     pub counters: Arc<Counters>,
     pub report: Box<dyn Fn(ServerReport) + Send>,
-    /// What the guest will be told of errors.
+    /// Error notifications for the guest.
     pub to_tell: VecDeque<Telling>,
     pub orders: mpsc::Receiver<Order>,
 }
@@ -51,7 +51,7 @@ impl Roster {
         }
     }
 
-    /// Says what became of something that the guest should be told.
+    /// Reports the result of a notification of the guest.
     pub fn report_told(&self, telling: Telling, heard: Result<Result<AerAnswer, u32>, NotTold>) {
         // A function that was taken meanwhile is nobody's concern any more.
         if let Some(function) = self.functions.get(&telling.devfn) {
@@ -59,7 +59,7 @@ impl Roster {
         }
     }
 
-    /// Gives up what the guest should be told.
+    /// Gives up the pending notifications of the guest.
     pub fn tell_nothing(&mut self, why: NotTold) {
         for telling in std::mem::take(&mut self.to_tell) {
             self.report_told(telling, Err(why));

@@ -115,7 +115,7 @@ impl Server {
     }
 
     /// Tells the guest something about an error; [`ServerReport::Told`] follows, and meanwhile the guest is served as ever. Things that
-    /// are told at once wait for each other, each with a limit of its own.
+    /// get orders at once wait for each other, each with a limit of its own.
     pub fn tell(&self, telling: Telling) {
         self.order(Order::Tell(telling));
     }

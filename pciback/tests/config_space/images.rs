@@ -208,7 +208,7 @@ proptest! {
             memory[index].store(value, Relaxed);
         }
         if let Ok(mut space) = resumed(&file) {
-            // Constants are put right: identity and the low bits of BARs cannot be forged.
+            // Constants are corrected: identity and the low bits of BARs cannot be forged.
             space.image_mut().set_resetting(false);
             let read = |space: &VirtualConfigSpace, offset| {
                 space.read(Access::new(offset, 4).unwrap(), &device.hardware).unwrap()

@@ -12,7 +12,7 @@ use pciback::spec::CapabilityId;
 use crate::devices::{self, Device};
 use crate::model::LIFE;
 
-/// Device Control of the network PF, and a byte that nobody knows.
+/// Device Control of the network PF, and an unknown byte.
 const DEVICE_CONTROL: u16 = 0xa8;
 const UNKNOWN: u16 = 0xe8;
 

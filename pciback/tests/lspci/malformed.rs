@@ -15,7 +15,7 @@ pub struct Malformed {
     pub problem: &'static str,
 }
 
-/// lspci follows a pointer to any place but 0; the header's registers are then taken for a capability.
+/// lspci follows a pointer to any place but 0; it then reads the header's registers as a capability.
 const INTO_THE_HEADER: &str =
     "no capability can be in the header (PCI 3.0, 6.7; PCI Express 6.0, 7.6.1): we end the list";
 

@@ -108,7 +108,7 @@ fn check_guest(guest: &[u8], visible: &[(usize, AnyId)]) {
     assert_eq!(found, visible);
 }
 
-/// One of 256 policies: what is done with what nobody knows, and with one capability.
+/// One of 256 policies: what is done with unknown registers, and with one capability.
 fn policy(choice: u8) -> Policy {
     let rule = Rule {
         reason: Cow::Borrowed("fuzzing"),

@@ -107,7 +107,7 @@ fn run(guest: &Guest<'_>, orders: &[String], what: &str) -> Result<Vec<String>> 
     Ok(answers)
 }
 
-/// A frontend that is told one thing after the other.
+/// A frontend that carries out one order after the other.
 pub struct Frontend {
     process: Process,
     told: usize,

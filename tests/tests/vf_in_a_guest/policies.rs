@@ -122,7 +122,7 @@ pub fn igbvf_loses_no_write_that_matters(scene: &mut VfInAGuest<'_>) -> Result<(
     Ok(())
 }
 
-/// The register that nobody knows, as hardware holds it.
+/// The unknown register, as hardware holds it.
 fn unknown(lab: &Lab) -> Result<u32> {
     let text = lab.dom0(&format!("setpci -s {} {UNKNOWN}", VFS[0])).limit(SOON).ok()?;
     u32::from_str_radix(text.trim(), 16).with_context(|| text.clone())

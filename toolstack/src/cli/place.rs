@@ -147,7 +147,7 @@ mod tests {
         for (text, said) in [
             ("01:10.2,seize=1", "pci-assignable-add 0000:01:10.2"),
             ("01:10.2,rdm_policy=strict", "rdm-policy: strict"),
-            ("01:10.2,name=nic", "stands there already"),
+            ("01:10.2,name=nic", "is given twice"),
             ("name=01:10.2", "no name"),
             ("vslot=3", "has no function"),
             ("01:10.2,permissive=2", "is 0 or 1"),

@@ -175,7 +175,7 @@ impl Engine {
         Ok(())
     }
 
-    /// The same, where nobody can be told that it fails.
+    /// The same, where a failure cannot be reported.
     pub(super) fn keep_watching_errors_of(&mut self, address: Sbdf) {
         if let Err(failure) = self.watch_errors_of(address) {
             let text = format!("{address}: its errors are not noticed: {failure}");

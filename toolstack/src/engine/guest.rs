@@ -152,7 +152,7 @@ impl Guest {
         self.server.is_some()
     }
 
-    /// One of its functions is about to be reset, which it did not ask for. A thread that has it is to be told so before the reset. An error:
+    /// One of its functions is about to be reset, which it did not ask for. A thread that serves it gets an order before the reset. An error:
     /// the guest may still reach it.
     pub fn begin_reset(&mut self, devfn: u8) -> Result<Option<(Arc<Server>, u8)>, String> {
         match (&self.server, self.parked.get_mut(&devfn)) {

@@ -112,7 +112,7 @@ impl Engine {
         }
     }
 
-    /// The guest cannot be told of its new functions: what waits for it to look at them fails, and takes them back.
+    /// The guest cannot be notified of its new functions: what waits for it to look at them fails, and takes them back.
     pub(super) fn give_up_adding(&mut self, domain: DomId, failure: &Failure) {
         let waiting = self.guests.get(&domain).map(|guest| guest.waiting.keys().copied().collect::<Vec<_>>());
         for devfn in waiting.unwrap_or_default() {
@@ -135,7 +135,7 @@ impl Engine {
         }
     }
 
-    /// It let go of a function, or was overruled.
+    /// It released a function, or its time was up.
     pub(super) fn removed(&mut self, domain: DomId, devfn: u8) {
         let has_it = |record: &&Record| record.guest == Some(GuestPlace { domain, devfn });
         if let Some(address) = self.records.values().find(has_it).map(|record| record.address) {
@@ -295,7 +295,7 @@ impl Engine {
         self.reset_under_guest(address, None);
     }
 
-    /// Resets a function under its guest; `server` is the thread that is told before, where the guest did not ask.
+    /// Resets a function under its guest; `server` is the thread that gets an order before, where the guest did not ask.
     pub(super) fn reset_under_guest(&mut self, address: Sbdf, server: Option<(Arc<Server>, u8)>) {
         let Some(attachment) = self.attachments.of(address) else {
             warn!("{address}: it is not reset, no guest is served with it any more");

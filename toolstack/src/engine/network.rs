@@ -1,4 +1,4 @@
-//! VFs' network settings: shown and set on threads, because the kernel's network lock may be taken for long.
+//! VFs' network settings: shown and set on threads, because the kernel's network lock may be held for long.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

@@ -163,7 +163,7 @@ impl Engine {
         Ok(Success::Events { events: known.into_iter().flatten().cloned().collect() })
     }
 
-    /// What happened last; whoever follows is told on.
+    /// The last events; clients that follow get new ones.
     pub(super) fn events(&mut self, follow: bool, reply: Reply) {
         if follow {
             if self.news.recent.iter().all(|event| reply.event(event)) {

@@ -57,7 +57,7 @@ impl Workshop {
         Ok((observed, unread))
     }
 
-    /// HVM guests are told of functions by their firmware: what they are to have counts as published.
+    /// The firmware of HVM guests enumerates functions: what they are to have counts as published.
     fn without_nodes(&self, wanted: &Wanted, observed: &mut Observed) -> Result<(), Failure> {
         for (&address, intent) in &wanted.functions {
             if let Some(place) = intent.place()

@@ -313,7 +313,7 @@ fn visible(planes: &Planes) -> Vec<u16> {
     seen.map(|(capability, _)| capability.offset).collect()
 }
 
-/// The registers that two filters of one function treat differently, runs of bytes that nobody knows as one.
+/// The registers that two filters of one function treat differently, runs of unknown bytes as one.
 fn differences(old: &Planes, new: &Planes) -> Vec<String> {
     let treated = |planes: &Planes, segment: &Segment| {
         let same = planes.segments().iter().filter(|other| other.dword == segment.dword);

@@ -1,4 +1,4 @@
-//! What is done about errors: guests are told, functions reset or taken away, guests paused or destroyed, correctable errors masked.
+//! What is done about errors: guests are notified, functions reset or taken away, guests paused or destroyed, correctable errors masked.
 
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ use crate::protocol::Cause;
 /// What is being done about a function.
 pub(super) struct Underway {
     action: Action,
-    /// The conversation with its guest, where it is told.
+    /// The recovery protocol with its guest, where that is notified.
     recovery: Option<Recovery>,
     policy: ErrorPolicy,
     domain: DomId,
@@ -37,7 +37,7 @@ pub(super) struct Mask {
 }
 
 impl Engine {
-    /// Whether a guest can be told of errors: its frontend is connected. Whether it wants to hear is on its page.
+    /// Whether a guest can be notified of errors: its frontend is connected. Whether it wants to hear is on its page.
     pub(super) fn can_be_told(&self, domain: DomId) -> bool {
         self.guests.get(&domain).is_some_and(super::guest::Guest::is_connected)
     }

@@ -185,7 +185,7 @@ impl Engine {
                 (_, Some(place)) => Want::Attached(place),
                 (_, None) => Want::Held,
             };
-            // Whether it is another device now is told by its incarnation, when the event comes.
+            // Its incarnation shows whether it is another device now, when the event comes.
             Intent { want, identity: None, msix_prepared: record.msix_prepared }
         };
         Wanted {
@@ -399,7 +399,7 @@ fn left(message: String) -> Success {
     Success::Already { message }
 }
 
-/// What a client that asked is told.
+/// The answer to the client that asked.
 fn answer(synced: Synced) -> Result<Success, Failure> {
     let Synced { dry_run, plan, outcomes, unread, .. } = synced;
     let undone = outcomes.iter().filter_map(|(step, outcome)| match outcome {

@@ -342,7 +342,7 @@ fn all_known(workshop: &Workshop, pf: Sbdf, count: u16, limit: Duration) -> Resu
             let failure = Failure::new(ErrorCode::Failed, format!("enable {count} VFs of {pf}: {missing}"));
             return Err(failure.hint("see dom0's kernel log and 'xl dmesg'"));
         }
-        // Xen is told before the event is sent: what is missing comes with one.
+        // The kernel reports to Xen before it sends the event: what is missing comes with one.
         workshop.changes.wait(seen, deadline);
     }
 }

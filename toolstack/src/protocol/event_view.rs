@@ -40,7 +40,7 @@ pub enum Happening {
         reporter: Sbdf,
         /// How bad it is.
         severity: Severity,
-        /// The bits of the error status register; 0 where nobody knows.
+        /// The bits of the error status register; 0 where unknown.
         status: u32,
         /// Their names.
         errors: Vec<String>,

@@ -18,7 +18,7 @@ use crate::reset_plan::ResetPlan;
 use crate::spec::serial_number;
 use crate::target::{Parent, Target};
 
-/// Where the service listens when neither side is told otherwise.
+/// Where the service listens unless the settings or arguments say otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/xpci/control";
 
 /// The settings, with their defaults.

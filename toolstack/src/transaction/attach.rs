@@ -41,7 +41,7 @@ pub(super) fn prepare_msix(context: &Context<'_>, record: &mut Record) -> Result
     // A VF decodes when its PF says so; whether hardware keeps the bit shows in what Xen answers.
     let _hardwired =
         decodes.map_err(|error| config_failure("enable memory space of", record.address, &error))?;
-    // Noted before it is done: a table that nobody knows to be prepared would stay so.
+    // Noted before it is done: a table that is prepared without a record would stay so.
     record.msix_prepared = true;
     context.write(record)?;
     let prepared = context.platform.hypervisor.prepare_msix(record.address);

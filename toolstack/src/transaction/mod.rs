@@ -51,7 +51,7 @@ use crate::wishes::Wishes;
 /// How a guest loses a function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Parting {
-    /// It is asked, and overruled when it does not answer in time.
+    /// It is asked, and loses the function when it does not answer in time.
     Ask,
     /// It is not asked.
     Force,
@@ -65,7 +65,7 @@ pub trait Serving: Sync {
     fn open(&self, record: &Record) -> Result<(), Failure>;
     /// Publishes a function to its guest and serves it. The text says what the guest still has to do, if anything.
     fn serve(&self, record: &Record) -> Result<Option<String>, Failure>;
-    /// Stops serving it: bus mastering and interrupts off, nodes removed. The text says when the guest had to be overruled.
+    /// Stops serving it: bus mastering and interrupts off, nodes removed. The text says when the guest did not release it in time.
     fn withdraw(&self, record: &Record, parting: Parting) -> Result<Option<String>, Failure>;
     /// What a guest would see of a function, and which of its writes reach hardware, as the policies are.
     fn filter(&self, spec: &FunctionSpec, domain: DomId) -> Result<Arc<Planes>, Failure>;

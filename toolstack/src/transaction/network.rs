@@ -180,7 +180,7 @@ pub fn change(
     if wishes.unlike(&old.wished).is_empty() && wishes.unlike(&present).is_empty() {
         return Ok(None);
     }
-    // Noted before it is done: what nobody knows to be changed is never put back.
+    // Noted before it is done: a change without a record is never undone.
     let before = old.before.or(present.only(&wishes));
     record.network =
         Some(NetworkRecord { wished: wishes.or(old.wished), before, problem: None, ..old.clone() });
@@ -266,7 +266,7 @@ pub(super) fn apply(context: &Context<'_>, record: &mut Record) -> Result<Option
     (context.progress)(&format!("setting the network of {}", record.address));
     let seen = look(context.platform, record.address)?;
     let present = seen.settable()?;
-    // Noted before it is done: what nobody knows to be changed is never put back.
+    // Noted before it is done: a change without a record is never undone.
     network.before = network.before.or(present.only(&wanted));
     record.network = Some(network);
     context.write(record)?;

@@ -118,12 +118,12 @@ pub(super) fn way(host: &dyn Host, plan: &ResetPlan, function: &HostFunction) ->
     }
     let together = match has_bridge()? {
         true => {
-            "all functions on its bus are reset together where a policy that matches them says 'reset: {together: true}'; "
+            "to reset all functions on its bus together, write 'reset: {together: true}' in a policy that matches them; "
         }
         false => "",
     };
     let hint = format!(
-        "{together}if guests may get it without a reset, a policy that matches it says 'reset: {{none: permit}}'; then 'xpci policy reload'"
+        "{together}to permit guests to get it without a reset, write 'reset: {{none: permit}}' in a policy that matches it; then 'xpci policy reload'"
     );
     Err(Failure::refused(format!("reset {address}: Linux has no way to reset it alone"))
         .on(address)
@@ -145,7 +145,7 @@ fn refuse_alone(
                 plan.methods.join(", ")
             ),
             format!(
-                "if '{method}' is good enough, a policy that matches it says 'reset: {{methods: [{method}]}}', or xpcid.yaml for all \
+                "to accept '{method}', write 'reset: {{methods: [{method}]}}' in a policy that matches it, or in xpcid.yaml for all \
                  functions"
             ),
         );

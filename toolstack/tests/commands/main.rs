@@ -1,8 +1,8 @@
 //! The two binaries as people and tools meet them, on a simulated host: what they print, where, and how they exit.
 //!
 //! Most tests are transcripts, files beside this one: `$` is a command, what follows is what it printed (`!`: on standard
-//! error), `[n]` its exit status unless 0; `< NAME` and the `|` lines after it make a file in DIR. `XPCI_BLESS=1 cargo test -p toolstack --test commands` writes them anew, to be
-//! read before they are committed.
+//! error), `[n]` its exit status unless 0; `< NAME` and the `|` lines after it make a file in DIR. `XPCI_BLESS=1 cargo test -p toolstack
+//! --test commands` rewrites them; read the difference before committing it.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that fails says so by panicking")]
 
@@ -73,7 +73,7 @@ fn without_the_service_the_doctor_says_so_and_checks_what_it_can() {
 }
 
 #[test]
-fn what_a_guest_has_for_good_is_kept_for_it_until_somebody_says_so() {
+fn what_is_persistent_for_a_guest_is_reserved_for_it_until_a_command_ends_that() {
     play("persistent", host());
 }
 

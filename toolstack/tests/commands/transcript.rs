@@ -89,7 +89,7 @@ fn run(socket: &Path, command: &str) -> String {
     let output = xpci(socket, &arguments);
     let mut text = String::new();
     for line in String::from_utf8(output.stdout).unwrap().lines() {
-        // An empty line ends nothing: it is shown so that it is told from the transcript's own.
+        // An empty line ends nothing: it is shown so that it differs from the transcript's own.
         let _ = writeln!(text, "{}", if line.trim().is_empty() { "." } else { line.trim_end() });
     }
     for line in String::from_utf8(output.stderr).unwrap().lines() {

@@ -151,7 +151,7 @@ fn decoding_that_a_guest_switches_off_stays_on_in_hardware() {
     }
 }
 
-/// 124, 131: registers that nobody knows let a guest do what nobody thought of.
+/// 124, 131: unknown registers let a guest do the unexpected.
 #[test]
 fn unknown_registers_are_not_written_where_the_policy_is_strict() {
     const HOST: &str = r#"

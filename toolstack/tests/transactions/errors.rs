@@ -411,7 +411,7 @@ fn followers_hear_errors_and_states_as_they_happen_and_the_history_outlives_the_
 }
 
 #[test]
-fn what_functions_of_dom0_report_is_nobodys_concern() {
+fn errors_of_dom0s_functions_are_left_to_its_kernel() {
     let world = World::new();
     let (_frontend, service) = attached(&world, "");
     world.simulation.report_error(bdf("02:00.0"), Severity::Fatal, 0);

@@ -155,12 +155,12 @@ impl Frontend {
         locked(&self.guest).page().is_some_and(|page| frontend::take_answer(page, 0).is_some())
     }
 
-    /// Says that it can be told of errors, as xen-pcifront does.
+    /// Says that it can be notified of errors, as xen-pcifront does.
     pub fn hears_errors(&self) {
         frontend::set_aer_handler(locked(&self.guest).page().unwrap(), true);
     }
 
-    /// Waits until it is told of an error, and answers: command and state of the link, then the `pci_ers_result_t`.
+    /// Waits until it is notified of an error, and answers: command and state of the link, then the `pci_ers_result_t`.
     pub fn is_told(&self, command: u32, state: u32, devfn: u32, answer: u32) {
         let guest = locked(&self.guest);
         let told = guest.wait_for_answer(LIMIT, |page| frontend::take_aer(page)).unwrap();
@@ -169,7 +169,7 @@ impl Frontend {
         guest.notify().unwrap();
     }
 
-    /// Waits until it is told of an error, and says nothing.
+    /// Waits until it is notified of an error, and says nothing.
     pub fn ignores(&self) {
         locked(&self.guest).wait_for_answer(LIMIT, |page| frontend::take_aer(page)).unwrap();
     }

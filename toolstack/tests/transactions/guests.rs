@@ -310,7 +310,7 @@ fn what_a_guest_asks_for_that_makes_no_sense_is_answered_with_the_protocols_erro
         (op(Command::ENABLE_MSI, 0), failed),
     ] {
         let what = format!("{request:?}").chars().take(110).collect::<String>();
-        // `take` is told of no entries: the count in the request is nonsense.
+        // `take` gets no entries: the count in the request is invalid.
         frontend.put(&request);
         assert_eq!(frontend.take(0).0, expected.number(), "{what}");
     }
@@ -368,7 +368,7 @@ fn a_frontend_that_publishes_nonsense_is_ignored_until_it_makes_sense() {
 }
 
 #[test]
-fn a_guest_that_never_lets_go_is_overruled() {
+fn a_guest_that_never_releases_a_function_loses_it() {
     let world = World::new();
     let service = world.start_impatient();
     service.hold(bdf("01:10.0")).unwrap();
@@ -378,5 +378,5 @@ fn a_guest_that_never_lets_go_is_overruled() {
     // It neither crashes nor closes from now on.
     frontend.freeze();
     service.detach(WEB, bdf("01:10.0")).unwrap();
-    world.assert_held(&service, bdf("01:10.0"), "it was overruled");
+    world.assert_held(&service, bdf("01:10.0"), "it lost it");
 }

@@ -382,7 +382,7 @@ fn when_the_guest_ends_its_functions_are_held_again() {
 
 /// Killed at each change outside, an attach ends held or attached and served, and no server is left behind.
 #[test]
-fn an_attach_that_is_killed_anywhere_leaves_no_server_that_nobody_knows() {
+fn an_attach_that_is_killed_anywhere_leaves_no_unknown_server() {
     for changes in 0..100 {
         for moment in [Moment::Before, Moment::After] {
             let world = World::new();

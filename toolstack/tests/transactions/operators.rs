@@ -73,7 +73,7 @@ fn guest_of(number: usize) -> DomId {
     if number.is_multiple_of(2) { WEB } else { DB }
 }
 
-/// How many were told that they changed something; everybody else was told that it is so already, or was refused.
+/// How many answers said that something was changed; all others said that it is so already, or were refusals.
 fn changes(answers: &[Result<Success, Failure>]) -> usize {
     for answer in answers {
         match answer {

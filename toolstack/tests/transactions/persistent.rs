@@ -135,7 +135,7 @@ fn a_rebooted_guest_gets_its_function_again_at_the_same_place_also_after_a_resta
 }
 
 #[test]
-fn what_a_guest_has_for_good_nobody_else_gets_until_somebody_says_so() {
+fn what_is_persistent_for_a_guest_goes_to_no_other_until_a_command_ends_that() {
     let (world, service) = persistent(vf());
     world.simulation.destroy(WEB);
     service.wait_for_state(vf(), FunctionState::Held);
@@ -240,12 +240,12 @@ fn why_a_function_is_missing_is_shown_and_tried_again_when_that_may_have_changed
     wait_until("it is forgotten", || service.view(nic).is_none());
     world.simulation.plug(r#"{address: "02:00.0", model: virtio-net, irq: 11}"#).unwrap();
     world.simulation.create_guest(AGAIN, "web", "pv", web_uuid()).unwrap();
-    wait_until("it is told", || problem(&service).contains("02:00.0 is missing in domain 11"));
+    wait_until("it is reported", || problem(&service).contains("02:00.0 is missing in domain 11"));
     assert!(problem(&service).contains("not assignable"), "{}", problem(&service));
     // The first one is to the quarantine domain.
     world.fail("assign", Some(nic), Errno::ENOMEM, 1);
     service.hold(nic).unwrap();
-    wait_until("the new failure is told", || problem(&service).contains("ENOMEM"));
+    wait_until("the new failure is reported", || problem(&service).contains("ENOMEM"));
     world.assert_held(&service, nic, "the attach failed");
     // Nothing happens: it is not tried in a loop.
     assert_eq!(service.state(nic), FunctionState::Held);
@@ -266,7 +266,7 @@ fn another_device_at_its_address_is_not_given_to_the_guest() {
     world.simulation.plug(r#"{address: "02:00.0", model: nvme, irq: 11}"#).unwrap();
     service.hold(nic).unwrap();
     world.simulation.create_guest(AGAIN, "web", "pv", web_uuid()).unwrap();
-    wait_until("it is told", || problem(&service).contains("not the 1af4:1041"));
+    wait_until("it is reported", || problem(&service).contains("not the 1af4:1041"));
     // What came to its place is nobody's.
     service.attach(DB, nic).unwrap();
     service.detach(DB, nic).unwrap();
@@ -408,7 +408,7 @@ fn a_device_model_that_does_not_come_does_not_keep_its_guest_for_ever() {
     win(&world).stop();
     let service = world.start_impatient();
     win_again(&world);
-    wait_until("it is told", || problem(&service).contains("device model did not run for 1 s"));
+    wait_until("it is reported", || problem(&service).contains("device model did not run for 1 s"));
     assert_eq!(world.simulation.pauses(AGAIN), Some(1), "xl's pause");
 }
 
@@ -420,7 +420,7 @@ fn an_hvm_guest_that_ran_already_is_left_alone() {
     world.simulation.start_device_model(AGAIN);
     world.simulation.unpause(AGAIN).unwrap();
     let service = world.start();
-    wait_until("it is told", || problem(&service).contains("runs already"));
+    wait_until("it is reported", || problem(&service).contains("runs already"));
     assert_eq!(world.simulation.pauses(AGAIN), Some(0));
     service.wait_for_state(vf(), FunctionState::Held);
 }

@@ -86,7 +86,7 @@ fn hardware_is_switched_off_before_the_guest_is_asked() {
     wait_until("bus mastering is off", || world.simulation.peek(address, 4, 1)[0] & 1 << 2 == 0);
     assert_eq!(service.state(address), FunctionState::Detaching, "the guest has not let go");
     assert_off(&world, address, "the guest still has its ring");
-    assert_contained(&world, &service, address, "the guest was overruled");
+    assert_contained(&world, &service, address, "the guest lost it");
 }
 
 #[test]

@@ -186,7 +186,7 @@ fn what_an_hvm_guest_has_mapped_goes_to_no_other_guest() {
     fs::write(&image, vec![0xa5; bytes.len()]).unwrap();
     let service = world.start();
     assert_eq!(service.detach(WIN, bdf("01:00.0")).unwrap_err().code, ErrorCode::Quarantined);
-    assert!(!guest.reached().frames.is_empty(), "nobody knows where they are");
+    assert!(!guest.reached().frames.is_empty(), "it is unknown where they are");
     assert_eq!(service.call(attachment(DB, bdf("01:00.0"))).unwrap_err().code, ErrorCode::Refused);
     // An image that can be read again tells where they are.
     fs::write(&image, bytes).unwrap();

@@ -33,7 +33,7 @@ mod word {
 
 /// `XEN_PCIF_active`: a request waits for its answer.
 const ACTIVE: u32 = 1 << 0;
-/// `XEN_PCIB_AERHANDLER`: the frontend can be told of errors.
+/// `XEN_PCIB_AERHANDLER`: the frontend can be notified of errors.
 const AER_HANDLER: u32 = 1 << 1;
 /// `XEN_PCIB_active`: we have told it of one, and its answer is awaited.
 const AER_ACTIVE: u32 = 1 << 2;
@@ -223,7 +223,7 @@ const fn channel_number(state: ChannelState) -> u32 {
     }
 }
 
-/// Whether the frontend says that it can be told of errors.
+/// Whether the frontend says that it can be notified of errors.
 pub fn has_aer_handler(page: &[AtomicU32]) -> bool {
     page[word::FLAGS].load(Ordering::Acquire) & AER_HANDLER != 0
 }
@@ -268,7 +268,7 @@ pub mod frontend {
         page[word::FLAGS].fetch_or(ACTIVE, Ordering::Release);
     }
 
-    /// Says that the frontend can be told of errors, or that it cannot.
+    /// Says that the frontend can be notified of errors, or that it cannot.
     pub fn set_aer_handler(page: &[AtomicU32], able: bool) {
         match able {
             true => page[word::FLAGS].fetch_or(AER_HANDLER, Ordering::Release),

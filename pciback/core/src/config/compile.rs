@@ -94,7 +94,7 @@ pub(super) struct Family<'a> {
 
 /// Owner of the header's bytes; capabilities own theirs by their index.
 pub(super) const HEADER_OWNER: u16 = u16::MAX;
-/// Bytes that nobody knows.
+/// Unknown bytes.
 pub(super) const NOBODY: u16 = u16::MAX - 1;
 
 pub(super) struct Compiler<'a> {

@@ -84,7 +84,7 @@ pub struct Segment {
     pub treatment: Treatment,
     /// Index in [`Planes::rules`].
     pub rule: u16,
-    /// Index in [`Planes::registers`]; `None` for bytes that nobody knows.
+    /// Index in [`Planes::registers`]; `None` for unknown bytes.
     pub register: Option<u16>,
     /// What the specification calls the bits; `None` where it names none, or reserves them.
     pub field: Option<&'static str>,

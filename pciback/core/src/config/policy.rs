@@ -188,9 +188,9 @@ pub struct RegisterOverride {
 /// interrupt line and pin, headers of capabilities) keep their built-in treatment whatever it says.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Policy {
-    /// Bytes that nobody knows: gaps, unknown and vendor-specific capabilities.
+    /// Unknown bytes: gaps, unknown and vendor-specific capabilities.
     pub unknown: (Treatment, Rule),
-    /// Why capabilities that nobody knows are taken out of the list; `None` where guests see them.
+    /// Why unknown capabilities are taken out of the list; `None` where guests see them.
     pub hide_unknown: Option<Rule>,
     /// Capabilities as a whole.
     pub capabilities: Vec<CapabilityOverride>,
@@ -214,7 +214,7 @@ impl Policy {
 }
 
 impl Default for Policy {
-    /// The profile `passthrough`: what nobody knows passes, both ways.
+    /// The profile `passthrough`: unknown registers pass, both ways.
     fn default() -> Self {
         let rule = Rule::built_in("unknown registers pass: the guest's driver may need them", "xpci");
         Self {

@@ -180,7 +180,7 @@ impl VirtualConfigSpace {
             self.image.set_reset_value(dword, seeded(self.image.reset_value(dword)));
             self.image.set_shadow(dword, seeded(self.image.shadow(dword)));
         }
-        // Bits that no guest can change are put right: a damaged file must not open or move anything.
+        // Bits that no guest can change are corrected: a damaged file must not open or move anything.
         for dword in 0..DWORDS {
             let bits = self.planes.bits[dword];
             let reset = (self.image.reset_value(dword) & !bits.fixed | bits.value) & !bits.hw_read;

@@ -99,7 +99,7 @@ pub enum Unroutable {
         port: Sbdf,
         /// Whether it could forward.
         supported: bool,
-        /// Whether the PF was told that it does.
+        /// Whether the PF has it enabled.
         ari_hierarchy: bool,
     },
 }
@@ -125,7 +125,7 @@ impl VfRouting {
         u32::from(self.first_offset) + u32::from(index) * u32::from(self.stride)
     }
 
-    /// Whether requests reach this many VFs, 1 or more, through the bridge above the PF; on a root bus nobody knows which buses
+    /// Whether requests reach this many VFs, 1 or more, through the bridge above the PF; on a root bus it is unknown which buses
     /// there are.
     pub fn check(&self, count: u16, above: Option<&PortAbove>) -> Result<(), Unroutable> {
         let Self { pf, first_offset, stride, ari_hierarchy } = *self;

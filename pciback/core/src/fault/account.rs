@@ -20,7 +20,7 @@
 //! waits for a look, because only the counter tells another error from another view of the same one. So a burst causes at most one
 //! decision a look, however long it is, and a single error is never delayed.
 //!
-//! # What cannot be told apart
+//! # What cannot be distinguished
 //!
 //! Two errors of one kind in one burst, one that was not counted and one without an event, look like one error with both views. They
 //! are taken as one: a function is never reset twice for one error, and what the guest had in the function is gone after the first reset

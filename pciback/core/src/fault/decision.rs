@@ -14,7 +14,7 @@ pub enum Owner {
     Guest {
         /// Which.
         domain: DomId,
-        /// Whether its frontend is connected and says that it can be told of errors.
+        /// Whether its frontend is connected and says that it can be notified of errors.
         can_be_told: bool,
     },
 }
@@ -50,7 +50,7 @@ pub struct Decision {
 
 /// Decides what is done about a function because of an error, its own or another's.
 ///
-/// Never is anything but noted of what is dom0's, and a guest whose function did nothing wrong loses nothing: it is told that the link
+/// Errors of dom0's functions are only recorded, and a guest whose function is not the cause loses nothing: it is notified that the link
 /// was reset, no more.
 pub fn decide(
     fault: &Fault,
@@ -142,7 +142,7 @@ mod tests {
             (NonFatal, Own, GUEST, Storms { guest: true, ..QUIET }, Quarantine, false),
             (Fatal, Own, GUEST, QUIET, Quarantine, false),
             (Fatal, Own, DEAF, ALL, Quarantine, false),
-            // Another one's error: the guest is told of a link reset, and loses nothing.
+            // Another function's error: the guest is notified of a link reset, and loses nothing.
             (Correctable, Above, GUEST, ALL, Log, false),
             (NonFatal, Above, GUEST, ALL, Log, false),
             (NonFatal, Beside, GUEST, ALL, Log, false),

@@ -1,7 +1,7 @@
 //! Errors that functions report, and what follows from them: pure, so that every case stands in a table.
 //!
 //! [`decide`] makes an action of an error, its owner, the policy and what happened before; [`Recovery`] is the conversation with a
-//! guest that is told; [`Account`] makes one error of its event and its count.
+//! guest that is notified; [`Account`] makes one error of its event and its count.
 
 mod account;
 mod counters;
@@ -71,7 +71,7 @@ pub struct Fault {
     pub address: Sbdf,
     /// How bad it is.
     pub severity: Severity,
-    /// The bits of Correctable or Uncorrectable Error Status that tell what it is; 0 where nobody knows.
+    /// The bits of Correctable or Uncorrectable Error Status that identify it; 0 where unknown.
     pub status: u32,
     /// How it became known.
     pub detection: Detection,

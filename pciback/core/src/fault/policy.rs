@@ -13,7 +13,7 @@ use super::Severity;
 pub enum Action {
     /// It is noted.
     Log,
-    /// The guest's driver is told, as Linux tells drivers; the function is reset where the driver asks for it.
+    /// The guest's driver is notified, as Linux notifies drivers; the function is reset where the driver asks for it.
     TellGuest,
     /// The function is reset; the guest keeps it and its interrupts.
     Reset,
@@ -39,7 +39,7 @@ impl Action {
         ("quarantine", Self::Quarantine),
     ];
 
-    /// The words for what follows when a guest cannot be told, or does not recover.
+    /// The words for what follows when a guest cannot be notified, or does not recover.
     pub const LAST_RESORTS: &[(&str, Self)] = &[
         ("log", Self::Log),
         ("reset", Self::Reset),

@@ -1,4 +1,4 @@
-//! The conversation with a guest whose driver is told of an error: what is asked next, given what it answered.
+//! The recovery protocol with a guest whose driver is notified of an error: the next request, given the last answer.
 //!
 //! It is the one that Linux has with its own drivers (Documentation/PCI/pci-error-recovery), as `xen/io/pciif.h` carries it. Linux in
 //! dom0 does not wait for it: it has recovered the link by itself, and what the guest answers decides on its own function only.

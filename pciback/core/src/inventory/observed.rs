@@ -8,7 +8,7 @@ use super::Place;
 use crate::host::HostFunction;
 use crate::{DomId, Sbdf};
 
-/// By what a device is told from another one in the same slot.
+/// What distinguishes a device from another one in the same slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Identity {
@@ -25,7 +25,7 @@ pub struct Identity {
     /// Revision id.
     pub revision: u8,
     /// Device Serial Number, where there is one and it could be read; a VF's is its PF's, so that VFs of another card of the same
-    /// kind are told apart too.
+    /// kind are distinguished too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<u64>,
 }
@@ -58,9 +58,9 @@ pub struct HostView {
     pub identity: Identity,
     /// Whether it is a bridge, which goes to nobody.
     pub bridge: bool,
-    /// Whether it has an MSI-X capability. Xen panics when it is told to prepare the table of one that has none.
+    /// Whether it has an MSI-X capability. Xen panics when it is asked to prepare the table of one that has none.
     pub msix: bool,
-    /// Whether it is a function of an ARI device with a number above 7, which Xen is told.
+    /// Whether it is a function of an ARI device with a number above 7, which is reported to Xen.
     pub extended: bool,
     /// A PF's VFs, in order.
     pub virtual_functions: Vec<Sbdf>,
@@ -105,7 +105,7 @@ pub struct Function {
 pub struct Published {
     /// The function.
     pub address: Sbdf,
-    /// Whose nodes, and where that guest is told to see it.
+    /// Whose nodes, and where they place the function in that guest.
     pub place: Place,
 }
 
@@ -122,7 +122,7 @@ pub struct Observed {
 }
 
 impl Observed {
-    /// One function; nobody knows anything of one that is not listed.
+    /// One function; nothing is known of one that is not listed.
     pub(super) fn get(&self, address: Sbdf) -> Option<&Function> {
         self.functions.get(&address)
     }

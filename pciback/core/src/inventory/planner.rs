@@ -25,7 +25,7 @@ use crate::Sbdf;
 /// a held function that lost its holding driver is held again. And what left the host is removed from Xen's list whoever owns it
 /// there, as dom0's kernel does: the next device in that slot would be that guest's.
 ///
-/// An owner that Xen does not tell exactly is taken for the one that is wanted where both are possible; where Xen told nothing, no
+/// An owner that Xen does not report exactly counts as the wanted one where both are possible; where Xen reported nothing, no
 /// step is planned that depends on it.
 pub fn plan(observed: &Observed, wanted: &Wanted) -> Plan {
     let mut planner =
@@ -99,14 +99,14 @@ impl Planner<'_> {
         {
             return;
         }
-        let lives = self.observed.domains.contains(&place.domain);
-        let reason = if lives { Reason::Unrecorded } else { Reason::GuestEnded };
+        let exists = self.observed.domains.contains(&place.domain);
+        let reason = if exists { Reason::Unrecorded } else { Reason::GuestEnded };
         self.out.leave.push(Step { repair: Repair::RemoveNodes { address, place }, reason });
-        // Given by this service, of which no record is left: what else the guest has of it nobody knows.
+        // Given by this service, of which no record is left: what else the guest has of it is unknown.
         let function = self.observed.get(address);
         let owner = function.filter(|function| function.host.is_some()).and_then(|function| function.xen);
         let owns = owner == Some(Owner::Domain(place.domain)) || owner == Some(Owner::Guest);
-        if lives && owns && intent.is_none_or(|intent| intent.want == Want::Host) {
+        if exists && owns && intent.is_none_or(|intent| intent.want == Want::Host) {
             self.distrust(address, Reason::Unrecorded);
         }
     }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::Place;
 use crate::{DomId, Sbdf};
 
-/// How Xen is told of a function.
+/// How a function is reported to Xen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum ReportKind {
@@ -188,7 +188,7 @@ pub enum Reason {
     OnlyInXen,
     /// It is not bound to a holding driver.
     NotHeld,
-    /// dom0 owns it, not the quarantine domain, or that cannot be told.
+    /// dom0 owns it, not the quarantine domain, or the owner is unknown.
     NotQuarantined,
     /// The quarantine domain may own it, and it is not held.
     NobodyHolds,

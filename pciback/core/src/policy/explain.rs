@@ -63,7 +63,7 @@ pub struct CapabilityLine {
     pub visible: bool,
 }
 
-/// One register, or a run of bytes that nobody knows.
+/// One register, or a run of unknown bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct RegisterLine {
@@ -71,7 +71,7 @@ pub struct RegisterLine {
     pub offset: u16,
     /// Bytes.
     pub width: u16,
-    /// What the specification calls it; `unknown` for bytes that nobody knows.
+    /// What the specification calls it; `unknown` for unknown bytes.
     pub name: String,
     /// The offset of the capability it belongs to; absent for the header and for bytes outside capabilities.
     #[serde(default, skip_serializing_if = "Option::is_none")]

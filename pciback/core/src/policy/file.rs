@@ -12,14 +12,14 @@ use crate::Sbdf;
 use crate::config::{CapabilityOverride, RegisterOverride, Rule, Treatment};
 use crate::fault::ErrorWishes;
 
-/// A named set of defaults for what nobody knows.
+/// A named set of defaults for unknown registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Profile {
     /// Unknown registers pass both ways.
     Passthrough,
     /// Unknown registers are read-only.
     Strict,
-    /// Unknown registers read 0 and drop writes; capabilities that nobody knows are taken out of their list.
+    /// Unknown registers read 0 and drop writes; unknown capabilities are taken out of their list.
     Hidden,
 }
 
@@ -201,7 +201,7 @@ pub struct PolicyFile {
     pub rdm: Option<RdmPolicy>,
     /// The profile, where it names one.
     pub profile: Option<(Profile, Rule)>,
-    /// What happens to what nobody knows, where it says so.
+    /// What happens to unknown registers, where it says so.
     pub unknown: Option<(Treatment, Rule)>,
     /// Capabilities as a whole.
     pub capabilities: Vec<CapabilityOverride>,

@@ -19,7 +19,7 @@ pub struct LearnedRegister {
     pub offset: u16,
     /// Bytes.
     pub width: u8,
-    /// What the specification calls it; `unknown` for bytes that nobody knows.
+    /// What the specification calls it; `unknown` for unknown bytes.
     pub name: String,
     /// The word of the capability that it belongs to; absent in the header and outside capabilities.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -58,7 +58,7 @@ impl RegisterAction {
                             hardware shows it. fixed: reads 'value', writes are dropped.";
 }
 
-/// What a policy does with what nobody knows.
+/// What a policy does with unknown registers.
 pub(super) const UNKNOWN_WORDS: &[(&str, Treatment)] =
     &[("pass", Treatment::Pass), ("read-only", Treatment::ReadOnly), ("hide", Treatment::ZERO)];
 

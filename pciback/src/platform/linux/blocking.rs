@@ -25,7 +25,7 @@ pub const SUBCOMMAND: &str = "__sysfs-write";
 /// How many children without work are kept.
 const KEPT: usize = 8;
 
-/// What a child is told, a line of JSON for each write.
+/// A request to the child, a line of JSON for each write.
 #[derive(Debug, Serialize, Deserialize)]
 struct Order {
     path: PathBuf,
@@ -104,7 +104,7 @@ impl Writer {
         }
     }
 
-    /// What the child reports of the write that it was told to make; its end ends the waiting.
+    /// What the child reports of the requested write; its end ends the waiting.
     fn answer(&mut self) -> Result<(), Cause> {
         // A line of a few bytes, written at once, when there is anything to read.
         let mut text = [0; 16];

@@ -17,7 +17,7 @@ const ROOM: usize = 16384;
 #[derive(Default)]
 pub(super) struct Listeners {
     queues: Vec<Weak<Queue>>,
-    /// Nobody is told anything.
+    /// No event is sent.
     pub muted: bool,
 }
 

@@ -365,7 +365,7 @@ impl SimHvmGuest {
         locked(&self.domains).get(&self.domain).map_or(0, |domain| domain.servers.len())
     }
 
-    /// How many times it was told to start again.
+    /// How many times a restart was requested.
     pub fn restarts(&self) -> usize {
         locked(&self.domains).get(&self.domain).map_or(0, |domain| domain.restarts)
     }

@@ -227,7 +227,7 @@ impl Simulation {
         Ok(())
     }
 
-    /// Ends a domain: Xen takes its functions, xl its nodes, and whoever watches is told.
+    /// Ends a domain: Xen takes its functions, xl its nodes, and watchers get events.
     pub fn destroy(&self, domain: DomId) {
         locked(&self.world).xen.destroy(domain);
         self.rings.drop_domain(domain);

@@ -1,4 +1,4 @@
-//! What PF drivers answer about the network settings of VFs: they keep what they are told.
+//! What PF drivers answer about the network settings of VFs: they keep what they were set to.
 
 use std::sync::{Arc, Mutex};
 

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 
 use super::tree::{Answer, Node, Tree};
 
-/// A node that watchers are told of.
+/// A node whose watchers get an event.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Change {
     pub path: String,

@@ -52,7 +52,7 @@ pub use generated::xenforeignmemory::XenForeignMemory;
 pub use generated::xengnttab::XenGntTab;
 pub use generated::xenstore::XenStore;
 
-/// All Xen libraries. They stay loaded as long as one user of them lives.
+/// All Xen libraries. They stay loaded as long as one user of them exists.
 pub struct Libraries {
     /// Domain control; its interface belongs to one release of Xen.
     pub ctrl: XenCtrl,

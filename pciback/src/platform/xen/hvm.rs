@@ -181,7 +181,7 @@ impl HvmDomains for XenHvmDomains {
 
     fn create_server(&self, domain: DomId) -> Result<ServerId> {
         let mut id: ioservid_t = 0;
-        // SAFETY: the handle is open, and `id` lives as long as the call. 0: no page for buffered requests.
+        // SAFETY: the handle is open, and `id` is valid during the call. 0: no page for buffered requests.
         let answer = unsafe {
             self.libraries.devicemodel.xendevicemodel_create_ioreq_server(
                 self.model(),

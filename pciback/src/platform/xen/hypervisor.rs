@@ -49,7 +49,7 @@ pub(super) fn check(answer: i32) -> std::result::Result<i32, Errno> {
     if answer < 0 { Err(Errno::last()) } else { Ok(answer) }
 }
 
-/// Whether `allow` is told to Xen as granting or revoking.
+/// Whether Xen is asked to grant or to revoke.
 const fn verb(allow: bool) -> &'static str {
     if allow { "allow" } else { "forbid" }
 }
@@ -269,7 +269,7 @@ impl Hypervisor for XenHypervisor {
             |errno| PlatformError::new("map", format!("interrupt line {gsi} to domain {domain}"), errno);
         let index = i32::try_from(gsi).map_err(|_| error(Errno::EINVAL))?;
         let mut pirq = index;
-        // SAFETY: the handle is open, and `pirq` lives as long as the call.
+        // SAFETY: the handle is open, and `pirq` is valid during the call.
         check(unsafe {
             self.libraries.ctrl.xc_physdev_map_pirq(self.handle(), u32::from(domain.0), index, &raw mut pirq)
         })

@@ -44,7 +44,7 @@ impl RequestPage {
         let handle = NonNull::new(opened)
             .ok_or_else(|| PlatformError::new("open", "/dev/xen/privcmd", Errno::last()))?;
         let mut address: *mut c_void = ptr::null_mut();
-        // SAFETY: the handle is open, and `address` lives as long as the call.
+        // SAFETY: the handle is open, and `address` is valid during the call.
         let mapped = unsafe {
             memory.xenforeignmemory_map_resource(
                 handle.as_ptr(),

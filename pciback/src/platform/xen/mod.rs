@@ -119,7 +119,8 @@ fn check_dom0(proc: &Path, dev: &Path) -> Result<()> {
 fn check_kind(sysfs: &Path) -> Result<()> {
     match read_text(&sysfs.join("hypervisor/guest_type")).ok().flatten().as_deref() {
         Some("PVH") => Err(unavailable(
-            "dom0 is a PVH domain, to which Xen refuses calls that giving a function to a guest takes; remove dom0=pvh              from Xen's command line and boot again",
+            "dom0 is a PVH domain, to which Xen refuses calls that giving a function to a guest takes; remove dom0=pvh \
+             from Xen's command line and boot again",
         )),
         _ => Ok(()),
     }

@@ -44,7 +44,7 @@ impl<T> Answer<T> {
     /// # Safety
     /// The library must have put `count` values there.
     unsafe fn values(&self, count: u32) -> &[T] {
-        // SAFETY: promised by the caller; the memory lives as long as `self`.
+        // SAFETY: promised by the caller; the memory is valid as long as `self`.
         unsafe { slice::from_raw_parts(self.0.as_ptr(), count as usize) }
     }
 }
@@ -203,7 +203,7 @@ impl Within<'_> {
 
     fn delete(&self, path: &str) -> std::result::Result<(), Errno> {
         let path = c_string(path)?;
-        // SAFETY: the handle is open, and the path lives as long as the call.
+        // SAFETY: the handle is open, and the path is valid during the call.
         done(unsafe {
             self.store.libraries.store.xs_rm(self.store.handle(), self.transaction, path.as_ptr())
         })

@@ -35,7 +35,7 @@ pub enum Action {
     Added(u8),
     /// The function is published, but nobody in the guest looks for it yet.
     Waiting(u8),
-    /// The guest has let go of the function, or was overruled: it must be silent before the next action, which may have the
+    /// The guest has released the function, or its time is up: it must be silent before the next action, which may have the
     /// guest look at its bus again.
     Removed(u8),
     /// Something for the log: what the guest does wrong.

@@ -41,7 +41,7 @@ pub(super) struct CapabilityRules {
     pub guarded: bool,
 }
 
-/// The rules for a capability; `None` for one whose registers nobody knows.
+/// The rules for a capability; `None` for one whose registers are unknown.
 pub(super) fn rules(id: AnyId) -> Option<&'static CapabilityRules> {
     legacy::RULES.iter().chain(extended::RULES).find(|rules| rules.id == id)
 }

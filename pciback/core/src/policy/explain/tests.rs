@@ -2,7 +2,7 @@ use super::*;
 use crate::dump;
 use crate::policy::{Kind, PolicyFile, PolicySet, dumped_specs, obstacles};
 
-/// A network controller with power management at 0x40 and a capability that nobody knows at 0x50.
+/// A network controller with power management at 0x40 and an unknown capability at 0x50.
 fn dumped() -> String {
     let mut bytes = [0u8; 256];
     bytes[..0x10].copy_from_slice(&[0x86, 0x80, 0xca, 0x10, 6, 4, 0x10, 0, 1, 0, 0, 2, 0x10, 0, 0, 0]);

@@ -123,7 +123,7 @@ fn a_function_is_silent_before_the_guest_looks_again() {
 }
 
 #[test]
-fn a_guest_that_is_overruled_can_still_follow_later() {
+fn a_guest_whose_time_is_up_can_still_follow_later() {
     // It has not begun, or it has dropped the function but we have not heard of it, when the limit is over.
     for begun in [false, true] {
         let mut world = connected(&[0, 8]);
@@ -315,7 +315,7 @@ proptest! {
 
     /// A guest that writes anything into its nodes ends nothing but itself: its functions can be taken from it.
     #[test]
-    fn a_hostile_guest_can_be_overruled(happenings in prop::collection::vec(happening(true), 0..60)) {
+    fn a_hostile_guest_loses_its_function_in_time(happenings in prop::collection::vec(happening(true), 0..60)) {
         let mut world = World::new();
         for happening in &happenings {
             world.happen(happening);
