@@ -197,7 +197,7 @@ mod tests {
     #[test]
     fn what_is_no_call_is_answered_under_its_id_with_what_is_wrong() {
         for (line, id, said) in [
-            (&b"\xff\n"[..], 0, "no JSON"),
+            (&b"\xff\n"[..], 0, "not JSON"),
             (b"{\"id\":3}\n", 3, "version 1"),
             (b"{\"version\":2,\"id\":4,\"command\":\"status\"}\n", 4, "version 1"),
             (b"{\"version\":1,\"id\":5,\"command\":\"dance\"}\n", 5, "dance"),

@@ -148,11 +148,11 @@ mod tests {
             ("01:10.2,seize=1", "pci-assignable-add 0000:01:10.2"),
             ("01:10.2,rdm_policy=strict", "rdm-policy: strict"),
             ("01:10.2,name=nic", "is given twice"),
-            ("name=01:10.2", "no name"),
+            ("name=01:10.2", "not a name"),
             ("vslot=3", "has no function"),
             ("01:10.2,permissive=2", "is 0 or 1"),
             ("01:10.2,permissive", "KEY=VALUE"),
-            ("01:10.2,fast=1", "none of the options"),
+            ("01:10.2,fast=1", "unknown option"),
             ("01:10.*", "command of its own"),
         ] {
             let message = refused(text);

@@ -1,6 +1,7 @@
 //! What the documents say of the repository's files, tests and commands.
 
 mod commands_page;
+mod licences;
 
 use std::fs;
 use std::io;

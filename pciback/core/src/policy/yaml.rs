@@ -163,7 +163,7 @@ mod tests {
     #[test]
     fn what_is_no_tree_of_words_is_refused_where_it_stands() {
         assert_eq!(refused("a: &x 1\nb: *x\n"), "f.yaml:2:4: an alias: policy files use none");
-        assert_eq!(refused("a: [1\n"), "f.yaml:1:4: no YAML: unclosed bracket '['");
+        assert_eq!(refused("a: [1\n"), "f.yaml:1:4: not YAML: unclosed bracket '['");
         assert_eq!(refused("a: 1\n---\nb: 2\n"), "f.yaml:2:1: a second document: a policy file holds one");
         assert_eq!(refused("? [a]\n: 1\n"), "f.yaml:1:3: a list as a key: keys are words");
         let deep = format!("{}{}", "[".repeat(40), "]".repeat(40));
