@@ -82,6 +82,33 @@ fn the_files_that_the_documents_for_engineers_name_exist() {
     }
 }
 
+/// The files to which a document links, without those of the network.
+fn links(text: &str) -> Vec<&str> {
+    let targets = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+    let files = targets.filter_map(|target| target.split('#').next());
+    files.filter(|file| !file.is_empty() && !file.contains("://")).collect()
+}
+
+#[test]
+fn the_files_to_which_the_documents_link_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let mut followed = 0;
+    for folder in ["", "docs", "configs/policies"] {
+        for entry in fs::read_dir(root.join(folder)).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_none_or(|extension| extension != "md") {
+                continue;
+            }
+            let text = fs::read_to_string(&path).unwrap();
+            for link in links(&text) {
+                assert!(path.with_file_name(link).exists(), "{} links to {link}", path.display());
+                followed += 1;
+            }
+        }
+    }
+    assert!(followed > 30, "{followed}");
+}
+
 #[test]
 fn the_dashboard_and_the_document_name_metrics_that_there_are() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
