@@ -65,7 +65,7 @@ impl Engine {
     fn vfs_in(&self, pf: Sbdf, state: FunctionState) -> Result<Vec<Sbdf>, Failure> {
         let function = existing(self.platform.host.as_ref(), pf)?;
         if function.total_vfs == 0 {
-            return Err(Failure::refused(format!("{pf} is no PF: it has no VFs to choose from")).on(pf));
+            return Err(Failure::refused(format!("{pf} is not a PF: it has no VFs to choose from")).on(pf));
         }
         let vfs = function.virtual_functions.into_iter();
         Ok(vfs.filter(|vf| self.state(*vf) == state && !self.busy.contains(vf)).collect())
