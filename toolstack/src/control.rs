@@ -141,8 +141,8 @@ fn converse(stream: &UnixStream, inbox: &Inbox, peer: UnixCredentials) -> io::Re
 /// A call, or the id to answer under and what is wrong.
 fn parse(line: &[u8]) -> Result<Call, (u64, Failure)> {
     let usage = |id, message: String| (id, Failure::new(ErrorCode::Usage, message));
-    let value: serde_json::Value =
-        serde_json::from_slice(line).map_err(|error| usage(0, format!("the request is not JSON: {error}")))?;
+    let value: serde_json::Value = serde_json::from_slice(line)
+        .map_err(|error| usage(0, format!("the request is not JSON: {error}")))?;
     let id = value.get("id").and_then(serde_json::Value::as_u64).unwrap_or(0);
     let version = value.get("version").and_then(serde_json::Value::as_u64);
     if version != Some(u64::from(VERSION)) {

@@ -77,7 +77,8 @@ impl TryFrom<Entry> for Name {
 
 /// A Device Serial Number as lspci prints it.
 fn serial_of(text: &str) -> Result<u64, String> {
-    let wrong = || format!("'{text}' is not a serial number: write it as lspci does, 01-23-45-67-89-ab-cd-ef");
+    let wrong =
+        || format!("'{text}' is not a serial number: write it as lspci does, 01-23-45-67-89-ab-cd-ef");
     let digits: String = text.split('-').collect();
     let formed = text.len() == 23 && text.split('-').all(|byte| byte.len() == 2);
     let hexadecimal = digits.bytes().all(|digit| digit.is_ascii_hexdigit());

@@ -61,7 +61,9 @@ impl TryFrom<String> for Word {
             return Ok(Self(text));
         }
         let shown: String = text.chars().take(WORD_LIMIT).collect();
-        Err(format!("'{shown}' is not a name: a letter, then letters, digits, '-', '_' and '.', and not 'any'"))
+        Err(format!(
+            "'{shown}' is not a name: a letter, then letters, digits, '-', '_' and '.', and not 'any'"
+        ))
     }
 }
 

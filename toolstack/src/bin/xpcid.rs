@@ -249,7 +249,9 @@ fn boot_id() -> String {
     match fs::read_to_string("/proc/sys/kernel/random/boot_id") {
         Ok(id) => id.trim().to_owned(),
         Err(error) => {
-            warn!("read the boot id: {error}; the journal's records of guests are assumed to be of this boot");
+            warn!(
+                "read the boot id: {error}; the journal's records of guests are assumed to be of this boot"
+            );
             "unknown".to_owned()
         }
     }

@@ -71,7 +71,9 @@ impl FromStr for Place {
                 }
                 ("rdm_policy", "relaxed") => {}
                 ("rdm_policy", "strict") => {
-                    return Err(usage(format!("'{option}' is set in a policy: write 'rdm-policy: strict' there")));
+                    return Err(usage(format!(
+                        "'{option}' is set in a policy: write 'rdm-policy: strict' there"
+                    )));
                 }
                 ("seize", _) => seize = is_on(key, value)?.then_some(option),
                 _ => {

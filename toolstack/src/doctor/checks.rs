@@ -385,8 +385,9 @@ fn other_toolstack(examined: &Examined<'_>) -> Finding {
     }
     match given.is_empty() {
         true => good(check, "no guest has functions through xl"),
-        false => {
-            good(check, format!("guests have these through xl; xpci does not touch them: {}", given.join(", ")))
-        }
+        false => good(
+            check,
+            format!("guests have these through xl; xpci does not touch them: {}", given.join(", ")),
+        ),
     }
 }

@@ -34,8 +34,7 @@ impl Inbox {
                 }
             }));
             if let Err(panic) = done {
-                let text =
-                    format!("{named}: it ended by a bug in xpcid; restart xpcid and report its log");
+                let text = format!("{named}: it ended by a bug in xpcid; restart xpcid and report its log");
                 inbox.send(Event::Problem(Problem::new(Cause::Service, text)));
                 resume_unwind(panic);
             }

@@ -193,9 +193,8 @@ impl Engine {
         }
         for (domain, devfn, awaited) in late {
             if awaited == Awaited::FirstLook {
-                let text = format!(
-                    "domain {domain} has not connected yet; it will when its xen-pcifront is loaded"
-                );
+                let text =
+                    format!("domain {domain} has not connected yet; it will when its xen-pcifront is loaded");
                 self.answer(domain, devfn, |_| Some(Ok(Some(text))));
                 continue;
             }

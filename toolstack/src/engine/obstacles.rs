@@ -81,7 +81,9 @@ impl Workshop {
     /// Why no guest would get a function that was just held, because of what it shares with functions of others.
     pub(super) fn shares(&self, address: Sbdf) -> Vec<String> {
         match self.sharing().obstacles(address, None) {
-            Ok(found) => found.iter().map(|failure| format!("it cannot be attached yet: {failure}")).collect(),
+            Ok(found) => {
+                found.iter().map(|failure| format!("it cannot be attached yet: {failure}")).collect()
+            }
             Err(failure) => vec![format!("what it shares with other functions is unknown: {failure}")],
         }
     }

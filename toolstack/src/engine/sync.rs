@@ -96,7 +96,9 @@ impl Syncing {
         let failed = self.tried.iter().filter_map(|(address, tried)| {
             let given_up = if tried.times < TRIES { "" } else { "; given up, 'xpci sync' tries again" };
             let text = match &tried.failure {
-                Some(failure) => format!("{address} is not consistent in sysfs, Xen and xenstore: {failure}{given_up}"),
+                Some(failure) => {
+                    format!("{address} is not consistent in sysfs, Xen and xenstore: {failure}{given_up}")
+                }
                 None if given_up.is_empty() => return None,
                 None => format!("{address} was repaired {TRIES} times and is inconsistent again{given_up}"),
             };

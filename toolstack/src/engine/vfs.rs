@@ -363,8 +363,9 @@ fn destroy(workshop: &Workshop, address: Sbdf, progress: &dyn Fn(&str)) -> Resul
     if after != 0 {
         let failure =
             Failure::new(ErrorCode::Failed, format!("disable the VFs of {address}: {after} are still there"));
-        return Err(failure
-            .hint("the PF's driver refused, see dom0's kernel log: it counts a VF held by xen-pciback as in use"));
+        return Err(failure.hint(
+            "the PF's driver refused, see dom0's kernel log: it counts a VF held by xen-pciback as in use",
+        ));
     }
     workshop.take_from_stub(address)?;
     let message = format!("{address} has no VFs any more");

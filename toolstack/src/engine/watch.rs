@@ -228,7 +228,9 @@ impl Engine {
         }
         let address = record.address;
         let driver = function.driver.as_deref().unwrap_or("no driver");
-        warn!("{address}: it was taken from its holding driver and has {driver} now; it belongs to dom0 again");
+        warn!(
+            "{address}: it was taken from its holding driver and has {driver} now; it belongs to dom0 again"
+        );
         // Xen's quarantine domain must not own what a driver of dom0's uses.
         self.start(Course::Backward(Kind::Release, Parting::Dead), record, None, |record| {
             format!("{}: dom0's again", record.address)

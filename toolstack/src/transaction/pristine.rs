@@ -132,8 +132,9 @@ fn put_back(
             .on(address)
             .hint("the device may need a power cycle; then 'xpci quarantine clear'"));
     }
-    Ok((!reported.is_empty())
-        .then(|| format!("{address}: the next owner finds what the previous one wrote: {}", reported.join("; "))))
+    Ok((!reported.is_empty()).then(|| {
+        format!("{address}: the next owner finds what the previous one wrote: {}", reported.join("; "))
+    }))
 }
 
 /// Puts one register back and reads it; returns the bits that differ all the same.

@@ -215,7 +215,10 @@ fn settings_with_a_mistake_do_not_stop_a_service_that_has_run_before() {
     let status = daemon.xpci(&["status"]);
     let shown = String::from_utf8_lossy(&status.stdout);
     assert!(status.status.success(), "{shown}");
-    assert!(shown.contains("settings.yaml:2:1: 'holdr' is not a valid setting; did you mean 'holder'?"), "{shown}");
+    assert!(
+        shown.contains("settings.yaml:2:1: 'holdr' is not a valid setting; did you mean 'holder'?"),
+        "{shown}"
+    );
 }
 
 #[test]
@@ -247,7 +250,10 @@ fn settings_and_policies_are_checked_without_starting_anything() {
     std::fs::write(directory.path().join("policies/bad.yaml"), "profil: strict\n").unwrap();
     let (code, _, said) = check("");
     assert_eq!(code, Some(1), "{said}");
-    assert!(said.contains("bad.yaml:1:1: 'profil' is not a valid key of a policy; did you mean 'profile'?"), "{said}");
+    assert!(
+        said.contains("bad.yaml:1:1: 'profil' is not a valid key of a policy; did you mean 'profile'?"),
+        "{said}"
+    );
     assert!(!directory.path().join("run").exists() && !directory.path().join("state").exists());
 }
 

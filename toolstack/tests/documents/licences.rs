@@ -8,7 +8,8 @@ use serde_json::Value;
 
 /// The licences that `deny.toml` allows.
 fn allowed(text: &str) -> Vec<&str> {
-    let list = text.split("allow = [").nth(1).and_then(|rest| rest.split(']').next()).expect("a list 'allow'");
+    let list =
+        text.split("allow = [").nth(1).and_then(|rest| rest.split(']').next()).expect("a list 'allow'");
     list.split('"').skip(1).step_by(2).collect()
 }
 
@@ -26,7 +27,14 @@ fn the_licences_of_all_crates_are_allowed() {
     let allowed = allowed(&text);
     assert!(allowed.len() > 3, "{allowed:?}");
     let mut cargo = Command::new(env!("CARGO"));
-    cargo.args(["metadata", "--locked", "--format-version", "1", "--filter-platform", "x86_64-unknown-linux-gnu"]);
+    cargo.args([
+        "metadata",
+        "--locked",
+        "--format-version",
+        "1",
+        "--filter-platform",
+        "x86_64-unknown-linux-gnu",
+    ]);
     let output = cargo.current_dir(&root).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let metadata: Value = serde_json::from_slice(&output.stdout).unwrap();

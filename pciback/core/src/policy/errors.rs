@@ -91,7 +91,8 @@ fn number(key: &str, node: &Node, diagnostics: &mut Diagnostics) -> Option<u32> 
     let number = read::parse_number(found).filter(|number| (1..=most).contains(number));
     if number.is_none() {
         let found: String = found.chars().take(60).collect();
-        diagnostics.say(node.at, format!("'{found}' is not a valid {key}: a number from 1 to {most} is expected"));
+        diagnostics
+            .say(node.at, format!("'{found}' is not a valid {key}: a number from 1 to {most} is expected"));
     }
     number
 }
@@ -128,13 +129,19 @@ mod tests {
     #[test]
     fn mistakes_are_told_where_they_stand_with_what_was_meant() {
         for (text, expected) in [
-            ("errors: {fatl: log}", "f.yaml:1:10: 'fatl' is not a valid key of 'errors'; did you mean 'fatal'?"),
+            (
+                "errors: {fatl: log}",
+                "f.yaml:1:10: 'fatl' is not a valid key of 'errors'; did you mean 'fatal'?",
+            ),
             ("errors: {fatal: kill}", "f.yaml:1:17: 'kill' is not a valid action; it is one of"),
             (
                 "errors: {unanswered: tell-guest}",
                 "f.yaml:1:22: 'tell-guest' is not a valid action of last resort; it is one of log, reset",
             ),
-            ("errors: {answer-seconds: 0}", "'0' is not a valid answer-seconds: a number from 1 to 600 is expected"),
+            (
+                "errors: {answer-seconds: 0}",
+                "'0' is not a valid answer-seconds: a number from 1 to 600 is expected",
+            ),
             ("errors: {answer-seconds: -1}", "'-1' is not a valid answer-seconds"),
             ("errors: {mask-seconds: 86401}", "'86401' is not a valid mask-seconds"),
             ("errors: {mmio-enabled: yes}", "'yes' is not a valid switch; it is one of true, false"),

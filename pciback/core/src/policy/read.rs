@@ -100,7 +100,10 @@ pub fn number(node: &Node, what: &str, most: u32, diagnostics: &mut Diagnostics)
     let number = parse_number(found).filter(|number| *number <= most);
     if number.is_none() {
         let found: String = found.chars().take(60).collect();
-        diagnostics.say(node.at, format!("'{found}' is not a valid {what}: a number from 0 to {most:#x} is expected"));
+        diagnostics.say(
+            node.at,
+            format!("'{found}' is not a valid {what}: a number from 0 to {most:#x} is expected"),
+        );
     }
     number
 }

@@ -69,7 +69,8 @@ pub fn parse(text: &str, diagnostics: &mut Diagnostics) -> Option<Node> {
             Ok(event) => event,
             Err(error) => {
                 let marker = error.marker();
-                diagnostics.say(Spot::new(marker.line(), marker.col()), format!("not YAML: {}", error.info()));
+                diagnostics
+                    .say(Spot::new(marker.line(), marker.col()), format!("not YAML: {}", error.info()));
                 return None;
             }
         };

@@ -208,7 +208,10 @@ fn resets_and_reserved_memory_are_read_and_mistyped_words_are_refused_with_the_n
     assert_eq!(file.reset.together, Some(true));
     assert_eq!((file.reset.none, file.rdm), (Some(WithoutReset::Permit), Some(RdmPolicy::Strict)));
     for (text, message) in [
-        ("reset: {methods: [flr, buss]}\n", "1:24: 'buss' is not a valid method of reset; did you mean 'bus'?"),
+        (
+            "reset: {methods: [flr, buss]}\n",
+            "1:24: 'buss' is not a valid method of reset; did you mean 'bus'?",
+        ),
         ("reset: {method: bus}\n", "1:9: 'method' is not a valid key of 'reset'; did you mean 'methods'?"),
         ("reset: {together: yes}\n", "1:19: 'yes' is not a valid switch; it is one of true, false"),
         ("reset: {methods: []}\n", "1:18: an empty list: no method would be accepted"),
