@@ -1,5 +1,7 @@
 //! What the documents say of the repository's files, tests and commands.
 
+#![expect(clippy::unwrap_used, reason = "a test that fails says so by panicking")]
+
 mod commands_page;
 mod licences;
 
