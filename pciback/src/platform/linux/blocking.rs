@@ -248,9 +248,19 @@ fn leave(mut writer: Writer, path: PathBuf, finished: impl FnOnce() + Send + 'st
     }
 }
 
+/// Makes a script that can be run at once. Another process writes it: a descriptor of this one, open for writing, would be inherited by what
+/// other tests start meanwhile, and the kernel runs no file that is open for writing (`ETXTBSY`).
+#[cfg(test)]
+pub(super) fn make_script(path: &Path, text: &str) {
+    let mut install = Command::new("install");
+    let mut install =
+        install.args(["-m", "755", "/dev/stdin"]).arg(path).stdin(Stdio::piped()).spawn().unwrap();
+    install.stdin.take().unwrap().write_all(format!("#!/bin/sh\n{text}\n").as_bytes()).unwrap();
+    assert!(install.wait().unwrap().success(), "{}", path.display());
+}
+
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -259,8 +269,7 @@ mod tests {
     /// A program that stands for the service's own.
     fn script(directory: &Path, text: &str) -> Blocking {
         let path = directory.join("program");
-        fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        make_script(&path, text);
         Blocking::new(Some(path))
     }
 

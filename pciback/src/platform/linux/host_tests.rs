@@ -8,6 +8,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::config::Access;
+use crate::platform::linux::blocking::make_script;
 
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -282,14 +283,11 @@ fn config_space_is_opened_by_address() {
 /// The kernel shows `driver_override` only when a reset has ended; asking for it would block the asker as long.
 #[test]
 fn a_function_is_read_without_waiting_while_it_is_reset() {
-    use std::os::unix::fs::PermissionsExt as _;
-
     let tree = Tree::new();
     let fifo = tree.path("fifo");
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let program = tree.path("program");
-    fs::write(&program, format!("#!/bin/sh\nread line < {}; echo 0\n", fifo.display())).unwrap();
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    make_script(&program, &format!("read line < {}; echo 0", fifo.display()));
     let host = tree.host();
     host.set_driver_override(VF, Some("pci-stub")).unwrap();
     let host = host.with_child(program);
