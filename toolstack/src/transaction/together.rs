@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use log::{info, warn};
+use pciback::config::ConfigSpace;
 use pciback::containment::radius::Bridge;
 use pciback::live::{self, Canary, KeptRegisters, Switch};
 use pciback::platform::{Host, HostFunction, Platform};
@@ -314,6 +315,34 @@ fn make_quiet(host: &dyn Host, address: Sbdf) -> Result<(), Failure> {
         .map_err(|error| config_failure("switch bus mastering and interrupts off in", address, &error))
 }
 
+/// A function before the reset of its bus: nothing of it is active, its registers are noted, and one of them is marked.
+struct Marked<'a> {
+    function: &'a HostFunction,
+    config: Box<dyn ConfigSpace>,
+    kept: KeptRegisters,
+    canary: Option<Canary>,
+}
+
+impl<'a> Marked<'a> {
+    fn new(host: &dyn Host, function: &'a HostFunction) -> Result<Self, Failure> {
+        let address = function.address;
+        make_quiet(host, address)?;
+        let config = host.config(address)?;
+        let kept = KeptRegisters::read(config.as_ref())
+            .map_err(|error| config_failure("note the registers before the reset of", address, &error))?;
+        let canary = Canary::set(config.as_ref())
+            .map_err(|error| config_failure("mark a register before the reset of", address, &error))?;
+        Ok(Self { function, config, kept, canary })
+    }
+
+    /// Clears a mark that no reset has cleared.
+    fn clear(&self) {
+        if let Some(Err(error)) = self.canary.map(|canary| canary.remove(self.config.as_ref())) {
+            warn!("{}: clear the mark from before the reset of its bus: {error}", self.function.address);
+        }
+    }
+}
+
 /// Resets all functions on the bus of one, makes sure that each is reset, and puts their registers back. The caller has waited for its turn.
 fn reset_bus(context: &Context<'_>, plan: &ResetPlan, function: &HostFunction) -> Result<(), Failure> {
     let (host, address) = (context.platform.host.as_ref(), function.address);
@@ -322,27 +351,27 @@ fn reset_bus(context: &Context<'_>, plan: &ResetPlan, function: &HostFunction) -
     let buses = context.buses();
     buses.refuse_bus(&bus, &buses.taken(&bus, address)?, address)?;
     info!("{address}: resetting all {} functions below {}", bus.functions.len(), bus.bridge);
-    let mut marked = Vec::new();
+    let mut marked: Vec<Marked<'_>> = Vec::new();
     for function in &bus.functions {
         context.fresh.known().remove(&function.address);
-        make_quiet(host, function.address)?;
-        let config = host.config(function.address)?;
-        let failed =
-            |error| config_failure("note the registers before the reset of", function.address, &error);
-        let kept = KeptRegisters::read(config.as_ref()).map_err(failed)?;
-        let canary = Canary::set(config.as_ref()).map_err(|error| {
-            config_failure("mark a register before the reset of", function.address, &error)
-        })?;
-        marked.push((function, config, kept, canary));
+        match Marked::new(host, function) {
+            Ok(function) => marked.push(function),
+            Err(failure) => {
+                // Without the reset that would clear them, the marks are removed.
+                marked.iter().for_each(Marked::clear);
+                return Err(failure);
+            }
+        }
     }
     let bridge = host.config(bus.bridge)?;
     let reset = live::reset_secondary_bus(bridge.as_ref())
         .map_err(|error| config_failure("reset the bus below", bus.bridge, &error).on(address));
     let limit = Duration::from_secs(plan.answer_seconds);
     let mut outcome = reset;
-    for (function, config, kept, canary) in marked {
+    for one in marked {
+        let Marked { function, config, kept, canary } = &one;
         // One that fails keeps no other from getting its registers back.
-        let verified = verify_all(config.as_ref(), plan, canary, function.address, limit);
+        let verified = verify_all(config.as_ref(), plan, *canary, function.address, limit);
         let put_back = kept
             .write_back(config.as_ref())
             .map_err(|error| config_failure("restore the registers of", function.address, &error))
@@ -350,10 +379,8 @@ fn reset_bus(context: &Context<'_>, plan: &ResetPlan, function: &HostFunction) -
         let silenced = live::set_intx(config.as_ref(), Switch::Off)
             .map(drop)
             .map_err(|error| config_failure("disable INTx of", function.address, &error));
-        if verified.is_err()
-            && let Some(Err(error)) = canary.map(|canary| canary.remove(config.as_ref()))
-        {
-            warn!("{}: clear the mark that the reset left: {error}", function.address);
+        if verified.is_err() {
+            one.clear();
         }
         let done = verified.and(put_back).and(silenced);
         if done.is_ok() && outcome.is_ok() {

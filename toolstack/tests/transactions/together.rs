@@ -230,6 +230,20 @@ fn a_reset_of_the_bus_without_effect_on_one_function_quarantines() {
     world.assert_held(&service, gpu, "cleared");
 }
 
+/// A register of each function is marked before the reset, which shows by it that it reached the function.
+#[test]
+fn a_function_that_does_not_answer_before_the_reset_leaves_no_mark_in_the_other_one() {
+    let (world, [gpu, audio]) = (World::of(HOST), both());
+    let service = held(&world);
+    let command_and_status_excepted =
+        || [world.simulation.peek(gpu, 0, 4), world.simulation.peek(gpu, 8, 248)];
+    let before = command_and_status_excepted();
+    world.simulation.silence(audio, true);
+    let text = service.attach(WEB, gpu).unwrap_err().to_string();
+    assert!(text.contains("01:00.1"), "{text}");
+    assert_eq!(command_and_status_excepted(), before);
+}
+
 #[test]
 fn a_hot_plug_slot_is_not_reset_because_the_kernel_would_take_that_for_a_removal() {
     let (world, [gpu, _]) = (World::of(HOST), both());
