@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::Device;
 use crate::durable;
-use crate::journal::{JournalError, VERSION};
+use crate::journal::{JournalError, VERSION, parse_versioned};
 use crate::outcome::{ErrorCode, Failure};
 
 /// The file is no longer than this, in bytes: 8192 functions have about half of that.
@@ -120,17 +120,12 @@ impl Wishes {
 
 fn read(path: &Path) -> Result<Vec<Wish>, JournalError> {
     let failed = |source| JournalError::Io { action: "read", path: path.to_owned(), source };
-    let malformed = |reason| JournalError::Malformed { path: path.to_owned(), reason };
     let mut text = String::new();
     match File::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         file => file.and_then(|file| file.take(SIZE_LIMIT).read_to_string(&mut text)).map_err(failed)?,
     };
-    let kept: Kept = serde_json::from_str(&text).map_err(|error| malformed(error.to_string()))?;
-    match kept.version {
-        VERSION => Ok(kept.wishes),
-        other => Err(malformed(format!("it has version {other}, this xpcid reads {VERSION}"))),
-    }
+    parse_versioned(path, &text, |kept: &Kept| kept.version).map(|kept| kept.wishes)
 }
 
 #[cfg(test)]

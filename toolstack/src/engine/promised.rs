@@ -163,12 +163,8 @@ impl Engine {
     ) -> Option<Failure> {
         let own: Vec<&String> = self.settings.guest(name.as_deref(), *uuid).collect();
         let other = self.promised_to(function).filter(|guest| !own.contains(guest))?;
-        let text = format!("{} is kept for guest '{other}' by the settings (guests)", function.address);
-        Some(
-            Failure::refused(text)
-                .on(function.address)
-                .hint("change 'guests' in xpcid.yaml, then restart xpcid"),
-        )
+        let refusal = kept_by_settings(function.address, other);
+        Some(refusal.hint("change 'guests' in xpcid.yaml, then restart xpcid"))
     }
 
     /// The guest to which the settings give a function, as they call it.
@@ -177,4 +173,9 @@ impl Engine {
         let means = |one: &Assigned| names::means_one(host, names, &one.target, function);
         self.settings.guests.iter().find(|(_, functions)| functions.iter().any(means)).map(|(guest, _)| guest)
     }
+}
+
+/// That the settings give a function to a guest, as they call it.
+pub(super) fn kept_by_settings(address: Sbdf, guest: &str) -> Failure {
+    Failure::refused(format!("{address} is kept for guest '{guest}' by the settings (guests)")).on(address)
 }

@@ -6,6 +6,7 @@ use pciback::{DomId, Sbdf, Uuid};
 
 use super::Engine;
 use super::lists::persistent_view;
+use super::promised::kept_by_settings;
 use super::requests::Plan;
 use super::tasks::Course;
 use crate::domains;
@@ -66,8 +67,7 @@ impl Engine {
             None => {
                 let function = existing(self.platform.host.as_ref(), address)?;
                 let Some(guest) = self.promised_to(&function) else { return Ok(()) };
-                let text = format!("{address} is kept for guest '{guest}' by the settings (guests)");
-                Err(Failure::refused(text).on(address).hint("change 'guests' in xpcid.yaml, or use --force"))
+                Err(kept_by_settings(address, guest).hint("change 'guests' in xpcid.yaml, or use --force"))
             }
         }
     }

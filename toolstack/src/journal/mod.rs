@@ -202,7 +202,7 @@ pub(crate) fn entries(directory: &Path) -> Result<Vec<PathBuf>, JournalError> {
 pub(crate) fn read_entry<T: DeserializeOwned>(
     path: &Path,
     limit: u64,
-    about: impl FnOnce(&T) -> (u32, Sbdf),
+    about: impl Fn(&T) -> (u32, Sbdf),
 ) -> Result<T, JournalError> {
     let error = |source| JournalError::Io { action: "read", path: path.to_owned(), source };
     let mut text = String::new();
@@ -213,18 +213,29 @@ pub(crate) fn read_entry<T: DeserializeOwned>(
 fn parse<T: DeserializeOwned>(
     path: &Path,
     text: &str,
-    about: impl FnOnce(&T) -> (u32, Sbdf),
+    about: impl Fn(&T) -> (u32, Sbdf),
+) -> Result<T, JournalError> {
+    let entry = parse_versioned(path, text, |entry| about(entry).0)?;
+    let (_, address) = about(&entry);
+    if path.file_stem().and_then(|stem| stem.to_str()) != Some(address.to_string().as_str()) {
+        let reason = format!("it is about {address}");
+        return Err(JournalError::Malformed { path: path.to_owned(), reason });
+    }
+    Ok(entry)
+}
+
+/// What a file of the service's has, when it is of this version.
+pub(crate) fn parse_versioned<T: DeserializeOwned>(
+    path: &Path,
+    text: &str,
+    version: impl FnOnce(&T) -> u32,
 ) -> Result<T, JournalError> {
     let malformed = |reason: String| JournalError::Malformed { path: path.to_owned(), reason };
     let entry: T = serde_json::from_str(text).map_err(|error| malformed(error.to_string()))?;
-    let (version, address) = about(&entry);
-    if version != VERSION {
-        return Err(malformed(format!("it has version {version}, this xpcid reads {VERSION}")));
+    match version(&entry) {
+        VERSION => Ok(entry),
+        other => Err(malformed(format!("it has version {other}, this xpcid reads {VERSION}"))),
     }
-    if path.file_stem().and_then(|stem| stem.to_str()) != Some(address.to_string().as_str()) {
-        return Err(malformed(format!("it is about {address}")));
-    }
-    Ok(entry)
 }
 
 /// The record in a file; `None`: its bytes never reached the disk before the power failed, so it is of an earlier boot and says nothing.

@@ -36,8 +36,16 @@ pub fn reset_and_verify(
     plan: &ResetPlan,
     function: &HostFunction,
 ) -> Result<Option<String>, Failure> {
+    reset_in_this_way(platform, plan, function, way(platform.host.as_ref(), plan, function)?)
+}
+
+fn reset_in_this_way(
+    platform: &Platform,
+    plan: &ResetPlan,
+    function: &HostFunction,
+    way: Way,
+) -> Result<Option<String>, Failure> {
     let (host, address) = (platform.host.as_ref(), function.address);
-    let way = way(host, plan, function)?;
     // Quiet before the reset: Linux saves Command and writes it back afterwards.
     let quiet = live::clear_bus_master(host.config(address)?.as_ref());
     quiet.map_err(|error| config_failure("quiesce", address, &error))?;
@@ -63,10 +71,8 @@ pub fn reset_and_verify(
     let limit = Duration::from_secs(plan.answer_seconds);
     let verified =
         reset.map_err(Failure::from).and_then(|()| verify_all(config.as_ref(), plan, canary, address, limit));
-    if verified.is_err()
-        && let Some(Err(error)) = canary.map(|canary| canary.remove(config.as_ref()))
-    {
-        warn!("{address}: clear the mark that the reset left: {error}");
+    if verified.is_err() {
+        clear_mark(canary, config.as_ref(), address);
     }
     verified?;
     place_bars(config.as_ref(), function)?;
@@ -74,6 +80,13 @@ pub fn reset_and_verify(
     live::set_intx(config.as_ref(), Switch::Off)
         .map(|_| said)
         .map_err(|error| config_failure("disable INTx of", address, &error))
+}
+
+/// Clears a mark that no reset has cleared.
+pub(super) fn clear_mark(canary: Option<Canary>, config: &dyn ConfigSpace, address: Sbdf) {
+    if let Some(Err(error)) = canary.map(|canary| canary.remove(config)) {
+        warn!("{address}: clear the mark that the reset left: {error}");
+    }
 }
 
 /// The addresses that Linux gave the BARs, where a reset of the link has taken them: the reset above has then kept what was no longer
@@ -225,8 +238,9 @@ pub(super) fn run(context: &Context<'_>, record: &mut Record) -> Result<Option<S
     (context.progress)(&format!("resetting {}", record.address));
     let function = context.platform.host.function(record.address)?;
     let plan = plan_for(&context.settings.reset, context.policies, &function);
-    if way(context.platform.host.as_ref(), &plan, &function)? != Way::Together {
-        return reset_and_verify(context.platform, &plan, &function);
+    let way = way(context.platform.host.as_ref(), &plan, &function)?;
+    if way != Way::Together {
+        return reset_in_this_way(context.platform, &plan, &function, way);
     }
     match record.transaction.as_ref() {
         Some(Progress { kind: Kind::Attach, undoing: false, .. }) => {

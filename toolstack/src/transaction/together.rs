@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use log::{info, warn};
+use log::info;
 use pciback::config::ConfigSpace;
 use pciback::containment::radius::Bridge;
 use pciback::live::{self, Canary, KeptRegisters, Switch};
@@ -17,7 +17,7 @@ use pciback::policy::{PolicySet, Subject};
 use pciback::{DomId, Sbdf};
 
 use super::hold::{holder_of, is_a_guests};
-use super::reset::{Way, config_failure, place_bars, plan_for, verify_all, way};
+use super::reset::{Way, clear_mark, config_failure, place_bars, plan_for, verify_all, way};
 use super::{Context, guest_of};
 use crate::journal::{Journal, Owner, Record};
 use crate::outcome::{Failure, few};
@@ -150,6 +150,13 @@ impl Taken {
 }
 
 impl Buses<'_> {
+    /// The bus that a function is on, and what keeps it from being reset.
+    fn around(&self, address: Sbdf) -> Result<(Bus, Taken), Failure> {
+        let bus = Bus::of(self.platform.host.as_ref(), address)?;
+        let taken = self.taken(&bus, address)?;
+        Ok((bus, taken))
+    }
+
     fn taken(&self, bus: &Bus, address: Sbdf) -> Result<Taken, Failure> {
         let owners = self.journal.owners().clone();
         let mut taken = Taken::default();
@@ -187,8 +194,7 @@ impl Buses<'_> {
         if way(host, plan, function)? != Way::Together {
             return Ok(());
         }
-        let bus = Bus::of(host, function.address)?;
-        let taken = self.taken(&bus, function.address)?;
+        let (bus, taken) = self.around(function.address)?;
         if taken.only_by(domain) && self.fresh.has(function) {
             return Ok(());
         }
@@ -269,8 +275,7 @@ pub(super) fn prepare(
 ) -> Result<Option<String>, Failure> {
     let _turn = context.fresh.wait();
     let address = function.address;
-    let bus = Bus::of(context.platform.host.as_ref(), address)?;
-    let taken = context.buses().taken(&bus, address)?;
+    let (_, taken) = context.buses().around(address)?;
     if !(context.fresh.has(function) && taken.only_by(Some(guest_of(record)?))) {
         reset_bus(context, plan, function)?;
     }
@@ -289,15 +294,14 @@ pub(super) fn restore(
 ) -> Result<Option<String>, Failure> {
     let _turn = context.fresh.wait();
     let address = function.address;
-    let bus = Bus::of(context.platform.host.as_ref(), address)?;
-    let taken = context.buses().taken(&bus, address)?;
+    let (_, taken) = context.buses().around(address)?;
     let domain = record.guest.map(|guest| guest.domain);
     if domain.is_none() || taken.guests.is_empty() || !taken.only_by(domain) {
         reset_bus(context, plan, function)?;
         record.unreset = false;
         return Ok(None);
     }
-    make_quiet(context.platform.host.as_ref(), address)?;
+    make_quiet(context.platform.host.config(address)?.as_ref(), address)?;
     record.unreset = true;
     context.write(record)?;
     // From here on the last one of the guest's may have it reset.
@@ -309,8 +313,8 @@ pub(super) fn restore(
     )))
 }
 
-fn make_quiet(host: &dyn Host, address: Sbdf) -> Result<(), Failure> {
-    live::switch_off(host.config(address)?.as_ref())
+fn make_quiet(config: &dyn ConfigSpace, address: Sbdf) -> Result<(), Failure> {
+    live::switch_off(config)
         .map(drop)
         .map_err(|error| config_failure("switch bus mastering and interrupts off in", address, &error))
 }
@@ -326,8 +330,8 @@ struct Marked<'a> {
 impl<'a> Marked<'a> {
     fn new(host: &dyn Host, function: &'a HostFunction) -> Result<Self, Failure> {
         let address = function.address;
-        make_quiet(host, address)?;
         let config = host.config(address)?;
+        make_quiet(config.as_ref(), address)?;
         let kept = KeptRegisters::read(config.as_ref())
             .map_err(|error| config_failure("note the registers before the reset of", address, &error))?;
         let canary = Canary::set(config.as_ref())
@@ -337,19 +341,17 @@ impl<'a> Marked<'a> {
 
     /// Clears a mark that no reset has cleared.
     fn clear(&self) {
-        if let Some(Err(error)) = self.canary.map(|canary| canary.remove(self.config.as_ref())) {
-            warn!("{}: clear the mark from before the reset of its bus: {error}", self.function.address);
-        }
+        clear_mark(self.canary, self.config.as_ref(), self.function.address);
     }
 }
 
 /// Resets all functions on the bus of one, makes sure that each is reset, and puts their registers back. The caller has waited for its turn.
 fn reset_bus(context: &Context<'_>, plan: &ResetPlan, function: &HostFunction) -> Result<(), Failure> {
     let (host, address) = (context.platform.host.as_ref(), function.address);
-    let bus = Bus::of(host, address)?;
-    // Something may have changed hands since somebody asked.
     let buses = context.buses();
-    buses.refuse_bus(&bus, &buses.taken(&bus, address)?, address)?;
+    // Something may have changed hands since somebody asked.
+    let (bus, taken) = buses.around(address)?;
+    buses.refuse_bus(&bus, &taken, address)?;
     info!("{address}: resetting all {} functions below {}", bus.functions.len(), bus.bridge);
     let mut marked: Vec<Marked<'_>> = Vec::new();
     for function in &bus.functions {
