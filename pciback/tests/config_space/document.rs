@@ -8,6 +8,7 @@ use pciback::config::{
     Segment, Treatment,
 };
 use pciback::spec::{self, Field, Group, Kind, Register, header};
+use xpci_test_support::reviewed;
 
 use crate::devices;
 use crate::peers;
@@ -281,15 +282,7 @@ fn document() -> String {
 #[test]
 fn the_document_says_what_the_filter_does() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/capabilities.md");
-    let document = document();
-    if std::env::var_os("XPCI_BLESS").is_some() {
-        std::fs::write(path, &document).unwrap();
-    }
-    let written = std::fs::read_to_string(path).unwrap();
-    for (line, (found, expected)) in document.lines().zip(written.lines()).enumerate() {
-        assert_eq!(found, expected, "line {}", line + 1);
-    }
-    assert_eq!(document.len(), written.len());
+    reviewed::assert_is(path, &document()).unwrap();
 }
 
 #[test]

@@ -7,6 +7,7 @@ use pciback::config::{
     AnyId, CapabilityAction, CapabilityOverride, FunctionSpec, Origin, Planes, Policy, Rule,
 };
 use pciback::spec;
+use xpci_test_support::reviewed;
 
 use crate::devices;
 
@@ -147,13 +148,5 @@ fn table() -> String {
 #[test]
 fn the_built_in_rules_are_as_they_were_reviewed() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/config_space/rules.txt");
-    let table = table();
-    if std::env::var_os("XPCI_BLESS").is_some() {
-        std::fs::write(path, &table).unwrap();
-    }
-    let reviewed = std::fs::read_to_string(path).unwrap();
-    for (line, (found, expected)) in table.lines().zip(reviewed.lines()).enumerate() {
-        assert_eq!(found, expected, "line {}", line + 1);
-    }
-    assert_eq!(table.len(), reviewed.len());
+    reviewed::assert_is(path, &table()).unwrap();
 }

@@ -5,6 +5,7 @@ use std::fmt::Write;
 use clap::builder::StyledStr;
 use clap::{Arg, Command, CommandFactory};
 use toolstack::cli::{Cli, ServiceArguments};
+use xpci_test_support::reviewed;
 
 const INTRODUCTION: &str = "# Commands
 
@@ -136,13 +137,5 @@ fn document() -> String {
 #[test]
 fn the_page_of_commands_is_what_the_programs_say_of_themselves() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/commands.md");
-    let document = document();
-    if std::env::var_os("XPCI_BLESS").is_some() {
-        std::fs::write(path, &document).unwrap();
-    }
-    let written = std::fs::read_to_string(path).unwrap();
-    for (line, (found, expected)) in document.lines().zip(written.lines()).enumerate() {
-        assert_eq!(found, expected, "docs/commands.md, line {}: XPCI_BLESS=1 writes it anew", line + 1);
-    }
-    assert_eq!(document.len(), written.len());
+    reviewed::assert_is(path, &document()).unwrap();
 }

@@ -4,7 +4,7 @@ use pciback::FunctionState;
 use toolstack::outcome::{ErrorCode, Failure};
 use toolstack::protocol::Success;
 
-use crate::world::{WEB, World, bdf};
+use crate::world::{WEB, World, bdf, warnings};
 
 /// A USB controller that Linux cannot reset, a card alone on its bus, and two on one bus.
 const HOST: &str = r#"
@@ -37,13 +37,6 @@ domains:
   - {id: 2, name: db, type: pv, passthrough: true}
 "#;
 
-fn said(answer: Result<Success, Failure>) -> String {
-    match answer.unwrap() {
-        Success::Changed { warnings, .. } => warnings.join("; "),
-        other => panic!("{other:?}"),
-    }
-}
-
 fn refusal(answer: Result<Success, Failure>) -> String {
     let failure = answer.unwrap_err();
     assert_eq!(failure.code, ErrorCode::Refused, "{failure}");
@@ -54,7 +47,7 @@ fn refusal(answer: Result<Success, Failure>) -> String {
 fn a_function_that_cannot_be_reset_is_named_when_it_is_held_and_the_hint_of_attach_helps() {
     let (world, usb) = (World::of(HOST), bdf("00:14.0"));
     let service = world.start();
-    let held = said(service.hold(usb));
+    let held = warnings(service.hold(usb));
     assert!(held.contains("0000:00:14.0 cannot be attached as it is: reset 0000:00:14.0"), "{held}");
     let refused = refusal(service.attach(WEB, usb));
     for text in [&held, &refused] {
@@ -66,15 +59,15 @@ fn a_function_that_cannot_be_reset_is_named_when_it_is_held_and_the_hint_of_atta
 
     let service = world.start_with(&["match: {class: '0c03'}\nreset: {none: permit}\n"]);
     for round in 0..2 {
-        let attached = said(service.attach(WEB, usb));
+        let attached = warnings(service.attach(WEB, usb));
         assert!(attached.contains("0000:00:14.0 changes hands without a reset"), "{round}: {attached}");
         assert_eq!(service.state(usb), FunctionState::Attached);
-        let detached = said(service.detach(WEB, usb));
+        let detached = warnings(service.detach(WEB, usb));
         assert!(detached.contains("0000:00:14.0 changes hands without a reset"), "{round}: {detached}");
         world.assert_held(&service, usb, "detached");
     }
     service.release(usb).unwrap();
-    let held = said(service.hold(usb));
+    let held = warnings(service.hold(usb));
     assert!(!held.contains("cannot be attached"), "{held}");
 }
 
@@ -82,7 +75,7 @@ fn a_function_that_cannot_be_reset_is_named_when_it_is_held_and_the_hint_of_atta
 fn a_permit_to_go_without_a_reset_does_not_replace_one_that_linux_has() {
     let (world, card) = (World::of(HOST), bdf("02:00.0"));
     let service = world.start_with(&["match: {class: '0280'}\nreset: {none: permit}\n"]);
-    let held = said(service.hold(card));
+    let held = warnings(service.hold(card));
     let refused = refusal(service.attach(WEB, card));
     for text in [held, refused] {
         assert!(text.contains("Linux offers 'bus' first"), "{text}");
@@ -94,9 +87,9 @@ fn a_permit_to_go_without_a_reset_does_not_replace_one_that_linux_has() {
 fn a_policy_accepts_a_reset_of_the_bus_of_a_function_that_is_alone_there() {
     let (world, alone, not_alone) = (World::of(HOST), bdf("02:00.0"), bdf("03:00.0"));
     let service = world.start_with(&["match: {class: '0280'}\nreset: {methods: [flr, bus]}\n"]);
-    let held = said(service.hold(alone));
+    let held = warnings(service.hold(alone));
     assert!(!held.contains("cannot be attached"), "{held}");
-    let attached = said(service.attach(WEB, alone));
+    let attached = warnings(service.attach(WEB, alone));
     assert!(!attached.contains("without a reset"), "{attached}");
     service.detach(WEB, alone).unwrap();
     world.assert_held(&service, alone, "detached");

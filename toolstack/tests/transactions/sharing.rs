@@ -6,7 +6,7 @@ use toolstack::outcome::{ErrorCode, Failure};
 use toolstack::protocol::{Request, Success};
 
 use crate::frontend::Frontend;
-use crate::world::{DB, Service, WEB, World, attachment, bdf, dry_run};
+use crate::world::{DB, Service, WEB, World, attachment, bdf, dry_run, warnings};
 
 /// Two with small BARs in one page, two functions of one device, and three on one interrupt line, of which the last has no messages.
 const HOST: &str = r#"
@@ -54,13 +54,6 @@ fn refusal(answer: Result<Success, Failure>) -> String {
     let failure = answer.unwrap_err();
     assert_eq!(failure.code, ErrorCode::Refused, "{failure}");
     format!("{failure} {:?}", failure.obstacles)
-}
-
-fn said(answer: Result<Success, Failure>) -> String {
-    match answer.unwrap() {
-        Success::Changed { warnings, .. } => warnings.join("; "),
-        other => panic!("{other:?}"),
-    }
 }
 
 fn obstacles(service: &Service, address: Sbdf) -> String {
@@ -155,7 +148,7 @@ fn a_line_that_dom0_uses_is_not_given_to_a_guest_whose_function_can_send_message
     let service = world.start();
     service.hold(one).unwrap();
     assert_eq!(obstacles(&service, one), "[]");
-    let warned = said(service.attach(WEB, one));
+    let warned = warnings(service.attach(WEB, one));
     assert!(
         warned.contains("without its interrupt line 20, which 0000:00:06.0 (dom0's, with e1000e)"),
         "{warned}"
@@ -190,7 +183,7 @@ fn a_function_without_messages_is_refused_where_its_line_is_shared() {
     }
     service.attach(WEB, old).unwrap();
     assert!(world.simulation.grants(WEB).lines.contains(&LINE), "nobody else uses it now");
-    let warned = said(service.attach(DB, bdf(ON_LINE[0])));
+    let warned = warnings(service.attach(DB, bdf(ON_LINE[0])));
     assert!(warned.contains("0000:00:07.0 (domain 1's)"), "{warned}");
     assert!(world.simulation.grants(DB).lines.is_empty());
     let refused = refusal(service.release(bdf(ON_LINE[1])));
@@ -204,14 +197,14 @@ fn holding_a_function_warns_of_what_an_attachment_would_be_refused_for() {
     for (held, shares) in
         [(IN_PAGE[0], "a page of memory"), (IN_DEVICE[0], ""), (WITHOUT_MESSAGES, "line 20")]
     {
-        let warned = said(service.hold(bdf(held)));
+        let warned = warnings(service.hold(bdf(held)));
         let refused = refusal(service.attach(WEB, bdf(held)));
         assert!(warned.contains("it cannot be attached yet") && warned.contains(shares), "{held}: {warned}");
         assert!(refused.contains(shares), "{held}: {refused}");
     }
     // One is attached without its line; of the others, both are held now.
     for held in [ON_LINE[0], IN_PAGE[1], IN_DEVICE[1]] {
-        let warned = said(service.hold(bdf(held)));
+        let warned = warnings(service.hold(bdf(held)));
         assert!(!warned.contains("cannot be attached"), "{held}: {warned}");
     }
 }
@@ -221,7 +214,7 @@ fn a_shared_line_that_a_policy_permits_is_given() {
     let (world, one) = (World::of(HOST), bdf(ON_LINE[0]));
     let service = world.start_with(&["match: {vendor: 8086}\npermit: [shared-line]\n"]);
     service.hold(one).unwrap();
-    let warned = said(service.attach(WEB, one));
+    let warned = warnings(service.attach(WEB, one));
     assert!(!warned.contains("interrupt line"), "{warned}");
     assert!(world.simulation.grants(WEB).lines.contains(&LINE));
 }

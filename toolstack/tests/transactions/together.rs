@@ -6,7 +6,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 use toolstack::outcome::{ErrorCode, Failure};
 use toolstack::protocol::{Placed, Request, Success};
 
-use crate::world::{DB, Service, WEB, World, bdf, name, wait_until};
+use crate::world::{DB, Service, WEB, World, bdf, name, wait_until, warnings};
 
 /// A graphics card with its audio function, neither of which can be reset alone.
 const HOST: &str = r#"
@@ -69,13 +69,6 @@ fn held(world: &World) -> Service {
         service.hold(address).unwrap();
     }
     service
-}
-
-fn warnings(answer: Result<Success, Failure>) -> String {
-    match answer.unwrap() {
-        Success::Changed { warnings, .. } => warnings.join("; "),
-        other => panic!("{other:?}"),
-    }
 }
 
 fn refusal(answer: Result<Success, Failure>) -> String {

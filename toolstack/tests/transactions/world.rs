@@ -40,6 +40,14 @@ pub fn bdf(text: &str) -> Sbdf {
     text.parse().unwrap()
 }
 
+/// The warnings of a change that was made.
+pub fn warnings(answer: Result<Success, Failure>) -> String {
+    match answer.unwrap() {
+        Success::Changed { warnings, .. } => warnings.join("; "),
+        other => panic!("{other:?}"),
+    }
+}
+
 /// Waits until something holds that no event tells of; each look is a request to the service or as costly.
 pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + LIMIT;
