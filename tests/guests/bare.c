@@ -267,7 +267,7 @@ static struct __attribute__((packed)) { u16 limit; u32 base; } idt_place;
 /* Where boot.S lets the stack begin. */
 enum { STACK = 0x7c00 };
 
-/* The unexpected is reported on port E9 and ends the guest: an exception, or an interrupt by a vector that nobody set up. */
+/* The unexpected is reported on port E9 and ends the guest: an exception, or an interrupt by a vector that was not set up. */
 static void unexpected(const u32 *stack)
 {
 	/* Where Xen's log has it, whatever became of the serial port. */

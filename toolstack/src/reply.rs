@@ -89,7 +89,7 @@ impl Answer {
         })
     }
 
-    /// The outcome, at most after `limit`; an error where nobody gives one, so that it is not known what was done.
+    /// The outcome, at most after `limit`; an error where none comes, so that it is not known what was done.
     pub fn given(&self, limit: Duration) -> Result<Result<Success, Failure>, mpsc::RecvTimeoutError> {
         let deadline = Instant::now() + limit;
         loop {

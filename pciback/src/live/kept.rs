@@ -54,7 +54,7 @@ const HEADER: [(u16, u16); 11] = [
 ];
 
 impl KeptRegisters {
-    /// Reads them. An error where nobody answers: nothing could be written back.
+    /// Reads them. An error where the function does not answer: nothing could be written back.
     pub fn read(config: &dyn ConfigSpace) -> io::Result<Self> {
         let bytes = config.read_all()?;
         if bytes.iter().all(|byte| *byte == 0xff) {

@@ -38,7 +38,7 @@ impl Engine {
         }
     }
 
-    /// A free VF of a PF, for a request that takes one: the first in order. Nothing else is asked meanwhile, so that nobody else gets it.
+    /// A free VF of a PF, for a request that takes one: the first in order. No other request is handled meanwhile, so it stays free.
     fn choose(&self, request: &Request<Target>, pf: Sbdf) -> Result<Sbdf, Failure> {
         match request {
             Request::PciAssignableAdd { .. } => {

@@ -249,7 +249,7 @@ pub struct Engine {
     attachments: attachments::Attachments,
     /// Functions that are being reset under their guests.
     resets: attachments::Resets,
-    /// Functions that were reset with their bus, and that nobody has had since.
+    /// Functions that were reset with their bus, and that have had no owner since.
     fresh: Fresh,
     /// Functions that guests may reach.
     given: given::Given,

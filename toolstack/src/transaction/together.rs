@@ -26,7 +26,7 @@ use crate::reset_plan::ResetPlan;
 /// How many of the functions on a bus are named.
 const SHOWN: usize = 4;
 
-/// The functions that were reset with their bus and that nobody has had since. A restart of the service forgets them: then they are reset
+/// The functions that were reset with their bus and that have had no owner since. A restart of the service forgets them: then they are reset
 /// again.
 #[derive(Debug, Clone, Default)]
 pub struct Fresh {
@@ -123,7 +123,7 @@ struct Taken {
 }
 
 impl Taken {
-    /// Whether this guest, and nobody else, has functions there.
+    /// Whether only this guest, at most, has functions there.
     fn only_by(&self, domain: Option<DomId>) -> bool {
         self.others.is_empty() && self.guests.iter().all(|(_, guest)| Some(*guest) == domain)
     }
@@ -308,7 +308,7 @@ pub(super) fn restore(
     context.fresh.waiting().insert(address);
     let others: Vec<String> = taken.guests.iter().map(|(other, _)| other.to_string()).collect();
     Ok(Some(format!(
-        "{address} is not reset yet: its bus is reset when the guest has given back {}, too; until then nobody gets it",
+        "{address} is not reset yet: its bus is reset when the guest has given back {}, too; until then it cannot be attached or go back to dom0",
         few(&others, SHOWN)
     )))
 }
