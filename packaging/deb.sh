@@ -29,6 +29,7 @@ documents=$root/usr/share/doc/xpci
 install -D -m 644 "$workspace/packaging/copyright" "$documents/copyright"
 install -D -m 644 "$workspace/LICENSE-MIT" "$documents/LICENSE-MIT"
 install -D -m 644 "$workspace/CHANGELOG.md" "$documents/CHANGELOG.md"
+install -D -m 644 -t "$documents/schema" "$workspace"/docs/schema/*.json
 
 # dpkg-shlibdeps finds the libraries that are linked; it insists on a debian/control.
 mkdir -p "$work/debian"

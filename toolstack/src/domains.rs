@@ -2,6 +2,7 @@
 
 use pciback::DomId;
 use pciback::platform::{PlatformError, StoreOps};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::outcome::Failure;
@@ -9,7 +10,7 @@ use crate::outcome::Failure;
 const DEVICE_MODELS: &str = "/local/domain/0/device-model/";
 
 /// A domain as the user named it: by name, or by number.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
 pub struct DomainName(pub String);
 

@@ -5,10 +5,11 @@ use std::fmt;
 use pciback::platform::PlatformError;
 use pciback::policy::Diagnostic;
 use pciback::{DomId, Sbdf};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// What kind of failure it was: stable words for tools, each with its exit code.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ErrorCode {
     /// The host, the hypervisor or the guest did not do what was asked. Exit code 1.
@@ -45,7 +46,7 @@ impl ErrorCode {
 }
 
 /// One of several things in the way.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Obstacle {
     /// What.
     pub message: String,
@@ -70,7 +71,7 @@ pub fn few(names: &[String], shown: usize) -> String {
 }
 
 /// A failed operation: what was attempted, why it failed, and what the user can do.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Failure {
     /// What kind of failure.
     pub code: ErrorCode,

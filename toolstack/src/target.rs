@@ -1,9 +1,11 @@
 //! What users call a function: its address, a VF by its PF and number, a network interface, or a name of the settings.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 
 use pciback::{Sbdf, SbdfError};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// How a pool is written, before its PF.
@@ -163,6 +165,21 @@ impl fmt::Display for Target {
             Self::Vf(pf, number) => write!(f, "{pf}:{number}"),
             Self::Any(pf) => write!(f, "{POOL}{pf}"),
         }
+    }
+}
+
+impl JsonSchema for Target {
+    fn schema_name() -> Cow<'static, str> {
+        "Target".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "description": "A function: its address [SSSS:]BB:DD.F, PF:N for a VF, any:PF for a free VF, a network interface, or a \
+                            name of the settings.",
+            "type": "string",
+            "minLength": 1,
+        })
     }
 }
 

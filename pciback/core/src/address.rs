@@ -1,8 +1,10 @@
 //! The address of a PCI function: segment, bus, device, function.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use thiserror::Error;
 
@@ -159,6 +161,20 @@ impl Serialize for Sbdf {
 impl<'de> Deserialize<'de> for Sbdf {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+impl JsonSchema for Sbdf {
+    fn schema_name() -> Cow<'static, str> {
+        "Sbdf".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "description": "The address of a PCI function: segment, bus, device, function.",
+            "type": "string",
+            "pattern": "^[0-9a-f]{4}:[0-9a-f]{2}:[01][0-9a-f]\\.[0-7]$",
+        })
     }
 }
 

@@ -1,5 +1,6 @@
 //! A PCI function as the host's kernel describes it.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::Sbdf;
@@ -88,7 +89,7 @@ pub struct HostFunction {
 }
 
 /// What people call a function, by its numbers; absent where the host's hardware database does not know it.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct Names {
     /// The vendor's.

@@ -4,3 +4,4 @@ pub mod layers;
 pub mod meaning;
 pub mod oracle;
 pub mod reviewed;
+pub mod schema;

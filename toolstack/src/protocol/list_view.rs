@@ -2,13 +2,14 @@
 
 use pciback::platform::Names;
 use pciback::{FunctionState, Sbdf};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::FunctionView;
 use crate::outcome::Obstacle;
 
 /// Which functions to list; all of it must hold.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct ListFilter {
     /// Of this class: the first hexadecimal digits of the class code, or a part of the class's name.
@@ -26,7 +27,7 @@ pub struct ListFilter {
 }
 
 /// One function of the host.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct ListedView {
     /// What is shown of every function.
@@ -71,7 +72,7 @@ pub struct ListedView {
 }
 
 /// One function with all that is known of it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct ShownView {
     /// What a list has of it.

@@ -17,6 +17,7 @@ mod view;
 use pciback::Sbdf;
 use pciback::containment::radius::Radius;
 use pciback::policy::Explanation;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use event_view::{EventView, Happening, RegisterValue, utc_of};
@@ -43,9 +44,9 @@ pub const LINE_LIMIT: usize = 1 << 20;
 pub const ANSWER_LIMIT: usize = 1 << 26;
 
 /// One line from the client.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Call {
-    /// [`VERSION`]; the service refuses others.
+    /// The version of the protocol, 1; the service refuses others.
     pub version: u32,
     /// Chosen by the client, repeated in each answer.
     pub id: u64,
@@ -55,7 +56,7 @@ pub struct Call {
 }
 
 /// What a successful operation says.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "kebab-case", rename_all_fields = "kebab-case")]
 pub enum Success {
     /// Something was changed.
@@ -177,9 +178,9 @@ impl Success {
 }
 
 /// One line from the service, and what `xpci --json` prints.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Envelope {
-    /// [`VERSION`].
+    /// The version of the protocol, 1.
     pub version: u32,
     /// The call it answers.
     pub id: u64,
@@ -203,9 +204,9 @@ pub struct Envelope {
 }
 
 /// What `xpci --json` prints for a command that makes several requests: one object with all answers.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Answers {
-    /// [`VERSION`].
+    /// The version of the protocol, 1.
     pub version: u32,
     /// The command that they answer, as in the protocol.
     pub command: String,

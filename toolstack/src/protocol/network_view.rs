@@ -2,10 +2,11 @@
 
 use pciback::platform::VfSettings;
 use pciback::{DomId, FunctionState, Sbdf};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The network settings of one VF.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct VfNetworkView {
     /// The VF.

@@ -3,10 +3,11 @@
 use pciback::Sbdf;
 use pciback::containment::Role;
 use pciback::fault::ErrorCounters;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The paths of functions.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct AerStatusView {
     /// By function.
@@ -14,7 +15,7 @@ pub struct AerStatusView {
 }
 
 /// A function and everybody above it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct PathView {
     /// The function.
@@ -26,7 +27,7 @@ pub struct PathView {
 }
 
 /// Who handles the errors that arrive at a root port.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum AerOwner {
     /// dom0's kernel.
@@ -38,7 +39,7 @@ pub enum AerOwner {
 }
 
 /// One function of a path.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct MemberView {
     /// Where it is.
@@ -55,7 +56,7 @@ pub struct MemberView {
 }
 
 /// Errors that the kernel has counted, since boot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct CountersView {
     /// Correctable ones.
@@ -74,7 +75,7 @@ impl From<ErrorCounters> for CountersView {
 }
 
 /// One register.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct PathRegisterView {
     /// Its name.

@@ -2,10 +2,11 @@
 
 use pciback::policy::Learned;
 use pciback::{DomId, Sbdf};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The policies of one function.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct PolicyView {
     /// The function.
@@ -47,7 +48,7 @@ pub struct PolicyView {
 }
 
 /// One policy file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct PolicyFileView {
     /// Its path.
@@ -63,7 +64,7 @@ pub struct PolicyFileView {
 }
 
 /// A file's rule for a capability.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct CapabilityRuleView {
     /// The capability's word.
@@ -77,7 +78,7 @@ pub struct CapabilityRuleView {
 }
 
 /// A file's rule for some bits.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct RegisterRuleView {
     /// Where: an offset in config space, or a capability and an offset in it.
@@ -95,7 +96,7 @@ pub struct RegisterRuleView {
 }
 
 /// What one guest wrote without effect to one of its functions.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct LearnedView {
     /// The function.
@@ -111,7 +112,7 @@ pub struct LearnedView {
 }
 
 /// What a reload did to one function in use.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct ReloadedView {
     /// The function.
@@ -128,7 +129,7 @@ pub struct ReloadedView {
 }
 
 /// A policy file without mistakes.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct CheckedView {
     /// Its path.

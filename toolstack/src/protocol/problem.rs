@@ -3,10 +3,11 @@
 use std::fmt;
 
 use pciback::{DomId, Sbdf};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// What kind of problem it is: a stable word for tools.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Cause {
     /// A function is quarantined.
@@ -40,7 +41,7 @@ pub enum Cause {
 }
 
 /// One problem. It is in the answer for as long as it lasts.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct ProblemView {
     /// What is wrong, and why.

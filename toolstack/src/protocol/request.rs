@@ -2,13 +2,14 @@
 
 use pciback::Sbdf;
 use pciback::platform::VfSettings;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{DomainName, ListFilter};
 use crate::target::Target;
 
 /// What a guest loses with a function that it has persistently.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Scope {
     /// The function, persistently.
@@ -28,7 +29,7 @@ impl Scope {
 }
 
 /// One of several functions for a guest.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Placed<A = Sbdf> {
     /// The function.
@@ -40,7 +41,7 @@ pub struct Placed<A = Sbdf> {
 
 /// What the service can do. `A` is what functions are called: on the wire what the user calls them ([`Target`]), in the service their
 /// addresses.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "command", content = "arguments", rename_all = "kebab-case", rename_all_fields = "kebab-case")]
 #[serde(deny_unknown_fields, bound(deserialize = "A: Deserialize<'de>"))]
 pub enum Request<A = Sbdf> {

@@ -3,12 +3,13 @@
 use pciback::fault::{Action, Severity};
 use pciback::inventory::Plan;
 use pciback::{DomId, FunctionState, Sbdf, Uuid};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::ProblemView;
 
 /// One function.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct FunctionView {
     /// Where it is on the host.
@@ -41,7 +42,7 @@ pub struct FunctionView {
 }
 
 /// A guest that has a function persistently: it gets it again whenever it starts.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct PersistentView {
     /// By what it is known over its reboots.
@@ -52,7 +53,7 @@ pub struct PersistentView {
 }
 
 /// One guest that has functions.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct GuestView {
     /// Its number.
@@ -69,7 +70,7 @@ pub struct GuestView {
 }
 
 /// One VF of a PF.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct VfView {
     /// Its index, from 0.
@@ -83,7 +84,7 @@ pub struct VfView {
 }
 
 /// How many errors of one kind guests' functions had.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct DeviceErrorsView {
     /// How bad they were.
@@ -95,7 +96,7 @@ pub struct DeviceErrorsView {
 }
 
 /// The state of the service.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct StatusView {
     /// The service's version.
@@ -117,7 +118,7 @@ pub struct StatusView {
 }
 
 /// What sysfs, Xen and xenstore disagreed on, and what was done about it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct SyncView {
     /// Whether it was only planned.

@@ -10,6 +10,7 @@ mod daemon;
 mod service;
 mod socket;
 mod transcript;
+mod wire;
 
 use daemon::Daemon;
 use transcript::{host, play, play_alone, play_on};

@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use crate::daemon::{Daemon, LIMIT};
 use crate::transcript::host;
+use crate::wire::schema;
 
 fn connect(daemon: &Daemon) -> UnixStream {
     let stream = UnixStream::connect(daemon.socket()).unwrap();
@@ -18,7 +19,9 @@ fn connect(daemon: &Daemon) -> UnixStream {
 fn answer(stream: &UnixStream) -> Value {
     let mut line = String::new();
     BufReader::new(stream).read_line(&mut line).unwrap();
-    serde_json::from_str(&line).unwrap()
+    let answer = serde_json::from_str(&line).unwrap();
+    assert_eq!(schema("answer").mistakes(&answer), [""; 0], "{line}");
+    answer
 }
 
 fn assert_alive(daemon: &Daemon) {

@@ -4,7 +4,10 @@ use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
+
 use crate::daemon::{Daemon, xpci};
+use crate::wire::{Wire, schema};
 
 /// The host of most tests.
 pub fn host() -> String {
@@ -19,7 +22,9 @@ pub fn play(name: &str, host: String) {
 
 /// Plays a transcript on this service.
 pub fn play_on(name: &str, daemon: &Daemon) {
-    compare(name, daemon.directory.path(), &daemon.socket());
+    let wire = Wire::to(&daemon.socket(), daemon.directory.path().join("wire"));
+    compare(name, daemon.directory.path(), &wire.socket);
+    wire.assert_good();
 }
 
 /// Plays a transcript where no service runs.
@@ -82,11 +87,24 @@ fn without_times(text: &str) -> String {
     shown
 }
 
+/// What '--json' printed is one answer, or an event a line.
+fn assert_answers(command: &str, printed: &[u8]) {
+    let schema = schema("answer");
+    for line in std::str::from_utf8(printed).unwrap().lines() {
+        let answer: Value =
+            serde_json::from_str(line).unwrap_or_else(|error| panic!("{command}: {error}: {line}"));
+        assert_eq!(schema.mistakes(&answer), [""; 0], "{command}: {line}");
+    }
+}
+
 fn run(socket: &Path, command: &str) -> String {
     // The repository's own files, dumps and policies among them.
     let command = command.replace("REPO", concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
     let arguments: Vec<&str> = command.split_whitespace().collect();
     let output = xpci(socket, &arguments);
+    if arguments.contains(&"--json") && !arguments.contains(&"--help") {
+        assert_answers(&command, &output.stdout);
+    }
     let mut text = String::new();
     for line in String::from_utf8(output.stdout).unwrap().lines() {
         // An empty line ends nothing: it is shown so that it differs from the transcript's own.

@@ -4,12 +4,14 @@
 
 mod commands_page;
 mod licences;
+mod protocol_schema;
 
 use std::fs;
 use std::io;
 use std::path::Path;
 
 use toolstack::protocol::{Call, Envelope};
+use xpci_test_support::schema::Schema;
 
 /// The names in backquotes that are paths of files or folders of this repository.
 fn paths(text: &str) -> Vec<&str> {
@@ -153,11 +155,14 @@ fn the_protocols_document_has_each_command_with_a_request_that_is_understood() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let text = fs::read_to_string(root.join("../docs/protocol.md")).unwrap();
     let documented = commands(&text);
+    let requests = Schema::read(root.join("../docs/schema/request.json")).unwrap();
     for (word, arguments) in &documented {
         let arguments =
             if arguments.is_empty() { String::new() } else { format!(r#","arguments":{arguments}"#) };
         let line = format!(r#"{{"version":1,"id":1,"command":"{word}"{arguments}}}"#);
         let call: Call = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line}: {error}"));
+        let mistakes = requests.mistakes(&serde_json::from_str(&line).unwrap());
+        assert_eq!(mistakes, [""; 0], "docs/schema/request.json refuses {line}");
         assert_eq!(call.request.name(), *word);
     }
     let source = fs::read_to_string(root.join("src/protocol/request.rs")).unwrap();

@@ -7,6 +7,7 @@
 pub mod radius;
 mod rules;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::config::bytes::Bytes;
@@ -16,7 +17,7 @@ use crate::spec::{CapabilityId, ExtendedCapabilityId, header};
 pub use rules::{PROVOKABLE, ROWS};
 
 /// What a function on the path is there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Role {
     /// The assigned function where it is no VF, or the PF of an assigned VF.

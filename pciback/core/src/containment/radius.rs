@@ -2,6 +2,7 @@
 
 use std::ops::RangeInclusive;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{BRIDGE, ROOT_PORT};
@@ -37,7 +38,7 @@ const RECOVERING: [&str; 12] = [
 ];
 
 /// What a driver does when Linux asks it whether an error can be recovered from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Stance {
     /// It takes part.
@@ -100,7 +101,7 @@ pub fn is_bridge(bytes: &[u8]) -> bool {
 }
 
 /// A function that is hit too.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct Sharer {
     /// Where it is.
@@ -120,7 +121,7 @@ impl Sharer {
 }
 
 /// Who is hit when a function fails. The function itself is in none of the lists but the last.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct Radius {
     /// The function.

@@ -12,6 +12,7 @@ mod recovery;
 
 use std::fmt;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::Sbdf;
@@ -25,7 +26,7 @@ pub use policy::{Action, ErrorPolicy, ErrorWishes};
 pub use recovery::{AerAnswer, AerRequest, ChannelState, Next, Recovery};
 
 /// How bad an error is (PCI Express 6.0, section 6.2.2).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Severity {
     /// Hardware corrected it; nothing was lost.
@@ -52,7 +53,7 @@ impl fmt::Display for Severity {
 }
 
 /// How an error became known.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Detection {
     /// The kernel's trace event.
@@ -64,7 +65,7 @@ pub enum Detection {
 }
 
 /// An error that a function reported.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct Fault {
     /// The function that reported it, or that the port which reported it named.

@@ -2,13 +2,14 @@
 
 use std::fmt;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Place;
 use crate::{DomId, Sbdf};
 
 /// How a function is reported to Xen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum ReportKind {
     /// A function of its own.
@@ -23,7 +24,7 @@ pub enum ReportKind {
 }
 
 /// One repair, and what carrying it out means for the function and its record.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "repair", rename_all = "kebab-case")]
 pub enum Repair {
     /// Takes a function from a living guest without asking it: every access reads all ones, nodes removed, interrupts
@@ -155,7 +156,7 @@ impl fmt::Display for Repair {
 }
 
 /// Why a repair is needed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "reason", rename_all = "kebab-case")]
 pub enum Reason {
     /// sysfs does not show it any more.
@@ -228,7 +229,7 @@ impl fmt::Display for Reason {
 }
 
 /// One step of a plan.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Step {
     /// What to do.
     #[serde(flatten)]
@@ -245,7 +246,7 @@ impl fmt::Display for Step {
 }
 
 /// Why something that looks wrong is left as it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "remark", rename_all = "kebab-case")]
 pub enum Remark {
     /// Somebody else holds it, for example xl.
@@ -298,7 +299,7 @@ impl fmt::Display for Remark {
 }
 
 /// Something that is left as it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Left {
     /// The function.
     pub address: Sbdf,
@@ -314,7 +315,7 @@ impl fmt::Display for Left {
 }
 
 /// What to do, in order.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 pub struct Plan {
     /// The repairs.
     pub steps: Vec<Step>,

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::names;
@@ -12,7 +13,7 @@ use crate::config::{
 };
 
 /// A function explained.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct Explanation {
     /// Where it is.
@@ -44,7 +45,7 @@ pub struct Explanation {
 }
 
 /// One capability.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct CapabilityLine {
     /// Where its header is.
@@ -64,7 +65,7 @@ pub struct CapabilityLine {
 }
 
 /// One register, or a run of unknown bytes.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct RegisterLine {
     /// Where it is in config space.
@@ -88,7 +89,7 @@ pub struct RegisterLine {
 }
 
 /// Bits of a register that one rule treats alike.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct BitsLine {
     /// Which bits of the register.

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::names;
@@ -12,7 +13,7 @@ const PARTIAL: &str =
     "it passes only as a whole: a part of it may start what the rest of it does not ask for";
 
 /// One register whose bits a guest wrote without effect.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct LearnedRegister {
     /// Where it is in config space.
@@ -37,7 +38,7 @@ pub struct LearnedRegister {
 }
 
 /// What can be learned from one guest's use of one function.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct Learned {
     /// The registers, by offset.
