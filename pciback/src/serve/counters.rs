@@ -7,10 +7,29 @@ use std::time::{Duration, Instant};
 /// A guest that asks for nonsense gets a line in the log at most this often.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
 
+/// What the times of requests are counted by: a request that took longer than one of these and no longer than the next is counted with
+/// the next. A guest's driver gives up after two seconds.
+pub const TIME_BOUNDS: [Duration; 12] = [
+    Duration::from_micros(5),
+    Duration::from_micros(10),
+    Duration::from_micros(25),
+    Duration::from_micros(50),
+    Duration::from_micros(100),
+    Duration::from_micros(250),
+    Duration::from_micros(500),
+    Duration::from_millis(1),
+    Duration::from_millis(5),
+    Duration::from_millis(25),
+    Duration::from_millis(100),
+    Duration::from_secs(1),
+];
+
 /// How much a thread has done.
 #[derive(Debug, Default)]
 pub struct Counters {
-    requests: AtomicU64,
+    /// Requests answered, by [`TIME_BOUNDS`]; the last are those that took longer.
+    requests: [AtomicU64; TIME_BOUNDS.len() + 1],
+    nanoseconds: AtomicU64,
     errors: AtomicU64,
     /// A guest that connects anew has no more to say than before.
     complaints: Mutex<Complaints>,
@@ -22,14 +41,27 @@ impl Counters {
         self.complaints.lock().unwrap_or_else(PoisonError::into_inner).may_say()
     }
 
-    pub(super) fn count(&self, error: bool) {
-        self.requests.fetch_add(1, Ordering::Relaxed);
+    /// A request was answered so long after it was taken.
+    pub(super) fn count(&self, error: bool, took: Duration) {
+        let bucket = TIME_BOUNDS.iter().position(|bound| took <= *bound).unwrap_or(TIME_BOUNDS.len());
+        self.requests[bucket].fetch_add(1, Ordering::Relaxed);
+        self.nanoseconds.fetch_add(took.as_nanos() as u64, Ordering::Relaxed);
         self.errors.fetch_add(error.into(), Ordering::Relaxed);
     }
 
     /// Requests answered.
     pub fn requests(&self) -> u64 {
-        self.requests.load(Ordering::Relaxed)
+        self.requests_by_time().iter().sum()
+    }
+
+    /// The same by how long each took, from being taken to its answer: by [`TIME_BOUNDS`], then those that took longer.
+    pub fn requests_by_time(&self) -> [u64; TIME_BOUNDS.len() + 1] {
+        std::array::from_fn(|bucket| self.requests[bucket].load(Ordering::Relaxed))
+    }
+
+    /// How long all of them took together.
+    pub fn time(&self) -> Duration {
+        Duration::from_nanos(self.nanoseconds.load(Ordering::Relaxed))
     }
 
     /// Those of them answered with an error, except reads of functions that are not there, which every bus scan makes.
@@ -60,6 +92,16 @@ impl Complaints {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_request_is_counted_with_the_first_bound_that_it_does_not_exceed() {
+        let counters = Counters::default();
+        for nanoseconds in [0, 5_000, 5_001, 1_000_000_000, 1_000_000_001] {
+            counters.count(false, Duration::from_nanos(nanoseconds));
+        }
+        assert_eq!(counters.requests_by_time(), [2, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1]);
+        assert_eq!((counters.requests(), counters.time()), (5, Duration::from_nanos(2_000_010_002)));
+    }
 
     #[test]
     fn what_a_guest_can_put_into_the_log_is_limited() {

@@ -18,7 +18,7 @@ mod upkeep;
 mod worker;
 
 pub use attachment::Attachment;
-pub use counters::Counters;
+pub use counters::{Counters, TIME_BOUNDS};
 pub use function::{Demand, GuestFunction};
 pub use interrupts::InterruptError;
 pub use orders::{NotTold, ServerReport, ServerStuck, Taken, Telling};

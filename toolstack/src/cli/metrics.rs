@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use pciback::FunctionState;
 use serde::Serialize;
@@ -83,6 +84,39 @@ fn metric(into: &mut String, name: &str, kind: &str, help: &str, samples: &[(Vec
     }
 }
 
+/// The times of guests' requests, as a histogram.
+fn histogram(into: &mut String, name: &str, help: &str, guests: &[GuestView]) {
+    let timed = || guests.iter().filter(|guest| !guest.times.buckets.is_empty());
+    if timed().next().is_none() {
+        return;
+    }
+    let _ = writeln!(into, "# HELP {name} {help}\n# TYPE {name} histogram");
+    for guest in timed() {
+        let labels = format!(
+            "domain=\"{}\",name=\"{}\"",
+            guest.domain,
+            escaped(guest.name.as_deref().unwrap_or_default())
+        );
+        let mut requests = 0;
+        for bucket in &guest.times.buckets {
+            requests += bucket.requests;
+            let bound = match bucket.up_to_microseconds {
+                Some(microseconds) => seconds(Duration::from_micros(microseconds)),
+                None => "+Inf".to_owned(),
+            };
+            let _ = writeln!(into, "{name}_bucket{{{labels},le=\"{bound}\"}} {requests}");
+        }
+        let total = seconds(Duration::from_nanos(guest.times.total_nanoseconds));
+        let _ = writeln!(into, "{name}_sum{{{labels}}} {total}\n{name}_count{{{labels}}} {requests}");
+    }
+}
+
+/// A time as Prometheus has it.
+fn seconds(time: Duration) -> String {
+    let text = format!("{}.{:09}", time.as_secs(), time.subsec_nanos());
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
+}
+
 /// A label's value: a name that a guest chose may have any characters.
 fn escaped(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
@@ -129,6 +163,8 @@ fn text(status: &StatusView, functions: &[ListedView]) -> String {
     metric(&mut text, "xpci_guest_requests_total", "counter", help, &guest(&|guest| guest.requests));
     let help = "Those answered with an error, except reads of functions that do not exist.";
     metric(&mut text, "xpci_guest_errors_total", "counter", help, &guest(&|guest| guest.errors));
+    let help = "How long a guest's requests took, from being taken to their answers.";
+    histogram(&mut text, "xpci_guest_request_seconds", help, &status.guests);
     let mut problems: BTreeMap<String, u64> = BTreeMap::new();
     for problem in &status.problems {
         *problems.entry(word(problem.cause)).or_default() += 1;
@@ -152,7 +188,10 @@ fn text(status: &StatusView, functions: &[ListedView]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use pciback::DomId;
+
     use super::*;
+    use crate::protocol::{RequestTimes, TimeBucket};
 
     #[test]
     fn a_name_that_a_guest_chose_stays_within_its_label() {
@@ -160,6 +199,28 @@ mod tests {
         metric(&mut text, "m", "gauge", "h", &[(vec![("name", "a\"} 7\n\\".to_owned())], 1)]);
         assert_eq!(text.lines().last(), Some(r#"m{name="a\"} 7\n\\"} 1"#));
         assert_eq!(text.lines().count(), 3);
+    }
+
+    #[test]
+    fn a_histogram_has_how_many_requests_took_no_longer_than_each_bound() {
+        let bucket = |up_to_microseconds, requests| TimeBucket { up_to_microseconds, requests };
+        let buckets = vec![bucket(Some(5), 3), bucket(Some(1_000_000), 0), bucket(None, 1)];
+        let times = RequestTimes { buckets, total_nanoseconds: 2_000_001_500 };
+        let (domain, name) = (DomId(7), Some("w\"b".to_owned()));
+        let guest = GuestView { domain, name, frontend: String::new(), requests: 4, errors: 0, times };
+        let older = GuestView { times: RequestTimes::default(), ..guest.clone() };
+        let mut text = String::new();
+        histogram(&mut text, "t", "h", &[guest, older]);
+        let labels = r#"domain="7",name="w\"b""#;
+        let expected = format!(
+            "# HELP t h\n# TYPE t histogram\n\
+             t_bucket{{{labels},le=\"0.000005\"}} 3\n\
+             t_bucket{{{labels},le=\"1\"}} 3\n\
+             t_bucket{{{labels},le=\"+Inf\"}} 4\n\
+             t_sum{{{labels}}} 2.0000015\n\
+             t_count{{{labels}}} 4\n"
+        );
+        assert_eq!(text, expected);
     }
 
     #[test]

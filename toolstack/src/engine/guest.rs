@@ -8,11 +8,12 @@ use log::{Level, log};
 use pciback::DomId;
 use pciback::config::{MaskedWrite, Planes};
 use pciback::serve::pv::{Action, Handshake, NodeChange};
-use pciback::serve::{Counters, GuestFunction, Server, Telling};
+use pciback::serve::{Counters, GuestFunction, Server, TIME_BOUNDS, Telling};
 
 use super::hvm::Hvm;
 use super::log_limit::LogLimit;
 use super::{Answer, Engine};
+use crate::protocol::{RequestTimes, TimeBucket};
 use crate::settings::Settings;
 
 /// One guest that has functions.
@@ -207,6 +208,14 @@ impl Guest {
 
     pub fn errors(&self) -> u64 {
         self.counters.errors()
+    }
+
+    pub fn times(&self) -> RequestTimes {
+        let bounds = TIME_BOUNDS.iter().map(|bound| Some(bound.as_micros() as u64)).chain([None]);
+        let counted = bounds.zip(self.counters.requests_by_time());
+        let buckets =
+            counted.map(|(up_to_microseconds, requests)| TimeBucket { up_to_microseconds, requests });
+        RequestTimes { buckets: buckets.collect(), total_nanoseconds: self.counters.time().as_nanos() as u64 }
     }
 
     pub(super) fn place(&mut self, devfn: u8, function: Box<GuestFunction>) {

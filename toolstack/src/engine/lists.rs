@@ -159,6 +159,7 @@ impl Engine {
             frontend: guest.describe(),
             requests: guest.requests(),
             errors: guest.errors(),
+            times: guest.times(),
         });
         let mut guests: Vec<GuestView> = guests.collect();
         let platform = self.platform.description.clone();

@@ -30,7 +30,10 @@ pub use policy_view::{
 };
 pub use problem::{Cause, ProblemView};
 pub use request::{Placed, Request, Scope};
-pub use view::{DeviceErrorsView, FunctionView, GuestView, PersistentView, StatusView, SyncView, VfView};
+pub use view::{
+    DeviceErrorsView, FunctionView, GuestView, PersistentView, RequestTimes, StatusView, SyncView,
+    TimeBucket, VfView,
+};
 
 pub use crate::domains::DomainName;
 use crate::outcome::{ErrorCode, Failure};

@@ -67,6 +67,30 @@ pub struct GuestView {
     pub requests: u64,
     /// Those of them answered with an error; reads of functions that are not there, as every bus scan makes them, do not count.
     pub errors: u64,
+    /// How long the requests took, from being taken to their answers.
+    #[serde(default)]
+    pub times: RequestTimes,
+}
+
+/// How long a guest's requests took.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct RequestTimes {
+    /// How many took how long, the shortest times first.
+    pub buckets: Vec<TimeBucket>,
+    /// How long all of them took together.
+    pub total_nanoseconds: u64,
+}
+
+/// Requests that took about the same time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct TimeBucket {
+    /// The longest time that is counted here; absent in the last bucket, which has all that took longer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub up_to_microseconds: Option<u64>,
+    /// How many took no longer than that, and longer than those of the bucket before.
+    pub requests: u64,
 }
 
 /// One VF of a PF.

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use pciback::platform::StoreOps;
+use pciback::platform::{StoreOps, sim};
 use pciback::serve::pv::nodes;
 use pciback::serve::pv::wire::{Command, WireError};
 use pciback::{DomId, FunctionState, Sbdf};
@@ -47,6 +47,32 @@ fn a_guest_reads_its_vf_as_the_pf_says_it_is_and_nothing_else_answers() {
     let guest = &service.status().guests[0];
     assert_eq!((guest.domain, guest.frontend.as_str()), (WEB, "connected"));
     assert!(guest.requests >= 3, "{guest:?}");
+}
+
+#[test]
+fn each_request_is_counted_by_how_long_it_took() {
+    let world = World::new();
+    let vf = bdf("01:10.0");
+    let (frontend, service) = attached(&world, WEB, &[vf]);
+    let slow = |service: &Service| {
+        let guest = &service.status().guests[0];
+        let counted: u64 = guest.times.buckets.iter().map(|bucket| bucket.requests).sum();
+        assert_eq!(counted, guest.requests, "{guest:?}");
+        let is_slow = |bound: Option<u64>| bound.is_none_or(|bound| bound > 1_000_000);
+        let slow = guest.times.buckets.iter().filter(|bucket| is_slow(bucket.up_to_microseconds));
+        (slow.map(|bucket| bucket.requests).sum::<u64>(), guest.times.total_nanoseconds)
+    };
+    let (before, _) = slow(&service);
+    world.simulation.fail(sim::Failure {
+        operation: "config_read".into(),
+        address: Some(vf),
+        delay: Duration::from_millis(1100),
+        times: 1000,
+        ..sim::Failure::default()
+    });
+    frontend.read(0, DEVICE_CONTROL, 4);
+    wait_until("it is counted with those that take longer than a second", || slow(&service).0 > before);
+    assert!(slow(&service).1 >= 1_100_000_000);
 }
 
 #[test]

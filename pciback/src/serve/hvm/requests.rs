@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use log::warn;
 
@@ -99,17 +100,19 @@ impl RequestSource for IoreqRequests {
 
 impl IoreqRequests {
     fn answer(&mut self, roster: &mut Roster, vcpu: u16, request: &IoRequest) {
+        let taken = Instant::now();
         let (data, known, demand, attachment) = self.execute(roster, request);
         let data = request.write.is_none().then(|| data & value_mask(request.bytes));
         wire::put_answer(self.server.page(), vcpu, data);
         if let Err(error) = self.server.notify(vcpu) {
             warn!("domain {}: {error}", roster.domain);
         }
+        let took = taken.elapsed();
         // A BAR that has moved concerns the guest's other functions, too: what fails for them fails for this request.
         let troubles: Vec<String> =
             roster.functions.values_mut().filter_map(|function| function.take_trouble()).collect();
         let trouble = (!troubles.is_empty()).then(|| troubles.join("; "));
-        roster.counters.count(!known || trouble.is_some());
+        roster.counters.count(!known || trouble.is_some(), took);
         if !known || trouble.is_some() {
             complain(roster, request, trouble);
         }
