@@ -10,6 +10,7 @@ mod interrupts;
 #[cfg(test)]
 mod machine;
 mod orders;
+mod pace;
 pub mod pv;
 mod revocation;
 mod roster;

@@ -66,13 +66,13 @@ impl Roster {
         }
     }
 
-    /// Waits for an event of the guest's, or for orders, at most until `until`.
+    /// Waits for an event of the guest's, or for orders, at most until `until`; returns whether there is an event.
     pub fn sleep(
         &self,
         event: BorrowedFd<'_>,
         wake: BorrowedFd<'_>,
         until: Option<Instant>,
-    ) -> Result<(), PlatformError> {
+    ) -> Result<bool, PlatformError> {
         let mut fds = [PollFd::new(event, PollFlags::POLLIN), PollFd::new(wake, PollFlags::POLLIN)];
         let timeout = until.map_or(PollTimeout::NONE, |until| {
             let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
@@ -82,12 +82,13 @@ impl Roster {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(PlatformError::new("wait for an event of domain", self.domain, errno)),
         }
-        if fds[1].revents().is_some_and(|events| !events.is_empty()) {
+        let ready = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
+        if ready(&fds[1]) {
             // Emptied before the orders are taken: one that comes in between wakes again.
             let mut count = [0u8; 8];
             let _ = nix::unistd::read(wake, &mut count);
         }
-        Ok(())
+        Ok(ready(&fds[0]))
     }
 
     /// Reports that the guest cannot be heard any more, and keeps the functions for the engine to take.

@@ -1,16 +1,16 @@
 //! The thread that serves one guest: it answers requests, obeys orders, and tells the guest of errors.
 
 use std::os::fd::BorrowedFd;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::orders::{NotTold, Telling};
+use super::pace::Pace;
 use super::roster::Roster;
 use crate::fault::AerAnswer;
 use crate::platform::PlatformError;
 
-/// How long the thread looks for requests after an answer before it sleeps: a guest that reads one register usually reads
-/// the next, and waking up costs more than the access.
-const SPIN: Duration = Duration::from_micros(400);
+/// How many looks for a request come between two looks at the clock, which under Xen may be a system call.
+const LOOKS: u32 = 64;
 /// How many requests are answered in a row before anything else is looked at, by a guest that never pauses.
 const BURST: u32 = 64;
 /// How many events are taken in a row before orders are looked at: the guest can send the next one before this one is taken.
@@ -53,13 +53,17 @@ pub(super) enum Turn {
 pub(super) struct Worker<S> {
     pub roster: Roster,
     pub source: S,
+    /// How long it looks for the guest's next request before it sleeps.
+    pace: Pace,
+    /// There is an event to take.
+    event: bool,
     /// The notification that the guest has not answered, and when its time is up.
     told: Option<(Telling, Instant)>,
 }
 
 impl<S: RequestSource> Worker<S> {
     pub fn new(roster: Roster, source: S) -> Self {
-        Self { roster, source, told: None }
+        Self { roster, source, pace: Pace::default(), event: false, told: None }
     }
 
     /// Serves until it is ordered to stop; `wake` is readable when there are orders.
@@ -117,25 +121,47 @@ impl<S: RequestSource> Worker<S> {
         }
     }
 
+    /// Sleeps until the guest has sent an event or the engine an order.
+    ///
+    /// An event is taken at the end of what it brought: until then its port is masked, and others would only interrupt. What came between
+    /// the last look and the taking has no event any more, so the caller looks again before the next call sleeps.
     fn wait(&mut self, wake: BorrowedFd<'_>) -> Result<(), PlatformError> {
-        self.roster.sleep(self.source.event_fd(), wake, self.told.map(|(_, until)| until))?;
-        self.source.take_events()
+        if std::mem::take(&mut self.event) {
+            return self.source.take_events();
+        }
+        let until = self.told.map(|(_, until)| until);
+        self.event = self.roster.sleep(self.source.event_fd(), wake, until)?;
+        Ok(())
     }
 
-    /// Answers requests until none has come for a moment.
+    /// Answers requests until none has come for as long as the guest's requests have been apart lately.
     pub fn serve_while_busy(&mut self) -> Turn {
-        let mut last = Instant::now();
         for _ in 0..BURST {
-            loop {
-                match self.source.serve(&mut self.roster) {
-                    Turn::Busy => break,
-                    Turn::Stopped => return Turn::Stopped,
-                    Turn::Idle if last.elapsed() >= SPIN => return Turn::Idle,
-                    Turn::Idle => std::hint::spin_loop(),
-                }
+            match self.source.serve(&mut self.roster) {
+                Turn::Busy => self.pace.answered(),
+                Turn::Stopped => return Turn::Stopped,
+                Turn::Idle => match self.look_for_more() {
+                    Turn::Busy => self.pace.answered(),
+                    other => return other,
+                },
             }
-            last = Instant::now();
         }
         Turn::Busy
+    }
+
+    /// Looks for the next request for a while, and answers it.
+    fn look_for_more(&mut self) -> Turn {
+        let Some(_looking) = self.pace.begin() else { return Turn::Idle };
+        loop {
+            for _ in 0..LOOKS {
+                match self.source.serve(&mut self.roster) {
+                    Turn::Idle => std::hint::spin_loop(),
+                    other => return other,
+                }
+            }
+            if self.pace.is_over() {
+                return Turn::Idle;
+            }
+        }
     }
 }

@@ -13,7 +13,7 @@ use super::wire::{self, Command, Op, OpAnswer, WireError};
 use crate::DomId;
 use crate::fault::AerAnswer;
 use crate::platform::{PlatformError, Ring};
-use crate::serve::worker::{EVENTS, RequestSource, Turn};
+use crate::serve::worker::{RequestSource, Turn};
 use crate::serve::{Counters, GuestFunction, NotTold, Roster, Server, ServerReport, Telling};
 
 /// Starts to serve a PV guest over its connected ring; `functions` by device and function number. A request that has waited since is
@@ -61,12 +61,8 @@ impl RequestSource for RingRequests {
     }
 
     fn take_events(&mut self) -> Result<(), PlatformError> {
-        for _ in 0..EVENTS {
-            if !self.ring.take_event()? {
-                break;
-            }
-        }
-        Ok(())
+        // There is at most one: until it is taken its port is masked.
+        self.ring.take_event().map(drop)
     }
 
     fn tell(&mut self, telling: &Telling) -> Result<(), NotTold> {
