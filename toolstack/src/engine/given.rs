@@ -88,7 +88,7 @@ impl Workshop {
         Err(Failure::new(ErrorCode::Failed, text)
             .on(address)
             .of(domain)
-            .hint("destroy or shut down the domain; then 'xpci quarantine clear'"))
+            .hint(format!("destroy or shut down the domain; then 'xpci quarantine clear {address}'")))
     }
 
     fn has_ended(&self, domain: DomId) -> bool {

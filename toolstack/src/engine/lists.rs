@@ -239,7 +239,7 @@ impl Shown {
     fn held_by_others(&self, address: Sbdf) -> Option<FunctionView> {
         let function = self.host.function(address).ok()?;
         holder_of(&function)?;
-        let note = "held, but not by xpcid: 'xpci pci-assignable-add' adopts it".to_owned();
+        let note = format!("held, but not by xpcid: 'xpci pci-assignable-add {address}' adopts it");
         Some(FunctionView { note: Some(note), ..view(Some(&function), &Record::new(address, "")) })
     }
 }

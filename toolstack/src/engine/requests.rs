@@ -435,7 +435,10 @@ impl Engine {
         }
         if record.guest.map(|guest| guest.domain) != Some(domain) {
             let failure = Failure::not_found(format!("domain {domain} does not have {address}"));
-            return Err(failure.on(address).of(domain).hint("'xpci pci-list' shows what it has"));
+            return Err(failure
+                .on(address)
+                .of(domain)
+                .hint(format!("'xpci pci-list {domain}' shows what it has")));
         }
         if !force {
             self.may_lose(domain)?;
@@ -502,11 +505,17 @@ pub(super) fn not_in_state(record: &Record, state: FunctionState, wanted: &str) 
         (_, None) => format!("{address} is {state}; it cannot be {wanted} now"),
     };
     let failure = Failure::refused(text);
-    let hint = match state {
-        FunctionState::Attached => "detach it first: 'xpci pci-detach'",
-        FunctionState::Quarantined => "see why in 'xpci status', then 'xpci quarantine clear'",
-        FunctionState::Gone => "it left the host; 'xpci pci-assignable-remove' forgets it",
-        _ => "try again when that has ended",
+    let hint = match (state, record.guest) {
+        (FunctionState::Attached, Some(guest)) => {
+            format!("detach it first: 'xpci pci-detach {} {address}'", guest.domain)
+        }
+        (FunctionState::Quarantined, _) => {
+            format!("see why in 'xpci status', then 'xpci quarantine clear {address}'")
+        }
+        (FunctionState::Gone, _) => {
+            format!("it left the host; 'xpci pci-assignable-remove {address}' forgets it")
+        }
+        _ => "try again when that has ended".to_owned(),
     };
     failure.on(record.address).hint(hint)
 }

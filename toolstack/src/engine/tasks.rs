@@ -116,9 +116,10 @@ impl Serving for Workshop {
             self.ask(|answer| Event::Withdraw { record: Box::new(record.clone()), parting, answer })?;
         if !self.resets.wait(record.address, self.settings.driver_limit() + ENGINE_MARGIN) {
             let text = format!("{}: a reset that its guest asked for has not ended", record.address);
-            return Err(Failure::new(ErrorCode::Failed, text)
-                .on(record.address)
-                .hint("see dom0's kernel log; when it has ended, 'xpci quarantine clear'"));
+            return Err(Failure::new(ErrorCode::Failed, text).on(record.address).hint(format!(
+                "see dom0's kernel log; when it has ended, 'xpci quarantine clear {}'",
+                record.address
+            )));
         }
         if let Some(place) = record.guest {
             self.prove_withdrawn(record, place.domain)?;

@@ -200,8 +200,11 @@ impl Context<'_> {
                 if let Err(second) = self.write(&record) {
                     warn!("{}: {second}", record.address);
                 }
-                let failure = Failure { code: ErrorCode::Quarantined, ..failure }
-                    .hint("the function is quarantined; see 'xpci status', then 'xpci quarantine clear'");
+                let hint = format!(
+                    "the function is quarantined; see 'xpci status', then 'xpci quarantine clear {}'",
+                    record.address
+                );
+                let failure = Failure { code: ErrorCode::Quarantined, ..failure }.hint(hint);
                 Finished { record, outcome: Err(failure) }
             }
         }

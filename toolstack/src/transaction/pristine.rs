@@ -130,7 +130,7 @@ fn put_back(
         );
         return Err(Failure::new(ErrorCode::Failed, text)
             .on(address)
-            .hint("the device may need a power cycle; then 'xpci quarantine clear'"));
+            .hint(format!("the device may need a power cycle; then 'xpci quarantine clear {address}'")));
     }
     Ok((!reported.is_empty()).then(|| {
         format!("{address}: the next owner finds what the previous one wrote: {}", reported.join("; "))
