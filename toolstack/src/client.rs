@@ -38,12 +38,27 @@ pub fn follow(
     request: Request<Target>,
     heard: &mut dyn FnMut(&Envelope),
 ) -> Result<Envelope, Failure> {
-    let unreachable = |what: &str, why: &dyn std::fmt::Display| {
-        Failure::new(ErrorCode::Unreachable, format!("{what} xpcid at {}: {why}", socket.display()))
-            .hint(START)
-    };
-    let mut stream = UnixStream::connect(socket)
-        .map_err(|error| unreachable("connect to", &error).hint(connect_hint(error.kind())))?;
+    follow_on(connect(socket)?, socket, request, heard)
+}
+
+fn unreachable(socket: &Path, what: &str, why: &dyn std::fmt::Display) -> Failure {
+    Failure::new(ErrorCode::Unreachable, format!("{what} xpcid at {}: {why}", socket.display())).hint(START)
+}
+
+/// A connection to the service.
+pub fn connect(socket: &Path) -> Result<UnixStream, Failure> {
+    UnixStream::connect(socket)
+        .map_err(|error| unreachable(socket, "connect to", &error).hint(connect_hint(error.kind())))
+}
+
+/// As [`follow`], on a connection.
+pub fn follow_on(
+    mut stream: UnixStream,
+    socket: &Path,
+    request: Request<Target>,
+    heard: &mut dyn FnMut(&Envelope),
+) -> Result<Envelope, Failure> {
+    let unreachable = |what: &str, why: &dyn std::fmt::Display| unreachable(socket, what, why);
     let call = Call { version: VERSION, id: 1, request };
     let mut line = serde_json::to_vec(&call).map_err(|error| unreachable("write to", &error))?;
     line.push(b'\n');

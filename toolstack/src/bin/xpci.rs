@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use clap::Parser;
 use serde::Serialize;
@@ -13,11 +14,13 @@ use toolstack::cli::{Cli, Look, Step, bulleted, gather, render, usage};
 use toolstack::client;
 use toolstack::doctor;
 use toolstack::outcome::{ErrorCode, Failure};
-use toolstack::protocol::{Answers, Envelope, Request, Success};
+use toolstack::protocol::{Answers, Envelope, EventView, Request, Success};
 use toolstack::target::Target;
 
 /// How many of a command's requests are made at the same time. Taking a function from a driver mostly waits for its reset, 100 ms.
 const AT_ONCE: usize = 8;
+/// How long the service is left alone before it is connected to again.
+const AGAIN: Duration = Duration::from_secs(1);
 /// Whether a part of an answer could not be printed.
 static LOST: AtomicBool = AtomicBool::new(false);
 
@@ -84,15 +87,55 @@ fn answers(steps: Vec<Step>, socket: &Path, show_progress: bool, json: bool) -> 
     })
 }
 
+/// Follows events until interrupted, also over restarts of the service.
+fn follow_events(socket: &Path, request: &Request<Target>, json: bool) -> Failure {
+    let mut last: Option<EventView> = None;
+    let mut connection = client::connect(socket);
+    loop {
+        let stream = match connection {
+            Ok(stream) => stream,
+            Err(failure) => return failure,
+        };
+        // A service that goes on sends its last events again.
+        let mut heard = |envelope: &Envelope| {
+            let Some(event) = &envelope.event else { return };
+            if last.as_ref().is_some_and(|last| event.at < last.at || event == last) {
+                return;
+            }
+            match json {
+                true => show_json(envelope),
+                false => say(&mut std::io::stdout(), &format!("{event}\n")),
+            }
+            last = Some(event.clone());
+        };
+        let failure = match client::follow_on(stream, socket, request.clone(), &mut heard) {
+            Err(failure) if failure.code == ErrorCode::Unreachable => failure,
+            Err(failure) => return failure,
+            Ok(envelope) => {
+                return envelope.error.unwrap_or(Failure::new(ErrorCode::Failed, "the events ended"));
+            }
+        };
+        say(&mut std::io::stderr(), &format!("xpci: {}; waiting for xpcid\n", failure.message));
+        connection = std::iter::repeat_with(|| {
+            thread::sleep(AGAIN);
+            client::connect(socket)
+        })
+        .find(Result::is_ok)
+        .unwrap_or(Err(failure));
+    }
+}
+
 fn ask(socket: &Path, request: Request<Target>, show_progress: bool, json: bool) -> Envelope {
+    if let Request::Events { follow: true } = request {
+        return Envelope::done(1, request.name(), Err(follow_events(socket, &request, json)));
+    }
     let (name, is_doctor) = (request.name(), request == Request::Doctor);
-    let mut heard = |envelope: &Envelope| match (&envelope.progress, &envelope.event) {
-        (Some(text), _) if show_progress => say(&mut std::io::stderr(), &format!("{text} ...\n")),
-        (_, Some(_)) if json => show_json(envelope),
-        (_, Some(event)) => say(&mut std::io::stdout(), &format!("{event}\n")),
-        _ => {}
+    let mut heard = |text: &str| {
+        if show_progress {
+            say(&mut std::io::stderr(), &format!("{text} ...\n"));
+        }
     };
-    match client::follow(socket, request, &mut heard) {
+    match client::call(socket, request, &mut heard) {
         Ok(envelope) => envelope,
         // A host on which the service does not run needs a doctor most of all.
         Err(failure) if is_doctor && failure.code == ErrorCode::Unreachable => {

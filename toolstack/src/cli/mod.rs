@@ -169,9 +169,9 @@ pub enum Command {
     Aer(Aer),
     /// Shows which functions and guests a failure of a function affects, and which drivers can veto recovery.
     BlastRadius(OneFunction),
-    /// Shows the last events: errors, decisions, outcomes, changes of state.
+    /// Shows the last events: errors, decisions, outcomes, changes of state, of VFs and of policies.
     Events {
-        /// Continues with each new event until interrupted; with --json, one object a line.
+        /// Continues with each new event until interrupted, also when xpcid restarts; with --json, one object a line.
         #[arg(long)]
         follow: bool,
     },

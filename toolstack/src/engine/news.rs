@@ -35,6 +35,8 @@ pub(super) struct News {
     followers: Vec<Reply>,
     /// The states that were told last, and since when.
     states: BTreeMap<Sbdf, (FunctionState, SystemTime)>,
+    /// How many VFs PFs had when that was told last.
+    vfs: BTreeMap<Sbdf, u16>,
 }
 
 impl News {
@@ -47,6 +49,7 @@ impl News {
             errors: BTreeMap::new(),
             followers: Vec::new(),
             states: BTreeMap::new(),
+            vfs: BTreeMap::new(),
             audit,
         };
         for event in news.audit.read() {
@@ -134,6 +137,19 @@ impl Engine {
             };
             self.news.tell(EventView::now(address, domain, Happening::State { from, to }));
         }
+    }
+
+    /// Tells how many VFs a PF has, when that is another number than was told last.
+    pub(super) fn tell_vfs(&mut self, address: Sbdf, enabled: u16) {
+        if self.news.vfs.insert(address, enabled).unwrap_or(0) != enabled {
+            self.news.tell(EventView::now(address, None, Happening::Vfs { enabled }));
+        }
+    }
+
+    /// Tells of a function that its guest sees otherwise since policies were read again.
+    pub(super) fn tell_policy(&mut self, address: Sbdf, registers: Vec<String>) {
+        let domain = self.records.get(&address).and_then(|record| record.guest).map(|place| place.domain);
+        self.news.tell(EventView::now(address, domain, Happening::Policy { registers }));
     }
 
     /// How many errors there were since the service started.

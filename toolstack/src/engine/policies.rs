@@ -109,7 +109,11 @@ impl Engine {
         if !late.is_empty() {
             self.recompile(late);
         }
-        let changed = views.iter().filter(|view| view.changed).count();
+        let changed: Vec<_> = views.iter().filter(|view| view.changed).collect();
+        for view in &changed {
+            self.tell_policy(view.address, view.registers.clone());
+        }
+        let changed = changed.len();
         info!("policies: {} files in force, {changed} functions changed", policies.files().len());
         if let Some(reply) = reply {
             reply.done(Ok(Success::Reloaded { files: policies.files().len(), functions: views }));

@@ -82,6 +82,7 @@ impl Engine {
         // ... and those that came.
         match self.platform.host.function(address) {
             Ok(pf) => {
+                self.tell_vfs(address, pf.num_vfs);
                 self.keeping.vfs_enabled(&pf.virtual_functions);
                 self.stirred.all_of(pf.virtual_functions);
             }

@@ -8,6 +8,8 @@ use pciback::{DomId, FunctionState, Sbdf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::outcome::few;
+
 /// One thing that happened.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
@@ -58,6 +60,16 @@ pub enum Happening {
     Registers {
         /// By function and name.
         registers: Vec<RegisterValue>,
+    },
+    /// The VFs of a PF were enabled or disabled.
+    Vfs {
+        /// How many there are now.
+        enabled: u16,
+    },
+    /// Policies were read again, and its guest sees it otherwise now.
+    Policy {
+        /// The registers whose bits are treated otherwise.
+        registers: Vec<String>,
     },
     /// What came of an action.
     Outcome {
@@ -131,6 +143,10 @@ impl fmt::Display for EventView {
                     write!(f, " {name} {value:08x},")?;
                 }
                 Ok(())
+            }
+            Happening::Vfs { enabled } => write!(f, ": {enabled} VFs are enabled"),
+            Happening::Policy { registers } => {
+                write!(f, ": other policies are in force; registers: {}", few(registers, 3))
             }
             Happening::Outcome { ok: true, text } => write!(f, ": {text}"),
             Happening::Outcome { ok: false, text } => write!(f, ": failed: {text}"),

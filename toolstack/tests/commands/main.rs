@@ -12,6 +12,9 @@ mod socket;
 mod transcript;
 mod wire;
 
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
+
 use daemon::Daemon;
 use transcript::{host, play, play_alone, play_on};
 
@@ -206,6 +209,47 @@ fn an_answer_that_the_disk_has_no_room_for_exits_with_1() {
         assert_eq!(output.status.code(), Some(1), "{arguments:?}: {text}");
         assert!(text.contains("print the answer: No space left on device"), "{arguments:?}: {text}");
     }
+}
+
+#[test]
+fn events_of_vfs_and_policies_are_followed_also_over_a_restart_of_the_service() {
+    let daemon = Daemon::start(&host());
+    let mut command = daemon::program(env!("CARGO_BIN_EXE_xpci"));
+    command.arg("--socket").arg(daemon.socket()).args(["events", "--follow"]);
+    let mut follower = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut lines = BufReader::new(follower.stdout.take().unwrap()).lines();
+    let mut wait_for = |wanted: &str| loop {
+        let line = lines.next().unwrap().unwrap();
+        if line.contains(wanted) {
+            break;
+        }
+    };
+    let vf = |daemon: &Daemon, count: &str| {
+        let done =
+            ["vf create 01:00.0", "pci-assignable-add 01:10.0", "pci-attach web 01:10.0"].map(|command| {
+                let command = command.replace("01:00.0", &format!("01:00.0 {count}"));
+                daemon.xpci(&command.split(' ').collect::<Vec<_>>()).status.success()
+            });
+        assert_eq!(done, [true; 3]);
+    };
+    vf(&daemon, "2");
+    wait_for("0000:01:00.0: 2 VFs are enabled");
+    wait_for("0000:01:10.0 (domain 1): attaching -> attached");
+    let policies = daemon.directory.path().join("policies");
+    std::fs::create_dir_all(&policies).unwrap();
+    std::fs::write(
+        policies.join("more.yaml"),
+        "registers: [{at: 0xc0, width: 4, action: fixed, value: 0x12345678, reason: a mark}]\n",
+    )
+    .unwrap();
+    let reloaded = daemon.xpci(&["policy", "reload"]);
+    assert!(reloaded.status.success(), "{reloaded:?}");
+    wait_for("0000:01:10.0 (domain 1): other policies are in force");
+    let daemon = daemon.start_again();
+    assert!(daemon.xpci(&["vf", "set-count", "03:00.0", "3"]).status.success());
+    wait_for("0000:03:00.0: 3 VFs are enabled");
+    follower.kill().unwrap();
+    follower.wait().unwrap();
 }
 
 #[test]
