@@ -47,6 +47,11 @@ pub fn gather(socket: &Path, file: Option<&Path>) -> Result<Success, Failure> {
 
 /// Puts a file into place at once: whoever reads it sees the old metrics or the new ones.
 fn replace(file: &Path, text: &str) -> Result<(), Failure> {
+    // A device, for example, would be gone.
+    if fs::metadata(file).is_ok_and(|found| !found.is_file()) {
+        let text = format!("write the metrics to {}: that is not a regular file", file.display());
+        return Err(Failure::refused(text).hint("without '--write', 'xpci metrics' prints them"));
+    }
     let new = file.with_extension("new");
     fs::write(&new, text).and_then(|()| fs::rename(&new, file)).map_err(|error| {
         Failure::new(ErrorCode::Failed, format!("write the metrics to {}: {error}", file.display()))
@@ -221,6 +226,16 @@ mod tests {
              t_count{{{labels}}} 4\n"
         );
         assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn what_is_not_a_regular_file_is_not_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("socket");
+        let _socket = std::os::unix::net::UnixListener::bind(&file).unwrap();
+        let failure = gather(&directory.path().join("control"), Some(&file)).unwrap_err();
+        assert!(failure.message.ends_with("that is not a regular file"), "{failure}");
+        assert!(!fs::metadata(&file).unwrap().is_file());
     }
 
     #[test]
