@@ -1,13 +1,16 @@
 //! By what a function is known again after bus numbers have changed, or its card has moved to another slot.
 
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
 use pciback::Sbdf;
 use pciback::inventory::Identity;
 use pciback::platform::{Host, HostFunction};
 use serde::{Deserialize, Serialize};
 
-use crate::names::PciPath;
 use crate::outcome::Failure;
-use crate::spec::{existing, identity};
+use crate::pci_path::PciPath;
+use crate::spec::{answers, existing, identity};
 
 /// A function of the host, whatever its address.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,14 +18,15 @@ use crate::spec::{existing, identity};
 pub struct Device {
     /// Where it was when it was noted, for people.
     pub address: Sbdf,
-    identity: Identity,
+    /// What it is; a VF has its PF's serial number.
+    pub identity: Identity,
     /// The way to it, of a VF to its PF.
-    path: PciPath,
+    pub path: PciPath,
     /// The function number, of a VF its PF's.
-    function: u8,
+    pub function: u8,
     /// A VF's number among those of its PF.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    vf: Option<u16>,
+    pub vf: Option<u16>,
 }
 
 impl Device {
@@ -53,5 +57,32 @@ impl Device {
             && self.identity.serial == other.identity.serial
             && self.function == other.function;
         self.identity.may_be(&other.identity) && self.vf == other.vf && (same_card || self.path == other.path)
+    }
+}
+
+/// What functions are, read once for each that comes to the host: reading it asks the device. Clones are the same.
+#[derive(Debug, Clone, Default)]
+pub struct Devices(Arc<Mutex<BTreeMap<Sbdf, (u64, Device)>>>);
+
+impl Devices {
+    /// What a function is. It is read where it is not known yet: that is for threads that may block, after which it is known.
+    ///
+    /// # Errors
+    /// Those of [`Device::of`].
+    pub fn of(&self, host: &dyn Host, function: &HostFunction) -> Result<Device, Failure> {
+        let key = |known: &BTreeMap<Sbdf, (u64, Device)>| {
+            let (incarnation, device) = known.get(&function.address)?;
+            (*incarnation == function.incarnation).then(|| device.clone())
+        };
+        if let Some(known) = key(&self.0.lock().unwrap_or_else(PoisonError::into_inner)) {
+            return Ok(known);
+        }
+        let device = Device::of(host, function)?;
+        // One that does not answer now has not shown its serial number.
+        if answers(host, function.physical_function.unwrap_or(function.address)) {
+            let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            known.insert(function.address, (function.incarnation, device.clone()));
+        }
+        Ok(device)
     }
 }

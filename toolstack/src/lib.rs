@@ -15,6 +15,7 @@ pub mod journal;
 pub mod ledger;
 pub mod names;
 pub mod outcome;
+pub mod pci_path;
 pub mod policies;
 pub mod protocol;
 pub mod reply;

@@ -2,15 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::str::FromStr;
 
 use pciback::Sbdf;
 use pciback::platform::{Host, HostFunction};
 use pciback::policy::nearest;
-use serde::{Deserialize, Serialize, Serializer};
+use serde::Deserialize;
 
+use crate::device::Device;
 use crate::outcome::Failure;
-use crate::spec::{existing, serial_number};
+use crate::pci_path::PciPath;
+use crate::spec::existing;
 use crate::target::{Parent, Target, Word};
 
 /// Names and what they mean.
@@ -88,76 +89,6 @@ fn serial_of(text: &str) -> Result<u64, String> {
     u64::from_str_radix(&digits, 16).map_err(|_| wrong())
 }
 
-/// The way to a function from its root bus: the function there, then device and function number below each bridge. It stays when bus
-/// numbers change.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
-pub struct PciPath {
-    root: Sbdf,
-    below: Vec<u8>,
-}
-
-impl PciPath {
-    /// The way to a function.
-    ///
-    /// # Errors
-    /// The bridges above it cannot be found.
-    pub fn of(host: &dyn Host, address: Sbdf) -> Result<Self, Failure> {
-        let mut way: Vec<Sbdf> = host.ports_above(address)?;
-        way.reverse();
-        way.push(address);
-        let below = way[1..].iter().map(|function| function.devfn()).collect();
-        Ok(Self { root: way[0], below })
-    }
-}
-
-impl FromStr for PciPath {
-    type Err = String;
-
-    /// Reads `SSSS:BB:DD.F/DD.F...`, as Linux' `pci=` options have it, or what a link in `/sys/bus/pci/devices` points to.
-    fn from_str(text: &str) -> Result<Self, String> {
-        let shown: String = text.chars().take(120).collect();
-        let wrong = || {
-            format!(
-                "'{shown}' is not a path: write it as 'xpci show' does, 0000:00:1c.0/00.0, or as sysfs has it"
-            )
-        };
-        let in_sysfs = text.split_once("/pci").map(|(_, rest)| rest);
-        let parts: Vec<&str> = match in_sysfs {
-            Some(rest) => rest.split('/').skip(1).collect(),
-            None => text.split('/').collect(),
-        };
-        let (first, rest) = parts.split_first().ok_or_else(wrong)?;
-        let root = first.parse().map_err(|_| wrong())?;
-        let devfn = |part: &&str| {
-            let full = if part.contains(':') { (*part).to_owned() } else { format!("00:{part}") };
-            full.parse().map(|address: Sbdf| address.devfn()).map_err(|_| wrong())
-        };
-        Ok(Self { root, below: rest.iter().map(devfn).collect::<Result<_, _>>()? })
-    }
-}
-
-impl TryFrom<String> for PciPath {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl Serialize for PciPath {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl fmt::Display for PciPath {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.root)?;
-        self.below.iter().try_for_each(|devfn| write!(f, "/{:02x}.{:x}", devfn >> 3, devfn & 7))
-    }
-}
-
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.by {
@@ -176,19 +107,16 @@ pub fn printed(serial: u64) -> String {
 }
 
 impl Name {
-    /// Whether it means a function that is no VF.
-    pub fn means(&self, host: &dyn Host, function: &HostFunction) -> bool {
-        let address = function.address;
-        function.physical_function.is_none()
-            && self.vf.is_none()
-            && match &self.by {
-                By::Address(wanted) => *wanted == address,
-                By::Serial(wanted) => {
-                    self.function.is_none_or(|number| number == address.function())
-                        && serial_number(host, address) == Some(*wanted)
-                }
-                By::Path(wanted) => PciPath::of(host, address).is_ok_and(|path| path == *wanted),
+    /// Whether it means a function, whatever VF of it it means.
+    fn is_of(&self, device: &Device) -> bool {
+        match &self.by {
+            By::Address(wanted) => *wanted == device.address,
+            By::Serial(wanted) => {
+                self.function.is_none_or(|number| number == device.function)
+                    && device.identity.serial == Some(*wanted)
             }
+            By::Path(wanted) => device.path == *wanted,
+        }
     }
 
     fn find(&self, host: &dyn Host, name: &Word) -> Result<Sbdf, Failure> {
@@ -196,7 +124,11 @@ impl Name {
             By::Address(address) => address,
             _ => {
                 let device = Self { vf: None, ..self.clone() };
-                let found = functions(host)?.into_iter().filter(|function| device.means(host, function));
+                let all =
+                    functions(host)?.into_iter().filter(|function| function.physical_function.is_none());
+                let found = all.filter(|function| {
+                    Device::of(host, function).is_ok_and(|function| self.is_of(&function))
+                });
                 let found: Vec<Sbdf> = found.map(|function| function.address).collect();
                 match found.as_slice() {
                     [only] => *only,
@@ -253,8 +185,7 @@ fn function(host: &dyn Host, names: &Names, parent: &Parent) -> Result<Sbdf, Fai
     if let Some(name) = names.get(word) {
         return name.find(host, word);
     }
-    let has_it = |function: &HostFunction| function.interfaces.iter().any(|name| name == word.as_str());
-    if let Some(found) = functions(host)?.iter().find(|function| has_it(function)) {
+    if let Some(found) = functions(host)?.iter().find(|function| has_interface(function, word)) {
         return Ok(found.address);
     }
     let text = format!(
@@ -279,65 +210,64 @@ pub fn find(host: &dyn Host, names: &Names, target: &Target) -> Result<Target, F
     })
 }
 
-/// Whether a function is what somebody means who calls it so.
+/// Whether a function that is no VF is what somebody means who calls it so.
 pub fn means(host: &dyn Host, names: &Names, parent: &Parent, function: &HostFunction) -> bool {
     match parent {
         Parent::At(address) => *address == function.address,
         Parent::Word(word) => match names.get(word) {
-            Some(name) => name.means(host, function),
-            None => function.interfaces.iter().any(|name| name == word.as_str()),
+            Some(name) => {
+                name.vf.is_none() && Device::of(host, function).is_ok_and(|device| name.is_of(&device))
+            }
+            None => has_interface(function, word),
         },
     }
 }
 
-/// Whether a function is what somebody means who writes this; none of a pool is.
-pub fn means_one(host: &dyn Host, names: &Names, target: &Target, function: &HostFunction) -> bool {
+/// Whether a function is what somebody means who writes this; none of a pool is. `device` is what is known of it.
+pub fn means_one(
+    host: &dyn Host,
+    names: &Names,
+    target: &Target,
+    function: &HostFunction,
+    device: &Device,
+) -> bool {
+    // What is known of a VF is its PF's, too.
+    let pf = function.physical_function;
+    let of_pf =
+        |name: &Name| pf.is_some_and(|address| name.is_of(&Device { address, vf: None, ..device.clone() }));
     match target {
         Target::Any(_) => false,
-        Target::Vf(pf, number) => is_vf(host, function, *number, |parent| means(host, names, pf, parent)),
+        Target::One(Parent::At(address)) => *address == function.address,
         Target::One(Parent::Word(word)) => match names.get(word) {
-            Some(Name { vf: Some(number), by, function: of_device }) => {
-                let device = Name { by: by.clone(), function: *of_device, vf: None };
-                is_vf(host, function, *number, |parent| device.means(host, parent))
-            }
-            _ => means(host, names, &Parent::Word(word.clone()), function),
+            Some(name) if name.vf.is_some() => name.vf == device.vf && of_pf(name),
+            Some(name) => match name.by {
+                By::Address(_) => name.is_of(device),
+                _ => pf.is_none() && name.is_of(device),
+            },
+            None => has_interface(function, word),
         },
-        Target::One(parent) => means(host, names, parent, function),
+        Target::Vf(parent, number) => {
+            device.vf == Some(*number)
+                && match parent {
+                    Parent::At(address) => pf == Some(*address),
+                    Parent::Word(word) => match names.get(word) {
+                        Some(name) => name.vf.is_none() && of_pf(name),
+                        None => pf
+                            .and_then(|pf| host.function(pf).ok())
+                            .is_some_and(|pf| has_interface(&pf, word)),
+                    },
+                }
+        }
     }
 }
 
-/// Whether a function is this VF of a PF.
-fn is_vf(
-    host: &dyn Host,
-    function: &HostFunction,
-    number: u16,
-    is_pf: impl Fn(&HostFunction) -> bool,
-) -> bool {
-    let pf = function.physical_function.and_then(|pf| host.function(pf).ok());
-    pf.is_some_and(|pf| {
-        pf.virtual_functions.get(usize::from(number)) == Some(&function.address) && is_pf(&pf)
-    })
+fn has_interface(function: &HostFunction, word: &Word) -> bool {
+    function.interfaces.iter().any(|name| name == word.as_str())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn path(text: &str) -> PciPath {
-        text.parse().unwrap()
-    }
-
-    #[test]
-    fn a_path_is_the_same_whatever_the_bus_numbers_below_the_root_are() {
-        let short = path("0000:00:1c.0/00.1/02.0");
-        assert_eq!(short.to_string(), "0000:00:1c.0/00.1/02.0");
-        assert_eq!(path("/sys/devices/pci0000:00/0000:00:1c.0/0000:03:00.1/0000:04:02.0"), short);
-        assert_eq!(path("../../../devices/pci0000:00/0000:00:1c.0/0000:08:00.1/0000:09:02.0"), short);
-        assert_ne!(path("0000:00:1c.0/00.0/02.0"), short);
-        for text in ["", "/", "00.0", "0000:00:1c.0/", "0000:00:1c.0/eth0", "/sys/devices/pci0000:00"] {
-            assert!(text.parse::<PciPath>().is_err(), "{text}");
-        }
-    }
 
     #[test]
     fn a_serial_number_is_written_as_lspci_prints_it() {

@@ -4,19 +4,22 @@
 //! starts again, and keeps it from all others. It outlives the service and the host's boots, so each change is synced to the disk,
 //! which takes milliseconds: only threads that may block make one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use pciback::inventory::Identity;
 use pciback::{DomId, Sbdf, Uuid};
 use serde::{Deserialize, Serialize};
 
+use crate::device::Device;
 use crate::durable;
 use crate::journal::{JournalError, VERSION, entries, read_entry};
 use crate::outcome::Failure;
+use crate::target::Target;
 
 /// No reservation is longer than this, in bytes.
 const SIZE_LIMIT: u64 = 64 * 1024;
@@ -26,10 +29,16 @@ const SIZE_LIMIT: u64 = 64 * 1024;
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Reservation {
     version: u32,
-    /// The function.
+    /// The function: where it is; in the file, where it was when that was noted.
     pub address: Sbdf,
     /// What distinguishes it from another one at its address.
     pub identity: Identity,
+    /// By what it is known at another address; xpcid 0.1.0 did not note that at first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    device: Option<Device>,
+    /// What the settings call it, where they give it to the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub promised: Option<Target>,
     /// The guest.
     pub guest: Uuid,
     /// What the guest was called then, for people.
@@ -49,8 +58,31 @@ struct Given {
 
 impl Reservation {
     /// One that no domain has had yet.
-    pub fn new(address: Sbdf, identity: Identity, guest: Uuid, name: Option<String>, devfn: u8) -> Self {
-        Self { version: VERSION, address, identity, guest, name, devfn, given: None }
+    pub fn new(device: Device, guest: Uuid, name: Option<String>, devfn: u8) -> Self {
+        let (address, identity, device) = (device.address, device.identity, Some(device));
+        Self { version: VERSION, address, identity, device, promised: None, guest, name, devfn, given: None }
+    }
+
+    /// The same, of a function that the settings give to the guest and call so; `None`: by no address.
+    pub fn promised_as(self, promised: Option<Target>) -> Self {
+        Self { promised, ..self }
+    }
+
+    /// Whether it is about this function of the host.
+    pub fn is_of(&self, device: &Device) -> bool {
+        match &self.device {
+            Some(known) => known.is(device),
+            None => self.address == device.address && self.identity.may_be(&device.identity),
+        }
+    }
+
+    fn is_at_place_of(&self, device: &Device) -> bool {
+        self.device.as_ref().is_some_and(|known| known.path == device.path)
+    }
+
+    /// The kind of device, `vendor:device`.
+    pub fn kind(&self) -> String {
+        format!("{:04x}:{:04x}", self.identity.vendor, self.identity.device)
     }
 
     /// Whether a domain has had it already.
@@ -87,9 +119,89 @@ pub enum Change {
 #[derive(Debug, Clone)]
 pub struct Reservations {
     directory: PathBuf,
-    known: Arc<Mutex<BTreeMap<Sbdf, Reservation>>>,
+    known: Arc<Mutex<Known>>,
     /// Files that cannot be used: which guest has their functions is not known.
     damaged: Arc<BTreeMap<Sbdf, PathBuf>>,
+}
+
+/// A function that a guest has persistently is at another address than before.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Followed {
+    /// Where it was.
+    pub from: Sbdf,
+    /// Where it is.
+    pub to: Sbdf,
+    /// The guest.
+    pub guest: Uuid,
+}
+
+/// Each reservation has its file, named after the address where its function was when it was made. Where the function is now is found
+/// out from the device, when it is seen.
+#[derive(Debug, Default)]
+struct Known {
+    /// By file.
+    files: BTreeMap<Sbdf, Reservation>,
+    /// The file about the function at an address.
+    at: BTreeMap<Sbdf, Sbdf>,
+    /// Files whose functions were seen.
+    seen: BTreeSet<Sbdf>,
+    /// Files whose functions are not there while one of another file is at their address, and since when that is known.
+    displaced: BTreeMap<Sbdf, SystemTime>,
+}
+
+impl Known {
+    fn get(&self, address: Sbdf) -> Option<&Reservation> {
+        self.files.get(self.at.get(&address)?)
+    }
+
+    fn set(&mut self, file: Sbdf, reservation: Reservation) {
+        self.displaced.remove(&file);
+        if let Some(other) = self.at.insert(reservation.address, file).filter(|other| *other != file) {
+            self.displaced.insert(other, SystemTime::now());
+        }
+        self.files.insert(file, reservation);
+    }
+
+    fn remove(&mut self, file: Sbdf) -> Option<Reservation> {
+        let gone = self.files.remove(&file)?;
+        self.seen.remove(&file);
+        if self.displaced.remove(&file).is_none() {
+            self.at.remove(&gone.address);
+            // One whose function was there before that one came.
+            let other =
+                self.displaced.keys().find(|other| self.files[*other].address == gone.address).copied();
+            if let Some(other) = other {
+                self.displaced.remove(&other);
+                self.at.insert(gone.address, other);
+            }
+        }
+        Some(gone)
+    }
+
+    /// The file about a device. One whose function was seen elsewhere is about that one.
+    fn about(&self, device: &Device) -> Option<Sbdf> {
+        let found = self.files.iter().filter(|(file, one)| {
+            one.is_of(device) && (one.address == device.address || !self.seen.contains(*file))
+        });
+        let best = found.max_by_key(|(_, one)| (one.is_at_place_of(device), one.address == device.address));
+        best.map(|(file, _)| *file)
+    }
+
+    /// What must be written elsewhere before this file can be about another function, with the new file of each. An error: a file that
+    /// cannot be, as its function is not there.
+    fn in_the_way(&self, file: Sbdf) -> Result<Vec<(Sbdf, Reservation)>, Sbdf> {
+        let mut moves = Vec::new();
+        let mut wanted = file;
+        // It ends: no two functions have one address, and none of these has that of the first file.
+        while let Some(owner) = self.files.get(&wanted) {
+            if self.displaced.contains_key(&wanted) {
+                return Err(wanted);
+            }
+            moves.push((owner.address, owner.clone()));
+            wanted = owner.address;
+        }
+        Ok(moves)
+    }
 }
 
 impl Reservations {
@@ -97,10 +209,10 @@ impl Reservations {
     pub fn open(directory: &Path) -> Result<(Self, Vec<JournalError>), JournalError> {
         let error = |source| JournalError::Io { action: "create", path: directory.to_owned(), source };
         fs::create_dir_all(directory).map_err(error)?;
-        let (mut known, mut damaged, mut errors) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
+        let (mut known, mut damaged, mut errors) = (Known::default(), BTreeMap::new(), Vec::new());
         for path in entries(directory)? {
             match read_entry(&path, SIZE_LIMIT, |one: &Reservation| (one.version, one.address)) {
-                Ok(reservation) => drop(known.insert(reservation.address, reservation)),
+                Ok(reservation) => known.set(reservation.address, reservation),
                 Err(error) => {
                     damaged.extend(error.address().map(|address| (address, path)));
                     errors.push(error);
@@ -114,10 +226,10 @@ impl Reservations {
     /// The file about a function that could not be used, as long as it is there.
     pub fn damaged(&self, address: Sbdf) -> Option<&Path> {
         let path = self.damaged.get(&address)?;
-        (!self.known().contains_key(&address) && path.exists()).then_some(path)
+        (!self.known().files.contains_key(&address) && path.exists()).then_some(path)
     }
 
-    fn known(&self) -> MutexGuard<'_, BTreeMap<Sbdf, Reservation>> {
+    fn known(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -127,39 +239,130 @@ impl Reservations {
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.known().is_empty()
+        self.known().files.is_empty()
     }
 
     /// That of a function.
     pub fn get(&self, address: Sbdf) -> Option<Reservation> {
-        self.known().get(&address).cloned()
+        self.known().get(address).cloned()
     }
 
     /// All, by address.
     pub fn all(&self) -> Vec<Reservation> {
-        self.known().values().cloned().collect()
+        let known = self.known();
+        known.at.keys().filter_map(|address| known.get(*address)).cloned().collect()
     }
 
     /// Those of a guest, by address.
     pub fn of(&self, guest: Uuid) -> Vec<Reservation> {
-        self.known().values().filter(|reservation| reservation.guest == guest).cloned().collect()
+        self.all().into_iter().filter(|reservation| reservation.guest == guest).collect()
+    }
+
+    /// Those whose functions are not there, while another guest's or the same guest's other one is at their address.
+    pub fn displaced(&self) -> Vec<(Reservation, SystemTime)> {
+        let known = self.known();
+        let displaced = known.displaced.iter();
+        displaced.filter_map(|(file, since)| Some((known.files.get(file)?.clone(), *since))).collect()
+    }
+
+    /// Notes that functions are there: first those that are where they were, which are nowhere else.
+    pub fn found_all(&self, mut devices: Vec<Device>) -> Result<(), Failure> {
+        let known = self.known();
+        devices.sort_by_key(|device| {
+            !known.files.values().any(|one| one.is_of(device) && one.is_at_place_of(device))
+        });
+        drop(known);
+        devices.iter().try_for_each(|device| self.found(device).map(drop))
+    }
+
+    /// Notes that a function is there. What is known of it goes with it to its present address; what an earlier version noted is kept
+    /// with its identity.
+    pub fn found(&self, device: &Device) -> Result<Option<Followed>, Failure> {
+        let mut known = self.known();
+        let Some(file) = known.about(device) else { return Ok(None) };
+        let Some(before) = known.remove(file) else { return Ok(None) };
+        known.seen.insert(file);
+        let (is_new, address) = (before.device.is_none(), before.address);
+        let reservation = Reservation {
+            address: device.address,
+            device: before.device.or_else(|| Some(device.clone())),
+            ..before
+        };
+        // A file was being renamed when the service was killed.
+        let copies =
+            known.files.iter().filter(|(other, one)| **other != file && one.device == reservation.device);
+        let copies: Vec<Sbdf> = copies.map(|(other, _)| *other).collect();
+        copies.iter().for_each(|copy| drop(known.remove(*copy)));
+        known.set(file, reservation.clone());
+        // Nobody forgets it meanwhile. Both happen once for a file.
+        copies.into_iter().try_for_each(|copy| self.remove(copy))?;
+        if is_new {
+            self.write(file, &reservation)?;
+        }
+        drop(known);
+        let (from, to, guest) = (address, device.address, reservation.guest);
+        Ok((from != to).then_some(Followed { from, to, guest }))
+    }
+
+    /// Notes that no function is at an address any more.
+    pub fn left(&self, address: Sbdf) {
+        let mut known = self.known();
+        if let Some(file) = known.at.get(&address).copied() {
+            known.seen.remove(&file);
+        }
     }
 
     /// Keeps a reservation, also over a power failure.
     pub fn keep(&self, reservation: Reservation) -> Result<(), Failure> {
-        let (address, path) = (reservation.address, self.path(reservation.address));
-        let written = durable::replace(&path, &reservation, true);
-        written.map_err(|source| failure(address, "write", path, source))?;
-        self.known().insert(address, reservation);
+        let known = self.known();
+        let (file, moves) = match known.at.get(&reservation.address) {
+            Some(file) => (*file, Vec::new()),
+            None => {
+                let moves = known.in_the_way(reservation.address).map_err(|file| {
+                    let file = self.path(file);
+                    let text = format!(
+                        "{} is about another device that a guest has persistently, and that is not there",
+                        file.display()
+                    );
+                    Failure::refused(text).on(reservation.address).hint("remove the file, then restart xpcid")
+                })?;
+                (reservation.address, moves)
+            }
+        };
+        drop(known);
+        // Each into a file that is free by then.
+        for (file, other) in moves.iter().rev() {
+            self.write(*file, other)?;
+        }
+        self.write(file, &reservation)?;
+        let mut known = self.known();
+        for (file, other) in moves.into_iter().rev() {
+            known.seen.insert(file);
+            known.set(file, other);
+        }
+        known.seen.insert(file);
+        known.set(file, reservation);
         Ok(())
+    }
+
+    fn write(&self, file: Sbdf, reservation: &Reservation) -> Result<(), Failure> {
+        let path = self.path(file);
+        let noted = Reservation { address: file, ..reservation.clone() };
+        let written = durable::replace(&path, &noted, true);
+        written.map_err(|source| failure(reservation.address, "write", path, source))
+    }
+
+    fn remove(&self, file: Sbdf) -> Result<(), Failure> {
+        let path = self.path(file);
+        let removed = durable::remove(&path).and_then(|()| durable::sync(&self.directory));
+        removed.map_err(|source| failure(file, "remove", path, source))
     }
 
     /// Forgets that of a function, if it has one.
     pub fn forget(&self, address: Sbdf) -> Result<(), Failure> {
-        let path = self.path(address);
-        let removed = durable::remove(&path).and_then(|()| durable::sync(&self.directory));
-        removed.map_err(|source| failure(address, "remove", path, source))?;
-        self.known().remove(&address);
+        let file = self.known().at.get(&address).copied().unwrap_or(address);
+        self.remove(file)?;
+        drop(self.known().remove(file));
         Ok(())
     }
 
@@ -185,7 +388,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let open = || Reservations::open(directory.path()).unwrap();
         let (first, _) = open();
-        let reservation = Reservation::new(VF, Identity::default(), WEB, Some("web".into()), 0xf8);
+        let reservation = Reservation::new(device(VF, "0000:00:01.0/00.0"), WEB, Some("web".into()), 0xf8);
         first.keep(reservation.clone()).unwrap();
         assert_eq!(open().0.get(VF).as_ref(), Some(&reservation));
         assert_eq!(open().0.of(WEB).len(), 1);
@@ -198,11 +401,90 @@ mod tests {
         assert!(first.is_empty() && open().0.is_empty());
     }
 
+    fn device(address: Sbdf, path: &str) -> Device {
+        let identity = Identity { vendor: 0x8086, device: 0x10d3, ..Identity::default() };
+        Device { address, identity, path: path.parse().unwrap(), function: 0, vf: None }
+    }
+
+    /// The devices and addresses of all reservations.
+    fn all(known: &Reservations) -> Vec<(String, Sbdf)> {
+        let path = |one: &Reservation| one.device.as_ref().unwrap().path.to_string();
+        known.all().iter().map(|one| (path(one), one.address)).collect()
+    }
+
+    const PATHS: [&str; 3] = ["0000:00:01.0", "0000:00:02.0", "0000:00:03.0"];
+
+    fn places() -> [Sbdf; 4] {
+        ["04:00.0", "05:00.0", "06:00.0", "07:00.0"].map(|address| address.parse().unwrap())
+    }
+
+    #[test]
+    fn devices_that_change_places_keep_their_reservations_and_new_ones_take_no_file_of_theirs() {
+        let directory = tempfile::tempdir().unwrap();
+        let open = || Reservations::open(directory.path()).unwrap().0;
+        let [a, b, c, d] = places();
+        let first = open();
+        for (path, address) in PATHS.into_iter().zip([a, b, c]) {
+            first.keep(Reservation::new(device(address, path), WEB, None, 8)).unwrap();
+        }
+        let second = open();
+        let now =
+            PATHS.into_iter().zip([b, a, d]).map(|(path, address)| device(address, path)).collect::<Vec<_>>();
+        second.found_all(now.clone()).unwrap();
+        let swapped = [(PATHS[1].to_owned(), a), (PATHS[0].to_owned(), b), (PATHS[2].to_owned(), d)];
+        assert_eq!(all(&second), swapped);
+        // Both of those that changed places, and another one at the address that one has left.
+        for reservation in second.all() {
+            second.give(reservation, "boot", DomId(4)).unwrap();
+        }
+        second.keep(Reservation::new(device(c, "0000:00:09.0"), WEB, None, 16)).unwrap();
+        let third = open();
+        third.found_all([&now[..], &[device(c, "0000:00:09.0")]].concat()).unwrap();
+        assert_eq!(all(&third).len(), 4);
+        assert!(swapped.iter().all(|one| all(&third).contains(one)), "{:?}", all(&third));
+        assert!(
+            third.displaced().is_empty()
+                && third.all().iter().filter(|one| one.was_given("boot", DomId(4))).count() == 3
+        );
+    }
+
+    #[test]
+    fn a_device_that_is_not_there_is_displaced_by_one_at_its_address_until_that_is_forgotten() {
+        let directory = tempfile::tempdir().unwrap();
+        let (known, _) = Reservations::open(directory.path()).unwrap();
+        let [a, b, ..] = places();
+        for (path, address) in PATHS.into_iter().zip([a, b]) {
+            known.keep(Reservation::new(device(address, path), WEB, None, 8)).unwrap();
+        }
+        assert_eq!(known.found(&device(b, PATHS[0])).unwrap(), None, "it is where it was");
+        known.left(a);
+        let followed = known.found(&device(b, PATHS[0])).unwrap().unwrap();
+        assert_eq!((followed.from, followed.to), (a, b));
+        let displaced = known.displaced();
+        assert_eq!(displaced.len(), 1);
+        assert!(displaced[0].0.is_of(&device(b, PATHS[1])));
+        known.forget(b).unwrap();
+        assert_eq!(all(&known), [(PATHS[1].to_owned(), b)]);
+    }
+
+    #[test]
+    fn what_an_earlier_version_noted_is_followed_once_its_device_was_seen() {
+        let directory = tempfile::tempdir().unwrap();
+        let open = || Reservations::open(directory.path()).unwrap().0;
+        let [a, b, ..] = places();
+        let noted = Reservation::new(device(a, PATHS[0]), WEB, None, 8);
+        open().keep(Reservation { device: None, ..noted }).unwrap();
+        assert_eq!(open().found(&device(b, PATHS[0])).unwrap(), None, "nobody knows that it is this one");
+        assert_eq!(open().found(&device(a, PATHS[0])).unwrap(), None);
+        let known = open();
+        assert_eq!(known.found(&device(b, PATHS[0])).unwrap().map(|followed| followed.to), Some(b));
+    }
+
     #[test]
     fn a_file_that_cannot_be_used_is_told_and_the_others_are_used() {
         let directory = tempfile::tempdir().unwrap();
         let (first, _) = Reservations::open(directory.path()).unwrap();
-        first.keep(Reservation::new(VF, Identity::default(), WEB, None, 0xf8)).unwrap();
+        first.keep(Reservation::new(device(VF, "0000:00:01.0/00.0"), WEB, None, 0xf8)).unwrap();
         fs::copy(first.path(VF), directory.path().join("0000:01:10.2.json")).unwrap();
         fs::write(directory.path().join("0000:01:10.4.json"), "{").unwrap();
         let (again, errors) = Reservations::open(directory.path()).unwrap();

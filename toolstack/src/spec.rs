@@ -5,7 +5,9 @@ use std::sync::{Arc, Mutex, Weak};
 
 use nix::errno::Errno;
 use pciback::Sbdf;
-use pciback::config::{CapabilityList, FunctionSpec, Planes, Policy, PortAbove, Unroutable, VfRouting};
+use pciback::config::{
+    Access, CapabilityList, ConfigSpace, FunctionSpec, Planes, Policy, PortAbove, Unroutable, VfRouting,
+};
 use pciback::inventory::Identity;
 use pciback::platform::{Host, HostFunction};
 use pciback::spec::{CapabilityId, ExtendedCapabilityId};
@@ -78,6 +80,12 @@ pub fn serial_number(host: &dyn Host, address: Sbdf) -> Option<u64> {
     let at = usize::from(list.extended(ExtendedCapabilityId::SERIAL_NUMBER)?.offset);
     let number = bytes.get(at + 4..at + 12)?.try_into().ok()?;
     Some(u64::from_le_bytes(number))
+}
+
+/// Whether a function answers now: one that does not reads as all ones.
+pub fn answers(host: &dyn Host, address: Sbdf) -> bool {
+    let vendor = |config: Box<dyn ConfigSpace>| config.read(Access::new(0, 2).ok()?).ok();
+    host.config(address).ok().and_then(vendor).is_some_and(|vendor| vendor != 0xffff)
 }
 
 /// Whether requests reach this many VFs of a PF, by what the PF and the port above it say now; the inner error says why not.

@@ -52,6 +52,14 @@ impl Workshop {
 }
 
 /// Which guest has a function persistently.
+fn displaced((reservation, since): (Reservation, SystemTime)) -> Problem {
+    let (address, kind, who) = (reservation.address, reservation.kind(), reservation.who());
+    let text = format!(
+        "the {kind} that {who} has persistently is not there: at its address {address} is another one now"
+    );
+    Problem::new(Cause::Persistent, text).on(address).since(since)
+}
+
 pub(super) fn persistent_view(reservation: &Reservation) -> PersistentView {
     PersistentView { guest: reservation.guest, name: reservation.name.clone() }
 }
@@ -146,6 +154,7 @@ impl Engine {
             .chain(self.keeping.problems())
             .chain(self.network_checks.problems())
             .chain(self.returning.problems())
+            .chain(self.reservations.displaced().into_iter().map(displaced))
             .collect()
     }
 

@@ -29,6 +29,7 @@ mod paths;
 mod policies;
 mod problems;
 mod promised;
+mod recognise;
 mod recover;
 mod repairs;
 mod requests;
@@ -65,6 +66,7 @@ use pciback::serve::{Attachment, ServerReport};
 use pciback::{DomId, FunctionState, Sbdf};
 
 use crate::audit::AuditLog;
+use crate::device::Devices;
 use crate::former_owners::FormerOwners;
 use crate::journal::{Journal, NetworkRecord, Record};
 use crate::ledger::Ledger;
@@ -281,6 +283,7 @@ pub struct Engine {
     news: news::News,
     /// Functions that guests have persistently.
     reservations: Reservations,
+    devices: Devices,
     /// What is wanted persistently of functions.
     wishes: Wishes,
     /// Guests that start again.
@@ -340,6 +343,7 @@ impl Engine {
             faults: faults::Faults::default(),
             news: news::News::new(audit),
             reservations,
+            devices: Devices::default(),
             wishes,
             returning: Returning::default(),
             watchdog: Watchdog::from_environment(),

@@ -11,7 +11,6 @@ use crate::outcome::Failure;
 use crate::protocol::{Cause, DomainName};
 use crate::reservations::Reservation;
 use crate::settings::{Assigned, Settings};
-use crate::spec::identity;
 use crate::target::{Parent, Target};
 
 /// What the settings give to a guest, by address; a pool by its PF's.
@@ -62,15 +61,21 @@ impl Engine {
         let (pools, certain): (Vec<_>, Vec<_>) =
             functions.into_iter().partition(|(one, _)| matches!(one.target, Target::Any(_)));
         for (one, found) in certain.into_iter().chain(pools) {
+            let found = self.promised_at(&one, guest).map_or(found, |known| known.map(Target::from));
             let made =
                 found.and_then(|found| self.promise(&found, domain, &kept, &taken)).and_then(|address| {
                     taken.push(address);
-                    let has_it = |known: &Reservation| {
+                    let has_it = |known: &&Reservation| {
                         known.address == address && one.slot.is_none_or(|slot| slot == known.devfn >> 3)
                     };
-                    match kept.iter().any(has_it) {
-                        true => Ok(None),
-                        false => self.keep_promise(address, (guest, name.clone()), one.slot, &kept).map(Some),
+                    let promised = is_by_address(&one.target).then(|| one.target.clone());
+                    match kept.iter().find(has_it) {
+                        Some(known) if known.promised == promised || !self.is_there(known) => Ok(None),
+                        Some(known) => Ok(Some(known.clone().promised_as(promised))),
+                        None => {
+                            let made = self.keep_promise(address, (guest, name.clone()), one.slot, &kept)?;
+                            Ok(Some(made.promised_as(promised)))
+                        }
                     }
                 });
             match made {
@@ -115,6 +120,30 @@ impl Engine {
         }
     }
 
+    /// Where the device is that a guest got first when the settings named it by an address: whatever is there now was not meant.
+    fn promised_at(&self, one: &Assigned, guest: Uuid) -> Option<Result<Sbdf, Failure>> {
+        let is_it =
+            |known: &Reservation| known.guest == guest && known.promised.as_ref() == Some(&one.target);
+        if !is_by_address(&one.target) {
+            return None;
+        }
+        if let Some(known) = self.reservations.of(guest).into_iter().find(is_it) {
+            return Some(Ok(known.address));
+        }
+        let (lost, _) = self.reservations.displaced().into_iter().find(|(known, _)| is_it(known))?;
+        let text = format!("the {} that {} got as {} is not there", lost.kind(), lost.who(), one.target);
+        Some(Err(Failure::refused(text).hint("name the function that is meant in 'guests' of xpcid.yaml")))
+    }
+
+    /// Whether the function of a reservation is there.
+    fn is_there(&self, reservation: &Reservation) -> bool {
+        let host = self.platform.host.as_ref();
+        let function = host.function(reservation.address).ok();
+        function
+            .and_then(|function| self.devices.of(host, &function).ok())
+            .is_some_and(|device| reservation.is_of(&device))
+    }
+
     /// The function that is meant, of a pool one that the guest has or that is free.
     fn promise(
         &self,
@@ -152,7 +181,7 @@ impl Engine {
             return Err(other);
         }
         let devfn = super::reserved::free_devfn(address, guest.0, slot, kept)?;
-        Ok(Reservation::new(address, identity(host, &function), guest.0, guest.1, devfn))
+        Ok(Reservation::new(self.devices.of(host, &function)?, guest.0, guest.1, devfn))
     }
 
     /// Refuses a function that the settings give to another guest than this one.
@@ -170,9 +199,18 @@ impl Engine {
     /// The guest to which the settings give a function, as they call it.
     pub(super) fn promised_to(&self, function: &HostFunction) -> Option<&String> {
         let (host, names) = (self.platform.host.as_ref(), &self.settings.names);
-        let means = |one: &Assigned| names::means_one(host, names, &one.target, function);
+        if self.settings.guests.is_empty() {
+            return None;
+        }
+        let device = self.devices.of(host, function).ok()?;
+        let means = |one: &Assigned| names::means_one(host, names, &one.target, function, &device);
         self.settings.guests.iter().find(|(_, functions)| functions.iter().any(means)).map(|(guest, _)| guest)
     }
+}
+
+/// Whether a function is called by an address, its own or its PF's, which another one may have after a reboot of the host.
+fn is_by_address(target: &Target) -> bool {
+    matches!(target, Target::One(Parent::At(_)) | Target::Vf(Parent::At(_), _))
 }
 
 /// That the settings give a function to a guest, as they call it.

@@ -48,6 +48,7 @@ impl Engine {
         for error in errors {
             self.distrust_unknown(&error);
         }
+        self.recognise_all();
         Ok(())
     }
 

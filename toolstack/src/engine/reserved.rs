@@ -15,7 +15,7 @@ use crate::outcome::Failure;
 use crate::protocol::{DomainName, FunctionView, Scope, Success};
 use crate::reply::Reply;
 use crate::reservations::{Change, Reservation};
-use crate::spec::{self, existing};
+use crate::spec::existing;
 
 impl Engine {
     /// Refuses a domain what another guest has persistently, and any other device than the one that it has so.
@@ -40,12 +40,12 @@ impl Engine {
                 .map_or(Ok(()), |other| Err(other.of(domain)));
         };
         let is_guest = self.platform.hypervisor.domain(domain)?.uuid == reservation.guest;
-        let is_same = reservation.identity.may_be(&spec::identity(self.platform.host.as_ref(), function));
+        let is_same = reservation.is_of(&self.devices.of(self.platform.host.as_ref(), function)?);
         let text = match (is_guest, is_same) {
             // What was reserved is not there: what came to its place is nobody's.
             (true, true) | (false, false) => return Ok(()),
             (true, false) => {
-                let was = format!("{:04x}:{:04x}", reservation.identity.vendor, reservation.identity.device);
+                let was = reservation.kind();
                 let what = match was == format!("{:04x}:{:04x}", function.vendor, function.device) {
                     true => format!("another {was} than"),
                     false => format!("{:04x}:{:04x}, not", function.vendor, function.device),
@@ -77,7 +77,7 @@ impl Engine {
         let reservation = self.reservations.get(address)?;
         let host = self.platform.host.as_ref();
         let function = host.function(address).ok()?;
-        reservation.identity.may_be(&spec::identity(host, &function)).then_some(reservation)
+        reservation.is_of(&self.devices.of(host, &function).ok()?).then_some(reservation)
     }
 
     /// The reservation of a function for the guest that a domain is now.
@@ -88,10 +88,10 @@ impl Engine {
         devfn: u8,
     ) -> Result<Reservation, Failure> {
         let host = self.platform.host.as_ref();
-        let identity = spec::identity(host, &existing(host, address)?);
+        let device = self.devices.of(host, &existing(host, address)?)?;
         let guest = self.platform.hypervisor.domain(domain)?.uuid;
         let name = domains::name(self.platform.store.as_ref(), domain)?;
-        Ok(Reservation::new(address, identity, guest, name, devfn))
+        Ok(Reservation::new(device, guest, name, devfn))
     }
 
     /// What a persistent attachment is besides, when the guest has the function already; otherwise `None`.
@@ -218,7 +218,7 @@ impl Engine {
             return Ok(own);
         }
         let devfn = free_devfn(address, guest, slot, &self.reservations.of(guest))?;
-        Ok(Reservation::new(address, spec::identity(host, &function), guest, name, devfn))
+        Ok(Reservation::new(self.devices.of(host, &function)?, guest, name, devfn))
     }
 
     /// Refuses what another guest than this one has persistently.

@@ -23,6 +23,7 @@ use crate::domains::{self, DomainType};
 use crate::journal::{GuestPlace, Record};
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Cause;
+use crate::reservations::Followed;
 use crate::transaction::{Finished, Kind};
 
 /// What is known of guests that have functions persistently.
@@ -168,6 +169,20 @@ impl Engine {
     pub(super) fn look_again_at(&mut self, domain: DomId) {
         if self.returning.known.contains(&domain) {
             self.look_at_domain(domain);
+        }
+    }
+
+    /// A function that a guest has persistently is at another address than before.
+    pub(super) fn followed(&mut self, followed: &Followed) {
+        let Followed { from, to, guest } = *followed;
+        info!("{to}: it was {from} when it was made persistent for guest {guest}");
+        if self.reservations.get(from).is_none() {
+            self.miss_no_more(from);
+        }
+        for domain in self.returning.known.clone() {
+            if self.platform.hypervisor.domain(domain).is_ok_and(|info| info.uuid == guest) {
+                self.look_at_domain(domain);
+            }
         }
     }
 

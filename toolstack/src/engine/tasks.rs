@@ -17,6 +17,7 @@ use super::open::Opened;
 use super::problems::Problem;
 use super::watch::Changes;
 use super::{Engine, Event, Inbox};
+use crate::device::Devices;
 use crate::former_owners::FormerOwners;
 use crate::journal::{Journal, Record};
 use crate::ledger::Ledger;
@@ -92,6 +93,7 @@ pub(super) struct Workshop {
     pub fresh: Fresh,
     pub reservations: Reservations,
     pub wishes: Wishes,
+    pub devices: Devices,
     /// What [`Serving::open`] opened, until it is served.
     pub opened: Arc<Mutex<Option<Box<Opened>>>>,
 }
@@ -305,6 +307,7 @@ impl Engine {
             fresh: self.fresh.clone(),
             reservations: self.reservations.clone(),
             wishes: self.wishes.clone(),
+            devices: self.devices.clone(),
             opened: Arc::default(),
         }
     }

@@ -17,6 +17,7 @@ use super::problems::Problem;
 use super::tasks::Course;
 use super::{Engine, Event};
 use crate::journal::Record;
+use crate::reservations::Followed;
 use crate::transaction::{Kind, Parting, holder_of};
 
 /// Functions that something happened to.
@@ -95,6 +96,8 @@ pub struct Seen {
     pub(super) function: Option<HostFunction>,
     /// Who owns it in Xen; `None`: Xen does not know it.
     pub(super) owner: Option<Owner>,
+    /// It is persistent for a guest and had another address before.
+    pub(super) followed: Option<Followed>,
 }
 
 /// What was looked at.
@@ -175,7 +178,8 @@ impl Engine {
                 // What Xen does not tell, or whoever changes it now, is no reason for anything.
                 let asked = (!busy.contains(&address)).then(|| workshop.owner(address).ok()).flatten();
                 let owner = asked.unwrap_or(Some(Owner::Unknown));
-                Some(Seen { address, function, owner })
+                let followed = workshop.recognise(address, function.as_ref());
+                Some(Seen { address, function, owner, followed })
             };
             let seen: Vec<Seen> = addresses.into_iter().filter_map(look_at).collect();
             let compare = all || seen.len() < count;
@@ -198,6 +202,9 @@ impl Engine {
         }
         for seen in look.seen {
             self.compare(&seen);
+            if let Some(followed) = &seen.followed {
+                self.followed(followed);
+            }
             let Seen { address, function, .. } = seen;
             // One in a transaction is looked at when that has ended, one that has been in one meanwhile is looked at again.
             if self.busy.contains(&address) || self.stirred.begun_with.contains(&address) {

@@ -1,5 +1,6 @@
 //! A simulated host with runs of the service on it.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
@@ -26,7 +27,7 @@ use toolstack::protocol::{
     VERSION,
 };
 use toolstack::reset_plan::ResetPlan;
-use toolstack::settings::{Holder, Settings, WantedVfs};
+use toolstack::settings::{Assigned, Holder, Settings, WantedVfs};
 use toolstack::{client, control};
 
 /// Longer than anything a test waits for takes on a busy machine.
@@ -154,6 +155,13 @@ impl World {
     /// Starts the service with VFs in its settings.
     pub fn start_with_vfs(&self, virtual_functions: Vec<WantedVfs>) -> Service {
         self.start_service_with(Settings { virtual_functions, ..self.settings() }, &[])
+    }
+
+    /// Starts the service with settings that give functions to a guest.
+    pub fn start_with_guest(&self, guest: &str, functions: &[&str]) -> Service {
+        let functions = functions.iter().map(|one| Assigned::try_from((*one).to_owned()).unwrap());
+        let guests = BTreeMap::from([(guest.to_owned(), functions.collect())]);
+        self.start_service_with(Settings { guests, ..self.settings() }, &[])
     }
 
     /// Starts the service with these policy files besides.
