@@ -103,6 +103,8 @@ const LIBRARIES: [Library; 7] = [
         functions: &[
             "xenforeignmemory_open",
             "xenforeignmemory_close",
+            "xenforeignmemory_map",
+            "xenforeignmemory_unmap",
             "xenforeignmemory_map_resource",
             "xenforeignmemory_unmap_resource",
         ],

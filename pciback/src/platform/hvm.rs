@@ -91,6 +91,8 @@ pub trait IoreqServer: Send {
     fn event_fd(&self) -> BorrowedFd<'_>;
     /// Takes one event, without waiting: the vCPU that sent it.
     fn take_event(&self) -> Result<Option<u16>>;
+    /// Writes into the guest's memory, at a physical address; at most three pages of it.
+    fn write_memory(&self, address: u64, bytes: &[u8]) -> Result<()>;
     /// Binds the event channels of vCPUs that have come since.
     fn bind_vcpus(&mut self) -> Result<()>;
     /// Tells a vCPU that its request is answered.

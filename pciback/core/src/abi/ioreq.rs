@@ -30,6 +30,7 @@ mod bits {
     pub const STATE: u32 = 0xf << 16;
     pub const DATA_IS_ADDRESS: u32 = 1 << 20;
     pub const READ: u32 = 1 << 21;
+    pub const DOWN: u32 = 1 << 22;
     pub const TYPE: u32 = 24;
 }
 
@@ -44,6 +45,9 @@ pub const TYPE_PORT: u32 = 0;
 const TYPE_MEMORY: u32 = 1;
 /// `IOREQ_TYPE_PCI_CONFIG`.
 pub const TYPE_CONFIG: u32 = 2;
+
+/// The most bytes that one request moves: Xen lets it reach two pages of the guest's memory.
+const ITEMS_LIMIT: u32 = 2 * PAGE_BYTES as u32;
 
 /// Where the vCPU's request begins on the page, in words.
 const fn first_word(vcpu: u16) -> usize {
@@ -70,6 +74,17 @@ pub enum Place {
         /// The address.
         address: u64,
     },
+    /// Physical memory of the guest that a string instruction reads (`rep movs`): one item after another.
+    Items {
+        /// The address of the first item.
+        address: u64,
+        /// Where it goes to in the guest's memory.
+        to: u64,
+        /// How many items.
+        count: u16,
+        /// The others lie below the first, and not above it.
+        down: bool,
+    },
     /// An I/O port.
     Port {
         /// Its number.
@@ -84,7 +99,7 @@ pub enum Place {
 pub struct IoRequest {
     /// Where.
     pub place: Place,
-    /// Bytes: 1, 2, 4, or 8 of memory. 0: a size that does not exist, or a string instruction, whose data lies in the guest's memory.
+    /// Bytes, of each item: 1, 2, 4, or 8 of memory. 0: a size that does not exist, or a string instruction that does not read memory.
     pub bytes: u8,
     /// The value to write; `None` for a read.
     pub write: Option<u64>,
@@ -111,20 +126,29 @@ pub fn take_request(page: &[AtomicU32], vcpu: u16, resumed: bool) -> Option<IoRe
         let begun = seen & !bits::STATE | IN_PROCESS;
         kind.compare_exchange(seen, begun, Ordering::AcqRel, Ordering::Relaxed).ok()?;
     }
-    let single = load(word::COUNT) == 1 && seen & bits::DATA_IS_ADDRESS == 0;
+    let count = load(word::COUNT);
+    let in_memory = seen & bits::DATA_IS_ADDRESS != 0;
     let size = load(word::SIZE);
+    let read = seen & bits::READ != 0;
+    let items = u16::try_from(count).ok().filter(|_| {
+        in_memory && read && count > 0 && size.checked_mul(count).is_some_and(|bytes| bytes <= ITEMS_LIMIT)
+    });
+    let known = count == 1 && !in_memory || items.is_some() && seen >> bits::TYPE == TYPE_MEMORY;
     let (address, data) = (double(word::ADDRESS), double(word::DATA));
     let (place, most) = match seen >> bits::TYPE {
         TYPE_CONFIG => (config_place(address), 4),
-        TYPE_MEMORY => (Place::Memory { address }, 8),
+        TYPE_MEMORY => match items {
+            Some(count) => (Place::Items { address, to: data, count, down: seen & bits::DOWN != 0 }, 8),
+            None => (Place::Memory { address }, 8),
+        },
         TYPE_PORT => (u16::try_from(address).map_or(Place::Other, |port| Place::Port { port }), 4),
         _ => (Place::Other, 8),
     };
     let bytes = match size {
-        1 | 2 | 4 | 8 if size <= most && single => size as u8,
+        1 | 2 | 4 | 8 if size <= most && known => size as u8,
         _ => 0,
     };
-    Some(IoRequest { place, bytes, write: (seen & bits::READ == 0).then_some(data), again })
+    Some(IoRequest { place, bytes, write: (!read).then_some(data), again })
 }
 
 /// Segment 63-48, bus 47-40, device 39-35, function 34-32, register 31-0.
@@ -193,41 +217,65 @@ pub mod xen {
         pub size: u32,
         /// The value to write; `None` for a read.
         pub write: Option<u64>,
+        /// The rest of a string instruction.
+        pub items: Option<Items>,
+    }
+
+    /// What a string instruction does.
+    #[derive(Debug, Clone, Copy)]
+    pub struct Items {
+        /// Where the first item goes to, or comes from, in the guest's memory.
+        pub memory: u64,
+        /// How many.
+        pub count: u32,
+        /// From high addresses to low ones.
+        pub down: bool,
     }
 
     /// An access to config space of a device on bus 0.
     pub fn config(slot: u8, offset: u16, size: u32, write: Option<u32>) -> Access {
         let address = u64::from(slot) << 35 | u64::from(offset);
-        Access { kind: TYPE_CONFIG, address, size, write: write.map(u64::from) }
+        Access { kind: TYPE_CONFIG, address, size, write: write.map(u64::from), items: None }
     }
 
     /// An access to an I/O port.
     pub fn port(port: u16, size: u32, write: Option<u32>) -> Access {
-        Access { kind: TYPE_PORT, address: port.into(), size, write: write.map(u64::from) }
+        Access { kind: TYPE_PORT, address: port.into(), size, write: write.map(u64::from), items: None }
     }
 
     /// An access to memory.
     pub fn memory(address: u64, size: u32, write: Option<u64>) -> Access {
-        Access { kind: TYPE_MEMORY, address, size, write }
+        Access { kind: TYPE_MEMORY, address, size, write, items: None }
+    }
+
+    /// A string instruction that reads memory.
+    pub fn read_items(address: u64, size: u32, items: Items) -> Access {
+        Access { items: Some(items), ..memory(address, size, None) }
     }
 
     /// Puts a request on the page.
     pub fn put_request(page: &[AtomicU32], vcpu: u16, access: &Access) {
         let first = first_word(vcpu);
-        let data = access.write.unwrap_or(0);
+        let data = access.items.map(|items| items.memory).or(access.write).unwrap_or(0);
         let words = [
             access.address as u32,
             (access.address >> 32) as u32,
             data as u32,
             (data >> 32) as u32,
-            1,
+            access.items.map_or(1, |items| items.count),
             access.size,
         ];
         for (index, value) in words.into_iter().enumerate() {
             page[first + index].store(value, Ordering::Relaxed);
         }
         let read = if access.write.is_none() { bits::READ } else { 0 };
-        page[first + word::KIND].store(access.kind << bits::TYPE | read | READY, Ordering::Release);
+        let items = match access.items {
+            None => 0,
+            Some(Items { down: false, .. }) => bits::DATA_IS_ADDRESS,
+            Some(Items { down: true, .. }) => bits::DATA_IS_ADDRESS | bits::DOWN,
+        };
+        let kind = access.kind << bits::TYPE | read | items | READY;
+        page[first + word::KIND].store(kind, Ordering::Release);
     }
 
     /// The answer, taken; `None` while it is awaited.
@@ -283,13 +331,13 @@ mod tests {
     fn what_makes_no_sense_is_taken_as_such_and_can_be_answered() {
         let page = page();
         let cases = [
-            xen::Access { kind: 2, address: 1 << 48, size: 4, write: None },
-            xen::Access { kind: 2, address: 1 << 40, size: 4, write: None },
-            xen::Access { kind: 2, address: 1 << 32, size: 4, write: None },
-            xen::Access { kind: 2, address: 0x1000, size: 4, write: None },
-            xen::Access { kind: 2, address: 0xffff_ffff, size: 4, write: None },
-            xen::Access { kind: 0, address: 0x1_0cf8, size: 4, write: None },
-            xen::Access { kind: 255, address: 0, size: 4, write: None },
+            xen::Access { kind: 2, address: 1 << 48, size: 4, write: None, items: None },
+            xen::Access { kind: 2, address: 1 << 40, size: 4, write: None, items: None },
+            xen::Access { kind: 2, address: 1 << 32, size: 4, write: None, items: None },
+            xen::Access { kind: 2, address: 0x1000, size: 4, write: None, items: None },
+            xen::Access { kind: 2, address: 0xffff_ffff, size: 4, write: None, items: None },
+            xen::Access { kind: 0, address: 0x1_0cf8, size: 4, write: None, items: None },
+            xen::Access { kind: 255, address: 0, size: 4, write: None, items: None },
         ];
         for case in cases {
             xen::put_request(&page, 127, &case);
@@ -304,13 +352,39 @@ mod tests {
             let request = take_request(&page, 0, false).unwrap();
             assert_eq!((request.place, request.bytes), (Place::Port { port: 0xcf8 }, 0), "{size}");
         }
-        // A string instruction.
+        // The same value several times.
         xen::put_request(&page, 0, &xen::memory(0, 4, None));
         page[4].store(2, Ordering::Relaxed);
         assert_eq!(take_request(&page, 0, false).unwrap().bytes, 0);
-        xen::put_request(&page, 0, &xen::memory(0, 4, None));
-        page[7].fetch_or(1 << 20, Ordering::Relaxed);
-        assert_eq!(take_request(&page, 0, false).unwrap().bytes, 0);
+        let string = |count| xen::Items { memory: 0x1000, count, down: false };
+        for (what, access) in [
+            ("no items", xen::read_items(0, 4, string(0))),
+            ("more than two pages", xen::read_items(0, 4, string(2049))),
+            ("far more", xen::read_items(0, 4, string(u32::MAX))),
+            ("a size that does not exist", xen::read_items(0, 3, string(4))),
+            ("a write", xen::Access { write: Some(0), ..xen::read_items(0, 4, string(4)) }),
+            ("of a port", xen::Access { items: Some(string(4)), ..xen::port(0xcf8, 4, None) }),
+        ] {
+            xen::put_request(&page, 0, &access);
+            assert_eq!(take_request(&page, 0, false).unwrap().bytes, 0, "{what}");
+        }
+    }
+
+    /// The layout, from the header, independently of `word` and `bits`.
+    #[test]
+    fn a_string_instruction_that_reads_memory_names_where_its_items_go() {
+        let page = page();
+        for (flags, down) in [(0, false), (1 << 22, true)] {
+            for (index, value) in [0xf300_0ffcu32, 1, 0x0123_4000, 2, 1024, 4, 77].into_iter().enumerate() {
+                page[index].store(value, Ordering::Relaxed);
+            }
+            page[7].store(1 << 24 | flags | 1 << 21 | 1 << 20 | 1 << 16, Ordering::Relaxed);
+            let place = Place::Items { address: 0x1_f300_0ffc, to: 0x2_0123_4000, count: 1024, down };
+            let request = IoRequest { place, bytes: 4, write: None, again: false };
+            assert_eq!(take_request(&page, 0, false), Some(request));
+            put_answer(&page, 0, None);
+            assert_eq!((page[2].load(Ordering::Relaxed), page[3].load(Ordering::Relaxed)), (0x0123_4000, 2));
+        }
     }
 
     #[test]

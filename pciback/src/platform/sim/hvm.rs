@@ -34,6 +34,8 @@ struct Server {
     slots: BTreeSet<u8>,
     memory: BTreeSet<(u64, u64)>,
     ports: BTreeSet<(u16, u16)>,
+    /// What was written of the guest's memory.
+    written: Arc<Mutex<BTreeMap<u64, u8>>>,
 }
 
 /// One domain.
@@ -166,6 +168,7 @@ impl HvmDomains for SimHvmDomains {
                 slots: BTreeSet::new(),
                 memory: BTreeSet::new(),
                 ports: BTreeSet::new(),
+                written: Arc::default(),
             };
             domain.servers.insert(id, server);
             Ok(ServerId(id))
@@ -189,8 +192,8 @@ impl HvmDomains for SimHvmDomains {
             fuse.on_end(move || {
                 let _ = woken.write(1);
             });
-            let to_guest = Arc::clone(&server.to_guest);
-            Ok(Box::new(SimIoreqServer { page, event, to_guest, fuse }) as Box<dyn IoreqServer>)
+            let (to_guest, written) = (Arc::clone(&server.to_guest), Arc::clone(&server.written));
+            Ok(Box::new(SimIoreqServer { page, event, to_guest, written, fuse }) as Box<dyn IoreqServer>)
         })
     }
 
@@ -322,6 +325,7 @@ struct SimIoreqServer {
     page: Arc<SharedMemory>,
     event: Arc<EventFd>,
     to_guest: Arc<EventFd>,
+    written: Arc<Mutex<BTreeMap<u64, u8>>>,
     fuse: Fuse,
 }
 
@@ -337,6 +341,11 @@ impl IoreqServer for SimIoreqServer {
     fn take_event(&self) -> Result<Option<u16>> {
         self.fuse.look();
         Ok(self.event.read().ok().map(|_| 0))
+    }
+
+    fn write_memory(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        locked(&self.written).extend((address..).zip(bytes.iter().copied()));
+        Ok(())
     }
 
     fn bind_vcpus(&mut self) -> Result<()> {
@@ -368,6 +377,15 @@ impl SimHvmGuest {
     /// How many times a restart was requested.
     pub fn restarts(&self) -> usize {
         locked(&self.domains).get(&self.domain).map_or(0, |domain| domain.restarts)
+    }
+
+    /// What was written to its memory from an address on: so many bytes, 0 where nothing was.
+    pub fn memory(&self, address: u64, bytes: u64) -> Vec<u8> {
+        let domains = locked(&self.domains);
+        let servers = domains.get(&self.domain).map(|domain| domain.servers.values());
+        let written: BTreeMap<u64, u8> =
+            servers.into_iter().flatten().flat_map(|server| locked(&server.written).clone()).collect();
+        (address..address + bytes).map(|at| written.get(&at).copied().unwrap_or(0)).collect()
     }
 
     /// Sends a request to the server that has claimed what it is about; `None`: nobody has.

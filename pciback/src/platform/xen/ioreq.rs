@@ -17,10 +17,12 @@ use super::bindings::{
 use super::hypervisor::check;
 use crate::DomId;
 use crate::abi::ioreq as wire;
-use crate::platform::{Cause, IoreqServer, PlatformError, Result, ServerId, SharedMemory};
+use crate::platform::{Cause, IoreqServer, PAGE, PlatformError, Result, ServerId, SharedMemory};
 
 /// `PROT_READ | PROT_WRITE` of mmap.
 const READ_WRITE: i32 = 3;
+/// The most pages of a guest's memory that are mapped together.
+const MAPPED: usize = 3;
 /// The frame of a server's resource that holds the requests; frame 0 would be that of buffered requests.
 const REQUESTS: u64 = 1;
 
@@ -66,6 +68,38 @@ impl RequestPage {
             return Err(PlatformError::new("map", subject, errno));
         };
         Ok(Self { libraries: Arc::clone(libraries), handle, resource, address })
+    }
+
+    /// Writes into the memory of a domain, mapped as long as that takes.
+    fn write_memory(&self, domain: DomId, address: u64, bytes: &[u8]) -> std::result::Result<(), Errno> {
+        let memory = &self.libraries.foreignmemory;
+        let within = (address % PAGE) as usize;
+        let frames = (address / PAGE..).take((within + bytes.len()).div_ceil(PAGE as usize));
+        let frames: Vec<u64> = frames.collect();
+        if bytes.is_empty() || frames.len() > MAPPED {
+            return Err(Errno::EINVAL);
+        }
+        // SAFETY: the handle is open, `frames` has as many elements as the call is told, and no array of errors is given: then all of
+        // the pages are mapped or none is.
+        let mapped = unsafe {
+            memory.xenforeignmemory_map(
+                self.handle.as_ptr(),
+                domain.0.into(),
+                READ_WRITE,
+                frames.len(),
+                frames.as_ptr(),
+                ptr::null_mut(),
+            )
+        };
+        if mapped.is_null() {
+            return Err(Errno::last());
+        }
+        // SAFETY: `within` is less than a page.
+        let place = unsafe { mapped.cast::<u8>().add(within) };
+        // SAFETY: the pages are mapped for writing, `within` + `bytes` ends in the last of them, and nothing refers to them.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), place, bytes.len()) };
+        // SAFETY: they are mapped by this handle, and nobody refers to them any more.
+        check(unsafe { memory.xenforeignmemory_unmap(self.handle.as_ptr(), mapped, frames.len()) }).map(drop)
     }
 }
 
@@ -149,7 +183,7 @@ impl Drop for Channels {
 pub struct XenIoreqServer {
     memory: SharedMemory,
     channels: Channels,
-    _page: RequestPage,
+    page: RequestPage,
 }
 
 impl XenIoreqServer {
@@ -158,7 +192,7 @@ impl XenIoreqServer {
         // SAFETY: the page is mapped for reading and writing, and `memory` is dropped before `page`.
         let memory = unsafe { SharedMemory::borrowed(page.address, wire::PAGE_BYTES) };
         let channels = Channels::open(libraries, domain)?;
-        let mut server = Self { memory, channels, _page: page };
+        let mut server = Self { memory, channels, page };
         server.bind_vcpus()?;
         Ok(server)
     }
@@ -185,6 +219,14 @@ impl IoreqServer for XenIoreqServer {
         // SAFETY: the handle is open and the port one of its.
         check(unsafe { evtchn.xenevtchn_unmask(channels.handle.as_ptr(), port) }).map_err(error)?;
         Ok(channels.vcpus.get(&port).copied())
+    }
+
+    fn write_memory(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        let domain = self.channels.domain;
+        let subject = || format!("{} bytes of memory of domain {domain} at {address:#x}", bytes.len());
+        self.page
+            .write_memory(domain, address, bytes)
+            .map_err(|errno| PlatformError::new("write", subject(), errno))
     }
 
     fn bind_vcpus(&mut self) -> Result<()> {

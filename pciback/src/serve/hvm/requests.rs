@@ -101,16 +101,29 @@ impl RequestSource for IoreqRequests {
 impl IoreqRequests {
     fn answer(&mut self, roster: &mut Roster, vcpu: u16, request: &IoRequest) {
         let taken = Instant::now();
-        let (data, known, demand, attachment) = self.execute(roster, request);
-        let data = request.write.is_none().then(|| data & value_mask(request.bytes));
+        let (mut known, mut demand, mut attachment, mut trouble) = (true, None, None, None);
+        let data = match request.place {
+            // What is read is in the guest's memory then.
+            Place::Items { address, to, count, down } if request.bytes != 0 => {
+                let items = items(roster, address, (count, request.bytes), down);
+                let lowest = if down { to.wrapping_sub(distance(count - 1, request.bytes)) } else { to };
+                trouble = self.server.write_memory(lowest, &items).err().map(|error| error.to_string());
+                None
+            }
+            _ => {
+                let data;
+                (data, known, demand, attachment) = self.execute(roster, request);
+                request.write.is_none().then(|| data & value_mask(request.bytes))
+            }
+        };
         wire::put_answer(self.server.page(), vcpu, data);
         if let Err(error) = self.server.notify(vcpu) {
             warn!("domain {}: {error}", roster.domain);
         }
         let took = taken.elapsed();
         // A BAR that has moved concerns the guest's other functions, too: what fails for them fails for this request.
-        let troubles: Vec<String> =
-            roster.functions.values_mut().filter_map(|function| function.take_trouble()).collect();
+        let troubles = roster.functions.values_mut().filter_map(|function| function.take_trouble());
+        let troubles: Vec<String> = troubles.chain(trouble).collect();
         let trouble = (!troubles.is_empty()).then(|| troubles.join("; "));
         roster.counters.count(!known || trouble.is_some(), took);
         if !known || trouble.is_some() {
@@ -137,7 +150,7 @@ impl IoreqRequests {
                 Some(at) if at < ECAM_BYTES => {
                     self.config(roster, (at >> 12) as u8, at as u16 & 0xfff, request.bytes, request.write)
                 }
-                _ => (access_memory(roster, address, request), true, None, None),
+                _ => (access_memory(roster, address, request.bytes, request.write), true, None, None),
             },
             Place::Port { port } => {
                 let (value, resets) = self.ports.access(port, request.bytes, request.write);
@@ -146,7 +159,7 @@ impl IoreqRequests {
                 }
                 (value, true, None, None)
             }
-            Place::Other => (u64::MAX, false, None, None),
+            Place::Items { .. } | Place::Other => (u64::MAX, false, None, None),
         }
     }
 
@@ -217,9 +230,24 @@ fn place_others(roster: &mut Roster) {
     }
 }
 
+/// What a string instruction reads, in the order of addresses. Of config space, it reads all ones.
+fn items(roster: &mut Roster, address: u64, (count, bytes): (u16, u8), down: bool) -> Vec<u8> {
+    let mut items = Vec::with_capacity(usize::from(count) * usize::from(bytes));
+    let lowest = if down { address.wrapping_sub(distance(count - 1, bytes)) } else { address };
+    for index in 0..count {
+        let value = access_memory(roster, lowest.wrapping_add(distance(index, bytes)), bytes, None);
+        items.extend(&value.to_le_bytes()[..usize::from(bytes)]);
+    }
+    items
+}
+
+/// How far apart items of a string are.
+fn distance(items: u16, bytes: u8) -> u64 {
+    u64::from(items) * u64::from(bytes)
+}
+
 /// Memory of a BAR. Where there is none nobody answers: it may have moved while the request was on its way.
-fn access_memory(roster: &mut Roster, address: u64, request: &IoRequest) -> u64 {
-    let (bytes, write) = (request.bytes, request.write);
+fn access_memory(roster: &mut Roster, address: u64, bytes: u8, write: Option<u64>) -> u64 {
     let mut functions = roster.functions.values_mut();
     let value =
         functions.find_map(|function| function.device().access_memory(function, address, bytes, write));
