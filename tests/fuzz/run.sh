@@ -22,7 +22,7 @@ RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-
 # The dumps as bytes, each behind a byte that chooses the default policy.
 seeds=$work/seeds
 rm -rf "$seeds"
-for target in capability_walk dump_parser policy_parser ring_request "$@"; do mkdir -p "$seeds/$target"; done
+for target in capability_walk dump_parser policy_parser ring_request rom "$@"; do mkdir -p "$seeds/$target"; done
 for dump in ../../pciback/tests/dumps/*.txt; do
     cp "$dump" "$seeds/dump_parser/"
     perl -ne 'BEGIN { print "\0" } if (s/^[0-9a-f]{2,3}: //) { s/\s//g; print pack("H*", $_) }' "$dump" \
@@ -43,6 +43,11 @@ perl -e 'for my $device (0 .. 12) {
     for my $command (2, 3, 4, 5, 6) { $request->($command, 0, 0, 5, 0, 1, 0, 0, 0) for 0 .. 1 }
     $request->(1, 2, 0x40 + 2 * $_, 0x8003, 0, 0, 0, 0, 0) for 0 .. 20;
 }' "$seeds/ring_request"
+
+# A ROM of two images, of one unit each.
+perl -e 'for my $last (0, 0x80) {
+    print pack("a24 v x2 a4 x12 v x3 C x2", "\x55\xaa", 0x1c, "PCIR", 1, $last), "\0" x 460;
+}' > "$seeds/rom/two"
 
 for target; do
     case $target in

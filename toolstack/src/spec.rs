@@ -67,10 +67,20 @@ pub fn function_spec(host: &dyn Host, address: Sbdf) -> Result<FunctionSpec, Fai
     })
 }
 
-/// The same of a function in a guest's hands, which shows no interrupt line that the guest was not given.
-pub fn of_guests(host: &dyn Host, address: Sbdf, has_line: bool) -> Result<FunctionSpec, Failure> {
+/// What a guest was given of a function, apart from its registers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Given {
+    /// Its interrupt line.
+    pub line: bool,
+    /// A copy of an expansion ROM, of so many bytes.
+    pub rom: Option<u32>,
+}
+
+/// The same of a function in a guest's hands, which shows no interrupt line that the guest was not given, and the ROM that it was.
+pub fn of_guests(host: &dyn Host, address: Sbdf, given: Given) -> Result<FunctionSpec, Failure> {
     let spec = function_spec(host, address)?;
-    Ok(if has_line { spec } else { FunctionSpec { gsi: 0, ..spec } })
+    let gsi = if given.line { spec.gsi } else { 0 };
+    Ok(FunctionSpec { gsi, rom: given.rom, ..spec })
 }
 
 /// The Device Serial Number of a function (PCI Express 6.0, section 7.9.3), where it has one that can be read.

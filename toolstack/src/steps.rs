@@ -49,7 +49,7 @@ pub enum Step {
     /// changed is reported.
     ApplyNetwork,
     /// Its image, the part of its virtual config space that outlives the service, is there and complete, so that from the next step on it
-    /// tells what the guest may reach. Undo: gone.
+    /// tells what the guest may reach; so is the copy of an expansion ROM, where policies give one. Undo: gone.
     Image,
     /// The guest is notified and served. Undo: asked to let go, then cut off: bus mastering and interrupts first.
     Serve,

@@ -131,6 +131,9 @@ pub trait Host: Send + Sync {
     fn config(&self, address: Sbdf) -> Result<Box<dyn ConfigSpace>>;
     /// Maps the memory of a BAR (0-5).
     fn bar_memory(&self, address: Sbdf, bar: u8) -> Result<Box<dyn BarMemory>>;
+    /// Reads its expansion ROM, at most so many bytes; `ENOENT` where it has none. Memory space must be on, and nothing may use the
+    /// function: some do not decode their BARs meanwhile (PCI 3.0, section 6.2.5.2).
+    fn rom(&self, address: Sbdf, most: usize) -> Result<Vec<u8>>;
     /// The bridges above it, the nearest first and the root port last; none where it is on a root bus.
     fn ports_above(&self, address: Sbdf) -> Result<Vec<Sbdf>>;
     /// What in dom0 uses it through its driver; nothing where it has none.

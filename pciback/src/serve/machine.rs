@@ -195,7 +195,7 @@ impl Machine {
         resources[0] = Resource { start: TABLE_BAR, size: 0x4000, flags: Resource::MEMORY };
         let identity = Identity { vendor: 0x8086, device: 0x10ca, class: 0x02_0000, ..Identity::default() };
         let (bytes, kind) = (config_bytes(), FunctionKind::Physical);
-        let spec = FunctionSpec { address, bytes, resources, identity, kind, gsi: line };
+        let spec = FunctionSpec { address, bytes, resources, identity, kind, gsi: line, rom: None };
         let planes = Arc::new(Planes::compile(&spec, &Policy::default()).unwrap());
         let life = Life { boot: 1, domain: DOMAIN };
         let mut images = self.images.lock().unwrap();

@@ -13,6 +13,11 @@ pub fn bar64(oracle: &mut Oracle, at: usize, start: u64, size: u64) {
     oracle.own(at, 8, !(size - 1), start).one(at, 0xc);
 }
 
+/// The BAR of a copy of an expansion ROM of so many bytes: it begins as unplaced and off, and hardware is left alone.
+pub fn rom(oracle: &mut Oracle, bytes: u32) {
+    oracle.own(0x30, 4, u64::from(!(bytes - 1) | 1), 0);
+}
+
 /// MSI-X: the guest's own are Enable and Function Mask.
 pub fn msix(oracle: &mut Oracle, at: usize) {
     oracle.frozen(at, 12).own(at + 2, 2, 0xc000, 0);

@@ -43,6 +43,7 @@ fn spec(hardware: &Hardware, resources: &[(usize, Resource)], gsi: u32) -> Funct
         resources: all,
         kind: FunctionKind::Physical,
         gsi,
+        rom: None,
     }
 }
 
@@ -332,8 +333,17 @@ pub fn header_only() -> Device {
     Device { name: "header only".into(), hardware, spec, oracle }
 }
 
+/// The same where the guest is given a copy of a ROM: larger than the host's, which has one of 4 KiB.
+pub fn virtio_with_rom() -> Device {
+    let Device { hardware, mut spec, mut oracle, .. } = virtio();
+    spec.resources[6] = resource(0xfeb8_0000, 0x1000, MEMORY_32);
+    spec.rom = Some(0x1_0000);
+    meaning::rom(&mut oracle, 0x1_0000);
+    Device { name: "virtio with a ROM".into(), hardware, spec, oracle }
+}
+
 pub fn all() -> Vec<Device> {
-    let mut all = vec![network_pf(), network_vf(), disk(), virtio(), header_only()];
+    let mut all = vec![network_pf(), network_vf(), disk(), virtio(), virtio_with_rom(), header_only()];
     for (wide, maskable) in [(false, false), (false, true), (true, false), (true, true)] {
         all.push(conventional(wide, maskable));
     }

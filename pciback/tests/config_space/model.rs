@@ -145,6 +145,40 @@ proptest! {
 }
 
 #[test]
+fn a_copy_of_a_rom_sizes_by_its_own_length_and_touches_no_hardware() {
+    for (bytes, mask) in [(2048, 0xffff_f800), (0x1_0000, 0xffff_0000), (16 << 20, 0xff00_0000u32)] {
+        let mut device = devices::virtio_with_rom();
+        device.spec.rom = Some(bytes);
+        let mut space = space(&device.spec);
+        let at = |width| Access::new(0x30, width).unwrap();
+        for (written, read) in [
+            (u32::MAX, mask | 1),
+            (0xffff_f800, mask),
+            (0xffff_fffe, mask),
+            (0xf300_0001, 0xf300_0001),
+            (0, 0),
+        ] {
+            space.write(at(4), written, &device.hardware).unwrap();
+            assert_eq!(space.read(at(4), &device.hardware).unwrap(), read, "{bytes:#x}: {written:#x}");
+        }
+        space.write(at(1), 1, &device.hardware).unwrap();
+        space.unplace();
+        assert_eq!(space.read(at(4), &device.hardware).unwrap(), 1, "{bytes:#x}");
+        space.reset();
+        assert_eq!(space.read(at(4), &device.hardware).unwrap(), 0, "{bytes:#x}");
+        assert_eq!(device.hardware.take_seen(), []);
+    }
+}
+
+#[test]
+fn functions_that_differ_in_their_rom_alone_share_no_filter() {
+    let with = |rom| FunctionSpec { rom, ..devices::network_pf().spec };
+    let hosts = devices::network_pf().spec.resources[6].size as u32;
+    let inputs = [None, Some(hosts), Some(2 * hosts)].map(|rom| Planes::inputs(&with(rom)));
+    assert!(inputs[0] != inputs[1] && inputs[1] != inputs[2]);
+}
+
+#[test]
 fn bars_size_in_any_order_and_at_any_width() {
     let device = devices::disk();
     let mut space = space(&device.spec);

@@ -24,6 +24,7 @@ pub fn spec(function: &DumpedFunction) -> FunctionSpec {
         identity: Identity::default(),
         kind: FunctionKind::Physical,
         gsi: 0,
+        rom: None,
     }
 }
 

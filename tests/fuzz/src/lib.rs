@@ -7,10 +7,12 @@ mod dump;
 mod guest;
 mod hypervisor;
 mod policy;
+mod rom;
 mod space;
 mod walk;
 
 pub use dump::dump_parser;
 pub use guest::ring_request;
 pub use policy::policy_parser;
+pub use rom::rom;
 pub use walk::capability_walk;

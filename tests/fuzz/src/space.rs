@@ -81,6 +81,7 @@ pub fn function(bytes: &[u8]) -> FunctionSpec {
         identity: Identity { vendor: 0x1af4, device: 0x10f0, ..Identity::default() },
         kind: FunctionKind::Physical,
         gsi: 11,
+        rom: None,
     }
 }
 

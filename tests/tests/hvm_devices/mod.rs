@@ -7,6 +7,7 @@ mod errors;
 mod events;
 mod interrupts;
 mod registers;
+mod roms;
 
 use anyhow::{Context, Result, ensure};
 use xpci_tests::host::state::{keep_running, make_held, no_problems};
@@ -32,6 +33,8 @@ use interrupts::{
 use registers::{
     an_io_bar_is_where_the_guest_puts_it, each_access_to_a_bar_of_less_than_a_page_reaches_its_function,
 };
+
+use roms::firmware_and_guest_find_a_copy_of_the_devices_rom;
 
 /// An 82576 as a whole, with an I/O BAR.
 const IGB: &str = "0000:01:00.0";
@@ -104,6 +107,7 @@ impl<'a> Scene<'a> for HvmDevices<'a> {
             what_was_quarantined_comes_back_only_when_it_is_cleared needs a_fatal_error_quarantines_the_function,
             unplug_takes_the_function_from_its_guest,
             destroy_guest_destroys_it_and_its_function_is_held_again,
+            firmware_and_guest_find_a_copy_of_the_devices_rom,
             all_is_well_at_the_end,
         ]
     }

@@ -197,6 +197,9 @@ pub fn policy(view: &PolicyView) -> String {
     if view.rdm_policy == RdmPolicy::Strict.word() {
         let _ = writeln!(text, "reserved memory (rdm-policy): {}", view.rdm_policy);
     }
+    if !matches!(view.rom.as_str(), "" | "hide") {
+        let _ = writeln!(text, "expansion ROM of HVM guests (rom): {}", view.rom);
+    }
     for rule in &view.capabilities {
         let _ = writeln!(text, "{}: {} ({}; {})", rule.capability, rule.action, rule.reason, rule.origin);
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand, ValueEnum};
 use pciback::dump;
 use pciback::policy::{
-    Dumped, Explanation, Kind, PolicyFile, PolicySet, dumped_specs, explain, obstacles, schema,
+    Dumped, Explanation, Kind, PolicyFile, PolicySet, dumped_specs, explain, obstacles, rom_unknown, schema,
 };
 
 use super::Step;
@@ -210,7 +210,7 @@ fn explain_dump(path: &Path, files: &[PathBuf], kind: Option<As>) -> Result<Succ
     let kind = kind.map(|kind| if kind == As::Vf { Kind::Virtual } else { Kind::Physical });
     let explained = |Dumped { spec, unknown }: Dumped| Explanation {
         obstacles: obstacles(&spec, &merged, None),
-        unknown,
+        unknown: unknown.into_iter().chain(rom_unknown(&spec, &merged)).collect(),
         ..explain(&spec, &merged.policy, None)
     };
     let devices = dumped_specs(&functions, kind).into_iter().map(explained).collect();

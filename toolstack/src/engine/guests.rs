@@ -24,7 +24,7 @@ const FIRST_LOOK: Duration = Duration::from_secs(2);
 impl Engine {
     /// A transaction wants a function served.
     pub(super) fn serve(&mut self, record: &Record, opened: Opened, answer: Answer) {
-        let Opened { function, filter, memory } = opened;
+        let Opened { function, filter, memory, .. } = opened;
         let outdated = !Arc::ptr_eq(&filter.policies, &self.policies);
         self.in_use.insert(record.address, filter);
         self.attachments.begin(function.attachment());

@@ -10,14 +10,15 @@ use pciback::config::{FunctionImage, FunctionSpec, Life, Planes, VirtualConfigSp
 use pciback::hash::Fnv;
 use pciback::platform::{BarMemory, PlatformError, SharedMemory};
 use pciback::policy::{PolicySet, Subject};
-use pciback::serve::{GuestFunction, hvm};
+use pciback::serve::GuestFunction;
+use pciback::serve::hvm::{self, RomCopy};
 
 use super::tasks::Workshop;
 use crate::domains::{self, DomainType};
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
-use crate::spec;
-use crate::transaction::image_path;
+use crate::spec::{self, Given};
+use crate::transaction::{image_path, read_rom_copy};
 
 /// What the filter of an attached function was made from.
 #[derive(Clone)]
@@ -38,6 +39,8 @@ pub struct Opened {
     pub filter: Filter,
     /// For an HVM guest: the memory of the BARs that are not mapped as a whole.
     pub memory: Option<BTreeMap<u8, Box<dyn BarMemory>>>,
+    /// What the guest lacks of what an earlier run gave it.
+    pub lacks: Option<String>,
 }
 
 impl Workshop {
@@ -61,7 +64,8 @@ impl Workshop {
         let memory = memory.map_err(|error| failed("map the image", &error))?;
         let image = FunctionImage::new(memory, Life { boot: boot_number(&record.boot), domain });
         let host = self.platform.host.as_ref();
-        let spec = Arc::new(spec::of_guests(host, address, !record.without_line)?);
+        let given = Given { line: !record.without_line, rom: record.rom.map(|rom| rom.bytes) };
+        let spec = Arc::new(spec::of_guests(host, address, given)?);
         // What the guest has seen of the lists stays, whatever became of the policies meanwhile.
         let visible = again.then(|| image.visible_capabilities(spec.bytes.len()));
         let planes = self.planes(&spec, domain, visible.as_deref())?;
@@ -81,8 +85,21 @@ impl Workshop {
         let filter = Filter { spec, planes, policies: Arc::clone(&self.policies) };
         let open = |bar: u8| Ok((bar, host.bar_memory(address, bar)?));
         let bars = is_hvm.then(|| hvm::trapped_bars(&function).into_iter().map(open).collect());
-        let memory = bars.transpose().map_err(|error: PlatformError| Failure::from(error).on(address))?;
-        Ok(Opened { function: Box::new(function), filter, memory })
+        let memory: Option<BTreeMap<u8, Box<dyn BarMemory>>> =
+            bars.transpose().map_err(|error: PlatformError| Failure::from(error).on(address))?;
+        let (rom, lacks) = match self.rom(record) {
+            Ok(rom) => (rom, None),
+            Err(why) if again => (Some(RomCopy::new(Vec::new())), Some(why)),
+            Err(why) => return Err(failed("take over the expansion ROM", &why)),
+        };
+        let memory = memory.map(|bars| bars.into_iter().chain(rom.map(RomCopy::into_memory)).collect());
+        Ok(Opened { function: Box::new(function), filter, memory, lacks })
+    }
+
+    /// The copy of an expansion ROM that a guest has.
+    fn rom(&self, record: &Record) -> Result<Option<RomCopy>, String> {
+        let Some(known) = record.rom else { return Ok(None) };
+        read_rom_copy(&self.settings.run_directory, record.address, known).map(|rom| Some(RomCopy::new(rom)))
     }
 
     /// The filter for a function in a guest's hands, shared with those that have the same.

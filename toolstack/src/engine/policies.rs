@@ -5,7 +5,9 @@ use std::sync::Arc;
 use log::{info, warn};
 use pciback::config::{CapabilityAction, FunctionSpec, Origin, Place, Planes, Rule, Segment, Treatment};
 use pciback::platform::StoreOps;
-use pciback::policy::{Explanation, PolicySet, Subject, deferred, explain, learn, obstacles, selector_word};
+use pciback::policy::{
+    Explanation, PolicySet, Subject, deferred, explain, learn, obstacles, rom_unknown, selector_word,
+};
 use pciback::{DomId, Sbdf};
 
 use super::guest::MaskedWrites;
@@ -22,7 +24,7 @@ use crate::protocol::{
     ReloadedView, Success,
 };
 use crate::reply::Reply;
-use crate::spec::{existing, of_guests};
+use crate::spec::{Given, existing, of_guests};
 use crate::target::{Parent, Target};
 
 /// What a task has read and compiled.
@@ -41,8 +43,7 @@ struct User {
     address: Sbdf,
     domain: DomId,
     visible: Vec<u16>,
-    /// Whether the guest was given the interrupt line.
-    has_line: bool,
+    given: Given,
 }
 
 impl Engine {
@@ -51,8 +52,8 @@ impl Engine {
         in_use
             .filter_map(|(address, filter)| {
                 let domain = self.records.get(address)?.guest?.domain;
-                let has_line = filter.spec.has_line();
-                Some(User { address: *address, domain, visible: visible(&filter.planes), has_line })
+                let given = Given { line: filter.spec.has_line(), rom: filter.spec.rom };
+                Some(User { address: *address, domain, visible: visible(&filter.planes), given })
             })
             .collect()
     }
@@ -221,7 +222,11 @@ impl Engine {
             let merged = looked.policies.merge(&looked.subject);
             let obstacles = obstacles(&looked.spec, &merged, Some(&looked.resets));
             let explanation = explain(&looked.spec, &merged.policy, looked.visible.as_deref());
-            Success::Explained { devices: vec![Explanation { obstacles, ..explanation }], damage: Vec::new() }
+            let unknown = rom_unknown(&looked.spec, &merged).into_iter().collect();
+            Success::Explained {
+                devices: vec![Explanation { obstacles, unknown, ..explanation }],
+                damage: Vec::new(),
+            }
         });
     }
 
@@ -237,8 +242,8 @@ impl Engine {
         self.background("explain", move || {
             let host = workshop.platform.host.as_ref();
             let looked = existing(host, address).and_then(|function| {
-                let has_line = user.as_ref().is_none_or(|user| user.has_line);
-                let spec = of_guests(host, address, has_line)?;
+                let given = user.as_ref().map_or(Given { line: true, rom: None }, |user| user.given);
+                let spec = of_guests(host, address, given)?;
                 // Of another guest than the one that has it, nothing has been seen yet.
                 let of_user = user.as_ref().filter(|_| domain.is_none());
                 let name = match of_user {
@@ -299,7 +304,7 @@ impl Workshop {
         let filters = users
             .into_iter()
             .map(|user| {
-                let spec = of_guests(self.platform.host.as_ref(), user.address, user.has_line);
+                let spec = of_guests(self.platform.host.as_ref(), user.address, user.given);
                 let filter = spec.and_then(|spec| {
                     let planes = self.planes(&spec, user.domain, Some(&user.visible))?;
                     Ok(Filter { spec: Arc::new(spec), planes, policies: Arc::clone(&policies) })
@@ -397,6 +402,7 @@ fn policy_view(looked: &Looked) -> PolicyView {
         errors: merged.errors.to_string(),
         permits: merged.permits.iter().map(|permission| permission.word().to_owned()).collect(),
         rdm_policy: merged.rdm.word().to_owned(),
+        rom: merged.rom.0.to_string(),
         reset_methods: merged.reset.methods.clone(),
         reset_together: merged.reset.wants_together(),
         without_reset: merged.reset.permits_none(),

@@ -107,7 +107,16 @@ impl Engine {
                 continue;
             }
             match self.workshop().open_function(record, place.domain, true) {
-                Ok(Opened { mut function, filter, memory }) => {
+                Ok(Opened { mut function, filter, memory, lacks }) => {
+                    if let Some(why) = lacks {
+                        let text = format!(
+                            "the guest of {} reads all ones from the expansion ROM that it was given, until it gets the function anew: {why}",
+                            record.address
+                        );
+                        error!("{text}");
+                        self.problems
+                            .push(Problem::new(Cause::Guest, text).on(record.address).of(place.domain));
+                    }
                     if record.quarantine.is_some() {
                         function.set_gone();
                     }

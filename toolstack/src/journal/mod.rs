@@ -18,7 +18,7 @@ use serde::de::DeserializeOwned;
 use thiserror::Error;
 
 pub(crate) use record::Owner;
-pub use record::{Grant, GuestPlace, NetworkRecord, Pristine, Progress, Record};
+pub use record::{Grant, GuestPlace, NetworkRecord, Pristine, Progress, Record, RomRecord};
 
 use crate::durable;
 use crate::outcome::{ErrorCode, Failure};

@@ -40,6 +40,9 @@ pub struct Record {
     /// Whether the guest that has it, or had it last, does without its interrupt line, which another owner uses.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub without_line: bool,
+    /// The copy of an expansion ROM that its guest has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rom: Option<RomRecord>,
     /// Whether its guest may still reach it: that it was switched off could not be proved.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unproved: bool,
@@ -70,6 +73,16 @@ pub struct GuestPlace {
     pub domain: DomId,
     /// Device and function number in the guest, on its bus 0000:00.
     pub devfn: u8,
+}
+
+/// A copy of an expansion ROM, by which it is known again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RomRecord {
+    /// How many bytes: a power of two.
+    pub bytes: u32,
+    /// Their hash.
+    pub hash: u64,
 }
 
 /// One permission that a guest was given; noted before it is given.
@@ -125,6 +138,7 @@ impl Record {
             guest: None,
             grants: Vec::new(),
             without_line: false,
+            rom: None,
             unproved: false,
             unknown_past: false,
             unreset: false,

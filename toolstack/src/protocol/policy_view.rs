@@ -26,6 +26,9 @@ pub struct PolicyView {
     /// What happens where Xen objects to its reserved memory: strict or relaxed.
     #[serde(default)]
     pub rdm_policy: String,
+    /// Which expansion ROM an HVM guest finds: `hide` (none), `device`, or the path of a file.
+    #[serde(default)]
+    pub rom: String,
     /// The methods of reset that the files accept; absent where they leave that to the settings.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reset_methods: Option<Vec<String>>,

@@ -12,6 +12,7 @@ mod path;
 mod pristine;
 mod quarantine;
 mod reset;
+mod rom;
 mod sharing;
 mod together;
 
@@ -37,6 +38,7 @@ pub use path::{
     FunctionPath, Member, before as before_on_path, blast_radius, not_handled, renew as renew_path, value_in,
 };
 pub use reset::{plan_for, reset_and_verify};
+pub use rom::read_copy as read_rom_copy;
 pub use sharing::{Sharing, refuse_release};
 pub use together::{Buses, Fresh};
 
@@ -277,7 +279,10 @@ impl Context<'_> {
             Step::Grant => grants::grant(self, record),
             Step::ApplyNetwork => network::apply(self, record),
             Step::Image => {
-                attach::create_image(self, record).and_then(|()| self.serving.open(record)).map(|()| None)
+                let without_rom = rom::copy(self, record)?;
+                attach::create_image(self, record)
+                    .and_then(|()| self.serving.open(record))
+                    .map(|()| without_rom)
             }
             Step::Serve => self.serving.serve(record),
         }
@@ -307,7 +312,9 @@ impl Context<'_> {
             Step::ApplyNetwork => Ok(network::verify(self, record)),
             // It tells what the guest may still reach.
             Step::Image if record.unproved => Ok(None),
-            Step::Image => attach::remove_image(self, record).map(|()| None),
+            Step::Image => {
+                attach::remove_image(self, record).and_then(|()| rom::remove(self, record)).map(|()| None)
+            }
             Step::Serve => self.serving.withdraw(record, self.parting),
         }
     }

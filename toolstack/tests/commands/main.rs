@@ -367,6 +367,11 @@ fn policies_are_shown_explained_reloaded_and_learned_from() {
 }
 
 #[test]
+fn a_policy_shows_the_rom_that_it_gives_and_attach_says_who_gets_none() {
+    play("roms", host());
+}
+
+#[test]
 fn policy_files_and_dumps_are_checked_and_explained_without_a_service() {
     play_alone("policy-alone");
 }

@@ -70,6 +70,16 @@ impl Guest {
         self.0.begin(access).unwrap_or_else(|| panic!("nobody takes {access:x?}"))
     }
 
+    /// Whether somebody answers for an address.
+    pub fn is_taken(&self, address: u64) -> bool {
+        self.0.begin(&memory(address, 4, None)).map(|request| request.answer(LIMIT).unwrap()).is_some()
+    }
+
+    /// What was written to its memory.
+    pub fn memory(&self, address: u64, bytes: u64) -> Vec<u8> {
+        self.0.memory(address, bytes)
+    }
+
     pub fn deliveries(&self) -> BTreeMap<u32, Delivery> {
         self.0.reached().messages
     }

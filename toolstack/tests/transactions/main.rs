@@ -26,6 +26,7 @@ mod reconcile;
 mod records;
 mod reserved_memory;
 mod resets;
+mod roms;
 mod scale;
 mod sharing;
 mod surprises;

@@ -15,7 +15,7 @@ pub enum BarKind {
     Memory32,
     /// Memory space, this register and the next.
     Memory64,
-    /// The expansion ROM.
+    /// The expansion ROM: the guest's copy, at 0 on the host, or the host's, which no guest reaches.
     Rom,
 }
 
@@ -28,7 +28,7 @@ pub struct Bar {
     pub kind: BarKind,
     /// Whether reads have no side effects.
     pub prefetchable: bool,
-    /// First address on the host.
+    /// First address on the host; 0 of a copy.
     pub start: u64,
     /// Bytes as the host counts them.
     pub size: u64,
@@ -92,11 +92,18 @@ impl Bar {
             index += if bar.is_some_and(|bar| bar.kind == BarKind::Memory64) { 2 } else { 1 };
             bars.extend(bar);
         }
-        let rom = &spec.resources[6];
-        if rom.exists() && !rom.is_io() {
-            let (start, size) = (rom.start, rom.size);
-            bars.push(Self { index: 6, kind: BarKind::Rom, prefetchable: false, start, size });
-        }
+        let hosts = &spec.resources[6];
+        let rom = match spec.rom {
+            Some(bytes) => Some((0, u64::from(bytes))),
+            None => (hosts.exists() && !hosts.is_io()).then_some((hosts.start, hosts.size)),
+        };
+        bars.extend(rom.map(|(start, size)| Self {
+            index: 6,
+            kind: BarKind::Rom,
+            prefetchable: false,
+            start,
+            size,
+        }));
         bars
     }
 

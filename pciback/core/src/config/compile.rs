@@ -182,7 +182,11 @@ impl<'a> Compiler<'a> {
                 if dword == header::ROM { "Expansion ROM Base Address" } else { "Base Address Register" };
             let register = self.name(dword, 4, name, None);
             let known = Known { kind: Kind::Constant, register: Some(register), field: None, guarded: true };
-            let reason = if dword == header::ROM { rules::ROM_REASON } else { "not implemented: reads 0" };
+            let reason = match (dword == header::ROM, self.spec.rom) {
+                (true, None) => rules::ROM_REASON,
+                (true, Some(_)) => rules::ROM_COPY_REASON,
+                (false, _) => "not implemented: reads 0",
+            };
             let rule = Rule::built_in(reason, rules::HEADER_SECTION);
             self.set(Place { offset: dword, width: 4, mask: u32::MAX }, known, Treatment::ZERO, &rule);
             let Some((bar, high)) = bars.iter().find_map(|bar| match dword.checked_sub(bar.offset()) {
@@ -193,6 +197,11 @@ impl<'a> Compiler<'a> {
                 continue;
             };
             if bar.kind == BarKind::Rom {
+                if self.spec.rom.is_some() {
+                    let mask = bar.address_mask() as u32 | header::ROM_ENABLE;
+                    let known = Known { kind: Kind::Control, ..known };
+                    self.set(Place { offset: dword, width: 4, mask }, known, Treatment::VIRTUAL, &rule);
+                }
                 continue;
             }
             let rule = Rule::built_in(rules::BAR_REASON, rules::HEADER_SECTION);
@@ -436,6 +445,7 @@ impl Planes {
         inputs.extend((spec.bytes.len() as u32).to_le_bytes());
         inputs.push(u8::from(spec.is_virtual()));
         inputs.push(u8::from(spec.has_line()));
+        inputs.push(u8::from(spec.rom.is_some()));
         inputs.extend(spec.identity.vendor.to_le_bytes());
         inputs.extend(spec.identity.class.to_le_bytes());
         inputs.push(spec.bytes.byte(header::HEADER_TYPE));

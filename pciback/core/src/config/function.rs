@@ -70,6 +70,8 @@ pub struct FunctionSpec {
     pub kind: FunctionKind,
     /// The host's number of its interrupt line, the GSI; 0 where it has none.
     pub gsi: u32,
+    /// Bytes of the expansion ROM, a copy, that its guest has; `None` where the guest has none. A power of two from 2 KiB to 16 MiB.
+    pub rom: Option<u32>,
 }
 
 impl FunctionSpec {
@@ -103,7 +105,7 @@ impl FunctionSpec {
             identity.vendor = pf_bytes.word(header::VENDOR_ID);
             identity.device = pf_bytes.word(capability + sriov::VF_DEVICE_ID);
         }
-        Ok(Self { address, bytes, resources: host.resources, identity, kind, gsi: host.irq })
+        Ok(Self { address, bytes, resources: host.resources, identity, kind, gsi: host.irq, rom: None })
     }
 
     /// Whether a guest is given its interrupt line: lines beyond 255 have no place in Interrupt Line, and VFs have none.

@@ -15,6 +15,7 @@ mod masked;
 mod planes;
 mod policy;
 mod records;
+mod rom;
 mod rules;
 mod shape;
 mod space;
@@ -36,6 +37,7 @@ pub use policy::{
     Treatment, VendorPart,
 };
 pub use records::{ImageError, InterruptMode, Life, RequestRecord, RequestStage, VectorState};
+pub use rom::{ROM_LIMIT, RomError, rom_contents};
 pub use rules::is_guarded;
 pub use space::{SideEffect, VirtualConfigSpace};
 pub use vf_routing::{PortAbove, Unroutable, VfRouting};

@@ -100,7 +100,8 @@ fn spec(function: &DumpedFunction, parent: Option<&Parent<'_>>, kind: Option<Kin
     };
     let line = u32::from(bytes.get(usize::from(header::INTERRUPT_LINE)).copied().unwrap_or(0));
     let Ranges { resources, unknown, .. } = ranges;
-    let spec = FunctionSpec { address: function.address, bytes, resources, identity, kind, gsi: line };
+    let spec =
+        FunctionSpec { address: function.address, bytes, resources, identity, kind, gsi: line, rom: None };
     Dumped { spec, unknown }
 }
 

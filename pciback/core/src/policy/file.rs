@@ -6,6 +6,7 @@ use super::matching::{ClassPrefix, Kind, Match};
 use super::names::hexadecimal;
 use super::read::{self, KeyWord, key};
 use super::reset::{self, ResetWishes};
+use super::rom::{self, RomSource};
 use super::rules;
 use super::yaml::{self, Node};
 use crate::Sbdf;
@@ -162,6 +163,10 @@ pub(super) const KEYS: &[KeyWord] = &[
         "rdm-policy",
         "Whether a guest gets it although its reserved memory (RMRR) is shared with other functions or collides with the guest's memory: strict, or relaxed with a warning.",
     ),
+    key(
+        "rom",
+        "Which expansion ROM an HVM guest finds: hide (none), device (a copy of the device's), or the absolute path of a file with one.",
+    ),
     key("profile", "What happens to unknown registers: a named set of defaults."),
     key("unknown", "What happens to unknown registers, whatever the profile says."),
     key("capabilities", "By capability: what the guest sees of it and may write."),
@@ -199,6 +204,8 @@ pub struct PolicyFile {
     pub reset: ResetWishes,
     /// What happens where Xen objects to its reserved memory, where it says so.
     pub rdm: Option<RdmPolicy>,
+    /// Which expansion ROM a guest finds, where it says so.
+    pub rom: Option<RomSource>,
     /// The profile, where it names one.
     pub profile: Option<(Profile, Rule)>,
     /// What happens to unknown registers, where it says so.
@@ -224,6 +231,7 @@ impl PolicyFile {
             reuse: None,
             reset: ResetWishes::default(),
             rdm: None,
+            rom: None,
             profile: None,
             unknown: None,
             capabilities: Vec::new(),
@@ -277,6 +285,7 @@ impl PolicyFile {
             "reuse" => self.reuse = read::choice(node, "time to reuse", Reuse::WORDS, diagnostics),
             "reset" => self.reset = reset::reset(node, diagnostics),
             "rdm-policy" => self.rdm = read::choice(node, "rdm-policy", RdmPolicy::WORDS, diagnostics),
+            "rom" => self.rom = rom::rom(node, diagnostics),
             "profile" => {
                 let profile = read::choice(node, "profile", Profile::WORDS, diagnostics);
                 self.profile = profile.map(|profile| {

@@ -1,6 +1,7 @@
 //! What stands in the way of giving a function to a guest, as far as its config space and the policies tell.
 
 use super::file::Permission;
+use super::rom::RomSource;
 use super::set::Merged;
 use crate::config::bytes::Bytes;
 use crate::config::{CapabilityList, FunctionSpec};
@@ -58,6 +59,18 @@ pub fn obstacles(spec: &FunctionSpec, merged: &Merged<'_>, resets: Option<&[Stri
         });
     }
     found
+}
+
+/// What is not known of the expansion ROM that a guest would be given: its size is that of its contents, which attach reads.
+pub fn rom_unknown(spec: &FunctionSpec, merged: &Merged<'_>) -> Option<String> {
+    let (source, file) = &merged.rom;
+    (*source != RomSource::Hide && spec.rom.is_none()).then(|| {
+        format!(
+            "the size of the expansion ROM that an HVM guest gets ('rom: {source}' of {}), as a guest that gets none sees the register is \
+             shown",
+            file.unwrap_or("the policies")
+        )
+    })
 }
 
 /// The resets that the function itself has, in the words of Linux's `reset_method` and the order in which Linux tries them.

@@ -8,6 +8,7 @@ use super::matching::Kind;
 use super::names::CAPABILITIES;
 use super::read::KeyWord;
 use super::reset::{RESET_KEYS, RESET_METHODS, WithoutReset};
+use super::rom::RomSource;
 use super::rules::{
     CAPABILITY_KEYS, REGISTER_KEYS, RegisterAction, UNKNOWN_KEYS, UNKNOWN_WORDS, WholeAction,
 };
@@ -32,6 +33,7 @@ pub fn schema() -> Value {
             _ => words(WithoutReset::WORDS),
         }),
         "rdm-policy" => words(RdmPolicy::WORDS),
+        "rom" => json!({"anyOf": [{"enum": RomSource::WORDS}, {"type": "string", "pattern": "^/"}]}),
         "profile" => words(Profile::WORDS),
         "unknown" => one_or_mapping(
             words(UNKNOWN_WORDS),

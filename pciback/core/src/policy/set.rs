@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use super::file::{Holding, Permission, PolicyFile, Profile, RdmPolicy, Reuse};
 use super::matching::Subject;
 use super::reset::ResetWishes;
+use super::rom::RomSource;
 use crate::config::Policy;
 use crate::fault::ErrorPolicy;
 
@@ -31,6 +32,8 @@ pub struct Merged<'a> {
     pub reset: ResetWishes,
     /// What happens where Xen objects to its reserved memory.
     pub rdm: RdmPolicy,
+    /// Which expansion ROM a guest finds, and the file that says so.
+    pub rom: (RomSource, Option<&'a str>),
     /// The files that apply, the least specific first: a later one wins.
     pub applied: Vec<&'a PolicyFile>,
     /// The others, each with the reason.
@@ -81,6 +84,7 @@ impl<'a> Merged<'a> {
             reuse: Reuse::default(),
             reset: ResetWishes::default(),
             rdm: RdmPolicy::default(),
+            rom: (RomSource::default(), None),
             applied: Vec::new(),
             passed_over: Vec::new(),
             profile: (Profile::Passthrough, None),
@@ -102,6 +106,9 @@ impl<'a> Merged<'a> {
         self.reuse = file.reuse.unwrap_or(self.reuse);
         self.reset = file.reset.lay_over(&self.reset);
         self.rdm = file.rdm.unwrap_or(self.rdm);
+        if let Some(rom) = &file.rom {
+            self.rom = (rom.clone(), Some(&file.name));
+        }
         self.policy.capabilities.extend(file.capabilities.iter().cloned());
         self.policy.registers.extend(file.registers.iter().cloned());
         self.applied.push(file);

@@ -36,6 +36,8 @@ pub const SUBSYSTEM_VENDOR_ID: u16 = 0x2c;
 pub const SUBSYSTEM_ID: u16 = 0x2e;
 /// Expansion ROM base address.
 pub const ROM: u16 = 0x30;
+/// Expansion ROM base address: the ROM is decoded, where memory is.
+pub const ROM_ENABLE: u32 = 1 << 0;
 /// Capabilities pointer.
 pub const CAPABILITIES_POINTER: u16 = 0x34;
 /// Interrupt line.

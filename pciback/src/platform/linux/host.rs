@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::Read as _;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt as _, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -327,6 +327,20 @@ impl Host for LinuxHost {
                 Err(PlatformError::new("map the memory of", format!("{address}, BAR {bar}"), error))
             }
         }
+    }
+
+    fn rom(&self, address: Sbdf, most: usize) -> Result<Vec<u8>> {
+        let path = self.directory(address).join("rom");
+        let read = || {
+            let mut file = OpenOptions::new().read(true).write(true).open(&path)?;
+            // Without that the kernel answers EINVAL; it decodes the ROM during each read only. Both words count at the beginning.
+            file.write_at(b"1", 0)?;
+            let mut contents = Vec::new();
+            let read = file.by_ref().take(most as u64).read_to_end(&mut contents);
+            file.write_at(b"0\n", 0)?;
+            read.map(|_| contents)
+        };
+        read().map_err(|error| missing("read the expansion ROM of", address)(error.into()))
     }
 
     fn ports_above(&self, address: Sbdf) -> Result<Vec<Sbdf>> {

@@ -305,3 +305,18 @@ fn a_function_is_read_without_waiting_while_it_is_reset() {
 fn release(fifo: &Path) {
     fs::write(fifo, "go\n").unwrap();
 }
+
+#[test]
+fn an_expansion_rom_is_read_up_to_a_limit_and_switched_off_again() {
+    let tree = Tree::new();
+    let host = tree.host();
+    let pf = "0000:01:00.0".parse().unwrap();
+    assert_eq!(host.rom(pf, 64).unwrap_err().errno(), Some(Errno::ENOENT));
+    let file = tree.path("bus/pci/devices/0000:01:00.0/rom");
+    fs::write(&file, [0x55; 100]).unwrap();
+    for (most, bytes) in [(64, 64), (100, 100), (1 << 20, 100)] {
+        assert_eq!(host.rom(pf, most).unwrap().len(), bytes);
+        // The kernel's file takes these words at its beginning.
+        assert_eq!(fs::read(&file).unwrap()[..2], *b"0\n");
+    }
+}

@@ -212,6 +212,20 @@ impl Host for SimHost {
         })
     }
 
+    fn rom(&self, address: Sbdf, most: usize) -> Result<Vec<u8>> {
+        self.call(("rom", "read the expansion ROM of"), address, None, |world| {
+            let function = world.function(address)?;
+            if !function.resources[6].exists() {
+                return Err(Errno::ENOENT);
+            }
+            // The kernel finds no image in one that is erased.
+            if function.rom.is_empty() {
+                return Err(Errno::EIO);
+            }
+            Ok(function.rom.iter().copied().take(most).collect())
+        })
+    }
+
     fn ports_above(&self, address: Sbdf) -> Result<Vec<Sbdf>> {
         self.call(("ports_above", "find the ports above"), address, None, |world| {
             Ok(world.ports_above(address))

@@ -392,6 +392,13 @@ impl Simulation {
         }
     }
 
+    /// What the kernel reads from a function's expansion ROM from now on.
+    pub fn set_rom(&self, address: Sbdf, contents: Vec<u8>) {
+        if let Some(function) = locked(&self.world).functions.get_mut(&address) {
+            function.rom = contents;
+        }
+    }
+
     /// Bytes of a function's config space as hardware has them, without any access.
     pub fn peek(&self, address: Sbdf, offset: u16, length: u16) -> Vec<u8> {
         let world = locked(&self.world);

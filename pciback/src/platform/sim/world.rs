@@ -27,6 +27,8 @@ pub(super) struct SimFunction {
     pub interfaces: Vec<String>,
     /// What uses it while its own driver has it.
     pub uses: Vec<Use>,
+    /// What the kernel reads from its expansion ROM.
+    pub rom: Vec<u8>,
     pub reserved_memory: Option<ReservedMemory>,
     pub driver: Option<String>,
     pub driver_override: Option<String>,

@@ -12,15 +12,16 @@ const RESERVED: std::ops::Range<u64> = 0xfec0_0000..0x1_0000_0000;
 /// A register that holds the result of sizing places nothing, nor does 0.
 pub fn placed(bar: &Bar, register: u64, command: u16) -> Option<u64> {
     let enable = if bar.kind == BarKind::Io { header::COMMAND_IO } else { header::COMMAND_MEMORY };
+    if bar.kind == BarKind::Rom && register & u64::from(header::ROM_ENABLE) == 0 {
+        return None;
+    }
     let address = register & bar.address_mask();
     let end = address.checked_add(bar.size)?;
     let possible = match bar.kind {
         BarKind::Io => end <= 0x1_0000,
-        BarKind::Memory32 | BarKind::Memory64 => {
+        BarKind::Memory32 | BarKind::Memory64 | BarKind::Rom => {
             end <= GUEST_END && (end <= RESERVED.start || address >= RESERVED.end)
         }
-        // Decoding the ROM on hardware may switch off BARs (PCI 3.0, section 6.2.5.2): it never is.
-        BarKind::Rom => false,
     };
     (command & enable != 0 && address != 0 && possible).then_some(address)
 }
@@ -43,11 +44,11 @@ pub struct Parts {
     pub trapped: Vec<Part>,
 }
 
-/// What of a memory BAR is mapped and what is trapped: the pages with the MSI-X table and its pending bits, and BARs that do not
-/// fill whole pages, because the rest of the page belongs to others.
+/// What of a memory BAR is mapped and what is trapped: the pages with the MSI-X table and its pending bits, BARs that do not
+/// fill whole pages, because the rest of the page belongs to others, and the ROM, of which the service has a copy.
 pub fn parts(bar: &Bar, msix: Option<&MsixCapability>) -> Parts {
     let mut parts = Parts::default();
-    if !bar.start.is_multiple_of(PAGE) || !bar.size.is_multiple_of(PAGE) {
+    if bar.kind == BarKind::Rom || !bar.start.is_multiple_of(PAGE) || !bar.size.is_multiple_of(PAGE) {
         parts.trapped.push(Part { offset: 0, bytes: bar.size });
         return parts;
     }
@@ -125,7 +126,19 @@ mod tests {
         assert_eq!(placed(&port, 0xc101, 1), Some(0xc100));
         assert_eq!(placed(&port, 0xffff_ffe1, 1), None);
         assert_eq!(placed(&port, 0xc101, 2), None);
-        assert_eq!(placed(&bar(BarKind::Rom, 0xfe00_0000, 0x1_0000), 0xf300_0001, 3), None);
+    }
+
+    #[test]
+    fn a_rom_is_placed_when_both_its_own_enable_bit_and_memory_decoding_are_set() {
+        let rom = bar(BarKind::Rom, 0, 0x1_0000);
+        assert_eq!(placed(&rom, 0xf300_0001, 2), Some(0xf300_0000));
+        for (register, command) in [(0xf300_0000, 2), (0xf300_0001, 5), (0xffff_0001, 2), (0x0000_0001, 2)] {
+            assert_eq!(placed(&rom, register, command), None, "{register:#x}, {command}");
+        }
+        let large = bar(BarKind::Rom, 0, 16 << 20);
+        assert_eq!(placed(&large, 0xff00_0001, 2), None, "while it is sized");
+        let found = parts(&rom, None);
+        assert_eq!((ranges(&found.trapped), found.mapped), (vec![(0, 0x1_0000)], vec![]));
     }
 
     fn ranges(parts: &[Part]) -> Vec<(u64, u64)> {

@@ -39,7 +39,7 @@ pub fn trapped_bars(function: &GuestFunction) -> Vec<u8> {
 }
 
 impl Device {
-    /// At a device number of bus 0, answered for by a server; `taken` is the guest's, `memory` is that of [`trapped_bars`].
+    /// At a device number of bus 0, answered for by a server; `taken` is the guest's, `memory` is that of [`trapped_bars`], and of a ROM.
     pub fn new(
         domains: Arc<dyn HvmDomains>,
         server: ServerId,
@@ -177,7 +177,8 @@ impl GuestDevice for Device {
         access: Access,
         effect: Option<SideEffect>,
     ) -> std::result::Result<(), InterruptError> {
-        if access.offset() < header::BAR0 + 24 && access.offset() >= header::BAR0
+        if (header::BAR0..header::BAR0 + 24).contains(&access.offset())
+            || access.dword() == header::ROM
             || matches!(effect, Some(SideEffect::Command { .. }))
         {
             self.place_bars(function)?;
@@ -200,14 +201,16 @@ impl GuestDevice for Device {
         if let Some(value) = self.access_table(function, &bar, offset, bytes, write) {
             return Some(value);
         }
+        // Of a ROM, any bytes can be read together; writes are dropped.
+        let whole = bar.kind == BarKind::Rom || aligned(offset, bytes);
         self.with_memory(bar.index, |memory| match write {
             Some(value) => {
-                if aligned(offset, bytes) {
+                if whole {
                     memory.write(offset, bytes, value);
                 }
                 value
             }
-            None if aligned(offset, bytes) => memory.read(offset, bytes),
+            None if whole => memory.read(offset, bytes),
             None => u64::MAX,
         })
     }

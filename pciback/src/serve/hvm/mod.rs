@@ -8,6 +8,7 @@ mod interrupts;
 mod numbers;
 mod ports;
 mod requests;
+mod rom;
 mod table;
 
 pub use crate::abi::ioreq as wire;
@@ -15,6 +16,7 @@ pub use acpi::mcfg;
 pub use device::{Device, trapped_bars};
 pub use ports::{CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts};
 pub use requests::{Connection, start};
+pub use rom::RomCopy;
 
 /// What the functions of one guest have of it.
 #[derive(Debug, Default)]

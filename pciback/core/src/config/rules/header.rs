@@ -13,6 +13,10 @@ pub const BAR_REASON: &str =
 /// Why the expansion ROM is hidden.
 pub const ROM_REASON: &str = "not given: reads 0, as if there were none; decoding it on hardware can switch off BARs (PCI 3.0, 6.2.5.2)";
 
+/// Why the BAR of the guest's copy is virtual.
+pub const ROM_COPY_REASON: &str =
+    "virtual: the guest places and enables a copy of the ROM, which policy gives it; hardware's stays off";
+
 /// The header of every function, the BARs excepted.
 pub const HEADER: &[Row] = &[
     row(

@@ -6,7 +6,9 @@ mod header;
 mod legacy;
 
 pub(super) use devices::device_rules;
-pub(super) use header::{BAR_REASON, HEADER, NO_LINE, ROM_REASON, SECTION as HEADER_SECTION, VF_COMMAND};
+pub(super) use header::{
+    BAR_REASON, HEADER, NO_LINE, ROM_COPY_REASON, ROM_REASON, SECTION as HEADER_SECTION, VF_COMMAND,
+};
 
 use super::compile::EVENT;
 use super::policy::Treatment;

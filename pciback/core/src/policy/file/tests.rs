@@ -298,3 +298,22 @@ fn the_example_names_every_key_and_every_word() {
         assert!(text.contains(&format!("action: {word}")), "{word}");
     }
 }
+
+#[test]
+fn a_rom_is_none_the_devices_or_a_file_by_its_absolute_path() {
+    for (text, rom) in [
+        ("rom: hide\n", RomSource::Hide),
+        ("rom: device\n", RomSource::Device),
+        ("rom: /usr/share/vgabios/card one.rom\n", RomSource::File("/usr/share/vgabios/card one.rom".into())),
+    ] {
+        assert_eq!(parsed(text).rom, Some(rom), "{text}");
+    }
+    let expected = "hide, device or the absolute path of a file is expected";
+    for (text, message) in [
+        ("rom: yes\n", format!("1:6: 'yes' is not a valid rom: {expected}")),
+        ("rom: vbios.rom\n", format!("1:6: 'vbios.rom' is not a valid rom: {expected}")),
+        ("rom: [device]\n", "1:6: rom is a word, not a list".to_owned()),
+    ] {
+        assert_eq!(mistakes(text), [format!("f.yaml:{message}")], "{text}");
+    }
+}

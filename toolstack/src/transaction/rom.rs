@@ -1,0 +1,140 @@
+//! The expansion ROM that policies give to a guest: a copy, taken before the guest has the function, that a restarted service finds again.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::libc::O_NONBLOCK;
+use nix::unistd::geteuid;
+use pciback::Sbdf;
+use pciback::config::{ROM_LIMIT, rom_contents};
+use pciback::hash::Fnv;
+use pciback::policy::{RomSource, Subject};
+
+use super::{Context, guest_of};
+use crate::domains::{self, DomainType};
+use crate::journal::{Record, RomRecord};
+use crate::outcome::{ErrorCode, Failure};
+
+/// Others than its owner may write to a file.
+const WRITABLE_BY_OTHERS: u32 = 0o022;
+
+/// Where the copy of a function's ROM is, beside its image.
+pub fn rom_path(run_directory: &Path, address: Sbdf) -> PathBuf {
+    run_directory.join("images").join(format!("{address}.rom"))
+}
+
+/// Takes the copy, where the policies want one; the text says when the guest cannot have it.
+pub(super) fn copy(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
+    let (address, domain) = (record.address, guest_of(record)?);
+    remove(context, record)?;
+    let function = context.platform.host.function(address)?;
+    let name = domains::name(context.platform.store.as_ref(), domain)?;
+    let merged = context.policies.merge(&Subject::of_host(&function, name));
+    let (source, file) = merged.rom;
+    if source == RomSource::Hide {
+        return Ok(None);
+    }
+    let asked = format!("'rom: {source}' of {}", file.unwrap_or("the policies"));
+    if domains::kind(context.platform.store.as_ref(), domain)? != DomainType::Hvm {
+        return Ok(Some(format!(
+            "{address}: domain {domain} finds no expansion ROM in spite of {asked}: it is a PV guest, which reads memory of the device \
+             itself, and only an HVM guest can be given a copy"
+        )));
+    }
+    let (contents, origin, hint) = match &source {
+        RomSource::File(path) => {
+            let hint = "the file must be a ROM as the device has it, beginning with 55 aa, owned by root and not writable by others";
+            (read_file(path).map_err(|error| error.to_string()), path.display().to_string(), hint)
+        }
+        _ => {
+            let hint = "write 'rom: FILE' instead, with a file of the vendor or one read on another machine, or 'rom: hide'";
+            (read_device(context, address), format!("the ROM of {address}"), hint)
+        }
+    };
+    let checked = contents.and_then(|bytes| rom_contents(bytes).map_err(|error| error.to_string()));
+    let contents = checked.map_err(|why| {
+        let text = format!(
+            "give {address} with an expansion ROM to domain {domain}, as {asked} says: {origin}: {why}"
+        );
+        Failure::refused(text).on(address).of(domain).hint(hint)
+    })?;
+    let path = rom_path(&context.settings.run_directory, address);
+    write(&path, &contents).map_err(|error| {
+        let text = format!("write the copy {} of the expansion ROM of {address}: {error}", path.display());
+        Failure::new(ErrorCode::Failed, text).on(address)
+    })?;
+    record.rom = Some(RomRecord { bytes: contents.len() as u32, hash: hash(&contents) });
+    Ok(None)
+}
+
+/// The contents that were copied, as the journal knows them.
+pub fn read_copy(run_directory: &Path, address: Sbdf, known: RomRecord) -> Result<Vec<u8>, String> {
+    let path = rom_path(run_directory, address);
+    let contents = File::open(&path).and_then(read_bounded);
+    let contents = contents.map_err(|error| format!("read {}: {error}", path.display()))?;
+    if contents.len() != known.bytes as usize || hash(&contents) != known.hash {
+        return Err(format!("{} is not what was written there", path.display()));
+    }
+    Ok(contents)
+}
+
+/// Removes the copy.
+pub(super) fn remove(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
+    let path = rom_path(&context.settings.run_directory, record.address);
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            let text = format!("remove the copy {} of an expansion ROM: {error}", path.display());
+            Err(Failure::new(ErrorCode::Failed, text).on(record.address))
+        }
+        _ => {
+            record.rom = None;
+            Ok(())
+        }
+    }
+}
+
+fn read_device(context: &Context<'_>, address: Sbdf) -> Result<Vec<u8>, String> {
+    context.platform.host.rom(address, ROM_LIMIT + 1).map_err(|error| match error.errno() {
+        Some(Errno::ENOENT) => "it has none".to_owned(),
+        _ => format!("the kernel cannot read it: {error}"),
+    })
+}
+
+/// Nobody but root decides what a guest's firmware runs.
+fn read_file(path: &Path) -> io::Result<Vec<u8>> {
+    // Not to wait for whoever writes to a pipe.
+    let file = OpenOptions::new().read(true).custom_flags(O_NONBLOCK).open(path)?;
+    let status = file.metadata()?;
+    if !status.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    if status.uid() != 0 && status.uid() != geteuid().as_raw() {
+        return Err(io::Error::other(format!("it is owned by user {}", status.uid())));
+    }
+    if status.mode() & WRITABLE_BY_OTHERS != 0 {
+        return Err(io::Error::other(format!("others may write to it (mode {:o})", status.mode() & 0o7777)));
+    }
+    read_bounded(file)
+}
+
+fn read_bounded(file: File) -> io::Result<Vec<u8>> {
+    let mut contents = Vec::new();
+    file.take(ROM_LIMIT as u64 + 1).read_to_end(&mut contents)?;
+    Ok(contents)
+}
+
+fn write(path: &Path, contents: &[u8]) -> io::Result<()> {
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory)?;
+    }
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?.write_all(contents)
+}
+
+fn hash(contents: &[u8]) -> u64 {
+    let mut hash = Fnv::new();
+    hash.add_bytes(contents);
+    hash.finish()
+}
