@@ -188,6 +188,16 @@ fn the_settings_give_functions_to_guests_as_soon_as_both_are_there() {
 }
 
 #[test]
+fn an_hvm_guest_that_was_created_paused_gets_a_function_before_it_runs() {
+    let paused = "name: desktop, type: hvm, paused: true,";
+    let daemon = Daemon::start(&host().replace("name: desktop, type: hvm,", paused));
+    assert!(daemon.xpci(&["pci-assignable-add", "02:00.0"]).status.success());
+    let attached = daemon.xpci(&["pci-attach", "desktop", "02:00.0"]);
+    let text = String::from_utf8(attached.stdout).unwrap();
+    assert!(attached.status.success() && text.contains("is attached to"), "{text} {:?}", attached.stderr);
+}
+
+#[test]
 fn what_is_done_already_is_said_and_is_no_failure() {
     play("already", host());
 }

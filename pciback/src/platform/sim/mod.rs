@@ -213,6 +213,7 @@ impl Simulation {
             kind: kind.to_owned(),
             passthrough,
             shadow_paging: false,
+            paused: false,
         };
         let mut world = locked(&self.world);
         if domain == DomId::DOM0 || world.xen.domains.contains_key(&domain) {
