@@ -51,7 +51,7 @@ impl Workshop {
     }
 }
 
-/// Which guest has a function persistently.
+/// A device that a guest has persistently and that left its address to another one.
 fn displaced((reservation, since): (Reservation, SystemTime)) -> Problem {
     let (address, kind, who) = (reservation.address, reservation.kind(), reservation.who());
     let text = format!(
@@ -60,6 +60,7 @@ fn displaced((reservation, since): (Reservation, SystemTime)) -> Problem {
     Problem::new(Cause::Persistent, text).on(address).since(since)
 }
 
+/// Which guest has a function persistently.
 pub(super) fn persistent_view(reservation: &Reservation) -> PersistentView {
     PersistentView { guest: reservation.guest, name: reservation.name.clone() }
 }
