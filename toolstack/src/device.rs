@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use pciback::Sbdf;
 use pciback::inventory::Identity;
 use pciback::platform::{Host, HostFunction};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::outcome::Failure;
@@ -13,7 +14,7 @@ use crate::pci_path::PciPath;
 use crate::spec::{answers, existing, identity};
 
 /// A function of the host, whatever its address.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Device {
     /// Where it was when it was noted, for people.
@@ -21,6 +22,7 @@ pub struct Device {
     /// What it is; a VF has its PF's serial number.
     pub identity: Identity,
     /// The way to it, of a VF to its PF.
+    #[schemars(with = "String")]
     pub path: PciPath,
     /// The function number, of a VF its PF's.
     pub function: u8,
@@ -49,6 +51,11 @@ impl Device {
         };
         let (identity, path) = (identity(host, function), PciPath::of(host, top)?);
         Ok(Self { address, identity, path, function: top.function(), vf })
+    }
+
+    /// Whether a function has the same ids.
+    pub fn is_kind_of(&self, function: &HostFunction) -> bool {
+        Identity { serial: None, ..self.identity } == Identity::of(function)
     }
 
     /// Whether both are the same device: of the same kind, and at the same place or with the same serial number.

@@ -21,6 +21,7 @@ pub mod protocol;
 pub mod reply;
 pub mod reservations;
 pub mod reset_plan;
+pub mod saved;
 pub mod settings;
 pub mod spec;
 pub mod steps;

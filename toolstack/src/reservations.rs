@@ -47,6 +47,9 @@ pub struct Reservation {
     pub devfn: u8,
     /// The domain that had it last: when it is taken from that one, only the next one gets it.
     given: Option<Given>,
+    /// When it was made because the guest was saved, in seconds since 1970: it ends when the restored guest has the function.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub saved: Option<u64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,7 +63,18 @@ impl Reservation {
     /// One that no domain has had yet.
     pub fn new(device: Device, guest: Uuid, name: Option<String>, devfn: u8) -> Self {
         let (address, identity, device) = (device.address, device.identity, Some(device));
-        Self { version: VERSION, address, identity, device, promised: None, guest, name, devfn, given: None }
+        Self {
+            version: VERSION,
+            address,
+            identity,
+            device,
+            promised: None,
+            guest,
+            name,
+            devfn,
+            given: None,
+            saved: None,
+        }
     }
 
     /// The same, of a function that the settings give to the guest and call so; `None`: by no address.
@@ -88,6 +102,11 @@ impl Reservation {
     /// Whether a domain has had it already.
     pub fn was_given(&self, boot: &str, domain: DomId) -> bool {
         self.given.as_ref().is_some_and(|given| given.boot == boot && given.domain == domain)
+    }
+
+    /// The domain that had it last, if that was in this boot.
+    pub fn given_in(&self, boot: &str) -> Option<DomId> {
+        self.given.as_ref().filter(|given| given.boot == boot).map(|given| given.domain)
     }
 
     /// The guest, for people.

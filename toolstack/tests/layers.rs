@@ -19,7 +19,8 @@ const ORDER: &[Layer] = &[
     ("pci_path", &["outcome"]),
     ("device", &["outcome", "spec", "pci_path"]),
     ("names", &["outcome", "spec", "target", "pci_path", "device"]),
-    ("protocol", &["outcome", "domains", "target"]),
+    ("saved", &["outcome", "durable", "spec", "device"]),
+    ("protocol", &["outcome", "domains", "target", "saved"]),
     ("audit", &["protocol"]),
     ("settings", &["durable", "reset_plan", "spec", "names", "target"]),
     ("journal", &["durable", "outcome", "steps"]),
@@ -64,6 +65,7 @@ const ORDER: &[Layer] = &[
             "former_owners",
             "reservations",
             "device",
+            "saved",
             "wishes",
             "transaction",
             "doctor",
@@ -72,7 +74,7 @@ const ORDER: &[Layer] = &[
     ),
     ("control", &["outcome", "protocol", "reply", "engine"]),
     ("client", &["outcome", "protocol", "target"]),
-    ("cli", &["outcome", "target", "policies", "protocol", "settings", "client"]),
+    ("cli", &["outcome", "target", "policies", "saved", "protocol", "settings", "client"]),
     ("bin", &[]),
 ];
 

@@ -3,6 +3,7 @@
 mod dumps;
 pub mod newer_xen;
 mod policies;
+mod saving;
 
 use anyhow::{Context, Result, ensure};
 use xpci_tests::host::state::{keep_running, kill_and_start, make_held, make_used, no_problems};
@@ -18,6 +19,9 @@ use policies::{
     a_policy_with_mistakes_changes_nothing,
     an_ignored_write_is_learned_proposed_and_put_in_force_under_traffic, igbvf_loses_no_write_that_matters,
     the_shipped_policy_of_the_82576s_vfs_applies, what_the_guest_has_seen_stays_until_detach,
+};
+use saving::{
+    a_guest_whose_save_fails_runs_on_with_its_vf, a_saved_guest_is_restored_with_its_vf_and_its_traffic,
 };
 
 const MACS: [&str; 2] = ["52:54:00:aa:bb:01", "52:54:00:aa:bb:02"];
@@ -61,6 +65,8 @@ impl<'a> Scene<'a> for VfInAGuest<'a> {
             xen_pcifront_is_removed_and_loaded_again,
             a_second_function_comes_and_goes_while_the_first_is_used,
             nothing_that_was_granted_remains_after_ten_detaches,
+            a_guest_whose_save_fails_runs_on_with_its_vf,
+            a_saved_guest_is_restored_with_its_vf_and_its_traffic,
             the_function_of_a_destroyed_guest_is_held_again,
             a_rebooted_guest_has_its_persistent_function_again,
             a_function_goes_back_to_the_driver_it_came_from,

@@ -38,6 +38,10 @@ fn main() -> ExitCode {
     for note in cli.command.notes() {
         say(&mut std::io::stderr(), &format!("xpci: {note}\n"));
     }
+    if let Err(failure) = cli.command.hold_interrupts() {
+        report(&failure);
+        return ExitCode::from(failure.code.exit_code());
+    }
     let (mut code, mut shown) = (0, Vec::new());
     let all = cli.command.steps();
     let together = cli.json && all.len() > 1;
@@ -74,6 +78,14 @@ fn json_wanted() -> bool {
 fn answers(steps: Vec<Step>, socket: &Path, show_progress: bool, json: bool) -> Vec<Envelope> {
     let answer = |step| match step {
         Step::Ask(request) => ask(socket, request, show_progress, json),
+        Step::Moving(moving) => {
+            let mut said = |text: &str| {
+                if show_progress {
+                    say(&mut std::io::stderr(), &format!("{text} ...\n"));
+                }
+            };
+            Envelope::done(1, moving.name(), moving.run(socket, &mut said))
+        }
         Step::Metrics(file) => Envelope::done(1, "metrics", gather(socket, file.as_deref())),
         Step::Local(local) => Envelope::done(1, local.name(), local.run()),
     };

@@ -5,6 +5,7 @@ mod explained;
 mod hvm;
 mod list;
 mod metrics;
+mod moving;
 mod network;
 mod paths;
 mod place;
@@ -28,6 +29,8 @@ use crate::target::Target;
 pub use hvm::Hvm;
 pub use list::ListArguments;
 pub use metrics::gather;
+pub use moving::Moving;
+use moving::{RestoreArguments, SaveArguments};
 pub use network::SetArguments;
 pub use policy::{As, ExplainArguments, Local, Policy};
 pub use service::{Choice, ServiceArguments};
@@ -149,6 +152,12 @@ pub enum Command {
         #[arg(required_unless_present = "persistent")]
         domain: Option<String>,
     },
+    /// Saves a PV guest with 'xl save', without its functions, which are reserved for it until it is restored.
+    #[command(after_long_help = texts::SAVE)]
+    Save(SaveArguments),
+    /// Restores a guest with 'xl restore' and gives it the functions that it was saved with, or equal ones, before it runs on.
+    #[command(after_long_help = texts::RESTORE)]
+    Restore(RestoreArguments),
     /// Enables, disables and lists the VFs of a PF.
     #[command(subcommand)]
     Vf(Vf),
@@ -311,6 +320,8 @@ pub enum Step {
     Ask(Request<Target>),
     /// Does it without the service.
     Local(Local),
+    /// Asks the service and runs xl.
+    Moving(Moving),
     /// Gathers metrics, and writes them to a file.
     Metrics(Option<PathBuf>),
 }
@@ -334,6 +345,17 @@ impl Command {
         matches!(self, Self::Status { check: true })
     }
 
+    /// Keeps a command that puts things back when it fails from being interrupted in between.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn hold_interrupts(&self) -> Result<(), Failure> {
+        match self {
+            Self::Save(_) | Self::Restore(_) => moving::hold_interrupts(),
+            _ => Ok(()),
+        }
+    }
+
     /// What is to be said of the command line itself, on standard error.
     pub fn notes(&self) -> Vec<&'static str> {
         match self {
@@ -351,6 +373,8 @@ impl Command {
         match self {
             Self::Policy(policy) => vec![policy.step()],
             Self::Hvm(hvm) => vec![hvm.step()],
+            Self::Save(arguments) => vec![Step::Moving(Moving::Save(arguments))],
+            Self::Restore(arguments) => vec![Step::Moving(Moving::Restore(arguments))],
             Self::Metrics { write } => vec![Step::Metrics(write)],
             Self::Documents { directory } => vec![Step::Local(Local::Documents(directory))],
             other => other.requests().into_iter().map(Step::Ask).collect(),
@@ -361,7 +385,12 @@ impl Command {
     fn requests(self) -> Vec<Request<Target>> {
         let one = |request| vec![request];
         match self {
-            Self::Policy(_) | Self::Hvm(_) | Self::Metrics { .. } | Self::Documents { .. } => Vec::new(),
+            Self::Policy(_)
+            | Self::Hvm(_)
+            | Self::Save(_)
+            | Self::Restore(_)
+            | Self::Metrics { .. }
+            | Self::Documents { .. } => Vec::new(),
             Self::List(arguments) => one(Request::List { filter: arguments.filter() }),
             Self::Show(function) => one(Request::Show { address: function.address }),
             Self::PciAssignableList { .. } => one(Request::PciAssignableList),

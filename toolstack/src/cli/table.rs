@@ -53,6 +53,8 @@ pub fn render(success: &Success, look: Look) -> String {
         Success::Events { events } => {
             events.iter().fold(String::new(), |text, event| format!("{text}{event}\n"))
         }
+        // Steps of 'save' and 'restore', which say themselves what came of them.
+        Success::Saved { .. } | Success::Reserved { .. } | Success::Restored { .. } => String::new(),
         Success::Status(status) => status_text(status),
     }
 }
@@ -162,7 +164,10 @@ fn function_row(function: &FunctionView) -> Vec<String> {
 fn note(function: &FunctionView) -> String {
     let persistent = function.persistent.as_ref().map(|persistent| {
         let guest = persistent.name.clone().unwrap_or_else(|| persistent.guest.to_string());
-        format!("persistent for {guest}")
+        match persistent.saved {
+            true => format!("reserved for {guest}, which was saved with it"),
+            false => format!("persistent for {guest}"),
+        }
     });
     function
         .note

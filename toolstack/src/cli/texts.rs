@@ -39,6 +39,20 @@ instead; name=NAME is a name of the settings.
 A function is refused while a PV guest that had it still exists, because that guest may have its BARs mapped, which Xen cannot revoke. Shut \
 that guest down, or use --trust-former-owner. The same applies to pci-assignable-remove and 'quarantine clear'.";
 
+pub(super) const SAVE: &str = "\
+The guest's drivers release its functions; if one does not in time, nothing is saved, and the guest gets back what it had. Then the guest is \
+saved by 'xl save'; if that fails, the guest runs on and gets its functions again, at the same places. FILE.xpci belongs to the checkpoint: \
+move it with FILE to another host. On this host the functions stay reserved for the guest; 'pci-detach --persistent' ends that.
+
+HVM guests that have functions are refused.";
+
+pub(super) const RESTORE: &str = "\
+A function is given to the guest if it has the ids, BARs and capabilities of the one that it had, is held or can be held, and is reserved for \
+no other guest: the same one if possible, otherwise an equal one. It has the device number and the network settings that the guest knows. If \
+there is none, or another guest has it, the command is refused before 'xl restore' begins, and says what differs.
+
+If the functions cannot be attached to the restored guest, that guest is ended before it runs. FILE stays as it is.";
+
 pub(super) const STATUS: &str = "\
 The states of a function:
 

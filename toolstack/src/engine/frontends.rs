@@ -68,7 +68,7 @@ impl Engine {
                 Action::Disconnect => self.give_up_ring(domain),
                 Action::Added(devfn) => self.answer(domain, devfn, |awaited| match awaited {
                     Awaited::Look | Awaited::FirstLook => Some(Ok(None)),
-                    Awaited::Release => None,
+                    Awaited::Release | Awaited::Overruled => None,
                 }),
                 Action::Waiting(devfn) => self.published(domain, devfn),
                 Action::Removed(devfn) => self.removed(domain, devfn),

@@ -38,6 +38,8 @@ pub(super) struct Guest {
     pub(super) write_again: Option<Instant>,
     /// When the handshake may go on after its nodes were removed.
     pub(super) pause: Option<Instant>,
+    /// When it is told of its device once more, and how long it is waited after that.
+    pub(super) tell_again: Option<(Instant, Duration)>,
     log: LogLimit,
 }
 
@@ -86,6 +88,8 @@ pub(super) enum Awaited {
     FirstLook,
     /// The guest lets go.
     Release,
+    /// It did not in time, and the function is withdrawn without it.
+    Overruled,
 }
 
 impl Guest {
@@ -104,8 +108,15 @@ impl Guest {
             unwritten: Vec::new(),
             write_again: None,
             pause: None,
+            tell_again: None,
             log: LogLimit::new(),
         }
+    }
+
+    /// When something is to be done for it.
+    pub(super) fn due(&self) -> impl Iterator<Item = Instant> {
+        let told = self.tell_again.map(|(when, _)| when);
+        self.pause.into_iter().chain(self.write_again).chain(told)
     }
 
     /// Notes in the log what the guest did, as far as its share goes.

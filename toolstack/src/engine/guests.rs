@@ -20,6 +20,10 @@ use crate::transaction::{Parting, place_of, plan_for, reapply_network, renew_pat
 
 /// How long a new guest's frontend may take to look at its first function before attach ends with a note instead.
 const FIRST_LOOK: Duration = Duration::from_secs(2);
+/// After how long a guest that may have been suspended is told of its device once more; from then on rarer and rarer.
+const TELL_AGAIN: Duration = Duration::from_millis(500);
+/// The rarest.
+const TELL_AGAIN_LATER: Duration = Duration::from_secs(60);
 
 impl Engine {
     /// A transaction wants a function served.
@@ -108,7 +112,14 @@ impl Engine {
             && waiting.for_what == Awaited::Look
         {
             waiting.for_what = Awaited::FirstLook;
-            waiting.deadline = waiting.deadline.min(Instant::now() + FIRST_LOOK);
+            // Nobody in a paused guest looks.
+            let paused = self.platform.hypervisor.domain(domain).is_ok_and(|info| info.paused);
+            let limit = if paused { Duration::ZERO } else { FIRST_LOOK };
+            waiting.deadline = waiting.deadline.min(Instant::now() + limit);
+            // It may be one that is being restored.
+            if paused || self.returning.is_returning(domain) {
+                guest.tell_again = Some((Instant::now() + TELL_AGAIN, TELL_AGAIN));
+            }
         }
     }
 
@@ -116,7 +127,9 @@ impl Engine {
     pub(super) fn give_up_adding(&mut self, domain: DomId, failure: &Failure) {
         let waiting = self.guests.get(&domain).map(|guest| guest.waiting.keys().copied().collect::<Vec<_>>());
         for devfn in waiting.unwrap_or_default() {
-            self.answer(domain, devfn, |awaited| (awaited != Awaited::Release).then(|| Err(failure.clone())));
+            self.answer(domain, devfn, |awaited| {
+                matches!(awaited, Awaited::Look | Awaited::FirstLook).then(|| Err(failure.clone()))
+            });
         }
     }
 
@@ -155,6 +168,7 @@ impl Engine {
                 && !guest.has_functions()
         }) {
             self.disconnect(domain);
+            self.is_idle(domain);
             if let Some(hvm) = self.guests.remove(&domain).and_then(|guest| guest.hvm) {
                 return self.end_server(domain, &hvm);
             }
@@ -168,13 +182,32 @@ impl Engine {
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         let waiting =
             self.guests.values().flat_map(|guest| guest.waiting.values()).map(|waiting| waiting.deadline);
-        let due = self.guests.values().flat_map(|guest| guest.pause.into_iter().chain(guest.write_again));
+        let due = self.guests.values().flat_map(|guest| guest.due());
         waiting.chain(due).min()
+    }
+
+    /// Tells guests once more of devices that they have not looked at.
+    fn tell_again(&mut self, now: Instant) {
+        for (domain, guest) in &mut self.guests {
+            let Some((_, wait)) = guest.tell_again.filter(|(when, _)| *when <= now) else { continue };
+            if !guest.handshake.awaits_frontend() {
+                guest.tell_again = None;
+                continue;
+            }
+            // One that is still paused hears nothing.
+            let paused = self.platform.hypervisor.domain(*domain).is_ok_and(|info| info.paused);
+            let wait = if paused { TELL_AGAIN } else { (wait * 2).min(TELL_AGAIN_LATER) };
+            if !paused && let Err(error) = nodes::tell_again(self.platform.store.as_ref(), *domain) {
+                warn!("domain {domain}: {error}");
+            }
+            guest.tell_again = Some((now + wait, wait));
+        }
     }
 
     /// Overrules guests that took too long.
     pub(super) fn check_deadlines(&mut self, now: Instant) {
         self.write_again(now);
+        self.tell_again(now);
         let paused = self.guests.iter().filter(|(_, guest)| guest.pause.is_some_and(|over| over <= now));
         for domain in paused.map(|(domain, _)| *domain).collect::<Vec<_>>() {
             if let Some(guest) = self.guests.get_mut(&domain) {
@@ -203,6 +236,9 @@ impl Engine {
                 if let Some(waiting) = guest.waiting.get_mut(&devfn) {
                     // Once: what is done about it may take its time.
                     waiting.deadline = now + limit;
+                    if waiting.for_what == Awaited::Release {
+                        waiting.for_what = Awaited::Overruled;
+                    }
                 }
                 let actions = guest.handshake.overrule(devfn);
                 self.act(domain, actions);
@@ -382,6 +418,9 @@ impl Engine {
         let (handshake, actions) = Handshake::resume(domain, state, &left, &places, frontend);
         let mut guest = Guest::new(handshake);
         guest.parked = functions.into_iter().map(|(devfn, _, function)| (devfn, function)).collect();
+        if guest.handshake.awaits_frontend() {
+            guest.tell_again = Some((Instant::now() + TELL_AGAIN, TELL_AGAIN));
+        }
         self.guests.insert(domain, guest);
         self.act(domain, actions);
         for address in resetting {

@@ -62,7 +62,8 @@ fn displaced((reservation, since): (Reservation, SystemTime)) -> Problem {
 
 /// Which guest has a function persistently.
 pub(super) fn persistent_view(reservation: &Reservation) -> PersistentView {
-    PersistentView { guest: reservation.guest, name: reservation.name.clone() }
+    let saved = reservation.saved.is_some();
+    PersistentView { guest: reservation.guest, name: reservation.name.clone(), saved }
 }
 
 fn view(function: Option<&HostFunction>, record: &Record) -> FunctionView {
@@ -156,6 +157,7 @@ impl Engine {
             .chain(self.network_checks.problems())
             .chain(self.returning.problems())
             .chain(self.reservations.displaced().into_iter().map(displaced))
+            .chain(self.saving_problems())
             .collect()
     }
 

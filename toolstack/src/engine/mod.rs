@@ -5,6 +5,7 @@
 //! guest's first function, and pausing guests that start again.
 
 mod asked;
+mod asking;
 mod attachments;
 mod background;
 mod contain;
@@ -35,7 +36,9 @@ mod repairs;
 mod requests;
 mod reserved;
 mod responses;
+mod restoring;
 mod returning;
+mod saving;
 mod several;
 mod store_events;
 mod survey;
@@ -158,6 +161,8 @@ pub enum Event {
     Promised(promised::Promises),
     /// They are kept for it.
     Kept(DomId),
+    /// A thread wants to know when nothing of a guest is served.
+    TellWhenIdle(DomId, mpsc::Sender<()>),
     /// Something that nobody waits for went wrong.
     Problem(Problem),
     /// Functions were looked at because something happened to them.
@@ -288,6 +293,8 @@ pub struct Engine {
     wishes: Wishes,
     /// Guests that start again.
     returning: Returning,
+    /// Threads that wait for guests to be without functions.
+    idle_guests: saving::IdleGuests,
     watchdog: Watchdog,
     /// What was found wrong outside any one function, for `xpci status`.
     problems: problems::Problems,
@@ -346,6 +353,7 @@ impl Engine {
             devices: Devices::default(),
             wishes,
             returning: Returning::default(),
+            idle_guests: saving::IdleGuests::default(),
             watchdog: Watchdog::from_environment(),
             problems: damaged.iter().chain(&unusable).chain(&unreadable).map(Problem::unusable).collect(),
         })
@@ -460,6 +468,7 @@ impl Engine {
             Event::NetworkCompared(address, differs) => self.network_compared(address, differs),
             Event::Promised(promises) => self.promised(promises),
             Event::Kept(domain) => self.look_again_at(domain),
+            Event::TellWhenIdle(domain, sender) => self.tell_when_idle(domain, sender),
             Event::Problem(problem) => {
                 error!("{}", problem.view().message);
                 self.problems.push(problem);

@@ -124,6 +124,9 @@ impl Engine {
                 return self.set_network(address, settings, persist, reply);
             }
             Request::VfShow { address } => return self.show_network(address, reply),
+            Request::Save { domain } => return self.save(&domain, reply),
+            Request::Restore { guest } => return self.restore(guest, reply),
+            Request::Restored { guest, functions } => return self.restored(guest, functions, reply),
             Request::VfSetCount { address, count } => return self.set_vf_count(address, count, reply),
             Request::VfDestroy { address } => return self.destroy_vfs(address, reply),
         };

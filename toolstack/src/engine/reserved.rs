@@ -130,7 +130,10 @@ impl Engine {
             Err(failure) => return reply.done(Err(failure)),
         };
         let known = self.reservations.get(address);
-        if known.is_some_and(|known| known.guest == wanted.guest && known.devfn == wanted.devfn) {
+        let is_same = |known: &Reservation| {
+            known.saved.is_none() && known.guest == wanted.guest && known.devfn == wanted.devfn
+        };
+        if known.as_ref().is_some_and(is_same) {
             let message =
                 format!("domain {domain} has {address} already, and gets it again whenever it starts");
             return reply.done(Ok(Success::Already { message }));
@@ -344,7 +347,11 @@ fn means(reservation: &Reservation, guest: &DomainName, running: Option<Uuid>) -
 
 /// That a function is reserved for another guest.
 pub(super) fn kept_for(reservation: &Reservation) -> String {
-    format!("{} is reserved for {}, for which it is persistent", reservation.address, reservation.who())
+    let why = match reservation.saved {
+        Some(_) => "which was saved with it",
+        None => "for which it is persistent",
+    };
+    format!("{} is reserved for {}, {why}", reservation.address, reservation.who())
 }
 
 /// The command that ends that.

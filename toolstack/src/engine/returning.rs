@@ -108,6 +108,11 @@ impl Returning {
         self.unkept.keys().copied().collect()
     }
 
+    /// Whether a domain is given what its guest has persistently.
+    pub fn is_returning(&self, domain: DomId) -> bool {
+        self.missing.values().any(|missing| missing.domain == domain)
+    }
+
     pub fn next_deadline(&self) -> Option<Instant> {
         self.paused.values().filter_map(|start| start.deadline).min()
     }
@@ -351,6 +356,7 @@ impl Engine {
                 if let Some(missing) = self.returning.missing.get_mut(&address) {
                     missing.under_way = true;
                 }
+                self.requests_wait(address);
                 self.start(Course::Forward(Kind::Attach), record, None, move |record| {
                     format!("{}: attached again, to domain {domain}", record.address)
                 });

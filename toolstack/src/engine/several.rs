@@ -4,16 +4,14 @@
 //! first. As long as that is under way, a note in the run directory has those that may be attached: the next run of a service that was
 //! killed meanwhile detaches them.
 
-use std::cell::Cell;
-use std::time::Duration;
-
 use log::{info, warn};
 use pciback::{DomId, FunctionState, Sbdf};
 use serde::{Deserialize, Serialize};
 
+use super::Engine;
+use super::asking::Asking;
 use super::notes::Notes;
-use super::tasks::{Course, Workshop};
-use super::{Engine, Event};
+use super::tasks::Course;
 use crate::domains;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{DomainName, Placed, Request, Scope, Success};
@@ -26,8 +24,6 @@ use crate::transaction::{Kind, Parting};
 const ATTACHING: &str = "attaching";
 /// More devices a guest's bus does not have.
 const MOST: usize = 32;
-/// What the engine may take besides what guests, drivers and resets may.
-const ENGINE_LIMIT: Duration = Duration::from_secs(60);
 
 /// What is noted of a domain that gets several functions.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,27 +93,14 @@ fn names(functions: impl Iterator<Item = Sbdf>) -> String {
 
 /// Attaches functions on a thread of its own.
 struct Attaching {
-    workshop: Workshop,
+    asking: Asking,
     wanted: Several,
     reply: Reply,
-    /// Whether a request was not answered: what came of it the next run of the service finds out.
-    unanswered: Cell<bool>,
 }
 
 impl Attaching {
     fn ask(&self, request: Request) -> Result<Success, Failure> {
-        let settings = &self.workshop.settings;
-        let reset = Duration::from_secs(settings.reset.limit_seconds + settings.reset.answer_seconds);
-        // Attached and, when that fails, taken back.
-        let limit = (settings.longest_guest_limit() + settings.driver_limit() + reset) * 2 + ENGINE_LIMIT;
-        let (reply, answer) = Reply::awaited();
-        self.workshop.inbox.send(Event::Call { request: request.into(), reply });
-        answer.given(limit).unwrap_or_else(|error| {
-            self.unanswered.set(true);
-            let text = format!("attach {}: wait for the engine: {error}", self.wanted.named());
-            Err(Failure::new(ErrorCode::Failed, text)
-                .hint("see xpcid's log, and restart xpcid, which ends what was begun"))
-        })
+        self.asking.ask(request, &format!("attach {}", self.wanted.named()))
     }
 
     fn run(&self) -> Result<Success, Failure> {
@@ -141,7 +124,7 @@ impl Attaching {
         let (mut messages, mut all_warnings, mut views) = (Vec::new(), Vec::new(), Vec::new());
         for function in missing {
             let address = function.address;
-            let before = self.workshop.reservations.get(address).is_some();
+            let before = self.asking.workshop.reservations.get(address).is_some();
             let had = self.is_attached(address);
             self.reply.progress(&format!("attaching {address} to {}", self.wanted.domain.0));
             match self.ask(self.wanted.attachment(function, false)) {
@@ -163,12 +146,12 @@ impl Attaching {
     }
 
     fn is_attached(&self, address: Sbdf) -> bool {
-        matches!(self.workshop.journal.owners().get(&address), Some(crate::journal::Owner::Domain(_)))
+        matches!(self.asking.workshop.journal.owners().get(&address), Some(crate::journal::Owner::Domain(_)))
     }
 
     /// Takes back what was done, the last one first, and names it.
     fn undo(&self, done: Vec<Done>, failure: Failure) -> Failure {
-        if self.unanswered.get() || done.is_empty() {
+        if self.asking.is_unanswered() || done.is_empty() {
             return failure;
         }
         warn!("{}: {failure}; taking back {} functions", self.wanted.domain.0, done.len());
@@ -230,16 +213,12 @@ impl Engine {
             return reply.done(Err(failure));
         }
         let noted = domain.filter(|_| !wanted.dry_run);
-        let attaching = Attaching {
-            workshop: self.workshop(),
-            wanted,
-            reply: reply.clone(),
-            unanswered: Cell::new(false),
-        };
+        let asking = Asking::new(self.workshop());
+        let attaching = Attaching { asking, wanted, reply: reply.clone() };
         let work = move || {
             let outcome = attaching.run();
             // What a service that ends leaves is the next run's.
-            if let Some(domain) = noted.filter(|_| !attaching.unanswered.get()) {
+            if let Some(domain) = noted.filter(|_| !attaching.asking.is_unanswered()) {
                 notes.remove(domain);
             }
             outcome

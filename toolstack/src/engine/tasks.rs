@@ -245,7 +245,10 @@ impl Workshop {
         if self.platform.hypervisor.domain(place.domain)?.uuid != reservation.guest {
             return Ok(());
         }
-        self.reservations.give(reservation, &record.boot, place.domain)
+        match reservation.saved {
+            Some(_) => self.reservations.forget(record.address),
+            None => self.reservations.give(reservation, &record.boot, place.domain),
+        }
     }
 
     /// By what it is found out what functions share.

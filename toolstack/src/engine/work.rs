@@ -11,6 +11,7 @@ use pciback::{DomId, Sbdf};
 
 use super::guest::Awaited;
 use super::problems::Problem;
+use super::saving::not_released;
 use super::{Answer, Engine, Event};
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
@@ -211,6 +212,7 @@ impl Engine {
     ) {
         self.answer(domain, devfn, |awaited| match awaited {
             Awaited::Release => Some(outcome),
+            Awaited::Overruled => Some(outcome.map(|_| Some(not_released(domain)))),
             Awaited::Look | Awaited::FirstLook => Some(Err(Failure::new(
                 ErrorCode::Failed,
                 format!("domain {domain} did not take the function in time"),

@@ -7,6 +7,7 @@
 mod event_view;
 mod finding;
 mod list_view;
+mod moving_view;
 mod network_view;
 mod path_view;
 mod policy_view;
@@ -14,15 +15,16 @@ mod problem;
 mod request;
 mod view;
 
-use pciback::Sbdf;
 use pciback::containment::radius::Radius;
 use pciback::policy::Explanation;
+use pciback::{DomId, Sbdf, Uuid};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use event_view::{EventView, Happening, RegisterValue, utc_of};
 pub use finding::{Finding, Verdict, all_good};
 pub use list_view::{ListFilter, ListedView, ShownView};
+pub use moving_view::ReservedFunction;
 pub use network_view::VfNetworkView;
 pub use path_view::{AerOwner, AerStatusView, CountersView, MemberView, PathRegisterView, PathView};
 pub use policy_view::{
@@ -37,6 +39,7 @@ pub use view::{
 
 pub use crate::domains::DomainName;
 use crate::outcome::{ErrorCode, Failure};
+use crate::saved::SavedGuest;
 use crate::target::Target;
 
 /// The protocol's and the envelope's version.
@@ -150,6 +153,28 @@ pub enum Success {
     Schema {
         /// In JSON Schema draft-07.
         schema: serde_json::Value,
+    },
+    /// A guest has released its functions and can be saved.
+    Saved {
+        /// The domain.
+        domain: DomId,
+        /// What it had.
+        guest: SavedGuest,
+    },
+    /// Functions are reserved for a guest that can be restored now.
+    Reserved {
+        /// By what it is known.
+        guest: Uuid,
+        /// One for each that it had.
+        functions: Vec<ReservedFunction>,
+    },
+    /// A restored guest has its functions and may run on.
+    Restored {
+        /// The domain that it is now.
+        domain: DomId,
+        /// What the user should know besides.
+        #[serde(default)]
+        warnings: Vec<String>,
     },
     /// The state of the service for Prometheus.
     Metrics {
@@ -328,6 +353,8 @@ mod tests {
             },
             Request::PciDetach { domain: domain.clone(), address, force: true, scope: Scope::Live },
             Request::PciList { domain: domain.clone() },
+            Request::Save { domain: domain.clone() },
+            Request::Restored { guest: Uuid([7; 16]), functions: Vec::new() },
             Request::PciListPersistent { guest: Some(domain) },
             Request::VfCreate { address, count: 3, unmanaged: true },
             Request::VfSetCount { address, count: 0 },

@@ -1,11 +1,12 @@
 //! What the service can be asked for.
 
-use pciback::Sbdf;
 use pciback::platform::VfSettings;
+use pciback::{Sbdf, Uuid};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{DomainName, ListFilter};
+use super::{DomainName, ListFilter, ReservedFunction};
+use crate::saved::SavedGuest;
 use crate::target::Target;
 
 /// What a guest loses with a function that it has persistently.
@@ -144,6 +145,23 @@ pub enum Request<A = Sbdf> {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         guest: Option<DomainName>,
     },
+    /// Takes all functions of a guest that is about to be saved.
+    Save {
+        /// The guest.
+        domain: DomainName,
+    },
+    /// Reserves what a guest was saved with, or its equals.
+    Restore {
+        /// The guest.
+        guest: SavedGuest,
+    },
+    /// Makes sure that a restored guest, paused still, has what was reserved for it.
+    Restored {
+        /// The guest.
+        guest: Uuid,
+        /// What was reserved.
+        functions: Vec<ReservedFunction>,
+    },
     /// Enables VFs.
     VfCreate {
         /// The PF.
@@ -265,6 +283,9 @@ impl<A> Request<A> {
             Self::PciDetach { .. } => "pci-detach",
             Self::PciList { .. } => "pci-list",
             Self::PciListPersistent { .. } => "pci-list-persistent",
+            Self::Save { .. } => "save",
+            Self::Restore { .. } => "restore",
+            Self::Restored { .. } => "restored",
             Self::VfCreate { .. } => "vf-create",
             Self::VfSetCount { .. } => "vf-set-count",
             Self::VfDestroy { .. } => "vf-destroy",
@@ -321,6 +342,9 @@ impl<A> Request<A> {
             }
             Self::PciList { domain } => Request::PciList { domain },
             Self::PciListPersistent { guest } => Request::PciListPersistent { guest },
+            Self::Save { domain } => Request::Save { domain },
+            Self::Restore { guest } => Request::Restore { guest },
+            Self::Restored { guest, functions } => Request::Restored { guest, functions },
             Self::VfCreate { address, count, unmanaged } => {
                 Request::VfCreate { address: of(address)?, count, unmanaged }
             }

@@ -50,6 +50,9 @@ pub struct PersistentView {
     /// Its name when that was said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+    /// Whether it gets it once only, when it is restored: it was saved with it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub saved: bool,
 }
 
 /// One guest that has functions.

@@ -408,3 +408,89 @@ fn a_journal_file_that_cannot_be_used_is_a_problem_in_status() {
     let checked = daemon.xpci(&["status", "--check"]);
     assert!(checked.status.success(), "without the file there is no problem: {checked:?}");
 }
+
+/// An `xl` that notes what it is asked for, and fails where the test says so.
+fn with_xl(daemon: &Daemon, script: &str, arguments: &[&str]) -> std::process::Output {
+    use std::os::unix::fs::PermissionsExt;
+    let programs = daemon.directory.path().join("bin");
+    std::fs::create_dir_all(&programs).unwrap();
+    let xl = programs.join("xl");
+    let log = daemon.directory.path().join("xl.log");
+    std::fs::write(&xl, format!("#!/bin/sh\necho \"$@\" >> {}\n{script}\n", log.display())).unwrap();
+    std::fs::set_permissions(&xl, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap());
+    let mut command = daemon::program(env!("CARGO_BIN_EXE_xpci"));
+    command.env("PATH", path).arg("--socket").arg(daemon.socket()).args(arguments).output().unwrap()
+}
+
+/// A service whose guest "web" has a VF as device 3, and the paths of a checkpoint and of what belongs to it.
+fn guest_with_a_vf() -> (Daemon, String, std::path::PathBuf) {
+    let daemon = Daemon::start(&host());
+    for command in [
+        &["vf", "create", "01:00.0", "2"][..],
+        &["pci-assignable-add", "01:10.0"],
+        &["pci-attach", "web", "01:10.0@3"],
+    ] {
+        assert!(daemon.xpci(command).status.success(), "{command:?}");
+    }
+    let file = daemon.directory.path().join("web.save");
+    let beside = daemon.directory.path().join("web.save.xpci");
+    (daemon, file.to_str().unwrap().to_owned(), beside)
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+#[test]
+fn a_guest_that_xl_cannot_save_has_its_functions_again() {
+    let (daemon, file, beside) = guest_with_a_vf();
+    let output = with_xl(&daemon, "exit 3", &["save", "web", &file]);
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("failed (exit status: 3)") && said.contains("has its functions again"), "{said}");
+    assert!(!beside.exists(), "what belongs to no checkpoint is left");
+    let status = text(&daemon.xpci(&["status", "--check"]).stdout);
+    assert!(status.contains("attached  1       0000:00:03.0"), "{status}");
+    let log = std::fs::read_to_string(daemon.directory.path().join("xl.log")).unwrap();
+    assert_eq!(log, format!("save 1 {file}\n"));
+}
+
+#[test]
+fn a_checkpoint_that_cannot_be_written_is_refused_before_the_guest_loses_anything() {
+    let (daemon, _, _) = guest_with_a_vf();
+    let output = with_xl(&daemon, "exit 0", &["save", "web", "/nowhere/web.save"]);
+    assert_eq!(output.status.code(), Some(5), "{}", text(&output.stderr));
+    assert!(!daemon.directory.path().join("xl.log").exists(), "xl was run");
+}
+
+#[test]
+fn a_guest_that_was_saved_and_runs_on_has_its_functions_again() {
+    let (daemon, file, beside) = guest_with_a_vf();
+    let output = with_xl(&daemon, &format!("touch {file}"), &["save", "-c", "web", &file]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert!(beside.exists() && std::path::Path::new(&file).exists());
+    let status = daemon.xpci(&["status", "--check"]);
+    assert!(status.status.success(), "{}", text(&status.stdout));
+    assert!(text(&status.stdout).contains("attached  1       0000:00:03.0"), "{}", text(&status.stdout));
+}
+
+#[test]
+fn a_guest_that_is_not_restored_is_named_with_why_and_xl_is_not_run() {
+    let (daemon, file, beside) = guest_with_a_vf();
+    let restore = || with_xl(&daemon, "exit 0", &["restore", &file]);
+    let missing = restore();
+    assert_eq!(missing.status.code(), Some(4), "{}", text(&missing.stderr));
+    assert!(text(&missing.stderr).contains("without functions"), "{}", text(&missing.stderr));
+    // The simulated domain stays, as if the guest had been started again meanwhile.
+    assert!(with_xl(&daemon, "exit 0", &["save", "web", &file]).status.success());
+    let runs = restore();
+    assert_eq!(runs.status.code(), Some(5), "{}", text(&runs.stderr));
+    assert!(text(&runs.stderr).contains("runs, as 'web' (domain 1)"), "{}", text(&runs.stderr));
+    let status = text(&daemon.xpci(&["status"]).stdout);
+    assert!(status.contains("'xpci pci-attach 1 0000:01:10.0@3' gives it back"), "{status}");
+    std::fs::write(&beside, "{\"version\": 1}").unwrap();
+    assert!(text(&restore().stderr).contains("web.save.xpci cannot be used"));
+    let log = std::fs::read_to_string(daemon.directory.path().join("xl.log")).unwrap();
+    assert_eq!(log, format!("save 1 {file}\n"), "xl was run for a guest that is not restored");
+}

@@ -27,6 +27,7 @@ mod records;
 mod reserved_memory;
 mod resets;
 mod roms;
+mod saving;
 mod scale;
 mod sharing;
 mod surprises;

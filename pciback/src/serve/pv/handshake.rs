@@ -179,6 +179,11 @@ impl Handshake {
         self.functions.is_empty() && self.link == Link::Absent
     }
 
+    /// Whether the guest has not looked at its device yet.
+    pub fn awaits_frontend(&self) -> bool {
+        self.link == Link::Published
+    }
+
     /// How far it is, for people.
     pub fn describe(&self) -> &'static str {
         match self.link {

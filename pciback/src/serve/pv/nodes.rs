@@ -246,6 +246,19 @@ pub fn pciback_guest(store: &dyn StoreOps, address: Sbdf) -> Result<Option<DomId
     Ok(found.map(|(_, domain)| domain))
 }
 
+/// Has xenstore tell a guest of its new device once more. A guest looks for devices when it boots, and later only where it is told of a
+/// change: one that was suspended when the device was published was not.
+pub fn tell_again(store: &dyn Store, domain: DomId) -> Result<()> {
+    let path = format!("{}/{}", frontend_directory(domain), key::STATE);
+    store.transaction(&mut |nodes| match nodes.read(&path)?.as_deref().and_then(number) {
+        // The same again, and only until the guest has written there.
+        Some(state) if XenbusState(state) == XenbusState::INITIALISING => {
+            nodes.write(&path, state.to_string().as_bytes())
+        }
+        _ => Ok(()),
+    })
+}
+
 /// Reads the state our end was left in by an earlier run; `None` where there is no device.
 pub fn read_backend_state(store: &dyn StoreOps, domain: DomId) -> Result<Option<XenbusState>> {
     let path = format!("{}/{}", backend_directory(domain), key::STATE);

@@ -1,0 +1,317 @@
+//! `xpci save` and `xpci restore`: xl's own commands, between two requests to the service.
+//!
+//! xl runs here and not in the service, which may not do what xl does. So the service does nothing that cannot be left as it is when this
+//! program is killed between any two steps: what it took from a guest is reserved for that guest, and shown for as long as the domain
+//! that lost it is there.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use clap::Args;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use pciback::DomId;
+
+use crate::client;
+use crate::outcome::{ErrorCode, Failure};
+use crate::protocol::{DomainName, Request, ReservedFunction, Success};
+use crate::saved::SavedGuest;
+
+/// What `save` is given.
+#[derive(Debug, Args)]
+pub struct SaveArguments {
+    /// Leaves the guest running after it was saved; it gets its functions again.
+    #[arg(short = 'c')]
+    keep_running: bool,
+    /// Leaves the guest paused after it was saved; it gets its functions again.
+    #[arg(short = 'p', conflicts_with = "keep_running")]
+    leave_paused: bool,
+    /// The guest, by name or number.
+    domain: String,
+    /// The checkpoint to write. What the guest had is written to FILE.xpci.
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// The guest's xl.cfg, if it is to be saved with another configuration than it has.
+    config: Option<PathBuf>,
+}
+
+/// What `restore` is given.
+#[derive(Debug, Args)]
+pub struct RestoreArguments {
+    /// Leaves the guest paused.
+    #[arg(short = 'p')]
+    leave_paused: bool,
+    /// The checkpoint, with FILE.xpci beside it; before it, the guest's xl.cfg, if it is to be restored with another configuration than it
+    /// was saved with.
+    #[arg(value_name = "FILE", required = true, num_args = 1..=2)]
+    files: Vec<PathBuf>,
+}
+
+/// A guest that leaves memory for a file, or comes back.
+#[derive(Debug)]
+pub enum Moving {
+    /// It is saved.
+    Save(SaveArguments),
+    /// It is restored.
+    Restore(RestoreArguments),
+}
+
+/// Asks the service, and says what is done meanwhile.
+struct Service<'a> {
+    socket: &'a Path,
+    progress: &'a mut dyn FnMut(&str),
+}
+
+impl Service<'_> {
+    fn ask(&mut self, request: Request) -> Result<Success, Failure> {
+        let envelope = client::call(self.socket, request.into(), self.progress)?;
+        match (envelope.result, envelope.error) {
+            (Some(success), _) => Ok(success),
+            (None, error) => Err(error.unwrap_or_else(|| unexpected("nothing"))),
+        }
+    }
+}
+
+fn unexpected(what: &str) -> Failure {
+    Failure::new(ErrorCode::Failed, format!("xpcid answered with {what}"))
+        .hint("xpci and xpcid must be of the same version")
+}
+
+fn failed(text: String) -> Failure {
+    Failure::new(ErrorCode::Failed, text)
+}
+
+fn changed(message: String, warnings: Vec<String>) -> Success {
+    Success::Changed { message, warnings, functions: Vec::new() }
+}
+
+/// Runs xl, which says on standard error what it does.
+fn xl(arguments: &[&OsStr]) -> Result<(), Failure> {
+    let shown = arguments.join(OsStr::new(" "));
+    let failed = |why: String| failed(format!("'xl {}' {why}", shown.to_string_lossy()));
+    let mut command = Command::new("xl");
+    // Standard output is this program's answer.
+    command.args(arguments).stdin(Stdio::null()).stdout(io::stderr());
+    heed_interrupts()?;
+    // xl inherits what is blocked, and leaves a process behind that waits for the guest's end: nothing may be blocked there.
+    let unblocked = interrupts().thread_unblock();
+    let child = command.spawn();
+    let blocked = unblocked.and_then(|()| interrupts().thread_block());
+    blocked.map_err(|errno| failed(format!("is run with signals blocked: {errno}")))?;
+    let status = child.and_then(|mut child| child.wait());
+    let status = status.map_err(|error| failed(format!("cannot be run: {error}")))?;
+    match status.success() {
+        true => Ok(()),
+        false => Err(failed(format!("failed ({status})"))),
+    }
+}
+
+impl Moving {
+    /// The command's word, as in the envelope.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Save(_) => "save",
+            Self::Restore(_) => "restore",
+        }
+    }
+
+    /// Does it.
+    ///
+    /// # Errors
+    /// The service, a file, or xl. The guest is then as it was before.
+    pub fn run(self, socket: &Path, progress: &mut dyn FnMut(&str)) -> Result<Success, Failure> {
+        let mut service = Service { socket, progress };
+        match self {
+            Self::Save(arguments) => save(&arguments, &mut service),
+            Self::Restore(arguments) => restore(&arguments, &mut service),
+        }
+    }
+}
+
+/// What would end this program, and must not between two steps.
+fn interrupts() -> SigSet {
+    [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect()
+}
+
+/// Keeps interrupts back. For the program's first thread, before it has others.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn hold_interrupts() -> Result<(), Failure> {
+    interrupts().thread_block().map_err(|errno| failed(format!("block signals: {errno}")))
+}
+
+/// Refuses to go on where an interrupt was kept back.
+fn heed_interrupts() -> Result<(), Failure> {
+    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+    let held_back = SignalFd::with_flags(&interrupts(), flags).and_then(|signals| signals.read_signal());
+    match held_back {
+        Ok(None) => Ok(()),
+        Ok(Some(_)) => Err(failed("interrupted".to_owned())),
+        Err(errno) => Err(failed(format!("look for signals: {errno}"))),
+    }
+}
+
+fn save(arguments: &SaveArguments, service: &mut Service<'_>) -> Result<Success, Failure> {
+    let file = &arguments.file;
+    refuse_unwritable(file)?;
+    let (domain, guest) = match service.ask(Request::Save { domain: DomainName(arguments.domain.clone()) })? {
+        Success::Saved { domain, guest } => (domain, guest),
+        _ => return Err(unexpected("something else")),
+    };
+    let number = OsString::from(domain.to_string());
+    let mut words = vec![OsStr::new("save")];
+    words.extend(arguments.keep_running.then_some(OsStr::new("-c")));
+    words.extend(arguments.leave_paused.then_some(OsStr::new("-p")));
+    words.extend([number.as_os_str(), file.as_os_str()]);
+    words.extend(arguments.config.as_ref().map(|config| config.as_os_str()));
+    // Before the checkpoint: there is none without it.
+    if let Err(failure) = guest.write(file).and_then(|()| xl(&words)) {
+        let left = SavedGuest::remove(file).err().map(|failure| failure.message);
+        let back = give_back(domain, &guest, service);
+        let text = [Some(failure.message), left, back.as_ref().err().map(ToString::to_string)];
+        let text = text.into_iter().flatten().collect::<Vec<_>>().join("; ");
+        let hint = match (back.is_ok(), guest.functions.is_empty()) {
+            (false, _) => "see 'xpci status', which shows how the guest gets its functions again".to_owned(),
+            (true, true) => format!("the guest was not saved; {} cannot be used", file.display()),
+            (true, false) => {
+                format!(
+                    "the guest was not saved, and has its functions again; {} cannot be used",
+                    file.display()
+                )
+            }
+        };
+        return Err(failed(text).of(domain).hint(hint));
+    }
+    let count = guest.functions.len();
+    let mut message = format!("{} is saved in {}", guest.called(), file.display());
+    if count > 0 {
+        message.push_str(&format!(
+            "; what it had ({}) is in {}",
+            functions(count),
+            SavedGuest::path(file).display()
+        ));
+    }
+    if arguments.keep_running || arguments.leave_paused {
+        give_back(domain, &guest, service)?;
+        return Ok(changed(format!("{message}, and it has that again"), Vec::new()));
+    }
+    Ok(changed(message, Vec::new()))
+}
+
+fn functions(count: usize) -> String {
+    match count {
+        1 => "1 function".to_owned(),
+        more => format!("{more} functions"),
+    }
+}
+
+/// Refuses a checkpoint that cannot be written while the guest still has everything.
+fn refuse_unwritable(file: &Path) -> Result<(), Failure> {
+    let existed = file.try_exists().unwrap_or(false);
+    let opened = OpenOptions::new().append(true).create(true).open(file);
+    let opened = opened.and_then(|_| if existed { Ok(()) } else { fs::remove_file(file) });
+    opened.map_err(|error| Failure::refused(format!("write {}: {error}", file.display())))
+}
+
+/// A guest that was not saved, or that goes on, gets its functions again, at the same places.
+fn give_back(domain: DomId, guest: &SavedGuest, service: &mut Service<'_>) -> Result<(), Failure> {
+    let mut failed = None;
+    for function in &guest.functions {
+        let attach = Request::PciAttach {
+            domain: DomainName(domain.to_string()),
+            address: function.device.address,
+            slot: Some(function.slot),
+            persist: false,
+            trust_former_owner: true,
+            dry_run: false,
+        };
+        if let Err(failure) = service.ask(attach) {
+            failed = Some(failure);
+        }
+    }
+    failed.map_or(Ok(()), Err)
+}
+
+fn restore(arguments: &RestoreArguments, service: &mut Service<'_>) -> Result<Success, Failure> {
+    let Some((file, config)) = arguments.files.split_last() else {
+        return Err(Failure::new(ErrorCode::Usage, "a checkpoint is missing"));
+    };
+    let guest = SavedGuest::read(file)?;
+    let uuid = guest.guest;
+    let reserved = match service.ask(Request::Restore { guest: guest.clone() })? {
+        Success::Reserved { functions, .. } => functions,
+        _ => return Err(unexpected("something else")),
+    };
+    let mut words = vec![OsStr::new("restore"), OsStr::new("-p")];
+    words.extend(config.iter().map(|config| config.as_os_str()));
+    words.push(file.as_os_str());
+    if let Err(failure) = xl(&words) {
+        forget(&guest, &reserved, service);
+        let hint = format!("{} is as it was: the guest can be restored from it", file.display());
+        return Err(failure.hint(hint));
+    }
+    let restored = service.ask(Request::Restored { guest: uuid, functions: reserved.clone() });
+    let (domain, warnings) = match restored {
+        Ok(Success::Restored { domain, warnings }) => (domain, warnings),
+        Ok(_) => return Err(unexpected("something else")),
+        Err(failure) => return Err(end(&guest, &reserved, file, failure, service)),
+    };
+    let number = OsString::from(domain.to_string());
+    let mut message = format!("{} is restored, as domain {domain}", guest.called());
+    if !reserved.is_empty() {
+        let has = |one: &ReservedFunction| format!("{} as device {:x}", one.address, one.slot);
+        let has: Vec<String> = reserved.iter().map(has).collect();
+        message.push_str(&format!(", with {}", has.join(", ")));
+    }
+    if arguments.leave_paused {
+        return Ok(changed(format!("{message}; it is paused"), warnings));
+    }
+    xl(&[OsStr::new("unpause"), &number]).map_err(|failure| {
+        failure
+            .of(domain)
+            .hint(format!("the guest is restored and has its functions; 'xl unpause {domain}' lets it run"))
+    })?;
+    // That a guest has not connected yet was said of a paused one.
+    Ok(changed(message, Vec::new()))
+}
+
+/// A guest that was restored and cannot have its functions is ended before it runs: its checkpoint is as it was.
+fn end(
+    guest: &SavedGuest,
+    reserved: &[ReservedFunction],
+    file: &Path,
+    failure: Failure,
+    service: &mut Service<'_>,
+) -> Failure {
+    let shown = file.display();
+    let Some(domain) = failure.domain else {
+        let hint = format!(
+            "the restored guest is paused: destroy it ('xl list' shows it) and restore {shown} again"
+        );
+        return failure.hint(hint);
+    };
+    let number = OsString::from(domain.to_string());
+    if let Err(second) = xl(&[OsStr::new("destroy"), &number]) {
+        let message = format!("{}; {}", failure.message, second.message);
+        let hint = format!("the restored guest is paused: 'xl destroy {domain}', then restore {shown} again");
+        return Failure { message, ..failure }.hint(hint);
+    }
+    forget(guest, reserved, service);
+    let message = format!("{failure}; the restored guest was ended before it ran");
+    failed(message).of(domain).hint(format!(
+        "{shown} is as it was: 'xpci restore' restores the guest when that is corrected, 'xl restore {shown}' without functions"
+    ))
+}
+
+/// What was reserved for a guest that is not restored after all is free again; what was reserved when it was saved stays so.
+fn forget(guest: &SavedGuest, reserved: &[ReservedFunction], service: &mut Service<'_>) {
+    for request in reserved.iter().rev().flat_map(|function| function.undoing(guest.guest)) {
+        if let Err(failure) = service.ask(request) {
+            (service.progress)(&format!("undo what was reserved: {failure}"));
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! Guests that are restored: they get the functions that they were saved with, or equal ones, before they run on.
+
+use std::collections::BTreeMap;
+
+use log::warn;
+use pciback::platform::{HostFunction, VfSettings};
+use pciback::{DomId, FunctionState, Sbdf, Uuid};
+
+use super::Engine;
+use super::asking::Asking;
+use super::saving::now;
+use crate::outcome::{ErrorCode, Failure};
+use crate::protocol::{DomainName, Request, ReservedFunction, Success};
+use crate::reply::Reply;
+use crate::saved::{SavedFunction, SavedGuest};
+use crate::spec::existing;
+use crate::transaction::look_at_network;
+
+/// What a restored guest gets, chosen on a thread of its own.
+struct Restoring {
+    asking: Asking,
+    saved: SavedGuest,
+    states: BTreeMap<Sbdf, FunctionState>,
+    reply: Reply,
+}
+
+/// A function that will do.
+struct Chosen<'a> {
+    function: ReservedFunction,
+    wanted: &'a SavedFunction,
+    is_held: bool,
+}
+
+impl Engine {
+    /// Reserves for a guest that is about to be restored what it had, or refuses that with what differs.
+    pub(super) fn restore(&self, saved: SavedGuest, reply: Reply) {
+        if let Err(why) = saved.check() {
+            let text = format!("the request to restore a guest cannot be used: {why}");
+            return reply.done(Err(Failure::new(ErrorCode::Usage, text)));
+        }
+        let by_uuid = DomainName(saved.guest.to_string());
+        if let Err(failure) = self.absent_guest(&by_uuid, Failure::not_found("no such guest")) {
+            return reply.done(Err(failure.hint("a guest is restored once: destroy or rename what runs")));
+        }
+        let states = self.records.values().map(|record| (record.address, record.state)).collect();
+        let asking = Asking::new(self.workshop());
+        let restoring = Restoring { asking, saved, states, reply: reply.clone() };
+        let done = move |outcome: Result<_, Failure>| reply.done(outcome.and_then(|outcome| outcome));
+        self.inbox.background("restore", move || restoring.run(), done);
+    }
+
+    /// Makes sure that a guest that was restored and has not run yet has what was reserved for it.
+    pub(super) fn restored(&self, guest: Uuid, functions: Vec<ReservedFunction>, reply: Reply) {
+        let domain = match self.domain_of(guest) {
+            Ok(domain) => domain,
+            Err(failure) => return reply.done(Err(failure)),
+        };
+        let asking = Asking::new(self.workshop());
+        let work = move || {
+            let mut warnings = Vec::new();
+            for ReservedFunction { address, slot, .. } in functions {
+                let attach = attachment(domain.to_string(), address, slot, false, false);
+                let attached = asking.ask(attach, &format!("attach {address} to {domain}"));
+                // Who asked finds the domain in it, to end what is half done.
+                let attached = attached.map_err(|failure| failure.of(domain))?;
+                if let Success::Changed { warnings: more, .. } = attached {
+                    warnings.extend(more);
+                }
+            }
+            Ok(Success::Restored { domain, warnings })
+        };
+        let done = move |outcome: Result<_, Failure>| reply.done(outcome.and_then(|outcome| outcome));
+        self.inbox.background("restored", work, done);
+    }
+
+    fn domain_of(&self, guest: Uuid) -> Result<DomId, Failure> {
+        let is_it =
+            |domain: &DomId| self.platform.hypervisor.domain(*domain).is_ok_and(|info| info.uuid == guest);
+        // While the last one ends, the newest is meant.
+        let found = self.domains_present()?.into_iter().filter(is_it).max();
+        found.ok_or_else(|| Failure::not_found(format!("there is no domain of guest {guest}")))
+    }
+}
+
+/// The request to attach a function at its place.
+fn attachment(domain: String, address: Sbdf, slot: u8, persist: bool, dry_run: bool) -> Request {
+    Request::PciAttach {
+        domain: DomainName(domain),
+        address,
+        slot: Some(slot),
+        persist,
+        trust_former_owner: false,
+        dry_run,
+    }
+}
+
+impl Restoring {
+    fn run(&self) -> Result<Success, Failure> {
+        let chosen = self.choose()?;
+        let mut done = Vec::new();
+        for Chosen { function, wanted, is_held } in &chosen {
+            done.push(function.clone());
+            self.reply.progress(&format!("reserving {} for {}", function.address, self.saved.called()));
+            let last = done.len() - 1;
+            let reserved = self.reserve(&mut done[last], *is_held, wanted);
+            if let Err(failure) = reserved.and_then(|()| self.set_network(function.address, wanted)) {
+                self.undo(&done);
+                return Err(failure);
+            }
+        }
+        Ok(Success::Reserved { guest: self.saved.guest, functions: done })
+    }
+
+    fn ask(&self, request: Request) -> Result<Success, Failure> {
+        self.asking.ask(request, &format!("reserve functions for {}", self.saved.called()))
+    }
+
+    /// A function for each that the guest had, or all that is missing.
+    fn choose(&self) -> Result<Vec<Chosen<'_>>, Failure> {
+        let host = self.asking.workshop.platform.host.as_ref();
+        let all = host.functions()?.into_iter().filter_map(|address| host.function(address).ok());
+        let all: Vec<HostFunction> = all.collect();
+        let (mut chosen, mut missing) = (Vec::<Chosen<'_>>::new(), Vec::new());
+        for wanted in &self.saved.functions {
+            let free = |function: &&HostFunction| {
+                chosen.iter().all(|other| other.function.address != function.address)
+                    && wanted.device.is_kind_of(function)
+            };
+            match self.choose_for(wanted, all.iter().filter(free)) {
+                Ok(one) => chosen.push(one),
+                Err(failure) => missing.push(failure),
+            }
+        }
+        Failure::refuse_for(&format!("restore {}", self.saved.called()), missing)?;
+        Ok(chosen)
+    }
+
+    /// The best one: the very device, then what is reserved for the guest already, then what is held.
+    fn choose_for<'a, 'b>(
+        &self,
+        wanted: &'a SavedFunction,
+        candidates: impl Iterator<Item = &'b HostFunction>,
+    ) -> Result<Chosen<'a>, Failure> {
+        let workshop = &self.asking.workshop;
+        let host = workshop.platform.host.as_ref();
+        let mut ranked = Vec::new();
+        for function in candidates {
+            let is_it = workshop.devices.of(host, function).is_ok_and(|device| device.is(&wanted.device));
+            let kept = workshop.reservations.get(function.address);
+            let is_kept = kept.is_some_and(|kept| kept.guest == self.saved.guest);
+            let state = self.states.get(&function.address).copied().unwrap_or(FunctionState::Host);
+            let is_free = match state {
+                FunctionState::Held => true,
+                // Only what the guest had is taken from a driver of dom0's.
+                FunctionState::Host => {
+                    is_it || function.physical_function.is_some() && function.driver.is_none()
+                }
+                _ => is_it,
+            };
+            if is_free {
+                let is_held = state == FunctionState::Held;
+                ranked.push(((!is_it, !is_kept, !is_held, function.address), function, is_held));
+            }
+        }
+        ranked.sort_by_key(|(rank, ..)| *rank);
+        let mut why = None;
+        for (_, function, is_held) in ranked {
+            match self.will_do(wanted, function, is_held) {
+                Ok(()) => {
+                    let (address, slot) = (function.address, wanted.slot);
+                    let function = ReservedFunction { address, slot, is_new: false, newly_held: false };
+                    return Ok(Chosen { function, wanted, is_held });
+                }
+                // That about the very device, which is the first, says most.
+                Err(failure) => drop(why.get_or_insert(failure)),
+            }
+        }
+        let had =
+            format!("{} had {} as device {:x}", self.saved.called(), wanted.device.address, wanted.slot);
+        let why = why
+            .map_or_else(|| "this host has none of its kind that is free".to_owned(), |why| why.to_string());
+        Err(Failure::refused(format!("{had}: {why}")).on(wanted.device.address))
+    }
+
+    fn will_do(&self, wanted: &SavedFunction, function: &HostFunction, is_held: bool) -> Result<(), Failure> {
+        let (host, address) = (self.asking.workshop.platform.host.as_ref(), function.address);
+        if let Some(differs) = wanted.difference(host, function)? {
+            return Err(Failure::refused(format!("{address} {differs}")).on(address));
+        }
+        let request = match is_held {
+            true => attachment(self.saved.guest.to_string(), address, wanted.slot, true, true),
+            false => Request::PciAssignableAdd { address, force: false, persist: false, dry_run: true },
+        };
+        self.ask(request).map(drop)
+    }
+
+    /// Holds a function if it is not held, and keeps it for the guest.
+    fn reserve(
+        &self,
+        done: &mut ReservedFunction,
+        is_held: bool,
+        wanted: &SavedFunction,
+    ) -> Result<(), Failure> {
+        let (address, reservations) = (done.address, &self.asking.workshop.reservations);
+        if !is_held {
+            let hold = Request::PciAssignableAdd { address, force: false, persist: false, dry_run: false };
+            done.newly_held = matches!(self.ask(hold)?, Success::Changed { .. });
+        }
+        let request = attachment(self.saved.guest.to_string(), address, wanted.slot, true, false);
+        done.is_new = matches!(self.ask(request)?, Success::Changed { .. });
+        if let Some(mut reservation) = reservations.get(address).filter(|_| done.is_new) {
+            reservation.saved = (!wanted.persistent).then(now);
+            reservation.name.clone_from(&self.saved.name);
+            reservations.keep(reservation)?;
+        }
+        Ok(())
+    }
+
+    /// A VF gets the network settings that the guest had and that are not in force.
+    fn set_network(&self, address: Sbdf, wanted: &SavedFunction) -> Result<(), Failure> {
+        if wanted.network.is_empty() {
+            return Ok(());
+        }
+        let platform = &self.asking.workshop.platform;
+        existing(platform.host.as_ref(), address)?;
+        let present = look_at_network(platform, address)?.settings.unwrap_or_default();
+        let settings = missing_settings(wanted.network, present);
+        if settings.is_empty() {
+            return Ok(());
+        }
+        self.ask(Request::VfSet { address, settings, persist: false }).map(drop)
+    }
+
+    fn undo(&self, done: &[ReservedFunction]) {
+        if self.asking.is_unanswered() {
+            return;
+        }
+        for request in done.iter().rev().flat_map(|function| function.undoing(self.saved.guest)) {
+            if let Err(failure) = self.ask(request) {
+                warn!("undo what was reserved for {}: {failure}", self.saved.called());
+            }
+        }
+    }
+}
+
+/// Those of the wanted settings that are not as wanted.
+fn missing_settings(wanted: VfSettings, present: VfSettings) -> VfSettings {
+    fn missing<T: PartialEq>(wanted: Option<T>, present: Option<T>) -> Option<T> {
+        wanted.filter(|wanted| present.as_ref() != Some(wanted))
+    }
+    VfSettings {
+        mac: missing(wanted.mac, present.mac),
+        vlan: missing(wanted.vlan, present.vlan),
+        spoof_check: missing(wanted.spoof_check, present.spoof_check),
+        trust: missing(wanted.trust, present.trust),
+        max_rate: missing(wanted.max_rate, present.max_rate),
+        min_rate: missing(wanted.min_rate, present.min_rate),
+        link_state: missing(wanted.link_state, present.link_state),
+    }
+}

@@ -1,0 +1,240 @@
+//! Guests that are saved: their functions are taken from them before, with their drivers' consent, and are theirs when they are restored.
+//!
+//! A saved guest keeps its functions reserved, by its UUID. Such a reservation ends when the restored guest has the function, and as long
+//! as the domain that lost the function is there, that is shown: whoever was saving it may have been killed.
+
+use std::sync::mpsc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use log::{info, warn};
+use pciback::platform::{VfSettings, network::MacAddress};
+use pciback::{DomId, FunctionState, Sbdf};
+
+use super::asking::Asking;
+use super::problems::Problem;
+use super::{Engine, Event};
+use crate::domains::{self, DomainType};
+use crate::journal::{GuestPlace, Record};
+use crate::outcome::{ErrorCode, Failure};
+use crate::protocol::{Cause, DomainName, Request, Scope, Success};
+use crate::reply::Reply;
+use crate::reservations::Reservation;
+use crate::saved::{SavedFunction, SavedGuest, Shape, VERSION};
+use crate::spec::existing;
+use crate::transaction::look_at_network;
+
+/// No address, as a PF's driver reports it of a VF that has none from it.
+const NO_ADDRESS: MacAddress = MacAddress([0; 6]);
+/// How long the removal of a guest's nodes may take after its last function is held again.
+const NODES_LIMIT: Duration = Duration::from_secs(30);
+
+/// That a function was taken from a guest that did not let go of it.
+pub(super) fn not_released(domain: DomId) -> String {
+    format!("domain {domain} did not release it in time; it was withdrawn without it")
+}
+
+/// Seconds since 1970.
+pub(super) fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// Threads that wait until nothing of a guest is served.
+#[derive(Default)]
+pub(super) struct IdleGuests(Vec<(DomId, mpsc::Sender<()>)>);
+
+/// A guest on its way to a checkpoint, on a thread of its own.
+struct Saving {
+    asking: Asking,
+    domain: DomId,
+    records: Vec<(Record, GuestPlace)>,
+    guest: SavedGuest,
+    reply: Reply,
+}
+
+impl Engine {
+    /// Takes all functions of a guest that is about to be saved, and says what it had.
+    pub(super) fn save(&self, name: &DomainName, reply: Reply) {
+        match self.saving(name, &reply) {
+            Ok(saving) => {
+                let done = move |outcome: Result<_, Failure>| reply.done(outcome.and_then(|outcome| outcome));
+                self.inbox.background("save", move || saving.run(), done);
+            }
+            Err(failure) => reply.done(Err(failure)),
+        }
+    }
+
+    fn saving(&self, name: &DomainName, reply: &Reply) -> Result<Saving, Failure> {
+        let store = self.platform.store.as_ref();
+        let domain = domains::find(store, name)?;
+        let info = self.platform.hypervisor.domain(domain)?;
+        let place = |record: &Record| record.guest.filter(|place| place.domain == domain);
+        let had: Vec<_> =
+            self.records.values().filter_map(|record| Some((record.clone(), place(record)?))).collect();
+        if !had.is_empty() && domains::kind(store, domain)? == DomainType::Hvm {
+            let text = format!("{} is an HVM guest with functions", self.called(domain));
+            let hint = "HVM guests cannot be asked to release a function; shut it down instead of saving it";
+            return Err(Failure::refused(text).of(domain).hint(hint));
+        }
+        if !had.is_empty() && info.paused {
+            let text = format!("{} is paused: it cannot release its functions", self.called(domain));
+            return Err(Failure::refused(text).of(domain).hint(format!("'xl unpause {domain}' first")));
+        }
+        for (record, _) in &had {
+            self.idle(record.address)?;
+            if record.state != FunctionState::Attached {
+                let text = format!("{} of domain {domain} is {}", record.address, record.state);
+                return Err(Failure::refused(text).on(record.address).of(domain).hint("see 'xpci status'"));
+            }
+        }
+        let name = domains::name(store, domain)?;
+        let guest = SavedGuest { version: VERSION, guest: info.uuid, name, functions: Vec::new() };
+        let asking = Asking::new(self.workshop());
+        Ok(Saving { asking, domain, records: had, guest, reply: reply.clone() })
+    }
+
+    /// A thread wants to know when nothing of a guest is served.
+    pub(super) fn tell_when_idle(&mut self, domain: DomId, sender: mpsc::Sender<()>) {
+        if self.guests.contains_key(&domain) {
+            self.idle_guests.0.push((domain, sender));
+        } else {
+            let _ = sender.send(());
+        }
+    }
+
+    /// Nothing of a guest is served any more, and its nodes are removed.
+    pub(super) fn is_idle(&mut self, domain: DomId) {
+        for (_, sender) in self.idle_guests.0.extract_if(.., |(waited_for, _)| *waited_for == domain) {
+            let _ = sender.send(());
+        }
+    }
+
+    /// Guests that run without the functions that were taken to save them.
+    pub(super) fn saving_problems(&self) -> impl Iterator<Item = Problem> {
+        self.reservations.all().into_iter().filter_map(|reservation| {
+            let (address, since) = (reservation.address, reservation.saved?);
+            let domain = reservation.given_in(&self.boot)?;
+            let info = self.platform.hypervisor.domain(domain).ok()?;
+            let has_it = self.record(address).guest.is_some_and(|place| place.domain == domain);
+            if info.uuid != reservation.guest || has_it {
+                return None;
+            }
+            let place = reservation.devfn >> 3;
+            let text = format!(
+                "{address} was taken from {} to save it: unless 'xpci save' still runs, 'xpci pci-attach {domain} {address}@{place:x}' gives it back",
+                self.called(domain)
+            );
+            let since = UNIX_EPOCH + Duration::from_secs(since);
+            Some(Problem::new(Cause::Guest, text).on(address).of(domain).since(since))
+        })
+    }
+}
+
+impl Saving {
+    fn run(mut self) -> Result<Success, Failure> {
+        for (record, place) in &self.records {
+            let function = self.describe(record, *place)?;
+            self.guest.functions.push(function);
+        }
+        let mut taken = Vec::new();
+        for (record, place) in &self.records {
+            self.reply.progress(&format!("taking {} from domain {}", record.address, self.domain));
+            // Also the one that fails: it may have been taken all the same.
+            taken.push((record.address, *place));
+            if let Err(failure) = self.take(record, *place) {
+                return Err(self.give_back(&taken, failure));
+            }
+        }
+        if let Err(failure) = self.wait_until_idle() {
+            return Err(self.give_back(&taken, failure));
+        }
+        Ok(Success::Saved { domain: self.domain, guest: self.guest })
+    }
+
+    /// What is noted of a function, while the guest has it.
+    fn describe(&self, record: &Record, place: GuestPlace) -> Result<SavedFunction, Failure> {
+        let workshop = &self.asking.workshop;
+        let (host, address) = (workshop.platform.host.as_ref(), record.address);
+        let function = existing(host, address)?;
+        let mut network = VfSettings::default();
+        if function.physical_function.is_some() {
+            let wished = record.network.as_ref().map(|network| network.wanted()).unwrap_or_default();
+            let seen = look_at_network(&workshop.platform, address)?.settings.unwrap_or_default();
+            let mac = seen.mac.filter(|mac| *mac != NO_ADDRESS);
+            network = wished.or(VfSettings { mac, vlan: seen.vlan, ..VfSettings::default() });
+        }
+        let kept = workshop.reservations.get(address);
+        Ok(SavedFunction {
+            device: workshop.devices.of(host, &function)?,
+            slot: place.devfn >> 3,
+            persistent: kept.is_some_and(|kept| kept.guest == self.guest.guest && kept.saved.is_none()),
+            network,
+            shape: Shape::of(host, address)?,
+        })
+    }
+
+    /// Takes one function, with the consent of the guest's driver.
+    fn take(&self, record: &Record, place: GuestPlace) -> Result<(), Failure> {
+        let (workshop, address) = (&self.asking.workshop, record.address);
+        let kept = workshop.reservations.get(address);
+        if kept.is_none_or(|kept| kept.guest != self.guest.guest) {
+            let host = workshop.platform.host.as_ref();
+            let device = workshop.devices.of(host, &existing(host, address)?)?;
+            let (guest, name) = (self.guest.guest, self.guest.name.clone());
+            let mut reservation = Reservation::new(device, guest, name, place.devfn);
+            reservation.saved = Some(now());
+            workshop.reservations.give(reservation, &record.boot, self.domain)?;
+        }
+        let domain = DomainName(self.domain.to_string());
+        let detach = Request::PciDetach { domain, address, force: false, scope: Scope::Live };
+        let warnings = match self.asking.ask(detach, &format!("take {address} from {}", self.domain))? {
+            Success::Changed { warnings, .. } => warnings,
+            _ => Vec::new(),
+        };
+        match warnings.contains(&not_released(self.domain)) {
+            true => {
+                let text = format!("domain {} did not release {address} in time", self.domain);
+                let hint = "see the guest's log; unload the function's driver in it, then try again";
+                Err(Failure::new(ErrorCode::Failed, text).on(address).of(self.domain).hint(hint))
+            }
+            false => Ok(()),
+        }
+    }
+
+    /// A frontend that is saved with its nodes is one that nobody answers after the restore.
+    fn wait_until_idle(&self) -> Result<(), Failure> {
+        let (sender, receiver) = mpsc::channel();
+        self.asking.workshop.inbox.send(Event::TellWhenIdle(self.domain, sender));
+        receiver.recv_timeout(NODES_LIMIT).map_err(|_| {
+            let text = format!("the nodes of domain {} in xenstore are not removed", self.domain);
+            Failure::new(ErrorCode::Failed, text).of(self.domain).hint("see xpcid's log")
+        })
+    }
+
+    /// The guest gets its functions again, at the same places; what it does not get stays reserved for it, and is shown.
+    fn give_back(&self, taken: &[(Sbdf, GuestPlace)], failure: Failure) -> Failure {
+        if self.asking.is_unanswered() {
+            return failure;
+        }
+        warn!("domain {}: not saved, it gets its functions again: {failure}", self.domain);
+        let mut left = Vec::new();
+        for (address, place) in taken {
+            let give = Request::PciAttach {
+                domain: DomainName(self.domain.to_string()),
+                address: *address,
+                slot: Some(place.devfn >> 3),
+                persist: false,
+                trust_former_owner: true,
+                dry_run: false,
+            };
+            match self.asking.ask(give, &format!("give {address} back to {}", self.domain)) {
+                Ok(_) => info!("{address}: domain {} has it again", self.domain),
+                Err(second) => left.push(second.message),
+            }
+        }
+        let message = match left.is_empty() {
+            true => format!("{}; the guest runs and has its functions again", failure.message),
+            false => format!("{}; not given back: {}", failure.message, left.join("; ")),
+        };
+        Failure { message, code: ErrorCode::Failed, ..failure }
+    }
+}

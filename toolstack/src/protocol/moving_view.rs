@@ -1,0 +1,37 @@
+//! What the service says of guests that are saved and restored.
+
+use pciback::{Sbdf, Uuid};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{DomainName, Request, Scope};
+
+/// A function that is reserved for a guest that is about to be restored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct ReservedFunction {
+    /// Where it is on this host.
+    pub address: Sbdf,
+    /// The device number at which the guest sees it, 0-31.
+    pub slot: u8,
+    /// Whether it was reserved now, and not since the guest was saved.
+    #[serde(default)]
+    pub is_new: bool,
+    /// Whether it was taken from dom0 for that.
+    #[serde(default)]
+    pub newly_held: bool,
+}
+
+impl ReservedFunction {
+    /// What takes that back, of a guest that is not restored after all.
+    pub fn undoing(&self, guest: Uuid) -> Vec<Request> {
+        let Self { address, is_new, newly_held, .. } = *self;
+        let domain = DomainName(guest.to_string());
+        let forget = Request::PciDetach { domain, address, force: false, scope: Scope::Persistent };
+        let release = Request::PciAssignableRemove { address, force: false, trust_former_owner: false };
+        [(is_new, forget), (newly_held, release)]
+            .into_iter()
+            .filter_map(|(wanted, request)| wanted.then_some(request))
+            .collect()
+    }
+}

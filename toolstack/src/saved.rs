@@ -1,0 +1,315 @@
+//! What a guest had when it was saved, beside its checkpoint: so that it gets the same when it is restored, on this host or another.
+//!
+//! The file moves with the checkpoint and is no more trusted than any other file: it is bounded, and checked once, when it is read.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use pciback::config::CapabilityList;
+use pciback::host::Resource;
+use pciback::platform::{Host, HostFunction, VfSettings};
+use pciback::spec::{AnyId, CapabilityId, ExtendedCapabilityId};
+use pciback::{Sbdf, Uuid};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::device::Device;
+use crate::durable;
+use crate::outcome::{ErrorCode, Failure};
+use crate::spec::function_spec;
+
+/// The form of the file; others are refused.
+pub const VERSION: u32 = 1;
+/// A file is no longer than this, in bytes: 32 functions have a tenth of that.
+const SIZE_LIMIT: u64 = 1 << 20;
+/// More devices a guest's bus does not have.
+const MOST: usize = 32;
+/// Longer names Xen's tools do not give.
+const LONGEST_NAME: usize = 255;
+/// What of a BAR's flags a guest sees.
+const KIND: u64 = Resource::IO | Resource::MEMORY | Resource::PREFETCH | Resource::MEMORY_64;
+
+/// A guest as it was saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct SavedGuest {
+    /// [`VERSION`].
+    pub version: u32,
+    /// By what it is known on every host.
+    pub guest: Uuid,
+    /// What it was called, for people.
+    pub name: Option<String>,
+    /// What it had.
+    pub functions: Vec<SavedFunction>,
+}
+
+/// A function that a guest had.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct SavedFunction {
+    /// Which it was.
+    pub device: Device,
+    /// The device number at which the guest saw it, 0-31.
+    pub slot: u8,
+    /// Whether the guest had it persistently.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub persistent: bool,
+    /// A VF's network settings: those that were wished, and the addresses that were in force.
+    #[serde(default, skip_serializing_if = "VfSettings::is_empty")]
+    pub network: VfSettings,
+    /// What the guest's driver relies on.
+    pub shape: Shape,
+}
+
+/// What a driver relies on besides the ids.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Shape {
+    bars: [Bar; 6],
+    capabilities: Vec<At>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Bar {
+    size: u64,
+    flags: u64,
+}
+
+/// A capability and where it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct At {
+    offset: u16,
+    id: u16,
+    extended: bool,
+}
+
+impl At {
+    fn name(self) -> String {
+        match self.extended {
+            true => ExtendedCapabilityId(self.id).to_string(),
+            // Those of the legacy list have one byte.
+            false => CapabilityId(self.id as u8).to_string(),
+        }
+    }
+}
+
+impl Shape {
+    /// That of a function.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn of(host: &dyn Host, address: Sbdf) -> Result<Self, Failure> {
+        let spec = function_spec(host, address)?;
+        let mut bars = [Bar::default(); 6];
+        for (bar, resource) in bars.iter_mut().zip(&spec.resources) {
+            *bar = Bar { size: resource.size, flags: resource.flags & KIND };
+        }
+        let list = CapabilityList::walk(&spec.bytes);
+        let capabilities = list.capabilities.iter().map(|capability| match capability.id {
+            AnyId::Legacy(id) => At { offset: capability.offset, id: u16::from(id.0), extended: false },
+            AnyId::Extended(id) => At { offset: capability.offset, id: id.0, extended: true },
+        });
+        Ok(Self { bars, capabilities: capabilities.collect() })
+    }
+
+    /// How another function differs from this one, in words that follow its address.
+    pub fn difference(&self, other: &Self) -> Option<String> {
+        let bars = self.bars.iter().zip(&other.bars).enumerate().find(|(_, (was, is))| was != is);
+        if let Some((index, (was, is))) = bars {
+            return Some(match was.size == is.size {
+                true => format!("has a BAR {index} of another type"),
+                false => format!("has a BAR {index} of {} bytes, not {}", is.size, was.size),
+            });
+        }
+        let missing = self.capabilities.iter().find(|at| !other.capabilities.contains(at));
+        if let Some(at) = missing {
+            return Some(format!("has no capability {} at {:#x}", at.name(), at.offset));
+        }
+        let more = other.capabilities.iter().find(|at| !self.capabilities.contains(at))?;
+        Some(format!("has a capability {} at {:#x} besides", more.name(), more.offset))
+    }
+}
+
+impl SavedFunction {
+    /// Why a function of a host is no equal of this one, in words that follow its address.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn difference(&self, host: &dyn Host, function: &HostFunction) -> Result<Option<String>, Failure> {
+        match self.device.is_kind_of(function) {
+            false => Ok(Some(format!("is another device ({:04x}:{:04x})", function.vendor, function.device))),
+            true => Ok(self.shape.difference(&Shape::of(host, function.address)?)),
+        }
+    }
+}
+
+impl SavedGuest {
+    /// What the guest is called, for people.
+    pub fn called(&self) -> String {
+        self.name.clone().unwrap_or_else(|| self.guest.to_string())
+    }
+
+    /// Refuses what no version of this program writes.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check(&self) -> Result<(), String> {
+        if self.version != VERSION {
+            return Err(format!("it has version {}, this xpci reads {VERSION}", self.version));
+        }
+        if self.functions.len() > MOST {
+            return Err(format!("it has {} functions, a guest has at most {MOST}", self.functions.len()));
+        }
+        let is_name = |name: &String| name.len() <= LONGEST_NAME && !name.chars().any(char::is_control);
+        if self.name.as_ref().is_some_and(|name| !is_name(name)) {
+            return Err("its guest's name is no name".to_owned());
+        }
+        let mut taken = [false; MOST];
+        for function in &self.functions {
+            match taken.get_mut(usize::from(function.slot)) {
+                None => return Err(format!("{:#x} is no device number (0 to 1f)", function.slot)),
+                Some(taken) if *taken => {
+                    return Err(format!("two functions are device {:x}", function.slot));
+                }
+                Some(taken) => *taken = true,
+            }
+        }
+        Ok(())
+    }
+
+    /// Where what belongs to a checkpoint is.
+    pub fn path(checkpoint: &Path) -> PathBuf {
+        let mut name = checkpoint.as_os_str().to_owned();
+        name.push(".xpci");
+        name.into()
+    }
+
+    /// Writes it beside a checkpoint, also over a power failure.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn write(&self, checkpoint: &Path) -> Result<(), Failure> {
+        let path = Self::path(checkpoint);
+        durable::replace(&path, self, true).map_err(|error| failed("write", &path, &error))
+    }
+
+    /// Removes what stands beside a checkpoint.
+    ///
+    /// # Errors
+    /// The file is there and cannot be removed.
+    pub fn remove(checkpoint: &Path) -> Result<(), Failure> {
+        let path = Self::path(checkpoint);
+        durable::remove(&path).map_err(|error| failed("remove", &path, &error))
+    }
+
+    /// Reads what stands beside a checkpoint.
+    ///
+    /// # Errors
+    /// There is no such file, or it cannot be used.
+    pub fn read(checkpoint: &Path) -> Result<Self, Failure> {
+        let (path, shown) = (Self::path(checkpoint), checkpoint.display());
+        let mut text = String::new();
+        let file = File::open(&path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => Failure::not_found(format!(
+                "there is no {}, which 'xpci save' writes beside a checkpoint",
+                path.display()
+            ))
+            .hint(format!("without it, 'xl restore {shown}' restores the guest, without functions")),
+            _ => failed("open", &path, &error),
+        })?;
+        file.take(SIZE_LIMIT).read_to_string(&mut text).map_err(|error| failed("read", &path, &error))?;
+        let saved = serde_json::from_str::<Self>(&text).map_err(|error| error.to_string());
+        saved.and_then(|saved| saved.check().map(|()| saved)).map_err(|why| {
+            Failure::new(ErrorCode::Failed, format!("{} cannot be used: {why}", path.display()))
+                .hint(format!("'xl restore {shown}' restores the guest, without functions"))
+        })
+    }
+}
+
+fn failed(action: &str, path: &Path, error: &io::Error) -> Failure {
+    Failure::new(ErrorCode::Failed, format!("{action} {}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use pciback::platform::sim::Simulation;
+
+    use super::*;
+
+    const HOST: &str =
+        "drivers: []\nfunctions: [{address: 02:00.0, model: virtio-net}, {address: 03:00.0, model: nvme}]\n";
+
+    fn saved() -> SavedGuest {
+        let platform = Simulation::from_yaml(HOST).unwrap().platform("test").unwrap();
+        let host = platform.host.as_ref();
+        let address = "02:00.0".parse().unwrap();
+        let device = Device::of(host, &host.function(address).unwrap()).unwrap();
+        let shape = Shape::of(host, address).unwrap();
+        let network = VfSettings { trust: Some(true), ..VfSettings::default() };
+        let function = SavedFunction { device, slot: 3, persistent: true, network, shape };
+        let (guest, name) = (Uuid([7; 16]), Some("web".to_owned()));
+        SavedGuest { version: VERSION, guest, name, functions: vec![function] }
+    }
+
+    #[test]
+    fn what_is_written_beside_a_checkpoint_is_read_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let checkpoint = directory.path().join("web.save");
+        assert_eq!(SavedGuest::read(&checkpoint).unwrap_err().code, ErrorCode::NotFound);
+        saved().write(&checkpoint).unwrap();
+        assert_eq!(SavedGuest::read(&checkpoint).unwrap(), saved());
+        SavedGuest::remove(&checkpoint).unwrap();
+        assert_eq!(SavedGuest::read(&checkpoint).unwrap_err().code, ErrorCode::NotFound);
+    }
+
+    #[test]
+    fn a_file_that_nobody_wrote_so_is_refused_by_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let checkpoint = directory.path().join("web.save");
+        let one = saved().functions[0].clone();
+        let many = SavedGuest { functions: vec![one.clone(); 33], ..saved() };
+        let twice = SavedGuest { functions: vec![one.clone(); 2], ..saved() };
+        let outside = SavedGuest { functions: vec![SavedFunction { slot: 32, ..one }], ..saved() };
+        let named = SavedGuest { name: Some("\u{1b}[2J".to_owned()), ..saved() };
+        let other = SavedGuest { version: 9, ..saved() };
+        for wrong in [many, twice, outside, named, other] {
+            wrong.write(&checkpoint).unwrap();
+            let failure = SavedGuest::read(&checkpoint).unwrap_err();
+            assert!(failure.message.contains("web.save.xpci cannot be used"), "{failure}");
+        }
+        saved().write(&checkpoint).unwrap();
+        let path = SavedGuest::path(&checkpoint);
+        let good = fs::read(&path).unwrap();
+        for length in 0..good.len() {
+            fs::write(&path, &good[..length]).unwrap();
+            assert!(SavedGuest::read(&checkpoint).is_err(), "cut to {length} bytes");
+        }
+    }
+
+    #[test]
+    fn a_function_that_differs_is_no_equal_and_it_is_said_in_what() {
+        let platform = Simulation::from_yaml(HOST).unwrap().platform("test").unwrap();
+        let host = platform.host.as_ref();
+        let function = |address: &str| host.function(address.parse().unwrap()).unwrap();
+        let one = saved().functions.remove(0);
+        assert_eq!(one.difference(host, &function("02:00.0")).unwrap(), None);
+        let other = one.difference(host, &function("03:00.0")).unwrap().unwrap();
+        assert!(other.starts_with("is another device ("), "{other}");
+        let differs = |change: &dyn Fn(&mut Shape)| {
+            let mut changed = one.clone();
+            change(&mut changed.shape);
+            changed.difference(host, &function("02:00.0")).unwrap().unwrap()
+        };
+        let bar = differs(&|shape| shape.bars[5].size = 4096);
+        assert_eq!(bar, "has a BAR 5 of 0 bytes, not 4096");
+        let missing = differs(&|shape| shape.capabilities[0].offset = 0xf0);
+        assert!(missing.starts_with("has no capability ") && missing.ends_with(" at 0xf0"), "{missing}");
+        let more = differs(&|shape| shape.capabilities.truncate(1));
+        assert!(more.ends_with(" besides"), "{more}");
+    }
+}
