@@ -170,6 +170,7 @@ fn answer(stream: &UnixStream, inbox: &Inbox, call: Call) -> io::Result<()> {
         };
         match line {
             Line::Event(event) => send(stream, &Envelope::event(call.id, name, *event))?,
+            Line::Written(_) => {}
             Line::Progress(text) => send(stream, &Envelope::progress(call.id, name, text))?,
             Line::Done(outcome) => return send(stream, &Envelope::done(call.id, name, *outcome)),
         }

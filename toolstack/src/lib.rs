@@ -25,6 +25,7 @@ pub mod saved;
 pub mod settings;
 pub mod spec;
 pub mod steps;
+pub mod successor;
 pub mod supervisor;
 pub mod target;
 pub mod transaction;

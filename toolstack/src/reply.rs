@@ -28,6 +28,8 @@ pub(crate) enum Line {
     Event(Box<EventView>),
     /// The last one.
     Done(Box<Result<Success, Failure>>),
+    /// Nothing to say: dropped with the channel, when the last line has been written.
+    Written(#[expect(dead_code, reason = "it counts when it is dropped")] mpsc::Sender<()>),
 }
 
 impl Reply {
@@ -78,6 +80,19 @@ impl Reply {
     }
 }
 
+impl Reply {
+    /// Ends the call, and waits until its client has been written to, at most for `limit`: this process ends then.
+    pub fn done_before_the_end(&self, outcome: Result<Success, Failure>, limit: Duration) {
+        self.done(outcome);
+        if let Listener::Client(client) = &self.0 {
+            let (token, written) = mpsc::channel();
+            // Whether it was dropped unsent or with the channel, nothing is left to write.
+            let _ = client.send(Line::Written(token));
+            let _ = written.recv_timeout(limit);
+        }
+    }
+}
+
 /// What a thread of the service's own waits for.
 pub struct Answer(mpsc::Receiver<Line>);
 
@@ -94,7 +109,7 @@ impl Answer {
         let deadline = Instant::now() + limit;
         loop {
             match self.0.recv_timeout(deadline.saturating_duration_since(Instant::now()))? {
-                Line::Progress(_) | Line::Event(_) => {}
+                Line::Progress(_) | Line::Event(_) | Line::Written(_) => {}
                 Line::Done(outcome) => return Ok(*outcome),
             }
         }

@@ -22,6 +22,11 @@ pub fn stopping() {
     tell(&[NotifyState::Stopping]);
 }
 
+/// Another process is the service's from now on.
+pub fn replaced_by(process: u32) {
+    tell(&[NotifyState::MainPid(process)]);
+}
+
 /// What the service waits for before it is ready.
 pub fn waiting(what: &str) {
     tell(&[NotifyState::Status(what)]);

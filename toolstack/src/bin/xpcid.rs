@@ -22,11 +22,12 @@ use toolstack::cli::{Choice, ServiceArguments};
 use toolstack::client;
 use toolstack::control;
 use toolstack::descriptors;
-use toolstack::engine::Engine;
+use toolstack::engine::{Ending, Engine, Heir};
 use toolstack::journal::Journal;
 use toolstack::policies;
-use toolstack::protocol::{Cause as ProblemCause, Request};
+use toolstack::protocol::{Cause as ProblemCause, Request, Success};
 use toolstack::settings::{self, Settings};
+use toolstack::successor::{Predecessor, Program};
 use toolstack::supervisor;
 
 /// Names and texts of files.
@@ -35,6 +36,8 @@ type Sources = Vec<(String, String)>;
 /// How long the service waits before it looks again for a host that is still booting, at first and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// How long a client may take to read the last answer of a process that gives way to another.
+const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 
 fn main() -> ExitCode {
     // Writes to sysfs that may block for a minute happen in children of ours, started with this word.
@@ -73,6 +76,7 @@ fn log_to(journal: bool) {
 }
 
 fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
+    let program = Program::of_this_process().context("find the file of this program")?;
     // Before any thread starts: each inherits the mask, so that these signals only ever come out of the descriptor.
     let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
     signals.thread_block().context("block signals")?;
@@ -97,11 +101,21 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
 
     let images = settings.run_directory.join("images");
     fs::create_dir_all(&images).with_context(|| format!("create {}", images.display()))?;
-    let _lock = lock(&settings.run_directory)?;
+    // A successor has the lock when the process that it takes over from has released it.
+    let own_lock = if arguments.successor { None } else { Some(lock(&settings.run_directory)?) };
     let limit = descriptors::raise_limit().context("raise the limit of open files")?;
     let Some(platform) = open_when_booted(&arguments.platform, &stop)? else { return Ok(()) };
     let shortage = descriptors::shortage(limit, platform.host.functions()?.len());
     problems.extend(shortage.map(|text| (ProblemCause::Service, text)));
+    let (policies, found, problem) = read_policies(&settings)?;
+    problems.extend(problem.map(|text| (ProblemCause::Policies, text)));
+    let lock = match own_lock {
+        Some(lock) => lock,
+        None => match take_over(&settings, &stop)? {
+            Some(lock) => lock,
+            None => return Ok(()),
+        },
+    };
     let journal = Journal::open(&settings.state_directory)?;
     let socket = settings.socket();
     if let Some(sources) = sources
@@ -110,9 +124,13 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
         let text = format!("keep a copy of the settings in {}: {error}", copies.display());
         problems.push((ProblemCause::StateFiles, text));
     }
-    let (policies, problem) = read_policies(&settings)?;
-    problems.extend(problem.map(|text| (ProblemCause::Policies, text)));
+    if let Some(found) = found {
+        policies::keep_copy(&settings.state_directory, &found).with_context(|| {
+            format!("keep a copy of the policies in {}", settings.state_directory.display())
+        })?;
+    }
     let mut engine = Engine::new(platform, settings, policies, journal, boot_id())?;
+    engine.set_program(program);
     for (cause, problem) in problems {
         error!("{problem}");
         engine.note_problem(cause, problem);
@@ -121,7 +139,33 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
     engine.recover()?;
     control::listen(&socket, engine.inbox()).with_context(|| format!("listen at {}", socket.display()))?;
     reload_at(hangup, socket)?;
-    engine.run(stop.as_fd())?;
+    if let Ending::Replaced(heir) = engine.run(stop.as_fd())? {
+        give_way(heir, lock)?;
+    }
+    Ok(())
+}
+
+/// Waits until the process that serves guests gives way, and takes its lock. `None`: the service is to stop.
+fn take_over(settings: &Settings, stop: &SignalFd) -> anyhow::Result<Option<Flock<File>>> {
+    let predecessor = Predecessor::at_standard_input().context("use standard input")?;
+    info!("ready to take over");
+    let go_ahead = predecessor.wait_for_go_ahead(stop.as_fd()).context("take over from the running xpcid")?;
+    if go_ahead { lock(&settings.run_directory).map(Some) } else { Ok(None) }
+}
+
+/// Lets another process serve guests from now on. This one ends.
+fn give_way(heir: Heir, lock: Flock<File>) -> anyhow::Result<()> {
+    let Heir { successor, reply } = heir;
+    let process = successor.id();
+    // First, because systemd believes only the process that it knows.
+    supervisor::replaced_by(process);
+    drop(lock);
+    successor.take_over().with_context(|| format!("give way to process {process}"))?;
+    let message = format!("process {process} has taken over");
+    reply.done_before_the_end(
+        Ok(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() }),
+        ANSWER_LIMIT,
+    );
     Ok(())
 }
 
@@ -164,17 +208,13 @@ fn check(arguments: &ServiceArguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The policies to begin with. Files with mistakes do not stop the guests that an earlier run left: they are served on under what
-/// was in force, and the second value says so.
-fn read_policies(settings: &Settings) -> anyhow::Result<(PolicySet, Option<String>)> {
+/// The policies to begin with, the files that they come from, and what is wrong. Files with mistakes do not stop the guests that an earlier
+/// process served: they are served on under what was in force, and no new copy is kept.
+fn read_policies(
+    settings: &Settings,
+) -> anyhow::Result<(PolicySet, Option<Vec<policies::Source>>, Option<String>)> {
     match policies::load(&settings.policy_directories) {
-        Ok((sources, set)) => {
-            let kept = policies::keep_copy(&settings.state_directory, &sources);
-            kept.with_context(|| {
-                format!("keep a copy of the policies in {}", settings.state_directory.display())
-            })?;
-            Ok((set, None))
-        }
+        Ok((sources, set)) => Ok((set, Some(sources), None)),
         Err(problem) => {
             let Some(set) = policies::read_copy(&settings.state_directory) else {
                 bail!(
@@ -182,7 +222,7 @@ fn read_policies(settings: &Settings) -> anyhow::Result<(PolicySet, Option<Strin
                 );
             };
             let text = format!("the policy files cannot be used, those last in force stay so: {problem}");
-            Ok((set, Some(text)))
+            Ok((set, None, Some(text)))
         }
     }
 }

@@ -202,6 +202,11 @@ pub enum Command {
     ///
     /// Exits with 0 if nothing is wrong, otherwise with 1. Without the service, the checks that need it are left out.
     Doctor,
+    /// Starts the installed xpcid in place of the running one, for example after an upgrade.
+    ///
+    /// The running one serves its guests until the new one is ready, and goes on if the new one cannot start. Settings of its systemd unit
+    /// come into force with 'systemctl restart xpcid' only.
+    DaemonReexec,
     /// Clears the quarantine of functions.
     #[command(subcommand)]
     Quarantine(Quarantine),
@@ -448,6 +453,7 @@ impl Command {
             Self::Events { follow } => one(Request::Events { follow }),
             Self::Status { .. } => one(Request::Status),
             Self::Doctor => one(Request::Doctor),
+            Self::DaemonReexec => one(Request::DaemonReexec),
             Self::Quarantine(Quarantine::Clear { address, trust_former_owner }) => {
                 one(Request::QuarantineClear { address, trust_former_owner })
             }

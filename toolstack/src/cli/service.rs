@@ -30,6 +30,9 @@ pub struct ServiceArguments {
     /// of the policies.
     #[arg(long)]
     pub check: bool,
+    /// Takes over from the process at the other end of standard input; see 'xpci daemon-reexec'.
+    #[arg(long, hide = true)]
+    pub successor: bool,
 }
 
 /// Which host to work on.

@@ -44,6 +44,11 @@ impl Resets {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner).insert(address)
     }
 
+    /// Whether none is under way.
+    pub fn none(&self) -> bool {
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
     pub fn end(&self, address: Sbdf) {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&address);
         self.0.1.notify_all();

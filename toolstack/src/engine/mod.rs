@@ -41,6 +41,7 @@ mod returning;
 mod saving;
 mod several;
 mod store_events;
+mod succession;
 mod survey;
 mod sync;
 mod tasks;
@@ -79,6 +80,7 @@ use crate::reply::Reply;
 use crate::reservations::Reservations;
 use crate::settings::Settings;
 use crate::spec::Filters;
+use crate::successor::{Program, Successor};
 use crate::supervisor::{self, Watchdog};
 use crate::target::Target;
 use crate::transaction::{Finished, Fresh, Parting};
@@ -92,6 +94,8 @@ use policies::Reloaded;
 use problems::Problem;
 use repairs::Synced;
 use returning::Returning;
+use succession::Succession;
+pub use succession::{Ending, Heir};
 use sync::Syncing;
 use watch::{Changes, Look, Stirred};
 
@@ -179,6 +183,8 @@ pub enum Event {
     Masked(Sbdf, Result<pciback::live::errors::Masked, String>),
     /// They are heard again, or cannot be.
     Unmasked(Sbdf, Result<(), String>),
+    /// The installed program was started to take over, or could not be.
+    SuccessorStarted(Result<Successor, Failure>, Reply),
     /// New policies were read and checked, and filters compiled for the functions in use.
     Reloaded(Box<Reloaded>),
 }
@@ -296,6 +302,9 @@ pub struct Engine {
     /// Threads that wait for guests to be without functions.
     idle_guests: saving::IdleGuests,
     watchdog: Watchdog,
+    /// What this service was started from.
+    program: Option<Program>,
+    succession: Succession,
     /// What was found wrong outside any one function, for `xpci status`.
     problems: problems::Problems,
 }
@@ -355,6 +364,8 @@ impl Engine {
             returning: Returning::default(),
             idle_guests: saving::IdleGuests::default(),
             watchdog: Watchdog::from_environment(),
+            program: None,
+            succession: Succession::default(),
             problems: damaged.iter().chain(&unusable).chain(&unreadable).map(Problem::unusable).collect(),
         })
     }
@@ -369,8 +380,8 @@ impl Engine {
         self.inbox.clone()
     }
 
-    /// Handles events until `stop` becomes readable. Guests keep their functions: a successor serves them on.
-    pub fn run(&mut self, stop: BorrowedFd<'_>) -> io::Result<()> {
+    /// Handles events until `stop` becomes readable or another process takes over. Guests keep their functions.
+    pub fn run(&mut self, stop: BorrowedFd<'_>) -> io::Result<Ending> {
         // The last one tells of what xl gives to guests.
         for event in ["@introduceDomain", "@releaseDomain", nodes::PCIBACK] {
             self.platform.store.watch(event, event).map_err(io::Error::other)?;
@@ -390,6 +401,11 @@ impl Engine {
             self.reconcile();
             self.look();
             self.tell_states();
+            if let Some(heir) = self.heir() {
+                drop(errors);
+                self.stop();
+                return Ok(Ending::Replaced(heir));
+            }
             let wake = Arc::clone(&self.inbox.wake);
             let store = Arc::clone(&self.platform.store);
             let mut fds = [
@@ -410,11 +426,10 @@ impl Engine {
             if fds[2].revents().is_some_and(|events| !events.is_empty()) {
                 info!("stopping; guests keep their functions");
                 supervisor::stopping();
-                // Before those who wait for an answer learn that none comes.
-                self.inbox.ended.store(true, Ordering::SeqCst);
-                self.stop_servers();
-                self.unmask_all();
-                return Ok(());
+                // The kernel takes long to end its tracing: guests are served meanwhile.
+                drop(errors);
+                self.stop();
+                return Ok(Ending::Stopped);
             }
             while let Some(event) = host.next_event() {
                 self.host_changed(event);
@@ -434,10 +449,18 @@ impl Engine {
         }
     }
 
+    fn stop(&mut self) {
+        // Before those who wait for an answer learn that none comes.
+        self.inbox.ended.store(true, Ordering::SeqCst);
+        self.unmask_all();
+        self.stop_servers();
+    }
+
     fn timeout(&self) -> PollTimeout {
         let errors = self.next_error_deadline();
         let deadlines = self.next_deadline().into_iter().chain(errors).chain(self.network_checks.next());
         let deadlines = deadlines.chain(self.returning.next_deadline()).chain(self.watchdog.next());
+        let deadlines = deadlines.chain(self.succession_deadline());
         let Some(deadline) = deadlines.min() else { return PollTimeout::NONE };
         let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
         PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
@@ -482,6 +505,7 @@ impl Engine {
             }
             Event::Masked(address, outcome) => self.masked(address, outcome),
             Event::Unmasked(address, outcome) => self.unmasked(address, outcome),
+            Event::SuccessorStarted(started, reply) => self.successor_started(started, reply),
             Event::Reloaded(reloaded) => self.put_in_force(*reloaded),
         }
     }

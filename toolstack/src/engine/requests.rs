@@ -116,6 +116,7 @@ impl Engine {
             Request::PolicyExplain { address, domain } => return self.explain_policy(address, domain, reply),
             Request::PolicyLearn { target } => return self.learned(&target, reply),
             Request::Sync { dry_run } => return self.sync(dry_run, reply),
+            Request::DaemonReexec => return self.start_successor(reply),
             Request::PolicyReload => return self.reload_policies(reply),
             Request::VfCreate { address, count, unmanaged } => {
                 return self.create_vfs(address, count, unmanaged, reply);

@@ -69,6 +69,11 @@ struct Tried {
 }
 
 impl Syncing {
+    /// Whether a comparison is under way.
+    pub fn is_running(&self) -> bool {
+        self.running
+    }
+
     /// The lists are compared soon.
     pub fn make_due(&mut self) {
         self.due = true;

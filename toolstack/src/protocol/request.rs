@@ -258,6 +258,8 @@ pub enum Request<A = Sbdf> {
     },
     /// Reads the policy files again and puts them in force for all functions, those of guests included.
     PolicyReload,
+    /// Starts the installed service in place of the running one, which serves its guests until the new one is ready.
+    DaemonReexec,
     /// Clears a function's quarantine, after a verified reset.
     QuarantineClear {
         /// The function.
@@ -302,6 +304,7 @@ impl<A> Request<A> {
             Self::PolicyExplain { .. } => "policy-explain",
             Self::PolicyLearn { .. } => "policy-learn",
             Self::PolicyReload => "policy-reload",
+            Self::DaemonReexec => "daemon-reexec",
             Self::QuarantineClear { .. } => "quarantine-clear",
         }
     }
@@ -367,6 +370,7 @@ impl<A> Request<A> {
             }
             Self::PolicyLearn { target } => Request::PolicyLearn { target },
             Self::PolicyReload => Request::PolicyReload,
+            Self::DaemonReexec => Request::DaemonReexec,
             Self::QuarantineClear { address, trust_former_owner } => {
                 Request::QuarantineClear { address: of(address)?, trust_former_owner }
             }

@@ -103,6 +103,11 @@ impl Daemon {
         kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
     }
 
+    /// Waits for the end of its process; others that it started may go on.
+    pub fn wait_for_end(&mut self) -> ExitStatus {
+        self.child.wait().unwrap()
+    }
+
     /// Waits for its end: what it still logged ends when it does.
     pub fn wait(&mut self) -> (ExitStatus, Vec<String>) {
         let deadline = Instant::now() + LIMIT;

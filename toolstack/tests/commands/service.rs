@@ -4,6 +4,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 
 use nix::sys::signal::Signal;
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 
 use crate::daemon::{Daemon, LIMIT, program, service};
 use crate::transcript::host;
@@ -284,4 +286,68 @@ fn what_the_user_may_not_do_is_no_error_of_the_service() {
     let (_, log) = daemon.wait();
     assert!(log.iter().any(|line| line.contains("passthrough")), "{}", log.join("\n"));
     assert!(log.iter().all(|line| !line.contains("ERROR")), "{}", log.join("\n"));
+}
+
+/// A service that was started from a file of its own, and that file.
+fn installed() -> (Daemon, std::path::PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("host.yaml"), host()).unwrap();
+    std::fs::write(directory.path().join("settings.yaml"), "guest-limit-seconds: 1\n").unwrap();
+    let xpcid = service(directory.path());
+    let file = directory.path().join("xpcid");
+    std::fs::copy(xpcid.get_program(), &file).unwrap();
+    let mut copy = program(file.to_str().unwrap());
+    copy.args(xpcid.get_args());
+    let daemon = Daemon::run(directory, copy);
+    daemon.wait_for_log("ready on");
+    (daemon, file)
+}
+
+/// The process behind a service's socket.
+fn server(daemon: &Daemon) -> i32 {
+    let stream = UnixStream::connect(daemon.socket()).unwrap();
+    getsockopt(&stream, PeerCredentials).unwrap().pid()
+}
+
+/// Puts another program at a path, as a package's upgrade does.
+fn upgrade(file: &std::path::Path, script: &str) {
+    let new = file.with_extension("new");
+    std::fs::write(&new, script).unwrap();
+    std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o755)).unwrap();
+    std::fs::rename(new, file).unwrap();
+}
+
+#[test]
+fn the_installed_program_takes_over_from_the_running_one() {
+    let (mut daemon, file) = installed();
+    // What was installed meanwhile says that it is another.
+    let real = file.with_extension("real");
+    std::fs::copy(&file, &real).unwrap();
+    upgrade(&file, &format!("#!/bin/sh\necho the newer one >&2\nexec {} \"$@\"\n", real.display()));
+    let old = server(&daemon);
+    let output = daemon.xpci(&["daemon-reexec"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    daemon.wait_for_log("the newer one");
+    daemon.wait_for_log("ready on");
+    assert!(daemon.wait_for_end().success());
+    let new = server(&daemon);
+    assert_ne!(old, new);
+    assert!(daemon.xpci(&["status"]).status.success());
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(new), Signal::SIGTERM).unwrap();
+    daemon.wait();
+}
+
+#[test]
+fn a_program_that_cannot_start_leaves_the_running_one_in_place() {
+    let (daemon, file) = installed();
+    let running = server(&daemon);
+    for (script, said) in [("#!/bin/sh\nexit 1\n", "ended"), ("", "start")] {
+        upgrade(&file, script);
+        let output = daemon.xpci(&["daemon-reexec"]);
+        let said_it = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{said_it}");
+        assert!(said_it.contains(said) && said_it.contains("serves on"), "{said_it}");
+    }
+    assert_eq!(server(&daemon), running);
+    assert!(daemon.xpci(&["status"]).status.success());
 }

@@ -186,7 +186,7 @@ impl World {
         control::listen(&socket, inbox.clone()).unwrap();
         let stop = Arc::new(EventFd::new().unwrap());
         let stopped = Arc::clone(&stop);
-        let thread = thread::spawn(move || engine.run(stopped.as_fd()).unwrap());
+        let thread = thread::spawn(move || drop(engine.run(stopped.as_fd()).unwrap()));
         let service = Service { socket, stop, fuse, inbox, thread: Some(thread) };
         // What it does by itself when it starts has ended when it has answered this; it may have been made to fail.
         let _ = service.call(Request::Sync { dry_run: true });

@@ -1,0 +1,130 @@
+//! Another process of the service takes over, for example after an upgrade, while guests keep using their functions.
+
+use std::time::{Duration, Instant};
+
+use log::{info, warn};
+
+use super::{Engine, Event};
+use crate::outcome::{ErrorCode, Failure};
+use crate::reply::Reply;
+use crate::successor::{Program, Successor};
+
+/// How long the new process may take to get ready.
+const READY_LIMIT: Duration = Duration::from_secs(30);
+/// How long operations that are under way may take to end.
+const IDLE_LIMIT: Duration = Duration::from_secs(60);
+
+/// How the engine's run ended.
+pub enum Ending {
+    /// The service is to stop.
+    Stopped,
+    /// Another process takes over.
+    Replaced(Heir),
+}
+
+/// A process that is ready to take over, and who asked for it.
+pub struct Heir {
+    /// The process.
+    pub successor: Successor,
+    /// Where the answer goes.
+    pub reply: Reply,
+}
+
+/// Whether another process is to take over.
+#[derive(Default)]
+pub(super) enum Succession {
+    /// None is.
+    #[default]
+    None,
+    /// It has been started.
+    Starting,
+    /// It is ready, and takes over once no operation is under way.
+    Ready {
+        heir: Heir,
+        /// When it is given up.
+        deadline: Instant,
+    },
+}
+
+impl Engine {
+    /// Lets this service be replaced by what is at the program's path by then.
+    pub fn set_program(&mut self, program: Program) {
+        self.program = Some(program);
+    }
+
+    /// Starts the installed program, which takes over when it is ready.
+    pub(super) fn start_successor(&mut self, reply: Reply) {
+        let Some(program) = self.program.clone() else {
+            let text = "replace the service: it does not know from which file it was started";
+            return reply.done(Err(Failure::refused(text).hint("restart it: 'systemctl restart xpcid'")));
+        };
+        if !matches!(self.succession, Succession::None) {
+            return reply.done(Err(Failure::refused("replace the service: this is under way already")));
+        }
+        self.succession = Succession::Starting;
+        reply.progress("starting the installed xpcid ...");
+        let inbox = self.inbox.clone();
+        let start = move || {
+            let mut successor = program.start()?;
+            successor.wait_until_ready(READY_LIMIT)?;
+            Ok(successor)
+        };
+        self.inbox.background("successor", start, move |started: Result<Result<_, String>, _>| {
+            let started = started.and_then(|started| {
+                started.map_err(|why| Failure::new(ErrorCode::Failed, format!("replace the service: {why}")))
+            });
+            inbox.send(Event::SuccessorStarted(started, reply));
+        });
+    }
+
+    /// The installed program was started, or could not be.
+    pub(super) fn successor_started(&mut self, started: Result<Successor, Failure>, reply: Reply) {
+        match started {
+            Ok(successor) => {
+                let deadline = Instant::now() + IDLE_LIMIT;
+                self.succession = Succession::Ready { heir: Heir { successor, reply }, deadline };
+            }
+            Err(failure) => {
+                warn!("{failure}; this process serves on");
+                self.succession = Succession::None;
+                reply.done(Err(failure.hint("this process serves on; see its log: 'journalctl -u xpcid'")));
+            }
+        }
+    }
+
+    /// When a process that is ready is given up.
+    pub(super) fn succession_deadline(&self) -> Option<Instant> {
+        match &self.succession {
+            Succession::Ready { deadline, .. } => Some(*deadline),
+            _ => None,
+        }
+    }
+
+    /// The process that takes over now.
+    pub(super) fn heir(&mut self) -> Option<Heir> {
+        let Succession::Ready { deadline, .. } = &self.succession else { return None };
+        let late = *deadline <= Instant::now();
+        let idle = self.nothing_is_under_way();
+        if !idle && !late {
+            return None;
+        }
+        let Succession::Ready { mut heir, .. } = std::mem::take(&mut self.succession) else { return None };
+        let why = if !heir.successor.is_there() {
+            "the new process ended; the service's log says why".to_owned()
+        } else if !idle {
+            format!("operations on functions have not ended within {} s", IDLE_LIMIT.as_secs())
+        } else {
+            info!("process {} takes over", heir.successor.id());
+            return Some(heir);
+        };
+        let failure = Failure::new(ErrorCode::Failed, format!("replace the service: {why}"));
+        warn!("{failure}; this process serves on");
+        heir.reply.done(Err(failure.hint("this process serves on; try again")));
+        None
+    }
+
+    /// Whether nothing is under way that changes functions, hardware or records.
+    fn nothing_is_under_way(&self) -> bool {
+        self.busy.is_empty() && self.busy_pfs.is_empty() && self.resets.none() && !self.syncing.is_running()
+    }
+}
