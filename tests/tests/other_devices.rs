@@ -1,9 +1,10 @@
 //! Functions of other kinds in a PV guest: an NVMe controller, and virtio-net with MSI-X and without. No device is named in
 //! xpci's code; these have real Command bits, other BARs, an I/O or no MSI-X capability, and an interrupt line.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use xpci_tests::host::state::{keep_running, make_held};
 use xpci_tests::host::{
     SOON, guest, is_held, nothing_remains, owner, start_service, state, xpci, xpci_fails,
@@ -19,6 +20,13 @@ const VIRTIO_INTX: &str = WITHOUT_MSIX;
 /// The NVMe controller is a PF: without a policy it is refused.
 const PERMIT: &str = "match: {class: '010802', function: physical}\npermit: physical-function\n";
 
+/// Where its guest sees the NVMe controller.
+const IN_GUEST: &str = "/sys/bus/pci/devices/0000:00:01.0";
+/// The controller's register Version (NVM Express Base Specification, section 3.1.4), in hexadecimal.
+const NVME_VERSION: &str = "8";
+/// How often it is read.
+const READS: usize = 2000;
+
 const FUNCTIONS: [&str; 3] = [VIRTIO_MSIX, NVME, VIRTIO_INTX];
 
 pub struct OtherDevices<'a> {
@@ -27,6 +35,23 @@ pub struct OtherDevices<'a> {
     one: Guest<'a>,
     /// The drivers that they came from.
     before: Vec<String>,
+    /// The NVMe controller's config space when its first guest got it.
+    found: Option<Found>,
+}
+
+/// A config space when a guest got the function.
+struct Found {
+    host: String,
+    guest: String,
+}
+
+impl Found {
+    fn read(scene: &OtherDevices<'_>) -> Result<Self> {
+        let config = format!("{IN_GUEST}/config");
+        scene.one.wait_for("the NVMe controller", SOON, &format!("[ -e {config} ]"))?;
+        let host = scene.lab.dom0(&dump(&format!("/sys/bus/pci/devices/{NVME}/config"))).ok()?;
+        Ok(Self { host, guest: scene.one.run(&dump(&config)).ok()? })
+    }
 }
 
 impl<'a> Scene<'a> for OtherDevices<'a> {
@@ -40,7 +65,7 @@ impl<'a> Scene<'a> for OtherDevices<'a> {
         let before = FUNCTIONS.iter().map(|function| driver(lab, function)).collect::<Result<_>>()?;
         let one = guest(lab, "one")?;
         xpci(lab, &format!("pci-assignable-add {VIRTIO_MSIX} {NVME} {VIRTIO_INTX}"))?;
-        Ok(Self { lab, service, one, before })
+        Ok(Self { lab, service, one, before, found: None })
     }
 
     fn checks() -> Vec<Check<Self>> {
@@ -48,6 +73,8 @@ impl<'a> Scene<'a> for OtherDevices<'a> {
             a_pf_is_refused_until_a_policy_permits_it,
             three_functions_are_attached_to_one_guest needs a_pf_is_refused_until_a_policy_permits_it,
             nvme_reads_its_disk_by_dma_and_msix needs three_functions_are_attached_to_one_guest,
+            a_guest_that_switches_decoding_off_in_a_loop_harms_no_read_of_its_bar needs nvme_reads_its_disk_by_dma_and_msix,
+            the_next_owner_finds_the_registers_as_the_first_one_did needs nvme_reads_its_disk_by_dma_and_msix,
             virtio_net_hears_of_its_link_by_msix needs three_functions_are_attached_to_one_guest,
             virtio_net_hears_of_its_link_by_its_interrupt_line needs three_functions_are_attached_to_one_guest,
             detached_functions_leave_nothing_in_the_guest,
@@ -77,6 +104,7 @@ fn three_functions_are_attached_to_one_guest(scene: &mut OtherDevices<'_>) -> Re
         xpci(scene.lab, &format!("pci-attach one {function}@{slot}"))?;
         ensure!(owner(scene.lab, function)? == owned, "{}", owner(scene.lab, function)?);
     }
+    scene.found = Some(Found::read(scene)?);
     Ok(())
 }
 
@@ -86,6 +114,69 @@ fn nvme_reads_its_disk_by_dma_and_msix(scene: &mut OtherDevices<'_>) -> Result<(
     one.wait_for("the disk", SOON, "[ -b /dev/nvme0n1 ]")?;
     one.run("dd if=/dev/nvme0n1 of=/dev/null bs=64k count=16").limit(SOON).ok()?;
     ensure!(interrupts(one, "nvme0")? > 0, "the disk sent no interrupt");
+    Ok(())
+}
+
+/// With decoding off, a read of the BAR would end in an Unsupported Request, which some hosts take for fatal (XSA-120, XSA-126).
+fn a_guest_that_switches_decoding_off_in_a_loop_harms_no_read_of_its_bar(
+    scene: &mut OtherDevices<'_>,
+) -> Result<()> {
+    let (lab, one) = (scene.lab, &scene.one);
+    one.run("modprobe -r nvme").ok()?;
+    let line = one.run(&format!("head -n 1 {IN_GUEST}/resource")).ok()?;
+    let address = line.split_whitespace().next().and_then(|word| word.strip_prefix("0x"));
+    let address = address.with_context(|| format!("no BAR in {line:?}"))?;
+    let page = one.converse(&format!("/lab/keep-page {address}"))?;
+    page.wait_output("mapped\n", SOON)?;
+    let errors = "dmesg | grep -cE 'AER|MCE|Machine check|NMI'; true";
+    let before = lab.dom0(errors).ok()?;
+    let switching = one.spawn("while setpci -s 0:1.0 COMMAND=0:2; do :; done")?;
+    one.wait_for(
+        "decoding to read as off",
+        SOON,
+        "[ $(($(setpci -s 0:1.0 COMMAND | sed s/^/0x/) & 2)) = 0 ]",
+    )?;
+    page.write(format!("{NVME_VERSION}\n").repeat(READS).as_bytes())?;
+    page.wait_for(SOON, |output| output.lines().count() > READS)?;
+    switching.signal(nix::libc::SIGKILL)?;
+    page.close_stdin()?;
+    let read: BTreeSet<String> = page.output_so_far().lines().skip(1).map(str::to_owned).collect();
+    ensure!(read.len() == 1 && !read.contains("ffffffff"), "{read:?}");
+    ensure!(lab.dom0(errors).ok()? == before, "dom0's kernel reports errors: {}", lab.dom0("dmesg").ok()?);
+    // The driver switches it on again.
+    one.run("modprobe nvme").ok()?;
+    one.wait_for("the disk", SOON, "[ -b /dev/nvme0n1 ]")
+}
+
+/// All bytes of a config space in hexadecimal.
+fn dump(config: &str) -> String {
+    format!("od -A x -t x1 -v {config}")
+}
+
+/// A guest writes the complement of what it reads to all registers of the header and of the capabilities.
+fn the_next_owner_finds_the_registers_as_the_first_one_did(scene: &mut OtherDevices<'_>) -> Result<()> {
+    let (lab, one) = (scene.lab, &scene.one);
+    one.run("modprobe -r nvme").ok()?;
+    one.run(
+        "write() { setpci -s 0:1.0 $1.l=$(printf %x $((0x$(setpci -s 0:1.0 $1.l) ^ 0xffffffff))); }; \
+         for offset in $(seq 0 4 60); do write $(printf %x $offset); done; \
+         for capability in CAP_EXP+8 CAP_EXP+10 CAP_EXP+28 CAP_EXP+30 CAP_PM+4 CAP_MSIX+0 CAP_MSIX+4; do write $capability; done",
+    )
+    .limit(SOON)
+    .ok()?;
+    let changed = one.run(&dump(&format!("{IN_GUEST}/config"))).ok()?;
+    let found = scene.found.as_ref().context("the first owner's config space was not read")?;
+    ensure!(changed != found.guest, "the guest's writes changed nothing that it can see");
+    xpci(lab, &format!("pci-detach one {NVME}"))?;
+    xpci(lab, &format!("pci-attach one {NVME}@1"))?;
+    let now = Found::read(scene)?;
+    ensure!(now.host == found.host, "the host had before:\n{}\nand now:\n{}", found.host, now.host);
+    ensure!(
+        now.guest == found.guest,
+        "the first owner found:\n{}\nthe next one:\n{}",
+        found.guest,
+        now.guest
+    );
     Ok(())
 }
 
