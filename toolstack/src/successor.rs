@@ -149,7 +149,7 @@ impl Predecessor {
             let mut word = [0];
             return match self.0.read(&mut word)? {
                 1 if word == [TAKE_OVER] => Ok(true),
-                _ => Err(io::Error::other("the process to take over from serves on")),
+                _ => Err(io::Error::other("the running process continues")),
             };
         }
     }

@@ -86,9 +86,9 @@ impl Wishes {
         let Some(wishes) = known.as_ref() else {
             let text =
                 format!("what is wanted persistently is not known: {} cannot be used", self.path.display());
-            return Err(
-                failed(text).hint("see xpcid's log; remove the file to begin anew, and restart xpcid")
-            );
+            return Err(failed(text).hint(
+                "see xpcid's log; remove the file and restart xpcid: what was persistent is forgotten",
+            ));
         };
         let (mut wishes, mut before) = (wishes.clone(), None);
         if let Some(at) = wishes.iter().position(|wish| wish.device.is(&device)) {

@@ -221,7 +221,8 @@ fn read_policies(
                     "{problem}\ncorrect the files ('xpci policy check') or remove them, then start xpcid again"
                 );
             };
-            let text = format!("the policy files cannot be used, those last in force stay so: {problem}");
+            let text =
+                format!("the policy files cannot be used, those that were last in force are kept: {problem}");
             Ok((set, None, Some(text)))
         }
     }

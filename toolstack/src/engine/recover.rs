@@ -110,7 +110,7 @@ impl Engine {
                 Ok(Opened { mut function, filter, memory, lacks }) => {
                     if let Some(why) = lacks {
                         let text = format!(
-                            "the guest of {} reads all ones from the expansion ROM that it was given, until it gets the function anew: {why}",
+                            "the guest of {} reads all ones from the expansion ROM that it was given, until the function is attached again: {why}",
                             record.address
                         );
                         error!("{text}");
@@ -134,7 +134,7 @@ impl Engine {
                     }
                 }
                 Err(failure) => {
-                    error!("{}: cannot be served on: {failure}", record.address);
+                    error!("{}: its guest cannot be served any more: {failure}", record.address);
                     // What was under way is undone now, and may not have come as far as its image.
                     if record.transaction.is_none() {
                         let text = format!("{} cannot be served any more: {failure}", record.address);

@@ -85,9 +85,11 @@ impl Engine {
                 self.succession = Succession::Ready { heir: Heir { successor, reply }, deadline };
             }
             Err(failure) => {
-                warn!("{failure}; this process serves on");
+                warn!("{failure}; the running process continues");
                 self.succession = Succession::None;
-                reply.done(Err(failure.hint("this process serves on; see its log: 'journalctl -u xpcid'")));
+                reply.done(Err(
+                    failure.hint("the running process continues; see its log: 'journalctl -u xpcid'")
+                ));
             }
         }
     }
@@ -118,8 +120,8 @@ impl Engine {
             return Some(heir);
         };
         let failure = Failure::new(ErrorCode::Failed, format!("replace the service: {why}"));
-        warn!("{failure}; this process serves on");
-        heir.reply.done(Err(failure.hint("this process serves on; try again")));
+        warn!("{failure}; the running process continues");
+        heir.reply.done(Err(failure.hint("the running process continues; try again")));
         None
     }
 

@@ -7,6 +7,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that fails says so by panicking")]
 
 mod daemon;
+mod fleet;
 mod service;
 mod socket;
 mod transcript;
@@ -270,36 +271,6 @@ fn metrics_have_functions_guests_and_problems() {
 #[test]
 fn metrics_of_a_service_that_does_not_run_exit_with_3() {
     play_alone("metrics-unreachable");
-}
-
-#[test]
-fn the_tasks_for_a_fleet_are_idempotent_by_exit_code_and_kind() {
-    let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/fleet.md")).unwrap();
-    let playbook = text.split("```yaml").nth(1).unwrap().split("```").next().unwrap();
-    let lines = || playbook.lines().map(str::trim);
-    let variables: Vec<(String, &str)> = lines()
-        .filter_map(|line| line.strip_prefix("xpci_")?.split_once(": "))
-        .map(|(name, value)| (format!("{{{{ xpci_{name} }}}}"), value.trim_matches('"')))
-        .collect();
-    let daemon = Daemon::start(&host());
-    for wanted in ["changed", "already"] {
-        let mut judged = 0;
-        let mut tasks =
-            lines().filter(|line| line.starts_with("command: ") || line.starts_with("changed_when: "));
-        while let (Some(command), Some(changed_when)) = (tasks.next(), tasks.next()) {
-            let command =
-                variables.iter().fold(command.to_owned(), |text, (name, value)| text.replace(name, value));
-            let arguments: Vec<&str> = command.strip_prefix("command: xpci ").unwrap().split(' ').collect();
-            let output = daemon.xpci(&arguments);
-            let answer: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-            assert_eq!(output.status.code(), Some(0), "{command}: {answer}");
-            if changed_when.contains("kind == 'changed'") {
-                judged += 1;
-                assert_eq!(answer["result"]["kind"], wanted, "{command}: {answer}");
-            }
-        }
-        assert_eq!(judged, 3);
-    }
 }
 
 #[test]
