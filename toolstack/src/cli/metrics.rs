@@ -168,7 +168,7 @@ fn text(status: &StatusView, functions: &[ListedView]) -> String {
     metric(&mut text, "xpci_guest_requests_total", "counter", help, &guest(&|guest| guest.requests));
     let help = "Those answered with an error, except reads of functions that do not exist.";
     metric(&mut text, "xpci_guest_errors_total", "counter", help, &guest(&|guest| guest.errors));
-    let help = "How long a guest's requests took, from being taken to their answers.";
+    let help = "How long every 16th of a guest's requests took, from being taken to its answer.";
     histogram(&mut text, "xpci_guest_request_seconds", help, &status.guests);
     let mut problems: BTreeMap<String, u64> = BTreeMap::new();
     for problem in &status.problems {

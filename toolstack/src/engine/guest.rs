@@ -223,10 +223,13 @@ impl Guest {
 
     pub fn times(&self) -> RequestTimes {
         let bounds = TIME_BOUNDS.iter().map(|bound| Some(bound.as_micros() as u64)).chain([None]);
-        let counted = bounds.zip(self.counters.requests_by_time());
+        let counted = bounds.zip(self.counters.timed());
         let buckets =
             counted.map(|(up_to_microseconds, requests)| TimeBucket { up_to_microseconds, requests });
-        RequestTimes { buckets: buckets.collect(), total_nanoseconds: self.counters.time().as_nanos() as u64 }
+        RequestTimes {
+            buckets: buckets.collect(),
+            total_nanoseconds: self.counters.total_time().as_nanos() as u64,
+        }
     }
 
     pub(super) fn place(&mut self, devfn: u8, function: Box<GuestFunction>) {

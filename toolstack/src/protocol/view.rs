@@ -75,13 +75,13 @@ pub struct GuestView {
     pub times: RequestTimes,
 }
 
-/// How long a guest's requests took.
+/// How long a guest's requests took; every 16th is timed.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct RequestTimes {
     /// How many took how long, the shortest times first.
     pub buckets: Vec<TimeBucket>,
-    /// How long all of them took together.
+    /// How long these took together.
     pub total_nanoseconds: u64,
 }
 

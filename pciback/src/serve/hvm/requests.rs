@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::Instant;
 
 use log::warn;
 
@@ -100,7 +99,7 @@ impl RequestSource for IoreqRequests {
 
 impl IoreqRequests {
     fn answer(&mut self, roster: &mut Roster, vcpu: u16, request: &IoRequest) {
-        let taken = Instant::now();
+        let taken = roster.counters.taken();
         let (mut known, mut demand, mut attachment, mut trouble) = (true, None, None, None);
         let data = match request.place {
             // What is read is in the guest's memory then.
@@ -120,12 +119,11 @@ impl IoreqRequests {
         if let Err(error) = self.server.notify(vcpu) {
             warn!("domain {}: {error}", roster.domain);
         }
-        let took = taken.elapsed();
         // A BAR that has moved concerns the guest's other functions, too: what fails for them fails for this request.
         let troubles = roster.functions.values_mut().filter_map(|function| function.take_trouble());
         let troubles: Vec<String> = troubles.chain(trouble).collect();
         let trouble = (!troubles.is_empty()).then(|| troubles.join("; "));
-        roster.counters.count(!known || trouble.is_some(), took);
+        roster.counters.answered(!known || trouble.is_some(), taken);
         if !known || trouble.is_some() {
             complain(roster, request, trouble);
         }

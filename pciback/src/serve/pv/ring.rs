@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::SystemTime;
 
 use log::warn;
 
@@ -93,7 +93,7 @@ impl RingRequests {
 
     /// Carries out a request that was taken from the page, and answers it.
     pub fn answer(&mut self, roster: &mut Roster, mut op: Op) {
-        let taken = Instant::now();
+        let taken = roster.counters.taken();
         if op.info == 0 {
             self.token = self.token.wrapping_add(1).max(1);
             op.info = self.token;
@@ -119,14 +119,13 @@ impl RingRequests {
                 warn!("domain {}: {error}", roster.domain);
             }
         }
-        let took = taken.elapsed();
         let mut trouble = None;
         if let Some(function) = devfn.and_then(|devfn| roster.functions.get_mut(&devfn)) {
             function.sent(op);
             trouble = function.take_trouble();
         }
         let failed = answer.error != WireError::Success && !is_scan(op, answer.error);
-        roster.counters.count(failed, took);
+        roster.counters.answered(failed, taken);
         if failed {
             complain(roster, op, answer.error, trouble);
         }
