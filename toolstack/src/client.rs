@@ -1,11 +1,11 @@
 //! The client's side of the control socket.
 
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use crate::outcome::{ErrorCode, Failure};
-use crate::protocol::{ANSWER_LIMIT, Call, Envelope, Request, VERSION};
+use crate::protocol::{ANSWER_LIMIT, Call, Envelope, Request, STATUS_SOCKET, VERSION};
 use crate::target::Target;
 
 /// Sends one request and returns the final answer; lines on the way go to `progress`.
@@ -27,7 +27,9 @@ const START: &str = "start it with 'systemctl start xpcid', as root; its log say
 /// What to do where the service cannot be connected to.
 fn connect_hint(kind: ErrorKind) -> &'static str {
     match kind {
-        ErrorKind::PermissionDenied => "only root may use it: run the command as root, for example with sudo",
+        ErrorKind::PermissionDenied => {
+            "only root may use it: run the command as root, for example with sudo; 'status-group' in the settings lets a group ask for what changes nothing"
+        }
         _ => START,
     }
 }
@@ -45,10 +47,25 @@ fn unreachable(socket: &Path, what: &str, why: &dyn std::fmt::Display) -> Failur
     Failure::new(ErrorCode::Unreachable, format!("{what} xpcid at {}: {why}", socket.display())).hint(START)
 }
 
-/// A connection to the service.
+/// A connection to the service: to `socket`, or to the one beside it that answers members of the status group.
 pub fn connect(socket: &Path) -> Result<UnixStream, Failure> {
-    UnixStream::connect(socket)
-        .map_err(|error| unreachable(socket, "connect to", &error).hint(connect_hint(error.kind())))
+    let failed = |socket: &Path, error: io::Error| {
+        Err(unreachable(socket, "connect to", &error).hint(connect_hint(error.kind())))
+    };
+    let denied = match UnixStream::connect(socket) {
+        Ok(stream) => return Ok(stream),
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => error,
+        Err(error) => return failed(socket, error),
+    };
+    // Members of the status group have a socket of their own.
+    let status = socket.with_file_name(STATUS_SOCKET);
+    match UnixStream::connect(&status) {
+        Ok(stream) => Ok(stream),
+        Err(error) if matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::NotFound) => {
+            failed(socket, denied)
+        }
+        Err(error) => failed(&status, error),
+    }
 }
 
 /// As [`follow`], on a connection.

@@ -1,8 +1,10 @@
-//! The service's side of the control socket: one thread for each client, bounded in number and in line length.
+//! The service's side of its sockets, the control socket and the one for the status group: one thread for each client, bounded in number
+//! and in line length.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
@@ -18,7 +20,7 @@ use nix::sys::socket::{
     self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr, UnixCredentials, bind, getsockopt, socket,
 };
 use nix::sys::stat::{Mode, fchmod};
-use nix::unistd::geteuid;
+use nix::unistd::{Gid, Group, geteuid};
 
 use crate::engine::{Event, Inbox};
 use crate::outcome::{ErrorCode, Failure};
@@ -34,16 +36,63 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 /// How often it is asked whether a client that waits is still there.
 const HANGUP_INTERVAL: Duration = Duration::from_secs(5);
 
+/// What clients of a socket may ask for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Access {
+    /// Everything.
+    Control,
+    /// What changes nothing.
+    Status,
+}
+
 /// Listens at `path`, for root only, until the process ends.
 pub fn listen(path: &Path, inbox: Inbox) -> io::Result<()> {
-    // Whoever holds the service's lock owns the path: a socket there is a dead predecessor's.
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
+    remove_former(path)?;
     let listener = bind_for_owner(path)?;
-    thread::Builder::new().name("control".into()).spawn(move || accept(&listener, &inbox))?;
+    thread::Builder::new()
+        .name("control".into())
+        .spawn(move || accept(&listener, &inbox, Access::Control))?;
     Ok(())
+}
+
+/// Listens at `path`, for root and the members of a group, who are answered what changes nothing. Without a group a socket that an
+/// earlier process left there is removed.
+pub fn listen_for_group(path: &Path, group: Option<&str>, inbox: Inbox) -> io::Result<()> {
+    remove_former(path)?;
+    let Some(name) = group else { return Ok(()) };
+    let group = Group::from_name(name)?
+        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("there is no group '{name}'")))?;
+    let listener = bind_for_owner(path)?;
+    // Not before it is bound: the service's umask would take the group's bits away again.
+    chown(path, None, Some(group.gid.as_raw()))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;
+    if let Some(directory) = path.parent() {
+        let_through(directory, group.gid)?;
+    }
+    thread::Builder::new().name("status".into()).spawn(move || accept(&listener, &inbox, Access::Status))?;
+    Ok(())
+}
+
+/// Whoever holds the service's lock owns the path: a socket there is a dead predecessor's.
+fn remove_former(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Lets a group reach files in a directory by name, without listing it. systemd makes the directory root's alone again before each start.
+fn let_through(directory: &Path, group: Gid) -> io::Result<()> {
+    let mode = fs::metadata(directory)?.mode() & 0o7777;
+    // A directory that others may enter, such as /run, is not ours to change.
+    if mode & 0o001 != 0 {
+        return Ok(());
+    }
+    let allow = |mode| fs::set_permissions(directory, fs::Permissions::from_mode(mode));
+    // What the group that it had was allowed is not for this one.
+    allow(mode & !0o070)?;
+    chown(directory, None, Some(group.as_raw()))?;
+    allow(mode & !0o070 | 0o010)
 }
 
 /// A socket that no other user can connect to at any moment: the file gets the mode that the socket has when it is bound (`unix(7)`).
@@ -55,20 +104,26 @@ fn bind_for_owner(path: &Path) -> io::Result<UnixListener> {
     Ok(socket.into())
 }
 
-/// Who asks; an error: it is neither root nor whom the service runs as.
-fn peer(stream: &UnixStream) -> Result<UnixCredentials, Failure> {
+/// Who asks; an error: it is neither root nor whom the service runs as. Whom the socket for the status group serves, its mode decides.
+fn peer(stream: &UnixStream, access: Access) -> Result<UnixCredentials, Failure> {
     let peer = getsockopt(stream, PeerCredentials).map_err(|errno| {
-        Failure::new(ErrorCode::Failed, format!("ask who connects to the control socket: {errno}"))
+        Failure::new(ErrorCode::Failed, format!("ask who connects to the socket: {errno}"))
     })?;
     let user = peer.uid();
-    if user == 0 || user == geteuid().as_raw() {
+    if access == Access::Status || user == 0 || user == geteuid().as_raw() {
         return Ok(peer);
     }
     Err(Failure::refused(format!("user {user} may not control xpcid"))
         .hint("run xpci as root, for example with sudo"))
 }
 
-fn accept(listener: &UnixListener, inbox: &Inbox) {
+fn no_change(name: &str) -> Failure {
+    let text =
+        format!("only root may use {name}: members of the status group are answered what changes nothing");
+    Failure::refused(text).hint("run xpci as root, for example with sudo")
+}
+
+fn accept(listener: &UnixListener, inbox: &Inbox, access: Access) {
     let clients = Arc::new(AtomicUsize::new(0));
     let mut failing = false;
     for stream in listener.incoming() {
@@ -85,7 +140,7 @@ fn accept(listener: &UnixListener, inbox: &Inbox) {
             }
         };
         failing = false;
-        let peer = match peer(&stream) {
+        let peer = match peer(&stream, access) {
             Ok(peer) => peer,
             Err(failure) => {
                 warn!("{failure}");
@@ -101,7 +156,7 @@ fn accept(listener: &UnixListener, inbox: &Inbox) {
         }
         let (inbox, clients_left) = (inbox.clone(), Arc::clone(&clients));
         let spawned = thread::Builder::new().name("client".into()).spawn(move || {
-            if let Err(error) = converse(&stream, &inbox, peer) {
+            if let Err(error) = converse(&stream, &inbox, peer, access) {
                 debug!("control connection: {error}");
             }
             clients_left.fetch_sub(1, Ordering::Relaxed);
@@ -113,7 +168,7 @@ fn accept(listener: &UnixListener, inbox: &Inbox) {
     }
 }
 
-fn converse(stream: &UnixStream, inbox: &Inbox, peer: UnixCredentials) -> io::Result<()> {
+fn converse(stream: &UnixStream, inbox: &Inbox, peer: UnixCredentials, access: Access) -> io::Result<()> {
     stream.set_write_timeout(Some(WRITE_LIMIT))?;
     let mut reader = BufReader::new(stream);
     loop {
@@ -131,7 +186,12 @@ fn converse(stream: &UnixStream, inbox: &Inbox, peer: UnixCredentials) -> io::Re
             Ok(call) => {
                 let (name, user, process) = (call.request.name(), peer.uid(), peer.pid());
                 debug!("{name}: asked by user {user}, process {process}");
-                answer(stream, inbox, call)?;
+                match access {
+                    Access::Status if !call.request.changes_nothing() => {
+                        send(stream, &Envelope::done(call.id, name, Err(no_change(name))))?;
+                    }
+                    Access::Control | Access::Status => answer(stream, inbox, call)?,
+                }
             }
             Err((id, failure)) => send(stream, &Envelope::done(id, "", Err(failure)))?,
         }

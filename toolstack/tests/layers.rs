@@ -23,7 +23,7 @@ const ORDER: &[Layer] = &[
     ("saved", &["outcome", "durable", "spec", "device"]),
     ("protocol", &["outcome", "domains", "target", "saved"]),
     ("audit", &["protocol"]),
-    ("settings", &["durable", "reset_plan", "spec", "names", "target"]),
+    ("settings", &["durable", "reset_plan", "spec", "names", "target", "protocol"]),
     ("journal", &["durable", "outcome", "steps"]),
     ("ledger", &["durable", "journal"]),
     ("former_owners", &["durable", "outcome", "journal"]),

@@ -118,6 +118,7 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
     };
     let journal = Journal::open(&settings.state_directory)?;
     let socket = settings.socket();
+    let (status_socket, status_group) = (settings.status_socket(), settings.status_group.clone());
     if let Some(sources) = sources
         && let Err(error) = fs::create_dir_all(&copies).and_then(|()| settings::keep_copy(&copies, &sources))
     {
@@ -138,6 +139,15 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
     // Guests may have waited for an answer since the last run of the service ended: they come first.
     engine.recover()?;
     control::listen(&socket, engine.inbox()).with_context(|| format!("listen at {}", socket.display()))?;
+    if let Err(error) = control::listen_for_group(&status_socket, status_group.as_deref(), engine.inbox()) {
+        let text = format!(
+            "status-group: listen at {} for group '{}': {error}; only root is served",
+            status_socket.display(),
+            status_group.unwrap_or_default()
+        );
+        error!("{text}");
+        engine.note_problem(ProblemCause::Settings, text);
+    }
     reload_at(hangup, socket)?;
     if let Ending::Replaced(heir) = engine.run(stop.as_fd())? {
         give_way(heir, lock)?;

@@ -44,6 +44,8 @@ use crate::target::Target;
 
 /// The protocol's and the envelope's version.
 pub const VERSION: u32 = 1;
+/// The file name of the socket for the status group, beside the control socket.
+pub const STATUS_SOCKET: &str = "status";
 /// The longest request that the service accepts, in bytes.
 pub const LINE_LIMIT: usize = 1 << 20;
 /// The longest answer that a client accepts, in bytes: a function explained register by register takes about half a MiB.

@@ -309,6 +309,45 @@ impl<A> Request<A> {
         }
     }
 
+    /// Whether answering it leaves the host, its guests and the service as they are: users without root may be answered.
+    pub const fn changes_nothing(&self) -> bool {
+        match self {
+            Self::List { .. }
+            | Self::Doctor
+            | Self::Show { .. }
+            | Self::PciAssignableList
+            | Self::PciList { .. }
+            | Self::PciListPersistent { .. }
+            | Self::VfList { .. }
+            | Self::VfShow { .. }
+            | Self::AerStatus { .. }
+            | Self::BlastRadius { .. }
+            | Self::AerHistory { .. }
+            | Self::Events { .. }
+            | Self::Status
+            | Self::PolicyShow { .. }
+            | Self::PolicyExplain { .. }
+            | Self::PolicyLearn { .. } => true,
+            Self::Sync { dry_run } => *dry_run,
+            // Also where they are only to say what they would do: that is a question of those who may do it.
+            Self::PciAssignableAdd { .. }
+            | Self::PciAssignableRemove { .. }
+            | Self::PciAttach { .. }
+            | Self::PciAttachAll { .. }
+            | Self::PciDetach { .. }
+            | Self::Save { .. }
+            | Self::Restore { .. }
+            | Self::Restored { .. }
+            | Self::VfCreate { .. }
+            | Self::VfSetCount { .. }
+            | Self::VfDestroy { .. }
+            | Self::VfSet { .. }
+            | Self::PolicyReload
+            | Self::QuarantineClear { .. }
+            | Self::DaemonReexec => false,
+        }
+    }
+
     /// The same request, with what `of` makes of what the function is called.
     ///
     /// # Errors

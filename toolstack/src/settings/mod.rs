@@ -14,6 +14,7 @@ mod file;
 pub use file::{DEFAULT_PATH, Loaded, SettingsError, keep_copy, load, read_copy};
 
 use crate::names::{self, Names, printed};
+use crate::protocol::STATUS_SOCKET;
 use crate::reset_plan::ResetPlan;
 use crate::spec::serial_number;
 use crate::target::{Parent, Target};
@@ -50,6 +51,8 @@ pub struct Settings {
     pub run_directory: PathBuf,
     /// What survives a reboot: the journal.
     pub state_directory: PathBuf,
+    /// Whose members may ask for what changes nothing, at a socket of their own; `None`: there is no such socket.
+    pub status_group: Option<String>,
 }
 
 /// VFs to enable when the service starts.
@@ -181,6 +184,7 @@ impl Default for Settings {
             ],
             run_directory: PathBuf::from("/run/xpci"),
             state_directory: PathBuf::from("/var/lib/xpci"),
+            status_group: None,
         }
     }
 }
@@ -256,6 +260,7 @@ impl Settings {
             "policy-directories" => policy_directories,
             "run-directory" => run_directory,
             "state-directory" => state_directory,
+            "status-group" => status_group,
         }
     }
 
@@ -295,6 +300,11 @@ impl Settings {
     /// Where the service listens.
     pub fn socket(&self) -> PathBuf {
         self.run_directory.join("control")
+    }
+
+    /// Where it listens for members of the status group.
+    pub fn status_socket(&self) -> PathBuf {
+        self.run_directory.join(STATUS_SOCKET)
     }
 }
 

@@ -10,6 +10,7 @@ mod daemon;
 mod fleet;
 mod service;
 mod socket;
+mod status_group;
 mod transcript;
 mod wire;
 
