@@ -203,7 +203,7 @@ struct Reader {
     seen: BTreeSet<Sbdf>,
     /// The function whose bytes are being read.
     open: Option<DumpedFunction>,
-    /// Until the next address: bytes that follow a damaged place are nobody's.
+    /// Until the next address: bytes that follow a damaged place belong to no function.
     skipping: bool,
 }
 

@@ -43,7 +43,7 @@ pub enum FunctionState {
     Resetting,
     /// It left the host; every access reads all ones.
     Gone,
-    /// A reset, unbind, revoke or rollback failed; it goes to nobody until cleared.
+    /// A reset, unbind, revoke or rollback failed; it is assigned to no guest until the quarantine is cleared.
     Quarantined,
 }
 

@@ -33,7 +33,7 @@ impl Resource {
         self.size != 0
     }
 
-    /// Whether the range exists and has an address. Nothing answers for one that has none, and nobody is given anything for it.
+    /// Whether the range exists and has an address. Nothing answers for one that has none, and no guest gets anything for it.
     pub const fn is_placed(&self) -> bool {
         self.exists() && self.start != 0 && self.flags & Self::UNSET == 0
     }

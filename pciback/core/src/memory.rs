@@ -1,4 +1,4 @@
-//! Memory that somebody else reads and writes too, as the crates above map it.
+//! Memory that a guest or another process reads and writes too, as the crates above map it.
 
 use std::fmt::Debug;
 use std::sync::atomic::AtomicU32;

@@ -103,12 +103,12 @@ pub struct IoRequest {
     pub bytes: u8,
     /// The value to write; `None` for a read.
     pub write: Option<u64>,
-    /// An earlier run of the service had begun it.
+    /// A previous process of the service began it.
     pub again: bool,
 }
 
 /// The request that waits for this vCPU, copied and marked as begun; `None` when none waits. `resumed`: those count too that
-/// are marked already, by an earlier run.
+/// are marked already, by a previous process.
 pub fn take_request(page: &[AtomicU32], vcpu: u16, resumed: bool) -> Option<IoRequest> {
     let first = first_word(vcpu);
     let load = |index: usize| page[first + index].load(Ordering::Relaxed);
@@ -122,7 +122,7 @@ pub fn take_request(page: &[AtomicU32], vcpu: u16, resumed: bool) -> Option<IoRe
         _ => return None,
     };
     if !again {
-        // Nobody but us moves it on from here.
+        // From here, only this process changes the state.
         let begun = seen & !bits::STATE | IN_PROCESS;
         kind.compare_exchange(seen, begun, Ordering::AcqRel, Ordering::Relaxed).ok()?;
     }
@@ -162,7 +162,7 @@ fn config_place(address: u64) -> Place {
     }
 }
 
-/// Writes what a read found, and hands the request back to Xen; an event has to follow.
+/// Writes what a read found, and returns the request to Xen; the caller then sends an event.
 pub fn put_answer(page: &[AtomicU32], vcpu: u16, data: Option<u64>) {
     let first = first_word(vcpu);
     if let Some(data) = data {

@@ -35,7 +35,7 @@ mod word {
 const ACTIVE: u32 = 1 << 0;
 /// `XEN_PCIB_AERHANDLER`: the frontend can be notified of errors.
 const AER_HANDLER: u32 = 1 << 1;
-/// `XEN_PCIB_active`: we have told it of one, and its answer is awaited.
+/// `XEN_PCIB_active`: the frontend was notified of an error and has not answered yet.
 const AER_ACTIVE: u32 = 1 << 2;
 
 /// What a frontend asks for (`XEN_PCI_OP_*`); unknown numbers are kept as they are.
@@ -81,7 +81,7 @@ impl WireError {
         self as i32
     }
 
-    /// Reads a number back, for a record of an earlier run; `Failed` for any that is none.
+    /// Reads a number back, for a record of a previous process; an unknown number is `Failed`.
     pub const fn from_number(number: i32) -> Self {
         match number {
             0 => Self::Success,
@@ -143,7 +143,7 @@ impl OpAnswer {
         Self { error: WireError::Success, value, entries: Vec::new() }
     }
 
-    /// A failure. Its value reads all ones, as from a bus where nobody answers.
+    /// A failure. Its value reads all ones, as from a bus where no device answers.
     pub const fn failed(error: WireError) -> Self {
         Self { error, value: u32::MAX, entries: Vec::new() }
     }
@@ -193,7 +193,7 @@ pub fn claimed(page: &[AtomicU32], token: u32) -> bool {
         && page[word::INFO].load(Ordering::Relaxed) == token
 }
 
-/// Writes an answer and hands the page back to the guest; an event has to follow.
+/// Writes an answer and returns the page to the guest; the caller then sends an event.
 pub fn put_answer(page: &[AtomicU32], answer: &OpAnswer) {
     let store = |index: usize, value: u32| page[index].store(value, Ordering::Relaxed);
     store(word::ERROR, answer.error.number() as u32);
@@ -201,7 +201,7 @@ pub fn put_answer(page: &[AtomicU32], answer: &OpAnswer) {
     for (index, entry) in answer.entries.iter().take(MSIX_ENTRIES).enumerate() {
         store(word::MSIX_ENTRIES + index, u32::from(entry.entry) << 16 | u32::from(entry.vector));
     }
-    // Release: the guest sees the answer once it sees the flag clear. Atomic: the guest changes the other flags meanwhile.
+    // Release: the guest sees the answer once it sees the flag clear. Atomic: the guest may change the other flags at the same time.
     page[word::FLAGS].fetch_and(!ACTIVE, Ordering::Release);
 }
 
@@ -228,7 +228,7 @@ pub fn has_aer_handler(page: &[AtomicU32]) -> bool {
     page[word::FLAGS].load(Ordering::Acquire) & AER_HANDLER != 0
 }
 
-/// Tells the frontend something about an error of the function that it sees at `devfn`; an event has to follow.
+/// Notifies the frontend of an error of the function that it sees at `devfn`; the caller then sends an event.
 pub fn put_aer(page: &[AtomicU32], devfn: u8, request: AerRequest, state: ChannelState) {
     let store = |index: usize, value: u32| page[index].store(value, Ordering::Relaxed);
     store(word::AER_COMMAND, aer_number(request));
@@ -236,7 +236,7 @@ pub fn put_aer(page: &[AtomicU32], devfn: u8, request: AerRequest, state: Channe
     store(word::AER_DOMAIN, 0);
     store(word::AER_BUS, 0);
     store(word::AER_DEVFN, u32::from(devfn));
-    // Release: the guest sees the operation once it sees the flag. Atomic: the guest changes the other flags meanwhile.
+    // Release: the guest sees the operation once it sees the flag. Atomic: the guest may change the other flags at the same time.
     page[word::FLAGS].fetch_or(AER_ACTIVE, Ordering::Release);
 }
 
@@ -276,7 +276,7 @@ pub mod frontend {
         };
     }
 
-    /// What the backend tells of an error: command, state of the link, device and function; `None` where it tells nothing.
+    /// The backend's notification of an error: command, state of the link, device and function; `None` where there is none.
     pub fn take_aer(page: &[AtomicU32]) -> Option<(u32, u32, u32)> {
         let load = |index: usize| page[index].load(Ordering::Relaxed);
         let active = page[word::FLAGS].load(Ordering::Acquire) & AER_ACTIVE != 0;

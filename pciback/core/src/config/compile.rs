@@ -287,7 +287,7 @@ impl<'a> Compiler<'a> {
         (self.registers.len() - 1) as u16
     }
 
-    /// Sets what some bits are, whatever they were before.
+    /// Sets the treatment of some bits and replaces the previous one.
     pub(super) fn set(&mut self, place: Place, known: Known, treatment: Treatment, rule: &Rule) {
         let shift = 8 * u32::from(place.offset & 3);
         let (dword, mask) = (usize::from(place.offset / 4), place.mask << shift);

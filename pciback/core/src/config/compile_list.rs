@@ -60,7 +60,7 @@ impl Compiler<'_> {
             (Some(_), _) => None,
             (None, Some((spec, rules))) => {
                 let hidden = rules.hidden.map(|reason| Rule::built_in(reason, spec.section));
-                // What a vendor put there nobody else knows.
+                // Only the vendor knows what is there.
                 hidden.or_else(|| self.policy.hide_unknown.clone().filter(|_| spec.rest.is_none()))
             }
             (None, None) => self.policy.hide_unknown.clone(),
@@ -122,7 +122,7 @@ impl Compiler<'_> {
         }
     }
 
-    /// A guest that uses the function goes on seeing what it has seen.
+    /// A guest that uses the function continues to see the same capabilities.
     fn keep_visibility(&mut self, capability: &Capability, hidden: Option<Rule>) -> Option<Rule> {
         let Some(kept) = self.kept else { return hidden };
         let seen = kept.contains(&capability.offset);
@@ -248,7 +248,7 @@ impl Compiler<'_> {
     fn msi(&mut self, capability: &Capability, owner: u16, family: &Family<'_>) {
         let control = self.spec.bytes.word(capability.offset + legacy::MESSAGE_CONTROL);
         let data = if control & legacy::MSI_ADDRESS_64 != 0 { 0x0c } else { 8 };
-        // One vector is delivered, whatever hardware has.
+        // One vector is delivered, however many hardware has.
         let one_each = 1;
         let absent = if control & legacy::MSI_MASKABLE != 0 { u32::MAX } else { 0 };
         let no_vector = "reserved: the guest has no such vector";
@@ -421,7 +421,7 @@ impl Compiler<'_> {
         }
     }
 
-    /// Treats bits anew; what hardware does with them stays known.
+    /// Replaces the treatment of bits; what hardware does with them stays known.
     fn relay(&mut self, place: Place, treatment: Treatment, rule: &Rule) {
         let shift = 8 * u32::from(place.offset & 3);
         if treatment == Treatment::Pass && place.mask << shift & u32::from(express::LINK_POWER) != 0 {

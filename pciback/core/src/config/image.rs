@@ -1,7 +1,7 @@
 //! What must survive a killed service: one function's virtual config space and interrupts, in a mapped file.
 //!
 //! Everything that is read here may have been written by a damaged file system or an older version: [`FunctionImage::check`]
-//! looks at it once when a service resumes, and the accessors are total whatever the words hold.
+//! looks at it once when a service resumes, and the accessors accept any value of the words.
 //!
 //! A value that takes one word is stored in place. Values that change together are written to the slot that is not in use and
 //! switched by one store of a generation number, so that a service killed at any instant leaves the old or the new.
@@ -73,7 +73,7 @@ impl FunctionImage {
         Self { memory: Box::new(memory), life }
     }
 
-    /// The life it belongs to.
+    /// The guest, within one boot, that it belongs to.
     pub fn life(&self) -> Life {
         self.life
     }
@@ -212,7 +212,7 @@ impl FunctionImage {
     }
 
     /// The offsets of the capabilities that the guest sees, in a function with `size` bytes of config space: the links of the
-    /// lists are its own, whatever hardware says.
+    /// lists are its own and do not depend on what hardware says.
     pub fn visible_capabilities(&self, size: usize) -> Vec<u16> {
         let bytes: Vec<u8> =
             (0..size.min(4 * PAGE) / 4).flat_map(|dword| self.shadow(dword).to_le_bytes()).collect();

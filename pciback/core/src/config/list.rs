@@ -26,7 +26,7 @@ pub struct Capability {
     pub next: u16,
 }
 
-/// What is wrong with a list. The walk goes on where it can.
+/// What is wrong with a list. The walk continues where it can.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ListProblem {
     /// The pointer at `at` has reserved low bits set; they were ignored.

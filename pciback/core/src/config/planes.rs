@@ -187,7 +187,7 @@ impl Planes {
         &self.refused
     }
 
-    /// What waits until the guest has let go of the function.
+    /// What waits until the guest has released the function.
     pub fn deferred(&self) -> &[Deferred] {
         &self.deferred
     }

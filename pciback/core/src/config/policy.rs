@@ -185,7 +185,7 @@ pub struct RegisterOverride {
 }
 
 /// What is laid over the built-in rules. Later overrides win over earlier ones; guarded registers (BARs, Command, MSI, MSI-X,
-/// interrupt line and pin, headers of capabilities) keep their built-in treatment whatever it says.
+/// interrupt line and pin, headers of capabilities) keep their built-in treatment in any case.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Policy {
     /// Unknown bytes: gaps, unknown and vendor-specific capabilities.
@@ -199,8 +199,8 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// For guests that place BARs by themselves: the host's addresses, which the capability has, are none of theirs. Whatever else the
-    /// policy says of it.
+    /// For guests that place BARs by themselves: the capability holds the host's addresses, which mean nothing to them. This
+    /// overrides all else that the policy says of it.
     pub fn hide_enhanced_allocation(&mut self) {
         self.capabilities.push(CapabilityOverride {
             which: AnyId::Legacy(CapabilityId::ENHANCED_ALLOCATION).into(),

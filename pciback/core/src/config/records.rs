@@ -5,7 +5,7 @@ use thiserror::Error;
 use super::image::{FunctionImage, VERSION};
 use crate::{DomId, Sbdf};
 
-/// The life of a guest that an image belongs to: a domain id means the same guest only within one boot of the host.
+/// The guest that an image belongs to: a domain id means the same guest only within one boot of the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Life {
     /// A hash of the host's boot id.
@@ -99,7 +99,7 @@ impl VectorState {
         self.entries.iter().find(|(known, _)| *known == entry).map(|(_, pirq)| *pirq)
     }
 
-    /// Forgets an entry, whatever was known of it.
+    /// Clears an entry.
     pub fn forget(&mut self, entry: u16) {
         if let Some(index) = self.entries.iter().position(|(known, _)| *known == entry) {
             self.entries.remove(index);

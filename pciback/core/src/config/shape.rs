@@ -44,7 +44,7 @@ impl CapabilityList {
 
 /// How many bytes, and whether the last of them are optional.
 fn length(capability: &Capability, bytes: &[u8]) -> (u16, bool) {
-    // Whatever it says of itself, its header belongs to it: that is where the list is.
+    // Even if its length is wrong, its header belongs to it: the list links are there.
     let header = match capability.id {
         AnyId::Legacy(_) => 2,
         AnyId::Extended(_) => 4,

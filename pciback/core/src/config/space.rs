@@ -83,7 +83,7 @@ impl Write {
 }
 
 impl VirtualConfigSpace {
-    /// Begins a life with a guest: overwrites the image.
+    /// Starts for a new guest: overwrites the image.
     pub fn create(
         spec: &FunctionSpec,
         planes: Arc<Planes>,
@@ -128,7 +128,7 @@ impl VirtualConfigSpace {
         u64::from(self.image.shadow(dword)) | u64::from(high) << 32
     }
 
-    /// Takes over the image of an earlier run of the service. An image of another version, boot, domain, function or layout,
+    /// Takes over the image of a previous process of the service. An image of another version, boot, domain, function or layout,
     /// and one that holds impossible values, is an error. The filter may be another than that run's: see
     /// [`Self::replace_filter`].
     pub fn resume(
@@ -160,7 +160,7 @@ impl VirtualConfigSpace {
         adopted
     }
 
-    /// Brings the image from the filter that it was written for to the one in force. Killed at any point, the next run does
+    /// Brings the image from the filter that it was written for to the one in force. Killed at any point, the next process does
     /// the same again with the same result.
     fn adopt(&mut self, hw: &dyn ConfigSpace) -> io::Result<()> {
         // Everything is read first: an error changes nothing.

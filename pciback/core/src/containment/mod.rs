@@ -1,4 +1,4 @@
-//! How errors of an assigned function are kept from the rest of the host: what is to be set in the function, its PF and every port
+//! How errors of an assigned function are kept from the rest of the host: what has to be set in the function, its PF and every port
 //! above, computed from what they show.
 //!
 //! Pure: [`settings`] says what shall be in which register, [`Setting::merged`] what to write. A status bit that a written 1 clears is never
@@ -58,9 +58,9 @@ pub struct Row {
     pub mask: u32,
     /// What they shall be.
     pub wanted: u32,
-    /// Bits that are written as 0 whatever they read.
+    /// Bits that are always written as 0.
     pub write_zero: u32,
-    /// Bits that are set only while somebody else is changing the register.
+    /// Bits that are set only while other software changes the register.
     pub busy: u32,
     /// Whether they are left alone where the platform keeps AER from the operating system (PCI Firmware 3.3, section 4.5.1).
     pub os_only: bool,

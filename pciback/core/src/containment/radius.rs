@@ -201,7 +201,7 @@ impl Group {
     }
 }
 
-/// Whether the IOMMU keeps a function apart from all others, whatever there is on the host: true of VFs below ports that isolate.
+/// Whether the IOMMU keeps a function apart from all others on any host: true of VFs below ports that isolate.
 pub fn is_alone(function: &HostFunction, bridges: &[Bridge]) -> bool {
     matches!(Group::of(function, bridges), Group::Alone(_))
 }

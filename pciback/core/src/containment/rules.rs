@@ -12,7 +12,7 @@ const PORTS: &[Role] = &[Role::Port, Role::RootPort];
 /// The root port alone.
 const ROOT: &[Role] = &[Role::RootPort];
 
-/// Errors that software can make a function report, through what it tells the function to do: by address (Completion Timeout,
+/// Errors that software can make a function report by what it requests from the function: by address (Completion Timeout,
 /// Completer Abort, Unsupported Request, ACS Violation and the kinds of blocking), or by the answer that it lets it give
 /// (Unexpected Completion, Poisoned TLP).
 pub const PROVOKABLE: u32 = 1 << 12 | 1 << 14 | 1 << 15 | 1 << 16 | 1 << 20 | 1 << 21 | 0x0f80_0000 | 1 << 31;

@@ -177,7 +177,7 @@ fn iommu_groups_follow_from_the_port_nearest_to_the_root_that_does_not_isolate()
     assert!(Radius::of(&vf, false, &ports[..1], &others).iommu_group.is_empty());
 }
 
-/// Whoever has the same [`Group`] is in the radius's list, and no other function.
+/// The radius's list has exactly the functions of the same [`Group`].
 #[test]
 fn functions_of_one_group_are_those_that_the_iommu_cannot_keep_apart() {
     let mut functions: Vec<HostFunction> =

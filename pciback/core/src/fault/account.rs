@@ -59,12 +59,12 @@ impl Account {
         Self { address, tallies: Severity::ALL.map(tally) }
     }
 
-    /// An event came, or a port contained an error, after so many looks had begun. Returns what is to be decided about at once.
+    /// An event came, or a port contained an error, after so many looks had begun. Returns the error that needs a decision at once.
     pub fn heard(&mut self, fault: &Fault, looks: u64) -> Option<Fault> {
         self.tallies[fault.severity as usize].heard(fault, looks)
     }
 
-    /// The look with this number has ended and read the counters; `None` where they could not be read. Returns what is to be decided
+    /// The look with this number has ended and read the counters; `None` where they could not be read. Returns what needs a decision
     /// about, at most one fault of each severity.
     pub fn looked(&mut self, look: u64, counters: Option<&ErrorCounters>) -> Vec<Fault> {
         let address = self.address;
@@ -93,7 +93,7 @@ struct Tally {
     burst: Option<Burst>,
 }
 
-/// What is to be decided about.
+/// An error that needs a decision.
 struct Due {
     count: u64,
     status: u32,
@@ -147,7 +147,7 @@ struct Burst {
     old: u64,
     /// How many errors were decided about.
     decided: u64,
-    /// What the events tell that were not decided about.
+    /// The errors of events that had no decision yet.
     status: u32,
     /// The look before or at which the last evidence came.
     last: u64,

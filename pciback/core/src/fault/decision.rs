@@ -8,7 +8,7 @@ use crate::DomId;
 pub enum Owner {
     /// dom0, with a driver of its own.
     Host,
-    /// Nobody: it is held, or quarantined.
+    /// Neither dom0 nor a guest: it is held, or quarantined.
     Nobody,
     /// A guest.
     Guest {

@@ -78,7 +78,7 @@ impl History {
         self.uncorrectable.sum(now, HOUR)
     }
 
-    /// Forgets the correctable errors: they were masked, and count anew.
+    /// Clears the correctable errors: they were masked, and their count starts from zero.
     pub fn forget_correctable(&mut self) {
         self.correctable = Window::default();
     }

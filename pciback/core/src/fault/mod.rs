@@ -58,7 +58,7 @@ impl fmt::Display for Severity {
 pub enum Detection {
     /// The kernel's trace event.
     Event,
-    /// The kernel's counters, while no event told of it.
+    /// The kernel's counters; no event reported it.
     Counters,
     /// Downstream Port Containment: a port cut off what is below it.
     Containment,

@@ -12,7 +12,7 @@ pub enum AerRequest {
     MmioEnabled,
     /// The function was reset.
     SlotReset,
-    /// Work may go on.
+    /// Work may continue.
     Resume,
 }
 
@@ -30,7 +30,7 @@ pub enum ChannelState {
 pub enum AerAnswer {
     /// Nothing: there is no driver, or it knows nothing of errors.
     None,
-    /// It can go on without a reset.
+    /// It can continue without a reset.
     CanRecover,
     /// It needs a reset.
     NeedReset,
@@ -83,7 +83,7 @@ impl Recovery {
         Self { state, mmio_enabled, asked: AerRequest::Detected }
     }
 
-    /// What is to be asked now.
+    /// The next question to the guest.
     pub const fn asks(&self) -> AerRequest {
         self.asked
     }

@@ -3,12 +3,12 @@
 //! Pure: the caller reads the three lists into an [`Observed`], makes a [`Wanted`] of its records, and carries out the [`Plan`]
 //! one step after the other. What the repairs do is said at [`Repair`]; which of Xen's rules their order respects, at [`plan`].
 //! A plan that was carried out leads to lists over which the next plan is empty; one that was carried out in part, or over
-//! lists that changed meanwhile, is thrown away and made anew.
+//! lists that changed in between, is discarded and made again.
 //!
 //! ```
 //! use xpci_core::Sbdf;
 //! use xpci_core::inventory::{Function, HostView, Observed, Wanted, plan};
-//! // sysfs shows a function that Xen was never told about.
+//! // sysfs shows a function that was never reported to Xen.
 //! let pf: Sbdf = "0000:01:00.0".parse()?;
 //! let mut observed = Observed::default();
 //! observed.functions.insert(pf, Function { host: Some(HostView::default()), ..Function::default() });

@@ -57,7 +57,7 @@ impl Identity {
 pub struct HostView {
     /// What it is.
     pub identity: Identity,
-    /// Whether it is a bridge, which goes to nobody.
+    /// Whether it is a bridge, which is never assigned.
     pub bridge: bool,
     /// Whether it has an MSI-X capability. Xen panics when it is asked to prepare the table of one that has none.
     pub msix: bool,
@@ -69,11 +69,11 @@ pub struct HostView {
     pub num_vfs: u16,
     /// Whether a driver is bound to it.
     pub driver: bool,
-    /// Whether that driver is one that only holds, whoever bound it.
+    /// Whether that driver is one that only holds, no matter which program bound it.
     pub held: bool,
 }
 
-/// Who owns a function in Xen, as far as Xen tells: it says only whether the function could be assigned.
+/// Who owns a function in Xen, as far as Xen reports it: it says only whether the function could be assigned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Owner {
     /// dom0.

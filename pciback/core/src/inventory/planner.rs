@@ -1,4 +1,4 @@
-//! From what is and what is wanted to what is to be done.
+//! Plans the steps from the observed state to the wanted one.
 
 use super::lists::Lists;
 use super::{
@@ -9,7 +9,7 @@ use crate::Sbdf;
 
 /// Plans the repairs that bring the three lists into step with each other and with what is wanted.
 ///
-/// The order is one that Xen accepts at every step (`docs/xen-answers.md`), from whatever state:
+/// The order is one that Xen accepts at every step (`docs/xen-answers.md`), from every state:
 /// 1. distrust is noted before anything is done because of it, so that a plan that ends half-way is not forgotten;
 /// 2. guests lose what they are not to have, VFs before PFs, nodes first: Xen does not protect a function that a guest has from
 ///    being removed from its list;
@@ -18,11 +18,11 @@ use crate::Sbdf;
 ///    what else left, only when Xen knows no VF of it any more; then VFs are reported;
 /// 5. functions are held, or given back; nodes are written; records end.
 ///
-/// What somebody else did on purpose is adopted and not fought: VFs that were made or unmade through sysfs are reported or
-/// removed like all others and nobody undoes it; functions that xen-pciback holds for xl, and guests that got theirs from xl,
+/// What another program did on purpose is adopted and not undone: VFs that were made or unmade through sysfs are reported or
+/// removed like all others and not restored; functions that xen-pciback holds for xl, and guests that got theirs from xl,
 /// keep them ([`Remark::HeldByOthers`], [`Remark::GivenByOthers`]). Of a function without a record only Xen's list and our own
 /// nodes are repaired; drivers and owners of functions are changed only where a record says so. A record is an intention:
-/// a held function that lost its holding driver is held again. And what left the host is removed from Xen's list whoever owns it
+/// a held function that lost its holding driver is held again. And what left the host is removed from Xen's list, whoever owns it
 /// there, as dom0's kernel does: the next device in that slot would be that guest's.
 ///
 /// An owner that Xen does not report exactly counts as the wanted one where both are possible; where Xen reported nothing, no
@@ -231,7 +231,7 @@ impl Planner<'_> {
             }
             _ if !host.held => Reason::NotHeld,
             Some(Owner::Host) => Reason::NotQuarantined,
-            // Xen does not tell dom0 from the quarantine domain, and the guest did not own it.
+            // Xen does not distinguish dom0 from the quarantine domain, and the guest did not own it.
             Some(Owner::Free) if taken => Reason::NotQuarantined,
             Some(Owner::Quarantine | Owner::Free) => return,
         };
@@ -242,7 +242,7 @@ impl Planner<'_> {
         self.out.hold.push(Step { repair: Repair::Hold { address }, reason });
     }
 
-    /// Ends a record: what is in the slot now, if anything, is dom0's, or whoever holds it.
+    /// Ends a record: a function that is in the slot now belongs to dom0, or to the program that holds it.
     fn forget(&mut self, address: Sbdf, function: &Function, owner: Option<Owner>, reason: Reason) {
         let nobody_holds = function.host.as_ref().is_some_and(|host| !host.held);
         if nobody_holds && matches!(owner, Some(Owner::Quarantine | Owner::Free)) {
@@ -252,7 +252,7 @@ impl Planner<'_> {
         self.out.records.push(Step { repair: Repair::Forget { address }, reason });
     }
 
-    /// What is noticed of any function, whether somebody wants something of it or not.
+    /// Reports about every function, whether it is wanted or not.
     fn remark(&mut self, address: Sbdf, function: &Function) {
         let Some(host) = &function.host else { return };
         let intent = self.wanted.functions.get(&address);

@@ -76,7 +76,7 @@ pub enum Repair {
         /// The function.
         address: Sbdf,
     },
-    /// Gives a function from the quarantine domain to dom0; that dom0 has it already is no failure. Its driver stays.
+    /// Gives a function from the quarantine domain to dom0; no failure if dom0 owns it already. Its driver stays.
     Release {
         /// The function.
         address: Sbdf,
@@ -179,9 +179,9 @@ pub enum Reason {
     DriverUnderGuest,
     /// The guest has ended.
     GuestEnded,
-    /// No record says that the guest has it.
+    /// A guest owns it without a record that says so.
     Unrecorded,
-    /// The service prepared it for a guest, and no guest has it.
+    /// The service prepared it for a guest, but it is attached to none.
     LeftPrepared,
     /// sysfs shows it and Xen does not know it.
     UnknownToXen,
@@ -193,7 +193,7 @@ pub enum Reason {
     NotQuarantined,
     /// The quarantine domain may own it, and it is not held.
     NobodyHolds,
-    /// Its guest has it and its nodes are missing.
+    /// It is attached to its guest, and its nodes are missing.
     NotPublished,
     /// A bridge cannot be held.
     Bridge,
@@ -249,9 +249,9 @@ impl fmt::Display for Step {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "remark", rename_all = "kebab-case")]
 pub enum Remark {
-    /// Somebody else holds it, for example xl.
+    /// Another program holds it, for example xl.
     HeldByOthers,
-    /// A guest has it that did not get it from the service.
+    /// It is attached to a guest, but not by the service.
     GivenByOthers,
     /// A VF whose PF is not there, is no PF, or waits itself: it cannot be reported to Xen.
     PfMissing,
@@ -265,7 +265,7 @@ pub enum Remark {
     VfsInTheWay,
     /// Other numbers of VFs are enabled and shown: they are coming or going.
     Unsettled,
-    /// No driver holds it while a guest has it: binding one could reset it under the guest.
+    /// No driver holds it while it is attached to a guest: binding one could reset it under the guest.
     NoHolderUnderGuest,
     /// The domain that owns it in Xen is ending.
     OwnerEnding,

@@ -26,7 +26,7 @@ pub enum Want {
     Held,
     /// With a guest.
     Attached(Place),
-    /// With nobody. A guest that had it when it was quarantined has it still.
+    /// Assigned to no guest. A guest that owned it when it was quarantined still owns it.
     Quarantined(Option<Place>),
     /// It left the host while a guest had it; that is remembered until it comes back.
     Gone,
@@ -37,7 +37,7 @@ pub enum Want {
 pub struct Intent {
     /// Where it should stand.
     pub want: Want,
-    /// What it was when it was taken; `None` where nobody noted it: then any device passes.
+    /// Its identity when it was taken; `None` where none was recorded: then any device passes.
     pub identity: Option<Identity>,
     /// Whether the service itself prepared its MSI-X table.
     pub msix_prepared: bool,
@@ -65,7 +65,7 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    /// Whether a function, or its PF, is in other hands at the moment.
+    /// Whether another transaction is using a function or its PF.
     pub(super) fn is_busy(&self, address: Sbdf, physical_function: Option<Sbdf>) -> bool {
         self.busy.contains(&address) || physical_function.is_some_and(|pf| self.busy.contains(&pf))
     }

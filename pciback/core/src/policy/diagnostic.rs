@@ -55,7 +55,7 @@ pub(super) struct Diagnostics {
 }
 
 impl Diagnostics {
-    /// A file with more mistakes than these is none that somebody reads to the end.
+    /// A longer list of mistakes would not be read to its end.
     const LIMIT: usize = 50;
 
     pub fn new(file: &str) -> Self {

@@ -1,4 +1,4 @@
-//! Functions of a dump as the filter wants to know them, as far as a dump tells.
+//! Describes the functions of a dump to the filter, as far as a dump shows them.
 
 use std::collections::HashMap;
 
@@ -21,7 +21,7 @@ struct Parent<'a> {
 pub struct Dumped {
     /// As the filter wants to know it.
     pub spec: FunctionSpec,
-    /// What the dump does not tell, one sentence each.
+    /// What the dump does not show, one sentence each.
     pub unknown: Vec<String>,
 }
 

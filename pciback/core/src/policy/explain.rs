@@ -39,7 +39,7 @@ pub struct Explanation {
     /// What is not known of it, so that registers may be shown wrong.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unknown: Vec<String>,
-    /// What waits until the guest that has the function has let go of it.
+    /// What waits until the guest has released the function.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub deferred: Vec<String>,
 }

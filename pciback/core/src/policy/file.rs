@@ -50,9 +50,9 @@ impl Profile {
 /// What is refused to guests unless a policy permits it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Permission {
-    /// A PF with SR-IOV: who has it decides over its VFs.
+    /// A PF with SR-IOV: its owner controls its VFs.
     PhysicalFunction,
-    /// A VF whose PF no driver of dom0's manages, or a guest has: nobody on the host's side watches over what it does.
+    /// A VF whose PF is attached to a guest or has no driver in dom0: nothing on the host supervises the VF.
     UntrustedVf,
     /// A function with a BAR in a page of memory that also holds registers of another owner's function: its guest reaches those.
     SharedPage,
@@ -87,7 +87,7 @@ impl Permission {
 /// When a function is taken from dom0 for guests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Holding {
-    /// When somebody says so.
+    /// Only on a command.
     #[default]
     OnRequest,
     /// As soon as it appears, and when the service starts.
@@ -256,7 +256,7 @@ impl PolicyFile {
         if diagnostics.is_empty() { Ok(file) } else { Err(diagnostics.into_list()) }
     }
 
-    /// Nobody means all functions of the host, and no guest has a function that appears.
+    /// A file for all functions of the host is a mistake, and a function that appears belongs to no guest yet.
     fn check_holding(&self, node: &Node, diagnostics: &mut Diagnostics) {
         if self.hold == Some(Holding::AtOnce) && self.matching == Match::default() {
             diagnostics

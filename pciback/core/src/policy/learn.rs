@@ -1,4 +1,4 @@
-//! What a guest's masked writes tell: the smallest addition to a policy that would let them through, and what that risks.
+//! Evaluates a guest's masked writes: the smallest addition to a policy that would permit them, and its risks.
 
 use std::fmt::Write as _;
 

@@ -58,7 +58,7 @@ pub struct Subject {
     pub identity: Identity,
     /// Physical or virtual.
     pub kind: Kind,
-    /// The name of the guest that has it or will get it.
+    /// The name of the guest that it is or will be attached to.
     pub domain: Option<String>,
 }
 

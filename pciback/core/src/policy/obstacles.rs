@@ -1,4 +1,4 @@
-//! What stands in the way of giving a function to a guest, as far as its config space and the policies tell.
+//! What prevents an attach of a function, as far as its config space and the policies show.
 
 use super::file::Permission;
 use super::rom::RomSource;
@@ -43,7 +43,7 @@ pub fn obstacles(spec: &FunctionSpec, merged: &Merged<'_>, resets: Option<&[Stri
         None if spec.bytes.len() < CAPABILITIES_END => true,
         None => spec.is_virtual() || !own_resets(&spec.bytes).is_empty(),
     };
-    // What is on its bus, and whose, only the host tells.
+    // Only the host knows what is on its bus and who owns it.
     if !can_be_reset && !merged.reset.permits_none() && !merged.reset.wants_together() {
         let names = "FLR, AF FLR, a reset by power management";
         found.push(match resets {

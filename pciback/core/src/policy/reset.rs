@@ -1,4 +1,4 @@
-//! The key `reset` of a policy file: how a function is reset when it changes hands.
+//! The key `reset` of a policy file: how a function is reset when its owner changes.
 
 use super::diagnostic::Diagnostics;
 use super::errors::SWITCH;
@@ -28,7 +28,7 @@ pub(super) const RESET_KEYS: &[KeyWord] = &[
 pub enum WithoutReset {
     /// No guest gets it.
     Refuse,
-    /// It changes hands without a reset.
+    /// Its owner changes without a reset.
     Permit,
 }
 
@@ -57,7 +57,7 @@ impl ResetWishes {
         }
     }
 
-    /// Whether a function that cannot be reset changes hands all the same.
+    /// Whether a function that cannot be reset may still get another owner.
     pub fn permits_none(&self) -> bool {
         self.none == Some(WithoutReset::Permit)
     }

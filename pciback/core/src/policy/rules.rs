@@ -323,7 +323,7 @@ fn by_name(
     found.map(|register| Span::Register { offset: register.offset, width: Some(register.width) })
 }
 
-/// What an entry says, whatever it is laid over.
+/// What an entry says, independent of the rules that it modifies.
 struct Entry<'a> {
     capability: Option<&'a Selector>,
     action: RegisterAction,

@@ -158,6 +158,6 @@ mod tests {
             std::fs::write(path, &text).unwrap();
         }
         let shipped = std::fs::read_to_string(path).unwrap();
-        assert!(shipped == text, "write it anew: XPCI_BLESS=1 cargo test -p pciback schema");
+        assert!(shipped == text, "rewrite it: XPCI_BLESS=1 cargo test -p pciback schema");
     }
 }

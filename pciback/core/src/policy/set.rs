@@ -28,7 +28,7 @@ pub struct Merged<'a> {
     pub hold: Holding,
     /// When it may go from a PV guest to another owner.
     pub reuse: Reuse,
-    /// How it is reset when it changes hands.
+    /// How it is reset when its owner changes.
     pub reset: ResetWishes,
     /// What happens where Xen objects to its reserved memory.
     pub rdm: RdmPolicy,

@@ -227,7 +227,7 @@ pub const CAPABILITIES: &[CapabilitySpec] = &[
             ),
         ],
     ),
-    // Index and data are here only where the location says so; else the bytes behind are somebody else's.
+    // Index and data are here only where the location says so; otherwise the bytes that follow belong to another structure.
     legacy(
         CapabilityId::SATA,
         "Serial ATA AHCI 1.3.1, 2.4",

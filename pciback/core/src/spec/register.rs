@@ -31,7 +31,7 @@ pub struct Field {
     pub name: &'static str,
 }
 
-/// The name of a field that stands for all of a register whose fields nobody could verify.
+/// The name of a field that stands for all of a register whose fields could not be verified.
 pub const WHOLE: &str = "(not described by field)";
 
 /// One register, relative to the start of its capability (or of config space, in the header).
@@ -161,7 +161,7 @@ pub struct CapabilitySpec {
     pub registers: &'static [Register],
     /// Registers that depend on what it says of itself.
     pub groups: &'static [Group],
-    /// What the bytes within its length are that no register covers; `None` where they are the vendor's, which nobody else
+    /// What the bytes within its length are that no register covers; `None` where they are the vendor's, which no one else
     /// knows.
     pub rest: Option<Kind>,
 }

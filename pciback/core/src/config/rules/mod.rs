@@ -48,7 +48,7 @@ pub(super) fn rules(id: AnyId) -> Option<&'static CapabilityRules> {
     legacy::RULES.iter().chain(extended::RULES).find(|rules| rules.id == id)
 }
 
-/// Whether a capability's registers keep their built-in treatment whatever a policy says: the service itself carries out what
+/// Whether a capability's registers keep their built-in treatment under every policy: the service itself carries out what
 /// they control.
 pub fn is_guarded(id: AnyId) -> bool {
     rules(id).is_some_and(|rules| rules.guarded)

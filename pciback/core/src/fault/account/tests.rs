@@ -375,7 +375,7 @@ fn real() -> impl Strategy<Value = Real> {
             at,
             event_first,
             apart,
-            // One of both, or nobody could know of it.
+            // At least one of both; otherwise nothing shows the error.
             counted: counted || !told,
             told,
             again,
@@ -473,7 +473,7 @@ proptest! {
         prop_assert_eq!(decisions(&uncounted, &course, 0), uncounted.len() as u64);
     }
 
-    /// A kernel that counts before it tells, as Linux does.
+    /// A kernel that counts an error before it reports the event, as Linux does.
     #[test]
     fn as_many_decisions_as_errors_that_show_after_the_account_has_begun(
         errors in prop::collection::vec(real(), 0..8),
@@ -488,7 +488,7 @@ proptest! {
         prop_assert_eq!(decisions(&errors, &course, begin), heard as u64);
     }
 
-    /// Whatever the kernel does, an error never causes two decisions, and a burst never none.
+    /// With any kernel, an error causes at most one decision and a burst at least one.
     #[test]
     fn never_more_decisions_than_errors_and_never_none(
         errors in prop::collection::vec(real(), 0..8),

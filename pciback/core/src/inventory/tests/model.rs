@@ -27,7 +27,7 @@ pub struct Device {
     pub mapped: bool,
 }
 
-/// How much Xen tells of owners.
+/// How much Xen reports of owners.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sight {
     Exact,
@@ -83,7 +83,7 @@ impl World {
         self.families.get(&pf).into_iter().flatten().copied()
     }
 
-    /// Whether a transaction has it, or somebody changes its PF.
+    /// Whether a transaction is using it or its PF is being changed.
     pub fn is_busy(&self, address: Sbdf) -> bool {
         let busy = &self.wanted.busy;
         busy.contains(&address) || self.pf(address).is_some_and(|pf| busy.contains(&pf))

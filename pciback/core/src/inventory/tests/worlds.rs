@@ -7,7 +7,7 @@ use super::model::{Device, Hardware, Sight, World};
 use crate::{DomId, Sbdf};
 
 const ALIVE: [DomId; 2] = [DomId(1), DomId(2)];
-/// Xen has it still; it is ending.
+/// Xen still has the domain, which is being destroyed.
 const ENDING: DomId = DomId(3);
 
 /// What is random of one function.
@@ -25,7 +25,7 @@ struct Seed {
     prepared: (bool, bool),
     want: u8,
     guest: u8,
-    /// Nodes for the guest of the record, for it at another place, for somebody else.
+    /// Nodes for the guest of the record, for it at another place, for another guest.
     nodes: (bool, bool, bool),
     mapped: bool,
     busy: bool,
@@ -119,7 +119,7 @@ fn place(world: &mut World, address: Sbdf, seed: &Seed) {
             0 => Owner::Host,
             1 => Owner::Quarantine,
             2 | 3 => Owner::Domain(domain),
-            // Where Xen only tells that some guest owns it, nobody can know that it is another one.
+            // Where Xen only reports that some guest owns it, it cannot be known that it is another one.
             _ if given && world.sight != Sight::Exact => Owner::Domain(domain),
             4 => Owner::Domain(ALIVE[0]),
             _ => Owner::Domain(ENDING),

@@ -209,7 +209,7 @@ const DPA: &[Register] = &[
     register(0x0e, 2, "DPA Control", &[control(0x001f, "Substate Control")]),
 ];
 
-/// The upper ports tell it in a message.
+/// The upstream ports send it in a message.
 const HIERARCHY_ID: &[Register] = &[
     register(
         0x04,

@@ -46,7 +46,7 @@ const DOE: &[Register] = &[
     ),
     // Each write appends a dword, 0 too.
     register(0x10, 4, "DOE Write Data Mailbox", &[control(0xffff_ffff, "DOE Write Data Mailbox")]),
-    // A write, whatever its value, takes the dword off that it shows.
+    // A write of any value removes the dword that it shows.
     register(0x14, 4, "DOE Read Data Mailbox", &[control(0xffff_ffff, "DOE Read Data Mailbox")]),
 ];
 
