@@ -58,7 +58,7 @@ impl PlacedBar {
     }
 }
 
-/// Sets Memory and I/O Space Enable as the placed BARs need them: whoever reaches a BAR that is not decoded makes an Unsupported
+/// Sets Memory and I/O Space Enable as the placed BARs need them: an access to a BAR that is not decoded causes an Unsupported
 /// Request (section 2.3.1), which may be fatal for the host.
 pub fn decode_bars(config: &dyn ConfigSpace, bars: &[PlacedBar]) -> io::Result<Changed> {
     let bit = |bar: &PlacedBar| if bar.io { header::COMMAND_IO } else { header::COMMAND_MEMORY };

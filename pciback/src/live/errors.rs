@@ -1,4 +1,4 @@
-//! The registers that decide over errors and tell of them: AER, Device Control and Status, DPC.
+//! The registers that control and report errors: AER, Device Control and Status, DPC.
 
 use std::io;
 

@@ -37,7 +37,7 @@ pub enum Changed {
         /// What it reads.
         found: u32,
     },
-    /// The register reads all ones: nobody answers.
+    /// The register reads all ones: no device answers.
     Silent,
 }
 
@@ -53,7 +53,7 @@ impl Changed {
         }
     }
 
-    /// The same, where it is no matter that nobody answers.
+    /// The same, where a device that does not answer is no failure.
     pub fn kept_or_silent(self, what: &str) -> io::Result<()> {
         match self {
             Self::Silent => Ok(()),
@@ -77,7 +77,7 @@ pub fn change(config: &dyn ConfigSpace, access: Access, clear: u32, set: u32) ->
     }
 }
 
-/// Clears and sets bits of a register and writes it in any case: whoever watches the write sees the wanted value.
+/// Clears and sets bits of a register and writes it in any case: software that traps the write sees the wanted value.
 pub fn rewrite(config: &dyn ConfigSpace, access: Access, clear: u32, set: u32) -> io::Result<Changed> {
     let before = config.read(access)?;
     match before == access.width().mask() {

@@ -57,7 +57,7 @@ impl Express {
     }
 }
 
-/// Whether the kernel hears of a link that goes down below a bridge, and takes it for the removal of what is there.
+/// Whether the kernel is notified of a link that goes down below a bridge, and treats it as a removal of the devices.
 pub fn notifies_of_removal(bridge: &dyn ConfigSpace) -> io::Result<bool> {
     let Some(express) = Express::of(bridge)?.filter(|express| express.flags & HAS_SLOT != 0) else {
         return Ok(false);
@@ -79,7 +79,7 @@ pub fn reset_secondary_bus(bridge: &dyn ConfigSpace) -> io::Result<()> {
         change(bridge, BRIDGE_CONTROL, 0, SECONDARY_BUS_RESET).and_then(|set| set.kept("Bridge Control"));
     // The specifications give these times; no event ends them.
     std::thread::sleep(ASSERTED);
-    // Whatever became of that: nothing below may stay in reset.
+    // Whether that failed or not: nothing below may stay in reset.
     change(bridge, BRIDGE_CONTROL, SECONDARY_BUS_RESET, 0)?.kept("Bridge Control")?;
     asserted?;
     if let Some(express) = express.as_ref().filter(|_| link) {

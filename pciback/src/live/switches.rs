@@ -106,7 +106,7 @@ pub fn switch_off(config: &dyn ConfigSpace) -> io::Result<bool> {
     Ok(answered)
 }
 
-/// Clears bits of a register of two bytes; `false`: nobody answers.
+/// Clears bits of a register of two bytes; `false`: no device answers.
 fn off(config: &dyn ConfigSpace, access: Access, bits: u16, name: &str) -> io::Result<bool> {
     let changed = change(config, access, bits.into(), 0)?;
     changed.kept_or_silent(name)?;

@@ -37,7 +37,7 @@ const RAM: [&str; 7] = [
     "Persistent Memory (legacy)",
     "Soft Reserved",
 ];
-/// What firmware has marked, which says of no part of a BAR that somebody uses it.
+/// What firmware has marked, which does not show that any part of a BAR is in use.
 const RESERVED: &str = "reserved";
 /// Windows of bridges: ranges in which functions lie.
 const WINDOW: &str = "PCI Bus ";
@@ -57,7 +57,7 @@ impl AddressMap {
     }
 
     /// What keeps a guest from being given a BAR of a function: memory in whole pages, ports exactly. Other functions' BARs are not
-    /// reported; whose functions they are, this map does not tell.
+    /// reported; this map does not show which functions own them.
     pub fn foreign(&self, function: Sbdf, bar: &Resource) -> Option<Foreign<'_>> {
         let (first, last) = (bar.start, bar.start.saturating_add(bar.size.saturating_sub(1)));
         let (from, to) = if bar.is_io() { (first, last) } else { (first / PAGE * PAGE, last | (PAGE - 1)) };

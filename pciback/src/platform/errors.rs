@@ -1,4 +1,4 @@
-//! What the kernel tells of errors that functions report to it.
+//! Errors of functions as the kernel reports them.
 
 use std::os::fd::BorrowedFd;
 
@@ -11,7 +11,7 @@ use crate::fault::{ErrorCounters, Fault};
 pub enum ErrorEvent {
     /// A function reported an error.
     Error(Fault),
-    /// Events were lost: the counters tell how many.
+    /// Events were lost: the counters show how many.
     Lost,
 }
 
@@ -25,7 +25,7 @@ pub trait ErrorEvents {
 
 /// Where errors become known.
 pub trait ErrorSource: Send + Sync {
-    /// Subscribes. Events that came since an earlier run of the service was killed are among them.
+    /// Subscribes. Events since a previous process of the service was killed are included.
     fn events(&self) -> Result<Box<dyn ErrorEvents>>;
     /// How many errors of a function, or a port, the kernel has counted; `None` where it counts none: the function has no AER
     /// capability, or the platform keeps it from the kernel. Does not touch the function.

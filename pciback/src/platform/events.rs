@@ -1,4 +1,4 @@
-//! What the host tells of its PCI functions, as it happens.
+//! Events of the host's PCI functions, as they happen.
 
 use std::os::fd::BorrowedFd;
 

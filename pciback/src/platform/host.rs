@@ -56,7 +56,7 @@ pub enum Use {
         /// What it is part of.
         master: Option<String>,
     },
-    /// One of its block devices is opened exclusively, and none of the above tells by what.
+    /// One of its block devices is opened exclusively, and none of the above shows by what.
     Claimed {
         /// The block device.
         device: String,
@@ -113,7 +113,7 @@ impl fmt::Display for Use {
 /// The host's PCI functions and their drivers.
 ///
 /// A change is done when the call returns; one that the host does not finish within `limit` is an error whose cause is
-/// `TimedOut`, and goes on in a child process of its own.
+/// `TimedOut`, and continues in a child process of its own.
 pub trait Host: Send + Sync {
     /// Subscribes to events about functions.
     fn events(&self) -> Result<Box<dyn HostEvents>>;
@@ -132,7 +132,7 @@ pub trait Host: Send + Sync {
     /// Maps the memory of a BAR (0-5).
     fn bar_memory(&self, address: Sbdf, bar: u8) -> Result<Box<dyn BarMemory>>;
     /// Reads its expansion ROM, at most so many bytes; `ENOENT` where it has none. Memory space must be on, and nothing may use the
-    /// function: some do not decode their BARs meanwhile (PCI 3.0, section 6.2.5.2).
+    /// function: some do not decode their BARs during it (PCI 3.0, section 6.2.5.2).
     fn rom(&self, address: Sbdf, most: usize) -> Result<Vec<u8>>;
     /// The bridges above it, the nearest first and the root port last; none where it is on a root bus.
     fn ports_above(&self, address: Sbdf) -> Result<Vec<Sbdf>>;

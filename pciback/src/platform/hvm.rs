@@ -39,7 +39,7 @@ pub trait HvmDomains: Send + Sync {
     fn servers(&self, domain: DomId) -> Result<Vec<ServerId>>;
     /// Makes one more; Xen gives it the lowest number that is free.
     fn create_server(&self, domain: DomId) -> Result<ServerId>;
-    /// Ends a server: nobody answers for its devices any more.
+    /// Ends a server: its devices no longer answer.
     fn destroy_server(&self, domain: DomId, server: ServerId) -> Result<()>;
     /// Maps the server's page, binds the event channels of the guest's vCPUs and lets requests come.
     fn connect(&self, domain: DomId, server: ServerId) -> Result<Box<dyn IoreqServer>>;
@@ -95,6 +95,6 @@ pub trait IoreqServer: Send {
     fn write_memory(&self, address: u64, bytes: &[u8]) -> Result<()>;
     /// Binds the event channels of vCPUs that have come since.
     fn bind_vcpus(&mut self) -> Result<()>;
-    /// Tells a vCPU that its request is answered.
+    /// Notifies a vCPU that its request is answered.
     fn notify(&self, vcpu: u16) -> Result<()>;
 }

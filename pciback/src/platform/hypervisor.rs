@@ -57,7 +57,7 @@ pub struct DeviceReport {
 pub struct DomainInfo {
     /// By what a guest is known over its reboots.
     pub uuid: Uuid,
-    /// Whether somebody keeps it paused.
+    /// Whether it is paused by a toolstack.
     pub paused: bool,
     /// Whether it has been destroyed: it never runs again, although Xen still knows it.
     pub dying: bool,
@@ -109,7 +109,7 @@ pub trait Hypervisor: Send + Sync {
     fn unmap_pirq(&self, domain: DomId, pirq: Pirq) -> Result<()>;
     /// What it is and whether it runs. `ESRCH`: there is none.
     fn domain(&self, domain: DomId) -> Result<DomainInfo>;
-    /// Pauses a domain until somebody unpauses it, as `xl pause` does.
+    /// Pauses a domain until it is unpaused, as `xl pause` does.
     fn pause(&self, domain: DomId) -> Result<()>;
     /// Takes back one `pause`: Xen counts them, and the domain runs when none is left. `EINVAL`: it is not paused.
     fn unpause(&self, domain: DomId) -> Result<()>;

@@ -1,4 +1,4 @@
-//! How dom0 is set up, apart from its functions: small files of its kernel and its administrator, and what xl tells of Xen.
+//! How dom0 is set up, apart from its functions: small files of its kernel and its administrator, and what xl reports about Xen.
 
 use super::Result;
 

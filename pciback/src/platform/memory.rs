@@ -1,4 +1,4 @@
-//! Memory that somebody else reads and writes too: a guest's page, or a file that outlives the service.
+//! Memory that others read and write too: a guest's page, or a file that outlives the service.
 
 use std::fs::File;
 use std::io;
@@ -25,13 +25,13 @@ pub struct SharedMemory {
 enum Owner {
     /// Unmapped when dropped.
     Mapping,
-    /// Somebody else unmaps it, after this value is gone.
+    /// The caller unmaps it, after this value is dropped.
     Borrowed,
 }
 
 impl SharedMemory {
     /// Maps the first `bytes` of a file, shared: what is stored stays in the file when the process is killed. The file must
-    /// be that long, and nobody may shorten it while it is mapped. Its holes are filled first: a store into one would end the process
+    /// be that long, and may not be shortened while it is mapped. Its holes are filled first: a store into one would end the process
     /// (SIGBUS) once the file system is full, while here that is an error.
     pub fn map_file(file: &File, bytes: usize) -> io::Result<Self> {
         let length = Self::checked_length(bytes)?;
@@ -58,7 +58,7 @@ impl SharedMemory {
         Ok(Self { words: mapped.cast(), len: bytes / 4, owner: Owner::Mapping })
     }
 
-    /// Wraps a mapping that somebody else made and unmaps.
+    /// Wraps a mapping that the caller makes and unmaps.
     ///
     /// # Safety
     /// `address` must be aligned to 4, and `bytes` from there readable, writable and mapped until the value is dropped.
@@ -150,7 +150,7 @@ impl Registers {
 
     fn load<T: Copy>(&self, offset: u64) -> Option<T> {
         #[expect(unsafe_code, reason = "access to the mapping")]
-        // SAFETY: the place is mapped, aligned and of this size; whatever a device answers is a valid number.
+        // SAFETY: the place is mapped, aligned and of this size; any value that a device returns is a valid number.
         self.place::<T>(offset).map(|place| unsafe { place.read_volatile() })
     }
 

@@ -52,7 +52,7 @@ pub struct Platform {
     pub hvm: Arc<dyn HvmDomains>,
     /// The network settings of VFs.
     pub network: Arc<dyn VfNetwork>,
-    /// What the kernel tells of errors that functions report.
+    /// Errors of functions as the kernel reports them.
     pub errors: Arc<dyn ErrorSource>,
     /// How dom0 is set up.
     pub machine: Arc<dyn Machine>,

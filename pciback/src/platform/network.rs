@@ -212,7 +212,7 @@ impl VfSetting {
     }
 }
 
-/// Settings of one VF: those that are known, or those that somebody wishes.
+/// Settings of one VF: those that are known, or those that are wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
 pub struct VfSettings {
@@ -284,7 +284,7 @@ impl VfSettings {
         }
     }
 
-    /// What is to be set, one after the other; the rate that these leave open stays as it is at `present`.
+    /// What has to be set, one after the other; the rate that these leave open stays as it is at `present`.
     pub fn each(&self, present: &Self) -> Vec<VfSetting> {
         let rate = (self.min_rate.is_some() || self.max_rate.is_some()).then(|| VfSetting::Rate {
             min: self.min_rate.or(present.min_rate).unwrap_or(0),
@@ -368,7 +368,7 @@ mod tests {
         assert_eq!(wished.or(present), VfSettings { min_rate: Some(7), ..wished });
         assert_eq!(wished.unlike(&present), wished);
         assert!(wished.unlike(&wished).is_empty());
-        // The kernel takes both rates together: the one that nobody spoke of stays.
+        // The kernel takes both rates together: the one that was not given stays.
         let rate = VfSetting::Rate { min: 7, max: 100 };
         assert_eq!(wished.each(&present), [VfSetting::Mac(mac), rate]);
     }

@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 use super::Result;
 use crate::DomId;
 
-/// Who may read a node besides dom0 and its owner. Nobody but the owner and dom0 may write.
+/// Who may read a node besides dom0 and its owner. Only the owner and dom0 may write.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Permissions {
     /// The owner: reads and writes.
@@ -53,7 +53,7 @@ pub trait StoreOps {
 
 /// A connection to xenstore. Watches belong to the connection.
 pub trait Store: StoreOps + Send + Sync {
-    /// Runs `body` until it commits: again from the start when somebody else changed what it read (`EAGAIN`), 100 times at
+    /// Runs `body` until it commits: again from the start when another client changed what it read (`EAGAIN`), 100 times at
     /// most. When `body` fails nothing is changed.
     fn transaction(&self, body: &mut dyn FnMut(&dyn StoreOps) -> Result<()>) -> Result<()>;
     /// Whether the domain is alive: introduced to xenstore and not dying.

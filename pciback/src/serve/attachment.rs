@@ -7,7 +7,7 @@ use crate::Sbdf;
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
 /// One attachment of a function to a guest: a function that is attached again, to the same guest or another one, has another. What is
-/// reported of an attachment that has ended concerns nobody.
+/// reported of an attachment that has ended is ignored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attachment {
     address: Sbdf,

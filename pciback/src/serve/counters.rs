@@ -37,7 +37,7 @@ pub struct Counters {
     /// How long these took together.
     nanoseconds: AtomicU64,
     errors: AtomicU64,
-    /// A guest that connects anew has no more to say than before.
+    /// A guest that reconnects gets no new allowance of log messages.
     complaints: Mutex<Complaints>,
 }
 

@@ -39,7 +39,7 @@ pub(super) trait GuestDevice: Send + Sync {
     /// Ends the delivery of a physical interrupt that is about to be unmapped.
     fn unbind(&self, function: &GuestFunction, pirq: Pirq);
 
-    /// Whether a reset takes more than the function's registers from the guest, so that its driver begins anew whoever asked for it.
+    /// Whether a reset takes more than the function's registers from the guest, so that its driver restarts, no matter who requested it.
     fn begins_anew_after_reset(&self) -> bool;
     /// A reset has ended; registers are as after it, and the function is still silent.
     fn reset(&self, function: &mut GuestFunction) -> io::Result<()>;

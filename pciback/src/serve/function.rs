@@ -33,7 +33,7 @@ pub enum Demand {
 
 /// What came of a config access.
 pub(super) struct Accessed {
-    /// What was read, all ones where nobody answered; what was written.
+    /// What was read, all ones where no device answered; what was written.
     pub value: u32,
     /// The host could not make the access.
     pub failed: bool,
@@ -66,11 +66,11 @@ pub struct GuestFunction {
     pub(super) line: u32,
     device: Arc<dyn GuestDevice>,
     gone: bool,
-    /// The guest loses it: its INTx reaches nobody any more.
+    /// The guest loses it: its INTx is no longer delivered.
     leaving: bool,
     /// The reset under way is the host's.
     keeps_registers: bool,
-    /// Why the last request failed, for whoever limits what a guest can put into the log.
+    /// Why the last request failed, for the code that limits what a guest can put into the log.
     trouble: Option<String>,
     /// When it was last reported that the guest's driver has started.
     driver_started: Option<Instant>,
@@ -133,7 +133,7 @@ impl GuestFunction {
         self.address
     }
 
-    /// Whether a reset of the guest's was under way when an earlier run of the service ended.
+    /// Whether a reset of the guest's was under way when a previous process of the service ended.
     pub fn resetting(&self) -> bool {
         self.space.image().resetting()
     }
@@ -272,7 +272,7 @@ impl GuestFunction {
         }
     }
 
-    /// A reset is about to begin: the function reads all ones, and nothing of it is mapped in its guest. On an error it goes on as before.
+    /// A reset is about to begin: the function reads all ones, and nothing of it is mapped in its guest. On error it continues as before.
     fn begin_silence(&mut self) -> crate::platform::Result<()> {
         self.space.image_mut().set_resetting(true);
         let Err(error) = self.device().unmap_bars(self) else { return Ok(()) };

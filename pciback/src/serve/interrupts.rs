@@ -41,7 +41,7 @@ pub enum InterruptError {
         address: Sbdf,
         /// The number.
         pirq: Pirq,
-        /// Who has it.
+        /// Its owner.
         holder: String,
     },
     /// Message Control does not keep what is written.
@@ -54,7 +54,7 @@ pub enum InterruptError {
         /// What it reads.
         found: u32,
     },
-    /// Message Control reads all ones: nobody answers.
+    /// Message Control reads all ones: the device does not answer.
     #[error("Message Control at {offset:#x} reads all ones")]
     Silent {
         /// The register.
@@ -156,7 +156,7 @@ impl GuestFunction {
         Ok(mapped?)
     }
 
-    /// Unmaps one vector. What is not mapped is no failure: it may be unmapped already, by an earlier run or with the domain. On an
+    /// Unmaps one vector. What is not mapped is no failure: it may be unmapped already, by a previous process or with the domain. On an
     /// error it stays noted, to be unmapped by the next try: its number is recorded nowhere else.
     pub(super) fn unmap(&mut self, vectors: &mut VectorState, entry: u16) -> Result<()> {
         let Some(pirq) = vectors.pirq_of(entry).map(Pirq) else { return Ok(()) };
@@ -188,7 +188,7 @@ impl GuestFunction {
         outcome.and(Ok(self.apply_interrupt_disable()?))
     }
 
-    /// Begins anew with one kind of interrupts.
+    /// Starts again with one kind of interrupts.
     pub(super) fn begin(&mut self, mode: InterruptMode) -> Result<VectorState> {
         let active = self.vectors().mode;
         if active == mode {
@@ -264,7 +264,7 @@ pub(super) fn kept(capability: u16, changed: Changed) -> Result<()> {
 pub(super) fn release_all(function: &mut GuestFunction) -> Result<()> {
     function.release()?;
     if let Some(entry) = function.vectors().pending {
-        // An earlier run was killed between the note and the mapping, or Xen refused it.
+        // A previous process was killed between the note and the mapping, or Xen refused it.
         warn!("{}: entry {entry} may be mapped to domain {}", function.address, function.domain);
         function.note(&VectorState::default())?;
     }

@@ -12,7 +12,7 @@ use crate::config::{MaskedWrite, Planes};
 use crate::fault::{AerAnswer, AerRequest, ChannelState};
 use crate::platform::PlatformError;
 
-/// What the thread tells the engine.
+/// What the thread reports to the engine.
 #[derive(Debug)]
 pub enum ServerReport {
     /// The guest asked for a function level reset; [`Server::reset_ended`](super::Server::reset_ended) is awaited.
@@ -54,7 +54,7 @@ pub enum NotTold {
     /// It did not answer in time.
     #[error("it did not answer in time")]
     Silent,
-    /// The thread cannot tell it: the event channel or the function is gone.
+    /// The thread cannot notify it: the event channel or the function is gone.
     #[error("it cannot be reached")]
     Unreachable,
 }

@@ -1,7 +1,7 @@
 //! How long a serving thread looks for its guest's next request before it sleeps.
 //!
 //! A guest that has read one register usually reads the next, and to be woken by an event costs more than the access itself. So the thread
-//! goes on looking for as long as this guest's requests have been apart lately; a guest whose requests come one at a time is waited for
+//! continues to look for as long as this guest's requests have been apart lately; a guest whose requests come one at a time is waited for
 //! asleep.
 
 use std::num::NonZero;

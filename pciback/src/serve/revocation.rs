@@ -8,10 +8,10 @@ use nix::errno::Errno;
 
 use crate::config::{Access, ConfigSpace};
 
-/// Whether a function was taken from whoever serves it. Clones are the same.
+/// Whether a function was taken from the thread that serves it. Clones share the state.
 ///
-/// A thread that hangs in a config access keeps the function's open config space, and goes on with it when that access ends: by then
-/// the function may be somebody else's. So this is looked at before each access to hardware and before anything is mapped.
+/// A thread that hangs in a config access keeps the function's open config space, and continues with it when that access ends: by then
+/// the function may have another owner. So this is looked at before each access to hardware and before anything is mapped.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Revocation(Arc<AtomicBool>);
 

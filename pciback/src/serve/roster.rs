@@ -1,4 +1,4 @@
-//! What a serving thread has, whatever brings its guest's requests: the functions, and the engine's orders.
+//! What a serving thread has, for every source of requests: the functions, and the engine's orders.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::BorrowedFd;
@@ -16,7 +16,7 @@ use crate::DomId;
 use crate::fault::AerAnswer;
 use crate::platform::PlatformError;
 
-/// What a serving thread has, whatever brings its guest's requests.
+/// What a serving thread has, for every source of requests.
 pub(super) struct Roster {
     pub domain: DomId,
     pub functions: BTreeMap<u8, Box<GuestFunction>>,
@@ -39,7 +39,7 @@ impl Roster {
         Self { domain, functions, counters, report, to_tell: VecDeque::new(), orders }
     }
 
-    /// Tells the engine what a request asks for beyond its answer.
+    /// Reports to the engine what a request asks for beyond its answer.
     pub fn tell(&self, demand: Option<Demand>, attachment: Option<Attachment>) {
         match (demand, attachment) {
             (Some(Demand::Reset), Some(attachment)) => (self.report)(ServerReport::ResetWanted(attachment)),
@@ -53,7 +53,7 @@ impl Roster {
 
     /// Reports the result of a notification of the guest.
     pub fn report_told(&self, telling: Telling, heard: Result<Result<AerAnswer, u32>, NotTold>) {
-        // A function that was taken meanwhile is nobody's concern any more.
+        // A function that was taken in between needs no report.
         if let Some(function) = self.functions.get(&telling.devfn) {
             (self.report)(ServerReport::Told(function.attachment(), heard));
         }
@@ -91,7 +91,7 @@ impl Roster {
         Ok(ready(&fds[0]))
     }
 
-    /// Reports that the guest cannot be heard any more, and keeps the functions for the engine to take.
+    /// Reports that requests of the guest can no longer be received, and keeps the functions for the engine to take.
     pub fn fail(&mut self, error: &PlatformError) {
         (self.report)(ServerReport::Failed(error.to_string()));
         self.tell_nothing(NotTold::Unreachable);

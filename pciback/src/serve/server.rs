@@ -114,7 +114,7 @@ impl Server {
         self.ask(|sender| Order::MaskedWrites(devfn, sender))
     }
 
-    /// Tells the guest something about an error; [`ServerReport::Told`] follows, and meanwhile the guest is served as ever. Things that
+    /// Notifies the guest of an error; [`ServerReport::Told`] follows, and until then requests are served as usual. Things that
     /// get orders at once wait for each other, each with a limit of its own.
     pub fn tell(&self, telling: Telling) {
         self.order(Order::Tell(telling));

@@ -1,5 +1,5 @@
-//! Keeping hardware as the host set it up, whatever its guest or the function itself does: BARs where the host placed them, decoding
-//! on, INTx off where nobody but the host would hear it.
+//! Keeping hardware as the host set it up, against changes by its guest or the function: BARs where the host placed them, decoding
+//! on, INTx off where it could only reach the host.
 
 use std::io;
 
@@ -37,7 +37,7 @@ impl GuestFunction {
         live::decode_bars(config, &bars)?.kept_or_silent("Command")
     }
 
-    /// Brings hardware into step with what its guest has: before it is served, by this run of the service or the first one.
+    /// Sets hardware to match the guest's state before it is served, by this process of the service or the first one.
     pub fn keep_hardware(&mut self) -> io::Result<()> {
         if self.is_silent() {
             return Ok(());

@@ -1,4 +1,4 @@
-//! The thread that serves one guest: it answers requests, obeys orders, and tells the guest of errors.
+//! The thread that serves one guest: it answers requests, obeys orders, and notifies the guest of errors.
 
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
@@ -30,7 +30,7 @@ pub(super) trait RequestSource: Send {
     /// Takes events that the guest has sent, without waiting, and at most [`EVENTS`]: where more have come, the thread wakes again.
     fn take_events(&mut self) -> Result<(), PlatformError>;
 
-    /// Tells the guest's driver of an error, for which it has no other one to answer.
+    /// Notifies the guest's driver of an error; no other notification may be unanswered.
     fn tell(&mut self, telling: &Telling) -> Result<(), NotTold>;
     /// Takes the driver's answer; `Err`: a number that means nothing.
     fn take_answer(&mut self) -> Option<Result<AerAnswer, u32>>;

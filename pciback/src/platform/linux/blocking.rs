@@ -2,7 +2,7 @@
 //!
 //! Unbinding a driver, a reset or a change of the number of VFs can sleep in the kernel where no signal reaches. A thread
 //! that does so keeps its whole process, with its event channels, from ending; a child that holds no descriptor of the
-//! service does not. The child is the service's own program, started anew with a hidden first argument. Starting it takes longer than
+//! service does not. The child is the service's own program, started with a hidden first argument. Starting it takes longer than
 //! most writes: a child that has answered is kept for the next one, and ends with the service, which closes its input.
 
 use std::fs::{self, OpenOptions};
@@ -37,7 +37,7 @@ pub fn run_if_child() -> Option<ExitCode> {
     (std::env::args_os().nth(1)? == SUBCOMMAND).then(child_main)
 }
 
-/// The child: makes the writes that its standard input tells it to, and reports each one's error number on its standard
+/// The child: makes the writes that it reads from its standard input, and reports each one's error number on its standard
 /// output; 0 is success.
 fn child_main() -> ExitCode {
     close_inherited();
@@ -137,7 +137,7 @@ impl Blocking {
         Self { program, idle: Arc::default() }
     }
 
-    /// Writes `value` to `path` and waits up to `limit`. When that has passed the child goes on alone; `finished` runs when
+    /// Writes `value` to `path` and waits up to `limit`. When that has passed the child continues alone; `finished` runs when
     /// the write has ended, however late.
     pub fn write(
         &self,
@@ -181,7 +181,7 @@ impl Blocking {
         }
     }
 
-    /// A child that has been told to write.
+    /// A child with an order to write.
     fn told(&self, program: &Path, path: &Path, value: &str) -> io::Result<Writer> {
         let order = Order { path: path.to_owned(), value: value.to_owned() };
         let mut line = serde_json::to_vec(&order)?;
@@ -192,7 +192,7 @@ impl Blocking {
             let mut writer = kept.map_or_else(|| Writer::start(program), Ok)?;
             match writer.input.write_all(&line) {
                 Ok(()) => return Ok(writer),
-                // Somebody ended it while it had nothing to do.
+                // It was killed while it had nothing to do.
                 Err(_) if again => writer.end(),
                 Err(error) => return Err(error),
             }
@@ -233,7 +233,7 @@ pub(in crate::platform) fn wait_until_readable(
     }
 }
 
-/// Lets the child go on, and takes note of its end, so that it does not stay as a zombie.
+/// Lets the child continue, and waits for its exit, so that it does not stay as a zombie.
 fn leave(mut writer: Writer, path: PathBuf, finished: impl FnOnce() + Send + 'static) {
     let started = thread::Builder::new().name("xpci-reaper".into()).spawn(move || {
         match writer.answer() {
@@ -249,7 +249,7 @@ fn leave(mut writer: Writer, path: PathBuf, finished: impl FnOnce() + Send + 'st
 }
 
 /// Makes a script that can be run at once. Another process writes it: a descriptor of this one, open for writing, would be inherited by what
-/// other tests start meanwhile, and the kernel runs no file that is open for writing (`ETXTBSY`).
+/// other tests start at the same time, and the kernel runs no file that is open for writing (`ETXTBSY`).
 #[cfg(test)]
 pub(super) fn make_script(path: &Path, text: &str) {
     let mut install = Command::new("install");

@@ -1,7 +1,7 @@
 //! Errors through Linux's tracing: the event `ras:aer_event` in an instance of our own, and the counters in sysfs.
 //!
-//! The instance outlives a service that is killed and goes on collecting, so that its successor finds what happened meanwhile. The
-//! text of an event is checked as if somebody else had written it.
+//! The instance outlives a killed service and continues to collect, so that the next process finds what happened in between. The
+//! text of an event is checked like untrusted input.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -113,7 +113,7 @@ impl Drop for Place {
 impl Instance {
     fn open(directory: &Path) -> io::Result<Self> {
         match fs::create_dir(directory) {
-            // One that an earlier run left.
+            // One that a previous process left.
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             other => other?,
         }

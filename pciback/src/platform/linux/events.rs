@@ -20,7 +20,7 @@ pub enum Source {
     Udev,
 }
 
-/// A subscription. Events can be lost when nobody takes them for long, which is said by [`HostEvent::Lost`].
+/// A subscription. Events can be lost when they are not taken for long, which [`HostEvent::Lost`] reports.
 pub struct PciEvents {
     socket: udev::MonitorSocket,
 }

@@ -407,7 +407,7 @@ impl Host for LinuxHost {
             return Ok(());
         }
         match self.change(address, &path, &address.to_string(), limit) {
-            // It lost its driver meanwhile.
+            // It has lost its driver in between.
             Ok(()) | Err(Cause::Missing | Cause::Os(Errno::ENODEV)) => Ok(()),
             Err(cause) => Err(PlatformError::new("unbind", address, cause)),
         }

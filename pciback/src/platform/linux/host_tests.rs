@@ -294,7 +294,7 @@ fn a_function_is_read_without_waiting_while_it_is_reset() {
     let error = host.reset(VF, Duration::from_millis(50)).unwrap_err();
     assert!(matches!(error.cause, Cause::TimedOut(_)), "{error}");
 
-    // What a blocked read would be: a fifo that nobody writes.
+    // Stands for a blocked read: a fifo without a writer.
     let attribute = tree.path(VF_PATH).join("driver_override");
     fs::remove_file(&attribute).unwrap();
     nix::unistd::mkfifo(&attribute, nix::sys::stat::Mode::S_IRWXU).unwrap();

@@ -43,7 +43,7 @@ impl LinuxVfNetwork {
         let directory = self.root.join(format!("bus/pci/devices/{physical_function}/net"));
         let mut found = Vec::new();
         for name in names(&directory)?.unwrap_or_default() {
-            // One that leaves meanwhile is not there.
+            // One that disappears in between is not listed.
             if let Some(text) = read_text(&directory.join(&name).join("ifindex"))? {
                 found.push(Interface { name, index: parse_decimal(&text)? });
             }
@@ -89,7 +89,7 @@ impl VfNetwork for LinuxVfNetwork {
 fn ask(request: Vec<u8>) -> std::result::Result<Vec<u8>, Cause> {
     let (sender, receiver) = mpsc::channel();
     let exchange = move || {
-        // Whoever asked may have given up.
+        // The caller may have given up.
         let _ = sender.send(exchange(&request));
     };
     thread::Builder::new().name("netlink".into()).spawn(exchange).map_err(Cause::from)?;

@@ -43,7 +43,7 @@ fn finish(
     let mut said = Vec::new();
     let ended = loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        // What goes on talking has no more time than what is silent.
+        // A program that keeps writing output gets no more time than a silent one.
         match if left.is_zero() { Ok(false) } else { wait_until_readable(pipe.as_fd(), left) } {
             Ok(true) => {}
             Ok(false) => {

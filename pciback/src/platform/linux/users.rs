@@ -51,7 +51,7 @@ impl Users<'_> {
         let mut members = Vec::new();
         for name in names(&class)?.unwrap_or_default() {
             let path = class.join(&name);
-            // A file among them is no member, and one that leaves meanwhile is not used.
+            // A file among them is no member, and a member that disappears in between is not in use.
             let Ok(target) = fs::read_link(&path) else { continue };
             if target.iter().filter_map(|part| part.to_str()).any(|part| owners.contains(part)) {
                 members.push((name, path));

@@ -209,7 +209,7 @@ mod tests {
         bytes
     }
 
-    /// What Linux 6.1 answers for a VF of igb, in its order, with what nobody here knows in between.
+    /// What Linux 6.1 answers for a VF of igb, in its order, with unknown attributes in between.
     fn vf(index: u32, spoof_check: u32, trust: u32) -> Vec<u8> {
         let mut mac = words(&[index]);
         mac.extend_from_slice(&[0x52, 0x54, 0, 0xaa, 0xbb, 1]);

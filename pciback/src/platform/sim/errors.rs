@@ -1,4 +1,4 @@
-//! What the simulated host's kernel tells of errors: what a test says.
+//! Errors that the simulated host's kernel reports, on a test's command.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd as _, BorrowedFd};
@@ -28,7 +28,7 @@ struct Queue {
 }
 
 impl Kernel {
-    /// An event; nobody hears it who has not subscribed.
+    /// Sends an event to all subscribers.
     pub fn tell(&self, event: ErrorEvent) {
         for queue in locked(&self.queues).iter().filter_map(Weak::upgrade) {
             locked(&queue.events).push_back(event);

@@ -120,7 +120,7 @@ impl Failures {
         *locked(&self.random) = Some(Random { state: seed, one_in: one_in.max(1), failed: 0 });
     }
 
-    /// Ends that, and tells how many calls failed.
+    /// Ends that, and returns how many calls failed.
     pub fn end_random(&self) -> u64 {
         locked(&self.random).take().map_or(0, |random| random.failed)
     }

@@ -9,7 +9,7 @@ use super::locked;
 /// When a platform's callers die: at one of their changes to the outside. Clones are the same fuse.
 ///
 /// A thread that dies unwinds, without a message; all others that use the platform do so at their next change or event. A
-/// new platform of the same simulated host is the next run's.
+/// new platform of the same simulated host belongs to the next process.
 #[derive(Clone, Default)]
 pub struct Fuse(Arc<State>);
 
@@ -30,7 +30,7 @@ struct State {
 pub enum Moment {
     /// It is not.
     Before,
-    /// It is; the caller does not learn of it.
+    /// It is; the caller gets no answer.
     After,
 }
 
@@ -42,7 +42,7 @@ impl Fuse {
         self.0.armed.store(true, Ordering::SeqCst);
     }
 
-    /// Callers die at whatever they do next.
+    /// Callers die at their next call.
     pub fn blow(&self) {
         self.0.blown.store(true, Ordering::SeqCst);
         for wake in locked(&self.0.wakes).drain(..) {
@@ -50,7 +50,7 @@ impl Fuse {
         }
     }
 
-    /// Wakes somebody who waits for events when callers die.
+    /// Wakes threads that wait for events when callers die.
     pub(super) fn on_end(&self, wake: impl Fn() + Send + 'static) {
         let mut wakes = locked(&self.0.wakes);
         if self.is_blown() {

@@ -1,4 +1,4 @@
-//! How hardware treats writes to config space, told from what it shows there: PCI Express 6.0, chapters 7 and 9.
+//! How hardware treats writes to config space, derived from its registers: PCI Express 6.0, chapters 7 and 9.
 
 use std::ops::Range;
 

@@ -5,7 +5,7 @@ use super::xen::Domain;
 use crate::DomId;
 use crate::platform::Permissions;
 
-/// dom0's own connection, which nobody can have.
+/// dom0's own connection, which no domain can have.
 const TOOLSTACK: Caller = Caller { connection: 0, transaction: None };
 
 /// What `xl create` leaves to the guest.

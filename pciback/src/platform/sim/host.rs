@@ -341,7 +341,7 @@ impl ConfigSpace for SimConfig {
     }
 }
 
-/// The memory of a BAR: bytes that keep what is written, anew each time it is mapped.
+/// The memory of a BAR: bytes that keep what is written, new for each mapping.
 struct SimBar {
     bytes: Mutex<Vec<u8>>,
 }

@@ -388,7 +388,7 @@ impl SimHvmGuest {
         (address..address + bytes).map(|at| written.get(&at).copied().unwrap_or(0)).collect()
     }
 
-    /// Sends a request to the server that has claimed what it is about; `None`: nobody has.
+    /// Sends a request to the server that has claimed what it is about; `None`: no server has.
     pub fn begin(&self, access: &wire::xen::Access) -> Option<SimRequest> {
         let domains = locked(&self.domains);
         let mut servers = domains.get(&self.domain)?.servers.values().rev().filter(|server| server.enabled);

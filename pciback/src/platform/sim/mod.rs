@@ -251,13 +251,13 @@ impl Simulation {
         locked(&self.world).xen.unpause(domain)
     }
 
-    /// A function reports an error: the kernel counts it and tells of it.
+    /// A function reports an error: the kernel counts it and sends an event.
     pub fn report_error(&self, address: Sbdf, severity: Severity, status: u32) {
         self.miss_error(address, severity);
         self.trace_error(address, severity, status);
     }
 
-    /// The kernel tells of an error that it counts at another time, or not at all.
+    /// The kernel sends an event for an error that it counts at another time, or not at all.
     pub fn trace_error(&self, address: Sbdf, severity: Severity, status: u32) {
         let fault = Fault { address, severity, status, detection: Detection::Event, count: 1 };
         self.errors.tell(ErrorEvent::Error(fault));
@@ -298,12 +298,12 @@ impl Simulation {
         }
     }
 
-    /// Whether dom0's kernel tells Xen of functions that come and go.
+    /// Whether dom0's kernel reports added and removed functions to Xen.
     pub fn report_to_xen(&self, reporting: bool) {
         locked(&self.world).reporting = reporting;
     }
 
-    /// Does something whose events get lost, as they do when nobody takes them for long: subscribers learn that, not what happened.
+    /// Does something whose events get lost, as they do when they are not taken for long: subscribers only get [`HostEvent::Lost`].
     pub fn while_events_are_lost(&self, action: impl FnOnce()) {
         locked(&self.world).listeners.muted = true;
         action();
@@ -327,7 +327,7 @@ impl Simulation {
         self.failures.at_random(seed, one_in);
     }
 
-    /// Ends that, and tells how many calls failed.
+    /// Ends that, and returns how many calls failed.
     pub fn end_random_failures(&self) -> u64 {
         self.failures.end_random()
     }
@@ -386,7 +386,7 @@ impl Simulation {
         }
     }
 
-    /// What uses a function from now on, while its own driver has it.
+    /// What uses a function from now on, while it is bound to its own driver.
     pub fn set_uses(&self, address: Sbdf, uses: Vec<Use>) {
         if let Some(function) = locked(&self.world).functions.get_mut(&address) {
             function.uses = uses;

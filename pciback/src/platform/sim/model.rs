@@ -20,7 +20,7 @@ pub(super) struct Description {
     /// How many interrupts a guest can have besides the host's lines.
     #[serde(default = "usual_irqs")]
     pub extra_guest_irqs: u32,
-    /// Whether dom0's kernel tells Xen of functions that come and go.
+    /// Whether dom0's kernel reports added and removed functions to Xen.
     #[serde(default = "yes")]
     pub report_to_xen: bool,
     /// The PCI drivers that are loaded in dom0.
@@ -137,7 +137,7 @@ pub(super) struct Function {
     /// Network interfaces that its own driver makes.
     #[serde(default)]
     pub interfaces: Vec<String>,
-    /// What uses it while its own driver has it.
+    /// What uses it while it is bound to its own driver.
     #[serde(default)]
     pub uses: Vec<Use>,
     /// How many VFs are enabled at first.
@@ -253,7 +253,7 @@ impl Description {
         Ok(description)
     }
 
-    /// The texts that tell how dom0 is set up; the version of Xen is in them too.
+    /// The texts that describe how dom0 is set up; the version of Xen is in them too.
     pub fn texts(&self) -> BTreeMap<String, String> {
         let (major, minor) = self.xen.split_once('.').unwrap_or((&self.xen, "0"));
         let version = [("major", major), ("minor", minor)];

@@ -53,7 +53,7 @@ impl Registers {
         u32::from(self.peek16(at)) | u32::from(self.peek16(at + 2)) << 16
     }
 
-    /// Sets what hardware itself sets, whatever a write could.
+    /// Sets what hardware itself sets, even bits that no write can set.
     pub fn poke(&mut self, at: u16, value: &[u8]) {
         for (place, byte) in self.bytes.iter_mut().skip(usize::from(at)).zip(value) {
             *place = *byte;

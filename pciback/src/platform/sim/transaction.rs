@@ -38,7 +38,7 @@ impl Transaction {
         common
     }
 
-    /// Watchers hear of a node once, however often it changed.
+    /// Watchers are notified of a node once, however often it changed.
     pub fn changed(&mut self, change: Change) {
         if !self.changes.contains(&change) {
             self.changes.push(change);
@@ -47,7 +47,7 @@ impl Transaction {
 }
 
 impl Tree {
-    /// Ends a transaction; `EAGAIN` when somebody changed what it looked at.
+    /// Ends a transaction; `EAGAIN` when another connection changed a node that it read.
     pub fn end(&mut self, id: u32, commit: bool) -> Answer<()> {
         let transaction = self.transactions.remove(&id).ok_or(Errno::ENOENT)?;
         if !commit {

@@ -129,7 +129,7 @@ impl Tree {
         self.connections.get(&caller.connection).map_or(DomId::DOM0, |connection| connection.domain)
     }
 
-    /// A node as the caller sees it, whatever its rights; a transaction remembers that it looked.
+    /// A node as the caller sees it, without a check of its rights; a transaction records the read.
     fn get(&mut self, caller: Caller, path: &str) -> Answer<Option<Arc<Node>>> {
         let common = self.nodes.get(path).cloned();
         let Some(id) = caller.transaction else { return Ok(common) };
@@ -159,7 +159,7 @@ impl Tree {
         };
     }
 
-    /// Tells the watchers, at once or when the transaction is committed.
+    /// Notifies the watchers, at once or when the transaction is committed.
     fn changed(&mut self, caller: Caller, path: &str, exact: bool) -> Answer<()> {
         match caller.transaction {
             Some(id) => {
@@ -171,7 +171,7 @@ impl Tree {
         Ok(())
     }
 
-    /// Who may write may read. A guest that may not read a node does not learn whether it exists.
+    /// Write permission includes read permission. A guest without it cannot find out whether a node exists.
     fn look(&mut self, caller: Caller, path: &str, write: bool) -> Answer<Option<Arc<Node>>> {
         check_path(path)?;
         let domain = self.domain(caller);
@@ -259,7 +259,7 @@ impl Tree {
         self.delete(caller, path, &node, false)
     }
 
-    /// Who watches above hears of the top only, who watches below of the node there.
+    /// Watches above fire for the top node only, watches below for their own node.
     fn delete(&mut self, caller: Caller, path: &str, node: &Node, exact: bool) -> Answer<()> {
         for name in &node.children {
             let child = below(path, name);
@@ -316,7 +316,7 @@ impl Tree {
         let _ = connection.wake.write(1);
     }
 
-    /// Tells who watches the path or, unless `exact`, one above, and may read it.
+    /// Fires the watches on the path or, unless `exact`, on one above, whose owners may read it.
     pub(super) fn fire(&mut self, path: &str, exact: bool) {
         let mut told = Vec::new();
         let mut at = Some(path);

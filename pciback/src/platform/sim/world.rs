@@ -25,7 +25,7 @@ pub(super) struct SimFunction {
     pub numa_node: Option<u32>,
     /// What its own driver makes.
     pub interfaces: Vec<String>,
-    /// What uses it while its own driver has it.
+    /// What uses it while it is bound to its own driver.
     pub uses: Vec<Use>,
     /// What the kernel reads from its expansion ROM.
     pub rom: Vec<u8>,
@@ -39,7 +39,7 @@ pub(super) struct SimFunction {
     pub network: VfSettings,
     /// Answers all ones until it is reset.
     pub silent: bool,
-    /// Resets are without effect, and nothing tells of that.
+    /// Resets have no effect, and no error shows that.
     pub unreset: bool,
     pub incarnation: u64,
 }
@@ -52,7 +52,7 @@ pub(super) struct World {
     pub placement: Placement,
     pub functions: BTreeMap<Sbdf, SimFunction>,
     pub xen: Xen,
-    /// Whether dom0's kernel tells Xen of functions that come and go.
+    /// Whether dom0's kernel reports added and removed functions to Xen.
     pub reporting: bool,
     pub listeners: Listeners,
     /// What else is at memory addresses and I/O ports, as lines of `/proc/iomem` and `/proc/ioports`.
@@ -120,7 +120,7 @@ impl World {
         self.functions.get_mut(&address).ok_or(Errno::ENOENT)
     }
 
-    /// A function appears in its slot, as `functions` of the description has it.
+    /// A function appears in its slot, as `functions` of the description defines it.
     pub fn plug(&mut self, function: &super::model::Function) -> Result<(), String> {
         let made = self.placement.physical(function)?;
         if self.functions.contains_key(&function.address) {
@@ -135,7 +135,7 @@ impl World {
         Ok(())
     }
 
-    /// The kernel finds a function and, usually, tells Xen.
+    /// The kernel finds a function and, usually, reports it to Xen.
     pub fn appear(&mut self, address: Sbdf, mut function: SimFunction) {
         let physical_function = function.physical_function;
         self.appeared += 1;
@@ -147,11 +147,11 @@ impl World {
         {
             log::warn!("{address}: the simulated Xen refuses the report: {errno}");
         }
-        // Xen hears of it by a notifier of the kernel's, before anybody hears of it by an event.
+        // A notifier in the kernel reports it to Xen before the uevent is sent.
         self.listeners.tell(HostEvent::Added(address));
     }
 
-    /// A function leaves, with its VFs, by the kernel or by somebody's hand.
+    /// A function is removed, with its VFs: by the kernel, or physically.
     pub fn remove_function(&mut self, address: Sbdf) {
         let vfs = self.functions.get(&address).map(|gone| gone.virtual_functions.clone()).unwrap_or_default();
         for vf in vfs {

@@ -116,7 +116,7 @@ impl Xen {
         Ok(())
     }
 
-    /// Forgets a function, and takes it from a guest that has it without asking.
+    /// Forgets a function, and takes it from its guest without asking.
     pub fn remove(&mut self, address: Sbdf) -> Answer<()> {
         self.device(address)?;
         // 4.17 does not look; the links from PF to VF came later.

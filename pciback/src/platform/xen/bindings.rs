@@ -72,7 +72,7 @@ pub struct Libraries {
     pub logger: *mut xentoollog_logger,
 }
 
-// SAFETY: the only raw pointer is that of a static which nobody writes.
+// SAFETY: the only raw pointer is that of a static which is never written.
 unsafe impl Send for Libraries {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Libraries {}

@@ -44,7 +44,7 @@ impl XenHvmDomains {
         let opened = unsafe { libraries.devicemodel.xendevicemodel_open(libraries.logger, 0) };
         let Some(devicemodel) = NonNull::new(opened) else {
             let error = PlatformError::new("open", "Xen's device model interface", Errno::last());
-            // SAFETY: the handle is open, and nobody else has it.
+            // SAFETY: the handle is open, and nothing else uses it.
             unsafe { libraries.ctrl.xc_interface_close(control.as_ptr()) };
             return Err(error);
         };
@@ -97,9 +97,9 @@ impl XenHvmDomains {
 
 impl Drop for XenHvmDomains {
     fn drop(&mut self) {
-        // SAFETY: the handle is open, and nobody uses it any more.
+        // SAFETY: the handle is open, and nothing uses it any more.
         let model = unsafe { self.libraries.devicemodel.xendevicemodel_close(self.model()) };
-        // SAFETY: the handle is open, and nobody uses it any more.
+        // SAFETY: the handle is open, and nothing uses it any more.
         let control = unsafe { self.libraries.ctrl.xc_interface_close(self.control()) };
         for answer in [model, control] {
             if let Err(errno) = check(answer) {

@@ -103,7 +103,7 @@ impl XenHypervisor {
 
 impl Drop for XenHypervisor {
     fn drop(&mut self) {
-        // SAFETY: the handle is open, and nobody uses it any more.
+        // SAFETY: the handle is open, and nothing uses it any more.
         let answer = unsafe { self.libraries.ctrl.xc_interface_close(self.handle()) };
         if let Err(errno) = check(answer) {
             log::error!("close Xen's control interface: {errno}");
@@ -178,7 +178,7 @@ impl Hypervisor for XenHypervisor {
         };
         match check(answer) {
             Ok(_) => Ok(true),
-            // Xen's one answer for "a guest has it" and "unknown".
+            // Xen's one answer for "assigned to a guest" and "unknown".
             Err(Errno::EINVAL) => Ok(false),
             Err(errno) => Err(PlatformError::new("test the assignment of", address, errno)),
         }

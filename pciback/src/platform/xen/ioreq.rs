@@ -79,7 +79,7 @@ impl RequestPage {
         if bytes.is_empty() || frames.len() > MAPPED {
             return Err(Errno::EINVAL);
         }
-        // SAFETY: the handle is open, `frames` has as many elements as the call is told, and no array of errors is given: then all of
+        // SAFETY: the handle is open, `frames` has as many elements as passed to the call, and no array of errors is given: then all of
         // the pages are mapped or none is.
         let mapped = unsafe {
             memory.xenforeignmemory_map(
@@ -98,7 +98,7 @@ impl RequestPage {
         let place = unsafe { mapped.cast::<u8>().add(within) };
         // SAFETY: the pages are mapped for writing, `within` + `bytes` ends in the last of them, and nothing refers to them.
         unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), place, bytes.len()) };
-        // SAFETY: they are mapped by this handle, and nobody refers to them any more.
+        // SAFETY: they are mapped by this handle, and nothing refers to them any more.
         check(unsafe { memory.xenforeignmemory_unmap(self.handle.as_ptr(), mapped, frames.len()) }).map(drop)
     }
 }
@@ -106,10 +106,10 @@ impl RequestPage {
 impl Drop for RequestPage {
     fn drop(&mut self) {
         let memory = &self.libraries.foreignmemory;
-        // SAFETY: the resource is mapped by this handle, and nobody refers to its page any more.
+        // SAFETY: the resource is mapped by this handle, and nothing refers to its page any more.
         let unmapped =
             unsafe { memory.xenforeignmemory_unmap_resource(self.handle.as_ptr(), self.resource.as_ptr()) };
-        // SAFETY: the handle is open, and nobody uses it any more.
+        // SAFETY: the handle is open, and nothing uses it any more.
         let closed = unsafe { memory.xenforeignmemory_close(self.handle.as_ptr()) };
         for answer in [unmapped, closed] {
             if let Err(errno) = check(answer) {
@@ -171,7 +171,7 @@ impl Channels {
 
 impl Drop for Channels {
     fn drop(&mut self) {
-        // SAFETY: the handle is open, and nobody uses it any more.
+        // SAFETY: the handle is open, and nothing uses it any more.
         let answer = unsafe { self.libraries.evtchn.xenevtchn_close(self.handle.as_ptr()) };
         if let Err(errno) = check(answer) {
             log::error!("close the event channel handle of domain {}: {errno}", self.domain);

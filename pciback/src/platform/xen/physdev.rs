@@ -152,7 +152,7 @@ impl PhysDev {
 
 impl Drop for PhysDev {
     fn drop(&mut self) {
-        // SAFETY: the handle is open, and nobody uses it any more.
+        // SAFETY: the handle is open, and nothing uses it any more.
         let answer = unsafe { self.libraries.call.xencall_close(self.handle.as_ptr()) };
         if let Err(errno) = check(answer) {
             log::error!("close Xen's hypercall interface: {errno}");

@@ -33,7 +33,7 @@ pub fn ask_device_model(domain: DomId) -> Result<Vec<u8>, Cause> {
     Conversation::new(stream, LIMIT).slots()
 }
 
-/// Connects, within the limit: a process that accepts nobody keeps others waiting in the queue.
+/// Connects, within the limit: a process that accepts no connections leaves clients waiting in the queue.
 fn open(path: &Path, limit: Duration) -> io::Result<UnixStream> {
     let descriptor: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     let limit = TimeVal::milliseconds(limit.as_millis() as i64);
@@ -145,7 +145,7 @@ mod tests {
     ) -> Result<Vec<u8>, Cause> {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let model = thread::spawn(move || {
-            // Whoever has heard enough hangs up.
+            // The client may close the connection early.
             for part in said {
                 if theirs.write_all(&part).is_err() {
                     return;

@@ -1,6 +1,6 @@
 //! Shared pages and event channels of PV guests, through libxengnttab and libxenevtchn.
 //!
-//! Each ring has handles of its own: an event descriptor then tells of one guest only, and closing them undoes
+//! Each ring has handles of its own: an event descriptor then belongs to one guest only, and closing them undoes
 //! everything even where an unmap or unbind failed. A guest that dies leaves its page mapped and readable; Xen keeps the
 //! dead domain until the ring is dropped.
 
@@ -115,12 +115,12 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         let gnttab = &self.libraries.gnttab;
-        // SAFETY: the page is mapped by this handle, and nobody refers to it any more.
+        // SAFETY: the page is mapped by this handle, and nothing refers to it any more.
         let answer = unsafe { gnttab.xengnttab_unmap(self.handle.as_ptr(), self.page.as_ptr().cast(), 1) };
         if let Err(errno) = check(answer) {
             log::error!("unmap the shared page of domain {}: {errno}", self.domain);
         }
-        // SAFETY: the handle is open, and nobody uses it any more.
+        // SAFETY: the handle is open, and nothing uses it any more.
         let answer = unsafe { gnttab.xengnttab_close(self.handle.as_ptr()) };
         if let Err(errno) = check(answer) {
             log::error!("close the grant handle of domain {}: {errno}", self.domain);
@@ -196,7 +196,7 @@ impl Drop for Channel {
         if let Err(errno) = check(answer) {
             log::error!("unbind the event channel of domain {}: {errno}", self.domain);
         }
-        // SAFETY: the handle is open, and nobody uses it any more.
+        // SAFETY: the handle is open, and nothing uses it any more.
         let answer = unsafe { evtchn.xenevtchn_close(self.handle.as_ptr()) };
         if let Err(errno) = check(answer) {
             log::error!("close the event channel handle of domain {}: {errno}", self.domain);

@@ -113,7 +113,7 @@ impl XenStoreConnection {
 
 impl Drop for XenStoreConnection {
     fn drop(&mut self) {
-        // SAFETY: the handle is open, and nobody uses it any more.
+        // SAFETY: the handle is open, and nothing uses it any more.
         unsafe { self.libraries.store.xs_close(self.handle()) };
     }
 }

@@ -1,4 +1,4 @@
-//! The ACPI table that tells an HVM guest of extended config space.
+//! The ACPI table that describes extended config space to an HVM guest.
 
 use super::ECAM_BASE;
 

@@ -17,7 +17,7 @@ pub struct Addresses {
 }
 
 impl Addresses {
-    /// Takes the addresses from `start` to before `end`; `false`: somebody else has one of them.
+    /// Takes the addresses from `start` to before `end`; `false`: one of them is taken.
     pub(super) fn take(&self, start: u64, end: u64) -> bool {
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         let is_free = taken.range(..end).next_back().is_none_or(|(_, end)| *end <= start);

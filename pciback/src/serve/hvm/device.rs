@@ -56,7 +56,7 @@ impl Device {
         memory.get(&bar).map(|memory| access(memory.as_ref()))
     }
 
-    /// Makes a function what an HVM guest finds at this device number. `again`: an earlier run had done so, and the guest goes on.
+    /// Makes a function what an HVM guest finds at this device number. `again`: a previous process did so, and the guest continues.
     pub fn enter(self, function: &mut GuestFunction, again: bool) -> Result<()> {
         let device = Arc::new(self);
         function.set_device(Arc::clone(&device) as _);
@@ -119,7 +119,7 @@ impl Device {
         }
         let Some(address) = wanted else { return Ok(()) };
         if !self.take(bar, address) {
-            // Until the place is free nobody answers for this BAR.
+            // Until the place is free nothing answers for this BAR.
             return Ok(());
         }
         let revoked = function.revocation.check();
@@ -271,7 +271,7 @@ fn bar_at(function: &GuestFunction, address: u64) -> Option<(Bar, u64)> {
     .next()
 }
 
-/// A register of a device is reached as a whole: what is not aligned is nobody's.
+/// A register of a device is reached as a whole: an unaligned access reaches no register.
 const fn aligned(offset: u64, bytes: u8) -> bool {
     offset.is_multiple_of(bytes as u64)
 }

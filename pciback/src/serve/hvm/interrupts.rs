@@ -1,7 +1,7 @@
 //! MSI and MSI-X of an HVM guest's function: the guest writes messages, Xen delivers them.
 //!
 //! A message is by a vector, or names a physical interrupt that the guest takes as an event ([`MsiMessage::pirq`]); that is seen from each
-//! message anew. A vector is mapped and bound when the guest has enabled its kind of interrupts and unmasked it. From then on Xen takes the mask
+//! message again. A vector is mapped and bound once the guest has enabled its kind of interrupts and unmasked it. From then on Xen takes the mask
 //! of an MSI-X vector itself, from the guest's write to its table, and answers reads of it; everything else of the table
 //! comes to us. So the masks in the image are true for vectors that are not bound, and are read from hardware when they are
 //! unbound.
@@ -164,14 +164,14 @@ impl Device {
         let seen = table_in_guest(function, &msix);
         let Ok(table) = function.msix_table(&msix) else { return };
         for (entry, pirq) in &vectors.entries {
-            // Before it is unbound: what is bound anew is masked, unless the flag for unmasked is passed.
+            // Before it is unbound: what is bound again is masked, unless the flag for unmasked is passed.
             let in_hardware = self.mask_in_hardware(&msix, *entry);
             let unbound = self.domains.unbind_msi(function.domain, Pirq(*pirq));
             let was_bound = unbound.is_ok();
             if let Err(error) = Revoked::Interrupt.outcome(unbound) {
                 function.note_trouble(&error);
             }
-            // One that an earlier run was killed before binding has the mask that the guest has written.
+            // If a previous process was killed before binding it, it has the mask that the guest has written.
             let (message, written) = table::message(function, *entry);
             let masked = in_hardware.filter(|_| was_bound).unwrap_or(written);
             if !vectors.chosen.contains(entry) {
@@ -198,7 +198,7 @@ impl Device {
             self.keep_masks(function);
             function.release()?;
         }
-        // Enabled already, it may be that an earlier run was killed before all was done.
+        // Enabled already, it may be that a previous process was killed before all was done.
         if active != InterruptMode::Msi {
             function.begin(InterruptMode::Msi)?;
         }
@@ -241,7 +241,7 @@ impl Device {
     }
 }
 
-/// Whether an entry has the physical interrupt that its message asks for: this one, or any of Xen's choice. What an earlier run was
+/// Whether an entry has the physical interrupt that its message asks for: this one, or any of Xen's choice. What a previous process was
 /// about to map may not be mapped, and Xen would not say so.
 fn is_mapped(vectors: &VectorState, entry: u16, wanted: Option<Pirq>) -> bool {
     let chosen = vectors.chosen.contains(&entry);

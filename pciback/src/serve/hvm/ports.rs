@@ -1,6 +1,6 @@
 //! Port CF8, which selects what port CFC reaches, and the reset control register in its midst.
 //!
-//! Xen keeps its own copy of what a guest writes to CF8, and by it sends accesses to CFC to whoever has the device. The write itself
+//! Xen keeps its own copy of what a guest writes to CF8, and uses it to send accesses to CFC to the server of the device. The write itself
 //! it has carried out like any other. Left to the guest's device model, which is another process, each access to a function
 //! of ours would wait for two.
 
@@ -33,7 +33,7 @@ impl ConfigPorts {
         Self(memory)
     }
 
-    /// What an access finds, and whether it resets the guest. Only whole registers are there; on the buses behind them nobody answers
+    /// What an access finds, and whether it resets the guest. Only whole registers are there; on the buses behind them nothing answers
     /// at these ports.
     pub fn access(&self, port: u16, bytes: u8, write: Option<u64>) -> (u64, bool) {
         let word = match (port, bytes) {

@@ -29,7 +29,7 @@ pub struct Connection {
     pub taken: Arc<Taken>,
 }
 
-/// Starts to serve an HVM guest; `functions` are those of an earlier run, by device and function number. Requests that have waited since
+/// Starts to serve an HVM guest; `functions` are those of a previous process, by device and function. Requests that have waited since
 /// are answered first. Reports go to `report`, which must not block.
 pub fn start(
     domain: DomId,
@@ -161,7 +161,7 @@ impl IoreqRequests {
         }
     }
 
-    /// Config space; where there is no function of ours, nobody answers.
+    /// Config space; where there is no function of ours, nothing answers.
     fn config(
         &mut self,
         roster: &mut Roster,
@@ -244,7 +244,7 @@ fn distance(items: u16, bytes: u8) -> u64 {
     u64::from(items) * u64::from(bytes)
 }
 
-/// Memory of a BAR. Where there is none nobody answers: it may have moved while the request was on its way.
+/// Memory of a BAR. Where there is none nothing answers: it may have moved while the request was on its way.
 fn access_memory(roster: &mut Roster, address: u64, bytes: u8, write: Option<u64>) -> u64 {
     let mut functions = roster.functions.values_mut();
     let value =

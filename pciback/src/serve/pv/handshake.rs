@@ -19,7 +19,7 @@ mod progress;
 mod tests;
 
 /// How long the directories stay away once they were removed. A guest's xenbus notices only whether they are there when it
-/// looks: made again before that, they would be those of the device that it knows and has closed, and nobody would connect.
+/// looks: made again before that, they would be those of the device that it knows and has closed, and it would not connect.
 pub const PAUSE: Duration = Duration::from_millis(250);
 
 /// What to do next, in this order.
@@ -31,9 +31,9 @@ pub enum Action {
     Connect(RingPlace),
     /// Give the ring up.
     Disconnect,
-    /// The guest has been told of the function and has scanned for it.
+    /// The guest was notified of the function and has scanned for it.
     Added(u8),
-    /// The function is published, but nobody in the guest looks for it yet.
+    /// The function is published, but the guest does not look for it yet.
     Waiting(u8),
     /// The guest has released the function, or its time is up: it must be silent before the next action, which may have the
     /// guest look at its bus again.
@@ -61,7 +61,7 @@ enum Link {
     Reconfiguring(RingPlace),
     /// The frontend is asked to look for functions.
     Reconfigured(RingPlace),
-    /// The frontend is asked to let go of everything.
+    /// The frontend is asked to release everything.
     Closing(RingPlace),
 }
 
@@ -73,7 +73,7 @@ enum Phase {
     Published,
     /// Part of the exchange in progress.
     Adding,
-    /// The guest has it.
+    /// It is attached to the guest.
     Present,
     /// To be withdrawn.
     Unwanted,
@@ -106,7 +106,7 @@ impl Handshake {
         Self { domain, link, frontend, functions: BTreeMap::new(), refused: None }
     }
 
-    /// A guest that an earlier run of the service served. `left` is what our end's nodes say; functions they name but
+    /// A guest that a previous process of the service served. `left` is what our end's nodes say; functions they name but
     /// `functions` does not are forgotten. The first action is to connect to the ring again, where there was one.
     pub fn resume(
         domain: DomId,
@@ -254,7 +254,7 @@ impl Handshake {
             let settled =
                 self.functions.values().all(|other| !matches!(other.phase, Phase::Adding | Phase::Removing));
             if let (true, Link::Reconfiguring(ring)) = (settled, self.link) {
-                // Nobody else is part of this exchange, and the frontend has not gone along: it is called off.
+                // This exchange is for no other function, and the frontend did not follow: it is cancelled.
                 changes.push(NodeChange::backend(key::STATE, XenbusState::CONNECTED.0));
                 self.link = Link::Connected { ring, scanned: true };
             }
@@ -269,7 +269,7 @@ impl Handshake {
         actions
     }
 
-    /// Gives up the ring and removes all nodes; what is still wanted is published anew.
+    /// Gives up the ring and removes all nodes; what is still wanted is published again.
     fn close(&mut self, actions: &mut Vec<Action>) {
         if self.ring().is_some() {
             actions.push(Action::Disconnect);
@@ -293,7 +293,7 @@ impl Handshake {
         }
         self.frontend = view;
         if !matches!(self.frontend.state, Some(XenbusState::INITIALISED | XenbusState::CONNECTED)) {
-            // It begins anew: the same numbers may be good ones then.
+            // It starts again: the same numbers may be valid then.
             self.refused = None;
         }
         self.advanced()

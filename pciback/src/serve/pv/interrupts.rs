@@ -43,7 +43,7 @@ pub(super) fn disable(function: &mut GuestFunction, mode: InterruptMode) -> Resu
     Ok(OpAnswer::value(0))
 }
 
-/// Gives back vectors that an earlier run of the service mapped and was killed before it could note them.
+/// Unmaps vectors that a previous process mapped but could not record before it was killed.
 pub(super) fn recover_interrupted(roster: &mut Roster) {
     let known: Vec<u32> = roster.functions.values().flat_map(|function| known(function)).collect();
     for function in roster.functions.values_mut().filter(|function| interrupted(function)) {
@@ -58,7 +58,7 @@ fn known(function: &GuestFunction) -> Vec<u32> {
     function.vectors().entries.iter().map(|(_, pirq)| *pirq).chain([function.line]).collect()
 }
 
-/// Whether an earlier run was about to map a vector when it was killed.
+/// Whether a previous process was about to map a vector when it was killed.
 fn interrupted(function: &GuestFunction) -> bool {
     function.vectors().pending.is_some()
 }
@@ -67,9 +67,9 @@ fn interrupted(function: &GuestFunction) -> bool {
 /// there are interrupt lines, and 32 more.
 const PIRQS: std::ops::Range<u32> = 16..1024;
 
-/// Gives back a vector that an earlier run mapped but could not note.
+/// Unmaps a vector that a previous process mapped but could not record.
 ///
-/// Xen chooses the number of a vector's pirq and does not tell later which belongs to what. All pirqs of a PV guest's
+/// Xen chooses the number of a vector's pirq and does not report later which belongs to what. All pirqs of a PV guest's
 /// functions are ours, since a guest has one PCI device in xenstore; so those that are not `known` are unmapped.
 fn unmap_unknown(function: &mut GuestFunction, known: &[u32]) -> Result<()> {
     for pirq in PIRQS.filter(|pirq| !known.contains(pirq)) {

@@ -14,7 +14,7 @@ pub(crate) mod key {
     pub const MAGIC: &str = "magic";
 }
 
-/// A device's state as its two ends tell each other (`XenbusState`); unknown numbers are kept as they are.
+/// A device's state as its two ends publish it (`XenbusState`); unknown numbers are kept as they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct XenbusState(pub u32);
 
@@ -246,7 +246,7 @@ pub fn pciback_guest(store: &dyn StoreOps, address: Sbdf) -> Result<Option<DomId
     Ok(found.map(|(_, domain)| domain))
 }
 
-/// Has xenstore tell a guest of its new device once more. A guest looks for devices when it boots, and later only where it is told of a
+/// Makes xenstore notify a guest of its new device once more. A guest looks for devices when it boots, and later only where it is told of a
 /// change: one that was suspended when the device was published was not.
 pub fn tell_again(store: &dyn Store, domain: DomId) -> Result<()> {
     let path = format!("{}/{}", frontend_directory(domain), key::STATE);
@@ -259,7 +259,7 @@ pub fn tell_again(store: &dyn Store, domain: DomId) -> Result<()> {
     })
 }
 
-/// Reads the state our end was left in by an earlier run; `None` where there is no device.
+/// Reads the state our end was left in by a previous process; `None` where there is no device.
 pub fn read_backend_state(store: &dyn StoreOps, domain: DomId) -> Result<Option<XenbusState>> {
     let path = format!("{}/{}", backend_directory(domain), key::STATE);
     Ok(store.read(&path)?.as_deref().and_then(number).map(XenbusState))

@@ -8,7 +8,7 @@ use crate::serve::function::Accessed;
 use crate::serve::{Demand, GuestFunction};
 
 impl GuestFunction {
-    /// Answers a request. One that an earlier run of the service had completed is answered with what came out then.
+    /// Answers a request. One that a previous process had completed is answered with its recorded result.
     pub fn execute(&mut self, op: &Op) -> (OpAnswer, Option<Demand>) {
         if op.command == Command::CONF_READ {
             return self.read(op);
@@ -55,7 +55,7 @@ impl GuestFunction {
 
     fn carry_out(&mut self, op: &Op) -> (OpAnswer, Option<Demand>) {
         if self.is_silent() {
-            // As on a bus where nobody answers: writes are lost, which the writer does not notice.
+            // As on a bus where no device answers: writes are lost, which the writer does not notice.
             let answer = match op.command {
                 Command::CONF_WRITE => OpAnswer::value(op.value),
                 _ => OpAnswer::failed(WireError::Failed),

@@ -36,7 +36,7 @@ pub(super) struct RingRequests {
     token: u32,
 }
 
-/// Claims that an earlier run left on the page or in a record must not be met again soon.
+/// Claims that a previous process left on the page or in a record must not be used again soon.
 fn first_token() -> u32 {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     now.as_nanos() as u32

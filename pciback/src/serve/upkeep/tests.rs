@@ -1,4 +1,4 @@
-//! Hardware as the host set it up, whatever guests and functions do.
+//! Hardware stays as the host set it up, against changes by guests and functions.
 
 use crate::Sbdf;
 use crate::config::{Access, InterruptMode};

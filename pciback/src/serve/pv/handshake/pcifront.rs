@@ -114,11 +114,11 @@ impl World {
             .collect();
         self.connected = None;
         self.paused = false;
-        // Who waited to hear of them was killed too.
+        // The process that waited for them was killed too.
         self.added.extend(&self.guest.found);
         self.served = self.wanted.union(&self.leaving).copied().collect();
         if self.served.is_empty() {
-            // Nobody remembers a pause then, but the service needs longer than that to start.
+            // No pause is remembered then, but the service needs longer than that to start.
             self.guest_sees_directory();
         }
         let functions: Vec<(u8, Sbdf)> = self.served.iter().map(|devfn| (*devfn, address(*devfn))).collect();
@@ -214,7 +214,7 @@ impl World {
         FrontendView { state: number("state").map(XenbusState), ring }
     }
 
-    /// The engine hears of the frontend's nodes.
+    /// The engine is notified of the frontend's nodes.
     pub fn look(&mut self) {
         let actions = self.handshake.frontend_changed(self.view());
         self.act(actions);
@@ -247,7 +247,7 @@ impl World {
         assert_eq!(self.backend["root_num"], "1");
         assert_eq!(self.backend["root-0"], "0000:00");
         if self.connected != self.guest.ring {
-            // Its first access waits on the page for up to two seconds: long enough for the engine to hear of the nodes.
+            // Its first access waits on the page for up to two seconds: long enough for the engine to be notified of the nodes.
             self.look();
         }
         if self.guest.ring.is_some() && self.connected == self.guest.ring {

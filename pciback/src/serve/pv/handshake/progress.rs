@@ -1,4 +1,4 @@
-//! How the handshake goes on from where the two ends are, as far as the frontend lets it.
+//! How the handshake continues from the states of the two ends, as far as the frontend permits.
 
 use super::{Action, Function, Handshake, Link, Phase, state};
 use crate::serve::pv::nodes::{NodeChange, RingPlace, XenbusState, key};
@@ -184,7 +184,7 @@ impl Handshake {
         // The guest looks at its bus again once we are Reconfigured: what still answered would be found.
         actions.extend(removed.into_iter().map(Action::Removed));
         if self.functions.is_empty() {
-            // What was to come was taken back meanwhile.
+            // The function to be added was withdrawn in between.
             self.close(actions);
             return;
         }

@@ -117,14 +117,14 @@ fn a_module_unloaded_in_the_middle_of_an_exchange_does_not_hold_it_up() {
 fn a_function_is_silent_before_the_guest_looks_again() {
     let mut world = connected(&[0, 8]);
     world.remove(0);
-    // The model scans the moment that we write 8: whatever still answered then would be found again.
+    // The model scans the moment that we write 8: a function that still answers then is found again.
     world.run();
     assert!(world.found().iter().eq(&[8]));
 }
 
 #[test]
 fn a_guest_whose_time_is_up_can_still_follow_later() {
-    // It has not begun, or it has dropped the function but we have not heard of it, when the limit is over.
+    // At the limit it has not begun, or has dropped the function but we were not notified.
     for begun in [false, true] {
         let mut world = connected(&[0, 8]);
         world.remove(0);
@@ -294,7 +294,7 @@ impl World {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
 
-    /// Whatever happens in whatever order, in the end the guest has what it shall have and nothing else is left.
+    /// After any events in any order, the guest has the functions that are wanted and nothing else is left.
     #[test]
     fn everything_converges(happenings in prop::collection::vec(happening(false), 0..60)) {
         let mut world = World::new();

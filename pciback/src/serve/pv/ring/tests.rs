@@ -99,7 +99,7 @@ fn killed_anywhere(before: &[Op], op: &Op, check: impl Fn(&Machine, (i32, u32, V
         for first in 0.. {
             let machine = Machine::new();
             let mut serving = one_run(&machine);
-            // Another function has vectors already, which nobody may touch.
+            // Another function has vectors already, which must stay as they are.
             let mut other = msix(&[0, 3]);
             other.devfn = 8;
             serving.ask(&machine, &other);
@@ -177,7 +177,7 @@ fn a_write_reaches_hardware_although_the_service_is_killed_anywhere() {
     });
 }
 
-/// The one thing that content cannot tell: whether the same write is the old one or comes again.
+/// The one thing that content cannot show: whether the same write is the old one or comes again.
 #[test]
 fn the_same_write_again_is_carried_out_again_whenever_the_service_is_killed() {
     let write = op(Command::CONF_WRITE.0, PLAIN, 2, 0x1234);
@@ -482,7 +482,7 @@ fn word() -> impl Strategy<Value = u32> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
 
-    /// Whatever stands on the page: no panic, an answer, and what is mapped is noted.
+    /// With any content of the page: no panic, an answer, and what is mapped is recorded.
     #[test]
     fn any_page_is_answered(pages in prop::collection::vec(prop::collection::vec(word(), 142), 1..8)) {
         let machine = Machine::new();

@@ -1,4 +1,4 @@
-//! What a guest does when it is notified of errors, and what the engine hears of it.
+//! What a guest does when it is notified of errors, and what is reported to the engine.
 
 use std::sync::mpsc::{Receiver, channel};
 
