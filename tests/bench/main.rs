@@ -21,7 +21,7 @@ const USAGE: &str = "usage: bench [--rounds N] [--xen 4.17|4.20] [--only vfs|pv|
 struct Options {
     rounds: usize,
     xen: XenVersion,
-    /// What is measured; everything unless told.
+    /// What is measured; everything by default.
     only: Option<Part>,
 }
 

@@ -1,4 +1,4 @@
-//! `make demo`: the main job of xpci, on a real Xen host inside QEMU, told to somebody who has never seen it.
+//! `make demo`: the main job of xpci, on a real Xen host inside QEMU, explained to a first-time reader.
 
 use std::io::{self, Write};
 use std::time::Instant;
@@ -15,7 +15,7 @@ const COMPLETION_TIMEOUT: u32 = 1 << 14;
 
 /// Prints one line of the story.
 fn say(text: &str) {
-    // Whoever reads may have gone away.
+    // The reader may have exited.
     let _ = writeln!(io::stdout(), "{text}");
 }
 

@@ -42,11 +42,11 @@ fn main() -> Result<()> {
     let mut line = String::new();
     while input.read_line(&mut line).context("reading the orders")? > 0 {
         let words: Vec<&str> = line.split_whitespace().collect();
-        // What was answered before is still written when this one fails: it tells how it came to that.
+        // What was answered before is still written when this one fails: it shows what led to that.
         let answer = frontend.obey(&words).with_context(|| line.clone())?;
         writeln!(out, "{answer}")?;
         if input.buffer().is_empty() {
-            // Whoever gives the orders may wait for the answer.
+            // The sender of the orders may wait for the answer.
             out.flush()?;
         }
         line.clear();

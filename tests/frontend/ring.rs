@@ -54,7 +54,7 @@ fn open(path: &str) -> Result<File> {
     opened.with_context(|| format!("opening {path}; is its module loaded?"))
 }
 
-/// One request: command, segment, bus, device and function, offset, size, value, info; whatever they are.
+/// One request: command, segment, bus, device and function, offset, size, value, info; any values.
 pub struct Request<'a> {
     pub fields: [u32; 8],
     /// MSI-X table entries.
@@ -110,7 +110,7 @@ impl Ring {
         Ok(Self { words, channels, grant: wanted.grant, port, _grants: grants })
     }
 
-    /// Puts a request on the page, tells dom0, waits for the answer.
+    /// Puts a request on the page, notifies dom0, waits for the answer.
     pub fn ask(&mut self, request: &Request<'_>) -> Result<Answer> {
         let put = |index: usize, value: u32| self.words[index].store(value, Ordering::Relaxed);
         let [command, rest @ ..] = request.fields;

@@ -1,4 +1,4 @@
-//! Bringing functions and the service to a known state, from whatever a failed check left.
+//! Bringing functions and the service to a known state, from any state that a failed check left.
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
@@ -32,7 +32,7 @@ pub fn no_problems(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// Makes a function held and no guest's, whatever it was.
+/// Makes a function held and attached to no guest, from any state.
 pub fn make_held(lab: &Lab, address: &str) -> Result<()> {
     for _ in 0..STEPS {
         let (state, domain) = whose(lab, address)?;
@@ -48,7 +48,7 @@ pub fn make_held(lab: &Lab, address: &str) -> Result<()> {
     bail!("{address} is not held after {STEPS} steps: {}", status(lab)?)
 }
 
-/// Gives a guest a function, at a slot if that matters, unless it has it.
+/// Gives a guest a function, at a slot if that matters, unless it is attached already.
 pub fn make_attached(lab: &Lab, guest: &Guest<'_>, address: &str, slot: Option<u32>) -> Result<()> {
     let domain = guest.domid()?;
     if whose(lab, address)? == ("attached".to_owned(), Some(u64::from(domain))) {

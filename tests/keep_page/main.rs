@@ -1,4 +1,4 @@
-//! A program for a hostile guest: it maps a page of physical memory and keeps it, whatever becomes of the device there.
+//! A program for a hostile guest: it maps a page of physical memory and keeps it, whatever happens to the device there.
 //!
 //! `keep-page ADDRESS` maps the page at a hexadecimal physical address through /dev/mem, prints `mapped`, and answers each line
 //! `OFFSET` (hexadecimal, a multiple of 4 below 1000) with the 32 bits there.

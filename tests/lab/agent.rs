@@ -33,7 +33,7 @@ impl Outlet {
     fn send(&self, frame: &Frame) {
         let bytes = if self.lines { frame.to_line() } else { frame.to_bytes() };
         let mut to = self.to.lock().unwrap_or_else(PoisonError::into_inner);
-        // Nobody is left to tell when the harness itself is gone.
+        // There is no one to report to when the harness itself is gone.
         _ = to.write_all(&bytes);
     }
 
@@ -235,7 +235,7 @@ fn feed_input(mut to: File, inputs: &mpsc::Receiver<Input>) {
     }
 }
 
-/// Forwards output until the command itself has ended: a daemon it leaves behind may keep the pipes open for ever.
+/// Forwards output until the command itself has ended: a daemon it leaves behind may keep the pipes open.
 fn follow(
     id: u32,
     start: &Start,

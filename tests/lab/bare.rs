@@ -1,4 +1,4 @@
-//! An HVM guest without an operating system (`tests/guests`), told what to do over its serial port.
+//! An HVM guest without an operating system (`tests/guests`), controlled over its serial port.
 
 use std::fmt::Write as _;
 use std::fs;

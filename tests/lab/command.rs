@@ -37,7 +37,7 @@ impl Command {
         self
     }
 
-    /// Runs it to its end, whatever its status. Errors: it did not start, or its time was up.
+    /// Runs it to its end, with any exit status. Errors: it did not start, or its time was up.
     pub fn run(self) -> Result<Output> {
         let start = Start {
             argv: vec!["/bin/sh".into(), "-c".into(), self.script.clone()],

@@ -12,7 +12,7 @@ pub fn die_with_parent(command: &mut Command) {
     let parent = Pid::this();
     let between_fork_and_exec = move || {
         set_pdeathsig(Signal::SIGKILL)?;
-        // The parent may have died before the line above; then there is nobody left to report to.
+        // The parent may have died before the line above; then there is no one to report to.
         if getppid() == parent { Ok(()) } else { Err(std::io::Error::from_raw_os_error(nix::libc::ESRCH)) }
     };
     #[expect(unsafe_code, reason = "nothing in std sets the parent-death signal")]

@@ -84,7 +84,7 @@ pub struct Images {
     pub guest: PathBuf,
 }
 
-/// Part of the cache's key: whatever changes here makes other images.
+/// Part of the cache's key: a change here makes other images.
 const THIS_FILE: &str = include_str!("image.rs");
 
 /// Everything for this Xen, made or taken from the cache.
@@ -202,7 +202,7 @@ pub fn busybox(archive: &mut Archive<impl Write>, trees: &Trees) -> Result<()> {
     let shadowed = |name: &str| ["ip", "ping", "sh"].contains(&name) || KMOD_NAMES.contains(&name);
     let real = archive.contains("/bin/kmod");
     if real {
-        // busybox's own shell would run its own ip, whatever PATH says.
+        // busybox's own shell would run its own ip, regardless of PATH.
         archive.link("/bin/sh", "bash")?;
     }
     for name in String::from_utf8_lossy(&list).lines().filter(|n| !(real && shadowed(n))) {

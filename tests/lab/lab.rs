@@ -41,7 +41,7 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// Which Xen; 4.17 unless told.
+    /// Which Xen; 4.17 by default.
     pub fn xen(mut self, version: XenVersion) -> Self {
         self.version = version;
         self
@@ -91,13 +91,13 @@ impl Builder {
         self
     }
 
-    /// Name of the folder for logs; the running test's name unless told.
+    /// Name of the folder for logs; the running test's name by default.
     pub fn name(mut self, name: &str) -> Self {
         self.name = name.to_owned();
         self
     }
 
-    /// QEMU is killed after this time, whatever happens; half an hour unless told.
+    /// QEMU is killed after this time, in any case; half an hour by default.
     pub fn life(mut self, life: Duration) -> Self {
         self.life = life;
         self
@@ -211,7 +211,7 @@ fn append(
     Ok(())
 }
 
-/// A program or example of this workspace, built in the same profile as whoever uses the lab, from what the sources are now.
+/// A program or example of this workspace, built in the same profile as the caller, from what the sources are now.
 pub fn built(name: &str) -> Result<PathBuf> {
     let me = std::env::current_exe().context("finding this program")?;
     let places = me.ancestors().skip(1).take(2).flat_map(|d| [d.join(name), d.join("examples").join(name)]);

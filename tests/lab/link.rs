@@ -16,7 +16,7 @@ const CAUSE_LIMIT: Duration = Duration::from_secs(15);
 
 type Send = Box<dyn Fn(&Frame) -> Result<()> + std::marker::Send + Sync>;
 
-/// A connection to one agent. Whoever reads its stream calls [`Link::receive`].
+/// A connection to one agent. The reader of its stream calls [`Link::receive`].
 pub(crate) struct Link {
     send: Send,
     next: AtomicU32,
@@ -91,7 +91,7 @@ impl Link {
             bail!("{}", exit.why());
         }
         (self.send)(&Frame::new(kind, id, payload)).map_err(|error| {
-            // Whoever reads the other direction finds out why.
+            // The reader of the other direction finds out why.
             match self.control.wait(Some(CAUSE_LIMIT), |c| c.exit.clone()) {
                 Some(exit) => anyhow!("{}", exit.why()),
                 None => error,

@@ -74,7 +74,7 @@ const COLLECTED: [(&str, &str); 6] = [
     ("journal.log", "[ ! -d /run/systemd/system ] || journalctl --no-pager -o short-monotonic"),
 ];
 
-/// What only dom0 can tell. A dom0 that no longer answers costs a few seconds, and its console's log is there already.
+/// What only dom0 can report. A dom0 that no longer answers costs a few seconds, and its console's log is there already.
 pub(crate) fn collect(lab: &Lab) {
     for (name, script) in COLLECTED {
         let Ok(output) = lab.dom0(&format!("{{ {script}; }} 2>&1")).limit(Duration::from_secs(10)).run()

@@ -144,7 +144,7 @@ pub fn check_qemu() -> Result<()> {
     Ok(())
 }
 
-/// Whether this answer to `-device igb,help` describes the device. QEMU's exit status tells nothing: it is 0 without the device too.
+/// Whether this answer to `-device igb,help` describes the device. QEMU's exit status does not show it: it is 0 without the device too.
 fn describes_igb(answer: &str) -> bool {
     answer.lines().any(|line| line == "igb options:")
 }

@@ -34,7 +34,7 @@ const LAST: usize = 16 << 10;
 const LINES: usize = 25;
 /// A QEMU whose sockets are closed ends within this time, unless the socket alone is broken.
 const END_LIMIT: Duration = Duration::from_secs(10);
-/// Xen's last words when it, or dom0, has crashed: with `noreboot` the machine then stands still, and nobody answers any more.
+/// Xen's last words when it, or dom0, has crashed: with `noreboot` the machine then stands still, and nothing answers any more.
 const CRASHED: [&str; 2] =
     ["'noreboot' set - not rebooting.", "Manual reset required ('noreboot' specified)"];
 /// How Linux and Xen begin to say why they panic. Xen's own reason is on the line after it, among the last.

@@ -74,7 +74,7 @@ pub trait Scene<'a>: Sized {
     fn restore(&mut self) -> Result<()>;
 }
 
-/// A scene, whatever its type.
+/// A scene of any type.
 pub struct Entry {
     name: &'static str,
     machine: &'static Machine,
@@ -162,7 +162,7 @@ fn boot(machine: &Machine) -> Result<Lab> {
     (machine.builder)()?.name(machine.name).life(LIFE).boot()
 }
 
-/// Plays scenes that share a boot. After a failure the next one gets a new boot: nobody can tell what the machine has suffered.
+/// Plays scenes that share a boot. After a failure the next one gets a new boot: the state of the machine is unknown.
 fn on_machine(machine: &Machine, scenes: &[&Entry], selection: &Selection, report: &mut Report) {
     let mut running: Option<Lab> = None;
     for (index, scene) in scenes.iter().enumerate() {

@@ -215,7 +215,7 @@ fn hardware_error(lab: &Lab, wishes: &str, error: &str) -> Result<Value> {
 
 fn a_guest_that_knows_nothing_of_errors_loses_its_function(scene: &mut Errors<'_>) -> Result<()> {
     let (lab, one) = (scene.lab, &scene.one);
-    // Linux's virtio-pci knows nothing of errors; nobody has the function here, which is the same.
+    // Linux's virtio-pci knows nothing of errors; the function is attached to no guest here, which is equivalent.
     let told = hardware_error(lab, "", "COMP_TIME")?;
     ensure!(told["action"] == "tell-guest" && told["severity"] == "non-fatal", "{told}");
     wait_for_history(lab, VIRTIO, "has no error handlers, or there is no driver; quarantine", 1)?;
@@ -324,7 +324,7 @@ fn correctable_errors_in_masses_are_masked_and_summed_up(scene: &mut Errors<'_>)
     Ok(())
 }
 
-/// The kernel resets the link, which does not succeed here; what the guest had is quarantined meanwhile.
+/// The kernel resets the link, which does not succeed here; the guest's function is quarantined during that.
 fn a_fatal_error_quarantines_what_the_guest_had(scene: &mut Errors<'_>) -> Result<()> {
     let (lab, one) = (scene.lab, &scene.one);
     let fatal = hardware_error(lab, "", "DLP")?;

@@ -102,7 +102,7 @@ fn a_guest_that_ends_fails_its_commands(scene: &mut LabSmoke<'_>) -> Result<()> 
     Ok(())
 }
 
-/// `xl info` tells of the Xen that was asked for.
+/// `xl info` shows the Xen that was asked for.
 pub fn version(lab: &Lab) -> Result<()> {
     let info = lab.dom0("xl info").ok()?;
     let minor = lab.version().name().trim_start_matches("4.");

@@ -91,7 +91,7 @@ fn in_use(scene: &VfNetwork<'_>) -> Result<()> {
     Ok(())
 }
 
-/// The guest's driver begins anew, with both addresses.
+/// The guest's driver starts again, with both addresses.
 fn begins_anew(one: &Guest<'_>) -> Result<()> {
     one.run("modprobe -r igbvf").ok()?;
     bring_up(one, UNTAGGED[1])?;

@@ -70,20 +70,20 @@ impl Oracle {
         self
     }
 
-    /// The guest reads these bytes whatever anybody does.
+    /// The guest always reads these bytes.
     pub fn constant(&mut self, at: usize, bytes: &[u8]) -> &mut Self {
         self.each(at, bytes.len(), 0, |cell, _, index| {
             *cell = Cell { value: bytes[index], ..Cell::default() }
         })
     }
 
-    /// As hardware was at first, for ever.
+    /// Always as hardware was at first.
     pub fn frozen(&mut self, at: usize, length: usize) -> &mut Self {
         let bytes = self.bytes[at..at + length].to_vec();
         self.constant(at, &bytes)
     }
 
-    /// All bits read 0 for ever.
+    /// All bits always read 0.
     pub fn zero(&mut self, at: usize, length: usize) -> &mut Self {
         self.constant(at, &vec![0; length])
     }
@@ -105,7 +105,7 @@ impl Oracle {
         self.own(at, length, bits, value)
     }
 
-    /// These bits are as hardware was at first, for ever.
+    /// These bits always read as hardware was at first.
     pub fn frozen_bits(&mut self, at: usize, length: usize, bits: u64) -> &mut Self {
         let value = self.at_first(at, length);
         self.own(at, length, bits, value).each(at, length, bits, |cell, bits, _| cell.own &= !bits)
@@ -125,7 +125,7 @@ impl Oracle {
         })
     }
 
-    /// These bits tell of what happened in hardware, and the guest clears its own view of them.
+    /// These bits report events of hardware, and the guest clears its own view of them.
     pub fn events(&mut self, at: usize, length: usize, bits: u64) -> &mut Self {
         self.shown(at, length, bits).each(at, length, bits, |cell, bits, _| cell.events |= bits)
     }

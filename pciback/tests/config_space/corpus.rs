@@ -156,7 +156,7 @@ fn the_shipped_policies_fit_the_devices_that_they_match() {
     for (name, spec) in dumps().into_iter().filter(|(name, _)| name.starts_with("qemu-")) {
         let mut spec = spec;
         if name == "qemu-igbvf" {
-            // Alone in its dump, a VF does not tell its ids; the PF's file does.
+            // Alone in its dump, a VF does not show its ids; the PF's file does.
             (spec.identity.vendor, spec.identity.device) = (0x8086, 0x10ca);
         }
         let merged = set.merge(&Subject::of(&spec, None));

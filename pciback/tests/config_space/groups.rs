@@ -136,7 +136,7 @@ fn a_write_never_clears_an_event_that_the_guest_did_not_write() {
     }
 }
 
-/// Tables, lengths that are only an upper bound, and what nobody could verify.
+/// Tables, lengths that are only an upper bound, and what could not be verified.
 #[test]
 fn only_these_capabilities_have_bytes_that_no_register_describes() {
     use pciback::spec::CapabilityId as Legacy;

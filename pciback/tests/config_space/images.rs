@@ -1,4 +1,4 @@
-//! The image survives the service, whatever happened to it.
+//! The image survives the service, however the service ended.
 
 use std::fs::File;
 use std::sync::Arc;

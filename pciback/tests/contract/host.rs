@@ -165,7 +165,7 @@ fn reset(fixture: &Fixture) -> Result<(), Broken> {
     let before = read(&*config, 4, 2)?;
     undone(
         || {
-            // Bus Master is the bit of a VF's Command that can be set; nobody drives the function.
+            // Bus Master is the bit of a VF's Command that can be set; no driver uses the function.
             write(&*config, 4, 2, before | 4)?;
             let set = read(&*config, 4, 2)?;
             same("Bus Master can be set", set & 4, 4)?;

@@ -24,7 +24,7 @@ pub const CONTRACTS: &[Contract] = &[
 pub fn ours(fixture: &Fixture, body: impl FnOnce() -> Result<(), Broken>) -> Result<(), Broken> {
     let (xen, vf) = (&fixture.platform.hypervisor, fixture.vf);
     let home = || {
-        // Whoever has it, one of these is right and the others are refused.
+        // Whichever domain owns it, one of these is right and the others are refused.
         for owner in [fixture.guest, DomId::IO] {
             let _ = xen.deassign(owner, vf);
         }

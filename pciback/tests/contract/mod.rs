@@ -24,7 +24,7 @@ pub struct Fixture {
     pub other: Platform,
     /// A PF with VFs.
     pub pf: Sbdf,
-    /// One of its VFs, with MSI-X, that nobody needs and no guest has.
+    /// One of its VFs, with MSI-X, that is unused and attached to no guest.
     pub vf: Sbdf,
     /// A driver that takes any function by `driver_override` and does nothing to it: `pci-stub`.
     pub holder: String,
@@ -108,7 +108,7 @@ pub fn ok<T>(answer: Result<T, PlatformError>) -> Result<T, Broken> {
     answer.map_err(|error| error.to_string())
 }
 
-/// Runs `body`, then `undo`, whatever came of it.
+/// Runs `body`, then `undo`, even if `body` failed.
 pub fn undone(
     body: impl FnOnce() -> Result<(), Broken>,
     undo: impl FnOnce() -> Result<(), Broken>,
@@ -117,7 +117,7 @@ pub fn undone(
     body.and(undo)
 }
 
-/// A `write` that tells what it was for.
+/// A `write` whose error says what it was for.
 pub fn put(store: &dyn StoreOps, path: &str, value: &str) -> Result<(), Broken> {
     ok(store.write(path, value.as_bytes()))
 }

@@ -187,7 +187,7 @@ fn composed(prefix: &str, functions: &[(&str, &DumpedFunction)]) {
             fs::remove_file(folder().join(format!("{prefix}{name}.txt"))).expect("removing a dump");
         }
         for (name, function) in functions {
-            // Other tests read the folder meanwhile.
+            // Other tests read the folder at the same time.
             let file = folder().join(format!("{prefix}{name}"));
             fs::write(&file, function.to_string()).expect("writing a dump");
             fs::rename(&file, file.with_file_name(format!("{prefix}{name}.txt"))).expect("renaming a dump");

@@ -64,7 +64,7 @@ fn devices() -> &'static [Device] {
             .map(|text| {
                 let bytes = bytes(text);
                 let mut guarded = byhand::guarded_well_formed(&bytes);
-                // Of Command the service sets decoding, and Interrupt Disable where nobody hears the line.
+                // Of Command the service sets decoding, and Interrupt Disable where the line is not delivered.
                 guarded[4] &= !0x03;
                 guarded[5] &= !0x04;
                 Device::new(&bytes, guarded, FunctionKind::Physical)
@@ -86,7 +86,7 @@ const WORDS: usize = 10 + 128;
 /// Bytes of input for one request.
 const REQUEST: usize = 16;
 
-/// The first byte chooses a function, each 16 more are a request and what the world does meanwhile.
+/// The first byte chooses a function, each 16 more are a request and concurrent events.
 pub fn ring_request(data: &[u8]) {
     let Some((choice, data)) = data.split_first() else { return };
     let device = &devices()[usize::from(*choice) % devices().len()];

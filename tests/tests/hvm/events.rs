@@ -108,7 +108,7 @@ pub fn two_vectors(one: &BareGuest<'_>) -> Result<()> {
     interrupts::again(one)
 }
 
-/// Killed and started again between any two steps; interrupts that are set up go on.
+/// Killed and started again between any two steps; interrupts that are set up keep working.
 pub fn events_of_msix_survive_the_service(scene: &mut Hvm<'_>) -> Result<()> {
     let set_up = begin(scene.one()?)?;
     kill_and_start(scene.lab, &mut scene.service)?;

@@ -137,7 +137,7 @@ fn trigger(one: &BareGuest<'_>, own: u32) -> Result<()> {
     one.tell(&format!("n {:x} 4 1", own + SET_CAUSE)).map(drop)
 }
 
-/// What was set up goes on.
+/// What was set up keeps working.
 pub fn again(one: &BareGuest<'_>) -> Result<()> {
     one.tell(&format!("slot {SLOT:x}"))?;
     let (own, count) = (registers(one, BAR0)?, settled_count(one)?);

@@ -101,7 +101,7 @@ impl<'a> Scene<'a> for Hvm<'a> {
         keep_running(lab, &mut self.service)?;
         self.one = None;
         destroy_guests(lab)?;
-        // Nobody has it persistently when no check had come so far.
+        // It is attached persistently to no guest when no check had come so far.
         _ = lab.dom0(&format!("xpci pci-detach --persistent {} 01:10.0", persist::UUID)).run()?;
         for vf in VFS {
             make_held(lab, vf)?;

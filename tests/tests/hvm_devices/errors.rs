@@ -48,7 +48,7 @@ fn is_healthy(one: &BareGuest<'_>, slot: u32, register: u32) -> Result<()> {
     Ok(())
 }
 
-/// The guest keeps it, and sets it up anew.
+/// The guest keeps it, and sets it up again.
 pub fn reset_lets_the_function_begin_anew_in_its_guest(scene: &mut HvmDevices<'_>) -> Result<()> {
     let (lab, one, [first, _]) = (scene.lab, scene.one()?, VIRTIO);
     let Places { own, other } = places(one)?;
@@ -77,7 +77,7 @@ pub fn pause_guest_pauses_it(scene: &mut HvmDevices<'_>) -> Result<()> {
     is_healthy(one, SLOT, own).context("after a pause")
 }
 
-/// There is no protocol to tell an HVM guest of errors: its function is quarantined.
+/// There is no protocol to notify an HVM guest of errors: its function is quarantined.
 pub fn a_guest_that_cannot_be_told_loses_its_function(scene: &mut HvmDevices<'_>) -> Result<()> {
     let (lab, one) = (scene.lab, scene.one()?);
     let Places { own, other } = places(one)?;
@@ -143,7 +143,7 @@ pub fn destroy_guest_destroys_it_and_its_function_is_held_again(scene: &mut HvmD
     lab.dom0("[ -z \"$(ls /run/xpci/images)\" ]").ok().map(drop)
 }
 
-/// Nobody has it, it can do nothing, and its guest reads all ones.
+/// It is attached to no guest, it can do nothing, and its guest reads all ones.
 fn quarantined(lab: &Lab, one: &BareGuest<'_>, function: &str, place: (u32, u32)) -> Result<()> {
     wait_for_state(lab, function, "quarantined")?;
     ensure!(is_held(lab, function)?, "{}", owner(lab, function)?);

@@ -116,7 +116,7 @@ fn bar_of_every_width(one: &BareGuest<'_>, own: u32) -> Result<()> {
         read(TRANSMIT_CONFIGURATION, 4)?
     );
     ensure!(read(COMMAND_REGISTER, 1)? & 1 == 1, "its buffer is not empty: {:x}", read(COMMAND_REGISTER, 1)?);
-    // What is not aligned is nobody's.
+    // An unaligned access reaches no register.
     ensure!(read(MULTICAST + 1, 2)? == 0xffff, "an unaligned word: {:x}", read(MULTICAST + 1, 2)?);
     Ok(())
 }

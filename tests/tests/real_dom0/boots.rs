@@ -1,4 +1,4 @@
-//! What a dom0 has when it has booted, with nobody's help.
+//! What a dom0 has when it has booted, without intervention.
 
 use anyhow::{Context, Result, ensure};
 use xpci_tests::BareGuest;

@@ -2,7 +2,7 @@
 //!
 //! What is written where:
 //! - Every offset at every width gets zeros, ones, the complement of what it reads, alternating bits, and what it reads. Between
-//!   the capabilities that reaches registers of the VF that nobody has described; those of QEMU's 82576 keep what is written
+//!   the capabilities that reaches registers of the VF that are not described; those of QEMU's 82576 keep what is written
 //!   and do nothing.
 //! - Single bits go to the header and the capabilities (up to 0x160): what lies behind treats all bits alike.
 //! - One bit is left out of all this, Initiate Function Level Reset in Device Control: hardware would answer nobody for a while,

@@ -81,7 +81,7 @@ impl<'a> Scene<'a> for Ring<'a> {
         ]
     }
 
-    /// The VF is attached anew, and the oracle begins with what it is then.
+    /// The VF is attached again, and the oracle starts from its state then.
     fn restore(&mut self) -> Result<()> {
         let lab = self.lab;
         keep_running(lab, &mut self.service)?;
@@ -103,7 +103,7 @@ impl Ring<'_> {
         Ok(())
     }
 
-    /// The frontend that has lied begins anew and is served.
+    /// The frontend that has lied starts again and is served.
     fn is_forgiven(&self, frontend: &mut Frontend) -> Result<()> {
         frontend.connect()?;
         frontend.insist(nonsense::IDENTITY, nonsense::VF)?;

@@ -99,7 +99,7 @@ fn run(guest: &Guest<'_>, orders: &[String], what: &str) -> Result<Vec<String>> 
     GzDecoder::new(&output.bytes[..]).read_to_string(&mut text).with_context(|| output.stderr())?;
     let answers: Vec<String> = text.lines().map(str::to_owned).collect();
     if output.status() != 0 {
-        // What was answered until then tells more than the status.
+        // The answers until then show more than the status.
         let last = answers.last().cloned().unwrap_or_default();
         output.ok().with_context(|| format!("{what}: after {} answers, {last}", answers.len()))?;
     }
@@ -158,7 +158,7 @@ impl Frontend {
         self.steps(&LEAVE)
     }
 
-    /// It ends in the middle of whatever it does.
+    /// It ends in the middle of its work.
     pub fn kill(self) -> Result<()> {
         self.process.signal(9)?;
         self.process.wait(Duration::from_secs(30)).map(drop)

@@ -103,7 +103,7 @@ impl Daemon {
         kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
     }
 
-    /// Waits for the end of its process; others that it started may go on.
+    /// Waits for the end of its process; others that it started may continue.
     pub fn wait_for_end(&mut self) -> ExitStatus {
         self.child.wait().unwrap()
     }

@@ -123,7 +123,7 @@ fn on_a_machine_without_xen_it_says_so_and_its_help_works() {
     assert!(said.contains("must be 'xen' or 'sim:FILE'"), "{said}");
 }
 
-/// A service as systemd starts it, and what it tells systemd.
+/// A service as systemd starts it, and its notifications to systemd.
 fn under_systemd(watchdog: &str) -> (Daemon, UnixDatagram) {
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("host.yaml"), host()).unwrap();
@@ -136,7 +136,7 @@ fn under_systemd(watchdog: &str) -> (Daemon, UnixDatagram) {
     (Daemon::run(directory, program), systemd)
 }
 
-/// Waits until the service tells systemd something.
+/// Waits for a notification from the service to systemd.
 fn wait_for(systemd: &UnixDatagram, wanted: &str) {
     let mut bytes = [0; 1024];
     loop {

@@ -111,7 +111,7 @@ fn members_of_the_status_group_are_refused_what_changes_something() {
         let answer = ask(&mut stream, &request);
         assert_eq!((&answer["id"], &answer["error"]["code"]), (&json!(3), &json!("refused")), "{answer}");
     }
-    // The connection goes on.
+    // The connection stays open.
     let status = ask(&mut stream, &json!({"version": 1, "id": 4, "command": "status"}));
     assert_eq!(status["ok"], true, "{status}");
 }
@@ -119,7 +119,7 @@ fn members_of_the_status_group_are_refused_what_changes_something() {
 #[test]
 fn who_is_not_in_the_status_group_reaches_no_socket() {
     if !geteuid().is_root() {
-        // Only root can run a program as somebody else.
+        // Only root can run a program as another user.
         return;
     }
     let daemon = with_group();

@@ -1,4 +1,4 @@
-//! An error is dealt with once, whichever ways tell of it, and whenever they do.
+//! An error is handled once, no matter which sources report it and when.
 
 use std::time::Duration;
 

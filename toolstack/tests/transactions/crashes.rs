@@ -1,4 +1,4 @@
-//! The service is killed at each change it makes outside: the next run ends what it began, one way or the other.
+//! The service is killed at each change it makes outside: the next process completes or undoes what it began.
 
 use pciback::FunctionState;
 use pciback::platform::sim::Moment;
@@ -11,7 +11,7 @@ use crate::world::{Service, WEB, World, bdf, wait_until};
 const CHANGES: u32 = 100;
 const VENDOR: u32 = 0;
 
-/// Kills the service at each of the changes that `work` makes, before and after it, and lets `check` look at the next run.
+/// Kills the service at each of the changes that `work` makes, before and after it, and lets `check` examine the next process.
 pub fn killed_anywhere(
     prepare: impl Fn(&World, &Service),
     work: impl Fn(&Service) -> bool,
@@ -145,7 +145,7 @@ fn a_service_killed_while_it_maps_vectors_leaves_none_that_nobody_knows() {
             let done = !service.fuse.is_blown();
             service.kill();
             let service = world.start();
-            // The request waits on the page still: the next run answers it.
+            // The request still waits on the page: the next process answers it.
             let (error, _, entries) = frontend.take(3);
             assert_eq!(error, 0, "{why}");
             let mapped = world.simulation.grants(WEB).vectors;

@@ -1,4 +1,4 @@
-//! Errors of functions that guests have: heard of, decided about, dealt with, whatever the guests do.
+//! Errors of attached functions are received, decided about and handled, whatever the guests do.
 
 use std::sync::mpsc::channel;
 
@@ -31,7 +31,7 @@ const RECOVERED: u32 = 5;
 
 pub const COMPLETION_TIMEOUT: u32 = 1 << 14;
 
-/// The VF in the guest `web`, whose frontend hears errors, below a root port.
+/// The VF in the guest `web`, whose frontend receives errors, below a root port.
 pub fn attached(world: &World, errors: &str) -> (Frontend, Service) {
     let frontend = Frontend::load(world, WEB);
     let service = world.start_with_errors(errors);
@@ -115,7 +115,7 @@ fn a_guest_that_can_go_on_is_asked_to_look_only_where_the_policy_says_so() {
     }
 }
 
-/// And its config accesses are answered meanwhile.
+/// And its config accesses are answered during that.
 #[test]
 fn a_guest_that_is_silent_gives_up_talks_nonsense_or_cannot_be_told_loses_its_function() {
     for (case, said) in [

@@ -13,7 +13,7 @@ fn everything() -> (World, Sbdf) {
     (World::without_vfs(), bdf("01:00.0"))
 }
 
-/// Fails the call after `after` good ones and tells whether there was such a call.
+/// Fails the call after `after` good ones and returns whether there was such a call.
 fn attach_with_failure(operation: &str, after: u32) -> bool {
     let (world, address) = everything();
     let _frontend = Frontend::load(&world, WEB);
@@ -108,7 +108,7 @@ fn an_undo_that_fails_quarantines_and_clearing_makes_it_whole() {
     }
 }
 
-/// It is said to be quarantined, with the reason, and nobody gets it.
+/// It is reported as quarantined, with the reason, and no guest gets it.
 fn assert_quarantined(service: &Service, address: Sbdf, why: &str) {
     let status = service.status();
     assert_eq!(service.state(address), FunctionState::Quarantined, "{why}");

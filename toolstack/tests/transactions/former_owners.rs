@@ -1,4 +1,4 @@
-//! A PV guest may keep a BAR mapped that it has lost: nobody else gets the function while that guest exists.
+//! A PV guest may keep a BAR mapped that it has lost: no other guest gets the function while that guest exists.
 
 use std::fs;
 

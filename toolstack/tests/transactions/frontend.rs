@@ -99,7 +99,7 @@ impl Frontend {
         ask(&locked(&self.guest), op)
     }
 
-    /// Asks while another vCPU of the guest goes on changing the page.
+    /// Sends a request while another vCPU of the guest keeps changing the page.
     pub fn ask_while(&self, op: &Op, change: impl Fn(&[AtomicU32]) + Sync) -> (i32, u32, Vec<MsixEntry>) {
         let guest = locked(&self.guest);
         let (page, answered) = (guest.page().unwrap(), AtomicBool::new(false));
@@ -142,7 +142,7 @@ impl Frontend {
         wait_until("the frontend hangs", || self.thread.as_ref().is_none_or(JoinHandle::is_finished));
     }
 
-    /// Its module is removed: it lets go of its ring and closes.
+    /// Its module is removed: it releases its ring and closes.
     pub fn unload(&self) {
         self.freeze();
         let mut guest = locked(&self.guest);

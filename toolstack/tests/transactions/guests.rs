@@ -29,7 +29,7 @@ pub fn attached(world: &World, domain: DomId, addresses: &[Sbdf]) -> (Frontend, 
         service.hold(*address).unwrap();
         service.attach(domain, *address).unwrap();
     }
-    // An attachment ends when the function is published; the guest has it when its handshake has ended.
+    // An attachment ends when the function is published; the guest can use it when its handshake has ended.
     for devfn in (0..addresses.len() as u32).map(|slot| slot << 3) {
         wait_until("the guest has its functions", || frontend.ask(&read_op(devfn, VENDOR, 4)).0 == 0);
     }
@@ -78,7 +78,7 @@ fn each_request_is_counted_by_how_long_it_took() {
 #[test]
 fn a_line_that_two_functions_of_a_guest_share_is_its_until_it_loses_both() {
     let (world, [first, second]) = (World::without_vfs(), [bdf("04:00.0"), bdf("05:00.0")]);
-    // Nobody in dom0 uses it.
+    // Nothing in dom0 uses it.
     world.host().unbind(bdf("01:00.0"), LIMIT).unwrap();
     for address in [first, second] {
         world.simulation.plug(&format!("{{address: \"{address}\", model: nvme, irq: 21}}")).unwrap();
@@ -90,7 +90,7 @@ fn a_line_that_two_functions_of_a_guest_share_is_its_until_it_loses_both() {
     assert_eq!(lines(), [21]);
     service.detach(WEB, first).unwrap();
     assert_eq!((lines(), ports_and_frames(&world)), (vec![21], both / 2));
-    // A service that begins anew knows it from its journal.
+    // A restarted service knows it from its journal.
     service.attach(WEB, first).unwrap();
     service.stop();
     let service = world.start();
@@ -170,7 +170,7 @@ fn nodes_that_could_not_be_written_are_written_later_in_their_order() {
     let world = World::new();
     let (first, second) = (bdf("01:10.0"), bdf("01:10.2"));
     let (frontend, service) = attached(&world, WEB, &[first, second]);
-    // The guest is asked by its nodes to let go.
+    // The guest is asked by its nodes to release it.
     world.fail("transaction", None, Errno::EIO, 0);
     service.detach(WEB, second).unwrap();
     let store = world.simulation.platform("test").unwrap().store;
@@ -385,7 +385,7 @@ fn a_frontend_that_publishes_nonsense_is_ignored_until_it_makes_sense() {
     await_backend(&guest, WEB, XenbusState::CONNECTED);
     publish(&guest, WEB, "state", XenbusState::CONNECTED.0);
     assert_eq!(ask(&guest, &read_op(0, VENDOR, 4)).1, 0x10ca_8086);
-    // Rubbish all over the page, without a request in it, harms nobody.
+    // Rubbish all over the page, without a request in it, harms no one.
     for word in guest.page().unwrap().iter().skip(1) {
         word.store(u32::MAX, Ordering::Relaxed);
     }

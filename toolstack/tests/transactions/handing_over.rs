@@ -26,7 +26,7 @@ fn registers(world: &World) -> Vec<Vec<u8>> {
     CONTROLS.into_iter().map(|at| world.simulation.peek(bdf(NVME), at as u16, 2)).collect()
 }
 
-/// Gives a function to a guest, whose frontend has it when this returns.
+/// Attaches a function to a guest, whose frontend is connected to it when this returns.
 fn give(world: &World, service: &Service, domain: DomId, address: Sbdf) -> Frontend {
     let frontend = Frontend::load(world, domain);
     service.attach(domain, address).unwrap();

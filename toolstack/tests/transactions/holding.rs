@@ -157,7 +157,7 @@ fn a_pf_without_a_driver_gets_untrusted_vfs_by_the_stub_until_they_are_destroyed
     destroy(&service, PF);
     assert_eq!(driver(&world, PF), (None, None), "as it was before");
 
-    // One that somebody else gave to the stub stays there.
+    // One that another program bound to the stub stays there.
     world.host().set_driver_override(pf, Some("pci-pf-stub")).unwrap();
     world.host().probe(pf, LIMIT).unwrap();
     create(&service, PF, 1, false).unwrap();
@@ -201,7 +201,7 @@ fn what_policies_keep_for_guests_is_held_as_soon_as_it_appears_and_given_back_to
 
     service.release(nic).unwrap();
     world.assert_host(&service, nic, Some("virtio-pci"), "given back to the driver that had it first");
-    // It stays dom0's, whatever happens to it, until the service starts anew.
+    // It stays dom0's, whatever happens to it, until the service restarts.
     let host = world.host();
     host.unbind(nic, LIMIT).unwrap();
     host.probe(nic, LIMIT).unwrap();
@@ -338,7 +338,7 @@ fn vfs_that_no_request_would_reach_are_refused_with_the_numbers_and_none_is_enab
     assert_eq!(vfs(&service, far).last().unwrap().function.address, bdf("01:1f.7"));
 }
 
-/// Device Control of the NVMe controller's PCI Express capability, with Initiate Function Level Reset; nobody restores anything.
+/// Device Control of the NVMe controller's PCI Express capability, with Initiate Function Level Reset; nothing is restored.
 fn forget(world: &World, address: Sbdf) {
     let config = world.host().config(address).unwrap();
     let control = Access::new(0x88, 2).unwrap();
@@ -365,7 +365,7 @@ fn bars_that_a_reset_of_the_link_has_taken_are_placed_again_before_anybody_gets_
     assert_eq!(bars(), placed, "dom0 gets it back");
 }
 
-/// A look that began before the function was held ends afterwards, and tells of the time before.
+/// A scan that began before the function was held ends afterwards, and shows the state before.
 #[test]
 fn a_look_that_began_before_a_function_was_held_does_not_give_it_back() {
     let (world, address) = (World::new(), bdf("02:00.0"));

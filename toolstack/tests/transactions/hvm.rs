@@ -70,7 +70,7 @@ impl Guest {
         self.0.begin(access).unwrap_or_else(|| panic!("nobody takes {access:x?}"))
     }
 
-    /// Whether somebody answers for an address.
+    /// Whether a device answers for an address.
     pub fn is_taken(&self, address: u64) -> bool {
         self.0.begin(&memory(address, 4, None)).map(|request| request.answer(LIMIT).unwrap()).is_some()
     }

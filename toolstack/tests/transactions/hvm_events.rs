@@ -190,7 +190,7 @@ fn numbers_that_others_have_or_the_guest_has_not_are_refused() {
     write_message(&guest, 1, event(50));
     guest.read(SLOT, VENDOR, 2);
     assert_eq!((mapped(&world), service.status().guests[0].errors), (vec![(50, 0)], 7));
-    // The next run knows whose they are, too, and a number that is free can be had.
+    // The next process knows their owners, too, and a free number can be allocated.
     service.kill();
     let service = world.start();
     name(50);
@@ -205,7 +205,7 @@ fn numbers_that_others_have_or_the_guest_has_not_are_refused() {
     assert_ends_well(&world, &guest, &service, bdf(VF), "detached");
 }
 
-/// What is bound anew is masked in Xen until it is bound as unmasked; no event channel is bound again.
+/// What is bound again is masked in Xen until it is bound as unmasked; no event channel is bound again.
 #[test]
 fn a_table_that_moves_and_a_service_that_is_restarted_leave_vectors_unmasked() {
     let (world, guest, service) = with_table();

@@ -1,4 +1,4 @@
-//! Transactions on a simulated host: whatever fails, and whenever the service dies, no function ends up half with a guest.
+//! Transactions on a simulated host: whatever fails, and whenever the service dies, no function stays half attached.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that fails says so by panicking")]
 

@@ -112,7 +112,7 @@ fn what_the_settings_say_is_set_when_vfs_are_created_and_when_a_guest_gets_one()
         ("00:00:00:00:00:00", "100".parse().ok())
     );
 
-    // Whoever changed it meanwhile: the guest gets what the settings say, and 'vf set' goes before them.
+    // Even if it was changed in between, the guest gets what the settings say, and 'vf set' goes before them.
     world.simulation.guest_sets(vf, VfSetting::Vlan("7".parse().unwrap()));
     service.hold(vf).unwrap();
     set(&service, vf, VfSettings { max_rate: Some(500), ..VfSettings::default() }).unwrap();
@@ -240,7 +240,7 @@ fn a_vf_that_is_destroyed_takes_its_settings_with_it() {
     assert_eq!(service.problems(), [""; 0]);
 }
 
-/// Whatever was under way when the service was killed, the VF goes back to dom0 as it came.
+/// Whatever was under way when the service was killed, dom0 gets the VF back as it was.
 fn goes_back_as_it_came(world: &World, service: &Service, _: &Frontend, why: &str) {
     let vf = bdf(VF);
     settled(service, why);

@@ -1,4 +1,4 @@
-//! Twenty operators at once: none waits for ever, and what each is answered is true.
+//! Twenty operators at once: each gets an answer, and it is true.
 
 use std::sync::{Arc, Barrier, mpsc};
 use std::thread;

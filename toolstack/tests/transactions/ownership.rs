@@ -1,4 +1,4 @@
-//! What is reported of a function concerns only the guest that it was begun for, and nobody waits for a guest's slow hardware.
+//! A report about a function affects only the guest it was started for, and no other guest waits for slow hardware.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -31,7 +31,7 @@ fn slow(world: &World, operation: &str, address: Sbdf) {
     });
 }
 
-/// Waits until the slow call is under way, and checks that others are answered meanwhile.
+/// Waits until the slow call is under way, and checks that others are answered during it.
 fn assert_answers_during_a_slow_call(world: &World, service: &Service) {
     wait_until("the slow call is made", || world.simulation.pending_failures() == 0);
     let asked = Instant::now();
@@ -81,7 +81,7 @@ fn a_function_that_is_slow_to_be_switched_off_delays_no_other_request() {
     let (world, address) = (World::new(), bdf("01:10.0"));
     let service = world.start();
     service.hold(address).unwrap();
-    // Nobody in the guest looks at it: no thread serves it.
+    // The guest does not use it: no thread serves it.
     service.attach(WEB, address).unwrap();
     slow(&world, "config_read", address);
     thread::scope(|scope| {

@@ -48,7 +48,7 @@ fn world() -> World {
         (ROOT_PORT, 0x10c, &[0x30, 0x60, 0x57, 0]),
         (PF, 0x10c, &[0x30, 0x70, 0x5f, 0]),
         (PF, 0x108, &[0, 0, 0x10, 0]),
-        // A status bit is set: nobody may clear it.
+        // A status bit is set: it must not be cleared.
         (ROOT_PORT, 0x104, &[0, 0, 0x10, 0]),
         (PF, 0xaa, &[0x0f, 0]),
     ] {

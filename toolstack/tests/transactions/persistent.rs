@@ -129,7 +129,7 @@ fn a_rebooted_guest_gets_its_function_again_at_the_same_place_also_after_a_resta
     assert_eq!(frontend.read(9 << 3, VENDOR, 4), 0x10ca_8086);
     assert_eq!(service.view(vf()).unwrap().persistent.unwrap().guest, web_uuid());
     service.stop();
-    // The next reboot comes while nobody looks.
+    // The next reboot comes while no service runs.
     world.simulation.destroy(AGAIN);
     world.simulation.create_guest(DomId(12), "web", "pv", web_uuid()).unwrap();
     let service = world.start();
@@ -270,7 +270,7 @@ fn another_device_at_its_address_is_not_given_to_the_guest() {
     service.hold(nic).unwrap();
     world.simulation.create_guest(AGAIN, "web", "pv", web_uuid()).unwrap();
     wait_until("it is reported", || problem(&service).contains("not the 1af4:1041"));
-    // What came to its place is nobody's.
+    // The function that replaced it belongs to no guest.
     service.attach(DB, nic).unwrap();
     service.detach(DB, nic).unwrap();
     service.detach_only(AGAIN, nic, Scope::Persistent).unwrap();
@@ -420,7 +420,7 @@ fn what_the_settings_give_is_the_guests_over_restarts_of_both() {
     assert!(is_attached(&service, vf(), WEB) && is_attached(&service, others, WEB));
     assert_eq!(addresses(listed(&service, None)), [vf(), others], "nothing is given twice");
     service.stop();
-    // The guest starts again while nobody looks.
+    // The guest starts again while no service runs.
     let frontend = reboot(&world);
     let service = start();
     for address in [vf(), others] {
@@ -455,7 +455,7 @@ fn a_persistent_attach_that_is_killed_anywhere_ends_with_both_or_neither() {
     );
 }
 
-/// Kills the service at each change that it makes from the end of a guest on, and lets `check` look at the next run.
+/// Kills the service at each change that it makes from the end of a guest on, and lets `check` examine the next process.
 fn rebooted_and_killed<Guest>(
     prepare: impl Fn(&World) -> Service,
     reboot: impl Fn(&World) -> Guest,

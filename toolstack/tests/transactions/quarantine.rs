@@ -29,7 +29,7 @@ fn at_work(world: &World) -> (Frontend, Service, Sbdf) {
     (frontend, service, address)
 }
 
-/// It can do nothing, and nobody has it or gets it.
+/// It can do nothing, and is and stays attached to no guest.
 fn assert_contained(world: &World, service: &Service, address: Sbdf, why: &str) {
     service.wait_for_state(address, FunctionState::Quarantined);
     world.assert_nothing_granted(service, address, why);

@@ -18,7 +18,7 @@ const VF: &str = "01:10.0";
 const OTHER: &str = "01:10.2";
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// Makes Xen forget a function, which no event tells of.
+/// Makes Xen forget a function, which no event reports.
 fn forget(world: &World, address: Sbdf) {
     world.simulation.platform("somebody").unwrap().hypervisor.device_remove(address).unwrap();
 }
@@ -96,7 +96,7 @@ fn drift_that_nobody_told_of_is_found_when_events_were_lost() {
         somebody.assign(DB, taken, RdmPolicy::Strict).unwrap();
     });
     wait_until("Xen knows it again", || world.simulation.owner(lost) == Some(Owner::Host));
-    // What a guest owns that nobody gave it to cannot be trusted.
+    // A function that a guest owns without a known attach cannot be trusted.
     service.wait_for_state(taken, FunctionState::Quarantined);
     assert_eq!(world.simulation.owner(taken), Some(Owner::Guest(DB)), "nobody takes it from there unasked");
     wait_until("it is said", || was_repaired(&service, &["quarantine 0000:01:10.0"]));

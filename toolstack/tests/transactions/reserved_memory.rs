@@ -80,7 +80,7 @@ fn one_that_another_domain_has_taken_is_not_mistaken_for_one_with_reserved_memor
     let xl = world.simulation.platform("xl").unwrap();
     xl.hypervisor.assign(DB, usb, RdmPolicy::Relaxed).unwrap();
     let text = service.attach(WEB, usb).unwrap_err().to_string();
-    // Or the service has found that by itself meanwhile.
+    // Or the service has already found that by itself.
     assert!(text.contains("belongs to a guest already") || text.contains("is quarantined"), "{text}");
     assert!(!text.contains("RMRR"), "{text}");
     assert_ne!(service.state(usb), FunctionState::Attached);

@@ -1,4 +1,4 @@
-//! Guests that are saved and restored: they have the functions that they had, or equal ones, and whoever is killed meanwhile, it is shown.
+//! Guests that are saved and restored: they get the same functions or equal ones, and a killed process leaves a visible state.
 
 use pciback::platform::VfSettings;
 use pciback::platform::sim::Moment;
@@ -119,7 +119,7 @@ fn a_guest_that_runs_on_without_its_functions_is_shown_until_it_has_them() {
         })
         .unwrap();
     save(&service).unwrap();
-    // Whoever wanted to run xl was killed, and so is the service.
+    // The process that was to run xl was killed, and so is the service.
     service.kill();
     let service = world.start();
     let problems = service.problems();

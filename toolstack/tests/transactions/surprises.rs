@@ -51,7 +51,7 @@ fn a_function_that_is_replaced_under_its_guest_is_withdrawn_and_the_new_one_is_n
     world.simulation.plug(OTHER).unwrap();
     let new = world.host().function(slot).unwrap();
     assert_ne!(old, u32::from(new.vendor) | u32::from(new.device) << 16);
-    // Once it is withdrawn the ring has nobody at that place; until then it reads all ones, and never what the new one is.
+    // Once it is withdrawn the ring has no function at that place; until then it reads all ones, and never what the new one is.
     wait_until("it is withdrawn", || {
         let (error, value, _) = frontend.ask(&read_op(0, 0, 4));
         assert!(error != 0 || value == u32::MAX || value == old, "the guest read {value:#x}");

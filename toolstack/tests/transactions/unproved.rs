@@ -1,4 +1,4 @@
-//! What a guest has lost it cannot reach: that nobody serves a function is no proof that its guest cannot reach it.
+//! A guest cannot reach a function that it lost; that no thread serves the function is no proof of that.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -188,7 +188,7 @@ fn what_an_hvm_guest_has_mapped_goes_to_no_other_guest() {
     assert_eq!(service.detach(WIN, bdf("01:00.0")).unwrap_err().code, ErrorCode::Quarantined);
     assert!(!guest.reached().frames.is_empty(), "it is unknown where they are");
     assert_eq!(service.call(attachment(DB, bdf("01:00.0"))).unwrap_err().code, ErrorCode::Refused);
-    // An image that can be read again tells where they are.
+    // An image that can be read again shows where they are.
     fs::write(&image, bytes).unwrap();
     service.clear(bdf("01:00.0")).unwrap();
     world.assert_held(&service, bdf("01:00.0"), "by its image");

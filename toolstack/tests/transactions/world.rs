@@ -1,4 +1,4 @@
-//! A simulated host with runs of the service on it.
+//! A simulated host with processes of the service on it.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -49,7 +49,7 @@ pub fn warnings(answer: Result<Success, Failure>) -> String {
     }
 }
 
-/// Waits until something holds that no event tells of; each look is a request to the service or as costly.
+/// Waits until a condition holds that no event reports; each look is a request to the service or as costly.
 pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + LIMIT;
     while !holds() {
@@ -94,7 +94,7 @@ impl World {
 
     /// Makes one of the service's calls fail, after some good ones.
     pub fn fail(&self, operation: &str, address: Option<Sbdf>, errno: Errno, after: u32) {
-        // The guests' connections to xenstore go on.
+        // The guests' connections to xenstore stay open.
         let store = ["read", "list", "write", "remove", "transaction", "watch", "unwatch"];
         let domain = store.contains(&operation).then_some(DomId::DOM0);
         let operation = operation.to_owned();
@@ -255,7 +255,7 @@ impl World {
             .all(|path| store.read(path).unwrap().is_none())
     }
 
-    /// dom0 has it, as if it had never been held.
+    /// dom0 owns it, as if it had never been held.
     pub fn assert_host(&self, service: &Service, address: Sbdf, driver: Option<&str>, why: &str) {
         assert_eq!(service.state(address), FunctionState::Host, "{why}: {:?}", service.view(address));
         assert_eq!(self.simulation.owner(address), Some(Owner::Host), "{why}");
@@ -279,7 +279,7 @@ pub struct Service {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Somebody with a connection of his own.
+/// A client with a connection of its own.
 #[derive(Clone)]
 pub struct Operator(PathBuf);
 
@@ -420,13 +420,13 @@ impl Service {
         wait_until(&format!("{address} is {state}"), || self.state(address) == state);
     }
 
-    /// Ends as SIGTERM has it: guests keep their functions.
+    /// Ends as on SIGTERM: guests keep their functions.
     pub fn stop(mut self) {
         self.stop.write(1).unwrap();
         self.thread.take().unwrap().join().unwrap();
     }
 
-    /// Ends as SIGKILL has it: when this returns, no thread of it is left that could change anything.
+    /// Ends as on SIGKILL: when this returns, no thread of it is left that could change anything.
     pub fn kill(mut self) {
         self.fuse.blow();
         self.stop.write(1).unwrap();
