@@ -13,6 +13,7 @@ mod policy;
 mod service;
 mod table;
 mod texts;
+mod xl_config;
 
 use std::path::PathBuf;
 
@@ -167,6 +168,11 @@ pub enum Command {
     /// Prepares HVM guests.
     #[command(subcommand)]
     Hvm(Hvm),
+    /// Prints settings of xpcid for the functions that an xl configuration file gives its guest with pci = [...].
+    XlConfig {
+        /// The file, as 'xl create' takes it.
+        file: PathBuf,
+    },
     /// Compares the host's functions in sysfs, Xen and xenstore, and repairs differences.
     Sync {
         /// Changes nothing: shows what would be repaired.
@@ -381,6 +387,7 @@ impl Command {
             Self::Save(arguments) => vec![Step::Moving(Moving::Save(arguments))],
             Self::Restore(arguments) => vec![Step::Moving(Moving::Restore(arguments))],
             Self::Metrics { write } => vec![Step::Metrics(write)],
+            Self::XlConfig { file } => vec![Step::Local(Local::XlConfig(file))],
             Self::Documents { directory } => vec![Step::Local(Local::Documents(directory))],
             other => other.requests().into_iter().map(Step::Ask).collect(),
         }
@@ -392,6 +399,7 @@ impl Command {
         match self {
             Self::Policy(_)
             | Self::Hvm(_)
+            | Self::XlConfig { .. }
             | Self::Save(_)
             | Self::Restore(_)
             | Self::Metrics { .. }

@@ -99,6 +99,8 @@ pub enum Local {
     Schema,
     /// Writes an ACPI table.
     AcpiTable(PathBuf),
+    /// Converts an xl configuration file.
+    XlConfig(PathBuf),
     /// Writes manual pages and completions.
     Documents(PathBuf),
 }
@@ -131,6 +133,7 @@ impl Local {
             Self::Explain { .. } => "policy-explain",
             Self::Schema => "policy-schema",
             Self::AcpiTable(_) => "hvm-acpi-table",
+            Self::XlConfig(_) => "xl-config",
             Self::Documents(_) => "documents",
         }
     }
@@ -143,6 +146,7 @@ impl Local {
             Self::Schema => Ok(Success::Schema { schema: schema() }),
             Self::Documents(directory) => super::documents::write(&directory),
             Self::AcpiTable(path) => super::hvm::write_acpi_table(&path),
+            Self::XlConfig(path) => super::xl_config::convert(&path),
         }
     }
 }

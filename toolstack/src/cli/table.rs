@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{explained, list, network, paths};
+use super::{explained, list, network, paths, xl_config};
 use crate::outcome::Obstacle;
 use crate::protocol::{Finding, FunctionView, StatusView, Success, Verdict, VfView};
 
@@ -46,6 +46,7 @@ pub fn render(success: &Success, look: Look) -> String {
         Success::Explained { devices, damage } => explained::explanations(devices, damage),
         Success::Learned { functions } => explained::learned(functions),
         Success::Reloaded { files, functions } => explained::reloaded(*files, functions),
+        Success::XlConfig(view) => xl_config::text(view),
         Success::Checked { files } => explained::checked(files),
         Success::Metrics { text } => text.clone(),
         Success::Schema { schema } => format!("{schema:#}\n"),

@@ -14,6 +14,7 @@ mod policy_view;
 mod problem;
 mod request;
 mod view;
+mod xl_config_view;
 
 use pciback::containment::radius::Radius;
 use pciback::policy::Explanation;
@@ -36,6 +37,8 @@ pub use view::{
     DeviceErrorsView, FunctionView, GuestView, PersistentView, RequestTimes, StatusView, SyncView,
     TimeBucket, VfView,
 };
+
+pub use xl_config_view::XlConfigView;
 
 pub use crate::domains::DomainName;
 use crate::outcome::{ErrorCode, Failure};
@@ -146,6 +149,8 @@ pub enum Success {
         /// What changed, by function.
         functions: Vec<ReloadedView>,
     },
+    /// An xl configuration file was converted.
+    XlConfig(XlConfigView),
     /// Policy files were checked.
     Checked {
         /// Those without a mistake.

@@ -13,6 +13,7 @@ mod socket;
 mod status_group;
 mod transcript;
 mod wire;
+mod xl_config;
 
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
