@@ -20,7 +20,7 @@ use nix::sys::socket::{
     self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr, UnixCredentials, bind, getsockopt, socket,
 };
 use nix::sys::stat::{Mode, fchmod};
-use nix::unistd::{Gid, Group, geteuid};
+use nix::unistd::{Group, geteuid};
 
 use crate::engine::{Event, Inbox};
 use crate::outcome::{ErrorCode, Failure};
@@ -64,10 +64,10 @@ pub fn listen_for_group(path: &Path, group: Option<&str>, inbox: Inbox) -> io::R
         .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("there is no group '{name}'")))?;
     let listener = bind_for_owner(path)?;
     // Not before it is bound: the service's umask would take the group's bits away again.
-    chown(path, None, Some(group.gid.as_raw()))?;
+    give(path, &group)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;
     if let Some(directory) = path.parent() {
-        let_through(directory, group.gid)?;
+        let_through(directory, &group)?;
     }
     thread::Builder::new().name("status".into()).spawn(move || accept(&listener, &inbox, Access::Status))?;
     Ok(())
@@ -82,7 +82,7 @@ fn remove_former(path: &Path) -> io::Result<()> {
 }
 
 /// Lets a group reach files in a directory by name, without listing it. systemd makes the directory root's alone again before each start.
-fn let_through(directory: &Path, group: Gid) -> io::Result<()> {
+fn let_through(directory: &Path, group: &Group) -> io::Result<()> {
     let mode = fs::metadata(directory)?.mode() & 0o7777;
     // A directory that others may enter, such as /run, is not ours to change.
     if mode & 0o001 != 0 {
@@ -91,8 +91,19 @@ fn let_through(directory: &Path, group: Gid) -> io::Result<()> {
     let allow = |mode| fs::set_permissions(directory, fs::Permissions::from_mode(mode));
     // What the group that it had was allowed is not for this one.
     allow(mode & !0o070)?;
-    chown(directory, None, Some(group.as_raw()))?;
+    give(directory, group)?;
     allow(mode & !0o070 | 0o010)
+}
+
+/// Changes the group of what the service owns, which takes no capability where the service is a member of it.
+fn give(path: &Path, group: &Group) -> io::Result<()> {
+    chown(path, None, Some(group.gid.as_raw())).map_err(|error| match error.kind() {
+        io::ErrorKind::PermissionDenied => io::Error::new(
+            error.kind(),
+            format!("{error}: the service is not a member; 'systemctl edit xpcid': [Service] SupplementaryGroups={}", group.name),
+        ),
+        _ => error,
+    })
 }
 
 /// A socket that no other user can connect to at any moment: the file gets the mode that the socket has when it is bound (`unix(7)`).

@@ -26,8 +26,8 @@ use restarts::{
     a_restart_does_not_load_the_kernel_module_again, a_service_that_hangs_is_restarted_by_the_watchdog,
 };
 use sandbox::{
-    systemd_rates_the_service_below_4, the_service_sees_a_mount_made_after_its_start,
-    the_service_sees_a_process_that_has_a_device_open,
+    a_member_of_the_status_group_sees_the_status_and_changes_nothing, systemd_rates_the_service_below_4,
+    the_service_sees_a_mount_made_after_its_start, the_service_sees_a_process_that_has_a_device_open,
 };
 
 /// That guest's persistent function, and what it is known by.
@@ -57,6 +57,7 @@ impl<'a> Scene<'a> for RealDom0<'a> {
             systemd_rates_the_service_below_4 needs installing_the_package_starts_the_service,
             the_service_sees_a_mount_made_after_its_start needs installing_the_package_starts_the_service,
             the_service_sees_a_process_that_has_a_device_open needs installing_the_package_starts_the_service,
+            a_member_of_the_status_group_sees_the_status_and_changes_nothing needs installing_the_package_starts_the_service,
             a_restart_enables_the_vfs_of_the_settings needs installing_the_package_starts_the_service,
             a_reload_by_systemd_puts_policies_in_force needs a_restart_enables_the_vfs_of_the_settings,
             a_guest_uses_a_function_that_it_has_persistently needs a_reload_by_systemd_puts_policies_in_force,

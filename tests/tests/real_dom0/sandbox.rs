@@ -35,3 +35,26 @@ pub fn the_service_sees_a_process_that_has_a_device_open(scene: &mut RealDom0<'_
     lab.wait_for("the process", SOON, "ls -l /proc/*/fd/0 | grep -q /dev/nvme0")?;
     refused(scene, "/dev/nvme0")
 }
+
+/// The service has no capability to give its socket to a group, but is a member.
+pub fn a_member_of_the_status_group_sees_the_status_and_changes_nothing(
+    scene: &mut RealDom0<'_>,
+) -> Result<()> {
+    let lab = scene.lab;
+    lab.push(b"status-group: games\n", "/etc/xpci/xpcid.yaml.d/status.yaml")?;
+    lab.push(b"[Service]\nSupplementaryGroups=games\n", "/run/systemd/system/xpcid.service.d/lab.conf")?;
+    lab.dom0("systemctl daemon-reload && systemctl restart xpcid").limit(SOON).ok()?;
+    let member = "setpriv --reuid nobody --regid nogroup --groups games";
+    let seen = lab.dom0(&format!("{member} xpci status")).run()?;
+    let refused = lab.dom0(&format!("{member} xpci sync")).run()?;
+    let stranger = lab.dom0("setpriv --reuid nobody --regid nogroup --clear-groups xpci status").run()?;
+    lab.dom0(
+        "rm /etc/xpci/xpcid.yaml.d/status.yaml; rm -r /run/systemd/system/xpcid.service.d; systemctl daemon-reload; systemctl restart xpcid",
+    )
+    .limit(SOON)
+    .ok()?;
+    ensure!(seen.status() == 0, "{}{}", seen.stdout(), seen.stderr());
+    ensure!(refused.status() == 5, "{}: {}", refused.status(), refused.stderr());
+    ensure!(stranger.status() == 3, "{}: {}", stranger.status(), stranger.stderr());
+    Ok(())
+}
