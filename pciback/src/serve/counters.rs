@@ -52,10 +52,10 @@ impl Counters {
         self.requests().is_multiple_of(TIMED).then(Instant::now)
     }
 
-    /// A request was answered, which was taken then.
-    pub(super) fn answered(&self, error: bool, taken: Option<Instant>) {
-        if let Some(taken) = taken {
-            self.time(taken.elapsed());
+    /// A request was answered; how long after it was taken, if it is timed.
+    pub(super) fn answered(&self, error: bool, took: Option<Duration>) {
+        if let Some(took) = took {
+            self.time(took);
         }
         self.requests.fetch_add(1, Ordering::Relaxed);
         self.errors.fetch_add(error.into(), Ordering::Relaxed);
@@ -127,7 +127,7 @@ mod tests {
         for number in 0..40 {
             let taken = counters.taken();
             assert_eq!(taken.is_some(), [0, 16, 32].contains(&number), "{number}");
-            counters.answered(number % 4 == 0, taken);
+            counters.answered(number % 4 == 0, taken.map(|taken| taken.elapsed()));
         }
         assert_eq!((counters.requests(), counters.errors()), (40, 10));
         assert_eq!(counters.timed().iter().sum::<u64>(), 3);

@@ -119,11 +119,12 @@ impl IoreqRequests {
         if let Err(error) = self.server.notify(vcpu) {
             warn!("domain {}: {error}", roster.domain);
         }
+        let took = taken.map(|taken| taken.elapsed());
         // A BAR that has moved concerns the guest's other functions, too: what fails for them fails for this request.
         let troubles = roster.functions.values_mut().filter_map(|function| function.take_trouble());
         let troubles: Vec<String> = troubles.chain(trouble).collect();
         let trouble = (!troubles.is_empty()).then(|| troubles.join("; "));
-        roster.counters.answered(!known || trouble.is_some(), taken);
+        roster.counters.answered(!known || trouble.is_some(), took);
         if !known || trouble.is_some() {
             complain(roster, request, trouble);
         }

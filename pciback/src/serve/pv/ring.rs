@@ -119,13 +119,14 @@ impl RingRequests {
                 warn!("domain {}: {error}", roster.domain);
             }
         }
+        let took = taken.map(|taken| taken.elapsed());
         let mut trouble = None;
         if let Some(function) = devfn.and_then(|devfn| roster.functions.get_mut(&devfn)) {
             function.sent(op);
             trouble = function.take_trouble();
         }
         let failed = answer.error != WireError::Success && !is_scan(op, answer.error);
-        roster.counters.answered(failed, taken);
+        roster.counters.answered(failed, took);
         if failed {
             complain(roster, op, answer.error, trouble);
         }
