@@ -18,6 +18,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 /// The hidden option with which a successor is started.
 pub const OPTION: &str = "--successor";
 
+/// Why a successor does not take over, if it has ended by itself.
+pub const ENDED: &str = "the new process ended; the service's log says why";
+
 /// What each side sends: one byte.
 const READY: u8 = b'r';
 const TAKE_OVER: u8 = b't';
@@ -82,7 +85,7 @@ impl Successor {
         let mut word = [0];
         match self.link.read(&mut word) {
             Ok(1) if word == [READY] => Ok(()),
-            Ok(_) => Err("the new process ended; the service's log says why".to_owned()),
+            Ok(_) => Err(ENDED.to_owned()),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 Err(format!("the new process was not ready within {limit:?}"))
             }
@@ -98,7 +101,7 @@ impl Successor {
     /// Gives the go-ahead. It outlives this process.
     ///
     /// # Errors
-    /// It has ended: nobody serves guests until the service is started again.
+    /// It has ended: guests are not served until the service is started again.
     pub fn take_over(mut self) -> io::Result<()> {
         self.link.write_all(&[TAKE_OVER])?;
         self.process = None;

@@ -110,12 +110,10 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
     let (policies, found, problem) = read_policies(&settings)?;
     problems.extend(problem.map(|text| (ProblemCause::Policies, text)));
     let lock = match own_lock {
-        Some(lock) => lock,
-        None => match take_over(&settings, &stop)? {
-            Some(lock) => lock,
-            None => return Ok(()),
-        },
+        Some(lock) => Some(lock),
+        None => take_over(&settings, &stop)?,
     };
+    let Some(lock) = lock else { return Ok(()) };
     let journal = Journal::open(&settings.state_directory)?;
     let socket = settings.socket();
     let (status_socket, status_group) = (settings.status_socket(), settings.status_group.clone());
@@ -133,7 +131,6 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
     let mut engine = Engine::new(platform, settings, policies, journal, boot_id())?;
     engine.set_program(program);
     for (cause, problem) in problems {
-        error!("{problem}");
         engine.note_problem(cause, problem);
     }
     // Guests may have waited for an answer since the last run of the service ended: they come first.
@@ -145,7 +142,6 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
             status_socket.display(),
             status_group.unwrap_or_default()
         );
-        error!("{text}");
         engine.note_problem(ProblemCause::Settings, text);
     }
     reload_at(hangup, socket)?;

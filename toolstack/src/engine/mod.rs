@@ -370,8 +370,9 @@ impl Engine {
         })
     }
 
-    /// Notes something for 'xpci status' that was found before the engine ran.
+    /// Notes something for the log and 'xpci status' that was found before the engine ran.
     pub fn note_problem(&mut self, cause: Cause, problem: String) {
+        error!("{problem}");
         self.problems.push(Problem::new(cause, problem));
     }
 
@@ -396,15 +397,13 @@ impl Engine {
         self.create_wanted_vfs();
         self.resume_returning();
         let (mut more_errors, mut more_changes) = (false, false);
-        loop {
+        let ending = loop {
             self.watchdog.feed(Instant::now());
             self.reconcile();
             self.look();
             self.tell_states();
             if let Some(heir) = self.heir() {
-                drop(errors);
-                self.stop();
-                return Ok(Ending::Replaced(heir));
+                break Ending::Replaced(heir);
             }
             let wake = Arc::clone(&self.inbox.wake);
             let store = Arc::clone(&self.platform.store);
@@ -426,10 +425,7 @@ impl Engine {
             if fds[2].revents().is_some_and(|events| !events.is_empty()) {
                 info!("stopping; guests keep their functions");
                 supervisor::stopping();
-                // The kernel takes long to end its tracing: guests are served meanwhile.
-                drop(errors);
-                self.stop();
-                return Ok(Ending::Stopped);
+                break Ending::Stopped;
             }
             while let Some(event) = host.next_event() {
                 self.host_changed(event);
@@ -446,14 +442,14 @@ impl Engine {
             self.check_error_deadlines(Instant::now());
             self.check_networks(Instant::now());
             self.check_starts(Instant::now());
-        }
-    }
-
-    fn stop(&mut self) {
+        };
+        // The kernel takes long to end its tracing: guests are served until it has.
+        drop(errors);
         // Before those who wait for an answer learn that none comes.
         self.inbox.ended.store(true, Ordering::SeqCst);
         self.unmask_all();
         self.stop_servers();
+        Ok(ending)
     }
 
     fn timeout(&self) -> PollTimeout {

@@ -7,12 +7,16 @@ use log::{info, warn};
 use super::{Engine, Event};
 use crate::outcome::{ErrorCode, Failure};
 use crate::reply::Reply;
-use crate::successor::{Program, Successor};
+use crate::successor::{ENDED, Program, Successor};
 
 /// How long the new process may take to get ready.
 const READY_LIMIT: Duration = Duration::from_secs(30);
 /// How long operations that are under way may take to end.
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
+
+fn failed(why: &str) -> Failure {
+    Failure::new(ErrorCode::Failed, format!("replace the service: {why}"))
+}
 
 /// How the engine's run ended.
 pub enum Ending {
@@ -70,9 +74,7 @@ impl Engine {
             Ok(successor)
         };
         self.inbox.background("successor", start, move |started: Result<Result<_, String>, _>| {
-            let started = started.and_then(|started| {
-                started.map_err(|why| Failure::new(ErrorCode::Failed, format!("replace the service: {why}")))
-            });
+            let started = started.and_then(|started| started.map_err(|why| failed(&why)));
             inbox.send(Event::SuccessorStarted(started, reply));
         });
     }
@@ -84,14 +86,15 @@ impl Engine {
                 let deadline = Instant::now() + IDLE_LIMIT;
                 self.succession = Succession::Ready { heir: Heir { successor, reply }, deadline };
             }
-            Err(failure) => {
-                warn!("{failure}; the running process continues");
-                self.succession = Succession::None;
-                reply.done(Err(
-                    failure.hint("the running process continues; see its log: 'journalctl -u xpcid'")
-                ));
-            }
+            Err(failure) => self.continue_after(failure, "see its log: 'journalctl -u xpcid'", &reply),
         }
+    }
+
+    /// No other process takes over: this one continues.
+    fn continue_after(&mut self, failure: Failure, hint: &str, reply: &Reply) {
+        warn!("{failure}; the running process continues");
+        self.succession = Succession::None;
+        reply.done(Err(failure.hint(format!("the running process continues; {hint}"))));
     }
 
     /// When a process that is ready is given up.
@@ -112,16 +115,14 @@ impl Engine {
         }
         let Succession::Ready { mut heir, .. } = std::mem::take(&mut self.succession) else { return None };
         let why = if !heir.successor.is_there() {
-            "the new process ended; the service's log says why".to_owned()
+            ENDED.to_owned()
         } else if !idle {
             format!("operations on functions have not ended within {} s", IDLE_LIMIT.as_secs())
         } else {
             info!("process {} takes over", heir.successor.id());
             return Some(heir);
         };
-        let failure = Failure::new(ErrorCode::Failed, format!("replace the service: {why}"));
-        warn!("{failure}; the running process continues");
-        heir.reply.done(Err(failure.hint("the running process continues; try again")));
+        self.continue_after(failed(&why), "try again", &heir.reply);
         None
     }
 

@@ -246,7 +246,7 @@ pub fn pciback_guest(store: &dyn StoreOps, address: Sbdf) -> Result<Option<DomId
     Ok(found.map(|(_, domain)| domain))
 }
 
-/// Makes xenstore notify a guest of its new device once more. A guest looks for devices when it boots, and later only where it is told of a
+/// Makes xenstore notify a guest of its new device once more. A guest looks for devices when it boots, and later only where it is notified of a
 /// change: one that was suspended when the device was published was not.
 pub fn tell_again(store: &dyn Store, domain: DomId) -> Result<()> {
     let path = format!("{}/{}", frontend_directory(domain), key::STATE);
