@@ -51,17 +51,16 @@ impl Daemon {
 
     /// The same, with more settings.
     pub fn start_with(directory: TempDir, host: &str, settings: &str) -> Self {
-        fs::write(directory.path().join("host.yaml"), host).unwrap();
-        let settings = format!("guest-limit-seconds: 1\n{settings}");
-        fs::write(directory.path().join("settings.yaml"), settings).unwrap();
-        let daemon = Self::spawn(directory);
-        daemon.wait_for_log("ready on");
-        daemon
+        describe(directory.path(), host, settings);
+        Self::run_until_ready(directory, service)
     }
 
-    fn spawn(directory: TempDir) -> Self {
-        let program = service(directory.path());
-        Self::run(directory, program)
+    /// Runs a program that is the service in a directory, and waits until it is ready.
+    pub fn run_until_ready(directory: TempDir, program: impl FnOnce(&Path) -> Command) -> Self {
+        let program = program(directory.path());
+        let daemon = Self::run(directory, program);
+        daemon.wait_for_log("ready on");
+        daemon
     }
 
     /// Runs a program that is the service in a directory.
@@ -126,9 +125,7 @@ impl Daemon {
         let _ = self.child.kill();
         self.wait();
         let directory = std::mem::replace(&mut self.directory, tempfile::tempdir().unwrap());
-        let daemon = Self::spawn(directory);
-        daemon.wait_for_log("ready on");
-        daemon
+        Self::run_until_ready(directory, service)
     }
 }
 
@@ -138,6 +135,28 @@ impl Drop for Daemon {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Writes the host and the settings of a service into its directory.
+pub fn describe(directory: &Path, host: &str, settings: &str) {
+    fs::write(directory.join("host.yaml"), host).unwrap();
+    fs::write(directory.join("settings.yaml"), format!("guest-limit-seconds: 1\n{settings}")).unwrap();
+}
+
+/// Puts a copy of a program at a path, in place of an earlier one as a package's upgrade does.
+///
+/// A process of its own writes it: one that another test starts at that moment would inherit an open file of ours, and the kernel refuses
+/// to start a program that is open for writing (ETXTBSY).
+pub fn install_program(from: &Path, to: &Path) {
+    let installed = Command::new("install").args(["-m", "755"]).arg(from).arg(to).output().unwrap();
+    assert!(installed.status.success(), "{installed:?}");
+}
+
+/// The same with a script.
+pub fn install_script(text: &str, to: &Path) {
+    let script = to.with_extension("script");
+    fs::write(&script, text).unwrap();
+    install_program(&script, to);
 }
 
 /// `xpcid` on the host and in the directories of a test.

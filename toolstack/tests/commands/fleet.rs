@@ -1,10 +1,9 @@
 //! The playbook of docs/fleet.md, carried out by Ansible on a simulated host.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use crate::daemon::{Daemon, program};
+use crate::daemon::{Daemon, install_script, program};
 use crate::transcript::host;
 
 /// The text of the playbook.
@@ -39,8 +38,7 @@ fn prepare(directory: &Path, socket: &Path) {
     fs::write(directory.join("playbook.yaml"), playbook()).unwrap();
     let script =
         format!("#!/bin/sh\nexec {} --socket {} \"$@\"\n", env!("CARGO_BIN_EXE_xpci"), socket.display());
-    fs::write(directory.join("xpci"), script).unwrap();
-    fs::set_permissions(directory.join("xpci"), fs::Permissions::from_mode(0o755)).unwrap();
+    install_script(&script, &directory.join("xpci"));
 }
 
 #[test]

@@ -384,13 +384,11 @@ fn a_journal_file_that_cannot_be_used_is_a_problem_in_status() {
 
 /// An `xl` that notes what it is asked for, and fails where the test says so.
 fn with_xl(daemon: &Daemon, script: &str, arguments: &[&str]) -> std::process::Output {
-    use std::os::unix::fs::PermissionsExt;
     let programs = daemon.directory.path().join("bin");
     std::fs::create_dir_all(&programs).unwrap();
     let xl = programs.join("xl");
     let log = daemon.directory.path().join("xl.log");
-    std::fs::write(&xl, format!("#!/bin/sh\necho \"$@\" >> {}\n{script}\n", log.display())).unwrap();
-    std::fs::set_permissions(&xl, std::fs::Permissions::from_mode(0o755)).unwrap();
+    daemon::install_script(&format!("#!/bin/sh\necho \"$@\" >> {}\n{script}\n", log.display()), &xl);
     let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap());
     let mut command = daemon::program(env!("CARGO_BIN_EXE_xpci"));
     command.env("PATH", path).arg("--socket").arg(daemon.socket()).args(arguments).output().unwrap()

@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 
-use crate::daemon::{Daemon, LIMIT, program, service};
+use crate::daemon::{Daemon, LIMIT, describe, install_program, install_script, program, service};
 use crate::transcript::host;
 
 #[test]
@@ -42,15 +42,14 @@ fn only_its_owner_reaches_the_socket() {
 /// A service that is started with these limits of a shell's.
 fn limited(limits: &str) -> Daemon {
     let directory = tempfile::tempdir().unwrap();
-    std::fs::write(directory.path().join("host.yaml"), host()).unwrap();
-    std::fs::write(directory.path().join("settings.yaml"), "guest-limit-seconds: 1\n").unwrap();
-    let xpcid = service(directory.path());
-    let mut limited = program("sh");
-    let script = format!("{limits}; exec \"$0\" \"$@\"");
-    limited.args(["-c", script.as_str()]).arg(xpcid.get_program()).args(xpcid.get_args());
-    let daemon = Daemon::run(directory, limited);
-    daemon.wait_for_log("ready on");
-    daemon
+    describe(directory.path(), &host(), "");
+    Daemon::run_until_ready(directory, |directory| {
+        let xpcid = service(directory);
+        let mut limited = program("sh");
+        let script = format!("{limits}; exec \"$0\" \"$@\"");
+        limited.args(["-c", script.as_str()]).arg(xpcid.get_program()).args(xpcid.get_args());
+        limited
+    })
 }
 
 #[test]
@@ -291,15 +290,15 @@ fn what_the_user_may_not_do_is_no_error_of_the_service() {
 /// A service that was started from a file of its own, and that file.
 fn installed() -> (Daemon, std::path::PathBuf) {
     let directory = tempfile::tempdir().unwrap();
-    std::fs::write(directory.path().join("host.yaml"), host()).unwrap();
-    std::fs::write(directory.path().join("settings.yaml"), "guest-limit-seconds: 1\n").unwrap();
-    let xpcid = service(directory.path());
+    describe(directory.path(), &host(), "");
     let file = directory.path().join("xpcid");
-    std::fs::copy(xpcid.get_program(), &file).unwrap();
-    let mut copy = program(file.to_str().unwrap());
-    copy.args(xpcid.get_args());
-    let daemon = Daemon::run(directory, copy);
-    daemon.wait_for_log("ready on");
+    let daemon = Daemon::run_until_ready(directory, |directory| {
+        let xpcid = service(directory);
+        install_program(xpcid.get_program().as_ref(), &file);
+        let mut copy = program(file.to_str().unwrap());
+        copy.args(xpcid.get_args());
+        copy
+    });
     (daemon, file)
 }
 
@@ -309,21 +308,13 @@ fn server(daemon: &Daemon) -> i32 {
     getsockopt(&stream, PeerCredentials).unwrap().pid()
 }
 
-/// Puts another program at a path, as a package's upgrade does.
-fn upgrade(file: &std::path::Path, script: &str) {
-    let new = file.with_extension("new");
-    std::fs::write(&new, script).unwrap();
-    std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o755)).unwrap();
-    std::fs::rename(new, file).unwrap();
-}
-
 #[test]
 fn the_installed_program_takes_over_from_the_running_one() {
     let (mut daemon, file) = installed();
     // What was installed meanwhile says that it is another.
     let real = file.with_extension("real");
-    std::fs::copy(&file, &real).unwrap();
-    upgrade(&file, &format!("#!/bin/sh\necho the newer one >&2\nexec {} \"$@\"\n", real.display()));
+    install_program(&file, &real);
+    install_script(&format!("#!/bin/sh\necho the newer one >&2\nexec {} \"$@\"\n", real.display()), &file);
     let old = server(&daemon);
     let output = daemon.xpci(&["daemon-reexec"]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -342,7 +333,7 @@ fn a_program_that_cannot_start_leaves_the_running_one_in_place() {
     let (daemon, file) = installed();
     let running = server(&daemon);
     for (script, said) in [("#!/bin/sh\nexit 1\n", "ended"), ("", "start")] {
-        upgrade(&file, script);
+        install_script(script, &file);
         let output = daemon.xpci(&["daemon-reexec"]);
         let said_it = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(1), "{said_it}");

@@ -11,7 +11,7 @@ use std::process::Output;
 use nix::unistd::{Gid, Group, getegid, geteuid};
 use serde_json::{Value, json};
 
-use crate::daemon::{Daemon, LIMIT, program};
+use crate::daemon::{Daemon, LIMIT, install_program, program};
 use crate::transcript::host;
 
 /// A user and a group without rights, where tests run as root: Debian's `nobody` and `daemon`.
@@ -46,7 +46,7 @@ fn xpci_as(group: Gid, daemon: &Daemon, arguments: &[&str]) -> Output {
     // Where the tests are built, that user may not go.
     let copy = daemon.directory.path().join("xpci");
     if !copy.exists() {
-        fs::copy(env!("CARGO_BIN_EXE_xpci"), &copy).unwrap();
+        install_program(env!("CARGO_BIN_EXE_xpci").as_ref(), &copy);
     }
     let mut command = program(copy.to_str().unwrap());
     command.arg("--socket").arg(daemon.socket()).args(arguments);
