@@ -34,6 +34,18 @@ pub fn builder() -> Builder {
     })
 }
 
+/// Maps the first page of BAR 0 of a function that a guest sees, in a program of the guest's that keeps it: `keep-page`.
+pub fn map_bar(guest: &Guest<'_>, function: &str) -> Result<Process> {
+    let resource = format!("/sys/bus/pci/devices/{function}/resource");
+    guest.wait_for("the function", SOON, &format!("[ -e {resource} ]"))?;
+    let line = guest.run(&format!("head -n 1 {resource}")).ok()?;
+    let address = line.split_whitespace().next().and_then(|word| word.strip_prefix("0x"));
+    let address = address.with_context(|| format!("no BAR in {line:?}"))?;
+    let page = guest.converse(&format!("/lab/keep-page {address}"))?;
+    page.wait_output("mapped\n", SOON)?;
+    Ok(page)
+}
+
 /// Starts the service and waits until it listens.
 pub fn start_service(lab: &Lab) -> Result<Process> {
     // A predecessor that was killed leaves its socket behind.

@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, ensure};
 use xpci_tests::host::state::{keep_running, kill_and_start, make_held};
-use xpci_tests::host::{PF, SOON, VFS, guest, prepare, state, wait_for_state, xpci, xpci_fails};
+use xpci_tests::host::{PF, SOON, VFS, guest, map_bar, prepare, state, wait_for_state, xpci, xpci_fails};
 use xpci_tests::scenes::{Check, Machine, Scene};
 use xpci_tests::{Guest, Lab, Process, checks};
 
@@ -75,13 +75,7 @@ fn refused(scene: &FormerOwners<'_>, command: &str) -> Result<()> {
 
 fn a_guest_maps_its_vf_and_reads_a_register(scene: &mut FormerOwners<'_>) -> Result<()> {
     xpci(scene.lab, "pci-attach hostile 01:10.0")?;
-    let device = "/sys/bus/pci/devices/0000:00:00.0";
-    scene.hostile.wait_for("the VF", SOON, &format!("[ -e {device}/resource ]"))?;
-    let line = scene.hostile.run(&format!("head -n 1 {device}/resource")).ok()?;
-    let address = line.split_whitespace().next().and_then(|word| word.strip_prefix("0x"));
-    let address = address.with_context(|| format!("no BAR in {line:?}"))?;
-    let page = scene.hostile.converse(&format!("/lab/keep-page {address}"))?;
-    page.wait_output("mapped\n", SOON)?;
+    let page = map_bar(&scene.hostile, "0000:00:00.0")?;
     scene.page = Some(page);
     let seen = scene.read()?;
     ensure!(seen.len() == 8 && seen != "ffffffff", "{seen}");

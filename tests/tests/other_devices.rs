@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use xpci_tests::host::state::{keep_running, make_held};
 use xpci_tests::host::{
-    SOON, guest, is_held, nothing_remains, owner, start_service, state, xpci, xpci_fails,
+    SOON, guest, is_held, map_bar, nothing_remains, owner, start_service, state, xpci, xpci_fails,
 };
 use xpci_tests::scenes::{Check, Machine, Scene};
 use xpci_tests::{Guest, Lab, Process, checks};
@@ -21,7 +21,7 @@ const VIRTIO_INTX: &str = WITHOUT_MSIX;
 const PERMIT: &str = "match: {class: '010802', function: physical}\npermit: physical-function\n";
 
 /// Where its guest sees the NVMe controller.
-const IN_GUEST: &str = "/sys/bus/pci/devices/0000:00:01.0";
+const IN_GUEST: &str = "0000:00:01.0";
 /// The controller's register Version (NVM Express Base Specification, section 3.1.4), in hexadecimal.
 const NVME_VERSION: &str = "8";
 /// How often it is read.
@@ -47,10 +47,9 @@ struct Found {
 
 impl Found {
     fn read(scene: &OtherDevices<'_>) -> Result<Self> {
-        let config = format!("{IN_GUEST}/config");
-        scene.one.wait_for("the NVMe controller", SOON, &format!("[ -e {config} ]"))?;
-        let host = scene.lab.dom0(&dump(&format!("/sys/bus/pci/devices/{NVME}/config"))).ok()?;
-        Ok(Self { host, guest: scene.one.run(&dump(&config)).ok()? })
+        let one = &scene.one;
+        one.wait_for("the NVMe controller", SOON, &format!("[ -e /sys/bus/pci/devices/{IN_GUEST}/config ]"))?;
+        Ok(Self { host: scene.lab.dom0(&dump(NVME)).ok()?, guest: one.run(&dump(IN_GUEST)).ok()? })
     }
 }
 
@@ -123,11 +122,7 @@ fn a_guest_that_switches_decoding_off_in_a_loop_harms_no_read_of_its_bar(
 ) -> Result<()> {
     let (lab, one) = (scene.lab, &scene.one);
     one.run("modprobe -r nvme").ok()?;
-    let line = one.run(&format!("head -n 1 {IN_GUEST}/resource")).ok()?;
-    let address = line.split_whitespace().next().and_then(|word| word.strip_prefix("0x"));
-    let address = address.with_context(|| format!("no BAR in {line:?}"))?;
-    let page = one.converse(&format!("/lab/keep-page {address}"))?;
-    page.wait_output("mapped\n", SOON)?;
+    let page = map_bar(one, IN_GUEST)?;
     let errors = "dmesg | grep -cE 'AER|MCE|Machine check|NMI'; true";
     let before = lab.dom0(errors).ok()?;
     let switching = one.spawn("while setpci -s 0:1.0 COMMAND=0:2; do :; done")?;
@@ -148,9 +143,9 @@ fn a_guest_that_switches_decoding_off_in_a_loop_harms_no_read_of_its_bar(
     one.wait_for("the disk", SOON, "[ -b /dev/nvme0n1 ]")
 }
 
-/// All bytes of a config space in hexadecimal.
-fn dump(config: &str) -> String {
-    format!("od -A x -t x1 -v {config}")
+/// Prints all bytes of a function's config space in hexadecimal.
+fn dump(function: &str) -> String {
+    format!("od -A x -t x1 -v /sys/bus/pci/devices/{function}/config")
 }
 
 /// A guest writes the complement of what it reads to all registers of the header and of the capabilities.
@@ -164,7 +159,7 @@ fn the_next_owner_finds_the_registers_as_the_first_one_did(scene: &mut OtherDevi
     )
     .limit(SOON)
     .ok()?;
-    let changed = one.run(&dump(&format!("{IN_GUEST}/config"))).ok()?;
+    let changed = one.run(&dump(IN_GUEST)).ok()?;
     let found = scene.found.as_ref().context("the first owner's config space was not read")?;
     ensure!(changed != found.guest, "the guest's writes changed nothing that it can see");
     xpci(lab, &format!("pci-detach one {NVME}"))?;
