@@ -1,4 +1,4 @@
-//! What clients call a function, made an address before the request is handled.
+//! Resolves the functions that clients name to addresses, before a request is handled.
 
 use pciback::{FunctionState, Sbdf};
 
@@ -13,7 +13,8 @@ use crate::spec::existing;
 use crate::target::{Parent, Target};
 
 impl Engine {
-    /// Handles a request of a client. What takes a look at the whole host is found out on a thread, and the request comes back.
+    /// Handles a request of a client. Names that need a scan of the host are resolved on a background thread, which sends the request
+    /// again with an address.
     pub(super) fn asked(&mut self, request: Request<Target>, reply: Reply) {
         match request.clone().map(|target| target.address().ok_or(target)) {
             Ok(request) => self.handle_request(request, reply),
@@ -38,7 +39,8 @@ impl Engine {
         }
     }
 
-    /// A free VF of a PF, for a request that takes one: the first in order. No other request is handled meanwhile, so it stays free.
+    /// Chooses a free VF of a PF for a request that takes any: the first in order. The engine handles no other request in between, so the
+    /// VF stays free.
     fn choose(&self, request: &Request<Target>, pf: Sbdf) -> Result<Sbdf, Failure> {
         match request {
             Request::PciAssignableAdd { .. } => {
@@ -61,7 +63,7 @@ impl Engine {
         }
     }
 
-    /// The VFs of a PF that are in a state, and in no transaction.
+    /// The VFs of a PF that are in the given state and in no transaction.
     fn vfs_in(&self, pf: Sbdf, state: FunctionState) -> Result<Vec<Sbdf>, Failure> {
         let function = existing(self.platform.host.as_ref(), pf)?;
         if function.total_vfs == 0 {
@@ -71,7 +73,7 @@ impl Engine {
         Ok(vfs.filter(|vf| self.state(*vf) == state && !self.busy.contains(vf)).collect())
     }
 
-    /// The first VF of a PF that a guest could have now. `trust`: even while a PV guest that had it can still reach it.
+    /// The first VF of a PF that can be attached to the guest now. With `trust`, also one that a PV guest that had it can still reach.
     pub(super) fn free_vf(&self, pf: Sbdf, guest: &DomainName, trust: bool) -> Result<Sbdf, Failure> {
         let mut why = None;
         for vf in self.vfs_in(pf, FunctionState::Held)? {
@@ -92,7 +94,8 @@ impl Engine {
         })
     }
 
-    /// What keeps a held function from a guest that takes any: one that is kept for a guest is not free, not even for that guest.
+    /// Why a held function cannot be given to a guest that takes any VF. A reserved function is not free, even for the guest that it is
+    /// reserved for.
     fn keeps_from(&self, vf: Sbdf, guest: &DomainName, trust: bool) -> Option<Failure> {
         if let Some(kept) = self.reservations.get(vf) {
             return Some(Failure::refused(kept_for(&kept)).on(vf).hint(how_to_forget(&kept)));

@@ -1,4 +1,4 @@
-//! Requests that a thread of the service makes, as a client would: work that consists of several of them.
+//! Requests that a thread of the service sends as a client would, for work that consists of several requests.
 
 use std::cell::Cell;
 use std::time::Duration;
@@ -9,13 +9,13 @@ use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{Request, Success};
 use crate::reply::Reply;
 
-/// What the engine may take besides what guests, drivers and resets may.
+/// Time that the engine may need in addition to the limits of guests, drivers and resets.
 const ENGINE_LIMIT: Duration = Duration::from_secs(60);
 
-/// Makes requests, one after the other.
+/// Sends requests, one after the other.
 pub(super) struct Asking {
     pub workshop: Workshop,
-    /// Whether a request was not answered: what came of it the next run of the service finds out.
+    /// Whether a request got no answer; its outcome is then found only by the next run of the service.
     unanswered: Cell<bool>,
 }
 
@@ -24,16 +24,16 @@ impl Asking {
         Self { workshop, unanswered: Cell::new(false) }
     }
 
-    /// Whether it is unknown what came of a request: then nothing is undone.
+    /// Whether the outcome of a request is unknown. Nothing must be undone then.
     pub fn is_unanswered(&self) -> bool {
         self.unanswered.get()
     }
 
-    /// Makes a request; `what` it is a part of, for people.
+    /// Sends a request and waits for the answer; `what` names the whole operation in error messages.
     pub fn ask(&self, request: Request, what: &str) -> Result<Success, Failure> {
         let settings = &self.workshop.settings;
         let reset = Duration::from_secs(settings.reset.limit_seconds + settings.reset.answer_seconds);
-        // Attached and, when that fails, taken back.
+        // Twice, for an attachment that is undone after it fails.
         let limit = (settings.longest_guest_limit() + settings.driver_limit() + reset) * 2 + ENGINE_LIMIT;
         let (reply, answer) = Reply::awaited();
         self.workshop.inbox.send(Event::Call { request: request.into(), reply });

@@ -1,7 +1,7 @@
-//! Which attachments are in force, and the resets under way under guests.
+//! The current attachments, and the resets that run while a guest has the function.
 //!
-//! What a serving thread reports, and the end of a reset, concern the attachment that they were begun for. The function may have another
-//! owner by the time that they arrive: then they concern nobody.
+//! A report of a serving thread, or the end of a reset, belongs to the attachment for which it was started. The function may have another
+//! owner when it arrives; it is then ignored.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use pciback::Sbdf;
 use pciback::serve::Attachment;
 
-/// The attachments in force, by function: from the moment before the guest is served until it has lost the function.
+/// The current attachment of each function, from just before the guest is served until the function is withdrawn from it.
 #[derive(Debug, Default)]
 pub(super) struct Attachments(BTreeMap<Sbdf, Attachment>);
 
@@ -23,7 +23,7 @@ impl Attachments {
         self.0.remove(&address);
     }
 
-    /// The one in force.
+    /// The current attachment of a function.
     pub fn of(&self, address: Sbdf) -> Option<Attachment> {
         self.0.get(&address).copied()
     }
@@ -33,18 +33,18 @@ impl Attachments {
     }
 }
 
-/// Functions that are being reset under their guests. A transaction that takes a function from its guest waits here for the end of that:
-/// until then nobody else may have it.
+/// Functions that are being reset while a guest has them. A transaction that withdraws a function waits for the end of its reset before
+/// the function can have another owner.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Resets(Arc<(Mutex<BTreeSet<Sbdf>>, Condvar)>);
 
 impl Resets {
-    /// One begins; `false`: one is under way.
+    /// Notes that a reset begins; `false`: one already runs.
     pub fn begin(&self, address: Sbdf) -> bool {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner).insert(address)
     }
 
-    /// Whether none is under way.
+    /// Whether no reset runs.
     pub fn none(&self) -> bool {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
     }
@@ -54,7 +54,7 @@ impl Resets {
         self.0.1.notify_all();
     }
 
-    /// Waits until none is under way; `false`: that took longer than the limit.
+    /// Waits until no reset of the function runs; `false`: the limit expired.
     pub fn wait(&self, address: Sbdf, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
         let running = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,4 +1,4 @@
-//! Work beside the engine: whatever may wait for hardware, the kernel, Xen or a guest.
+//! Background threads for work that may wait for hardware, the kernel, Xen or a guest.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,16 +12,16 @@ use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Cause;
 
 impl Inbox {
-    /// Does `work` on a thread of its own and hands what comes of it to `report`, there too. Where no thread can be started, `report`
-    /// gets the failure, at once. Work that ends by a fault of the service's own is a problem in the status; nothing is known of what it
-    /// was about, which stays busy until the service is restarted.
+    /// Runs `work` on a new thread, and passes its result to `report` on that thread. If the thread cannot be started, `report` gets the
+    /// failure at once, on the calling thread. A panic of `work` becomes a problem in `xpci status`; what it worked on stays busy until
+    /// the service is restarted, because its state is unknown.
     pub(super) fn background<T>(
         &self,
         name: &str,
         work: impl FnOnce() -> T + Send + 'static,
         report: impl FnOnce(Result<T, Failure>) + Send + 'static,
     ) {
-        // Shared, because a thread that cannot be started takes what it was given with it.
+        // Shared, because a failed spawn drops the closure and everything moved into it.
         let report = Arc::new(Mutex::new(Some(report)));
         let taken = Arc::clone(&report);
         let take = |report: &Mutex<Option<_>>| report.lock().unwrap_or_else(PoisonError::into_inner).take();

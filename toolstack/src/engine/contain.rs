@@ -1,4 +1,4 @@
-//! Containing a function that its guest shall not keep.
+//! Containment: taking a function from its guest because of errors or a policy.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,17 +11,17 @@ use super::problems::Problem;
 use super::tasks::Course;
 use crate::transaction::{Kind, Parting};
 
-/// What becomes of a function. A later one replaces an earlier one only if it is stricter.
+/// The degree of containment. A later request replaces an earlier one only if it is stricter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Containment {
-    /// Its guest loses it; it is reset and held, ready for the next one.
+    /// The function is withdrawn from its guest, reset and held, and may be attached again.
     Unplug,
-    /// Its guest loses it, and no guest gets it until 'xpci quarantine clear'.
+    /// The function is withdrawn from its guest, and no guest gets it until 'xpci quarantine clear'.
     Quarantine,
 }
 
-/// Functions that are to be contained when their transaction ends, and why. Transactions see it too: one that is killed on the way
-/// leaves the reason in the journal.
+/// Functions to be contained when their transaction ends, and why. Transactions read this as well, and write the reason to the journal,
+/// so that it survives a killed service.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Awaiting(Arc<Mutex<BTreeMap<Sbdf, (Containment, String)>>>);
 
@@ -38,7 +38,7 @@ impl Awaiting {
         }
     }
 
-    /// Why a function shall end quarantined.
+    /// The reason why a function is to be quarantined at the end of its transaction.
     pub fn distrusted(&self, address: Sbdf) -> Option<String> {
         let waiting = self.locked();
         let (_, why) = waiting.get(&address).filter(|(what, _)| *what == Containment::Quarantine)?;
@@ -47,11 +47,11 @@ impl Awaiting {
 }
 
 impl Engine {
-    /// Takes a function from its guest. With quarantine its guest reads all ones from now on, and bus mastering and interrupts
-    /// are switched off in hardware before anything else; then the guest is asked to let go, as with any detach, because its
-    /// driver could not be stopped from touching memory that it has mapped in any case.
+    /// Takes a function from its guest. For a quarantine, the guest reads all ones from now on, and bus mastering and interrupts are
+    /// disabled in hardware first. Then the guest is asked to release the function as for any detach: its driver can access mapped BARs
+    /// until it unmaps them in any case.
     ///
-    /// A function in a transaction is contained when that has ended; one that is dom0's is left alone.
+    /// A function in a transaction is contained when the transaction ends. A function that belongs to dom0 stays there.
     pub(super) fn contain(&mut self, address: Sbdf, containment: Containment, why: &str) {
         let quarantine = containment == Containment::Quarantine;
         if quarantine {
@@ -91,12 +91,12 @@ impl Engine {
         }
     }
 
-    /// Marks a function that can be trusted no more, and takes it from its guest.
+    /// Quarantines a function that can no longer be trusted.
     pub(super) fn quarantine(&mut self, address: Sbdf, why: &str) {
         self.contain(address, Containment::Quarantine, why);
     }
 
-    /// A transaction has ended: what was decided meanwhile is done.
+    /// Carries out a containment that was requested during a transaction that has now ended.
     pub(super) fn contain_awaiting(&mut self, address: Sbdf) {
         if self.busy.contains(&address) {
             return;

@@ -1,7 +1,7 @@
-//! Errors that functions report: heard of, accounted for, and decided about.
+//! Errors that functions report: receiving them, accounting, and deciding about a response.
 //!
-//! Each passes through the account of its function, whichever way it was found, and the account says when and how often there is
-//! something to decide. What touches hardware or may wait runs on threads of its own.
+//! Each report is entered into the account of its function, whatever its source. The account tells when a decision is due, and for how
+//! many errors. Work that accesses hardware or may wait runs on background threads.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -23,10 +23,10 @@ use crate::domains;
 use crate::outcome::Failure;
 use crate::protocol::{Cause, EventView, Happening, RegisterValue};
 
-/// So many events are taken at once before the engine looks at other things.
+/// The largest number of error events that are handled before the engine polls its other sources.
 const BURST: usize = 256;
 
-/// Where a guest's function hangs.
+/// The position of a guest's function in the PCI topology.
 #[derive(Debug, Clone)]
 pub(super) struct Place {
     /// Its PF, for a VF.
@@ -35,31 +35,31 @@ pub(super) struct Place {
     pub ports: Vec<Sbdf>,
 }
 
-/// All that is known of errors.
+/// The state of error handling.
 #[derive(Default)]
 pub(super) struct Faults {
     /// The functions that guests have.
     pub places: BTreeMap<Sbdf, Place>,
-    /// Those, their PFs and the ports above them.
+    /// Those functions, their PFs and the ports above them.
     pub watched: BTreeSet<Sbdf>,
-    /// The accounts of the watched ones, and of others that reported an error just now.
+    /// The accounts of the watched functions, and of others that reported an error.
     pub accounts: BTreeMap<Sbdf, Account>,
-    /// Looks at the counters.
+    /// Scheduled reads of the error counters.
     pub looks: Looks,
     histories: BTreeMap<Sbdf, History>,
     guests: BTreeMap<DomId, History>,
-    /// What is being done about functions.
+    /// Responses to errors that are under way.
     pub underway: BTreeMap<Sbdf, Underway>,
     /// Functions whose correctable errors are masked.
     pub masked: BTreeMap<Sbdf, super::responses::Mask>,
-    /// Looks at the ports.
+    /// Scheduled reads of the ports.
     pub ports: PortLooks,
-    /// Functions whose registers are being read.
+    /// Functions whose error registers are being read.
     reading: BTreeSet<Sbdf>,
 }
 
 impl Engine {
-    /// Subscribes to errors; where that is not possible the counters have to do.
+    /// Subscribes to error events; where that is impossible, errors are found by the kernel's counters only.
     pub(super) fn hear_errors(&mut self) -> Option<Box<dyn ErrorEvents>> {
         match self.platform.errors.events() {
             Ok(events) => Some(events),
@@ -72,7 +72,7 @@ impl Engine {
         }
     }
 
-    /// Takes what has come; `true`: there may be more.
+    /// Handles pending error events; `true`: there may be more.
     pub(super) fn take_errors(&mut self, events: &dyn ErrorEvents) -> bool {
         self.faults.looks.set_events_wait(true);
         for _ in 0..BURST {
@@ -91,16 +91,16 @@ impl Engine {
         true
     }
 
-    /// Whether anybody but dom0 is concerned with a function.
+    /// Whether an error of this function concerns a guest or the service, and not dom0 alone.
     fn concerns(&self, address: Sbdf) -> bool {
         self.faults.watched.contains(&address) || self.records.contains_key(&address) || {
-            // A function of dom0's, below a port that a guest's function hangs below, too.
+            // A function of dom0 below a port that is also above a guest's function.
             let ports = self.platform.host.ports_above(address).unwrap_or_default();
             ports.iter().any(|port| self.faults.watched.contains(port))
         }
     }
 
-    /// Enters into the function's account what told of an error, and deals with what that makes due.
+    /// Enters a report into the account of the function, and handles the errors that become due by it.
     pub(super) fn account(&mut self, fault: &Fault) {
         if !self.faults.accounts.contains_key(&fault.address) {
             if !self.concerns(fault.address) {
@@ -113,25 +113,26 @@ impl Engine {
         let account = self.faults.accounts.get_mut(&fault.address);
         let due = account.and_then(|account| account.heard(fault, begun));
         if let Some(due) = due {
-            // What follows soon waits for looks.
+            // Further errors are found by reading the counters.
             self.look_at_open_accounts_soon();
             self.deal_with(&due);
         }
     }
 
-    /// When something about errors is to be done next.
+    /// The next time at which error handling has something to do.
     pub(super) fn next_error_deadline(&self) -> Option<Instant> {
         let masked = self.faults.masked.values().map(|mask| mask.until);
         masked.chain(self.faults.looks.next()).min()
     }
 
-    /// Does what is due.
+    /// Does what is due by now.
     pub(super) fn check_error_deadlines(&mut self, now: Instant) {
         self.unmask_due(now);
         self.look_at_errors(now);
     }
 
-    /// A guest is given a function, a transaction has ended, or an earlier run's guest is served on: who has what is looked at anew.
+    /// Updates which functions are watched. Called when a guest gets a function, when a transaction ends, and when a guest of an earlier
+    /// run is taken over.
     pub(super) fn watch_errors_of(&mut self, address: Sbdf) -> Result<(), Failure> {
         let record = self.records.get(&address);
         let given = [FunctionState::Attaching, FunctionState::Attached, FunctionState::Resetting];
@@ -146,7 +147,7 @@ impl Engine {
         } else if !self.faults.places.contains_key(&address) {
             let host = self.platform.host.as_ref();
             let function = match host.function(address) {
-                // It has left the host, which is seen to elsewhere.
+                // The function has left the host, which `watch` handles.
                 Err(error) if error.errno() == Some(Errno::ENOENT) => return Ok(()),
                 other => other?,
             };
@@ -160,7 +161,8 @@ impl Engine {
             );
         }
         for address in &watched {
-            // Counted from now on; one that was dealt with just now may still show in another way.
+            // Counted from now on. An account that already exists is kept: an error in it that has been handled may still be reported by
+            // another source.
             if !self.faults.accounts.contains_key(address) {
                 let counters = self.platform.errors.counters(*address).ok().flatten();
                 let account = Account::begin(*address, counters.as_ref(), self.faults.looks.begun());
@@ -175,7 +177,7 @@ impl Engine {
         Ok(())
     }
 
-    /// The same, where a failure cannot be reported.
+    /// [`Self::watch_errors_of`] for callers that cannot return a failure.
     pub(super) fn keep_watching_errors_of(&mut self, address: Sbdf) {
         if let Err(failure) = self.watch_errors_of(address) {
             let text = format!("{address}: its errors are not noticed: {failure}");
@@ -184,7 +186,7 @@ impl Engine {
         }
     }
 
-    /// The guests' functions that an error concerns, and how.
+    /// The functions of guests that an error concerns, and their relation to the function that reports it.
     fn concerned(&self, fault: &Fault) -> Vec<(Sbdf, Relation)> {
         let mut concerned = Vec::new();
         let mut nearest = None;
@@ -213,7 +215,7 @@ impl Engine {
         let now = Instant::now();
         let mut concerned = self.concerned(fault);
         if concerned.iter().all(|(address, _)| *address != fault.address) {
-            // Noted all the same: what is held, the PF, a port.
+            // An error of a function without a guest (held, a PF, a port) is recorded as well.
             concerned.push((fault.address, Relation::Own));
         }
         for (address, relation) in concerned {
@@ -272,7 +274,7 @@ impl Engine {
         }
     }
 
-    /// What the policies say about errors of a guest's function.
+    /// The error policy for a function of a guest.
     fn error_policy(&self, address: Sbdf, domain: DomId) -> ErrorPolicy {
         let name = domains::name(self.platform.store.as_ref(), domain).ok().flatten();
         if let Some(filter) = self.in_use.get(&address) {
@@ -285,8 +287,8 @@ impl Engine {
         self.policies.merge(&subject).errors
     }
 
-    /// Reads the registers that tell of an error, and clears those of a guest's function, on a thread: a function that the kernel resets
-    /// may keep it waiting. Where the platform handles errors itself they are left to it.
+    /// Reads the registers that describe an error, and clears those of a guest's function. This runs on a thread, because config accesses
+    /// wait while the kernel resets the function. The registers are not cleared where the platform firmware handles errors.
     fn note_registers(&mut self, address: Sbdf) {
         if !self.faults.reading.insert(address) {
             return;

@@ -1,4 +1,4 @@
-//! Guests' frontends: what their nodes say, and what their handshakes want done about it.
+//! Guests' frontends: reading their xenstore nodes, and carrying out the actions of their handshakes.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use super::guest::Awaited;
 use super::{Engine, Event};
 use crate::outcome::Failure;
 
-/// After how long changes of nodes that xenstore refused are tried again.
+/// After this time, node changes that xenstore refused are tried again.
 const WRITE_AGAIN: Duration = Duration::from_secs(1);
 
 impl Engine {
@@ -24,7 +24,7 @@ impl Engine {
         Ok(())
     }
 
-    /// A guest's nodes changed, or a watch was set.
+    /// Handles a change of a guest's nodes. A new watch fires once as well.
     pub(super) fn look_at_frontend(&mut self, domain: DomId) {
         let view = match nodes::read_frontend(self.platform.store.as_ref(), domain) {
             Ok(view) => view,
@@ -39,7 +39,7 @@ impl Engine {
         }
     }
 
-    /// Carries out what a handshake wants, in its order.
+    /// Carries out the actions of a handshake, in their order.
     pub(super) fn act(&mut self, domain: DomId, actions: Vec<Action>) {
         if let Some(guest) = self.guests.get_mut(&domain) {
             guest.actions.extend(actions);
@@ -56,7 +56,7 @@ impl Engine {
                 Action::Connect(ring) => {
                     let outcome = self.connect(domain, ring);
                     if let Some(guest) = self.guests.get_mut(&domain) {
-                        // First: the nodes that follow rely on it.
+                        // Before the node changes that follow, which announce the connection to the guest.
                         let connected = outcome.is_ok();
                         let next = guest.handshake.ring_connected(outcome);
                         guest.actions.extend(next);
@@ -87,13 +87,14 @@ impl Engine {
         self.forget_if_idle(domain);
     }
 
-    /// What the guest's handshake wants next; nothing while something is being done for it that the rest relies on.
+    /// The next action of the guest's handshake; `None` while background work runs for the guest, because later actions rely on its
+    /// result.
     fn next_action(&mut self, domain: DomId) -> Option<Action> {
         let guest = self.guests.get_mut(&domain).filter(|guest| guest.working == 0)?;
         guest.actions.pop_front()
     }
 
-    /// Makes changes of a guest's nodes, after those that could not be made before: the handshake goes on as if they had been.
+    /// Writes changes of a guest's nodes, after earlier ones that failed. The handshake continues as if all had been written.
     fn write_nodes(&mut self, domain: DomId, changes: Vec<NodeChange>) -> Result<(), PlatformError> {
         let Some(guest) = self.guests.get_mut(&domain) else {
             return nodes::apply(self.platform.store.as_ref(), domain, &changes);
@@ -108,7 +109,7 @@ impl Engine {
         written
     }
 
-    /// Tries once more to make changes of nodes that could not be made.
+    /// Retries failed changes of nodes that are due.
     pub(super) fn write_again(&mut self, now: Instant) {
         let due = self.guests.iter().filter(|(_, guest)| guest.write_again.is_some_and(|when| when <= now));
         for domain in due.map(|(domain, _)| *domain).collect::<Vec<_>>() {

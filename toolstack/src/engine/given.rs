@@ -1,8 +1,8 @@
-//! Which functions guests may reach, and the proof that one can no more.
+//! Which functions guests may be able to reach, and the proof that a guest can no longer reach one.
 //!
-//! That nobody serves a function is no proof: its thread may have hung, its image may have been damaged or of another version, the
-//! device may have been silent when the service started, and all the while its interrupts and, in an HVM guest, its BARs stay
-//! mapped. So a function counts as given from the moment before its guest can reach it until it was quiesced or its guest has ended.
+//! That no thread serves a function proves nothing: its thread may hang, its image may be damaged or of another version, or the device
+//! may not have answered when the service started. In all these cases its interrupts and, in an HVM guest, its BARs stay mapped. So a
+//! function counts as given from just before its guest can reach it until it is quiesced or its guest has ended.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,10 +21,11 @@ use crate::domains::{self, DomainType};
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 
-/// An ioreq server that no domain has: what it had claimed is nobody's.
+/// The number of an ioreq server that no domain has, for a domain without a noted one: the ranges that its server had claimed went with
+/// it.
 const NO_SERVER: ServerId = ServerId(u16::MAX);
 
-/// The functions that were given to guests and not proved to be withdrawn.
+/// Functions that were given to guests and are not proved to be withdrawn.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Given(Arc<Mutex<BTreeSet<Sbdf>>>);
 
@@ -33,12 +34,12 @@ impl Given {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Its guest is about to reach it, or could in an earlier run of the service.
+    /// The guest is about to be able to reach the function, or could in an earlier run of the service.
     pub fn add(&self, address: Sbdf) {
         self.locked().insert(address);
     }
 
-    /// Its guest cannot reach it any more: it was quiesced, or its guest has ended.
+    /// The guest can no longer reach the function: it was quiesced, or the guest has ended.
     pub fn withdrawn(&self, address: Sbdf) {
         self.locked().remove(&address);
     }
@@ -49,8 +50,12 @@ impl Given {
 }
 
 impl Workshop {
-    /// Makes sure that the guest of a function that nobody serves cannot reach it: by what its image tells of, or because the guest has ended.
-    /// An error: that is not known, and what could be switched off is.
+    /// Makes sure that the guest of a function that is not served cannot reach it: by withdrawing what the image lists, or because the
+    /// guest has ended.
+    ///
+    /// # Errors
+    ///
+    /// The guest may still reach the function; bus mastering and interrupts are switched off where possible.
     pub(super) fn prove_withdrawn(&self, record: &Record, domain: DomId) -> Result<(), Failure> {
         let address = record.address;
         if !self.given.contains(address) {
@@ -95,7 +100,7 @@ impl Workshop {
         matches!(self.platform.hypervisor.domain(domain), Err(error) if error.errno() == Some(Errno::ESRCH))
     }
 
-    /// Whether it was pulled out, or replaced by another function: Xen has freed its interrupts then.
+    /// Whether the device was removed, or replaced by another. Xen has freed its interrupts in that case.
     fn left_the_host(&self, record: &Record) -> bool {
         match self.platform.host.function(record.address) {
             Ok(function) => record.incarnation != 0 && function.incarnation != record.incarnation,
@@ -103,7 +108,8 @@ impl Workshop {
         }
     }
 
-    /// Whether the addresses of BARs may be in the domain's page tables that Xen keeps. A PV guest's own are `former_owners`'s concern.
+    /// Whether BARs of the function may be mapped in the domain's second-stage page tables, which Xen keeps. A PV guest's own page tables
+    /// are checked by `former_owners`.
     fn may_map(&self, domain: DomId) -> bool {
         !matches!(domains::kind(self.platform.store.as_ref(), domain), Ok(kind) if kind != DomainType::Hvm)
     }

@@ -1,4 +1,4 @@
-//! One guest: its handshake, the thread that serves it, and what is under way for it.
+//! The state of one guest: its handshake, its serving thread, and the work that is under way for it.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -16,45 +16,45 @@ use super::{Answer, Engine};
 use crate::protocol::{RequestTimes, TimeBucket};
 use crate::settings::Settings;
 
-/// One guest that has functions.
+/// A guest that has functions.
 pub(super) struct Guest {
     pub handshake: Handshake,
     /// Set for an HVM guest, which has no handshake.
     pub(super) hvm: Option<Hvm>,
     pub(super) server: Option<Arc<Server>>,
-    /// The functions while no thread serves them.
+    /// Its functions while no thread serves them, by device and function number.
     pub(super) parked: BTreeMap<u8, Box<GuestFunction>>,
     pub(super) counters: Arc<Counters>,
-    /// Transactions that wait for the guest.
+    /// Transactions that wait for the guest, by device and function number.
     pub(super) waiting: BTreeMap<u8, Waiting>,
-    /// What its handshake wants done, in its order.
+    /// Actions of its handshake that are not carried out yet, in order.
     pub(super) actions: VecDeque<Action>,
-    /// How many things are being done for it; those wait until none is.
+    /// The number of background tasks for the guest; its handshake actions wait until it is 0.
     pub(super) working: usize,
-    /// What waits for its functions to be back.
+    /// Actions to run when its functions are back from a background task.
     pub(super) later: Vec<Later>,
-    /// Changes of its nodes that could not be made yet, and when they are tried again.
+    /// Changes of its nodes that could not be written yet, and when they are retried.
     pub(super) unwritten: Vec<NodeChange>,
     pub(super) write_again: Option<Instant>,
-    /// When the handshake may go on after its nodes were removed.
+    /// When the handshake may continue after the guest's nodes were removed.
     pub(super) pause: Option<Instant>,
-    /// When it is told of its device once more, and how long it is waited after that.
+    /// When the guest is next notified again of its device, and the interval after that.
     pub(super) tell_again: Option<(Instant, Duration)>,
     log: LogLimit,
 }
 
-/// Something that the engine does later.
+/// An action that the engine runs later.
 pub(super) type Later = Box<dyn FnOnce(&mut Engine) + Send>;
 
-/// A transaction that waits for its guest.
+/// A transaction that waits for the guest.
 pub(super) struct Waiting {
     pub answer: Answer,
     pub for_what: Awaited,
-    /// When the guest has taken too long, unless it has asked for something meanwhile.
+    /// When the guest counts as late, unless it has made requests since `requests` was noted.
     pub deadline: Instant,
-    /// When it has, whatever it asks for.
+    /// When the guest counts as late in any case.
     at_latest: Instant,
-    /// How many requests it had made when this was last looked at.
+    /// The guest's number of requests when this was last checked.
     requests: u64,
 }
 
@@ -65,7 +65,8 @@ impl Waiting {
         Self { answer, for_what, deadline, at_latest, requests: counters.requests() }
     }
 
-    /// Whether a guest is late. One that works its way through a function's registers, on a host that is busy, gets its time again.
+    /// Whether the guest is late. A guest that is still reading registers of the function, on a busy host, gets more time, up to
+    /// `at_latest`.
     pub fn is_late(&mut self, now: Instant, limit: Duration, counters: &Counters) -> bool {
         if self.deadline > now {
             return false;
@@ -82,13 +83,13 @@ impl Waiting {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Awaited {
-    /// The guest looks at the function.
+    /// The guest reads config space of the function.
     Look,
-    /// Nobody in the guest may be there to look; that is no failure.
+    /// As `Look`, but the guest may have no frontend yet; a timeout is no failure.
     FirstLook,
-    /// The guest lets go.
+    /// The guest releases the function.
     Release,
-    /// It did not in time, and the function is withdrawn without it.
+    /// The guest did not release the function in time; it is being withdrawn without the guest.
     Overruled,
 }
 
@@ -113,13 +114,13 @@ impl Guest {
         }
     }
 
-    /// When something is to be done for it.
+    /// The times at which something is due for the guest.
     pub(super) fn due(&self) -> impl Iterator<Item = Instant> {
         let told = self.tell_again.map(|(when, _)| when);
         self.pause.into_iter().chain(self.write_again).chain(told)
     }
 
-    /// Notes in the log what the guest did, as far as its share goes.
+    /// Logs an action of the guest, within its log limit.
     pub(super) fn say(&mut self, level: Level, text: &str) {
         match self.log.may_say(Instant::now()) {
             Some(0) => log!(level, "{text}"),
@@ -139,7 +140,7 @@ impl Guest {
         self.handshake.has_functions() || self.hvm.as_ref().is_some_and(|hvm| !hvm.devices.is_empty())
     }
 
-    /// Puts another filter of one of its functions in force.
+    /// Replaces the filter of one of its functions.
     pub fn replace_filter(&mut self, devfn: u8, planes: Arc<Planes>) -> Result<(), String> {
         let replaced = match (&self.server, self.parked.get_mut(&devfn)) {
             (_, Some(function)) => Some(function.replace_filter(planes)),
@@ -156,7 +157,7 @@ impl Guest {
         self.server.is_some()
     }
 
-    /// Tells it something about an error; `false` where its frontend is not connected. What it answers its thread reports.
+    /// Notifies the guest's frontend of an error; `false` where it is not connected. The serving thread reports the answer.
     pub fn tell(&self, telling: Telling) -> bool {
         if let Some(server) = &self.server {
             server.tell(telling);
@@ -164,8 +165,8 @@ impl Guest {
         self.server.is_some()
     }
 
-    /// One of its functions is about to be reset, which it did not ask for. A thread that serves it gets an order before the reset. An error:
-    /// the guest may still reach it.
+    /// Prepares a reset that the guest did not request, of one of its functions. If a thread serves the function, it is returned, and
+    /// must get the order before the reset. An error: the guest may still reach the function.
     pub fn begin_reset(&mut self, devfn: u8) -> Result<Option<(Arc<Server>, u8)>, String> {
         match (&self.server, self.parked.get_mut(&devfn)) {
             (_, Some(function)) => function.begin_reset().map(|()| None).map_err(|error| error.to_string()),
@@ -174,17 +175,18 @@ impl Guest {
         }
     }
 
-    /// The host has read and cleared the error registers of one of its functions.
+    /// Called when the host has read and cleared the error registers of one of its functions.
     pub fn events_cleared(&mut self, devfn: u8) {
         match (&self.server, self.parked.get_mut(&devfn)) {
             (_, Some(function)) => function.events_cleared(),
             (Some(server), None) => server.events_cleared(devfn),
-            // Its functions are between two threads: it sees the next error of a kind that it has cleared once hardware shows none.
+            // Its functions are held by a background task. The guest sees the next error of a type that it has cleared only once the
+            // hardware bit is 0.
             (None, None) => {}
         }
     }
 
-    /// One of its functions has left the host.
+    /// Marks one of its functions as removed from the host.
     pub fn set_gone(&mut self, domain: DomId, devfn: u8) {
         match (&self.server, self.parked.get_mut(&devfn)) {
             (_, Some(function)) => function.set_gone(),
@@ -197,14 +199,14 @@ impl Guest {
         }
     }
 
-    /// Does something when its functions are back; nothing where none are on their way.
+    /// Runs an action when the functions are back from a background task; drops it where no task has them.
     fn when_back(&mut self, what: impl FnOnce(&mut Engine) + Send + 'static) {
         if self.working > 0 {
             self.later.push(Box::new(what));
         }
     }
 
-    /// Where what of its writes to one of its functions did not reach hardware is found.
+    /// Where to find the blocked writes of the guest to one of its functions.
     pub fn masked_writes(&self, devfn: u8) -> MaskedWrites {
         match (&self.server, self.parked.get(&devfn)) {
             (_, Some(function)) => MaskedWrites::Known(function.masked_writes()),
@@ -242,16 +244,16 @@ impl Guest {
     }
 }
 
-/// What of a guest's writes did not reach hardware.
+/// The guest's blocked writes, or where to ask for them.
 pub(super) enum MaskedWrites {
-    /// These.
+    /// The writes.
     Known(Vec<MaskedWrite>),
-    /// Its thread knows.
+    /// The serving thread has them.
     Ask(Arc<Server>, u8),
 }
 
 impl MaskedWrites {
-    /// These; may wait for the thread.
+    /// Returns the writes; may wait for the serving thread.
     pub fn take(self) -> Result<Vec<MaskedWrite>, String> {
         match self {
             Self::Known(writes) => Ok(writes),

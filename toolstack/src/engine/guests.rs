@@ -1,4 +1,4 @@
-//! Guests: carries out what their handshakes say, and runs the threads that serve them.
+//! Guests: serves and withdraws functions, handles timeouts and the reports of serving threads.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -18,24 +18,24 @@ use crate::outcome::{ErrorCode, Failure};
 use crate::reset_plan::ResetPlan;
 use crate::transaction::{Parting, place_of, plan_for, reapply_network, renew_path, reset_and_verify};
 
-/// How long a new guest's frontend may take to look at its first function before attach ends with a note instead.
+/// How long a guest without a connected frontend has to look at its first function before the attachment ends with a note instead.
 const FIRST_LOOK: Duration = Duration::from_secs(2);
-/// After how long a guest that may have been suspended is told of its device once more; from then on rarer and rarer.
+/// After this time, a guest that may have been suspended is notified again of its device; the interval doubles each time.
 const TELL_AGAIN: Duration = Duration::from_millis(500);
-/// The rarest.
+/// The longest interval.
 const TELL_AGAIN_LATER: Duration = Duration::from_secs(60);
 
 impl Engine {
-    /// A transaction wants a function served.
+    /// Serves a function, for a transaction.
     pub(super) fn serve(&mut self, record: &Record, opened: Opened, answer: Answer) {
         let Opened { function, filter, memory, .. } = opened;
         let outdated = !Arc::ptr_eq(&filter.policies, &self.policies);
         self.in_use.insert(record.address, filter);
         self.attachments.begin(function.attachment());
-        // From now on the guest can use it, and its errors are the guest's.
+        // From now on the guest can use the function, and its errors concern the guest.
         let heard = self.watch_errors_of(record.address);
         if outdated {
-            // The policies were changed while the function was on its way.
+            // The policies were changed after the transaction compiled the filter.
             self.recompile(vec![record.address]);
         }
         if let Some(memory) = memory {
@@ -65,7 +65,7 @@ impl Engine {
         self.act(place.domain, actions);
     }
 
-    /// A transaction wants a function served no more.
+    /// Stops serving a function, for a transaction.
     pub(super) fn withdraw(&mut self, record: &Record, parting: Parting, answer: Answer) {
         let place = match place_of(record) {
             Ok(place) => place,
@@ -75,12 +75,12 @@ impl Engine {
             }
         };
         let Some(guest) = self.guests.get_mut(&place.domain) else {
-            // Nobody serves it: the transaction never came that far, or this run could not take it over.
+            // The function is not served: the transaction had not come that far, or this run could not take the guest over.
             answer.send(self.clean_up_unserved(place.domain));
             return;
         };
         if guest.hvm.is_some() {
-            // Nobody in the guest is asked: it has no hotplug.
+            // An HVM guest is not asked, because it has no hotplug.
             self.attachments.end(record.address);
             if let Err(Some(answer)) = self.switch_off(place.domain, place.devfn, Some(answer)) {
                 self.forget_if_idle(place.domain);
@@ -105,25 +105,26 @@ impl Engine {
         Ok(None)
     }
 
-    /// The function is published but the guest has not connected: what its transaction waits for is not an answer to an exchange.
+    /// The function is published, but the frontend of the guest is not connected: the transaction waits for a frontend to appear, not for
+    /// the answer of one.
     pub(super) fn published(&mut self, domain: DomId, devfn: u8) {
         if let Some(guest) = self.guests.get_mut(&domain)
             && let Some(waiting) = guest.waiting.get_mut(&devfn)
             && waiting.for_what == Awaited::Look
         {
             waiting.for_what = Awaited::FirstLook;
-            // Nobody in a paused guest looks.
+            // A paused guest cannot answer.
             let paused = self.platform.hypervisor.domain(domain).is_ok_and(|info| info.paused);
             let limit = if paused { Duration::ZERO } else { FIRST_LOOK };
             waiting.deadline = waiting.deadline.min(Instant::now() + limit);
-            // It may be one that is being restored.
+            // The guest may be one that is being restored, whose watches are not set yet.
             if paused || self.returning.is_returning(domain) {
                 guest.tell_again = Some((Instant::now() + TELL_AGAIN, TELL_AGAIN));
             }
         }
     }
 
-    /// The guest cannot be notified of its new functions: what waits for it to look at them fails, and takes them back.
+    /// The guest cannot be notified of new functions: transactions that wait for it to look at them fail, and are undone.
     pub(super) fn give_up_adding(&mut self, domain: DomId, failure: &Failure) {
         let waiting = self.guests.get(&domain).map(|guest| guest.waiting.keys().copied().collect::<Vec<_>>());
         for devfn in waiting.unwrap_or_default() {
@@ -148,7 +149,7 @@ impl Engine {
         }
     }
 
-    /// It released a function, or its time was up.
+    /// The guest released the function, or its time limit expired.
     pub(super) fn removed(&mut self, domain: DomId, devfn: u8) {
         let has_it = |record: &&Record| record.guest == Some(GuestPlace { domain, devfn });
         if let Some(address) = self.records.values().find(has_it).map(|record| record.address) {
@@ -186,7 +187,7 @@ impl Engine {
         waiting.chain(due).min()
     }
 
-    /// Tells guests once more of devices that they have not looked at.
+    /// Notifies guests again of devices that they have not looked at.
     fn tell_again(&mut self, now: Instant) {
         for (domain, guest) in &mut self.guests {
             let Some((_, wait)) = guest.tell_again.filter(|(when, _)| *when <= now) else { continue };
@@ -194,7 +195,7 @@ impl Engine {
                 guest.tell_again = None;
                 continue;
             }
-            // One that is still paused hears nothing.
+            // A paused guest receives no watch event.
             let paused = self.platform.hypervisor.domain(*domain).is_ok_and(|info| info.paused);
             let wait = if paused { TELL_AGAIN } else { (wait * 2).min(TELL_AGAIN_LATER) };
             if !paused && let Err(error) = nodes::tell_again(self.platform.store.as_ref(), *domain) {
@@ -204,7 +205,7 @@ impl Engine {
         }
     }
 
-    /// Overrules guests that took too long.
+    /// Withdraws functions from guests that exceeded a time limit.
     pub(super) fn check_deadlines(&mut self, now: Instant) {
         self.write_again(now);
         self.tell_again(now);
@@ -234,7 +235,7 @@ impl Engine {
             warn!("domain {domain} did not answer in time; the function is withdrawn without it");
             if let Some(guest) = self.guests.get_mut(&domain) {
                 if let Some(waiting) = guest.waiting.get_mut(&devfn) {
-                    // Once: what is done about it may take its time.
+                    // Extended once, because the withdrawal may take some time.
                     waiting.deadline = now + limit;
                     if waiting.for_what == Awaited::Release {
                         waiting.for_what = Awaited::Overruled;
@@ -246,7 +247,7 @@ impl Engine {
         }
     }
 
-    /// Some domain ended: its functions are taken from it.
+    /// A domain ended: its functions are detached.
     pub(super) fn find_dead_guests(&mut self) {
         let users = self.records.values().filter_map(|record| record.guest.map(|guest| guest.domain));
         let mut dead: BTreeSet<DomId> = users.collect();
@@ -256,7 +257,7 @@ impl Engine {
         for record in affected {
             if self.busy.contains(&record.address) {
                 self.orphans.insert(record.address);
-                // What waits for the guest need not wait longer.
+                // The transaction need not wait for the guest any longer.
                 if let Some(place) = record.guest
                     && let Some(guest) = self.guests.get_mut(&place.domain)
                 {
@@ -273,7 +274,7 @@ impl Engine {
         }
     }
 
-    /// Guests keep their functions, and the hardware keeps working for them.
+    /// Stops the serving threads at the end of the service. Guests keep their functions.
     pub(super) fn stop_servers(&mut self) {
         let domains: Vec<DomId> = self.guests.keys().copied().collect();
         for domain in domains {
@@ -295,7 +296,7 @@ impl Engine {
             ServerReport::ResetWanted(attachment) => self.reset_for_guest(attachment.address()),
             ServerReport::Vanished(attachment) => {
                 let address = attachment.address();
-                // It may have left the host: its end is looked at before it is judged.
+                // The function may have left the host: sysfs is read before a decision.
                 self.silent.insert(address);
                 self.stirred.one(address);
             }
@@ -316,7 +317,7 @@ impl Engine {
                 }
             }
             ServerReport::Failed(why) => {
-                // A guest that connects anew may do it again and again.
+                // Limited, because a guest can cause this again and again by reconnecting.
                 if let Some(guest) = self.guests.get_mut(&domain) {
                     guest.say(Level::Error, &format!("domain {domain}: {why}"));
                 }
@@ -325,18 +326,19 @@ impl Engine {
         }
     }
 
-    /// Resets a function because its guest asked for it, beside everything else.
+    /// Resets a function at the request of its guest, on a background thread.
     pub(super) fn reset_for_guest(&mut self, address: Sbdf) {
         self.reset_under_guest(address, None);
     }
 
-    /// Resets a function under its guest; `server` is the thread that gets an order before, where the guest did not ask.
+    /// Resets a function while its guest has it. `server` is the serving thread that gets an order first, if the guest did not request
+    /// the reset.
     pub(super) fn reset_under_guest(&mut self, address: Sbdf, server: Option<(Arc<Server>, u8)>) {
         let Some(attachment) = self.attachments.of(address) else {
             warn!("{address}: it is not reset, no guest is served with it any more");
             return;
         };
-        // One that is under way does what is asked.
+        // A reset that already runs serves this request as well.
         if !self.resets.begin(address) {
             return;
         }
@@ -351,7 +353,7 @@ impl Engine {
             is_same_device(workshop.platform.host.as_ref(), address, incarnation)?;
             take_before_reset(server)?;
             let function = workshop.platform.host.function(address)?;
-            // What was asked for is a reset of this function: none at all will not do, nor one that reaches others.
+            // The guest asked for a reset of this function: one that reaches other functions, or none, must not count as one.
             let plan = ResetPlan {
                 together: false,
                 permit_none: false,
@@ -397,7 +399,7 @@ impl Engine {
         self.reset_for_error_ended(address, done);
     }
 
-    /// Takes over a guest that an earlier run served.
+    /// Takes over a guest that an earlier run of the service served.
     pub(super) fn resume_guest(
         &mut self,
         domain: DomId,
@@ -424,14 +426,14 @@ impl Engine {
         self.guests.insert(domain, guest);
         self.act(domain, actions);
         for address in resetting {
-            // The earlier run may have been killed before, during or after it.
+            // The earlier run may have been killed before, during or after the reset.
             self.reset_for_guest(address);
         }
         Ok(())
     }
 }
 
-/// Takes a function from the guest that a thread serves, until its reset has ended.
+/// Takes a function from a guest whose thread serves it, until its reset has ended.
 fn take_before_reset(server: Option<(Arc<Server>, u8)>) -> Result<(), Failure> {
     let Some((server, devfn)) = server else { return Ok(()) };
     let begun = server.begin_reset(devfn).map_err(|stuck| stuck.to_string());
@@ -440,7 +442,7 @@ fn take_before_reset(server: Option<(Arc<Server>, u8)>) -> Result<(), Failure> {
     })
 }
 
-/// Refuses to reset another device that has come to the function's address.
+/// Refuses the reset if another device has taken the function's address.
 fn is_same_device(host: &dyn Host, address: Sbdf, incarnation: u64) -> Result<(), Failure> {
     if incarnation != 0 && host.function(address)?.incarnation != incarnation {
         let text = format!("{address} was replaced by another function before it was reset");

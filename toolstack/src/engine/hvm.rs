@@ -1,7 +1,8 @@
-//! HVM guests: their ioreq servers, and where their functions go.
+//! HVM guests: their ioreq servers, and the device numbers of their functions.
 //!
-//! A server belongs to its domain, not to a process: it outlives a service that is killed. So its number is noted in the
-//! run directory, and before it is created which servers there are already, so that one whose number could not be noted is found.
+//! An ioreq server belongs to its domain, not to a process, and outlives a killed service. So its number is noted in the run directory.
+//! Before it is created, the servers that already exist are noted as well, so that the next run can identify one whose number could not
+//! be noted.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, OpenOptions};
@@ -29,11 +30,11 @@ use crate::protocol::Cause;
 use crate::reply::Reply;
 use crate::settings::Settings;
 
-/// What an HVM guest has besides what every guest has.
+/// What an HVM guest has in addition to a [`Guest`].
 pub(super) struct Hvm {
     server: ServerId,
     taken: Arc<Taken>,
-    /// Device and function numbers of its functions.
+    /// Device and function numbers of the guest's functions.
     pub devices: BTreeSet<u8>,
 }
 
@@ -43,46 +44,46 @@ impl Hvm {
     }
 }
 
-/// An attachment to an HVM guest, before it is known where.
+/// A requested attachment to an HVM guest, whose device number is not chosen yet.
 #[derive(Debug, Clone, Copy)]
 pub struct Wanted {
     pub(super) domain: DomId,
     pub(super) address: Sbdf,
     pub(super) slot: Option<u8>,
     pub(super) persist: bool,
-    /// Even while a PV guest that had it may still reach it.
+    /// Attach even while a PV guest that had the function may still reach it.
     pub(super) trust: bool,
-    /// Nothing is changed, it is only said what would be.
+    /// Only report what would be done.
     pub(super) dry_run: bool,
 }
 
-/// A function that an earlier run served.
+/// A function that an earlier run of the service served.
 pub(super) struct Resumed {
     pub devfn: u8,
     pub function: Box<GuestFunction>,
     pub memory: BTreeMap<u8, Box<dyn BarMemory>>,
 }
 
-/// The folder with the notes of domains' servers.
+/// The folder in the run directory with the notes about ioreq servers.
 const SERVERS: &str = "ioreq-servers";
 
-/// What is noted of a domain's servers.
+/// The note about the ioreq servers of a domain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Note {
-    /// Those that were there before.
+    /// The servers that existed before ours.
     others: Vec<u16>,
-    /// Ours, once it is created.
+    /// Our server, once it is created.
     server: Option<u16>,
 }
 
-/// The number of a domain's server, where one is noted.
+/// The noted number of our server in a domain.
 pub(super) fn noted_server(settings: &Settings, domain: DomId) -> Option<ServerId> {
     Notes::of(settings, SERVERS).read(domain).and_then(|note: Note| note.server).map(ServerId)
 }
 
 impl Engine {
-    /// All that is in the way of an attachment to an HVM guest, if anything is.
+    /// Checks an attachment to an HVM guest; the failure lists all obstacles.
     pub(super) fn hvm_attachable(&self, wanted: &Wanted) -> Result<Option<Plan>, Failure> {
         let domain = wanted.domain;
         let running = (!self.platform.hypervisor.domain(domain)?.paused).then(|| {
@@ -95,8 +96,8 @@ impl Engine {
         self.refused(wanted, running.into_iter().chain(self.can_lose_bars(domain).err()).collect())
     }
 
-    /// Refuses guests with shadow page tables. Seen with Xen 4.17: such a guest reaches a BAR as before after Xen has unmapped it, since the
-    /// shadows keep their entries for it.
+    /// Refuses guests with shadow paging. With Xen 4.17 such a guest was seen to access a BAR after Xen had unmapped it, because the
+    /// shadow page tables keep their entries for it.
     pub(super) fn can_lose_bars(&self, domain: DomId) -> Result<(), Failure> {
         if !self.platform.hypervisor.domain(domain)?.shadow_paging {
             return Ok(());
@@ -109,7 +110,7 @@ impl Engine {
             .hint("remove hap=0 from its xl.cfg and from Xen's command line, and create it again"))
     }
 
-    /// Asks a guest's device model, which may take its time, where a function can go.
+    /// Asks a guest's device model, on a thread because it may take long, which device numbers are in use.
     pub(super) fn ask_device_model(&mut self, wanted: Wanted, reply: Reply) {
         let (hvm, inbox) = (Arc::clone(&self.platform.hvm), self.inbox.clone());
         let work = move || {
@@ -131,9 +132,9 @@ impl Engine {
         reply: Reply,
     ) {
         let plan = slots.and_then(|slots| {
-            // Anything may have happened meanwhile.
+            // The state may have changed while the device model was asked.
             let record = self.attachable(wanted.address, wanted.domain, wanted.trust)?;
-            // From the top: a device model gives devices that are plugged later the lowest number that is free.
+            // From the highest number down: a device model gives a device that is plugged later the lowest free number.
             let devfn = self.free_place(wanted.domain, wanted.address, wanted.slot, (0..32).rev(), &slots)?;
             self.attachment(record, wanted.domain, devfn, wanted.persist)
         });
@@ -141,7 +142,7 @@ impl Engine {
         self.carry_out(plan, reply);
     }
 
-    /// Refuses to pull a function from under the driver of a guest that has no hotplug.
+    /// Refuses to detach a function from a running HVM guest, which has no hotplug and whose driver would lose the device unprepared.
     pub(super) fn may_lose(&self, domain: DomId) -> Result<(), Failure> {
         let is_hvm = self.guests.get(&domain).is_some_and(|guest| guest.hvm.is_some());
         if !is_hvm || self.platform.hypervisor.domain(domain)?.paused {
@@ -154,7 +155,7 @@ impl Engine {
             .hint("shut it down; or unload the function's driver in it, then detach with --force"))
     }
 
-    /// Serves one more function of an HVM guest.
+    /// Serves a further function of an HVM guest.
     pub(super) fn serve_hvm(
         &mut self,
         place: GuestPlace,
@@ -173,12 +174,12 @@ impl Engine {
         let (platform, taken) = (Arc::clone(&self.platform.hvm), Arc::clone(&hvm.taken));
         let device = Device::new(platform, hvm.server, place.devfn >> 3, taken, memory);
         let entered = device.enter(&mut function, false);
-        // Served in any case: a failed attach is taken back from here.
+        // Placed even after a failure, so that the undo of the attachment can withdraw it.
         guest.place(place.devfn, function);
         entered.map_err(|error| Failure::from(error).of(domain))
     }
 
-    /// Creates a domain's server so that Xen asks it before all others.
+    /// Creates a server in a domain with a number above all others, because Xen asks the server with the highest number first.
     fn create_server(&self, domain: DomId) -> Result<ServerId, Failure> {
         let hvm = self.platform.hvm.as_ref();
         let others = hvm.servers(domain)?;
@@ -201,7 +202,7 @@ impl Engine {
         Ok(server)
     }
 
-    /// Starts the thread for a server.
+    /// Starts the serving thread for a server.
     fn start_server(
         &mut self,
         domain: DomId,
@@ -231,7 +232,7 @@ impl Engine {
         Ok(())
     }
 
-    /// What the guest wrote to port CF8, which the next run of the service has to know too.
+    /// Maps the file with the guest's last write to port CF8, which the next run of the service needs as well.
     fn config_ports(&self, domain: DomId) -> Result<ConfigPorts, Failure> {
         let path = self.ports_notes().path(domain);
         let open = || -> io::Result<ConfigPorts> {
@@ -256,7 +257,7 @@ impl Engine {
         self.ports_notes().remove(domain);
     }
 
-    /// Goes on serving an HVM guest.
+    /// Takes over an HVM guest from an earlier run.
     pub(super) fn resume_hvm(&mut self, domain: DomId, resumed: Vec<Resumed>) -> Result<(), Failure> {
         let noted = noted_server(&self.settings, domain);
         let present = self.platform.hvm.servers(domain)?;
@@ -285,13 +286,13 @@ impl Engine {
         }
         self.start_server(domain, server, taken, functions)?;
         for address in resetting {
-            // The earlier run may have been killed before, during or after it.
+            // The earlier run may have been killed before, during or after the reset.
             self.reset_for_guest(address);
         }
         Ok(())
     }
 
-    /// A guest has lost its last function.
+    /// Destroys the server of a guest that has lost its last function.
     pub(super) fn end_server(&self, domain: DomId, hvm: &Hvm) {
         let ended = self.platform.hvm.destroy_server(domain, hvm.server);
         self.note_ended(domain, hvm.server, ended);
@@ -301,13 +302,13 @@ impl Engine {
     fn note_ended(&self, domain: DomId, server: ServerId, ended: Result<(), PlatformError>) {
         match ended {
             Ok(()) => info!("domain {domain}: ioreq server {} is ended", server.0),
-            // With a domain Xen ends its servers.
+            // Xen destroys the servers of a domain together with it.
             Err(_) if matches!(self.platform.store.domain_exists(domain), Ok(false)) => {}
             Err(error) => warn!("domain {domain}: {error}"),
         }
     }
 
-    /// Ends servers that an earlier run left in domains that have no function of ours.
+    /// Destroys servers that an earlier run left in domains that have none of our functions.
     pub(super) fn end_stray_servers(&self) {
         let known = |domain: &DomId| self.guests.contains_key(domain);
         for domain in self.notes().domains().into_iter().filter(|domain| !known(domain)) {
@@ -315,7 +316,7 @@ impl Engine {
         }
     }
 
-    /// Ends what the note of a domain tells of, and removes the note.
+    /// Destroys the server that the note of a domain describes, and removes the note.
     fn end_noted_server(&self, domain: DomId) {
         if let Some(note) = self.notes().read::<Note>(domain) {
             let present = self.platform.hvm.servers(domain).unwrap_or_default();

@@ -1,8 +1,9 @@
-//! Functions that belong to guests, by policies (`hold: at-once`) or `pci-assignable-add --persist`: held as soon as they appear, when the service starts, and when
-//! policies are reloaded.
+//! Functions that policies (`hold: at-once`) or `pci-assignable-add --persist` reserve for guests. They are held when they appear, when
+//! the service starts, and when policies are reloaded.
 //!
-//! Each is tried once: one that is in use, or that somebody gave back, is left alone until another function appears at its address or
-//! somebody says so. The kernel makes VFs known 100 ms after VF Enable, so those seen here have settled.
+//! Each function is tried once. One that is in use, or that an administrator gave back to dom0, is left alone until another function
+//! appears at its address or an administrator holds it. The kernel adds VFs to sysfs 100 ms after it sets VF Enable, so a VF seen here is
+//! ready for config accesses.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -24,50 +25,50 @@ use crate::spec::existing;
 use crate::transaction::{Finished, Kind, holder_of};
 use crate::wishes::Wish;
 
-/// What is said of functions that are held persistently.
+/// The end of messages about functions that are held persistently.
 const HELD_AGAIN: &str = ", and is again whenever it appears";
 
-/// What was done about functions that belong to guests.
+/// What was done about functions that are reserved for guests.
 #[derive(Debug, Default)]
 pub(super) struct Keeping {
-    /// Those that were tried, and which of the functions at their address it was.
+    /// Functions for which holding was tried, with their incarnation.
     tried: BTreeMap<Sbdf, u64>,
-    /// Those that somebody gave back to dom0, likewise.
+    /// Functions that an administrator gave back to dom0, with their incarnation.
     given_back: BTreeMap<Sbdf, u64>,
-    /// Those that have just appeared: a driver may not have been asked yet.
+    /// Functions that have just appeared and that may not have been probed for a driver yet.
     appeared: BTreeSet<Sbdf>,
-    /// VFs that the service itself enabled, so that no driver was asked.
+    /// VFs that the service enabled itself, with driver probing off.
     enabled: BTreeSet<Sbdf>,
-    /// Those being held.
+    /// Functions for which a hold transaction runs.
     under_way: BTreeSet<Sbdf>,
-    /// Why some could not be held.
+    /// Why functions could not be held.
     refused: Lasting,
 }
 
 impl Keeping {
-    /// What is wrong, for `xpci status`.
+    /// Functions that could not be held, as problems for `xpci status`.
     pub fn problems(&self) -> impl Iterator<Item = Problem> {
         self.refused
             .problems(Cause::Holding, |address, why| format!("{address} is to be held at once: {why}"))
     }
 
-    /// Policies are others now: what was tried may be tried again, what somebody gave back stays.
+    /// Called when policies were reloaded: holding is tried again, except for functions that an administrator gave back.
     pub fn begin_anew(&mut self) {
         self.tried.clear();
         self.refused.clear();
     }
 
-    /// A function appeared.
+    /// Notes that a function appeared.
     pub fn appeared(&mut self, address: Sbdf) {
         self.appeared.insert(address);
     }
 
-    /// VFs that the service has enabled.
+    /// Notes VFs that the service has enabled.
     pub fn vfs_enabled(&mut self, vfs: &[Sbdf]) {
         self.enabled.extend(vfs);
     }
 
-    /// A function that nobody looks after left the host.
+    /// Forgets a function without a record that left the host.
     pub fn left(&mut self, address: Sbdf) {
         self.tried.remove(&address);
         self.given_back.remove(&address);
@@ -76,12 +77,12 @@ impl Keeping {
         self.refused.remove(address);
     }
 
-    /// Somebody gives a function back to dom0.
+    /// Notes that an administrator gives a function back to dom0.
     pub fn gives_back(&mut self, address: Sbdf, incarnation: u64) {
         self.given_back.insert(address, incarnation);
     }
 
-    /// A transaction ended.
+    /// Notes the result of a transaction.
     pub fn finished(&mut self, finished: &Finished) {
         let record = &finished.record;
         let address = record.address;
@@ -97,7 +98,7 @@ impl Keeping {
 }
 
 impl Workshop {
-    /// Changes what is wanted persistently of a function; whether that is anything new.
+    /// Changes the persistent wishes for a function; returns whether anything changed.
     pub(super) fn want(&self, address: Sbdf, change: impl Fn(&mut Wish)) -> Result<bool, Failure> {
         let host = self.platform.host.as_ref();
         let function = existing(host, address)?;
@@ -114,7 +115,7 @@ impl Workshop {
 }
 
 impl Engine {
-    /// Holds a function of dom0's at once if policies or an administrator say so.
+    /// Holds a function of dom0 if a policy or a persistent wish requires it.
     pub(super) fn keep_for_guests(&mut self, function: &HostFunction) {
         let (address, incarnation) = (function.address, function.incarnation);
         let appeared = self.keeping.appeared.remove(&address);
@@ -125,7 +126,7 @@ impl Engine {
         if same(&self.keeping.tried) || same(&self.keeping.given_back) || !self.belongs_to_guests(function) {
             return;
         }
-        // The change of its PF, or of its own VFs, ends with a look at it.
+        // When a change of the VFs of the function or of its PF ends, the function is examined again.
         if self.busy_pfs.contains(&function.physical_function.unwrap_or(address)) {
             return;
         }
@@ -155,7 +156,7 @@ impl Engine {
                 || self.wishes.of(self.platform.host.as_ref(), function).is_some_and(|wish| wish.hold))
     }
 
-    /// Holds a function persistently, by the plan for holding it, or as it is held already.
+    /// Holds a function persistently, by the given plan; a function that is held already is only noted as persistent.
     pub(super) fn hold_persistently(&mut self, address: Sbdf, plan: Result<Plan, Failure>, reply: Reply) {
         match plan {
             Ok(Plan::Answer(_)) => {

@@ -1,4 +1,4 @@
-//! What the service shows.
+//! Answers to requests that list functions, VFs and the status.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -23,7 +23,7 @@ use crate::reservations::{Reservation, Reservations};
 use crate::spec::existing;
 use crate::transaction::{holder_of, not_handled};
 
-/// A function as its record and the host show it.
+/// The view of a function, from its record and from sysfs.
 fn view_of(host: &dyn Host, reservations: &Reservations, record: &Record) -> FunctionView {
     let seen = match host.function(record.address) {
         Ok(function) => view(Some(&function), record),
@@ -36,7 +36,7 @@ fn view_of(host: &dyn Host, reservations: &Reservations, record: &Record) -> Fun
     FunctionView { persistent, ..seen }
 }
 
-/// The state of a function that is not on the host: what is still done about it, and its quarantine, come first.
+/// The state of a function that is not in the host: a transaction or a quarantine takes precedence over `gone`.
 const fn state_of_absent(recorded: FunctionState) -> FunctionState {
     match recorded {
         FunctionState::Host | FunctionState::Held | FunctionState::Attached => FunctionState::Gone,
@@ -45,13 +45,13 @@ const fn state_of_absent(recorded: FunctionState) -> FunctionState {
 }
 
 impl Workshop {
-    /// A function as its record and the host show it.
+    /// The view of a function, from its record and from sysfs.
     pub(super) fn view_of(&self, record: &Record) -> FunctionView {
         view_of(self.platform.host.as_ref(), &self.reservations, record)
     }
 }
 
-/// A device that a guest has persistently and that left its address to another one.
+/// The problem that a guest's persistent device has been replaced by another at its address.
 fn displaced((reservation, since): (Reservation, SystemTime)) -> Problem {
     let (address, kind, who) = (reservation.address, reservation.kind(), reservation.who());
     let text = format!(
@@ -60,7 +60,7 @@ fn displaced((reservation, since): (Reservation, SystemTime)) -> Problem {
     Problem::new(Cause::Persistent, text).on(address).since(since)
 }
 
-/// Which guest has a function persistently.
+/// The guest that has a function persistently.
 pub(super) fn persistent_view(reservation: &Reservation) -> PersistentView {
     let saved = reservation.saved.is_some();
     PersistentView { guest: reservation.guest, name: reservation.name.clone(), saved }
@@ -87,7 +87,7 @@ fn view(function: Option<&HostFunction>, record: &Record) -> FunctionView {
     }
 }
 
-/// The records as they are now, to be shown with what the host says of the functions.
+/// A copy of the records, for views that are made on a thread.
 pub(super) struct Shown {
     pub host: Arc<dyn Host>,
     records: BTreeMap<Sbdf, Record>,
@@ -95,7 +95,7 @@ pub(super) struct Shown {
 }
 
 impl Engine {
-    /// Shows something on a thread of its own: looking at thousands of functions takes a while.
+    /// Answers on a background thread, because reading thousands of functions from sysfs takes some time.
     pub(super) fn show(
         &self,
         reply: Reply,
@@ -107,7 +107,7 @@ impl Engine {
         self.background("show", move || reply.done(show(&shown)));
     }
 
-    /// Functions that could be attached: held by the service, or by somebody else's `pci-assignable-add`.
+    /// Lists functions that can be attached: held by the service, or by another toolstack's `pci-assignable-add`.
     pub(super) fn assignable_list(&self, reply: Reply) {
         self.show(reply, |shown| {
             let found = shown.host.functions()?.into_iter().filter_map(|address| shown.assignable(address));
@@ -146,7 +146,7 @@ impl Engine {
         });
     }
 
-    /// What is wrong now, but for quarantines and what the host's ports show.
+    /// All current problems, except quarantines and root ports whose errors the kernel does not handle.
     pub(super) fn problems_now(&mut self) -> Vec<Problem> {
         self.problems.sweep(self.platform.store.as_ref(), self.platform.hypervisor.as_ref());
         self.problems
@@ -163,7 +163,7 @@ impl Engine {
 
     pub(super) fn status(&mut self, reply: Reply) {
         let found = self.problems_now();
-        // One that has lost its last function stays known for a moment, until its nodes may be made again.
+        // A guest that has lost its last function is kept for a moment, until its nodes may be created again.
         let served = self.guests.iter().filter(|(_, guest)| guest.has_functions());
         let guests = served.map(|(domain, guest)| GuestView {
             domain: *domain,
@@ -207,7 +207,7 @@ impl Engine {
 }
 
 impl Shown {
-    /// What it means that the kernel does not handle errors at root ports above assigned functions.
+    /// Problems for root ports above assigned functions whose errors the kernel does not handle.
     fn ports_without_aer(&self, errors: &dyn ErrorSource) -> Vec<ProblemView> {
         let assigned = self.records.values().filter(|record| record.guest.is_some());
         let roots = assigned.filter_map(|record| {
@@ -225,7 +225,7 @@ impl Shown {
         roots.into_iter().map(view).collect()
     }
 
-    /// The record of a function, where it has one.
+    /// The record of a function, if it has one.
     pub(super) fn record(&self, address: Sbdf) -> Option<&Record> {
         self.records.get(&address)
     }
@@ -262,7 +262,7 @@ pub(super) fn all_pfs(host: &dyn Host) -> Result<Vec<HostFunction>, Failure> {
     Ok(found.filter(|function| function.total_vfs > 0).collect())
 }
 
-/// A function that must be a PF.
+/// Reads a PF; a failure if the function is none.
 pub(super) fn known_pf(host: &dyn Host, address: Sbdf) -> Result<HostFunction, Failure> {
     let function = existing(host, address)?;
     if function.total_vfs == 0 {

@@ -1,13 +1,13 @@
-//! How many lines of the log a guest can cause.
+//! Limits the number of log lines that a guest can cause.
 
 use std::time::Instant;
 
-/// Lines that may come at once.
+/// The largest number of lines at once.
 const BURST: f64 = 200.0;
-/// Lines a second in the long run.
+/// Lines per second in the long run.
 const RATE: f64 = 0.2;
 
-/// A guest's share of the log. One that changes its nodes for ever fills no disk; what was left out is counted.
+/// The log limit of one guest, so that a guest that changes its nodes endlessly cannot fill a disk. Suppressed lines are counted.
 #[derive(Debug)]
 pub(super) struct LogLimit {
     left: f64,
@@ -20,7 +20,7 @@ impl LogLimit {
         Self { left: BURST, since: Instant::now(), unsaid: 0 }
     }
 
-    /// Whether a line may be written at `now`, with how many were left out before it.
+    /// Whether a line may be written at `now`, and how many were suppressed before it.
     pub fn may_say(&mut self, now: Instant) -> Option<u64> {
         let elapsed = now.saturating_duration_since(self.since).as_secs_f64();
         self.left = (self.left + elapsed * RATE).min(BURST);

@@ -1,7 +1,6 @@
-//! Looks at what tells of errors beside events: the kernel's counters, and ports that contained something.
+//! Polling for errors, in addition to events: the kernel's error counters, and ports in Downstream Port Containment (DPC).
 //!
-//! The counters and the ports are looked at on threads of their own: a register of a port may keep its reader waiting, and the accounts
-//! must not wait for it.
+//! Counters and ports are read on separate threads: an access to a register of a port may block, and the counters must not wait for it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -16,41 +15,41 @@ use pciback::platform::Host;
 use super::{Engine, Event};
 use crate::outcome::Failure;
 
-/// The least time between the end of a look and the begin of the next one.
+/// The least time between the end of a poll and the begin of the next one.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// So many functions are looked at in an interval; more take longer in turn.
+/// The number of functions polled per interval; with more functions, polls of all of them are rarer.
 const EACH_INTERVAL: usize = 64;
-/// How long a look waits at most for the events that came before it to be taken.
+/// The longest time that a poll is delayed until events that arrived before it are handled.
 const PATIENCE: Duration = Duration::from_secs(4);
 
-/// When the counters are looked at.
+/// The schedule of polls of the counters.
 #[derive(Debug, Default)]
 pub(super) struct Looks {
-    /// How many looks have begun.
+    /// The number of polls begun.
     begun: u64,
     running: bool,
-    /// When the last one ended.
+    /// When the last poll ended.
     ended: Option<Instant>,
-    /// When the next one begins.
+    /// When the next poll begins.
     next: Option<Instant>,
-    /// When the next one begins that looks at all accounts, not only at open ones.
+    /// When the next poll begins that reads the counters of all accounts, not only of open ones.
     all: Option<Instant>,
-    /// Whether events wait to be taken.
+    /// Whether there are unhandled events.
     events_wait: bool,
 }
 
 impl Looks {
-    /// How many looks have begun.
+    /// The number of polls begun.
     pub fn begun(&self) -> u64 {
         self.begun
     }
 
-    /// A look begins after the events that came before.
+    /// Notes whether there are unhandled events; a poll waits for them.
     pub fn set_events_wait(&mut self, wait: bool) {
         self.events_wait = wait;
     }
 
-    /// When there is something to do.
+    /// When the next poll is due, if none runs.
     pub fn next(&self) -> Option<Instant> {
         self.next.filter(|_| !self.running)
     }
@@ -59,7 +58,7 @@ impl Looks {
         self.ended.map_or(now, |ended| ended + INTERVAL).max(now)
     }
 
-    /// The next look begins as soon as it may.
+    /// Schedules the next poll as early as the interval allows.
     fn soon(&mut self, now: Instant) {
         let earliest = self.earliest(now);
         self.next = Some(self.next.map_or(earliest, |next| next.min(earliest)));
@@ -81,38 +80,38 @@ impl Looks {
     }
 }
 
-/// What a look at the counters found.
+/// The result of a poll of the counters.
 pub struct Counted {
-    /// Its number.
+    /// The number of the poll.
     look: u64,
     counters: Vec<(Sbdf, Option<ErrorCounters>)>,
 }
 
-/// What is known of the ports above guests' functions.
+/// What is known about the ports above guests' functions.
 #[derive(Debug, Default)]
 pub(super) struct PortLooks {
     running: bool,
-    /// Where the capabilities of watched functions are.
+    /// The offsets of the capabilities of watched functions.
     layouts: BTreeMap<Sbdf, Layout>,
-    /// Ports that have cut off what is below them, which was dealt with.
+    /// Ports whose containment was handled already.
     contained: BTreeSet<Sbdf>,
 }
 
 impl PortLooks {
-    /// Where a function's capabilities are, if that is known.
+    /// The offsets of a function's capabilities, if they are known.
     pub fn layout(&self, address: Sbdf) -> Option<Layout> {
         self.layouts.get(&address).copied()
     }
 }
 
-/// What a look at the ports found.
+/// The result of a poll of the ports.
 pub struct PortsSeen {
     contained: Vec<(Sbdf, Contained)>,
-    /// Where the capabilities of those that were looked at are.
+    /// The offsets of the capabilities of the polled functions.
     layouts: BTreeMap<Sbdf, Layout>,
 }
 
-/// The layout of a function, looked for once.
+/// The offsets of a function's capabilities, read at most once.
 fn known(host: &dyn Host, address: Sbdf, layouts: &mut BTreeMap<Sbdf, Layout>) -> io::Result<Layout> {
     if let Some(layout) = layouts.get(&address) {
         return Ok(*layout);
@@ -123,7 +122,7 @@ fn known(host: &dyn Host, address: Sbdf, layouts: &mut BTreeMap<Sbdf, Layout>) -
 }
 
 impl Engine {
-    /// All counters are looked at as soon as they may be.
+    /// Schedules a poll of all counters as early as allowed.
     pub(super) fn look_at_errors_soon(&mut self) {
         if !self.faults.watched.is_empty() {
             self.faults.looks.all = None;
@@ -131,12 +130,12 @@ impl Engine {
         }
     }
 
-    /// Those of open accounts are looked at as soon as they may be.
+    /// Schedules a poll of the counters of open accounts as early as allowed.
     pub(super) fn look_at_open_accounts_soon(&mut self) {
         self.faults.looks.soon(Instant::now());
     }
 
-    /// Decides when the next look begins, after one has ended or other functions are watched.
+    /// Schedules the next poll, after one has ended or the set of watched functions has changed.
     pub(super) fn schedule_looks(&mut self) {
         let faults = &mut self.faults;
         faults.accounts.retain(|address, account| faults.watched.contains(address) || account.is_open());
@@ -151,7 +150,7 @@ impl Engine {
         }
     }
 
-    /// Looks at what is due.
+    /// Starts a poll if one is due.
     pub(super) fn look_at_errors(&mut self, now: Instant) {
         if !self.faults.looks.is_due(now) {
             return;
@@ -186,10 +185,10 @@ impl Engine {
         });
     }
 
-    /// A look at the counters has ended.
+    /// Handles the result of a poll of the counters.
     pub(super) fn errors_looked_at(&mut self, counted: Counted) {
         let looks = &mut self.faults.looks;
-        // What was wanted soon meanwhile may be no sooner after this one.
+        // A poll that was requested during this one also has to keep the interval.
         (looks.running, looks.ended, looks.next) = (false, Some(Instant::now()), None);
         for (address, counters) in counted.counters {
             let Some(account) = self.faults.accounts.get_mut(&address) else { continue };
@@ -223,7 +222,7 @@ impl Engine {
                 }
             }
             for function in functions {
-                // So that nothing has to be looked for when it reports an error.
+                // In advance, so that capabilities need not be searched when the function reports an error.
                 if let Err(problem) = known(host, function, &mut layouts) {
                     warn!("{function}: look for its capabilities: {problem}");
                 }
@@ -234,7 +233,7 @@ impl Engine {
             .background("ports", work, move |seen| inbox.send(Event::LookedAtPorts(seen.map(Box::new))));
     }
 
-    /// A look at the ports has ended.
+    /// Handles the result of a poll of the ports.
     pub(super) fn ports_looked_at(&mut self, seen: Result<Box<PortsSeen>, Failure>) {
         let ports = &mut self.faults.ports;
         ports.running = false;

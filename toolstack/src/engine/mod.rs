@@ -1,8 +1,8 @@
 //! The engine: one thread that owns all state of the service and handles one event after the other.
 //!
-//! What may block runs elsewhere: transactions and other work on threads of their own (`background`), guests' config accesses on
-//! their serving threads. They talk to the engine through its [`Inbox`]. Still on this thread are the reload of policies, the set-up of a
-//! guest's first function, and pausing guests that start again.
+//! Whatever may block runs elsewhere: transactions and other work on threads of their own (`background`), config accesses of guests on
+//! their serving threads. Those threads send events to the engine through its [`Inbox`]. Three things still run on the engine's thread:
+//! applying reloaded policies, setting up the first function of a guest, and pausing guests that reboot.
 
 mod asked;
 mod asking;
@@ -99,104 +99,104 @@ pub use succession::{Ending, Heir};
 use sync::Syncing;
 use watch::{Changes, Look, Stirred};
 
-/// What the engine handles.
+/// An event that the engine handles.
 pub enum Event {
-    /// A client's request.
+    /// A request of a client.
     Call {
-        /// What it wants.
-        request: Request<Target>,
-        /// Where the answer goes.
-        reply: Reply,
-    },
-    /// A guest's device model was asked for its devices, before a function is attached.
-    DeviceModelAsked {
         /// The request.
-        wanted: hvm::Wanted,
-        /// The device numbers that are not free.
-        slots: Result<Vec<u8>, Failure>,
-        /// Where the answer goes.
+        request: Request<Target>,
+        /// Where the answer is sent.
         reply: Reply,
     },
-    /// The device model of a guest that starts again was asked for its devices.
+    /// The device model of a guest was asked which device numbers it uses, before a function is attached.
+    DeviceModelAsked {
+        /// The attachment that was requested.
+        wanted: hvm::Wanted,
+        /// The device numbers that are in use.
+        slots: Result<Vec<u8>, Failure>,
+        /// Where the answer is sent.
+        reply: Reply,
+    },
+    /// The device model of a rebooted guest was asked which device numbers it uses.
     DeviceModelRuns(DomId, Result<Vec<u8>, Failure>),
     /// A transaction asks to serve a function.
     Serve {
-        /// The function, with its guest.
+        /// The record of the function, with its guest.
         record: Box<Record>,
-        /// The function, ready to be served.
+        /// The function, opened and ready to be served.
         opened: Box<Opened>,
-        /// Where the answer goes.
+        /// Where the answer is sent.
         answer: Answer,
     },
     /// A transaction asks to stop serving a function.
     Withdraw {
-        /// The function, with its guest.
+        /// The record of the function, with its guest.
         record: Box<Record>,
-        /// How the guest loses it.
+        /// How the function is withdrawn from the guest.
         parting: Parting,
-        /// Where the answer goes.
+        /// Where the answer is sent.
         answer: Answer,
     },
     /// A transaction ended.
     Finished(Box<Finished>),
-    /// A thread that serves a guest has something to say.
+    /// A report of the serving thread of a guest.
     Server(DomId, ServerReport),
-    /// A reset that a guest asked for ended.
+    /// A reset that a guest requested has ended.
     ResetEnded(Attachment, Result<(), Failure>),
-    /// Something was done for a guest.
+    /// Background work for a guest has ended.
     Worked(DomId, work::Worked),
-    /// A task that changes a PF's VFs ended.
+    /// A background task that changes the VFs of a PF has ended; whether it succeeded.
     VfsChanged(Sbdf, bool),
-    /// A repair that concerns a guest, a driver or a record.
+    /// A repair that concerns a guest, a driver or a record is to be carried out.
     Repair(Repair, Reply),
-    /// A function is wanted for a repair of Xen's list; the answer says whether it may be had.
+    /// A thread needs exclusive use of a function to repair Xen's list; the answer says whether it gets it.
     Reserve(Sbdf, mpsc::Sender<bool>),
-    /// That repair has ended; whether it was made.
+    /// That repair has ended; whether it was carried out.
     ListRepaired(Repair, bool),
-    /// What sysfs, Xen and xenstore say was compared; somebody may have asked for it.
+    /// A comparison of sysfs, Xen and xenstore has ended; a client may wait for the result.
     Synced(Box<Result<Synced, Failure>>, Option<Reply>),
-    /// A thread that set a VF's network settings ended.
+    /// A thread that set the network settings of a VF has ended.
     NetworkSet(Sbdf, Box<Option<NetworkRecord>>),
-    /// A function is to be taken from its guest, for the reason that follows.
+    /// A function is to be contained, for the given reason.
     Contain(Sbdf, Containment, String),
-    /// What a guest's driver made of its VF's network settings; `None`: nothing.
+    /// A thread compared the state of a VF with its network settings: the difference, or `None`.
     NetworkCompared(Sbdf, Option<String>),
-    /// Functions that the settings give to a guest that has come were found.
+    /// A thread found the functions that the settings assign to a guest that has appeared.
     Promised(promised::Promises),
-    /// They are kept for it.
+    /// Those functions are now reserved for the guest.
     Kept(DomId),
-    /// A thread wants to know when nothing of a guest is served.
+    /// A thread waits until no function of a guest is served.
     TellWhenIdle(DomId, mpsc::Sender<()>),
-    /// Something that nobody waits for went wrong.
+    /// A failure for which no client waits.
     Problem(Problem),
-    /// Functions were looked at because something happened to them.
+    /// A thread examined functions after events about them.
     Seen(Look),
-    /// The kernel's error counters were looked at.
+    /// A thread read the kernel's error counters.
     LookedAtErrors(Box<looks::Counted>),
-    /// The ports above guests' functions were looked at.
+    /// A thread read the ports above the functions of guests.
     LookedAtPorts(Result<Box<looks::PortsSeen>, Failure>),
-    /// What the registers that tell of errors hold.
+    /// The contents of error registers, for the event log.
     ErrorRegisters(Sbdf, Vec<RegisterValue>),
-    /// A guest was paused or destroyed, or not.
+    /// A thread paused or destroyed a guest, or failed to.
     GuestStopped(Sbdf, DomId, Action, Result<(), Failure>),
-    /// A function's correctable errors were masked, or cannot be.
+    /// A thread masked the correctable errors of a function, or failed to.
     Masked(Sbdf, Result<pciback::live::errors::Masked, String>),
-    /// They are heard again, or cannot be.
+    /// A thread unmasked them, or failed to.
     Unmasked(Sbdf, Result<(), String>),
-    /// The installed program was started to take over, or could not be.
+    /// The installed program was started to take over, or could not be started.
     SuccessorStarted(Result<Successor, Failure>, Reply),
-    /// New policies were read and checked, and filters compiled for the functions in use.
+    /// New policies were read and checked, and filters compiled from them for the attached functions.
     Reloaded(Box<Reloaded>),
 }
 
-/// Where a transaction waits for the engine.
+/// The channel on which a transaction waits for an answer of the engine.
 pub struct Answer {
     sender: mpsc::Sender<Result<Option<String>, Failure>>,
     ended: Arc<AtomicBool>,
 }
 
 impl Answer {
-    /// Gives it; who asked may have stopped waiting.
+    /// Sends the answer. The transaction may have stopped waiting, so that a failure to send is ignored.
     fn send(&self, outcome: Result<Option<String>, Failure>) {
         let _ = self.sender.send(outcome);
     }
@@ -204,14 +204,15 @@ impl Answer {
 
 impl Drop for Answer {
     fn drop(&mut self) {
-        // An engine that dies over a question has not refused: what was asked for is the next run's.
+        // If the engine panics while it handles the request, this is no refusal: the transaction stays in the journal for the next run of
+        // the service.
         if std::thread::panicking() {
             self.ended.store(true, Ordering::SeqCst);
         }
     }
 }
 
-/// The way to the engine, for all other threads.
+/// A handle by which other threads send events to the engine.
 #[derive(Clone)]
 pub struct Inbox {
     sender: mpsc::Sender<Event>,
@@ -221,9 +222,9 @@ pub struct Inbox {
 }
 
 impl Inbox {
-    /// Sends an event; once the engine has stopped it is dropped, and with it whatever waits for an answer.
+    /// Sends an event. Once the engine has stopped, the event is dropped, and with it the sender of any answer that a thread waits for.
     pub fn send(&self, event: Event) {
-        // EAGAIN: it is as awake as can be.
+        // EAGAIN: the counter of the eventfd is at its maximum, so the engine is woken anyway.
         if self.sender.send(event).is_ok()
             && let Err(errno) = self.wake.write(1)
             && errno != Errno::EAGAIN
@@ -232,7 +233,7 @@ impl Inbox {
         }
     }
 
-    /// A reply for what the service does of its own accord: a failure becomes a problem in the status.
+    /// A reply for work that the service starts by itself: a failure becomes a problem in `xpci status`.
     fn unasked_reply(&self, cause: Cause) -> Reply {
         let inbox = self.clone();
         Reply::unasked(move |failure| inbox.send(Event::Problem(Problem::failed(cause, failure))))
@@ -249,68 +250,68 @@ pub struct Engine {
     boot: String,
     inbox: Inbox,
     events: mpsc::Receiver<Event>,
-    /// Every function that is not in state `host`, and those on their way.
+    /// Every function that is not in state `host`, and those in a transaction from or to it.
     records: BTreeMap<Sbdf, Record>,
     /// Functions in a transaction.
     busy: BTreeSet<Sbdf>,
     /// PFs whose VFs are being changed.
     busy_pfs: BTreeSet<Sbdf>,
     guests: BTreeMap<DomId, Guest>,
-    /// Functions whose guest ended while a transaction had them: withdrawn when it ends.
+    /// Functions whose guest ended during their transaction: they are withdrawn when the transaction ends.
     orphans: BTreeSet<Sbdf>,
-    /// The attachments in force.
+    /// The current attachments.
     attachments: attachments::Attachments,
-    /// Functions that are being reset under their guests.
+    /// Functions that are being reset while a guest has them.
     resets: attachments::Resets,
-    /// Functions that were reset with their bus, and that have had no owner since.
+    /// Functions that were reset with their whole bus and have had no owner since.
     fresh: Fresh,
-    /// Functions that guests may reach.
+    /// Functions that guests may be able to reach.
     given: given::Given,
-    /// Functions that are to be contained when their transaction ends.
+    /// Functions to be contained when their transaction ends.
     awaiting: contain::Awaiting,
-    /// What is to be looked at, because something happened there.
+    /// Functions to be examined, because of events about them.
     stirred: Stirred,
     /// Functions that stopped answering while the host still has them.
     silent: BTreeSet<Sbdf>,
-    /// Counts what happens to the host's functions, for those who wait for it.
+    /// A generation counter of events about the host's functions, for threads that wait for one.
     changes: Changes,
-    /// Requests about functions that are under repair.
+    /// Requests that wait for the end of a repair of their function.
     deferred: deferred::Deferred,
-    /// What is known of comparisons of sysfs, Xen and xenstore.
+    /// The state of comparisons of sysfs, Xen and xenstore.
     syncing: Syncing,
-    /// Looks at what guests' drivers made of VFs' network settings.
+    /// Scheduled checks of whether guests' drivers changed the network settings of their VFs.
     network_checks: NetworkChecks,
-    /// Functions that policies keep for guests.
+    /// Functions that policies reserve for guests.
     keeping: Keeping,
     /// The policies in force.
     policies: Arc<PolicySet>,
-    /// The filters in use.
+    /// The compiled filters in use.
     filters: Filters,
-    /// What the filter of each attached function was made from.
+    /// What the filter of each attached function was compiled from.
     in_use: BTreeMap<Sbdf, Filter>,
-    /// Errors that functions report.
+    /// Accounts and handling of errors that functions report.
     faults: faults::Faults,
-    /// What happened, for those who want to know.
+    /// The event log, with its followers and the audit log.
     news: news::News,
-    /// Functions that guests have persistently.
+    /// Functions that are assigned to guests persistently.
     reservations: Reservations,
     devices: Devices,
-    /// What is wanted persistently of functions.
+    /// Functions that are held persistently, and persistent network settings of VFs.
     wishes: Wishes,
-    /// Guests that start again.
+    /// Guests that are rebooting.
     returning: Returning,
-    /// Threads that wait for guests to be without functions.
+    /// Threads that wait until a guest has no served functions.
     idle_guests: saving::IdleGuests,
     watchdog: Watchdog,
-    /// What this service was started from.
+    /// The executable that this process was started from.
     program: Option<Program>,
     succession: Succession,
-    /// What was found wrong outside any one function, for `xpci status`.
+    /// Problems that concern no single function, for `xpci status`.
     problems: problems::Problems,
 }
 
 impl Engine {
-    /// An engine over a platform; nothing happens before [`Engine::recover`] and [`Engine::run`].
+    /// Creates the engine for a platform; it does nothing before [`Engine::recover`] and [`Engine::run`].
     pub fn new(
         platform: Platform,
         settings: Settings,
@@ -370,26 +371,26 @@ impl Engine {
         })
     }
 
-    /// Notes something for the log and 'xpci status' that was found before the engine ran.
+    /// Records a problem that was found before the engine runs, in the log and for `xpci status`.
     pub fn note_problem(&mut self, cause: Cause, problem: String) {
         error!("{problem}");
         self.problems.push(Problem::new(cause, problem));
     }
 
-    /// The way to this engine.
+    /// A handle for sending events to this engine.
     pub fn inbox(&self) -> Inbox {
         self.inbox.clone()
     }
 
-    /// Handles events until `stop` becomes readable or another process takes over. Guests keep their functions.
+    /// Handles events until `stop` becomes readable or another process takes over. Guests keep their functions in both cases.
     pub fn run(&mut self, stop: BorrowedFd<'_>) -> io::Result<Ending> {
-        // The last one tells of what xl gives to guests.
+        // The watch on xen-pciback's nodes shows what xl assigns to guests.
         for event in ["@introduceDomain", "@releaseDomain", nodes::PCIBACK] {
             self.platform.store.watch(event, event).map_err(io::Error::other)?;
         }
         let host = self.platform.host.events().map_err(io::Error::other)?;
         let errors = self.hear_errors();
-        // What happened before the subscription.
+        // Events before the subscription are not delivered: everything is examined once.
         self.stirred.everything();
         info!("ready on {}", self.platform.description);
         supervisor::ready();
@@ -431,21 +432,21 @@ impl Engine {
                 self.host_changed(event);
             }
             more_errors = errors.as_ref().is_some_and(|errors| self.take_errors(errors.as_ref()));
-            // Emptied before the events are taken: one that comes in between wakes again.
+            // Drained before the events are taken: an event that arrives in between wakes the loop again.
             let _ = wake.read();
             while let Ok(event) = self.events.try_recv() {
                 self.handle(event);
             }
-            // Without xenstore nothing can be served; a restarted service may find it again.
+            // Without xenstore no guest can be served: the service ends, and its restart connects to xenstore again.
             more_changes = self.take_store_events().map_err(io::Error::other)?;
             self.check_deadlines(Instant::now());
             self.check_error_deadlines(Instant::now());
             self.check_networks(Instant::now());
             self.check_starts(Instant::now());
         };
-        // The kernel takes long to end its tracing: guests are served until it has.
+        // Ending the kernel's tracing takes long: the serving threads run until then.
         drop(errors);
-        // Before those who wait for an answer learn that none comes.
+        // Set before the channels close, so that waiting threads can tell a stopped engine from a refusal.
         self.inbox.ended.store(true, Ordering::SeqCst);
         self.unmask_all();
         self.stop_servers();
@@ -506,7 +507,7 @@ impl Engine {
         }
     }
 
-    /// A record for a function, known or new.
+    /// The record of a function, or a new one.
     fn record(&self, address: Sbdf) -> Record {
         self.records.get(&address).cloned().unwrap_or_else(|| Record::new(address, &self.boot))
     }
@@ -515,7 +516,7 @@ impl Engine {
         self.records.get(&address).map_or(FunctionState::Host, |record| record.state)
     }
 
-    /// Forgets a function that is nobody's concern any more.
+    /// Deletes the record of a function in which the service has no further interest.
     fn forget(&mut self, address: Sbdf) -> Result<(), Failure> {
         self.syncing.touch(address);
         let removed = self.journal.remove(address);
@@ -524,7 +525,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Keeps what the journal has.
+    /// Updates the records in memory to match the journal.
     fn keep(&mut self, record: Record) {
         if record.state == FunctionState::Host && record.transaction.is_none() {
             self.records.remove(&record.address);
@@ -536,7 +537,7 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        // Before the inbox is closed.
+        // Set before the inbox is closed, for waiting threads.
         self.inbox.ended.store(true, Ordering::SeqCst);
     }
 }

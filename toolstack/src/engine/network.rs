@@ -1,4 +1,4 @@
-//! VFs' network settings: shown and set on threads, because the kernel's network lock may be held for long.
+//! Network settings of VFs. They are read and written on threads, because the kernel's RTNL lock may be held for long.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -21,7 +21,7 @@ use crate::transaction::{
 };
 
 impl Engine {
-    /// What is wished for a VF, or all VFs of a PF, what is in force and what was before.
+    /// Shows the requested, current and previous settings of a VF, or of all VFs of a PF.
     pub(super) fn show_network(&mut self, address: Sbdf, reply: Reply) {
         let function = match existing(self.platform.host.as_ref(), address) {
             Ok(function) => function,
@@ -44,7 +44,7 @@ impl Engine {
         });
     }
 
-    /// Takes over the administrator's wishes for a VF.
+    /// Applies the network settings that an administrator requests for a VF.
     pub(super) fn set_network(&mut self, address: Sbdf, wishes: VfSettings, persist: bool, reply: Reply) {
         let mut record = match self.settable(address, wishes) {
             Ok(record) => record,
@@ -68,7 +68,7 @@ impl Engine {
         };
         self.inbox.background(&format!("task {address}"), work, move |done| {
             let (record, changed) = done.unwrap_or_else(|failure| (before, Err(failure)));
-            // The engine first: who reads the answer may ask for the state at once.
+            // The engine first, because a client that has the answer may ask for the state at once.
             reporter.inbox.send(Event::NetworkSet(address, Box::new(record.network.clone())));
             let persistently = if persist { " persistently" } else { "" };
             let has =
@@ -84,7 +84,7 @@ impl Engine {
         });
     }
 
-    /// The record of a VF that can be set now. One that is dom0's has no record in which what was there before could be kept.
+    /// The record of a VF that can be set now. A VF of dom0 has no record, so that its previous settings could not be kept.
     fn settable(&self, address: Sbdf, wishes: VfSettings) -> Result<Record, Failure> {
         let function = existing(self.platform.host.as_ref(), address)?;
         self.idle(address)?;
@@ -110,16 +110,16 @@ impl Engine {
         }
     }
 
-    /// The thread that had set something has ended.
+    /// Handles the end of a thread that applied settings.
     pub(super) fn network_set(&mut self, address: Sbdf, network: Option<NetworkRecord>) {
         self.busy.remove(&address);
         let orphan = self.orphans.remove(&address);
-        // What was found before may be as wished now.
+        // The deviation found before may no longer exist.
         self.network_checks.differing.remove(address);
         let Some(record) = self.records.get_mut(&address) else { return };
         record.network = network;
         let record = record.clone();
-        // What happened to it meanwhile was left for now.
+        // Events about the function were not handled while it was busy.
         self.stirred.one(address);
         if orphan && record.guest.is_some() {
             self.detach_from_dead(record);
@@ -127,7 +127,7 @@ impl Engine {
         self.contain_awaiting(address);
     }
 
-    /// What could not be put back when a VF went back to dom0 is nobody's record any more.
+    /// Turns a failed restore of the settings of a VF that went back to dom0 into a problem in the status, because its record is deleted.
     pub(super) fn note_network_problem(&mut self, record: &Record) {
         let problem = record.network.as_ref().and_then(|network| network.problem.clone());
         if record.state == FunctionState::Host {
@@ -154,26 +154,26 @@ fn view(seen: &SeenNetwork, record: &Record) -> VfNetworkView {
     }
 }
 
-/// When VFs' network settings are compared with what is wished, after a guest's driver has started. Drivers first switch bus mastering
-/// on and then ask the PF's driver for what they want, which nobody tells of: it is looked at soon after, and once more.
+/// When network settings of a VF are compared with the requested ones, after the guest's driver has started. Drivers first enable bus
+/// mastering and then send their requests to the PF's driver. No event shows these requests, so the settings are read twice.
 const LOOKS: [Duration; 2] = [Duration::from_secs(2), Duration::from_secs(30)];
 
-/// Looks to come at what guests' drivers made of network settings, and what was found.
+/// Scheduled comparisons of network settings, and their results.
 #[derive(Default)]
 pub(super) struct NetworkChecks {
-    /// When to look, and how often that was done since the driver started.
+    /// When to compare, and the number of comparisons since the driver started.
     due: BTreeMap<Sbdf, (Instant, usize)>,
-    /// What is otherwise than wished.
+    /// Deviations from the requested settings.
     differing: Lasting,
 }
 
 impl NetworkChecks {
-    /// When the next look is due.
+    /// When the next comparison is due.
     pub fn next(&self) -> Option<Instant> {
         self.due.values().map(|(when, _)| *when).min()
     }
 
-    /// What is otherwise than wished, for the status.
+    /// Deviations from the requested settings, as problems for the status.
     pub fn problems(&self) -> impl Iterator<Item = Problem> {
         let text = |address, how: &str| format!("{address} has other network settings than requested: {how}");
         self.differing.problems(Cause::Network, text)
@@ -181,7 +181,7 @@ impl NetworkChecks {
 }
 
 impl Engine {
-    /// A guest's driver has started. A guest that starts it again and again is looked at no more often.
+    /// Schedules comparisons after a guest's driver has started. A guest that restarts its driver again and again causes no more of them.
     pub(super) fn driver_started(&mut self, address: Sbdf) {
         let network = self.records.get(&address).and_then(|record| record.network.as_ref());
         if network.is_some_and(|network| !network.wanted().is_empty()) {
@@ -189,7 +189,7 @@ impl Engine {
         }
     }
 
-    /// Looks at what is due.
+    /// Starts comparisons that are due.
     pub(super) fn check_networks(&mut self, now: Instant) {
         let due = self.network_checks.due.iter().filter(|(_, (when, _))| *when <= now);
         for address in due.map(|(address, _)| *address).collect::<Vec<_>>() {
@@ -204,7 +204,7 @@ impl Engine {
             let Some(network) = attached.and_then(|record| record.network.clone()) else { continue };
             let workshop = self.workshop();
             self.background("look", move || {
-                // What cannot be read now is read the next time, or at detach.
+                // A failed read is ignored: the settings are read again by the next comparison or at detach.
                 if let Ok(seen) = look_at_network(&workshop.platform, address) {
                     let differs =
                         seen.settings.and_then(|settings| network_deviation(&network.wanted(), &settings));
@@ -214,7 +214,7 @@ impl Engine {
         }
     }
 
-    /// A guest's VF was looked at.
+    /// Handles the result of a comparison.
     pub(super) fn network_compared(&mut self, address: Sbdf, differs: Option<String>) {
         let attached = self.state(address) == FunctionState::Attached;
         match differs.filter(|_| attached) {
@@ -228,7 +228,7 @@ impl Engine {
         }
     }
 
-    /// A guest has a function no more.
+    /// Forgets a function that its guest no longer has.
     pub(super) fn forget_network_checks(&mut self, address: Sbdf) {
         self.network_checks.due.remove(&address);
         self.network_checks.differing.remove(address);

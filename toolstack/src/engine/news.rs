@@ -1,4 +1,4 @@
-//! What happened to functions: remembered, written down, and told to those who follow.
+//! The event log: keeps events of functions in memory, writes them to the audit log, and sends them to clients that follow.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::SystemTime;
@@ -15,32 +15,32 @@ use crate::protocol::{Cause, DeviceErrorsView, EventView, Happening, Success};
 use crate::reply::Reply;
 use crate::spec::existing;
 
-/// How many events are remembered for a function.
+/// The number of events kept per function.
 const OF_A_FUNCTION: usize = 64;
-/// For how many functions.
+/// The number of functions for which events are kept.
 const FUNCTIONS: usize = 1024;
-/// How many events are remembered of all functions together.
+/// The number of events kept for all functions together.
 const OF_ALL: usize = 256;
 
-/// What happened, and who wants to know.
+/// The event log and its followers.
 pub(super) struct News {
     audit: AuditLog,
-    /// Writing the audit log failed, which was said.
+    /// Whether the last write of the audit log failed, which is reported once.
     failed: bool,
-    /// Errors and what followed, by function.
+    /// Errors and the responses to them, by function.
     histories: BTreeMap<Sbdf, VecDeque<EventView>>,
     recent: VecDeque<EventView>,
-    /// How many errors there were since the service started.
+    /// The number of errors since the service started.
     errors: BTreeMap<(Severity, Action), u64>,
     followers: Vec<Reply>,
-    /// The states that were told last, and since when.
+    /// The state of each function in the last state event, and its time.
     states: BTreeMap<Sbdf, (FunctionState, SystemTime)>,
-    /// How many VFs PFs had when that was told last.
+    /// The number of VFs of each PF in the last event about them.
     vfs: BTreeMap<Sbdf, u16>,
 }
 
 impl News {
-    /// With what earlier runs of the service wrote down.
+    /// Creates the log with the events that earlier runs of the service wrote to the audit log.
     pub fn new(audit: AuditLog) -> Self {
         let mut news = Self {
             failed: false,
@@ -60,7 +60,7 @@ impl News {
 
     fn remember(&mut self, event: EventView) {
         if !self.histories.contains_key(&event.address) && self.histories.len() >= FUNCTIONS {
-            // The one that has been quiet for longest.
+            // The function whose last event is the oldest.
             let oldest = self.histories.iter().min_by(|(_, a), (_, b)| {
                 let last = |events: &VecDeque<EventView>| events.back().map(|event| event.at.clone());
                 last(a).cmp(&last(b))
@@ -86,7 +86,7 @@ impl News {
 }
 
 impl Engine {
-    /// Notes an error, a decision, or what came of it.
+    /// Records an error, a decision or an outcome.
     pub(super) fn note_event(&mut self, event: EventView) {
         match self.news.audit.add(&event) {
             Err(problem) if !self.news.failed => {
@@ -109,13 +109,13 @@ impl Engine {
         self.news.tell(event);
     }
 
-    /// What came of an action.
+    /// Records the outcome of an action.
     pub(super) fn note_outcome(&mut self, address: Sbdf, ok: bool, text: String) {
         let domain = self.records.get(&address).and_then(|record| record.guest).map(|place| place.domain);
         self.note_event(EventView::now(address, domain, Happening::Outcome { ok, text }));
     }
 
-    /// Tells of functions that stand elsewhere than before.
+    /// Sends events for functions whose state has changed since the last call.
     pub(super) fn tell_states(&mut self) {
         let mut changed = Vec::new();
         for (address, record) in &self.records {
@@ -139,20 +139,20 @@ impl Engine {
         }
     }
 
-    /// Tells how many VFs a PF has, when that is another number than was told last.
+    /// Sends an event if the number of a PF's VFs has changed.
     pub(super) fn tell_vfs(&mut self, address: Sbdf, enabled: u16) {
         if self.news.vfs.insert(address, enabled).unwrap_or(0) != enabled {
             self.news.tell(EventView::now(address, None, Happening::Vfs { enabled }));
         }
     }
 
-    /// Tells of a function that its guest sees otherwise since policies were read again.
+    /// Sends an event for a function whose filter has changed by reloaded policies.
     pub(super) fn tell_policy(&mut self, address: Sbdf, registers: Vec<String>) {
         let domain = self.records.get(&address).and_then(|record| record.guest).map(|place| place.domain);
         self.news.tell(EventView::now(address, domain, Happening::Policy { registers }));
     }
 
-    /// How many errors there were since the service started.
+    /// The number of errors since the service started.
     pub(super) fn device_errors(&self) -> Vec<DeviceErrorsView> {
         let view = |((severity, action), count): (&(Severity, Action), &u64)| DeviceErrorsView {
             severity: *severity,
@@ -169,17 +169,17 @@ impl Engine {
         quarantined.map(|(address, (_, since))| (*address, *since)).collect()
     }
 
-    /// What happened to a function, as far as errors are concerned.
+    /// The error history of a function.
     pub(super) fn error_history(&self, address: Sbdf) -> Result<Success, Failure> {
         let known = self.news.histories.get(&address);
-        // One that has left the host keeps its history.
+        // A function that has left the host keeps its history.
         if known.is_none() {
             existing(self.platform.host.as_ref(), address)?;
         }
         Ok(Success::Events { events: known.into_iter().flatten().cloned().collect() })
     }
 
-    /// The last events; clients that follow get new ones.
+    /// Answers with the last events; with `follow`, the client gets new ones as well.
     pub(super) fn events(&mut self, follow: bool, reply: Reply) {
         if follow {
             if self.news.recent.iter().all(|event| reply.event(event)) {

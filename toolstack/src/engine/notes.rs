@@ -1,4 +1,4 @@
-//! Notes about domains for the next run of the service, one small file for each in the run directory.
+//! Notes about domains for the next run of the service: one small file per domain in the run directory.
 
 use std::fs;
 use std::io;
@@ -16,19 +16,19 @@ use crate::settings::Settings;
 pub(super) struct Notes(PathBuf);
 
 impl Notes {
-    /// Those in this folder of the run directory.
+    /// The notes in this folder of the run directory.
     pub fn of(settings: &Settings, folder: &str) -> Self {
         Self(settings.run_directory.join(folder))
     }
 
-    /// The domains that have one.
+    /// The domains that have a note.
     pub fn domains(&self) -> Vec<DomId> {
         let Ok(directory) = fs::read_dir(&self.0) else { return Vec::new() };
         let names = directory.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
         names.map(DomId).collect()
     }
 
-    /// Where a domain's is.
+    /// The path of a domain's note.
     pub fn path(&self, domain: DomId) -> PathBuf {
         self.0.join(domain.to_string())
     }
@@ -42,7 +42,8 @@ impl Notes {
         let path = self.path(domain);
         let write = || -> io::Result<()> {
             fs::create_dir_all(&self.0)?;
-            // Whole or not at all, as a reader sees it; the run directory does not outlive a power failure anyway.
+            // Renamed into place, so that a reader sees it whole or not at all. Not synced: the run directory does not survive a power
+            // failure anyway.
             let temporary = path.with_extension("new");
             fs::write(&temporary, serde_json::to_vec(note)?)?;
             fs::rename(&temporary, &path)

@@ -1,4 +1,4 @@
-//! Reading what sysfs, Xen and xenstore say of the host's functions.
+//! Reads the state of the host's functions from sysfs, Xen and xenstore.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,13 +16,13 @@ use crate::domains::{self, DomainType};
 use crate::outcome::Failure;
 use crate::transaction::holder_of;
 
-/// Functions that were seen since the service started, with the PF of each VF: Xen cannot be asked for a list, and of a VF that left
-/// nobody else tells whose it was.
+/// Functions that were seen since the service started, with the PF of each VF. Xen has no hypercall that lists its functions, and only
+/// this list still has the PF of a VF that left the host.
 pub(super) type Known = BTreeMap<Sbdf, Option<Sbdf>>;
 
 impl Workshop {
-    /// What the three lists say. A function of which they cannot be read is left alone: it is added to those that are busy, and
-    /// the second value says why.
+    /// Reads all three lists. A function that cannot be read is left alone: it is added to the busy ones, and the second value has the
+    /// reasons.
     pub(super) fn observe(
         &self,
         wanted: &mut Wanted,
@@ -57,7 +57,7 @@ impl Workshop {
         Ok((observed, unread))
     }
 
-    /// The firmware of HVM guests enumerates functions: what they are to have counts as published.
+    /// Adds the functions of HVM guests to the published ones: HVM guests have no nodes, their firmware enumerates functions.
     fn without_nodes(&self, wanted: &Wanted, observed: &mut Observed) -> Result<(), Failure> {
         for (&address, intent) in &wanted.functions {
             if let Some(place) = intent.place()
@@ -69,7 +69,8 @@ impl Workshop {
         Ok(())
     }
 
-    /// `prepared`: whether the service prepared its MSI-X table; only then somebody asks whether it has one.
+    /// Reads one function. `prepared`: whether the service prepared its MSI-X table; config space is read for an MSI-X capability only in
+    /// that case.
     fn observe_one(&self, address: Sbdf, prepared: bool) -> Result<Function, PlatformError> {
         let function = self.find(address)?;
         Ok(Function {
@@ -79,7 +80,7 @@ impl Workshop {
         })
     }
 
-    /// A function of the host's; `None` where there is none.
+    /// Reads a function from sysfs; `None` where there is none.
     pub(super) fn find(&self, address: Sbdf) -> Result<Option<HostFunction>, PlatformError> {
         match self.platform.host.function(address) {
             Ok(function) => Ok(Some(function)),
@@ -106,7 +107,7 @@ impl Workshop {
         }
     }
 
-    /// Who owns a function in Xen; `None` where Xen does not know it.
+    /// The owner of a function in Xen; `None` where Xen does not know it.
     pub(super) fn owner(&self, address: Sbdf) -> Result<Option<Owner>, PlatformError> {
         let hypervisor = self.platform.hypervisor.as_ref();
         if !hypervisor.device_known(address)? {

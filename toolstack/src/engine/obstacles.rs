@@ -1,4 +1,4 @@
-//! All that keeps a function from dom0's holder or from a guest, so that it can be named together.
+//! Collects all obstacles to holding or attaching a function, so that one answer lists them together.
 
 use pciback::platform::{HostFunction, Platform};
 use pciback::{DomId, FunctionState, Sbdf};
@@ -15,35 +15,35 @@ use crate::transaction::{
     Buses, a_guests, choose_holder, holder_of, is_another_toolstacks, plan_for, refuse_in_use,
 };
 
-/// What is in the way of an action.
+/// A refused action.
 pub(super) struct Refusal {
     /// The function.
     pub address: Sbdf,
-    /// What is refused, in words that follow "to".
+    /// The action, in words that follow "to".
     pub action: String,
-    /// What is in its way.
+    /// The obstacles.
     pub found: Vec<Failure>,
 }
 
 /// Whether a function is taken even while something uses it.
 pub(super) struct Force(pub bool);
 
-/// What takes a thread to find out.
+/// Checks that need a thread.
 #[derive(Default)]
 pub(super) struct Question {
-    /// What hinders holding.
+    /// Check for obstacles to holding.
     pub hold: Option<Force>,
-    /// What it shares with functions of other owners than this domain, or than any.
+    /// Check what the function shares with functions of owners other than this domain, or of any owner.
     pub shares: Option<Option<DomId>>,
 }
 
-/// Whether it matters what a function shares: no other state lets it go to a guest.
+/// Whether shared resources are relevant: a function in any other state cannot be attached anyway.
 pub(super) fn shares_with_others(state: FunctionState, function: &HostFunction) -> bool {
     matches!(state, FunctionState::Held | FunctionState::Host) && !function.is_bridge()
 }
 
-/// What is found out on a thread about who has a function, where it has a record, and about what it shares with those of other owners than
-/// a domain, or than any.
+/// Obstacles to an attachment that are checked on a thread: another toolstack owns the function (checked if it has a record), or it
+/// shares resources with functions of owners other than `domain` (`None`: of any owner).
 pub(super) fn shared_obstacles(
     workshop: &Workshop,
     address: Sbdf,
@@ -62,8 +62,8 @@ pub(super) fn shared_obstacles(
     found
 }
 
-/// What is found out on a thread about a function that is to be held: what uses it, unless that is no matter, and which driver would
-/// hold it.
+/// Obstacles to holding that are checked on a thread: the function is in use (not checked with `force`), or no holding driver is
+/// available.
 pub(super) fn hold_obstacles(
     platform: &Platform,
     holder: Holder,
@@ -78,7 +78,7 @@ pub(super) fn hold_obstacles(
 }
 
 impl Workshop {
-    /// Why no guest would get a function that was just held, because of what it shares with functions of others.
+    /// Why a function that was just held cannot be attached yet, because of what it shares with functions of other owners.
     pub(super) fn shares(&self, address: Sbdf) -> Vec<String> {
         match self.sharing().obstacles(address, None) {
             Ok(found) => {
@@ -90,8 +90,8 @@ impl Workshop {
 }
 
 impl Engine {
-    /// What keeps a function from a domain, or from any, as far as the engine can tell without waiting. `trust`: it may have it even
-    /// while a PV guest that had it can still reach it.
+    /// Obstacles to an attachment to a domain, or to any, as far as they can be checked without waiting. With `trust`, former PV owners
+    /// that can still reach the function are no obstacle.
     pub(super) fn attach_obstacles(
         &self,
         function: &HostFunction,
@@ -106,7 +106,7 @@ impl Engine {
             other => return vec![not_in_state(&record, other, "attached")],
         };
         if function.is_bridge() {
-            // Nothing helps.
+            // No other obstacle matters: a bridge can never be attached.
             return found;
         }
         let reserved = domain.map_or(Ok(()), |domain| self.not_reserved(function, domain));
@@ -115,7 +115,7 @@ impl Engine {
             None => format!("attach {address}"),
         };
         let reach = if trust { Ok(()) } else { self.out_of_reach(address, domain, &action) };
-        // Refused while nothing has begun: an attachment that ends without a reset would leave the function quarantined.
+        // Checked before anything is changed: an attachment that ends without a reset leaves the function quarantined.
         let plan = plan_for(&self.settings.reset, &self.policies, function);
         let buses = Buses { platform: &self.platform, journal: &self.journal, fresh: &self.fresh };
         let reset = buses.refuse_unresettable(&plan, function, domain);
@@ -124,7 +124,7 @@ impl Engine {
         found
     }
 
-    /// A function of dom0's must be held first, and what keeps it from that.
+    /// Obstacles for a function that is not held: that, and what prevents holding it.
     fn not_held(&self, function: &HostFunction) -> Vec<Failure> {
         let address = function.address;
         let cannot = self.holdable(function);
@@ -137,7 +137,7 @@ impl Engine {
         [vec![first], cannot].concat()
     }
 
-    /// Answers with all that is in the way of an action, in words that follow "to", what is asked besides included, or with `otherwise`.
+    /// Answers with all obstacles to an action, including those that `question` finds on a thread; with `otherwise` if there are none.
     pub(super) fn weigh(&self, refusal: Refusal, question: Question, otherwise: Success, reply: Reply) {
         let (workshop, holder) = (self.workshop(), self.settings.holder);
         let Refusal { address, action, found } = refusal;

@@ -1,4 +1,4 @@
-//! Opening a function for its guest: image, filter, config space.
+//! Opens a function for its guest: image, filter and config space.
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
@@ -20,31 +20,31 @@ use crate::outcome::{ErrorCode, Failure};
 use crate::spec::{self, Given};
 use crate::transaction::{image_path, read_rom_copy};
 
-/// What the filter of an attached function was made from.
+/// The filter of an attached function, and what it was compiled from.
 #[derive(Clone)]
 pub struct Filter {
-    /// The function.
+    /// The function's specification.
     pub spec: Arc<FunctionSpec>,
-    /// The filter.
+    /// The compiled filter.
     pub planes: Arc<Planes>,
-    /// The policies it follows.
+    /// The policies that it was compiled from.
     pub policies: Arc<PolicySet>,
 }
 
-/// A function opened for its guest.
+/// A function that is opened for its guest.
 pub struct Opened {
-    /// Ready to be served.
+    /// The function, ready to be served.
     pub function: Box<GuestFunction>,
     /// Its filter.
     pub filter: Filter,
     /// For an HVM guest: the memory of the BARs that are not mapped as a whole.
     pub memory: Option<BTreeMap<u8, Box<dyn BarMemory>>>,
-    /// What the guest lacks of what an earlier run gave it.
+    /// What an earlier run gave to the guest and this run cannot serve.
     pub lacks: Option<String>,
 }
 
 impl Workshop {
-    /// Opens the image and the config space of a function for a guest; `again`: of an earlier run of the service.
+    /// Opens the image and the config space of a function for a guest; `again`: as an earlier run of the service left them.
     pub(super) fn open_function(
         &self,
         record: &Record,
@@ -66,7 +66,7 @@ impl Workshop {
         let host = self.platform.host.as_ref();
         let given = Given { line: !record.without_line, rom: record.rom.map(|rom| rom.bytes) };
         let spec = Arc::new(spec::of_guests(host, address, given)?);
-        // What the guest has seen of the lists stays, whatever became of the policies meanwhile.
+        // Capabilities that the guest has seen stay visible, even if policies have changed.
         let visible = again.then(|| image.visible_capabilities(spec.bytes.len()));
         let planes = self.planes(&spec, domain, visible.as_deref())?;
         let hardware = host.config(address)?;
@@ -78,7 +78,7 @@ impl Workshop {
         let hypervisor = Arc::clone(&self.platform.hypervisor);
         let mut function = GuestFunction::new(domain, address, space, hardware, hypervisor, spec.gsi);
         match function.keep_hardware() {
-            // What has become of a function that a guest uses is noticed elsewhere.
+            // The state of a function that a guest uses is checked elsewhere.
             Err(error) if again => warn!("{address}: bring hardware into step: {error}"),
             kept => kept.map_err(|error| failed("set decoding and interrupts", &error))?,
         }
@@ -96,13 +96,13 @@ impl Workshop {
         Ok(Opened { function: Box::new(function), filter, memory, lacks })
     }
 
-    /// The copy of an expansion ROM that a guest has.
+    /// The guest's copy of the expansion ROM, if it has one.
     fn rom(&self, record: &Record) -> Result<Option<RomCopy>, String> {
         let Some(known) = record.rom else { return Ok(None) };
         read_rom_copy(&self.settings.run_directory, record.address, known).map(|rom| Some(RomCopy::new(rom)))
     }
 
-    /// The filter for a function in a guest's hands, shared with those that have the same.
+    /// The filter of a function for a guest; functions with the same filter share one.
     pub(super) fn planes(
         &self,
         spec: &FunctionSpec,
@@ -118,7 +118,7 @@ impl Workshop {
     }
 }
 
-/// The boot as the image's header has it.
+/// The boot identifier as a number, as the header of the image has it.
 fn boot_number(boot: &str) -> u64 {
     let mut hash = Fnv::new();
     hash.add_bytes(boot.as_bytes());

@@ -1,4 +1,5 @@
-//! `aer status` and `blast-radius`, on threads: config space and sysfs of a function that is being reset block.
+//! `aer status` and `blast-radius`. They run on threads, because accesses to config space and sysfs block while a function is being
+//! reset.
 
 use pciback::Sbdf;
 use pciback::containment::Setting;
@@ -12,7 +13,7 @@ use crate::spec::existing;
 use crate::transaction::{FunctionPath, Member, before_on_path, blast_radius, value_in};
 
 impl Engine {
-    /// The registers on the path of one function, or of all that the service looks after.
+    /// The registers on the path of one function, or of all functions with a record.
     pub(super) fn aer_status(&self, address: Option<Sbdf>, reply: Reply) {
         let wanted = match address {
             Some(address) => existing(self.platform.host.as_ref(), address).map(|_| vec![address]),
@@ -25,7 +26,7 @@ impl Engine {
         let workshop = self.workshop();
         self.background("aer status", move || {
             let view = |found: &Sbdf| match path_view(&workshop, *found) {
-                // Of several, one that has left is none.
+                // In the list of all, a function that has left the host is skipped.
                 Err(_) if address.is_none() => None,
                 other => Some(other),
             };
@@ -34,7 +35,7 @@ impl Engine {
         });
     }
 
-    /// Who is hit when a function fails.
+    /// Which functions and guests a failure of this function affects.
     pub(super) fn blast_radius(&self, address: Sbdf, reply: Reply) {
         if let Err(failure) = existing(self.platform.host.as_ref(), address) {
             return reply.done(Err(failure));

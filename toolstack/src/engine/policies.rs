@@ -1,4 +1,4 @@
-//! Policies in the running service: shown, explained, learned from, and put in force anew.
+//! Policies in the running service: showing, explaining, learning and reloading them.
 
 use std::sync::Arc;
 
@@ -27,18 +27,18 @@ use crate::reply::Reply;
 use crate::spec::{Given, existing, of_guests};
 use crate::target::{Parent, Target};
 
-/// What a task has read and compiled.
+/// The result of a background compilation.
 pub struct Reloaded {
     /// The policies.
     policies: Arc<PolicySet>,
-    /// The files, for the copy; `None` where the policies are not new.
+    /// The policy files, to be copied; `None` where the policies did not change.
     sources: Option<Vec<Source>>,
-    /// The new filters, or why there is none.
+    /// The new filters, or why one could not be compiled.
     filters: Vec<(Sbdf, Result<Filter, Failure>)>,
     reply: Option<Reply>,
 }
 
-/// A function in use and who uses it.
+/// An attached function and its guest.
 struct User {
     address: Sbdf,
     domain: DomId,
@@ -58,7 +58,7 @@ impl Engine {
             .collect()
     }
 
-    /// Reads the files anew; nothing changes unless all of them are good.
+    /// Reads the policy files again; nothing changes unless all files are valid.
     pub(super) fn reload_policies(&mut self, reply: Reply) {
         let (workshop, users) = (self.workshop(), self.users(|_| true));
         self.background("reload", move || match policies::load(&workshop.settings.policy_directories) {
@@ -70,25 +70,25 @@ impl Engine {
         });
     }
 
-    /// Compiles the filters of some functions anew, for the policies in force.
+    /// Compiles the filters of some functions again, with the current policies.
     pub(super) fn recompile(&mut self, addresses: Vec<Sbdf>) {
         let (workshop, policies) = (self.workshop(), Arc::clone(&self.policies));
         let users = self.users(|address| addresses.contains(address));
         self.background("recompile", move || workshop.compile(policies, None, users, None));
     }
 
-    /// Does something on a thread of its own that reports by itself.
+    /// Runs a task on a thread; the task itself sends its result.
     pub(super) fn background(&self, name: &str, task: impl FnOnce() + Send + 'static) {
         let inbox = self.inbox.clone();
         self.inbox.background(name, task, move |started| {
-            // Whoever waits hears that the service gave up: what would have answered is dropped.
+            // A failure to start drops the task and with it its reply, so that a waiting client gets an error.
             if let Err(failure) = started {
                 inbox.send(Event::Problem(Problem::failed(Cause::Service, &failure)));
             }
         });
     }
 
-    /// Swaps the filters of connected functions, each between two requests of its guest.
+    /// Replaces the filters of attached functions, each between two requests of its guest.
     pub(super) fn put_in_force(&mut self, reloaded: Reloaded) {
         let Reloaded { policies, sources, filters, reply } = reloaded;
         if let Some(sources) = &sources {
@@ -105,7 +105,7 @@ impl Engine {
         }
         let views: Vec<ReloadedView> =
             filters.into_iter().filter_map(|(address, filter)| self.swap(address, filter)).collect();
-        // Functions that were attached while the files were read follow the old ones.
+        // Functions that were attached while the files were read have filters of the old policies.
         let late: Vec<Sbdf> = self.outdated(&views);
         if !late.is_empty() {
             self.recompile(late);
@@ -127,7 +127,7 @@ impl Engine {
         late.filter(|address| but.iter().all(|view| view.address != *address)).collect()
     }
 
-    /// `None`: the function is no longer in use.
+    /// Replaces one filter; `None`: the function is no longer attached.
     fn swap(&mut self, address: Sbdf, filter: Result<Filter, Failure>) -> Option<ReloadedView> {
         let old = Arc::clone(&self.in_use.get(&address)?.planes);
         let place = self.records.get(&address)?.guest?;
@@ -159,7 +159,7 @@ impl Engine {
         Some(view)
     }
 
-    /// What the guests of a function, or a guest with all its functions, wrote without effect.
+    /// The blocked writes of the guest to a function, or of a guest to all its functions.
     pub(super) fn learned(&self, target: &str, reply: Reply) {
         let found = self.to_learn_from(target);
         let store = Arc::clone(&self.platform.store);
@@ -211,12 +211,12 @@ impl Engine {
         Ok(Learning { address, domain, filter, writes })
     }
 
-    /// Which policies a function follows.
+    /// Shows the policies that apply to a function.
     pub(super) fn show_policy(&self, address: Sbdf, domain: Option<String>, reply: Reply) {
         self.inspect(address, domain, reply, |looked| Success::Policy(Box::new(policy_view(&looked))));
     }
 
-    /// What a guest sees of a function.
+    /// Explains what a guest sees of a function.
     pub(super) fn explain_policy(&self, address: Sbdf, domain: Option<String>, reply: Reply) {
         self.inspect(address, domain, reply, |looked| {
             let merged = looked.policies.merge(&looked.subject);
@@ -230,7 +230,7 @@ impl Engine {
         });
     }
 
-    /// Reads a function and shows it, apart from the engine: config space may be blocked by a reset.
+    /// Reads and shows a function on a thread, because accesses to config space block during a reset.
     fn inspect(
         &self,
         address: Sbdf,
@@ -244,7 +244,7 @@ impl Engine {
             let looked = existing(host, address).and_then(|function| {
                 let given = user.as_ref().map_or(Given { line: true, rom: None }, |user| user.given);
                 let spec = of_guests(host, address, given)?;
-                // Of another guest than the one that has it, nothing has been seen yet.
+                // A guest other than the current one has not seen any capabilities yet.
                 let of_user = user.as_ref().filter(|_| domain.is_none());
                 let name = match of_user {
                     Some(user) => domains::name(workshop.platform.store.as_ref(), user.domain)?,
@@ -260,7 +260,7 @@ impl Engine {
     }
 }
 
-/// A function whose guest's writes are learned from.
+/// A function whose blocked writes are learned from.
 struct Learning {
     address: Sbdf,
     domain: DomId,
@@ -281,18 +281,18 @@ fn not_learned(address: Sbdf, domain: DomId, why: &str) -> Failure {
     Failure::new(ErrorCode::Failed, format!("ask what {address} masked: {why}")).on(address).of(domain)
 }
 
-/// A function that somebody wants to know about.
+/// A function to be shown or explained.
 struct Looked {
     policies: Arc<PolicySet>,
     spec: FunctionSpec,
     subject: Subject,
     visible: Option<Vec<u16>>,
-    /// The ways in which Linux can reset it.
+    /// The reset methods that Linux offers for it.
     resets: Vec<String>,
 }
 
 impl Workshop {
-    /// Compiles filters under policies that may become the ones in force.
+    /// Compiles filters for policies that are not in force yet.
     fn compile(
         mut self,
         policies: Arc<PolicySet>,
@@ -322,20 +322,20 @@ fn visible(planes: &Planes) -> Vec<u16> {
     seen.map(|(capability, _)| capability.offset).collect()
 }
 
-/// The registers that two filters of one function treat differently, runs of unknown bytes as one.
+/// The registers that two filters of one function treat differently. Adjacent unknown bytes are merged.
 fn differences(old: &Planes, new: &Planes) -> Vec<String> {
     let treated = |planes: &Planes, segment: &Segment| {
         let same = planes.segments().iter().filter(|other| other.dword == segment.dword);
         same.filter(|other| other.treatment == segment.treatment).fold(0, |bits, other| bits | other.mask)
     };
-    // First and last byte, name, how it is treated now.
+    // First and last byte, name, new treatment.
     let mut runs: Vec<(u16, u16, &str, String)> = Vec::new();
     for segment in new.segments().iter().filter(|segment| segment.mask & !treated(old, segment) != 0) {
         let register = segment.register.map(|index| &new.registers()[usize::from(index)]);
         let (offset, width, name) = register.map_or((segment.dword, 4, "unknown"), |register| {
             (register.offset, u16::from(register.width), register.name)
         });
-        // Its value is in the policy; here it would stand once for each of its fields.
+        // The value is in the policy; with it, a register would be listed once per field.
         let treatment = match segment.treatment {
             Treatment::Fixed(_) => "fixed".to_owned(),
             other => other.to_string(),

@@ -1,4 +1,4 @@
-//! What was found wrong, for `xpci status`: as much of it as somebody can read, and as long as it lasts.
+//! Problems for `xpci status`: limited to a readable number, and kept as long as they last.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
@@ -11,9 +11,9 @@ use crate::journal::JournalError;
 use crate::outcome::Failure;
 use crate::protocol::{Cause, ProblemView, utc_of};
 
-/// How many are kept of those that one guest causes; the last ones.
+/// The number of problems kept per guest, for those that guests can cause; the last ones.
 const OF_A_GUEST: usize = 8;
-/// How many are kept in all.
+/// The number of problems kept in all.
 const IN_ALL: usize = 512;
 
 /// One problem.
@@ -24,68 +24,68 @@ pub struct Problem {
     since: SystemTime,
     address: Option<Sbdf>,
     domain: Option<DomId>,
-    /// A guest may cause it as often as it likes.
+    /// Whether a guest can cause it at will.
     of_guest: bool,
     until: Until,
 }
 
-/// How a problem ends, besides with its domain.
+/// How a problem ends. It also ends when its domain does.
 #[derive(Debug, Clone)]
 enum Until {
     /// When the engine cures it.
     Cured,
-    /// When this file is gone.
+    /// When this file no longer exists.
     FileGone(PathBuf),
-    /// When Xen does not have the domain paused any more.
+    /// When Xen no longer has the domain paused.
     Unpaused,
 }
 
 impl Problem {
-    /// A problem that was found now.
+    /// A problem found now.
     pub fn new(cause: Cause, text: impl Into<String>) -> Self {
         let (text, since, until) = (text.into(), SystemTime::now(), Until::Cured);
         Self { text, cause, since, address: None, domain: None, of_guest: false, until }
     }
 
-    /// What failed, about the function and the domain that it names.
+    /// A problem from a failure, with the function and the domain that it names.
     pub fn failed(cause: Cause, failure: &Failure) -> Self {
         let (address, domain) = (failure.address, failure.domain);
         Self { address, domain, ..Self::new(cause, failure.to_string()) }
     }
 
-    /// A file that cannot be used, until somebody removes it.
+    /// A file that cannot be used. The problem lasts until the file is removed.
     pub fn unusable(error: &JournalError) -> Self {
         let until = Until::FileGone(error.path().to_owned());
         Self { address: error.address(), until, ..Self::new(Cause::StateFiles, error.to_string()) }
     }
 
-    /// A file of a function that could not be written, until something else is done with the function.
+    /// A file of a function that could not be written. The problem lasts until another operation on the function succeeds.
     pub fn unwritten(error: &JournalError) -> Self {
         Self { address: error.address(), ..Self::new(Cause::StateFiles, error.to_string()) }
     }
 
-    /// Names the function.
+    /// Adds the function.
     pub fn on(self, address: Sbdf) -> Self {
         Self { address: Some(address), ..self }
     }
 
-    /// Names the domain: the problem ends with it.
+    /// Adds the domain; the problem ends when the domain does.
     pub fn of(self, domain: DomId) -> Self {
         Self { domain: Some(domain), ..self }
     }
 
-    /// It ends when Xen does not have the domain paused.
+    /// Makes the problem end when Xen no longer has the domain paused.
     pub fn until_unpaused(self) -> Self {
         Self { until: Until::Unpaused, ..self }
     }
 
-    /// It ends when this file is gone.
+    /// Makes the problem end when this file no longer exists.
     pub fn until_gone(self, path: &Path) -> Self {
         Self { until: Until::FileGone(path.to_owned()), ..self }
     }
 
     fn is_cured(&self, store: &dyn Store, hypervisor: &dyn Hypervisor) -> bool {
-        // What cannot be asked is no cure.
+        // If a check fails, the problem stays.
         let gone = self.domain.is_some_and(|domain| matches!(store.domain_exists(domain), Ok(false)));
         gone || match (&self.until, self.domain) {
             (Until::FileGone(path), _) => matches!(path.try_exists(), Ok(false)),
@@ -94,7 +94,7 @@ impl Problem {
         }
     }
 
-    /// As it is shown.
+    /// The view of the problem in the protocol.
     pub fn view(&self) -> ProblemView {
         ProblemView {
             message: self.text.clone(),
@@ -106,17 +106,17 @@ impl Problem {
     }
 }
 
-/// Problems, the oldest first. None stands there twice. All of them are in the log.
+/// Problems, the oldest first, without duplicates. All of them are also in the log.
 #[derive(Debug, Default)]
 pub(super) struct Problems(VecDeque<Problem>);
 
 impl Problems {
-    /// Adds one that no guest can cause.
+    /// Adds a problem that no guest can cause.
     pub fn push(&mut self, problem: Problem) {
         self.add(problem);
     }
 
-    /// Adds one that a guest may cause as often as it likes. What was kept of it before counts, however often it has connected since.
+    /// Adds a problem that a guest can cause at will. The limit is per domain, so that a guest cannot reset it by reconnecting.
     pub fn push_of(&mut self, domain: DomId, text: String) {
         self.add(Problem { of_guest: true, ..Problem::new(Cause::Guest, text).of(domain) });
         let is_its = |problem: &Problem| problem.of_guest && problem.domain == Some(domain);
@@ -125,12 +125,12 @@ impl Problems {
         }
     }
 
-    /// Something works that did not.
+    /// Removes problems of a cause.
     pub fn cure(&mut self, cause: Cause) {
         self.0.retain(|problem| problem.cause != cause || !matches!(problem.until, Until::Cured));
     }
 
-    /// Something works that did not, of one function.
+    /// Removes problems of one function.
     pub fn cure_of(&mut self, address: Sbdf, causes: &[Cause]) {
         self.0.retain(|problem| {
             problem.address != Some(address)
@@ -139,17 +139,17 @@ impl Problems {
         });
     }
 
-    /// A guest is served again.
+    /// Removes problems that a guest caused, because it is served again.
     pub fn cure_guest(&mut self, domain: DomId) {
         self.0.retain(|problem| !problem.of_guest || problem.domain != Some(domain));
     }
 
-    /// Forgets those that ended without the engine's doing.
+    /// Removes problems that ended without an action of the engine.
     pub fn sweep(&mut self, store: &dyn Store, hypervisor: &dyn Hypervisor) {
         self.0.retain(|problem| !problem.is_cured(store, hypervisor));
     }
 
-    /// All that are kept.
+    /// All problems that are kept.
     pub fn iter(&self) -> impl Iterator<Item = &Problem> {
         self.0.iter()
     }
@@ -160,7 +160,7 @@ impl Problems {
         }
         self.0.push_back(problem);
         if self.0.len() > IN_ALL {
-            // What guests cause goes before what only the service reports.
+            // Problems that guests can cause are dropped first.
             let guests = self.iter().any(|problem| problem.of_guest);
             self.remove_first(|problem| problem.of_guest || !guests);
         }
@@ -187,28 +187,28 @@ impl FromIterator<Problem> for Problems {
     }
 }
 
-/// Why something is not as it should be, of several functions, and since when.
+/// Deviations of several functions: a reason for each, and since when it exists.
 #[derive(Debug, Default)]
 pub(super) struct Lasting(BTreeMap<Sbdf, (String, SystemTime)>);
 
 impl Lasting {
-    /// One is not as it should be: since it first was not, whatever the reason was then.
+    /// Adds a deviation, or changes its reason; its start time stays.
     pub fn insert(&mut self, address: Sbdf, why: String) {
         let since = self.0.get(&address).map_or_else(SystemTime::now, |(_, since)| *since);
         self.0.insert(address, (why, since));
     }
 
-    /// One is as it should be.
+    /// Removes the deviation of a function.
     pub fn remove(&mut self, address: Sbdf) {
         self.0.remove(&address);
     }
 
-    /// All are.
+    /// Removes all deviations.
     pub fn clear(&mut self) {
         self.0.clear();
     }
 
-    /// For the status, in words made of a function and the reason.
+    /// The deviations as problems for the status; `text` makes the message.
     pub fn problems(
         &self,
         cause: Cause,
@@ -222,7 +222,7 @@ impl Lasting {
 }
 
 impl Problem {
-    /// The same, known since then.
+    /// Sets since when the problem is known.
     pub fn since(self, since: SystemTime) -> Self {
         Self { since, ..self }
     }

@@ -1,4 +1,5 @@
-//! Functions that the settings' `guests` give to guests: as with `pci-attach --persist`, from the moment that a guest starts.
+//! Functions that the settings (`guests`) assign to guests. They are attached as with `pci-attach --persist`, from the next start of the
+//! guest.
 
 use pciback::platform::HostFunction;
 use pciback::{DomId, Sbdf, Uuid};
@@ -13,7 +14,7 @@ use crate::reservations::Reservation;
 use crate::settings::{Assigned, Settings};
 use crate::target::{Parent, Target};
 
-/// What the settings give to a guest, by address; a pool by its PF's.
+/// What the settings assign to a guest: functions, and pools of VFs by their PF.
 pub struct Promises {
     domain: DomId,
     guest: Uuid,
@@ -22,7 +23,7 @@ pub struct Promises {
 }
 
 impl Settings {
-    /// What the settings call a guest, when they give functions to it.
+    /// The names under which the settings assign functions to this guest.
     fn guest(&self, name: Option<&str>, uuid: Uuid) -> impl Iterator<Item = &String> {
         let name = name.map(str::to_owned);
         self.guests.keys().filter(move |key| name.as_ref() == Some(key) || key.parse() == Ok(uuid))
@@ -30,7 +31,7 @@ impl Settings {
 }
 
 impl Engine {
-    /// A domain has come: finds out which functions the settings give to it, on a thread.
+    /// Finds, on a thread, the functions that the settings assign to a new domain.
     pub(super) fn find_promises(&self, domain: DomId, guest: Uuid) {
         if self.settings.guests.is_empty() {
             return;
@@ -52,12 +53,12 @@ impl Engine {
         });
     }
 
-    /// Keeps for a guest what the settings give to it, and has it attached.
+    /// Reserves the functions that the settings assign to a guest, and has them attached.
     pub(super) fn promised(&mut self, promises: Promises) {
         let Promises { domain, guest, name, functions } = promises;
         let mut kept: Vec<Reservation> = self.reservations.of(guest);
         let (mut new, mut taken, mut unkept) = (Vec::new(), Vec::new(), Vec::new());
-        // Pools last: what is called by its own name is no part of them.
+        // Pools last, so that a VF that is named itself is not also taken from a pool.
         let (pools, certain): (Vec<_>, Vec<_>) =
             functions.into_iter().partition(|(one, _)| matches!(one.target, Target::Any(_)));
         for (one, found) in certain.into_iter().chain(pools) {
@@ -111,7 +112,7 @@ impl Engine {
         });
     }
 
-    /// Something has come or become free: what the settings give to guests that are there may be found now.
+    /// Looks again for functions that are assigned to running guests, because a function has appeared or become free.
     pub(super) fn try_promises(&self) {
         for domain in self.returning.without_promises() {
             if let Ok(info) = self.platform.hypervisor.domain(domain) {
@@ -120,7 +121,8 @@ impl Engine {
         }
     }
 
-    /// Where the device is that a guest got first when the settings named it by an address: whatever is there now was not meant.
+    /// The address of the device that the guest first got for an assignment by address. Another device may have that address now, and it
+    /// is not the one that was assigned.
     fn promised_at(&self, one: &Assigned, guest: Uuid) -> Option<Result<Sbdf, Failure>> {
         let is_it =
             |known: &Reservation| known.guest == guest && known.promised.as_ref() == Some(&one.target);
@@ -135,7 +137,7 @@ impl Engine {
         Some(Err(Failure::refused(text).hint("name the function that is meant in 'guests' of xpcid.yaml")))
     }
 
-    /// Whether the function of a reservation is there.
+    /// Whether the device of a reservation is at its address.
     fn is_there(&self, reservation: &Reservation) -> bool {
         let host = self.platform.host.as_ref();
         let function = host.function(reservation.address).ok();
@@ -144,7 +146,7 @@ impl Engine {
             .is_some_and(|device| reservation.is_of(&device))
     }
 
-    /// The function that is meant, of a pool one that the guest has or that is free.
+    /// The assigned function; for a pool, a VF that the guest has or else a free one.
     fn promise(
         &self,
         found: &Target,
@@ -184,7 +186,7 @@ impl Engine {
         Ok(Reservation::new(self.devices.of(host, &function)?, guest.0, guest.1, devfn))
     }
 
-    /// Refuses a function that the settings give to another guest than this one.
+    /// Refuses a function that the settings assign to another guest.
     pub(super) fn promised_to_others(
         &self,
         function: &HostFunction,
@@ -196,7 +198,7 @@ impl Engine {
         Some(refusal.hint("change 'guests' in xpcid.yaml, then restart xpcid"))
     }
 
-    /// The guest to which the settings give a function, as they call it.
+    /// The guest to which the settings assign a function, by its name in the settings.
     pub(super) fn promised_to(&self, function: &HostFunction) -> Option<&String> {
         let (host, names) = (self.platform.host.as_ref(), &self.settings.names);
         if self.settings.guests.is_empty() {
@@ -208,12 +210,12 @@ impl Engine {
     }
 }
 
-/// Whether a function is called by an address, its own or its PF's, which another one may have after a reboot of the host.
+/// Whether a target contains an address (its own or its PF's), which may belong to another device after a reboot of the host.
 fn is_by_address(target: &Target) -> bool {
     matches!(target, Target::One(Parent::At(_)) | Target::Vf(Parent::At(_), _))
 }
 
-/// That the settings give a function to a guest, as they call it.
+/// The refusal for a function that the settings assign to a guest.
 pub(super) fn kept_by_settings(address: Sbdf, guest: &str) -> Failure {
     Failure::refused(format!("{address} is kept for guest '{guest}' by the settings (guests)")).on(address)
 }

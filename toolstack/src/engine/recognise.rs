@@ -1,6 +1,6 @@
-//! Which devices the host's functions are: what is persistent for guests goes with the device, not with the address.
+//! Identifies devices: persistent assignments follow the device, not the address.
 //!
-//! Reading that asks the device, so it is read when a function is seen, by the thread that looks, and the engine uses what is known.
+//! Identifying a device reads its config space. The thread that examines a function does this, and the engine uses the result.
 
 use log::warn;
 use pciback::Sbdf;
@@ -11,12 +11,12 @@ use super::tasks::Workshop;
 use crate::reservations::Followed;
 
 impl Workshop {
-    /// Whether the service must know which devices functions are.
+    /// Whether device identities are needed.
     fn is_to_recognise(&self) -> bool {
         !self.reservations.is_empty() || !self.settings.guests.is_empty()
     }
 
-    /// A function was looked at; what is persistent of it goes with it.
+    /// Called when a function was examined; moves its reservation if the device has moved.
     pub(super) fn recognise(&self, address: Sbdf, function: Option<&HostFunction>) -> Option<Followed> {
         if !self.is_to_recognise() {
             return None;
@@ -35,7 +35,7 @@ impl Workshop {
 }
 
 impl Engine {
-    /// Finds out where the devices are that guests have persistently, before any guest gets one.
+    /// Finds the devices of all reservations, before any guest gets a function.
     pub(super) fn recognise_all(&self) {
         let workshop = self.workshop();
         if !workshop.is_to_recognise() {

@@ -1,8 +1,8 @@
-//! Taking over from an earlier run of the service.
+//! Takes over from an earlier run of the service.
 //!
-//! Guests first: one may have waited for an answer since that run ended, and gives up after two seconds. Then what it left
-//! half-done: an attach or hold is undone, a detach or release completed; both mean going backwards from the step that the
-//! journal names.
+//! Guests come first: one may have waited for an answer since that run ended, and its frontend gives up after two seconds. Then
+//! unfinished transactions are ended: an attach or hold is undone, a detach or release completed. Both mean going backwards from the step
+//! in the journal.
 
 use std::collections::BTreeMap;
 
@@ -23,7 +23,7 @@ use crate::protocol::Cause;
 use crate::transaction::{Kind, Parting, Step, note_owner};
 
 impl Engine {
-    /// Reads the journal and takes over what is still true.
+    /// Reads the journal and takes over what still applies.
     pub fn recover(&mut self) -> Result<(), Failure> {
         let read = self.journal.read_all();
         let (records, errors) =
@@ -35,7 +35,7 @@ impl Engine {
         }
         self.resume_guests(&current);
         for record in current.iter().filter(|record| record.guest.is_some() && !record.grants.is_empty()) {
-            // Granted by a version that took no note of it.
+            // Grants of a version that did not note former owners.
             if let Err(failure) = note_owner(&self.former_owners, &self.platform, record) {
                 error!("{}: note that a PV guest may map it: {failure}", record.address);
                 self.problems.push(Problem::failed(Cause::StateFiles, &failure).on(record.address));
@@ -52,7 +52,7 @@ impl Engine {
         Ok(())
     }
 
-    /// A record cannot be used: what an earlier run did with its function is not known, so nobody gets it before somebody has looked.
+    /// Quarantines a function whose record cannot be read, because it is unknown what an earlier run did with it.
     fn distrust_unknown(&mut self, error: &JournalError) {
         error!("{error}");
         let Some(address) = error.address() else {
@@ -61,7 +61,7 @@ impl Engine {
         };
         let found = self.platform.host.function(address);
         if matches!(&found, Err(error) if error.errno() == Some(Errno::ENOENT)) {
-            // Nobody has what is not there.
+            // A function that is not in the host cannot be used by anyone.
             let text = format!("{error}; {address} is not on this host: remove the file");
             let problem = Problem::new(Cause::StateFiles, text).on(address);
             self.problems.push(problem.until_gone(error.path()));
@@ -79,7 +79,7 @@ impl Engine {
         self.start(Course::Condemn, record, None, |record| format!("{}: quarantined", record.address));
     }
 
-    /// A reboot gave everything back to dom0; only distrust survives it.
+    /// After a reboot of the host all functions belong to dom0; only a quarantine is kept.
     fn forget_earlier_boot(&mut self, record: Record) {
         let Some(why) = record.quarantine else {
             if let Err(error) = self.journal.remove(record.address) {
@@ -103,7 +103,7 @@ impl Engine {
             let Some(place) = record.guest.filter(|_| was_served(record)) else { continue };
             self.given.add(record.address);
             if record.unproved {
-                // It was withdrawn from its guest; only what the guest may still reach is left.
+                // The function was withdrawn from the guest; it only remains to prove that the guest cannot reach it.
                 continue;
             }
             match self.workshop().open_function(record, place.domain, true) {
@@ -135,7 +135,7 @@ impl Engine {
                 }
                 Err(failure) => {
                     error!("{}: its guest cannot be served any more: {failure}", record.address);
-                    // What was under way is undone now, and may not have come as far as its image.
+                    // The transaction is undone now, and may have ended before it created the image.
                     if record.transaction.is_none() {
                         let text = format!("{} cannot be served any more: {failure}", record.address);
                         self.problems.push(Problem::new(Cause::Guest, text).on(record.address));
@@ -163,7 +163,7 @@ impl Engine {
         }
     }
 
-    /// Ends what an earlier run left half-done, and notices what changed meanwhile.
+    /// Ends the unfinished transaction of a record, and handles changes that happened while no service ran.
     fn settle(&mut self, record: Record) {
         let address = record.address;
         let exists = !matches!(
@@ -173,7 +173,7 @@ impl Engine {
             .guest
             .is_some_and(|guest| matches!(self.platform.store.domain_exists(guest.domain), Ok(false)));
         if let Some(progress) = record.transaction.clone() {
-            // What was not proved to be withdrawn is withdrawn again, whatever came after that.
+            // A function that is not proved to be withdrawn is withdrawn again, whatever step followed.
             let step = if record.unproved { Step::Serve } else { progress.step };
 
             let parting = if guest_is_dead { Parting::Dead } else { Parting::Force };
@@ -195,14 +195,14 @@ impl Engine {
         } else if !exists {
             warn!("{address}: it left the host");
         } else if let Some(why) = record.quarantine.filter(|_| record.state != FunctionState::Quarantined) {
-            // The earlier run was killed between the decision and its first deed.
+            // The earlier run was killed between the decision and its first action.
             self.contain(address, Containment::Quarantine, &why);
         } else if !attached && record.state == FunctionState::Held {
             self.check_held(address);
         }
     }
 
-    /// Somebody may have taken a held function while nobody looked.
+    /// Reports a held function that its holding driver lost while no service ran.
     fn check_held(&mut self, address: Sbdf) {
         let held = self.platform.host.function(address);
         let held = held.is_ok_and(|function| crate::transaction::holder_of(&function).is_some());
@@ -214,7 +214,7 @@ impl Engine {
     }
 }
 
-/// Whether a guest may have been told of the function.
+/// Whether the guest may know of the function.
 fn was_served(record: &Record) -> bool {
     match &record.transaction {
         _ if record.unproved => true,

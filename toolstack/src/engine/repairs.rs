@@ -1,7 +1,7 @@
-//! Carrying out what the planner says, on a thread of its own.
+//! Carries out the planner's repairs, on a thread.
 //!
-//! Repairs that only concern Xen's list are made here, of functions that the engine has reserved for them; those that concern a
-//! guest, a driver or a record are the engine's usual transactions.
+//! Repairs that only concern Xen's list are carried out here, after the engine has reserved the function. Repairs that concern a guest, a
+//! driver or a record are transactions of the engine.
 
 use std::collections::BTreeSet;
 use std::sync::mpsc;
@@ -19,32 +19,32 @@ use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Success;
 use crate::reply::Reply;
 
-/// How long the engine may take to answer, which never blocks.
+/// The limit for an answer of the engine, which never blocks.
 const ENGINE_LIMIT: Duration = Duration::from_secs(10);
 
-/// What came of a comparison.
+/// The result of a comparison.
 pub struct Synced {
     /// Nothing was to be repaired.
     pub(super) dry_run: bool,
     pub(super) plan: Plan,
-    /// What became of each step.
+    /// The outcome of each step.
     pub(super) outcomes: Vec<(Step, Outcome)>,
-    /// What there is.
+    /// The functions that were found.
     pub(super) found: Known,
     /// Why functions could not be compared.
     pub(super) unread: Vec<String>,
 }
 
-/// What became of one step.
+/// The outcome of one step.
 pub(super) enum Outcome {
     Done,
-    /// The function is in other hands by now, or a step before failed that this one relies on.
+    /// Not carried out: the function has changed meanwhile, or a step failed that this one relies on.
     Left,
     Failed(Failure),
 }
 
 impl Workshop {
-    /// Compares the lists and repairs what they disagree on. `unasked`: nobody waits for it.
+    /// Compares the lists and repairs differences. `unasked`: no client waits for the result.
     pub(super) fn sync(
         &self,
         mut wanted: Wanted,
@@ -64,14 +64,14 @@ impl Workshop {
         Ok(Synced { dry_run, plan, outcomes, found: found.collect(), unread })
     }
 
-    /// Carries out one step after the other; those that rely on one that was not made are left.
+    /// Carries out the steps in order; a step that relies on one that was not carried out is left out.
     fn carry_out(&self, plan: &Plan, observed: &Observed, progress: &dyn Fn(&str)) -> Vec<(Step, Outcome)> {
         let pf =
             |address: Sbdf| observed.functions.get(&address).and_then(|function| function.physical_function);
         let (mut stuck, mut stuck_pfs) = (BTreeSet::new(), BTreeSet::new());
         let outcomes = plan.steps.iter().map(|step| {
             let address = step.repair.address();
-            // Xen must know the PF of a VF that is reported or removed, and no VF of a PF that is removed.
+            // Xen must know the PF of a VF when the VF is added or removed, and a PF may be removed only after its VFs.
             let relies = match step.repair {
                 Repair::ReportToXen { .. } => pf(address).is_some_and(|pf| stuck.contains(&pf)),
                 Repair::RemoveFromXen { .. } => {
@@ -126,7 +126,7 @@ impl Workshop {
         outcome
     }
 
-    /// Repairs Xen's list, unless sysfs says otherwise by now.
+    /// Repairs Xen's list, unless sysfs has changed meanwhile.
     fn repair_list(&self, repair: Repair) -> Result<Outcome, Failure> {
         let hypervisor = self.platform.hypervisor.as_ref();
         let address = repair.address();
@@ -142,7 +142,7 @@ impl Workshop {
                 hypervisor.device_add(address, DeviceReport { extended, physical_function, proximity })?;
             }
             (Repair::RemoveFromXen { .. }, None) => match hypervisor.device_remove(address) {
-                // dom0's kernel may have been quicker.
+                // dom0's kernel may have removed it already.
                 Err(error) if error.errno() == Some(Errno::ENODEV) => {}
                 other => other?,
             },
@@ -153,8 +153,8 @@ impl Workshop {
     }
 }
 
-/// Whether a step is not made unasked: one that takes a held function back from a driver that somebody bound it to, which makes it
-/// dom0's (see [`super::watch`]), and one that tries the end of an attachment again that failed and quarantined the function.
+/// Whether a step is left out if no client asked for it: taking a held function back from a driver that an administrator bound it to,
+/// since that makes it dom0's (see [`super::watch`]), and retrying a failed withdrawal that has quarantined the function.
 fn is_left(step: &Step, observed: &Observed, wanted: &Wanted) -> bool {
     let address = step.repair.address();
     match step.repair {

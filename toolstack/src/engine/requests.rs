@@ -1,4 +1,4 @@
-//! Clients' requests: checked here, against the present state, before anything is changed.
+//! Requests of clients: checked against the current state before anything is changed.
 
 use std::collections::BTreeMap;
 
@@ -22,18 +22,18 @@ use crate::reservations::Change;
 use crate::spec::existing;
 use crate::transaction::{Kind, Parting, a_guests, holder_of, refuse_in_use};
 
-/// What a request leads to.
+/// The plan for a request.
 pub(super) enum Plan {
-    /// An answer at once.
+    /// Answer at once.
     Answer(Success),
-    /// A transaction, what to say when it succeeds, and what becomes of the function's reservation before.
+    /// Start a transaction, with the message for its success, and change the function's reservation before it.
     Transaction(Course, Box<Record>, String, Option<Change>),
-    /// What is in the way, and what is asked besides; otherwise the answer.
+    /// Answer with the obstacles, including those that are found on a thread; with the given answer if there are none.
     Weigh(Refusal, Question, Success),
 }
 
 impl Plan {
-    /// The same, but nothing is changed.
+    /// The plan of a dry run: the same checks, without changes.
     pub(super) fn only_said(self) -> Self {
         match self {
             Self::Transaction(_, record, message, _) => {
@@ -50,7 +50,7 @@ impl Plan {
     }
 }
 
-/// What a dry run says of what would be done.
+/// The answer of a dry run.
 fn would(message: &str) -> Success {
     Success::Possible { message: format!("nothing was changed; without --dry-run: {message}") }
 }
@@ -145,7 +145,7 @@ impl Engine {
         }
     }
 
-    /// Refuses what is in a transaction already.
+    /// Refuses a function that is in a transaction.
     pub(super) fn idle(&self, address: Sbdf) -> Result<(), Failure> {
         if self.busy.contains(&address) {
             let state = self.state(address);
@@ -180,7 +180,7 @@ impl Engine {
         Ok(Plan::Transaction(course, Box::new(record), message, None))
     }
 
-    /// Why a function can never be held as it is, by whatever force.
+    /// Obstacles to holding a function that `--force` does not override.
     pub(super) fn holdable(&self, function: &HostFunction) -> Vec<Failure> {
         let address = function.address;
         if function.is_bridge() {
@@ -194,7 +194,7 @@ impl Engine {
             let hint = "its driver must stay while it has VFs; 'xpci vf destroy' disables them";
             found.push(Failure::refused(enabled).on(address).hint(hint));
         }
-        // Before its driver is touched: a guest of xl's would lose it when that is undone.
+        // Checked before the driver is touched: the undo of a failed hold would take the function from a guest of xl.
         if holder_of(function).is_some() && matches!(self.platform.hypervisor.assignable(address), Ok(false))
         {
             found.push(a_guests(&self.platform, address));
@@ -202,7 +202,7 @@ impl Engine {
         found
     }
 
-    /// A function that left the host has nothing to give back: it is forgotten.
+    /// Deletes the record of a function that left the host, where a release has nothing to do.
     fn forget_gone(&mut self, address: Sbdf) -> Option<Result<Plan, Failure>> {
         if self.state(address) != FunctionState::Gone || self.busy.contains(&address) {
             return None;
@@ -237,7 +237,7 @@ impl Engine {
         }
     }
 
-    /// Gives a function to a guest, once all that is in the way has been looked at.
+    /// Attaches a function to a guest, after all obstacles are checked.
     fn attach(&mut self, wanted: Wanted, reply: Reply) {
         let plan = match domains::kind(self.platform.store.as_ref(), wanted.domain) {
             Ok(DomainType::Hvm) => match self.hvm_attachable(&wanted) {
@@ -266,7 +266,7 @@ impl Engine {
         }
     }
 
-    /// All that is in the way of an attachment, if anything is; `also`: what is known of it already.
+    /// A plan that lists the obstacles to an attachment, if there are any; `also`: obstacles that the caller found.
     pub(super) fn refused(&self, wanted: &Wanted, also: Vec<Failure>) -> Result<Option<Plan>, Failure> {
         let (address, domain) = (wanted.address, wanted.domain);
         let function = existing(self.platform.host.as_ref(), address)?;
@@ -285,7 +285,7 @@ impl Engine {
         Ok(Some(Plan::Weigh(refusal, Question { hold, shares }, nothing)))
     }
 
-    /// Refuses guests without a device model that cannot have a PCI bus of ours.
+    /// Refuses guests without a device model that cannot have a PCI bus of xpci.
     pub(super) fn has_bus(&self, domain: DomId) -> Result<(), Failure> {
         let store = self.platform.store.as_ref();
         if domains::kind(store, domain)? == DomainType::Pvh {
@@ -303,7 +303,7 @@ impl Engine {
         Ok(())
     }
 
-    /// The record of a function that may be attached to a domain now. `trust`: even while a PV guest that had it may still reach it.
+    /// The record of a function that can be attached to a domain now. With `trust`, even while a former PV owner may still reach it.
     pub(super) fn attachable(&self, address: Sbdf, domain: DomId, trust: bool) -> Result<Record, Failure> {
         let function = existing(self.platform.host.as_ref(), address)?;
         self.idle(address)?;
@@ -333,7 +333,7 @@ impl Engine {
         Ok(Plan::Transaction(Course::Forward(Kind::Attach), Box::new(record), message, change))
     }
 
-    /// Refuses what no policy permits: PFs, and VFs that no driver of dom0's watches over.
+    /// Refuses attachments that need a policy's permission: PFs, and VFs whose PF has no trusted driver in dom0.
     pub(super) fn permitted(&self, function: &HostFunction, domain: Option<DomId>) -> Result<(), Failure> {
         let address = function.address;
         let store = self.platform.store.as_ref();
@@ -359,7 +359,7 @@ impl Engine {
         }
     }
 
-    /// Refuses what follows `action` while a PV guest, but for the domain that gets the function, may still reach it.
+    /// Refuses `action` while a former PV owner may still reach the function; `but`: the domain that is to get it.
     pub(super) fn out_of_reach(
         &self,
         address: Sbdf,
@@ -376,8 +376,8 @@ impl Engine {
         self.former_owners.refuse(self.platform.hypervisor.as_ref(), &function, but, action, name)
     }
 
-    /// Where the guest shall see the function: at the device number asked for, or at the first free one of `order`. `others`: what
-    /// its device model has.
+    /// The guest's device number for the function: the requested one, or the first free one of `order`. `others`: the numbers that the
+    /// guest's device model uses.
     pub(super) fn free_place(
         &self,
         domain: DomId,
@@ -474,13 +474,14 @@ impl Engine {
             let message = format!("{address} is not quarantined; its state is '{}'", record.state);
             return reply.done(Ok(Success::Already { message }));
         }
-        // A driver of dom0's may have got it since.
+        // A driver of dom0 may have bound to it since.
         if record.guest.is_none()
             && let Err(failure) = refuse_in_use(self.platform.host.as_ref(), address)
         {
             return reply.done(Err(failure));
         }
-        // The guest that has lost it because of what it did is a former owner like any other; one that still has it loses it first.
+        // The guest from which the function was taken is a former owner as any other. A guest that still has it loses it in this
+        // transaction.
         if !trust
             && existing(self.platform.host.as_ref(), address).is_ok()
             && let Err(failure) =
@@ -524,7 +525,7 @@ pub(super) fn not_in_state(record: &Record, state: FunctionState, wanted: &str) 
     failure.on(record.address).hint(hint)
 }
 
-/// Why nobody on the host's side watches over a PF's VFs, in words that follow its address; `None` where a driver does.
+/// Why no trusted driver in dom0 manages a PF's VFs, in words that follow the PF's address; `None` where one does.
 pub(super) fn distrusted(records: &BTreeMap<Sbdf, Record>, pf: &HostFunction) -> Option<String> {
     if let Some(guest) = records.get(&pf.address).and_then(|record| record.guest) {
         return Some(format!("which domain {} has", guest.domain));

@@ -1,4 +1,4 @@
-//! Functions that guests have persistently: who may have them, and how that is made, shown and forgotten.
+//! Functions that guests have persistently: access checks, reservation, listing and removal.
 
 use pciback::FunctionState;
 use pciback::platform::HostFunction;
@@ -18,7 +18,8 @@ use crate::reservations::{Change, Reservation};
 use crate::spec::existing;
 
 impl Engine {
-    /// Refuses a domain what another guest has persistently, and any other device than the one that it has so.
+    /// Refuses an attachment to a domain if another guest has the function persistently, or if the function is another device than the
+    /// one that the guest has persistently.
     pub(super) fn not_reserved(&self, function: &HostFunction, domain: DomId) -> Result<(), Failure> {
         let address = function.address;
         if let Some(path) = self.reservations.damaged(address) {
@@ -42,7 +43,7 @@ impl Engine {
         let is_guest = self.platform.hypervisor.domain(domain)?.uuid == reservation.guest;
         let is_same = reservation.is_of(&self.devices.of(self.platform.host.as_ref(), function)?);
         let text = match (is_guest, is_same) {
-            // What was reserved is not there: what came to its place is nobody's.
+            // The reserved device is elsewhere; the device at its address is not reserved.
             (true, true) | (false, false) => return Ok(()),
             (true, false) => {
                 let was = reservation.kind();
@@ -57,7 +58,7 @@ impl Engine {
         Err(Failure::refused(text).on(address).of(domain).hint(how_to_forget(&reservation)))
     }
 
-    /// Refuses to give back to dom0 what a guest has persistently.
+    /// Refuses to give a function back to dom0 that a guest has persistently.
     pub(super) fn may_be_released(&self, address: Sbdf) -> Result<(), Failure> {
         match self.reserved(address) {
             Some(reservation) => {
@@ -72,7 +73,7 @@ impl Engine {
         }
     }
 
-    /// The reservation of a function that is there.
+    /// The reservation of a function, if its device is at the address.
     fn reserved(&self, address: Sbdf) -> Option<Reservation> {
         let reservation = self.reservations.get(address)?;
         let host = self.platform.host.as_ref();
@@ -80,7 +81,7 @@ impl Engine {
         reservation.is_of(&self.devices.of(host, &function).ok()?).then_some(reservation)
     }
 
-    /// The reservation of a function for the guest that a domain is now.
+    /// Makes a reservation of a function for the guest that runs as this domain.
     pub(super) fn reservation(
         &self,
         address: Sbdf,
@@ -94,7 +95,7 @@ impl Engine {
         Ok(Reservation::new(device, guest, name, devfn))
     }
 
-    /// What a persistent attachment is besides, when the guest has the function already; otherwise `None`.
+    /// The record of a function that the guest has already, at the requested device number.
     pub(super) fn attached_already(
         &self,
         domain: &DomainName,
@@ -109,7 +110,7 @@ impl Engine {
             .then(|| record.clone())
     }
 
-    /// What is said of an attachment to the guest that has the function already.
+    /// The answer to an attachment of a function that the guest has already.
     pub(super) fn has_it(&self, record: &Record) -> Success {
         let place = record.guest.map(|place| (place.domain, Sbdf::from_devfn(0, 0, place.devfn)));
         let text = place.map_or_else(
@@ -121,7 +122,7 @@ impl Engine {
         Success::Already { message: text }
     }
 
-    /// A guest keeps persistently what it has.
+    /// Makes an existing attachment persistent.
     pub(super) fn make_persistent(&self, record: &Record, reply: Reply) {
         let Some(place) = record.guest else { return };
         let (address, domain) = (record.address, place.domain);
@@ -147,7 +148,7 @@ impl Engine {
         });
     }
 
-    /// The guest of this UUID, or of this name and with functions that it has persistently, when it does not run: its UUID and name.
+    /// The UUID and name of a guest that does not run: named by its UUID, or by a name that a reservation has.
     pub(super) fn absent_guest(
         &self,
         guest: &DomainName,
@@ -170,7 +171,7 @@ impl Engine {
         Ok((uuid, name))
     }
 
-    /// A guest that does not run gets a function when it starts.
+    /// Reserves a function for a guest that does not run, which gets it when it starts.
     pub(super) fn reserve_for_absent(
         &self,
         guest: Result<(Uuid, Option<String>), Failure>,
@@ -210,7 +211,7 @@ impl Engine {
         let host = self.platform.host.as_ref();
         let function = existing(host, address)?;
         self.idle(address)?;
-        // Who may still reach it is looked at when the guest starts.
+        // Former owners that may still reach the function are checked when the guest starts.
         let mut found = self.attach_obstacles(&function, None, true);
         let known = self.reserved(address);
         found.extend(self.kept_for_others(address, guest).err());
@@ -224,7 +225,7 @@ impl Engine {
         Ok(Reservation::new(self.devices.of(host, &function)?, guest, name, devfn))
     }
 
-    /// Refuses what another guest than this one has persistently.
+    /// Refuses a function that another guest has persistently.
     pub(super) fn kept_for_others(&self, address: Sbdf, guest: Uuid) -> Result<(), Failure> {
         match self.reserved(address).filter(|known| known.guest != guest) {
             Some(other) => Err(Failure::refused(kept_for(&other)).on(address).hint(how_to_forget(&other))),
@@ -232,13 +233,13 @@ impl Engine {
         }
     }
 
-    /// The reservation of a function for the guest that a command calls so: by name, number or UUID, whether it runs or not.
+    /// The reservation of a function for the guest that a command names, by name, number or UUID; the guest need not run.
     pub(super) fn reservation_of(&self, guest: &DomainName, address: Sbdf) -> Option<Reservation> {
         let uuids = self.uuids_of(guest);
         self.reservations.get(address).filter(|reservation| means(reservation, guest, uuids))
     }
 
-    /// The reservations of the guest that a domain is now.
+    /// The reservations of the guest that runs as this domain.
     pub(super) fn reserved_in(&self, domain: DomId) -> Result<Vec<Reservation>, Failure> {
         if self.reservations.is_empty() {
             return Ok(Vec::new());
@@ -246,7 +247,7 @@ impl Engine {
         Ok(self.reservations.of(self.platform.hypervisor.domain(domain)?.uuid))
     }
 
-    /// Whether a guest has a function persistently, but not now.
+    /// Whether a guest has a function persistently that is not attached to it now.
     pub(super) fn is_only_reserved(&self, guest: &DomainName, address: Sbdf, scope: Scope) -> bool {
         let domain = domains::find(self.platform.store.as_ref(), guest).ok();
         let place = self.records.get(&address).and_then(|record| record.guest);
@@ -254,13 +255,13 @@ impl Engine {
         scope == Scope::All && !attached && self.reservation_of(guest, address).is_some()
     }
 
-    /// The UUID of the domain that runs under this name or number.
+    /// The UUID of the running domain with this name or number.
     fn uuids_of(&self, guest: &DomainName) -> Option<Uuid> {
         let domain = domains::find(self.platform.store.as_ref(), guest).ok()?;
         self.platform.hypervisor.domain(domain).ok().map(|info| info.uuid)
     }
 
-    /// A guest has a function no longer persistently.
+    /// Removes a function from those that the guest has persistently.
     pub(super) fn forget_reservation(&mut self, guest: &DomainName, address: Sbdf, reply: Reply) {
         let Some(reservation) = self.reservation_of(guest, address) else {
             let shown: String = guest.0.chars().take(64).collect();
@@ -278,7 +279,7 @@ impl Engine {
         });
     }
 
-    /// A function goes back to dom0, and the guest that had it persistently has it no longer.
+    /// Plans to give a function back to dom0; its reservation and its persistent wishes end with that.
     pub(super) fn release_of(&mut self, record: Record, message: String) -> Plan {
         let reservation = self.reserved(record.address);
         let message = match &reservation {
@@ -300,7 +301,7 @@ impl Engine {
         Plan::Transaction(Course::GiveBack, Box::new(record), message, change)
     }
 
-    /// All reservations, or those of a guest.
+    /// Lists all reservations, or those of one guest.
     pub(super) fn reserved_list(&self, guest: Option<&DomainName>, reply: Reply) {
         let uuid = guest.and_then(|guest| self.uuids_of(guest));
         let listed = self.reservations.all().into_iter();
@@ -317,7 +318,8 @@ impl Engine {
     }
 }
 
-/// Where a guest that does not run sees a function: at the device number asked for, or at a free one, with those that it has besides.
+/// The device and function number of a function for a guest that does not run: the requested device number, or one that its other
+/// reservations leave free.
 pub(super) fn free_devfn(
     address: Sbdf,
     guest: Uuid,
@@ -326,7 +328,7 @@ pub(super) fn free_devfn(
 ) -> Result<u8, Failure> {
     let others = kept.iter().filter(|other| other.address != address);
     let is_free = |slot: &u8| others.clone().all(|other| other.devfn >> 3 != *slot);
-    // From the top: an HVM guest's device model has its devices at the lowest numbers.
+    // From the highest number down: an HVM guest's device model uses the lowest ones.
     let free = match slot {
         Some(slot) => Some(slot).filter(|slot| *slot < 32 && is_free(slot)),
         None => (0..32).rev().find(is_free),
@@ -337,7 +339,7 @@ pub(super) fn free_devfn(
     })
 }
 
-/// Whether a reservation is of the guest that a command calls so; `running`: the UUID of the domain that is called so now.
+/// Whether a reservation belongs to the guest that a command names; `running`: the UUID of the running domain with that name.
 fn means(reservation: &Reservation, guest: &DomainName, running: Option<Uuid>) -> bool {
     match running {
         Some(uuid) => reservation.guest == uuid,
@@ -345,7 +347,7 @@ fn means(reservation: &Reservation, guest: &DomainName, running: Option<Uuid>) -
     }
 }
 
-/// That a function is reserved for another guest.
+/// The message that a function is reserved for another guest.
 pub(super) fn kept_for(reservation: &Reservation) -> String {
     let why = match reservation.saved {
         Some(_) => "which was saved with it",
@@ -354,7 +356,7 @@ pub(super) fn kept_for(reservation: &Reservation) -> String {
     format!("{} is reserved for {}, {why}", reservation.address, reservation.who())
 }
 
-/// The command that ends that.
+/// The hint with the command that removes the reservation.
 pub(super) fn how_to_forget(reservation: &Reservation) -> String {
     let (guest, address) = (reservation.called(), reservation.address);
     format!("'xpci pci-detach --persistent {guest} {address}' ends that")

@@ -1,4 +1,4 @@
-//! What is done about errors: guests are notified, functions reset or taken away, guests paused or destroyed, correctable errors masked.
+//! Responses to errors: notifying guests, resetting or withdrawing functions, pausing or destroying guests, masking correctable errors.
 
 use std::time::{Duration, Instant};
 
@@ -16,33 +16,34 @@ use super::{Engine, Event};
 use crate::outcome::Failure;
 use crate::protocol::Cause;
 
-/// What is being done about a function.
+/// A response that is under way.
 pub(super) struct Underway {
     action: Action,
-    /// The recovery protocol with its guest, where that is notified.
+    /// The state of the recovery protocol with the guest, if it is notified.
     recovery: Option<Recovery>,
     policy: ErrorPolicy,
     domain: DomId,
-    /// Whether the error was its own: for another one's it is only told.
+    /// Whether the error is the function's own. For an error elsewhere on its path the guest is only notified.
     own: bool,
     begun: Instant,
 }
 
-/// Correctable errors that are masked.
+/// Masked correctable errors.
 pub(super) struct Mask {
-    /// `None` while a thread does it.
+    /// What was masked; `None` while a thread does it.
     masked: Option<Masked>,
-    /// Until when.
+    /// When they are unmasked.
     pub until: Instant,
 }
 
 impl Engine {
-    /// Whether a guest can be notified of errors: its frontend is connected. Whether it wants to hear is on its page.
+    /// Whether the guest's frontend is connected, so that it can be notified of errors. Whether it handles them is in a flag on its
+    /// shared page.
     pub(super) fn can_be_told(&self, domain: DomId) -> bool {
         self.guests.get(&domain).is_some_and(super::guest::Guest::is_connected)
     }
 
-    /// What is being done about a function.
+    /// The response that is under way for a function.
     pub(super) fn is_dealt_with(&self, address: Sbdf) -> Option<Action> {
         if let Some(underway) = self.faults.underway.get(&address) {
             return Some(underway.action);
@@ -85,7 +86,7 @@ impl Engine {
         }
     }
 
-    /// Puts what the conversation asks next to the guest.
+    /// Sends the next request of the recovery protocol to the guest.
     fn ask_guest(&mut self, address: Sbdf) {
         let place = self.records.get(&address).and_then(|record| record.guest);
         let Some(underway) = self.faults.underway.get(&address) else { return };
@@ -98,7 +99,7 @@ impl Engine {
         }
     }
 
-    /// The guest answered what it was asked, or did not.
+    /// Handles the guest's answer, or the lack of one.
     pub(super) fn guest_answered(&mut self, address: Sbdf, heard: Result<Result<AerAnswer, u32>, NotTold>) {
         let Some(underway) = self.faults.underway.get_mut(&address) else { return };
         let Some(recovery) = &mut underway.recovery else { return };
@@ -124,7 +125,7 @@ impl Engine {
             Next::Failed(why) => {
                 let Some(underway) = self.faults.underway.remove(&address) else { return };
                 let Underway { domain, policy, own, .. } = underway;
-                // A guest that did nothing wrong loses nothing; but what its function holds is gone.
+                // For an error that is not the function's own, a failed notification has no consequences for the guest.
                 let action = if own { policy.unanswered } else { Action::Log };
                 let text = format!("its guest was notified: {why}; {action}");
                 warn!("{address}: {text}");
@@ -150,7 +151,7 @@ impl Engine {
         }
     }
 
-    /// Resets a function under its guest, which keeps it and its interrupts.
+    /// Resets a function while its guest keeps it; its interrupts are restored afterwards.
     fn reset_for_error(&mut self, address: Sbdf) {
         let place = self.records.get(&address).and_then(|record| record.guest);
         if self.state(address) == FunctionState::Attaching {
@@ -160,7 +161,7 @@ impl Engine {
             return;
         }
         if self.busy.contains(&address) || self.state(address) != FunctionState::Attached {
-            // Its guest asked for a reset itself, or it is being taken away.
+            // The guest requested a reset itself, or the function is being withdrawn.
             self.faults.underway.remove(&address);
             return;
         }
@@ -175,7 +176,7 @@ impl Engine {
         }
     }
 
-    /// A reset has ended; one that failed has been dealt with.
+    /// Continues the response after a reset. The caller has quarantined the function if it failed.
     pub(super) fn reset_for_error_ended(&mut self, address: Sbdf, done: bool) {
         let Some(underway) = self.faults.underway.get_mut(&address) else { return };
         match (&mut underway.recovery, done) {
@@ -194,7 +195,7 @@ impl Engine {
         }
     }
 
-    /// Pauses or destroys a guest, which may take the hypervisor a while.
+    /// Pauses or destroys a guest, on a thread because the hypercall may take some time.
     fn stop_guest(&mut self, address: Sbdf, domain: DomId, action: Action) {
         let (workshop, inbox) = (self.workshop(), self.inbox.clone());
         let work = move || {
@@ -223,14 +224,14 @@ impl Engine {
                 self.note_outcome(address, true, format!("domain {domain} is {done}"));
             }
             Err(problem) => {
-                // The guest runs on: its function must not.
+                // The guest still runs, so the function is taken from it.
                 self.note_outcome(address, false, problem.to_string());
                 self.contain(address, Containment::Quarantine, &problem.to_string());
             }
         }
     }
 
-    /// Masks a function's correctable errors for a while.
+    /// Masks a function's correctable errors for some time.
     pub(super) fn mask(&mut self, address: Sbdf, length: Duration) {
         let pf = self.faults.places.get(&address).and_then(|place| place.physical_function);
         self.faults.masked.insert(address, Mask { masked: None, until: Instant::now() + length });
@@ -248,12 +249,12 @@ impl Engine {
                 self.note_outcome(address, true, format!("correctable errors are masked at {}", masked.at));
                 match self.faults.masked.get_mut(&address) {
                     Some(mask) => mask.masked = Some(masked),
-                    // Its guest lost it meanwhile.
+                    // The guest lost the function meanwhile.
                     None => self.lift(address, masked),
                 }
             }
             Err(why) => {
-                // It stays in the list: trying again each minute would change nothing.
+                // The entry stays in the list: repeated attempts would not help.
                 self.note_outcome(address, false, format!("correctable errors cannot be masked: {why}"));
             }
         }
@@ -273,7 +274,7 @@ impl Engine {
     }
 
     fn lift(&mut self, address: Sbdf, masked: Masked) {
-        // Another function's errors may be masked at the same place.
+        // The same registers may still be masked for another function.
         let shared = self
             .faults
             .masked
@@ -306,7 +307,7 @@ impl Engine {
         }
     }
 
-    /// The service stops: what is masked would stay so for ever.
+    /// Unmasks everything before the service stops; otherwise it would stay masked.
     pub(super) fn unmask_all(&mut self) {
         let masks = std::mem::take(&mut self.faults.masked);
         for masked in masks.into_values().rev().filter_map(|mask| mask.masked) {

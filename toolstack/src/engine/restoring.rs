@@ -1,4 +1,4 @@
-//! Guests that are restored: they get the functions that they were saved with, or equal ones, before they run on.
+//! Restoring guests: they get the functions that they were saved with, or equivalent ones, before they run.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +16,7 @@ use crate::saved::{SavedFunction, SavedGuest};
 use crate::spec::existing;
 use crate::transaction::look_at_network;
 
-/// What a restored guest gets, chosen on a thread of its own.
+/// The state of the thread that chooses functions for a restored guest.
 struct Restoring {
     asking: Asking,
     saved: SavedGuest,
@@ -24,7 +24,7 @@ struct Restoring {
     reply: Reply,
 }
 
-/// A function that will do.
+/// A suitable function.
 struct Chosen<'a> {
     function: ReservedFunction,
     wanted: &'a SavedFunction,
@@ -32,7 +32,7 @@ struct Chosen<'a> {
 }
 
 impl Engine {
-    /// Reserves for a guest that is about to be restored what it had, or refuses that with what differs.
+    /// Reserves the functions of a saved guest before it is restored, or refuses with the differences.
     pub(super) fn restore(&self, saved: SavedGuest, reply: Reply) {
         if let Err(why) = saved.check() {
             let text = format!("the request to restore a guest cannot be used: {why}");
@@ -49,7 +49,7 @@ impl Engine {
         self.inbox.background("restore", move || restoring.run(), done);
     }
 
-    /// Makes sure that a guest that was restored and has not run yet has what was reserved for it.
+    /// Makes sure that a restored guest, which has not run yet, has the functions that were reserved for it.
     pub(super) fn restored(&self, guest: Uuid, functions: Vec<ReservedFunction>, reply: Reply) {
         let domain = match self.domain_of(guest) {
             Ok(domain) => domain,
@@ -61,7 +61,7 @@ impl Engine {
             for ReservedFunction { address, slot, .. } in functions {
                 let attach = attachment(domain.to_string(), address, slot, false, false);
                 let attached = asking.ask(attach, &format!("attach {address} to {domain}"));
-                // Who asked finds the domain in it, to end what is half done.
+                // The failure names the domain, so that the client can destroy it.
                 let attached = attached.map_err(|failure| failure.of(domain))?;
                 if let Success::Changed { warnings: more, .. } = attached {
                     warnings.extend(more);
@@ -76,13 +76,13 @@ impl Engine {
     fn domain_of(&self, guest: Uuid) -> Result<DomId, Failure> {
         let is_it =
             |domain: &DomId| self.platform.hypervisor.domain(*domain).is_ok_and(|info| info.uuid == guest);
-        // While the last one ends, the newest is meant.
+        // The highest number is the newest domain; an older one with this UUID is shutting down.
         let found = self.domains_present()?.into_iter().filter(is_it).max();
         found.ok_or_else(|| Failure::not_found(format!("there is no domain of guest {guest}")))
     }
 }
 
-/// The request to attach a function at its place.
+/// The request to attach a function with a given device number.
 fn attachment(domain: String, address: Sbdf, slot: u8, persist: bool, dry_run: bool) -> Request {
     Request::PciAttach {
         domain: DomainName(domain),
@@ -115,7 +115,7 @@ impl Restoring {
         self.asking.ask(request, &format!("reserve functions for {}", self.saved.called()))
     }
 
-    /// A function for each that the guest had, or all that is missing.
+    /// Chooses a function for each that the guest had; the failure lists all that are missing.
     fn choose(&self) -> Result<Vec<Chosen<'_>>, Failure> {
         let host = self.asking.workshop.platform.host.as_ref();
         let all = host.functions()?.into_iter().filter_map(|address| host.function(address).ok());
@@ -135,7 +135,7 @@ impl Restoring {
         Ok(chosen)
     }
 
-    /// The best one: the very device, then what is reserved for the guest already, then what is held.
+    /// The best candidate: the same device, then one that is reserved for the guest, then one that is held.
     fn choose_for<'a, 'b>(
         &self,
         wanted: &'a SavedFunction,
@@ -151,7 +151,7 @@ impl Restoring {
             let state = self.states.get(&function.address).copied().unwrap_or(FunctionState::Host);
             let is_free = match state {
                 FunctionState::Held => true,
-                // Only what the guest had is taken from a driver of dom0's.
+                // Only the guest's own device is taken from a driver of dom0.
                 FunctionState::Host => {
                     is_it || function.physical_function.is_some() && function.driver.is_none()
                 }
@@ -171,7 +171,7 @@ impl Restoring {
                     let function = ReservedFunction { address, slot, is_new: false, newly_held: false };
                     return Ok(Chosen { function, wanted, is_held });
                 }
-                // That about the very device, which is the first, says most.
+                // The first candidate is the guest's own device, if there; its failure is the most useful one.
                 Err(failure) => drop(why.get_or_insert(failure)),
             }
         }
@@ -194,7 +194,7 @@ impl Restoring {
         self.ask(request).map(drop)
     }
 
-    /// Holds a function if it is not held, and keeps it for the guest.
+    /// Holds a function if necessary, and reserves it for the guest.
     fn reserve(
         &self,
         done: &mut ReservedFunction,
@@ -216,7 +216,7 @@ impl Restoring {
         Ok(())
     }
 
-    /// A VF gets the network settings that the guest had and that are not in force.
+    /// Applies those network settings of the saved guest that the VF does not have.
     fn set_network(&self, address: Sbdf, wanted: &SavedFunction) -> Result<(), Failure> {
         if wanted.network.is_empty() {
             return Ok(());
@@ -243,7 +243,7 @@ impl Restoring {
     }
 }
 
-/// Those of the wanted settings that are not as wanted.
+/// The wanted settings that differ from the present ones.
 fn missing_settings(wanted: VfSettings, present: VfSettings) -> VfSettings {
     fn missing<T: PartialEq>(wanted: Option<T>, present: Option<T>) -> Option<T> {
         wanted.filter(|wanted| present.as_ref() != Some(wanted))

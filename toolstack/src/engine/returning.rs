@@ -1,11 +1,12 @@
-//! Guests that start again, as other domains, and get the functions that they have persistently.
+//! Guests that reboot or start again, as new domains, and get the functions that they have persistently.
 //!
-//! Domains are looked at when xenstore says that one was introduced. A PV guest gets its functions as by `pci-attach`, while it
-//! boots. An HVM guest finds devices only when its firmware runs, and libxl introduces it before it starts its device model: it is
-//! paused at once, besides libxl's own pause, until it has its functions or it is known why not, or the limit is over.
+//! Domains are examined when xenstore reports that one was introduced. A PV guest gets its functions while it boots, as by `pci-attach`.
+//! An HVM guest finds devices only when its firmware runs, and libxl introduces the domain before it starts the device model. So the
+//! service pauses an HVM guest at once, in addition to libxl's own pause, until the guest has its functions, an attachment fails, or the
+//! time limit expires.
 //!
-//! What fails is shown, and tried again when something happened that may have been the cause: the function's transaction
-//! ended, the guest lost another one, policies were read anew, the service started.
+//! A failure is shown in the status, and retried after events that may have removed its cause: the end of a transaction of the function,
+//! the loss of another function by the guest, a reload of policies, a start of the service.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -26,45 +27,45 @@ use crate::protocol::Cause;
 use crate::reservations::Followed;
 use crate::transaction::{Finished, Kind};
 
-/// What is known of guests that have functions persistently.
+/// The state of guests that have functions persistently.
 #[derive(Default)]
 pub(super) struct Returning {
-    /// The domains that were looked at.
+    /// Domains that were examined.
     known: BTreeSet<DomId>,
-    /// Functions that a guest that is there has persistently, but has not.
+    /// Functions that a running guest has persistently and that are not attached to it.
     missing: BTreeMap<Sbdf, Missing>,
-    /// HVM guests that are kept paused.
+    /// HVM guests that the service keeps paused.
     paused: BTreeMap<DomId, Start>,
-    /// What the settings give to guests that are there and cannot be kept for them.
+    /// Functions that the settings assign to running guests and that cannot be reserved.
     unkept: BTreeMap<DomId, Vec<Problem>>,
 }
 
 struct Missing {
     domain: DomId,
-    /// It is being attached.
+    /// Whether it is being attached.
     under_way: bool,
-    /// Why it could not be, the last time that it was tried; `None`: it was not tried yet.
+    /// Why the last attempt failed; `None` before the first one.
     why: Option<String>,
-    /// When it could not be the first time.
+    /// When it failed first.
     since: Option<SystemTime>,
 }
 
-/// The start of an HVM guest.
+/// An HVM guest that is kept paused at its start.
 struct Start {
-    /// Until when it is kept paused; `None`: what is under way ends by itself.
+    /// Until when it is kept paused; `None`: the limit has expired, and the guest runs when the transactions under way end.
     deadline: Option<Instant>,
-    /// Its device model is being asked.
+    /// Whether its device model is being asked.
     asked: bool,
     /// The device numbers that its device model uses.
     slots: Option<Vec<u8>>,
 }
 
-/// What is noted of a domain that is kept paused, in the run directory.
+/// The note in the run directory about a domain that is kept paused.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Note {
     guest: Uuid,
-    /// Whether it surely is paused: not while it is being paused or let run.
+    /// Whether the pause is certain; `false` while the domain is being paused or unpaused.
     paused: bool,
 }
 
@@ -75,7 +76,7 @@ impl Missing {
 }
 
 impl Returning {
-    /// What is wrong, for `xpci status`.
+    /// Missing functions, as problems for `xpci status`.
     pub fn problems(&self) -> impl Iterator<Item = Problem> {
         let missing = self.missing.iter().filter_map(|(address, missing)| {
             let (why, domain) = (missing.why.as_ref()?, missing.domain);
@@ -86,7 +87,7 @@ impl Returning {
         missing.chain(self.unkept.values().flatten().cloned())
     }
 
-    /// What the settings give to a domain and cannot be kept for it now; an error in the log when it is new.
+    /// Sets the problems with functions that the settings assign to a domain, and logs new ones.
     pub fn note_unkept(&mut self, domain: DomId, problems: Vec<Problem>) {
         let before = self.unkept.remove(&domain).unwrap_or_default();
         let mut noted = Vec::new();
@@ -103,12 +104,12 @@ impl Returning {
         }
     }
 
-    /// The domains for which something cannot be kept.
+    /// The domains with such problems.
     pub fn without_promises(&self) -> Vec<DomId> {
         self.unkept.keys().copied().collect()
     }
 
-    /// Whether a domain is given what its guest has persistently.
+    /// Whether a function is missing in the domain that its guest has persistently.
     pub fn is_returning(&self, domain: DomId) -> bool {
         self.missing.values().any(|missing| missing.domain == domain)
     }
@@ -117,7 +118,7 @@ impl Returning {
         self.paused.values().filter_map(|start| start.deadline).min()
     }
 
-    /// Functions that were tried without success and that are a domain's, or anybody's.
+    /// Functions whose attachment failed, of one domain or of all.
     fn failed(&self, of: Option<DomId>) -> Vec<Sbdf> {
         let failed = self.missing.iter().filter(|(_, missing)| {
             missing.why.is_some() && !missing.under_way && of.is_none_or(|domain| domain == missing.domain)
@@ -135,7 +136,7 @@ impl Returning {
 }
 
 impl Engine {
-    /// Looks for guests that have come, and forgets those that are gone.
+    /// Finds domains that have appeared, and forgets those that have ended.
     pub(super) fn find_returning(&mut self) {
         if self.reservations.is_empty() && self.settings.guests.is_empty() {
             self.returning.known.clear();
@@ -170,14 +171,14 @@ impl Engine {
         }
     }
 
-    /// More functions are kept for a guest that is there.
+    /// Examines a running guest again, for which more functions are reserved now.
     pub(super) fn look_again_at(&mut self, domain: DomId) {
         if self.returning.known.contains(&domain) {
             self.look_at_domain(domain);
         }
     }
 
-    /// A function that a guest has persistently is at another address than before.
+    /// Handles a persistent function that has moved to another address.
     pub(super) fn followed(&mut self, followed: &Followed) {
         let Followed { from, to, guest } = *followed;
         info!("{to}: it was {from} when it was made persistent for guest {guest}");
@@ -195,7 +196,7 @@ impl Engine {
         let store = self.platform.store.as_ref();
         let mut present = BTreeSet::new();
         for number in store.list("/local/domain")? {
-            // Its nodes are there before it is introduced, its memory is not.
+            // A domain's nodes exist before it is introduced; its memory does not.
             if let Some(domain) = number.parse().ok().map(DomId).filter(|domain| *domain != DomId::DOM0)
                 && store.domain_exists(domain)?
             {
@@ -205,12 +206,12 @@ impl Engine {
         Ok(present)
     }
 
-    /// Looks for functions that a domain has persistently and gets again; its UUID.
+    /// Finds functions that a domain has persistently and that must be attached. Returns the domain's UUID.
     fn look_at_domain(&mut self, domain: DomId) -> Option<Uuid> {
         let guest = match self.platform.hypervisor.domain(domain) {
             Ok(info) => info.uuid,
             Err(error) => {
-                // It may have ended already.
+                // The domain may have ended.
                 warn!("{error}");
                 self.returning.known.remove(&domain);
                 return None;
@@ -233,7 +234,7 @@ impl Engine {
                 continue;
             }
             if self.returning.missing.get(&address).is_some_and(|missing| missing.domain == domain) {
-                // It is seen to already.
+                // Handled already.
                 continue;
             }
             info!("{address}: domain {domain} has it persistently");
@@ -248,7 +249,8 @@ impl Engine {
         Some(guest)
     }
 
-    /// Keeps a guest paused that must have its functions before it runs; whether it is known by now where they can go.
+    /// Keeps an HVM guest paused until it has its functions. Returns whether the attachment can begin, that is whether the device numbers
+    /// of its device model are known; always for a PV guest.
     fn keep_paused(&mut self, domain: DomId) -> bool {
         if let Some(start) = self.returning.paused.get(&domain) {
             return start.slots.is_some();
@@ -307,7 +309,7 @@ impl Engine {
         }
     }
 
-    /// The state of a guest's device model may be another one.
+    /// Called when the state of a guest's device model may have changed.
     pub(super) fn device_model_changed(&mut self, domain: DomId) {
         let Some(start) = self.returning.paused.get_mut(&domain).filter(|start| !start.asked) else { return };
         match domains::device_model_runs(self.platform.store.as_ref(), domain) {
@@ -324,7 +326,7 @@ impl Engine {
         }
     }
 
-    /// A guest's device model has said what it uses.
+    /// The device model has reported its device numbers, or failed.
     pub(super) fn device_model_runs(&mut self, domain: DomId, slots: Result<Vec<u8>, Failure>) {
         let Some(start) = self.returning.paused.get_mut(&domain) else { return };
         match slots {
@@ -343,7 +345,7 @@ impl Engine {
         }
     }
 
-    /// Tries to attach a function to the guest that has it persistently; one in a transaction is tried when that has ended.
+    /// Tries to attach a function to the guest that has it persistently. A function in a transaction is tried after its end.
     fn give_again(&mut self, address: Sbdf) {
         let Some(missing) = self.returning.missing.get_mut(&address) else { return };
         let domain = missing.domain;
@@ -380,7 +382,7 @@ impl Engine {
         Ok(record)
     }
 
-    /// A function could not be given to its guest.
+    /// Notes that a function could not be attached.
     fn not_given(&mut self, address: Sbdf, failure: &Failure) {
         let Some(missing) = self.returning.missing.get_mut(&address) else { return };
         let domain = missing.domain;
@@ -391,21 +393,21 @@ impl Engine {
         self.let_run_if_ready(domain);
     }
 
-    /// What a domain waits for does not come.
+    /// Gives up on all functions that a domain waits for.
     fn give_up(&mut self, domain: DomId, failure: &Failure) {
         for address in self.returning.waiting(domain) {
             self.not_given(address, failure);
         }
     }
 
-    /// A guest has a function no longer persistently.
+    /// Stops waiting for a function.
     pub(super) fn miss_no_more(&mut self, address: Sbdf) {
         if let Some(missing) = self.returning.missing.remove(&address) {
             self.let_run_if_ready(missing.domain);
         }
     }
 
-    /// A transaction has ended; `before`: the guest that the function had when it began.
+    /// Handles the end of a transaction; `before`: the guest that the function had when it began.
     pub(super) fn returning_finished(&mut self, finished: &Finished, before: Option<DomId>) {
         let record = &finished.record;
         let address = record.address;
@@ -421,7 +423,7 @@ impl Engine {
                 if record.state == FunctionState::Held {
                     self.give_again(address);
                 }
-                // A place in a guest may be free now.
+                // A device number in the guest may be free now.
                 if let Some(domain) = before.filter(|_| record.guest.is_none()) {
                     self.try_again(Some(domain));
                 }
@@ -429,14 +431,14 @@ impl Engine {
         }
     }
 
-    /// Tries again what failed.
+    /// Retries failed attachments.
     pub(super) fn try_again(&mut self, of: Option<DomId>) {
         for address in self.returning.failed(of) {
             self.give_again(address);
         }
     }
 
-    /// Lets guests run that were kept paused for too long.
+    /// Lets guests run whose time limit has expired.
     pub(super) fn check_starts(&mut self, now: Instant) {
         let late = self.returning.paused.iter_mut();
         let late = late.filter(|(_, start)| start.deadline.is_some_and(|deadline| deadline <= now));
@@ -452,7 +454,7 @@ impl Engine {
         }
     }
 
-    /// Lets a guest run when nothing is waited for any more.
+    /// Unpauses a guest that no longer waits for a function.
     fn let_run_if_ready(&mut self, domain: DomId) {
         let waits = self.returning.missing.values().any(|missing| missing.is_waited_for(domain));
         if !waits && self.returning.paused.contains_key(&domain) {
@@ -466,7 +468,7 @@ impl Engine {
         if let Err(error) = self.platform.store.unwatch(&node, &node) {
             warn!("domain {domain}: {error}");
         }
-        // Not twice, if the service is killed in between: the toolstack's own pause would be taken back.
+        // Noted before, so that a service killed in between does not unpause twice, which would cancel the toolstack's own pause.
         let note = self.pause_notes().read::<Note>(domain);
         if let Some(note) = note.map(|note| Note { paused: false, ..note })
             && let Err(failure) = self.pause_notes().write(domain, &note)
@@ -485,7 +487,7 @@ impl Engine {
         self.pause_notes().remove(domain);
     }
 
-    /// Takes over guests that an earlier run kept paused, and looks for others that came meanwhile.
+    /// Takes over guests that an earlier run kept paused, and finds domains that appeared meanwhile.
     pub(super) fn resume_returning(&mut self) {
         for domain in self.pause_notes().domains() {
             let info = self.platform.hypervisor.domain(domain).ok();
@@ -500,7 +502,8 @@ impl Engine {
                     self.wait_for_device_model(domain);
                     continue;
                 }
-                // Nobody but Xen knows how often it is paused, and Xen does not say.
+                // Xen counts pauses but has no hypercall that returns the count, so whether the service's own pause is among them is
+                // unknown.
                 Some((_, info)) if info.paused && !info.has_run => {
                     let text = format!(
                         "xpcid was killed while it paused domain {domain} or let it run: if it does not start, 'xl unpause {domain}'"

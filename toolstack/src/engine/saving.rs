@@ -1,7 +1,7 @@
-//! Guests that are saved: their functions are taken from them before, with their drivers' consent, and are theirs when they are restored.
+//! Saving guests: their functions are detached first, with the consent of their drivers, and attached again after a restore.
 //!
-//! A saved guest keeps its functions reserved, by its UUID. Such a reservation ends when the restored guest has the function, and as long
-//! as the domain that lost the function is there, that is shown: whoever was saving it may have been killed.
+//! The functions stay reserved for the guest, by its UUID. Such a reservation ends when the restored guest has the function. As long as
+//! the domain that lost the function still exists, a problem is shown, because the command that was saving it may have been killed.
 
 use std::sync::mpsc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -23,12 +23,12 @@ use crate::saved::{SavedFunction, SavedGuest, Shape, VERSION};
 use crate::spec::existing;
 use crate::transaction::look_at_network;
 
-/// No address, as a PF's driver reports it of a VF that has none from it.
+/// The MAC address that PF drivers report for a VF to which they assigned none.
 const NO_ADDRESS: MacAddress = MacAddress([0; 6]);
-/// How long the removal of a guest's nodes may take after its last function is held again.
+/// The limit for removing a guest's nodes after its last function is held again.
 const NODES_LIMIT: Duration = Duration::from_secs(30);
 
-/// That a function was taken from a guest that did not let go of it.
+/// The warning that a function was withdrawn without the guest's consent.
 pub(super) fn not_released(domain: DomId) -> String {
     format!("domain {domain} did not release it in time; it was withdrawn without it")
 }
@@ -38,11 +38,11 @@ pub(super) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
-/// Threads that wait until nothing of a guest is served.
+/// Threads that wait until no function of a guest is served.
 #[derive(Default)]
 pub(super) struct IdleGuests(Vec<(DomId, mpsc::Sender<()>)>);
 
-/// A guest on its way to a checkpoint, on a thread of its own.
+/// The state of the thread that prepares a guest for saving.
 struct Saving {
     asking: Asking,
     domain: DomId,
@@ -52,7 +52,7 @@ struct Saving {
 }
 
 impl Engine {
-    /// Takes all functions of a guest that is about to be saved, and says what it had.
+    /// Detaches all functions of a guest that is about to be saved, and answers with what it had.
     pub(super) fn save(&self, name: &DomainName, reply: Reply) {
         match self.saving(name, &reply) {
             Ok(saving) => {
@@ -92,7 +92,7 @@ impl Engine {
         Ok(Saving { asking, domain, records: had, guest, reply: reply.clone() })
     }
 
-    /// A thread wants to know when nothing of a guest is served.
+    /// Notifies a thread when no function of a guest is served any more.
     pub(super) fn tell_when_idle(&mut self, domain: DomId, sender: mpsc::Sender<()>) {
         if self.guests.contains_key(&domain) {
             self.idle_guests.0.push((domain, sender));
@@ -101,14 +101,14 @@ impl Engine {
         }
     }
 
-    /// Nothing of a guest is served any more, and its nodes are removed.
+    /// Called when no function of a guest is served any more and its nodes are removed.
     pub(super) fn is_idle(&mut self, domain: DomId) {
         for (_, sender) in self.idle_guests.0.extract_if(.., |(waited_for, _)| *waited_for == domain) {
             let _ = sender.send(());
         }
     }
 
-    /// Guests that run without the functions that were taken to save them.
+    /// Problems for guests that run without the functions that were taken to save them.
     pub(super) fn saving_problems(&self) -> impl Iterator<Item = Problem> {
         self.reservations.all().into_iter().filter_map(|reservation| {
             let (address, since) = (reservation.address, reservation.saved?);
@@ -138,7 +138,7 @@ impl Saving {
         let mut taken = Vec::new();
         for (record, place) in &self.records {
             self.reply.progress(&format!("taking {} from domain {}", record.address, self.domain));
-            // Also the one that fails: it may have been taken all the same.
+            // Before the attempt: a function may be detached even though the request fails.
             taken.push((record.address, *place));
             if let Err(failure) = self.take(record, *place) {
                 return Err(self.give_back(&taken, failure));
@@ -150,7 +150,7 @@ impl Saving {
         Ok(Success::Saved { domain: self.domain, guest: self.guest })
     }
 
-    /// What is noted of a function, while the guest has it.
+    /// Describes a function for the checkpoint, while the guest has it.
     fn describe(&self, record: &Record, place: GuestPlace) -> Result<SavedFunction, Failure> {
         let workshop = &self.asking.workshop;
         let (host, address) = (workshop.platform.host.as_ref(), record.address);
@@ -172,7 +172,7 @@ impl Saving {
         })
     }
 
-    /// Takes one function, with the consent of the guest's driver.
+    /// Detaches one function, with the consent of the guest's driver.
     fn take(&self, record: &Record, place: GuestPlace) -> Result<(), Failure> {
         let (workshop, address) = (&self.asking.workshop, record.address);
         let kept = workshop.reservations.get(address);
@@ -200,7 +200,7 @@ impl Saving {
         }
     }
 
-    /// A frontend that is saved with its nodes is one that nobody answers after the restore.
+    /// Waits until the guest's nodes are removed. A frontend saved with nodes would wait for a backend after the restore.
     fn wait_until_idle(&self) -> Result<(), Failure> {
         let (sender, receiver) = mpsc::channel();
         self.asking.workshop.inbox.send(Event::TellWhenIdle(self.domain, sender));
@@ -210,7 +210,8 @@ impl Saving {
         })
     }
 
-    /// The guest gets its functions again, at the same places; what it does not get stays reserved for it, and is shown.
+    /// Attaches the functions again, with the same device numbers. A function for which that fails stays reserved, and is shown as a
+    /// problem.
     fn give_back(&self, taken: &[(Sbdf, GuestPlace)], failure: Failure) -> Failure {
         if self.asking.is_unanswered() {
             return failure;

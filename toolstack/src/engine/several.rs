@@ -1,8 +1,7 @@
-//! Several functions for one guest, all or none.
+//! Attaches several functions to one guest, all or none.
 //!
-//! Each is attached as by a request of its own, after all were looked at; when one fails, those before it are detached again, the last one
-//! first. As long as that is under way, a note in the run directory has those that may be attached: the next run of a service that was
-//! killed meanwhile detaches them.
+//! After all of them are checked, each is attached by a request of its own. If one fails, those before it are detached in reverse order.
+//! A note in the run directory lists the functions meanwhile, so that the next run of a killed service can detach them.
 
 use log::{info, warn};
 use pciback::{DomId, FunctionState, Sbdf};
@@ -20,19 +19,19 @@ use crate::reservations::Change;
 use crate::settings::Settings;
 use crate::transaction::{Kind, Parting};
 
-/// The folder with the notes.
+/// The folder in the run directory with the notes.
 const ATTACHING: &str = "attaching";
-/// More devices a guest's bus does not have.
+/// The number of devices on a guest's bus.
 const MOST: usize = 32;
 
-/// What is noted of a domain that gets several functions.
+/// The note about a domain to which several functions are being attached.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Note {
     functions: Vec<Noted>,
 }
 
-/// A function that the domain does not have yet.
+/// A function that the domain did not have before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Noted {
@@ -41,7 +40,7 @@ struct Noted {
     reserved: bool,
 }
 
-/// What is to be attached, and how.
+/// The functions to attach, and the options.
 pub(super) struct Several {
     pub domain: DomainName,
     pub functions: Vec<Placed>,
@@ -66,7 +65,7 @@ impl Several {
         names(self.functions.iter().map(|function| function.address))
     }
 
-    /// Refuses what can be no request.
+    /// Refuses an invalid request.
     fn check(&self) -> Result<(), Failure> {
         let usage = |text: String| Err(Failure::new(ErrorCode::Usage, text));
         if self.functions.is_empty() || self.functions.len() > MOST {
@@ -91,7 +90,7 @@ fn names(functions: impl Iterator<Item = Sbdf>) -> String {
     functions.map(|address| address.to_string()).collect::<Vec<_>>().join(", ")
 }
 
-/// Attaches functions on a thread of its own.
+/// The state of the thread that attaches the functions.
 struct Attaching {
     asking: Asking,
     wanted: Several,
@@ -107,7 +106,7 @@ impl Attaching {
         let mut missing = Vec::new();
         for function in &self.wanted.functions {
             match self.ask(self.wanted.attachment(function, true))? {
-                // A guest that has it may still not have it persistently.
+                // With `persist`, a function that the guest has may still have to be made persistent.
                 Success::Already { .. } if !self.wanted.persist => {}
                 _ => missing.push(function),
             }
@@ -149,7 +148,7 @@ impl Attaching {
         matches!(self.asking.workshop.journal.owners().get(&address), Some(crate::journal::Owner::Domain(_)))
     }
 
-    /// Takes back what was done, the last one first, and names it.
+    /// Undoes what was done, in reverse order, and adds the result to the failure.
     fn undo(&self, done: Vec<Done>, failure: Failure) -> Failure {
         if self.asking.is_unanswered() || done.is_empty() {
             return failure;
@@ -179,18 +178,18 @@ impl Attaching {
         if !left.is_empty() {
             message.push_str(&format!("; not taken back: {}", left.join("; ")));
         }
-        // Something was attempted, whatever the last one was refused for.
+        // Functions were changed, so the answer must not be a refusal.
         let code = if code.is_refusal() { ErrorCode::Failed } else { code };
         Failure { message, code, ..failure }
     }
 }
 
-/// A function that was attached.
+/// A function that was attached or made persistent.
 struct Done {
     address: Sbdf,
     /// Whether the guest had it persistently before.
     reserved: bool,
-    /// Whether it had it at all before.
+    /// Whether it was attached to the guest before.
     had: bool,
 }
 
@@ -202,7 +201,7 @@ impl Engine {
         }
         let domain = match domains::find(self.platform.store.as_ref(), &wanted.domain) {
             Ok(domain) => Some(domain),
-            // Its functions are kept for it.
+            // Functions are reserved for a guest that does not run.
             Err(failure) if wanted.persist && failure.code == ErrorCode::NotFound => None,
             Err(failure) => return reply.done(Err(failure)),
         };
@@ -217,7 +216,7 @@ impl Engine {
         let attaching = Attaching { asking, wanted, reply: reply.clone() };
         let work = move || {
             let outcome = attaching.run();
-            // What a service that ends leaves is the next run's.
+            // After an unanswered request the note stays, for the next run of the service.
             if let Some(domain) = noted.filter(|_| !attaching.asking.is_unanswered()) {
                 notes.remove(domain);
             }
@@ -238,7 +237,7 @@ impl Engine {
         notes.write(domain, &Note { functions: missing.map(noted).collect() })
     }
 
-    /// Detaches what an earlier run attached of several functions before it was killed.
+    /// Detaches the functions that a killed earlier run had attached by an unfinished request.
     pub(super) fn undo_several(&mut self) {
         let notes = notes(&self.settings);
         for domain in notes.domains() {

@@ -1,7 +1,7 @@
-//! What xenstore tells of: taken into a set first, so that it does not matter how often it tells.
+//! Events of xenstore watches, collected in a set first.
 //!
-//! A guest writes to its own nodes as often as it likes, and each write is an event. Taking one costs little, looking at the guest much:
-//! each guest is looked at once for all events that have come.
+//! A guest can write to its own nodes as often as it likes, and each write is an event. An event is cheap, examining a guest is not: each
+//! guest is examined once for all pending events.
 
 use std::collections::BTreeSet;
 
@@ -12,26 +12,26 @@ use pciback::serve::pv::nodes;
 use super::Engine;
 use crate::domains;
 
-/// So many events are taken at once before the engine looks at other things.
+/// The largest number of events that are handled before the engine polls its other sources.
 const BURST: usize = 1024;
 
-/// What changed.
+/// What has changed according to the events.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Changed {
-    /// A domain came.
+    /// A domain was introduced.
     introduced: bool,
-    /// A domain left.
+    /// A domain was released.
     released: bool,
-    /// Device models of these domains did something.
+    /// Domains whose device model changed its state.
     device_models: BTreeSet<DomId>,
-    /// xl gave functions to guests, or took them.
+    /// xl assigned functions to guests, or took them back.
     pciback: bool,
-    /// Frontends of these domains did something.
+    /// Domains whose frontend changed its nodes.
     frontends: BTreeSet<DomId>,
 }
 
 impl Changed {
-    /// Takes events; `true`: there may be more.
+    /// Takes pending events; `true`: there may be more.
     fn take(&mut self, store: &dyn Store) -> Result<bool, PlatformError> {
         for _ in 0..BURST {
             match store.next_event()? {
@@ -58,7 +58,7 @@ impl Changed {
 }
 
 impl Engine {
-    /// Looks at what xenstore told of; `true`: there may be more.
+    /// Handles pending events; `true`: there may be more.
     pub(super) fn take_store_events(&mut self) -> Result<bool, PlatformError> {
         let mut changed = Changed::default();
         let more = changed.take(self.platform.store.as_ref())?;

@@ -1,4 +1,4 @@
-//! Another process of the service takes over, for example after an upgrade, while guests keep using their functions.
+//! Replacing the service by another process, for example after an upgrade, while guests keep using their functions.
 
 use std::time::{Duration, Instant};
 
@@ -9,16 +9,16 @@ use crate::outcome::{ErrorCode, Failure};
 use crate::reply::Reply;
 use crate::successor::{ENDED, Program, Successor};
 
-/// How long the new process may take to get ready.
+/// The limit for the new process to get ready.
 const READY_LIMIT: Duration = Duration::from_secs(30);
-/// How long operations that are under way may take to end.
+/// The limit for operations that are under way to end.
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
 fn failed(why: &str) -> Failure {
     Failure::new(ErrorCode::Failed, format!("replace the service: {why}"))
 }
 
-/// How the engine's run ended.
+/// Why the engine stopped.
 pub enum Ending {
     /// The service is to stop.
     Stopped,
@@ -26,32 +26,32 @@ pub enum Ending {
     Replaced(Heir),
 }
 
-/// A process that is ready to take over, and who asked for it.
+/// A process that is ready to take over, and the client that requested it.
 pub struct Heir {
     /// The process.
     pub successor: Successor,
-    /// Where the answer goes.
+    /// Where the answer is sent.
     pub reply: Reply,
 }
 
-/// Whether another process is to take over.
+/// The state of a replacement.
 #[derive(Default)]
 pub(super) enum Succession {
-    /// None is.
+    /// None was requested.
     #[default]
     None,
-    /// It has been started.
+    /// The new process is starting.
     Starting,
-    /// It is ready, and takes over once no operation is under way.
+    /// The new process is ready, and takes over when no operation is under way.
     Ready {
         heir: Heir,
-        /// When it is given up.
+        /// When the attempt is given up.
         deadline: Instant,
     },
 }
 
 impl Engine {
-    /// Lets this service be replaced by what is at the program's path by then.
+    /// Sets the program that can replace this service; the file at its path is started.
     pub fn set_program(&mut self, program: Program) {
         self.program = Some(program);
     }
@@ -79,7 +79,7 @@ impl Engine {
         });
     }
 
-    /// The installed program was started, or could not be.
+    /// Handles the start of the new process, or its failure.
     pub(super) fn successor_started(&mut self, started: Result<Successor, Failure>, reply: Reply) {
         match started {
             Ok(successor) => {
@@ -90,14 +90,14 @@ impl Engine {
         }
     }
 
-    /// No other process takes over: this one continues.
+    /// Gives up the replacement; this process continues.
     fn continue_after(&mut self, failure: Failure, hint: &str, reply: &Reply) {
         warn!("{failure}; the running process continues");
         self.succession = Succession::None;
         reply.done(Err(failure.hint(format!("the running process continues; {hint}"))));
     }
 
-    /// When a process that is ready is given up.
+    /// When a ready process is given up.
     pub(super) fn succession_deadline(&self) -> Option<Instant> {
         match &self.succession {
             Succession::Ready { deadline, .. } => Some(*deadline),
@@ -105,7 +105,7 @@ impl Engine {
         }
     }
 
-    /// The process that takes over now.
+    /// The process that takes over now, if one can.
     pub(super) fn heir(&mut self) -> Option<Heir> {
         let Succession::Ready { deadline, .. } = &self.succession else { return None };
         let late = *deadline <= Instant::now();
@@ -126,7 +126,7 @@ impl Engine {
         None
     }
 
-    /// Whether nothing is under way that changes functions, hardware or records.
+    /// Whether no operation is under way that changes functions, hardware or records.
     fn nothing_is_under_way(&self) -> bool {
         self.busy.is_empty() && self.busy_pfs.is_empty() && self.resets.none() && !self.syncing.is_running()
     }

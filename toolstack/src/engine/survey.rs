@@ -1,4 +1,4 @@
-//! `list` and `show`: the host's functions, whoever has them.
+//! `list` and `show`: all functions of the host.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -48,7 +48,7 @@ fn base_class(class: u32) -> &'static str {
     BASE_CLASSES.get((class >> 16) as usize).copied().unwrap_or("other")
 }
 
-/// What a list looks at besides the records.
+/// Host data for a list, in addition to the records.
 struct Survey<'a> {
     shown: &'a Shown,
     store: &'a dyn StoreOps,
@@ -61,7 +61,7 @@ struct Survey<'a> {
 impl<'a> Survey<'a> {
     fn of(shown: &'a Shown, store: &'a dyn StoreOps) -> Result<Self, Failure> {
         let host = shown.host.as_ref();
-        // One that leaves meanwhile is not listed.
+        // A function that is removed meanwhile is not listed.
         let found: Vec<HostFunction> =
             host.functions()?.into_iter().filter_map(|address| host.function(address).ok()).collect();
         let names = host.names(&found);
@@ -94,7 +94,7 @@ impl<'a> Survey<'a> {
     fn view(&self, function: &HostFunction) -> ListedView {
         let address = function.address;
         let mut view = self.shown.view(address);
-        // Of a function that xl has given away only its nodes tell.
+        // Only xenstore nodes tell which guest has a function that xl attached.
         if view.state == FunctionState::Host && holder_of(function).is_some() {
             view.domain = nodes::pciback_guest(self.store, address).ok().flatten();
         }
@@ -143,7 +143,7 @@ impl Engine {
         });
     }
 
-    /// Shows one function. What the engine knows to be in the way is found here, the rest on the thread that shows it.
+    /// Shows one function. The engine checks its own state for obstacles; the other checks run on the thread.
     pub(super) fn show_function(&self, address: Sbdf, reply: Reply) {
         let checked = existing(self.platform.host.as_ref(), address)
             .map(|function| self.attach_obstacles(&function, None, false));
@@ -195,7 +195,7 @@ impl Engine {
         });
     }
 
-    /// Checks how dom0 is set up, on a thread: xl takes a while.
+    /// Checks dom0's set-up on a thread, because running xl takes some time.
     pub(super) fn examine(&mut self, reply: Reply) {
         let (platform, version) = (self.platform.clone(), crate::VERSION);
         let problems = self.problems_now().len();
@@ -215,14 +215,14 @@ impl Engine {
         });
     }
 
-    /// The name of a domain, or its number where it has none.
+    /// The name and number of a domain, or only its number.
     pub(super) fn called(&self, domain: DomId) -> String {
         let name = domains::name(self.platform.store.as_ref(), domain).ok().flatten();
         name.map_or_else(|| format!("domain {domain}"), |name| format!("'{name}' (domain {domain})"))
     }
 }
 
-/// Refuses a word that names no class, of which an empty list would tell nothing.
+/// Refuses an unknown class, so that an empty list always means that there is no such function.
 fn known_class(word: &str, all: &[ListedView]) -> Result<(), Failure> {
     let digits = word.bytes().all(|byte| byte.is_ascii_hexdigit()) && (1..=6).contains(&word.len());
     let named = BASE_CLASSES.iter().any(|name| contains(name, word));

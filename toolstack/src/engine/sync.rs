@@ -1,8 +1,8 @@
-//! Keeping sysfs, Xen and xenstore in step: when they are compared, what is repaired, and what of that is reported.
+//! Keeps sysfs, Xen and xenstore consistent: decides when they are compared, and reports repairs.
 //!
-//! The planner ([`pciback::inventory`]) is pure. They are compared when the service starts, after events were lost, when an event shows
-//! that they drifted apart, and when somebody asks; one comparison at a time, on a thread of its own ([`super::repairs`]).
-//! A repair that fails, or that somebody undoes, is tried [`TRIES`] times and then left to the administrator.
+//! The planner ([`pciback::inventory`]) is a pure function. The lists are compared when the service starts, after events were lost, when
+//! an event shows a difference, and on request; one comparison at a time, on a thread ([`super::repairs`]). A repair that fails, or that
+//! is undone from outside, is tried [`TRIES`] times and then left to the administrator.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::mpsc;
@@ -25,46 +25,46 @@ use crate::protocol::{Cause, Success, SyncView};
 use crate::reply::Reply;
 use crate::transaction::{Kind, Parting};
 
-/// How often the same function is repaired, or read without success, before the service gives up.
+/// How often the same function is repaired, or its list read, before the service gives up.
 const TRIES: u32 = 3;
-/// How many of the repairs made are shown in the status.
+/// The number of repairs that are shown in the status.
 const SHOWN: usize = 16;
 
-/// What is known of comparisons: those under way, those to come, and what came of those before.
+/// The state of comparisons.
 #[derive(Default)]
 pub(super) struct Syncing {
-    /// One is under way.
+    /// Whether one is under way.
     running: bool,
-    /// Another one is due, because something was seen that does not fit.
+    /// Whether another one is due, because a difference was seen.
     due: bool,
-    /// Clients that wait for theirs, and whether they only want the plan.
+    /// Clients that wait for a comparison; `true`: they want only the plan.
     waiting: VecDeque<(bool, Reply)>,
-    /// Functions that something was begun with since the lists were read: a plan made of these says nothing of them.
+    /// Functions with which an operation began after the lists were read. The plan does not apply to them.
     touched: BTreeSet<Sbdf>,
     known: Known,
     tried: BTreeMap<Sbdf, Tried>,
-    /// The last repairs that were made without being asked for.
+    /// The last repairs that no client requested.
     repaired: VecDeque<String>,
-    /// Why the lists could not be read.
+    /// Failed reads of the lists.
     unread: Unread,
 }
 
-/// Lists that could not be read.
+/// Failed reads of the lists.
 #[derive(Default)]
 struct Unread {
     why: Vec<String>,
-    /// How often in a row.
+    /// The number of consecutive failures.
     times: u32,
-    /// Since when.
+    /// The time of the first one.
     since: Option<SystemTime>,
 }
 
-/// What was done about one function without being asked for.
+/// Repairs of one function that no client requested.
 #[derive(Default)]
 struct Tried {
     times: u32,
     failure: Option<String>,
-    /// Since when it has failed.
+    /// The time of the first failure.
     since: Option<SystemTime>,
 }
 
@@ -74,29 +74,29 @@ impl Syncing {
         self.running
     }
 
-    /// The lists are compared soon.
+    /// Requests a comparison.
     pub fn make_due(&mut self) {
         self.due = true;
     }
 
-    /// Something is begun with a function, or a PF's VFs.
+    /// Notes that an operation begins with a function, or with the VFs of a PF.
     pub fn touch(&mut self, address: Sbdf) {
         if self.running {
             self.touched.insert(address);
         }
     }
 
-    /// The VFs of a PF, those that left and that Xen knows still included.
+    /// The VFs of a PF, including those that have left the host but that Xen still knows.
     pub fn vfs(&self, pf: Sbdf) -> impl Iterator<Item = Sbdf> {
         self.known.iter().filter(move |(_, found)| **found == Some(pf)).map(|(vf, _)| *vf)
     }
 
-    /// What was repaired, for the status.
+    /// The last repairs, for the status.
     pub fn repaired(&self) -> Vec<String> {
         self.repaired.iter().cloned().collect()
     }
 
-    /// What could not be repaired, for the status.
+    /// Failed repairs, as problems for the status.
     pub fn problems(&self) -> Vec<Problem> {
         let failed = self.tried.iter().filter_map(|(address, tried)| {
             let given_up = if tried.times < TRIES { "" } else { "; given up, 'xpci sync' tries again" };
@@ -118,12 +118,12 @@ impl Syncing {
         failed.chain(unread).collect()
     }
 
-    /// Another function came to an address, or somebody repaired the one that is there.
+    /// Resets the number of tries, because another function is at the address, or a requested repair succeeded.
     pub fn begin_anew(&mut self, address: Sbdf) {
         self.tried.remove(&address);
     }
 
-    /// Counts one more try at what may fail again, if there are any left.
+    /// Counts a try; whether it is within the limit.
     pub fn may_try(&mut self, address: Sbdf) -> bool {
         let tried = self.tried.entry(address).or_default();
         tried.times += 1;
@@ -136,20 +136,20 @@ impl Syncing {
 }
 
 impl Engine {
-    /// A client wants the lists compared.
+    /// Queues a client's request for a comparison.
     pub(super) fn sync(&mut self, dry_run: bool, reply: Reply) {
         self.syncing.waiting.push_back((dry_run, reply));
     }
 
-    /// Compares the lists if that is due and not being done.
+    /// Starts a comparison if one is due and none runs.
     pub(super) fn reconcile(&mut self) {
-        // What is being looked at may be all that there is to say.
+        // The examination under way may make a comparison unnecessary.
         if self.syncing.running || self.stirred.looking() {
             return;
         }
         let Syncing { due, waiting, .. } = &mut self.syncing;
         let client = match waiting.front() {
-            // A plan that is only shown comes after what is repaired anyway.
+            // A dry run waits for the due comparison and its repairs.
             Some((true, _)) if *due => None,
             Some(_) => waiting.pop_front(),
             None if *due => None,
@@ -161,7 +161,7 @@ impl Engine {
         }
         let mut wanted = self.wanted();
         match client {
-            // Who asks does so because he has done something about it.
+            // A client that asks has probably fixed the cause of earlier failures.
             Some(_) => self.syncing.unread = Default::default(),
             None => wanted
                 .busy
@@ -192,7 +192,7 @@ impl Engine {
                 (_, Some(place)) => Want::Attached(place),
                 (_, None) => Want::Held,
             };
-            // Its incarnation shows whether it is another device now, when the event comes.
+            // No identity here: when the event arrives, the incarnation shows whether the device is another one.
             Intent { want, identity: None, msix_prepared: record.msix_prepared }
         };
         Wanted {
@@ -201,7 +201,7 @@ impl Engine {
         }
     }
 
-    /// Notes what was seen of a function, and whether Xen says what fits to it.
+    /// Notes an examined function, and requests a comparison if sysfs and Xen differ.
     pub(super) fn compare(&mut self, seen: &Seen) {
         let address = seen.address;
         match (&seen.function, seen.owner) {
@@ -221,7 +221,7 @@ impl Engine {
         }
     }
 
-    /// A comparison has ended.
+    /// Handles the end of a comparison.
     pub(super) fn synced(&mut self, synced: Result<Synced, Failure>, reply: Option<Reply>) {
         self.syncing.running = false;
         match (synced, reply) {
@@ -254,7 +254,7 @@ impl Engine {
         }
     }
 
-    /// What cannot be read now may be readable the next time.
+    /// Notes failed reads, and requests another comparison up to the limit.
     fn note_unread(&mut self, unread: Vec<String>, again: bool) {
         let before = &self.syncing.unread;
         let (times, since) = match unread.is_empty() {
@@ -265,11 +265,11 @@ impl Engine {
         self.syncing.unread = Unread { why: unread, times, since };
     }
 
-    /// Reports what the service repaired by itself, and counts what it could not.
+    /// Reports the service's own repairs, and counts failures.
     fn note_outcomes(&mut self, synced: Synced) {
         let Syncing { tried, repaired, due, .. } = &mut self.syncing;
         let planned: BTreeSet<Sbdf> = synced.plan.steps.iter().map(|step| step.repair.address()).collect();
-        // What is in step again by somebody else's hand is no problem any more.
+        // A function that became consistent without a repair is no problem any more.
         tried.retain(|address, tried| {
             tried.times >= TRIES || planned.contains(address) || tried.failure.is_none()
         });
@@ -290,7 +290,7 @@ impl Engine {
                 }
             };
             let entry = tried.entry(address).or_default();
-            // Several steps may be one repair.
+            // Several steps for one function count as one try.
             entry.times += u32::from(counted.insert(address));
             entry.since = entry.since.or_else(|| Some(SystemTime::now()));
             entry.failure = failure;
@@ -300,7 +300,7 @@ impl Engine {
         }
     }
 
-    /// Whether a plan still says something about a function.
+    /// Whether the plan still applies to a function.
     fn is_untouched(&self, address: Sbdf) -> bool {
         let pf = self.syncing.known.get(&address).copied().flatten();
         let of = |address: Sbdf| {
@@ -311,22 +311,22 @@ impl Engine {
         !of(address) && !pf.is_some_and(of)
     }
 
-    /// A function is left to a repair of Xen's list, unless it is in other hands by now.
+    /// Reserves a function for a repair of Xen's list, unless an operation began with it meanwhile.
     pub(super) fn reserve(&mut self, address: Sbdf, answer: &mpsc::Sender<bool>) {
         let free = self.is_untouched(address);
         if free {
             self.repair_begins(address);
         }
-        // Who asked may have given up.
+        // The thread that asked may have given up.
         if answer.send(free).is_err() && free {
             self.repair_ends(address);
         }
     }
 
-    /// A repair of Xen's list has ended.
+    /// Handles the end of a repair of Xen's list.
     pub(super) fn list_repaired(&mut self, repair: Repair, done: bool) {
         let address = repair.address();
-        // What happened to it meanwhile was left for now.
+        // Events during the repair were not handled.
         self.stirred.one(address);
         let forgotten = done && matches!(repair, Repair::ReleaseMsix { .. } | Repair::ReportToXen { .. });
         if let Some(record) =
@@ -341,7 +341,7 @@ impl Engine {
         self.repair_ends(address);
     }
 
-    /// One repair that concerns a guest, a driver or a record.
+    /// Carries out a repair that concerns a guest, a driver or a record.
     pub(super) fn repair(&mut self, repair: Repair, reply: Reply) {
         let address = repair.address();
         if !self.is_untouched(address) {
@@ -359,11 +359,11 @@ impl Engine {
         };
         self.requests_wait(address);
         self.start(course, record, Some(reply), move |record| format!("{}: {what}", record.address));
-        // The plan's own.
+        // This operation is part of the plan itself.
         self.syncing.touched.remove(&address);
     }
 
-    /// Repairs of records and nodes.
+    /// Carries out repairs of records and nodes.
     fn note_repair(&mut self, repair: Repair, record: Record) -> Result<Success, Failure> {
         let address = record.address;
         let failed =
@@ -389,24 +389,24 @@ impl Engine {
                 nodes::apply(store, place.domain, &[nodes::NodeChange::RemoveAll])?;
                 format!("{address}: its nodes are removed")
             }
-            // Its handshake writes and removes them in its own order.
+            // The handshake of a served guest writes and removes nodes in its own order.
             other => return Ok(left(format!("{other}: not while its guest is served"))),
         };
         Ok(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() })
     }
 
-    /// A function without a record gets one, in which the reason can be noted.
+    /// Creates a record for a function without one, to note the reason of the quarantine.
     fn keep_for_quarantine(&mut self, record: &Record) {
         self.records.entry(record.address).or_insert_with(|| record.clone());
     }
 }
 
-/// Nothing was done.
+/// The answer if nothing was done.
 fn left(message: String) -> Success {
     Success::Already { message }
 }
 
-/// The answer to the client that asked.
+/// The answer to the client that requested the comparison.
 fn answer(synced: Synced) -> Result<Success, Failure> {
     let Synced { dry_run, plan, outcomes, unread, .. } = synced;
     let undone = outcomes.iter().filter_map(|(step, outcome)| match outcome {
@@ -417,7 +417,7 @@ fn answer(synced: Synced) -> Result<Success, Failure> {
         Outcome::Failed(failure) => Some((step, failure.message.clone(), Some(failure))),
     });
     let undone: Vec<(&Step, String, Option<&Failure>)> = undone.collect();
-    // The one that failed says more than those that were left because of it.
+    // The first failure is more informative than the steps left out because of it.
     let first = undone.iter().find(|(.., failure)| failure.is_some()).or_else(|| undone.first());
     if let Some((step, why, failure)) = first {
         let done = outcomes.len() - undone.len();

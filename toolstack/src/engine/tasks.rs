@@ -1,4 +1,4 @@
-//! Threads for what may block: each runs one transaction or one change of VFs and reports to the engine.
+//! Background threads for transactions and changes of VFs.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -32,25 +32,25 @@ use crate::transaction::{
 };
 use crate::wishes::Wishes;
 
-/// What the engine may take beyond a guest's own limit before a transaction stops waiting for it.
+/// Time that the engine may need in addition to a guest's own limit, before a transaction stops waiting for it.
 const ENGINE_MARGIN: Duration = Duration::from_secs(10);
 
-/// What a transaction shall do.
+/// What a transaction does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Course {
-    /// The list from its beginning.
+    /// The steps from the first to the last.
     Forward(Kind),
-    /// [`Kind::Hold`] from its beginning, even while the function is in use.
+    /// The steps of [`Kind::Hold`] from the first, even while the function is in use.
     Seize,
-    /// The list from its end, backwards.
+    /// The steps from the last, backwards.
     Backward(Kind, Parting),
-    /// [`Kind::Hold`] from its end, backwards, because somebody asks for it: not while a guest's function shares something with it.
+    /// The steps of [`Kind::Hold`] backwards, at a client's request: refused while a function of a guest shares something with it.
     GiveBack,
-    /// From one step backwards: what an earlier run of the service left.
+    /// The steps backwards from a given one, for an unfinished transaction of an earlier run.
     BackwardFrom(Kind, Step, Parting),
-    /// A function that no guest has is quarantined.
+    /// Quarantine a function that no guest has.
     Condemn,
-    /// A quarantined function is trusted again, after a verified reset.
+    /// End a quarantine, after a verified reset.
     Clear,
 }
 
@@ -75,7 +75,7 @@ impl Course {
     }
 }
 
-/// Everything a thread needs, owned.
+/// Everything that a background thread needs, without borrowing from the engine.
 #[derive(Clone)]
 pub(super) struct Workshop {
     pub platform: Platform,
@@ -94,7 +94,7 @@ pub(super) struct Workshop {
     pub reservations: Reservations,
     pub wishes: Wishes,
     pub devices: Devices,
-    /// What [`Serving::open`] opened, until it is served.
+    /// The function that [`Serving::open`] opened, until it is served.
     pub opened: Arc<Mutex<Option<Box<Opened>>>>,
 }
 
@@ -219,17 +219,17 @@ impl Workshop {
         finished
     }
 
-    /// Nothing is wanted persistently any more of a function that goes back to dom0.
+    /// Removes the persistent wishes for a function that goes back to dom0.
     fn want_nothing(&self, address: Sbdf) -> Result<(), Failure> {
         let host = self.platform.host.as_ref();
         match host.function(address) {
             Ok(function) => self.wishes.forget(host, &function).map(drop),
-            // It has left.
+            // The function has left the host.
             Err(_) => Ok(()),
         }
     }
 
-    /// The record as it was before a transaction that did not begin.
+    /// The record for a transaction that could not begin.
     fn unchanged(&self, course: Course, record: Record) -> Record {
         match course {
             Course::Forward(Kind::Attach) => Record { guest: None, ..record },
@@ -237,7 +237,7 @@ impl Workshop {
         }
     }
 
-    /// The guest that has a function persistently has it now.
+    /// Notes that a guest now has the function that it has persistently.
     fn note_given(&self, record: &Record) -> Result<(), Failure> {
         let Some((reservation, place)) = self.reservations.get(record.address).zip(record.guest) else {
             return Ok(());
@@ -251,7 +251,7 @@ impl Workshop {
         }
     }
 
-    /// By what it is found out what functions share.
+    /// The inputs of checks for shared resources.
     pub(super) fn sharing(&self) -> Sharing<'_> {
         Sharing {
             platform: &self.platform,
@@ -288,7 +288,7 @@ impl Workshop {
     }
 }
 
-/// What ends when something was done with a function and went well.
+/// Causes of problems of a function that a successful operation removes.
 const CURED_BY_SUCCESS: [Cause; 5] =
     [Cause::Holding, Cause::Network, Cause::OutOfStep, Cause::ErrorReporting, Cause::Guest];
 
@@ -315,7 +315,7 @@ impl Engine {
         }
     }
 
-    /// Starts a transaction; its outcome goes to `reply`, in the words of `done`.
+    /// Starts a transaction; `reply` gets its outcome, with the message that `done` makes.
     pub(super) fn start(
         &mut self,
         course: Course,
@@ -326,7 +326,7 @@ impl Engine {
         self.start_with(course, record, None, reply, done);
     }
 
-    /// The same, with a change of reservations before it.
+    /// [`Self::start`] with a change of reservations before it.
     pub(super) fn start_with(
         &mut self,
         course: Course,
@@ -345,7 +345,7 @@ impl Engine {
         self.busy.insert(address);
         self.syncing.touch(address);
         self.stirred.begin(address);
-        // Its files are written anew: if that fails again, it is reported again.
+        // The transaction writes the files again, and reports a new failure.
         self.problems.cure_of(address, &[Cause::StateFiles]);
         let workshop = self.workshop();
         let (reporter, listener) = (workshop.clone(), reply.clone());
@@ -364,11 +364,11 @@ impl Engine {
             let (record, outcome) = (finished.record.clone(), finished.outcome.clone());
             match &outcome {
                 Ok(_) => info!("{}", done(&record)),
-                // A request that the present state forbids is no fault of the host.
+                // A refused request is not an error of the host.
                 Err(failure) if failure.code.is_refusal() => info!("{address}: {failure}"),
                 Err(failure) => error!("{address}: {failure}"),
             }
-            // The engine first: who reads the answer may ask for the state at once.
+            // The engine first, because a client that has the answer may ask for the state at once.
             reporter.inbox.send(Event::Finished(Box::new(finished)));
             if let Some(reply) = reply {
                 let view = reporter.view_of(&record);
@@ -399,13 +399,13 @@ impl Engine {
             self.forget_network_checks(address);
         }
         if finished.outcome.is_ok() {
-            // What was done with it now went well.
+            // The operation succeeded, so that earlier problems no longer exist.
             self.problems.cure_of(address, &CURED_BY_SUCCESS);
         }
         self.note_network_problem(&record);
         self.keep(record.clone());
         self.keep_watching_errors_of(address);
-        // What happened to it meanwhile was left for now.
+        // Events during the transaction were not handled.
         self.stirred.one(address);
         if self.orphans.remove(&address) && attached {
             warn!("{address}: its guest ended while it was attached");
@@ -419,7 +419,7 @@ impl Engine {
         self.requests_go_on(address);
     }
 
-    /// Takes a function from a guest that is gone.
+    /// Detaches a function whose guest has ended.
     pub(super) fn detach_from_dead(&mut self, record: Record) {
         if self.busy.contains(&record.address) {
             self.orphans.insert(record.address);

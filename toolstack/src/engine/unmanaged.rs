@@ -1,7 +1,7 @@
-//! PFs that have no driver: pci-pf-stub lets them have VFs, and manages nothing.
+//! PFs without a driver of their own: pci-pf-stub enables VFs on them, and manages nothing.
 //!
-//! Which PFs were given to it is noted in the run directory, so that the stub is taken away again with the VFs: like the stub's
-//! hold itself, the notes survive the service and end with the boot.
+//! A note in the run directory lists the PFs that the service bound to the stub, so that they are unbound when their VFs are disabled.
+//! Like the binding itself, the notes survive a restart of the service and end with the boot.
 
 use std::fs;
 use std::io;
@@ -14,10 +14,10 @@ use serde::{Deserialize, Serialize};
 use super::tasks::Workshop;
 use crate::outcome::{ErrorCode, Failure};
 
-/// The driver that does nothing but let a PF have VFs.
+/// The driver that does nothing except enabling VFs.
 pub(super) const STUB: &str = "pci-pf-stub";
 
-/// What a PF was before the stub got it.
+/// The state of a PF before it was bound to the stub.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct Note {
@@ -25,7 +25,7 @@ struct Note {
     driver_override: Option<String>,
 }
 
-/// Refuses VFs to a PF without a driver unless they may be unmanaged, and unmanaged VFs to one whose driver manages them.
+/// Refuses VFs of a PF without a driver unless they may be unmanaged, and unmanaged VFs of a PF whose driver manages them.
 pub(super) fn check(pf: &HostFunction, unmanaged: bool) -> Result<(), Failure> {
     let address = pf.address;
     match (pf.driver.as_deref(), unmanaged) {
@@ -42,7 +42,7 @@ pub(super) fn check(pf: &HostFunction, unmanaged: bool) -> Result<(), Failure> {
     .map_err(|failure| failure.on(address))
 }
 
-/// Whether PFs were given to the stub, and by whom: all notes.
+/// The PFs for which there are notes.
 pub(super) fn noted(run_directory: &Path) -> Vec<Sbdf> {
     let entries = fs::read_dir(run_directory.join("unmanaged")).into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
@@ -53,7 +53,7 @@ impl Workshop {
         self.settings.run_directory.join("unmanaged").join(pf.to_string())
     }
 
-    /// Gives a PF that has no driver to the stub.
+    /// Binds a PF without a driver to the stub.
     pub fn give_to_stub(&self, pf: &HostFunction) -> Result<(), Failure> {
         let (host, address) = (self.platform.host.as_ref(), pf.address);
         if pf.driver.is_some() {
@@ -88,7 +88,7 @@ impl Workshop {
         }
     }
 
-    /// Takes a PF from the stub if the service gave it to it; says whether it did.
+    /// Unbinds a PF from the stub if the service bound it; returns whether it did.
     pub fn take_from_stub(&self, address: Sbdf) -> Result<bool, Failure> {
         let path = self.note_path(address);
         let note: Note = match fs::read_to_string(&path) {
@@ -101,7 +101,7 @@ impl Workshop {
         let host = &self.platform.host;
         let pf = host.function(address)?;
         if pf.num_vfs > 0 {
-            // They could not be disabled: without the stub nobody could do it later.
+            // The VFs are still enabled, and only the stub can disable them.
             return Ok(false);
         }
         let ours = pf.incarnation == note.incarnation;
@@ -116,7 +116,7 @@ impl Workshop {
     }
 }
 
-/// There completely or not at all.
+/// Renamed into place, so that a reader sees it whole or not at all.
 fn write_note(path: &Path, note: &Note) -> io::Result<()> {
     let directory = path.parent().unwrap_or(path);
     fs::create_dir_all(directory)?;

@@ -1,4 +1,4 @@
-//! Enabling and disabling a PF's VFs.
+//! Enabling and disabling VFs of PFs.
 
 use std::time::{Duration, Instant};
 
@@ -56,7 +56,7 @@ impl Engine {
                 return Ok(Success::Already { message: format!("{address} has {count} VFs") });
             }
             if count > 0 {
-                // Before those that are there go.
+                // Checked before the present VFs are disabled.
                 workshop.room_for(address, count)?;
             }
             if before > 0 {
@@ -69,7 +69,7 @@ impl Engine {
         });
     }
 
-    /// A task that changed a PF's VFs ended; what happened to them meanwhile was left for now.
+    /// Handles the end of a change of a PF's VFs; events about them were not handled meanwhile.
     pub(super) fn vfs_changed(&mut self, address: Sbdf, succeeded: bool) {
         if succeeded {
             self.problems.cure_of(address, &[Cause::VirtualFunctions]);
@@ -77,9 +77,9 @@ impl Engine {
         self.busy_pfs.remove(&address);
         self.stirred.one(address);
         self.try_promises();
-        // Those that left ...
+        // VFs that were removed,
         self.stirred.all_of(self.syncing.vfs(address));
-        // ... and those that came.
+        // and VFs that appeared.
         match self.platform.host.function(address) {
             Ok(pf) => {
                 self.tell_vfs(address, pf.num_vfs);
@@ -90,7 +90,7 @@ impl Engine {
         }
     }
 
-    /// Takes PFs back from pci-pf-stub that an earlier run gave to it, before it was killed with no VF enabled yet, or none any more.
+    /// Unbinds PFs from pci-pf-stub that a killed earlier run bound to it and that have no VFs enabled.
     pub(super) fn take_back_stubs(&mut self) {
         let host = std::sync::Arc::clone(&self.platform.host);
         for address in unmanaged::noted(&self.settings.run_directory) {
@@ -111,7 +111,7 @@ impl Engine {
         }
     }
 
-    /// Enables the VFs that the settings ask for, on PFs that have none: what somebody else enabled is left as it is.
+    /// Enables the VFs that the settings ask for, on PFs that have none. Other numbers of VFs are not changed.
     pub(super) fn create_wanted_vfs(&mut self) {
         let wanted = self.settings.virtual_functions.clone();
         if wanted.is_empty() {
@@ -172,7 +172,7 @@ impl Engine {
         Ok(function)
     }
 
-    /// Refuses while a guest has a VF, or one is held: the kernel would pull it from under them.
+    /// Refuses while a VF is held or attached, because the kernel would remove it.
     fn none_in_use(&self, pf: &HostFunction) -> Result<(), Failure> {
         let used = |address: &&Sbdf| self.state(**address) != FunctionState::Host;
         let users: Vec<String> =
@@ -218,8 +218,8 @@ impl Engine {
 }
 
 impl Workshop {
-    /// Whether a PF may have this many VFs: by its own total, by the number of functions that the host is set up for, and by the bus
-    /// numbers and ARI above it.
+    /// Whether a PF can have this many VFs: by its TotalVFs, by the limit of functions in the settings, and by the bus numbers and ARI
+    /// above it.
     fn room_for(&self, address: Sbdf, count: u16) -> Result<(), Failure> {
         let pf = self.platform.host.function(address)?;
         if count == 0 || count > pf.total_vfs {
@@ -240,7 +240,7 @@ impl Workshop {
         self.reachable(address, count).map_err(|failure| failure.on(address))
     }
 
-    /// Whether requests reach all these VFs, by what the PF and the port above it say now.
+    /// Whether the VFs' routing IDs are reachable, from the current registers of the PF and the port above it.
     fn reachable(&self, address: Sbdf, count: u16) -> Result<(), Failure> {
         vf_routing(self.platform.host.as_ref(), address, count)?.map_err(|why| {
             let failure = Failure::refused(why.to_string());
@@ -258,7 +258,7 @@ impl Workshop {
     }
 }
 
-/// Enables VFs, all or none: when they do not all come up they are disabled again.
+/// Enables VFs, all or none: if some do not appear, all are disabled again.
 fn create(
     workshop: &Workshop,
     address: Sbdf,
@@ -288,10 +288,10 @@ fn enable(
     let probed = host.set_vf_autoprobe(address, false)?;
     progress(&format!("enabling {count} VFs of {address}"));
     let enabled = host.set_num_vfs(address, count, limit);
-    // Put back at once: while it is off, nobody else could bind these VFs either.
+    // Restored at once: while it is off, dom0's drivers do not bind to VFs that others enable, either.
     let put_back = host.set_vf_autoprobe(address, probed);
-    // VFs answer config accesses 100 ms after VF Enable was set, not before (PCI Express 6.0, section 9.3.3.3.1): the kernel waits
-    // that long before it looks for them, within the write.
+    // VFs answer config accesses 100 ms after VF Enable was set (PCI Express 6.0, section 9.3.3.3.1). The kernel waits that long, within
+    // the write to sysfs, before it scans for them.
     let came_up = enabled.and(put_back).map_err(Failure::from);
     let came_up = came_up.and_then(|_| all_known(workshop, address, count, limit)).and_then(|vfs| {
         prepare_networks(&workshop.platform, (&workshop.settings, &workshop.wishes), address, &vfs)?;
@@ -310,7 +310,7 @@ fn enable(
             Err(error) if error.errno() == Some(Errno::ENOENT) => Err(failure),
             Err(error) => {
                 let message = format!("{}; and then: {error}", failure.message);
-                // They stay until somebody disables them, whoever reads this answer.
+                // Reported as a problem as well, because the VFs stay until an administrator disables them.
                 let problem = format!("{address} has VFs that did not all come up: {message}");
                 let problem = Problem::new(Cause::VirtualFunctions, problem).on(address);
                 workshop.inbox.send(Event::Problem(problem));
@@ -343,7 +343,7 @@ fn all_known(workshop: &Workshop, pf: Sbdf, count: u16, limit: Duration) -> Resu
             let failure = Failure::new(ErrorCode::Failed, format!("enable {count} VFs of {pf}: {missing}"));
             return Err(failure.hint("see dom0's kernel log and 'xl dmesg'"));
         }
-        // The kernel reports to Xen before it sends the event: what is missing comes with one.
+        // The kernel reports a function to Xen before it sends the event, so a missing one comes with an event.
         workshop.changes.wait(seen, deadline);
     }
 }

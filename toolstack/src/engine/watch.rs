@@ -1,7 +1,7 @@
-//! What happens to the host's functions: they appear, leave, are replaced, or change their driver.
+//! Changes of the host's functions: they appear, leave, are replaced, or change their driver.
 //!
-//! An event only says where to look. Looking reads sysfs and asks Xen, which may block, so a thread does it; what it saw comes
-//! back as an event of the engine's own. Events that come meanwhile are looked at next.
+//! An event only shows which function to examine. A thread reads sysfs and asks Xen, which may block, and sends the result to the engine.
+//! Events that arrive meanwhile are handled by the next examination.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -20,16 +20,16 @@ use crate::journal::Record;
 use crate::reservations::Followed;
 use crate::transaction::{Kind, Parting, holder_of};
 
-/// Functions that something happened to.
+/// Functions to be examined.
 #[derive(Debug, Default)]
 pub(super) struct Stirred {
     addresses: BTreeSet<Sbdf>,
     all: bool,
-    /// Also those that another toolstack has given to guests.
+    /// Also the functions that another toolstack has attached to guests.
     others: bool,
-    /// A thread is looking.
+    /// Whether a thread examines functions.
     looking: bool,
-    /// Functions that were in a transaction at some time since: what it saw of them may be of before.
+    /// Functions that were in a transaction at some time since that thread started: what it read may be outdated.
     begun_with: BTreeSet<Sbdf>,
 }
 
@@ -46,30 +46,30 @@ impl Stirred {
         self.all = true;
     }
 
-    /// Another toolstack has done something.
+    /// Requests an examination after an action of another toolstack.
     pub fn others(&mut self) {
         self.others = true;
     }
 
-    /// Something is begun with a function.
+    /// Notes that an operation begins with a function.
     pub fn begin(&mut self, address: Sbdf) {
         if self.looking {
             self.begun_with.insert(address);
         }
     }
 
-    /// Whether something is being looked at.
+    /// Whether functions are being examined.
     pub fn looking(&self) -> bool {
         self.looking
     }
 }
 
-/// Counts events, so that a thread can wait until something has happened.
+/// A counter of events, on which threads can wait.
 #[derive(Debug, Clone, Default)]
 pub struct Changes(Arc<(Mutex<u64>, Condvar)>);
 
 impl Changes {
-    /// How many there were. Ask before looking, then wait for more than that.
+    /// The current count. Read it before examining the state, then wait for a larger one.
     pub fn count(&self) -> u64 {
         *self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -79,7 +79,7 @@ impl Changes {
         self.0.1.notify_all();
     }
 
-    /// Waits for more events than `seen`; `false` when none came before the deadline.
+    /// Waits until the count is above `seen`; `false`: the deadline passed first.
     pub fn wait(&self, seen: u64, deadline: Instant) -> bool {
         let count = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
         let left = deadline.saturating_duration_since(Instant::now());
@@ -88,23 +88,23 @@ impl Changes {
     }
 }
 
-/// One function, looked at.
+/// An examined function.
 #[derive(Debug)]
 pub struct Seen {
     pub(super) address: Sbdf,
-    /// `None`: it is not on the host.
+    /// `None`: it is not in the host.
     pub(super) function: Option<HostFunction>,
-    /// Who owns it in Xen; `None`: Xen does not know it.
+    /// Its owner in Xen; `None`: Xen does not know it.
     pub(super) owner: Option<Owner>,
-    /// It is persistent for a guest and had another address before.
+    /// It is persistent for a guest and has moved from another address.
     pub(super) followed: Option<Followed>,
 }
 
-/// What was looked at.
+/// The result of an examination.
 #[derive(Debug)]
 pub struct Look {
     seen: Vec<Seen>,
-    /// Whether everything was looked at, or something could not be read: then the lists are compared, too.
+    /// Whether the lists must be compared as well, because everything was examined or a read failed.
     compare: bool,
 }
 
@@ -117,7 +117,7 @@ impl Engine {
                 self.stirred.everything();
             }
             HostEvent::Removed(address) => {
-                // At once: its guest must not read what another device at this address answers.
+                // At once, because the guest must not access another device at this address.
                 self.set_gone(address);
                 self.stirred.one(address);
             }
@@ -127,7 +127,7 @@ impl Engine {
                 self.stirred.one(address);
             }
             HostEvent::Changed(address) => {
-                // The kernel says so, too, when it recovers from errors.
+                // The kernel also sends this event when it recovers from errors.
                 self.look_at_errors_soon();
                 self.stirred.one(address);
             }
@@ -142,7 +142,7 @@ impl Engine {
         }
     }
 
-    /// Looks at what was stirred up, unless that is being done.
+    /// Starts an examination if one is due and none runs.
     pub(super) fn look(&mut self) {
         let Stirred { addresses, all, others, looking, begun_with } = &mut self.stirred;
         if *looking || (addresses.is_empty() && !*all && !*others) {
@@ -175,7 +175,7 @@ impl Engine {
             let count = addresses.len();
             let look_at = |address| {
                 let function = workshop.find(address).map_err(|error| warn!("{error}")).ok()?;
-                // What Xen does not tell, or whoever changes it now, is no reason for anything.
+                // A failed query, or a function in a transaction, counts as unknown, which has no consequences.
                 let asked = (!busy.contains(&address)).then(|| workshop.owner(address).ok()).flatten();
                 let owner = asked.unwrap_or(Some(Owner::Unknown));
                 let followed = workshop.recognise(address, function.as_ref());
@@ -186,7 +186,7 @@ impl Engine {
             Look { seen, compare }
         };
         self.inbox.background("look", work, move |look| {
-            // What was not looked at is found by comparing everything.
+            // After a failure, everything is compared instead.
             let look = look.unwrap_or_else(|failure| {
                 error!("look at the host's functions: {failure}");
                 Look { seen: Vec::new(), compare: true }
@@ -206,7 +206,7 @@ impl Engine {
                 self.followed(followed);
             }
             let Seen { address, function, .. } = seen;
-            // One in a transaction is looked at when that has ended, one that has been in one meanwhile is looked at again.
+            // A function in a transaction is examined after its end; so is one that was in a transaction during the examination.
             if self.busy.contains(&address) || self.stirred.begun_with.contains(&address) {
                 continue;
             }
@@ -224,7 +224,7 @@ impl Engine {
         }
     }
 
-    /// A function that is where it was: somebody may have given it to another driver.
+    /// Handles a function that is still present: its driver may have changed.
     fn still_there(&mut self, record: Record, function: &HostFunction) {
         if self.silent.remove(&record.address) {
             self.quarantine(record.address, "it answers no more, the guest reads all ones");
@@ -238,13 +238,13 @@ impl Engine {
         warn!(
             "{address}: it was taken from its holding driver and has {driver} now; it belongs to dom0 again"
         );
-        // Xen's quarantine domain must not own what a driver of dom0's uses.
+        // Xen's quarantine domain (dom_io) must not own a function that a driver of dom0 uses.
         self.start(Course::Backward(Kind::Release, Parting::Dead), record, None, |record| {
             format!("{}: dom0's again", record.address)
         });
     }
 
-    /// A function that is no longer there, or was replaced by another one.
+    /// Handles a function that was removed or replaced by another.
     fn left(&mut self, record: Record, replaced: bool) {
         let address = record.address;
         self.silent.remove(&address);
@@ -259,16 +259,16 @@ impl Engine {
                     self.problems.push(Problem::unwritten(&error));
                 }
                 self.records.remove(&address);
-                // Another one may have come to its place.
+                // Another function may have taken its address.
                 self.stirred.one(address);
             }
             FunctionState::Quarantined if record.guest.is_none() => {
-                // What was distrusted is not there any more; what comes to its place is another one.
+                // The distrusted device is gone, and the quarantine does not apply to another device.
                 info!("{address}: it {how} while it was quarantined");
                 let gone = Record { state: FunctionState::Gone, quarantine: None, ..record };
                 self.keep(gone);
             }
-            // What failed, and quarantined it, is tried again a few times; its guest reads all ones all the same.
+            // The failed withdrawal that quarantined the function is retried a few times; the guest reads all ones in any case.
             FunctionState::Quarantined if !self.syncing.may_try(address) => {}
             _ => {
                 warn!("{address}: it {how} while a guest had it; it is withdrawn");
@@ -281,7 +281,7 @@ impl Engine {
     }
 }
 
-/// Whether a function is the one of the record; records of versions that did not ask say nothing.
+/// Whether a function is the one of the record. Records of versions without incarnations match any function.
 fn is_same(record: &Record, function: &HostFunction) -> bool {
     record.incarnation == 0 || record.incarnation == function.incarnation
 }

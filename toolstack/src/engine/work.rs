@@ -1,6 +1,6 @@
-//! What is done for one guest beside the engine: its functions are switched off, and its thread is stopped.
+//! Background work for one guest: switching off its functions, and stopping its serving thread.
 //!
-//! While that is under way, what its handshake wants next waits, because it relies on it.
+//! While it runs, the next actions of the guest's handshake wait, because they rely on it.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,16 +17,16 @@ use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Cause;
 
-/// A function that its guest is to lose.
+/// A function to be taken from its guest.
 pub(super) enum Taking {
-    /// It is with a thread.
+    /// A thread serves it.
     Served(Arc<Server>, u8),
-    /// No thread has it.
+    /// No thread serves it.
     Parked(Box<GuestFunction>),
 }
 
 impl Taking {
-    /// Switches it off; `None`: its thread does not have it.
+    /// Switches the function off; `None`: its thread does not have it.
     fn finish(self) -> Result<Option<Sbdf>, String> {
         let (address, quiesced) = match self {
             Self::Parked(mut function) => (function.address(), function.quiesce()),
@@ -39,17 +39,17 @@ impl Taking {
     }
 }
 
-/// What was done.
+/// The result of background work.
 pub enum Worked {
-    /// A function was switched off, or not; an HVM guest's transaction waits for that itself.
+    /// A function was switched off, or could not be. The answer is for the transaction of an HVM guest, which waits for this.
     SwitchedOff(u8, Result<Option<Sbdf>, String>, Option<Answer>),
-    /// The functions of a guest whose ring was given up are back, switched off.
+    /// The functions of a guest whose ring was given up, switched off.
     GaveUpRing(Result<Parked, String>),
-    /// A function's interrupts are in place again after its reset.
+    /// A function whose interrupts were restored after its reset.
     Restored(Parked),
 }
 
-/// Functions that no thread serves.
+/// Functions that no thread serves, by device and function number.
 pub(super) type Parked = BTreeMap<u8, Box<GuestFunction>>;
 
 impl Engine {
@@ -68,8 +68,7 @@ impl Engine {
         });
     }
 
-    /// The guest has no use of a function any more: it is made harmless. An error gives the answer back: there is
-    /// nothing to do.
+    /// Switches off a function that is withdrawn from its guest. An error returns the answer, because there is nothing to switch off.
     pub(super) fn switch_off(
         &mut self,
         domain: DomId,
@@ -98,7 +97,8 @@ impl Engine {
         Ok(())
     }
 
-    /// The guest's frontend is gone: another one finds the functions as after an attach, interrupts and bus mastering off.
+    /// Handles the disconnection of a guest's frontend. The next frontend finds the functions as after an attachment, with interrupts and
+    /// bus mastering off.
     pub(super) fn give_up_ring(&mut self, domain: DomId) {
         let Some(guest) = self.guests.get_mut(&domain) else { return };
         let (server, parked) = (guest.server.take(), std::mem::take(&mut guest.parked));
@@ -122,7 +122,7 @@ impl Engine {
         self.work(domain, "give up the ring of", work, |failure| Worked::GaveUpRing(Err(failure.message)));
     }
 
-    /// A reset of a function that no thread serves has ended.
+    /// Restores a function after its reset, when no thread serves it.
     pub(super) fn restore_parked(&mut self, domain: DomId, devfn: u8) {
         let Some(guest) = self.guests.get_mut(&domain) else { return };
         if guest.working > 0 {
@@ -139,7 +139,7 @@ impl Engine {
         self.work(domain, "restore for", work, |_| Worked::Restored(BTreeMap::new()));
     }
 
-    /// Something was done for a guest: what waited for that is done next.
+    /// Handles the end of background work, and continues with what waited for it.
     pub(super) fn worked(&mut self, domain: DomId, worked: Worked) {
         let Some(guest) = self.guests.get_mut(&domain) else { return };
         guest.working = guest.working.saturating_sub(1);
@@ -163,7 +163,7 @@ impl Engine {
         self.act(domain, Vec::new());
     }
 
-    /// What a guest's thread that does not stop has, it may still be reaching.
+    /// Quarantines all functions of a guest whose thread does not stop, because the guest may still reach them.
     fn quarantine_all_of(&mut self, domain: DomId, why: &str) {
         let of_domain = |record: &&Record| record.guest.is_some_and(|guest| guest.domain == domain);
         let functions: Vec<Sbdf> =
@@ -185,7 +185,7 @@ impl Engine {
                 if let Some(address) = switched {
                     self.given.withdrawn(address);
                 }
-                // Where nothing was switched off, the transaction finds out what its guest still reaches.
+                // If nothing was switched off, the transaction checks what the guest can still reach.
                 Ok(None)
             }
             Err(why) => {
@@ -195,7 +195,7 @@ impl Engine {
         };
         match answer {
             Some(answer) => {
-                // Its server ends with its last function.
+                // The server of an HVM guest ends with its last function.
                 self.forget_if_idle(domain);
                 answer.send(outcome);
             }
@@ -203,7 +203,7 @@ impl Engine {
         }
     }
 
-    /// Answers the transaction that waits for its guest to lose a function.
+    /// Answers the transaction that waits for its guest to release a function.
     pub(super) fn answer_removed(
         &mut self,
         domain: DomId,
