@@ -1,8 +1,8 @@
-//! What stood in the registers on the paths of assigned functions before the service set them, on disk: one small file for each port
-//! or PF that has a user.
+//! The ledger: earlier values of registers on the paths of assigned functions, on disk, in one small file for each port or PF that has a
+//! user.
 //!
-//! An entry is in its file before the first register is written and stays until the last one is put back, so that a service that was
-//! killed neither loses a value nor takes its own for one that was there before.
+//! An entry is written before the first register and kept until the last register is restored, so that a killed service neither loses an
+//! earlier value nor mistakes its own value for one.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -16,10 +16,10 @@ use serde::{Deserialize, Serialize};
 use crate::durable;
 use crate::journal::{JournalError, VERSION, entries, read_entry};
 
-/// No entry is longer than this, in bytes: a PF may have 65,535 VFs, each a user.
+/// The largest size of an entry, in bytes: a PF may have 65,535 VFs, each a user.
 const SIZE_LIMIT: u64 = 2 << 20;
 
-/// What is known of one port or PF.
+/// The entry of one port or PF.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Entry {
@@ -27,31 +27,31 @@ pub struct Entry {
     boot: String,
     /// The port or PF.
     pub address: Sbdf,
-    /// Which of the functions that were at this address it is.
+    /// Its incarnation, which counts the devices that had this address since boot.
     pub incarnation: u64,
-    /// What it is on the path.
+    /// Its role on the path.
     pub role: Role,
-    /// The assigned functions that it is set for.
+    /// The assigned functions for which it is set.
     pub users: BTreeSet<Sbdf>,
-    /// What was there before the first of them.
+    /// The values before the first of them.
     pub before: Vec<Before>,
 }
 
-/// Bits of one register, as they were.
+/// The earlier values of bits of one register.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Before {
-    /// Where the register is.
+    /// The offset of the register in config space.
     pub offset: u16,
     /// Its width in bytes.
     pub width: u8,
-    /// Which bits were changed.
+    /// The bits that were changed.
     pub mask: u32,
-    /// What they were.
+    /// Their values.
     pub value: u32,
 }
 
-/// The directory with the entries.
+/// The ledger, which is a directory.
 #[derive(Debug, Clone)]
 pub struct Ledger {
     directory: PathBuf,
@@ -60,7 +60,7 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// Opens the directory, and creates it when it is not there. Entries of another boot are removed: hardware has forgotten them.
+    /// Opens the directory, and creates it if necessary. Entries of another boot are removed, because the hardware was reset since.
     pub fn open(directory: &Path, boot: &str) -> Result<Self, JournalError> {
         let error = |source| JournalError::Io { action: "create", path: directory.to_owned(), source };
         fs::create_dir_all(directory).map_err(error)?;
@@ -73,12 +73,12 @@ impl Ledger {
         Ok(ledger)
     }
 
-    /// Functions that share a port are set one after the other.
+    /// Locks the ledger, because functions that share a port must be set one after the other.
     pub fn lock(&self) -> MutexGuard<'_, ()> {
         self.lock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// An entry without users.
+    /// A new entry without users.
     pub fn begin(&self, address: Sbdf, incarnation: u64, role: Role) -> Entry {
         let boot = self.boot.clone();
         Entry {
@@ -92,7 +92,7 @@ impl Ledger {
         }
     }
 
-    /// The entry of a port or PF, where it has one.
+    /// The entry of a port or PF, if it has one.
     pub fn entry(&self, address: Sbdf) -> Result<Option<Entry>, JournalError> {
         let path = self.path(address);
         if !path.exists() {
@@ -101,13 +101,13 @@ impl Ledger {
         read(&path).map(Some)
     }
 
-    /// All entries. One that cannot be used is an error: what it holds would be lost.
+    /// All entries. An unusable one is an error, because its values would be lost.
     pub fn entries(&self) -> Result<Vec<Entry>, JournalError> {
         entries(&self.directory)?.iter().map(|path| read(path)).collect()
     }
 
-    /// Writes an entry so that the next run of the service finds it when the call returns; one without users is removed. A power
-    /// failure takes the registers along.
+    /// Writes an entry so that the next run of the service finds it when the call returns; one without users is removed. It is not
+    /// synced, because a power failure also resets the registers.
     pub fn write(&self, entry: &Entry) -> Result<(), JournalError> {
         let path = self.path(entry.address);
         if entry.users.is_empty() {

@@ -1,7 +1,7 @@
-//! The steps that hold, release, attach and detach consist of, as the journal names them.
+//! The steps of hold, release, attach and detach, as the journal names them.
 //!
-//! There are two lists. [`HOLD`] takes a function from dom0; [`ATTACH`] gives a held function to a guest. Forwards they are
-//! hold and attach, backwards release and detach: what is done in one direction is undone in the other.
+//! There are two lists. [`HOLD`] takes a function from dom0, [`ATTACH`] attaches a held function to a guest. Release and detach are the
+//! same lists backwards: they undo the steps.
 
 use pciback::FunctionState;
 use serde::{Deserialize, Serialize};
@@ -20,44 +20,46 @@ pub enum Kind {
     Detach,
 }
 
-/// One step. Doing or undoing it when that was done already changes nothing.
+/// One step. Repeating it, or its undo, changes nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Step {
-    /// The driver that only holds takes it. Undo: the driver it came from.
+    /// The function is bound to the holding driver. Undo: to its original driver.
     Driver,
-    /// Nothing: a VF keeps its network settings while it is held. Undo: what 'vf set' changed is as before.
+    /// Nothing: a VF keeps its network settings while it is held. Undo: what 'vf set' changed is restored.
     RestoreNetwork,
-    /// `DOMID_IO` owns it in Xen. Undo: dom0.
+    /// `DOMID_IO` owns the function in Xen. Undo: dom0 owns it.
     Quarantine,
-    /// It shares nothing with another owner that no policy permits. Errors that it causes are reported and do not escalate, those of its
-    /// resets included. Undo: as before, unless another function below
-    /// needs it.
+    /// The function shares nothing with another owner, except what a policy permits. Errors that it causes, those of its resets included,
+    /// are reported and do not escalate. Undo: the earlier values are restored, unless another function below needs the new ones.
     ContainPath,
-    /// It is reset and answers, and its registers are as they were when it was first held. Undo: the same, because a guest has had it.
+    /// The function is reset and answers, and its registers have the values from when it was first held. Undo: the same, because a guest
+    /// has had it.
     Reset,
     /// Xen guards its MSI-X table. Undo: no longer.
     PrepareMsix,
-    /// The guest owns it in Xen. Undo: `DOMID_IO`.
+    /// The guest owns the function in Xen. Undo: `DOMID_IO` owns it.
     Assign,
-    /// What [`Self::ContainPath`] does, after [`Self::Assign`]: a step of earlier versions, which their journals name.
+    /// The same as [`Self::ContainPath`], after [`Self::Assign`]: a step of earlier versions, whose journals name it.
     ContainErrors,
-    /// The guest may map its BARs, use its ports and, unless another owner uses that, its INTx line. Undo: revokes this, except what
+    /// The guest may map the BARs, use the I/O ports and, unless another owner uses it, the INTx line. Undo: this is revoked, except what
     /// another function of the guest needs.
     Grant,
-    /// The VF's network settings are what 'vf set' and the service's settings ask for. Undo: they are so again, and what the guest had
-    /// changed is reported.
+    /// The VF has the network settings of 'vf set' and of the service's settings. Undo: they are set again, and changes that the guest
+    /// made are reported.
     ApplyNetwork,
-    /// Its image, the part of its virtual config space that outlives the service, is there and complete, so that from the next step on it
-    /// tells what the guest may reach; so is the copy of an expansion ROM, where policies give one. Undo: gone.
+    /// The image, the part of the virtual config space that survives a restart of the service, exists and is complete, so that it shows
+    /// what the guest may reach from the next step on. So does the copy of an expansion ROM, if policies give one. Undo: both are
+    /// removed.
     Image,
-    /// The guest is notified and served. Undo: asked to let go, then cut off: bus mastering and interrupts first.
+    /// The guest is notified and served. Undo: the guest is asked to release the function, which is then switched off, bus mastering and
+    /// interrupts first.
     Serve,
 }
 
 /// Takes a function from dom0.
 pub const HOLD: &[Step] = &[Step::Driver, Step::RestoreNetwork, Step::Quarantine];
-/// Gives a held function to a guest.
+/// Attaches a held function to a guest.
 pub const ATTACH: &[Step] = &[
     Step::ContainPath,
     Step::Reset,
@@ -70,7 +72,7 @@ pub const ATTACH: &[Step] = &[
 ];
 
 impl Kind {
-    /// The steps, in the order of going forwards.
+    /// The steps, in forward order.
     pub const fn steps(self) -> &'static [Step] {
         match self {
             Self::Hold | Self::Release => HOLD,
@@ -78,7 +80,7 @@ impl Kind {
         }
     }
 
-    /// The state while it runs, forwards.
+    /// The state while a transaction of this kind runs.
     pub const fn state_during(self) -> FunctionState {
         match self {
             Self::Hold => FunctionState::Host,
@@ -88,7 +90,7 @@ impl Kind {
         }
     }
 
-    /// The state when all steps are done.
+    /// The state after all steps are done.
     pub(crate) const fn state_when_forward(self) -> FunctionState {
         match self {
             Self::Hold | Self::Release => FunctionState::Held,
@@ -96,7 +98,7 @@ impl Kind {
         }
     }
 
-    /// The state when all steps are undone.
+    /// The state after all steps are undone.
     pub(crate) const fn state_when_undone(self) -> FunctionState {
         match self {
             Self::Hold | Self::Release => FunctionState::Host,
@@ -106,11 +108,11 @@ impl Kind {
 }
 
 impl Step {
-    /// From where on steps are undone that an older version did in another order: all that may have been done is undone, whatever was not
-    /// is left as it is.
+    /// The step from which a transaction of an older version, with another order of steps, is undone: all steps that may have been done
+    /// are undone, and undoing one that was not done changes nothing.
     pub(crate) const fn of_this_version(self) -> Self {
         match self {
-            // It had reset, prepared and assigned the function before.
+            // That version had done the steps up to [`Self::Assign`] before.
             Self::ContainErrors => Self::Assign,
             other => other,
         }

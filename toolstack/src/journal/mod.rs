@@ -1,9 +1,9 @@
-//! What the service intends, on disk: one small file for each function it manages.
+//! The journal: what the service intends, on disk, in one small file for each function with a record.
 //!
-//! A record is written and renamed into place before the step that it names runs, so that a service that was killed
-//! at any instruction finds out what may have been done. What is true is read from Xen, sysfs and xenstore; a
-//! record of another boot only remembers quarantine. So only quarantine, and its end, is synced to the disk, which takes milliseconds:
-//! the rest need not survive a power failure, which gives everything back to dom0.
+//! A record is written and renamed into place before the step that it names runs, so that after a kill at any instruction the next run
+//! knows what may have been done. The actual state is read from Xen, sysfs and xenstore; of a record of an earlier boot only a quarantine
+//! is kept. So only the begin and the end of a quarantine are synced to the disk, which takes milliseconds. The rest need not survive a
+//! power failure, after which everything belongs to dom0 anyway.
 
 mod record;
 
@@ -23,14 +23,14 @@ pub use record::{Grant, GuestPlace, NetworkRecord, Pristine, Progress, Record, R
 use crate::durable;
 use crate::outcome::{ErrorCode, Failure};
 
-/// The form of a record; others are refused.
+/// The format version of records; others are refused.
 pub const VERSION: u32 = 1;
-/// No record is longer than this, in bytes.
+/// The largest size of a record, in bytes.
 const SIZE_LIMIT: u64 = 64 * 1024;
-/// The extension of a record that could not be used.
+/// The file name extension of the copy of an unusable record.
 const UNUSABLE: &str = "unusable";
 
-/// What can go wrong with the journal.
+/// Errors of the journal.
 #[derive(Debug, Error)]
 pub enum JournalError {
     /// Reading or writing failed.
@@ -38,17 +38,17 @@ pub enum JournalError {
     Io {
         /// `read`, `write` or `remove`.
         action: &'static str,
-        /// Which file.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// A record is not one this version wrote.
+    /// A record that this version cannot read.
     #[error("journal file {path} cannot be used: {reason}")]
     Malformed {
-        /// Which file.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         reason: String,
     },
 }
@@ -61,7 +61,7 @@ impl JournalError {
         }
     }
 
-    /// The function that the file is about, by its name.
+    /// The function whose record the file is, by its file name.
     pub fn address(&self) -> Option<Sbdf> {
         self.path().file_stem()?.to_str()?.parse().ok()
     }
@@ -74,24 +74,24 @@ impl From<JournalError> for Failure {
     }
 }
 
-/// The directory with the records.
+/// The journal, which is a directory.
 #[derive(Debug, Clone)]
 pub struct Journal {
     directory: PathBuf,
-    /// Functions whose last record says that they are quarantined.
+    /// Functions whose last written record is quarantined.
     quarantined: Arc<Mutex<BTreeSet<Sbdf>>>,
     granted: Arc<Mutex<Granted>>,
     owners: Arc<Mutex<Owners>>,
 }
 
-/// The owners of functions with a record; those of others are dom0's, or another toolstack's.
+/// The owners of functions with a record. Other functions belong to dom0, or to another toolstack.
 pub(crate) type Owners = BTreeMap<Sbdf, Owner>;
 
-/// What functions gave their guests.
+/// The grants of functions that guests have.
 pub(crate) type Granted = BTreeMap<Sbdf, (DomId, Vec<Grant>)>;
 
 impl Journal {
-    /// Opens the directory, and creates it when it is not there.
+    /// Opens the directory, and creates it if necessary.
     pub fn open(directory: &Path) -> Result<Self, JournalError> {
         let error = |source| JournalError::Io { action: "create", path: directory.to_owned(), source };
         fs::create_dir_all(directory).map_err(error)?;
@@ -107,8 +107,8 @@ impl Journal {
         self.directory.join(format!("{address}.json"))
     }
 
-    /// Writes a record so that the next run of the service finds it, whole, when the call returns; that of a quarantined
-    /// function also after a power failure.
+    /// Writes a record atomically: it is visible to the next run of the service when the call returns. The record of a quarantined
+    /// function is also synced, to survive a power failure.
     pub fn write(&self, record: &Record) -> Result<(), JournalError> {
         let path = self.path(record.address);
         let quarantined = record.quarantine.is_some();
@@ -131,17 +131,17 @@ impl Journal {
         self.quarantined.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What guests were given with their functions, for as long as it is looked at or changed.
+    /// The grants of all guests, locked while they are used.
     pub(crate) fn granted(&self) -> MutexGuard<'_, Granted> {
         self.granted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whose functions with a record are.
+    /// The owners of functions with a record.
     pub(crate) fn owners(&self) -> MutexGuard<'_, Owners> {
         self.owners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Removes a function's record; nothing happens where there is none.
+    /// Removes a function's record; succeeds if there is none.
     pub fn remove(&self, address: Sbdf) -> Result<(), JournalError> {
         self.owners().remove(&address);
         let path = self.path(address);
@@ -151,7 +151,7 @@ impl Journal {
         removed.map_err(|source| JournalError::Io { action: "remove", path, source })
     }
 
-    /// Keeps a copy of a record that cannot be used, for whoever wants to know what was in it, and returns where.
+    /// Copies an unusable record for later examination, and returns the path of the copy.
     pub fn set_aside(&self, address: Sbdf) -> Result<PathBuf, JournalError> {
         let path = self.path(address);
         let aside = path.with_extension(UNUSABLE);
@@ -161,7 +161,7 @@ impl Journal {
         }
     }
 
-    /// All records, by address, with one error for each file that cannot be used.
+    /// All records, by address, with one error for each unusable file.
     pub fn read_all(&self) -> Result<(Vec<Record>, Vec<JournalError>), JournalError> {
         let (mut records, mut errors) = (Vec::new(), Vec::new());
         for path in entries(&self.directory)? {
@@ -183,13 +183,13 @@ impl Journal {
     }
 }
 
-/// The entries of a directory that has one for each function.
+/// The entries of a directory with one file for each function.
 pub(crate) fn entries(directory: &Path) -> Result<Vec<PathBuf>, JournalError> {
     let error = |source| JournalError::Io { action: "read", path: directory.to_owned(), source };
     let mut paths = Vec::new();
     for entry in fs::read_dir(directory).map_err(error)? {
         let path = entry.map_err(error)?.path();
-        // A temporary file is a write that never took effect.
+        // Temporary files are writes that were not completed.
         if path.extension().is_some_and(|extension| extension == "json") {
             paths.push(path);
         }
@@ -198,7 +198,7 @@ pub(crate) fn entries(directory: &Path) -> Result<Vec<PathBuf>, JournalError> {
     Ok(paths)
 }
 
-/// An entry of such a directory, at most `limit` bytes, and which function it is about.
+/// Reads an entry of such a directory, at most `limit` bytes; `about` returns its version and function.
 pub(crate) fn read_entry<T: DeserializeOwned>(
     path: &Path,
     limit: u64,
@@ -224,7 +224,7 @@ fn parse<T: DeserializeOwned>(
     Ok(entry)
 }
 
-/// What a file of the service's has, when it is of this version.
+/// Parses a file of the service, and refuses other versions.
 pub(crate) fn parse_versioned<T: DeserializeOwned>(
     path: &Path,
     text: &str,
@@ -238,7 +238,8 @@ pub(crate) fn parse_versioned<T: DeserializeOwned>(
     }
 }
 
-/// The record in a file; `None`: its bytes never reached the disk before the power failed, so it is of an earlier boot and says nothing.
+/// Reads a record. `None`: the file was removed, or its contents did not reach the disk before a power failure, so that it is of an
+/// earlier boot and irrelevant.
 fn read(path: &Path) -> Result<Option<Record>, JournalError> {
     let error = |source| JournalError::Io { action: "read", path: path.to_owned(), source };
     let file = match File::open(path) {
@@ -307,7 +308,7 @@ mod tests {
             for byte in [0, b'"', b'{', b'9', 0x80, 0xff] {
                 let mut garbled = good.clone();
                 garbled[at] = byte;
-                // What still has the form of a record is about the function that the file is named after.
+                // Damaged text that still is a valid record must be about the function in the file name.
                 let found = read(&garbled);
                 assert!(found.is_none_or(|found| found.address == record.address), "byte {at}: {byte:#x}");
             }
@@ -334,7 +335,7 @@ mod tests {
         let journal = Journal::open(directory.path()).unwrap();
         let mut record = sample();
         journal.write(&record).unwrap();
-        // What an older version wrote, and can read.
+        // In the format that an older version writes and reads.
         assert!(!fs::read_to_string(journal.path(record.address)).unwrap().contains("network"));
         assert_eq!(journal.read_all().unwrap().0, [record.clone()]);
         let mut network = NetworkRecord::default();

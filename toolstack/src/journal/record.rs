@@ -1,4 +1,4 @@
-//! What a record says.
+//! The contents of a journal record.
 
 use pciback::platform::VfSettings;
 use pciback::{DomId, FunctionState, Sbdf};
@@ -7,56 +7,56 @@ use serde::{Deserialize, Serialize};
 use super::VERSION;
 use crate::steps::{Kind, Step};
 
-/// What the service knows of one function and intends with it.
+/// What the service knows about one function, and intends with it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Record {
     /// [`VERSION`].
     pub version: u32,
-    /// The boot it belongs to, `/proc/sys/kernel/random/boot_id`.
+    /// The boot in which it was written, from `/proc/sys/kernel/random/boot_id`.
     pub boot: String,
     /// The function.
     pub address: Sbdf,
-    /// Where it stands; while a transaction runs, the state that leads to its end.
+    /// Its state; during a transaction, the transitional state.
     pub state: FunctionState,
-    /// Which of the functions that were at this address since boot it is; 0 in records of versions that did not ask.
+    /// The incarnation: counts the devices that had this address since boot; 0 in records of versions without it.
     #[serde(default)]
     pub incarnation: u64,
-    /// The driver it came from and goes back to.
+    /// The driver that it is given back to.
     pub original_driver: Option<String>,
-    /// The `driver_override` that it had, and has again when it goes back.
+    /// The `driver_override` from before it was held, which is restored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub original_override: Option<String>,
-    /// Whether it was taken before any driver had been asked: when it goes back, they are.
+    /// Whether it was held before any driver was probed: after the release, drivers are probed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unprobed: bool,
-    /// Whether the service itself prepared its MSI-X table, and so must release it.
+    /// Whether the service prepared its MSI-X table, and must release it.
     pub msix_prepared: bool,
     /// The guest that has it, gets it or loses it.
     pub guest: Option<GuestPlace>,
-    /// What was given to the guest beyond the device itself.
+    /// Host resources that were granted to the guest.
     #[serde(default)]
     pub grants: Vec<Grant>,
-    /// Whether the guest that has it, or had it last, does without its interrupt line, which another owner uses.
+    /// Whether its current or last guest does not have its interrupt line, because another owner uses it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub without_line: bool,
     /// The copy of an expansion ROM that its guest has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rom: Option<RomRecord>,
-    /// Whether its guest may still reach it: that it was switched off could not be proved.
+    /// Whether its guest may still reach it, because switching it off could not be verified.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unproved: bool,
-    /// Whether what was done with it is not known, because its record could not be used: a guest that has it may be one of ours.
+    /// Whether its history is unknown, because its record was unusable: a guest that has it may have got it from this service.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unknown_past: bool,
-    /// Whether a guest has had it and it was not reset since, because others on its bus, which it is reset with, were a guest's.
+    /// Whether a guest has had it and it was not reset since, because other functions on its bus, which are reset with it, belonged to a
+    /// guest.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unreset: bool,
-    /// A VF's network settings, once somebody has set one.
+    /// The VF's network settings, after the first was set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkRecord>,
-    /// Its registers as they were when it was first held; `None` until they could be read, and in records of versions that did not note
-    /// them.
+    /// Its registers from when it was first held; `None` until they could be read, and in records of versions that did not note them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pristine: Option<Vec<Pristine>>,
     /// The transaction in progress.
@@ -65,27 +65,27 @@ pub struct Record {
     pub quarantine: Option<String>,
 }
 
-/// A guest, and where it sees the function.
+/// A guest, and the device number of the function in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GuestPlace {
     /// The guest.
     pub domain: DomId,
-    /// Device and function number in the guest, on its bus 0000:00.
+    /// Device and function number on the guest's bus 0000:00.
     pub devfn: u8,
 }
 
-/// A copy of an expansion ROM, by which it is known again.
+/// A copy of an expansion ROM, by size and hash.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RomRecord {
-    /// How many bytes: a power of two.
+    /// Its size in bytes, a power of two.
     pub bytes: u32,
-    /// Their hash.
+    /// Its hash.
     pub hash: u64,
 }
 
-/// One permission that a guest was given; noted before it is given.
+/// A grant to a guest; written to the journal before it takes effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, tag = "kind", rename_all = "kebab-case")]
 pub enum Grant {
@@ -93,37 +93,37 @@ pub enum Grant {
     Iomem {
         /// The first page frame.
         first: u64,
-        /// How many.
+        /// Their number.
         frames: u64,
     },
     /// I/O ports.
     Ioport {
         /// The first port.
         first: u32,
-        /// How many.
+        /// Their number.
         count: u32,
     },
     /// An INTx line.
     Gsi {
-        /// The line.
+        /// Its GSI.
         gsi: u32,
     },
 }
 
-/// How far a transaction is.
+/// The progress of a transaction.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Progress {
-    /// What it does.
+    /// Its list of steps and direction.
     pub kind: Kind,
-    /// The step that runs or ran last: it and those before it may have had their effect.
+    /// The step that runs or ran last: it and those before it may have taken effect.
     pub step: Step,
-    /// Whether its steps are being undone.
+    /// Whether the steps are being undone.
     pub undoing: bool,
 }
 
 impl Record {
-    /// A function of which nothing is known but that it exists.
+    /// A record of a function with an unknown history.
     pub fn new(address: Sbdf, boot: &str) -> Self {
         Self {
             version: VERSION,
@@ -149,7 +149,7 @@ impl Record {
         }
     }
 
-    /// Whose it is.
+    /// The owner of the function.
     pub(super) fn owner(&self) -> Owner {
         match (self.guest, self.state) {
             (Some(place), _) => Owner::Domain(place.domain),
@@ -161,30 +161,30 @@ impl Record {
     }
 }
 
-/// Whose a function with a record is.
+/// The owner of a function with a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Owner {
-    /// It is held: whoever gets it next finds it reset.
+    /// No domain: it is held, and is reset before it gets an owner.
     Held,
-    /// This domain's, dom0 included, or about to be.
+    /// This domain, dom0 included, has it or is about to get it.
     Domain(DomId),
-    /// Not known for sure.
+    /// Not certain.
     Quarantined,
 }
 
-/// One register, as it was when the function was first held.
+/// The value of one register from when the function was first held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Pristine {
-    /// Where the register is.
+    /// The offset of the register in config space.
     pub offset: u16,
     /// Its width in bytes.
     pub width: u8,
-    /// Which of its bits hold what is written.
+    /// The bits that store what is written.
     pub mask: u32,
-    /// What they were.
+    /// Their values.
     pub value: u32,
-    /// Those that guests could reach since they were last known to be so.
+    /// The bits that guests could reach since they were last verified.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub reached: u32,
 }
@@ -194,24 +194,24 @@ const fn is_zero(bits: &u32) -> bool {
     *bits == 0
 }
 
-/// What the journal knows of a VF's network settings.
+/// The network settings of a VF in the journal.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
 pub struct NetworkRecord {
-    /// What the administrator set.
+    /// What the administrator set by 'vf set'.
     pub wished: VfSettings,
-    /// What the service's settings said when a guest got it last.
+    /// What the service's settings asked for when a guest last got it.
     #[serde(skip_serializing_if = "VfSettings::is_empty")]
     pub configured: VfSettings,
-    /// What was there before, of those settings.
+    /// The earlier values of those settings.
     pub before: VfSettings,
-    /// Why that could not be put back.
+    /// Why these could not be restored.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
 }
 
 impl NetworkRecord {
-    /// What is to be in force.
+    /// The settings that are to be in force.
     pub fn wanted(&self) -> VfSettings {
         self.wished.or(self.configured)
     }

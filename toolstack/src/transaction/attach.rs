@@ -1,4 +1,4 @@
-//! Giving a held function to a guest, up to the point where it is served.
+//! Steps of an attachment, up to the point where the function is served: MSI-X table, owner in Xen, image.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -30,18 +30,18 @@ pub(super) fn prepare_msix(context: &Context<'_>, record: &mut Record) -> Result
     if !spec.has_msix() || !table_is_placed(&spec) {
         return Ok(());
     }
-    // Xen would guard the page that a hidden capability names as its table: device registers, where the capability is wrong.
+    // With a hidden (malformed) MSI-X capability Xen would guard a page that is no table but other device registers.
     let filter = context.serving.filter(&spec, guest_of(record)?)?;
     let msix = AnyId::Legacy(CapabilityId::MSI_X);
     if !filter.capabilities().iter().any(|(capability, seen)| capability.id == msix && *seen) {
         return Ok(());
     }
-    // Xen finds the table through the BAR, which must decode.
+    // Xen finds the table through the BAR, so memory decoding must be enabled.
     let decodes = live::decode_memory(config.as_ref());
-    // A VF decodes when its PF says so; whether hardware keeps the bit shows in what Xen answers.
+    // Memory Space Enable of a VF is hardwired to 0, its PF's VF MSE applies instead; Xen's answer shows whether the table is reachable.
     let _hardwired =
         decodes.map_err(|error| config_failure("enable memory space of", record.address, &error))?;
-    // Noted before it is done: a table that is prepared without a record would stay so.
+    // Written to the journal first: without a record, the table would stay prepared.
     record.msix_prepared = true;
     context.write(record)?;
     let prepared = context.platform.hypervisor.prepare_msix(record.address);
@@ -50,7 +50,7 @@ pub(super) fn prepare_msix(context: &Context<'_>, record: &mut Record) -> Result
     Ok(())
 }
 
-/// Whether the BAR with the MSI-X table has an address: Xen would guard what is at address 0.
+/// Whether the BAR with the MSI-X table has an address; otherwise Xen would guard the page at address 0.
 fn table_is_placed(spec: &FunctionSpec) -> bool {
     let list = CapabilityList::walk(&spec.bytes);
     let table = list.legacy(CapabilityId::MSI_X).and_then(|msix| {
@@ -62,13 +62,14 @@ fn table_is_placed(spec: &FunctionSpec) -> bool {
 
 pub(super) fn release_msix(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
     if record.msix_prepared && context.left_the_host(record) {
-        // Xen freed the guarded table with the function.
+        // Xen released the guarded table when the function was removed.
         record.msix_prepared = false;
     }
     if record.msix_prepared {
         let hypervisor = &context.platform.hypervisor;
         let released = match hypervisor.release_msix(record.address) {
-            // An entry is mapped, or the service was killed after the note and before the deed: only then can it be prepared.
+            // Either an entry is still mapped, or the service was killed after it wrote the journal and before the hypercall. Only in the
+            // second case can the table be prepared, and then released.
             Err(error)
                 if error.errno() == Some(Errno::EBUSY)
                     && matches!(hypervisor.prepare_msix(record.address), Ok(true)) =>
@@ -97,8 +98,8 @@ pub(super) fn assign(context: &Context<'_>, record: &mut Record) -> Result<Optio
     Ok(joined(relaxed.into_iter().chain(privileged)))
 }
 
-/// Strictly first, so that it shows whether Xen objects to the reserved memory: where the policies are relaxed about that, the guest
-/// gets the function all the same, and the answer says what that means.
+/// Assigns the function with strict RDM policy first, so that Xen's answer shows whether it objects to the reserved memory. If the
+/// policies say `relaxed`, the assignment is repeated with that, and a warning describes the consequence.
 fn assign_in_xen(context: &Context<'_>, domain: DomId, address: Sbdf) -> Result<Option<String>, Failure> {
     let hypervisor = &context.platform.hypervisor;
     let Err(error) = hypervisor.assign(domain, address, RdmPolicy::Strict) else { return Ok(None) };
@@ -123,13 +124,13 @@ fn assign_in_xen(context: &Context<'_>, domain: DomId, address: Sbdf) -> Result<
     Ok(Some(said))
 }
 
-/// What Xen has against a function's reserved memory, where that is why it refused.
+/// Xen's objection to the function's reserved memory, if that is why it refused.
 fn objection(context: &Context<'_>, error: &PlatformError, address: Sbdf) -> Option<&'static str> {
     match error.errno()? {
         Errno::EPERM => Some(
             "other functions have the same reserved memory (RMRR), so that the guest and those functions can disturb each other",
         ),
-        // The same answer as for a function that another domain owns.
+        // Xen answers EBUSY for a function that another domain owns as well.
         Errno::EBUSY if matches!(context.platform.hypervisor.assignable(address), Ok(true)) => Some(
             "the guest has memory where the function's reserved memory (RMRR) is, so that what the device does there fails or \
              damages the guest",
@@ -160,13 +161,13 @@ pub(super) fn deassign(context: &Context<'_>, record: &mut Record) -> Result<(),
     }
     match context.platform.hypervisor.deassign(domain, record.address) {
         Ok(()) => Ok(()),
-        // A domain that is gone has lost it to the quarantine domain; one without passthrough never had it.
+        // When a domain ends, Xen assigns its functions to the quarantine domain; a domain without passthrough never owned the function.
         Err(error) if nobodys(context, &error, record.address) => Ok(()),
         Err(error) => Err(Failure::from(error).on(record.address).of(domain)),
     }
 }
 
-/// Whether Xen may still know a function that left as a guest's: the kernel's report of its end may be on its way.
+/// Whether Xen may still have a guest as the owner of a function that left the host: the kernel may not have reported the removal yet.
 fn is_guests(context: &Context<'_>, record: &Record) -> bool {
     let hypervisor = &context.platform.hypervisor;
     hypervisor.device_known(record.address).unwrap_or(true)
@@ -180,7 +181,7 @@ fn nobodys(context: &Context<'_>, error: &PlatformError, address: Sbdf) -> bool 
             || !hypervisor.device_known(address).unwrap_or(true))
 }
 
-/// Where the image of a function is.
+/// The path of a function's image.
 pub fn image_path(run_directory: &Path, address: Sbdf) -> PathBuf {
     run_directory.join("images").join(address.to_string())
 }
@@ -193,7 +194,7 @@ pub(super) fn create_image(context: &Context<'_>, record: &mut Record) -> Result
         _ => FunctionImage::BYTES,
     };
     let create = || -> io::Result<()> {
-        // What is left of an attempt that failed is not what this guest gets.
+        // A file left by an earlier failed attempt must not be reused.
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -203,7 +204,7 @@ pub(super) fn create_image(context: &Context<'_>, record: &mut Record) -> Result
         }
         let file: File =
             OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
-        // Reserved now: a full file system must not become a SIGBUS later.
+        // Allocated now: with a full file system, a later write to the mapping would raise SIGBUS.
         fallocate(&file, FallocateFlags::empty(), 0, bytes as i64)?;
         Ok(())
     };

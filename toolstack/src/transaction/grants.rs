@@ -1,7 +1,7 @@
-//! What a guest may reach of the host besides the function itself: BARs, ports, the interrupt line.
+//! Host resources that a guest gets with the function: access to its BARs and I/O ports, and its interrupt line.
 //!
-//! Functions may share what is granted: an interrupt line, or a page with two small BARs. A guest that has two such functions
-//! keeps what they share until it loses the last of them.
+//! Functions may share such resources: an interrupt line, or a page with two small BARs. A guest with two such functions keeps the shared
+//! resources until it loses the second function.
 
 use nix::errno::Errno;
 use pciback::DomId;
@@ -16,7 +16,7 @@ use crate::former_owners::FormerOwners;
 use crate::journal::{Grant, Record};
 use crate::outcome::Failure;
 
-/// The text says when the guest does without its interrupt line.
+/// Grants the resources. The text is a warning that the guest does not get the interrupt line.
 pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
     let domain = guest_of(record)?;
     let function = context.platform.host.function(record.address)?;
@@ -25,7 +25,7 @@ pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<Option
     let mut grants: Vec<Grant> = function.bars().iter().filter_map(bar_grant).collect();
     let spec = crate::spec::function_spec(context.platform.host.as_ref(), record.address)?;
     let line = LineCheck::of(context, &function, &spec, domain)?;
-    // Nobody is given or revokes what these share in between.
+    // Locked, so that no other transaction grants or revokes the same resources meanwhile.
     let mut granted = context.journal.granted();
     refuse_pages(context, &function, domain, &grants, &granted)?;
     let withheld = match line.settle(context, &granted)? {
@@ -37,14 +37,14 @@ pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<Option
     };
     record.without_line = withheld.is_some();
     granted.insert(record.address, (domain, grants.clone()));
-    // Noted before given: what the journal does not know is never revoked.
+    // Written to the journal first, because only grants in the journal are revoked.
     record.grants = grants;
     context.write(record)?;
     note_owner(context.former_owners, context.platform, record)?;
     for (index, grant) in record.grants.clone().into_iter().enumerate() {
         let Err(error) = allow(context, domain, grant, true) else { continue };
         if matches!(error.errno(), Some(Errno::EPERM | Errno::EINVAL)) {
-            // Refused before anything was given: neither this nor what follows is to be taken back.
+            // Refused by Xen without an effect, so that this grant and those after it need not be revoked.
             record.grants.truncate(index);
             granted.insert(record.address, (domain, record.grants.clone()));
         }
@@ -53,7 +53,7 @@ pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<Option
     Ok(withheld)
 }
 
-/// Refuses to give away what the kernel does not list as a function's own, and pages with something else than functions in them.
+/// Refuses BARs that the kernel does not list as the function's, and pages that also contain resources of other drivers.
 pub(super) fn refuse_foreign(host: &dyn Host, function: &HostFunction) -> Result<(), Failure> {
     if !function.bars().iter().any(Resource::is_placed) {
         return Ok(());
@@ -77,7 +77,8 @@ pub(super) fn refuse_foreign(host: &dyn Host, function: &HostFunction) -> Result
     Err(Failure::refused(text).on(address).hint(format!("see {file}; {otherwise}")))
 }
 
-/// Decoding is on before the guest can reach a BAR, and stays on until it cannot any more: no write of the guest's switches it off.
+/// Enables decoding before the guest can reach a BAR. It stays enabled until the guest can no longer reach it, because the guest's writes
+/// to these bits do not reach hardware.
 fn decode(context: &Context<'_>, function: &HostFunction) -> Result<(), Failure> {
     let config = context.platform.host.config(function.address)?;
     live::decode_bars(config.as_ref(), &PlacedBar::of_host(function))
@@ -85,7 +86,7 @@ fn decode(context: &Context<'_>, function: &HostFunction) -> Result<(), Failure>
         .map_err(|error| config_failure("enable decoding of", function.address, &error))
 }
 
-/// Notes that a PV guest may map the function's BARs, which outlives the revocation.
+/// Notes that a PV guest may map the function's BARs; such mappings survive the revocation.
 pub fn note_owner(owners: &FormerOwners, platform: &Platform, record: &Record) -> Result<(), Failure> {
     let domain = guest_of(record)?;
     if domains::kind(platform.store.as_ref(), domain)? == DomainType::Hvm {
@@ -132,7 +133,7 @@ fn bar_grant(bar: &Resource) -> Option<Grant> {
     }
 }
 
-/// The parts of a grant that are in none of the others. Ports have no unit larger than a BAR, so that functions share none.
+/// The parts of a grant that no other grant contains. I/O ports are granted exactly, so that functions never share them.
 fn without(grant: Grant, others: &[Grant]) -> Vec<Grant> {
     let mut parts = vec![grant];
     for other in others {
@@ -141,7 +142,7 @@ fn without(grant: Grant, others: &[Grant]) -> Vec<Grant> {
     parts
 }
 
-/// What lies below and above another grant.
+/// The parts below and above another grant.
 fn cut(grant: Grant, other: Grant) -> [Option<Grant>; 2] {
     match (grant, other) {
         (Grant::Gsi { gsi }, Grant::Gsi { gsi: other }) if gsi == other => [None, None],

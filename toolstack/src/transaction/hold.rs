@@ -15,19 +15,19 @@ use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 use crate::settings::Holder;
 
-/// Drivers that hold a function without using it, best first: recovery from errors in the neighbourhood is vetoed by
-/// a driver without error handlers, and pci-stub has none.
+/// Drivers that hold a function without using it, best first. The kernel's recovery from an error fails if a driver below the same port
+/// has no error handlers, and pci-stub has none.
 const HOLDERS: [&str; 2] = ["pciback", "pci-stub"];
 
-/// How long the kernel may take from telling of a function that appears until drivers may have it.
+/// The limit for the kernel to offer a new function to drivers after its event.
 const APPEARANCE: Duration = Duration::from_secs(5);
 
-/// The driver that holds, when the function is bound to such a one.
+/// The holding driver, if the function is bound to one.
 pub fn holder_of(function: &HostFunction) -> Option<&str> {
     function.driver.as_deref().filter(|driver| HOLDERS.contains(driver))
 }
 
-/// Chooses the driver that will hold, of those that are loaded.
+/// Chooses a holding driver among those that are loaded.
 pub fn choose_holder(host: &dyn Host, setting: Holder) -> Result<&'static str, Failure> {
     let loaded = host.drivers()?;
     let wanted: &[&'static str] = match setting {
@@ -52,7 +52,7 @@ pub(super) fn take_driver(context: &Context<'_>, record: &mut Record) -> Result<
     let holder = match choose_holder(host.as_ref(), context.settings.holder) {
         Ok(holder) => holder,
         Err(failure) => {
-            // What else is in the way is named with it.
+            // Other obstacles are reported together with this one.
             let in_use = if context.force { Ok(()) } else { refuse_in_use(host.as_ref(), record.address) };
             let found = [Some(failure.clone()), in_use.err()].into_iter().flatten().collect();
             let action = format!("make {} assignable", record.address);
@@ -67,7 +67,7 @@ pub(super) fn take_driver(context: &Context<'_>, record: &mut Record) -> Result<
         )
     });
     if record.incarnation != function.incarnation {
-        // What was noted is another one's.
+        // The noted registers are those of another device.
         record.pristine = None;
     }
     record.incarnation = function.incarnation;
@@ -80,13 +80,13 @@ pub(super) fn take_driver(context: &Context<'_>, record: &mut Record) -> Result<
     if let Some(before) = function.driver_override.filter(names_no_holder) {
         record.original_override = Some(before);
     }
-    // Written before anything is changed.
+    // Written to the journal before anything is changed.
     context.write(record)?;
     host.set_driver_override(record.address, Some(holder))?;
-    // Where a driver was just being asked, the override waited for its answer; from here on no other one is.
+    // Writing driver_override waits for a probe that is under way; after it, only the holding driver can bind.
     let function = host.function(record.address)?;
     if let Some(driver) = function.driver {
-        // One without a driver may be on its way back from an attempt that failed: what is known stays.
+        // A function without a driver may come from a failed attempt, so that the noted driver is kept.
         record.original_driver = Some(driver);
         record.unprobed = false;
         context.write(record)?;
@@ -103,13 +103,13 @@ pub(super) fn take_driver(context: &Context<'_>, record: &mut Record) -> Result<
     Ok(joined(taken.into_iter().chain(warning).chain(unresettable)))
 }
 
-/// Warnings as one.
+/// Joins warnings into one.
 pub(super) fn joined(warnings: impl Iterator<Item = String>) -> Option<String> {
     let warnings: Vec<String> = warnings.collect();
     Some(warnings.join("; ")).filter(|text| !text.is_empty())
 }
 
-/// Says of a function that attach will refuse for want of a reset what it will say, before anybody relies on it.
+/// Warns at once that a function cannot be attached later because no reset is possible.
 fn unresettable(context: &Context<'_>, function: &HostFunction) -> Option<String> {
     let plan = plan_for(&context.settings.reset, context.policies, function);
     let failure = context.buses().refuse_unresettable(&plan, function, None).err()?;
@@ -117,7 +117,7 @@ fn unresettable(context: &Context<'_>, function: &HostFunction) -> Option<String
     Some(format!("{} cannot be attached as it is: {}{hint}", function.address, failure.message))
 }
 
-/// Refuses to take a function from a driver through which somebody uses it.
+/// Refuses to take a function from a driver while it is in use.
 pub fn refuse_in_use(host: &dyn Host, address: Sbdf) -> Result<(), Failure> {
     let uses: Vec<String> = host.uses(address)?.iter().map(ToString::to_string).collect();
     if uses.is_empty() {
@@ -128,7 +128,7 @@ pub fn refuse_in_use(host: &dyn Host, address: Sbdf) -> Result<(), Failure> {
         .hint("stop that first; 'xpci pci-assignable-add --force' takes the function all the same"))
 }
 
-/// Binds a function to the driver of its override.
+/// Binds a function to the driver in its override.
 fn bind(context: &Context<'_>, address: Sbdf, driver: &str) -> Result<(), Failure> {
     let (host, limit) = (&context.platform.host, context.settings.driver_limit());
     let deadline = Instant::now() + APPEARANCE;
@@ -140,7 +140,7 @@ fn bind(context: &Context<'_>, address: Sbdf, driver: &str) -> Result<(), Failur
         if bound.as_deref() == Some(driver) {
             return Ok(());
         }
-        // One that has just appeared is not offered to drivers before the kernel has finished with it. An event tells of that.
+        // The kernel does not offer a new function to drivers before it has finished its set-up, which an event reports.
         if bound.is_some() || !context.serving.wait_for_host(seen, deadline) {
             let left_with = bound.as_deref().unwrap_or("no driver");
             let text = format!("bind {address} to {driver}: afterwards it has {left_with}");
@@ -157,13 +157,13 @@ pub(super) fn give_back_driver(
     if context.left_the_host(record) {
         return Ok(None);
     }
-    // Unbinding resets it.
+    // Unbinding from xen-pciback resets the function.
     refuse_owned(context, record)?;
     let function = host.function(record.address)?;
     let (before, limit) = (record.original_override.as_deref(), context.settings.driver_limit());
     let Some(original) = record.original_driver.clone() else {
         host.set_driver_override(record.address, before)?;
-        // It came without a driver; it goes back without one. A driver that does not hold was never taken away.
+        // It had no driver and goes back without one. If a driver that does not hold is bound, it was never taken away.
         if holder_of(&function).is_some() {
             host.unbind(record.address, limit)?;
         }
@@ -177,7 +177,7 @@ pub(super) fn give_back_driver(
         return Ok(None);
     }
     (context.progress)(&format!("giving {} back to {original}", record.address));
-    // Only the driver it came from may take it, even where another loaded one would match too.
+    // The override keeps other loaded drivers that match from binding.
     host.set_driver_override(record.address, Some(&original))?;
     let bound = host.unbind(record.address, limit).and_then(|()| host.probe(record.address, limit));
     host.set_driver_override(record.address, before)?;
@@ -204,9 +204,9 @@ pub(super) fn own(context: &Context<'_>, record: &mut Record) -> Result<(), Fail
     if !hypervisor.assignable(record.address)? {
         return Err(a_guests(context.platform, record.address));
     }
-    // Relaxed, as xl does: the quarantine domain has no memory that reserved memory could collide with, and runs nothing.
+    // With relaxed RDM policy, as xl does: the quarantine domain has no memory that could collide with reserved memory, and runs no code.
     match hypervisor.assign(DomId::IO, record.address, RdmPolicy::Relaxed) {
-        // The quarantine domain owns it already, for example because xl holds it.
+        // The quarantine domain owns it already, for example because xl made it assignable.
         Err(error) if matches!(error.errno(), Some(Errno::EBUSY | Errno::EEXIST)) => Ok(()),
         Err(error) => {
             let refused = error.errno() == Some(Errno::EPERM);
@@ -217,7 +217,7 @@ pub(super) fn own(context: &Context<'_>, record: &mut Record) -> Result<(), Fail
     }
 }
 
-/// The refusal to take a function that a guest has, by another toolstack.
+/// The refusal to take a function that another toolstack has attached to a guest.
 pub fn a_guests(platform: &Platform, address: Sbdf) -> Failure {
     match nodes::pciback_guest(platform.store.as_ref(), address) {
         Ok(Some(domain)) => {
@@ -231,8 +231,7 @@ pub fn a_guests(platform: &Platform, address: Sbdf) -> Failure {
     .on(address)
 }
 
-/// Whether a guest has a function that this service did not give: another toolstack gave it. Where the service does not know any more what
-/// it did, what xl writes to xenstore decides.
+/// Whether a guest has a function that another toolstack attached. If the record of the function was lost, xl's nodes in xenstore decide.
 pub fn is_another_toolstacks(platform: &Platform, record: &Record) -> Result<bool, Failure> {
     let address = record.address;
     if record.guest.is_some() || !is_a_guests(platform, address)? {
@@ -241,13 +240,13 @@ pub fn is_another_toolstacks(platform: &Platform, record: &Record) -> Result<boo
     Ok(!record.unknown_past || nodes::pciback_guest(platform.store.as_ref(), address)?.is_some())
 }
 
-/// Whether Xen knows a function as a guest's.
+/// Whether a guest owns the function in Xen.
 pub(super) fn is_a_guests(platform: &Platform, address: Sbdf) -> Result<bool, Failure> {
     let hypervisor = &platform.hypervisor;
     Ok(hypervisor.device_known(address)? && !hypervisor.assignable(address)?)
 }
 
-/// Refuses to touch a function that no guest should own now: Xen is asked, since another toolstack takes what xen-pciback holds.
+/// Refuses to touch a function that a guest owns in Xen although it should not: another toolstack can attach what xen-pciback holds.
 pub(super) fn refuse_owned(context: &Context<'_>, record: &Record) -> Result<(), Failure> {
     if !context.left_the_host(record) && is_a_guests(context.platform, record.address)? {
         return Err(a_guests(context.platform, record.address));
@@ -257,12 +256,12 @@ pub(super) fn refuse_owned(context: &Context<'_>, record: &Record) -> Result<(),
 
 pub(super) fn disown(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
     if context.left_the_host(record) {
-        // Another one at its address belongs to dom0 already.
+        // Another device at its address belongs to dom0 already.
         return Ok(());
     }
     refuse_owned(context, record)?;
     match context.platform.hypervisor.deassign(DomId::IO, record.address) {
-        // It is not the quarantine domain's: dom0 has it, or it left the host.
+        // The quarantine domain does not own it: it is dom0's, or it left the host.
         Err(error) if matches!(error.errno(), Some(Errno::ENODEV | Errno::EINVAL)) => Ok(()),
         other => Ok(other?),
     }

@@ -1,8 +1,8 @@
 //! Attach, detach, hold and release as lists of steps with undo.
 //!
-//! The lists are in [`steps`](crate::steps); what is done in one direction is undone in the other by the same code.
-//! Before a step runs or is undone the journal names it. A step that fails on the way forward undoes itself and those before it;
-//! on the way back all steps run whatever happens, and a failure quarantines the function.
+//! The lists are in [`steps`](crate::steps). Detach and release undo the steps of attach and hold, with the same code. The journal names
+//! a step before it runs or is undone. If a step fails on the way forward, it and the steps before it are undone. On the way back all
+//! steps run in spite of failures, and a failure quarantines the function.
 
 mod attach;
 mod grants;
@@ -50,38 +50,40 @@ use crate::settings::Settings;
 pub use crate::steps::{ATTACH, HOLD, Kind, Step};
 use crate::wishes::Wishes;
 
-/// How a guest loses a function.
+/// How a function is withdrawn from its guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Parting {
-    /// It is asked, and loses the function when it does not answer in time.
+    /// The guest is asked, and loses the function if it does not release it in time.
     Ask,
-    /// It is not asked.
+    /// The guest is not asked.
     Force,
-    /// It is gone.
+    /// The guest has ended.
     Dead,
 }
 
-/// The part of attaching and detaching that the engine does, because it owns the guests' threads and handshakes.
+/// The operations of transactions that the engine carries out, because it owns the serving threads and handshakes.
 pub trait Serving: Sync {
-    /// Opens a function with a new image, for [`Serving::serve`] on the same transaction. When it returns, the image is complete.
+    /// Opens a function with a new image, for [`Serving::serve`] in the same transaction. After it returns, the image is complete.
     fn open(&self, record: &Record) -> Result<(), Failure>;
-    /// Publishes a function to its guest and serves it. The text says what the guest still has to do, if anything.
+    /// Publishes a function to its guest and serves it. The text is a warning about what the guest still has to do.
     fn serve(&self, record: &Record) -> Result<Option<String>, Failure>;
-    /// Stops serving it: bus mastering and interrupts off, nodes removed. The text says when the guest did not release it in time.
+    /// Stops serving a function: switches off bus mastering and interrupts, removes its nodes. The text is a warning that the guest did
+    /// not release it in time.
     fn withdraw(&self, record: &Record, parting: Parting) -> Result<Option<String>, Failure>;
-    /// What a guest would see of a function, and which of its writes reach hardware, as the policies are.
+    /// The filter for a function and a guest by the current policies: what the guest sees, and which of its writes reach hardware.
     fn filter(&self, spec: &FunctionSpec, domain: DomId) -> Result<Arc<Planes>, Failure>;
-    /// Why the function shall end quarantined, where somebody decided that while a transaction has it.
+    /// Why the function must end quarantined, if that was decided during the transaction.
     fn distrusted(&self, address: Sbdf) -> Option<String>;
-    /// How many things have happened to the host's functions; ask before looking.
+    /// The current count of events about the host's functions. Read it before examining the state.
     fn host_changes(&self) -> u64;
-    /// Waits until more than `seen` have; `false` when nothing did before the deadline.
+    /// Waits until the count is above `seen`; `false`: the deadline passed first.
     fn wait_for_host(&self, seen: u64, deadline: Instant) -> bool;
-    /// Whether the engine has stopped: then nobody carries out the first two, and what is under way is the next run's.
+    /// Whether the engine has stopped. It then no longer serves or withdraws functions, and the unfinished transaction is left to the
+    /// next run.
     fn ended(&self) -> bool;
 }
 
-/// What steps work with.
+/// What steps need.
 pub struct Context<'a> {
     /// The host.
     pub platform: &'a Platform,
@@ -89,37 +91,37 @@ pub struct Context<'a> {
     pub settings: &'a Settings,
     /// The policies in force when the transaction began.
     pub policies: &'a PolicySet,
-    /// Where intentions are written.
+    /// The journal, with what the service intends.
     pub journal: &'a Journal,
-    /// Where it is written what was on the paths before.
+    /// The ledger, with the earlier values of registers on the paths.
     pub ledger: &'a Ledger,
-    /// Where it is written which PV guests may still reach a function.
+    /// The PV guests that may still reach a function.
     pub former_owners: &'a FormerOwners,
-    /// The functions that were reset with their bus.
+    /// The functions that were reset with their bus and have had no owner since.
     pub fresh: &'a Fresh,
-    /// What is wanted persistently of functions.
+    /// Functions that are held persistently, and persistent network settings.
     pub wishes: &'a Wishes,
     /// The engine.
     pub serving: &'a dyn Serving,
-    /// How a guest loses the function when steps are undone.
+    /// How the function is withdrawn from its guest when steps are undone.
     pub parting: Parting,
-    /// Whether a function is taken from its driver even while somebody uses it.
+    /// Whether a function is taken from its driver even while it is in use.
     pub force: bool,
-    /// Told what is done now.
+    /// Reports progress to the client.
     pub progress: &'a dyn Fn(&str),
 }
 
-/// What a transaction leaves behind.
+/// The result of a transaction.
 #[derive(Debug)]
 pub struct Finished {
-    /// The function as it is now, as the journal has it.
+    /// The record of the function, as written to the journal.
     pub record: Record,
-    /// What the user should know besides; or why it failed.
+    /// Warnings for the user, or why the transaction failed.
     pub outcome: Result<Vec<String>, Failure>,
 }
 
 impl Context<'_> {
-    /// Runs a list forwards. When a step fails, what was done is undone; when that fails too, the function is quarantined.
+    /// Runs a list forwards. If a step fails, the steps so far are undone; if that fails too, the function is quarantined.
     pub fn forward(&self, kind: Kind, mut record: Record) -> Finished {
         let mut warnings = Vec::new();
         record.state = kind.state_during();
@@ -143,7 +145,7 @@ impl Context<'_> {
         Finished { record, outcome }
     }
 
-    /// Runs a list backwards, from its end.
+    /// Runs a list backwards, from its last step.
     pub fn backward(&self, kind: Kind, mut record: Record) -> Finished {
         record.state = kind.state_during();
         match kind.steps().last() {
@@ -152,7 +154,7 @@ impl Context<'_> {
         }
     }
 
-    /// Undoes `step` and all before it, whatever fails on the way.
+    /// Undoes `step` and all steps before it, in spite of failures.
     pub fn backward_from(&self, kind: Kind, step: Step, mut record: Record) -> Finished {
         let mut warnings = Vec::new();
         let mut failures: Vec<Failure> = Vec::new();
@@ -160,7 +162,7 @@ impl Context<'_> {
         let step = step.of_this_version();
         let count = steps.iter().position(|candidate| *candidate == step).map_or(0, |index| index + 1);
         if record.quarantine.is_some() {
-            // At once: what follows may wait for the guest.
+            // At once, because the following steps may wait for the guest.
             failures.extend(self.note(&mut record, kind, step, true).err());
             failures.extend(quarantine::switch_off(self, &record).err());
         }
@@ -180,7 +182,7 @@ impl Context<'_> {
                     if self.serving.ended() {
                         return Finished { record, outcome: Err(failure) };
                     }
-                    // With the next step's note it is in the journal, should the service be killed before the end.
+                    // The note of the next step writes it to the journal, in case the service is killed before the end.
                     record.quarantine.get_or_insert_with(|| failure.message.clone());
                     failures.push(failure);
                 }
@@ -212,7 +214,7 @@ impl Context<'_> {
         }
     }
 
-    /// Whether the function is no longer there: pulled out, disabled, or replaced by another one, which is none of ours.
+    /// Whether the device is no longer in the host: removed, disabled, or replaced by another one.
     pub(super) fn left_the_host(&self, record: &Record) -> bool {
         match self.platform.host.function(record.address) {
             Ok(function) => record.incarnation != 0 && function.incarnation != record.incarnation,
@@ -220,14 +222,15 @@ impl Context<'_> {
         }
     }
 
-    /// Ends a transaction that went back to its beginning.
+    /// Ends a transaction whose steps are all undone.
     fn close(&self, record: &mut Record) -> Result<(), Failure> {
         if self.left_the_host(record) && record.state == FunctionState::Held {
-            // Known until somebody has seen it, or another function appears at its address.
+            // The record is kept until an administrator has removed it, or another function appears at the address.
             record.state = FunctionState::Gone;
             record.quarantine = None;
         } else if record.quarantine.is_some() {
-            // Nobody's, but for nobody either. Linux's reset put back what it had found before.
+            // No guest has it, and none gets it. Switched off again, because Linux's reset restores the Command register from before the
+            // reset.
             record.state = FunctionState::Quarantined;
             self.write(record)?;
             return quarantine::switch_off(self, record).map(drop);
@@ -258,7 +261,7 @@ impl Context<'_> {
             Step::Driver => hold::take_driver(self, record),
             Step::RestoreNetwork => Ok(None),
             Step::Quarantine => hold::own(self, record).map(|()| {
-                // dom0 has had it.
+                // The function had been dom0's until now.
                 self.fresh.forget(record.address);
                 pristine::take(self, record);
                 None
@@ -310,7 +313,7 @@ impl Context<'_> {
             Step::Assign => attach::deassign(self, record).map(|()| None),
             Step::Grant => grants::revoke(self, record).map(|()| None),
             Step::ApplyNetwork => Ok(network::verify(self, record)),
-            // It tells what the guest may still reach.
+            // The image shows what the guest may still reach.
             Step::Image if record.unproved => Ok(None),
             Step::Image => {
                 attach::remove_image(self, record).and_then(|()| rom::remove(self, record)).map(|()| None)
@@ -320,7 +323,7 @@ impl Context<'_> {
     }
 }
 
-/// One failure that names both causes, the first one first.
+/// Combines two failures into one, in their order.
 fn both(first: Failure, second: Option<Failure>) -> Failure {
     match second {
         None => first,
@@ -333,7 +336,7 @@ fn both(first: Failure, second: Option<Failure>) -> Failure {
     }
 }
 
-/// Where the guest of a record that must have one sees the function.
+/// The guest and device number in a record that must have a guest.
 pub fn place_of(record: &Record) -> Result<GuestPlace, Failure> {
     record.guest.ok_or_else(|| {
         Failure::new(ErrorCode::Failed, format!("the journal names no guest for {}", record.address))
@@ -341,7 +344,7 @@ pub fn place_of(record: &Record) -> Result<GuestPlace, Failure> {
     })
 }
 
-/// The guest of a record that must have one.
+/// The guest in a record that must have one.
 pub fn guest_of(record: &Record) -> Result<DomId, Failure> {
     place_of(record).map(|place| place.domain)
 }

@@ -1,9 +1,9 @@
-//! The network settings that the administrator wishes for a VF, by 'vf set' or in the service's settings: put in force, kept in force,
-//! and taken back.
+//! The network settings that the administrator requests for a VF, by 'vf set' or in the service's settings: applying, keeping and undoing
+//! them.
 //!
-//! Those of 'vf set' are set through the PF at once, those of the service's settings when the VF is created; all of them at each attach,
-//! after each reset that a guest asks for (a reset may lose them) and when the guest is gone. What was there before the first of them
-//! is put back when the VF goes back to dom0.
+//! Settings of 'vf set' are set through the PF at once, those of the service's settings when the VF is created. All of them are set again
+//! at each attachment, after each reset that a guest requests (which may lose them), and when the guest has lost the VF. The values
+//! before the first change are restored when the VF goes back to dom0.
 
 use log::warn;
 use nix::errno::Errno;
@@ -18,19 +18,19 @@ use crate::outcome::{ErrorCode, Failure};
 use crate::settings::Settings;
 use crate::wishes::Wishes;
 
-/// What a PF's driver says of one VF.
+/// What a PF's driver reports for one VF.
 #[derive(Debug, Clone)]
 pub struct Seen {
-    /// Which VF.
+    /// The VF.
     pub vf: VfPlace,
-    /// The PF's network interface, where it has one.
+    /// The PF's network interface, if it has one.
     pub interface: Option<String>,
-    /// The settings, where the driver reports any.
+    /// The settings, if the driver reports any.
     pub settings: Option<VfSettings>,
 }
 
 impl Seen {
-    /// The settings; without them nothing can be set.
+    /// The settings, or why none can be set.
     fn settable(&self) -> Result<VfSettings, Failure> {
         let pf = self.vf.physical_function;
         let failure = match (&self.interface, self.settings) {
@@ -50,7 +50,7 @@ impl Seen {
     }
 }
 
-/// Which VF of which PF a function is.
+/// The PF and the index of a VF.
 pub fn place(platform: &Platform, address: Sbdf) -> Result<VfPlace, Failure> {
     let host = platform.host.as_ref();
     let function = host.function(address)?;
@@ -69,7 +69,7 @@ pub fn place(platform: &Platform, address: Sbdf) -> Result<VfPlace, Failure> {
     Ok(VfPlace { address, physical_function, index: index as u16 })
 }
 
-/// Asks a PF's driver for all of its VFs.
+/// Asks a PF's driver for the settings of all its VFs.
 pub fn look_at_all(platform: &Platform, pf: &HostFunction) -> Result<Vec<Seen>, Failure> {
     let found = platform
         .network
@@ -83,7 +83,7 @@ pub fn look_at_all(platform: &Platform, pf: &HostFunction) -> Result<Vec<Seen>, 
     Ok(seen.collect())
 }
 
-/// Asks the PF's driver for one VF.
+/// Asks the PF's driver for the settings of one VF.
 pub fn look(platform: &Platform, address: Sbdf) -> Result<Seen, Failure> {
     let vf = place(platform, address)?;
     let found = platform
@@ -94,7 +94,7 @@ pub fn look(platform: &Platform, address: Sbdf) -> Result<Seen, Failure> {
     Ok(Seen { vf, interface: found.map(|network| network.interface), settings })
 }
 
-/// Sets what is wanted, all of it or nothing.
+/// Sets all wanted settings, or none.
 fn put(
     network: &dyn VfNetwork,
     vf: VfPlace,
@@ -115,7 +115,7 @@ fn put(
     Ok(())
 }
 
-/// Sets as many as can be set, and says which could not.
+/// Sets as many as possible, and returns the failures.
 fn put_back(network: &dyn VfNetwork, vf: VfPlace, before: &VfSettings, present: &VfSettings) -> Vec<Failure> {
     let failed = |setting| network.set_vf_setting(vf, setting).err().map(|error| (setting, error));
     let failures = before.each(present).into_iter().filter_map(failed);
@@ -148,14 +148,14 @@ fn explained(error: &PlatformError, vf: VfPlace, setting: VfSetting) -> Failure 
     failure.on(vf.address)
 }
 
-/// Settings as text: `mac 52:54:00:aa:bb:01, vlan 100`.
+/// Settings as text, for example `mac 52:54:00:aa:bb:01, vlan 100`.
 pub fn described(settings: &VfSettings) -> String {
     let words: Vec<String> =
         settings.words().into_iter().map(|(name, value)| format!("{name} {value}")).collect();
     words.join(", ")
 }
 
-/// What the driver reports otherwise than it should be, in words.
+/// The difference between the wanted and the reported settings, as text.
 pub fn deviation(wanted: &VfSettings, found: &VfSettings) -> Option<String> {
     let unlike = wanted.unlike(found);
     (!unlike.is_empty()).then(|| {
@@ -165,8 +165,8 @@ pub fn deviation(wanted: &VfSettings, found: &VfSettings) -> Option<String> {
     })
 }
 
-/// Takes over the administrator's wishes for a held or attached VF. `None` where everything is so already; otherwise what he
-/// should know besides. When it fails, the record and the VF are as before.
+/// Applies the settings that the administrator requests for a held or attached VF. Returns warnings, or `None` if all settings are in
+/// force already. After a failure, the record and the VF are unchanged.
 pub fn change(
     platform: &Platform,
     journal: &Journal,
@@ -180,7 +180,7 @@ pub fn change(
     if wishes.unlike(&old.wished).is_empty() && wishes.unlike(&present).is_empty() {
         return Ok(None);
     }
-    // Noted before it is done: a change without a record is never undone.
+    // Written to the journal first, because only a change with a record can be undone.
     let before = old.before.or(present.only(&wishes));
     record.network =
         Some(NetworkRecord { wished: wishes.or(old.wished), before, problem: None, ..old.clone() });
@@ -203,7 +203,7 @@ pub fn change(
     Ok(Some(warnings))
 }
 
-/// What the driver took and yet does not report.
+/// Settings that the driver accepted but does not report.
 fn unconfirmed(platform: &Platform, address: Sbdf, wishes: &VfSettings) -> Option<String> {
     match look(platform, address) {
         Ok(now) => deviation(wishes, &now.settings.unwrap_or_default()).map(|deviation| {
@@ -213,7 +213,7 @@ fn unconfirmed(platform: &Platform, address: Sbdf, wishes: &VfSettings) -> Optio
     }
 }
 
-/// What a VF is to have by 'vf set --persist', which goes before, and by the service's settings.
+/// The settings for a VF: those of 'vf set --persist', and for the others those of the service's settings.
 fn configured(
     platform: &Platform,
     (settings, wishes): (&Settings, &Wishes),
@@ -224,7 +224,7 @@ fn configured(
     Ok(persistent.unwrap_or_default().or(settings.network(host, vf)?))
 }
 
-/// Puts what the service's settings say in force for VFs that were just created, of PFs of which they say something.
+/// Applies configured settings to VFs that were just created.
 pub fn prepare(
     platform: &Platform,
     (settings, wishes): (&Settings, &Wishes),
@@ -249,13 +249,13 @@ pub fn prepare(
     Ok(())
 }
 
-/// Puts the wishes in force for the guest that gets the VF. A guest must not run with another VLAN or address than was wished: a
-/// failure fails the attach.
+/// Applies the settings before a guest gets the VF. A failure fails the attachment, because the guest must not run with another VLAN or
+/// address than requested.
 pub(super) fn apply(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
     let mut network = record.network.clone().unwrap_or_default();
     network.configured = match place(context.platform, record.address) {
         Ok(vf) => configured(context.platform, (context.settings, context.wishes), vf)?,
-        // No VF.
+        // It is no VF.
         Err(failure) if failure.code == ErrorCode::Refused => VfSettings::default(),
         Err(failure) => return Err(failure),
     };
@@ -266,7 +266,7 @@ pub(super) fn apply(context: &Context<'_>, record: &mut Record) -> Result<Option
     (context.progress)(&format!("setting the network of {}", record.address));
     let seen = look(context.platform, record.address)?;
     let present = seen.settable()?;
-    // Noted before it is done: a change without a record is never undone.
+    // Written to the journal first, because only a change with a record can be undone.
     network.before = network.before.or(present.only(&wanted));
     record.network = Some(network);
     context.write(record)?;
@@ -274,8 +274,8 @@ pub(super) fn apply(context: &Context<'_>, record: &mut Record) -> Result<Option
     Ok(unconfirmed(context.platform, record.address, &wanted))
 }
 
-/// Puts in force again what a reset in a guest's hands lost. What is in force already is left alone: the guest can make this
-/// happen as often as it likes, and drivers log each change.
+/// Restores settings that a reset by the guest has lost. Settings that are in force are not set again, because the guest can cause this
+/// as often as it likes and drivers log each change.
 pub fn reapply(platform: &Platform, address: Sbdf, network: Option<&NetworkRecord>) -> Result<(), Failure> {
     let Some(wanted) = network.map(NetworkRecord::wanted).filter(|wanted| !wanted.is_empty()) else {
         return Ok(());
@@ -285,8 +285,8 @@ pub fn reapply(platform: &Platform, address: Sbdf, network: Option<&NetworkRecor
     put(platform.network.as_ref(), seen.vf, &wanted.unlike(&present), &present)
 }
 
-/// What the guest has made of the settings, which ends now; for the log and the administrator, no failure: the next attach sets
-/// them again, or fails.
+/// Reports and undoes what the guest changed in the settings. A failure is only a warning, because the next attachment sets them again,
+/// or fails.
 pub(super) fn verify(context: &Context<'_>, record: &Record) -> Option<String> {
     let network = record.network.as_ref().filter(|network| !network.wanted().is_empty())?;
     if context.left_the_host(record) {
@@ -303,10 +303,11 @@ pub(super) fn verify(context: &Context<'_>, record: &Record) -> Option<String> {
     Some(text)
 }
 
-/// Puts back what was there before the first wish. A failure does not keep the VF from dom0; the record and the warning name it.
+/// Restores the settings from before the first change. A failure does not prevent that the VF goes back to dom0; it is in the record and
+/// in the warning.
 pub(super) fn restore(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
     if context.left_the_host(record) {
-        // With the VF its settings are gone; another one in its place has its own.
+        // The settings were lost with the VF; another one at its address has its own.
         record.network = None;
     }
     let Some(network) = &mut record.network else { return Ok(None) };

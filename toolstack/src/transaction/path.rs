@@ -1,7 +1,7 @@
-//! The path of an assigned function: errors that it causes are reported, do not escalate, and do not take the host down.
+//! The path of an assigned function, from the root port to the function: errors are reported, do not escalate, and do not crash the host.
 //!
-//! What is set and why: `pciback::containment`. A port is set once for all assigned functions below it, and what was there before
-//! comes back when the last of them leaves.
+//! `pciback::containment` has the settings and their reasons. A port is set once for all assigned functions below it, and its earlier
+//! values are restored when the last of them is detached.
 
 use std::io;
 
@@ -19,12 +19,12 @@ use crate::journal::Record;
 use crate::ledger::{Before, Entry, Ledger};
 use crate::outcome::{ErrorCode, Failure};
 
-/// Somebody on the path of a function: a port above, its PF, or itself.
+/// A function on the path: a port above, the PF, or the function itself.
 #[derive(Debug)]
 pub struct Member {
-    /// As the host shows it.
+    /// From sysfs.
     pub function: HostFunction,
-    /// What it is there.
+    /// Its role on the path.
     pub role: Role,
     /// Its config space.
     pub bytes: Vec<u8>,
@@ -40,7 +40,7 @@ pub struct FunctionPath {
 }
 
 impl FunctionPath {
-    /// Looks at everybody on it.
+    /// Reads all functions on the path.
     pub fn of(platform: &Platform, address: Sbdf) -> Result<Self, Failure> {
         let host = platform.host.as_ref();
         let mut addresses = host.ports_above(address)?;
@@ -61,7 +61,7 @@ impl FunctionPath {
         Ok(Self { members: addresses.into_iter().map(member).collect::<Result<_, Failure>>()?, root_port })
     }
 
-    /// Whether AER is the kernel's: without a root port nobody is known to handle it.
+    /// Whether the kernel controls AER. Without a root port it counts as not controlled.
     pub fn os_owns_aer(&self) -> bool {
         self.root_port.is_some_and(|(_, handled)| handled)
     }
@@ -74,27 +74,27 @@ impl FunctionPath {
 }
 
 impl Member {
-    /// What shall be set in it.
+    /// The registers to be set in it.
     pub fn settings(&self, os_owns_aer: bool) -> Vec<Setting> {
         settings(&self.bytes, self.role, os_owns_aer)
     }
 }
 
-/// What stands in a register, in the bytes that were read of its function.
+/// The value of a register, in the bytes that were read from config space.
 pub fn value_in(bytes: &[u8], access: Access) -> u32 {
     let range = usize::from(access.offset())..usize::from(access.offset() + access.width().bytes());
     let bytes = bytes.get(range).unwrap_or_default();
     bytes.iter().rev().fold(0, |value, byte| value << 8 | u32::from(*byte))
 }
 
-/// Who is hit when a function fails.
+/// The functions that a failure of this one affects.
 pub fn blast_radius(platform: &Platform, path: &FunctionPath) -> Result<Radius, Failure> {
     let host = platform.host.as_ref();
     let bridges = path.bridges();
     let Some(member) = path.members.last() else {
         return Err(Failure::new(ErrorCode::Failed, "a path without a function"));
     };
-    // One that leaves meanwhile is hit by nothing.
+    // A function that leaves meanwhile is not affected.
     let others: Vec<HostFunction> =
         host.functions()?.into_iter().filter_map(|address| host.function(address).ok()).collect();
     let pin = member.bytes.get(usize::from(header::INTERRUPT_PIN)).is_some_and(|pin| *pin != 0);
@@ -114,7 +114,7 @@ pub(super) fn apply(context: &Context<'_>, record: &Record) -> Result<Option<Str
     Ok(unhandled.map(|(root_port, _)| not_handled(root_port)))
 }
 
-/// Sets what is in the function itself again: its reset has cleared it, where Linux does not put it back.
+/// Sets the registers in the function itself again, because a reset clears those that Linux does not restore.
 pub fn renew(platform: &Platform, ledger: &Ledger, address: Sbdf) -> Result<(), Failure> {
     let _alone = ledger.lock();
     let Some(entry) = ledger.entry(address)? else { return Ok(()) };
@@ -127,14 +127,14 @@ pub fn renew(platform: &Platform, ledger: &Ledger, address: Sbdf) -> Result<(), 
         .try_for_each(|setting| enforce(config.as_ref(), setting, address))
 }
 
-/// What it means that the kernel does not handle AER.
+/// The warning for a root port whose errors the kernel does not handle.
 pub fn not_handled(root_port: Sbdf) -> String {
     format!(
         "the platform keeps AER at {root_port} from Linux: error reporting is left as it is, and xpci notices no errors below"
     )
 }
 
-/// Sets one function of the path for `user`.
+/// Sets the registers of one function on the path, for `user`.
 fn set(context: &Context<'_>, member: &Member, user: Sbdf, os_owns_aer: bool) -> Result<(), Failure> {
     let address = member.function.address;
     let settings = member.settings(os_owns_aer);
@@ -142,7 +142,7 @@ fn set(context: &Context<'_>, member: &Member, user: Sbdf, os_owns_aer: bool) ->
         return Ok(());
     }
     let known = context.ledger.entry(address)?;
-    // One of another function that was here is as good as none: what it holds left with that.
+    // An entry of another device that had this address does not count, because its register values left with it.
     let known = known.filter(|entry| entry.incarnation == member.function.incarnation);
     let mut entry = known
         .clone()
@@ -160,7 +160,7 @@ fn set(context: &Context<'_>, member: &Member, user: Sbdf, os_owns_aer: bool) ->
     settings.iter().try_for_each(|setting| enforce(config.as_ref(), setting, address))
 }
 
-/// Puts a register to what is wanted.
+/// Sets a register to its wanted value.
 fn enforce(config: &dyn ConfigSpace, setting: &Setting, address: Sbdf) -> Result<(), Failure> {
     let left = put(config, setting, setting.row.wanted)
         .map_err(|error| access_failure(&format!("set {} of", setting.row.name), address, &error))?;
@@ -179,14 +179,14 @@ fn enforce(config: &dyn ConfigSpace, setting: &Setting, address: Sbdf) -> Result
     Ok(())
 }
 
-/// Takes `record`'s function off everybody's list, and puts back what was there before where it was the last one. The lists are gone
-/// through, not the path: that may have left with the function.
+/// Removes the function as a user of all entries, and restores those without another user. The entries are searched, not the path,
+/// because the ports may have been removed together with the function.
 pub(super) fn restore(context: &Context<'_>, record: &Record) -> Result<(), Failure> {
     let user = record.address;
     let _alone = context.ledger.lock();
     let entries = context.ledger.entries()?;
     let mut entries: Vec<Entry> = entries.into_iter().filter(|entry| entry.users.contains(&user)).collect();
-    // From the function up: reports end before the ports on their way change.
+    // From the function upwards, so that error messages stop before the ports that route them change.
     entries.sort_by_key(|entry| match entry.role {
         Role::Virtual | Role::Physical => 0,
         Role::Port => 1,
@@ -199,7 +199,7 @@ pub(super) fn restore(context: &Context<'_>, record: &Record) -> Result<(), Fail
             true => put_back(context, &entry),
             false => Ok(()),
         };
-        // One that could not be put back stays in the list, for the next try.
+        // An entry that could not be restored is kept for the next attempt.
         let written = restored.and_then(|()| Ok(context.ledger.write(&entry)?));
         outcome = outcome.and(written);
     }
@@ -212,7 +212,7 @@ fn put_back(context: &Context<'_>, entry: &Entry) -> Result<(), Failure> {
     match host.function(address) {
         Ok(function) if function.incarnation == entry.incarnation => {}
         Err(error) if error.errno() != Some(nix::errno::Errno::ENOENT) => return Err(error.into()),
-        // It left, and what was in it with it.
+        // The device was removed, and its register values with it.
         _ => return Ok(()),
     }
     let config = host.config(address)?;
@@ -242,13 +242,13 @@ impl Before {
         Self { offset: setting.access.offset(), width, mask, value: value & mask }
     }
 
-    /// Whether it is of this register.
+    /// Whether it is the value of this register.
     pub fn is_of(&self, setting: &Setting) -> bool {
         (self.offset, self.width) == (setting.access.offset(), setting.row.width)
     }
 }
 
-/// What was in a register before anybody set it.
+/// The value of a register before it was set.
 pub fn before(ledger: &Ledger, address: Sbdf, setting: &Setting) -> Option<u32> {
     let entry = ledger.entry(address).ok()??;
     entry.before.iter().find(|before| before.is_of(setting)).map(|before| before.value)

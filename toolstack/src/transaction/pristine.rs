@@ -1,8 +1,9 @@
-//! The next owner finds a function's registers as they were when it was first held, and not as the last one left them.
+//! Restores registers to the values that they had when the function was first held, so that the next owner does not find those of the
+//! last one.
 //!
-//! Linux saves most control registers before a reset and writes them back afterwards, those that a guest has written included. So the
-//! control registers of all known capabilities are noted when a function is first held. What a guest can reach of them is put back at each
-//! change of hands, and read back.
+//! Linux saves most control registers before a reset and restores them afterwards, including values that a guest wrote. So the control
+//! registers of all known capabilities are noted when a function is first held. Those bits that a guest could reach are restored and
+//! verified whenever the function gets another owner.
 
 use log::{info, warn};
 use pciback::Sbdf;
@@ -15,7 +16,7 @@ use crate::journal::{Pristine, Record};
 use crate::outcome::{ErrorCode, Failure};
 use crate::spec::function_spec;
 
-/// The built-in filter: it tells registers that hold what is written from others.
+/// The built-in filter: it tells registers that store what is written from others.
 fn built_in(spec: &FunctionSpec) -> Result<Planes, Failure> {
     let address = spec.address;
     Planes::compile(spec, &Policy::default()).map_err(|error| {
@@ -23,7 +24,7 @@ fn built_in(spec: &FunctionSpec) -> Result<Planes, Failure> {
     })
 }
 
-/// Notes the registers of a function that is held for the first time. One that cannot be read now is noted before it is given to a guest.
+/// Notes the registers of a function that is held for the first time. If they cannot be read now, they are noted before an attachment.
 pub(super) fn take(context: &Context<'_>, record: &mut Record) {
     if record.pristine.is_some() {
         return;
@@ -47,8 +48,8 @@ fn read(context: &Context<'_>, spec: &FunctionSpec) -> Result<Vec<Pristine>, Fai
     noted.map_err(|error| config_failure("note the registers of", address, &error))
 }
 
-/// Before a function that has been reset is given to a guest: notes the registers if that was not done yet, puts back what an earlier guest may
-/// have left, and notes what the next one can reach.
+/// Before a function that was reset is given to a guest: notes the registers if that was not done yet, restores what an earlier guest may
+/// have changed, and notes what the next one can reach.
 pub(super) fn prepare(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
     let spec = function_spec(context.platform.host.as_ref(), record.address)?;
     if record.pristine.is_none() {
@@ -56,12 +57,12 @@ pub(super) fn prepare(context: &Context<'_>, record: &mut Record) -> Result<Opti
     }
     let warning = put_back(context, record, &spec)?;
     note_reach(context, record, &spec)?;
-    // In the journal before the guest can write.
+    // Written to the journal before the guest can write to the function.
     context.write(record)?;
     Ok(warning)
 }
 
-/// Adds the bits that the guest's filter lets through, as the policies are now.
+/// Adds the bits that the guest's filter passes to hardware, by the current policies.
 fn note_reach(context: &Context<'_>, record: &mut Record, spec: &FunctionSpec) -> Result<(), Failure> {
     let Some(guest) = record.guest else { return Ok(()) };
     let planes = context.serving.filter(spec, guest.domain)?;
@@ -73,7 +74,7 @@ fn note_reach(context: &Context<'_>, record: &mut Record, spec: &FunctionSpec) -
     Ok(())
 }
 
-/// After a guest has had the function and it has been reset: puts back what the guest could reach.
+/// After a guest has had the function and it was reset: restores what the guest could reach.
 pub(super) fn restore(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
     if context.left_the_host(record) || record.pristine.is_none() {
         return Ok(None);
@@ -107,7 +108,7 @@ fn put_back(
             let (offset, width) = (control.access.offset(), control.access.width().bytes());
             (offset, width) == (register.offset, u16::from(register.width))
         });
-        // Its capability is no longer there: no guest can reach it either.
+        // Its capability is no longer there, so that no guest can reach it either.
         let Some(control) = control else { continue };
         let left = put(config.as_ref(), control, register)
             .map_err(|error| config_failure("restore the registers of", address, &error))?;
@@ -116,7 +117,7 @@ fn put_back(
             continue;
         }
         let text = format!("{} at {:#x}, bits {left:#x}", control.name, register.offset);
-        // What the built-in rules leave to guests is stored by all hardware; what a policy opens may be a device's own affair.
+        // All hardware stores the bits that the built-in rules open to guests; bits that only a policy opens may be device specific.
         match left & planes.reaches(control.access) {
             0 => reported.push(text),
             _ => kept_out.push(text),
@@ -137,7 +138,7 @@ fn put_back(
     }))
 }
 
-/// Puts one register back and reads it; returns the bits that differ all the same.
+/// Restores one register and reads it back; returns the bits that still differ.
 fn put(config: &dyn ConfigSpace, control: &ControlRegister, register: &Pristine) -> std::io::Result<u32> {
     let mask = register.reached & register.mask & control.mask;
     let found = config.read(control.access)?;
@@ -150,7 +151,7 @@ fn put(config: &dyn ConfigSpace, control: &ControlRegister, register: &Pristine)
     Ok((config.read(control.access)? ^ register.value) & mask)
 }
 
-/// Errors of the last owner's time are not the next one's. The platform's own are left to it.
+/// Clears errors of the last owner, unless the platform firmware handles errors.
 fn clear_errors(context: &Context<'_>, address: Sbdf) {
     let (host, errors) = (context.platform.host.as_ref(), &context.platform.errors);
     let root = host.ports_above(address).ok().and_then(|ports| ports.last().copied());

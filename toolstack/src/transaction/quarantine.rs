@@ -1,4 +1,4 @@
-//! Functions that are trusted no more: made harmless in hardware, and trusted again only after a verified reset.
+//! Quarantined functions: switched off in hardware, and trusted again only after a verified reset.
 
 use log::warn;
 use pciback::FunctionState;
@@ -10,15 +10,15 @@ use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 
 impl Context<'_> {
-    /// Marks a function that no guest has: it goes to nobody until it is cleared.
+    /// Quarantines a function that no guest has.
     pub fn condemn(&self, mut record: Record) -> Finished {
         record.state = FunctionState::Quarantined;
-        // Whatever it was condemned for, it is reset before anybody gets it.
+        // Whatever the reason, the function is reset before it gets another owner.
         self.fresh.forget(record.address);
         let noted = self.write(&record);
         let off = switch_off(self, &record);
         let named = match off {
-            // That says more than what made somebody look.
+            // This explains more than the error that led to the quarantine.
             Ok(Off::AnotherGuests) => {
                 let taken = hold::a_guests(self.platform, record.address).message;
                 record.quarantine = Some(format!("while xpci held it, {taken}"));
@@ -30,8 +30,8 @@ impl Context<'_> {
         Finished { record, outcome }
     }
 
-    /// Undoes once more whatever an attachment may have left, then resets the function: only when that is verified it can be
-    /// attached again. On any failure it stays quarantined, for the reason that it was.
+    /// Undoes again everything that an attachment may have left, then resets the function. It can be attached again only after the reset
+    /// is verified. After a failure it stays quarantined, for the old reason.
     pub fn clear(&self, mut record: Record) -> Finished {
         if record.guest.is_some() {
             let detached = self.backward(Kind::Detach, record);
@@ -52,7 +52,7 @@ impl Context<'_> {
     fn trust_again(&self, record: &mut Record) -> Result<Vec<String>, Failure> {
         let mut warnings = Vec::new();
         if self.left_the_host(record) {
-            // What comes to its place is another one.
+            // A function that appears at its address is another one.
             record.state = FunctionState::Gone;
         } else {
             warnings.extend(hold::take_driver(self, record)?);
@@ -67,26 +67,26 @@ impl Context<'_> {
     }
 }
 
-/// What became of a function that is to do nothing more.
+/// The result of switching off a function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Off {
-    /// It can do nothing: it is switched off, or is not there.
+    /// It is switched off, or is not in the host.
     Harmless,
-    /// A driver of dom0's has it, which goes on.
+    /// A driver of dom0 uses it; it was not changed.
     Dom0s,
-    /// A guest has it through another toolstack, and goes on.
+    /// A guest uses it through another toolstack; it was not changed.
     AnotherGuests,
 }
 
-/// Switches bus mastering and all interrupts off and makes sure of it. What answers all ones can do neither. A function of which it cannot be
-/// found out whether another toolstack's guest has it is left as it is, and that is an error.
+/// Switches off bus mastering and all interrupts, and verifies that. A function that answers all ones counts as switched off. If it
+/// cannot be determined whether another toolstack has attached the function, it is not changed, and that is an error.
 pub(super) fn switch_off(context: &Context<'_>, record: &Record) -> Result<Off, Failure> {
     if context.left_the_host(record) {
         return Ok(Off::Harmless);
     }
     let function = context.platform.host.function(record.address)?;
     if function.driver.is_some() && hold::holder_of(&function).is_none() {
-        // A driver of dom0's uses it, perhaps for dom0's own disk: what failed was taking it away.
+        // What failed was taking the function from its driver, which may serve dom0's own disk.
         return Ok(Off::Dom0s);
     }
     let address = record.address;

@@ -1,4 +1,4 @@
-//! Reset as a gate: a function changes hands only after a reset that is verified.
+//! Verified resets: a function gets another owner only after one.
 
 use std::time::{Duration, Instant};
 
@@ -15,10 +15,11 @@ use crate::journal::{Progress, Record};
 use crate::outcome::{ErrorCode, Failure};
 use crate::reset_plan::{ResetCheck, ResetPlan};
 
-/// Command and Status in one.
+/// Command and Status together.
 const COMMAND_AND_STATUS: Access = Access::fixed::<{ header::COMMAND }, 4>();
 
-/// How a function is reset: as the settings say, but for what its policies say. They do not depend on the guest: it may have ended.
+/// The reset plan for a function: the settings, overridden by its policies. Policies for a guest's name do not apply, because the guest
+/// may have ended.
 pub fn plan_for(settings: &ResetPlan, policies: &PolicySet, function: &HostFunction) -> ResetPlan {
     let wishes = policies.merge(&Subject::of_host(function, None)).reset;
     let permit_none = wishes.permits_none();
@@ -29,8 +30,8 @@ pub fn plan_for(settings: &ResetPlan, policies: &PolicySet, function: &HostFunct
     plan
 }
 
-/// Resets a function and makes sure that it did. Where the plan permits a function that cannot be reset, it is only made quiet, and
-/// the answer says so.
+/// Resets a function and verifies the reset. If it cannot be reset and the plan permits that, it is only made quiet, and a warning is
+/// returned.
 pub fn reset_and_verify(
     platform: &Platform,
     plan: &ResetPlan,
@@ -46,7 +47,7 @@ fn reset_in_this_way(
     way: Way,
 ) -> Result<Option<String>, Failure> {
     let (host, address) = (platform.host.as_ref(), function.address);
-    // Quiet before the reset: Linux saves Command and writes it back afterwards.
+    // Before the reset, because Linux saves Command and restores it afterwards.
     let quiet = live::clear_bus_master(host.config(address)?.as_ref());
     quiet.map_err(|error| config_failure("quiesce", address, &error))?;
     let said = (way == Way::Without).then(|| {
@@ -76,21 +77,21 @@ fn reset_in_this_way(
     }
     verified?;
     place_bars(config.as_ref(), function)?;
-    // Nobody hears its INTx until a guest has it, or a driver of dom0's, which clears the bit itself. Not all hardware has it.
+    // INTx stays disabled until a guest handles it. A driver of dom0 enables it itself. Not all hardware implements Interrupt Disable.
     live::set_intx(config.as_ref(), Switch::Off)
         .map(|_| said)
         .map_err(|error| config_failure("disable INTx of", address, &error))
 }
 
-/// Clears a mark that no reset has cleared.
+/// Clears the mark if no reset has cleared it.
 pub(super) fn clear_mark(canary: Option<Canary>, config: &dyn ConfigSpace, address: Sbdf) {
     if let Some(Err(error)) = canary.map(|canary| canary.remove(config)) {
         warn!("{address}: clear the mark that the reset left: {error}");
     }
 }
 
-/// The addresses that Linux gave the BARs, where a reset of the link has taken them: the reset above has then kept what was no longer
-/// right.
+/// Restores the BAR addresses that Linux assigned, if a reset of the link had cleared them earlier: Linux's save and restore around its
+/// reset then kept the cleared values.
 pub(super) fn place_bars(config: &dyn ConfigSpace, function: &HostFunction) -> Result<(), Failure> {
     let address = function.address;
     let lost = live::place_bars(config, &PlacedBar::of_host(function)).map_err(|error| {
@@ -103,18 +104,18 @@ pub(super) fn place_bars(config: &dyn ConfigSpace, function: &HostFunction) -> R
     Ok(())
 }
 
-/// How a function is reset when it changes hands.
+/// How a function is reset for another owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
-    /// By Linux, without any other function.
+    /// By Linux, without affecting other functions.
     Alone,
-    /// By the service, with all others on its bus.
+    /// By the service, together with all functions on its bus.
     Together,
     /// Not at all.
     Without,
 }
 
-/// How a function is reset by a plan; an error where no way will do.
+/// How a plan resets a function; an error if no way is possible.
 pub(super) fn way(host: &dyn Host, plan: &ResetPlan, function: &HostFunction) -> Result<Way, Failure> {
     let address = function.address;
     let alone = match function.reset_methods.first() {
@@ -143,7 +144,7 @@ pub(super) fn way(host: &dyn Host, plan: &ResetPlan, function: &HostFunction) ->
         .hint(hint))
 }
 
-/// Why Linux's way to reset a function will not do, if so.
+/// Why the reset method that Linux offers cannot be used, if so.
 fn refuse_alone(
     host: &dyn Host,
     plan: &ResetPlan,
@@ -164,7 +165,7 @@ fn refuse_alone(
         );
     }
     if method == BUS {
-        // Linux offers it only where that is so, at the time when it was asked.
+        // Linux offers a bus reset only for the only function on the bus, but another one may have appeared since it checked.
         let others: Vec<Sbdf> =
             host.functions()?.into_iter().filter(|other| share_a_bus(*other, address)).collect();
         if !others.is_empty() {
@@ -185,7 +186,7 @@ fn share_a_bus(other: Sbdf, address: Sbdf) -> bool {
     other != address && (other.segment(), other.bus()) == (address.segment(), address.bus())
 }
 
-/// Makes sure that a reset happened, in all ways that the plan names.
+/// Verifies a reset by all checks of the plan.
 pub(super) fn verify_all(
     config: &dyn ConfigSpace,
     plan: &ResetPlan,
@@ -222,7 +223,7 @@ fn verify(
                 .on(address)
                 .hint("the device may need a power cycle"));
         }
-        // No event tells when a device has come back: the specification has software ask (section 2.3.1, RRS).
+        // No event signals the end of a reset; the specification has software poll config space (section 2.3.1, RRS).
         std::thread::sleep(Duration::from_millis(2));
     }
 }

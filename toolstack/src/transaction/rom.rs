@@ -1,4 +1,5 @@
-//! The expansion ROM that policies give to a guest: a copy, taken before the guest has the function, that a restarted service finds again.
+//! The expansion ROM that policies give to a guest: a copy, made before the guest gets the function, so that a restarted service can use
+//! it again.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -18,15 +19,15 @@ use crate::domains::{self, DomainType};
 use crate::journal::{Record, RomRecord};
 use crate::outcome::{ErrorCode, Failure};
 
-/// Others than its owner may write to a file.
+/// Mode bits that let users other than the owner write to a file.
 const WRITABLE_BY_OTHERS: u32 = 0o022;
 
-/// Where the copy of a function's ROM is, beside its image.
+/// The path of the copy of a function's ROM, next to its image.
 pub fn rom_path(run_directory: &Path, address: Sbdf) -> PathBuf {
     run_directory.join("images").join(format!("{address}.rom"))
 }
 
-/// Takes the copy, where the policies want one; the text says when the guest cannot have it.
+/// Makes the copy if the policies ask for one. The text is a warning that the guest cannot have it.
 pub(super) fn copy(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
     let (address, domain) = (record.address, guest_of(record)?);
     remove(context, record)?;
@@ -70,7 +71,7 @@ pub(super) fn copy(context: &Context<'_>, record: &mut Record) -> Result<Option<
     Ok(None)
 }
 
-/// The contents that were copied, as the journal knows them.
+/// Reads the copy and compares it with the journal.
 pub fn read_copy(run_directory: &Path, address: Sbdf, known: RomRecord) -> Result<Vec<u8>, String> {
     let path = rom_path(run_directory, address);
     let contents = File::open(&path).and_then(read_bounded);
@@ -103,9 +104,9 @@ fn read_device(context: &Context<'_>, address: Sbdf) -> Result<Vec<u8>, String> 
     })
 }
 
-/// Nobody but root decides what a guest's firmware runs.
+/// Reads a ROM file that only root can change, because the guest's firmware runs it.
 fn read_file(path: &Path) -> io::Result<Vec<u8>> {
-    // Not to wait for whoever writes to a pipe.
+    // O_NONBLOCK, so that opening a FIFO does not block.
     let file = OpenOptions::new().read(true).custom_flags(O_NONBLOCK).open(path)?;
     let status = file.metadata()?;
     if !status.is_file() {

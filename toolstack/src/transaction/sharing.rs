@@ -1,8 +1,9 @@
-//! What a function shares with functions of other owners: a page of memory with registers of both, an interrupt line, or the IOMMU's
+//! Resources that a function shares with functions of other owners: a page of memory with registers of both, an interrupt line, or IOMMU
 //! translation.
 //!
-//! A page or a group that is shared lets one owner reach what is another's, so the function is refused unless a policy permits that by
-//! name. A shared line is not given: a function that can send messages does without it, and any other one is refused.
+//! A shared page or IOMMU group lets one owner reach what belongs to the other, so that the function is refused unless a policy permits
+//! it by name. A shared interrupt line is not granted: a function that supports MSI or MSI-X works without it, and any other function is
+//! refused.
 
 use nix::errno::Errno;
 use pciback::config::{AnyId, FunctionSpec};
@@ -24,26 +25,26 @@ use crate::journal::{Grant, Granted, Journal, Owner, Record};
 use crate::outcome::{Failure, few};
 use crate::spec::SpecExt;
 
-/// How many of those that share something are named.
+/// The number of other functions that a message names.
 const SHOWN: usize = 3;
 
-/// By what it is found out.
+/// The inputs of the checks.
 pub struct Sharing<'a> {
     /// The host.
     pub platform: &'a Platform,
     /// The policies in force.
     pub policies: &'a PolicySet,
-    /// Where it is noted whose functions are.
+    /// The journal, with the owners of functions.
     pub journal: &'a Journal,
-    /// The functions that were reset with their bus.
+    /// The functions that were reset with their bus and have had no owner since.
     pub fresh: &'a Fresh,
 }
 
 /// What a guest gets of its function's interrupt line.
 pub(super) enum Line {
-    /// The function has none, or the guest gets it.
+    /// The guest gets the line, or the function has none.
     Given(Option<u32>),
-    /// Another owner uses it; the guest does without. Said to whoever attaches the function.
+    /// The guest does not get the line, because another owner uses it; with a warning.
     Withheld(String),
 }
 
@@ -53,14 +54,14 @@ impl<'a> Context<'a> {
     }
 }
 
-/// Refuses to give a function to its guest because of what it shares.
+/// Refuses to attach a function because of what it shares.
 pub(super) fn refuse(context: &Context<'_>, record: &Record, path: &FunctionPath) -> Result<(), Failure> {
     let domain = guest_of(record)?;
     let found = context.sharing().on_path(path, Some(domain))?;
     Failure::refuse_for(&format!("attach {} to domain {domain}", record.address), found)
 }
 
-/// Refuses to give dom0 a function that another toolstack has given to a guest, or that shares something with a guest's.
+/// Refuses to give a function back to dom0 that another toolstack has attached, or that shares something with a guest's.
 pub fn refuse_release(sharing: &Sharing<'_>, record: &Record) -> Result<(), Failure> {
     let address = record.address;
     let function = match sharing.platform.host.function(address) {
@@ -72,7 +73,7 @@ pub fn refuse_release(sharing: &Sharing<'_>, record: &Record) -> Result<(), Fail
     }
     let buses = Buses { platform: sharing.platform, journal: sharing.journal, fresh: sharing.fresh };
     together::refuse_release(&buses, sharing.policies, record)?;
-    // Without a guest there is nobody to share it with.
+    // Without any attached function there is nothing to share with a guest.
     if !sharing.journal.owners().values().any(|owner| matches!(owner, Owner::Domain(_))) {
         return Ok(());
     }
@@ -99,10 +100,10 @@ impl Foreign {
 }
 
 impl Sharing<'_> {
-    /// What keeps a function from a domain, or, without one, from any.
+    /// Obstacles to giving a function to a domain, or to any domain.
     pub fn obstacles(&self, address: Sbdf, domain: Option<DomId>) -> Result<Vec<Failure>, Failure> {
         let mut found = self.on_path(&FunctionPath::of(self.platform, address)?, domain)?;
-        // While dom0's driver has it, that driver's claims are in its BARs.
+        // Only checked for a held function: before that, its BARs contain the claims of dom0's driver.
         if domain != Some(DomId::DOM0) && self.journal.owners().get(&address) == Some(&Owner::Held) {
             let host = self.platform.host.as_ref();
             found.extend(refuse_foreign(host, &host.function(address)?).err());
@@ -113,7 +114,7 @@ impl Sharing<'_> {
     fn on_path(&self, path: &FunctionPath, domain: Option<DomId>) -> Result<Vec<Failure>, Failure> {
         let Some(Member { function, bytes, .. }) = path.members.last() else { return Ok(Vec::new()) };
         let bridges = path.bridges();
-        // A VF's BARs are aligned to pages (PCI Express 6.0, section 9.3.3.13), and it has no line.
+        // BARs of a VF are page aligned (PCI Express 6.0, section 9.3.3.13), and it has no interrupt line.
         if is_alone(function, &bridges) {
             return Ok(Vec::new());
         }
@@ -130,7 +131,7 @@ impl Sharing<'_> {
         Ok(found)
     }
 
-    /// What others have, and what nobody can say to be nobody's.
+    /// Functions of other owners, and quarantined ones, whose owner is not certain.
     fn foreign(&self, address: Sbdf, domain: Option<DomId>) -> Result<Vec<Foreign>, Failure> {
         let host = self.platform.host.as_ref();
         let owners = self.journal.owners().clone();
@@ -142,7 +143,7 @@ impl Sharing<'_> {
                 Owner::Quarantined => domain != Some(DomId::DOM0),
                 Owner::Domain(owner) => domain != Some(owner),
             };
-            // One that leaves meanwhile shares nothing.
+            // A function that leaves meanwhile shares nothing.
             if other != address
                 && is_foreign
                 && let Ok(function) = host.function(other)
@@ -178,7 +179,7 @@ impl Sharing<'_> {
         Ok(found)
     }
 
-    /// Those with whom it is not permitted to share, in words; `None` where there are none.
+    /// The functions with which sharing is not permitted, as text; `None` if there are none.
     fn refused(
         &self,
         function: &HostFunction,
@@ -191,7 +192,7 @@ impl Sharing<'_> {
         }
         let mut refused = Vec::new();
         for sharer in sharers {
-            // What a guest was permitted to share with dom0 it may share after the function was held for a while, too.
+            // If a policy permits a guest to share with dom0, dom0 may also share with that guest when it gets the other function back.
             let permitted = match sharer.owner {
                 Owner::Domain(guest) if domain == Some(DomId::DOM0) => {
                     self.permits(&sharer.function, Some(guest), permission)?
@@ -217,7 +218,7 @@ impl Sharing<'_> {
         Ok(self.policies.merge(&Subject::of_host(function, name)).permits.contains(&permission))
     }
 
-    /// Those of other owners that use the line of a function.
+    /// Functions of other owners that use the interrupt line of a function.
     fn line_users<'f>(
         &self,
         function: &HostFunction,
@@ -238,8 +239,8 @@ impl Sharing<'_> {
         if function.irq == 0 { Vec::new() } else { foreign.iter().filter(uses).collect() }
     }
 
-    /// Whether a function that dom0's driver uses may send INTx: it has a pin, and neither INTx is off nor messages are on. One that
-    /// does not answer may.
+    /// Whether a function that dom0's driver uses may assert INTx: it has an interrupt pin, INTx is not disabled, and MSI and MSI-X are
+    /// off. A function that does not answer counts as one that may.
     fn may_assert_line(&self, address: Sbdf) -> bool {
         let config = match self.platform.host.config(address) {
             Ok(config) => config,
@@ -265,8 +266,8 @@ impl Sharing<'_> {
         Ok(Some(Failure { domain, ..Failure::refused(text).on(address).hint(hint) }))
     }
 
-    /// Switches off the INTx of a function whose guest does without its line, or refuses: hardware that does not keep Interrupt Disable
-    /// could keep asserted a line that only others listen to.
+    /// Disables INTx of a function whose guest does not get the line. Refuses hardware that does not implement Interrupt Disable, because
+    /// it could keep the line asserted, and only the other users of the line would see that.
     fn silence(&self, address: Sbdf, refusal: Failure) -> Result<(), Failure> {
         let config = self.platform.host.config(address)?;
         match live::set_intx(config.as_ref(), Switch::Off) {
@@ -277,18 +278,18 @@ impl Sharing<'_> {
     }
 }
 
-/// What was found out about a function's line before anything was locked.
+/// Facts about a function's interrupt line that are determined before the grants are locked.
 pub(super) struct LineCheck<'a> {
     function: &'a HostFunction,
     domain: DomId,
     has_line: bool,
-    /// Whether its guest sees MSI or MSI-X.
+    /// Whether the guest sees MSI or MSI-X.
     messages: bool,
     foreign: Vec<Foreign>,
 }
 
 impl<'a> LineCheck<'a> {
-    /// Looks at all that may use the line.
+    /// Examines all functions that may use the line.
     pub fn of(
         context: &Context<'_>,
         function: &'a HostFunction,
@@ -304,7 +305,7 @@ impl<'a> LineCheck<'a> {
         Ok(Self { function, domain, has_line, messages, foreign })
     }
 
-    /// What the guest gets of the line, as long as what guests were given does not change.
+    /// Decides about the line while `granted` is locked.
     pub fn settle(&self, context: &Context<'_>, granted: &Granted) -> Result<Line, Failure> {
         let Self { function, domain, .. } = self;
         let (address, gsi) = (function.address, function.irq);
@@ -329,7 +330,7 @@ impl<'a> LineCheck<'a> {
     }
 }
 
-/// Refuses pages that another guest was given, as long as what guests were given does not change.
+/// Refuses pages that were granted to another guest, while `granted` is locked.
 pub(super) fn refuse_pages(
     context: &Context<'_>,
     function: &HostFunction,
@@ -358,7 +359,7 @@ fn sends_messages(context: &Context<'_>, spec: &FunctionSpec, domain: DomId) -> 
     Ok(filter.capabilities().iter().any(|(capability, seen)| *seen && messages.contains(&capability.id)))
 }
 
-/// Whether two grants are of the same page.
+/// Whether two grants have a page in common.
 fn meet(one: Grant, other: Grant) -> bool {
     match (one, other) {
         (Grant::Iomem { first, frames }, Grant::Iomem { first: from, frames: length }) => {
@@ -379,7 +380,7 @@ fn shared_page(address: Sbdf, domain: Option<DomId>, who: &str) -> Failure {
     Failure { domain, ..Failure::refused(text).on(address).hint(hint) }
 }
 
-/// The functions that a radius names.
+/// The functions that the radius names.
 fn of<'f>(foreign: &'f [Foreign], sharers: &[Sharer]) -> Vec<&'f Foreign> {
     let named = |foreign: &&Foreign| sharers.iter().any(|sharer| sharer.address == foreign.function.address);
     foreign.iter().filter(named).collect()

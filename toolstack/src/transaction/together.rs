@@ -1,8 +1,8 @@
-//! Functions that cannot be reset alone: they are reset together, by the secondary bus of the bridge above.
+//! Functions that cannot be reset alone: they are reset together, by the secondary bus reset of the bridge above.
 //!
-//! Such a reset reaches every function below that bridge and nothing else, not the bridge either. It is made while all of those are held and no
-//! guest has any. From then on each of them is fresh: it may go to a guest without another reset, to the same one as the
-//! others. What a guest gives back while it has others of them cannot be reset yet; the last one that comes back has all of them reset.
+//! Such a reset affects all functions below that bridge, and neither the bridge nor anything else. It is done while all of them are held
+//! and no guest has one. Afterwards each of them is fresh: it can be attached without another reset, to the same guest as the others. A
+//! function that a guest gives back while it has others of them cannot be reset yet; when the last one comes back, all are reset.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,19 +23,19 @@ use crate::journal::{Journal, Owner, Record};
 use crate::outcome::{Failure, few};
 use crate::reset_plan::ResetPlan;
 
-/// How many of the functions on a bus are named.
+/// The number of functions on a bus that a message names.
 const SHOWN: usize = 4;
 
-/// The functions that were reset with their bus and that have had no owner since. A restart of the service forgets them: then they are reset
-/// again.
+/// The functions that were reset with their bus and have had no owner since. A restart of the service forgets them, so that they are
+/// reset again.
 #[derive(Debug, Clone, Default)]
 pub struct Fresh {
-    /// Which, and which of the functions that were at this address it is.
+    /// The fresh functions, with their incarnation.
     known: Arc<Mutex<BTreeMap<Sbdf, u64>>>,
-    /// Those that their guests have lost and that wait for the reset of their bus. As long as the transaction that takes one is not over, its
-    /// record still names the guest.
+    /// Functions that their guests have lost and that wait for a reset of their bus. Until the detaching transaction ends, the record of
+    /// such a function still names the guest.
     waiting: Arc<Mutex<BTreeSet<Sbdf>>>,
-    /// Held while a bus is reset, and while it is found out whether it may be.
+    /// Held while a bus is reset, and while it is checked whether it may be.
     turn: Arc<Mutex<()>>,
 }
 
@@ -52,27 +52,27 @@ impl Fresh {
         self.known().get(&function.address) == Some(&function.incarnation)
     }
 
-    /// Somebody else gets, or has had, a function.
+    /// Forgets a function that gets, or has had, another owner.
     pub(super) fn forget(&self, address: Sbdf) {
         self.known().remove(&address);
         self.waiting().remove(&address);
     }
 
-    /// Waits for the end of a reset of a bus that is under way. Who has noted before that a function changes hands is seen by all
-    /// later ones.
+    /// Waits for the end of a bus reset that is under way. A change of owner that was noted in the journal before is seen by all later
+    /// resets.
     pub(super) fn wait(&self) -> MutexGuard<'_, ()> {
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// By what it is found out whether a bus may be reset.
+/// The inputs of the check whether a bus may be reset.
 #[derive(Clone, Copy)]
 pub struct Buses<'a> {
     /// The host.
     pub platform: &'a Platform,
-    /// Where it is noted whose functions are.
+    /// The journal, with the owners of functions.
     pub journal: &'a Journal,
-    /// The functions that were reset so.
+    /// The fresh functions.
     pub fresh: &'a Fresh,
 }
 
@@ -103,7 +103,7 @@ impl Bus {
             );
             return Err(Failure::refused(text).on(address));
         }
-        // One that leaves meanwhile is not reset.
+        // A function that leaves meanwhile is not reset.
         let functions = host.functions()?.into_iter().filter(|other| below.covers(*other));
         Ok(Self { bridge, functions: functions.filter_map(|other| host.function(other).ok()).collect() })
     }
@@ -113,17 +113,17 @@ impl Bus {
     }
 }
 
-/// What keeps a bus from being reset, besides the function that is to be reset.
+/// Other functions on a bus that prevent its reset.
 #[derive(Default)]
 struct Taken {
-    /// Functions that a guest has from this service.
+    /// Functions that this service has attached to a guest.
     guests: Vec<(Sbdf, DomId)>,
-    /// Functions that dom0 or another toolstack has, in words.
+    /// Functions of dom0 or of another toolstack, as text.
     others: Vec<String>,
 }
 
 impl Taken {
-    /// Whether only this guest, at most, has functions there.
+    /// Whether no owner other than this guest has functions there.
     fn only_by(&self, domain: Option<DomId>) -> bool {
         self.others.is_empty() && self.guests.iter().all(|(_, guest)| Some(*guest) == domain)
     }
@@ -150,7 +150,7 @@ impl Taken {
 }
 
 impl Buses<'_> {
-    /// The bus that a function is on, and what keeps it from being reset.
+    /// The bus of a function, and what prevents its reset.
     fn around(&self, address: Sbdf) -> Result<(Bus, Taken), Failure> {
         let bus = Bus::of(self.platform.host.as_ref(), address)?;
         let taken = self.taken(&bus, address)?;
@@ -183,7 +183,7 @@ impl Buses<'_> {
         Ok(taken)
     }
 
-    /// Refuses a function of which no reset will do, before anything is begun. `domain`: who is to get it, where that is known.
+    /// Refuses a function that cannot be reset, before anything is changed. `domain`: who is to get it, if that is known.
     pub fn refuse_unresettable(
         &self,
         plan: &ResetPlan,
@@ -221,8 +221,8 @@ impl Buses<'_> {
     }
 }
 
-/// Refuses to give dom0 a function without whose bus functions of a guest could not be reset, or one that a guest has had and that cannot be
-/// reset now.
+/// Refuses to give a function back to dom0 if functions of a guest need it for the reset of their bus, or if a guest has had it and it
+/// cannot be reset now.
 pub(super) fn refuse_release(
     buses: &Buses<'_>,
     policies: &PolicySet,
@@ -250,7 +250,7 @@ pub(super) fn refuse_release(
     taken.refusal(address, bus.bridge)
 }
 
-/// Before a function goes back to dom0: one that a guest has had is reset.
+/// Before a function goes back to dom0: resets it if a guest has had it.
 pub(super) fn before_release(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
     let _turn = context.fresh.wait();
     let left = context.left_the_host(record);
@@ -279,13 +279,13 @@ pub(super) fn prepare(
     if !(context.fresh.has(function) && taken.only_by(Some(guest_of(record)?))) {
         reset_bus(context, plan, function)?;
     }
-    // From here on it is the guest's.
+    // From here on the function is the guest's.
     context.fresh.forget(address);
     record.unreset = false;
     Ok(None)
 }
 
-/// After a guest has had a function, or when it is to be trusted again.
+/// After a guest has had a function, or before a quarantine ends.
 pub(super) fn restore(
     context: &Context<'_>,
     record: &mut Record,
@@ -304,7 +304,7 @@ pub(super) fn restore(
     make_quiet(context.platform.host.config(address)?.as_ref(), address)?;
     record.unreset = true;
     context.write(record)?;
-    // From here on the last one of the guest's may have it reset.
+    // From here on, the transaction of the guest's last function may reset this one.
     context.fresh.waiting().insert(address);
     let others: Vec<String> = taken.guests.iter().map(|(other, _)| other.to_string()).collect();
     Ok(Some(format!(
@@ -319,7 +319,7 @@ fn make_quiet(config: &dyn ConfigSpace, address: Sbdf) -> Result<(), Failure> {
         .map_err(|error| config_failure("switch bus mastering and interrupts off in", address, &error))
 }
 
-/// A function before the reset of its bus: nothing of it is active, its registers are noted, and one of them is marked.
+/// A function before the reset of its bus: it is quiet, its registers are noted, and a register is marked.
 struct Marked<'a> {
     function: &'a HostFunction,
     config: Box<dyn ConfigSpace>,
@@ -339,17 +339,17 @@ impl<'a> Marked<'a> {
         Ok(Self { function, config, kept, canary })
     }
 
-    /// Clears a mark that no reset has cleared.
+    /// Clears the mark if no reset has cleared it.
     fn clear(&self) {
         clear_mark(self.canary, self.config.as_ref(), self.function.address);
     }
 }
 
-/// Resets all functions on the bus of one, makes sure that each is reset, and puts their registers back. The caller has waited for its turn.
+/// Resets all functions on the bus of one, verifies each, and restores their registers. The caller holds the lock of [`Fresh::wait`].
 fn reset_bus(context: &Context<'_>, plan: &ResetPlan, function: &HostFunction) -> Result<(), Failure> {
     let (host, address) = (context.platform.host.as_ref(), function.address);
     let buses = context.buses();
-    // Something may have changed hands since somebody asked.
+    // Owners may have changed since the check of the caller.
     let (bus, taken) = buses.around(address)?;
     buses.refuse_bus(&bus, &taken, address)?;
     info!("{address}: resetting all {} functions below {}", bus.functions.len(), bus.bridge);
@@ -359,7 +359,7 @@ fn reset_bus(context: &Context<'_>, plan: &ResetPlan, function: &HostFunction) -
         match Marked::new(host, function) {
             Ok(function) => marked.push(function),
             Err(failure) => {
-                // Without the reset that would clear them, the marks are removed.
+                // Without a reset that would clear them, the marks are removed.
                 marked.iter().for_each(Marked::clear);
                 return Err(failure);
             }
@@ -372,7 +372,7 @@ fn reset_bus(context: &Context<'_>, plan: &ResetPlan, function: &HostFunction) -
     let mut outcome = reset;
     for one in marked {
         let Marked { function, config, kept, canary } = &one;
-        // One that fails keeps no other from getting its registers back.
+        // A failure of one function does not prevent the restoration of the others.
         let verified = verify_all(config.as_ref(), plan, *canary, function.address, limit);
         let put_back = kept
             .write_back(config.as_ref())
@@ -391,7 +391,7 @@ fn reset_bus(context: &Context<'_>, plan: &ResetPlan, function: &HostFunction) -
         outcome = outcome.and(done);
     }
     if outcome.is_err() {
-        // What is known of one was found out by a reset that was not made as a whole.
+        // After a partial failure no function counts as reset.
         for function in &bus.functions {
             context.fresh.known().remove(&function.address);
         }
