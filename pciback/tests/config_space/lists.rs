@@ -1,6 +1,6 @@
 //! Lists of capabilities, well formed and not.
 
-use pciback::config::{AnyId, CapabilityList, ListProblem};
+use pciback::config::{AnyId, CapabilityList, ListProblem, MsixFault, VirtualConfigSpace};
 use pciback::spec::{CapabilityId, ExtendedCapabilityId};
 
 use crate::devices;
@@ -165,4 +165,38 @@ fn msi_within_another_capability_stays_guarded() {
     let control = pciback::config::Access::new(0x4a, 2).unwrap();
     space.write(control, 1, &device.hardware).unwrap();
     assert_eq!(device.hardware.take_seen(), []);
+}
+
+#[test]
+fn msix_whose_structures_have_no_place_of_their_own_is_named_and_hidden() {
+    // BAR 0 has ports, BAR 1 has 0x1000 bytes; there are four vectors: 0x40 bytes of table, 8 bytes of PBA.
+    for (table, pba, fault) in [
+        (1, 1, MsixFault::Overlap { bar: 1 }),
+        (0x801, 0x839, MsixFault::Overlap { bar: 1 }),
+        (0xfc9, 1, MsixFault::BehindTheEnd { bar: 1 }),
+        (1, 0x1001, MsixFault::BehindTheEnd { bar: 1 }),
+        (0, 1, MsixFault::IoSpace { bar: 0 }),
+        (1, 6, MsixFault::ReservedBar),
+    ] {
+        let space = virtio_with_msix_at(table, pba);
+        assert_eq!(space.planes().problems(), [ListProblem::Msix { at: 0x98, fault }], "{table:#x} {pba:#x}");
+        assert!(space.msix().is_none(), "{table:#x} {pba:#x}");
+    }
+}
+
+#[test]
+fn msix_whose_structures_touch_without_overlap_is_shown() {
+    for (table, pba) in [(0x801, 0x7f9), (0x801, 0x841), (0xfc1, 1), (1, 0xff9)] {
+        let space = virtio_with_msix_at(table, pba);
+        assert_eq!(space.planes().problems(), [], "{table:#x} {pba:#x}");
+        assert!(space.msix().is_some(), "{table:#x} {pba:#x}");
+    }
+}
+
+fn virtio_with_msix_at(table: u32, pba: u32) -> VirtualConfigSpace {
+    let mut device = devices::virtio();
+    device.hardware.put32(0x9c, table);
+    device.hardware.put32(0xa0, pba);
+    device.spec.bytes = device.hardware.bytes.borrow().clone();
+    crate::model::space(&device.spec)
 }

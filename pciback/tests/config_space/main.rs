@@ -9,6 +9,8 @@ mod devices;
 #[cfg(test)]
 mod document;
 #[cfg(test)]
+mod express;
+#[cfg(test)]
 mod functions;
 #[cfg(test)]
 mod groups;

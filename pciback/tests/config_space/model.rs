@@ -290,19 +290,6 @@ fn an_error_that_comes_after_the_host_has_cleared_hardware_shows_again() {
 }
 
 #[test]
-fn a_read_request_size_between_the_payload_and_the_hosts_reaches_hardware_and_no_other_does() {
-    // 512 bytes, with a payload of 256.
-    let device = devices::network_pf();
-    let mut space = space(&device.spec);
-    for (wanted, hardware) in [(1u32, 1), (0, 1), (3, 1), (5, 1), (2, 2)] {
-        let access = Access::new(0xa8, 2).unwrap();
-        space.write(access, 0x0930 | wanted << 12, &device.hardware).unwrap();
-        assert_eq!(device.hardware.bytes.borrow()[0xa9] >> 4, hardware, "{wanted}");
-        assert_eq!(space.read(access, &device.hardware).unwrap() >> 12, wanted, "the guest's own view");
-    }
-}
-
-#[test]
 fn a_guest_cannot_clear_errors_before_they_happen() {
     let device = devices::network_pf();
     let mut space = space(&device.spec);

@@ -37,6 +37,8 @@ pub fn variants(id: AnyId) -> &'static [Variant] {
     use pciback::spec::{CapabilityId as Legacy, ExtendedCapabilityId as Extended};
     match id {
         AnyId::Legacy(Legacy::MSI) => &[(0x0, &[]), (0x80, &[]), (0x100, &[]), (0x18a, &[])],
+        // The table and the PBA are in the BAR that has memory, apart from each other.
+        AnyId::Legacy(Legacy::MSI_X) => &[(0, &[(4, 0x001), (8, 0x801)])],
         AnyId::Legacy(Legacy::PCI_EXPRESS) => &[(1, &[(4, 1 << 28)]), (2, &[(4, 1 << 28)])],
         AnyId::Legacy(Legacy::ADVANCED_FEATURES) => &[(0x0306, &[])],
         AnyId::Legacy(Legacy::VENDOR_SPECIFIC) => &[(0x10, &[])],

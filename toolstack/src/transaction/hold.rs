@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use log::warn;
 use nix::errno::Errno;
-use pciback::platform::{Host, HostFunction, Platform};
+use pciback::platform::{Host, HostFunction, Platform, PlatformError};
 use pciback::policy::RdmPolicy;
 use pciback::serve::pv::nodes;
 use pciback::{DomId, Sbdf};
@@ -208,12 +208,20 @@ pub(super) fn own(context: &Context<'_>, record: &mut Record) -> Result<(), Fail
     match hypervisor.assign(DomId::IO, record.address, RdmPolicy::Relaxed) {
         // The quarantine domain owns it already, for example because xl made it assignable.
         Err(error) if matches!(error.errno(), Some(Errno::EBUSY | Errno::EEXIST)) => Ok(()),
-        Err(error) => {
-            let refused = error.errno() == Some(Errno::EPERM);
-            let failure = Failure::from(error).on(record.address);
-            Err(if refused { failure.hint("'xl dmesg' shows Xen's reason") } else { failure })
-        }
+        Err(error) => Err(refusal(error, record.address)),
         Ok(()) => Ok(()),
+    }
+}
+
+fn refusal(error: PlatformError, address: Sbdf) -> Failure {
+    let errno = error.errno();
+    let failure = Failure::from(error).on(address);
+    match errno {
+        Some(Errno::EPERM) => failure.hint(
+            "Xen answers this for reserved memory (RMRR) that the function shares with others, and for what its security policy \
+             (XSM) forbids; 'xl dmesg' shows which",
+        ),
+        _ => failure.hint("'xl dmesg' shows Xen's reason"),
     }
 }
 

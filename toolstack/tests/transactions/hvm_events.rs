@@ -1,6 +1,7 @@
 //! HVM guests that take interrupts as events, as Linux does where Xen offers `XENFEAT_hvm_pirqs`: the message names the physical interrupt,
 //! and the mask in the MSI-X table is left alone.
 
+use nix::errno::Errno;
 use pciback::Sbdf;
 use pciback::platform::MsiMessage;
 use pciback::platform::sim::{Delivery, Moment, Vector};
@@ -310,9 +311,28 @@ fn msi_is_bound_to_the_interrupt_that_its_message_names_and_changes_to_a_vector_
     write_msi(&guest, event(44));
     assert_eq!(mapped(&world), [(44, 0)]);
     assert_eq!(guest.read(SLOT, MSI_CONTROL, 2) & 1, 1);
-    assert_eq!(world.host().config(bdf(PF)).unwrap().read(access(MSI_CONTROL)).unwrap() & 1, 1, "hardware");
+    assert_eq!(msi_enable(&world), 1, "hardware");
     guest.write(MSI_CONTROL, 2, 0);
     assert_eq!(mapped(&world), []);
+    assert_ends_well(&world, &guest, &service, bdf(PF), "detached");
+}
+
+/// MSI Enable as hardware has it.
+fn msi_enable(world: &World) -> u32 {
+    world.host().config(bdf(PF)).unwrap().read(access(MSI_CONTROL)).unwrap() & 1
+}
+
+#[test]
+fn msi_enable_reaches_hardware_only_once_xen_has_written_a_message() {
+    let (world, guest, service) = pf();
+    write_msi(&guest, event(44));
+    world.fail("map_msi_as", Some(bdf(PF)), Errno::EBUSY, 0);
+    guest.write(MSI_CONTROL, 2, 1);
+    assert_eq!((mapped(&world), msi_enable(&world)), (vec![], 0), "an interrupt would go to address 0");
+    write_msi(&guest, event(45));
+    assert_eq!((mapped(&world), msi_enable(&world)), (vec![(45, 0)], 1));
+    guest.write(MSI_CONTROL, 2, 0);
+    assert_eq!((mapped(&world), msi_enable(&world)), (vec![], 0));
     assert_ends_well(&world, &guest, &service, bdf(PF), "detached");
 }
 

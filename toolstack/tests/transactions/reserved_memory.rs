@@ -1,5 +1,6 @@
 //! S5: functions with reserved memory (RMRR) that Xen would refuse to give away.
 
+use nix::errno::Errno;
 use pciback::FunctionState;
 use pciback::platform::sim::Owner;
 use pciback::policy::RdmPolicy;
@@ -55,6 +56,17 @@ fn it_is_held_and_a_guest_gets_it_with_a_warning_that_names_the_cause() {
             world.assert_held(&service, usb, what);
         }
     }
+}
+
+#[test]
+fn holding_what_xen_forbids_names_reserved_memory_and_leaves_the_function_to_the_host() {
+    let (world, usb) = (World::of(&host("shared")), bdf("00:1a.0"));
+    let service = world.start();
+    world.fail("assign", Some(usb), Errno::EPERM, 0);
+    let text = service.hold(usb).unwrap_err().to_string();
+    assert!(text.contains("reserved memory (RMRR)") && text.contains("xl dmesg"), "{text}");
+    assert_eq!(world.simulation.owner(usb), Some(Owner::Host));
+    service.hold(usb).unwrap();
 }
 
 #[test]

@@ -4,7 +4,7 @@ use super::bar::{Bar, BarKind};
 use super::bytes::Bytes;
 use super::error::ConfigError;
 use super::function::FunctionSpec;
-use super::list::{Capability, CapabilityList};
+use super::list::{Capability, CapabilityList, ListProblem};
 use super::planes::{Bits, DWORDS, Deferred, Model, NamedRegister, Planes, RefusedOverride, Segment};
 use super::policy::{Initial, Policy, Rule, Treatment};
 use super::rules::{self, Row};
@@ -389,6 +389,12 @@ impl<'a> Compiler<'a> {
         let bytes = &self.spec.bytes;
         let crowding = self.list.crowding(bytes);
         self.list.problems.extend(crowding);
+        let faults = self.list.capabilities.iter().filter_map(|capability| {
+            let at = capability.offset;
+            self.msix_fault(capability).map(|fault| ListProblem::Msix { at, fault })
+        });
+        let faults: Vec<ListProblem> = faults.collect();
+        self.list.problems.extend(faults);
         self.vpd();
         self.models.sort_by_key(|(offset, _)| *offset);
         for segments in &mut self.segments {

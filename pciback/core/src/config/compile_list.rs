@@ -2,15 +2,17 @@
 
 use super::bytes::Bytes;
 use super::compile::{CONSTANT, Compiler, Family, HEADER_OWNER, Known, NOBODY, Place, STATUS, full};
-use super::list::Capability;
+use super::list::{Capability, MsixFault};
 use super::planes::{Deferred, Model, RefusedOverride, Segment};
 use super::policy::{self, CapabilityAction, Rule, Treatment};
 use super::rules::{self, CapabilityRules};
+use super::shape;
 use crate::spec::{
     self, AnyId, CapabilityId, CapabilitySpec, Count, ExtendedCapabilityId, Group, Kind, Stride, express,
     header, legacy,
 };
 
+const NO_PLACE: &str = "its table and its pending bits have no usable place";
 const BURIED: &str = "its header stands within another capability: no list can lead to it";
 const LINKED: &str = "the list leads only to capabilities that the guest sees";
 
@@ -59,7 +61,8 @@ impl Compiler<'_> {
             (Some(policy), _) if policy.action == CapabilityAction::Hide => Some(policy.rule.clone()),
             (Some(_), _) => None,
             (None, Some((spec, rules))) => {
-                let hidden = rules.hidden.map(|reason| Rule::built_in(reason, spec.section));
+                let reason = rules.hidden.or_else(|| self.msix_fault(capability).map(|_| NO_PLACE));
+                let hidden = reason.map(|reason| Rule::built_in(reason, spec.section));
                 // Only the vendor knows what is there.
                 hidden.or_else(|| self.policy.hide_unknown.clone().filter(|_| spec.rest.is_none()))
             }
@@ -91,6 +94,12 @@ impl Compiler<'_> {
                 }
             }
         }
+    }
+
+    /// What is wrong with the places that this capability names, where it is the one that is used for MSI-X.
+    pub(super) fn msix_fault(&self, capability: &Capability) -> Option<MsixFault> {
+        let msix = shape::msix(&self.list, &self.spec.bytes)?;
+        (msix.offset == capability.offset).then(|| shape::msix_fault(&msix, &self.spec.resources)).flatten()
     }
 
     /// The registers of known devices, where no capability has them.

@@ -76,6 +76,48 @@ pub enum ListProblem {
         /// Its full length.
         length: u16,
     },
+    /// The MSI-X capability at `at` names places that cannot hold its structures.
+    Msix {
+        /// Where the capability is.
+        at: u16,
+        /// What is wrong with the places.
+        fault: MsixFault,
+    },
+}
+
+/// Why the MSI-X table and the Pending Bit Array (PBA) cannot be where their capability says (PCI Express 6.0, section 7.7.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MsixFault {
+    /// A BAR Indicator of 6 or 7, which are reserved.
+    ReservedBar,
+    /// A BAR that decodes I/O space.
+    IoSpace {
+        /// Its index, 0 to 5.
+        bar: u8,
+    },
+    /// A place that ends behind the end of its BAR.
+    BehindTheEnd {
+        /// The index of the BAR, 0 to 5.
+        bar: u8,
+    },
+    /// The table and the PBA have bytes in common.
+    Overlap {
+        /// The index of the BAR, 0 to 5.
+        bar: u8,
+    },
+}
+
+impl fmt::Display for MsixFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ReservedBar => write!(f, "its table or its PBA is in a BAR that cannot exist"),
+            Self::IoSpace { bar } => write!(f, "its table or its PBA is in BAR {bar}, which is in I/O space"),
+            Self::BehindTheEnd { bar } => {
+                write!(f, "its table or its PBA ends behind the end of BAR {bar}")
+            }
+            Self::Overlap { bar } => write!(f, "its table and its PBA overlap in BAR {bar}"),
+        }
+    }
 }
 
 impl fmt::Display for ListProblem {
@@ -99,6 +141,9 @@ impl fmt::Display for ListProblem {
             }
             Self::Truncated { at, length } => {
                 write!(f, "the capability at {at:#x} takes {length:#x} bytes, more than there are")
+            }
+            Self::Msix { at, fault } => {
+                write!(f, "the MSI-X capability at {at:#x} cannot be used: {fault}")
             }
         }
     }

@@ -17,7 +17,7 @@ mod policy;
 mod records;
 mod rom;
 mod rules;
-mod shape;
+pub(crate) mod shape;
 mod space;
 mod vf_routing;
 
@@ -29,7 +29,7 @@ pub use error::ConfigError;
 pub use function::{FunctionKind, FunctionSpec, Identity};
 pub use image::FunctionImage;
 pub use interrupts::{MsiCapability, MsixCapability};
-pub use list::{Capability, CapabilityList, ListProblem};
+pub use list::{Capability, CapabilityList, ListProblem, MsixFault};
 pub use masked::{MaskedWrite, MaskedWrites};
 pub use planes::{Bits, Deferred, Model, NamedRegister, Planes, RefusedOverride, Segment};
 pub use policy::{

@@ -2,7 +2,8 @@
 
 use super::bytes::Bytes;
 use super::interrupts::{MsiCapability, MsixCapability};
-use super::list::{Capability, CapabilityList, ListProblem};
+use super::list::{Capability, CapabilityList, ListProblem, MsixFault};
+use crate::host::Resource;
 use crate::spec::legacy::{MESSAGE_CONTROL, MSI_ADDRESS_64, MSI_MASKABLE};
 use crate::spec::{self, AnyId, CapabilityId, Length, header};
 
@@ -122,4 +123,54 @@ pub(super) fn msix(list: &CapabilityList, bytes: &[u8]) -> Option<MsixCapability
         pba_bar: pba as u8 & 7,
         pba_offset: pba & !7,
     })
+}
+
+/// Bytes of a BAR.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Part {
+    pub bar: u8,
+    pub offset: u64,
+    pub bytes: u64,
+}
+
+impl Part {
+    pub fn end(&self) -> u64 {
+        self.offset + self.bytes
+    }
+}
+
+/// Where the MSI-X table and the PBA of a function are.
+pub(crate) fn msix_parts(bytes: &[u8]) -> Option<[Part; 2]> {
+    msix(&CapabilityList::walk(bytes), bytes).as_ref().map(parts)
+}
+
+fn parts(msix: &MsixCapability) -> [Part; 2] {
+    let entries = u64::from(msix.table_size);
+    [
+        Part { bar: msix.table_bar, offset: msix.table_offset.into(), bytes: 16 * entries },
+        Part { bar: msix.pba_bar, offset: msix.pba_offset.into(), bytes: 8 * entries.div_ceil(64) },
+    ]
+}
+
+/// What is wrong with the places that an MSI-X capability names. Drivers find their own registers there, so that guarding such
+/// places breaks the device, and Xen would write messages into whatever is behind the end of a BAR.
+pub(super) fn msix_fault(msix: &MsixCapability, resources: &[Resource]) -> Option<MsixFault> {
+    let [table, pba] = parts(msix);
+    for part in [table, pba] {
+        let bar = part.bar;
+        if bar > 5 {
+            return Some(MsixFault::ReservedBar);
+        }
+        // A dump does not show the BARs of a VF without its PF.
+        let known = resources.get(usize::from(bar)).filter(|resource| resource.exists());
+        let Some(resource) = known else { continue };
+        if resource.is_io() {
+            return Some(MsixFault::IoSpace { bar });
+        }
+        if part.end() > resource.size {
+            return Some(MsixFault::BehindTheEnd { bar });
+        }
+    }
+    let overlap = table.bar == pba.bar && table.offset < pba.end() && pba.offset < table.end();
+    overlap.then_some(MsixFault::Overlap { bar: table.bar })
 }

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use super::matching::Kind;
 use crate::Sbdf;
 use crate::config::bytes::Bytes;
+use crate::config::shape::{Part, msix_parts};
 use crate::config::{CapabilityList, FunctionKind, FunctionSpec, Identity};
 use crate::dump::{DumpedFunction, Region};
 use crate::host::Resource;
@@ -76,8 +77,12 @@ fn spec(function: &DumpedFunction, parent: Option<&Parent<'_>>, kind: Option<Kin
         class: class >> 8,
         revision: class as u8,
     };
-    let mut ranges =
-        Ranges { resources: [Resource::default(); 13], regions: &function.regions, unknown: Vec::new() };
+    let mut ranges = Ranges {
+        resources: [Resource::default(); 13],
+        regions: &function.regions,
+        msix: msix_parts(&bytes),
+        unknown: Vec::new(),
+    };
     let kind = if is_virtual {
         let pf_bytes = parent.map(|parent| parent.pf.bytes.clone()).unwrap_or_default();
         if let Some(at) = sriov_capability(&pf_bytes) {
@@ -109,6 +114,7 @@ fn spec(function: &DumpedFunction, parent: Option<&Parent<'_>>, kind: Option<Kin
 struct Ranges<'a> {
     resources: [Resource; 13],
     regions: &'a [Region],
+    msix: Option<[Part; 2]>,
     unknown: Vec<String>,
 }
 
@@ -139,18 +145,28 @@ impl Ranges<'_> {
     /// One range, the size of which is in the dump's text or unknown.
     fn set(&mut self, index: usize, start: u64, flags: u64) {
         let found = self.regions.iter().find(|region| region.start == start && start != 0);
-        // The smallest that a register can ask for (PCI Express 6.0, sections 7.5.1.2.1 and 7.5.1.2.4).
-        let (smallest, words) = match index {
-            6 => (0x800, "2 KiB are"),
-            _ if flags & Resource::IO != 0 => (4, "4 ports are"),
-            _ => (16, "16 bytes are"),
-        };
+        let smallest = self.smallest(index, flags);
         let size = found.map_or(smallest, |region| region.size);
         if found.is_none() {
             let name = if index == 6 { "the expansion ROM".to_owned() } else { format!("BAR {index}") };
-            let text = format!("the size of {name} is unknown, {words} shown; 'lspci -v -xxxx' prints sizes");
+            let unit = if flags & Resource::IO != 0 { "ports" } else { "bytes" };
+            let text = format!(
+                "the size of {name} is unknown, {smallest} {unit} are shown; 'lspci -v -xxxx' prints sizes"
+            );
             self.unknown.push(text);
         }
         self.resources[index] = Resource { start, size, flags };
+    }
+
+    /// The smallest size that a BAR can have: what its register can ask for (PCI Express 6.0, sections 7.5.1.2.1 and 7.5.1.2.4), or what
+    /// holds the MSI-X structures in it.
+    fn smallest(&self, index: usize, flags: u64) -> u64 {
+        let least = match index {
+            6 => 0x800,
+            _ if flags & Resource::IO != 0 => return 4,
+            _ => 16,
+        };
+        let within = self.msix.iter().flatten().filter(|part| usize::from(part.bar) == index);
+        within.fold(least, |size, part| size.max(part.end().next_power_of_two()))
     }
 }

@@ -10,6 +10,19 @@ pub(super) struct Layout {
     pub sriov: Option<u16>,
 }
 
+impl Layout {
+    /// Clears MSI Enable and MSI-X Enable, which are 0 after power-up (sections 7.7.1.2 and 7.7.2.2): a dump of a function that its driver
+    /// used has them set.
+    pub fn disable_messages(&self, bytes: &mut [u8]) {
+        // The high byte of Message Control of MSI-X, the low byte of MSI's.
+        for (capability, at, enable) in [(self.msi, 2, 0x01), (self.msix, 3, 0x80)] {
+            if let Some(control) = capability.and_then(|base| bytes.get_mut(usize::from(base + at))) {
+                *control &= !enable;
+            }
+        }
+    }
+}
+
 /// What a write does to each bit of config space.
 #[derive(Debug, Clone)]
 pub(super) struct Masks {

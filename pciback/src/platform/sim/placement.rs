@@ -163,7 +163,7 @@ fn kind(
     kinds: &BTreeMap<String, Arc<Kind>>,
     models: &BTreeMap<String, Model>,
 ) -> Result<Kind, String> {
-    let power_up = model::rows(&model.config, model.size)?;
+    let mut power_up = model::rows(&model.config, model.size)?;
     let mut sizes: Sizes = [0; 13];
     for (index, size) in &model.bars {
         let place =
@@ -197,6 +197,7 @@ fn kind(
             place.copy_from_slice(&mask.to_le_bytes());
         }
     }
+    masks.layout.disable_messages(&mut power_up);
     let vpd = model.vpd.as_ref().map(|text| model::rows(text, 256)).transpose()?;
     let dwords = |bytes: Vec<u8>| {
         bytes.chunks_exact(4).map(|four| u32::from_le_bytes([four[0], four[1], four[2], four[3]])).collect()

@@ -98,6 +98,30 @@ fn xen_keeps_what_would_touch_its_interrupts() {
 }
 
 #[test]
+fn a_dump_of_a_function_in_use_powers_up_without_msi_and_msix() {
+    let simulation = Simulation::from_yaml(
+        r#"
+drivers: []
+models:
+  nic:
+    size: 256
+    reset-methods: [flr]
+    bars: {0: 1000}
+    config: |
+      00: ec 10 65 57 06 05 10 00 01 02 08 01 08 00 00 00
+      30: 00 00 00 00 40 00 00 00 00 00 00 00 ff 01 00 00
+      40: 05 50 81 00 00 00 e0 fe 00 00 00 00 21 40 00 00
+      50: 11 00 03 80 00 00 00 00 00 08 00 00 00 00 00 00
+functions:
+  - {address: "01:00.0", model: nic}
+"#,
+    )
+    .unwrap();
+    let config = simulation.platform("test").unwrap().host.config(at("01:00.0")).unwrap();
+    assert_eq!((read(&*config, 0x42, 2), read(&*config, 0x52, 2)), (0x80, 3));
+}
+
+#[test]
 fn what_leaves_answers_all_ones_and_belongs_to_nobody() {
     let (simulation, platform) = shipped();
     platform.host.set_num_vfs(at("01:00.0"), 1, LIMIT).unwrap();

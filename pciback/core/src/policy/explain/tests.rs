@@ -188,3 +188,17 @@ fn what_attach_would_refuse_is_named_as_an_obstacle() {
     assert!(found(&pf, None)[0].contains("'permit: [physical-function]'"));
     assert!(found_with("permit: [physical-function]\n", &pf, None).is_empty());
 }
+
+#[test]
+fn a_bar_of_unknown_size_is_as_large_as_its_msix_structures_need() {
+    // Eight vectors: the table at 0x2000, the PBA at 0x3000.
+    let text = dumped()
+        .replace("50: 77 00 ab cd 00 00 00 00 00 00 00 00", "50: 11 00 07 00 00 20 00 00 00 30 00 00");
+    let functions = dump::parse(&text).unwrap();
+    let dumped = dumped_specs(&functions, None).remove(0);
+    assert_eq!(dumped.spec.resources[0].size, 0x4000);
+    assert!(dumped.unknown[0].contains("BAR 0 is unknown, 16384 bytes are shown"), "{:?}", dumped.unknown);
+    let explanation = explain(&dumped.spec, &Policy::default(), None);
+    assert_eq!(explanation.problems, [""; 0]);
+    assert!(explanation.capabilities.iter().any(|capability| capability.id == 0x11 && capability.visible));
+}
