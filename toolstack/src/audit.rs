@@ -1,4 +1,4 @@
-//! The audit log: every error, every decision and what came of it, a JSON object a line, in two files of bounded size.
+//! The audit log: errors, decisions and outcomes, one JSON object per line, in two files of bounded size.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -9,23 +9,23 @@ use crate::protocol::EventView;
 
 /// The newer file, in the state directory.
 const NEWER: &str = "errors.jsonl";
-/// The one before it.
+/// The previous file.
 const OLDER: &str = "errors.1.jsonl";
-/// When the newer file becomes the older one, in bytes.
+/// The size at which the newer file replaces the older one, in bytes.
 const SIZE_LIMIT: u64 = 1 << 20;
 
-/// The log.
+/// The audit log.
 pub struct AuditLog {
     directory: PathBuf,
 }
 
 impl AuditLog {
-    /// In this directory.
+    /// A log in this directory.
     pub fn new(directory: &Path) -> Self {
         Self { directory: directory.to_owned() }
     }
 
-    /// Adds a line.
+    /// Appends a line.
     pub fn add(&self, event: &EventView) -> io::Result<()> {
         let path = self.directory.join(NEWER);
         let mut line = serde_json::to_vec(event)?;
@@ -38,8 +38,7 @@ impl AuditLog {
         file.write_all(&line)
     }
 
-    /// What both files hold, the oldest first. Lines that cannot be read are left out: a service that was killed may have left half
-    /// of one.
+    /// The events of both files, the oldest first. Unreadable lines are skipped: a killed service may have left an incomplete one.
     pub fn read(&self) -> Vec<EventView> {
         let mut events = Vec::new();
         for name in [OLDER, NEWER] {

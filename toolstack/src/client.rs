@@ -8,7 +8,7 @@ use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{ANSWER_LIMIT, Call, Envelope, Request, STATUS_SOCKET, VERSION};
 use crate::target::Target;
 
-/// Sends one request and returns the final answer; lines on the way go to `progress`.
+/// Sends a request and returns the final answer; progress lines go to `progress`.
 pub fn call(
     socket: &Path,
     request: Request<Target>,
@@ -21,10 +21,10 @@ pub fn call(
     })
 }
 
-/// What to do where the service does not answer.
+/// The hint for a service that does not answer.
 const START: &str = "start it with 'systemctl start xpcid', as root; its log says why it stopped";
 
-/// What to do where the service cannot be connected to.
+/// The hint for a failed connection.
 fn connect_hint(kind: ErrorKind) -> &'static str {
     match kind {
         ErrorKind::PermissionDenied => {
@@ -34,7 +34,7 @@ fn connect_hint(kind: ErrorKind) -> &'static str {
     }
 }
 
-/// The same; all envelopes on the way go to `heard`.
+/// As [`call`], with all envelopes before the final one passed to `heard`.
 pub fn follow(
     socket: &Path,
     request: Request<Target>,
@@ -47,7 +47,7 @@ fn unreachable(socket: &Path, what: &str, why: &dyn std::fmt::Display) -> Failur
     Failure::new(ErrorCode::Unreachable, format!("{what} xpcid at {}: {why}", socket.display())).hint(START)
 }
 
-/// A connection to the service: to `socket`, or to the one beside it that answers members of the status group.
+/// Connects to `socket`, or else to the status group's socket beside it.
 pub fn connect(socket: &Path) -> Result<UnixStream, Failure> {
     let failed = |socket: &Path, error: io::Error| {
         Err(unreachable(socket, "connect to", &error).hint(connect_hint(error.kind())))
@@ -57,7 +57,7 @@ pub fn connect(socket: &Path) -> Result<UnixStream, Failure> {
         Err(error) if error.kind() == ErrorKind::PermissionDenied => error,
         Err(error) => return failed(socket, error),
     };
-    // Members of the status group have a socket of their own.
+    // Members of the status group may use only that socket.
     let status = socket.with_file_name(STATUS_SOCKET);
     match UnixStream::connect(&status) {
         Ok(stream) => Ok(stream),
@@ -68,7 +68,7 @@ pub fn connect(socket: &Path) -> Result<UnixStream, Failure> {
     }
 }
 
-/// As [`follow`], on a connection.
+/// As [`follow`], on an open connection.
 pub fn follow_on(
     mut stream: UnixStream,
     socket: &Path,
@@ -79,7 +79,8 @@ pub fn follow_on(
     let call = Call { version: VERSION, id: 1, request };
     let mut line = serde_json::to_vec(&call).map_err(|error| unreachable("write to", &error))?;
     line.push(b'\n');
-    // A service that refuses clients says so and hangs up without reading: its words are there to be read all the same.
+    // A service that refuses a client sends an answer and closes the connection without reading. So a write error is reported only if
+    // there is no answer.
     let written = stream.write_all(&line);
     let mut reader = BufReader::new(stream);
     loop {

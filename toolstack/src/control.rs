@@ -1,5 +1,5 @@
-//! The service's side of its sockets, the control socket and the one for the status group: one thread for each client, bounded in number
-//! and in line length.
+//! The service's side of its control socket and of its socket for the status group. One thread serves each client; the number of clients
+//! and the length of lines are limited.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -27,21 +27,21 @@ use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{Call, Envelope, LINE_LIMIT, VERSION};
 use crate::reply::{Line, Reply};
 
-/// More clients than this at once are refused.
+/// The largest number of clients; further ones are refused.
 const CLIENT_LIMIT: usize = 64;
-/// A client that reads no answer for this long is dropped.
+/// A client that does not read its answer for this long is dropped.
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
-/// How long accepting waits when it fails, as it does while no descriptor is free.
+/// The pause after a failed accept, for example while no file descriptor is free.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
-/// How often it is asked whether a client that waits is still there.
+/// The interval at which a waiting client is checked for a hang-up.
 const HANGUP_INTERVAL: Duration = Duration::from_secs(5);
 
-/// What clients of a socket may ask for.
+/// The requests that a socket accepts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Access {
-    /// Everything.
+    /// All requests.
     Control,
-    /// What changes nothing.
+    /// Requests that change nothing.
     Status,
 }
 
@@ -55,7 +55,7 @@ pub fn listen(path: &Path, inbox: Inbox) -> io::Result<()> {
     Ok(())
 }
 
-/// Listens at `path`, for root and the members of a group, who are answered what changes nothing. Without a group a socket that an
+/// Listens at `path`, for root and the members of a group, and accepts requests that change nothing. Without a group, a socket that an
 /// earlier process left there is removed.
 pub fn listen_for_group(path: &Path, group: Option<&str>, inbox: Inbox) -> io::Result<()> {
     remove_former(path)?;
@@ -63,7 +63,7 @@ pub fn listen_for_group(path: &Path, group: Option<&str>, inbox: Inbox) -> io::R
     let group = Group::from_name(name)?
         .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("there is no group '{name}'")))?;
     let listener = bind_for_owner(path)?;
-    // Not before it is bound: the service's umask would take the group's bits away again.
+    // After it is bound, because the service's umask applies to the mode at bind and would remove the group's bits.
     give(path, &group)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;
     if let Some(directory) = path.parent() {
@@ -73,7 +73,7 @@ pub fn listen_for_group(path: &Path, group: Option<&str>, inbox: Inbox) -> io::R
     Ok(())
 }
 
-/// Whoever holds the service's lock owns the path: a socket there is a dead predecessor's.
+/// Removes the socket of an earlier process. The caller holds the service's lock, so no running process uses it.
 fn remove_former(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -81,21 +81,21 @@ fn remove_former(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Lets a group reach files in a directory by name, without listing it. systemd makes the directory root's alone again before each start.
+/// Lets a group open files in a directory by name, without listing it. systemd resets the directory's owner and mode before each start.
 fn let_through(directory: &Path, group: &Group) -> io::Result<()> {
     let mode = fs::metadata(directory)?.mode() & 0o7777;
-    // A directory that others may enter, such as /run, is not ours to change.
+    // A directory that others may enter, such as /run, is not changed.
     if mode & 0o001 != 0 {
         return Ok(());
     }
     let allow = |mode| fs::set_permissions(directory, fs::Permissions::from_mode(mode));
-    // What the group that it had was allowed is not for this one.
+    // Permissions of the directory's former group must not apply to this one.
     allow(mode & !0o070)?;
     give(directory, group)?;
     allow(mode & !0o070 | 0o010)
 }
 
-/// Changes the group of what the service owns, which takes no capability where the service is a member of it.
+/// Changes the group of a file that the service owns; no capability is needed if the service is a member of the group.
 fn give(path: &Path, group: &Group) -> io::Result<()> {
     chown(path, None, Some(group.gid.as_raw())).map_err(|error| match error.kind() {
         io::ErrorKind::PermissionDenied => io::Error::new(
@@ -106,7 +106,8 @@ fn give(path: &Path, group: &Group) -> io::Result<()> {
     })
 }
 
-/// A socket that no other user can connect to at any moment: the file gets the mode that the socket has when it is bound (`unix(7)`).
+/// Creates a socket to which no other user can connect at any time: the file gets the mode that the socket has when it is bound
+/// (`unix(7)`).
 fn bind_for_owner(path: &Path) -> io::Result<UnixListener> {
     let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
@@ -115,7 +116,8 @@ fn bind_for_owner(path: &Path) -> io::Result<UnixListener> {
     Ok(socket.into())
 }
 
-/// Who asks; an error: it is neither root nor whom the service runs as. Whom the socket for the status group serves, its mode decides.
+/// The credentials of a client; an error unless it is root or the user of the service. The mode of the status socket restricts who can
+/// connect to it.
 fn peer(stream: &UnixStream, access: Access) -> Result<UnixCredentials, Failure> {
     let peer = getsockopt(stream, PeerCredentials).map_err(|errno| {
         Failure::new(ErrorCode::Failed, format!("ask who connects to the socket: {errno}"))
@@ -145,7 +147,7 @@ fn accept(listener: &UnixListener, inbox: &Inbox, access: Access) {
                     warn!("accept control connections: {error}; trying again every {ACCEPT_AGAIN:?}");
                 }
                 failing = true;
-                // The client still waits in the queue, so that the next try fails at once: no event says when a descriptor is free.
+                // The client stays in the queue, so that the next accept would fail at once: no event tells when a descriptor is free.
                 thread::sleep(ACCEPT_AGAIN);
                 continue;
             }
@@ -209,7 +211,7 @@ fn converse(stream: &UnixStream, inbox: &Inbox, peer: UnixCredentials, access: A
     }
 }
 
-/// A call, or the id to answer under and what is wrong.
+/// Parses a call; an error has the id for the answer.
 fn parse(line: &[u8]) -> Result<Call, (u64, Failure)> {
     let usage = |id, message: String| (id, Failure::new(ErrorCode::Usage, message));
     let value: serde_json::Value = serde_json::from_slice(line)
@@ -234,7 +236,7 @@ fn answer(stream: &UnixStream, inbox: &Inbox, call: Call) -> io::Result<()> {
     loop {
         let line = match lines.recv_timeout(HANGUP_INTERVAL) {
             Ok(line) => line,
-            // A client that follows events may hang up long before the next one comes.
+            // A client that follows events may hang up long before the next event.
             Err(mpsc::RecvTimeoutError::Timeout) if has_hung_up(stream)? => return Ok(()),
             Err(mpsc::RecvTimeoutError::Timeout) => continue,
             Err(mpsc::RecvTimeoutError::Disconnected) => break,

@@ -1,14 +1,14 @@
-//! How many files the service may have open: each function that a guest has needs some.
+//! The limit of open files: each attached function needs several.
 
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// What the service opens whatever guests have: libraries' connections, xenstore, clients, the journal.
+/// Files that the service opens independent of guests: connections of libraries, xenstore, clients, the journal.
 const FIXED: u64 = 256;
-/// What it opens at most for one function that a guest has: config space, mapped BARs, the guest's event channel and page.
+/// The largest number of files for one attached function: config space, mapped BARs, the guest's event channel and page.
 const EACH: u64 = 4;
 
-/// Raises the limit as far as it goes (setrlimit(2)), and returns what it is then.
+/// Raises the soft limit to the hard limit (setrlimit(2)), and returns it.
 pub fn raise_limit() -> Result<u64, Errno> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     if soft < hard {
@@ -17,7 +17,7 @@ pub fn raise_limit() -> Result<u64, Errno> {
     Ok(hard)
 }
 
-/// What is wrong with a limit on a host with so many functions, if guests had all of them.
+/// A warning if the limit is too low for all functions of the host to be attached.
 pub fn shortage(limit: u64, functions: usize) -> Option<String> {
     let needed = FIXED + EACH * functions as u64;
     (limit < needed).then(|| {

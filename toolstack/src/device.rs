@@ -1,4 +1,4 @@
-//! By what a function is known again after bus numbers have changed, or its card has moved to another slot.
+//! Identifies a device after bus numbers have changed, or its card has moved to another slot.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,29 +13,29 @@ use crate::outcome::Failure;
 use crate::pci_path::PciPath;
 use crate::spec::{answers, existing, identity};
 
-/// A function of the host, whatever its address.
+/// A function of the host, independent of its address.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Device {
-    /// Where it was when it was noted, for people.
+    /// Its address when it was noted, for messages.
     pub address: Sbdf,
-    /// What it is; a VF has its PF's serial number.
+    /// Its ids; for a VF, with its PF's serial number.
     pub identity: Identity,
-    /// The way to it, of a VF to its PF.
+    /// Its path from the root bus; for a VF, its PF's path.
     #[schemars(with = "String")]
     pub path: PciPath,
-    /// The function number, of a VF its PF's.
+    /// Its function number; for a VF, its PF's.
     pub function: u8,
-    /// A VF's number among those of its PF.
+    /// For a VF, its index among the VFs of its PF.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vf: Option<u16>,
 }
 
 impl Device {
-    /// What is known of a function.
+    /// Determines the device of a function.
     ///
     /// # Errors
-    /// The host cannot be asked, or a VF leaves just now.
+    /// The host cannot be read, or the VF is just being removed.
     pub fn of(host: &dyn Host, function: &HostFunction) -> Result<Self, Failure> {
         let address = function.address;
         let top = function.physical_function.unwrap_or(address);
@@ -58,7 +58,7 @@ impl Device {
         Identity { serial: None, ..self.identity } == Identity::of(function)
     }
 
-    /// Whether both are the same device: of the same kind, and at the same place or with the same serial number.
+    /// Whether both are the same device: the same ids, and the same path or serial number.
     pub fn is(&self, other: &Self) -> bool {
         let same_card = self.identity.serial.is_some()
             && self.identity.serial == other.identity.serial
@@ -67,12 +67,12 @@ impl Device {
     }
 }
 
-/// What functions are, read once for each that comes to the host: reading it asks the device. Clones are the same.
+/// The devices of functions, read once per incarnation, because this reads config space. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct Devices(Arc<Mutex<BTreeMap<Sbdf, (u64, Device)>>>);
 
 impl Devices {
-    /// What a function is. It is read where it is not known yet: that is for threads that may block, after which it is known.
+    /// The device of a function. If it is not known yet, it is read, which only threads that may block should do.
     ///
     /// # Errors
     /// Those of [`Device::of`].
@@ -85,7 +85,7 @@ impl Devices {
             return Ok(known);
         }
         let device = Device::of(host, function)?;
-        // One that does not answer now has not shown its serial number.
+        // A function that does not answer now has not shown its serial number, so it is read again the next time.
         if answers(host, function.physical_function.unwrap_or(function.address)) {
             let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             known.insert(function.address, (function.incarnation, device.clone()));

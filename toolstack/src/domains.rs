@@ -1,4 +1,4 @@
-//! Domains, as xenstore knows them.
+//! Domains, as described in xenstore.
 
 use pciback::DomId;
 use pciback::platform::{PlatformError, StoreOps};
@@ -9,25 +9,25 @@ use crate::outcome::Failure;
 
 const DEVICE_MODELS: &str = "/local/domain/0/device-model/";
 
-/// A domain as the user named it: by name, or by number.
+/// A domain as the user names it: by name or number.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
 pub struct DomainName(pub String);
 
-/// What kind of guest it is, in xl's words.
+/// The type of a guest, in xl's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DomainType {
-    /// Paravirtualized: sees functions through pcifront.
+    /// Paravirtualized: it gets functions through xen-pcifront.
     Pv,
     /// Hardware-virtualized, with a device model.
     Hvm,
-    /// Hardware-virtualized, without any emulated device: it has no PCI bus.
+    /// Hardware-virtualized, without emulated devices: it has no PCI bus.
     Pvh,
-    /// The toolstack that made it left no note.
+    /// The toolstack that created it did not note its type.
     Unknown,
 }
 
-/// Finds a domain by name or number, as xl does: what is a number is a number.
+/// Finds a domain by name or number; as for xl, digits are always a number.
 pub fn find(store: &dyn StoreOps, wanted: &DomainName) -> Result<DomId, Failure> {
     let domain = match wanted.0.parse::<u16>() {
         Ok(number) => read_text(store, &format!("/local/domain/{number}/domid"))?
@@ -56,12 +56,12 @@ fn by_name(store: &dyn StoreOps, name: &str) -> Result<Option<DomId>, Failure> {
     Ok(None)
 }
 
-/// A domain's name.
+/// The name of a domain.
 pub fn name(store: &dyn StoreOps, domain: DomId) -> Result<Option<String>, PlatformError> {
     read_text(store, &format!("/local/domain/{domain}/name"))
 }
 
-/// A domain's type, as libxl noted it.
+/// The type of a domain, as libxl noted it.
 pub fn kind(store: &dyn StoreOps, domain: DomId) -> Result<DomainType, PlatformError> {
     Ok(match read_text(store, &format!("/libxl/{domain}/type"))?.as_deref() {
         Some("pv") => DomainType::Pv,
@@ -71,24 +71,24 @@ pub fn kind(store: &dyn StoreOps, domain: DomId) -> Result<DomainType, PlatformE
     })
 }
 
-/// Where the device model of a domain says how far it is.
+/// The node with the state of a domain's device model.
 pub fn device_model_state(domain: DomId) -> String {
     format!("{DEVICE_MODELS}{domain}/state")
 }
 
-/// The domain whose device model says there how far it is.
+/// The domain whose device model has this node.
 pub fn of_device_model(node: &str) -> Option<DomId> {
     node.strip_prefix(DEVICE_MODELS)?.strip_suffix("/state")?.parse().ok().map(DomId)
 }
 
-/// Whether the device model of a domain runs.
+/// Whether the device model of a domain is running.
 pub fn device_model_runs(store: &dyn StoreOps, domain: DomId) -> Result<bool, PlatformError> {
     Ok(read_text(store, &device_model_state(domain))?.as_deref() == Some("running"))
 }
 
-/// Why a domain has power over others, in words that follow "it"; `None` where nothing says so.
+/// Why a domain has power over other domains, in words that follow "it"; `None` if xenstore shows no reason.
 ///
-/// Xen tells nobody which domains it lets control others, so this goes by what toolstacks leave in xenstore, where guests cannot write.
+/// Xen has no interface that lists privileged domains, so this uses what toolstacks write to xenstore, where guests cannot write.
 pub fn privilege(store: &dyn StoreOps, domain: DomId) -> Result<Option<String>, PlatformError> {
     if read_text(store, "/tool/xenstored/domid")?.as_deref() == Some(domain.to_string().as_str()) {
         return Ok(Some("runs xenstored".to_owned()));

@@ -1,4 +1,4 @@
-//! Files that are replaced as a whole: whoever reads one finds what was there before or what is there now.
+//! Files that are replaced atomically: a reader finds either the old contents or the new ones.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -9,20 +9,21 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde::Serialize;
 
-/// The extension of a file that is being written, or that holds what was there before the last write.
+/// The extension of a file that is being written, or that has the contents before the last write.
 const TEMPORARY: &str = "new";
 
-/// What was renamed or removed in a directory is so after a power failure, too.
+/// Syncs a directory, so that renames and removals in it survive a power failure.
 pub(crate) fn sync(directory: &Path) -> io::Result<()> {
     File::open(directory)?.sync_all()
 }
 
-/// Replaces a file so that the next run of the service finds it, whole, when the call returns; with `durable` also after a power failure.
+/// Replaces a file atomically; with `durable`, the new contents also survive a power failure.
 pub(crate) fn replace(path: &Path, content: &impl Serialize, durable: bool) -> io::Result<()> {
     write(path, &serde_json::to_vec_pretty(content)?, durable)
 }
 
-/// Has a file hold this, also after a power failure. One that does is left alone: the disk takes milliseconds, and guests may wait.
+/// Writes a file that survives a power failure, unless it has these contents already: syncing takes milliseconds, in which guests may
+/// wait.
 pub(crate) fn keep(path: &Path, content: &impl Serialize) -> io::Result<()> {
     let text = serde_json::to_vec_pretty(content)?;
     let has_length = fs::metadata(path).is_ok_and(|file| file.len() == text.len() as u64);
@@ -32,7 +33,7 @@ pub(crate) fn keep(path: &Path, content: &impl Serialize) -> io::Result<()> {
     write(path, &text, true)
 }
 
-/// Removes a file and what is left of its last write; nothing happens where there is none.
+/// Removes a file and the rest of its last write; succeeds if there is none.
 pub(crate) fn remove(path: &Path) -> io::Result<()> {
     for path in [path, &path.with_extension(TEMPORARY)] {
         match fs::remove_file(path) {
@@ -50,9 +51,9 @@ fn write(path: &Path, text: &[u8], durable: bool) -> io::Result<()> {
     if durable {
         file.sync_all()?;
     }
-    // The old file becomes the temporary one of the next write: file systems are slow at making and deleting thousands of them.
+    // The old file becomes the temporary file of the next write, because creating and deleting thousands of files is slow.
     match renameat2(AT_FDCWD, &temporary, AT_FDCWD, path, RenameFlags::RENAME_EXCHANGE) {
-        // ENOENT: there was none. EINVAL: the file system cannot exchange.
+        // ENOENT: there was no file. EINVAL: the file system does not support the exchange.
         Err(Errno::ENOENT | Errno::EINVAL) => fs::rename(&temporary, path)?,
         exchanged => exchanged?,
     }

@@ -1,11 +1,11 @@
-//! PV guests that may still reach the memory BARs of a function they no longer have.
+//! PV guests that may still reach the memory BARs of a function that they no longer have.
 //!
-//! Xen revokes a PV guest's permission to map frames, but leaves the page table entries that the guest has made: one that mapped a
-//! BAR goes on reading and writing the device's registers, and can program DMA in the context of the next owner. Nothing but the
-//! end of the domain takes such a mapping away. So each range that a PV domain is allowed to map is noted here first, and a function
-//! whose BARs lie in such a range goes to nobody else while that domain exists.
+//! Xen revokes a PV guest's permission to map frames, but leaves its page table entries: a guest that has mapped a BAR can still access
+//! the device's registers, and program DMA in the context of the next owner. Only the end of the domain removes such a mapping. So each
+//! range is noted here before a PV domain may map it, and a function whose BARs overlap a noted range gets no other owner while that
+//! domain exists.
 //!
-//! HVM guests reach BARs through Xen's own tables, from which Xen removes the frames; I/O ports are checked at each access.
+//! HVM guests reach BARs through second-stage page tables, from which Xen removes the frames. I/O ports are checked at each access.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,7 +21,7 @@ use crate::durable;
 use crate::journal::{JournalError, VERSION, entries, read_entry};
 use crate::outcome::Failure;
 
-/// No file is longer than this, in bytes.
+/// The largest size of a file, in bytes.
 const SIZE_LIMIT: u64 = 1 << 20;
 
 /// A range of page frames that a PV domain was allowed to map.
@@ -29,13 +29,13 @@ const SIZE_LIMIT: u64 = 1 << 20;
 #[serde(deny_unknown_fields)]
 struct Range {
     domain: DomId,
-    /// Domain numbers are used again; this tells one domain from the next.
+    /// Domain ids are reused; the UUID distinguishes domains with the same id.
     uuid: Uuid,
     first: u64,
     frames: u64,
 }
 
-/// What was granted of one function's BARs since the host booted.
+/// The ranges granted for one function since the host booted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Entry {
@@ -57,11 +57,11 @@ pub struct FormerOwner {
 #[derive(Debug, Default)]
 struct Known {
     entries: BTreeMap<Sbdf, Entry>,
-    /// Files that cannot be used: of these functions it is unknown who can reach them.
+    /// Unusable files: it is unknown which domains can reach these functions.
     damaged: BTreeMap<Sbdf, PathBuf>,
 }
 
-/// All of them, on disk: one small file for each function. Clones are the same.
+/// All former owners, on disk, in one small file for each function. Clones share them.
 #[derive(Debug, Clone)]
 pub struct FormerOwners {
     directory: PathBuf,
@@ -70,8 +70,8 @@ pub struct FormerOwners {
 }
 
 impl FormerOwners {
-    /// Reads the directory, which is created when it is not there. What was noted before the host booted is removed. One error for
-    /// each file that cannot be used; its function is treated as reachable by an unknown guest.
+    /// Reads the directory, and creates it if necessary. Files of an earlier boot are removed. Returns one error for each unusable file;
+    /// its function counts as reachable by an unknown guest.
     pub fn open(directory: &Path, boot: &str) -> Result<(Self, Vec<JournalError>), JournalError> {
         let create = |source| JournalError::Io { action: "create", path: directory.to_owned(), source };
         fs::create_dir_all(directory).map_err(create)?;
@@ -105,8 +105,8 @@ impl FormerOwners {
         self.directory.join(format!("{address}.json"))
     }
 
-    /// Notes ranges of page frames (first, count) of a function that a PV domain is about to be allowed to map, so that a service
-    /// that is killed at any moment finds the note. Ranges of domains that no longer exist are dropped.
+    /// Notes ranges of page frames (first, count) of a function before a PV domain may map them, so that a killed service leaves the
+    /// note. Ranges of domains that no longer exist are dropped.
     pub fn note(
         &self,
         hypervisor: &dyn Hypervisor,
@@ -116,7 +116,7 @@ impl FormerOwners {
     ) -> Result<(), Failure> {
         let uuid = match hypervisor.domain(domain) {
             Ok(found) => found.uuid,
-            // What does not exist maps nothing.
+            // A domain that does not exist maps nothing.
             Err(error) if error.errno() == Some(Errno::ESRCH) => return Ok(()),
             Err(error) => return Err(error.into()),
         };
@@ -146,7 +146,7 @@ impl FormerOwners {
         Ok(())
     }
 
-    /// The domains, `but` one, that may still reach a memory BAR of a function, by the function that they had.
+    /// The domains, except `but`, that may still reach a memory BAR of a function, each with the function that it had.
     pub fn of(
         &self,
         hypervisor: &dyn Hypervisor,
@@ -178,13 +178,13 @@ impl FormerOwners {
         Ok(owners)
     }
 
-    /// The file about a function, where it cannot be used.
+    /// The unusable file of a function, if there is one.
     fn damaged(&self, address: Sbdf) -> Option<PathBuf> {
         self.known().damaged.get(&address).cloned()
     }
 
-    /// Refuses to give a function away while a PV guest, `but` one, may still reach it. `action`: what is refused, in words that
-    /// follow "to".
+    /// Refuses an action that gives a function to another owner while a PV guest, except `but`, may still reach it. `action` is in words
+    /// that follow "to".
     pub fn refuse(
         &self,
         hypervisor: &dyn Hypervisor,
@@ -228,7 +228,7 @@ impl FormerOwners {
     }
 }
 
-/// Whether the domain that was allowed to map a range still exists and can run.
+/// Whether the domain of a range still exists and can run.
 fn exists(hypervisor: &dyn Hypervisor, range: &Range) -> Result<bool, PlatformError> {
     match hypervisor.domain(range.domain) {
         Ok(found) => Ok(found.uuid == range.uuid && !found.dying),

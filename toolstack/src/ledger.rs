@@ -27,7 +27,7 @@ pub struct Entry {
     boot: String,
     /// The port or PF.
     pub address: Sbdf,
-    /// Its incarnation, which counts the devices that had this address since boot.
+    /// Its incarnation, which distinguishes devices that had this address since boot.
     pub incarnation: u64,
     /// Its role on the path.
     pub role: Role,

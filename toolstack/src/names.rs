@@ -1,4 +1,4 @@
-//! Names that the settings give to functions, and which function of the host somebody means.
+//! Names that the settings give to functions, and finding the function for a name.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,17 +14,17 @@ use crate::pci_path::PciPath;
 use crate::spec::existing;
 use crate::target::{Parent, Target, Word};
 
-/// Names and what they mean.
+/// Names and their meanings.
 pub type Names = BTreeMap<Word, Name>;
 
-/// What a name means.
+/// The meaning of a name.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "Entry")]
 pub struct Name {
     by: By,
-    /// With a serial number: the function of the device, 0-7.
+    /// With a serial number: the function number, 0-7.
     function: Option<u8>,
-    /// A VF of what was found, by its number.
+    /// The index of a VF of the function that was found.
     vf: Option<u16>,
 }
 
@@ -35,7 +35,7 @@ enum By {
     Path(PciPath),
 }
 
-/// A name as the settings have it.
+/// A name in the settings.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Entry {
@@ -60,7 +60,7 @@ impl TryFrom<Entry> for Name {
             (Some(address), None, None) => By::Address(address),
             (None, Some(serial), None) => By::Serial(serial_of(&serial)?),
             (None, None, Some(path)) => match path.strip_prefix("pci-").map(str::parse) {
-                // Below a bridge, udev's ID_PATH says no more than this.
+                // udev's ID_PATH has only the address of the function.
                 Some(Ok(address)) => By::Address(address),
                 _ => By::Path(path.parse()?),
             },
@@ -76,7 +76,7 @@ impl TryFrom<Entry> for Name {
     }
 }
 
-/// A Device Serial Number as lspci prints it.
+/// Parses a Device Serial Number in lspci's format.
 fn serial_of(text: &str) -> Result<u64, String> {
     let wrong =
         || format!("'{text}' is not a serial number: write it as lspci does, 01-23-45-67-89-ab-cd-ef");
@@ -101,13 +101,13 @@ impl fmt::Display for Name {
     }
 }
 
-/// A Device Serial Number as lspci prints it.
+/// A Device Serial Number in lspci's format.
 pub fn printed(serial: u64) -> String {
     serial.to_be_bytes().map(|byte| format!("{byte:02x}")).join("-")
 }
 
 impl Name {
-    /// Whether it means a function, whatever VF of it it means.
+    /// Whether the name means a device; the VF index is ignored.
     fn is_of(&self, device: &Device) -> bool {
         match &self.by {
             By::Address(wanted) => *wanted == device.address,
@@ -156,12 +156,12 @@ impl Name {
     }
 }
 
-/// The functions of the host; one that leaves meanwhile is not among them.
+/// The functions of the host; one that leaves meanwhile is skipped.
 fn functions(host: &dyn Host) -> Result<Vec<HostFunction>, Failure> {
     Ok(host.functions()?.into_iter().filter_map(|address| host.function(address).ok()).collect())
 }
 
-/// A VF by its number.
+/// A VF by its index.
 fn virtual_function(host: &dyn Host, pf: Sbdf, number: u16) -> Result<Sbdf, Failure> {
     let function = existing(host, pf)?;
     if function.total_vfs == 0 {
@@ -176,7 +176,7 @@ fn virtual_function(host: &dyn Host, pf: Sbdf, number: u16) -> Result<Sbdf, Fail
     })
 }
 
-/// The function that has an address, a name or a network interface.
+/// The function with an address, a name or a network interface.
 fn function(host: &dyn Host, names: &Names, parent: &Parent) -> Result<Sbdf, Failure> {
     let word = match parent {
         Parent::At(address) => return Ok(*address),
@@ -198,10 +198,10 @@ fn function(host: &dyn Host, names: &Names, parent: &Parent) -> Result<Sbdf, Fai
     }))
 }
 
-/// Finds the function that is meant. What remains is an address, or a pool of a PF that is given by its address.
+/// Finds the function for a target. The result is an address, or a pool with the PF's address.
 ///
 /// # Errors
-/// There is no such function, or several, or the host cannot be asked.
+/// There is no such function, or several, or the host cannot be read.
 pub fn find(host: &dyn Host, names: &Names, target: &Target) -> Result<Target, Failure> {
     Ok(match target {
         Target::One(parent) => function(host, names, parent)?.into(),
@@ -210,7 +210,7 @@ pub fn find(host: &dyn Host, names: &Names, target: &Target) -> Result<Target, F
     })
 }
 
-/// Whether a function that is no VF is what somebody means who calls it so.
+/// Whether a target's parent means this function, which is no VF.
 pub fn means(host: &dyn Host, names: &Names, parent: &Parent, function: &HostFunction) -> bool {
     match parent {
         Parent::At(address) => *address == function.address,
@@ -223,7 +223,7 @@ pub fn means(host: &dyn Host, names: &Names, parent: &Parent, function: &HostFun
     }
 }
 
-/// Whether a function is what somebody means who writes this; none of a pool is. `device` is what is known of it.
+/// Whether a target means this function; a pool means none. `device` is the function's device.
 pub fn means_one(
     host: &dyn Host,
     names: &Names,
@@ -231,7 +231,7 @@ pub fn means_one(
     function: &HostFunction,
     device: &Device,
 ) -> bool {
-    // What is known of a VF is its PF's, too.
+    // The device of a VF has its PF's serial number and path.
     let pf = function.physical_function;
     let of_pf =
         |name: &Name| pf.is_some_and(|address| name.is_of(&Device { address, vf: None, ..device.clone() }));

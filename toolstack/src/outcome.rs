@@ -1,4 +1,4 @@
-//! How an operation ends, for people, for tools and as an exit code.
+//! The outcome of an operation, for people, for tools and as an exit code.
 
 use std::fmt;
 
@@ -8,11 +8,11 @@ use pciback::{DomId, Sbdf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// What kind of failure it was: stable words for tools, each with its exit code.
+/// The type of a failure: stable words for tools, each with its exit code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ErrorCode {
-    /// The host, the hypervisor or the guest did not do what was asked. Exit code 1.
+    /// The host, the hypervisor or the guest did not do what was requested. Exit code 1.
     Failed,
     /// The command line or the request is not valid. Exit code 2.
     Usage,
@@ -20,14 +20,14 @@ pub enum ErrorCode {
     Unreachable,
     /// There is no such function or domain. Exit code 4.
     NotFound,
-    /// What was asked does not fit the present state, or a policy forbids it; nothing was changed. Exit code 5.
+    /// The request does not fit the present state, or a policy forbids it; nothing was changed. Exit code 5.
     Refused,
-    /// It failed and could not be undone: the function is quarantined. Exit code 6.
+    /// The operation failed and could not be undone: the function is quarantined. Exit code 6.
     Quarantined,
 }
 
 impl ErrorCode {
-    /// Whether nothing was attempted because of what was asked for, or of the present state.
+    /// Whether nothing was attempted.
     pub const fn is_refusal(self) -> bool {
         matches!(self, Self::Usage | Self::NotFound | Self::Refused)
     }
@@ -45,10 +45,10 @@ impl ErrorCode {
     }
 }
 
-/// One of several things in the way.
+/// One of several obstacles.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Obstacle {
-    /// What.
+    /// The obstacle.
     pub message: String,
     /// What the user can do about it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -61,7 +61,7 @@ impl From<Failure> for Obstacle {
     }
 }
 
-/// The first `shown` of a list, and how many more there are.
+/// The first `shown` entries of a list, and the number of further ones.
 pub fn few(names: &[String], shown: usize) -> String {
     let first = names[..shown.min(names.len())].join(", ");
     match names.len().saturating_sub(shown) {
@@ -73,37 +73,37 @@ pub fn few(names: &[String], shown: usize) -> String {
 /// A failed operation: what was attempted, why it failed, and what the user can do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Failure {
-    /// What kind of failure.
+    /// The type of the failure.
     pub code: ErrorCode,
     /// What was attempted and why it failed, in one sentence.
     pub message: String,
     /// What the user can do about it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
-    /// The function it was about.
+    /// The function.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<Sbdf>,
-    /// The domain it was about.
+    /// The domain.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<DomId>,
-    /// All that is in the way, where that is more than one thing.
+    /// All obstacles, if there are several.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub obstacles: Vec<Obstacle>,
-    /// The mistakes in policy files, for tools; the message has them too.
+    /// The mistakes in policy files, for tools; the message contains them as well.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mistakes: Vec<Diagnostic>,
 }
 
 impl Failure {
-    /// A failure of some kind.
+    /// A failure of the given type.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         let (obstacles, mistakes) = (Vec::new(), Vec::new());
         Self { code, message: message.into(), hint: None, address: None, domain: None, obstacles, mistakes }
     }
 
-    /// Refuses an action, in words that follow "to", because of all that is in its way.
+    /// Refuses an action, in words that follow "to", if there are obstacles.
     pub fn refuse_for(action: &str, mut found: Vec<Self>) -> Result<(), Self> {
-        // What could not be found out is no refusal: it goes before.
+        // A failed check is no refusal, and takes precedence.
         if let Some(failed) = found.iter().position(|failure| !failure.code.is_refusal()) {
             return Err(found.swap_remove(failed));
         }
@@ -120,12 +120,12 @@ impl Failure {
         }
     }
 
-    /// Nothing was changed because of the present state.
+    /// A refusal because of the present state; nothing was changed.
     pub fn refused(message: impl Into<String>) -> Self {
         Self::new(ErrorCode::Refused, message)
     }
 
-    /// There is no such thing.
+    /// A failure because there is no such thing.
     pub fn not_found(message: impl Into<String>) -> Self {
         Self::new(ErrorCode::NotFound, message)
     }
@@ -142,13 +142,13 @@ impl Failure {
         self
     }
 
-    /// Names the function.
+    /// Adds the function.
     pub fn on(mut self, address: Sbdf) -> Self {
         self.address = Some(address);
         self
     }
 
-    /// Names the domain.
+    /// Adds the domain.
     pub fn of(mut self, domain: DomId) -> Self {
         self.domain = Some(domain);
         self

@@ -1,4 +1,4 @@
-//! The way to a function through the host's bridges.
+//! The path to a function through the host's bridges.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use crate::outcome::Failure;
 
-/// The way to a function from its root bus: the function there, then device and function number below each bridge. It stays when bus
-/// numbers change.
+/// The path to a function from its root bus: the function on the root bus, then the device and function number below each bridge. It does
+/// not depend on bus numbers.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub struct PciPath {
@@ -19,7 +19,7 @@ pub struct PciPath {
 }
 
 impl PciPath {
-    /// The way to a function.
+    /// The path to a function.
     ///
     /// # Errors
     /// The bridges above it cannot be found.
@@ -35,7 +35,7 @@ impl PciPath {
 impl FromStr for PciPath {
     type Err = String;
 
-    /// Reads `SSSS:BB:DD.F/DD.F...`, as Linux' `pci=` options have it, or what a link in `/sys/bus/pci/devices` points to.
+    /// Parses `SSSS:BB:DD.F/DD.F...`, as in Linux' `pci=` options, or the target of a link in `/sys/bus/pci/devices`.
     fn from_str(text: &str) -> Result<Self, String> {
         let shown: String = text.chars().take(120).collect();
         let wrong = || {

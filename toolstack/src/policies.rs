@@ -1,4 +1,4 @@
-//! Policy files on disk: reading the directories, and the copy of what was last in force.
+//! Policy files on disk: reading the directories, and keeping a copy of the policies in force.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,26 +13,26 @@ use thiserror::Error;
 use crate::durable;
 use crate::outcome::{ErrorCode, Failure};
 
-/// More policy files than this are none that somebody wrote.
+/// The largest number of policy files, as a protection against wrong directories.
 const FILES: usize = 1000;
-/// The copy of what was last in force, in the state directory.
+/// The copy of the policies in force, in the state directory.
 const COPY: &str = "policies-in-force";
 
-/// Why policies cannot be used. Nothing is: a file that is left out might be the one that forbids something.
+/// Why policies cannot be used. No file is used then, because the unusable one might forbid something.
 #[derive(Debug, Error)]
 pub enum PolicyError {
     /// A file or directory cannot be read.
     #[error("read {path}: {source}")]
     Read {
-        /// Which.
+        /// The file or directory.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// There are too many.
+    /// There are too many files.
     #[error("{directory}: more than {FILES} policy files")]
     TooMany {
-        /// Where.
+        /// The directory.
         directory: PathBuf,
     },
     /// Some files have mistakes.
@@ -40,7 +40,7 @@ pub enum PolicyError {
     Invalid(Mistakes),
 }
 
-/// All mistakes of all files, one a line.
+/// All mistakes in all files, one per line.
 #[derive(Debug)]
 pub struct Mistakes(pub Vec<Diagnostic>);
 
@@ -63,26 +63,26 @@ impl From<PolicyError> for Failure {
     }
 }
 
-/// One file as it was read.
+/// The contents of one file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Source {
     /// Its path.
     pub name: String,
-    /// What it says.
+    /// Its text.
     pub text: String,
 }
 
-/// Reads one file, at most a policy file's limit of it.
+/// Reads a file, up to the size limit of policy files.
 pub fn read(path: &Path) -> Result<Source, PolicyError> {
     let failed = |source| PolicyError::Read { path: path.to_owned(), source };
     let mut text = String::new();
     let file = File::open(path).map_err(failed)?;
-    // One byte more than is allowed, so that the parser says that it is too long.
+    // One byte more than allowed, so that the parser reports a file that is too long.
     file.take(FILE_LIMIT as u64 + 1).read_to_string(&mut text).map_err(failed)?;
     Ok(Source { name: path.display().to_string(), text })
 }
 
-/// Reads all `*.yaml` of some directories; one that is not there has none.
+/// Reads all `*.yaml` files of some directories; a missing directory has none.
 fn read_directories(directories: &[PathBuf]) -> Result<Vec<Source>, PolicyError> {
     let mut paths: BTreeMap<std::ffi::OsString, PathBuf> = BTreeMap::new();
     for directory in directories {
@@ -107,7 +107,7 @@ fn read_directories(directories: &[PathBuf]) -> Result<Vec<Source>, PolicyError>
     paths.values().map(|path| read(path)).collect()
 }
 
-/// Checks files; all of them are good, or none is used.
+/// Parses files; a mistake in one makes all unusable.
 pub fn parse(sources: &[Source]) -> Result<PolicySet, PolicyError> {
     let (mut files, mut mistakes) = (Vec::new(), Vec::new());
     for source in sources {
@@ -123,19 +123,19 @@ pub fn parse(sources: &[Source]) -> Result<PolicySet, PolicyError> {
     }
 }
 
-/// Reads and checks all files of some directories.
+/// Reads and parses all files of some directories.
 pub fn load(directories: &[PathBuf]) -> Result<(Vec<Source>, PolicySet), PolicyError> {
     let sources = read_directories(directories)?;
     let set = parse(&sources)?;
     Ok((sources, set))
 }
 
-/// Keeps a copy of what is in force: a service that starts while somebody edits a file badly serves its guests on with it.
+/// Keeps a copy of the policies in force, so that a service that starts while a file has mistakes can still serve its guests.
 pub fn keep_copy(state_directory: &Path, sources: &[Source]) -> io::Result<()> {
     durable::keep(&state_directory.join(COPY), &sources)
 }
 
-/// The copy of what was last in force; `None` where there is none that can be used.
+/// The copy of the policies in force; `None` if there is no usable one.
 pub fn read_copy(state_directory: &Path) -> Option<PolicySet> {
     let text = fs::read(state_directory.join(COPY)).ok()?;
     let sources: Vec<Source> = serde_json::from_slice(&text).ok()?;

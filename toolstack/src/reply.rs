@@ -1,4 +1,4 @@
-//! Where the engine sends what it has to say about one call.
+//! The destination of the engine's answers to one call.
 
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -8,58 +8,58 @@ use log::info;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{EventView, Success};
 
-/// Where the engine sends what it has to say about one call.
+/// The destination of the engine's answers to one call.
 #[derive(Clone)]
 pub struct Reply(Listener);
 
 #[derive(Clone)]
 enum Listener {
     Client(mpsc::Sender<Line>),
-    /// The service itself: a failure goes here.
+    /// The service itself: a failure is passed to this function.
     Unasked(Arc<dyn Fn(&Failure) + Send + Sync>),
 }
 
-/// One thing that the engine has to say about a call.
+/// One message about a call.
 #[derive(Debug)]
 pub(crate) enum Line {
-    /// What is done now.
+    /// What is being done.
     Progress(String),
-    /// What happened.
+    /// An event.
     Event(Box<EventView>),
-    /// The last one.
+    /// The final message.
     Done(Box<Result<Success, Failure>>),
-    /// Nothing to say: dropped with the channel, when the last line has been written.
+    /// Not sent to the client: dropped with the channel after the last line was written.
     Written(#[expect(dead_code, reason = "it counts when it is dropped")] mpsc::Sender<()>),
 }
 
 impl Reply {
-    /// A reply and where its lines come out.
+    /// A reply, and the receiver of its lines.
     pub(crate) fn channel() -> (Self, mpsc::Receiver<Line>) {
         let (sender, receiver) = mpsc::channel();
         (Self(Listener::Client(sender)), receiver)
     }
 
-    /// A reply that a thread of the service's own waits for.
+    /// A reply for which a thread of the service waits.
     pub fn awaited() -> (Self, Answer) {
         let (reply, lines) = Self::channel();
         (reply, Answer(lines))
     }
 
-    /// A reply for what the service does of its own accord; a failure goes to `failed`.
+    /// A reply for work that the service starts by itself; a failure is passed to `failed`.
     pub fn unasked(failed: impl Fn(&Failure) + Send + Sync + 'static) -> Self {
         Self(Listener::Unasked(Arc::new(failed)))
     }
 
-    /// Says what is done now.
+    /// Reports what is being done.
     pub fn progress(&self, text: &str) {
         match &self.0 {
-            // A client that has gone away is no reason to stop.
+            // A client that has disconnected does not stop the operation.
             Listener::Client(client) => drop(client.send(Line::Progress(text.to_owned()))),
             Listener::Unasked(_) => info!("{text}"),
         }
     }
 
-    /// Says what happened; `false` when its client has left.
+    /// Sends an event; `false`: the client has disconnected.
     pub fn event(&self, event: &EventView) -> bool {
         match &self.0 {
             Listener::Client(client) => client.send(Line::Event(Box::new(event.clone()))).is_ok(),
@@ -81,30 +81,30 @@ impl Reply {
 }
 
 impl Reply {
-    /// Ends the call, and waits until its client has been written to, at most for `limit`: this process ends then.
+    /// Ends the call, and waits up to `limit` until the answer is written, because the process ends afterwards.
     pub fn done_before_the_end(&self, outcome: Result<Success, Failure>, limit: Duration) {
         self.done(outcome);
         if let Listener::Client(client) = &self.0 {
             let (token, written) = mpsc::channel();
-            // Whether it was dropped unsent or with the channel, nothing is left to write.
+            // If it was dropped, nothing is left to write.
             let _ = client.send(Line::Written(token));
             let _ = written.recv_timeout(limit);
         }
     }
 }
 
-/// What a thread of the service's own waits for.
+/// The answer for which a thread of the service waits.
 pub struct Answer(mpsc::Receiver<Line>);
 
 impl Answer {
-    /// The outcome, at most after `limit`.
+    /// Waits for the outcome, up to `limit`.
     pub fn wait(&self, limit: Duration) -> Result<Success, Failure> {
         self.given(limit).unwrap_or_else(|error| {
             Err(Failure::new(ErrorCode::Failed, format!("wait for the engine: {error}")))
         })
     }
 
-    /// The outcome, at most after `limit`; an error where none comes, so that it is not known what was done.
+    /// Waits for the outcome, up to `limit`; an error if there is none, so that the outcome is unknown.
     pub fn given(&self, limit: Duration) -> Result<Result<Success, Failure>, mpsc::RecvTimeoutError> {
         let deadline = Instant::now() + limit;
         loop {

@@ -1,8 +1,8 @@
-//! Functions that guests have persistently (`pci-attach --persist`), on disk: one small file for each.
+//! Functions that guests have persistently (`pci-attach --persist`), on disk, in one small file for each.
 //!
-//! A guest that reboots is another domain for Xen, with the same UUID. A reservation says which guest a function goes to when it
-//! starts again, and keeps it from all others. It outlives the service and the host's boots, so each change is synced to the disk,
-//! which takes milliseconds: only threads that may block make one.
+//! A guest that reboots is another domain for Xen, with the same UUID. A reservation names the guest that gets a function when it starts
+//! again, and keeps the function from all other guests. Reservations survive restarts of the service and of the host, so each change is
+//! synced to the disk. That takes milliseconds, so only threads that may block make changes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -21,7 +21,7 @@ use crate::journal::{JournalError, VERSION, entries, read_entry};
 use crate::outcome::Failure;
 use crate::target::Target;
 
-/// No reservation is longer than this, in bytes.
+/// The largest size of a reservation, in bytes.
 const SIZE_LIMIT: u64 = 64 * 1024;
 
 /// A function that a guest has persistently.
@@ -29,25 +29,25 @@ const SIZE_LIMIT: u64 = 64 * 1024;
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Reservation {
     version: u32,
-    /// The function: where it is; in the file, where it was when that was noted.
+    /// The present address of the function; in the file, its address when the file was written.
     pub address: Sbdf,
-    /// What distinguishes it from another one at its address.
+    /// The identity of the device, to distinguish it from another one at its address.
     pub identity: Identity,
-    /// By what it is known at another address; xpcid 0.1.0 did not note that at first.
+    /// The device, to recognise it at another address; early versions did not note it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     device: Option<Device>,
-    /// What the settings call it, where they give it to the guest.
+    /// The name of the function in the settings, if they assign it to the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub promised: Option<Target>,
     /// The guest.
     pub guest: Uuid,
-    /// What the guest was called then, for people.
+    /// The guest's name when the reservation was made, for messages.
     pub name: Option<String>,
     /// Device and function number in the guest, on its bus 0000:00.
     pub devfn: u8,
-    /// The domain that had it last: when it is taken from that one, only the next one gets it.
+    /// The last domain that had the function: if it was detached from that domain, only the next domain of this guest gets it.
     given: Option<Given>,
-    /// When it was made because the guest was saved, in seconds since 1970: it ends when the restored guest has the function.
+    /// For a saved guest: when the reservation was made, in seconds since 1970. It ends when the restored guest has the function.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub saved: Option<u64>,
 }
@@ -60,7 +60,7 @@ struct Given {
 }
 
 impl Reservation {
-    /// One that no domain has had yet.
+    /// A reservation that no domain has used yet.
     pub fn new(device: Device, guest: Uuid, name: Option<String>, devfn: u8) -> Self {
         let (address, identity, device) = (device.address, device.identity, Some(device));
         Self {
@@ -77,12 +77,12 @@ impl Reservation {
         }
     }
 
-    /// The same, of a function that the settings give to the guest and call so; `None`: by no address.
+    /// Sets the name under which the settings assign the function to the guest; `None`: they name no address.
     pub fn promised_as(self, promised: Option<Target>) -> Self {
         Self { promised, ..self }
     }
 
-    /// Whether it is about this function of the host.
+    /// Whether the reservation is for this device.
     pub fn is_of(&self, device: &Device) -> bool {
         match &self.device {
             Some(known) => known.is(device),
@@ -94,22 +94,22 @@ impl Reservation {
         self.device.as_ref().is_some_and(|known| known.path == device.path)
     }
 
-    /// The kind of device, `vendor:device`.
+    /// The ids of the device, `vendor:device`.
     pub fn kind(&self) -> String {
         format!("{:04x}:{:04x}", self.identity.vendor, self.identity.device)
     }
 
-    /// Whether a domain has had it already.
+    /// Whether this domain has had the function.
     pub fn was_given(&self, boot: &str, domain: DomId) -> bool {
         self.given.as_ref().is_some_and(|given| given.boot == boot && given.domain == domain)
     }
 
-    /// The domain that had it last, if that was in this boot.
+    /// The last domain that had it, if that was in this boot.
     pub fn given_in(&self, boot: &str) -> Option<DomId> {
         self.given.as_ref().filter(|given| given.boot == boot).map(|given| given.domain)
     }
 
-    /// The guest, for people.
+    /// The guest, for messages.
     pub fn who(&self) -> String {
         match &self.name {
             Some(name) => format!("guest '{name}' ({})", self.guest),
@@ -117,54 +117,54 @@ impl Reservation {
         }
     }
 
-    /// What a command calls the guest.
+    /// The guest's name or UUID, as commands accept it.
     pub fn called(&self) -> String {
         self.name.clone().unwrap_or_else(|| self.guest.to_string())
     }
 }
 
-/// What a transaction does to reservations before it begins.
+/// A change of reservations that a transaction makes before it begins.
 #[derive(Debug, Clone)]
 pub enum Change {
-    /// Makes one, which does not outlive a failure of the transaction.
+    /// Makes a reservation; it is removed if the transaction fails.
     Reserve(Box<Reservation>),
-    /// Forgets that of a function.
+    /// Removes the reservation of a function.
     Forget(Sbdf),
-    /// Notes that a function is to be held persistently; likewise.
+    /// Notes that a function is to be held persistently; undone if the transaction fails.
     Hold(Sbdf),
 }
 
-/// All reservations. Clones are the same.
+/// All reservations. Clones share them.
 #[derive(Debug, Clone)]
 pub struct Reservations {
     directory: PathBuf,
     known: Arc<Mutex<Known>>,
-    /// Files that cannot be used: which guest has their functions is not known.
+    /// Unusable files: the guests of these functions are unknown.
     damaged: Arc<BTreeMap<Sbdf, PathBuf>>,
 }
 
-/// A function that a guest has persistently is at another address than before.
+/// A persistent function that was found at another address than before.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Followed {
-    /// Where it was.
+    /// The former address.
     pub from: Sbdf,
-    /// Where it is.
+    /// The present address.
     pub to: Sbdf,
     /// The guest.
     pub guest: Uuid,
 }
 
-/// Each reservation has its file, named after the address where its function was when it was made. Where the function is now is found
-/// out from the device, when it is seen.
+/// Reservations by file. A file is named after the address of its function when it was written. The present address is determined from
+/// the device when it is found.
 #[derive(Debug, Default)]
 struct Known {
-    /// By file.
+    /// The reservations, by the address in the file name.
     files: BTreeMap<Sbdf, Reservation>,
-    /// The file about the function at an address.
+    /// The file of the function at a present address.
     at: BTreeMap<Sbdf, Sbdf>,
-    /// Files whose functions were seen.
+    /// Files whose devices were found.
     seen: BTreeSet<Sbdf>,
-    /// Files whose functions are not there while one of another file is at their address, and since when that is known.
+    /// Files whose devices were not found and whose addresses the devices of other files have now, and since when that is known.
     displaced: BTreeMap<Sbdf, SystemTime>,
 }
 
@@ -186,7 +186,7 @@ impl Known {
         self.seen.remove(&file);
         if self.displaced.remove(&file).is_none() {
             self.at.remove(&gone.address);
-            // One whose function was there before that one came.
+            // A displaced reservation with the same address takes that address again.
             let other =
                 self.displaced.keys().find(|other| self.files[*other].address == gone.address).copied();
             if let Some(other) = other {
@@ -197,7 +197,7 @@ impl Known {
         Some(gone)
     }
 
-    /// The file about a device. One whose function was seen elsewhere is about that one.
+    /// The file for a device. A file whose device was found elsewhere is no candidate.
     fn about(&self, device: &Device) -> Option<Sbdf> {
         let found = self.files.iter().filter(|(file, one)| {
             one.is_of(device) && (one.address == device.address || !self.seen.contains(*file))
@@ -206,12 +206,12 @@ impl Known {
         best.map(|(file, _)| *file)
     }
 
-    /// What must be written elsewhere before this file can be about another function, with the new file of each. An error: a file that
-    /// cannot be, as its function is not there.
+    /// The files that must be written under other names before this name is free, with their new names. An error: a file that cannot be
+    /// renamed, because its device was not found.
     fn in_the_way(&self, file: Sbdf) -> Result<Vec<(Sbdf, Reservation)>, Sbdf> {
         let mut moves = Vec::new();
         let mut wanted = file;
-        // It ends: no two functions have one address, and none of these has that of the first file.
+        // This ends: no two functions have the same address, and none of these has the address of the first file.
         while let Some(owner) = self.files.get(&wanted) {
             if self.displaced.contains_key(&wanted) {
                 return Err(wanted);
@@ -224,7 +224,7 @@ impl Known {
 }
 
 impl Reservations {
-    /// Reads the directory, which is created when it is not there, with one error for each file that cannot be used.
+    /// Reads the directory, and creates it if necessary. Returns one error for each unusable file.
     pub fn open(directory: &Path) -> Result<(Self, Vec<JournalError>), JournalError> {
         let error = |source| JournalError::Io { action: "create", path: directory.to_owned(), source };
         fs::create_dir_all(directory).map_err(error)?;
@@ -242,7 +242,7 @@ impl Reservations {
         Ok((Self { directory: directory.to_owned(), known, damaged }, errors))
     }
 
-    /// The file about a function that could not be used, as long as it is there.
+    /// The unusable file of a function, as long as it exists.
     pub fn damaged(&self, address: Sbdf) -> Option<&Path> {
         let path = self.damaged.get(&address)?;
         (!self.known().files.contains_key(&address) && path.exists()).then_some(path)
@@ -256,35 +256,35 @@ impl Reservations {
         self.directory.join(format!("{address}.json"))
     }
 
-    /// Whether there are none.
+    /// Whether there are no reservations.
     pub fn is_empty(&self) -> bool {
         self.known().files.is_empty()
     }
 
-    /// That of a function.
+    /// The reservation of a function.
     pub fn get(&self, address: Sbdf) -> Option<Reservation> {
         self.known().get(address).cloned()
     }
 
-    /// All, by address.
+    /// All reservations, by address.
     pub fn all(&self) -> Vec<Reservation> {
         let known = self.known();
         known.at.keys().filter_map(|address| known.get(*address)).cloned().collect()
     }
 
-    /// Those of a guest, by address.
+    /// The reservations of a guest, by address.
     pub fn of(&self, guest: Uuid) -> Vec<Reservation> {
         self.all().into_iter().filter(|reservation| reservation.guest == guest).collect()
     }
 
-    /// Those whose functions are not there, while another guest's or the same guest's other one is at their address.
+    /// Reservations whose devices were not found and whose addresses other reserved devices have.
     pub fn displaced(&self) -> Vec<(Reservation, SystemTime)> {
         let known = self.known();
         let displaced = known.displaced.iter();
         displaced.filter_map(|(file, since)| Some((known.files.get(file)?.clone(), *since))).collect()
     }
 
-    /// Notes that functions are there: first those that are where they were, which are nowhere else.
+    /// Notes devices that were found; first those at their noted path, so that no other file claims them.
     pub fn found_all(&self, mut devices: Vec<Device>) -> Result<(), Failure> {
         let known = self.known();
         devices.sort_by_key(|device| {
@@ -294,8 +294,8 @@ impl Reservations {
         devices.iter().try_for_each(|device| self.found(device).map(drop))
     }
 
-    /// Notes that a function is there. What is known of it goes with it to its present address; what an earlier version noted is kept
-    /// with its identity.
+    /// Notes a device that was found, and moves its reservation to the present address. A reservation of an earlier version is completed
+    /// with the device.
     pub fn found(&self, device: &Device) -> Result<Option<Followed>, Failure> {
         let mut known = self.known();
         let Some(file) = known.about(device) else { return Ok(None) };
@@ -307,13 +307,13 @@ impl Reservations {
             device: before.device.or_else(|| Some(device.clone())),
             ..before
         };
-        // A file was being renamed when the service was killed.
+        // Another file with the same device: the service was killed while it renamed the file.
         let copies =
             known.files.iter().filter(|(other, one)| **other != file && one.device == reservation.device);
         let copies: Vec<Sbdf> = copies.map(|(other, _)| *other).collect();
         copies.iter().for_each(|copy| drop(known.remove(*copy)));
         known.set(file, reservation.clone());
-        // Nobody forgets it meanwhile. Both happen once for a file.
+        // The lock is kept during the writes, so that the reservation is not removed meanwhile. They happen at most once per file.
         copies.into_iter().try_for_each(|copy| self.remove(copy))?;
         if is_new {
             self.write(file, &reservation)?;
@@ -331,7 +331,7 @@ impl Reservations {
         }
     }
 
-    /// Keeps a reservation, also over a power failure.
+    /// Stores a reservation, synced to the disk.
     pub fn keep(&self, reservation: Reservation) -> Result<(), Failure> {
         let known = self.known();
         let (file, moves) = match known.at.get(&reservation.address) {
@@ -349,7 +349,7 @@ impl Reservations {
             }
         };
         drop(known);
-        // Each into a file that is free by then.
+        // In this order each file name is free when it is written.
         for (file, other) in moves.iter().rev() {
             self.write(*file, other)?;
         }
@@ -377,7 +377,7 @@ impl Reservations {
         removed.map_err(|source| failure(file, "remove", path, source))
     }
 
-    /// Forgets that of a function, if it has one.
+    /// Removes the reservation of a function, if it has one.
     pub fn forget(&self, address: Sbdf) -> Result<(), Failure> {
         let file = self.known().at.get(&address).copied().unwrap_or(address);
         self.remove(file)?;
@@ -385,7 +385,7 @@ impl Reservations {
         Ok(())
     }
 
-    /// Notes that a domain has the function of a reservation.
+    /// Notes that a domain has got the function of a reservation.
     pub fn give(&self, reservation: Reservation, boot: &str, domain: DomId) -> Result<(), Failure> {
         self.keep(Reservation { given: Some(Given { boot: boot.to_owned(), domain }), ..reservation })
     }
@@ -425,7 +425,7 @@ mod tests {
         Device { address, identity, path: path.parse().unwrap(), function: 0, vf: None }
     }
 
-    /// The devices and addresses of all reservations.
+    /// The paths and addresses of all reservations.
     fn all(known: &Reservations) -> Vec<(String, Sbdf)> {
         let path = |one: &Reservation| one.device.as_ref().unwrap().path.to_string();
         known.all().iter().map(|one| (path(one), one.address)).collect()
@@ -452,7 +452,7 @@ mod tests {
         second.found_all(now.clone()).unwrap();
         let swapped = [(PATHS[1].to_owned(), a), (PATHS[0].to_owned(), b), (PATHS[2].to_owned(), d)];
         assert_eq!(all(&second), swapped);
-        // Both of those that changed places, and another one at the address that one has left.
+        // The two devices that changed places, and a further device at the address that the third has left.
         for reservation in second.all() {
             second.give(reservation, "boot", DomId(4)).unwrap();
         }

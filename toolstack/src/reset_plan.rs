@@ -1,35 +1,35 @@
-//! How functions are reset, as the settings say and policies change.
+//! How functions are reset, by the settings and the policies.
 
 use serde::{Deserialize, Serialize};
 
-/// How a function is reset, how long that may take and how success is known.
+/// How a function is reset, the time limits, and how success is verified.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct ResetPlan {
-    /// The methods that will do, in the words of Linux's `reset_method`; one that touches other functions is not among them.
+    /// The accepted methods, in the words of Linux's `reset_method`; methods that affect other functions are not in the default list.
     pub methods: Vec<String>,
-    /// How long the reset itself may take, in seconds.
+    /// The limit for the reset itself, in seconds.
     pub limit_seconds: u64,
-    /// How long the function may take to answer afterwards, in seconds (PCI Express 6.0, section 6.6.2: at most 1 s).
+    /// The limit for the function to answer afterwards, in seconds (PCI Express 6.0, section 6.6.2: at most 1 s).
     pub answer_seconds: u64,
-    /// What must hold afterwards.
+    /// The checks of the reset.
     pub checks: Vec<ResetCheck>,
-    /// Whether a function without such a method is reset with all others on its bus. Only a policy says so.
+    /// Whether a function without such a method is reset together with all others on its bus. Set by policies only.
     #[serde(skip)]
     pub together: bool,
-    /// Whether a function that Linux cannot reset changes hands all the same. Only a policy permits that.
+    /// Whether a function that cannot be reset may get another owner without a reset. Set by policies only.
     #[serde(skip)]
     pub permit_none: bool,
 }
 
-/// What shows that a reset happened.
+/// A check that a reset has happened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ResetCheck {
     /// Command and Status do not read all ones.
     Answers,
-    /// A register that Linux does not write back has lost what was written into it before. It shows nothing in a function without MSI and
-    /// MSI-X.
+    /// A register that Linux does not restore has lost the value that was written to it before. Functions without MSI and MSI-X have no
+    /// such register and always pass.
     Cleared,
 }
 

@@ -1,6 +1,8 @@
-//! What a guest had when it was saved, beside its checkpoint: so that it gets the same when it is restored, on this host or another.
+//! What a guest had when it was saved, in a file beside its checkpoint, so that it gets the same when it is restored on this host or
+//! another.
 //!
-//! The file moves with the checkpoint and is no more trusted than any other file: it is bounded, and checked once, when it is read.
+//! The file is copied along with the checkpoint and is not trusted: its size is bounded, and its contents are checked once, when it is
+//! read.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -19,50 +21,50 @@ use crate::durable;
 use crate::outcome::{ErrorCode, Failure};
 use crate::spec::function_spec;
 
-/// The form of the file; others are refused.
+/// The format version of the file; others are refused.
 pub const VERSION: u32 = 1;
-/// A file is no longer than this, in bytes: 32 functions have a tenth of that.
+/// The largest size of a file, in bytes; 32 functions need a tenth of that.
 const SIZE_LIMIT: u64 = 1 << 20;
-/// More devices a guest's bus does not have.
+/// The number of devices on a guest's bus.
 const MOST: usize = 32;
-/// Longer names Xen's tools do not give.
+/// The longest domain name that Xen's tools accept, in bytes.
 const LONGEST_NAME: usize = 255;
-/// What of a BAR's flags a guest sees.
+/// The flags of a BAR that a guest can see.
 const KIND: u64 = Resource::IO | Resource::MEMORY | Resource::PREFETCH | Resource::MEMORY_64;
 
-/// A guest as it was saved.
+/// A saved guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct SavedGuest {
-    /// [`VERSION`].
+    /// The format version, 1.
     pub version: u32,
-    /// By what it is known on every host.
+    /// The guest's UUID, which is the same on every host.
     pub guest: Uuid,
-    /// What it was called, for people.
+    /// Its name, for messages.
     pub name: Option<String>,
-    /// What it had.
+    /// Its functions.
     pub functions: Vec<SavedFunction>,
 }
 
-/// A function that a guest had.
+/// A function of a saved guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct SavedFunction {
-    /// Which it was.
+    /// The device.
     pub device: Device,
-    /// The device number at which the guest saw it, 0-31.
+    /// The device number in the guest, 0-31.
     pub slot: u8,
     /// Whether the guest had it persistently.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub persistent: bool,
-    /// A VF's network settings: those that were wished, and the addresses that were in force.
+    /// A VF's network settings: those that were requested, and the MAC address and VLAN that were in force.
     #[serde(default, skip_serializing_if = "VfSettings::is_empty")]
     pub network: VfSettings,
-    /// What the guest's driver relies on.
+    /// Properties on which the guest's driver relies.
     pub shape: Shape,
 }
 
-/// What a driver relies on besides the ids.
+/// Properties on which a driver relies, in addition to the ids.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Shape {
@@ -77,7 +79,7 @@ struct Bar {
     flags: u64,
 }
 
-/// A capability and where it is.
+/// A capability and its offset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct At {
@@ -90,17 +92,17 @@ impl At {
     fn name(self) -> String {
         match self.extended {
             true => ExtendedCapabilityId(self.id).to_string(),
-            // Those of the legacy list have one byte.
+            // Ids of the legacy list have one byte.
             false => CapabilityId(self.id as u8).to_string(),
         }
     }
 }
 
 impl Shape {
-    /// That of a function.
+    /// The shape of a function.
     ///
     /// # Errors
-    /// It cannot be read.
+    /// The function cannot be read.
     pub fn of(host: &dyn Host, address: Sbdf) -> Result<Self, Failure> {
         let spec = function_spec(host, address)?;
         let mut bars = [Bar::default(); 6];
@@ -115,7 +117,7 @@ impl Shape {
         Ok(Self { bars, capabilities: capabilities.collect() })
     }
 
-    /// How another function differs from this one, in words that follow its address.
+    /// The difference of another function to this one, in words that follow its address.
     pub fn difference(&self, other: &Self) -> Option<String> {
         let bars = self.bars.iter().zip(&other.bars).enumerate().find(|(_, (was, is))| was != is);
         if let Some((index, (was, is))) = bars {
@@ -134,10 +136,10 @@ impl Shape {
 }
 
 impl SavedFunction {
-    /// Why a function of a host is no equal of this one, in words that follow its address.
+    /// Why a function cannot replace this one, in words that follow its address.
     ///
     /// # Errors
-    /// It cannot be read.
+    /// The function cannot be read.
     pub fn difference(&self, host: &dyn Host, function: &HostFunction) -> Result<Option<String>, Failure> {
         match self.device.is_kind_of(function) {
             false => Ok(Some(format!("is another device ({:04x}:{:04x})", function.vendor, function.device))),
@@ -147,12 +149,12 @@ impl SavedFunction {
 }
 
 impl SavedGuest {
-    /// What the guest is called, for people.
+    /// The guest's name or UUID, for messages.
     pub fn called(&self) -> String {
         self.name.clone().unwrap_or_else(|| self.guest.to_string())
     }
 
-    /// Refuses what no version of this program writes.
+    /// Refuses contents that this program never writes.
     ///
     /// # Errors
     /// What is wrong.
@@ -180,14 +182,14 @@ impl SavedGuest {
         Ok(())
     }
 
-    /// Where what belongs to a checkpoint is.
+    /// The path of the file for a checkpoint.
     pub fn path(checkpoint: &Path) -> PathBuf {
         let mut name = checkpoint.as_os_str().to_owned();
         name.push(".xpci");
         name.into()
     }
 
-    /// Writes it beside a checkpoint, also over a power failure.
+    /// Writes the file beside a checkpoint, synced to the disk.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -196,16 +198,16 @@ impl SavedGuest {
         durable::replace(&path, self, true).map_err(|error| failed("write", &path, &error))
     }
 
-    /// Removes what stands beside a checkpoint.
+    /// Removes the file beside a checkpoint.
     ///
     /// # Errors
-    /// The file is there and cannot be removed.
+    /// The file exists and cannot be removed.
     pub fn remove(checkpoint: &Path) -> Result<(), Failure> {
         let path = Self::path(checkpoint);
         durable::remove(&path).map_err(|error| failed("remove", &path, &error))
     }
 
-    /// Reads what stands beside a checkpoint.
+    /// Reads the file beside a checkpoint.
     ///
     /// # Errors
     /// There is no such file, or it cannot be used.

@@ -1,4 +1,4 @@
-//! Reading what a function is, for the filter and for the transactions.
+//! Reads the properties of functions, for the filter and for transactions.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Weak};
@@ -14,7 +14,7 @@ use pciback::spec::{CapabilityId, ExtendedCapabilityId};
 
 use crate::outcome::{ErrorCode, Failure};
 
-/// What is asked of a function before anybody serves it.
+/// Properties that are needed before a function is served.
 pub trait SpecExt {
     /// Whether it has an MSI-X capability.
     fn has_msix(&self) -> bool;
@@ -42,7 +42,7 @@ impl SpecExt for FunctionSpec {
     }
 }
 
-/// The function, which must exist.
+/// Reads a function, which must exist.
 pub fn existing(host: &dyn Host, address: Sbdf) -> Result<HostFunction, Failure> {
     host.function(address).map_err(|error| match error.errno() {
         Some(Errno::ENOENT) => Failure::not_found(format!("there is no function {address} on this host"))
@@ -52,7 +52,7 @@ pub fn existing(host: &dyn Host, address: Sbdf) -> Result<HostFunction, Failure>
     })
 }
 
-/// Reads a function as hardware and host show it, a VF with the help of its PF.
+/// Reads a function from config space and sysfs; for a VF, its PF is read as well.
 pub fn function_spec(host: &dyn Host, address: Sbdf) -> Result<FunctionSpec, Failure> {
     let function = host.function(address)?;
     let hardware = host.config(address)?;
@@ -67,23 +67,24 @@ pub fn function_spec(host: &dyn Host, address: Sbdf) -> Result<FunctionSpec, Fai
     })
 }
 
-/// What a guest was given of a function, apart from its registers.
+/// What a guest gets of a function, in addition to its registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Given {
-    /// Its interrupt line.
+    /// Whether the guest gets the interrupt line.
     pub line: bool,
-    /// A copy of an expansion ROM, of so many bytes.
+    /// The size of the copy of an expansion ROM, in bytes, if the guest gets one.
     pub rom: Option<u32>,
 }
 
-/// The same of a function in a guest's hands, which shows no interrupt line that the guest was not given, and the ROM that it was.
+/// As [`function_spec`], for a guest's function: an interrupt line that the guest does not get is hidden, and the ROM is the guest's
+/// copy.
 pub fn of_guests(host: &dyn Host, address: Sbdf, given: Given) -> Result<FunctionSpec, Failure> {
     let spec = function_spec(host, address)?;
     let gsi = if given.line { spec.gsi } else { 0 };
     Ok(FunctionSpec { gsi, rom: given.rom, ..spec })
 }
 
-/// The Device Serial Number of a function (PCI Express 6.0, section 7.9.3), where it has one that can be read.
+/// The Device Serial Number of a function (PCI Express 6.0, section 7.9.3), if it can be read.
 pub fn serial_number(host: &dyn Host, address: Sbdf) -> Option<u64> {
     let bytes = host.config(address).ok()?.read_all().ok()?;
     let list = CapabilityList::walk(&bytes);
@@ -92,13 +93,14 @@ pub fn serial_number(host: &dyn Host, address: Sbdf) -> Option<u64> {
     Some(u64::from_le_bytes(number))
 }
 
-/// Whether a function answers now: one that does not reads as all ones.
+/// Whether a function answers config accesses; otherwise it reads as all ones.
 pub fn answers(host: &dyn Host, address: Sbdf) -> bool {
     let vendor = |config: Box<dyn ConfigSpace>| config.read(Access::new(0, 2).ok()?).ok();
     host.config(address).ok().and_then(vendor).is_some_and(|vendor| vendor != 0xffff)
 }
 
-/// Whether requests reach this many VFs of a PF, by what the PF and the port above it say now; the inner error says why not.
+/// Whether the routing IDs of this many VFs are reachable, by the current registers of the PF and the port above it; the inner error says
+/// why not.
 pub fn vf_routing(host: &dyn Host, pf: Sbdf, count: u16) -> Result<Result<(), Unroutable>, Failure> {
     let bytes = |address| {
         let read = host.config(address)?.read_all();
@@ -114,24 +116,24 @@ pub fn vf_routing(host: &dyn Host, pf: Sbdf, count: u16) -> Result<Result<(), Un
     Ok(routing.check(count, port.as_ref()))
 }
 
-/// What distinguishes a function from another one at its address; a VF has its PF's serial number.
+/// The identity of the device at an address; a VF has its PF's serial number.
 pub fn identity(host: &dyn Host, function: &HostFunction) -> Identity {
     let serial = serial_number(host, function.physical_function.unwrap_or(function.address));
     Identity { serial, ..Identity::of(function) }
 }
 
-/// What one filter was compiled from: functions that agree in it share the filter.
+/// The inputs of the compilation of a filter: functions with the same inputs share the filter.
 type Key = (Vec<u8>, Policy, Option<Vec<u16>>);
 
-/// The filters in use. Compiling takes a fraction of a millisecond and a filter about 100 KiB; a thousand VFs of one layout and
-/// policy do with one.
+/// The filters in use. A compilation takes a fraction of a millisecond, and a filter has about 100 KiB; a thousand VFs with the same
+/// layout and policy share one.
 #[derive(Debug, Clone, Default)]
 pub struct Filters {
     compiled: Arc<Mutex<HashMap<Key, Weak<Planes>>>>,
 }
 
 impl Filters {
-    /// The filter for a function; `visible`: the capabilities that its guest relies on.
+    /// The filter of a function; `visible`: the capabilities that its guest has seen and that must stay visible.
     pub fn planes(
         &self,
         spec: &FunctionSpec,
@@ -148,7 +150,7 @@ impl Filters {
                 .on(spec.address)
         })?;
         compiled.retain(|_, planes| planes.strong_count() > 0);
-        // A register that differs may have no part in it.
+        // Different inputs may give the same filter, for example if they differ in a register that the filter does not use.
         let same = compiled.values().filter_map(Weak::upgrade).find(|known| *known == planes);
         let planes = same.unwrap_or(planes);
         compiled.insert(key, Arc::downgrade(&planes));

@@ -1,8 +1,8 @@
 //! A process of the service that takes over from the running one.
 //!
-//! The running process, the predecessor, starts the installed program with one end of a socket pair as standard input. The successor reads
-//! its settings, opens Xen, and says that it is ready; the predecessor serves its guests until then. It gives the go-ahead when it has
-//! stopped serving and has released the lock. Guests wait for that exchange only, not for a process to start.
+//! The running process, the predecessor, starts the installed program with one end of a socket pair as standard input. The successor
+//! reads its settings, opens Xen, and reports that it is ready; the predecessor serves the guests until then. When it has stopped serving
+//! and released the lock, it gives the go-ahead. So guests wait only for this exchange, not for the start of a process.
 
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
@@ -18,14 +18,14 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 /// The hidden option with which a successor is started.
 pub const OPTION: &str = "--successor";
 
-/// Why a successor does not take over, if it has ended by itself.
+/// The error if the successor ended before it took over.
 pub const ENDED: &str = "the new process ended; the service's log says why";
 
-/// What each side sends: one byte.
+/// The messages of both sides: one byte each.
 const READY: u8 = b'r';
 const TAKE_OVER: u8 = b't';
 
-/// How the running process was started.
+/// The file and arguments of the running process.
 #[derive(Debug, Clone)]
 pub struct Program {
     path: PathBuf,
@@ -33,27 +33,27 @@ pub struct Program {
 }
 
 impl Program {
-    /// This process's. Called while its file is still the one that was started: an upgrade puts another one at the same path.
+    /// The program of this process. Called early, while the path still names the file that was started: an upgrade replaces it.
     ///
     /// # Errors
-    /// Those of reading /proc/self/exe.
+    /// /proc/self/exe cannot be read.
     pub fn of_this_process() -> io::Result<Self> {
         let path = std::env::current_exe()?;
         let arguments = std::env::args_os().skip(1).filter(|argument| argument != OPTION).collect();
         Ok(Self { path, arguments })
     }
 
-    /// Starts what is at its path now.
+    /// Starts the file that is at the path now.
     ///
     /// # Errors
-    /// Says what could not be started, and why.
+    /// The start failed, with the reason.
     pub fn start(&self) -> Result<Successor, String> {
         let named = self.path.display();
         let (link, other) = UnixStream::pair().map_err(|error| format!("make a socket pair: {error}"))?;
         let process = Command::new(&self.path)
             .args(&self.arguments)
             .arg(OPTION)
-            // systemd's watchdog expects the number of the process that it is for.
+            // systemd's watchdog accepts notifications only from the process with this id.
             .env_remove("WATCHDOG_PID")
             .stdin(Stdio::from(OwnedFd::from(other)))
             .spawn()
@@ -62,7 +62,7 @@ impl Program {
     }
 }
 
-/// The started process, as the predecessor sees it. Dropped before it was given the go-ahead, it is killed.
+/// The started process. If it is dropped before it was given the go-ahead, it is killed.
 #[derive(Debug)]
 pub struct Successor {
     process: Option<Child>,
@@ -70,15 +70,15 @@ pub struct Successor {
 }
 
 impl Successor {
-    /// Its process number.
+    /// Its process id.
     pub fn id(&self) -> u32 {
         self.process.as_ref().map_or(0, Child::id)
     }
 
-    /// Waits until it says that it is ready.
+    /// Waits until the process reports that it is ready.
     ///
     /// # Errors
-    /// Says that it ended, or was not ready within `limit`.
+    /// The process ended, or was not ready within `limit`.
     pub fn wait_until_ready(&mut self, limit: Duration) -> Result<(), String> {
         let failed = |error: &dyn std::fmt::Display| format!("wait for the new process: {error}");
         self.link.set_read_timeout(Some(limit)).map_err(|error| failed(&error))?;
@@ -93,15 +93,15 @@ impl Successor {
         }
     }
 
-    /// Whether it still waits for the go-ahead.
+    /// Whether the process still waits for the go-ahead.
     pub fn is_there(&mut self) -> bool {
         self.process.as_mut().is_some_and(|process| matches!(process.try_wait(), Ok(None)))
     }
 
-    /// Gives the go-ahead. It outlives this process.
+    /// Gives the go-ahead; the successor continues after this process ends.
     ///
     /// # Errors
-    /// It has ended: guests are not served until the service is started again.
+    /// The successor has ended: no process serves the guests until the service is started again.
     pub fn take_over(mut self) -> io::Result<()> {
         self.link.write_all(&[TAKE_OVER])?;
         self.process = None;
@@ -112,7 +112,7 @@ impl Successor {
 impl Drop for Successor {
     fn drop(&mut self) {
         if let Some(mut process) = self.process.take() {
-            // It may have ended by itself.
+            // The process may have ended.
             let _ = process.kill();
             let _ = process.wait();
         }
@@ -124,7 +124,7 @@ impl Drop for Successor {
 pub struct Predecessor(UnixStream);
 
 impl Predecessor {
-    /// The one at the other end of standard input.
+    /// The predecessor at the other end of standard input.
     ///
     /// # Errors
     /// Standard input cannot be used.
@@ -132,10 +132,10 @@ impl Predecessor {
         Ok(Self(io::stdin().as_fd().try_clone_to_owned()?.into()))
     }
 
-    /// Says that this process is ready, and waits for the go-ahead. `false`: `stop` became readable before.
+    /// Reports that this process is ready, and waits for the go-ahead. `false`: `stop` became readable before.
     ///
     /// # Errors
-    /// The other side ended without giving it.
+    /// The predecessor ended without giving the go-ahead.
     pub fn wait_for_go_ahead(mut self, stop: BorrowedFd<'_>) -> io::Result<bool> {
         self.0.write_all(&[READY])?;
         loop {

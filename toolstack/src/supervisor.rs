@@ -1,4 +1,4 @@
-//! What the service tells systemd (`sd_notify(3)`), where systemd started it.
+//! Notifications to systemd (`sd_notify(3)`), if systemd started the service.
 
 use std::time::{Duration, Instant};
 
@@ -6,13 +6,13 @@ use log::warn;
 use sd_notify::NotifyState;
 
 fn tell(states: &[NotifyState<'_>]) {
-    // Without NOTIFY_SOCKET there is nobody to tell, and this does nothing.
+    // Without NOTIFY_SOCKET, this does nothing.
     if let Err(error) = sd_notify::notify(states) {
         warn!("notify systemd: {error}");
     }
 }
 
-/// The service answers its guests and its control socket.
+/// The service serves its guests and its control socket.
 pub fn ready() {
     tell(&[NotifyState::Ready, NotifyState::Status("serving")]);
 }
@@ -22,17 +22,17 @@ pub fn stopping() {
     tell(&[NotifyState::Stopping]);
 }
 
-/// Another process is the service's from now on.
+/// Another process is the main process of the service.
 pub fn replaced_by(process: u32) {
     tell(&[NotifyState::MainPid(process)]);
 }
 
-/// What the service waits for before it is ready.
+/// The service waits for something before it is ready.
 pub fn waiting(what: &str) {
     tell(&[NotifyState::Status(what)]);
 }
 
-/// Tells systemd at intervals that the engine handles events; without that systemd restarts the service.
+/// Notifies systemd at intervals that the engine handles events; otherwise systemd restarts the service.
 #[derive(Debug)]
 pub struct Watchdog {
     interval: Option<Duration>,
@@ -40,19 +40,19 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    /// The watchdog that systemd asks for (WATCHDOG_USEC, WATCHDOG_PID); otherwise one that never does anything.
+    /// The watchdog that systemd requests (WATCHDOG_USEC, WATCHDOG_PID); without a request, it does nothing.
     pub fn from_environment() -> Self {
-        // Half of what systemd allows, as sd_watchdog_enabled(3) recommends.
+        // Half of the limit, as sd_watchdog_enabled(3) recommends.
         let limit = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero());
         Self { interval: limit.map(|limit| limit / 2), next: Instant::now() }
     }
 
-    /// When to tell it next.
+    /// When the next notification is due.
     pub fn next(&self) -> Option<Instant> {
         self.interval.map(|_| self.next)
     }
 
-    /// Tells it, when it is time.
+    /// Sends a notification if one is due.
     pub fn feed(&mut self, now: Instant) {
         if let Some(interval) = self.interval.filter(|_| self.next <= now) {
             tell(&[NotifyState::Watchdog]);

@@ -1,4 +1,4 @@
-//! What users call a function: its address, a VF by its PF and number, a network interface, or a name of the settings.
+//! How users name a function: by address, as a VF by its PF and index, by network interface, or by a name in the settings.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -8,12 +8,12 @@ use pciback::{Sbdf, SbdfError};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// How a pool is written, before its PF.
+/// The prefix of a pool, before its PF.
 const POOL: &str = "any:";
-/// No name is longer, in bytes.
+/// The longest name, in bytes.
 const WORD_LIMIT: usize = 64;
 
-/// What somebody calls a function.
+/// A function as a user names it.
 ///
 /// ```
 /// use toolstack::target::Target;
@@ -26,18 +26,18 @@ const WORD_LIMIT: usize = 64;
 pub enum Target {
     /// `[SSSS:]BB:DD.F` or `NAME`: the function itself.
     One(Parent),
-    /// `PF:N`: a VF of this PF, by its number among the enabled ones, from 0.
+    /// `PF:N`: a VF of this PF, by its index among the enabled ones, from 0.
     Vf(Parent, u16),
     /// `any:PF`: a free VF of this PF.
     Any(Parent),
 }
 
-/// A function by its address or by a word.
+/// A function by its address or by a name.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Parent {
     /// Its address.
     At(Sbdf),
-    /// A name of the settings, or a network interface.
+    /// A name in the settings, or a network interface.
     Word(Word),
 }
 
@@ -47,7 +47,7 @@ pub enum Parent {
 pub struct Word(String);
 
 impl Word {
-    /// The name itself.
+    /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -70,7 +70,7 @@ impl TryFrom<String> for Word {
 }
 
 impl Target {
-    /// The address, when it is one.
+    /// The address, if the target is one.
     pub fn address(&self) -> Option<Sbdf> {
         match self {
             Self::One(Parent::At(address)) => Some(*address),
@@ -96,7 +96,7 @@ impl FromStr for Parent {
         if let Some(what) = foreign(text) {
             return Err(format!("{form}; {what}"));
         }
-        // What has a colon was meant as an address.
+        // Text with a colon was probably meant as an address.
         Word::try_from(text.to_owned()).map(Self::Word).map_err(|_| explained(&form))
     }
 }
@@ -122,7 +122,7 @@ impl FromStr for Target {
     }
 }
 
-/// Why a text is no address, and what else it could be.
+/// Why a text is no address, and the other forms that are accepted.
 fn explained(error: &SbdfError) -> String {
     match error {
         SbdfError::Form { .. } => {
@@ -134,7 +134,7 @@ fn explained(error: &SbdfError) -> String {
     }
 }
 
-/// What other tools' words for a function mean, when they are well formed.
+/// Recognises well-formed names of other tools for a function.
 fn foreign(text: &str) -> Option<String> {
     let address = |text: String| text.parse::<Sbdf>().ok();
     if let Some(rest) = text.strip_prefix("pci_") {

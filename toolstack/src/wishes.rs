@@ -1,7 +1,7 @@
-//! What administrators want persistently of functions: that they are held, and VFs' network settings. One small file.
+//! Persistent wishes of administrators: functions to be held, and network settings of VFs, in one small file.
 //!
-//! It is about devices, not addresses, and outlives the service and the host's boots. Each change is synced to the disk, which takes
-//! milliseconds: only threads that may block make one.
+//! Wishes are for devices, not addresses, and survive restarts of the service and of the host. Each change is synced to the disk. That
+//! takes milliseconds, so only threads that may block make changes.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -16,15 +16,15 @@ use crate::durable;
 use crate::journal::{JournalError, VERSION, parse_versioned};
 use crate::outcome::{ErrorCode, Failure};
 
-/// The file is no longer than this, in bytes: 8192 functions have about half of that.
+/// The largest size of the file, in bytes; 8192 functions need about half of that.
 const SIZE_LIMIT: u64 = 1 << 22;
 
-/// What is wanted of one function.
+/// The wishes for one function.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Wish {
     device: Device,
-    /// It is held as soon as it appears.
+    /// Whether it is held when it appears.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub hold: bool,
     /// A VF's network settings.
@@ -39,16 +39,16 @@ struct Kept {
     wishes: Vec<Wish>,
 }
 
-/// All that is wanted. Clones are the same.
+/// All wishes. Clones share them.
 #[derive(Debug, Clone)]
 pub struct Wishes {
     path: PathBuf,
-    /// `None`: the file cannot be used.
+    /// `None`: the file is unusable.
     known: Arc<Mutex<Option<Vec<Wish>>>>,
 }
 
 impl Wishes {
-    /// Reads the file; one that is not there means nothing. The second value says why it cannot be used.
+    /// Reads the file; a missing one has no wishes. The second value is the error if it is unusable.
     pub fn open(path: PathBuf) -> (Self, Option<JournalError>) {
         let (known, problem) = match read(&path) {
             Ok(wishes) => (Some(wishes), None),
@@ -61,7 +61,7 @@ impl Wishes {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is wanted of a function, if anything is.
+    /// The wishes for a function, if there are any.
     pub fn of(&self, host: &dyn Host, function: &HostFunction) -> Option<Wish> {
         if self.known().as_ref().is_none_or(Vec::is_empty) {
             return None;
@@ -76,7 +76,7 @@ impl Wishes {
         self.known().iter().flatten().find(|wish| wish.device.is(&device)).cloned()
     }
 
-    /// Changes what is wanted of a device and keeps it, also over a power failure; returns what was wanted before.
+    /// Changes the wishes for a device, synced to the disk; returns the wishes before.
     ///
     /// # Errors
     /// The file cannot be used or written; nothing is changed.
@@ -107,7 +107,7 @@ impl Wishes {
         Ok(before)
     }
 
-    /// Nothing is wanted of a function any more; whether anything was.
+    /// Removes the wishes for a function; returns whether there were any.
     ///
     /// # Errors
     /// As of [`Self::change`].

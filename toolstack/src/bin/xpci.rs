@@ -1,4 +1,4 @@
-//! The command that people use: sends requests to xpcid and shows the answers.
+//! The command `xpci`: sends requests to xpcid and shows the answers.
 
 use std::ffi::OsStr;
 use std::io::{ErrorKind, IsTerminal, Write};
@@ -17,11 +17,11 @@ use toolstack::outcome::{ErrorCode, Failure};
 use toolstack::protocol::{Answers, Envelope, EventView, Request, Success};
 use toolstack::target::Target;
 
-/// How many of a command's requests are made at the same time. Taking a function from a driver mostly waits for its reset, 100 ms.
+/// The number of simultaneous requests of a command. Taking a function from a driver mostly waits for its reset, 100 ms.
 const AT_ONCE: usize = 8;
-/// How long the service is left alone before it is connected to again.
+/// The interval of attempts to connect again.
 const AGAIN: Duration = Duration::from_secs(1);
-/// Whether a part of an answer could not be printed.
+/// Whether a part of the answer could not be printed.
 static LOST: AtomicBool = AtomicBool::new(false);
 
 fn main() -> ExitCode {
@@ -66,7 +66,7 @@ fn main() -> ExitCode {
     ExitCode::from(code)
 }
 
-/// Whether the command line asks for JSON, though it cannot be understood.
+/// Whether an invalid command line asks for JSON.
 fn json_wanted() -> bool {
     std::env::args_os()
         .skip(1)
@@ -74,7 +74,7 @@ fn json_wanted() -> bool {
         .any(|word| word == OsStr::new("--json"))
 }
 
-/// The answers to some steps, made at the same time, in the order of the steps.
+/// Carries out steps at the same time, and returns the answers in the order of the steps.
 fn answers(steps: Vec<Step>, socket: &Path, show_progress: bool, json: bool) -> Vec<Envelope> {
     let answer = |step| match step {
         Step::Ask(request) => ask(socket, request, show_progress, json),
@@ -99,7 +99,7 @@ fn answers(steps: Vec<Step>, socket: &Path, show_progress: bool, json: bool) -> 
     })
 }
 
-/// Follows events until interrupted, also over restarts of the service.
+/// Follows events until interrupted, also across restarts of the service.
 fn follow_events(socket: &Path, request: &Request<Target>, json: bool) -> Failure {
     let mut last: Option<EventView> = None;
     let mut connection = client::connect(socket);
@@ -108,7 +108,7 @@ fn follow_events(socket: &Path, request: &Request<Target>, json: bool) -> Failur
             Ok(stream) => stream,
             Err(failure) => return failure,
         };
-        // A service that goes on sends its last events again.
+        // After a reconnection, the service sends its last events again.
         let mut heard = |envelope: &Envelope| {
             let Some(event) = &envelope.event else { return };
             if last.as_ref().is_some_and(|last| event.at < last.at || event == last) {
@@ -149,7 +149,7 @@ fn ask(socket: &Path, request: Request<Target>, show_progress: bool, json: bool)
     };
     match client::call(socket, request, &mut heard) {
         Ok(envelope) => envelope,
-        // A host on which the service does not run needs a doctor most of all.
+        // Without the service, the checks that need none are made here.
         Err(failure) if is_doctor && failure.code == ErrorCode::Unreachable => {
             Envelope::done(1, name, Ok(Success::Checkup { findings: doctor::examine_alone(&failure) }))
         }
@@ -157,7 +157,7 @@ fn ask(socket: &Path, request: Request<Target>, show_progress: bool, json: bool)
     }
 }
 
-/// `checked`: what is wrong in the answer is a failure of the command.
+/// The exit code; `checked`: problems in the answer count as a failure of the command.
 fn exit_code(envelope: &Envelope, checked: bool) -> u8 {
     match (&envelope.result, &envelope.error) {
         (_, Some(failure)) => failure.code.exit_code(),
@@ -189,11 +189,11 @@ fn report(failure: &Failure) {
     }
 }
 
-/// Prints; a reader that went away, as `head` does, is no error. What a full disk loses is one.
+/// Prints text. A reader that has closed the pipe, such as `head`, is no error; another failed write, for example to a full disk, is one.
 fn say(to: &mut dyn Write, text: &str) {
     match to.write_all(text.as_bytes()).and_then(|()| to.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            // Where that cannot be said either, the exit status says it.
+            // If standard error fails as well, the exit status still shows it.
             let _ = writeln!(std::io::stderr(), "xpci: print the answer: {error}");
             LOST.store(true, Ordering::Relaxed);
         }

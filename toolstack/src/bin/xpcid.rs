@@ -1,4 +1,4 @@
-//! The service: owns the functions that guests have, and serves them.
+//! The service: manages the functions of guests, and serves them.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -33,14 +33,14 @@ use toolstack::supervisor;
 /// Names and texts of files.
 type Sources = Vec<(String, String)>;
 
-/// How long the service waits before it looks again for a host that is still booting, at first and at most.
+/// The first and the longest pause before the service checks again for a host that is still booting.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-/// How long a client may take to read the last answer of a process that gives way to another.
+/// The limit for a client to read the last answer of a process that another one replaces.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 
 fn main() -> ExitCode {
-    // Writes to sysfs that may block for a minute happen in children of ours, started with this word.
+    // Writes to sysfs that may block for a minute run in child processes, which are started with a special argument.
     if let Some(code) = linux::blocking::run_if_child() {
         return code;
     }
@@ -55,7 +55,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Sets up the log on standard error. The journal knows times itself, and takes priorities as prefixes (sd-daemon(3)).
+/// Sets up the log on standard error. The journal adds times itself, and takes priorities as prefixes (sd-daemon(3)).
 fn log_to(journal: bool) {
     let mut log = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"));
     if journal {
@@ -66,7 +66,7 @@ fn log_to(journal: bool) {
                 Level::Info => 6,
                 Level::Debug | Level::Trace => 7,
             };
-            // One record is one line of the journal.
+            // A record must be one line, so that the journal does not split it.
             writeln!(line, "<{priority}>{}", record.args().to_string().replace('\n', "; "))
         });
     } else {
@@ -77,7 +77,7 @@ fn log_to(journal: bool) {
 
 fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
     let program = Program::of_this_process().context("find the file of this program")?;
-    // Before any thread starts: each inherits the mask, so that these signals only ever come out of the descriptor.
+    // Before any thread starts: threads inherit the mask, so that these signals are only delivered through the descriptor.
     let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
     signals.thread_block().context("block signals")?;
     let stop = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).context("receive signals")?;
@@ -101,7 +101,7 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
 
     let images = settings.run_directory.join("images");
     fs::create_dir_all(&images).with_context(|| format!("create {}", images.display()))?;
-    // A successor has the lock when the process that it takes over from has released it.
+    // A successor takes the lock later, when its predecessor has released it.
     let own_lock = if arguments.successor { None } else { Some(lock(&settings.run_directory)?) };
     let limit = descriptors::raise_limit().context("raise the limit of open files")?;
     let Some(platform) = open_when_booted(&arguments.platform, &stop)? else { return Ok(()) };
@@ -133,7 +133,7 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
     for (cause, problem) in problems {
         engine.note_problem(cause, problem);
     }
-    // Guests may have waited for an answer since the last run of the service ended: they come first.
+    // First of all, because guests may have waited for an answer since the last run of the service ended.
     engine.recover()?;
     control::listen(&socket, engine.inbox()).with_context(|| format!("listen at {}", socket.display()))?;
     if let Err(error) = control::listen_for_group(&status_socket, status_group.as_deref(), engine.inbox()) {
@@ -151,7 +151,7 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Waits until the process that serves guests gives way, and takes its lock. `None`: the service is to stop.
+/// Waits until the predecessor gives way, and takes the lock. `None`: the service is to stop.
 fn take_over(settings: &Settings, stop: &SignalFd) -> anyhow::Result<Option<Flock<File>>> {
     let predecessor = Predecessor::at_standard_input().context("use standard input")?;
     info!("ready to take over");
@@ -159,11 +159,11 @@ fn take_over(settings: &Settings, stop: &SignalFd) -> anyhow::Result<Option<Floc
     if go_ahead { lock(&settings.run_directory).map(Some) } else { Ok(None) }
 }
 
-/// Lets another process serve guests from now on. This one ends.
+/// Hands over to another process; this one ends.
 fn give_way(heir: Heir, lock: Flock<File>) -> anyhow::Result<()> {
     let Heir { successor, reply } = heir;
     let process = successor.id();
-    // First, because systemd believes only the process that it knows.
+    // Before anything else, because systemd accepts this only from the process that it knows.
     supervisor::replaced_by(process);
     drop(lock);
     successor.take_over().with_context(|| format!("give way to process {process}"))?;
@@ -175,8 +175,8 @@ fn give_way(heir: Heir, lock: Flock<File>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The settings, the files that they come from, and what is wrong. Files with mistakes do not stop the guests that an earlier process
-/// served: they are served with the settings that were last in force, and no new copy is kept.
+/// Reads the settings: with their files and an error message. Mistakes in the files must not stop the guests of an earlier process: the
+/// copy of the settings in force is used then, and not overwritten.
 fn read_settings(
     path: Option<&Path>,
     copies: &Path,
@@ -194,13 +194,13 @@ fn read_settings(
     }
 }
 
-/// Policy directories that are not there. Those of an ordinary installation may be missing.
+/// Policy directories that do not exist, except the default ones.
 fn missing_directories(settings: &Settings) -> impl Iterator<Item = &PathBuf> {
     let usual = Settings::default().policy_directories;
     settings.policy_directories.iter().filter(move |path| !path.is_dir() && !usual.contains(path))
 }
 
-/// Checks settings and policies and says what is wrong with them.
+/// Checks settings and policies.
 fn check(arguments: &ServiceArguments) -> anyhow::Result<()> {
     let settings::Loaded { mut settings, sources } = settings::load(arguments.settings.as_deref())?;
     if !arguments.policy_directories.is_empty() {
@@ -214,8 +214,8 @@ fn check(arguments: &ServiceArguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The policies to begin with, the files that they come from, and what is wrong. Files with mistakes do not stop the guests that an earlier
-/// process served: they are served on under what was in force, and no new copy is kept.
+/// Reads the policies: with their files and an error message. Mistakes in the files must not stop the guests of an earlier process: the
+/// copy of the policies in force is used then, and not overwritten.
 fn read_policies(
     settings: &Settings,
 ) -> anyhow::Result<(PolicySet, Option<Vec<policies::Source>>, Option<String>)> {
@@ -234,7 +234,7 @@ fn read_policies(
     }
 }
 
-/// Makes sure that nobody else serves the same guests.
+/// Makes sure that no other process serves the same guests.
 fn lock(directory: &Path) -> anyhow::Result<Flock<File>> {
     let path = directory.join("lock");
     let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
@@ -251,8 +251,8 @@ fn open(choice: &Choice) -> anyhow::Result<Platform> {
     })
 }
 
-/// Opens the host, and waits for what a dom0 starts beside this service: /proc/xen, the devices below /dev/xen, xenstored. `None`: the
-/// service is to stop.
+/// Opens the host, and waits for what dom0 starts at the same time as this service: /proc/xen, the devices in /dev/xen, xenstored.
+/// `None`: the service is to stop.
 fn open_when_booted(choice: &Choice, stop: &SignalFd) -> anyhow::Result<Option<Platform>> {
     let mut pause = FIRST_PAUSE;
     loop {
@@ -276,11 +276,11 @@ fn open_when_booted(choice: &Choice, stop: &SignalFd) -> anyhow::Result<Option<P
     }
 }
 
-/// Has the policies read again at each SIGHUP, as `xpci policy reload` does.
+/// Reloads the policies at each SIGHUP, as `xpci policy reload` does.
 fn reload_at(hangup: SignalFd, socket: PathBuf) -> anyhow::Result<()> {
     let task = move || {
         while let Ok(Some(_)) = hangup.read_signal() {
-            // The service's own socket: a reload by signal is one like any other.
+            // Through the service's own socket, so that it is an ordinary request.
             let answer = client::call(&socket, Request::PolicyReload, &mut |_| ());
             match answer.map(|envelope| envelope.error) {
                 Ok(None) => info!("SIGHUP: the policies were read again"),

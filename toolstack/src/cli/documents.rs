@@ -12,14 +12,14 @@ use super::{Cli, ServiceArguments};
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Success;
 
-/// Where the shells look for completions, below `share`.
+/// The directories for shell completions, below `share`.
 const COMPLETIONS: [(Shell, &str); 3] = [
     (Shell::Bash, "bash-completion/completions"),
     (Shell::Zsh, "zsh/site-functions"),
     (Shell::Fish, "fish/vendor_completions.d"),
 ];
 
-/// The file formats: their names, what they are, where their files are, and a file with all keys.
+/// The file formats: name, description, paths, and an example with all keys.
 const FORMATS: [(&str, &str, &str, &str); 2] = [
     (
         "xpcid.yaml",
@@ -35,7 +35,7 @@ const FORMATS: [(&str, &str, &str, &str); 2] = [
     ),
 ];
 
-/// Writes them below a folder that is to be `share`.
+/// Writes the documents below a directory that is to become `share`.
 pub(super) fn write(share: &Path) -> Result<Success, Failure> {
     let failed = |error: io::Error| {
         Failure::new(ErrorCode::Failed, format!("write the documents to {}: {error}", share.display()))
@@ -49,7 +49,7 @@ fn manual_pages(share: &Path) -> io::Result<()> {
     let (user, system) = (share.join("man/man1"), share.join("man/man8"));
     fs::create_dir_all(&user)?;
     fs::create_dir_all(&system)?;
-    // One page for each command besides that of the program.
+    // One page for the program, and one for each command.
     clap_mangen::generate_to(Cli::command().disable_help_subcommand(true), &user)?;
     let mut page = Vec::new();
     Man::new(ServiceArguments::command()).section("8").render(&mut page)?;
@@ -62,7 +62,7 @@ fn manual_pages(share: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The manual page of a file format: a file with all of its keys and what they mean.
+/// The manual page of a file format: an example with all keys and their meaning.
 fn file_format(name: &str, purpose: &str, place: &str, text: &str) -> String {
     let (title, version) = (name.to_uppercase(), crate::VERSION);
     let mut page = format!(
@@ -70,7 +70,7 @@ fn file_format(name: &str, purpose: &str, place: &str, text: &str) -> String {
          All keys, in YAML, with their meaning in comments:\n.PP\n.nf\n"
     );
     for line in text.lines() {
-        // A dot or an apostrophe at the start of a line would be a request.
+        // Otherwise a dot or an apostrophe at the start of a line would be a roff request.
         page.push_str("\\&");
         page.push_str(&line.replace('\\', "\\e").replace('-', "\\-"));
         page.push('\n');

@@ -1,4 +1,4 @@
-//! Functions explained, learned from and filtered anew, as text for people.
+//! Text output of the policy commands.
 
 use std::fmt::Write;
 
@@ -7,14 +7,14 @@ use pciback::policy::{BitsLine, Explanation, RdmPolicy, RegisterLine};
 use super::table::table;
 use crate::protocol::{CheckedView, LearnedView, PolicyView, ReloadedView};
 
-/// Bits that are treated alike for one reason, wherever in the register.
+/// Bits of a register with the same treatment and reason.
 struct Group<'a> {
     mask: u32,
     names: Vec<&'a str>,
     bits: &'a BitsLine,
 }
 
-/// All registers of some functions, after what could not be read.
+/// All registers of some functions, after the lines that could not be read.
 pub fn explanations(devices: &[Explanation], damage: &[String]) -> String {
     let damage: String = damage.iter().map(|line| format!("damaged: {line}\n")).collect();
     damage + &devices.iter().map(explanation).collect::<Vec<_>>().join("\n")

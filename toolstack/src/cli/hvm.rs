@@ -1,4 +1,4 @@
-//! `xpci hvm`: what HVM guests need. Needs no service.
+//! `xpci hvm`: preparations for HVM guests, without the service.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use super::{Local, Step};
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Success;
 
-/// What can be done for HVM guests.
+/// Commands for HVM guests.
 #[derive(Debug, Subcommand)]
 pub enum Hvm {
     /// Writes the ACPI table (MCFG) by which guests find extended config space, for acpi_firmware="PATH" in xl.cfg.

@@ -1,4 +1,4 @@
-//! `xpci list` and `xpci show`: what the host has, as text for people.
+//! `xpci list` and `xpci show`: text output.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -22,7 +22,7 @@ const STATES: [(&str, FunctionState); 8] = [
     ("quarantined", FunctionState::Quarantined),
 ];
 
-/// Which functions to list, and how.
+/// The arguments of `list`.
 #[derive(Debug, Args)]
 pub struct ListArguments {
     /// Only functions of this class: the first digits of a class code (02), or a part of a class's name (network).
@@ -51,14 +51,14 @@ impl ListArguments {
 
 fn state(word: String) -> FunctionState {
     let found = STATES.iter().find(|(known, _)| *known == word);
-    // clap takes no other word.
+    // clap accepts no other word.
     found.map_or(FunctionState::Host, |(_, state)| *state)
 }
 
-/// Columns that a narrow terminal can do without, the first to go first.
+/// Columns that are omitted on a narrow terminal, in this order.
 const EXPENDABLE: [&str; 5] = ["GROUP", "CLASS", "RESET", "NETWORK", "SR-IOV"];
 
-/// Functions in columns.
+/// A table of functions.
 pub(super) fn columns(functions: &[ListedView], width: Option<usize>) -> String {
     if functions.is_empty() {
         return String::new();
@@ -87,7 +87,7 @@ fn listed(words: &[String]) -> String {
     if words.is_empty() { "-".to_owned() } else { words.join(",") }
 }
 
-/// Who has it: a guest, nothing while it is held, else dom0.
+/// The owner: a guest, none for a held function, otherwise dom0.
 fn owner(view: &ListedView) -> String {
     match (view.function.domain, &view.domain_name, view.function.state) {
         (Some(_), Some(name), _) => name.clone(),
@@ -109,14 +109,14 @@ fn class(view: &ListedView) -> &str {
     view.names.class.as_deref().unwrap_or(&view.base_class)
 }
 
-/// What it is called, and its numbers, as lspci -nn has them.
+/// The names and ids of a device, as with lspci -nn.
 fn device(view: &ListedView) -> String {
     let vendor = view.names.vendor.as_deref();
     let words = [vendor, view.names.device.as_deref()].into_iter().flatten();
     words.chain([format!("[{}]", view.function.id).as_str()]).collect::<Vec<_>>().join(" ")
 }
 
-/// Functions below what leads to them: VFs below their PF, others below the nearest bridge that is listed.
+/// Functions as a tree: VFs below their PF, others below the nearest bridge in the list.
 pub(super) fn tree(functions: &[ListedView], width: Option<usize>) -> String {
     let listed = |address: &Sbdf| functions.iter().any(|view| view.function.address == *address);
     let parent = |view: &ListedView| {
@@ -162,7 +162,7 @@ fn branch(
     }
 }
 
-/// A line no longer than the terminal is wide.
+/// Cuts a line to the width of the terminal.
 pub(super) fn cut(line: &str, width: Option<usize>) -> String {
     match width {
         Some(width) if line.chars().count() > width => {
@@ -173,7 +173,7 @@ pub(super) fn cut(line: &str, width: Option<usize>) -> String {
     }
 }
 
-/// One function with all that is known of it.
+/// The details of one function.
 pub(super) fn shown(view: &ShownView) -> String {
     let (listed_view, function) = (&view.listed, &view.listed.function);
     let mut text = format!(

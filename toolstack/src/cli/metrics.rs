@@ -1,4 +1,4 @@
-//! `xpci metrics`: the service's state in the text format of Prometheus (exposition format 0.0.4).
+//! `xpci metrics`: metrics in Prometheus' text format (exposition format 0.0.4).
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -13,10 +13,10 @@ use crate::client;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{GuestView, ListFilter, ListedView, Request, StatusView, Success};
 
-/// What stands in the file while the service does not answer.
+/// The contents of the file while the service does not answer.
 const DOWN: &str = "# HELP xpci_up Whether xpcid answers.\n# TYPE xpci_up gauge\nxpci_up 0\n";
 
-/// All states: one without functions counts 0, so that it can be graphed and alerted on.
+/// All states, so that a state without functions has a sample with value 0 for graphs and alerts.
 const STATES: [FunctionState; 8] = [
     FunctionState::Host,
     FunctionState::Held,
@@ -28,10 +28,10 @@ const STATES: [FunctionState; 8] = [
     FunctionState::Quarantined,
 ];
 
-/// Asks the service and writes its metrics to a file, or returns them as text.
+/// Reads metrics from the service, and writes them to a file or returns them as text.
 ///
 /// # Errors
-/// The service or the file. Of a service that does not answer, the file says so.
+/// A failure of the service or the file. If the service does not answer, the file is still written, with `xpci_up 0`.
 pub fn gather(socket: &Path, file: Option<&Path>) -> Result<Success, Failure> {
     let found = ask(socket);
     let Some(file) = file else { return found.map(|text| Success::Metrics { text }) };
@@ -45,9 +45,9 @@ pub fn gather(socket: &Path, file: Option<&Path>) -> Result<Success, Failure> {
     found.map(|_| Success::Changed { message, warnings: Vec::new(), functions: Vec::new() })
 }
 
-/// Puts a file into place at once: whoever reads it sees the old metrics or the new ones.
+/// Replaces a file atomically, so that readers see either the old or the new metrics.
 fn replace(file: &Path, text: &str) -> Result<(), Failure> {
-    // A device, for example, would be gone.
+    // A rename would remove a device node, for example.
     if fs::metadata(file).is_ok_and(|found| !found.is_file()) {
         let text = format!("write the metrics to {}: that is not a regular file", file.display());
         return Err(Failure::refused(text).hint("without '--write', 'xpci metrics' prints them"));
@@ -89,7 +89,7 @@ fn metric(into: &mut String, name: &str, kind: &str, help: &str, samples: &[(Vec
     }
 }
 
-/// The times of guests' requests, as a histogram.
+/// The durations of guests' requests, as a histogram.
 fn histogram(into: &mut String, name: &str, help: &str, guests: &[GuestView]) {
     let timed = || guests.iter().filter(|guest| !guest.times.buckets.is_empty());
     if timed().next().is_none() {
@@ -116,13 +116,13 @@ fn histogram(into: &mut String, name: &str, help: &str, guests: &[GuestView]) {
     }
 }
 
-/// A time as Prometheus has it.
+/// A duration in seconds, in Prometheus' format.
 fn seconds(time: Duration) -> String {
     let text = format!("{}.{:09}", time.as_secs(), time.subsec_nanos());
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
-/// A label's value: a name that a guest chose may have any characters.
+/// Escapes a label's value: guests choose their names, which may have any characters.
 fn escaped(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }

@@ -224,7 +224,7 @@ pub enum Command {
     },
 }
 
-/// What can be done with VFs.
+/// Commands for VFs.
 #[derive(Debug, Subcommand)]
 pub enum Vf {
     /// Enables VFs of a PF that has none enabled. No native driver binds to them.
@@ -271,7 +271,7 @@ pub enum Vf {
     },
 }
 
-/// What can be asked about errors.
+/// Commands for errors.
 #[derive(Debug, Subcommand)]
 pub enum Aer {
     /// Shows the registers that control error reporting, of functions and of all ports above them: their present values, the values
@@ -285,7 +285,7 @@ pub enum Aer {
     History(OneFunction),
 }
 
-/// What can be done with quarantined functions.
+/// Commands for quarantined functions.
 #[derive(Debug, Subcommand)]
 pub enum Quarantine {
     /// Resets a quarantined function, verifies the reset, and holds the function again.
@@ -307,7 +307,7 @@ pub struct OneFunction {
     pub address: Target,
 }
 
-/// What is wrong with a command line, and how it is written, without the words around.
+/// A failure from clap's error: its message and the usage line.
 pub fn usage(error: &clap::Error) -> Failure {
     let text = error.to_string();
     let mut paragraphs =
@@ -324,21 +324,21 @@ pub fn usage(error: &clap::Error) -> Failure {
     }
 }
 
-/// One thing that a command does.
+/// One step of a command.
 #[derive(Debug)]
 pub enum Step {
-    /// Asks the service.
+    /// Sends a request to the service.
     Ask(Request<Target>),
-    /// Does it without the service.
+    /// Runs without the service.
     Local(Local),
-    /// Asks the service and runs xl.
+    /// Sends requests to the service, and runs xl.
     Moving(Moving),
-    /// Gathers metrics, and writes them to a file.
+    /// Reads metrics, and writes them to a file.
     Metrics(Option<PathBuf>),
 }
 
 impl Command {
-    /// How its answer is to look.
+    /// The format of the answer.
     pub fn look(&self) -> Look {
         let width = std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok());
         let width = width.or_else(|| terminal_size::terminal_size().map(|(width, _)| width.0.into()));
@@ -351,15 +351,15 @@ impl Command {
         look
     }
 
-    /// Whether problems that the answer shows are a failure of the command.
+    /// Whether problems in the answer count as a failure of the command.
     pub const fn is_check(&self) -> bool {
         matches!(self, Self::Status { check: true })
     }
 
-    /// Keeps a command that puts things back when it fails from being interrupted in between.
+    /// Blocks interrupts for a command that must not be interrupted between its steps.
     ///
     /// # Errors
-    /// The kernel's.
+    /// Blocking the signals failed.
     pub fn hold_interrupts(&self) -> Result<(), Failure> {
         match self {
             Self::Save(_) | Self::Restore(_) => moving::hold_interrupts(),
@@ -367,7 +367,7 @@ impl Command {
         }
     }
 
-    /// What is to be said of the command line itself, on standard error.
+    /// Notes about the command line itself, for standard error.
     pub fn notes(&self) -> Vec<&'static str> {
         match self {
             Self::PciAttach { places, .. } => {
@@ -379,7 +379,7 @@ impl Command {
         }
     }
 
-    /// What to do, one after the other.
+    /// The steps of the command, in their order.
     pub fn steps(self) -> Vec<Step> {
         match self {
             Self::Policy(policy) => vec![policy.step()],
@@ -393,7 +393,7 @@ impl Command {
         }
     }
 
-    /// The requests to send, one after the other.
+    /// The requests of the command, in their order.
     fn requests(self) -> Vec<Request<Target>> {
         let one = |request| vec![request];
         match self {

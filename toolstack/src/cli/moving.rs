@@ -1,8 +1,8 @@
-//! `xpci save` and `xpci restore`: xl's own commands, between two requests to the service.
+//! `xpci save` and `xpci restore`: xl's commands, between requests to the service.
 //!
-//! xl runs here and not in the service, which may not do what xl does. So the service does nothing that cannot be left as it is when this
-//! program is killed between any two steps: what it took from a guest is reserved for that guest, and shown for as long as the domain
-//! that lost it is there.
+//! xl runs here, because the service's sandbox does not permit what xl does. So this program may be killed between any two steps, and the
+//! service must leave nothing that needs a further step: functions that it took from a guest are reserved for that guest, and a problem
+//! is shown as long as the domain that lost them exists.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, OpenOptions};
@@ -20,7 +20,7 @@ use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{DomainName, Request, ReservedFunction, Success};
 use crate::saved::SavedGuest;
 
-/// What `save` is given.
+/// The arguments of `save`.
 #[derive(Debug, Args)]
 pub struct SaveArguments {
     /// Leaves the guest running after it was saved; it gets its functions again.
@@ -38,7 +38,7 @@ pub struct SaveArguments {
     config: Option<PathBuf>,
 }
 
-/// What `restore` is given.
+/// The arguments of `restore`.
 #[derive(Debug, Args)]
 pub struct RestoreArguments {
     /// Leaves the guest paused.
@@ -50,16 +50,16 @@ pub struct RestoreArguments {
     files: Vec<PathBuf>,
 }
 
-/// A guest that leaves memory for a file, or comes back.
+/// A save or restore command.
 #[derive(Debug)]
 pub enum Moving {
-    /// It is saved.
+    /// Save a guest.
     Save(SaveArguments),
-    /// It is restored.
+    /// Restore a guest.
     Restore(RestoreArguments),
 }
 
-/// Asks the service, and says what is done meanwhile.
+/// Sends requests to the service, and reports progress.
 struct Service<'a> {
     socket: &'a Path,
     progress: &'a mut dyn FnMut(&str),
@@ -88,15 +88,15 @@ fn changed(message: String, warnings: Vec<String>) -> Success {
     Success::Changed { message, warnings, functions: Vec::new() }
 }
 
-/// Runs xl, which says on standard error what it does.
+/// Runs xl, which reports progress on standard error.
 fn xl(arguments: &[&OsStr]) -> Result<(), Failure> {
     let shown = arguments.join(OsStr::new(" "));
     let failed = |why: String| failed(format!("'xl {}' {why}", shown.to_string_lossy()));
     let mut command = Command::new("xl");
-    // Standard output is this program's answer.
+    // Standard output is reserved for this program's answer.
     command.args(arguments).stdin(Stdio::null()).stdout(io::stderr());
     heed_interrupts()?;
-    // xl inherits what is blocked, and leaves a process behind that waits for the guest's end: nothing may be blocked there.
+    // xl inherits blocked signals, and leaves a process behind that waits for the guest's end: no signal may be blocked in it.
     let unblocked = interrupts().thread_unblock();
     let child = command.spawn();
     let blocked = unblocked.and_then(|()| interrupts().thread_block());
@@ -110,7 +110,7 @@ fn xl(arguments: &[&OsStr]) -> Result<(), Failure> {
 }
 
 impl Moving {
-    /// The command's word, as in the envelope.
+    /// The command's name in the envelope.
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Save(_) => "save",
@@ -118,10 +118,10 @@ impl Moving {
         }
     }
 
-    /// Does it.
+    /// Runs the command.
     ///
     /// # Errors
-    /// The service, a file, or xl. The guest is then as it was before.
+    /// A failure of the service, of a file, or of xl. The guest is then restored to its earlier state.
     pub fn run(self, socket: &Path, progress: &mut dyn FnMut(&str)) -> Result<Success, Failure> {
         let mut service = Service { socket, progress };
         match self {
@@ -131,20 +131,20 @@ impl Moving {
     }
 }
 
-/// What would end this program, and must not between two steps.
+/// The signals that must not end this program between two steps.
 fn interrupts() -> SigSet {
     [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect()
 }
 
-/// Keeps interrupts back. For the program's first thread, before it has others.
+/// Blocks these signals. To be called by the first thread, before others exist.
 ///
 /// # Errors
-/// The kernel's.
+/// Blocking the signals failed.
 pub(super) fn hold_interrupts() -> Result<(), Failure> {
     interrupts().thread_block().map_err(|errno| failed(format!("block signals: {errno}")))
 }
 
-/// Refuses to go on where an interrupt was kept back.
+/// Fails if one of these signals is pending.
 fn heed_interrupts() -> Result<(), Failure> {
     let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
     let held_back = SignalFd::with_flags(&interrupts(), flags).and_then(|signals| signals.read_signal());
@@ -168,7 +168,7 @@ fn save(arguments: &SaveArguments, service: &mut Service<'_>) -> Result<Success,
     words.extend(arguments.leave_paused.then_some(OsStr::new("-p")));
     words.extend([number.as_os_str(), file.as_os_str()]);
     words.extend(arguments.config.as_ref().map(|config| config.as_os_str()));
-    // Before the checkpoint: there is none without it.
+    // Before the checkpoint, so that no checkpoint exists without this file.
     if let Err(failure) = guest.write(file).and_then(|()| xl(&words)) {
         let left = SavedGuest::remove(file).err().map(|failure| failure.message);
         let back = give_back(domain, &guest, service);
@@ -209,7 +209,7 @@ fn functions(count: usize) -> String {
     }
 }
 
-/// Refuses a checkpoint that cannot be written while the guest still has everything.
+/// Refuses an unwritable checkpoint, while the guest still has its functions.
 fn refuse_unwritable(file: &Path) -> Result<(), Failure> {
     let existed = file.try_exists().unwrap_or(false);
     let opened = OpenOptions::new().append(true).create(true).open(file);
@@ -217,7 +217,7 @@ fn refuse_unwritable(file: &Path) -> Result<(), Failure> {
     opened.map_err(|error| Failure::refused(format!("write {}: {error}", file.display())))
 }
 
-/// A guest that was not saved, or that goes on, gets its functions again, at the same places.
+/// Attaches the functions again, with the same device numbers, to a guest that was not saved or that continues to run.
 fn give_back(domain: DomId, guest: &SavedGuest, service: &mut Service<'_>) -> Result<(), Failure> {
     let mut failed = None;
     for function in &guest.functions {
@@ -275,11 +275,11 @@ fn restore(arguments: &RestoreArguments, service: &mut Service<'_>) -> Result<Su
             .of(domain)
             .hint(format!("the guest is restored and has its functions; 'xl unpause {domain}' lets it run"))
     })?;
-    // That a guest has not connected yet was said of a paused one.
+    // The warnings are not shown: they say that the guest, which was paused then, has not connected.
     Ok(changed(message, Vec::new()))
 }
 
-/// A guest that was restored and cannot have its functions is ended before it runs: its checkpoint is as it was.
+/// Destroys a restored guest that cannot have its functions, before it runs; its checkpoint is unchanged.
 fn end(
     guest: &SavedGuest,
     reserved: &[ReservedFunction],
@@ -307,7 +307,7 @@ fn end(
     ))
 }
 
-/// What was reserved for a guest that is not restored after all is free again; what was reserved when it was saved stays so.
+/// Removes the reservations of a guest that was not restored, except those made when it was saved.
 fn forget(guest: &SavedGuest, reserved: &[ReservedFunction], service: &mut Service<'_>) {
     for request in reserved.iter().rev().flat_map(|function| function.undoing(guest.guest)) {
         if let Err(failure) = service.ask(request) {

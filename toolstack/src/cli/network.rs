@@ -9,7 +9,7 @@ use super::table::table;
 use crate::protocol::{Request, VfNetworkView};
 use crate::target::Target;
 
-/// What to set for a VF.
+/// The arguments of `vf set`.
 #[derive(Debug, Args)]
 pub struct SetArguments {
     /// The VF.
@@ -83,7 +83,7 @@ impl SetArguments {
     }
 }
 
-/// The settings of a VF as text.
+/// The settings of a VF, as text.
 pub(super) fn vf_network(view: &VfNetworkView) -> String {
     let state = match view.domain {
         Some(domain) => format!("{}, domain {domain}", view.state),
@@ -100,7 +100,7 @@ pub(super) fn vf_network(view: &VfNetworkView) -> String {
         let found = settings.words().into_iter().find(|(word, _)| *word == name);
         found.map_or_else(|| "-".to_owned(), |(_, value)| value)
     };
-    // What the driver does not report may still be wished.
+    // Settings that the driver does not report may be requested, too.
     let names = in_force.or(view.wished).words().into_iter().map(|(name, _)| name);
     let row = |name: &str| {
         let differs = view.differing.iter().any(|differing| differing == name);
@@ -120,7 +120,7 @@ pub(super) fn vf_network(view: &VfNetworkView) -> String {
 /// The settings in the order of the columns.
 const COLUMNS: [&str; 7] = ["mac", "vlan", "spoof-check", "trust", "max-rate", "min-rate", "link-state"];
 
-/// The settings in force of all VFs of a PF as text, with what was wished instead.
+/// The settings of all VFs of a PF, as text, with requested values that differ.
 pub(super) fn vf_networks(physical_function: Sbdf, vfs: &[VfNetworkView]) -> String {
     let Some(first) = vfs.first() else {
         return format!("{physical_function} has no VFs enabled\n");

@@ -69,7 +69,7 @@ fn member(member: &MemberView) -> String {
     text
 }
 
-/// Who is hit when a function fails.
+/// The functions and guests that a failure of a function affects.
 pub(super) fn blast_radius(radius: &Radius) -> String {
     let ports: Vec<String> = radius.ports.iter().map(ToString::to_string).collect();
     let above = match ports.as_slice() {

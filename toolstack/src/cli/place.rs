@@ -1,23 +1,23 @@
-//! A function and its place in a guest, as `xl` and xl.cfg write it (xl-pci-configuration(5), PCI_SPEC_STRING), and what is said of the
-//! options in there that mean something else here.
+//! A function and its device number in a guest, in the syntax of `xl` and xl.cfg (xl-pci-configuration(5), PCI_SPEC_STRING), with notes
+//! about options that have no effect.
 
 use std::str::FromStr;
 
 use crate::outcome::{ErrorCode, Failure};
 use crate::target::{Parent, Target, Word};
 
-/// A function and where the guest sees it: `BDF[@SLOT][,KEY=VALUE]...`, or with `bdf=BDF` or `name=NAME` among the options.
+/// A function and its device number: `BDF[@SLOT][,KEY=VALUE]...`, or with `bdf=BDF` or `name=NAME` among the options.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
     /// The function.
     pub address: Target,
     /// The guest's device number, 0-31.
     pub slot: Option<u8>,
-    /// What is said of xl's options that have no effect.
+    /// Notes about xl's options that have no effect.
     pub notes: Vec<&'static str>,
 }
 
-/// xl's options that have no effect here, and what does that instead.
+/// xl's options that have no effect here, with a note.
 const WITHOUT_EFFECT: [(&str, &str); 3] = [
     (
         "permissive",
@@ -99,7 +99,7 @@ fn target(text: &str) -> Result<Target, Failure> {
     text.parse().map_err(usage)
 }
 
-/// xl's booleans.
+/// Parses xl's booleans.
 fn is_on(key: &str, value: &str) -> Result<bool, Failure> {
     match value {
         "1" | "yes" | "true" | "on" => Ok(true),

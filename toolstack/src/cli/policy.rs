@@ -1,4 +1,4 @@
-//! `xpci policy`: what asks the service, and what does not need it.
+//! `xpci policy`: commands with and without the service.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -17,7 +17,7 @@ use crate::protocol::{CheckedView, Request, Success};
 use crate::settings;
 use crate::target::Target;
 
-/// What can be done with policies.
+/// Commands for policies.
 #[derive(Debug, Subcommand)]
 pub enum Policy {
     /// Shows which policy files apply to a function, in the order in which they are merged, and the result.
@@ -51,7 +51,7 @@ pub enum Policy {
     Schema,
 }
 
-/// What to explain.
+/// The arguments of `policy explain`.
 #[derive(Debug, Args)]
 pub struct ExplainArguments {
     /// A function of this host, under the policies in force.
@@ -72,7 +72,7 @@ pub struct ExplainArguments {
     pub kind: Option<As>,
 }
 
-/// How the functions of a dump are to be read.
+/// The kind of the functions in a dump.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum As {
     /// Physical functions.
@@ -81,10 +81,10 @@ pub enum As {
     Vf,
 }
 
-/// What `xpci` does by itself.
+/// Commands that run without the service.
 #[derive(Debug)]
 pub enum Local {
-    /// Checks files.
+    /// Checks policy files.
     Check(Vec<PathBuf>),
     /// Explains a dump.
     Explain {
@@ -92,7 +92,7 @@ pub enum Local {
         dump: PathBuf,
         /// The policy files.
         policies: Vec<PathBuf>,
-        /// How its functions are to be read.
+        /// The kind of its functions.
         kind: Option<As>,
     },
     /// Prints the schema.
@@ -115,7 +115,7 @@ impl Policy {
             }
             Self::Explain(ExplainArguments { address, domain, .. }) => match address {
                 Some(address) => Step::Ask(Request::PolicyExplain { address, domain }),
-                // clap demands one of the two.
+                // clap requires one of the two.
                 None => Step::Local(Local::Explain { dump: "-".into(), policies: Vec::new(), kind: None }),
             },
             Self::Learn { target } => Step::Ask(Request::PolicyLearn { target }),
@@ -126,7 +126,7 @@ impl Policy {
 }
 
 impl Local {
-    /// The command's word, as in the envelope.
+    /// The command's name in the envelope.
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Check(_) => "policy-check",
@@ -138,7 +138,7 @@ impl Local {
         }
     }
 
-    /// Does it.
+    /// Runs the command.
     pub fn run(self) -> Result<Success, Failure> {
         match self {
             Self::Check(files) => check(&files),
@@ -181,7 +181,7 @@ fn check(files: &[PathBuf]) -> Result<Success, Failure> {
     Ok(Success::Checked { files: set.files().iter().map(view).collect() })
 }
 
-/// The policies of some folders, of which there must be at least one.
+/// The policies of some directories, with at least one file.
 fn in_directories(directories: &[PathBuf]) -> Result<PolicySet, Failure> {
     let set = policies::load(directories).map_err(failed)?.1;
     if set.files().is_empty() {
@@ -204,7 +204,7 @@ fn explain_dump(path: &Path, files: &[PathBuf], kind: Option<As>) -> Result<Succ
     } else {
         File::open(path).and_then(|file| file.take(limit).read_to_end(&mut text)).map_err(unreadable)?;
     }
-    // Names of devices may come in any encoding; the digits are ASCII.
+    // Device names may have any encoding; the digits are ASCII.
     let dump::Dump { functions, damage } = dump::read(&String::from_utf8_lossy(&text)).map_err(|error| {
         Failure::new(ErrorCode::Failed, format!("{shown}: {error}"))
             .hint("'lspci -xxxx', as root, writes what is expected; one device: 'lspci -xxxx -s 01:10.0'")

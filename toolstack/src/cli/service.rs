@@ -35,7 +35,7 @@ pub struct ServiceArguments {
     pub successor: bool,
 }
 
-/// Which host to work on.
+/// The platform to run on.
 #[derive(Debug, Clone)]
 pub enum Choice {
     /// This dom0.

@@ -1,4 +1,4 @@
-//! Answers as text for people.
+//! Text output of answers.
 
 use std::fmt::Write;
 
@@ -6,18 +6,18 @@ use super::{explained, list, network, paths, xl_config};
 use crate::outcome::Obstacle;
 use crate::protocol::{Finding, FunctionView, StatusView, Success, Verdict, VfView};
 
-/// How an answer is to look.
+/// The format of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Look {
-    /// How many columns the terminal has; `None`: it is none, and lines may have any length.
+    /// The width of the terminal; `None`: the output is no terminal, and lines may have any length.
     pub width: Option<usize>,
-    /// Functions stand below what leads to them.
+    /// Whether functions are shown as a tree.
     pub tree: bool,
-    /// Of functions only the addresses are shown, one a line, as xl does.
+    /// Whether only the addresses of functions are shown, one per line, as with xl.
     pub addresses_only: bool,
 }
 
-/// The answer as text; empty where there is nothing to say.
+/// The answer as text; empty if there is nothing to show.
 pub fn render(success: &Success, look: Look) -> String {
     match success {
         Success::Listed { functions } if look.tree => list::tree(functions, look.width),
@@ -54,16 +54,16 @@ pub fn render(success: &Success, look: Look) -> String {
         Success::Events { events } => {
             events.iter().fold(String::new(), |text, event| format!("{text}{event}\n"))
         }
-        // Steps of 'save' and 'restore', which say themselves what came of them.
+        // Intermediate answers of 'save' and 'restore', which report their results themselves.
         Success::Saved { .. } | Success::Reserved { .. } | Success::Restored { .. } => String::new(),
         Success::Status(status) => status_text(status),
     }
 }
 
-/// How many characters of the last column must fit before other columns are left out for it.
+/// Other columns are omitted until at least this many characters of the last column fit.
 const LEAST_LAST_COLUMN: usize = 24;
 
-/// Columns as wide as their widest cell, two spaces apart.
+/// A table with columns as wide as their widest cell, two spaces apart.
 pub(super) fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let widths: Vec<usize> = (0..columns).map(|column| width_of(rows, column)).collect();
@@ -81,8 +81,7 @@ fn width_of(rows: &[Vec<String>], column: usize) -> usize {
     cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
 }
 
-/// The same within the width of a terminal: columns whose titles are `expendable` go, the first of them first, then the last column is
-/// cut.
+/// A table within the width of a terminal: columns in `expendable` are omitted in that order, then the last column is cut.
 pub(super) fn table_within(mut rows: Vec<Vec<String>>, width: Option<usize>, expendable: &[&str]) -> String {
     let Some(width) = width else { return table(&rows) };
     let needed = |rows: &[Vec<String>]| {
@@ -107,7 +106,7 @@ pub(super) fn table_within(mut rows: Vec<Vec<String>>, width: Option<usize>, exp
     table(&rows).lines().fold(String::new(), |text, line| format!("{text}{}\n", list::cut(line, Some(width))))
 }
 
-/// What the checks found, each with what to do.
+/// The findings of the checks, each with its correction.
 fn checkup(findings: &[Finding]) -> String {
     let mut text = String::new();
     for finding in findings {
@@ -129,7 +128,7 @@ fn checkup(findings: &[Finding]) -> String {
     text
 }
 
-/// Things that are in the way, each with what to do.
+/// A list of obstacles, each with its hint.
 pub fn bulleted(obstacles: &[Obstacle], indent: &str) -> String {
     let mut text = String::new();
     for obstacle in obstacles {

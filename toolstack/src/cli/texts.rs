@@ -1,4 +1,4 @@
-//! Longer texts of the help, the manual pages and `docs/commands.md`. Lines that begin with two spaces stay as they are.
+//! Longer texts of the help, the manual pages and `docs/commands.md`. Lines that begin with two spaces are not wrapped.
 
 pub(super) const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 service not reachable, \
                                      4 no such function or domain, 5 refused because of the present state, 6 failed and quarantined.";

@@ -1,4 +1,5 @@
-//! `xpci xl-config`: settings of xpcid for the functions that an xl configuration file (xl.cfg(5)) gives its guest. Needs no service.
+//! `xpci xl-config`: settings of xpcid for the functions that an xl configuration file (xl.cfg(5)) gives to its guest, without the
+//! service.
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -11,12 +12,12 @@ use super::place::Place;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{Success, XlConfigView};
 
-/// Longer files are refused, in bytes.
+/// The size limit of a file, in bytes.
 const LIMIT: u64 = 1 << 20;
-/// Lists in lists, at most this deep. xl has none deeper than two.
+/// The limit for nested lists. xl's own options nest lists at most two deep.
 const DEPTH: usize = 8;
 
-/// What a file says of its guest.
+/// The relevant contents of a file.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct XlConfig {
     name: Option<String>,
@@ -26,13 +27,13 @@ struct XlConfig {
     functions: Vec<(usize, String)>,
 }
 
-/// A value; numbers are kept as they are written.
+/// A value. Numbers are kept as text.
 enum Value {
     Text(String),
     List(Vec<(usize, Value)>),
 }
 
-/// The characters of a file that are still to be read, and the line that they are in.
+/// The unread characters of a file, and the current line.
 struct Source<'a> {
     rest: Peekable<Chars<'a>>,
     line: usize,
@@ -50,7 +51,7 @@ impl Source<'_> {
         if found { self.next() } else { None }
     }
 
-    /// Blanks and comments; `lines`: also the ends of lines.
+    /// Skips blanks and comments; with `lines`, also line ends.
     fn skip(&mut self, lines: bool) {
         while let Some(next) = self.rest.peek().copied() {
             match next {
@@ -113,7 +114,7 @@ impl Source<'_> {
     }
 }
 
-/// Reads a file's text. The error has the line.
+/// Parses a file; an error has the line.
 fn parse(text: &str) -> Result<XlConfig, (usize, String)> {
     let mut source = Source { rest: text.chars().peekable(), line: 1 };
     let mut config = XlConfig::default();
@@ -160,7 +161,7 @@ fn parse(text: &str) -> Result<XlConfig, (usize, String)> {
     }
 }
 
-/// Converts the functions of a file.
+/// Converts the functions in a file.
 pub(super) fn convert(path: &Path) -> Result<Success, Failure> {
     let shown = path.display();
     let failed = |error: std::io::Error| Failure::new(ErrorCode::Failed, format!("read {shown}: {error}"));
@@ -193,13 +194,13 @@ fn view(text: &str, file: &str) -> Result<XlConfigView, Failure> {
     }
     notes.sort();
     notes.dedup();
-    // A guest's name may be any text; a JSON string is a YAML string, too.
+    // A guest's name may be any text; a JSON string is also a valid YAML string.
     let quoted = |text: &str| serde_json::Value::from(text).to_string();
     let list = functions.iter().map(|function| quoted(function)).collect::<Vec<_>>().join(", ");
     let settings = format!("guests:\n  {}: [{list}]\n", quoted(&name));
     let instead = match config.hvm {
         true => "passthrough=\"enabled\"",
-        // xl sets both where pci is not empty.
+        // For a PV guest, xl sets both if pci is not empty.
         false => "passthrough=\"enabled\" and e820_host=1",
     };
     Ok(XlConfigView {
@@ -212,7 +213,7 @@ fn view(text: &str, file: &str) -> Result<XlConfigView, Failure> {
     })
 }
 
-/// The settings, and what else is to be done, as comments of them.
+/// The settings, with the further steps as comments.
 pub(super) fn text(view: &XlConfigView) -> String {
     let XlConfigView { guest, file, functions, settings, instead, notes } = view;
     let bare: Vec<&str> =

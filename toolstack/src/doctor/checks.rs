@@ -12,7 +12,7 @@ use crate::protocol::{Finding, Verdict};
 use crate::spec::vf_routing;
 use crate::transaction::holder_of;
 
-/// All checks, in the order in which they are shown: what others rest on first.
+/// All checks, in the order of display: those on which others depend come first.
 pub(super) const CHECKS: [fn(&Examined<'_>) -> Finding; 13] = [
     xen,
     dom0,
@@ -31,9 +31,9 @@ pub(super) const CHECKS: [fn(&Examined<'_>) -> Finding; 13] = [
 
 /// The versions of Xen that xpci is tested with.
 const XEN: std::ops::RangeInclusive<(u32, u32)> = (4, 17)..=(4, 20);
-/// The oldest kernel that says how it resets functions (`reset_method`), and the oldest that xpci is tested with.
+/// The oldest kernel that lists reset methods (`reset_method`), and the oldest that xpci is tested with.
 const KERNEL: [(u32, u32); 2] = [(5, 15), (6, 1)];
-/// How the command line is changed.
+/// How to change Xen's command line.
 const COMMAND_LINE: &str = "change GRUB_CMDLINE_XEN in /etc/default/grub, run 'update-grub', and reboot";
 
 fn good(check: &str, found: impl Into<String>) -> Finding {
@@ -52,7 +52,7 @@ fn not_checked(check: &str, why: impl Into<String>) -> Finding {
     Finding::new(check, Verdict::NotChecked, why)
 }
 
-/// The text of a file of dom0's; unreadable ones are not there.
+/// The text of a file in dom0; an unreadable file counts as missing.
 fn text(examined: &Examined<'_>, path: &str) -> Option<String> {
     examined.machine.text(path).ok().flatten()
 }
@@ -142,7 +142,7 @@ fn iommu_options(info: &str) -> Vec<&str> {
     options.filter_map(|option| option.strip_prefix("iommu=")).flat_map(|words| words.split(',')).collect()
 }
 
-/// Whether one of the words switches this part of the IOMMU off, the last of them deciding.
+/// Whether the words switch this part of the IOMMU off; the last one wins.
 fn switched_off(words: &[&str], part: &str) -> bool {
     let off = |word: &&str| match word.split_once('=') {
         Some((name, value)) if name == part => Some(["no", "off", "0", "false", "disable"].contains(&value)),
@@ -181,7 +181,7 @@ fn interrupt_remapping(examined: &Examined<'_>) -> Finding {
         Ok(log) => log,
         Err(why) => return not_checked(check, why),
     };
-    // Other lines speak of its tables.
+    // Other lines mention the remapping tables.
     let said = |line: &str| {
         let rest = line.split_once("Interrupt remapping ")?.1.trim_end();
         [("enabled", true), ("disabled", false)].into_iter().find(|(word, _)| *word == rest).map(|(_, on)| on)
@@ -309,7 +309,7 @@ fn tracing(examined: &Examined<'_>) -> Finding {
     if examined.machine.exists("/sys/kernel/tracing/events/ras/aer_event") {
         return good("tracing", "the kernel traces errors (ras:aer_event)");
     }
-    // It is readable for root only.
+    // The directory is readable for root only.
     let known = examined.machine.exists("/sys/kernel/tracing/events");
     match known {
         true => warning(

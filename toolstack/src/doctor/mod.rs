@@ -1,7 +1,7 @@
-//! `xpci doctor`: whether a dom0 is set up so that functions can be given to guests, and what to do where it is not.
+//! `xpci doctor`: checks whether dom0 is set up for attaching functions to guests, and what to do if not.
 //!
-//! Each check looks through the platform's traits and changes nothing. The service makes them; where it cannot be reached, `xpci` makes
-//! those that need no service itself.
+//! The checks use the platform's traits and change nothing. They run in the service; if it cannot be reached, `xpci` itself runs those
+//! that do not need it.
 
 mod checks;
 #[cfg(test)]
@@ -13,16 +13,16 @@ use pciback::platform::{ErrorSource, Host, Machine, Platform, StoreOps, XlQuesti
 use crate::outcome::Failure;
 use crate::protocol::{Finding, Verdict};
 
-/// What the checks look at.
+/// The inputs of the checks.
 struct Examined<'a> {
     machine: &'a dyn Machine,
     host: &'a dyn Host,
     errors: &'a dyn ErrorSource,
-    /// xenstore, where there is a connection.
+    /// xenstore, if there is a connection.
     store: Option<&'a dyn StoreOps>,
-    /// What `xl info` prints, or why it does not.
+    /// The output of `xl info`, or why there is none.
     info: Result<String, String>,
-    /// What `xl dmesg` prints, likewise.
+    /// The output of `xl dmesg`, or why there is none.
     log: Result<String, String>,
 }
 
@@ -43,7 +43,7 @@ impl<'a> Examined<'a> {
     }
 }
 
-/// Makes all checks on the service's host.
+/// Runs all checks, in the service.
 pub fn examine(platform: &Platform) -> Vec<Finding> {
     let store: &dyn StoreOps = platform.store.as_ref();
     let (machine, host, errors) =
@@ -51,7 +51,7 @@ pub fn examine(platform: &Platform) -> Vec<Finding> {
     Examined::new(machine, host, errors, Some(store)).findings()
 }
 
-/// Makes the checks that need no service, on this host; `unreachable`: why the service does not make them.
+/// Runs the checks that do not need the service; `unreachable`: why the service cannot be reached.
 pub fn examine_alone(unreachable: &Failure) -> Vec<Finding> {
     let (machine, host) = (LinuxMachine::new("/".into()), LinuxHost::new("/sys".into()));
     let errors = LinuxErrors::new("/sys".into());

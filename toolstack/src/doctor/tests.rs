@@ -1,4 +1,4 @@
-//! Each check on simulated hosts: one in which nothing is amiss, and one for each thing that can be.
+//! Tests of the checks on simulated hosts: a correct one, and one for each possible fault.
 
 use pciback::platform::Platform;
 use pciback::platform::sim::Simulation;
@@ -122,7 +122,7 @@ fn root_ports_whose_errors_the_platform_keeps_are_counted() {
 
 #[test]
 fn vfs_without_bus_numbers_are_found_before_they_are_enabled() {
-    // VFs of a PF with an offset of 128 reach the next bus from the second device on.
+    // VFs of this PF have an offset of 128, so that from device 10 on they are on the next bus.
     let host = HOST.replace("01:00.0", "01:1f.0");
     let found = finding(&host, "vf-buses");
     assert_eq!(found.verdict, Verdict::Warning, "{found:?}");

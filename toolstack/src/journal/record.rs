@@ -19,7 +19,7 @@ pub struct Record {
     pub address: Sbdf,
     /// Its state; during a transaction, the transitional state.
     pub state: FunctionState,
-    /// The incarnation: counts the devices that had this address since boot; 0 in records of versions without it.
+    /// The incarnation, which distinguishes devices that had this address since boot; 0 in records of versions without it.
     #[serde(default)]
     pub incarnation: u64,
     /// The driver that it is given back to.

@@ -1,4 +1,4 @@
-//! What happened to functions, as it is shown, followed and kept.
+//! Events of functions, as they are shown, followed and logged.
 
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -10,72 +10,72 @@ use serde::{Deserialize, Serialize};
 
 use crate::outcome::few;
 
-/// One thing that happened.
+/// One event.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct EventView {
-    /// When: UTC, as `2026-11-21T10:43:47.123Z`.
+    /// The time, in UTC, for example `2026-11-21T10:43:47.123Z`.
     pub at: String,
-    /// The function it is about.
+    /// The function.
     pub address: Sbdf,
     /// The guest that had it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<DomId>,
-    /// What.
+    /// The event itself.
     #[serde(flatten)]
     pub what: Happening,
 }
 
-/// What happened.
+/// The type of an event, and its details.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "event", rename_all = "kebab-case", rename_all_fields = "kebab-case")]
 pub enum Happening {
-    /// It stands elsewhere now.
+    /// The state of a function has changed.
     State {
-        /// Where it stood.
+        /// The old state.
         from: FunctionState,
-        /// Where it stands.
+        /// The new state.
         to: FunctionState,
     },
-    /// An error, and what was decided.
+    /// An error, and the decision about it.
     Error {
-        /// The function that reported it: this one, one above it, or one below the same port.
+        /// The function that reported the error: this one, one above it, or one below the same port.
         reporter: Sbdf,
-        /// How bad it is.
+        /// The severity.
         severity: Severity,
-        /// The bits of the error status register; 0 where unknown.
+        /// The bits of the error status register; 0 if unknown.
         status: u32,
         /// Their names.
         errors: Vec<String>,
-        /// How it became known.
+        /// How the error was detected.
         detection: Detection,
-        /// How many errors it stands for.
+        /// The number of errors.
         count: u64,
-        /// What is done.
+        /// The action that was decided.
         action: Action,
-        /// Why.
+        /// The reason for the action.
         reason: String,
     },
-    /// What its registers, and those of the port above it, held right after an error.
+    /// Registers of the function and of the port above it, read right after an error.
     Registers {
-        /// By function and name.
+        /// The registers, by function and name.
         registers: Vec<RegisterValue>,
     },
     /// The VFs of a PF were enabled or disabled.
     Vfs {
-        /// How many there are now.
+        /// The number of enabled VFs.
         enabled: u16,
     },
-    /// Policies were read again, and its guest sees it otherwise now.
+    /// The policies were reloaded, and the function's filter has changed.
     Policy {
-        /// The registers whose bits are treated otherwise.
+        /// The registers with bits that are treated differently.
         registers: Vec<String>,
     },
-    /// What came of an action.
+    /// The outcome of an action.
     Outcome {
-        /// Whether it did what it should.
+        /// Whether the action succeeded.
         ok: bool,
-        /// What came of it, for people.
+        /// The outcome, as text.
         text: String,
     },
 }
@@ -83,21 +83,21 @@ pub enum Happening {
 /// One register.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RegisterValue {
-    /// Whose.
+    /// The function.
     pub address: Sbdf,
-    /// The specification's name.
+    /// The name in the specification.
     pub name: String,
-    /// What it held.
+    /// The value.
     pub value: u32,
 }
 
 impl EventView {
-    /// Something that happens now.
+    /// An event that happens now.
     pub fn now(address: Sbdf, domain: Option<DomId>, what: Happening) -> Self {
         Self { at: utc_of(SystemTime::now()), address, domain, what }
     }
 
-    /// An error and what was decided about a function because of it.
+    /// An error, and the decision about a function because of it.
     pub fn error(
         address: Sbdf,
         domain: Option<DomId>,
@@ -154,16 +154,16 @@ impl fmt::Display for EventView {
     }
 }
 
-/// A moment as the protocol has it: UTC, as `2026-11-21T10:43:47.123Z`.
+/// A time in the protocol's format: UTC, for example `2026-11-21T10:43:47.123Z`.
 pub fn utc_of(moment: SystemTime) -> String {
     utc(moment.duration_since(UNIX_EPOCH).unwrap_or_default())
 }
 
-/// Time since 1970 as a date of the Gregorian calendar (the algorithm is Howard Hinnant's `civil_from_days`).
+/// The date of a time since 1970 in the Gregorian calendar, by Howard Hinnant's algorithm `civil_from_days`.
 fn utc(since: Duration) -> String {
     let (seconds, millis) = (since.as_secs(), since.subsec_millis());
     let (days, second) = (seconds / 86_400, seconds % 86_400);
-    // Days since 1 March of the year 0, whose 400-year eras are all alike.
+    // Days since 1 March of the year 0, in eras of 400 years with equal calendars.
     let shifted = days + 719_468;
     let (era, day) = (shifted / 146_097, shifted % 146_097);
     let year_of_era = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;

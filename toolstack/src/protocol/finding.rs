@@ -1,21 +1,21 @@
-//! What the checks of `xpci doctor` found.
+//! The findings of `xpci doctor`.
 
 use std::fmt;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// How a check ended.
+/// The result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
-    /// As it should be.
+    /// Correct.
     Good,
-    /// It works, but not as well or as safely as it could.
+    /// It works, but not as well or as safely as possible.
     Warning,
-    /// Functions cannot be given to guests, or not safely.
+    /// Functions cannot be attached to guests, or not safely.
     Fault,
-    /// It could not be looked at.
+    /// The check could not be made.
     NotChecked,
 }
 
@@ -30,35 +30,35 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// What one check found.
+/// The finding of one check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct Finding {
-    /// The check's word, which stays the same.
+    /// The name of the check, which is stable.
     pub check: String,
-    /// How it ended.
+    /// The result.
     pub verdict: Verdict,
-    /// What was found, or why nothing could be.
+    /// What was found, or why the check could not be made.
     pub found: String,
-    /// What to do about it.
+    /// How to correct it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mend: Option<String>,
 }
 
 impl Finding {
-    /// A check's finding.
+    /// A finding without a correction.
     pub fn new(check: &str, verdict: Verdict, found: impl Into<String>) -> Self {
         Self { check: check.to_owned(), verdict, found: found.into(), mend: None }
     }
 
-    /// Adds what to do.
+    /// Adds how to correct it.
     pub fn mend(mut self, mend: impl Into<String>) -> Self {
         self.mend = Some(mend.into());
         self
     }
 }
 
-/// Whether a script may go on: no warning, no fault.
+/// Whether there is neither a warning nor a fault.
 pub fn all_good(findings: &[Finding]) -> bool {
     !findings.iter().any(|finding| matches!(finding.verdict, Verdict::Warning | Verdict::Fault))
 }

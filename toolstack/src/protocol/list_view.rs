@@ -1,4 +1,4 @@
-//! What the service shows of the host's functions, whoever has them.
+//! Lists of the host's functions.
 
 use pciback::platform::Names;
 use pciback::{FunctionState, Sbdf};
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::FunctionView;
 use crate::outcome::Obstacle;
 
-/// Which functions to list; all of it must hold.
+/// A filter of functions; all of its conditions must hold.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct ListFilter {
@@ -21,7 +21,7 @@ pub struct ListFilter {
     /// In this state.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub state: Option<FunctionState>,
-    /// Those that could be attached now, as `pci-assignable-list` has them.
+    /// Only functions that can be attached now, as in `pci-assignable-list`.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub assignable: bool,
 }
@@ -30,10 +30,10 @@ pub struct ListFilter {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct ListedView {
-    /// What is shown of every function.
+    /// The function.
     #[serde(flatten)]
     pub function: FunctionView,
-    /// What it is called, where the host's hardware database knows it.
+    /// Its names, if the host's hardware database has it.
     #[serde(default)]
     pub names: Names,
     /// The class code, six hexadecimal digits: base class, subclass, programming interface.
@@ -43,64 +43,64 @@ pub struct ListedView {
     /// The name of the guest that has it, through xpci or through xl.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain_name: Option<String>,
-    /// A PF: how many VFs it can have ...
+    /// For a PF, the number of VFs that it can have.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub total_vfs: Option<u16>,
-    /// ... and how many are enabled.
+    /// For a PF, the number of enabled VFs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub enabled_vfs: Option<u16>,
-    /// A VF: its number among the enabled VFs of its PF, from 0 ...
+    /// For a VF, its index among the enabled VFs of its PF, from 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vf_index: Option<u16>,
-    /// ... and how many those are.
+    /// For a VF, the number of enabled VFs of its PF.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vf_count: Option<u16>,
     /// Its network interfaces in dom0.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub interfaces: Vec<String>,
-    /// How Linux can reset it, in the order in which it tries.
+    /// Linux's reset methods, in the order in which it tries them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub reset_methods: Vec<String>,
-    /// Functions of one number cannot be kept apart by the IOMMU. The groups are numbered in the order of their first functions.
+    /// The group of functions that the IOMMU cannot isolate from each other. Groups are numbered in the order of their first functions.
     pub iommu_group: u32,
     /// The bridges above it, the nearest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<Sbdf>,
-    /// Its NUMA node, where the host knows it.
+    /// Its NUMA node, if the host knows it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub numa_node: Option<u32>,
 }
 
-/// One function with all that is known of it.
+/// The details of one function.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct ShownView {
-    /// What a list has of it.
+    /// The function as in a list.
     #[serde(flatten)]
     pub listed: ListedView,
     /// Revision id, two hexadecimal digits.
     pub revision: String,
     /// `vendor:device` of the subsystem.
     pub subsystem: String,
-    /// Its Device Serial Number, as lspci prints it; a VF's is its PF's.
+    /// Its Device Serial Number, in lspci's format; for a VF, its PF's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial_number: Option<String>,
-    /// The way to it from its root bus, which stays when bus numbers change: the function on the root bus, then device and function
-    /// number below each bridge. Absent for a VF.
+    /// Its path from the root bus, which does not depend on bus numbers: the function on the root bus, then device and function number
+    /// below each bridge. Absent for a VF.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
-    /// Its BARs, as text: number, kind, address and size.
+    /// Its BARs, as text: number, type, address and size.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub bars: Vec<String>,
-    /// Its interrupt line, the GSI, where it has one.
+    /// Its interrupt line (GSI), if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interrupt_line: Option<u32>,
-    /// The functions that the IOMMU cannot keep apart from it.
+    /// The functions from which the IOMMU cannot isolate it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub group_members: Vec<Sbdf>,
     /// What uses it in dom0.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub uses: Vec<String>,
-    /// Everything that keeps it from a guest now.
+    /// Everything that prevents attaching it now.
     pub obstacles: Vec<Obstacle>,
 }

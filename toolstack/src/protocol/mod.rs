@@ -1,8 +1,8 @@
 //! The control protocol between `xpci` and `xpcid`: JSON lines over a Unix socket, version 1.
 //!
-//! The client sends one [`Call`] a line. The service answers each with any number of progress lines and one final line, all
-//! with the call's `id`. Fields are named; an unknown command or field is refused, so that a typo never does something else.
-//! What `xpci --json` prints is the [`Envelope`] of the final answer.
+//! The client sends one [`Call`] per line. The service answers each with any number of progress lines and one final line, all with the
+//! `id` of the call. Unknown commands and fields are refused, so that a typo never has another effect. `xpci --json` prints the
+//! [`Envelope`] of the final answer.
 
 mod event_view;
 mod finding;
@@ -45,13 +45,13 @@ use crate::outcome::{ErrorCode, Failure};
 use crate::saved::SavedGuest;
 use crate::target::Target;
 
-/// The protocol's and the envelope's version.
+/// The version of the protocol and of the envelope.
 pub const VERSION: u32 = 1;
-/// The file name of the socket for the status group, beside the control socket.
+/// The file name of the socket for the status group, in the directory of the control socket.
 pub const STATUS_SOCKET: &str = "status";
 /// The longest request that the service accepts, in bytes.
 pub const LINE_LIMIT: usize = 1 << 20;
-/// The longest answer that a client accepts, in bytes: a function explained register by register takes about half a MiB.
+/// The longest answer that a client accepts, in bytes; an explanation of all registers of a function has about half a MiB.
 pub const ANSWER_LIMIT: usize = 1 << 26;
 
 /// One line from the client.
@@ -59,35 +59,35 @@ pub const ANSWER_LIMIT: usize = 1 << 26;
 pub struct Call {
     /// The version of the protocol, 1; the service refuses others.
     pub version: u32,
-    /// Chosen by the client, repeated in each answer.
+    /// A number that the client chooses, repeated in each answer.
     pub id: u64,
-    /// What to do.
+    /// The request.
     #[serde(flatten)]
     pub request: Request<Target>,
 }
 
-/// What a successful operation says.
+/// The result of a successful request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "kebab-case", rename_all_fields = "kebab-case")]
 pub enum Success {
     /// Something was changed.
     Changed {
-        /// What, for people.
+        /// What was changed, as text.
         message: String,
-        /// What the user should know besides.
+        /// Warnings for the user.
         #[serde(default)]
         warnings: Vec<String>,
-        /// The functions it was about, as they are now.
+        /// The functions concerned, in their present state.
         functions: Vec<FunctionView>,
     },
-    /// Everything was as asked already.
+    /// Nothing had to be changed.
     Already {
-        /// What, for people.
+        /// The present state, as text.
         message: String,
     },
-    /// Nothing was changed, as was asked for; nothing seen before is in the way.
+    /// Answer to a dry run: nothing was changed, and no obstacle was found.
     Possible {
-        /// What would be done, for people.
+        /// What would be done, as text.
         message: String,
     },
     /// Functions.
@@ -95,30 +95,30 @@ pub enum Success {
         /// The list.
         functions: Vec<FunctionView>,
     },
-    /// The host's functions.
+    /// The functions of the host.
     Listed {
-        /// By address.
+        /// The functions, by address.
         functions: Vec<ListedView>,
     },
-    /// How dom0 is set up.
+    /// The checks of dom0's configuration.
     Checkup {
-        /// What each check found.
+        /// The finding of each check.
         findings: Vec<Finding>,
     },
-    /// One function with all that is known of it.
+    /// The details of one function.
     Shown(Box<ShownView>),
     /// VFs, by PF.
     Vfs {
         /// The list.
         vfs: Vec<VfView>,
     },
-    /// What sysfs, Xen and xenstore disagreed on.
+    /// The differences between sysfs, Xen and xenstore.
     Synced(SyncView),
     /// The network settings of a VF.
     VfNetwork(VfNetworkView),
     /// The registers on the paths of functions.
     AerStatus(AerStatusView),
-    /// Who is hit when a function fails.
+    /// The functions and guests that a failure of a function affects.
     BlastRadius(Box<Radius>),
     /// The network settings of a PF's VFs.
     VfNetworks {
@@ -127,70 +127,70 @@ pub enum Success {
         /// Its VFs, in order.
         vfs: Vec<VfNetworkView>,
     },
-    /// The policies of a function.
+    /// The policies that apply to a function.
     Policy(Box<PolicyView>),
-    /// Functions explained.
+    /// What guests see of functions.
     Explained {
-        /// The list.
+        /// The functions.
         devices: Vec<Explanation>,
-        /// What could not be read of a dump, with file and line.
+        /// The lines of a dump that could not be read, with file and line.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         damage: Vec<String>,
     },
-    /// What guests wrote without effect.
+    /// Blocked writes of guests.
     Learned {
-        /// By function.
+        /// The blocked writes, by function.
         functions: Vec<LearnedView>,
     },
-    /// Policies were read anew.
+    /// The policies were reloaded.
     Reloaded {
-        /// How many files are in force.
+        /// The number of files in force.
         files: usize,
-        /// What changed, by function.
+        /// The changes, by function.
         functions: Vec<ReloadedView>,
     },
     /// An xl configuration file was converted.
     XlConfig(XlConfigView),
     /// Policy files were checked.
     Checked {
-        /// Those without a mistake.
+        /// The files; none has a mistake.
         files: Vec<CheckedView>,
     },
     /// The schema of policy files.
     Schema {
-        /// In JSON Schema draft-07.
+        /// The schema, in JSON Schema draft-07.
         schema: serde_json::Value,
     },
     /// A guest has released its functions and can be saved.
     Saved {
         /// The domain.
         domain: DomId,
-        /// What it had.
+        /// The guest and the functions that it had.
         guest: SavedGuest,
     },
-    /// Functions are reserved for a guest that can be restored now.
+    /// Functions are reserved for a guest, which can be restored now.
     Reserved {
-        /// By what it is known.
+        /// The guest's UUID.
         guest: Uuid,
-        /// One for each that it had.
+        /// One function for each that the guest had.
         functions: Vec<ReservedFunction>,
     },
-    /// A restored guest has its functions and may run on.
+    /// A restored guest has its functions and may run.
     Restored {
-        /// The domain that it is now.
+        /// The new domain.
         domain: DomId,
-        /// What the user should know besides.
+        /// Warnings for the user.
         #[serde(default)]
         warnings: Vec<String>,
     },
-    /// The state of the service for Prometheus.
+    /// Metrics of the service for Prometheus.
     Metrics {
-        /// In its text format.
+        /// The metrics, in Prometheus' text format.
         text: String,
     },
-    /// What happened.
+    /// The last events.
     Events {
-        /// The oldest first.
+        /// The events, the oldest first.
         events: Vec<EventView>,
     },
     /// The state of the service.
@@ -206,7 +206,7 @@ impl Success {
         }
     }
 
-    /// Whether it is a status with problems.
+    /// Whether the answer is a status with problems.
     pub fn has_problems(&self) -> bool {
         matches!(self, Self::Status(status) if !status.problems.is_empty())
     }
@@ -217,37 +217,37 @@ impl Success {
 pub struct Envelope {
     /// The version of the protocol, 1.
     pub version: u32,
-    /// The call it answers.
+    /// The `id` of the call.
     pub id: u64,
-    /// The command it answers, as in the protocol.
+    /// The command, as in the protocol.
     pub command: String,
-    /// Whether it succeeded; absent while it goes on.
+    /// Whether the request succeeded; absent in lines before the final one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ok: Option<bool>,
-    /// While it goes on: what is done now.
+    /// What is being done; only in lines before the final one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<String>,
-    /// While it goes on: something that happened.
+    /// An event; only in lines before the final one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub event: Option<EventView>,
-    /// On success.
+    /// The result, on success.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub result: Option<Success>,
-    /// On failure.
+    /// The failure, if the request failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<Failure>,
 }
 
-/// What `xpci --json` prints for a command that makes several requests: one object with all answers.
+/// The output of `xpci --json` for a command that makes several requests: one object with all answers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Answers {
     /// The version of the protocol, 1.
     pub version: u32,
-    /// The command that they answer, as in the protocol.
+    /// The command, as in the protocol.
     pub command: String,
-    /// Whether all succeeded.
+    /// Whether all requests succeeded.
     pub ok: bool,
-    /// One for each function, in the order of the command line.
+    /// One answer per function, in the order of the command line.
     pub answers: Vec<Envelope>,
 }
 
@@ -280,14 +280,14 @@ impl Envelope {
         }
     }
 
-    /// A line on the way.
+    /// A progress line.
     pub fn progress(id: u64, command: &str, text: String) -> Self {
         let command = command.to_owned();
         let progress = Some(text);
         Self { version: VERSION, id, command, ok: None, progress, event: None, result: None, error: None }
     }
 
-    /// Something that happened.
+    /// A line with an event.
     pub fn event(id: u64, command: &str, event: EventView) -> Self {
         let (command, event) = (command.to_owned(), Some(event));
         Self { version: VERSION, id, command, ok: None, progress: None, event, result: None, error: None }

@@ -1,4 +1,4 @@
-//! What the service says of guests that are saved and restored.
+//! Answers about guests that are saved and restored.
 
 use pciback::{Sbdf, Uuid};
 use schemars::JsonSchema;
@@ -6,24 +6,24 @@ use serde::{Deserialize, Serialize};
 
 use super::{DomainName, Request, Scope};
 
-/// A function that is reserved for a guest that is about to be restored.
+/// A function that is reserved for a guest that is to be restored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct ReservedFunction {
-    /// Where it is on this host.
+    /// Its address on this host.
     pub address: Sbdf,
-    /// The device number at which the guest sees it, 0-31.
+    /// The device number in the guest, 0-31.
     pub slot: u8,
-    /// Whether it was reserved now, and not since the guest was saved.
+    /// Whether it was reserved by this command, and not when the guest was saved.
     #[serde(default)]
     pub is_new: bool,
-    /// Whether it was taken from dom0 for that.
+    /// Whether this command took it from dom0.
     #[serde(default)]
     pub newly_held: bool,
 }
 
 impl ReservedFunction {
-    /// What takes that back, of a guest that is not restored after all.
+    /// The requests that undo the reservation, if the guest is not restored.
     pub fn undoing(&self, guest: Uuid) -> Vec<Request> {
         let Self { address, is_new, newly_held, .. } = *self;
         let domain = DomainName(guest.to_string());

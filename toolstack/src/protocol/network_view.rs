@@ -1,4 +1,4 @@
-//! What the service shows of a VF's network settings.
+//! Views of network settings of VFs.
 
 use pciback::platform::VfSettings;
 use pciback::{DomId, FunctionState, Sbdf};
@@ -13,25 +13,25 @@ pub struct VfNetworkView {
     pub address: Sbdf,
     /// Its PF.
     pub physical_function: Sbdf,
-    /// Its number among the PF's VFs, from 0.
+    /// Its index among the PF's VFs, from 0.
     pub index: u16,
-    /// The PF's network interface in dom0; absent where it has none, and the VF no settings.
+    /// The PF's network interface in dom0. If it is absent, the VF has no settings.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interface: Option<String>,
-    /// Where it stands.
+    /// Its state.
     pub state: FunctionState,
     /// The guest that has it, or gets or loses it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<DomId>,
-    /// What the PF's driver reports now; absent where it reports nothing.
+    /// The settings that the PF's driver reports; absent if it reports none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub in_force: Option<VfSettings>,
-    /// What 'vf set' set, and where that says nothing the service's settings.
+    /// The requested settings: those of 'vf set', and for the others those of the service's settings.
     #[serde(default, skip_serializing_if = "VfSettings::is_empty")]
     pub wished: VfSettings,
-    /// What was there before, of that; it comes back when the VF goes back to dom0.
+    /// The earlier values of the requested settings, which are restored when the VF goes back to dom0.
     #[serde(default, skip_serializing_if = "VfSettings::is_empty")]
     pub before: VfSettings,
-    /// Which settings are in force otherwise than wished.
+    /// The settings whose values differ from the requested ones.
     pub differing: Vec<String>,
 }

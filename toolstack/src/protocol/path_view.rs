@@ -1,4 +1,4 @@
-//! What the service shows of the paths of functions.
+//! Views of the paths of functions.
 
 use pciback::Sbdf;
 use pciback::containment::Role;
@@ -10,17 +10,17 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct AerStatusView {
-    /// By function.
+    /// The paths, by function.
     pub functions: Vec<PathView>,
 }
 
-/// A function and everybody above it.
+/// A function and the functions above it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct PathView {
     /// The function.
     pub address: Sbdf,
-    /// Who handles AER errors of it.
+    /// Who handles its AER errors.
     pub aer_owner: AerOwner,
     /// From the root port down to the function itself.
     pub members: Vec<MemberView>,
@@ -32,9 +32,9 @@ pub struct PathView {
 pub enum AerOwner {
     /// dom0's kernel.
     Linux,
-    /// The platform, which has not granted it to the kernel; AER's registers are not changed.
+    /// The platform firmware, which has not granted AER control to the kernel; AER registers are not changed.
     Platform,
-    /// There is no root port above: AER's registers are not changed.
+    /// There is no root port above; AER registers are not changed.
     NoRootPort,
 }
 
@@ -42,28 +42,28 @@ pub enum AerOwner {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct MemberView {
-    /// Where it is.
+    /// Its address.
     pub address: Sbdf,
-    /// What it is there.
+    /// Its role on the path.
     pub role: Role,
     /// The assigned functions that its registers are set for.
     pub users: Vec<Sbdf>,
-    /// The errors that the kernel has counted for it; absent where it counts none.
+    /// The kernel's error counters for it; absent if there are none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub counters: Option<CountersView>,
     /// The registers that are set while a function below is assigned.
     pub registers: Vec<PathRegisterView>,
 }
 
-/// Errors that the kernel has counted, since boot.
+/// The kernel's error counters, since boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct CountersView {
-    /// Correctable ones.
+    /// Correctable errors.
     pub correctable: u64,
-    /// Non-fatal ones.
+    /// Non-fatal errors.
     pub non_fatal: u64,
-    /// Fatal ones.
+    /// Fatal errors.
     pub fatal: u64,
 }
 
@@ -80,21 +80,21 @@ impl From<ErrorCounters> for CountersView {
 pub struct PathRegisterView {
     /// Its name.
     pub name: String,
-    /// Where it is.
+    /// Its offset in config space.
     pub offset: u16,
     /// Its width in bytes.
     pub width: u8,
-    /// What it reads.
+    /// Its present value.
     pub value: u32,
-    /// Which of its bits are set for assigned functions.
+    /// The bits that are set for assigned functions.
     pub mask: u32,
-    /// What they are then.
+    /// The wanted values of these bits.
     pub wanted: u32,
-    /// What they were before; absent while nobody has set them.
+    /// The earlier values of these bits; absent if they were not set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub before: Option<u32>,
-    /// Whether they are what is wanted.
+    /// Whether they have the wanted values.
     pub as_wanted: bool,
-    /// Why, with the section of PCI Express 6.0.
+    /// The reason, with the section of PCI Express 6.0.
     pub reason: String,
 }

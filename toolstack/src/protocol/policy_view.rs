@@ -1,4 +1,4 @@
-//! What the service shows of policies.
+//! Views of policies.
 
 use pciback::policy::Learned;
 use pciback::{DomId, Sbdf};
@@ -13,40 +13,40 @@ pub struct PolicyView {
     pub address: Sbdf,
     /// `vendor:device`.
     pub id: String,
-    /// The guest it is shown for.
+    /// The guest for which the policies are shown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<String>,
-    /// All files, the least specific first: of those that apply a later one wins.
+    /// All files, the least specific first; of those that apply, a later one takes precedence.
     pub files: Vec<PolicyFileView>,
-    /// What the files permit that is refused otherwise.
+    /// The permissions that the files give.
     pub permits: Vec<String>,
-    /// What is done about errors of the function.
+    /// The error policy of the function.
     #[serde(default)]
     pub errors: String,
-    /// What happens where Xen objects to its reserved memory: strict or relaxed.
+    /// The RDM policy, for the case that Xen objects to its reserved memory: `strict` or `relaxed`.
     #[serde(default)]
     pub rdm_policy: String,
-    /// Which expansion ROM an HVM guest finds: `hide` (none), `device`, or the path of a file.
+    /// The expansion ROM for an HVM guest: `hide` (none), `device`, or the path of a file.
     #[serde(default)]
     pub rom: String,
-    /// The methods of reset that the files accept; absent where they leave that to the settings.
+    /// The reset methods that the files accept; absent if they leave this to the settings.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reset_methods: Option<Vec<String>>,
-    /// Whether it is reset with all other functions on its bus where it cannot be reset alone.
+    /// Whether it is reset together with all functions on its bus if it cannot be reset alone.
     #[serde(default)]
     pub reset_together: bool,
-    /// Whether it changes hands even where it cannot be reset.
+    /// Whether it may get another owner without a reset if it cannot be reset.
     #[serde(default)]
     pub without_reset: bool,
     /// The profile in force.
     pub profile: String,
-    /// What happens to unknown registers, and which rule says so.
+    /// The treatment of unknown registers, and the rule that decides it.
     pub unknown: String,
-    /// The files' rules for capabilities, in the order in which they are laid over each other.
+    /// The files' rules for capabilities, in the order in which they are merged.
     pub capabilities: Vec<CapabilityRuleView>,
-    /// The files' rules for registers, likewise.
+    /// The files' rules for registers, in the order in which they are merged.
     pub registers: Vec<RegisterRuleView>,
-    /// What was asked for and cannot be, or not now.
+    /// Parts of the policies that cannot be applied, or not now.
     pub notes: Vec<String>,
 }
 
@@ -56,12 +56,12 @@ pub struct PolicyView {
 pub struct PolicyFileView {
     /// Its path.
     pub name: String,
-    /// What it says it is for.
+    /// Its description of itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
-    /// What it matches.
+    /// The functions and guests that it matches.
     pub matches: String,
-    /// Why it does not apply; absent where it does.
+    /// Why it does not apply; absent if it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mismatch: Option<String>,
 }
@@ -70,35 +70,35 @@ pub struct PolicyFileView {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct CapabilityRuleView {
-    /// The capability's word.
+    /// The capability's name in policies.
     pub capability: String,
-    /// What is done with it.
+    /// The treatment of the capability.
     pub action: String,
-    /// Why.
+    /// The reason.
     pub reason: String,
-    /// Which file and line says so.
+    /// The file and line of the rule.
     pub origin: String,
 }
 
-/// A file's rule for some bits.
+/// A file's rule for bits of a register.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct RegisterRuleView {
-    /// Where: an offset in config space, or a capability and an offset in it.
+    /// The place: an offset in config space, or a capability and an offset in it.
     pub place: String,
-    /// Bytes.
+    /// The width in bytes.
     pub width: u8,
-    /// Which bits.
+    /// The bits.
     pub mask: u32,
-    /// How they are treated.
+    /// Their treatment.
     pub treatment: String,
-    /// Why.
+    /// The reason.
     pub reason: String,
-    /// Which file and line says so.
+    /// The file and line of the rule.
     pub origin: String,
 }
 
-/// What one guest wrote without effect to one of its functions.
+/// The blocked writes of a guest to one of its functions.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct LearnedView {
@@ -106,27 +106,27 @@ pub struct LearnedView {
     pub address: Sbdf,
     /// The guest.
     pub domain: DomId,
-    /// Its name, where xenstore has one.
+    /// The guest's name, if xenstore has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// What can be learned.
+    /// The writes, and the policy that would permit them.
     #[serde(flatten)]
     pub learned: Learned,
 }
 
-/// What a reload did to one function in use.
+/// The effect of a reload on one attached function.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct ReloadedView {
     /// The function.
     pub address: Sbdf,
-    /// Whether its filter is another now.
+    /// Whether its filter has changed.
     pub changed: bool,
-    /// The registers whose bits are treated otherwise now.
+    /// The registers with bits that are treated differently now.
     pub registers: Vec<String>,
-    /// What waits until its guest has let go of it.
+    /// Changes that take effect only after the guest has released the function.
     pub deferred: Vec<String>,
-    /// Why the old filter stayed in force; absent where it did not.
+    /// Why the old filter stays in force; absent if it does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<String>,
 }
@@ -137,8 +137,8 @@ pub struct ReloadedView {
 pub struct CheckedView {
     /// Its path.
     pub name: String,
-    /// What it matches.
+    /// The functions and guests that it matches.
     pub matches: String,
-    /// How many rules it has for capabilities and registers.
+    /// The number of its rules for capabilities and registers.
     pub rules: usize,
 }

@@ -1,4 +1,4 @@
-//! What is wrong, as `xpci status` shows it.
+//! Problems, as in `xpci status`.
 
 use std::fmt;
 
@@ -6,17 +6,17 @@ use pciback::{DomId, Sbdf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// What kind of problem it is: a stable word for tools.
+/// The type of a problem: a stable word for tools.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Cause {
     /// A function is quarantined.
     Quarantine,
-    /// A function that policies hold at once is not held, or a held function lost its holder.
+    /// A function that policies hold at once is not held, or its holding driver lost a function.
     Holding,
-    /// A guest does not have a function that it has persistently.
+    /// A function is missing in the guest that has it persistently.
     Persistent,
-    /// Starting guests are not seen, so that they do not get what they have persistently.
+    /// The service cannot detect starting guests, which therefore do not get their persistent functions.
     Starts,
     /// A VF has other network settings than requested.
     Network,
@@ -24,7 +24,7 @@ pub enum Cause {
     VirtualFunctions,
     /// sysfs, Xen and xenstore disagree on a function.
     OutOfStep,
-    /// Errors of functions are not reported, or not completely.
+    /// Errors of functions are not reported, or not all of them.
     ErrorReporting,
     /// A guest cannot be served, or stays paused.
     Guest,
@@ -40,21 +40,21 @@ pub enum Cause {
     Service,
 }
 
-/// One problem. It is in the answer for as long as it lasts.
+/// One problem, in the answer as long as it lasts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct ProblemView {
     /// What is wrong, and why.
     pub message: String,
-    /// What kind of problem it is.
+    /// The type of the problem.
     pub cause: Cause,
-    /// Since when the service knows of it: UTC, as `2026-11-21T10:43:47.123Z`. Absent: since the host booted.
+    /// Since when the service knows of it, in UTC, for example `2026-11-21T10:43:47.123Z`. Absent: since the host booted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<String>,
-    /// The function that it is about.
+    /// The function, if it is about one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<Sbdf>,
-    /// The domain that it is about.
+    /// The domain, if it is about one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<DomId>,
 }

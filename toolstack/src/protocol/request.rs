@@ -1,4 +1,4 @@
-//! What the service can be asked for.
+//! The requests that the service accepts.
 
 use pciback::platform::VfSettings;
 use pciback::{Sbdf, Uuid};
@@ -9,21 +9,21 @@ use super::{DomainName, ListFilter, ReservedFunction};
 use crate::saved::SavedGuest;
 use crate::target::Target;
 
-/// What a guest loses with a function that it has persistently.
+/// The effect of a detach on a function that a guest has persistently.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Scope {
-    /// The function, persistently.
+    /// The guest loses the function, and does not get it again.
     #[default]
     All,
-    /// The function, until it starts again.
+    /// The guest loses the function, and gets it again when it starts the next time.
     Live,
-    /// Not the function, but it does not get it again.
+    /// The guest keeps the function, but does not get it again.
     Persistent,
 }
 
 impl Scope {
-    /// Whether it is the usual one.
+    /// Whether it is the default.
     pub fn is_all(&self) -> bool {
         *self == Self::All
     }
@@ -35,26 +35,25 @@ impl Scope {
 pub struct Placed<A = Sbdf> {
     /// The function.
     pub address: A,
-    /// The device number the guest sees it at, 0-31; the first free one when absent.
+    /// The device number in the guest, 0-31; if absent, the first free one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slot: Option<u8>,
 }
 
-/// What the service can do. `A` is what functions are called: on the wire what the user calls them ([`Target`]), in the service their
-/// addresses.
+/// A request. `A` is the type of functions in it: what the user called them ([`Target`]) on the wire, addresses in the service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "command", content = "arguments", rename_all = "kebab-case", rename_all_fields = "kebab-case")]
 #[serde(deny_unknown_fields, bound(deserialize = "A: Deserialize<'de>"))]
 pub enum Request<A = Sbdf> {
-    /// Lists the host's functions, whoever has them.
+    /// Lists the host's functions.
     List {
-        /// Which.
+        /// The functions to list.
         #[serde(default)]
         filter: ListFilter,
     },
-    /// Checks how dom0 is set up, and says what to do where something is amiss.
+    /// Checks dom0's configuration, with corrections for faults.
     Doctor,
-    /// Shows all that is known of a function, and what keeps it from a guest.
+    /// Shows the details of a function, and everything that prevents attaching it.
     Show {
         /// The function.
         address: A,
@@ -65,59 +64,59 @@ pub enum Request<A = Sbdf> {
     PciAssignableAdd {
         /// The function.
         address: A,
-        /// Takes it even while something in dom0 uses it.
+        /// Take it even if dom0 uses it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         force: bool,
-        /// It is held again after a reboot of the host, and whenever it appears.
+        /// Hold it again after a reboot of the host, and whenever it appears.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         persist: bool,
-        /// Only says what would be done, or all that is in the way.
+        /// Change nothing; answer with what would be done, or with everything that prevents it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         dry_run: bool,
     },
-    /// Gives a held function back to dom0 and the driver it came from.
+    /// Gives a held function back to dom0 and to its original driver.
     PciAssignableRemove {
         /// The function.
         address: A,
-        /// Takes it even from the guest that has it persistently, and does not run.
+        /// Do so even if a guest that does not run has it persistently.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         force: bool,
-        /// Does so although a PV guest that had it may still reach it.
+        /// Do so even if a PV guest that had it may still reach it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         trust_former_owner: bool,
     },
-    /// Gives a held function to a guest.
+    /// Attaches a held function to a guest.
     PciAttach {
         /// The guest.
         domain: DomainName,
         /// The function.
         address: A,
-        /// The device number the guest sees it at, 0-31; the first free one when absent.
+        /// The device number in the guest, 0-31; if absent, the first free one.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         slot: Option<u8>,
-        /// The guest has it persistently: it gets it again whenever it starts.
+        /// Make it persistent: the guest gets it again each time it starts.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         persist: bool,
-        /// Does so although a PV guest that had it may still reach it.
+        /// Do so even if a PV guest that had it may still reach it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         trust_former_owner: bool,
-        /// Only says what would be done, or all that is in the way.
+        /// Change nothing; answer with what would be done, or with everything that prevents it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         dry_run: bool,
     },
-    /// Gives several held functions to a guest, all or none.
+    /// Attaches several held functions to a guest, all or none.
     PciAttachAll {
         /// The guest.
         domain: DomainName,
         /// The functions, 1 to 32.
         functions: Vec<Placed<A>>,
-        /// The guest has them persistently.
+        /// Make them persistent.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         persist: bool,
-        /// Does so although a PV guest that had one of them may still reach it.
+        /// Do so even if a PV guest that had one of them may still reach it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         trust_former_owner: bool,
-        /// Only says what would be done, or all that is in the way.
+        /// Change nothing; answer with what would be done, or with everything that prevents it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         dry_run: bool,
     },
@@ -127,10 +126,10 @@ pub enum Request<A = Sbdf> {
         domain: DomainName,
         /// The function.
         address: A,
-        /// Does not wait for the guest to let go.
+        /// Do not wait for the guest to release it.
         #[serde(default)]
         force: bool,
-        /// What it loses.
+        /// Whether the detach is persistent.
         #[serde(default, skip_serializing_if = "Scope::is_all")]
         scope: Scope,
     },
@@ -139,44 +138,44 @@ pub enum Request<A = Sbdf> {
         /// The guest.
         domain: DomainName,
     },
-    /// Lists the functions that guests have persistently, whether they run or not.
+    /// Lists the functions that guests have persistently; the guests need not run.
     PciListPersistent {
         /// Only those of this guest, by name, number or UUID.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         guest: Option<DomainName>,
     },
-    /// Takes all functions of a guest that is about to be saved.
+    /// Detaches all functions of a guest that is about to be saved.
     Save {
         /// The guest.
         domain: DomainName,
     },
-    /// Reserves what a guest was saved with, or its equals.
+    /// Reserves the functions that a guest was saved with, or equivalent ones.
     Restore {
         /// The guest.
         guest: SavedGuest,
     },
-    /// Makes sure that a restored guest, paused still, has what was reserved for it.
+    /// Makes sure that a restored guest, which is still paused, has the functions that were reserved for it.
     Restored {
         /// The guest.
         guest: Uuid,
-        /// What was reserved.
+        /// The reserved functions.
         functions: Vec<ReservedFunction>,
     },
     /// Enables VFs.
     VfCreate {
         /// The PF.
         address: A,
-        /// How many, from 1 to the PF's total.
+        /// The number of VFs, from 1 to the PF's TotalVFs.
         count: u16,
-        /// Binds a PF that has no driver to pci-pf-stub, which manages nothing.
+        /// Bind a PF without a driver to pci-pf-stub, which does not manage VFs.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         unmanaged: bool,
     },
-    /// Makes a PF have this many VFs, 0 included.
+    /// Sets the number of VFs of a PF.
     VfSetCount {
         /// The PF.
         address: A,
-        /// How many, up to the PF's total.
+        /// The number of VFs, from 0 to the PF's TotalVFs.
         count: u16,
     },
     /// Disables all VFs of a PF.
@@ -184,7 +183,7 @@ pub enum Request<A = Sbdf> {
         /// The PF.
         address: A,
     },
-    /// Lists the VFs of one PF, or of all.
+    /// Lists the VFs of one PF, or of all PFs.
     VfList {
         /// The PF.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -194,9 +193,9 @@ pub enum Request<A = Sbdf> {
     VfSet {
         /// The VF.
         address: A,
-        /// What to set; the rest stays as it is.
+        /// The settings; absent ones are not changed.
         settings: VfSettings,
-        /// They are in force after a reboot of the host too.
+        /// Set them again after a reboot of the host.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         persist: bool,
     },
@@ -205,58 +204,58 @@ pub enum Request<A = Sbdf> {
         /// The VF or PF.
         address: A,
     },
-    /// The registers on the path of a function that decide over its errors.
+    /// Shows the registers on the path of a function that control error reporting.
     AerStatus {
-        /// The function; without it, all that the service looks after.
+        /// The function; without it, all functions that the service manages.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         address: Option<A>,
     },
-    /// Who is hit when a function fails.
+    /// Shows the functions and guests that a failure of a function affects.
     BlastRadius {
         /// The function.
         address: A,
     },
-    /// What happened to a function as far as errors are concerned.
+    /// Shows the last errors of a function, and the responses.
     AerHistory {
         /// The function.
         address: A,
     },
-    /// What happened last to functions: errors, what was decided, what came of it, and where they stand.
+    /// Shows the last events: errors, decisions, outcomes and changes of state.
     Events {
-        /// Goes on: each event that comes is a line of its own, and there is no final one.
+        /// Continue with a line for each new event, without a final line.
         #[serde(default)]
         follow: bool,
     },
-    /// What the service knows: functions, guests, what is wrong.
+    /// Shows the functions and guests that the service manages, and current problems.
     Status,
-    /// Brings sysfs, Xen and xenstore into step.
+    /// Compares sysfs, Xen and xenstore, and repairs differences.
     Sync {
-        /// Only says what would be done.
+        /// Change nothing; answer with the plan.
         #[serde(default)]
         dry_run: bool,
     },
-    /// Which policy files apply to a function, and what they say together.
+    /// Shows which policy files apply to a function, and the merged result.
     PolicyShow {
         /// The function.
         address: A,
-        /// The guest that would get it; without it, the one that has it.
+        /// The guest that would get it; without it, the guest that has it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         domain: Option<String>,
     },
-    /// What a guest sees of a function, register by register.
+    /// Shows what a guest sees of a function, register by register.
     PolicyExplain {
         /// The function.
         address: A,
-        /// The guest that would get it; without it, the one that has it.
+        /// The guest that would get it; without it, the guest that has it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         domain: Option<String>,
     },
-    /// What a guest wrote without effect.
+    /// Shows the blocked writes of a guest.
     PolicyLearn {
         /// A function, or a guest with all its functions.
         target: String,
     },
-    /// Reads the policy files again and puts them in force for all functions, those of guests included.
+    /// Reloads the policy files and applies them to all functions, including those of guests.
     PolicyReload,
     /// Starts the installed service in place of the running one, which serves its guests until the new one is ready.
     DaemonReexec,
@@ -264,14 +263,14 @@ pub enum Request<A = Sbdf> {
     QuarantineClear {
         /// The function.
         address: A,
-        /// Does so although a PV guest that had it may still reach it.
+        /// Do so even if a PV guest that had it may still reach it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         trust_former_owner: bool,
     },
 }
 
 impl<A> Request<A> {
-    /// The command's word, as in the protocol.
+    /// The command's name in the protocol.
     pub const fn name(&self) -> &'static str {
         match self {
             Self::List { .. } => "list",
@@ -309,7 +308,7 @@ impl<A> Request<A> {
         }
     }
 
-    /// Whether answering it leaves the host, its guests and the service as they are: users without root may be answered.
+    /// Whether the request changes nothing on the host, so that members of the status group may send it.
     pub const fn changes_nothing(&self) -> bool {
         match self {
             Self::List { .. }
@@ -329,7 +328,7 @@ impl<A> Request<A> {
             | Self::PolicyExplain { .. }
             | Self::PolicyLearn { .. } => true,
             Self::Sync { dry_run } => *dry_run,
-            // Also where they are only to say what they would do: that is a question of those who may do it.
+            // Dry runs of these commands are only for those who may run the commands.
             Self::PciAssignableAdd { .. }
             | Self::PciAssignableRemove { .. }
             | Self::PciAttach { .. }
@@ -348,10 +347,10 @@ impl<A> Request<A> {
         }
     }
 
-    /// The same request, with what `of` makes of what the function is called.
+    /// Converts the functions in the request with `of`.
     ///
     /// # Errors
-    /// That of `of`.
+    /// Those of `of`.
     pub fn map<B, E>(self, mut of: impl FnMut(A) -> Result<B, E>) -> Result<Request<B>, E> {
         Ok(match self {
             Self::List { filter } => Request::List { filter },

@@ -1,4 +1,4 @@
-//! What the service shows of functions and guests.
+//! Views of functions and guests.
 
 use pciback::fault::{Action, Severity};
 use pciback::inventory::Plan;
@@ -12,87 +12,87 @@ use super::ProblemView;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct FunctionView {
-    /// Where it is on the host.
+    /// Its address on the host.
     pub address: Sbdf,
     /// `vendor:device`, four hexadecimal digits each.
     pub id: String,
-    /// Where it stands.
+    /// Its state.
     pub state: FunctionState,
     /// The driver it is bound to in dom0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub driver: Option<String>,
-    /// The driver it came from, and goes back to.
+    /// The driver that it had before it was held, and that it is given back to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub original_driver: Option<String>,
-    /// Its PF, when it is a VF.
+    /// Its PF, if it is a VF.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub physical_function: Option<Sbdf>,
     /// The guest that has it, or gets or loses it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<DomId>,
-    /// Where the guest sees it.
+    /// Its address in the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest_address: Option<Sbdf>,
-    /// Which guest has it persistently.
+    /// The guest that has it persistently.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub persistent: Option<PersistentView>,
-    /// What is going on or wrong, for people.
+    /// The operation in progress, or what is wrong, as text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
 }
 
-/// A guest that has a function persistently: it gets it again whenever it starts.
+/// A guest that has a function persistently: it gets the function each time it starts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct PersistentView {
-    /// By what it is known over its reboots.
+    /// The guest's UUID.
     pub guest: Uuid,
-    /// Its name when that was said.
+    /// The guest's name when the function was made persistent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Whether it gets it once only, when it is restored: it was saved with it.
+    /// Whether the guest gets it only once, when it is restored, because it was saved with it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub saved: bool,
 }
 
-/// One guest that has functions.
+/// A guest that has functions.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct GuestView {
-    /// Its number.
+    /// Its domain id.
     pub domain: DomId,
-    /// Its name, where xenstore has one.
+    /// Its name, if xenstore has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// How far the handshake with its frontend is, for people.
+    /// The state of the handshake with its frontend, as text.
     pub frontend: String,
-    /// Requests answered since the service started.
+    /// The number of requests that were answered since the service started.
     pub requests: u64,
-    /// Those of them answered with an error; reads of functions that are not there, as every bus scan makes them, do not count.
+    /// The number of requests that were answered with an error, except reads of functions that do not exist, which every bus scan makes.
     pub errors: u64,
-    /// How long the requests took, from being taken to their answers.
+    /// The durations of its requests, from receipt to answer.
     #[serde(default)]
     pub times: RequestTimes,
 }
 
-/// How long a guest's requests took; every 16th is timed.
+/// The durations of a guest's requests; every 16th is measured.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct RequestTimes {
-    /// How many took how long, the shortest times first.
+    /// The numbers of requests by duration, the shortest first.
     pub buckets: Vec<TimeBucket>,
-    /// How long these took together.
+    /// The sum of these durations.
     pub total_nanoseconds: u64,
 }
 
-/// Requests that took about the same time.
+/// The number of requests in a range of durations.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct TimeBucket {
-    /// The longest time that is counted here; absent in the last bucket, which has all that took longer.
+    /// The upper bound of the range; absent in the last bucket, which has all longer durations.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub up_to_microseconds: Option<u64>,
-    /// How many took no longer than that, and longer than those of the bucket before.
+    /// The number of requests above the bound of the bucket before, and up to this one.
     pub requests: u64,
 }
 
@@ -105,20 +105,20 @@ pub struct VfView {
     /// The VF.
     #[serde(flatten)]
     pub function: FunctionView,
-    /// Why a guest gets it only where a policy permits untrusted VFs, in words that follow its PF's address.
+    /// Why only a policy with `untrusted-vf` permits attaching it, in words that follow its PF's address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub untrusted: Option<String>,
 }
 
-/// How many errors of one kind guests' functions had.
+/// The number of errors of guests' functions with one severity and action.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct DeviceErrorsView {
-    /// How bad they were.
+    /// Their severity.
     pub severity: Severity,
-    /// What was decided.
+    /// The action that was decided.
     pub action: Action,
-    /// How many.
+    /// Their number.
     pub count: u64,
 }
 
@@ -128,29 +128,29 @@ pub struct DeviceErrorsView {
 pub struct StatusView {
     /// The service's version.
     pub service: String,
-    /// What it runs on.
+    /// The platform on which it runs.
     pub platform: String,
-    /// The functions it manages: all that are not in state `host`.
+    /// The functions that it manages: all that are not in state `host`.
     pub functions: Vec<FunctionView>,
-    /// The guests it serves.
+    /// The guests that it serves.
     pub guests: Vec<GuestView>,
-    /// Errors of guests' functions since the service started, by severity and by what was decided.
+    /// The errors of guests' functions since the service started, by severity and action.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub device_errors: Vec<DeviceErrorsView>,
-    /// What is wrong, for as long as it lasts.
+    /// The current problems.
     pub problems: Vec<ProblemView>,
-    /// What sysfs, Xen and xenstore disagreed on and the service repaired by itself: the last of it, the oldest first.
+    /// The last differences between sysfs, Xen and xenstore that the service repaired by itself, the oldest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub repaired: Vec<String>,
 }
 
-/// What sysfs, Xen and xenstore disagreed on, and what was done about it.
+/// The differences between sysfs, Xen and xenstore, and their repairs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct SyncView {
-    /// Whether it was only planned.
+    /// Whether the repairs were only planned.
     pub dry_run: bool,
-    /// The plan, for people.
+    /// The plan, as text.
     pub text: Vec<String>,
     /// The plan, for tools.
     pub plan: Plan,

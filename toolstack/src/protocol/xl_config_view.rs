@@ -1,9 +1,9 @@
-//! What becomes of an xl configuration file.
+//! The result of converting an xl configuration file.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Settings for the functions that an xl configuration file gives its guest.
+/// Settings for the functions that an xl configuration file gives to its guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct XlConfigView {
@@ -11,12 +11,12 @@ pub struct XlConfigView {
     pub guest: String,
     /// The file.
     pub file: String,
-    /// The functions, each as `guests` in the settings takes it: `FUNCTION[@SLOT]`, the device number in hexadecimal.
+    /// The functions, in the format of `guests` in the settings: `FUNCTION[@SLOT]`, the device number in hexadecimal.
     pub functions: Vec<String>,
     /// The settings, in YAML.
     pub settings: String,
-    /// What takes the place of `pci` in the file.
+    /// The text that replaces `pci` in the file.
     pub instead: String,
-    /// What is said of options that have no effect.
+    /// Notes about options that have no effect.
     pub notes: Vec<String>,
 }

@@ -1,4 +1,4 @@
-//! Settings on disk: the file, the files beside it, and the copy of what was last in force.
+//! Settings on disk: the file, its drop-in files, and the copy of the settings in force.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -12,15 +12,15 @@ use thiserror::Error;
 use super::Settings;
 use crate::durable;
 
-/// Where the settings are when the command line names no other file.
+/// The settings file, unless the command line names another one.
 pub const DEFAULT_PATH: &str = "/etc/xpci/xpcid.yaml";
-/// What the directory with more settings is called, behind the name of the file.
+/// The suffix of the directory with drop-in files, after the name of the file.
 const DROP_INS: &str = "d";
-/// The copy of what was last in force, in the state directory.
+/// The copy of the settings in force, in the state directory.
 const COPY: &str = "settings-in-force";
-/// No file is longer than this, in bytes.
+/// The largest size of a file, in bytes.
 const SIZE_LIMIT: u64 = 1 << 20;
-/// More files than this are none that somebody wrote.
+/// The largest number of drop-in files, as a protection against wrong directories.
 const FILES: usize = 100;
 
 /// Why settings cannot be used.
@@ -29,18 +29,18 @@ pub enum SettingsError {
     /// A file or directory cannot be read.
     #[error("read settings {path}: {source}")]
     Read {
-        /// Which.
+        /// The file or directory.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// There are too many files.
     #[error("{directory}: more than {FILES} files with settings")]
     TooMany {
-        /// Where.
+        /// The directory.
         directory: PathBuf,
     },
-    /// A file says something that is no setting.
+    /// A file has an invalid setting.
     #[error(transparent)]
     Invalid(Box<Diagnostic>),
 }
@@ -48,14 +48,14 @@ pub enum SettingsError {
 /// Settings, and the files that they come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Loaded {
-    /// What the files say together.
+    /// The merged settings.
     pub settings: Settings,
-    /// The name and text of each file, in the order in which they are laid over each other.
+    /// The name and text of each file, in the order in which they are merged.
     pub sources: Vec<(String, String)>,
 }
 
-/// Reads `path`, then the files `*.yaml` in the directory `PATH.d` in the order of their names: what a later one sets replaces what an
-/// earlier one set, key by key. A default file that is not there means the defaults.
+/// Reads `path`, then the files `*.yaml` in the directory `PATH.d` in the order of their names. A key in a later file replaces the same
+/// key of an earlier one. If the default file is missing, the defaults apply.
 ///
 /// # Errors
 /// The first file that cannot be read or used.
@@ -74,7 +74,7 @@ pub fn load(path: Option<&Path>) -> Result<Loaded, SettingsError> {
     together(sources)
 }
 
-/// The files beside a settings file.
+/// The drop-in files of a settings file.
 fn drop_ins(path: &Path) -> Result<Vec<PathBuf>, SettingsError> {
     let directory = PathBuf::from(format!("{}.{DROP_INS}", path.display()));
     let failed = |source| SettingsError::Read { path: directory.clone(), source };
@@ -112,7 +112,7 @@ fn together(sources: Vec<(String, String)>) -> Result<Loaded, SettingsError> {
     Ok(Loaded { settings, sources })
 }
 
-/// One file: what it says, defaults besides, and the keys that it has.
+/// Parses one file: its settings, with defaults for missing keys, and its keys.
 pub(super) fn parse(name: &str, text: &str) -> Result<(Settings, BTreeSet<String>), SettingsError> {
     if text.lines().all(|line| line.trim().is_empty() || line.trim_start().starts_with('#')) {
         return Ok((Settings::default(), BTreeSet::new()));
@@ -122,7 +122,7 @@ pub(super) fn parse(name: &str, text: &str) -> Result<(Settings, BTreeSet<String
     let keys: BTreeMap<String, IgnoredAny> = serde_saphyr::from_str(text).map_err(mistake)?;
     let keys: BTreeSet<String> = keys.into_keys().collect();
     settings.check().map_err(|message| {
-        // It begins with the key.
+        // The message begins with the key.
         let key = message.split([':', ' ']).next().unwrap_or_default();
         let line =
             text.lines().position(|line| line.trim_start().starts_with(key)).map_or(1, |index| index + 1);
@@ -144,7 +144,7 @@ fn mistake(name: &str, error: &serde_saphyr::Error) -> Diagnostic {
             unknown(variant, "value here", expected)
         }
         other => {
-            // The parser's text repeats the place.
+            // The parser's text contains the position as well.
             let text = other.to_string();
             let text = text.lines().next().unwrap_or_default();
             let place = format!("line {} column {}: ", at.line, at.column);
@@ -162,7 +162,7 @@ fn unknown(found: &str, what: &str, expected: &[&'static str]) -> (String, Optio
     }
 }
 
-/// Keeps a copy of what is in force: a service that starts beside a file with a mistake serves its guests with it.
+/// Keeps a copy of the settings in force, so that a service that starts while a file has mistakes can still serve its guests.
 ///
 /// # Errors
 /// The copy cannot be written.
@@ -170,7 +170,7 @@ pub fn keep_copy(state_directory: &Path, sources: &[(String, String)]) -> io::Re
     durable::keep(&state_directory.join(COPY), &sources)
 }
 
-/// The copy of what was last in force; `None` where there is none that can be used.
+/// The copy of the settings in force; `None` if there is no usable one.
 pub fn read_copy(state_directory: &Path) -> Option<Settings> {
     let text = read(&state_directory.join(COPY)).ok()?;
     let sources: Vec<(String, String)> = serde_json::from_str(&text).ok()?;

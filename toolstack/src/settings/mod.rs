@@ -1,4 +1,4 @@
-//! The service's settings: `/etc/xpci/xpcid.yaml`, all optional.
+//! The service's settings, `/etc/xpci/xpcid.yaml`; all of them are optional.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -19,25 +19,25 @@ use crate::reset_plan::ResetPlan;
 use crate::spec::serial_number;
 use crate::target::{Parent, Target};
 
-/// Where the service listens unless the settings or arguments say otherwise.
+/// The control socket, unless the settings or arguments name another one.
 pub const DEFAULT_SOCKET: &str = "/run/xpci/control";
 
 /// The settings, with their defaults.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Settings {
-    /// Which driver holds functions that no guest has.
+    /// The driver that holds functions for guests.
     pub holder: Holder,
-    /// How long a guest may take to accept or let go of a function, from the last register that it read or wrote, in seconds, 1-600. Six
-    /// times as long in all.
+    /// The limit for a guest to accept or release a function, counted from its last access to a register, in seconds, 1-600. The total
+    /// limit is six times as long.
     pub guest_limit_seconds: u64,
-    /// How long an HVM guest that starts is kept paused until it has the functions that it has persistently, in seconds, 1-600.
+    /// The limit for keeping a starting HVM guest paused until it has its persistent functions, in seconds, 1-600.
     pub start_limit_seconds: u64,
-    /// How long binding and unbinding a driver, or changing the number of VFs, may take, in seconds, 1-600.
+    /// The limit for binding and unbinding a driver, and for changing the number of VFs, in seconds, 1-600.
     pub driver_limit_seconds: u64,
     /// How functions are reset.
     pub reset: ResetPlan,
-    /// The most PCI functions that the host shall have, VFs included, 1-65536.
+    /// The largest number of PCI functions of the host, VFs included, 1-65536.
     pub function_limit: u32,
     /// Names of functions.
     pub names: Names,
@@ -45,13 +45,13 @@ pub struct Settings {
     pub guests: BTreeMap<String, Vec<Assigned>>,
     /// The VFs to enable when the service starts, on PFs that have none.
     pub virtual_functions: Vec<WantedVfs>,
-    /// Where policy files are; a file in a later directory replaces one of the same name in an earlier one.
+    /// The directories with policy files; a file in a later directory replaces one of the same name in an earlier one.
     pub policy_directories: Vec<PathBuf>,
-    /// What goes away with a reboot: the socket, the lock, the images of attached functions.
+    /// The directory for files that a reboot discards: the socket, the lock, the images of attached functions.
     pub run_directory: PathBuf,
-    /// What survives a reboot: the journal.
+    /// The directory for files that survive a reboot, for example the journal.
     pub state_directory: PathBuf,
-    /// Whose members may ask for what changes nothing, at a socket of their own; `None`: there is no such socket.
+    /// The group whose members may send requests that change nothing, to a socket of their own; `None`: there is no such socket.
     pub status_group: Option<String>,
 }
 
@@ -59,35 +59,35 @@ pub struct Settings {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WantedVfs {
-    /// The PF by its address, a name or a network interface ...
+    /// The PF by its address, a name or a network interface. Each entry has exactly one of `pf`, `id` and `serial`.
     #[serde(default)]
     pub pf: Option<Parent>,
-    /// ... or all PFs with these ids, `vendor:device` ...
+    /// All PFs with these ids, `vendor:device`.
     #[serde(default)]
     pub id: Option<PciId>,
-    /// ... or the one whose Device Serial Number capability holds this, `01-23-45-67-89-ab-cd-ef` as lspci prints it.
+    /// The PF with this Device Serial Number, in lspci's format `01-23-45-67-89-ab-cd-ef`.
     #[serde(default)]
     pub serial: Option<String>,
-    /// How many.
+    /// The number of VFs.
     pub count: u16,
-    /// The network settings of each of them, when they are created and when a guest gets one ...
+    /// The network settings of each VF, set when it is created and when a guest gets it.
     #[serde(default)]
     pub network: VfSettings,
-    /// ... and what is different for some, by their number among the PF's VFs, from 0.
+    /// Different settings for some VFs, by their index, from 0.
     #[serde(default)]
     pub vfs: BTreeMap<u16, VfSettings>,
-    /// Where the PF has no driver, pci-pf-stub gets it, which manages nothing.
+    /// Whether a PF without a driver is bound to pci-pf-stub, which does not manage VFs.
     #[serde(default)]
     pub unmanaged: bool,
 }
 
-/// A function that the settings give to a guest: `FUNCTION[@SLOT]`.
+/// A function that the settings assign to a guest: `FUNCTION[@SLOT]`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub struct Assigned {
     /// The function.
     pub target: Target,
-    /// The guest's device number, 0-31; a free one where it is absent.
+    /// The guest's device number, 0-31; any free one if it is absent.
     pub slot: Option<u8>,
 }
 
@@ -142,7 +142,7 @@ impl fmt::Display for WantedVfs {
 }
 
 impl WantedVfs {
-    /// Whether a PF is meant.
+    /// Whether the entry means a PF.
     pub fn means(&self, host: &dyn Host, names: &Names, pf: &HostFunction) -> bool {
         self.pf.as_ref().is_some_and(|wanted| names::means(host, names, wanted, pf))
             || self.id.is_some_and(|id| (id.vendor, id.device) == (pf.vendor, pf.device))
@@ -153,16 +153,16 @@ impl WantedVfs {
     }
 }
 
-/// Which driver holds functions that no guest has.
+/// The driver that holds functions for guests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Holder {
-    /// xen-pciback where it is loaded, else pci-stub.
+    /// xen-pciback if it is loaded, else pci-stub.
     #[default]
     Auto,
-    /// xen-pciback: takes part in error recovery.
+    /// xen-pciback, which takes part in error recovery.
     Pciback,
-    /// pci-stub: always there, but vetoes error recovery.
+    /// pci-stub, which is usually loaded, but makes error recovery fail.
     PciStub,
 }
 
@@ -190,7 +190,7 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// Refuses values out of range, in words that name the key.
+    /// Refuses values that are out of range; the message begins with the key.
     fn check(&self) -> Result<(), String> {
         let settings = self;
         for (key, seconds) in [
@@ -241,7 +241,7 @@ impl Settings {
         Ok(())
     }
 
-    /// Takes the settings that another file gives by these keys.
+    /// Replaces the settings with these keys by those of another file.
     fn lay_over(&mut self, other: Self, keys: &BTreeSet<String>) {
         let has = |key: &str| keys.contains(key);
         macro_rules! take {
@@ -264,7 +264,7 @@ impl Settings {
         }
     }
 
-    /// The network settings that a VF is to have, by the first entry that means its PF.
+    /// The network settings of a VF, from the first entry that means its PF.
     pub fn network(&self, host: &dyn Host, vf: VfPlace) -> Result<VfSettings, PlatformError> {
         if self.virtual_functions.iter().all(|entry| entry.network.is_empty() && entry.vfs.is_empty()) {
             return Ok(VfSettings::default());
@@ -277,32 +277,32 @@ impl Settings {
         }))
     }
 
-    /// How long a guest may take from the last time that it asked for something.
+    /// The limit for a guest, counted from its last access.
     pub fn guest_limit(&self) -> Duration {
         Duration::from_secs(self.guest_limit_seconds)
     }
 
-    /// How long a guest may take that asks for something all the time.
+    /// The total limit for a guest that keeps making accesses.
     pub fn longest_guest_limit(&self) -> Duration {
         self.guest_limit() * 6
     }
 
-    /// How long a guest that starts may wait.
+    /// The limit for keeping a starting guest paused.
     pub fn start_limit(&self) -> Duration {
         Duration::from_secs(self.start_limit_seconds)
     }
 
-    /// How long a driver may take.
+    /// The limit for operations of a driver.
     pub fn driver_limit(&self) -> Duration {
         Duration::from_secs(self.driver_limit_seconds)
     }
 
-    /// Where the service listens.
+    /// The path of the control socket.
     pub fn socket(&self) -> PathBuf {
         self.run_directory.join("control")
     }
 
-    /// Where it listens for members of the status group.
+    /// The path of the socket for the status group.
     pub fn status_socket(&self) -> PathBuf {
         self.run_directory.join(STATUS_SOCKET)
     }
