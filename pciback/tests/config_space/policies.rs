@@ -72,6 +72,26 @@ fn guarded_registers_stay_as_they_are_and_the_policy_hears_of_it() {
 }
 
 #[test]
+fn what_is_guarded_stays_so_behind_a_hidden_capability() {
+    let device = devices::network_pf();
+    for (id, offset, mask) in [
+        (CapabilityId::MSI, 0x52, 0xffff),
+        (CapabilityId::MSI, 0x5c, 0xffff),
+        (CapabilityId::MSI_X, 0x72, 0xffff),
+        // Initiate Function Level Reset.
+        (CapabilityId::PCI_EXPRESS, 0xa8, 0x8000),
+    ] {
+        let hidden = capability(AnyId::Legacy(id), CapabilityAction::Hide);
+        let opened = register(Place::Absolute(offset), 2, mask, Treatment::Pass);
+        let both = Policy { registers: opened.registers, ..hidden.clone() };
+        let (hidden, both) =
+            (Planes::compile(&device.spec, &hidden).unwrap(), Planes::compile(&device.spec, &both).unwrap());
+        assert_eq!(both.behaviour_hash(), hidden.behaviour_hash(), "{offset:#x}");
+        assert_eq!(both.refused().iter().map(|refused| refused.mask).collect::<Vec<_>>(), [mask]);
+    }
+}
+
+#[test]
 fn registers_outside_config_space_or_unaligned_are_refused() {
     let device = devices::virtio();
     for (offset, width) in [(0x100, 4), (0xfe, 4), (0x41, 2), (0x40, 3), (0xfff, 1), (u16::MAX, 1)] {

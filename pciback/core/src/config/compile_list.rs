@@ -77,6 +77,7 @@ impl Compiler<'_> {
         if let Some(rule) = hidden {
             self.visible[index] = false;
             self.fill(capability, 0, owner, Kind::Constant, "hidden", Treatment::ZERO, &rule);
+            self.guard_hidden(capability, owner);
             return;
         }
         if let Some((spec, rules)) = known {
@@ -100,6 +101,20 @@ impl Compiler<'_> {
     pub(super) fn msix_fault(&self, capability: &Capability) -> Option<MsixFault> {
         let msix = shape::msix(&self.list, &self.spec.bytes)?;
         (msix.offset == capability.offset).then(|| shape::msix_fault(&msix, &self.spec.resources)).flatten()
+    }
+
+    /// What is behind a hidden capability is hardware's all the same: what no policy opens of a visible one stays closed.
+    fn guard_hidden(&mut self, capability: &Capability, owner: u16) {
+        if rules::is_guarded(capability.id) {
+            for place in self.dwords(capability, 0, owner) {
+                self.guarded[usize::from(place.offset / 4)] |= place.mask;
+            }
+        }
+        if let Some((place, model)) = self.carried_out(capability)
+            && self.owned(place, owner).mask == place.mask
+        {
+            self.guard_reset(place, model);
+        }
     }
 
     /// The registers of known devices, where no capability has them.
@@ -283,7 +298,6 @@ impl Compiler<'_> {
     }
 
     fn models(&mut self, capability: &Capability, owner: u16) {
-        let bytes = &self.spec.bytes;
         let at = |offset| capability.offset.saturating_add(offset);
         if capability.id == AnyId::Legacy(CapabilityId::PCI_EXPRESS) {
             for (register, model) in [
@@ -296,6 +310,17 @@ impl Compiler<'_> {
                 }
             }
         }
+        let Some((place, model)) = self.carried_out(capability) else { return };
+        if self.owned(place, owner).mask == place.mask {
+            self.models.push((place.offset, model));
+        }
+        self.guard_reset(place, model);
+    }
+
+    /// The register of a capability whose writes the service carries out.
+    fn carried_out(&self, capability: &Capability) -> Option<(Place, Model)> {
+        let bytes = &self.spec.bytes;
+        let at = |offset| capability.offset.saturating_add(offset);
         let (offset, model) = match capability.id {
             AnyId::Legacy(CapabilityId::MSI) => (legacy::MESSAGE_CONTROL, Model::MsiControl),
             AnyId::Legacy(CapabilityId::MSI_X) => (legacy::MESSAGE_CONTROL, Model::MsixControl),
@@ -311,14 +336,14 @@ impl Compiler<'_> {
             {
                 (legacy::AF_CONTROL, Model::AfControl)
             }
-            _ => return,
+            _ => return None,
         };
         let width = if model == Model::AfControl { 1 } else { 2 };
-        let place = Place { offset: at(offset), width, mask: full(width) };
-        if self.owned(place, owner).mask == place.mask {
-            self.models.push((place.offset, model));
-        }
-        // The host carries out the guest's resets: no policy lets the bit through to hardware.
+        Some((Place { offset: at(offset), width, mask: full(width) }, model))
+    }
+
+    /// The host carries out the guest's resets: no policy lets the bit through to hardware.
+    fn guard_reset(&mut self, place: Place, model: Model) {
         let reset = match model {
             Model::DeviceControl => u32::from(express::INITIATE_FLR),
             Model::AfControl => 1,
