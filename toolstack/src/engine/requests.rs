@@ -50,6 +50,17 @@ impl Plan {
     }
 }
 
+/// What becomes of a function that a guest gives back.
+const ASSIGNABLE_AGAIN: &str = " and assignable again";
+
+/// What is said when a transaction went well: a function that is quarantined, or that has left the host, is not assignable.
+fn ended(record: &Record, message: &str) -> String {
+    match record.state {
+        FunctionState::Held => message.to_owned(),
+        state => message.replacen(ASSIGNABLE_AGAIN, &format!("; it is {state}"), 1),
+    }
+}
+
 /// The answer of a dry run.
 fn would(message: &str) -> Success {
     Success::Possible { message: format!("nothing was changed; without --dry-run: {message}") }
@@ -140,7 +151,7 @@ impl Engine {
             Ok(Plan::Answer(success)) => reply.done(Ok(success)),
             Ok(Plan::Weigh(refusal, question, otherwise)) => self.weigh(refusal, question, otherwise, reply),
             Ok(Plan::Transaction(course, record, message, change)) => {
-                self.start_with(course, *record, change, Some(reply), move |_| message.clone());
+                self.start_with(course, *record, change, Some(reply), move |record| ended(record, &message));
             }
         }
     }
@@ -456,7 +467,7 @@ impl Engine {
             }
             (Some(_), _) => (", and not persistent any more".to_owned(), Some(Change::Forget(address))),
         };
-        let message = format!("{address} is detached from domain {domain} and assignable again{end}");
+        let message = format!("{address} is detached from domain {domain}{ASSIGNABLE_AGAIN}{end}");
         Ok(Plan::Transaction(Course::Backward(Kind::Detach, parting), Box::new(record), message, change))
     }
 

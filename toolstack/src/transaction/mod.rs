@@ -134,15 +134,24 @@ impl Context<'_> {
                     if self.serving.ended() {
                         return Finished { record, outcome: Err(failure) };
                     }
-                    let undone = self.backward_from(kind, step, record);
-                    return Finished { outcome: Err(both(failure, undone.outcome.err())), ..undone };
+                    return self.take_back(kind, step, record, failure);
                 }
             }
         }
+        let under_way = record.clone();
         record.state = kind.state_when_forward();
         record.transaction = None;
-        let outcome = self.write(&record).map(|()| warnings);
-        Finished { record, outcome }
+        match (self.write(&record), kind.steps().last()) {
+            // The next run would undo what the journal does not have as done: so does this one, which says that it failed.
+            (Err(failure), Some(&last)) => self.take_back(kind, last, under_way, failure),
+            (written, _) => Finished { record, outcome: written.map(|()| warnings) },
+        }
+    }
+
+    /// Undoes `step` and all before it, because of a failure on the way forwards.
+    fn take_back(&self, kind: Kind, step: Step, record: Record, failure: Failure) -> Finished {
+        let undone = self.backward_from(kind, step, record);
+        Finished { outcome: Err(both(failure, undone.outcome.err())), ..undone }
     }
 
     /// Runs a list backwards, from its last step.

@@ -40,13 +40,16 @@ impl Context<'_> {
             }
             record = detached.record;
         }
-        let cleared = self.trust_again(&mut record);
-        let outcome = cleared.map_err(|failure| {
-            Failure { code: ErrorCode::Quarantined, ..failure }
-                .on(record.address)
-                .hint("the function stays quarantined; see 'xpci status'")
-        });
-        Finished { record, outcome }
+        match self.trust_again(&mut record) {
+            Ok(warnings) => {
+                let trusted = Record { quarantine: None, unknown_past: false, ..record.clone() };
+                match self.write(&trusted) {
+                    Ok(()) => Finished { record: trusted, outcome: Ok(warnings) },
+                    Err(failure) => distrusted_still(record, failure),
+                }
+            }
+            Err(failure) => distrusted_still(record, failure),
+        }
     }
 
     fn trust_again(&self, record: &mut Record) -> Result<Vec<String>, Failure> {
@@ -61,10 +64,17 @@ impl Context<'_> {
             warnings.extend(pristine::restore(self, record)?);
             record.state = FunctionState::Held;
         }
-        record.quarantine = None;
-        record.unknown_past = false;
-        self.write(record).map(|()| warnings)
+        Ok(warnings)
     }
+}
+
+/// What the journal does not have as trusted is not.
+fn distrusted_still(mut record: Record, failure: Failure) -> Finished {
+    record.state = FunctionState::Quarantined;
+    let failure = Failure { code: ErrorCode::Quarantined, ..failure }
+        .on(record.address)
+        .hint("the function stays quarantined; see 'xpci status'");
+    Finished { record, outcome: Err(failure) }
 }
 
 /// The result of switching off a function.

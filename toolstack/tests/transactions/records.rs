@@ -2,13 +2,18 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::thread;
 
-use pciback::FunctionState;
+use nix::errno::Errno;
 use pciback::platform::sim::Owner;
+use pciback::{FunctionState, Sbdf};
+use toolstack::engine::Containment;
 use toolstack::outcome::ErrorCode;
+use toolstack::protocol::Success;
+use toolstack::transaction::Step;
 
 use crate::frontend::{Frontend, msix_op, write_op};
-use crate::world::{DB, Service, WEB, World, bdf, wait_until};
+use crate::world::{DB, Service, WEB, World, attachment, bdf, wait_until};
 
 const COMMAND: u32 = 4;
 
@@ -109,4 +114,77 @@ fn a_service_goes_on_with_what_version_0_1_wrote() {
     service.detach(WEB, bdf("01:00.0")).unwrap();
     world.assert_held(&service, bdf("01:00.0"), "detached");
     assert_eq!(world.simulation.owner(bdf("01:00.0")), Some(Owner::Quarantine));
+}
+
+/// No record of this function can be written any more, as on a full disk.
+fn refuse_writes(world: &World, address: Sbdf) {
+    let next = world.settings().state_directory.join(format!("{address}.new"));
+    let _ = fs::remove_file(&next);
+    fs::create_dir(next).unwrap();
+}
+
+fn allow_writes(world: &World, address: Sbdf) {
+    fs::remove_dir(world.settings().state_directory.join(format!("{address}.new"))).unwrap();
+}
+
+#[test]
+fn an_attachment_that_cannot_be_noted_as_done_is_none() {
+    let (first, address) = (bdf("02:00.0"), bdf("01:00.0"));
+    let world = World::without_vfs();
+    let frontend = Frontend::load(&world, WEB);
+    let service = world.start_impatient();
+    service.hold(first).unwrap();
+    service.attach(WEB, first).unwrap();
+    service.hold(address).unwrap();
+    // The last step waits for the guest.
+    frontend.freeze();
+    let operator = service.operator();
+    let attaching = thread::spawn(move || operator.call(attachment(WEB, address)));
+    wait_until("the function is served", || {
+        let progress = world.record(address).and_then(|record| record.transaction);
+        progress.is_some_and(|progress| progress.step == Step::Serve)
+    });
+    refuse_writes(&world, address);
+    let failure = attaching.join().unwrap().unwrap_err();
+    assert_eq!(failure.code, ErrorCode::Quarantined, "{failure}");
+    assert_eq!(service.state(address), FunctionState::Quarantined);
+    assert_eq!(world.simulation.owner(address), Some(Owner::Quarantine));
+    world.assert_nothing_granted_but_nodes(address);
+    allow_writes(&world, address);
+    service.clear(address).unwrap();
+    assert_eq!(service.state(address), FunctionState::Held);
+}
+
+#[test]
+fn a_quarantine_whose_end_cannot_be_noted_has_not_ended() {
+    let address = bdf("01:00.0");
+    let world = World::without_vfs();
+    let service = world.start();
+    service.hold(address).unwrap();
+    service.contain(address, Containment::Quarantine);
+    service.wait_for_state(address, FunctionState::Quarantined);
+    refuse_writes(&world, address);
+    let failure = service.clear(address).unwrap_err();
+    assert_eq!(failure.code, ErrorCode::Quarantined, "{failure}");
+    assert_eq!(service.state(address), FunctionState::Quarantined);
+    assert_eq!(service.attach(WEB, address).unwrap_err().code, ErrorCode::Refused);
+    allow_writes(&world, address);
+    service.clear(address).unwrap();
+    world.assert_held(&service, address, "cleared");
+}
+
+#[test]
+fn what_a_guest_gives_back_of_a_quarantined_function_is_not_called_assignable() {
+    let address = bdf("01:00.0");
+    let world = World::without_vfs();
+    let _frontend = Frontend::load(&world, WEB);
+    let service = world.start();
+    service.hold(address).unwrap();
+    service.attach(WEB, address).unwrap();
+    world.fail("deassign", None, Errno::EIO, 0);
+    service.detach(WEB, address).unwrap_err();
+    assert_eq!(service.state(address), FunctionState::Quarantined);
+    let Ok(Success::Changed { message, .. }) = service.detach(WEB, address) else { panic!("not detached") };
+    assert_eq!(message, format!("{address} is detached from domain {WEB}; it is quarantined"));
+    assert_eq!(service.state(address), FunctionState::Quarantined);
 }
