@@ -34,13 +34,13 @@ fn connect_hint(kind: ErrorKind) -> &'static str {
     }
 }
 
-/// As [`call`], with all envelopes before the final one passed to `heard`.
+/// As [`call`], with all envelopes before the final one passed to `on_envelope`.
 pub fn follow(
     socket: &Path,
     request: Request<Target>,
-    heard: &mut dyn FnMut(&Envelope),
+    on_envelope: &mut dyn FnMut(&Envelope),
 ) -> Result<Envelope, Failure> {
-    follow_on(connect(socket)?, socket, request, heard)
+    follow_on(connect(socket)?, socket, request, on_envelope)
 }
 
 fn unreachable(socket: &Path, what: &str, why: &dyn std::fmt::Display) -> Failure {
@@ -73,7 +73,7 @@ pub fn follow_on(
     mut stream: UnixStream,
     socket: &Path,
     request: Request<Target>,
-    heard: &mut dyn FnMut(&Envelope),
+    on_envelope: &mut dyn FnMut(&Envelope),
 ) -> Result<Envelope, Failure> {
     let unreachable = |what: &str, why: &dyn std::fmt::Display| unreachable(socket, what, why);
     let call = Call { version: VERSION, id: 1, request };
@@ -98,7 +98,7 @@ pub fn follow_on(
         if envelope.ok.is_some() {
             return Ok(envelope);
         }
-        heard(&envelope);
+        on_envelope(&envelope);
     }
 }
 

@@ -64,10 +64,10 @@ pub fn listen_for_group(path: &Path, group: Option<&str>, inbox: Inbox) -> io::R
         .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("there is no group '{name}'")))?;
     let listener = bind_for_owner(path)?;
     // After it is bound, because the service's umask applies to the mode at bind and would remove the group's bits.
-    give(path, &group)?;
+    set_group(path, &group)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;
     if let Some(directory) = path.parent() {
-        let_through(directory, &group)?;
+        allow_entry(directory, &group)?;
     }
     thread::Builder::new().name("status".into()).spawn(move || accept(&listener, &inbox, Access::Status))?;
     Ok(())
@@ -82,7 +82,7 @@ fn remove_former(path: &Path) -> io::Result<()> {
 }
 
 /// Lets a group open files in a directory by name, without listing it. systemd resets the directory's owner and mode before each start.
-fn let_through(directory: &Path, group: &Group) -> io::Result<()> {
+fn allow_entry(directory: &Path, group: &Group) -> io::Result<()> {
     let mode = fs::metadata(directory)?.mode() & 0o7777;
     // A directory that others may enter, such as /run, is not changed.
     if mode & 0o001 != 0 {
@@ -91,12 +91,12 @@ fn let_through(directory: &Path, group: &Group) -> io::Result<()> {
     let allow = |mode| fs::set_permissions(directory, fs::Permissions::from_mode(mode));
     // Permissions of the directory's former group must not apply to this one.
     allow(mode & !0o070)?;
-    give(directory, group)?;
+    set_group(directory, group)?;
     allow(mode & !0o070 | 0o010)
 }
 
 /// Changes the group of a file that the service owns; no capability is needed if the service is a member of the group.
-fn give(path: &Path, group: &Group) -> io::Result<()> {
+fn set_group(path: &Path, group: &Group) -> io::Result<()> {
     chown(path, None, Some(group.gid.as_raw())).map_err(|error| match error.kind() {
         io::ErrorKind::PermissionDenied => io::Error::new(
             error.kind(),

@@ -14,7 +14,7 @@ use crate::durable;
 use crate::outcome::{ErrorCode, Failure};
 
 /// The largest number of policy files, as a protection against wrong directories.
-const FILES: usize = 1000;
+const MAX_FILES: usize = 1000;
 /// The copy of the policies in force, in the state directory.
 const COPY: &str = "policies-in-force";
 
@@ -30,7 +30,7 @@ pub enum PolicyError {
         source: io::Error,
     },
     /// There are too many files.
-    #[error("{directory}: more than {FILES} policy files")]
+    #[error("{directory}: more than {MAX_FILES} policy files")]
     TooMany {
         /// The directory.
         directory: PathBuf,
@@ -100,7 +100,7 @@ fn read_directories(directories: &[PathBuf]) -> Result<Vec<Source>, PolicyError>
                 paths.insert(name.to_owned(), path);
             }
         }
-        if paths.len() > FILES {
+        if paths.len() > MAX_FILES {
             return Err(PolicyError::TooMany { directory: directory.clone() });
         }
     }

@@ -78,7 +78,7 @@ impl Reservation {
     }
 
     /// Sets the name under which the settings assign the function to the guest; `None`: they name no address.
-    pub fn promised_as(self, promised: Option<Target>) -> Self {
+    pub fn assigned_as(self, promised: Option<Target>) -> Self {
         Self { promised, ..self }
     }
 

@@ -26,7 +26,7 @@ pub const VERSION: u32 = 1;
 /// The largest size of a file, in bytes; 32 functions need a tenth of that.
 const SIZE_LIMIT: u64 = 1 << 20;
 /// The number of devices on a guest's bus.
-const MOST: usize = 32;
+const MAX_FUNCTIONS: usize = 32;
 /// The longest domain name that Xen's tools accept, in bytes.
 const LONGEST_NAME: usize = 255;
 /// The flags of a BAR that a guest can see.
@@ -162,14 +162,17 @@ impl SavedGuest {
         if self.version != VERSION {
             return Err(format!("it has version {}, this xpci reads {VERSION}", self.version));
         }
-        if self.functions.len() > MOST {
-            return Err(format!("it has {} functions, a guest has at most {MOST}", self.functions.len()));
+        if self.functions.len() > MAX_FUNCTIONS {
+            return Err(format!(
+                "it has {} functions, a guest has at most {MAX_FUNCTIONS}",
+                self.functions.len()
+            ));
         }
         let is_name = |name: &String| name.len() <= LONGEST_NAME && !name.chars().any(char::is_control);
         if self.name.as_ref().is_some_and(|name| !is_name(name)) {
             return Err("its guest's name is no name".to_owned());
         }
-        let mut taken = [false; MOST];
+        let mut taken = [false; MAX_FUNCTIONS];
         for function in &self.functions {
             match taken.get_mut(usize::from(function.slot)) {
                 None => return Err(format!("{:#x} is no device number (0 to 1f)", function.slot)),

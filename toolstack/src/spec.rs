@@ -78,7 +78,7 @@ pub struct Given {
 
 /// As [`function_spec`], for a guest's function: an interrupt line that the guest does not get is hidden, and the ROM is the guest's
 /// copy.
-pub fn of_guests(host: &dyn Host, address: Sbdf, given: Given) -> Result<FunctionSpec, Failure> {
+pub fn guest_spec(host: &dyn Host, address: Sbdf, given: Given) -> Result<FunctionSpec, Failure> {
     let spec = function_spec(host, address)?;
     let gsi = if given.line { spec.gsi } else { 0 };
     Ok(FunctionSpec { gsi, rom: given.rom, ..spec })

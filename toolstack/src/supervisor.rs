@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use log::warn;
 use sd_notify::NotifyState;
 
-fn tell(states: &[NotifyState<'_>]) {
+fn notify(states: &[NotifyState<'_>]) {
     // Without NOTIFY_SOCKET, this does nothing.
     if let Err(error) = sd_notify::notify(states) {
         warn!("notify systemd: {error}");
@@ -14,22 +14,22 @@ fn tell(states: &[NotifyState<'_>]) {
 
 /// The service serves its guests and its control socket.
 pub fn ready() {
-    tell(&[NotifyState::Ready, NotifyState::Status("serving")]);
+    notify(&[NotifyState::Ready, NotifyState::Status("serving")]);
 }
 
 /// The service is about to end.
 pub fn stopping() {
-    tell(&[NotifyState::Stopping]);
+    notify(&[NotifyState::Stopping]);
 }
 
 /// Another process is the main process of the service.
 pub fn replaced_by(process: u32) {
-    tell(&[NotifyState::MainPid(process)]);
+    notify(&[NotifyState::MainPid(process)]);
 }
 
 /// The service waits for something before it is ready.
 pub fn waiting(what: &str) {
-    tell(&[NotifyState::Status(what)]);
+    notify(&[NotifyState::Status(what)]);
 }
 
 /// Notifies systemd at intervals that the engine handles events; otherwise systemd restarts the service.
@@ -55,7 +55,7 @@ impl Watchdog {
     /// Sends a notification if one is due.
     pub fn feed(&mut self, now: Instant) {
         if let Some(interval) = self.interval.filter(|_| self.next <= now) {
-            tell(&[NotifyState::Watchdog]);
+            notify(&[NotifyState::Watchdog]);
             self.next = now + interval;
         }
     }

@@ -18,11 +18,11 @@ use toolstack::protocol::{Answers, Envelope, EventView, Request, Success};
 use toolstack::target::Target;
 
 /// The number of simultaneous requests of a command. Taking a function from a driver mostly waits for its reset, 100 ms.
-const AT_ONCE: usize = 8;
+const PARALLEL_REQUESTS: usize = 8;
 /// The interval of attempts to connect again.
-const AGAIN: Duration = Duration::from_secs(1);
+const RECONNECT_INTERVAL: Duration = Duration::from_secs(1);
 /// Whether a part of the answer could not be printed.
-static LOST: AtomicBool = AtomicBool::new(false);
+static OUTPUT_LOST: AtomicBool = AtomicBool::new(false);
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -38,7 +38,7 @@ fn main() -> ExitCode {
     for note in cli.command.notes() {
         say(&mut std::io::stderr(), &format!("xpci: {note}\n"));
     }
-    if let Err(failure) = cli.command.hold_interrupts() {
+    if let Err(failure) = cli.command.block_interrupts() {
         report(&failure);
         return ExitCode::from(failure.code.exit_code());
     }
@@ -47,7 +47,7 @@ fn main() -> ExitCode {
     let together = cli.json && all.len() > 1;
     let mut steps = all.into_iter().peekable();
     while steps.peek().is_some() {
-        let batch: Vec<Step> = steps.by_ref().take(AT_ONCE).collect();
+        let batch: Vec<Step> = steps.by_ref().take(PARALLEL_REQUESTS).collect();
         for envelope in answers(batch, &cli.socket, show_progress, cli.json) {
             code = code.max(exit_code(&envelope, checked));
             match (cli.json, together) {
@@ -60,7 +60,7 @@ fn main() -> ExitCode {
     if together {
         show_json(&Answers::of(shown));
     }
-    if code == 0 && LOST.load(Ordering::Relaxed) {
+    if code == 0 && OUTPUT_LOST.load(Ordering::Relaxed) {
         code = ErrorCode::Failed.exit_code();
     }
     ExitCode::from(code)
@@ -79,12 +79,12 @@ fn answers(steps: Vec<Step>, socket: &Path, show_progress: bool, json: bool) -> 
     let answer = |step| match step {
         Step::Ask(request) => ask(socket, request, show_progress, json),
         Step::Moving(moving) => {
-            let mut said = |text: &str| {
+            let mut progress = |text: &str| {
                 if show_progress {
                     say(&mut std::io::stderr(), &format!("{text} ...\n"));
                 }
             };
-            Envelope::done(1, moving.name(), moving.run(socket, &mut said))
+            Envelope::done(1, moving.name(), moving.run(socket, &mut progress))
         }
         Step::Metrics(file) => Envelope::done(1, "metrics", gather(socket, file.as_deref())),
         Step::Local(local) => Envelope::done(1, local.name(), local.run()),
@@ -109,7 +109,7 @@ fn follow_events(socket: &Path, request: &Request<Target>, json: bool) -> Failur
             Err(failure) => return failure,
         };
         // After a reconnection, the service sends its last events again.
-        let mut heard = |envelope: &Envelope| {
+        let mut show_event = |envelope: &Envelope| {
             let Some(event) = &envelope.event else { return };
             if last.as_ref().is_some_and(|last| event.at < last.at || event == last) {
                 return;
@@ -120,7 +120,7 @@ fn follow_events(socket: &Path, request: &Request<Target>, json: bool) -> Failur
             }
             last = Some(event.clone());
         };
-        let failure = match client::follow_on(stream, socket, request.clone(), &mut heard) {
+        let failure = match client::follow_on(stream, socket, request.clone(), &mut show_event) {
             Err(failure) if failure.code == ErrorCode::Unreachable => failure,
             Err(failure) => return failure,
             Ok(envelope) => {
@@ -129,7 +129,7 @@ fn follow_events(socket: &Path, request: &Request<Target>, json: bool) -> Failur
         };
         say(&mut std::io::stderr(), &format!("xpci: {}; waiting for xpcid\n", failure.message));
         connection = std::iter::repeat_with(|| {
-            thread::sleep(AGAIN);
+            thread::sleep(RECONNECT_INTERVAL);
             client::connect(socket)
         })
         .find(Result::is_ok)
@@ -142,12 +142,12 @@ fn ask(socket: &Path, request: Request<Target>, show_progress: bool, json: bool)
         return Envelope::done(1, request.name(), Err(follow_events(socket, &request, json)));
     }
     let (name, is_doctor) = (request.name(), request == Request::Doctor);
-    let mut heard = |text: &str| {
+    let mut progress = |text: &str| {
         if show_progress {
             say(&mut std::io::stderr(), &format!("{text} ...\n"));
         }
     };
-    match client::call(socket, request, &mut heard) {
+    match client::call(socket, request, &mut progress) {
         Ok(envelope) => envelope,
         // Without the service, the checks that need none are made here.
         Err(failure) if is_doctor && failure.code == ErrorCode::Unreachable => {
@@ -195,7 +195,7 @@ fn say(to: &mut dyn Write, text: &str) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
             // If standard error fails as well, the exit status still shows it.
             let _ = writeln!(std::io::stderr(), "xpci: print the answer: {error}");
-            LOST.store(true, Ordering::Relaxed);
+            OUTPUT_LOST.store(true, Ordering::Relaxed);
         }
         _ => {}
     }

@@ -22,7 +22,7 @@ use toolstack::cli::{Choice, ServiceArguments};
 use toolstack::client;
 use toolstack::control;
 use toolstack::descriptors;
-use toolstack::engine::{Ending, Engine, Heir};
+use toolstack::engine::{Ending, Engine, ReadySuccessor};
 use toolstack::journal::Journal;
 use toolstack::policies;
 use toolstack::protocol::{Cause as ProblemCause, Request, Success};
@@ -145,8 +145,8 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
         engine.note_problem(ProblemCause::Settings, text);
     }
     reload_at(hangup, socket)?;
-    if let Ending::Replaced(heir) = engine.run(stop.as_fd())? {
-        give_way(heir, lock)?;
+    if let Ending::Replaced(ready_successor) = engine.run(stop.as_fd())? {
+        hand_over(ready_successor, lock)?;
     }
     Ok(())
 }
@@ -160,8 +160,8 @@ fn take_over(settings: &Settings, stop: &SignalFd) -> anyhow::Result<Option<Floc
 }
 
 /// Hands over to another process; this one ends.
-fn give_way(heir: Heir, lock: Flock<File>) -> anyhow::Result<()> {
-    let Heir { successor, reply } = heir;
+fn hand_over(ready_successor: ReadySuccessor, lock: Flock<File>) -> anyhow::Result<()> {
+    let ReadySuccessor { successor, reply } = ready_successor;
     let process = successor.id();
     // Before anything else, because systemd accepts this only from the process that it knows.
     supervisor::replaced_by(process);

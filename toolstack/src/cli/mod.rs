@@ -360,9 +360,9 @@ impl Command {
     ///
     /// # Errors
     /// Blocking the signals failed.
-    pub fn hold_interrupts(&self) -> Result<(), Failure> {
+    pub fn block_interrupts(&self) -> Result<(), Failure> {
         match self {
-            Self::Save(_) | Self::Restore(_) => moving::hold_interrupts(),
+            Self::Save(_) | Self::Restore(_) => moving::block_interrupts(),
             _ => Ok(()),
         }
     }

@@ -95,7 +95,7 @@ fn xl(arguments: &[&OsStr]) -> Result<(), Failure> {
     let mut command = Command::new("xl");
     // Standard output is reserved for this program's answer.
     command.args(arguments).stdin(Stdio::null()).stdout(io::stderr());
-    heed_interrupts()?;
+    fail_if_interrupted()?;
     // xl inherits blocked signals, and leaves a process behind that waits for the guest's end: no signal may be blocked in it.
     let unblocked = interrupts().thread_unblock();
     let child = command.spawn();
@@ -140,12 +140,12 @@ fn interrupts() -> SigSet {
 ///
 /// # Errors
 /// Blocking the signals failed.
-pub(super) fn hold_interrupts() -> Result<(), Failure> {
+pub(super) fn block_interrupts() -> Result<(), Failure> {
     interrupts().thread_block().map_err(|errno| failed(format!("block signals: {errno}")))
 }
 
 /// Fails if one of these signals is pending.
-fn heed_interrupts() -> Result<(), Failure> {
+fn fail_if_interrupted() -> Result<(), Failure> {
     let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
     let held_back = SignalFd::with_flags(&interrupts(), flags).and_then(|signals| signals.read_signal());
     match held_back {

@@ -182,11 +182,11 @@ fn interrupt_remapping(examined: &Examined<'_>) -> Finding {
         Err(why) => return not_checked(check, why),
     };
     // Other lines mention the remapping tables.
-    let said = |line: &str| {
+    let state = |line: &str| {
         let rest = line.split_once("Interrupt remapping ")?.1.trim_end();
         [("enabled", true), ("disabled", false)].into_iter().find(|(word, _)| *word == rest).map(|(_, on)| on)
     };
-    let found = log.lines().rev().find_map(said);
+    let found = log.lines().rev().find_map(state);
     let mend = match examined.info.as_deref().is_ok_and(|info| switched_off(&iommu_options(info), "intremap"))
     {
         true => format!("Xen's command line switches it off with 'iommu=no-intremap': {COMMAND_LINE}"),
@@ -294,8 +294,8 @@ fn aer(examined: &Examined<'_>) -> Finding {
         roots.len(),
         few(&without)
     );
-    let told = text(examined, "/proc/cmdline").is_some_and(|line| line.contains("noaer"));
-    let mend = match told {
+    let disabled = text(examined, "/proc/cmdline").is_some_and(|line| line.contains("noaer"));
+    let mend = match disabled {
         true => "dom0's command line has 'pci=noaer': leave it out, and reboot",
         false => {
             "let the operating system handle AER in the firmware's settings; or, where the firmware does not use it itself, add \

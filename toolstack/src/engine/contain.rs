@@ -9,7 +9,7 @@ use pciback::{FunctionState, Sbdf};
 use super::Engine;
 use super::problems::Problem;
 use super::tasks::Course;
-use crate::transaction::{Kind, Parting};
+use crate::transaction::{Kind, Withdrawal};
 
 /// The degree of containment. A later request replaces an earlier one only if it is stricter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -77,13 +77,13 @@ impl Engine {
         let why = why.to_owned();
         match (record.state, containment) {
             (FunctionState::Attached | FunctionState::Resetting, _) => {
-                self.start(Course::Backward(Kind::Detach, Parting::Ask), record, None, move |record| {
+                self.start(Course::Backward(Kind::Detach, Withdrawal::Ask), record, None, move |record| {
                     format!("{}: taken from its guest: {why}; it is {}", record.address, record.state)
                 });
             }
             (FunctionState::Held | FunctionState::Host, Containment::Quarantine) => {
                 self.requests_wait(address);
-                self.start(Course::Condemn, record, None, |record| {
+                self.start(Course::Quarantine, record, None, |record| {
                     format!("{}: quarantined", record.address)
                 });
             }

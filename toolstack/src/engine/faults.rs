@@ -15,7 +15,7 @@ use pciback::platform::{ErrorEvent, ErrorEvents};
 use pciback::policy::{self, Subject};
 use pciback::{DomId, FunctionState, Sbdf};
 
-use super::looks::{Looks, PortLooks};
+use super::polls::{Polls, PortPolls};
 use super::problems::Problem;
 use super::responses::Underway;
 use super::{Engine, Event};
@@ -45,7 +45,7 @@ pub(super) struct Faults {
     /// The accounts of the watched functions, and of others that reported an error.
     pub accounts: BTreeMap<Sbdf, Account>,
     /// Scheduled reads of the error counters.
-    pub looks: Looks,
+    pub polls: Polls,
     histories: BTreeMap<Sbdf, History>,
     guests: BTreeMap<DomId, History>,
     /// Responses to errors that are under way.
@@ -53,14 +53,14 @@ pub(super) struct Faults {
     /// Functions whose correctable errors are masked.
     pub masked: BTreeMap<Sbdf, super::responses::Mask>,
     /// Scheduled reads of the ports.
-    pub ports: PortLooks,
+    pub ports: PortPolls,
     /// Functions whose error registers are being read.
     reading: BTreeSet<Sbdf>,
 }
 
 impl Engine {
     /// Subscribes to error events; where that is impossible, errors are found by the kernel's counters only.
-    pub(super) fn hear_errors(&mut self) -> Option<Box<dyn ErrorEvents>> {
+    pub(super) fn subscribe_to_errors(&mut self) -> Option<Box<dyn ErrorEvents>> {
         match self.platform.errors.events() {
             Ok(events) => Some(events),
             Err(problem) => {
@@ -74,16 +74,16 @@ impl Engine {
 
     /// Handles pending error events; `true`: there may be more.
     pub(super) fn take_errors(&mut self, events: &dyn ErrorEvents) -> bool {
-        self.faults.looks.set_events_wait(true);
+        self.faults.polls.set_events_wait(true);
         for _ in 0..BURST {
             match events.next_event() {
                 None => {
-                    self.faults.looks.set_events_wait(false);
+                    self.faults.polls.set_events_wait(false);
                     return false;
                 }
                 Some(ErrorEvent::Lost) => {
                     warn!("events about errors were lost; the kernel's counters are read");
-                    self.look_at_errors_soon();
+                    self.poll_counters_soon();
                 }
                 Some(ErrorEvent::Error(fault)) => self.account(&fault),
             }
@@ -106,29 +106,29 @@ impl Engine {
             if !self.concerns(fault.address) {
                 return;
             }
-            let account = Account::begin(fault.address, None, self.faults.looks.begun());
+            let account = Account::begin(fault.address, None, self.faults.polls.begun());
             self.faults.accounts.insert(fault.address, account);
         }
-        let begun = self.faults.looks.begun();
+        let begun = self.faults.polls.begun();
         let account = self.faults.accounts.get_mut(&fault.address);
         let due = account.and_then(|account| account.heard(fault, begun));
         if let Some(due) = due {
             // Further errors are found by reading the counters.
-            self.look_at_open_accounts_soon();
-            self.deal_with(&due);
+            self.poll_open_accounts_soon();
+            self.handle_error(&due);
         }
     }
 
     /// The next time at which error handling has something to do.
     pub(super) fn next_error_deadline(&self) -> Option<Instant> {
         let masked = self.faults.masked.values().map(|mask| mask.until);
-        masked.chain(self.faults.looks.next()).min()
+        masked.chain(self.faults.polls.next()).min()
     }
 
     /// Does what is due by now.
     pub(super) fn check_error_deadlines(&mut self, now: Instant) {
         self.unmask_due(now);
-        self.look_at_errors(now);
+        self.poll_counters(now);
     }
 
     /// Updates which functions are watched. Called when a guest gets a function, when a transaction ends, and when a guest of an earlier
@@ -165,12 +165,12 @@ impl Engine {
             // another source.
             if !self.faults.accounts.contains_key(address) {
                 let counters = self.platform.errors.counters(*address).ok().flatten();
-                let account = Account::begin(*address, counters.as_ref(), self.faults.looks.begun());
+                let account = Account::begin(*address, counters.as_ref(), self.faults.polls.begun());
                 self.faults.accounts.insert(*address, account);
             }
         }
         self.faults.watched = watched;
-        self.schedule_looks();
+        self.schedule_polls();
         let living: BTreeSet<DomId> =
             self.records.values().filter_map(|record| record.guest).map(|place| place.domain).collect();
         self.faults.guests.retain(|domain, _| living.contains(domain));
@@ -211,7 +211,7 @@ impl Engine {
         concerned
     }
 
-    pub(super) fn deal_with(&mut self, fault: &Fault) {
+    pub(super) fn handle_error(&mut self, fault: &Fault) {
         let now = Instant::now();
         let mut concerned = self.concerned(fault);
         if concerned.iter().all(|(address, _)| *address != fault.address) {
@@ -223,7 +223,7 @@ impl Engine {
             let guest = record.as_ref().and_then(|record| record.guest).map(|place| place.domain);
             let owned = guest.filter(|_| self.faults.places.contains_key(&address));
             let owner = match (owned, &record) {
-                (Some(domain), _) => Owner::Guest { domain, can_be_told: self.can_be_told(domain) },
+                (Some(domain), _) => Owner::Guest { domain, can_be_told: self.can_be_notified(domain) },
                 (None, Some(_)) => Owner::Nobody,
                 (None, None) => Owner::Host,
             };
@@ -243,7 +243,7 @@ impl Engine {
                 self.faults.histories.remove(&address);
             }
             let mut decision = fault::decide(fault, relation, owner, &policy, storms);
-            if let Some(doing) = self.is_dealt_with(address)
+            if let Some(doing) = self.response_under_way(address)
                 && decision.response.action > Action::Log
                 && decision.response.action <= doing
             {

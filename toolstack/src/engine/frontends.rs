@@ -25,7 +25,7 @@ impl Engine {
     }
 
     /// Handles a change of a guest's nodes. A new watch fires once as well.
-    pub(super) fn look_at_frontend(&mut self, domain: DomId) {
+    pub(super) fn update_frontend(&mut self, domain: DomId) {
         let view = match nodes::read_frontend(self.platform.store.as_ref(), domain) {
             Ok(view) => view,
             Err(error) => {
@@ -61,20 +61,20 @@ impl Engine {
                         let next = guest.handshake.ring_connected(outcome);
                         guest.actions.extend(next);
                         if connected {
-                            self.problems.cure_guest(domain);
+                            self.problems.resolve_guest(domain);
                         }
                     }
                 }
                 Action::Disconnect => self.give_up_ring(domain),
                 Action::Added(devfn) => self.answer(domain, devfn, |awaited| match awaited {
                     Awaited::Look | Awaited::FirstLook => Some(Ok(None)),
-                    Awaited::Release | Awaited::Overruled => None,
+                    Awaited::Release | Awaited::Withdrawing => None,
                 }),
                 Action::Waiting(devfn) => self.published(domain, devfn),
                 Action::Removed(devfn) => self.removed(domain, devfn),
                 Action::Report(text) => {
                     if let Some(guest) = self.guests.get_mut(&domain) {
-                        guest.say(Level::Warn, &format!("domain {domain}: {text}"));
+                        guest.log_line(Level::Warn, &format!("domain {domain}: {text}"));
                     }
                 }
                 Action::Pause => {
@@ -133,7 +133,7 @@ impl Engine {
         guest.server = Some(Arc::new(server.map_err(|error| format!("start its thread: {error}"))?));
         let text =
             format!("domain {domain}: connected to its ring, grant {} and port {}", place.grant, place.port);
-        guest.say(Level::Info, &text);
+        guest.log_line(Level::Info, &text);
         Ok(())
     }
 
@@ -144,7 +144,7 @@ impl Engine {
             match server.stop() {
                 Ok(functions) => {
                     guest.parked = functions;
-                    guest.say(Level::Info, &format!("domain {domain}: its ring is given up"));
+                    guest.log_line(Level::Info, &format!("domain {domain}: its ring is given up"));
                 }
                 Err(stuck) => {
                     error!("domain {domain}: {stuck}");

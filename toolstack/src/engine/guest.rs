@@ -39,7 +39,7 @@ pub(super) struct Guest {
     /// When the handshake may continue after the guest's nodes were removed.
     pub(super) pause: Option<Instant>,
     /// When the guest is next notified again of its device, and the interval after that.
-    pub(super) tell_again: Option<(Instant, Duration)>,
+    pub(super) notify_again: Option<(Instant, Duration)>,
     log: LogLimit,
 }
 
@@ -90,7 +90,7 @@ pub(super) enum Awaited {
     /// The guest releases the function.
     Release,
     /// The guest did not release the function in time; it is being withdrawn without the guest.
-    Overruled,
+    Withdrawing,
 }
 
 impl Guest {
@@ -109,22 +109,22 @@ impl Guest {
             unwritten: Vec::new(),
             write_again: None,
             pause: None,
-            tell_again: None,
+            notify_again: None,
             log: LogLimit::new(),
         }
     }
 
     /// The times at which something is due for the guest.
     pub(super) fn due(&self) -> impl Iterator<Item = Instant> {
-        let told = self.tell_again.map(|(when, _)| when);
-        self.pause.into_iter().chain(self.write_again).chain(told)
+        let again = self.notify_again.map(|(when, _)| when);
+        self.pause.into_iter().chain(self.write_again).chain(again)
     }
 
     /// Logs an action of the guest, within its log limit.
-    pub(super) fn say(&mut self, level: Level, text: &str) {
-        match self.log.may_say(Instant::now()) {
+    pub(super) fn log_line(&mut self, level: Level, text: &str) {
+        match self.log.may_log(Instant::now()) {
             Some(0) => log!(level, "{text}"),
-            Some(unsaid) => log!(level, "{text} ({unsaid} earlier lines about it were left out)"),
+            Some(suppressed) => log!(level, "{text} ({suppressed} earlier lines about it were left out)"),
             None => {}
         }
     }
@@ -158,7 +158,7 @@ impl Guest {
     }
 
     /// Notifies the guest's frontend of an error; `false` where it is not connected. The serving thread reports the answer.
-    pub fn tell(&self, telling: Telling) -> bool {
+    pub fn notify(&self, telling: Telling) -> bool {
         if let Some(server) = &self.server {
             server.tell(telling);
         }

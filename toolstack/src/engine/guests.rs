@@ -16,14 +16,14 @@ use super::{Answer, Engine, Event};
 use crate::journal::{GuestPlace, Record};
 use crate::outcome::{ErrorCode, Failure};
 use crate::reset_plan::ResetPlan;
-use crate::transaction::{Parting, place_of, plan_for, reapply_network, renew_path, reset_and_verify};
+use crate::transaction::{Withdrawal, place_of, plan_for, reapply_network, renew_path, reset_and_verify};
 
 /// How long a guest without a connected frontend has to look at its first function before the attachment ends with a note instead.
 const FIRST_LOOK: Duration = Duration::from_secs(2);
 /// After this time, a guest that may have been suspended is notified again of its device; the interval doubles each time.
-const TELL_AGAIN: Duration = Duration::from_millis(500);
+const NOTIFY_AGAIN: Duration = Duration::from_millis(500);
 /// The longest interval.
-const TELL_AGAIN_LATER: Duration = Duration::from_secs(60);
+const NOTIFY_AGAIN_AT_MOST: Duration = Duration::from_secs(60);
 
 impl Engine {
     /// Serves a function, for a transaction.
@@ -33,29 +33,29 @@ impl Engine {
         self.in_use.insert(record.address, filter);
         self.attachments.begin(function.attachment());
         // From now on the guest can use the function, and its errors concern the guest.
-        let heard = self.watch_errors_of(record.address);
+        let watched = self.watch_errors_of(record.address);
         if outdated {
             // The policies were changed after the transaction compiled the filter.
             self.recompile(vec![record.address]);
         }
         if let Some(memory) = memory {
-            let served = heard
+            let served = watched
                 .and_then(|()| place_of(record))
                 .and_then(|place| self.serve_hvm(place, function, memory));
             answer.send(served.map(|()| None));
             return;
         }
-        let watched = heard
+        let place = watched
             .and_then(|()| place_of(record))
             .and_then(|place| self.watch_guest(place.domain).map(|()| place));
-        let place = match watched {
+        let place = match place {
             Ok(place) => place,
             Err(failure) => {
                 answer.send(Err(failure));
                 return;
             }
         };
-        self.given.add(record.address);
+        self.reachable.add(record.address);
         let guest =
             self.guests.entry(place.domain).or_insert_with(|| Guest::new(Handshake::new(place.domain)));
         guest.place(place.devfn, function);
@@ -66,7 +66,7 @@ impl Engine {
     }
 
     /// Stops serving a function, for a transaction.
-    pub(super) fn withdraw(&mut self, record: &Record, parting: Parting, answer: Answer) {
+    pub(super) fn withdraw(&mut self, record: &Record, withdrawal: Withdrawal, answer: Answer) {
         let place = match place_of(record) {
             Ok(place) => place,
             Err(failure) => {
@@ -76,7 +76,7 @@ impl Engine {
         };
         let Some(guest) = self.guests.get_mut(&place.domain) else {
             // The function is not served: the transaction had not come that far, or this run could not take the guest over.
-            answer.send(self.clean_up_unserved(place.domain));
+            answer.send(self.remove_unserved_nodes(place.domain));
             return;
         };
         if guest.hvm.is_some() {
@@ -90,14 +90,14 @@ impl Engine {
         }
         let waiting = Waiting::new(answer, Awaited::Release, &self.settings, &guest.counters);
         guest.waiting.insert(place.devfn, waiting);
-        let actions = match parting {
-            Parting::Ask => guest.handshake.remove(place.devfn),
-            Parting::Force | Parting::Dead => guest.handshake.overrule(place.devfn),
+        let actions = match withdrawal {
+            Withdrawal::Ask => guest.handshake.remove(place.devfn),
+            Withdrawal::Force | Withdrawal::GuestEnded => guest.handshake.overrule(place.devfn),
         };
         self.act(place.domain, actions);
     }
 
-    fn clean_up_unserved(&self, domain: DomId) -> Result<Option<String>, Failure> {
+    fn remove_unserved_nodes(&self, domain: DomId) -> Result<Option<String>, Failure> {
         let store = self.platform.store.as_ref();
         if nodes::read_backend_state(store, domain)?.is_some() {
             nodes::apply(store, domain, &[NodeChange::RemoveAll])?;
@@ -119,7 +119,7 @@ impl Engine {
             waiting.deadline = waiting.deadline.min(Instant::now() + limit);
             // The guest may be one that is being restored, whose watches are not set yet.
             if paused || self.returning.is_returning(domain) {
-                guest.tell_again = Some((Instant::now() + TELL_AGAIN, TELL_AGAIN));
+                guest.notify_again = Some((Instant::now() + NOTIFY_AGAIN, NOTIFY_AGAIN));
             }
         }
     }
@@ -188,27 +188,27 @@ impl Engine {
     }
 
     /// Notifies guests again of devices that they have not looked at.
-    fn tell_again(&mut self, now: Instant) {
+    fn notify_again(&mut self, now: Instant) {
         for (domain, guest) in &mut self.guests {
-            let Some((_, wait)) = guest.tell_again.filter(|(when, _)| *when <= now) else { continue };
+            let Some((_, wait)) = guest.notify_again.filter(|(when, _)| *when <= now) else { continue };
             if !guest.handshake.awaits_frontend() {
-                guest.tell_again = None;
+                guest.notify_again = None;
                 continue;
             }
             // A paused guest receives no watch event.
             let paused = self.platform.hypervisor.domain(*domain).is_ok_and(|info| info.paused);
-            let wait = if paused { TELL_AGAIN } else { (wait * 2).min(TELL_AGAIN_LATER) };
+            let wait = if paused { NOTIFY_AGAIN } else { (wait * 2).min(NOTIFY_AGAIN_AT_MOST) };
             if !paused && let Err(error) = nodes::tell_again(self.platform.store.as_ref(), *domain) {
                 warn!("domain {domain}: {error}");
             }
-            guest.tell_again = Some((now + wait, wait));
+            guest.notify_again = Some((now + wait, wait));
         }
     }
 
     /// Withdraws functions from guests that exceeded a time limit.
     pub(super) fn check_deadlines(&mut self, now: Instant) {
         self.write_again(now);
-        self.tell_again(now);
+        self.notify_again(now);
         let paused = self.guests.iter().filter(|(_, guest)| guest.pause.is_some_and(|over| over <= now));
         for domain in paused.map(|(domain, _)| *domain).collect::<Vec<_>>() {
             if let Some(guest) = self.guests.get_mut(&domain) {
@@ -238,7 +238,7 @@ impl Engine {
                     // Extended once, because the withdrawal may take some time.
                     waiting.deadline = now + limit;
                     if waiting.for_what == Awaited::Release {
-                        waiting.for_what = Awaited::Overruled;
+                        waiting.for_what = Awaited::Withdrawing;
                     }
                 }
                 let actions = guest.handshake.overrule(devfn);
@@ -248,7 +248,7 @@ impl Engine {
     }
 
     /// A domain ended: its functions are detached.
-    pub(super) fn find_dead_guests(&mut self) {
+    pub(super) fn find_ended_guests(&mut self) {
         let users = self.records.values().filter_map(|record| record.guest.map(|guest| guest.domain));
         let mut dead: BTreeSet<DomId> = users.collect();
         dead.retain(|domain| matches!(self.platform.store.domain_exists(*domain), Ok(false)));
@@ -269,7 +269,7 @@ impl Engine {
                 FunctionState::Attached | FunctionState::Resetting | FunctionState::Quarantined
             ) {
                 info!("{}: its guest has ended", record.address);
-                self.detach_from_dead(record);
+                self.detach_from_ended(record);
             }
         }
     }
@@ -298,7 +298,7 @@ impl Engine {
                 let address = attachment.address();
                 // The function may have left the host: sysfs is read before a decision.
                 self.silent.insert(address);
-                self.stirred.one(address);
+                self.unexamined.one(address);
             }
             ServerReport::DriverStarted(attachment) => self.driver_started(attachment.address()),
             ServerReport::RestoreFailed(attachment, why) => {
@@ -307,10 +307,10 @@ impl Engine {
                     &format!("its interrupts could not be restored after a reset: {why}"),
                 );
             }
-            ServerReport::Told(attachment, heard) => self.guest_answered(attachment.address(), heard),
+            ServerReport::Told(attachment, answer) => self.guest_answered(attachment.address(), answer),
             ServerReport::RestartWanted => {
                 if let Some(guest) = self.guests.get_mut(&domain) {
-                    guest.say(Level::Info, &format!("domain {domain}: it resets itself"));
+                    guest.log_line(Level::Info, &format!("domain {domain}: it resets itself"));
                 }
                 if let Err(error) = self.platform.hvm.restart(domain) {
                     error!("{error}");
@@ -319,7 +319,7 @@ impl Engine {
             ServerReport::Failed(why) => {
                 // Limited, because a guest can cause this again and again by reconnecting.
                 if let Some(guest) = self.guests.get_mut(&domain) {
-                    guest.say(Level::Error, &format!("domain {domain}: {why}"));
+                    guest.log_line(Level::Error, &format!("domain {domain}: {why}"));
                 }
                 self.problems.push_of(domain, format!("domain {domain} is not served any more: {why}"));
             }
@@ -384,7 +384,7 @@ impl Engine {
             && let Some(guest) = self.guests.get_mut(&place.domain)
         {
             if outcome.is_ok() {
-                guest.say(Level::Info, &format!("{address}: reset for its guest"));
+                guest.log_line(Level::Info, &format!("{address}: reset for its guest"));
             }
             match &guest.server {
                 Some(server) => server.reset_ended(place.devfn, outcome.is_ok()),
@@ -421,7 +421,7 @@ impl Engine {
         let mut guest = Guest::new(handshake);
         guest.parked = functions.into_iter().map(|(devfn, _, function)| (devfn, function)).collect();
         if guest.handshake.awaits_frontend() {
-            guest.tell_again = Some((Instant::now() + TELL_AGAIN, TELL_AGAIN));
+            guest.notify_again = Some((Instant::now() + NOTIFY_AGAIN, NOTIFY_AGAIN));
         }
         self.guests.insert(domain, guest);
         self.act(domain, actions);

@@ -138,7 +138,7 @@ impl Engine {
             let devfn = self.free_place(wanted.domain, wanted.address, wanted.slot, (0..32).rev(), &slots)?;
             self.attachment(record, wanted.domain, devfn, wanted.persist)
         });
-        let plan = if wanted.dry_run { plan.map(Plan::only_said) } else { plan };
+        let plan = if wanted.dry_run { plan.map(Plan::into_dry_run) } else { plan };
         self.carry_out(plan, reply);
     }
 
@@ -170,7 +170,7 @@ impl Engine {
         let Some(guest) = self.guests.get_mut(&domain) else { return Ok(()) };
         let Some(hvm) = &mut guest.hvm else { return Ok(()) };
         hvm.devices.insert(place.devfn);
-        self.given.add(function.address());
+        self.reachable.add(function.address());
         let (platform, taken) = (Arc::clone(&self.platform.hvm), Arc::clone(&hvm.taken));
         let device = Device::new(platform, hvm.server, place.devfn >> 3, taken, memory);
         let entered = device.enter(&mut function, false);

@@ -13,7 +13,7 @@ use pciback::policy::{Holding, Subject};
 use pciback::{FunctionState, Sbdf};
 
 use super::Engine;
-use super::problems::{Lasting, Problem};
+use super::problems::{Deviations, Problem};
 use super::requests::Plan;
 use super::tasks::{Course, Workshop};
 use crate::device::Device;
@@ -42,7 +42,7 @@ pub(super) struct Keeping {
     /// Functions for which a hold transaction runs.
     under_way: BTreeSet<Sbdf>,
     /// Why functions could not be held.
-    refused: Lasting,
+    refused: Deviations,
 }
 
 impl Keeping {
@@ -120,7 +120,7 @@ impl Engine {
         let (address, incarnation) = (function.address, function.incarnation);
         let appeared = self.keeping.appeared.remove(&address);
         if appeared {
-            self.try_promises();
+            self.retry_assignments();
         }
         let same = |known: &BTreeMap<Sbdf, u64>| known.get(&address) == Some(&incarnation);
         if same(&self.keeping.tried) || same(&self.keeping.given_back) || !self.belongs_to_guests(function) {

@@ -235,8 +235,8 @@ impl Shown {
     }
 
     pub(super) fn view(&self, address: Sbdf) -> FunctionView {
-        let nobodys = || Record::new(address, "");
-        self.view_of(&self.records.get(&address).cloned().unwrap_or_else(nobodys))
+        let unrecorded = || Record::new(address, "");
+        self.view_of(&self.records.get(&address).cloned().unwrap_or_else(unrecorded))
     }
 
     pub(super) fn assignable(&self, address: Sbdf) -> Option<FunctionView> {

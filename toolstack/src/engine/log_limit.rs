@@ -12,25 +12,25 @@ const RATE: f64 = 0.2;
 pub(super) struct LogLimit {
     left: f64,
     since: Instant,
-    unsaid: u64,
+    suppressed: u64,
 }
 
 impl LogLimit {
     pub fn new() -> Self {
-        Self { left: BURST, since: Instant::now(), unsaid: 0 }
+        Self { left: BURST, since: Instant::now(), suppressed: 0 }
     }
 
     /// Whether a line may be written at `now`, and how many were suppressed before it.
-    pub fn may_say(&mut self, now: Instant) -> Option<u64> {
+    pub fn may_log(&mut self, now: Instant) -> Option<u64> {
         let elapsed = now.saturating_duration_since(self.since).as_secs_f64();
         self.left = (self.left + elapsed * RATE).min(BURST);
         self.since = now;
         if self.left < 1.0 {
-            self.unsaid += 1;
+            self.suppressed += 1;
             return None;
         }
         self.left -= 1.0;
-        Some(std::mem::take(&mut self.unsaid))
+        Some(std::mem::take(&mut self.suppressed))
     }
 }
 
@@ -44,7 +44,7 @@ mod tests {
     fn a_guest_that_never_stops_gets_its_burst_and_then_little() {
         let (mut limit, start) = (LogLimit::new(), Instant::now());
         let said = |limit: &mut LogLimit, from: u64, to: u64| {
-            (from..to).filter_map(|ms| limit.may_say(start + Duration::from_millis(ms))).collect::<Vec<u64>>()
+            (from..to).filter_map(|ms| limit.may_log(start + Duration::from_millis(ms))).collect::<Vec<u64>>()
         };
         assert_eq!(said(&mut limit, 0, 1000).len(), 200);
         let later = said(&mut limit, 1000, 11_000);

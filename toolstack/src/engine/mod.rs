@@ -4,32 +4,31 @@
 //! their serving threads. Those threads send events to the engine through its [`Inbox`]. Three things still run on the engine's thread:
 //! applying reloaded policies, setting up the first function of a guest, and pausing guests that reboot.
 
-mod asked;
 mod asking;
+mod assignments;
 mod attachments;
 mod background;
 mod contain;
 mod deferred;
+mod events;
 mod faults;
 mod frontends;
-mod given;
 mod guest;
 mod guests;
 mod hvm;
 mod keeping;
 mod lists;
 mod log_limit;
-mod looks;
 mod network;
-mod news;
 mod notes;
 mod observe;
 mod obstacles;
 mod open;
 mod paths;
 mod policies;
+mod polls;
 mod problems;
-mod promised;
+mod reachable;
 mod recognise;
 mod recover;
 mod repairs;
@@ -44,6 +43,7 @@ mod store_events;
 mod succession;
 mod survey;
 mod sync;
+mod targets;
 mod tasks;
 mod unmanaged;
 mod vfs;
@@ -83,7 +83,7 @@ use crate::spec::Filters;
 use crate::successor::{Program, Successor};
 use crate::supervisor::{self, Watchdog};
 use crate::target::Target;
-use crate::transaction::{Finished, Fresh, Parting};
+use crate::transaction::{Finished, Fresh, Withdrawal};
 use crate::wishes::Wishes;
 pub use contain::Containment;
 use guest::Guest;
@@ -95,9 +95,9 @@ use problems::Problem;
 use repairs::Synced;
 use returning::Returning;
 use succession::Succession;
-pub use succession::{Ending, Heir};
+pub use succession::{Ending, ReadySuccessor};
 use sync::Syncing;
-use watch::{Changes, Look, Stirred};
+use watch::{Changes, Examination, Unexamined};
 
 /// An event that the engine handles.
 pub enum Event {
@@ -133,7 +133,7 @@ pub enum Event {
         /// The record of the function, with its guest.
         record: Box<Record>,
         /// How the function is withdrawn from the guest.
-        parting: Parting,
+        withdrawal: Withdrawal,
         /// Where the answer is sent.
         answer: Answer,
     },
@@ -144,7 +144,7 @@ pub enum Event {
     /// A reset that a guest requested has ended.
     ResetEnded(Attachment, Result<(), Failure>),
     /// Background work for a guest has ended.
-    Worked(DomId, work::Worked),
+    WorkDone(DomId, work::WorkDone),
     /// A background task that changes the VFs of a PF has ended; whether it succeeded.
     VfsChanged(Sbdf, bool),
     /// A repair that concerns a guest, a driver or a record is to be carried out.
@@ -162,19 +162,19 @@ pub enum Event {
     /// A thread compared the state of a VF with its network settings: the difference, or `None`.
     NetworkCompared(Sbdf, Option<String>),
     /// A thread found the functions that the settings assign to a guest that has appeared.
-    Promised(promised::Promises),
+    AssignmentsFound(assignments::Assignments),
     /// Those functions are now reserved for the guest.
-    Kept(DomId),
+    AssignmentsReserved(DomId),
     /// A thread waits until no function of a guest is served.
-    TellWhenIdle(DomId, mpsc::Sender<()>),
+    NotifyWhenIdle(DomId, mpsc::Sender<()>),
     /// A failure for which no client waits.
     Problem(Problem),
     /// A thread examined functions after events about them.
-    Seen(Look),
+    FunctionsExamined(Examination),
     /// A thread read the kernel's error counters.
-    LookedAtErrors(Box<looks::Counted>),
+    CountersPolled(Box<polls::Counted>),
     /// A thread read the ports above the functions of guests.
-    LookedAtPorts(Result<Box<looks::PortsSeen>, Failure>),
+    PortsPolled(Result<Box<polls::PortsSeen>, Failure>),
     /// The contents of error registers, for the event log.
     ErrorRegisters(Sbdf, Vec<RegisterValue>),
     /// A thread paused or destroyed a guest, or failed to.
@@ -266,11 +266,11 @@ pub struct Engine {
     /// Functions that were reset with their whole bus and have had no owner since.
     fresh: Fresh,
     /// Functions that guests may be able to reach.
-    given: given::Given,
+    reachable: reachable::Reachable,
     /// Functions to be contained when their transaction ends.
     awaiting: contain::Awaiting,
     /// Functions to be examined, because of events about them.
-    stirred: Stirred,
+    unexamined: Unexamined,
     /// Functions that stopped answering while the host still has them.
     silent: BTreeSet<Sbdf>,
     /// A generation counter of events about the host's functions, for threads that wait for one.
@@ -292,7 +292,7 @@ pub struct Engine {
     /// Accounts and handling of errors that functions report.
     faults: faults::Faults,
     /// The event log, with its followers and the audit log.
-    news: news::News,
+    event_log: events::EventLog,
     /// Functions that are assigned to guests persistently.
     reservations: Reservations,
     devices: Devices,
@@ -345,9 +345,9 @@ impl Engine {
             attachments: attachments::Attachments::default(),
             resets: attachments::Resets::default(),
             fresh: Fresh::default(),
-            given: given::Given::default(),
+            reachable: reachable::Reachable::default(),
             awaiting: contain::Awaiting::default(),
-            stirred: Stirred::default(),
+            unexamined: Unexamined::default(),
             silent: BTreeSet::new(),
             changes: Changes::default(),
             deferred: deferred::Deferred::default(),
@@ -358,7 +358,7 @@ impl Engine {
             filters: Filters::default(),
             in_use: BTreeMap::new(),
             faults: faults::Faults::default(),
-            news: news::News::new(audit),
+            event_log: events::EventLog::new(audit),
             reservations,
             devices: Devices::default(),
             wishes,
@@ -389,9 +389,9 @@ impl Engine {
             self.platform.store.watch(event, event).map_err(io::Error::other)?;
         }
         let host = self.platform.host.events().map_err(io::Error::other)?;
-        let errors = self.hear_errors();
+        let errors = self.subscribe_to_errors();
         // Events before the subscription are not delivered: everything is examined once.
-        self.stirred.everything();
+        self.unexamined.everything();
         info!("ready on {}", self.platform.description);
         supervisor::ready();
         self.take_back_stubs();
@@ -401,10 +401,10 @@ impl Engine {
         let ending = loop {
             self.watchdog.feed(Instant::now());
             self.reconcile();
-            self.look();
-            self.tell_states();
-            if let Some(heir) = self.heir() {
-                break Ending::Replaced(heir);
+            self.examine_functions();
+            self.send_state_events();
+            if let Some(ready_successor) = self.ready_successor() {
+                break Ending::Replaced(ready_successor);
             }
             let wake = Arc::clone(&self.inbox.wake);
             let store = Arc::clone(&self.platform.store);
@@ -465,17 +465,17 @@ impl Engine {
 
     fn handle(&mut self, event: Event) {
         match event {
-            Event::Call { request, reply } => self.asked(request, reply),
+            Event::Call { request, reply } => self.handle_call(request, reply),
             Event::DeviceModelAsked { wanted, slots, reply } => {
                 self.device_model_asked(&wanted, slots, reply)
             }
             Event::DeviceModelRuns(domain, slots) => self.device_model_runs(domain, slots),
             Event::Serve { record, opened, answer } => self.serve(&record, *opened, answer),
-            Event::Withdraw { record, parting, answer } => self.withdraw(&record, parting, answer),
+            Event::Withdraw { record, withdrawal, answer } => self.withdraw(&record, withdrawal, answer),
             Event::Finished(finished) => self.transaction_finished(*finished),
             Event::Server(domain, report) => self.server_reported(domain, report),
             Event::ResetEnded(attachment, outcome) => self.reset_ended(attachment, outcome),
-            Event::Worked(domain, worked) => self.worked(domain, worked),
+            Event::WorkDone(domain, work_done) => self.work_done(domain, work_done),
             Event::VfsChanged(physical_function, succeeded) => {
                 self.vfs_changed(physical_function, succeeded);
             }
@@ -486,16 +486,16 @@ impl Engine {
             Event::NetworkSet(address, network) => self.network_set(address, *network),
             Event::Contain(address, containment, why) => self.contain(address, containment, &why),
             Event::NetworkCompared(address, differs) => self.network_compared(address, differs),
-            Event::Promised(promises) => self.promised(promises),
-            Event::Kept(domain) => self.look_again_at(domain),
-            Event::TellWhenIdle(domain, sender) => self.tell_when_idle(domain, sender),
+            Event::AssignmentsFound(promises) => self.assignments_found(promises),
+            Event::AssignmentsReserved(domain) => self.examine_domain_again(domain),
+            Event::NotifyWhenIdle(domain, sender) => self.notify_when_idle(domain, sender),
             Event::Problem(problem) => {
                 error!("{}", problem.view().message);
                 self.problems.push(problem);
             }
-            Event::Seen(seen) => self.seen(seen),
-            Event::LookedAtErrors(counted) => self.errors_looked_at(*counted),
-            Event::LookedAtPorts(seen) => self.ports_looked_at(seen),
+            Event::FunctionsExamined(examination) => self.functions_examined(examination),
+            Event::CountersPolled(counted) => self.counters_polled(*counted),
+            Event::PortsPolled(seen) => self.ports_polled(seen),
             Event::ErrorRegisters(address, registers) => self.error_registers(address, registers),
             Event::GuestStopped(address, domain, action, outcome) => {
                 self.guest_stopped(address, domain, action, outcome);

@@ -7,7 +7,7 @@ use log::warn;
 use pciback::platform::VfSettings;
 use pciback::{FunctionState, Sbdf};
 
-use super::problems::{Lasting, Problem};
+use super::problems::{Deviations, Problem};
 use super::requests::not_in_state;
 use super::{Engine, Event};
 use crate::journal::{NetworkRecord, Record};
@@ -16,7 +16,7 @@ use crate::protocol::{Cause, Success, VfNetworkView};
 use crate::reply::Reply;
 use crate::spec::existing;
 use crate::transaction::{
-    SeenNetwork, change_network, describe_network, look_at_network, look_at_networks, network_deviation,
+    ReportedNetwork, change_network, describe_network, network_deviation, read_network, read_networks,
     vf_place,
 };
 
@@ -31,13 +31,13 @@ impl Engine {
         if function.total_vfs == 0 {
             let record = self.record(address);
             return self.background("look", move || {
-                let seen = look_at_network(&workshop.platform, address);
+                let seen = read_network(&workshop.platform, address);
                 reply.done(seen.map(|seen| Success::VfNetwork(view(&seen, &record))));
             });
         }
         let records: Vec<Record> = function.virtual_functions.iter().map(|vf| self.record(*vf)).collect();
         self.background("look", move || {
-            let seen = look_at_networks(&workshop.platform, &function);
+            let seen = read_networks(&workshop.platform, &function);
             let views =
                 seen.map(|seen| seen.iter().zip(&records).map(|(seen, record)| view(seen, record)).collect());
             reply.done(views.map(|vfs| Success::VfNetworks { physical_function: address, vfs }));
@@ -120,9 +120,9 @@ impl Engine {
         record.network = network;
         let record = record.clone();
         // Events about the function were not handled while it was busy.
-        self.stirred.one(address);
+        self.unexamined.one(address);
         if orphan && record.guest.is_some() {
-            self.detach_from_dead(record);
+            self.detach_from_ended(record);
         }
         self.contain_awaiting(address);
     }
@@ -137,7 +137,7 @@ impl Engine {
     }
 }
 
-fn view(seen: &SeenNetwork, record: &Record) -> VfNetworkView {
+fn view(seen: &ReportedNetwork, record: &Record) -> VfNetworkView {
     let network = record.network.clone().unwrap_or_default();
     let unlike = seen.settings.map(|settings| network.wanted().unlike(&settings)).unwrap_or_default();
     VfNetworkView {
@@ -164,7 +164,7 @@ pub(super) struct NetworkChecks {
     /// When to compare, and the number of comparisons since the driver started.
     due: BTreeMap<Sbdf, (Instant, usize)>,
     /// Deviations from the requested settings.
-    differing: Lasting,
+    differing: Deviations,
 }
 
 impl NetworkChecks {
@@ -205,7 +205,7 @@ impl Engine {
             let workshop = self.workshop();
             self.background("look", move || {
                 // A failed read is ignored: the settings are read again by the next comparison or at detach.
-                if let Ok(seen) = look_at_network(&workshop.platform, address) {
+                if let Ok(seen) = read_network(&workshop.platform, address) {
                     let differs =
                         seen.settings.and_then(|settings| network_deviation(&network.wanted(), &settings));
                     workshop.inbox.send(Event::NetworkCompared(address, differs));

@@ -12,7 +12,7 @@ use crate::protocol::Success;
 use crate::reply::Reply;
 use crate::settings::Holder;
 use crate::transaction::{
-    Buses, a_guests, choose_holder, holder_of, is_another_toolstacks, plan_for, refuse_in_use,
+    Buses, choose_holder, guest_owned, holder_of, is_owned_by_other_toolstack, plan_for, refuse_in_use,
 };
 
 /// A refused action.
@@ -30,7 +30,7 @@ pub(super) struct Force(pub bool);
 
 /// Checks that need a thread.
 #[derive(Default)]
-pub(super) struct Question {
+pub(super) struct ThreadChecks {
     /// Check for obstacles to holding.
     pub hold: Option<Force>,
     /// Check what the function shares with functions of owners other than this domain, or of any owner.
@@ -53,9 +53,9 @@ pub(super) fn shared_obstacles(
     let found = workshop.sharing().obstacles(address, domain);
     let mut found = found.unwrap_or_else(|failure| vec![failure]);
     if let Some(record) = record {
-        match is_another_toolstacks(&workshop.platform, record) {
+        match is_owned_by_other_toolstack(&workshop.platform, record) {
             Ok(false) => {}
-            Ok(true) => found.insert(0, a_guests(&workshop.platform, address)),
+            Ok(true) => found.insert(0, guest_owned(&workshop.platform, address)),
             Err(failure) => found.push(failure),
         }
     }
@@ -137,15 +137,21 @@ impl Engine {
         [vec![first], cannot].concat()
     }
 
-    /// Answers with all obstacles to an action, including those that `question` finds on a thread; with `otherwise` if there are none.
-    pub(super) fn weigh(&self, refusal: Refusal, question: Question, otherwise: Success, reply: Reply) {
+    /// Answers with all obstacles to an action, including those that `checks` finds on a thread; with `otherwise` if there are none.
+    pub(super) fn answer_with_obstacles(
+        &self,
+        refusal: Refusal,
+        checks: ThreadChecks,
+        otherwise: Success,
+        reply: Reply,
+    ) {
         let (workshop, holder) = (self.workshop(), self.settings.holder);
         let Refusal { address, action, found } = refusal;
         let record = self.records.get(&address).cloned();
         self.background("obstacles", move || {
-            let hold = question.hold;
+            let hold = checks.hold;
             let hold = hold.map(|Force(force)| hold_obstacles(&workshop.platform, holder, address, force));
-            let shares = question.shares;
+            let shares = checks.shares;
             let shares = shares.map(|domain| shared_obstacles(&workshop, address, record.as_ref(), domain));
             let found = [found, hold.unwrap_or_default(), shares.unwrap_or_default()].concat();
             reply.done(Failure::refuse_for(&action, found).map(|()| otherwise));

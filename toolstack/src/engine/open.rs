@@ -65,7 +65,7 @@ impl Workshop {
         let image = FunctionImage::new(memory, Life { boot: boot_number(&record.boot), domain });
         let host = self.platform.host.as_ref();
         let given = Given { line: !record.without_line, rom: record.rom.map(|rom| rom.bytes) };
-        let spec = Arc::new(spec::of_guests(host, address, given)?);
+        let spec = Arc::new(spec::guest_spec(host, address, given)?);
         // Capabilities that the guest has seen stay visible, even if policies have changed.
         let visible = again.then(|| image.visible_capabilities(spec.bytes.len()));
         let planes = self.planes(&spec, domain, visible.as_deref())?;

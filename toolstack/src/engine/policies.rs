@@ -24,7 +24,7 @@ use crate::protocol::{
     ReloadedView, Success,
 };
 use crate::reply::Reply;
-use crate::spec::{Given, existing, of_guests};
+use crate::spec::{Given, existing, guest_spec};
 use crate::target::{Parent, Target};
 
 /// The result of a background compilation.
@@ -95,8 +95,8 @@ impl Engine {
             self.policies = Arc::clone(&policies);
             self.keeping.begin_anew();
             self.try_again(None);
-            self.stirred.everything();
-            self.problems.cure(Cause::Policies);
+            self.unexamined.everything();
+            self.problems.resolve(Cause::Policies);
             if let Err(problem) = policies::keep_copy(&self.settings.state_directory, sources) {
                 let text = format!("keep a copy of the policies: {problem}");
                 warn!("{text}");
@@ -112,7 +112,7 @@ impl Engine {
         }
         let changed: Vec<_> = views.iter().filter(|view| view.changed).collect();
         for view in &changed {
-            self.tell_policy(view.address, view.registers.clone());
+            self.send_policy_event(view.address, view.registers.clone());
         }
         let changed = changed.len();
         info!("policies: {} files in force, {changed} functions changed", policies.files().len());
@@ -213,16 +213,16 @@ impl Engine {
 
     /// Shows the policies that apply to a function.
     pub(super) fn show_policy(&self, address: Sbdf, domain: Option<String>, reply: Reply) {
-        self.inspect(address, domain, reply, |looked| Success::Policy(Box::new(policy_view(&looked))));
+        self.inspect(address, domain, reply, |inspected| Success::Policy(Box::new(policy_view(&inspected))));
     }
 
     /// Explains what a guest sees of a function.
     pub(super) fn explain_policy(&self, address: Sbdf, domain: Option<String>, reply: Reply) {
-        self.inspect(address, domain, reply, |looked| {
-            let merged = looked.policies.merge(&looked.subject);
-            let obstacles = obstacles(&looked.spec, &merged, Some(&looked.resets));
-            let explanation = explain(&looked.spec, &merged.policy, looked.visible.as_deref());
-            let unknown = rom_unknown(&looked.spec, &merged).into_iter().collect();
+        self.inspect(address, domain, reply, |inspected| {
+            let merged = inspected.policies.merge(&inspected.subject);
+            let obstacles = obstacles(&inspected.spec, &merged, Some(&inspected.resets));
+            let explanation = explain(&inspected.spec, &merged.policy, inspected.visible.as_deref());
+            let unknown = rom_unknown(&inspected.spec, &merged).into_iter().collect();
             Success::Explained {
                 devices: vec![Explanation { obstacles, unknown, ..explanation }],
                 damage: Vec::new(),
@@ -236,14 +236,14 @@ impl Engine {
         address: Sbdf,
         domain: Option<String>,
         reply: Reply,
-        show: impl FnOnce(Looked) -> Success + Send + 'static,
+        show: impl FnOnce(Inspected) -> Success + Send + 'static,
     ) {
         let (workshop, user) = (self.workshop(), self.users(|user| *user == address).pop());
         self.background("explain", move || {
             let host = workshop.platform.host.as_ref();
-            let looked = existing(host, address).and_then(|function| {
+            let inspected = existing(host, address).and_then(|function| {
                 let given = user.as_ref().map_or(Given { line: true, rom: None }, |user| user.given);
-                let spec = of_guests(host, address, given)?;
+                let spec = guest_spec(host, address, given)?;
                 // A guest other than the current one has not seen any capabilities yet.
                 let of_user = user.as_ref().filter(|_| domain.is_none());
                 let name = match of_user {
@@ -253,9 +253,9 @@ impl Engine {
                 let visible = of_user.map(|user| user.visible.clone());
                 let subject = Subject::of(&spec, name.as_deref());
                 let (policies, resets) = (Arc::clone(&workshop.policies), function.reset_methods);
-                Ok(Looked { policies, spec, subject, visible, resets })
+                Ok(Inspected { policies, spec, subject, visible, resets })
             });
-            reply.done(looked.map(show));
+            reply.done(inspected.map(show));
         });
     }
 }
@@ -282,7 +282,7 @@ fn not_learned(address: Sbdf, domain: DomId, why: &str) -> Failure {
 }
 
 /// A function to be shown or explained.
-struct Looked {
+struct Inspected {
     policies: Arc<PolicySet>,
     spec: FunctionSpec,
     subject: Subject,
@@ -304,7 +304,7 @@ impl Workshop {
         let filters = users
             .into_iter()
             .map(|user| {
-                let spec = of_guests(self.platform.host.as_ref(), user.address, user.given);
+                let spec = guest_spec(self.platform.host.as_ref(), user.address, user.given);
                 let filter = spec.and_then(|spec| {
                     let planes = self.planes(&spec, user.domain, Some(&user.visible))?;
                     Ok(Filter { spec: Arc::new(spec), planes, policies: Arc::clone(&policies) })
@@ -359,8 +359,8 @@ fn origin(rule: &Rule) -> String {
     format!("{prefix}{}", rule.origin)
 }
 
-fn policy_view(looked: &Looked) -> PolicyView {
-    let Looked { policies, spec, subject, visible, .. } = looked;
+fn policy_view(inspected: &Inspected) -> PolicyView {
+    let Inspected { policies, spec, subject, visible, .. } = inspected;
     let merged = policies.merge(subject);
     let file = |file: &pciback::policy::PolicyFile, mismatch: Option<String>| PolicyFileView {
         name: file.name.clone(),

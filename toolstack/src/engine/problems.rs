@@ -12,9 +12,9 @@ use crate::outcome::Failure;
 use crate::protocol::{Cause, ProblemView, utc_of};
 
 /// The number of problems kept per guest, for those that guests can cause; the last ones.
-const OF_A_GUEST: usize = 8;
+const MAX_PER_GUEST: usize = 8;
 /// The number of problems kept in all.
-const IN_ALL: usize = 512;
+const MAX_PROBLEMS: usize = 512;
 
 /// One problem.
 #[derive(Debug, Clone)]
@@ -33,7 +33,7 @@ pub struct Problem {
 #[derive(Debug, Clone)]
 enum Until {
     /// When the engine cures it.
-    Cured,
+    Resolved,
     /// When this file no longer exists.
     FileGone(PathBuf),
     /// When Xen no longer has the domain paused.
@@ -43,7 +43,7 @@ enum Until {
 impl Problem {
     /// A problem found now.
     pub fn new(cause: Cause, text: impl Into<String>) -> Self {
-        let (text, since, until) = (text.into(), SystemTime::now(), Until::Cured);
+        let (text, since, until) = (text.into(), SystemTime::now(), Until::Resolved);
         Self { text, cause, since, address: None, domain: None, of_guest: false, until }
     }
 
@@ -84,7 +84,7 @@ impl Problem {
         Self { until: Until::FileGone(path.to_owned()), ..self }
     }
 
-    fn is_cured(&self, store: &dyn Store, hypervisor: &dyn Hypervisor) -> bool {
+    fn is_resolved(&self, store: &dyn Store, hypervisor: &dyn Hypervisor) -> bool {
         // If a check fails, the problem stays.
         let gone = self.domain.is_some_and(|domain| matches!(store.domain_exists(domain), Ok(false)));
         gone || match (&self.until, self.domain) {
@@ -120,33 +120,33 @@ impl Problems {
     pub fn push_of(&mut self, domain: DomId, text: String) {
         self.add(Problem { of_guest: true, ..Problem::new(Cause::Guest, text).of(domain) });
         let is_its = |problem: &Problem| problem.of_guest && problem.domain == Some(domain);
-        if self.0.iter().filter(|problem| is_its(problem)).count() > OF_A_GUEST {
+        if self.0.iter().filter(|problem| is_its(problem)).count() > MAX_PER_GUEST {
             self.remove_first(is_its);
         }
     }
 
     /// Removes problems of a cause.
-    pub fn cure(&mut self, cause: Cause) {
-        self.0.retain(|problem| problem.cause != cause || !matches!(problem.until, Until::Cured));
+    pub fn resolve(&mut self, cause: Cause) {
+        self.0.retain(|problem| problem.cause != cause || !matches!(problem.until, Until::Resolved));
     }
 
     /// Removes problems of one function.
-    pub fn cure_of(&mut self, address: Sbdf, causes: &[Cause]) {
+    pub fn resolve_of(&mut self, address: Sbdf, causes: &[Cause]) {
         self.0.retain(|problem| {
             problem.address != Some(address)
                 || !causes.contains(&problem.cause)
-                || !matches!(problem.until, Until::Cured)
+                || !matches!(problem.until, Until::Resolved)
         });
     }
 
     /// Removes problems that a guest caused, because it is served again.
-    pub fn cure_guest(&mut self, domain: DomId) {
+    pub fn resolve_guest(&mut self, domain: DomId) {
         self.0.retain(|problem| !problem.of_guest || problem.domain != Some(domain));
     }
 
     /// Removes problems that ended without an action of the engine.
     pub fn sweep(&mut self, store: &dyn Store, hypervisor: &dyn Hypervisor) {
-        self.0.retain(|problem| !problem.is_cured(store, hypervisor));
+        self.0.retain(|problem| !problem.is_resolved(store, hypervisor));
     }
 
     /// All problems that are kept.
@@ -159,7 +159,7 @@ impl Problems {
             return;
         }
         self.0.push_back(problem);
-        if self.0.len() > IN_ALL {
+        if self.0.len() > MAX_PROBLEMS {
             // Problems that guests can cause are dropped first.
             let guests = self.iter().any(|problem| problem.of_guest);
             self.remove_first(|problem| problem.of_guest || !guests);
@@ -189,9 +189,9 @@ impl FromIterator<Problem> for Problems {
 
 /// Deviations of several functions: a reason for each, and since when it exists.
 #[derive(Debug, Default)]
-pub(super) struct Lasting(BTreeMap<Sbdf, (String, SystemTime)>);
+pub(super) struct Deviations(BTreeMap<Sbdf, (String, SystemTime)>);
 
-impl Lasting {
+impl Deviations {
     /// Adds a deviation, or changes its reason; its start time stays.
     pub fn insert(&mut self, address: Sbdf, why: String) {
         let since = self.0.get(&address).map_or_else(SystemTime::now, |(_, since)| *since);
@@ -246,7 +246,7 @@ mod tests {
             problems.push_of(DomId(1), "its ring".into());
         }
         let kept: Vec<&str> = problems.iter().map(|problem| problem.text.as_str()).collect();
-        assert_eq!(kept.len(), 2 + OF_A_GUEST);
+        assert_eq!(kept.len(), 2 + MAX_PER_GUEST);
         assert_eq!((kept[0], kept[1]), ("the audit log", "its ring"));
         assert_eq!(kept.last(), Some(&"trouble 9999"));
     }
@@ -259,7 +259,7 @@ mod tests {
         }
         assert_eq!(
             (problems.iter().count(), problems.iter().next().unwrap().text.as_str()),
-            (IN_ALL, "the audit log")
+            (MAX_PROBLEMS, "the audit log")
         );
     }
 
@@ -273,7 +273,7 @@ mod tests {
         ]
         .into_iter()
         .collect();
-        problems.cure_of(one, &[Cause::Network]);
+        problems.resolve_of(one, &[Cause::Network]);
         let left: Vec<&str> = problems.iter().map(|problem| problem.text.as_str()).collect();
         assert_eq!(left, ["its file", "other"]);
     }
@@ -281,8 +281,8 @@ mod tests {
     #[test]
     fn a_reason_that_changes_is_the_same_problem_since_it_began() {
         let address = Sbdf::from_devfn(0, 1, 0x80);
-        let mut lasting = Lasting::default();
-        let only = |lasting: &Lasting| {
+        let mut lasting = Deviations::default();
+        let only = |lasting: &Deviations| {
             let mut all = lasting.problems(Cause::Holding, |address, why| format!("{address}: {why}"));
             all.next().map(|problem| (problem.text, problem.since))
         };

@@ -20,7 +20,7 @@ use super::tasks::Course;
 use crate::journal::{JournalError, Record};
 use crate::outcome::Failure;
 use crate::protocol::Cause;
-use crate::transaction::{Kind, Parting, Step, note_owner};
+use crate::transaction::{Kind, Step, Withdrawal, note_owner};
 
 impl Engine {
     /// Reads the journal and takes over what still applies.
@@ -76,7 +76,7 @@ impl Engine {
         record.state = FunctionState::Quarantined;
         record.unknown_past = true;
         record.quarantine = Some(format!("what was done with it is not known: {error}{kept}"));
-        self.start(Course::Condemn, record, None, |record| format!("{}: quarantined", record.address));
+        self.start(Course::Quarantine, record, None, |record| format!("{}: quarantined", record.address));
     }
 
     /// After a reboot of the host all functions belong to dom0; only a quarantine is kept.
@@ -101,7 +101,7 @@ impl Engine {
         let mut hvm_guests: BTreeMap<DomId, Vec<Resumed>> = BTreeMap::new();
         for record in records {
             let Some(place) = record.guest.filter(|_| was_served(record)) else { continue };
-            self.given.add(record.address);
+            self.reachable.add(record.address);
             if record.unproved {
                 // The function was withdrawn from the guest; it only remains to prove that the guest cannot reach it.
                 continue;
@@ -176,8 +176,8 @@ impl Engine {
             // A function that is not proved to be withdrawn is withdrawn again, whatever step followed.
             let step = if record.unproved { Step::Serve } else { progress.step };
 
-            let parting = if guest_is_dead { Parting::Dead } else { Parting::Force };
-            let course = Course::BackwardFrom(progress.kind, step, parting);
+            let withdrawal = if guest_is_dead { Withdrawal::GuestEnded } else { Withdrawal::Force };
+            let course = Course::BackwardFrom(progress.kind, step, withdrawal);
             info!(
                 "{address}: the previous xpcid was in {:?}, step {:?}; undoing that",
                 progress.kind, progress.step
@@ -191,7 +191,7 @@ impl Engine {
         self.keep(record.clone());
         self.keep_watching_errors_of(address);
         if attached && guest_is_dead {
-            self.detach_from_dead(record);
+            self.detach_from_ended(record);
         } else if !exists {
             warn!("{address}: it left the host");
         } else if let Some(why) = record.quarantine.filter(|_| record.state != FunctionState::Quarantined) {

@@ -9,7 +9,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 use super::Engine;
 use super::hvm::Wanted;
-use super::obstacles::{Force, Question, Refusal, shares_with_others};
+use super::obstacles::{Force, Refusal, ThreadChecks, shares_with_others};
 use super::several::Several;
 use super::tasks::Course;
 use super::unmanaged::STUB;
@@ -20,7 +20,7 @@ use crate::protocol::{DomainName, Request, Scope, Success};
 use crate::reply::Reply;
 use crate::reservations::Change;
 use crate::spec::existing;
-use crate::transaction::{Kind, Parting, a_guests, holder_of, refuse_in_use};
+use crate::transaction::{Kind, Withdrawal, guest_owned, holder_of, refuse_in_use};
 
 /// The plan for a request.
 pub(super) enum Plan {
@@ -29,12 +29,12 @@ pub(super) enum Plan {
     /// Start a transaction, with the message for its success, and change the function's reservation before it.
     Transaction(Course, Box<Record>, String, Option<Change>),
     /// Answer with the obstacles, including those that are found on a thread; with the given answer if there are none.
-    Weigh(Refusal, Question, Success),
+    Check(Refusal, ThreadChecks, Success),
 }
 
 impl Plan {
     /// The plan of a dry run: the same checks, without changes.
-    pub(super) fn only_said(self) -> Self {
+    pub(super) fn into_dry_run(self) -> Self {
         match self {
             Self::Transaction(_, record, message, _) => {
                 let (address, domain) = (record.address, record.guest.map(|guest| guest.domain));
@@ -42,18 +42,18 @@ impl Plan {
                     Some(domain) => format!("attach {address} to domain {domain}"),
                     None => format!("give {address} back to dom0"),
                 };
-                let question = Question { hold: None, shares: Some(domain.or(Some(DomId::DOM0))) };
-                Self::Weigh(Refusal { address, action, found: Vec::new() }, question, would(&message))
+                let checks = ThreadChecks { hold: None, shares: Some(domain.or(Some(DomId::DOM0))) };
+                Self::Check(Refusal { address, action, found: Vec::new() }, checks, dry_run_answer(&message))
             }
             other => other,
         }
     }
 }
 
-/// What becomes of a function that a guest gives back.
+/// The part of messages that a detached function is assignable again.
 const ASSIGNABLE_AGAIN: &str = " and assignable again";
 
-/// What is said when a transaction went well: a function that is quarantined, or that has left the host, is not assignable.
+/// The message for a successful transaction. A function that is quarantined, or has left the host, is not assignable again.
 fn ended(record: &Record, message: &str) -> String {
     match record.state {
         FunctionState::Held => message.to_owned(),
@@ -62,7 +62,7 @@ fn ended(record: &Record, message: &str) -> String {
 }
 
 /// The answer of a dry run.
-fn would(message: &str) -> Success {
+fn dry_run_answer(message: &str) -> Success {
     Success::Possible { message: format!("nothing was changed; without --dry-run: {message}") }
 }
 
@@ -149,7 +149,9 @@ impl Engine {
         match plan {
             Err(failure) => reply.done(Err(failure)),
             Ok(Plan::Answer(success)) => reply.done(Ok(success)),
-            Ok(Plan::Weigh(refusal, question, otherwise)) => self.weigh(refusal, question, otherwise, reply),
+            Ok(Plan::Check(refusal, checks, otherwise)) => {
+                self.answer_with_obstacles(refusal, checks, otherwise, reply)
+            }
             Ok(Plan::Transaction(course, record, message, change)) => {
                 self.start_with(course, *record, change, Some(reply), move |record| ended(record, &message));
             }
@@ -185,9 +187,9 @@ impl Engine {
         if dry_run || !found.is_empty() {
             let hold = (!function.is_bridge()).then_some(Force(force));
             let refusal = Refusal { address, action: format!("make {address} assignable"), found };
-            return Ok(Plan::Weigh(refusal, Question { hold, shares: None }, would(&message)));
+            return Ok(Plan::Check(refusal, ThreadChecks { hold, shares: None }, dry_run_answer(&message)));
         }
-        let course = if force { Course::Seize } else { Course::Forward(Kind::Hold) };
+        let course = if force { Course::ForceHold } else { Course::Forward(Kind::Hold) };
         Ok(Plan::Transaction(course, Box::new(record), message, None))
     }
 
@@ -208,7 +210,7 @@ impl Engine {
         // Checked before the driver is touched: the undo of a failed hold would take the function from a guest of xl.
         if holder_of(function).is_some() && matches!(self.platform.hypervisor.assignable(address), Ok(false))
         {
-            found.push(a_guests(&self.platform, address));
+            found.push(guest_owned(&self.platform, address));
         }
         found
     }
@@ -259,7 +261,7 @@ impl Engine {
             Ok(_) => self.plan_attach(&wanted),
             Err(error) => Err(error.into()),
         };
-        let plan = if wanted.dry_run { plan.map(Plan::only_said) } else { plan };
+        let plan = if wanted.dry_run { plan.map(Plan::into_dry_run) } else { plan };
         self.carry_out(plan, reply);
     }
 
@@ -293,7 +295,7 @@ impl Engine {
         let action = format!("attach {address} to {}", self.called(domain));
         let nothing = Success::Already { message: format!("{action}: nothing prevents it any more") };
         let refusal = Refusal { address, action, found };
-        Ok(Some(Plan::Weigh(refusal, Question { hold, shares }, nothing)))
+        Ok(Some(Plan::Check(refusal, ThreadChecks { hold, shares }, nothing)))
     }
 
     /// Refuses guests without a device model that cannot have a PCI bus of xpci.
@@ -458,7 +460,7 @@ impl Engine {
         if !force {
             self.may_lose(domain)?;
         }
-        let parting = if force { Parting::Force } else { Parting::Ask };
+        let withdrawal = if force { Withdrawal::Force } else { Withdrawal::Ask };
         let reservation = self.reservation_of(name, address);
         let (end, change) = match (reservation, scope) {
             (None, _) => (String::new(), None),
@@ -468,7 +470,7 @@ impl Engine {
             (Some(_), _) => (", and not persistent any more".to_owned(), Some(Change::Forget(address))),
         };
         let message = format!("{address} is detached from domain {domain}{ASSIGNABLE_AGAIN}{end}");
-        Ok(Plan::Transaction(Course::Backward(Kind::Detach, parting), Box::new(record), message, change))
+        Ok(Plan::Transaction(Course::Backward(Kind::Detach, withdrawal), Box::new(record), message, change))
     }
 
     fn clear_quarantine(&mut self, address: Sbdf, trust: bool, reply: Reply) {

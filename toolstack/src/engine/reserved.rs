@@ -5,8 +5,8 @@ use pciback::platform::HostFunction;
 use pciback::{DomId, Sbdf, Uuid};
 
 use super::Engine;
+use super::assignments::kept_by_settings;
 use super::lists::persistent_view;
-use super::promised::kept_by_settings;
 use super::requests::Plan;
 use super::tasks::Course;
 use crate::domains;
@@ -37,7 +37,7 @@ impl Engine {
             let uuid = self.platform.hypervisor.domain(domain)?.uuid;
             let name = domains::name(self.platform.store.as_ref(), domain)?;
             return self
-                .promised_to_others(function, &(uuid, name))
+                .assigned_to_others(function, &(uuid, name))
                 .map_or(Ok(()), |other| Err(other.of(domain)));
         };
         let is_guest = self.platform.hypervisor.domain(domain)?.uuid == reservation.guest;
@@ -67,7 +67,7 @@ impl Engine {
             }
             None => {
                 let function = existing(self.platform.host.as_ref(), address)?;
-                let Some(guest) = self.promised_to(&function) else { return Ok(()) };
+                let Some(guest) = self.assigned_to(&function) else { return Ok(()) };
                 Err(kept_by_settings(address, guest).hint("change 'guests' in xpcid.yaml, or use --force"))
             }
         }
@@ -215,7 +215,7 @@ impl Engine {
         let mut found = self.attach_obstacles(&function, None, true);
         let known = self.reserved(address);
         found.extend(self.kept_for_others(address, guest).err());
-        found.extend(self.promised_to_others(&function, &(guest, name.clone())));
+        found.extend(self.assigned_to_others(&function, &(guest, name.clone())));
         Failure::refuse_for(&format!("keep {address} for guest {guest}"), found)?;
         let own = known.filter(|known| slot.is_none_or(|slot| slot == known.devfn >> 3));
         if let Some(own) = own {
@@ -269,7 +269,7 @@ impl Engine {
             let hint = "'xpci pci-list --persistent' shows what is";
             return reply.done(Err(Failure::not_found(text).on(address).hint(hint)));
         };
-        self.miss_no_more(address);
+        self.stop_waiting_for(address);
         let reservations = self.reservations.clone();
         self.background("forget", move || {
             let message = format!("{address} is not persistent any more for {}", reservation.who());
@@ -289,7 +289,7 @@ impl Engine {
             None => message,
         };
         if reservation.is_some() {
-            self.miss_no_more(record.address);
+            self.stop_waiting_for(record.address);
         }
         let host = self.platform.host.as_ref();
         let wished = host.function(record.address).ok().and_then(|function| self.wishes.of(host, &function));

@@ -39,12 +39,12 @@ pub(super) struct Mask {
 impl Engine {
     /// Whether the guest's frontend is connected, so that it can be notified of errors. Whether it handles them is in a flag on its
     /// shared page.
-    pub(super) fn can_be_told(&self, domain: DomId) -> bool {
+    pub(super) fn can_be_notified(&self, domain: DomId) -> bool {
         self.guests.get(&domain).is_some_and(super::guest::Guest::is_connected)
     }
 
     /// The response that is under way for a function.
-    pub(super) fn is_dealt_with(&self, address: Sbdf) -> Option<Action> {
+    pub(super) fn response_under_way(&self, address: Sbdf) -> Option<Action> {
         if let Some(underway) = self.faults.underway.get(&address) {
             return Some(underway.action);
         }
@@ -93,17 +93,17 @@ impl Engine {
         let Some((recovery, place)) = underway.recovery.zip(place) else { return };
         let (request, state, limit) = (recovery.asks(), recovery.state(), underway.policy.answer_limit());
         let telling = Telling { devfn: place.devfn, request, state, limit };
-        let told = self.guests.get(&place.domain).is_some_and(|guest| guest.tell(telling));
-        if !told {
+        let notified = self.guests.get(&place.domain).is_some_and(|guest| guest.notify(telling));
+        if !notified {
             self.guest_answered(address, Err(NotTold::Unreachable));
         }
     }
 
     /// Handles the guest's answer, or the lack of one.
-    pub(super) fn guest_answered(&mut self, address: Sbdf, heard: Result<Result<AerAnswer, u32>, NotTold>) {
+    pub(super) fn guest_answered(&mut self, address: Sbdf, answer: Result<Result<AerAnswer, u32>, NotTold>) {
         let Some(underway) = self.faults.underway.get_mut(&address) else { return };
         let Some(recovery) = &mut underway.recovery else { return };
-        let next = match heard {
+        let next = match answer {
             Ok(answer) => recovery.answered(answer),
             Err(why) => Next::Failed(why.to_string()),
         };
@@ -130,12 +130,19 @@ impl Engine {
                 let text = format!("its guest was notified: {why}; {action}");
                 warn!("{address}: {text}");
                 self.note_outcome(address, false, text);
-                self.last_resort(address, domain, action, &why, policy);
+                self.respond_to_unrecovered(address, domain, action, &why, policy);
             }
         }
     }
 
-    fn last_resort(&mut self, address: Sbdf, domain: DomId, action: Action, why: &str, policy: ErrorPolicy) {
+    fn respond_to_unrecovered(
+        &mut self,
+        address: Sbdf,
+        domain: DomId,
+        action: Action,
+        why: &str,
+        policy: ErrorPolicy,
+    ) {
         let why = format!("an error that its guest did not recover from: {why}");
         match action {
             Action::Log | Action::TellGuest => {}
@@ -296,7 +303,7 @@ impl Engine {
     pub(super) fn unmasked(&mut self, address: Sbdf, outcome: Result<(), String>) {
         match outcome {
             Ok(()) => {
-                self.problems.cure_of(address, &[Cause::ErrorReporting]);
+                self.problems.resolve_of(address, &[Cause::ErrorReporting]);
                 self.note_outcome(address, true, "correctable errors are reported again".to_owned());
             }
             Err(why) => {

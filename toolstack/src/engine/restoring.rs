@@ -14,7 +14,7 @@ use crate::protocol::{DomainName, Request, ReservedFunction, Success};
 use crate::reply::Reply;
 use crate::saved::{SavedFunction, SavedGuest};
 use crate::spec::existing;
-use crate::transaction::look_at_network;
+use crate::transaction::read_network;
 
 /// The state of the thread that chooses functions for a restored guest.
 struct Restoring {
@@ -165,7 +165,7 @@ impl Restoring {
         ranked.sort_by_key(|(rank, ..)| *rank);
         let mut why = None;
         for (_, function, is_held) in ranked {
-            match self.will_do(wanted, function, is_held) {
+            match self.check_candidate(wanted, function, is_held) {
                 Ok(()) => {
                     let (address, slot) = (function.address, wanted.slot);
                     let function = ReservedFunction { address, slot, is_new: false, newly_held: false };
@@ -182,7 +182,12 @@ impl Restoring {
         Err(Failure::refused(format!("{had}: {why}")).on(wanted.device.address))
     }
 
-    fn will_do(&self, wanted: &SavedFunction, function: &HostFunction, is_held: bool) -> Result<(), Failure> {
+    fn check_candidate(
+        &self,
+        wanted: &SavedFunction,
+        function: &HostFunction,
+        is_held: bool,
+    ) -> Result<(), Failure> {
         let (host, address) = (self.asking.workshop.platform.host.as_ref(), function.address);
         if let Some(differs) = wanted.difference(host, function)? {
             return Err(Failure::refused(format!("{address} {differs}")).on(address));
@@ -223,7 +228,7 @@ impl Restoring {
         }
         let platform = &self.asking.workshop.platform;
         existing(platform.host.as_ref(), address)?;
-        let present = look_at_network(platform, address)?.settings.unwrap_or_default();
+        let present = read_network(platform, address)?.settings.unwrap_or_default();
         let settings = missing_settings(wanted.network, present);
         if settings.is_empty() {
             return Ok(());

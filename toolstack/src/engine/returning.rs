@@ -37,7 +37,7 @@ pub(super) struct Returning {
     /// HVM guests that the service keeps paused.
     paused: BTreeMap<DomId, Start>,
     /// Functions that the settings assign to running guests and that cannot be reserved.
-    unkept: BTreeMap<DomId, Vec<Problem>>,
+    unreserved: BTreeMap<DomId, Vec<Problem>>,
 }
 
 struct Missing {
@@ -84,12 +84,12 @@ impl Returning {
             let since = missing.since.unwrap_or_else(SystemTime::now);
             Some(Problem::new(Cause::Persistent, text).on(*address).of(domain).since(since))
         });
-        missing.chain(self.unkept.values().flatten().cloned())
+        missing.chain(self.unreserved.values().flatten().cloned())
     }
 
     /// Sets the problems with functions that the settings assign to a domain, and logs new ones.
-    pub fn note_unkept(&mut self, domain: DomId, problems: Vec<Problem>) {
-        let before = self.unkept.remove(&domain).unwrap_or_default();
+    pub fn note_unreserved(&mut self, domain: DomId, problems: Vec<Problem>) {
+        let before = self.unreserved.remove(&domain).unwrap_or_default();
         let mut noted = Vec::new();
         for problem in problems {
             let text = problem.view().message;
@@ -100,13 +100,13 @@ impl Returning {
             noted.push(known.cloned().unwrap_or(problem));
         }
         if !noted.is_empty() {
-            self.unkept.insert(domain, noted);
+            self.unreserved.insert(domain, noted);
         }
     }
 
     /// The domains with such problems.
-    pub fn without_promises(&self) -> Vec<DomId> {
-        self.unkept.keys().copied().collect()
+    pub fn with_unreserved(&self) -> Vec<DomId> {
+        self.unreserved.keys().copied().collect()
     }
 
     /// Whether a function is missing in the domain that its guest has persistently.
@@ -144,7 +144,7 @@ impl Engine {
         }
         let present = match self.domains_present() {
             Ok(present) => {
-                self.problems.cure(Cause::Starts);
+                self.problems.resolve(Cause::Starts);
                 present
             }
             Err(error) => {
@@ -155,7 +155,7 @@ impl Engine {
             }
         };
         self.returning.known.retain(|domain| present.contains(domain));
-        self.returning.unkept.retain(|domain, _| present.contains(domain));
+        self.returning.unreserved.retain(|domain, _| present.contains(domain));
         self.returning.missing.retain(|_, missing| present.contains(&missing.domain));
         let gone = self.returning.paused.keys().filter(|domain| !present.contains(domain));
         for domain in gone.copied().collect::<Vec<_>>() {
@@ -164,17 +164,17 @@ impl Engine {
         }
         for domain in present {
             if self.returning.known.insert(domain)
-                && let Some(guest) = self.look_at_domain(domain)
+                && let Some(guest) = self.examine_domain(domain)
             {
-                self.find_promises(domain, guest);
+                self.find_assignments(domain, guest);
             }
         }
     }
 
     /// Examines a running guest again, for which more functions are reserved now.
-    pub(super) fn look_again_at(&mut self, domain: DomId) {
+    pub(super) fn examine_domain_again(&mut self, domain: DomId) {
         if self.returning.known.contains(&domain) {
-            self.look_at_domain(domain);
+            self.examine_domain(domain);
         }
     }
 
@@ -183,11 +183,11 @@ impl Engine {
         let Followed { from, to, guest } = *followed;
         info!("{to}: it was {from} when it was made persistent for guest {guest}");
         if self.reservations.get(from).is_none() {
-            self.miss_no_more(from);
+            self.stop_waiting_for(from);
         }
         for domain in self.returning.known.clone() {
             if self.platform.hypervisor.domain(domain).is_ok_and(|info| info.uuid == guest) {
-                self.look_at_domain(domain);
+                self.examine_domain(domain);
             }
         }
     }
@@ -207,7 +207,7 @@ impl Engine {
     }
 
     /// Finds functions that a domain has persistently and that must be attached. Returns the domain's UUID.
-    fn look_at_domain(&mut self, domain: DomId) -> Option<Uuid> {
+    fn examine_domain(&mut self, domain: DomId) -> Option<Uuid> {
         let guest = match self.platform.hypervisor.domain(domain) {
             Ok(info) => info.uuid,
             Err(error) => {
@@ -292,7 +292,7 @@ impl Engine {
         match (noted, ran) {
             (Ok(()), Ok(false)) => Ok(()),
             (noted, ran) => {
-                self.let_run(domain);
+                self.unpause_guest(domain);
                 noted?;
                 Err(ran.map_or_else(Failure::from, |_| has_run()))
             }
@@ -333,7 +333,7 @@ impl Engine {
             Ok(slots) => {
                 start.slots = Some(slots);
                 self.try_waiting(domain);
-                self.let_run_if_ready(domain);
+                self.unpause_if_ready(domain);
             }
             Err(failure) => self.give_up(domain, &failure),
         }
@@ -341,12 +341,12 @@ impl Engine {
 
     fn try_waiting(&mut self, domain: DomId) {
         for address in self.returning.waiting(domain) {
-            self.give_again(address);
+            self.attach_again(address);
         }
     }
 
     /// Tries to attach a function to the guest that has it persistently. A function in a transaction is tried after its end.
-    fn give_again(&mut self, address: Sbdf) {
+    fn attach_again(&mut self, address: Sbdf) {
         let Some(missing) = self.returning.missing.get_mut(&address) else { return };
         let domain = missing.domain;
         missing.why = None;
@@ -363,7 +363,7 @@ impl Engine {
                     format!("{}: attached again, to domain {domain}", record.address)
                 });
             }
-            Err(failure) => self.not_given(address, &failure),
+            Err(failure) => self.not_attached(address, &failure),
         }
     }
 
@@ -383,27 +383,27 @@ impl Engine {
     }
 
     /// Notes that a function could not be attached.
-    fn not_given(&mut self, address: Sbdf, failure: &Failure) {
+    fn not_attached(&mut self, address: Sbdf, failure: &Failure) {
         let Some(missing) = self.returning.missing.get_mut(&address) else { return };
         let domain = missing.domain;
         error!("{address}: not attached again to domain {domain}: {failure}");
         missing.under_way = false;
         missing.why = Some(failure.to_string());
         missing.since = missing.since.or_else(|| Some(SystemTime::now()));
-        self.let_run_if_ready(domain);
+        self.unpause_if_ready(domain);
     }
 
     /// Gives up on all functions that a domain waits for.
     fn give_up(&mut self, domain: DomId, failure: &Failure) {
         for address in self.returning.waiting(domain) {
-            self.not_given(address, failure);
+            self.not_attached(address, failure);
         }
     }
 
     /// Stops waiting for a function.
-    pub(super) fn miss_no_more(&mut self, address: Sbdf) {
+    pub(super) fn stop_waiting_for(&mut self, address: Sbdf) {
         if let Some(missing) = self.returning.missing.remove(&address) {
-            self.let_run_if_ready(missing.domain);
+            self.unpause_if_ready(missing.domain);
         }
     }
 
@@ -417,11 +417,11 @@ impl Engine {
             missing.zip(record.guest).is_some_and(|(missing, place)| missing.domain == place.domain)
                 && record.state == FunctionState::Attached;
         match &finished.outcome {
-            Err(failure) if under_way => self.not_given(address, failure),
-            _ if under_way || attached => self.miss_no_more(address),
+            Err(failure) if under_way => self.not_attached(address, failure),
+            _ if under_way || attached => self.stop_waiting_for(address),
             _ => {
                 if record.state == FunctionState::Held {
-                    self.give_again(address);
+                    self.attach_again(address);
                 }
                 // A device number in the guest may be free now.
                 if let Some(domain) = before.filter(|_| record.guest.is_none()) {
@@ -434,7 +434,7 @@ impl Engine {
     /// Retries failed attachments.
     pub(super) fn try_again(&mut self, of: Option<DomId>) {
         for address in self.returning.failed(of) {
-            self.give_again(address);
+            self.attach_again(address);
         }
     }
 
@@ -455,14 +455,14 @@ impl Engine {
     }
 
     /// Unpauses a guest that no longer waits for a function.
-    fn let_run_if_ready(&mut self, domain: DomId) {
+    fn unpause_if_ready(&mut self, domain: DomId) {
         let waits = self.returning.missing.values().any(|missing| missing.is_waited_for(domain));
         if !waits && self.returning.paused.contains_key(&domain) {
-            self.let_run(domain);
+            self.unpause_guest(domain);
         }
     }
 
-    fn let_run(&mut self, domain: DomId) {
+    fn unpause_guest(&mut self, domain: DomId) {
         self.returning.paused.remove(&domain);
         let node = domains::device_model_state(domain);
         if let Err(error) = self.platform.store.unwatch(&node, &node) {
@@ -516,7 +516,7 @@ impl Engine {
         }
         self.find_returning();
         for domain in self.returning.paused.keys().copied().collect::<Vec<_>>() {
-            self.let_run_if_ready(domain);
+            self.unpause_if_ready(domain);
         }
     }
 

@@ -21,7 +21,7 @@ use crate::reply::Reply;
 use crate::reservations::Reservation;
 use crate::saved::{SavedFunction, SavedGuest, Shape, VERSION};
 use crate::spec::existing;
-use crate::transaction::look_at_network;
+use crate::transaction::read_network;
 
 /// The MAC address that PF drivers report for a VF to which they assigned none.
 const NO_ADDRESS: MacAddress = MacAddress([0; 6]);
@@ -93,7 +93,7 @@ impl Engine {
     }
 
     /// Notifies a thread when no function of a guest is served any more.
-    pub(super) fn tell_when_idle(&mut self, domain: DomId, sender: mpsc::Sender<()>) {
+    pub(super) fn notify_when_idle(&mut self, domain: DomId, sender: mpsc::Sender<()>) {
         if self.guests.contains_key(&domain) {
             self.idle_guests.0.push((domain, sender));
         } else {
@@ -158,7 +158,7 @@ impl Saving {
         let mut network = VfSettings::default();
         if function.physical_function.is_some() {
             let wished = record.network.as_ref().map(|network| network.wanted()).unwrap_or_default();
-            let seen = look_at_network(&workshop.platform, address)?.settings.unwrap_or_default();
+            let seen = read_network(&workshop.platform, address)?.settings.unwrap_or_default();
             let mac = seen.mac.filter(|mac| *mac != NO_ADDRESS);
             network = wished.or(VfSettings { mac, vlan: seen.vlan, ..VfSettings::default() });
         }
@@ -203,7 +203,7 @@ impl Saving {
     /// Waits until the guest's nodes are removed. A frontend saved with nodes would wait for a backend after the restore.
     fn wait_until_idle(&self) -> Result<(), Failure> {
         let (sender, receiver) = mpsc::channel();
-        self.asking.workshop.inbox.send(Event::TellWhenIdle(self.domain, sender));
+        self.asking.workshop.inbox.send(Event::NotifyWhenIdle(self.domain, sender));
         receiver.recv_timeout(NODES_LIMIT).map_err(|_| {
             let text = format!("the nodes of domain {} in xenstore are not removed", self.domain);
             Failure::new(ErrorCode::Failed, text).of(self.domain).hint("see xpcid's log")

@@ -17,12 +17,12 @@ use crate::protocol::{DomainName, Placed, Request, Scope, Success};
 use crate::reply::Reply;
 use crate::reservations::Change;
 use crate::settings::Settings;
-use crate::transaction::{Kind, Parting};
+use crate::transaction::{Kind, Withdrawal};
 
 /// The folder in the run directory with the notes.
 const ATTACHING: &str = "attaching";
 /// The number of devices on a guest's bus.
-const MOST: usize = 32;
+const MAX_FUNCTIONS: usize = 32;
 
 /// The note about a domain to which several functions are being attached.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,8 +68,11 @@ impl Several {
     /// Refuses an invalid request.
     fn check(&self) -> Result<(), Failure> {
         let usage = |text: String| Err(Failure::new(ErrorCode::Usage, text));
-        if self.functions.is_empty() || self.functions.len() > MOST {
-            return usage(format!("{} functions: one command attaches 1 to {MOST}", self.functions.len()));
+        if self.functions.is_empty() || self.functions.len() > MAX_FUNCTIONS {
+            return usage(format!(
+                "{} functions: one command attaches 1 to {MAX_FUNCTIONS}",
+                self.functions.len()
+            ));
         }
         for (index, function) in self.functions.iter().enumerate() {
             let before = &self.functions[..index];
@@ -253,7 +256,7 @@ impl Engine {
                 );
                 let change = (!reserved && self.reservations.get(address).is_some())
                     .then_some(Change::Forget(address));
-                let course = Course::Backward(Kind::Detach, Parting::Ask);
+                let course = Course::Backward(Kind::Detach, Withdrawal::Ask);
                 self.start_with(course, record, change, None, |record| {
                     format!("{}: it is {} again", record.address, record.state)
                 });

@@ -63,20 +63,20 @@ impl Engine {
         let mut changed = Changed::default();
         let more = changed.take(self.platform.store.as_ref())?;
         if changed.released {
-            self.find_dead_guests();
+            self.find_ended_guests();
         }
         if changed.introduced || changed.released {
             self.find_returning();
         }
         if changed.pciback {
-            self.stirred.others();
+            self.unexamined.others();
         }
         for domain in changed.device_models {
             self.device_model_changed(domain);
         }
         for domain in changed.frontends {
             if self.guests.contains_key(&domain) {
-                self.look_at_frontend(domain);
+                self.update_frontend(domain);
             }
         }
         Ok(more)

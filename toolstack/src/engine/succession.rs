@@ -23,11 +23,11 @@ pub enum Ending {
     /// The service is to stop.
     Stopped,
     /// Another process takes over.
-    Replaced(Heir),
+    Replaced(ReadySuccessor),
 }
 
 /// A process that is ready to take over, and the client that requested it.
-pub struct Heir {
+pub struct ReadySuccessor {
     /// The process.
     pub successor: Successor,
     /// Where the answer is sent.
@@ -44,7 +44,7 @@ pub(super) enum Succession {
     Starting,
     /// The new process is ready, and takes over when no operation is under way.
     Ready {
-        heir: Heir,
+        ready_successor: ReadySuccessor,
         /// When the attempt is given up.
         deadline: Instant,
     },
@@ -84,7 +84,8 @@ impl Engine {
         match started {
             Ok(successor) => {
                 let deadline = Instant::now() + IDLE_LIMIT;
-                self.succession = Succession::Ready { heir: Heir { successor, reply }, deadline };
+                self.succession =
+                    Succession::Ready { ready_successor: ReadySuccessor { successor, reply }, deadline };
             }
             Err(failure) => self.continue_after(failure, "see its log: 'journalctl -u xpcid'", &reply),
         }
@@ -106,23 +107,25 @@ impl Engine {
     }
 
     /// The process that takes over now, if one can.
-    pub(super) fn heir(&mut self) -> Option<Heir> {
+    pub(super) fn ready_successor(&mut self) -> Option<ReadySuccessor> {
         let Succession::Ready { deadline, .. } = &self.succession else { return None };
         let late = *deadline <= Instant::now();
         let idle = self.nothing_is_under_way();
         if !idle && !late {
             return None;
         }
-        let Succession::Ready { mut heir, .. } = std::mem::take(&mut self.succession) else { return None };
-        let why = if !heir.successor.is_there() {
+        let Succession::Ready { mut ready_successor, .. } = std::mem::take(&mut self.succession) else {
+            return None;
+        };
+        let why = if !ready_successor.successor.is_there() {
             ENDED.to_owned()
         } else if !idle {
             format!("operations on functions have not ended within {} s", IDLE_LIMIT.as_secs())
         } else {
-            info!("process {} takes over", heir.successor.id());
-            return Some(heir);
+            info!("process {} takes over", ready_successor.successor.id());
+            return Some(ready_successor);
         };
-        self.continue_after(failed(&why), "try again", &heir.reply);
+        self.continue_after(failed(&why), "try again", &ready_successor.reply);
         None
     }
 

@@ -17,13 +17,13 @@ use super::observe::Known;
 use super::problems::Problem;
 use super::repairs::{Outcome, Synced};
 use super::tasks::Course;
-use super::watch::Seen;
+use super::watch::ExaminedFunction;
 use super::{Engine, Event};
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{Cause, Success, SyncView};
 use crate::reply::Reply;
-use crate::transaction::{Kind, Parting};
+use crate::transaction::{Kind, Withdrawal};
 
 /// How often the same function is repaired, or its list read, before the service gives up.
 const TRIES: u32 = 3;
@@ -144,7 +144,7 @@ impl Engine {
     /// Starts a comparison if one is due and none runs.
     pub(super) fn reconcile(&mut self) {
         // The examination under way may make a comparison unnecessary.
-        if self.syncing.running || self.stirred.looking() {
+        if self.syncing.running || self.unexamined.is_running() {
             return;
         }
         let Syncing { due, waiting, .. } = &mut self.syncing;
@@ -202,7 +202,7 @@ impl Engine {
     }
 
     /// Notes an examined function, and requests a comparison if sysfs and Xen differ.
-    pub(super) fn compare(&mut self, seen: &Seen) {
+    pub(super) fn compare(&mut self, seen: &ExaminedFunction) {
         let address = seen.address;
         match (&seen.function, seen.owner) {
             (None, None) => drop(self.syncing.known.remove(&address)),
@@ -327,7 +327,7 @@ impl Engine {
     pub(super) fn list_repaired(&mut self, repair: Repair, done: bool) {
         let address = repair.address();
         // Events during the repair were not handled.
-        self.stirred.one(address);
+        self.unexamined.one(address);
         let forgotten = done && matches!(repair, Repair::ReleaseMsix { .. } | Repair::ReportToXen { .. });
         if let Some(record) =
             self.records.get_mut(&address).filter(|record| forgotten && record.msix_prepared)
@@ -350,11 +350,15 @@ impl Engine {
         let record = self.record(address);
         let (course, what) = match repair {
             Repair::Withdraw { .. } => {
-                (Course::Backward(Kind::Detach, Parting::Force), "withdrawn from its guest")
+                (Course::Backward(Kind::Detach, Withdrawal::Force), "withdrawn from its guest")
             }
-            Repair::DetachFromDead { .. } => (Course::Backward(Kind::Detach, Parting::Dead), "held again"),
+            Repair::DetachFromDead { .. } => {
+                (Course::Backward(Kind::Detach, Withdrawal::GuestEnded), "held again")
+            }
             Repair::Hold { .. } => (Course::Forward(Kind::Hold), "held again"),
-            Repair::Release { .. } => (Course::Backward(Kind::Release, Parting::Dead), "dom0's again"),
+            Repair::Release { .. } => {
+                (Course::Backward(Kind::Release, Withdrawal::GuestEnded), "dom0's again")
+            }
             other => return reply.done(self.note_repair(other, record)),
         };
         self.requests_wait(address);

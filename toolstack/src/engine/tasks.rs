@@ -12,9 +12,9 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 use super::attachments::Resets;
 use super::contain::Awaiting;
-use super::given::Given;
 use super::open::Opened;
 use super::problems::Problem;
+use super::reachable::Reachable;
 use super::watch::Changes;
 use super::{Engine, Event, Inbox};
 use crate::device::Devices;
@@ -28,7 +28,7 @@ use crate::reservations::{Change, Reservations};
 use crate::settings::Settings;
 use crate::spec::Filters;
 use crate::transaction::{
-    Context, Finished, Fresh, Kind, Parting, Serving, Sharing, Step, guest_of, refuse_release,
+    Context, Finished, Fresh, Kind, Serving, Sharing, Step, Withdrawal, guest_of, refuse_release,
 };
 use crate::wishes::Wishes;
 
@@ -41,15 +41,15 @@ pub(super) enum Course {
     /// The steps from the first to the last.
     Forward(Kind),
     /// The steps of [`Kind::Hold`] from the first, even while the function is in use.
-    Seize,
+    ForceHold,
     /// The steps from the last, backwards.
-    Backward(Kind, Parting),
+    Backward(Kind, Withdrawal),
     /// The steps of [`Kind::Hold`] backwards, at a client's request: refused while a function of a guest shares something with it.
     GiveBack,
     /// The steps backwards from a given one, for an unfinished transaction of an earlier run.
-    BackwardFrom(Kind, Step, Parting),
+    BackwardFrom(Kind, Step, Withdrawal),
     /// Quarantine a function that no guest has.
-    Condemn,
+    Quarantine,
     /// End a quarantine, after a verified reset.
     Clear,
 }
@@ -57,20 +57,20 @@ pub(super) enum Course {
 impl Course {
     const fn state_during(self) -> FunctionState {
         match self {
-            Self::Seize => Kind::Hold.state_during(),
+            Self::ForceHold => Kind::Hold.state_during(),
             Self::Forward(kind) | Self::Backward(kind, _) | Self::BackwardFrom(kind, ..) => {
                 kind.state_during()
             }
-            Self::Condemn | Self::GiveBack => FunctionState::Held,
+            Self::Quarantine | Self::GiveBack => FunctionState::Held,
             Self::Clear => FunctionState::Resetting,
         }
     }
 
-    const fn parting(self) -> Parting {
+    const fn withdrawal(self) -> Withdrawal {
         match self {
-            Self::Forward(_) | Self::Seize | Self::Condemn => Parting::Force,
-            Self::Clear | Self::GiveBack => Parting::Dead,
-            Self::Backward(_, parting) | Self::BackwardFrom(_, _, parting) => parting,
+            Self::Forward(_) | Self::ForceHold | Self::Quarantine => Withdrawal::Force,
+            Self::Clear | Self::GiveBack => Withdrawal::GuestEnded,
+            Self::Backward(_, withdrawal) | Self::BackwardFrom(_, _, withdrawal) => withdrawal,
         }
     }
 }
@@ -88,7 +88,7 @@ pub(super) struct Workshop {
     pub filters: Filters,
     pub changes: Changes,
     pub awaiting: Awaiting,
-    pub given: Given,
+    pub reachable: Reachable,
     pub resets: Resets,
     pub fresh: Fresh,
     pub reservations: Reservations,
@@ -113,9 +113,9 @@ impl Serving for Workshop {
         self.ask(|answer| Event::Serve { record: Box::new(record.clone()), opened, answer })
     }
 
-    fn withdraw(&self, record: &Record, parting: Parting) -> Result<Option<String>, Failure> {
-        let said =
-            self.ask(|answer| Event::Withdraw { record: Box::new(record.clone()), parting, answer })?;
+    fn withdraw(&self, record: &Record, withdrawal: Withdrawal) -> Result<Option<String>, Failure> {
+        let warning =
+            self.ask(|answer| Event::Withdraw { record: Box::new(record.clone()), withdrawal, answer })?;
         if !self.resets.wait(record.address, self.settings.driver_limit() + ENGINE_MARGIN) {
             let text = format!("{}: a reset that its guest asked for has not ended", record.address);
             return Err(Failure::new(ErrorCode::Failed, text).on(record.address).hint(format!(
@@ -126,7 +126,7 @@ impl Serving for Workshop {
         if let Some(place) = record.guest {
             self.prove_withdrawn(record, place.domain)?;
         }
-        Ok(said)
+        Ok(warning)
     }
 
     fn filter(&self, spec: &FunctionSpec, domain: DomId) -> Result<Arc<Planes>, Failure> {
@@ -272,24 +272,24 @@ impl Workshop {
             fresh: &self.fresh,
             wishes: &self.wishes,
             serving: self,
-            parting: course.parting(),
-            force: course == Course::Seize,
+            withdrawal: course.withdrawal(),
+            force: course == Course::ForceHold,
             progress,
         };
         match course {
             Course::Forward(kind) => context.forward(kind, record),
-            Course::Seize => context.forward(Kind::Hold, record),
+            Course::ForceHold => context.forward(Kind::Hold, record),
             Course::Backward(kind, _) => context.backward(kind, record),
             Course::GiveBack => context.backward(Kind::Release, record),
             Course::BackwardFrom(kind, step, _) => context.backward_from(kind, step, record),
-            Course::Condemn => context.condemn(record),
+            Course::Quarantine => context.quarantine(record),
             Course::Clear => context.clear(record),
         }
     }
 }
 
 /// Causes of problems of a function that a successful operation removes.
-const CURED_BY_SUCCESS: [Cause; 5] =
+const RESOLVED_BY_SUCCESS: [Cause; 5] =
     [Cause::Holding, Cause::Network, Cause::OutOfStep, Cause::ErrorReporting, Cause::Guest];
 
 impl Engine {
@@ -305,7 +305,7 @@ impl Engine {
             filters: self.filters.clone(),
             changes: self.changes.clone(),
             awaiting: self.awaiting.clone(),
-            given: self.given.clone(),
+            reachable: self.reachable.clone(),
             resets: self.resets.clone(),
             fresh: self.fresh.clone(),
             reservations: self.reservations.clone(),
@@ -344,9 +344,9 @@ impl Engine {
         self.records.insert(address, shown);
         self.busy.insert(address);
         self.syncing.touch(address);
-        self.stirred.begin(address);
+        self.unexamined.begin(address);
         // The transaction writes the files again, and reports a new failure.
-        self.problems.cure_of(address, &[Cause::StateFiles]);
+        self.problems.resolve_of(address, &[Cause::StateFiles]);
         let workshop = self.workshop();
         let (reporter, listener) = (workshop.clone(), reply.clone());
         let not_begun = workshop.unchanged(course, record.clone());
@@ -373,7 +373,7 @@ impl Engine {
             if let Some(reply) = reply {
                 let view = reporter.view_of(&record);
                 let shares = match (&outcome, course) {
-                    (Ok(_), Course::Forward(Kind::Hold) | Course::Seize) => reporter.shares(address),
+                    (Ok(_), Course::Forward(Kind::Hold) | Course::ForceHold) => reporter.shares(address),
                     _ => Vec::new(),
                 };
                 reply.done(outcome.map(|warnings| Success::Changed {
@@ -400,32 +400,32 @@ impl Engine {
         }
         if finished.outcome.is_ok() {
             // The operation succeeded, so that earlier problems no longer exist.
-            self.problems.cure_of(address, &CURED_BY_SUCCESS);
+            self.problems.resolve_of(address, &RESOLVED_BY_SUCCESS);
         }
         self.note_network_problem(&record);
         self.keep(record.clone());
         self.keep_watching_errors_of(address);
         // Events during the transaction were not handled.
-        self.stirred.one(address);
+        self.unexamined.one(address);
         if self.orphans.remove(&address) && attached {
             warn!("{address}: its guest ended while it was attached");
-            self.detach_from_dead(record);
+            self.detach_from_ended(record);
         }
         self.contain_awaiting(address);
         self.returning_finished(&finished, before);
         if record_is_held {
-            self.try_promises();
+            self.retry_assignments();
         }
         self.requests_go_on(address);
     }
 
     /// Detaches a function whose guest has ended.
-    pub(super) fn detach_from_dead(&mut self, record: Record) {
+    pub(super) fn detach_from_ended(&mut self, record: Record) {
         if self.busy.contains(&record.address) {
             self.orphans.insert(record.address);
             return;
         }
-        self.start(Course::Backward(Kind::Detach, Parting::Dead), record, None, |record| {
+        self.start(Course::Backward(Kind::Detach, Withdrawal::GuestEnded), record, None, |record| {
             format!("{}: held again, its guest has ended", record.address)
         });
     }

@@ -72,19 +72,19 @@ impl Engine {
     /// Handles the end of a change of a PF's VFs; events about them were not handled meanwhile.
     pub(super) fn vfs_changed(&mut self, address: Sbdf, succeeded: bool) {
         if succeeded {
-            self.problems.cure_of(address, &[Cause::VirtualFunctions]);
+            self.problems.resolve_of(address, &[Cause::VirtualFunctions]);
         }
         self.busy_pfs.remove(&address);
-        self.stirred.one(address);
-        self.try_promises();
+        self.unexamined.one(address);
+        self.retry_assignments();
         // VFs that were removed,
-        self.stirred.all_of(self.syncing.vfs(address));
+        self.unexamined.all_of(self.syncing.vfs(address));
         // and VFs that appeared.
         match self.platform.host.function(address) {
             Ok(pf) => {
-                self.tell_vfs(address, pf.num_vfs);
+                self.send_vfs_event(address, pf.num_vfs);
                 self.keeping.vfs_enabled(&pf.virtual_functions);
-                self.stirred.all_of(pf.virtual_functions);
+                self.unexamined.all_of(pf.virtual_functions);
             }
             Err(error) => log::warn!("{error}"),
         }

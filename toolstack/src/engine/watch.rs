@@ -18,22 +18,22 @@ use super::tasks::Course;
 use super::{Engine, Event};
 use crate::journal::Record;
 use crate::reservations::Followed;
-use crate::transaction::{Kind, Parting, holder_of};
+use crate::transaction::{Kind, Withdrawal, holder_of};
 
 /// Functions to be examined.
 #[derive(Debug, Default)]
-pub(super) struct Stirred {
+pub(super) struct Unexamined {
     addresses: BTreeSet<Sbdf>,
     all: bool,
     /// Also the functions that another toolstack has attached to guests.
     others: bool,
     /// Whether a thread examines functions.
-    looking: bool,
+    running: bool,
     /// Functions that were in a transaction at some time since that thread started: what it read may be outdated.
-    begun_with: BTreeSet<Sbdf>,
+    begun_meanwhile: BTreeSet<Sbdf>,
 }
 
-impl Stirred {
+impl Unexamined {
     pub fn one(&mut self, address: Sbdf) {
         self.addresses.insert(address);
     }
@@ -53,14 +53,14 @@ impl Stirred {
 
     /// Notes that an operation begins with a function.
     pub fn begin(&mut self, address: Sbdf) {
-        if self.looking {
-            self.begun_with.insert(address);
+        if self.running {
+            self.begun_meanwhile.insert(address);
         }
     }
 
     /// Whether functions are being examined.
-    pub fn looking(&self) -> bool {
-        self.looking
+    pub fn is_running(&self) -> bool {
+        self.running
     }
 }
 
@@ -90,7 +90,7 @@ impl Changes {
 
 /// An examined function.
 #[derive(Debug)]
-pub struct Seen {
+pub struct ExaminedFunction {
     pub(super) address: Sbdf,
     /// `None`: it is not in the host.
     pub(super) function: Option<HostFunction>,
@@ -102,8 +102,8 @@ pub struct Seen {
 
 /// The result of an examination.
 #[derive(Debug)]
-pub struct Look {
-    seen: Vec<Seen>,
+pub struct Examination {
+    seen: Vec<ExaminedFunction>,
     /// Whether the lists must be compared as well, because everything was examined or a read failed.
     compare: bool,
 }
@@ -114,22 +114,22 @@ impl Engine {
         match event {
             HostEvent::Lost => {
                 warn!("events about PCI functions were lost; all functions are examined");
-                self.stirred.everything();
+                self.unexamined.everything();
             }
             HostEvent::Removed(address) => {
                 // At once, because the guest must not access another device at this address.
                 self.set_gone(address);
-                self.stirred.one(address);
+                self.unexamined.one(address);
             }
             HostEvent::Added(address) => {
                 self.syncing.begin_anew(address);
                 self.keeping.appeared(address);
-                self.stirred.one(address);
+                self.unexamined.one(address);
             }
             HostEvent::Changed(address) => {
                 // The kernel also sends this event when it recovers from errors.
-                self.look_at_errors_soon();
-                self.stirred.one(address);
+                self.poll_counters_soon();
+                self.unexamined.one(address);
             }
         }
     }
@@ -143,13 +143,13 @@ impl Engine {
     }
 
     /// Starts an examination if one is due and none runs.
-    pub(super) fn look(&mut self) {
-        let Stirred { addresses, all, others, looking, begun_with } = &mut self.stirred;
-        if *looking || (addresses.is_empty() && !*all && !*others) {
+    pub(super) fn examine_functions(&mut self) {
+        let Unexamined { addresses, all, others, running, begun_meanwhile } = &mut self.unexamined;
+        if *running || (addresses.is_empty() && !*all && !*others) {
             return;
         }
-        *looking = true;
-        begun_with.clone_from(&self.busy);
+        *running = true;
+        begun_meanwhile.clone_from(&self.busy);
         let (mut addresses, all) = (std::mem::take(addresses), std::mem::take(all));
         let others = std::mem::take(others);
         let recorded: Vec<Sbdf> = if all { self.records.keys().copied().collect() } else { Vec::new() };
@@ -173,41 +173,41 @@ impl Engine {
                 false => addresses,
             };
             let count = addresses.len();
-            let look_at = |address| {
+            let examine = |address| {
                 let function = workshop.find(address).map_err(|error| warn!("{error}")).ok()?;
                 // A failed query, or a function in a transaction, counts as unknown, which has no consequences.
                 let asked = (!busy.contains(&address)).then(|| workshop.owner(address).ok()).flatten();
                 let owner = asked.unwrap_or(Some(Owner::Unknown));
                 let followed = workshop.recognise(address, function.as_ref());
-                Some(Seen { address, function, owner, followed })
+                Some(ExaminedFunction { address, function, owner, followed })
             };
-            let seen: Vec<Seen> = addresses.into_iter().filter_map(look_at).collect();
+            let seen: Vec<ExaminedFunction> = addresses.into_iter().filter_map(examine).collect();
             let compare = all || seen.len() < count;
-            Look { seen, compare }
+            Examination { seen, compare }
         };
-        self.inbox.background("look", work, move |look| {
+        self.inbox.background("look", work, move |examination| {
             // After a failure, everything is compared instead.
-            let look = look.unwrap_or_else(|failure| {
+            let examination = examination.unwrap_or_else(|failure| {
                 error!("look at the host's functions: {failure}");
-                Look { seen: Vec::new(), compare: true }
+                Examination { seen: Vec::new(), compare: true }
             });
-            inbox.send(Event::Seen(look));
+            inbox.send(Event::FunctionsExamined(examination));
         });
     }
 
-    pub(super) fn seen(&mut self, look: Look) {
-        self.stirred.looking = false;
-        if look.compare {
+    pub(super) fn functions_examined(&mut self, examination: Examination) {
+        self.unexamined.running = false;
+        if examination.compare {
             self.syncing.make_due();
         }
-        for seen in look.seen {
+        for seen in examination.seen {
             self.compare(&seen);
             if let Some(followed) = &seen.followed {
                 self.followed(followed);
             }
-            let Seen { address, function, .. } = seen;
+            let ExaminedFunction { address, function, .. } = seen;
             // A function in a transaction is examined after its end; so is one that was in a transaction during the examination.
-            if self.busy.contains(&address) || self.stirred.begun_with.contains(&address) {
+            if self.busy.contains(&address) || self.unexamined.begun_meanwhile.contains(&address) {
                 continue;
             }
             let Some(record) = self.records.get(&address).cloned() else {
@@ -239,7 +239,7 @@ impl Engine {
             "{address}: it was taken from its holding driver and has {driver} now; it belongs to dom0 again"
         );
         // Xen's quarantine domain (dom_io) must not own a function that a driver of dom0 uses.
-        self.start(Course::Backward(Kind::Release, Parting::Dead), record, None, |record| {
+        self.start(Course::Backward(Kind::Release, Withdrawal::GuestEnded), record, None, |record| {
             format!("{}: dom0's again", record.address)
         });
     }
@@ -260,7 +260,7 @@ impl Engine {
                 }
                 self.records.remove(&address);
                 // Another function may have taken its address.
-                self.stirred.one(address);
+                self.unexamined.one(address);
             }
             FunctionState::Quarantined if record.guest.is_none() => {
                 // The distrusted device is gone, and the quarantine does not apply to another device.
@@ -273,7 +273,7 @@ impl Engine {
             _ => {
                 warn!("{address}: it {how} while a guest had it; it is withdrawn");
                 self.set_gone(address);
-                self.start(Course::Backward(Kind::Detach, Parting::Ask), record, None, move |record| {
+                self.start(Course::Backward(Kind::Detach, Withdrawal::Ask), record, None, move |record| {
                     format!("{}: withdrawn from its guest, it {how}", record.address)
                 });
             }

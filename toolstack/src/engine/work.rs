@@ -40,7 +40,7 @@ impl Taking {
 }
 
 /// The result of background work.
-pub enum Worked {
+pub enum WorkDone {
     /// A function was switched off, or could not be. The answer is for the transaction of an HVM guest, which waits for this.
     SwitchedOff(u8, Result<Option<Sbdf>, String>, Option<Answer>),
     /// The functions of a guest whose ring was given up, switched off.
@@ -57,14 +57,14 @@ impl Engine {
         &mut self,
         domain: DomId,
         name: &str,
-        work: impl FnOnce() -> Worked + Send + 'static,
-        failed: impl FnOnce(Failure) -> Worked + Send + 'static,
+        work: impl FnOnce() -> WorkDone + Send + 'static,
+        failed: impl FnOnce(Failure) -> WorkDone + Send + 'static,
     ) {
         let Some(guest) = self.guests.get_mut(&domain) else { return };
         guest.working += 1;
         let inbox = self.inbox.clone();
         self.inbox.background(&format!("{name} {domain}"), work, move |done| {
-            inbox.send(Event::Worked(domain, done.unwrap_or_else(failed)));
+            inbox.send(Event::WorkDone(domain, done.unwrap_or_else(failed)));
         });
     }
 
@@ -91,8 +91,8 @@ impl Engine {
         self.work(
             domain,
             "switch off",
-            move || Worked::SwitchedOff(devfn, taking.finish(), take(&answer)),
-            move |failure| Worked::SwitchedOff(devfn, Err(failure.message), take(&otherwise)),
+            move || WorkDone::SwitchedOff(devfn, taking.finish(), take(&answer)),
+            move |failure| WorkDone::SwitchedOff(devfn, Err(failure.message), take(&otherwise)),
         );
         Ok(())
     }
@@ -107,7 +107,7 @@ impl Engine {
         }
         let work = move || {
             let mut functions = match server.map(|server| server.stop()) {
-                Some(Err(stuck)) => return Worked::GaveUpRing(Err(stuck.to_string())),
+                Some(Err(stuck)) => return WorkDone::GaveUpRing(Err(stuck.to_string())),
                 Some(Ok(functions)) => functions,
                 None => BTreeMap::new(),
             };
@@ -117,9 +117,9 @@ impl Engine {
                     error!("{}: switch off for domain {domain}: {problem}", function.address());
                 }
             }
-            Worked::GaveUpRing(Ok(functions))
+            WorkDone::GaveUpRing(Ok(functions))
         };
-        self.work(domain, "give up the ring of", work, |failure| Worked::GaveUpRing(Err(failure.message)));
+        self.work(domain, "give up the ring of", work, |failure| WorkDone::GaveUpRing(Err(failure.message)));
     }
 
     /// Restores a function after its reset, when no thread serves it.
@@ -134,31 +134,33 @@ impl Engine {
             if let Err(problem) = function.reset_done() {
                 error!("{}: restore its interrupts: {problem}", function.address());
             }
-            Worked::Restored(BTreeMap::from([(devfn, function)]))
+            WorkDone::Restored(BTreeMap::from([(devfn, function)]))
         };
-        self.work(domain, "restore for", work, |_| Worked::Restored(BTreeMap::new()));
+        self.work(domain, "restore for", work, |_| WorkDone::Restored(BTreeMap::new()));
     }
 
     /// Handles the end of background work, and continues with what waited for it.
-    pub(super) fn worked(&mut self, domain: DomId, worked: Worked) {
+    pub(super) fn work_done(&mut self, domain: DomId, work_done: WorkDone) {
         let Some(guest) = self.guests.get_mut(&domain) else { return };
         guest.working = guest.working.saturating_sub(1);
-        match worked {
-            Worked::SwitchedOff(devfn, outcome, answer) => self.switched_off(domain, devfn, outcome, answer),
-            Worked::GaveUpRing(Ok(functions)) => {
-                guest.parked.extend(functions);
-                guest.say(Level::Info, &format!("domain {domain}: its ring is given up"));
+        match work_done {
+            WorkDone::SwitchedOff(devfn, outcome, answer) => {
+                self.switched_off(domain, devfn, outcome, answer)
             }
-            Worked::GaveUpRing(Err(why)) => {
+            WorkDone::GaveUpRing(Ok(functions)) => {
+                guest.parked.extend(functions);
+                guest.log_line(Level::Info, &format!("domain {domain}: its ring is given up"));
+            }
+            WorkDone::GaveUpRing(Err(why)) => {
                 error!("domain {domain}: {why}");
                 self.problems.push(Problem::new(Cause::Guest, format!("domain {domain}: {why}")).of(domain));
                 self.quarantine_all_of(domain, &format!("its ring was given up, but {why}"));
             }
-            Worked::Restored(functions) => guest.parked.extend(functions),
+            WorkDone::Restored(functions) => guest.parked.extend(functions),
         }
         let later = self.guests.get_mut(&domain).map(|guest| std::mem::take(&mut guest.later));
-        for deed in later.unwrap_or_default() {
-            deed(self);
+        for action in later.unwrap_or_default() {
+            action(self);
         }
         self.act(domain, Vec::new());
     }
@@ -183,7 +185,7 @@ impl Engine {
         let outcome = match outcome {
             Ok(switched) => {
                 if let Some(address) = switched {
-                    self.given.withdrawn(address);
+                    self.reachable.withdrawn(address);
                 }
                 // If nothing was switched off, the transaction checks what the guest can still reach.
                 Ok(None)
@@ -212,7 +214,7 @@ impl Engine {
     ) {
         self.answer(domain, devfn, |awaited| match awaited {
             Awaited::Release => Some(outcome),
-            Awaited::Overruled => Some(outcome.map(|_| Some(not_released(domain)))),
+            Awaited::Withdrawing => Some(outcome.map(|_| Some(not_released(domain)))),
             Awaited::Look | Awaited::FirstLook => Some(Err(Failure::new(
                 ErrorCode::Failed,
                 format!("domain {domain} did not take the function in time"),

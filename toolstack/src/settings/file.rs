@@ -21,7 +21,7 @@ const COPY: &str = "settings-in-force";
 /// The largest size of a file, in bytes.
 const SIZE_LIMIT: u64 = 1 << 20;
 /// The largest number of drop-in files, as a protection against wrong directories.
-const FILES: usize = 100;
+const MAX_FILES: usize = 100;
 
 /// Why settings cannot be used.
 #[derive(Debug, Error)]
@@ -35,7 +35,7 @@ pub enum SettingsError {
         source: io::Error,
     },
     /// There are too many files.
-    #[error("{directory}: more than {FILES} files with settings")]
+    #[error("{directory}: more than {MAX_FILES} files with settings")]
     TooMany {
         /// The directory.
         directory: PathBuf,
@@ -89,7 +89,7 @@ fn drop_ins(path: &Path) -> Result<Vec<PathBuf>, SettingsError> {
         if path.extension().is_some_and(|extension| extension == "yaml") {
             paths.push(path);
         }
-        if paths.len() > FILES {
+        if paths.len() > MAX_FILES {
             return Err(SettingsError::TooMany { directory });
         }
     }

@@ -117,11 +117,11 @@ fn assign_in_xen(context: &Context<'_>, domain: DomId, address: Sbdf) -> Result<
     hypervisor.assign(domain, address, RdmPolicy::Relaxed).map_err(|error| {
         Failure::from(error).on(address).of(domain).hint(format!("{objection}; see 'xl dmesg'"))
     })?;
-    let said = format!(
+    let warning = format!(
         "{address}: {objection}; domain {domain} gets it all the same, because 'rdm-policy' is relaxed (see 'xl dmesg')"
     );
-    warn!("{said}");
-    Ok(Some(said))
+    warn!("{warning}");
+    Ok(Some(warning))
 }
 
 /// Xen's objection to the function's reserved memory, if that is why it refused.
@@ -156,25 +156,25 @@ fn refusal(error: PlatformError, domain: DomId, address: Sbdf) -> Failure {
 
 pub(super) fn deassign(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
     let domain = guest_of(record)?;
-    if context.left_the_host(record) && !is_guests(context, record) {
+    if context.left_the_host(record) && !may_be_guest_owned(context, record) {
         return Ok(());
     }
     match context.platform.hypervisor.deassign(domain, record.address) {
         Ok(()) => Ok(()),
         // When a domain ends, Xen assigns its functions to the quarantine domain; a domain without passthrough never owned the function.
-        Err(error) if nobodys(context, &error, record.address) => Ok(()),
+        Err(error) if is_unowned(context, &error, record.address) => Ok(()),
         Err(error) => Err(Failure::from(error).on(record.address).of(domain)),
     }
 }
 
 /// Whether Xen may still have a guest as the owner of a function that left the host: the kernel may not have reported the removal yet.
-fn is_guests(context: &Context<'_>, record: &Record) -> bool {
+fn may_be_guest_owned(context: &Context<'_>, record: &Record) -> bool {
     let hypervisor = &context.platform.hypervisor;
     hypervisor.device_known(record.address).unwrap_or(true)
         && !hypervisor.assignable(record.address).unwrap_or(false)
 }
 
-fn nobodys(context: &Context<'_>, error: &PlatformError, address: Sbdf) -> bool {
+fn is_unowned(context: &Context<'_>, error: &PlatformError, address: Sbdf) -> bool {
     let hypervisor = &context.platform.hypervisor;
     matches!(error.errno(), Some(Errno::EINVAL | Errno::ENODEV | Errno::ESRCH | Errno::EOPNOTSUPP))
         && (hypervisor.assignable(address).unwrap_or(false)

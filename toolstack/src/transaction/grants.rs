@@ -33,7 +33,7 @@ pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<Option
             grants.extend(line.map(|gsi| Grant::Gsi { gsi }));
             None
         }
-        Line::Withheld(said) => Some(said),
+        Line::Withheld(warning) => Some(warning),
     };
     record.without_line = withheld.is_some();
     granted.insert(record.address, (domain, grants.clone()));

@@ -202,7 +202,7 @@ pub(super) fn own(context: &Context<'_>, record: &mut Record) -> Result<(), Fail
             .hint("dom0's kernel failed to report it; see 'xl dmesg'"));
     }
     if !hypervisor.assignable(record.address)? {
-        return Err(a_guests(context.platform, record.address));
+        return Err(guest_owned(context.platform, record.address));
     }
     // With relaxed RDM policy, as xl does: the quarantine domain has no memory that could collide with reserved memory, and runs no code.
     match hypervisor.assign(DomId::IO, record.address, RdmPolicy::Relaxed) {
@@ -226,7 +226,7 @@ fn refusal(error: PlatformError, address: Sbdf) -> Failure {
 }
 
 /// The refusal to take a function that another toolstack has attached to a guest.
-pub fn a_guests(platform: &Platform, address: Sbdf) -> Failure {
+pub fn guest_owned(platform: &Platform, address: Sbdf) -> Failure {
     match nodes::pciback_guest(platform.store.as_ref(), address) {
         Ok(Some(domain)) => {
             Failure::refused(format!("{address} belongs to domain {domain}, through xen-pciback"))
@@ -240,24 +240,24 @@ pub fn a_guests(platform: &Platform, address: Sbdf) -> Failure {
 }
 
 /// Whether a guest has a function that another toolstack attached. If the record of the function was lost, xl's nodes in xenstore decide.
-pub fn is_another_toolstacks(platform: &Platform, record: &Record) -> Result<bool, Failure> {
+pub fn is_owned_by_other_toolstack(platform: &Platform, record: &Record) -> Result<bool, Failure> {
     let address = record.address;
-    if record.guest.is_some() || !is_a_guests(platform, address)? {
+    if record.guest.is_some() || !is_guest_owned(platform, address)? {
         return Ok(false);
     }
     Ok(!record.unknown_past || nodes::pciback_guest(platform.store.as_ref(), address)?.is_some())
 }
 
 /// Whether a guest owns the function in Xen.
-pub(super) fn is_a_guests(platform: &Platform, address: Sbdf) -> Result<bool, Failure> {
+pub(super) fn is_guest_owned(platform: &Platform, address: Sbdf) -> Result<bool, Failure> {
     let hypervisor = &platform.hypervisor;
     Ok(hypervisor.device_known(address)? && !hypervisor.assignable(address)?)
 }
 
 /// Refuses to touch a function that a guest owns in Xen although it should not: another toolstack can attach what xen-pciback holds.
 pub(super) fn refuse_owned(context: &Context<'_>, record: &Record) -> Result<(), Failure> {
-    if !context.left_the_host(record) && is_a_guests(context.platform, record.address)? {
-        return Err(a_guests(context.platform, record.address));
+    if !context.left_the_host(record) && is_guest_owned(context.platform, record.address)? {
+        return Err(guest_owned(context.platform, record.address));
     }
     Ok(())
 }

@@ -28,11 +28,11 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 pub use attach::image_path;
 pub use grants::note_owner;
-pub use hold::{a_guests, choose_holder, holder_of, is_another_toolstacks, refuse_in_use};
+pub use hold::{choose_holder, guest_owned, holder_of, is_owned_by_other_toolstack, refuse_in_use};
 pub use network::{
-    Seen as SeenNetwork, change as change_network, described as describe_network,
-    deviation as network_deviation, look as look_at_network, look_at_all as look_at_networks,
-    place as vf_place, prepare as prepare_networks, reapply as reapply_network,
+    Reported as ReportedNetwork, change as change_network, described as describe_network,
+    deviation as network_deviation, place as vf_place, prepare as prepare_networks,
+    read_all as read_networks, read_one as read_network, reapply as reapply_network,
 };
 pub use path::{
     FunctionPath, Member, before as before_on_path, blast_radius, not_handled, renew as renew_path, value_in,
@@ -52,13 +52,13 @@ use crate::wishes::Wishes;
 
 /// How a function is withdrawn from its guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Parting {
+pub enum Withdrawal {
     /// The guest is asked, and loses the function if it does not release it in time.
     Ask,
     /// The guest is not asked.
     Force,
     /// The guest has ended.
-    Dead,
+    GuestEnded,
 }
 
 /// The operations of transactions that the engine carries out, because it owns the serving threads and handshakes.
@@ -69,7 +69,7 @@ pub trait Serving: Sync {
     fn serve(&self, record: &Record) -> Result<Option<String>, Failure>;
     /// Stops serving a function: switches off bus mastering and interrupts, removes its nodes. The text is a warning that the guest did
     /// not release it in time.
-    fn withdraw(&self, record: &Record, parting: Parting) -> Result<Option<String>, Failure>;
+    fn withdraw(&self, record: &Record, withdrawal: Withdrawal) -> Result<Option<String>, Failure>;
     /// The filter for a function and a guest by the current policies: what the guest sees, and which of its writes reach hardware.
     fn filter(&self, spec: &FunctionSpec, domain: DomId) -> Result<Arc<Planes>, Failure>;
     /// Why the function must end quarantined, if that was decided during the transaction.
@@ -104,7 +104,7 @@ pub struct Context<'a> {
     /// The engine.
     pub serving: &'a dyn Serving,
     /// How the function is withdrawn from its guest when steps are undone.
-    pub parting: Parting,
+    pub withdrawal: Withdrawal,
     /// Whether a function is taken from its driver even while it is in use.
     pub force: bool,
     /// Reports progress to the client.
@@ -142,13 +142,13 @@ impl Context<'_> {
         record.state = kind.state_when_forward();
         record.transaction = None;
         match (self.write(&record), kind.steps().last()) {
-            // The next run would undo what the journal does not have as done: so does this one, which says that it failed.
+            // The next run of the service would undo the steps that the journal does not have as done, so they are undone now.
             (Err(failure), Some(&last)) => self.take_back(kind, last, under_way, failure),
             (written, _) => Finished { record, outcome: written.map(|()| warnings) },
         }
     }
 
-    /// Undoes `step` and all before it, because of a failure on the way forwards.
+    /// Undoes `step` and all steps before it after a failure on the way forward; the outcome has that failure.
     fn take_back(&self, kind: Kind, step: Step, record: Record, failure: Failure) -> Finished {
         let undone = self.backward_from(kind, step, record);
         Finished { outcome: Err(both(failure, undone.outcome.err())), ..undone }
@@ -327,7 +327,7 @@ impl Context<'_> {
             Step::Image => {
                 attach::remove_image(self, record).and_then(|()| rom::remove(self, record)).map(|()| None)
             }
-            Step::Serve => self.serving.withdraw(record, self.parting),
+            Step::Serve => self.serving.withdraw(record, self.withdrawal),
         }
     }
 }

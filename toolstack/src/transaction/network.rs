@@ -20,7 +20,7 @@ use crate::wishes::Wishes;
 
 /// What a PF's driver reports for one VF.
 #[derive(Debug, Clone)]
-pub struct Seen {
+pub struct Reported {
     /// The VF.
     pub vf: VfPlace,
     /// The PF's network interface, if it has one.
@@ -29,7 +29,7 @@ pub struct Seen {
     pub settings: Option<VfSettings>,
 }
 
-impl Seen {
+impl Reported {
     /// The settings, or why none can be set.
     fn settable(&self) -> Result<VfSettings, Failure> {
         let pf = self.vf.physical_function;
@@ -70,12 +70,12 @@ pub fn place(platform: &Platform, address: Sbdf) -> Result<VfPlace, Failure> {
 }
 
 /// Asks a PF's driver for the settings of all its VFs.
-pub fn look_at_all(platform: &Platform, pf: &HostFunction) -> Result<Vec<Seen>, Failure> {
+pub fn read_all(platform: &Platform, pf: &HostFunction) -> Result<Vec<Reported>, Failure> {
     let found = platform
         .network
         .vf_settings(pf.address)
         .map_err(|error| Failure::from(error).on(pf.address).hint("see 'ip link show' in dom0"))?;
-    let seen = pf.virtual_functions.iter().enumerate().map(|(index, address)| Seen {
+    let seen = pf.virtual_functions.iter().enumerate().map(|(index, address)| Reported {
         vf: VfPlace { address: *address, physical_function: pf.address, index: index as u16 },
         interface: found.as_ref().map(|network| network.interface.clone()),
         settings: found.as_ref().and_then(|network| network.vfs.get(&(index as u16)).copied()),
@@ -84,14 +84,14 @@ pub fn look_at_all(platform: &Platform, pf: &HostFunction) -> Result<Vec<Seen>, 
 }
 
 /// Asks the PF's driver for the settings of one VF.
-pub fn look(platform: &Platform, address: Sbdf) -> Result<Seen, Failure> {
+pub fn read_one(platform: &Platform, address: Sbdf) -> Result<Reported, Failure> {
     let vf = place(platform, address)?;
     let found = platform
         .network
         .vf_settings(vf.physical_function)
         .map_err(|error| Failure::from(error).on(address).hint("see 'ip link show' in dom0"))?;
     let settings = found.as_ref().and_then(|network| network.vfs.get(&vf.index).copied());
-    Ok(Seen { vf, interface: found.map(|network| network.interface), settings })
+    Ok(Reported { vf, interface: found.map(|network| network.interface), settings })
 }
 
 /// Sets all wanted settings, or none.
@@ -173,7 +173,7 @@ pub fn change(
     record: &mut Record,
     wishes: VfSettings,
 ) -> Result<Option<Vec<String>>, Failure> {
-    let seen = look(platform, record.address)?;
+    let seen = read_one(platform, record.address)?;
     let present = seen.settable()?;
     let earlier = record.network.clone();
     let old = earlier.clone().unwrap_or_default();
@@ -205,7 +205,7 @@ pub fn change(
 
 /// Settings that the driver accepted but does not report.
 fn unconfirmed(platform: &Platform, address: Sbdf, wishes: &VfSettings) -> Option<String> {
-    match look(platform, address) {
+    match read_one(platform, address) {
         Ok(now) => deviation(wishes, &now.settings.unwrap_or_default()).map(|deviation| {
             format!("the PF's driver took the network settings of {address}, but reports {deviation}")
         }),
@@ -244,7 +244,7 @@ pub fn prepare(
         };
         let settings = found.as_ref().and_then(|network| network.vfs.get(&vf.index).copied());
         let interface = found.as_ref().map(|network| network.interface.clone());
-        put(platform.network.as_ref(), vf, &wanted, &Seen { vf, interface, settings }.settable()?)?;
+        put(platform.network.as_ref(), vf, &wanted, &Reported { vf, interface, settings }.settable()?)?;
     }
     Ok(())
 }
@@ -264,7 +264,7 @@ pub(super) fn apply(context: &Context<'_>, record: &mut Record) -> Result<Option
         return Ok(None);
     }
     (context.progress)(&format!("setting the network of {}", record.address));
-    let seen = look(context.platform, record.address)?;
+    let seen = read_one(context.platform, record.address)?;
     let present = seen.settable()?;
     // Written to the journal first, because only a change with a record can be undone.
     network.before = network.before.or(present.only(&wanted));
@@ -280,7 +280,7 @@ pub fn reapply(platform: &Platform, address: Sbdf, network: Option<&NetworkRecor
     let Some(wanted) = network.map(NetworkRecord::wanted).filter(|wanted| !wanted.is_empty()) else {
         return Ok(());
     };
-    let seen = look(platform, address)?;
+    let seen = read_one(platform, address)?;
     let present = seen.settable()?;
     put(platform.network.as_ref(), seen.vf, &wanted.unlike(&present), &present)
 }
@@ -292,7 +292,7 @@ pub(super) fn verify(context: &Context<'_>, record: &Record) -> Option<String> {
     if context.left_the_host(record) {
         return None;
     }
-    let seen = look(context.platform, record.address).ok()?;
+    let seen = read_one(context.platform, record.address).ok()?;
     let differs = deviation(&network.wanted(), &seen.settings?)?;
     let undone = match reapply(context.platform, record.address, Some(network)) {
         Ok(()) => String::new(),
@@ -312,7 +312,7 @@ pub(super) fn restore(context: &Context<'_>, record: &mut Record) -> Result<Opti
     }
     let Some(network) = &mut record.network else { return Ok(None) };
     let before = network.before;
-    let failures = match look(context.platform, record.address) {
+    let failures = match read_one(context.platform, record.address) {
         Ok(seen) => match seen.settable() {
             Ok(present) => put_back(context.platform.network.as_ref(), seen.vf, &before, &present),
             Err(failure) => vec![failure],

@@ -11,7 +11,7 @@ use crate::outcome::{ErrorCode, Failure};
 
 impl Context<'_> {
     /// Quarantines a function that no guest has.
-    pub fn condemn(&self, mut record: Record) -> Finished {
+    pub fn quarantine(&self, mut record: Record) -> Finished {
         record.state = FunctionState::Quarantined;
         // Whatever the reason, the function is reset before it gets another owner.
         self.fresh.forget(record.address);
@@ -19,8 +19,8 @@ impl Context<'_> {
         let off = switch_off(self, &record);
         let named = match off {
             // This explains more than the error that led to the quarantine.
-            Ok(Off::AnotherGuests) => {
-                let taken = hold::a_guests(self.platform, record.address).message;
+            Ok(Off::OtherToolstack) => {
+                let taken = hold::guest_owned(self.platform, record.address).message;
                 record.quarantine = Some(format!("while xpci held it, {taken}"));
                 self.write(&record)
             }
@@ -45,10 +45,10 @@ impl Context<'_> {
                 let trusted = Record { quarantine: None, unknown_past: false, ..record.clone() };
                 match self.write(&trusted) {
                     Ok(()) => Finished { record: trusted, outcome: Ok(warnings) },
-                    Err(failure) => distrusted_still(record, failure),
+                    Err(failure) => still_quarantined(record, failure),
                 }
             }
-            Err(failure) => distrusted_still(record, failure),
+            Err(failure) => still_quarantined(record, failure),
         }
     }
 
@@ -68,8 +68,8 @@ impl Context<'_> {
     }
 }
 
-/// What the journal does not have as trusted is not.
-fn distrusted_still(mut record: Record, failure: Failure) -> Finished {
+/// The result of a failed clearing: the function stays quarantined.
+fn still_quarantined(mut record: Record, failure: Failure) -> Finished {
     record.state = FunctionState::Quarantined;
     let failure = Failure { code: ErrorCode::Quarantined, ..failure }
         .on(record.address)
@@ -83,9 +83,9 @@ pub(super) enum Off {
     /// It is switched off, or is not in the host.
     Harmless,
     /// A driver of dom0 uses it; it was not changed.
-    Dom0s,
+    UsedByDom0,
     /// A guest uses it through another toolstack; it was not changed.
-    AnotherGuests,
+    OtherToolstack,
 }
 
 /// Switches off bus mastering and all interrupts, and verifies that. A function that answers all ones counts as switched off. If it
@@ -97,12 +97,12 @@ pub(super) fn switch_off(context: &Context<'_>, record: &Record) -> Result<Off, 
     let function = context.platform.host.function(record.address)?;
     if function.driver.is_some() && hold::holder_of(&function).is_none() {
         // What failed was taking the function from its driver, which may serve dom0's own disk.
-        return Ok(Off::Dom0s);
+        return Ok(Off::UsedByDom0);
     }
     let address = record.address;
-    if hold::is_another_toolstacks(context.platform, record)? {
+    if hold::is_owned_by_other_toolstack(context.platform, record)? {
         warn!("{address}: left as it is in hardware: a guest has it through another toolstack");
-        return Ok(Off::AnotherGuests);
+        return Ok(Off::OtherToolstack);
     }
     live::switch_off(context.platform.host.config(address)?.as_ref())
         .map(|_| Off::Harmless)

@@ -50,21 +50,21 @@ fn reset_in_this_way(
     // Before the reset, because Linux saves Command and restores it afterwards.
     let quiet = live::clear_bus_master(host.config(address)?.as_ref());
     quiet.map_err(|error| config_failure("quiesce", address, &error))?;
-    let said = (way == Way::Without).then(|| {
+    let unreset = (way == Way::Without).then(|| {
         format!(
             "{address} changes hands without a reset, as a policy permits: its next owner may find data of the last one in it, and what \
              the last one has loaded into it goes on running"
         )
     });
-    let canary = match &said {
+    let canary = match &unreset {
         None => Canary::set(host.config(address)?.as_ref())
             .map_err(|error| config_failure("mark a register before the reset of", address, &error))?,
         Some(_) => None,
     };
-    let reset = match &said {
+    let reset = match &unreset {
         None => host.reset(address, Duration::from_secs(plan.limit_seconds)),
-        Some(said) => {
-            warn!("{said}");
+        Some(warning) => {
+            warn!("{warning}");
             Ok(())
         }
     };
@@ -79,7 +79,7 @@ fn reset_in_this_way(
     place_bars(config.as_ref(), function)?;
     // INTx stays disabled until a guest handles it. A driver of dom0 enables it itself. Not all hardware implements Interrupt Disable.
     live::set_intx(config.as_ref(), Switch::Off)
-        .map(|_| said)
+        .map(|_| unreset)
         .map_err(|error| config_failure("disable INTx of", address, &error))
 }
 

@@ -15,7 +15,7 @@ use pciback::spec::{CapabilityId, header};
 use pciback::{DomId, Sbdf};
 
 use super::grants::refuse_foreign;
-use super::hold::{a_guests, is_another_toolstacks};
+use super::hold::{guest_owned, is_owned_by_other_toolstack};
 use super::path::{FunctionPath, Member};
 use super::reset::config_failure;
 use super::together::{self, Buses, Fresh};
@@ -68,8 +68,8 @@ pub fn refuse_release(sharing: &Sharing<'_>, record: &Record) -> Result<(), Fail
         Err(error) if error.errno() == Some(Errno::ENOENT) => return Ok(()),
         other => other?,
     };
-    if is_another_toolstacks(sharing.platform, record)? {
-        return Err(a_guests(sharing.platform, address));
+    if is_owned_by_other_toolstack(sharing.platform, record)? {
+        return Err(guest_owned(sharing.platform, address));
     }
     let buses = Buses { platform: sharing.platform, journal: sharing.journal, fresh: sharing.fresh };
     together::refuse_release(&buses, sharing.policies, record)?;

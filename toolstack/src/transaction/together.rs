@@ -16,7 +16,7 @@ use pciback::platform::{Host, HostFunction, Platform};
 use pciback::policy::{PolicySet, Subject};
 use pciback::{DomId, Sbdf};
 
-use super::hold::{holder_of, is_a_guests};
+use super::hold::{holder_of, is_guest_owned};
 use super::reset::{Way, clear_mark, config_failure, place_bars, plan_for, verify_all, way};
 use super::{Context, guest_of};
 use crate::journal::{Journal, Owner, Record};
@@ -170,7 +170,7 @@ impl Buses<'_> {
                 Some(Owner::Domain(_)) if self.fresh.waiting().contains(&name) => {}
                 Some(Owner::Domain(domain)) if *domain != DomId::DOM0 => taken.guests.push((name, *domain)),
                 Some(Owner::Held | Owner::Quarantined) if holder_of(other).is_some() => {
-                    if is_a_guests(self.platform, name)? {
+                    if is_guest_owned(self.platform, name)? {
                         taken.others.push(format!("{name} (a guest's, through another toolstack)"));
                     }
                 }

@@ -18,13 +18,13 @@ use crate::outcome::Failure;
 /// The least time between the end of a poll and the begin of the next one.
 const INTERVAL: Duration = Duration::from_secs(1);
 /// The number of functions polled per interval; with more functions, polls of all of them are rarer.
-const EACH_INTERVAL: usize = 64;
+const PER_INTERVAL: usize = 64;
 /// The longest time that a poll is delayed until events that arrived before it are handled.
-const PATIENCE: Duration = Duration::from_secs(4);
+const MAX_DELAY: Duration = Duration::from_secs(4);
 
 /// The schedule of polls of the counters.
 #[derive(Debug, Default)]
-pub(super) struct Looks {
+pub(super) struct Polls {
     /// The number of polls begun.
     begun: u64,
     running: bool,
@@ -38,7 +38,7 @@ pub(super) struct Looks {
     events_wait: bool,
 }
 
-impl Looks {
+impl Polls {
     /// The number of polls begun.
     pub fn begun(&self) -> u64 {
         self.begun
@@ -65,7 +65,7 @@ impl Looks {
     }
 
     fn is_due(&self, now: Instant) -> bool {
-        self.next().is_some_and(|next| next <= now && (!self.events_wait || next + PATIENCE <= now))
+        self.next().is_some_and(|next| next <= now && (!self.events_wait || next + MAX_DELAY <= now))
     }
 
     fn begin(&mut self, now: Instant) -> bool {
@@ -89,7 +89,7 @@ pub struct Counted {
 
 /// What is known about the ports above guests' functions.
 #[derive(Debug, Default)]
-pub(super) struct PortLooks {
+pub(super) struct PortPolls {
     running: bool,
     /// The offsets of the capabilities of watched functions.
     layouts: BTreeMap<Sbdf, Layout>,
@@ -97,7 +97,7 @@ pub(super) struct PortLooks {
     contained: BTreeSet<Sbdf>,
 }
 
-impl PortLooks {
+impl PortPolls {
     /// The offsets of a function's capabilities, if they are known.
     pub fn layout(&self, address: Sbdf) -> Option<Layout> {
         self.layouts.get(&address).copied()
@@ -123,47 +123,47 @@ fn known(host: &dyn Host, address: Sbdf, layouts: &mut BTreeMap<Sbdf, Layout>) -
 
 impl Engine {
     /// Schedules a poll of all counters as early as allowed.
-    pub(super) fn look_at_errors_soon(&mut self) {
+    pub(super) fn poll_counters_soon(&mut self) {
         if !self.faults.watched.is_empty() {
-            self.faults.looks.all = None;
-            self.faults.looks.soon(Instant::now());
+            self.faults.polls.all = None;
+            self.faults.polls.soon(Instant::now());
         }
     }
 
     /// Schedules a poll of the counters of open accounts as early as allowed.
-    pub(super) fn look_at_open_accounts_soon(&mut self) {
-        self.faults.looks.soon(Instant::now());
+    pub(super) fn poll_open_accounts_soon(&mut self) {
+        self.faults.polls.soon(Instant::now());
     }
 
     /// Schedules the next poll, after one has ended or the set of watched functions has changed.
-    pub(super) fn schedule_looks(&mut self) {
+    pub(super) fn schedule_polls(&mut self) {
         let faults = &mut self.faults;
         faults.accounts.retain(|address, account| faults.watched.contains(address) || account.is_open());
         let now = Instant::now();
         if faults.accounts.values().any(pciback::fault::Account::is_open) {
-            faults.looks.soon(now);
+            faults.polls.soon(now);
         } else if faults.watched.is_empty() {
-            faults.looks.next = None;
+            faults.polls.next = None;
         } else {
-            let all = *faults.looks.all.get_or_insert(now + INTERVAL);
-            faults.looks.next = Some(faults.looks.next.map_or(all, |next| next.min(all)));
+            let all = *faults.polls.all.get_or_insert(now + INTERVAL);
+            faults.polls.next = Some(faults.polls.next.map_or(all, |next| next.min(all)));
         }
     }
 
     /// Starts a poll if one is due.
-    pub(super) fn look_at_errors(&mut self, now: Instant) {
-        if !self.faults.looks.is_due(now) {
+    pub(super) fn poll_counters(&mut self, now: Instant) {
+        if !self.faults.polls.is_due(now) {
             return;
         }
-        let all = self.faults.looks.begin(now);
+        let all = self.faults.polls.begin(now);
         let accounts = self.faults.accounts.iter().filter(|(_, account)| all || account.is_open());
         let addresses: Vec<Sbdf> = accounts.map(|(address, _)| *address).collect();
         if all {
-            let turns = u32::try_from(addresses.len().div_ceil(EACH_INTERVAL)).unwrap_or(u32::MAX).max(1);
-            self.faults.looks.all = Some(now + INTERVAL * turns);
-            self.look_at_ports();
+            let turns = u32::try_from(addresses.len().div_ceil(PER_INTERVAL)).unwrap_or(u32::MAX).max(1);
+            self.faults.polls.all = Some(now + INTERVAL * turns);
+            self.poll_ports();
         }
-        let look = self.faults.looks.begun;
+        let look = self.faults.polls.begun;
         let (workshop, inbox) = (self.workshop(), self.inbox.clone());
         let work = move || {
             let read = |address| {
@@ -181,25 +181,25 @@ impl Engine {
                 error!("look at the error counters: {failure}");
                 Vec::new()
             });
-            inbox.send(Event::LookedAtErrors(Box::new(Counted { look, counters })));
+            inbox.send(Event::CountersPolled(Box::new(Counted { look, counters })));
         });
     }
 
     /// Handles the result of a poll of the counters.
-    pub(super) fn errors_looked_at(&mut self, counted: Counted) {
-        let looks = &mut self.faults.looks;
+    pub(super) fn counters_polled(&mut self, counted: Counted) {
+        let polls = &mut self.faults.polls;
         // A poll that was requested during this one also has to keep the interval.
-        (looks.running, looks.ended, looks.next) = (false, Some(Instant::now()), None);
+        (polls.running, polls.ended, polls.next) = (false, Some(Instant::now()), None);
         for (address, counters) in counted.counters {
             let Some(account) = self.faults.accounts.get_mut(&address) else { continue };
             for due in account.looked(counted.look, counters.as_ref()) {
-                self.deal_with(&due);
+                self.handle_error(&due);
             }
         }
-        self.schedule_looks();
+        self.schedule_polls();
     }
 
-    fn look_at_ports(&mut self) {
+    fn poll_ports(&mut self) {
         if std::mem::replace(&mut self.faults.ports.running, true) {
             return;
         }
@@ -229,12 +229,11 @@ impl Engine {
             }
             PortsSeen { contained, layouts }
         };
-        self.inbox
-            .background("ports", work, move |seen| inbox.send(Event::LookedAtPorts(seen.map(Box::new))));
+        self.inbox.background("ports", work, move |seen| inbox.send(Event::PortsPolled(seen.map(Box::new))));
     }
 
     /// Handles the result of a poll of the ports.
-    pub(super) fn ports_looked_at(&mut self, seen: Result<Box<PortsSeen>, Failure>) {
+    pub(super) fn ports_polled(&mut self, seen: Result<Box<PortsSeen>, Failure>) {
         let ports = &mut self.faults.ports;
         ports.running = false;
         let seen = match seen {

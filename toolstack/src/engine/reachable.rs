@@ -27,9 +27,9 @@ const NO_SERVER: ServerId = ServerId(u16::MAX);
 
 /// Functions that were given to guests and are not proved to be withdrawn.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Given(Arc<Mutex<BTreeSet<Sbdf>>>);
+pub(super) struct Reachable(Arc<Mutex<BTreeSet<Sbdf>>>);
 
-impl Given {
+impl Reachable {
     fn locked(&self) -> MutexGuard<'_, BTreeSet<Sbdf>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -58,18 +58,18 @@ impl Workshop {
     /// The guest may still reach the function; bus mastering and interrupts are switched off where possible.
     pub(super) fn prove_withdrawn(&self, record: &Record, domain: DomId) -> Result<(), Failure> {
         let address = record.address;
-        if !self.given.contains(address) {
+        if !self.reachable.contains(address) {
             return Ok(());
         }
         if self.has_ended(domain) || self.left_the_host(record) && !self.may_map(domain) {
-            self.given.withdrawn(address);
+            self.reachable.withdrawn(address);
             return Ok(());
         }
         let why = match self.open_function(record, domain, true) {
             Ok(opened) => match self.quiesce(opened, record, domain) {
                 Ok(()) => {
                     info!("{address}: switched off for domain {domain} by its image");
-                    self.given.withdrawn(address);
+                    self.reachable.withdrawn(address);
                     return Ok(());
                 }
                 Err(why) => why,

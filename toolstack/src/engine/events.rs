@@ -16,14 +16,14 @@ use crate::reply::Reply;
 use crate::spec::existing;
 
 /// The number of events kept per function.
-const OF_A_FUNCTION: usize = 64;
+const EVENTS_PER_FUNCTION: usize = 64;
 /// The number of functions for which events are kept.
-const FUNCTIONS: usize = 1024;
+const MAX_FUNCTIONS: usize = 1024;
 /// The number of events kept for all functions together.
-const OF_ALL: usize = 256;
+const RECENT_EVENTS: usize = 256;
 
 /// The event log and its followers.
-pub(super) struct News {
+pub(super) struct EventLog {
     audit: AuditLog,
     /// Whether the last write of the audit log failed, which is reported once.
     failed: bool,
@@ -39,7 +39,7 @@ pub(super) struct News {
     vfs: BTreeMap<Sbdf, u16>,
 }
 
-impl News {
+impl EventLog {
     /// Creates the log with the events that earlier runs of the service wrote to the audit log.
     pub fn new(audit: AuditLog) -> Self {
         let mut news = Self {
@@ -59,7 +59,7 @@ impl News {
     }
 
     fn remember(&mut self, event: EventView) {
-        if !self.histories.contains_key(&event.address) && self.histories.len() >= FUNCTIONS {
+        if !self.histories.contains_key(&event.address) && self.histories.len() >= MAX_FUNCTIONS {
             // The function whose last event is the oldest.
             let oldest = self.histories.iter().min_by(|(_, a), (_, b)| {
                 let last = |events: &VecDeque<EventView>| events.back().map(|event| event.at.clone());
@@ -70,15 +70,15 @@ impl News {
             }
         }
         let history = self.histories.entry(event.address).or_default();
-        if history.len() == OF_A_FUNCTION {
+        if history.len() == EVENTS_PER_FUNCTION {
             history.pop_front();
         }
         history.push_back(event);
     }
 
-    fn tell(&mut self, event: EventView) {
+    fn send(&mut self, event: EventView) {
         self.followers.retain(|follower| follower.event(&event));
-        if self.recent.len() == OF_ALL {
+        if self.recent.len() == RECENT_EVENTS {
             self.recent.pop_front();
         }
         self.recent.push_back(event);
@@ -88,25 +88,25 @@ impl News {
 impl Engine {
     /// Records an error, a decision or an outcome.
     pub(super) fn note_event(&mut self, event: EventView) {
-        match self.news.audit.add(&event) {
-            Err(problem) if !self.news.failed => {
-                self.news.failed = true;
+        match self.event_log.audit.add(&event) {
+            Err(problem) if !self.event_log.failed => {
+                self.event_log.failed = true;
                 let text = format!("write the audit log: {problem}");
                 error!("{text}");
                 self.problems.push(Problem::new(Cause::AuditLog, text));
             }
-            Ok(()) if self.news.failed => {
-                self.news.failed = false;
-                self.problems.cure(Cause::AuditLog);
+            Ok(()) if self.event_log.failed => {
+                self.event_log.failed = false;
+                self.problems.resolve(Cause::AuditLog);
             }
             _ => {}
         }
         if let Happening::Error { severity, action, count, .. } = &event.what {
-            let known = self.news.errors.entry((*severity, *action)).or_default();
+            let known = self.event_log.errors.entry((*severity, *action)).or_default();
             *known = known.saturating_add(*count);
         }
-        self.news.remember(event.clone());
-        self.news.tell(event);
+        self.event_log.remember(event.clone());
+        self.event_log.send(event);
     }
 
     /// Records the outcome of an action.
@@ -116,40 +116,40 @@ impl Engine {
     }
 
     /// Sends events for functions whose state has changed since the last call.
-    pub(super) fn tell_states(&mut self) {
+    pub(super) fn send_state_events(&mut self) {
         let mut changed = Vec::new();
         for (address, record) in &self.records {
-            let before = self.news.states.get(address).map_or(FunctionState::Host, |(state, _)| *state);
+            let before = self.event_log.states.get(address).map_or(FunctionState::Host, |(state, _)| *state);
             if before != record.state {
                 let domain = record.guest.map(|place| place.domain);
                 changed.push((*address, domain, before, record.state));
             }
         }
-        for (address, (before, _)) in &self.news.states {
+        for (address, (before, _)) in &self.event_log.states {
             if !self.records.contains_key(address) && *before != FunctionState::Host {
                 changed.push((*address, None, *before, FunctionState::Host));
             }
         }
         for (address, domain, from, to) in changed {
             match to {
-                FunctionState::Host => self.news.states.remove(&address),
-                _ => self.news.states.insert(address, (to, SystemTime::now())),
+                FunctionState::Host => self.event_log.states.remove(&address),
+                _ => self.event_log.states.insert(address, (to, SystemTime::now())),
             };
-            self.news.tell(EventView::now(address, domain, Happening::State { from, to }));
+            self.event_log.send(EventView::now(address, domain, Happening::State { from, to }));
         }
     }
 
     /// Sends an event if the number of a PF's VFs has changed.
-    pub(super) fn tell_vfs(&mut self, address: Sbdf, enabled: u16) {
-        if self.news.vfs.insert(address, enabled).unwrap_or(0) != enabled {
-            self.news.tell(EventView::now(address, None, Happening::Vfs { enabled }));
+    pub(super) fn send_vfs_event(&mut self, address: Sbdf, enabled: u16) {
+        if self.event_log.vfs.insert(address, enabled).unwrap_or(0) != enabled {
+            self.event_log.send(EventView::now(address, None, Happening::Vfs { enabled }));
         }
     }
 
     /// Sends an event for a function whose filter has changed by reloaded policies.
-    pub(super) fn tell_policy(&mut self, address: Sbdf, registers: Vec<String>) {
+    pub(super) fn send_policy_event(&mut self, address: Sbdf, registers: Vec<String>) {
         let domain = self.records.get(&address).and_then(|record| record.guest).map(|place| place.domain);
-        self.news.tell(EventView::now(address, domain, Happening::Policy { registers }));
+        self.event_log.send(EventView::now(address, domain, Happening::Policy { registers }));
     }
 
     /// The number of errors since the service started.
@@ -159,19 +159,19 @@ impl Engine {
             action: *action,
             count: *count,
         };
-        self.news.errors.iter().map(view).collect()
+        self.event_log.errors.iter().map(view).collect()
     }
 
     /// Since when functions are quarantined.
     pub(super) fn quarantined_since(&self) -> BTreeMap<Sbdf, SystemTime> {
         let quarantined =
-            self.news.states.iter().filter(|(_, (state, _))| *state == FunctionState::Quarantined);
+            self.event_log.states.iter().filter(|(_, (state, _))| *state == FunctionState::Quarantined);
         quarantined.map(|(address, (_, since))| (*address, *since)).collect()
     }
 
     /// The error history of a function.
     pub(super) fn error_history(&self, address: Sbdf) -> Result<Success, Failure> {
-        let known = self.news.histories.get(&address);
+        let known = self.event_log.histories.get(&address);
         // A function that has left the host keeps its history.
         if known.is_none() {
             existing(self.platform.host.as_ref(), address)?;
@@ -182,11 +182,11 @@ impl Engine {
     /// Answers with the last events; with `follow`, the client gets new ones as well.
     pub(super) fn events(&mut self, follow: bool, reply: Reply) {
         if follow {
-            if self.news.recent.iter().all(|event| reply.event(event)) {
-                self.news.followers.push(reply);
+            if self.event_log.recent.iter().all(|event| reply.event(event)) {
+                self.event_log.followers.push(reply);
             }
             return;
         }
-        reply.done(Ok(Success::Events { events: self.news.recent.iter().cloned().collect() }));
+        reply.done(Ok(Success::Events { events: self.event_log.recent.iter().cloned().collect() }));
     }
 }

@@ -15,7 +15,7 @@ use crate::target::{Parent, Target};
 impl Engine {
     /// Handles a request of a client. Names that need a scan of the host are resolved on a background thread, which sends the request
     /// again with an address.
-    pub(super) fn asked(&mut self, request: Request<Target>, reply: Reply) {
+    pub(super) fn handle_call(&mut self, request: Request<Target>, reply: Reply) {
         match request.clone().map(|target| target.address().ok_or(target)) {
             Ok(request) => self.handle_request(request, reply),
             Err(Target::Any(Parent::At(pf))) => match self.choose(&request, pf) {
@@ -77,7 +77,7 @@ impl Engine {
     pub(super) fn free_vf(&self, pf: Sbdf, guest: &DomainName, trust: bool) -> Result<Sbdf, Failure> {
         let mut why = None;
         for vf in self.vfs_in(pf, FunctionState::Held)? {
-            match self.keeps_from(vf, guest, trust) {
+            match self.obstacle_for(vf, guest, trust) {
                 None => return Ok(vf),
                 Some(failure) => drop(why.get_or_insert(failure)),
             }
@@ -96,13 +96,13 @@ impl Engine {
 
     /// Why a held function cannot be given to a guest that takes any VF. A reserved function is not free, even for the guest that it is
     /// reserved for.
-    fn keeps_from(&self, vf: Sbdf, guest: &DomainName, trust: bool) -> Option<Failure> {
+    fn obstacle_for(&self, vf: Sbdf, guest: &DomainName, trust: bool) -> Option<Failure> {
         if let Some(kept) = self.reservations.get(vf) {
             return Some(Failure::refused(kept_for(&kept)).on(vf).hint(how_to_forget(&kept)));
         }
         let domain = domains::find(self.platform.store.as_ref(), guest).ok();
         match existing(self.platform.host.as_ref(), vf) {
-            Ok(function) if self.promised_to(&function).is_some() => {
+            Ok(function) if self.assigned_to(&function).is_some() => {
                 Some(Failure::refused(format!("{vf} is kept for a guest by the settings")).on(vf))
             }
             Ok(function) => self.attach_obstacles(&function, domain, trust).into_iter().next(),

@@ -15,7 +15,7 @@ use crate::settings::{Assigned, Settings};
 use crate::target::{Parent, Target};
 
 /// What the settings assign to a guest: functions, and pools of VFs by their PF.
-pub struct Promises {
+pub struct Assignments {
     domain: DomId,
     guest: Uuid,
     name: Option<String>,
@@ -32,7 +32,7 @@ impl Settings {
 
 impl Engine {
     /// Finds, on a thread, the functions that the settings assign to a new domain.
-    pub(super) fn find_promises(&self, domain: DomId, guest: Uuid) {
+    pub(super) fn find_assignments(&self, domain: DomId, guest: Uuid) {
         if self.settings.guests.is_empty() {
             return;
         }
@@ -49,22 +49,22 @@ impl Engine {
                 (one, found)
             };
             let functions = wanted.into_iter().map(find).collect();
-            inbox.send(Event::Promised(Promises { domain, guest, name, functions }));
+            inbox.send(Event::AssignmentsFound(Assignments { domain, guest, name, functions }));
         });
     }
 
     /// Reserves the functions that the settings assign to a guest, and has them attached.
-    pub(super) fn promised(&mut self, promises: Promises) {
-        let Promises { domain, guest, name, functions } = promises;
+    pub(super) fn assignments_found(&mut self, promises: Assignments) {
+        let Assignments { domain, guest, name, functions } = promises;
         let mut kept: Vec<Reservation> = self.reservations.of(guest);
-        let (mut new, mut taken, mut unkept) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut new, mut taken, mut unreserved) = (Vec::new(), Vec::new(), Vec::new());
         // Pools last, so that a VF that is named itself is not also taken from a pool.
         let (pools, certain): (Vec<_>, Vec<_>) =
             functions.into_iter().partition(|(one, _)| matches!(one.target, Target::Any(_)));
         for (one, found) in certain.into_iter().chain(pools) {
-            let found = self.promised_at(&one, guest).map_or(found, |known| known.map(Target::from));
-            let made =
-                found.and_then(|found| self.promise(&found, domain, &kept, &taken)).and_then(|address| {
+            let found = self.assigned_at(&one, guest).map_or(found, |known| known.map(Target::from));
+            let made = found.and_then(|found| self.choose_assigned(&found, domain, &kept, &taken)).and_then(
+                |address| {
                     taken.push(address);
                     let has_it = |known: &&Reservation| {
                         known.address == address && one.slot.is_none_or(|slot| slot == known.devfn >> 3)
@@ -72,13 +72,15 @@ impl Engine {
                     let promised = is_by_address(&one.target).then(|| one.target.clone());
                     match kept.iter().find(has_it) {
                         Some(known) if known.promised == promised || !self.is_there(known) => Ok(None),
-                        Some(known) => Ok(Some(known.clone().promised_as(promised))),
+                        Some(known) => Ok(Some(known.clone().assigned_as(promised))),
                         None => {
-                            let made = self.keep_promise(address, (guest, name.clone()), one.slot, &kept)?;
-                            Ok(Some(made.promised_as(promised)))
+                            let made =
+                                self.reserve_assigned(address, (guest, name.clone()), one.slot, &kept)?;
+                            Ok(Some(made.assigned_as(promised)))
                         }
                     }
-                });
+                },
+            );
             match made {
                 Ok(None) => {}
                 Ok(Some(reservation)) => {
@@ -90,11 +92,11 @@ impl Engine {
                         "{} is missing in domain {domain}, to which the settings give it: {failure}",
                         one.target
                     );
-                    unkept.push(Problem::new(Cause::Persistent, text).of(domain));
+                    unreserved.push(Problem::new(Cause::Persistent, text).of(domain));
                 }
             }
         }
-        self.returning.note_unkept(domain, unkept);
+        self.returning.note_unreserved(domain, unreserved);
         if new.is_empty() {
             return;
         }
@@ -108,22 +110,22 @@ impl Engine {
                     ));
                 }
             }
-            inbox.send(Event::Kept(domain));
+            inbox.send(Event::AssignmentsReserved(domain));
         });
     }
 
-    /// Looks again for functions that are assigned to running guests, because a function has appeared or become free.
-    pub(super) fn try_promises(&self) {
-        for domain in self.returning.without_promises() {
+    /// Searches again for functions that are assigned to running guests, because a function has appeared or become free.
+    pub(super) fn retry_assignments(&self) {
+        for domain in self.returning.with_unreserved() {
             if let Ok(info) = self.platform.hypervisor.domain(domain) {
-                self.find_promises(domain, info.uuid);
+                self.find_assignments(domain, info.uuid);
             }
         }
     }
 
     /// The address of the device that the guest first got for an assignment by address. Another device may have that address now, and it
     /// is not the one that was assigned.
-    fn promised_at(&self, one: &Assigned, guest: Uuid) -> Option<Result<Sbdf, Failure>> {
+    fn assigned_at(&self, one: &Assigned, guest: Uuid) -> Option<Result<Sbdf, Failure>> {
         let is_it =
             |known: &Reservation| known.guest == guest && known.promised.as_ref() == Some(&one.target);
         if !is_by_address(&one.target) {
@@ -147,7 +149,7 @@ impl Engine {
     }
 
     /// The assigned function; for a pool, a VF that the guest has or else a free one.
-    fn promise(
+    fn choose_assigned(
         &self,
         found: &Target,
         domain: DomId,
@@ -169,7 +171,7 @@ impl Engine {
         }
     }
 
-    fn keep_promise(
+    fn reserve_assigned(
         &self,
         address: Sbdf,
         guest: (Uuid, Option<String>),
@@ -179,7 +181,7 @@ impl Engine {
         let host = self.platform.host.as_ref();
         let function = crate::spec::existing(host, address)?;
         self.kept_for_others(address, guest.0)?;
-        if let Some(other) = self.promised_to_others(&function, &guest) {
+        if let Some(other) = self.assigned_to_others(&function, &guest) {
             return Err(other);
         }
         let devfn = super::reserved::free_devfn(address, guest.0, slot, kept)?;
@@ -187,19 +189,19 @@ impl Engine {
     }
 
     /// Refuses a function that the settings assign to another guest.
-    pub(super) fn promised_to_others(
+    pub(super) fn assigned_to_others(
         &self,
         function: &HostFunction,
         (uuid, name): &(Uuid, Option<String>),
     ) -> Option<Failure> {
         let own: Vec<&String> = self.settings.guest(name.as_deref(), *uuid).collect();
-        let other = self.promised_to(function).filter(|guest| !own.contains(guest))?;
+        let other = self.assigned_to(function).filter(|guest| !own.contains(guest))?;
         let refusal = kept_by_settings(function.address, other);
         Some(refusal.hint("change 'guests' in xpcid.yaml, then restart xpcid"))
     }
 
     /// The guest to which the settings assign a function, by its name in the settings.
-    pub(super) fn promised_to(&self, function: &HostFunction) -> Option<&String> {
+    pub(super) fn assigned_to(&self, function: &HostFunction) -> Option<&String> {
         let (host, names) = (self.platform.host.as_ref(), &self.settings.names);
         if self.settings.guests.is_empty() {
             return None;
