@@ -8,6 +8,7 @@ pub mod descriptors;
 pub mod device;
 pub mod doctor;
 pub mod domains;
+mod drop_ins;
 mod durable;
 pub mod engine;
 pub mod former_owners;

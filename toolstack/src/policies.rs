@@ -10,8 +10,8 @@ use pciback::policy::{Diagnostic, FILE_LIMIT, PolicyFile, PolicySet};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::durable;
 use crate::outcome::{ErrorCode, Failure};
+use crate::{drop_ins, durable};
 
 /// The largest number of policy files, as a protection against wrong directories.
 const MAX_FILES: usize = 1000;
@@ -74,11 +74,14 @@ pub struct Source {
 
 /// Reads a file, up to the size limit of policy files.
 pub fn read(path: &Path) -> Result<Source, PolicyError> {
+    read_from(path, File::open(path))
+}
+
+fn read_from(path: &Path, file: io::Result<File>) -> Result<Source, PolicyError> {
     let failed = |source| PolicyError::Read { path: path.to_owned(), source };
     let mut text = String::new();
-    let file = File::open(path).map_err(failed)?;
     // One byte more than allowed, so that the parser reports a file that is too long.
-    file.take(FILE_LIMIT as u64 + 1).read_to_string(&mut text).map_err(failed)?;
+    file.map_err(failed)?.take(FILE_LIMIT as u64 + 1).read_to_string(&mut text).map_err(failed)?;
     Ok(Source { name: path.display().to_string(), text })
 }
 
@@ -94,7 +97,7 @@ fn read_directories(directories: &[PathBuf]) -> Result<Vec<Source>, PolicyError>
         };
         for entry in entries {
             let path = entry.map_err(failed)?.path();
-            if path.extension().is_some_and(|extension| extension == "yaml")
+            if drop_ins::is_read(&path)
                 && let Some(name) = path.file_name()
             {
                 paths.insert(name.to_owned(), path);
@@ -104,7 +107,7 @@ fn read_directories(directories: &[PathBuf]) -> Result<Vec<Source>, PolicyError>
             return Err(PolicyError::TooMany { directory: directory.clone() });
         }
     }
-    paths.values().map(|path| read(path)).collect()
+    paths.values().map(|path| read_from(path, drop_ins::open(path))).collect()
 }
 
 /// Parses files; a mistake in one makes all unusable.
@@ -157,6 +160,23 @@ mod tests {
         let sources = read_directories(&directories).unwrap();
         let texts: Vec<&str> = sources.iter().map(|source| source.text.as_str()).collect();
         assert_eq!(texts, ["profile: passthrough\n", "profile: hidden\n"]);
+    }
+
+    #[test]
+    fn locks_of_editors_are_no_policies_and_pipes_keep_nobody_waiting() {
+        let own = tempfile::tempdir().unwrap();
+        fs::write(own.path().join("a.yaml"), "profile: strict\n").unwrap();
+        // Emacs marks a file that somebody changes by a link to nothing.
+        std::os::unix::fs::symlink("admin@host.1234:1", own.path().join(".#a.yaml")).unwrap();
+        let directories = [own.path().to_owned()];
+        assert_eq!(read_directories(&directories).unwrap().len(), 1);
+        nix::unistd::mkfifo(&own.path().join("b.yaml"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let error = read_directories(&directories).unwrap_err().to_string();
+        assert!(error.ends_with("b.yaml: it is a pipe"), "{error}");
+        fs::remove_file(own.path().join("b.yaml")).unwrap();
+        // How a shipped file is switched off.
+        std::os::unix::fs::symlink("/dev/null", own.path().join("b.yaml")).unwrap();
+        assert_eq!(read_directories(&directories).unwrap()[1].text, "");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use serde::de::IgnoredAny;
 use thiserror::Error;
 
 use super::Settings;
-use crate::durable;
+use crate::{drop_ins, durable};
 
 /// The settings file, unless the command line names another one.
 pub const DEFAULT_PATH: &str = "/etc/xpci/xpcid.yaml";
@@ -62,13 +62,15 @@ pub struct Loaded {
 pub fn load(path: Option<&Path>) -> Result<Loaded, SettingsError> {
     let (path, required) = path.map_or((Path::new(DEFAULT_PATH), false), |path| (path, true));
     let mut sources = Vec::new();
-    match read(path) {
+    match File::open(path).and_then(read_text) {
         Ok(text) => sources.push((path.display().to_string(), text)),
         Err(error) if error.kind() == io::ErrorKind::NotFound && !required => {}
         Err(source) => return Err(SettingsError::Read { path: path.to_owned(), source }),
     }
     for path in drop_ins(path)? {
-        let text = read(&path).map_err(|source| SettingsError::Read { path: path.clone(), source })?;
+        let text = drop_ins::open(&path)
+            .and_then(read_text)
+            .map_err(|source| SettingsError::Read { path: path.clone(), source })?;
         sources.push((path.display().to_string(), text));
     }
     together(sources)
@@ -86,7 +88,7 @@ fn drop_ins(path: &Path) -> Result<Vec<PathBuf>, SettingsError> {
     let mut paths = Vec::new();
     for entry in entries {
         let path = entry.map_err(failed)?.path();
-        if path.extension().is_some_and(|extension| extension == "yaml") {
+        if drop_ins::is_read(&path) {
             paths.push(path);
         }
         if paths.len() > MAX_FILES {
@@ -97,9 +99,9 @@ fn drop_ins(path: &Path) -> Result<Vec<PathBuf>, SettingsError> {
     Ok(paths)
 }
 
-fn read(path: &Path) -> io::Result<String> {
+fn read_text(file: File) -> io::Result<String> {
     let mut text = String::new();
-    File::open(path)?.take(SIZE_LIMIT).read_to_string(&mut text)?;
+    file.take(SIZE_LIMIT).read_to_string(&mut text)?;
     Ok(text)
 }
 
@@ -172,7 +174,7 @@ pub fn keep_copy(state_directory: &Path, sources: &[(String, String)]) -> io::Re
 
 /// The copy of the settings in force; `None` if there is no usable one.
 pub fn read_copy(state_directory: &Path) -> Option<Settings> {
-    let text = read(&state_directory.join(COPY)).ok()?;
+    let text = File::open(state_directory.join(COPY)).and_then(read_text).ok()?;
     let sources: Vec<(String, String)> = serde_json::from_str(&text).ok()?;
     together(sources).ok().map(|loaded| loaded.settings)
 }
@@ -221,6 +223,7 @@ mod tests {
             ("20.yaml", "function-limit: 9\n"),
             ("10.yaml", "function-limit: 8\nholder: pci-stub\n"),
             ("notes.txt", "no settings"),
+            (".20.yaml", "an editor's"),
         ] {
             fs::write(directory.path().join("xpcid.yaml.d").join(name), text).unwrap();
         }
