@@ -26,7 +26,7 @@ use crate::outcome::{ErrorCode, Failure};
 /// The format version of records; others are refused.
 pub const VERSION: u32 = 1;
 /// The largest size of a record, in bytes.
-const SIZE_LIMIT: u64 = 64 * 1024;
+const SIZE_LIMIT: u64 = 2 << 20;
 /// The file name extension of the copy of an unusable record.
 const UNUSABLE: &str = "unusable";
 
@@ -284,6 +284,18 @@ mod tests {
         journal.remove(record.address).unwrap();
         journal.remove(record.address).unwrap();
         assert!(journal.read_all().unwrap().0.is_empty());
+    }
+
+    #[test]
+    fn a_record_with_as_many_registers_as_config_space_has_bytes_is_read_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = Journal::open(directory.path()).unwrap();
+        let mut record = sample();
+        let all = u32::MAX;
+        let register = |offset| Pristine { offset, width: 1, mask: all, value: all, reached: all };
+        record.pristine = Some((0..4096).map(register).collect());
+        journal.write(&record).unwrap();
+        assert_eq!(journal.read_all().unwrap().0, [record]);
     }
 
     #[test]
