@@ -124,10 +124,15 @@ impl Context<'_> {
     /// Runs a list forwards. If a step fails, the steps so far are undone; if that fails too, the function is quarantined.
     pub fn forward(&self, kind: Kind, mut record: Record) -> Finished {
         let mut warnings = Vec::new();
+        let before = record.clone();
         record.state = kind.state_during();
-        for &step in kind.steps() {
-            let done = self.note(&mut record, kind, step, false).and_then(|()| self.run(step, &mut record));
-            match done {
+        for (index, &step) in kind.steps().iter().enumerate() {
+            let noted = self.note(&mut record, kind, step, false);
+            if let (0, Err(failure)) = (index, &noted) {
+                warn!("{}: {kind:?} was not begun: {failure}", before.address);
+                return Finished { record: not_begun(kind, before), outcome: noted.map(|()| warnings) };
+            }
+            match noted.and_then(|()| self.run(step, &mut record)) {
                 Ok(warning) => warnings.extend(warning),
                 Err(failure) => {
                     warn!("{}: {kind:?} failed at {step:?}: {failure}", record.address);
@@ -330,6 +335,11 @@ impl Context<'_> {
             Step::Serve => self.serving.withdraw(record, self.withdrawal),
         }
     }
+}
+
+/// The record of a function that nothing was done with, so that nothing is undone.
+fn not_begun(kind: Kind, before: Record) -> Record {
+    Record { state: kind.state_when_undone(), guest: None, transaction: None, ..before }
 }
 
 /// Combines two failures into one, in their order.

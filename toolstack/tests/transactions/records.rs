@@ -188,3 +188,22 @@ fn what_a_guest_gives_back_of_a_quarantined_function_is_not_called_assignable() 
     assert_eq!(message, format!("{address} is detached from domain {WEB}; it is quarantined"));
     assert_eq!(service.state(address), FunctionState::Quarantined);
 }
+
+#[test]
+fn what_cannot_be_noted_before_it_is_begun_changes_nothing() {
+    let address = bdf("01:00.0");
+    let world = World::without_vfs();
+    let service = world.start();
+    refuse_writes(&world, address);
+    let failure = service.hold(address).unwrap_err();
+    assert_eq!(failure.code, ErrorCode::Failed, "{failure}");
+    world.assert_host(&service, address, Some("igb"), "not held");
+    allow_writes(&world, address);
+    service.hold(address).unwrap();
+    refuse_writes(&world, address);
+    let failure = service.attach(WEB, address).unwrap_err();
+    assert_eq!(failure.code, ErrorCode::Failed, "{failure}");
+    world.assert_held(&service, address, "not attached");
+    allow_writes(&world, address);
+    service.attach(WEB, address).unwrap();
+}
