@@ -48,8 +48,8 @@ fn the_status_names_the_guest_for_which_xl_took_a_held_function(scene: &mut Besi
     make_held(lab, VFS[0])?;
     lab.dom0(&format!("xl pci-attach two {}", VFS[0])).limit(SOON).ok()?;
     ensure!(owner(lab, VFS[0])? == format!("d{two}"), "{}", owner(lab, VFS[0])?);
-    let said = format!("{} belongs to domain {two}, through xen-pciback", VFS[0]);
-    lab.wait_for("the status to say so", SOON, &format!("xpci status | grep -q '{said}'"))
+    let said = format!("{} belongs to 'two' (domain {two}), through xen-pciback", VFS[0]);
+    lab.wait_for("the status to say so", SOON, &format!("xpci status | grep -qF \"{said}\""))
 }
 
 fn what_xls_guest_has_goes_to_nobody_and_stays_its(scene: &mut BesideXl<'_>) -> Result<()> {

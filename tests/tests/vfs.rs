@@ -97,7 +97,7 @@ fn drift_at_the_start_of_the_service_is_repaired_and_said(scene: &mut Vfs<'_>) -
 fn vfs_in_use_are_not_disabled_and_their_user_is_named(scene: &mut Vfs<'_>) -> Result<()> {
     two_vfs_one_attached(scene)?;
     let (exit, said) = xpci_fails(scene.lab, &format!("vf set-count {PF} 0"))?;
-    let user = format!("01:10.0 (attached domain {})", scene.one.domid()?);
+    let user = format!("01:10.0 (attached, 'one' (domain {}))", scene.one.domid()?);
     ensure!(exit == 5 && said.contains(&user), "{exit}: {said}");
     Ok(())
 }

@@ -23,6 +23,7 @@ use nix::sys::stat::{Mode, fchmod};
 use nix::unistd::{Group, geteuid};
 
 use crate::engine::{Event, Inbox};
+use crate::guest_names::GuestNames;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{Call, Envelope, LINE_LIMIT, VERSION};
 use crate::reply::{Line, Reply};
@@ -46,18 +47,18 @@ enum Access {
 }
 
 /// Listens at `path`, for root only, until the process ends.
-pub fn listen(path: &Path, inbox: Inbox) -> io::Result<()> {
+pub fn listen(path: &Path, inbox: Inbox, names: GuestNames) -> io::Result<()> {
     remove_former(path)?;
     let listener = bind_for_owner(path)?;
     thread::Builder::new()
         .name("control".into())
-        .spawn(move || accept(&listener, &inbox, Access::Control))?;
+        .spawn(move || accept(&listener, &inbox, &names, Access::Control))?;
     Ok(())
 }
 
 /// Listens at `path`, for root and the members of a group, and accepts requests that change nothing. Without a group, a socket that an
 /// earlier process left there is removed.
-pub fn listen_for_group(path: &Path, group: Option<&str>, inbox: Inbox) -> io::Result<()> {
+pub fn listen_for_group(path: &Path, group: Option<&str>, inbox: Inbox, names: GuestNames) -> io::Result<()> {
     remove_former(path)?;
     let Some(name) = group else { return Ok(()) };
     let group = Group::from_name(name)?
@@ -69,7 +70,9 @@ pub fn listen_for_group(path: &Path, group: Option<&str>, inbox: Inbox) -> io::R
     if let Some(directory) = path.parent() {
         allow_entry(directory, &group)?;
     }
-    thread::Builder::new().name("status".into()).spawn(move || accept(&listener, &inbox, Access::Status))?;
+    thread::Builder::new()
+        .name("status".into())
+        .spawn(move || accept(&listener, &inbox, &names, Access::Status))?;
     Ok(())
 }
 
@@ -136,7 +139,7 @@ fn no_change(name: &str) -> Failure {
     Failure::refused(text).hint("run xpci as root, for example with sudo")
 }
 
-fn accept(listener: &UnixListener, inbox: &Inbox, access: Access) {
+fn accept(listener: &UnixListener, inbox: &Inbox, names: &GuestNames, access: Access) {
     let clients = Arc::new(AtomicUsize::new(0));
     let mut failing = false;
     for stream in listener.incoming() {
@@ -167,9 +170,9 @@ fn accept(listener: &UnixListener, inbox: &Inbox, access: Access) {
             let _ = send(&stream, &Envelope::done(0, "", Err(failure)));
             continue;
         }
-        let (inbox, clients_left) = (inbox.clone(), Arc::clone(&clients));
+        let (inbox, names, clients_left) = (inbox.clone(), names.clone(), Arc::clone(&clients));
         let spawned = thread::Builder::new().name("client".into()).spawn(move || {
-            if let Err(error) = converse(&stream, &inbox, peer, access) {
+            if let Err(error) = converse(&stream, &inbox, &names, peer, access) {
                 debug!("control connection: {error}");
             }
             clients_left.fetch_sub(1, Ordering::Relaxed);
@@ -181,7 +184,13 @@ fn accept(listener: &UnixListener, inbox: &Inbox, access: Access) {
     }
 }
 
-fn converse(stream: &UnixStream, inbox: &Inbox, peer: UnixCredentials, access: Access) -> io::Result<()> {
+fn converse(
+    stream: &UnixStream,
+    inbox: &Inbox,
+    names: &GuestNames,
+    peer: UnixCredentials,
+    access: Access,
+) -> io::Result<()> {
     stream.set_write_timeout(Some(WRITE_LIMIT))?;
     let mut reader = BufReader::new(stream);
     loop {
@@ -203,7 +212,7 @@ fn converse(stream: &UnixStream, inbox: &Inbox, peer: UnixCredentials, access: A
                     Access::Status if !call.request.changes_nothing() => {
                         send(stream, &Envelope::done(call.id, name, Err(no_change(name))))?;
                     }
-                    Access::Control | Access::Status => answer(stream, inbox, call)?,
+                    Access::Control | Access::Status => answer(stream, inbox, names, call)?,
                 }
             }
             Err((id, failure)) => send(stream, &Envelope::done(id, "", Err(failure)))?,
@@ -229,7 +238,7 @@ fn parse(line: &[u8]) -> Result<Call, (u64, Failure)> {
         .map_err(|error| usage(id, format!("the request is not understood: {error}")))
 }
 
-fn answer(stream: &UnixStream, inbox: &Inbox, call: Call) -> io::Result<()> {
+fn answer(stream: &UnixStream, inbox: &Inbox, names: &GuestNames, call: Call) -> io::Result<()> {
     let name = call.request.name();
     let (reply, lines) = Reply::channel();
     inbox.send(Event::Call { request: call.request, reply });
@@ -244,8 +253,14 @@ fn answer(stream: &UnixStream, inbox: &Inbox, call: Call) -> io::Result<()> {
         match line {
             Line::Event(event) => send(stream, &Envelope::event(call.id, name, *event))?,
             Line::Written(_) => {}
-            Line::Progress(text) => send(stream, &Envelope::progress(call.id, name, text))?,
-            Line::Done(outcome) => return send(stream, &Envelope::done(call.id, name, *outcome)),
+            Line::Progress(mut text) => {
+                names.lookup().name_in(&mut text);
+                send(stream, &Envelope::progress(call.id, name, text))?;
+            }
+            Line::Done(mut outcome) => {
+                names.lookup().name_all(&mut outcome);
+                return send(stream, &Envelope::done(call.id, name, *outcome));
+            }
         }
     }
     let failure = Failure::new(ErrorCode::Failed, "xpcid stopped before it answered");

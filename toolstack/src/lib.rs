@@ -12,6 +12,7 @@ mod drop_ins;
 mod durable;
 pub mod engine;
 pub mod former_owners;
+pub mod guest_names;
 pub mod journal;
 pub mod ledger;
 pub mod names;

@@ -47,6 +47,7 @@ const ORDER: &[Layer] = &[
     ),
     ("doctor", &["outcome", "spec", "protocol", "transaction"]),
     ("reply", &["outcome", "protocol"]),
+    ("guest_names", &["outcome", "domains", "protocol"]),
     (
         "engine",
         &[
@@ -73,9 +74,10 @@ const ORDER: &[Layer] = &[
             "transaction",
             "doctor",
             "reply",
+            "guest_names",
         ],
     ),
-    ("control", &["outcome", "protocol", "reply", "engine"]),
+    ("control", &["outcome", "protocol", "reply", "guest_names", "engine"]),
     ("client", &["outcome", "protocol", "target"]),
     ("cli", &["outcome", "target", "policies", "saved", "protocol", "settings", "client"]),
     ("bin", &[]),

@@ -23,6 +23,7 @@ use toolstack::client;
 use toolstack::control;
 use toolstack::descriptors;
 use toolstack::engine::{Ending, Engine, ReadySuccessor};
+use toolstack::guest_names::GuestNames;
 use toolstack::journal::Journal;
 use toolstack::policies;
 use toolstack::protocol::{Cause as ProblemCause, Request, Success};
@@ -128,6 +129,7 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
             format!("keep a copy of the policies in {}", settings.state_directory.display())
         })?;
     }
+    let names = GuestNames::new(&platform.store);
     let mut engine = Engine::new(platform, settings, policies, journal, boot_id())?;
     engine.set_program(program);
     for (cause, problem) in problems {
@@ -135,8 +137,11 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
     }
     // First of all, because guests may have waited for an answer since the last run of the service ended.
     engine.recover()?;
-    control::listen(&socket, engine.inbox()).with_context(|| format!("listen at {}", socket.display()))?;
-    if let Err(error) = control::listen_for_group(&status_socket, status_group.as_deref(), engine.inbox()) {
+    control::listen(&socket, engine.inbox(), names.clone())
+        .with_context(|| format!("listen at {}", socket.display()))?;
+    if let Err(error) =
+        control::listen_for_group(&status_socket, status_group.as_deref(), engine.inbox(), names)
+    {
         let text = format!(
             "status-group: listen at {} for group '{}': {error}; only root is served",
             status_socket.display(),

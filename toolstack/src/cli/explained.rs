@@ -128,8 +128,11 @@ fn groups(register: &RegisterLine) -> Vec<Group<'_>> {
 pub fn learned(functions: &[LearnedView]) -> String {
     let mut text = String::new();
     for view in functions {
-        let name = view.name.as_deref().unwrap_or("-");
-        let _ = writeln!(text, "{} of domain {} ({name})", view.address, view.domain);
+        let guest = match &view.name {
+            Some(name) => format!("'{name}' (domain {})", view.domain),
+            None => format!("domain {}", view.domain),
+        };
+        let _ = writeln!(text, "{} of {guest}", view.address);
         let registers = &view.learned.registers;
         if registers.is_empty() {
             text.push_str("  no write was blocked\n\n");

@@ -89,7 +89,7 @@ fn listed(words: &[String]) -> String {
 
 /// The owner: a guest, none for a held function, otherwise dom0.
 fn owner(view: &ListedView) -> String {
-    match (view.function.domain, &view.domain_name, view.function.state) {
+    match (view.function.domain, &view.function.domain_name, view.function.state) {
         (Some(_), Some(name), _) => name.clone(),
         (Some(domain), None, _) => format!("domain {domain}"),
         (None, _, FunctionState::Host) => "dom0".to_owned(),
@@ -235,7 +235,7 @@ fn addresses(list: &[Sbdf]) -> String {
 }
 
 fn owned(view: &ListedView, function: &FunctionView) -> String {
-    let number = function.domain.filter(|_| view.domain_name.is_some());
+    let number = function.domain.filter(|_| function.domain_name.is_some());
     let number = number.map(|domain| format!(" (domain {domain})")).unwrap_or_default();
     let seen = function.guest_address.map(|seen| format!(", which sees it at {seen}")).unwrap_or_default();
     format!("{}{number}{seen}", owner(view))

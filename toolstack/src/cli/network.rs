@@ -85,9 +85,10 @@ impl SetArguments {
 
 /// The settings of a VF, as text.
 pub(super) fn vf_network(view: &VfNetworkView) -> String {
-    let state = match view.domain {
-        Some(domain) => format!("{}, domain {domain}", view.state),
-        None => view.state.to_string(),
+    let state = match (view.domain, &view.domain_name) {
+        (Some(domain), Some(name)) => format!("{}, '{name}', domain {domain}", view.state),
+        (Some(domain), None) => format!("{}, domain {domain}", view.state),
+        (None, _) => view.state.to_string(),
     };
     let head = format!("{} ({state}) is VF {} of {}", view.address, view.index, view.physical_function);
     let Some(interface) = &view.interface else {

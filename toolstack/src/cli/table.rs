@@ -154,11 +154,17 @@ fn function_row(function: &FunctionView) -> Vec<String> {
         function.address.to_string(),
         function.id.clone(),
         function.state.to_string(),
-        dash(function.domain.as_ref()),
+        guest(function),
         dash(seen_as.as_ref()),
         dash(function.driver.as_ref()),
         note(function),
     ]
+}
+
+/// The guest's name, or its number where it has none.
+fn guest(function: &FunctionView) -> String {
+    let number = || dash(function.domain.as_ref());
+    function.domain_name.clone().unwrap_or_else(number)
 }
 
 fn note(function: &FunctionView) -> String {
@@ -178,7 +184,7 @@ fn note(function: &FunctionView) -> String {
         .unwrap_or_default()
 }
 
-const FUNCTION_HEAD: [&str; 7] = ["FUNCTION", "ID", "STATE", "DOMAIN", "SEEN AS", "DRIVER", "NOTE"];
+const FUNCTION_HEAD: [&str; 7] = ["FUNCTION", "ID", "STATE", "GUEST", "SEEN AS", "DRIVER", "NOTE"];
 
 fn functions_table(functions: &[FunctionView]) -> String {
     if functions.is_empty() {

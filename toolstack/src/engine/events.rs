@@ -10,6 +10,7 @@ use pciback::{FunctionState, Sbdf};
 use super::Engine;
 use super::problems::Problem;
 use crate::audit::AuditLog;
+use crate::guest_names::GuestNames;
 use crate::outcome::Failure;
 use crate::protocol::{Cause, DeviceErrorsView, EventView, Happening, Success};
 use crate::reply::Reply;
@@ -88,6 +89,7 @@ impl EventLog {
 impl Engine {
     /// Records an error, a decision or an outcome.
     pub(super) fn note_event(&mut self, event: EventView) {
+        let event = self.named(event);
         match self.event_log.audit.add(&event) {
             Err(problem) if !self.event_log.failed => {
                 self.event_log.failed = true;
@@ -107,6 +109,12 @@ impl Engine {
         }
         self.event_log.remember(event.clone());
         self.event_log.send(event);
+    }
+
+    /// Adds the name of the guest now: when the event is shown, another guest may have its number.
+    fn named(&self, mut event: EventView) -> EventView {
+        GuestNames::new(&self.platform.store).lookup().name_event(&mut event);
+        event
     }
 
     /// Records the outcome of an action.
@@ -135,7 +143,8 @@ impl Engine {
                 FunctionState::Host => self.event_log.states.remove(&address),
                 _ => self.event_log.states.insert(address, (to, SystemTime::now())),
             };
-            self.event_log.send(EventView::now(address, domain, Happening::State { from, to }));
+            let event = self.named(EventView::now(address, domain, Happening::State { from, to }));
+            self.event_log.send(event);
         }
     }
 
@@ -149,7 +158,8 @@ impl Engine {
     /// Sends an event for a function whose filter has changed by reloaded policies.
     pub(super) fn send_policy_event(&mut self, address: Sbdf, registers: Vec<String>) {
         let domain = self.records.get(&address).and_then(|record| record.guest).map(|place| place.domain);
-        self.event_log.send(EventView::now(address, domain, Happening::Policy { registers }));
+        let event = self.named(EventView::now(address, domain, Happening::Policy { registers }));
+        self.event_log.send(event);
     }
 
     /// The number of errors since the service started.

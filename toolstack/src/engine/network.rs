@@ -147,6 +147,7 @@ fn view(seen: &ReportedNetwork, record: &Record) -> VfNetworkView {
         interface: seen.interface.clone(),
         state: record.state,
         domain: record.guest.map(|guest| guest.domain),
+        domain_name: None,
         in_force: seen.settings,
         wished: network.wanted(),
         before: network.before,

@@ -98,7 +98,6 @@ impl<'a> Survey<'a> {
         if view.state == FunctionState::Host && holder_of(function).is_some() {
             view.domain = nodes::pciback_guest(self.store, address).ok().flatten();
         }
-        let domain_name = view.domain.and_then(|domain| domains::name(self.store, domain).ok().flatten());
         let siblings = function.physical_function.and_then(|pf| self.functions.get(&pf));
         let siblings = siblings.map(|pf| pf.virtual_functions.as_slice());
         let index = siblings.and_then(|vfs| vfs.iter().position(|vf| *vf == address));
@@ -108,7 +107,6 @@ impl<'a> Survey<'a> {
             names: self.names.get(&address).cloned().unwrap_or_default(),
             class: format!("{:06x}", function.class),
             base_class: base_class(function.class).to_owned(),
-            domain_name,
             total_vfs: is_pf.then_some(function.total_vfs),
             enabled_vfs: is_pf.then_some(function.num_vfs),
             vf_index: index.map(|index| index as u16),

@@ -188,7 +188,7 @@ impl Engine {
     fn describe_user(&self, vf: Sbdf) -> String {
         let record = self.record(vf);
         match record.guest {
-            Some(guest) => format!("{vf} ({} domain {})", record.state, guest.domain),
+            Some(guest) => format!("{vf} ({}, domain {})", record.state, guest.domain),
             None => format!("{vf} ({})", record.state),
         }
     }

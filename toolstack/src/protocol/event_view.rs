@@ -21,6 +21,9 @@ pub struct EventView {
     /// The guest that had it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<DomId>,
+    /// The name of that guest, if it runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain_name: Option<String>,
     /// The event itself.
     #[serde(flatten)]
     pub what: Happening,
@@ -94,7 +97,7 @@ pub struct RegisterValue {
 impl EventView {
     /// An event that happens now.
     pub fn now(address: Sbdf, domain: Option<DomId>, what: Happening) -> Self {
-        Self { at: utc_of(SystemTime::now()), address, domain, what }
+        Self { at: utc_of(SystemTime::now()), address, domain, domain_name: None, what }
     }
 
     /// An error, and the decision about a function because of it.
@@ -123,7 +126,10 @@ impl fmt::Display for EventView {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.at, self.address)?;
         if let Some(domain) = self.domain {
-            write!(f, " (domain {domain})")?;
+            match &self.domain_name {
+                Some(name) => write!(f, " ('{name}', domain {domain})")?,
+                None => write!(f, " (domain {domain})")?,
+            }
         }
         match &self.what {
             Happening::State { from, to } => write!(f, ": {from} -> {to}"),

@@ -40,9 +40,6 @@ pub struct ListedView {
     pub class: String,
     /// The base class in one word.
     pub base_class: String,
-    /// The name of the guest that has it, through xpci or through xl.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub domain_name: Option<String>,
     /// For a PF, the number of VFs that it can have.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub total_vfs: Option<u16>,

@@ -13,6 +13,7 @@ mod path_view;
 mod policy_view;
 mod problem;
 mod request;
+mod texts;
 mod view;
 mod xl_config_view;
 

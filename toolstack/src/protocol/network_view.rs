@@ -23,6 +23,9 @@ pub struct VfNetworkView {
     /// The guest that has it, or gets or loses it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<DomId>,
+    /// The name of that guest, if it runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain_name: Option<String>,
     /// The settings that the PF's driver reports; absent if it reports none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub in_force: Option<VfSettings>,

@@ -30,6 +30,9 @@ pub struct FunctionView {
     /// The guest that has it, or gets or loses it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<DomId>,
+    /// The name of that guest, if it runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain_name: Option<String>,
     /// Its address in the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest_address: Option<Sbdf>,

@@ -17,6 +17,8 @@ mod xl_config;
 
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
+use std::sync::mpsc;
+use std::thread;
 
 use daemon::Daemon;
 use transcript::{host, play, play_alone, play_on};
@@ -230,11 +232,14 @@ fn events_of_vfs_and_policies_are_followed_also_over_a_restart_of_the_service() 
     let mut command = daemon::program(env!("CARGO_BIN_EXE_xpci"));
     command.arg("--socket").arg(daemon.socket()).args(["events", "--follow"]);
     let mut follower = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-    let mut lines = BufReader::new(follower.stdout.take().unwrap()).lines();
-    let mut wait_for = |wanted: &str| loop {
-        let line = lines.next().unwrap().unwrap();
-        if line.contains(wanted) {
-            break;
+    let (sender, lines) = mpsc::channel();
+    let output = BufReader::new(follower.stdout.take().unwrap());
+    thread::spawn(move || output.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+    let wait_for = |wanted: &str| {
+        let mut seen = Vec::new();
+        while !seen.last().is_some_and(|line: &String| line.contains(wanted)) {
+            let line = lines.recv_timeout(daemon::LIMIT);
+            seen.push(line.unwrap_or_else(|error| panic!("wait for '{wanted}': {error}, after {seen:?}")));
         }
     };
     let vf = |daemon: &Daemon, count: &str| {
@@ -247,7 +252,7 @@ fn events_of_vfs_and_policies_are_followed_also_over_a_restart_of_the_service() 
     };
     vf(&daemon, "2");
     wait_for("0000:01:00.0: 2 VFs are enabled");
-    wait_for("0000:01:10.0 (domain 1): attaching -> attached");
+    wait_for("0000:01:10.0 ('web', domain 1): attaching -> attached");
     let policies = daemon.directory.path().join("policies");
     std::fs::create_dir_all(&policies).unwrap();
     std::fs::write(
@@ -257,7 +262,7 @@ fn events_of_vfs_and_policies_are_followed_also_over_a_restart_of_the_service() 
     .unwrap();
     let reloaded = daemon.xpci(&["policy", "reload"]);
     assert!(reloaded.status.success(), "{reloaded:?}");
-    wait_for("0000:01:10.0 (domain 1): other policies are in force");
+    wait_for("0000:01:10.0 ('web', domain 1): other policies are in force");
     let daemon = daemon.start_again();
     assert!(daemon.xpci(&["vf", "set-count", "03:00.0", "3"]).status.success());
     wait_for("0000:03:00.0: 3 VFs are enabled");
@@ -422,7 +427,7 @@ fn a_guest_that_xl_cannot_save_has_its_functions_again() {
     assert!(said.contains("failed (exit status: 3)") && said.contains("has its functions again"), "{said}");
     assert!(!beside.exists(), "what belongs to no checkpoint is left");
     let status = text(&daemon.xpci(&["status", "--check"]).stdout);
-    assert!(status.contains("attached  1       0000:00:03.0"), "{status}");
+    assert!(status.contains("attached  web    0000:00:03.0"), "{status}");
     let log = std::fs::read_to_string(daemon.directory.path().join("xl.log")).unwrap();
     assert_eq!(log, format!("save 1 {file}\n"));
 }
@@ -443,7 +448,7 @@ fn a_guest_that_was_saved_and_runs_on_has_its_functions_again() {
     assert!(beside.exists() && std::path::Path::new(&file).exists());
     let status = daemon.xpci(&["status", "--check"]);
     assert!(status.status.success(), "{}", text(&status.stdout));
-    assert!(text(&status.stdout).contains("attached  1       0000:00:03.0"), "{}", text(&status.stdout));
+    assert!(text(&status.stdout).contains("attached  web    0000:00:03.0"), "{}", text(&status.stdout));
 }
 
 #[test]

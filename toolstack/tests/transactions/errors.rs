@@ -355,7 +355,7 @@ fn each_action_of_a_policy_does_what_it_says() {
     world.assert_held(&service, bdf(VF), "unplugged");
 
     let (world, _frontend, service) = of("pause-guest");
-    assert_eq!(outcome(&service, bdf(VF)), (true, "domain 1 is paused".to_owned()));
+    assert_eq!(outcome(&service, bdf(VF)), (true, "'web' (domain 1) is paused".to_owned()));
     assert_eq!((world.simulation.is_paused(WEB), world.simulation.is_paused(DB)), (Some(true), Some(false)));
     assert_eq!(service.state(bdf(VF)), FunctionState::Attached);
 

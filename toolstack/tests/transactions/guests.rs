@@ -309,7 +309,10 @@ fn a_slow_guest_that_still_reads_registers_is_waited_for_but_not_without_end() {
         }
         attach.join().unwrap()
     });
-    assert_eq!(outcome.unwrap_err().message, format!("domain {WEB} did not take the function in time"));
+    assert_eq!(
+        outcome.unwrap_err().message,
+        format!("'web' (domain {WEB}) did not take the function in time")
+    );
     assert!(begun.elapsed() > 4 * limit, "it was given up after {:?}", begun.elapsed());
 }
 

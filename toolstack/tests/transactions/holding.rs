@@ -119,7 +119,7 @@ fn a_function_that_a_guest_has_through_xl_stays_its_whatever_the_force() {
     service.wait_for_state(bdf("01:10.2"), FunctionState::Held);
     refused(
         seize(&service, vf),
-        &["belongs to domain 2, through xen-pciback", "xl pci-detach 2 0000:01:10.0"],
+        &["belongs to 'db' (domain 2), through xen-pciback", "xl pci-detach 2 0000:01:10.0"],
     );
     assert_eq!(driver(&world, VF).0, named("pciback"));
     assert_eq!(world.simulation.owner(vf), Some(Owner::Guest(DB)));
@@ -285,7 +285,7 @@ fn a_privileged_domain_gets_what_it_asks_for_with_a_warning() {
     };
     attach(None);
     store.write("/local/domain/1/target", b"2").unwrap();
-    attach(Some("domain 1 is privileged: it is the device model of domain 2"));
+    attach(Some("'web' (domain 1) is privileged: it is the device model of 'db' (domain 2)"));
     store.remove("/local/domain/1/target").unwrap();
     store.write("/local/domain/1/backend/vif/2/0/state", b"4").unwrap();
     attach(Some("it is a driver domain, its vif devices are other guests'"));

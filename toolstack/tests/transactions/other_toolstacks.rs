@@ -81,7 +81,7 @@ fn the_status_says_at_once_that_xl_has_taken_a_held_function_and_its_guest_keeps
     Xl(&world).attach(DB, vf);
     world.simulation.poke(vf, COMMAND, &[BUS_MASTER]);
     let untried = watch_hardware(&world, vf);
-    let taken = "0000:01:10.0 belongs to domain 2, through xen-pciback";
+    let taken = "0000:01:10.0 belongs to 'db' (domain 2), through xen-pciback";
     wait_until("the status says so", || service.problems().iter().any(|problem| problem.contains(taken)));
     service.wait_for_state(vf, FunctionState::Quarantined);
     refused(service.attach(WEB, vf), "quarantined");

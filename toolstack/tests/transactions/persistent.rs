@@ -242,7 +242,7 @@ fn why_a_function_is_missing_is_shown_and_tried_again_when_that_may_have_changed
     wait_until("it is forgotten", || service.view(nic).is_none());
     world.simulation.plug(r#"{address: "02:00.0", model: virtio-net, irq: 11}"#).unwrap();
     world.simulation.create_guest(AGAIN, "web", "pv", web_uuid()).unwrap();
-    wait_until("it is reported", || problem(&service).contains("02:00.0 is missing in domain 11"));
+    wait_until("it is reported", || problem(&service).contains("02:00.0 is missing in 'web' (domain 11)"));
     assert!(problem(&service).contains("not assignable"), "{}", problem(&service));
     // The first one is to the quarantine domain.
     world.fail("assign", Some(nic), Errno::ENOMEM, 1);
@@ -456,7 +456,7 @@ fn an_hvm_guest_whose_service_is_killed_anywhere_gets_its_function_and_runs() {
     };
     rebooted_and_killed(win, reboot, done, |world, service, why| {
         let pauses = world.simulation.pauses(AGAIN).unwrap();
-        let told = problem(service).contains("killed while it paused domain 11 or let it run");
+        let told = problem(service).contains("killed while it paused 'win' (domain 11) or let it run");
         assert!(pauses == 1 || (told && pauses == 2), "{why}: {pauses} pauses");
     });
 }

@@ -284,7 +284,7 @@ fn a_device_whose_rom_cannot_be_read_is_refused_with_what_to_do_instead() {
         service.hold(function).unwrap();
         let failure = attach_at(&service, function, SLOT).unwrap_err();
         assert!(failure.code == ErrorCode::Refused && failure.message.contains(expected), "{failure}");
-        let asked = "give 0000:0X:00.0 with an expansion ROM to domain 7, as 'rom: device' of more.yaml says: the ROM of 0000:0X:00.0: ";
+        let asked = "give 0000:0X:00.0 with an expansion ROM to 'win' (domain 7), as 'rom: device' of more.yaml says: the ROM of 0000:0X:00.0: ";
         let asked = asked.replace('X', &function.bus().to_string());
         assert!(failure.message.starts_with(&asked), "{failure}");
         assert!(failure.hint.unwrap().contains("'rom: FILE'"));

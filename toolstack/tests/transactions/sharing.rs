@@ -80,10 +80,10 @@ fn refused_between_owners(pair: [&str; 2], words: &str, permission: &str) {
     assert_eq!(obstacles(&service, one), "[]", "a function that is held is nobody's");
     service.attach(WEB, one).unwrap();
     let refused = refusal(service.attach(DB, two));
-    assert!(refused.contains(words) && refused.contains(&format!("{one} (domain 1's)")), "{refused}");
+    assert!(refused.contains(words) && refused.contains(&format!("{one} ('web', domain 1)")), "{refused}");
     assert_eq!(world.simulation.owner(two), Some(Owner::Quarantine));
     let refused = refusal(service.release(two));
-    assert!(refused.contains(words) && refused.contains(&format!("{one} (domain 1's)")), "{refused}");
+    assert!(refused.contains(words) && refused.contains(&format!("{one} ('web', domain 1)")), "{refused}");
     assert_eq!(service.state(two), FunctionState::Held);
     service.attach(WEB, two).unwrap();
     assert_eq!(world.simulation.owner(two), Some(Owner::Guest(WEB)));
@@ -184,10 +184,10 @@ fn a_function_without_messages_is_refused_where_its_line_is_shared() {
     service.attach(WEB, old).unwrap();
     assert!(world.simulation.grants(WEB).lines.contains(&LINE), "nobody else uses it now");
     let warned = warnings(service.attach(DB, bdf(ON_LINE[0])));
-    assert!(warned.contains("0000:00:07.0 (domain 1's)"), "{warned}");
+    assert!(warned.contains("0000:00:07.0 ('web', domain 1)"), "{warned}");
     assert!(world.simulation.grants(DB).lines.is_empty());
     let refused = refusal(service.release(bdf(ON_LINE[1])));
-    assert!(refused.contains("0000:00:07.0 (domain 1's)"), "{refused}");
+    assert!(refused.contains("0000:00:07.0 ('web', domain 1)"), "{refused}");
 }
 
 #[test]

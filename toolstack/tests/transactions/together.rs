@@ -109,9 +109,9 @@ fn the_last_function_that_comes_back_has_all_on_the_bus_reset() {
     assert!(said.contains("0000:01:00.0 is not reset yet") && said.contains("0000:01:00.1"), "{said}");
     assert!(has_trace(&world, gpu));
     let refused = refusal(service.attach(WEB, gpu));
-    assert!(refused.contains("would hit 0000:01:00.1 (domain 1's) (detach those first"), "{refused}");
+    assert!(refused.contains("would hit 0000:01:00.1 ('web', domain 1) (detach those first"), "{refused}");
     let refused = refusal(service.release(gpu));
-    assert!(refused.contains("would hit 0000:01:00.1 (domain 1's)"), "{refused}");
+    assert!(refused.contains("would hit 0000:01:00.1 ('web', domain 1)"), "{refused}");
 
     let said = warnings(service.detach(WEB, audio));
     assert!(!said.contains("not reset"), "{said}");
@@ -190,7 +190,7 @@ fn a_bus_that_dom0_uses_too_is_not_reset_and_holding_says_so_at_once() {
     service.attach(WEB, gpu).unwrap();
     // The guest's function could not be reset any more.
     let refused = refusal(service.release(audio));
-    assert!(refused.contains("would hit 0000:01:00.0 (domain 1's)"), "{refused}");
+    assert!(refused.contains("would hit 0000:01:00.0 ('web', domain 1)"), "{refused}");
     assert_eq!(service.state(audio), FunctionState::Held);
 }
 
@@ -204,7 +204,7 @@ fn functions_of_one_bus_do_not_go_to_different_guests() {
     }
     service.attach(WEB, gpu).unwrap();
     let refused = refusal(service.attach(DB, audio));
-    assert!(refused.contains("would hit 0000:01:00.0 (domain 1's)"), "{refused}");
+    assert!(refused.contains("would hit 0000:01:00.0 ('web', domain 1)"), "{refused}");
 }
 
 #[test]

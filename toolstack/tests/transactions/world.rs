@@ -20,6 +20,7 @@ use pciback::serve::pv::nodes;
 use pciback::{DomId, FunctionState, Sbdf};
 use tempfile::TempDir;
 use toolstack::engine::{Containment, Engine, Event, Inbox};
+use toolstack::guest_names::GuestNames;
 use toolstack::journal::{Journal, Record};
 use toolstack::outcome::Failure;
 use toolstack::protocol::{
@@ -180,10 +181,11 @@ impl World {
         let permit = PolicyFile::parse("permit.yaml", permit).unwrap();
         let more = more.iter().map(|text| PolicyFile::parse("more.yaml", text).unwrap());
         let policies = PolicySet::new(more.chain([permit]).collect());
+        let names = GuestNames::new(&platform.store);
         let mut engine = Engine::new(platform, settings, policies, journal, "this boot".into()).unwrap();
         engine.recover().unwrap();
         let inbox = engine.inbox();
-        control::listen(&socket, inbox.clone()).unwrap();
+        control::listen(&socket, inbox.clone(), names).unwrap();
         let stop = Arc::new(EventFd::new().unwrap());
         let stopped = Arc::clone(&stop);
         let thread = thread::spawn(move || drop(engine.run(stopped.as_fd()).unwrap()));

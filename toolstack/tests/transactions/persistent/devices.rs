@@ -97,7 +97,9 @@ fn a_device_that_moves_while_its_guest_waits_for_it_is_given_at_its_new_address(
     wait_until("it is forgotten", || service.view(old).is_none());
     world.simulation.create_guest(AGAIN, "web", "pv", web_uuid()).unwrap();
     let _frontend = Frontend::load(&world, AGAIN);
-    wait_until("it is missing", || problem(&service).contains("0000:04:00.0 is missing in domain 11"));
+    wait_until("it is missing", || {
+        problem(&service).contains("0000:04:00.0 is missing in 'web' (domain 11)")
+    });
     plug(&world, new, "card");
     service.hold(new).unwrap();
     wait_until("its guest has it", || is_attached(&service, new, AGAIN));
@@ -118,7 +120,9 @@ fn what_the_settings_give_by_address_is_the_device_that_was_there_at_first() {
     service.hold(old).unwrap();
     world.simulation.create_guest(AGAIN, "web", "pv", web_uuid()).unwrap();
     let _frontend = Frontend::load(&world, AGAIN);
-    wait_until("it is missing", || problem(&service).contains("0000:06:00.0 is missing in domain 11"));
+    wait_until("it is missing", || {
+        problem(&service).contains("0000:06:00.0 is missing in 'web' (domain 11)")
+    });
     service.hold(new).unwrap();
     wait_until("its guest has it", || is_attached(&service, new, AGAIN));
     assert_eq!((service.state(old), problem(&service)), (FunctionState::Held, String::new()));

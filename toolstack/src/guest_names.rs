@@ -1,0 +1,146 @@
+//! The names of guests in what people read: `'web' (domain 5)` where the service says `domain 5`.
+//!
+//! Most of the service, and every error of Xen and the kernel, has guests by number. Names are put in where an answer leaves the
+//! service, so that no text is without them, and into events when they happen.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::sync::{Arc, Weak};
+
+use pciback::DomId;
+use pciback::platform::Store;
+
+use crate::domains;
+use crate::outcome::Failure;
+use crate::protocol::{EventView, Success};
+
+const DOMAIN: &str = "domain ";
+
+/// Where names are found, as long as the service has its connection to xenstore.
+#[derive(Clone)]
+pub struct GuestNames(Weak<dyn Store>);
+
+impl GuestNames {
+    /// Those that this xenstore has.
+    pub fn new(store: &Arc<dyn Store>) -> Self {
+        Self(Arc::downgrade(store))
+    }
+
+    /// What is found for one answer.
+    pub(crate) fn lookup(&self) -> Lookup<'_> {
+        Lookup { names: self, found: HashMap::new() }
+    }
+}
+
+/// What was found while one answer is written: each guest is looked up once.
+pub(crate) struct Lookup<'a> {
+    names: &'a GuestNames,
+    found: HashMap<DomId, Option<String>>,
+}
+
+/// What a domain is called.
+struct Called {
+    name: String,
+    /// Where the name does not say it all.
+    number: Option<DomId>,
+}
+
+impl Lookup<'_> {
+    /// Names the guests of an outcome.
+    pub fn name_all(&mut self, outcome: &mut Result<Success, Failure>) {
+        let texts = match outcome {
+            Ok(success) => {
+                for (domain, name) in success.guests_mut() {
+                    *name = domain.and_then(|domain| self.name(domain));
+                }
+                success.texts_mut()
+            }
+            Err(failure) => failure.texts_mut(),
+        };
+        for text in texts {
+            self.name_in(text);
+        }
+    }
+
+    /// Names the guest of an event.
+    pub fn name_event(&mut self, event: &mut EventView) {
+        event.domain_name = event.domain.and_then(|domain| self.name(domain));
+        event.texts_mut().into_iter().for_each(|text| self.name_in(text));
+    }
+
+    /// Names the guests in a text. A number in parentheses belongs to a name already; `(domain 5's)` is a function's owner.
+    pub fn name_in(&mut self, text: &mut String) {
+        let mut named = String::with_capacity(text.len());
+        let mut rest = text.as_str();
+        while let Some(at) = rest.find(DOMAIN) {
+            let (before, after) = rest.split_at(at);
+            named.push_str(before);
+            let digits = after[DOMAIN.len()..].bytes().take_while(u8::is_ascii_digit).count();
+            let end = DOMAIN.len() + digits;
+            let is_word = !named.ends_with(char::is_alphanumeric)
+                && !after[end..].starts_with(|next: char| next.is_alphanumeric());
+            let domain = after[DOMAIN.len()..end].parse().ok().filter(|_| is_word).map(DomId);
+            let owned = after[end..].strip_prefix("'s)");
+            rest = &after[end..];
+            match (domain.and_then(|domain| self.called(domain)), named.ends_with('('), owned) {
+                (Some(Called { name, number }), false, _) => {
+                    named.push_str(&name);
+                    named.push_str(&number.map(|number| format!(" (domain {number})")).unwrap_or_default());
+                }
+                (Some(Called { name, number: Some(number) }), true, Some(left)) => {
+                    let _ = write!(named, "{name}, domain {number})");
+                    rest = left;
+                }
+                _ => named.push_str(&after[..end]),
+            }
+        }
+        named.push_str(rest);
+        *text = named;
+    }
+
+    fn called(&mut self, domain: DomId) -> Option<Called> {
+        if domain == DomId::IO {
+            return Some(Called { name: "Xen's quarantine domain".to_owned(), number: None });
+        }
+        let name = self.name(domain).filter(|_| domain != DomId::DOM0)?;
+        Some(Called { name: format!("'{name}'"), number: Some(domain) })
+    }
+
+    /// The guest may have ended: then its number is all that is known of it.
+    fn name(&mut self, domain: DomId) -> Option<String> {
+        let store = &self.names.0;
+        let look = || domains::name(store.upgrade()?.as_ref(), domain).ok().flatten();
+        self.found.entry(domain).or_insert_with(look).clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pciback::platform::sim::Simulation;
+
+    use super::*;
+
+    #[test]
+    fn guests_that_run_are_named_once_and_the_rest_stays() {
+        let host = "{drivers: [], functions: [], domains: [{id: 1, name: web}, {id: 12, name: db}]}";
+        let platform = Simulation::from_yaml(host).unwrap().platform("test").unwrap();
+        let names = GuestNames::new(&platform.store);
+        for (text, expected) in [
+            ("domain 1 has it", "'web' (domain 1) has it"),
+            ("wait for domain 12", "wait for 'db' (domain 12)"),
+            ("domain 1, domain 12: gone", "'web' (domain 1), 'db' (domain 12): gone"),
+            ("'web' (domain 1) has it", "'web' (domain 1) has it"),
+            ("01:00.1 (domain 1's), 01:00.2 (domain 7's)", "01:00.1 ('web', domain 1), 01:00.2 (domain 7's)"),
+            ("domain 7 is gone", "domain 7 is gone"),
+            ("domain 0 is the host", "domain 0 is the host"),
+            ("to domain 32753: EPERM", "to Xen's quarantine domain: EPERM"),
+            ("subdomain 1, domain 1x, domain  1, domain", "subdomain 1, domain 1x, domain  1, domain"),
+            ("domain 99999", "domain 99999"),
+            ("", ""),
+        ] {
+            let mut named = text.to_owned();
+            names.lookup().name_in(&mut named);
+            assert_eq!(named, expected);
+        }
+    }
+}
