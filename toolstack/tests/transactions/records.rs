@@ -185,7 +185,7 @@ fn what_a_guest_gives_back_of_a_quarantined_function_is_not_called_assignable() 
     service.detach(WEB, address).unwrap_err();
     assert_eq!(service.state(address), FunctionState::Quarantined);
     let Ok(Success::Changed { message, .. }) = service.detach(WEB, address) else { panic!("not detached") };
-    assert_eq!(message, format!("{address} is detached from domain {WEB}; it is quarantined"));
+    assert_eq!(message, format!("{address} is detached from 'web' (domain {WEB}); it is quarantined"));
     assert_eq!(service.state(address), FunctionState::Quarantined);
 }
 
