@@ -3,19 +3,19 @@
 //! After all of them are checked, each is attached by a request of its own. If one fails, those before it are detached in reverse order.
 //! A note in the run directory lists the functions meanwhile, so that the next run of a killed service can detach them.
 
-use log::{info, warn};
-use pciback::{DomId, FunctionState, Sbdf};
+use log::{error, info, warn};
+use pciback::{DomId, FunctionState, Sbdf, Uuid};
 use serde::{Deserialize, Serialize};
 
 use super::Engine;
 use super::asking::Asking;
 use super::notes::Notes;
+use super::problems::Problem;
 use super::tasks::Course;
 use crate::domains;
 use crate::outcome::{ErrorCode, Failure};
-use crate::protocol::{DomainName, Placed, Request, Scope, Success};
+use crate::protocol::{Cause, DomainName, Placed, Request, Scope, Success};
 use crate::reply::Reply;
-use crate::reservations::Change;
 use crate::settings::Settings;
 use crate::transaction::{Kind, Withdrawal};
 
@@ -28,16 +28,22 @@ const MAX_FUNCTIONS: usize = 32;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Note {
+    /// The domain's guest; earlier versions did not note it.
+    #[serde(default)]
+    guest: Option<Uuid>,
     functions: Vec<Noted>,
 }
 
-/// A function that the domain did not have before.
+/// A function of the request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Noted {
     address: Sbdf,
     /// Whether the guest had it persistently before.
     reserved: bool,
+    /// Whether it was attached before; earlier versions noted only the other functions.
+    #[serde(default)]
+    attached: bool,
 }
 
 /// The functions to attach, and the options.
@@ -234,34 +240,58 @@ impl Engine {
             let text = format!("domain {domain} gets several functions by another command right now");
             return Err(Failure::refused(text).of(domain).hint("try again"));
         }
-        let functions = wanted.functions.iter().map(|function| function.address);
-        let missing = functions.filter(|address| self.state(*address) != FunctionState::Attached);
-        let noted = |address| Noted { address, reserved: self.reservations.get(address).is_some() };
-        notes.write(domain, &Note { functions: missing.map(noted).collect() })
+        let noted = |function: &Placed| Noted {
+            address: function.address,
+            reserved: self.reservations.get(function.address).is_some(),
+            attached: self.state(function.address) == FunctionState::Attached,
+        };
+        let guest = self.platform.hypervisor.domain(domain)?.uuid;
+        notes.write(
+            domain,
+            &Note { guest: Some(guest), functions: wanted.functions.iter().map(noted).collect() },
+        )
     }
 
-    /// Detaches the functions that a killed earlier run had attached by an unfinished request.
+    /// Undoes what a killed earlier run had done for an unfinished request. A function whose attachment was under way is held again by its
+    /// own transaction; no reservation may bring it back.
     pub(super) fn undo_several(&mut self) {
         let notes = notes(&self.settings);
         for domain in notes.domains() {
-            let functions = notes.read::<Note>(domain).map_or_else(Vec::new, |note| note.functions);
-            for Noted { address, reserved } in functions.into_iter().rev() {
+            let Some(Note { guest, functions }) = notes.read::<Note>(domain) else {
+                notes.remove(domain);
+                continue;
+            };
+            for Noted { address, reserved, attached } in functions.into_iter().rev() {
+                if !reserved {
+                    self.forget_unfinished(address, guest);
+                }
                 let record = self.record(address);
                 let is_theirs = record.guest.is_some_and(|guest| guest.domain == domain);
-                if self.busy.contains(&address) || record.state != FunctionState::Attached || !is_theirs {
+                let is_busy = self.busy.contains(&address);
+                if attached || is_busy || record.state != FunctionState::Attached || !is_theirs {
                     continue;
                 }
                 info!(
                     "{address}: the previous xpcid ended before all functions of domain {domain} were attached; undoing that"
                 );
-                let change = (!reserved && self.reservations.get(address).is_some())
-                    .then_some(Change::Forget(address));
-                let course = Course::Backward(Kind::Detach, Withdrawal::Ask);
-                self.start_with(course, record, change, None, |record| {
+                self.start(Course::Backward(Kind::Detach, Withdrawal::Ask), record, None, |record| {
                     format!("{}: it is {} again", record.address, record.state)
                 });
             }
             notes.remove(domain);
+        }
+    }
+
+    /// Removes the reservation that an unfinished request made for a guest.
+    fn forget_unfinished(&mut self, address: Sbdf, guest: Option<Uuid>) {
+        let Some(reservation) = self.reservations.get(address) else { return };
+        if guest.is_some_and(|guest| guest != reservation.guest) {
+            return;
+        }
+        info!("{address}: forgetting that {} has it persistently", reservation.who());
+        if let Err(failure) = self.reservations.forget(address) {
+            error!("{address}: {failure}");
+            self.problems.push(Problem::failed(Cause::StateFiles, &failure).on(address));
         }
     }
 }

@@ -249,13 +249,17 @@ fn a_hot_plug_slot_is_not_reset_because_the_kernel_would_take_that_for_a_removal
 }
 
 fn attach_both(service: &Service, domain: DomId, dry_run: bool) -> Result<Success, Failure> {
-    service.call(Request::PciAttachAll {
+    service.call(request_for_both(domain, false, dry_run))
+}
+
+fn request_for_both(domain: DomId, persist: bool, dry_run: bool) -> Request {
+    Request::PciAttachAll {
         domain: name(domain),
         functions: both().map(|address| Placed { address, slot: None }).to_vec(),
-        persist: false,
+        persist,
         trust_former_owner: false,
         dry_run,
-    })
+    }
 }
 
 fn states(service: &Service) -> [FunctionState; 2] {
@@ -319,6 +323,41 @@ fn several_functions_are_looked_at_before_the_first_is_attached() {
         let failure = twice(slot).unwrap_err();
         assert_eq!(failure.code, ErrorCode::Usage);
         assert!(failure.message.contains(why), "{failure}");
+    }
+}
+
+#[test]
+fn a_service_killed_between_several_persistent_functions_leaves_all_or_none_reserved() {
+    let [gpu, _] = both();
+    for attached_before in [false, true] {
+        for changes in (1..).step_by(7) {
+            let world = World::of(HOST);
+            let service = held(&world);
+            if attached_before {
+                service.attach(WEB, gpu).unwrap();
+            }
+            service.fuse.arm(changes, Moment::After);
+            let answer = service.call(request_for_both(WEB, true, false));
+            let done = answer.is_ok() && !service.fuse.is_blown();
+            service.kill();
+            // What is reserved is known before anything is asked; what is reserved comes back to its guest.
+            let service = world.start_with(&[TOGETHER]);
+            let reserved =
+                both().map(|address| service.view(address).is_some_and(|view| view.persistent.is_some()));
+            // It may have been killed when all was done.
+            let all = reserved[0];
+            assert!(reserved == [all; 2] && (all || !done), "killed at change {changes}: {reserved:?}");
+            let settled = match (all, attached_before) {
+                (true, _) => [FunctionState::Attached; 2],
+                (false, true) => [FunctionState::Attached, FunctionState::Held],
+                (false, false) => [FunctionState::Held; 2],
+            };
+            wait_until(&format!("killed at change {changes}: all or none"), || states(&service) == settled);
+            if done {
+                assert!(changes > 7, "hardly anything was done");
+                break;
+            }
+        }
     }
 }
 
