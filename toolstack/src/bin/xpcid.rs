@@ -124,10 +124,12 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
         let text = format!("keep a copy of the settings in {}: {error}", copies.display());
         problems.push((ProblemCause::StateFiles, text));
     }
-    if let Some(found) = found {
-        policies::keep_copy(&settings.state_directory, &found).with_context(|| {
-            format!("keep a copy of the policies in {}", settings.state_directory.display())
-        })?;
+    // Guests wait for the service, on a full disk, too.
+    if let Some(found) = found
+        && let Err(error) = policies::keep_copy(&settings.state_directory, &found)
+    {
+        let text = format!("keep a copy of the policies in {}: {error}", settings.state_directory.display());
+        problems.push((ProblemCause::Policies, text));
     }
     let names = GuestNames::new(&platform.store);
     let mut engine = Engine::new(platform, settings, policies, journal, boot_id())?;

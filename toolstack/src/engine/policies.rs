@@ -100,7 +100,7 @@ impl Engine {
             if let Err(problem) = policies::keep_copy(&self.settings.state_directory, sources) {
                 let text = format!("keep a copy of the policies: {problem}");
                 warn!("{text}");
-                self.problems.push(Problem::new(Cause::StateFiles, text));
+                self.problems.push(Problem::new(Cause::Policies, text));
             }
         }
         let views: Vec<ReloadedView> =

@@ -30,7 +30,7 @@ pub enum Cause {
     Guest,
     /// The settings cannot be used.
     Settings,
-    /// The policies cannot be used.
+    /// The policies cannot be used, or no copy of them can be kept.
     Policies,
     /// The audit log cannot be written.
     AuditLog,

@@ -94,6 +94,21 @@ fn a_service_that_was_killed_starts_again_over_its_socket_and_its_lock() {
 }
 
 #[test]
+fn a_service_that_cannot_copy_its_policies_serves_and_says_so_until_it_can() {
+    let directory = tempfile::tempdir().unwrap();
+    describe(directory.path(), &host(), "");
+    // Where the copy is written first.
+    let next = directory.path().join("state/policies-in-force.new");
+    std::fs::create_dir_all(&next).unwrap();
+    let daemon = Daemon::run_until_ready(directory, service);
+    let status = || String::from_utf8(daemon.xpci(&["status"]).stdout).unwrap();
+    assert!(status().contains("keep a copy of the policies in "), "{}", status());
+    std::fs::remove_dir(next).unwrap();
+    assert!(daemon.xpci(&["policy", "reload"]).status.success());
+    assert!(!status().contains("keep a copy"), "{}", status());
+}
+
+#[test]
 fn a_description_or_settings_that_cannot_be_used_are_named_with_the_place() {
     for (file, text, named) in [
         ("host.yaml", "xen: \"4.17\"\ndrivers: 7\n", "host.yaml"),
