@@ -146,7 +146,8 @@ fn foreign(text: &str) -> Option<String> {
         let meant = address(rest.split(':').next()?.replace('_', ":"))?;
         return Some(format!("this is Qubes' name of {meant}"));
     }
-    text.ends_with(".*").then(|| "each function is given by a command of its own".to_owned())
+    text.ends_with(".*")
+        .then(|| "this is a device, and one function is wanted: write each function of it".to_owned())
 }
 
 impl fmt::Display for Parent {
@@ -239,7 +240,7 @@ mod tests {
             ("", "not a PCI address"),
             ("pci_0000_01_10_2", "libvirt's name of 0000:01:10.2"),
             ("dom0:01_10.2", "Qubes' name of 0000:01:10.2"),
-            ("01:10.*", "command of its own"),
+            ("01:10.*", "one function is wanted"),
         ] {
             let message = text.parse::<Target>().unwrap_err();
             assert!(message.contains(said), "{text}: {message}");

@@ -43,7 +43,17 @@ fn main() -> ExitCode {
         return ExitCode::from(failure.code.exit_code());
     }
     let (mut code, mut shown) = (0, Vec::new());
-    let all = cli.command.steps();
+    let all = match cli.command.steps(&mut |request| asked(&cli.socket, request)) {
+        Ok(all) => all,
+        Err(failure) => {
+            let code = ExitCode::from(failure.code.exit_code());
+            match cli.json {
+                true => show_json(&Envelope::done(1, "", Err(failure))),
+                false => report(&failure),
+            }
+            return code;
+        }
+    };
     let together = cli.json && all.len() > 1;
     let mut steps = all.into_iter().peekable();
     while steps.peek().is_some() {
@@ -72,6 +82,13 @@ fn json_wanted() -> bool {
         .skip(1)
         .take_while(|word| word != OsStr::new("--"))
         .any(|word| word == OsStr::new("--json"))
+}
+
+/// What the service answers to a request of the command's own.
+fn asked(socket: &Path, request: Request<Target>) -> Result<Success, Failure> {
+    let envelope = client::call(socket, request, &mut |_| {})?;
+    let nothing = || Failure::new(ErrorCode::Failed, "xpcid gave no answer");
+    envelope.result.ok_or_else(|| envelope.error.unwrap_or_else(nothing))
 }
 
 /// Carries out steps at the same time, and returns the answers in the order of the steps.

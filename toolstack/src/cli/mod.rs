@@ -2,6 +2,7 @@
 
 mod documents;
 mod explained;
+mod functions;
 mod hvm;
 mod list;
 mod metrics;
@@ -19,6 +20,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+pub use functions::{Asking, Functions};
 pub use place::Place;
 
 use crate::VERSION;
@@ -26,6 +28,7 @@ use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{DomainName, Placed, Request, Scope};
 use crate::settings::DEFAULT_SOCKET;
 use crate::target::Target;
+use functions::Concerned;
 
 pub use hvm::Hvm;
 pub use list::ListArguments;
@@ -85,9 +88,10 @@ pub enum Command {
         /// pci-assignable-remove.
         #[arg(long)]
         persist: bool,
-        /// The functions; 'any:PF' is the first VF of a PF that belongs to dom0 and has no driver, another one each time.
+        /// The functions; 'any:PF' is the first VF of a PF that belongs to dom0 and has no driver, another one each time;
+        /// 'BB:DD.*' is all functions of a device.
         #[arg(required = true, value_name = "BDF")]
-        addresses: Vec<Target>,
+        functions: Vec<Functions>,
     },
     /// Returns held functions to dom0 and to the drivers that they had.
     PciAssignableRemove {
@@ -100,9 +104,9 @@ pub enum Command {
         /// Accepts that a PV guest that had the function, and still exists, may have its BARs mapped.
         #[arg(long)]
         trust_former_owner: bool,
-        /// The functions.
+        /// The functions; 'BB:DD.*' is those of a device that are held.
         #[arg(required = true, value_name = "BDF")]
-        addresses: Vec<Target>,
+        functions: Vec<Functions>,
     },
     /// Gives held functions to a guest: all of them, or changes nothing.
     #[command(after_long_help = texts::ATTACH)]
@@ -121,7 +125,7 @@ pub enum Command {
         domain: String,
         /// The functions, each with the device number at which the guest sees it (hexadecimal, 0-1f). Options of xl may follow, as in
         /// 'BDF@SLOT,permissive=1'. 'any:PF' is the first VF of a PF that is assignable and reserved for no guest: the answer names it, and
-        /// each such command gives another one.
+        /// each such command gives another one. 'BB:DD.*' is all functions of a device.
         #[arg(required = true, value_name = "BDF[@SLOT]")]
         places: Vec<Place>,
     },
@@ -140,9 +144,9 @@ pub enum Command {
         persistent: bool,
         /// The guest, by name or number; one that does not run, also by UUID.
         domain: String,
-        /// The function.
+        /// The function; 'BB:DD.*' is those of a device that guests have.
         #[arg(value_name = "BDF")]
-        address: Target,
+        functions: Functions,
     },
     /// Lists the functions of a guest.
     PciList {
@@ -379,9 +383,9 @@ impl Command {
         }
     }
 
-    /// The steps of the command, in their order.
-    pub fn steps(self) -> Vec<Step> {
-        match self {
+    /// The steps of the command, in their order. What functions a device has is asked with `ask`.
+    pub fn steps(self, ask: &mut Asking<'_>) -> Result<Vec<Step>, Failure> {
+        Ok(match self {
             Self::Policy(policy) => vec![policy.step()],
             Self::Hvm(hvm) => vec![hvm.step()],
             Self::Save(arguments) => vec![Step::Moving(Moving::Save(arguments))],
@@ -389,14 +393,18 @@ impl Command {
             Self::Metrics { write } => vec![Step::Metrics(write)],
             Self::XlConfig { file } => vec![Step::Local(Local::XlConfig(file))],
             Self::Documents { directory } => vec![Step::Local(Local::Documents(directory))],
-            other => other.requests().into_iter().map(Step::Ask).collect(),
-        }
+            other => other.requests(ask)?.into_iter().map(Step::Ask).collect(),
+        })
     }
 
     /// The requests of the command, in their order.
-    fn requests(self) -> Vec<Request<Target>> {
+    fn requests(self, ask: &mut Asking<'_>) -> Result<Vec<Request<Target>>, Failure> {
         let one = |request| vec![request];
-        match self {
+        let mut each = |list: Vec<Functions>, concerned| {
+            let lists: Result<Vec<_>, _> = list.into_iter().map(|one| one.each(concerned, ask)).collect();
+            Ok::<_, Failure>(lists?.concat())
+        };
+        Ok(match self {
             Self::Policy(_)
             | Self::Hvm(_)
             | Self::XlConfig { .. }
@@ -407,18 +415,25 @@ impl Command {
             Self::List(arguments) => one(Request::List { filter: arguments.filter() }),
             Self::Show(function) => one(Request::Show { address: function.address }),
             Self::PciAssignableList { .. } => one(Request::PciAssignableList),
-            Self::PciAssignableAdd { addresses, force, persist, dry_run } => addresses
-                .into_iter()
-                .map(|address| Request::PciAssignableAdd { address, force, persist, dry_run })
-                .collect(),
-            Self::PciAssignableRemove { addresses, force, trust_former_owner, .. } => addresses
-                .into_iter()
-                .map(|address| Request::PciAssignableRemove { address, force, trust_former_owner })
-                .collect(),
+            Self::PciAssignableAdd { functions, force, persist, dry_run } => {
+                each(functions, Concerned::Every)?
+                    .into_iter()
+                    .map(|address| Request::PciAssignableAdd { address, force, persist, dry_run })
+                    .collect()
+            }
+            Self::PciAssignableRemove { functions, force, trust_former_owner, .. } => {
+                each(functions, Concerned::NotTheHosts)?
+                    .into_iter()
+                    .map(|address| Request::PciAssignableRemove { address, force, trust_former_owner })
+                    .collect()
+            }
             Self::PciAttach { domain, places, persist, trust_former_owner, dry_run } => {
                 let domain = DomainName(domain);
-                let placed = |Place { address, slot, .. }| Placed { address, slot };
-                let mut functions: Vec<_> = places.into_iter().map(placed).collect();
+                let mut functions = Vec::new();
+                for Place { functions: named, slot, .. } in places {
+                    let placed = each(vec![named], Concerned::Every)?;
+                    functions.extend(placed.into_iter().map(|address| Placed { address, slot }));
+                }
                 match (functions.pop(), functions.is_empty()) {
                     (Some(Placed { address, slot }), true) => one(Request::PciAttach {
                         dry_run,
@@ -434,13 +449,17 @@ impl Command {
                     }
                 }
             }
-            Self::PciDetach { domain, address, force, live, persistent } => {
+            Self::PciDetach { domain, functions, force, live, persistent } => {
                 let scope = match (live, persistent) {
                     (true, _) => Scope::Live,
                     (_, true) => Scope::Persistent,
                     _ => Scope::All,
                 };
-                one(Request::PciDetach { domain: DomainName(domain), address, force, scope })
+                let detach = |address| {
+                    let domain = DomainName(domain.clone());
+                    Request::PciDetach { domain, address, force, scope }
+                };
+                each(vec![functions], Concerned::OfGuests)?.into_iter().map(detach).collect()
             }
             Self::PciList { domain, persistent } => match (domain.map(DomainName), persistent) {
                 (Some(domain), false) => one(Request::PciList { domain }),
@@ -465,13 +484,14 @@ impl Command {
             Self::Quarantine(Quarantine::Clear { address, trust_former_owner }) => {
                 one(Request::QuarantineClear { address, trust_former_owner })
             }
-        }
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::Success;
 
     #[test]
     fn the_command_line_is_consistent() {
@@ -479,17 +499,22 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    /// No device is given whose functions are asked for.
+    fn alone(request: Request<Target>) -> Result<Success, Failure> {
+        panic!("{request:?}")
+    }
+
     #[test]
     fn several_functions_become_several_requests() {
         let cli = Cli::try_parse_from(["xpci", "pci-assignable-add", "01:10.0", "01:10.2"]).unwrap();
-        assert_eq!(cli.command.requests().len(), 2);
+        assert_eq!(cli.command.requests(&mut alone).unwrap().len(), 2);
     }
 
     #[test]
     fn several_functions_for_one_guest_are_one_request() {
         let attach = |functions: &[&str]| {
             let words = ["xpci", "pci-attach", "web"].iter().chain(functions);
-            Cli::try_parse_from(words).unwrap().command.requests().remove(0)
+            Cli::try_parse_from(words).unwrap().command.requests(&mut alone).unwrap().remove(0)
         };
         assert_eq!(attach(&["01:00.0@5"]).name(), "pci-attach");
         let Request::PciAttachAll { functions, .. } = attach(&["01:00.0@5", "01:00.1"]) else { panic!() };

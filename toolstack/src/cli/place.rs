@@ -3,14 +3,15 @@
 
 use std::str::FromStr;
 
+use super::Functions;
 use crate::outcome::{ErrorCode, Failure};
 use crate::target::{Parent, Target, Word};
 
 /// A function and its device number: `BDF[@SLOT][,KEY=VALUE]...`, or with `bdf=BDF` or `name=NAME` among the options.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
-    /// The function.
-    pub address: Target,
+    /// The function, or the device.
+    pub functions: Functions,
     /// The guest's device number, 0-31.
     pub slot: Option<u8>,
     /// Notes about xl's options that have no effect.
@@ -36,13 +37,13 @@ impl FromStr for Place {
 
     fn from_str(text: &str) -> Result<Self, Failure> {
         let mut parts = text.split(',').peekable();
-        let (mut address, mut slot) = (None, None);
+        let (mut functions, mut slot) = (None, None);
         if let Some(first) = parts.next_if(|first| !first.contains('=')) {
             let (function, digits) = match first.split_once('@') {
                 Some((function, digits)) => (function, Some(digits)),
                 None => (first, None),
             };
-            address = Some(target(function)?);
+            functions = Some(parse(function)?);
             slot = digits.map(|digits| slot_of(&format!("@{digits}"), digits)).transpose()?;
         }
         let (mut notes, mut seize) = (Vec::new(), None);
@@ -61,13 +62,13 @@ impl FromStr for Place {
                 ("vslot", _) => {
                     return Err(usage(format!("'{option}': the device number is given twice")));
                 }
-                ("bdf" | "name", _) if address.is_some() => {
+                ("bdf" | "name", _) if functions.is_some() => {
                     return Err(usage(format!("'{option}': the function is given twice")));
                 }
-                ("bdf", value) => address = Some(target(value)?),
+                ("bdf", value) => functions = Some(parse(value)?),
                 ("name", value) => {
                     let word = Word::try_from(value.to_owned()).map_err(usage)?;
-                    address = Some(Target::One(Parent::Word(word)));
+                    functions = Some(Functions::One(Target::One(Parent::Word(word))));
                 }
                 ("rdm_policy", "relaxed") => {}
                 ("rdm_policy", "strict") => {
@@ -82,20 +83,25 @@ impl FromStr for Place {
                 }
             }
         }
-        let Some(address) = address else {
+        let Some(functions) = functions else {
             return Err(usage(format!("'{text}' has no function: write BDF, bdf=BDF or name=NAME")));
         };
+        if matches!(functions, Functions::OfDevice(_)) && slot.is_some() {
+            return Err(usage(format!(
+                "'{text}': each function gets a device number of its own; give them one by one to choose the numbers"
+            )));
+        }
         match seize {
-            None => Ok(Self { address, slot, notes }),
+            None => Ok(Self { functions, slot, notes }),
             Some(option) => {
-                let first = format!("'xpci pci-assignable-add {address}' first");
+                let first = format!("'xpci pci-assignable-add {functions}' first");
                 Err(usage(format!("'{option}' is a command of its own: {first}")))
             }
         }
     }
 }
 
-fn target(text: &str) -> Result<Target, Failure> {
+fn parse(text: &str) -> Result<Functions, Failure> {
     text.parse().map_err(usage)
 }
 
@@ -128,7 +134,7 @@ mod tests {
     #[test]
     fn a_slot_is_hexadecimal_as_in_xl() {
         let place: Place = "1:10.2@1f".parse().unwrap();
-        assert_eq!((place.address.to_string().as_str(), place.slot), ("0000:01:10.2", Some(0x1f)));
+        assert_eq!((place.functions.to_string().as_str(), place.slot), ("0000:01:10.2", Some(0x1f)));
         assert_eq!("01:10.2,vslot=1f".parse::<Place>().unwrap().slot, Some(0x1f));
         assert_eq!("01:10.2".parse::<Place>().unwrap().slot, None);
         for text in ["01:10.2@", "01:10.2@20", "01:10.2@+1", "01:10.2@1@2", "@1", "01:10.2@1,vslot=2"] {
@@ -155,7 +161,7 @@ mod tests {
             ("01:10.2,permissive=2", "is 0 or 1"),
             ("01:10.2,permissive", "KEY=VALUE"),
             ("01:10.2,fast=1", "unknown option"),
-            ("01:10.*", "command of its own"),
+            ("01:10.*@5", "each function gets a device number of its own"),
         ] {
             let message = refused(text);
             assert!(message.contains(said), "{text}: {message}");
@@ -164,9 +170,13 @@ mod tests {
 
     #[test]
     fn a_function_is_given_by_xls_keys_too() {
-        for (text, meant) in [("name=nic,vslot=5", "nic"), ("bdf=01:10.2,vslot=5", "0000:01:10.2")] {
+        for (text, meant, slot) in [
+            ("name=nic,vslot=5", "nic", Some(5)),
+            ("bdf=01:10.2,vslot=5", "0000:01:10.2", Some(5)),
+            ("bdf=01:10.*,permissive=1", "0000:01:10.*", None),
+        ] {
             let place: Place = text.parse().unwrap();
-            assert_eq!((place.address.to_string().as_str(), place.slot), (meant, Some(5)));
+            assert_eq!((place.functions.to_string().as_str(), place.slot), (meant, slot));
         }
     }
 }

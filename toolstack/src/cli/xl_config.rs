@@ -8,7 +8,7 @@ use std::iter::Peekable;
 use std::path::Path;
 use std::str::Chars;
 
-use super::place::Place;
+use super::{Functions, Place};
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{Success, XlConfigView};
 
@@ -188,8 +188,12 @@ fn view(text: &str, file: &str) -> Result<XlConfigView, Failure> {
             message: format!("{file}:{line}: {}", failure.message),
             ..failure
         })?;
+        let Functions::One(function) = place.functions else {
+            let why = "name the functions of the device one by one: settings give a guest certain functions";
+            return Err(wrong((line, format!("'{item}': {why}"))));
+        };
         let slot = place.slot.map(|slot| format!("@{slot:x}")).unwrap_or_default();
-        functions.push(format!("{}{slot}", place.address));
+        functions.push(format!("{function}{slot}"));
         notes.extend(place.notes.into_iter().map(str::to_owned));
     }
     notes.sort();

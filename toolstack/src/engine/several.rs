@@ -138,7 +138,12 @@ impl Attaching {
             match self.ask(self.wanted.attachment(function, false)) {
                 Ok(Success::Changed { message, warnings, functions }) => {
                     messages.push(message);
-                    all_warnings.extend(warnings);
+                    // What is said of the guest is said once.
+                    for warning in warnings {
+                        if !all_warnings.contains(&warning) {
+                            all_warnings.push(warning);
+                        }
+                    }
                     views.extend(functions);
                     done.push(Done { address, reserved: before, had });
                 }

@@ -271,6 +271,11 @@ fn events_of_vfs_and_policies_are_followed_also_over_a_restart_of_the_service() 
 }
 
 #[test]
+fn a_command_is_about_all_functions_of_a_device() {
+    play("device", host());
+}
+
+#[test]
 fn metrics_have_functions_guests_and_problems() {
     play("metrics", host());
 }

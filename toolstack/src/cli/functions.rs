@@ -1,0 +1,110 @@
+//! One function, or all functions of a device as `BB:DD.*` in the syntax of xl.
+
+use std::fmt;
+use std::str::FromStr;
+
+use pciback::{FunctionState, Sbdf};
+
+use crate::outcome::Failure;
+use crate::protocol::{FunctionView, ListFilter, Request, Success};
+use crate::target::Target;
+
+/// The functions that a word of the command line is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Functions {
+    /// One.
+    One(Target),
+    /// All functions that are at the device number of this one.
+    OfDevice(Sbdf),
+}
+
+/// Which functions of a device a command concerns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Concerned {
+    /// All of them.
+    Every,
+    /// Those that dom0 does not have.
+    NotTheHosts,
+    /// Those that a guest has.
+    OfGuests,
+}
+
+impl FromStr for Functions {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.strip_suffix(".*").map(|device| format!("{device}.0").parse()) {
+            Some(Ok(first)) => Ok(Self::OfDevice(first)),
+            _ => text.parse().map(Self::One),
+        }
+    }
+}
+
+impl fmt::Display for Functions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::One(target) => target.fmt(f),
+            Self::OfDevice(first) => {
+                write!(f, "{:04x}:{:02x}:{:02x}.*", first.segment(), first.bus(), first.device())
+            }
+        }
+    }
+}
+
+/// Asks the service one thing.
+pub type Asking<'a> = dyn FnMut(Request<Target>) -> Result<Success, Failure> + 'a;
+
+impl Functions {
+    /// The functions one by one; the service knows which a device has.
+    pub(super) fn each(self, concerned: Concerned, ask: &mut Asking<'_>) -> Result<Vec<Target>, Failure> {
+        let first = match self {
+            Self::One(target) => return Ok(vec![target]),
+            Self::OfDevice(first) => first,
+        };
+        let Success::Listed { functions } = ask(Request::List { filter: ListFilter::default() })? else {
+            return Err(Failure::refused("xpcid did not list the functions of the host"));
+        };
+        let is_concerned = |function: &FunctionView| match concerned {
+            Concerned::Every => true,
+            Concerned::NotTheHosts => function.state != FunctionState::Host,
+            Concerned::OfGuests => function.domain.is_some(),
+        };
+        let of_device = |address: &Sbdf| {
+            (address.segment(), address.bus(), address.device())
+                == (first.segment(), first.bus(), first.device())
+        };
+        let found: Vec<_> = functions.iter().map(|listed| &listed.function).collect();
+        let found: Vec<_> = found.into_iter().filter(|function| of_device(&function.address)).collect();
+        let chosen: Vec<Target> = found
+            .iter()
+            .filter(|function| is_concerned(function))
+            .map(|function| function.address.into())
+            .collect();
+        if found.is_empty() {
+            return Err(Failure::not_found(format!("there is no function at {}", Self::OfDevice(first)))
+                .hint("'xpci list' shows the host's functions"));
+        }
+        // Where it concerns none of them, the service answers of each that nothing is to be done.
+        Ok(if chosen.is_empty() {
+            found.iter().map(|function| function.address.into()).collect()
+        } else {
+            chosen
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_all_its_functions_as_in_xl() {
+        for (text, meant) in [("01:00.*", "0000:01:00.*"), ("12ab:01:1f.*", "12ab:01:1f.*"), ("eth0", "eth0")]
+        {
+            assert_eq!(text.parse::<Functions>().unwrap().to_string(), meant);
+        }
+        for text in ["01:20.*", "01.*", ".*", "01:00.0.*", "01:00.**", "*"] {
+            text.parse::<Functions>().unwrap_err();
+        }
+    }
+}
