@@ -3,14 +3,14 @@
 use super::diagnostic::{Diagnostic, Diagnostics};
 use super::errors;
 use super::matching::{ClassPrefix, Kind, Match};
-use super::names::hexadecimal;
+use super::names::{self, hexadecimal};
 use super::read::{self, KeyWord, key};
 use super::reset::{self, ResetWishes};
 use super::rom::{self, RomSource};
 use super::rules;
 use super::yaml::{self, Node};
 use crate::Sbdf;
-use crate::config::{CapabilityOverride, RegisterOverride, Rule, Treatment};
+use crate::config::{CapabilityOverride, RegisterOverride, Rule, Selector, Treatment};
 use crate::fault::ErrorWishes;
 
 /// A named set of defaults for unknown registers.
@@ -295,7 +295,16 @@ impl PolicyFile {
             }
             "unknown" => self.unknown = rules::unknown(node, file, diagnostics),
             "capabilities" => {
+                let mut known: Vec<(Selector, &str)> = Vec::new();
                 for (name, node) in read::mapping(node, "'capabilities'", diagnostics).unwrap_or_default() {
+                    if let Some(which) = names::selector(&name.text) {
+                        let other = known.iter().find(|(other, word)| *other == which && *word != name.text);
+                        if let Some((_, word)) = other {
+                            let text = format!("'{}' is the same capability as '{word}' above", name.text);
+                            diagnostics.say(name.at, text);
+                        }
+                        known.push((which, &name.text));
+                    }
                     let (whole, registers) = rules::capability(name, node, file, diagnostics);
                     self.capabilities.extend(whole);
                     self.registers.extend(registers);

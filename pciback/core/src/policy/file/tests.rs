@@ -1,5 +1,5 @@
 use super::*;
-use crate::config::{AnyId, CapabilityAction, Identity, Initial, Origin, Place, Selector, VendorPart};
+use crate::config::{AnyId, CapabilityAction, Identity, Initial, Origin, Place, VendorPart};
 use crate::policy::{Subject, WithoutReset};
 use crate::spec::{CapabilityId, ExtendedCapabilityId};
 
@@ -120,6 +120,10 @@ fn each_mistake_has_its_own_words() {
             "1:18: '1:2' is not a valid address: [SSSS:]BB:DD.F is expected, as in 0000:01:10.0",
         ),
         ("profile:\n", "1:8: profile is a word, not nothing"),
+        (
+            "capabilities: {msi-x: hide, legacy-0x11: show}\n",
+            "1:29: 'legacy-0x11' is the same capability as 'msi-x' above",
+        ),
         (
             "capabilities: {msi-x: pass}\n",
             "1:23: msi-x is guarded: xpci itself carries out what it controls; it can only be hidden",
