@@ -63,7 +63,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_noted_is_read_back_and_half_a_line_is_left_out() {
+    fn events_are_read_back_and_an_incomplete_line_is_skipped() {
         let directory = tempfile::tempdir().unwrap();
         let log = AuditLog::new(directory.path());
         assert!(log.read().is_empty());
@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn it_takes_bounded_room_and_keeps_the_newest() {
+    fn the_log_is_bounded_and_keeps_the_newest_events() {
         let directory = tempfile::tempdir().unwrap();
         let log = AuditLog::new(directory.path());
         for number in 0..12_000 {

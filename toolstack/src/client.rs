@@ -107,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_may_not_connect_is_told_of_sudo_and_others_how_to_start_the_service() {
+    fn the_hint_for_denied_permission_is_sudo_and_otherwise_how_to_start_the_service() {
         assert!(connect_hint(ErrorKind::PermissionDenied).contains("sudo"));
         for kind in [ErrorKind::NotFound, ErrorKind::ConnectionRefused] {
             assert!(connect_hint(kind).contains("systemctl start xpcid"), "{kind}");

@@ -284,7 +284,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_call_is_answered_under_its_id_with_what_is_wrong() {
+    fn an_invalid_call_is_answered_with_its_id_and_an_error() {
         for (line, id, said) in [
             (&b"\xff\n"[..], 0, "not JSON"),
             (b"{\"id\":3}\n", 3, "version 1"),

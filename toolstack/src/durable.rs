@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_file_holds_already_is_not_written_again() {
+    fn unchanged_contents_are_not_written_again() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("copy");
         let number = || fs::metadata(&path).unwrap().ino();

@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_lasts_as_long_as_it_has_users_and_not_over_a_reboot() {
+    fn an_entry_is_kept_while_it_has_users_and_until_a_reboot() {
         let directory = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(directory.path(), "one").unwrap();
         assert_eq!(ledger.entry(PORT).unwrap(), None);
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_that_cannot_be_used_is_an_error_and_stays() {
+    fn an_unusable_entry_is_an_error_and_is_kept() {
         let directory = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(directory.path(), "one").unwrap();
         let path = directory.path().join(format!("{PORT}.json"));

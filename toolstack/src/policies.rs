@@ -163,10 +163,10 @@ mod tests {
     }
 
     #[test]
-    fn locks_of_editors_are_no_policies_and_pipes_keep_nobody_waiting() {
+    fn lock_files_of_editors_are_skipped_and_pipes_are_refused() {
         let own = tempfile::tempdir().unwrap();
         fs::write(own.path().join("a.yaml"), "profile: strict\n").unwrap();
-        // Emacs marks a file that somebody changes by a link to nothing.
+        // Emacs marks a file that is being edited by a dangling link.
         std::os::unix::fs::symlink("admin@host.1234:1", own.path().join(".#a.yaml")).unwrap();
         let directories = [own.path().to_owned()];
         assert_eq!(read_directories(&directories).unwrap().len(), 1);
@@ -174,13 +174,13 @@ mod tests {
         let error = read_directories(&directories).unwrap_err().to_string();
         assert!(error.ends_with("b.yaml: it is a pipe"), "{error}");
         fs::remove_file(own.path().join("b.yaml")).unwrap();
-        // How a shipped file is switched off.
+        // An administrator disables a shipped file like this.
         std::os::unix::fs::symlink("/dev/null", own.path().join("b.yaml")).unwrap();
         assert_eq!(read_directories(&directories).unwrap()[1].text, "");
     }
 
     #[test]
-    fn one_bad_file_makes_the_whole_set_unusable_and_all_mistakes_are_told() {
+    fn one_bad_file_makes_the_whole_set_unusable_and_all_mistakes_are_reported() {
         let source = |name: &str, text: &str| Source { name: name.into(), text: text.into() };
         let sources = [
             source("a.yaml", "profil: strict\n"),
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn the_copy_is_what_was_in_force() {
+    fn the_copy_is_read_back_if_it_is_usable() {
         let state = tempfile::tempdir().unwrap();
         assert_eq!(read_copy(state.path()), None);
         let sources = [Source { name: "a.yaml".into(), text: "profile: strict\n".into() }];

@@ -403,7 +403,7 @@ mod tests {
     const WEB: Uuid = Uuid([7; 16]);
 
     #[test]
-    fn a_reservation_outlives_the_service_and_says_who_had_it_in_this_boot() {
+    fn a_reservation_survives_a_restart_and_has_the_last_domain_of_this_boot() {
         let directory = tempfile::tempdir().unwrap();
         let open = || Reservations::open(directory.path()).unwrap();
         let (first, _) = open();
@@ -438,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn devices_that_change_places_keep_their_reservations_and_new_ones_take_no_file_of_theirs() {
+    fn devices_that_exchange_addresses_keep_their_reservations() {
         let directory = tempfile::tempdir().unwrap();
         let open = || Reservations::open(directory.path()).unwrap().0;
         let [a, b, c, d] = places();
@@ -468,7 +468,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_is_not_there_is_displaced_by_one_at_its_address_until_that_is_forgotten() {
+    fn a_missing_device_is_displaced_while_another_reserved_one_has_its_address() {
         let directory = tempfile::tempdir().unwrap();
         let (known, _) = Reservations::open(directory.path()).unwrap();
         let [a, b, ..] = places();
@@ -487,7 +487,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_earlier_version_noted_is_followed_once_its_device_was_seen() {
+    fn a_reservation_of_an_earlier_version_follows_its_device_after_that_was_found() {
         let directory = tempfile::tempdir().unwrap();
         let open = || Reservations::open(directory.path()).unwrap().0;
         let [a, b, ..] = places();
@@ -500,7 +500,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_cannot_be_used_is_told_and_the_others_are_used() {
+    fn an_unusable_file_is_reported_and_the_others_are_used() {
         let directory = tempfile::tempdir().unwrap();
         let (first, _) = Reservations::open(directory.path()).unwrap();
         first.keep(Reservation::new(device(VF, "0000:00:01.0/00.0"), WEB, None, 0xf8)).unwrap();

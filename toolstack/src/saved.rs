@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_beside_a_checkpoint_is_read_again() {
+    fn the_file_beside_a_checkpoint_is_read_back() {
         let directory = tempfile::tempdir().unwrap();
         let checkpoint = directory.path().join("web.save");
         assert_eq!(SavedGuest::read(&checkpoint).unwrap_err().code, ErrorCode::NotFound);
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_nobody_wrote_so_is_refused_by_name() {
+    fn an_invalid_file_is_refused_by_name() {
         let directory = tempfile::tempdir().unwrap();
         let checkpoint = directory.path().join("web.save");
         let one = saved().functions[0].clone();
@@ -297,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn a_function_that_differs_is_no_equal_and_it_is_said_in_what() {
+    fn a_different_function_is_refused_with_the_difference() {
         let platform = Simulation::from_yaml(HOST).unwrap().platform("test").unwrap();
         let host = platform.host.as_ref();
         let function = |address: &str| host.function(address.parse().unwrap()).unwrap();

@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_says_it_is_ready_is_given_the_go_ahead() {
+    fn a_ready_process_gets_the_go_ahead() {
         let directory = tempfile::tempdir().unwrap();
         let heard = directory.path().join("heard");
         let fifo = nix::unistd::mkfifo(&heard, nix::sys::stat::Mode::S_IRWXU);

@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_spelling_is_refused_and_says_what_could_be_written() {
+    fn an_invalid_target_is_refused_with_the_accepted_forms() {
         for (text, said) in [
             ("01:10", "not a PCI address"),
             ("01:10.8", "function must be"),

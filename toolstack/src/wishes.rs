@@ -133,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_that_cannot_be_used_is_told_and_left_as_it_is() {
+    fn an_unusable_file_is_reported_and_not_changed() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("wanted.json");
         assert!(Wishes::open(path.clone()).1.is_none(), "one that is not there is no mistake");

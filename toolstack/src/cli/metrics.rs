@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_a_regular_file_is_not_replaced() {
+    fn only_regular_files_are_replaced() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("socket");
         let _socket = std::os::unix::net::UnixListener::bind(&file).unwrap();
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn the_file_of_a_service_that_does_not_answer_says_so() {
+    fn the_file_shows_a_service_that_does_not_answer() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("xpci.prom");
         let failure = gather(&directory.path().join("control"), Some(&file)).unwrap_err();

@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn options_of_xl_without_effect_are_taken_with_a_word_on_what_replaces_them() {
+    fn options_of_xl_without_effect_are_accepted_with_a_note() {
         let place: Place = "01:10.2@5,permissive=1,msitranslate=0,power_mgmt=yes".parse().unwrap();
         let about: Vec<_> = place.notes.iter().filter_map(|note| note.split(' ').next()).collect();
         assert_eq!(about, ["permissive", "power_mgmt"]);
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn options_of_xl_that_ask_for_more_are_refused_and_say_what_to_do() {
+    fn unsupported_options_of_xl_are_refused_with_a_hint() {
         for (text, said) in [
             ("01:10.2,seize=1", "pci-assignable-add 0000:01:10.2"),
             ("01:10.2,rdm_policy=strict", "rdm-policy: strict"),

@@ -227,7 +227,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_check_of_no_files_is_no_success() {
+    fn checking_no_files_is_a_failure() {
         let directory = tempfile::tempdir().unwrap();
         let directories = [directory.path().to_owned(), "/nonexistent".into()];
         let failure = in_directories(&directories).err().unwrap();

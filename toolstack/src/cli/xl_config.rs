@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_configuration_is_named_with_its_line() {
+    fn an_invalid_configuration_is_reported_with_its_line() {
         for (text, line, said) in [
             ("name='web'\npci = [ '01:00.0'", 2, "the file ends"),
             ("name='web'\n\npci = '01:00.0'\n", 3, "list of strings"),
@@ -292,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn an_option_that_has_no_counterpart_is_named_with_its_line() {
+    fn an_unsupported_option_is_reported_with_its_line() {
         let failure = view("name='web'\npci=['01:10.0',\n'01:10.2,seize=1']\n", "a.cfg").unwrap_err();
         assert!(failure.message.starts_with("a.cfg:3: 'seize=1'"), "{}", failure.message);
     }

@@ -30,7 +30,7 @@ fn with(texts: &str) -> String {
 }
 
 #[test]
-fn a_host_in_which_nothing_is_amiss_passes_every_check() {
+fn a_correct_host_passes_every_check() {
     for finding in examine(&platform(HOST)) {
         assert_eq!(finding.verdict, Verdict::Good, "{finding:?}");
         assert_eq!(finding.mend, None, "{finding:?}");
@@ -38,7 +38,7 @@ fn a_host_in_which_nothing_is_amiss_passes_every_check() {
 }
 
 #[test]
-fn what_is_amiss_is_named_by_its_check_with_what_to_do() {
+fn each_fault_is_found_by_its_check_with_a_correction() {
     use Verdict::{Fault, NotChecked, Warning};
     let info = |virt: &str, line: &str| {
         with(&format!("xl info: \"virt_caps : {virt}\\nxen_commandline : {line}\\n\""))
@@ -111,7 +111,7 @@ fn an_option_given_twice_counts_as_xen_counts_it() {
 }
 
 #[test]
-fn root_ports_whose_errors_the_platform_keeps_are_counted() {
+fn root_ports_whose_errors_linux_does_not_handle_are_counted() {
     let simulation = Simulation::from_yaml(HOST).unwrap();
     simulation.withhold_aer(true);
     let found = examine(&simulation.platform("test").unwrap());

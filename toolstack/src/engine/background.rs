@@ -66,7 +66,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_of_the_work_is_reported() {
+    fn the_result_of_the_work_is_reported() {
         let (sender, reports) = mpsc::channel();
         inbox().0.background("test", || 7, move |done| sender.send(done).unwrap());
         assert_eq!(reports.recv_timeout(LIMIT).unwrap().unwrap(), 7);

@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_guest_that_never_stops_gets_its_burst_and_then_little() {
+    fn a_guest_can_cause_a_burst_of_lines_and_then_few() {
         let (mut limit, start) = (LogLimit::new(), Instant::now());
         let said = |limit: &mut LogLimit, from: u64, to: u64| {
             (from..to).filter_map(|ms| limit.may_log(start + Duration::from_millis(ms))).collect::<Vec<u64>>()

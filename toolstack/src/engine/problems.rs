@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_pushes_out_its_own_problems_only_and_none_stands_there_twice() {
+    fn problems_of_a_guest_displace_only_its_own_and_have_no_duplicates() {
         let mut problems = Problems::default();
         problems.push(audit_log());
         problems.push_of(DomId(1), "its ring".into());
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn many_guests_push_out_nothing_else_either() {
+    fn problems_of_many_guests_displace_no_others() {
         let mut problems: Problems = [audit_log()].into_iter().collect();
         for domain in 0..1000 {
             problems.push_of(DomId(domain), format!("trouble of {domain}"));
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cure_ends_problems_of_its_cause_and_function_only() {
+    fn only_problems_of_the_cause_and_function_are_resolved() {
         let (one, other) = (Sbdf::from_devfn(0, 1, 0x80), Sbdf::from_devfn(0, 1, 0x82));
         let mut problems: Problems = [
             Problem::new(Cause::Network, "one").on(one),
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reason_that_changes_is_the_same_problem_since_it_began() {
+    fn a_problem_whose_reason_changes_keeps_its_start_time() {
         let address = Sbdf::from_devfn(0, 1, 0x80);
         let mut lasting = Deviations::default();
         let only = |lasting: &Deviations| {

@@ -267,7 +267,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bar_says_what_it_is_where_and_how_large() {
+    fn a_bar_is_shown_with_type_address_and_size() {
         let memory =
             Resource { start: 0xfe00_0000, size: 0x4000, flags: Resource::MEMORY | Resource::MEMORY_64 };
         let unset = Resource { start: 0, size: 0x20, flags: Resource::IO | Resource::UNSET };

@@ -271,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read_back_and_replaced_whole() {
+    fn records_are_read_back_and_replaced() {
         let directory = tempfile::tempdir().unwrap();
         let journal = Journal::open(&directory.path().join("journal")).unwrap();
         let mut record = sample();
@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_that_is_cut_or_garbled_anywhere_is_read_whole_or_refused_by_name() {
+    fn a_truncated_or_damaged_record_is_refused_with_its_function() {
         let directory = tempfile::tempdir().unwrap();
         let journal = Journal::open(directory.path()).unwrap();
         let record = sample();
@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_power_failure_left_empty_is_no_problem_and_is_written_anew() {
+    fn an_empty_record_after_a_power_failure_is_ignored_and_replaced() {
         let directory = tempfile::tempdir().unwrap();
         let journal = Journal::open(directory.path()).unwrap();
         let record = sample();
@@ -342,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_from_before_there_were_network_settings_is_read_and_newer_ones_keep_them() {
+    fn records_with_and_without_network_settings_are_read() {
         let directory = tempfile::tempdir().unwrap();
         let journal = Journal::open(directory.path()).unwrap();
         let mut record = sample();
@@ -359,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn a_torn_foreign_or_renamed_record_is_reported_and_the_others_are_used() {
+    fn unusable_records_are_reported_and_the_others_are_used() {
         let directory = tempfile::tempdir().unwrap();
         let journal = Journal::open(directory.path()).unwrap();
         journal.write(&sample()).unwrap();

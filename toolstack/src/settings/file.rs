@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mistake_is_named_once_with_its_place_and_the_nearest_word() {
+    fn a_mistake_is_reported_once_with_position_and_nearest_word() {
         assert_eq!(
             error("guest-limit-seconds: 10\nholdr: auto\n"),
             "xpcid.yaml:2:1: 'holdr' is not a valid setting; did you mean 'holder'?"
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn the_copy_is_what_was_in_force() {
+    fn the_copy_is_read_back_if_it_is_usable() {
         let state = tempfile::tempdir().unwrap();
         assert_eq!(read_copy(state.path()), None);
         keep_copy(state.path(), &[("a.yaml".into(), "function-limit: 9\n".into())]).unwrap();

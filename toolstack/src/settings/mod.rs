@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn the_shipped_file_says_the_defaults() {
+    fn the_shipped_file_has_the_defaults() {
         let shipped = include_str!("../../../configs/xpcid.yaml");
         assert_eq!(parse(shipped), Settings::default());
         let without_comments = shipped.lines().filter(|line| !line.trim_start().starts_with('#')).count();
@@ -325,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_key_a_wrong_word_and_a_limit_out_of_range_are_named() {
+    fn unknown_keys_wrong_words_and_values_out_of_range_are_reported() {
         for (text, named) in [
             ("holdr: auto", "holdr"),
             ("holder: vfio", "vfio"),

@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn what_another_function_of_the_guest_has_too_is_not_revoked() {
+    fn grants_that_another_function_of_the_guest_needs_are_not_revoked() {
         for (others, left) in [
             (vec![], vec![frames(10, 6)]),
             (vec![frames(4, 6), frames(16, 4)], vec![frames(10, 6)]),

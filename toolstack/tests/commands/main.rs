@@ -24,17 +24,17 @@ use daemon::Daemon;
 use transcript::{host, play, play_alone, play_on};
 
 #[test]
-fn the_life_of_a_vf_from_its_pf_to_a_guest_and_back() {
+fn a_vf_goes_from_its_pf_to_a_guest_and_back() {
     play("life-of-a-vf", host());
 }
 
 #[test]
-fn the_hosts_functions_are_listed_with_what_they_are_and_who_has_them() {
+fn the_hosts_functions_are_listed_with_names_and_owners() {
     play("list", host());
 }
 
 #[test]
-fn a_terminal_that_is_too_narrow_loses_columns_and_the_ends_of_names() {
+fn columns_are_omitted_on_a_narrow_terminal() {
     let daemon = Daemon::start(&host());
     for (columns, gone) in [(200, 0), (100, 2), (72, 5)] {
         let mut list = daemon::program(env!("CARGO_BIN_EXE_xpci"));
@@ -49,19 +49,19 @@ fn a_terminal_that_is_too_narrow_loses_columns_and_the_ends_of_names() {
 }
 
 #[test]
-fn all_that_is_in_the_way_is_named_at_once_and_a_dry_run_changes_nothing() {
+fn all_obstacles_are_named_at_once_and_a_dry_run_changes_nothing() {
     let virtio = "{address: 02:00.0, model: virtio-net, irq: 11, interfaces: [eth1]}";
     let used = virtio.replace("eth1]", "eth1], uses: [{interface: {name: eth1, up: true, master: br0}}]");
     play("obstacles", host().replace(virtio, &used));
 }
 
 #[test]
-fn a_dom0_in_which_nothing_is_amiss_passes_every_check_and_exits_with_0() {
+fn a_correct_dom0_passes_every_check_and_exits_with_0() {
     play("doctor", host());
 }
 
 #[test]
-fn what_is_amiss_in_dom0_is_named_with_what_to_do_and_exits_with_1() {
+fn faults_of_dom0_are_reported_with_corrections_and_exit_with_1() {
     let texts = "
 machine:
   /usr/lib/udev/rules.d/90-xpci.rules: null
@@ -72,7 +72,7 @@ machine:
 }
 
 #[test]
-fn without_the_service_the_doctor_says_so_and_checks_what_it_can() {
+fn without_the_service_doctor_runs_the_other_checks() {
     let directory = tempfile::tempdir().unwrap();
     let output = daemon::xpci(&directory.path().join("control"), &["doctor"]);
     let text = String::from_utf8(output.stdout).unwrap();
@@ -82,12 +82,12 @@ fn without_the_service_the_doctor_says_so_and_checks_what_it_can() {
 }
 
 #[test]
-fn what_is_persistent_for_a_guest_is_reserved_for_it_until_a_command_ends_that() {
+fn a_persistent_function_is_reserved_until_a_command_ends_that() {
     play("persistent", host());
 }
 
 #[test]
-fn functions_are_called_by_vf_number_interface_name_and_pool() {
+fn functions_are_named_by_vf_index_interface_name_and_pool() {
     let settings = "names:
   uplink: {address: '01:00.0'}
   web-vf: {address: '01:00.0', vf: 0}
@@ -147,7 +147,7 @@ fn rebooted(before: &Daemon, host: &str) -> Daemon {
 }
 
 #[test]
-fn what_is_held_and_set_persistently_is_so_after_a_reboot_until_it_is_given_back() {
+fn persistent_holds_and_settings_survive_a_reboot_until_the_release() {
     let daemon = Daemon::start(&host());
     play_on("wanted", &daemon);
     let after = rebooted(&daemon, &host());
@@ -173,7 +173,7 @@ fn a_function_that_is_held_persistently_is_held_at_the_address_that_it_has_later
 }
 
 #[test]
-fn the_settings_give_functions_to_guests_as_soon_as_both_are_there() {
+fn functions_in_the_settings_are_attached_when_guest_and_function_exist() {
     let settings = "guests:
   web: [02:00.0@5, eth0:1]
   db: [any:eth0]
@@ -203,7 +203,7 @@ fn an_hvm_guest_that_was_created_paused_gets_a_function_before_it_runs() {
 }
 
 #[test]
-fn what_is_done_already_is_said_and_is_no_failure() {
+fn a_repeated_command_succeeds() {
     play("already", host());
 }
 
@@ -213,7 +213,7 @@ fn json_prints_one_envelope_for_each_answer() {
 }
 
 #[test]
-fn an_answer_that_the_disk_has_no_room_for_exits_with_1() {
+fn an_answer_that_cannot_be_written_exits_with_1() {
     let daemon = Daemon::start(&host());
     for arguments in [&["status"][..], &["--json", "list"]] {
         let mut command = daemon::program(env!("CARGO_BIN_EXE_xpci"));
@@ -227,7 +227,7 @@ fn an_answer_that_the_disk_has_no_room_for_exits_with_1() {
 }
 
 #[test]
-fn events_of_vfs_and_policies_are_followed_also_over_a_restart_of_the_service() {
+fn events_of_vfs_and_policies_are_followed_across_a_restart_of_the_service() {
     let daemon = Daemon::start(&host());
     let mut command = daemon::program(env!("CARGO_BIN_EXE_xpci"));
     command.arg("--socket").arg(daemon.socket()).args(["events", "--follow"]);
@@ -286,12 +286,12 @@ fn metrics_of_a_service_that_does_not_run_exit_with_3() {
 }
 
 #[test]
-fn what_does_not_exist_exits_with_4() {
+fn a_missing_function_or_guest_exits_with_4() {
     play("not-found", host());
 }
 
 #[test]
-fn what_does_not_fit_the_state_is_refused_with_5_and_changes_nothing() {
+fn a_request_that_does_not_fit_the_state_exits_with_5_and_changes_nothing() {
     play("refused", host());
 }
 
@@ -317,12 +317,12 @@ fn paths_and_blast_radii_are_shown_and_attach_warns_of_them() {
 }
 
 #[test]
-fn network_settings_are_set_kept_for_guests_and_put_back() {
+fn network_settings_are_set_kept_for_guests_and_restored() {
     play("vf-network", host());
 }
 
 #[test]
-fn network_settings_that_fail_are_undone_keep_a_vf_from_its_guest_and_are_reported() {
+fn network_settings_that_fail_are_undone_and_fail_the_attachment() {
     // In the order of calls: the second of a set, the first of an attach, the first on the way back to dom0.
     let failures = r#"
   - {operation: set_vf_setting, address: "01:10.0", errno: EIO, after: 1, times: 1}
@@ -332,7 +332,7 @@ fn network_settings_that_fail_are_undone_keep_a_vf_from_its_guest_and_are_report
 }
 
 #[test]
-fn the_settings_and_commands_say_how_many_vfs_a_pf_has() {
+fn settings_and_commands_set_the_number_of_vfs() {
     let directory = tempfile::tempdir().unwrap();
     let settings = "function-limit: 11\nvirtual-functions:\n  - {pf: '01:00.0', count: 3}\n  - {id: 'dead:beef', count: 1}\n";
     let daemon = Daemon::start_with(directory, &host(), settings);
@@ -341,12 +341,12 @@ fn the_settings_and_commands_say_how_many_vfs_a_pf_has() {
 }
 
 #[test]
-fn pfs_and_vfs_that_nobody_watches_over_need_a_permission() {
+fn pfs_and_untrusted_vfs_need_a_permission() {
     play("permit", host());
 }
 
 #[test]
-fn what_dom0_uses_is_refused_by_name_and_a_pf_without_a_driver_needs_a_word_more() {
+fn functions_in_use_are_refused_and_vfs_of_a_pf_without_a_driver_need_an_option() {
     let virtio = "{address: 02:00.0, model: virtio-net, irq: 11, interfaces: [eth1]}";
     let used = virtio.replace("eth1]", "eth1], uses: [{interface: {name: eth1, up: true, master: br0}}]");
     // A PF whose driver is not loaded.
@@ -360,7 +360,7 @@ fn policies_are_shown_explained_reloaded_and_learned_from() {
 }
 
 #[test]
-fn a_policy_shows_the_rom_that_it_gives_and_attach_says_who_gets_none() {
+fn policies_show_the_rom_and_attach_warns_of_a_guest_that_gets_none() {
     play("roms", host());
 }
 
@@ -370,7 +370,7 @@ fn policy_files_and_dumps_are_checked_and_explained_without_a_service() {
 }
 
 #[test]
-fn wrong_usage_exits_with_2_and_asks_no_service() {
+fn wrong_usage_exits_with_2_without_a_request() {
     play_alone("usage");
 }
 
@@ -424,7 +424,7 @@ fn text(bytes: &[u8]) -> String {
 }
 
 #[test]
-fn a_guest_that_xl_cannot_save_has_its_functions_again() {
+fn a_guest_that_xl_cannot_save_gets_its_functions_back() {
     let (daemon, file, beside) = guest_with_a_vf();
     let output = with_xl(&daemon, "exit 3", &["save", "web", &file]);
     let said = text(&output.stderr);
@@ -446,7 +446,7 @@ fn a_checkpoint_that_cannot_be_written_is_refused_before_the_guest_loses_anythin
 }
 
 #[test]
-fn a_guest_that_was_saved_and_runs_on_has_its_functions_again() {
+fn a_saved_guest_that_keeps_running_gets_its_functions_back() {
     let (daemon, file, beside) = guest_with_a_vf();
     let output = with_xl(&daemon, &format!("touch {file}"), &["save", "-c", "web", &file]);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
@@ -457,7 +457,7 @@ fn a_guest_that_was_saved_and_runs_on_has_its_functions_again() {
 }
 
 #[test]
-fn a_guest_that_is_not_restored_is_named_with_why_and_xl_is_not_run() {
+fn a_refused_restore_is_explained_and_xl_is_not_run() {
     let (daemon, file, beside) = guest_with_a_vf();
     let restore = || with_xl(&daemon, "exit 0", &["restore", &file]);
     let missing = restore();

@@ -21,7 +21,7 @@ fn a_second_service_in_the_same_run_directory_refuses_to_start() {
 }
 
 #[test]
-fn a_termination_signal_stops_it_cleanly_and_its_socket_answers_no_more() {
+fn sigterm_stops_the_service_and_closes_its_socket() {
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let mut daemon = Daemon::start(&host());
         daemon.signal(signal);
@@ -33,7 +33,7 @@ fn a_termination_signal_stops_it_cleanly_and_its_socket_answers_no_more() {
 }
 
 #[test]
-fn only_its_owner_reaches_the_socket() {
+fn only_its_owner_can_connect_to_the_socket() {
     let daemon = Daemon::start(&host());
     let mode = std::fs::metadata(daemon.socket()).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
@@ -53,7 +53,7 @@ fn limited(limits: &str) -> Daemon {
 }
 
 #[test]
-fn the_limit_of_open_files_is_raised_as_far_as_it_goes() {
+fn the_limit_of_open_files_is_raised_to_the_hard_limit() {
     let daemon = limited("ulimit -Sn 64; ulimit -Hn 777");
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", daemon.id())).unwrap();
     let files: Vec<&str> = limits
@@ -74,7 +74,7 @@ fn a_limit_of_open_files_that_is_too_low_for_the_host_is_a_problem_in_the_status
 }
 
 #[test]
-fn a_service_without_free_descriptors_answers_when_there_are_some_and_says_so_once() {
+fn a_service_without_free_descriptors_answers_later_and_warns_once() {
     let mut daemon = limited("ulimit -n 48");
     let clients: Vec<UnixStream> = (0..60).map(|_| UnixStream::connect(daemon.socket()).unwrap()).collect();
     daemon.wait_for_log("accept control connections");
@@ -109,7 +109,7 @@ fn a_service_that_cannot_copy_its_policies_serves_and_says_so_until_it_can() {
 }
 
 #[test]
-fn a_description_or_settings_that_cannot_be_used_are_named_with_the_place() {
+fn mistakes_in_a_simulation_or_in_settings_are_reported_with_their_position() {
     for (file, text, named) in [
         ("host.yaml", "xen: \"4.17\"\ndrivers: 7\n", "host.yaml"),
         ("host.yaml", "", "host.yaml"),
@@ -128,7 +128,7 @@ fn a_description_or_settings_that_cannot_be_used_are_named_with_the_place() {
 }
 
 #[test]
-fn on_a_machine_without_xen_it_says_so_and_its_help_works() {
+fn without_xen_the_service_fails_with_a_message_and_help_works() {
     let help = program(env!("CARGO_BIN_EXE_xpcid")).arg("--help").output().unwrap();
     assert!(help.status.success() && help.stderr.is_empty(), "{help:?}");
     let wrong = program(env!("CARGO_BIN_EXE_xpcid")).args(["--platform", "kvm"]).output().unwrap();
@@ -162,7 +162,7 @@ fn wait_for(systemd: &UnixDatagram, wanted: &str) {
 }
 
 #[test]
-fn systemd_is_told_that_it_serves_only_when_its_socket_answers() {
+fn systemd_is_notified_when_the_socket_answers() {
     let (daemon, systemd) = under_systemd("0");
     wait_for(&systemd, "READY=1");
     assert!(daemon.xpci(&["status"]).status.success());
@@ -171,13 +171,13 @@ fn systemd_is_told_that_it_serves_only_when_its_socket_answers() {
 }
 
 #[test]
-fn systemd_hears_of_the_engine_again_and_again_while_nothing_happens() {
+fn the_watchdog_is_notified_while_the_engine_is_idle() {
     let (_daemon, systemd) = under_systemd("200000");
     (0..3).for_each(|_| wait_for(&systemd, "WATCHDOG=1"));
 }
 
 #[test]
-fn a_hangup_signal_reads_the_policies_again_and_the_service_goes_on() {
+fn sighup_reloads_the_policies() {
     let daemon = Daemon::start(&host());
     let policies = daemon.directory.path().join("policies");
     std::fs::create_dir_all(&policies).unwrap();
@@ -201,7 +201,7 @@ fn unit(key: &str) -> Vec<String> {
 }
 
 #[test]
-fn the_unit_starts_after_xen_and_before_the_guests_whichever_way_the_distribution_starts_xen() {
+fn the_unit_starts_after_xen_and_before_guests_on_each_distribution() {
     let (after, before) = (unit("After"), unit("Before"));
     for wanted in ["xen.service", "xenstored.service", "proc-xen.mount"] {
         assert!(after.iter().any(|unit| unit == wanted), "After={wanted}: {after:?}");
@@ -216,7 +216,7 @@ fn the_unit_starts_after_xen_and_before_the_guests_whichever_way_the_distributio
 }
 
 #[test]
-fn the_unit_is_restarted_however_often_it_ends() {
+fn the_unit_is_restarted_without_a_limit() {
     assert_eq!(unit("StartLimitIntervalSec"), ["0"]);
     assert_eq!(unit("Restart"), ["always"]);
     assert_eq!(unit("Type"), ["notify"]);
@@ -274,7 +274,7 @@ fn settings_and_policies_are_checked_without_starting_anything() {
 }
 
 #[test]
-fn the_journal_gets_priorities_one_line_a_record_and_no_times() {
+fn the_journal_gets_one_line_per_record_with_priority_and_without_time() {
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("host.yaml"), host()).unwrap();
     std::fs::write(directory.path().join("settings.yaml"), "holdr: 1\n").unwrap();
@@ -289,7 +289,7 @@ fn the_journal_gets_priorities_one_line_a_record_and_no_times() {
 }
 
 #[test]
-fn what_the_user_may_not_do_is_no_error_of_the_service() {
+fn a_refused_request_is_not_logged_as_an_error() {
     let mut daemon = Daemon::start(&host());
     let refused = daemon.xpci(&["pci-attach", "closed", "02:00.0"]);
     assert_eq!(refused.status.code(), Some(5));

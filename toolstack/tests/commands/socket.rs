@@ -30,7 +30,7 @@ fn assert_alive(daemon: &Daemon) {
 }
 
 #[test]
-fn what_is_no_request_is_answered_with_what_is_wrong_and_the_connection_lives_on() {
+fn an_invalid_request_is_answered_with_an_error_and_the_connection_stays_open() {
     let daemon = Daemon::start(&host());
     let mut stream = connect(&daemon);
     for (line, id, said) in [
@@ -55,7 +55,7 @@ fn what_is_no_request_is_answered_with_what_is_wrong_and_the_connection_lives_on
 }
 
 #[test]
-fn a_line_that_is_too_long_is_refused_and_the_service_goes_on() {
+fn a_line_that_is_too_long_is_refused() {
     let daemon = Daemon::start(&host());
     let mut stream = connect(&daemon);
     // Exactly one byte more than it takes: it answers without having left anything unread.
@@ -67,7 +67,7 @@ fn a_line_that_is_too_long_is_refused_and_the_service_goes_on() {
 }
 
 #[test]
-fn a_client_that_leaves_in_the_middle_of_a_line_or_before_its_answer_is_forgotten() {
+fn a_client_that_disconnects_within_a_line_or_before_its_answer_is_dropped() {
     let daemon = Daemon::start(&host());
     for text in ["{\"version\": 1, \"id\"", "{\"version\": 1, \"id\": 1, \"command\": \"status\"}\n"] {
         connect(&daemon).write_all(text.as_bytes()).unwrap();
@@ -76,7 +76,7 @@ fn a_client_that_leaves_in_the_middle_of_a_line_or_before_its_answer_is_forgotte
 }
 
 #[test]
-fn more_clients_than_it_serves_are_refused_and_served_again_once_others_leave() {
+fn excess_clients_are_refused_until_others_disconnect() {
     let daemon = Daemon::start(&host());
     let ask = b"{\"version\": 1, \"id\": 1, \"command\": \"status\"}\n";
     let clients: Vec<UnixStream> = (0..64)

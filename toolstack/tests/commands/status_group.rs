@@ -93,7 +93,7 @@ fn members_of_the_status_group_see_the_status_without_root() {
 }
 
 #[test]
-fn members_of_the_status_group_are_refused_what_changes_something() {
+fn members_of_the_status_group_cannot_change_anything() {
     let daemon = with_group();
     let output = xpci_as(members().gid, &daemon, &["pci-assignable-add", "01:00.0"]);
     let said = error_of(&output);
@@ -117,7 +117,7 @@ fn members_of_the_status_group_are_refused_what_changes_something() {
 }
 
 #[test]
-fn who_is_not_in_the_status_group_reaches_no_socket() {
+fn users_outside_the_status_group_cannot_connect() {
     if !geteuid().is_root() {
         // Only root can run a program as another user.
         return;
@@ -130,7 +130,7 @@ fn who_is_not_in_the_status_group_reaches_no_socket() {
 }
 
 #[test]
-fn the_status_group_gets_its_socket_and_the_way_to_it_and_no_more() {
+fn the_status_group_can_reach_its_own_socket_only() {
     let daemon = with_group();
     let of = |path: PathBuf| {
         let metadata = fs::metadata(path).unwrap();
@@ -159,7 +159,7 @@ fn a_status_group_that_does_not_exist_is_a_problem_in_the_status() {
 }
 
 #[test]
-fn clients_of_the_status_group_are_limited_and_root_is_served_beside_them() {
+fn clients_of_the_status_group_are_limited_without_affecting_root() {
     let daemon = with_group();
     let status = json!({"version": 1, "id": 1, "command": "status"});
     let clients: Vec<UnixStream> = (0..64)

@@ -24,7 +24,7 @@ fn convert(directory: &Path) -> String {
 }
 
 #[test]
-fn what_xl_config_prints_are_good_settings() {
+fn the_output_of_xl_config_is_valid_settings() {
     let directory = tempfile::tempdir().unwrap();
     let printed = convert(directory.path());
     let settings = directory.path().join("settings.yaml");
@@ -39,7 +39,7 @@ fn what_xl_config_prints_are_good_settings() {
 }
 
 #[test]
-fn a_file_that_is_not_there_or_has_no_functions_is_named() {
+fn a_missing_file_or_one_without_functions_is_reported() {
     let directory = tempfile::tempdir().unwrap();
     let plain = directory.path().join("plain.cfg");
     fs::write(&plain, "name='web'\n").unwrap();

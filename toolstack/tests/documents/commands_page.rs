@@ -135,7 +135,7 @@ fn document() -> String {
 }
 
 #[test]
-fn the_page_of_commands_is_what_the_programs_say_of_themselves() {
+fn the_page_of_commands_matches_the_help_texts() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/commands.md");
     reviewed::assert_is(path, &document()).unwrap();
 }

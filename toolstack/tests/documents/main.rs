@@ -114,7 +114,7 @@ fn the_files_to_which_the_documents_link_exist() {
 }
 
 #[test]
-fn the_dashboard_and_the_document_name_metrics_that_there_are() {
+fn the_dashboard_and_the_document_name_existing_metrics() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let source = fs::read_to_string(root.join("src/cli/metrics.rs")).unwrap();
     let names = |text: &str| -> Vec<String> {
@@ -153,7 +153,7 @@ fn commands(text: &str) -> Vec<(&str, &str)> {
 }
 
 #[test]
-fn the_protocols_document_has_each_command_with_a_request_that_is_understood() {
+fn the_protocol_document_has_a_valid_request_for_each_command() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let text = fs::read_to_string(root.join("../docs/protocol.md")).unwrap();
     let documented = commands(&text);
@@ -176,7 +176,7 @@ fn the_protocols_document_has_each_command_with_a_request_that_is_understood() {
 }
 
 #[test]
-fn the_lines_that_the_protocols_document_shows_are_of_the_protocol() {
+fn the_examples_in_the_protocol_document_are_valid() {
     let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/protocol.md")).unwrap();
     let lines: Vec<&str> = text.lines().filter(|line| line.starts_with("{\"version\"")).collect();
     assert!(lines.len() > 3, "{lines:?}");

@@ -68,7 +68,7 @@ impl Watched {
 }
 
 #[test]
-fn a_look_that_began_before_an_error_and_ends_after_its_event_causes_no_second_reset() {
+fn a_poll_that_overlaps_an_error_event_causes_no_second_reset() {
     let watched = watched();
     let simulation = &watched.world.simulation;
     // Counters are read by address, the sibling's last.
@@ -98,7 +98,7 @@ fn an_event_that_comes_twice_is_one_error() {
 }
 
 #[test]
-fn an_event_that_comes_after_the_counters_have_told_is_the_same_error() {
+fn an_event_after_a_change_of_the_counters_is_the_same_error() {
     let watched = watched();
     let simulation = &watched.world.simulation;
     simulation.miss_error(bdf(VF), Severity::NonFatal);
@@ -121,7 +121,7 @@ fn an_error_that_is_not_counted_and_that_a_port_contained_is_one_error() {
 }
 
 #[test]
-fn errors_that_follow_each_other_are_all_decided_about() {
+fn successive_errors_are_all_handled() {
     let watched = watched();
     let simulation = &watched.world.simulation;
     for status in 0..3 {

@@ -68,7 +68,7 @@ fn a_bar_without_an_address_is_not_granted_and_reads_0() {
 }
 
 #[test]
-fn what_the_kernel_shows_as_ram_is_not_granted() {
+fn a_bar_that_overlaps_ram_is_not_granted() {
     let world = host("4: \"10000000\"");
     let service = world.start();
     service.hold(bdf("04:00.0")).unwrap();
@@ -78,7 +78,7 @@ fn what_the_kernel_shows_as_ram_is_not_granted() {
 }
 
 #[test]
-fn what_else_the_kernel_shows_in_a_page_or_a_bar_is_not_granted() {
+fn a_bar_that_overlaps_another_resource_is_not_granted() {
     for (more, named) in [
         ("memory: \"fbd04400-fbd0440f : HPET 0\"\n", "HPET 0"),
         ("memory: \"fbd00000-fbd03fff : efifb\"\n", "efifb"),

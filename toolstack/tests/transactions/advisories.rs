@@ -71,7 +71,7 @@ impl Log for Lines {
 
 /// 43, 130: what a guest causes is logged without limit.
 #[test]
-fn log_flood_a_guest_that_connects_again_and_again_leaves_few_lines() {
+fn log_flood_of_a_guest_that_keeps_reconnecting_is_limited() {
     const CONNECTIONS: usize = 300;
     // The burst of one guest, and what attach and the first connection say.
     const MOST: usize = 250;
@@ -99,7 +99,7 @@ fn log_flood_a_guest_that_connects_again_and_again_leaves_few_lines() {
 
 /// 349: watch events of one guest keep the backend from everybody else.
 #[test]
-fn watch_flood_a_guest_that_rewrites_a_node_without_end_keeps_nobody_waiting() {
+fn watch_flood_of_a_guest_delays_no_other_request() {
     let world = World::new();
     let (_frontend, service) = errors::attached(&world, "");
     // A look at the guest takes xenstored a while; thousands of them take minutes.
@@ -124,7 +124,7 @@ fn watch_flood_a_guest_that_rewrites_a_node_without_end_keeps_nobody_waiting() {
 
 /// 43, 130, in the status instead of the log.
 #[test]
-fn status_flood_a_guest_whose_ring_fails_again_and_again_fills_neither_memory_nor_the_status() {
+fn status_flood_of_a_guest_whose_ring_keeps_failing_is_limited() {
     let world = World::new();
     let (_frontend, service) = errors::attached(&world, "");
     for number in 0..10_000 {
@@ -244,7 +244,7 @@ fn fields_that_change_while_a_request_is_read_reach_only_what_was_checked() {
 
 /// 157: a list of MSI-X entries that is longer than the table, or names entries that are not there.
 #[test]
-fn msix_lists_that_are_too_long_or_name_what_is_not_there_map_nothing() {
+fn msix_lists_that_are_too_long_or_have_invalid_entries_map_nothing() {
     let world = World::new();
     let (frontend, service) = guests::attached(&world, WEB, &[bdf(VF)]);
     let list = |entries: &[u16], count: u32| {
@@ -307,7 +307,7 @@ fn ioreq_requests_that_make_no_sense_are_answered_and_change_nothing() {
 
 /// 238: a slot or a function number that is not the guest's.
 #[test]
-fn slots_that_are_not_the_guests_do_not_answer() {
+fn slots_without_a_function_of_the_guest_do_not_answer() {
     let world = World::new();
     let (frontend, _service) = guests::attached(&world, WEB, &[bdf(VF)]);
     let before = config_space(&world, bdf("01:10.2"));
@@ -327,7 +327,7 @@ fn slots_that_are_not_the_guests_do_not_answer() {
 
 /// 332, 391: events without end from one guest.
 #[test]
-fn event_storm_a_guest_that_notifies_without_end_keeps_nobody_waiting_nor_its_function() {
+fn event_storm_of_a_guest_delays_no_other_request() {
     let world = World::new();
     let (web, service) = guests::attached(&world, WEB, &[bdf(VF)]);
     let db = Frontend::load(&world, DB);
@@ -354,7 +354,7 @@ fn event_storm_a_guest_that_notifies_without_end_keeps_nobody_waiting_nor_its_fu
 
 /// 476: something of a function stays with the guest that has lost it.
 #[test]
-fn leftovers_attached_and_detached_ten_times_nothing_is_left() {
+fn leftovers_there_are_none_after_ten_attachments() {
     let world = World::new();
     let (frontend, service) = guests::attached(&world, WEB, &[bdf("01:10.0")]);
     for turn in 0..10 {

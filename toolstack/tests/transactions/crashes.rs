@@ -128,7 +128,7 @@ fn a_release_that_is_killed_anywhere_ends_held_or_with_its_driver() {
 }
 
 #[test]
-fn a_service_killed_while_it_maps_vectors_leaves_none_that_nobody_knows() {
+fn a_service_killed_while_it_maps_vectors_leaves_no_unknown_ones() {
     let address = bdf("01:00.0");
     for changes in 0..CHANGES {
         for moment in [Moment::Before, Moment::After] {

@@ -42,7 +42,7 @@ pub fn attached(world: &World, errors: &str) -> (Frontend, Service) {
 pub fn attach(service: &Service, frontend: &Frontend, domain: DomId, address: Sbdf) {
     service.hold(address).unwrap();
     service.attach(domain, address).unwrap();
-    frontend.hears_errors();
+    frontend.receives_errors();
     // The engine answers when it has done all that came before.
     assert_eq!(service.state(address), FunctionState::Attached);
 }
@@ -81,10 +81,10 @@ fn a_guest_that_needs_a_reset_gets_one_and_keeps_its_function() {
     let vf = bdf(VF);
     frontend.ask(&write_op(0, 4, 2, 4));
     world.simulation.report_error(vf, Severity::NonFatal, COMPLETION_TIMEOUT);
-    frontend.is_told(DETECTED, NORMAL, 0, NEED_RESET);
-    frontend.is_told(SLOT_RESET, NORMAL, 0, RECOVERED);
+    frontend.is_notified(DETECTED, NORMAL, 0, NEED_RESET);
+    frontend.is_notified(SLOT_RESET, NORMAL, 0, RECOVERED);
     assert_eq!(world.simulation.peek(vf, 4, 1)[0] & 4, 0, "it was reset");
-    frontend.is_told(RESUME, NORMAL, 0, NONE);
+    frontend.is_notified(RESUME, NORMAL, 0, NONE);
     let (ok, text) = outcome(&service, vf);
     assert!(ok && text.contains("has recovered"), "{text}");
     let (action, detection, reason) = decided(&service, vf, Severity::NonFatal);
@@ -101,23 +101,23 @@ fn a_guest_that_needs_a_reset_gets_one_and_keeps_its_function() {
 }
 
 #[test]
-fn a_guest_that_can_go_on_is_asked_to_look_only_where_the_policy_says_so() {
+fn mmio_enabled_is_sent_only_if_the_policy_asks_for_it() {
     for mmio_enabled in [false, true] {
         let world = World::new();
         let (frontend, service) = attached(&world, &format!("mmio-enabled: {mmio_enabled}"));
         world.simulation.report_error(bdf(VF), Severity::NonFatal, COMPLETION_TIMEOUT);
-        frontend.is_told(DETECTED, NORMAL, 0, CAN_RECOVER);
+        frontend.is_notified(DETECTED, NORMAL, 0, CAN_RECOVER);
         if mmio_enabled {
-            frontend.is_told(MMIO_ENABLED, NORMAL, 0, RECOVERED);
+            frontend.is_notified(MMIO_ENABLED, NORMAL, 0, RECOVERED);
         }
-        frontend.is_told(RESUME, NORMAL, 0, NONE);
+        frontend.is_notified(RESUME, NORMAL, 0, NONE);
         assert!(outcome(&service, bdf(VF)).0);
     }
 }
 
 /// And its config accesses are answered during that.
 #[test]
-fn a_guest_that_is_silent_gives_up_talks_nonsense_or_cannot_be_told_loses_its_function() {
+fn a_guest_without_a_valid_answer_to_an_error_loses_its_function() {
     for (case, said) in [
         (None, "did not answer in time"),
         (Some(DISCONNECT), "gives up"),
@@ -128,7 +128,7 @@ fn a_guest_that_is_silent_gives_up_talks_nonsense_or_cannot_be_told_loses_its_fu
         let (frontend, service) = attached(&world, "answer-seconds: 1");
         world.simulation.report_error(bdf(VF), Severity::NonFatal, COMPLETION_TIMEOUT);
         match case {
-            Some(answer) => frontend.is_told(DETECTED, NORMAL, 0, answer),
+            Some(answer) => frontend.is_notified(DETECTED, NORMAL, 0, answer),
             None => {
                 frontend.ignores();
                 assert_eq!(frontend.read(0, 0, 4), 0x10ca_8086);
@@ -150,15 +150,15 @@ fn a_guest_that_is_silent_gives_up_talks_nonsense_or_cannot_be_told_loses_its_fu
 }
 
 #[test]
-fn a_fatal_error_quarantines_its_function_and_siblings_are_told_of_the_link_reset_only() {
+fn a_fatal_error_quarantines_its_function_and_siblings_are_only_notified_of_the_link_reset() {
     let world = World::new();
     let (_frontend, service) = attached(&world, "");
     let beside = Frontend::load(&world, DB);
     attach(&service, &beside, DB, bdf(SIBLING));
     world.simulation.report_error(bdf(VF), Severity::Fatal, 1 << 18);
-    beside.is_told(DETECTED, FROZEN, 0, NEED_RESET);
-    beside.is_told(SLOT_RESET, FROZEN, 0, RECOVERED);
-    beside.is_told(RESUME, FROZEN, 0, NONE);
+    beside.is_notified(DETECTED, FROZEN, 0, NEED_RESET);
+    beside.is_notified(SLOT_RESET, FROZEN, 0, RECOVERED);
+    beside.is_notified(RESUME, FROZEN, 0, NONE);
     assert_eq!(decided(&service, bdf(VF), Severity::Fatal).0, Action::Quarantine);
     let (action, _, reason) = decided(&service, bdf(SIBLING), Severity::Fatal);
     assert!(action == Action::TellGuest && reason.contains("of 0000:01:10.0 beside it"), "{reason}");
@@ -166,7 +166,7 @@ fn a_fatal_error_quarantines_its_function_and_siblings_are_told_of_the_link_rese
     quarantined(&world, &service, bdf(VF));
     // A guest that did nothing wrong keeps its function although it does not answer.
     world.simulation.report_error(bdf(PF), Severity::Fatal, 1 << 4);
-    beside.is_told(DETECTED, FROZEN, 0, DISCONNECT);
+    beside.is_notified(DETECTED, FROZEN, 0, DISCONNECT);
     service.wait_for_event(bdf(SIBLING), "that it gave up", |what| match what {
         Happening::Outcome { ok: false, text } => text.contains("gives up; log").then_some(()),
         _ => None,
@@ -178,13 +178,13 @@ fn a_fatal_error_quarantines_its_function_and_siblings_are_told_of_the_link_rese
 }
 
 #[test]
-fn an_error_that_no_event_tells_of_is_found_by_the_counters_with_the_same_decision() {
+fn an_error_without_an_event_is_found_by_the_counters_with_the_same_decision() {
     let world = World::new();
     let (frontend, service) = attached(&world, "");
     world.simulation.report_error(bdf(VF), Severity::Correctable, 1);
     world.simulation.miss_error(bdf(VF), Severity::NonFatal);
-    frontend.is_told(DETECTED, NORMAL, 0, CAN_RECOVER);
-    frontend.is_told(RESUME, NORMAL, 0, NONE);
+    frontend.is_notified(DETECTED, NORMAL, 0, CAN_RECOVER);
+    frontend.is_notified(RESUME, NORMAL, 0, NONE);
     let (action, detection, _) = decided(&service, bdf(VF), Severity::NonFatal);
     assert_eq!((action, detection), (Action::TellGuest, Detection::Counters));
     let of_event = decided(&service, bdf(VF), Severity::Correctable);
@@ -221,7 +221,7 @@ fn an_error_that_its_guest_clears_first_is_read_and_then_cleared_by_the_host() {
 }
 
 #[test]
-fn error_registers_that_the_platform_keeps_to_itself_are_not_cleared() {
+fn error_registers_under_firmware_control_are_not_cleared() {
     let world = World::new();
     world.simulation.withhold_aer(true);
     let (_frontend, service) = attached(&world, "non-fatal: log");
@@ -233,7 +233,7 @@ fn error_registers_that_the_platform_keeps_to_itself_are_not_cleared() {
 }
 
 #[test]
-fn without_tracing_the_counters_do_and_the_status_says_so() {
+fn without_tracing_errors_are_found_by_counters_and_the_status_shows_it() {
     let world = World::new();
     world.fail("error_events", None, Errno::ENOENT, 0);
     let (_frontend, service) = attached(&world, "");
@@ -254,9 +254,9 @@ fn a_port_that_contained_an_error_is_found_with_the_same_decisions() {
     // DPC Error Source ID, then DPC Status: triggered by an ERR_FATAL message.
     world.simulation.poke(bdf(PORT), 0x15a, &[0x80, 0x01]);
     world.simulation.poke(bdf(PORT), 0x158, &[0x05, 0x00]);
-    beside.is_told(DETECTED, FROZEN, 0, NEED_RESET);
-    beside.is_told(SLOT_RESET, FROZEN, 0, RECOVERED);
-    beside.is_told(RESUME, FROZEN, 0, NONE);
+    beside.is_notified(DETECTED, FROZEN, 0, NEED_RESET);
+    beside.is_notified(SLOT_RESET, FROZEN, 0, RECOVERED);
+    beside.is_notified(RESUME, FROZEN, 0, NONE);
     let (action, detection, _) = decided(&service, bdf(VF), Severity::Fatal);
     assert_eq!((action, detection), (Action::Quarantine, Detection::Containment));
     quarantined(&world, &service, bdf(VF));
@@ -325,8 +325,8 @@ fn uncorrectable_errors_beyond_the_limit_are_a_storm() {
     let world = World::new();
     let (frontend, service) = attached(&world, "uncorrectable-per-hour: 1");
     world.simulation.report_error(bdf(VF), Severity::NonFatal, COMPLETION_TIMEOUT);
-    frontend.is_told(DETECTED, NORMAL, 0, CAN_RECOVER);
-    frontend.is_told(RESUME, NORMAL, 0, NONE);
+    frontend.is_notified(DETECTED, NORMAL, 0, CAN_RECOVER);
+    frontend.is_notified(RESUME, NORMAL, 0, NONE);
     assert!(outcome(&service, bdf(VF)).0);
     world.simulation.report_error(bdf(VF), Severity::NonFatal, COMPLETION_TIMEOUT);
     quarantined(&world, &service, bdf(VF));
@@ -335,7 +335,7 @@ fn uncorrectable_errors_beyond_the_limit_are_a_storm() {
 }
 
 #[test]
-fn each_action_of_a_policy_does_what_it_says() {
+fn each_action_of_an_error_policy_is_carried_out() {
     let of = |action: &str| {
         let world = World::new();
         let (frontend, service) = attached(&world, &format!("fatal: {action}"));
@@ -369,7 +369,7 @@ fn each_action_of_a_policy_does_what_it_says() {
 }
 
 #[test]
-fn what_fails_while_an_error_is_dealt_with_ends_in_quarantine() {
+fn a_failed_response_to_an_error_quarantines() {
     let world = World::new();
     let (_frontend, service) = attached(&world, "fatal: reset");
     world.fail("reset", Some(bdf(VF)), Errno::ENOTTY, 0);
@@ -386,7 +386,7 @@ fn what_fails_while_an_error_is_dealt_with_ends_in_quarantine() {
 }
 
 #[test]
-fn followers_hear_errors_and_states_as_they_happen_and_the_history_outlives_the_service() {
+fn followers_get_events_at_once_and_the_history_survives_a_restart() {
     let world = World::new();
     let (_frontend, service) = attached(&world, "");
     let (sender, heard) = channel();
@@ -423,7 +423,7 @@ fn errors_of_dom0s_functions_are_left_to_its_kernel() {
 
 /// Whenever the error comes: the guest may have the function before attach has ended.
 #[test]
-fn an_error_right_after_the_attach_is_dealt_with_like_any_other() {
+fn an_error_right_after_the_attachment_is_handled() {
     let world = World::new();
     let _frontend = Frontend::load(&world, WEB);
     let service = world.start();

@@ -48,7 +48,7 @@ fn whichever_call_fails(operation: &str) {
 }
 
 #[test]
-fn a_function_without_a_reset_that_will_do_is_refused_and_stays_held() {
+fn a_function_without_an_accepted_reset_is_refused_and_stays_held() {
     let (world, address) = everything();
     let _frontend = Frontend::load(&world, WEB);
     // Linux takes the first of flr, pm and bus.
@@ -81,7 +81,7 @@ mod an_attach_is_undone_and_can_be_tried_again_when_it_fails_at {
 }
 
 #[test]
-fn an_undo_that_fails_quarantines_and_clearing_makes_it_whole() {
+fn an_undo_that_fails_quarantines_and_clearing_completes_it() {
     for (operation, after) in
         [("release_msix", 0), ("deassign", 0), ("iomem_permission", 3), ("reset", 1), ("reset", 2)]
     {
@@ -122,7 +122,7 @@ fn assert_quarantined(service: &Service, address: Sbdf, why: &str) {
 }
 
 #[test]
-fn a_detach_whose_undo_fails_quarantines_and_takes_all_else_from_the_guest() {
+fn a_detach_that_fails_quarantines_and_still_undoes_the_other_steps() {
     let operations =
         ["iomem_permission", "ioport_permission", "unmap_gsi", "deassign", "release_msix", "reset"];
     for operation in operations {
@@ -194,7 +194,7 @@ fn a_hold_that_fails_at_any_call_gives_the_function_back_to_its_driver() {
 }
 
 #[test]
-fn a_release_whose_undo_fails_quarantines_and_can_be_made_whole() {
+fn a_release_that_fails_quarantines_and_can_be_completed() {
     let address = bdf("02:00.0");
     for operation in ["deassign", "set_driver_override", "unbind", "probe"] {
         let world = World::without_vfs();

@@ -71,7 +71,7 @@ fn its_quarantine_is_not_cleared_while_the_former_owner_runs() {
 }
 
 #[test]
-fn who_trusts_the_former_owner_says_so_in_the_command() {
+fn an_option_trusts_the_former_owner() {
     let world = World::new();
     let service = after_detach(&world);
     let mut request = attachment(DB, bdf(VF));
@@ -129,7 +129,7 @@ fn a_domain_that_reuses_the_number_of_the_former_owner_is_another_one() {
 }
 
 #[test]
-fn a_vf_that_comes_back_to_the_same_memory_is_still_within_the_former_owners_reach() {
+fn a_vf_created_again_at_the_same_memory_is_still_reachable_by_the_former_owner() {
     let world = World::new();
     let service = after_detach(&world);
     let pf = bdf("01:00.0");
@@ -143,7 +143,7 @@ fn a_vf_that_comes_back_to_the_same_memory_is_still_within_the_former_owners_rea
 }
 
 #[test]
-fn a_note_that_is_damaged_keeps_the_function_from_everybody() {
+fn a_damaged_note_prevents_every_attachment() {
     let world = World::new();
     after_detach(&world).stop();
     let file = world.settings().state_directory.join("former-owners/0000:01:10.0.json");

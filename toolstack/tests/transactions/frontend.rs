@@ -156,12 +156,12 @@ impl Frontend {
     }
 
     /// Says that it can be notified of errors, as xen-pcifront does.
-    pub fn hears_errors(&self) {
+    pub fn receives_errors(&self) {
         frontend::set_aer_handler(locked(&self.guest).page().unwrap(), true);
     }
 
     /// Waits until it is notified of an error, and answers: command and state of the link, then the `pci_ers_result_t`.
-    pub fn is_told(&self, command: u32, state: u32, devfn: u32, answer: u32) {
+    pub fn is_notified(&self, command: u32, state: u32, devfn: u32, answer: u32) {
         let guest = locked(&self.guest);
         let told = guest.wait_for_answer(LIMIT, |page| frontend::take_aer(page)).unwrap();
         assert_eq!(told, (command, state, devfn));

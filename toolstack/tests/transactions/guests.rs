@@ -37,7 +37,7 @@ pub fn attached(world: &World, domain: DomId, addresses: &[Sbdf]) -> (Frontend, 
 }
 
 #[test]
-fn a_guest_reads_its_vf_as_the_pf_says_it_is_and_nothing_else_answers() {
+fn a_guest_reads_its_vf_with_the_ids_from_the_pf_and_nothing_else_answers() {
     let world = World::new();
     let (frontend, service) = attached(&world, WEB, &[bdf("01:10.0")]);
     assert_eq!(frontend.read(0, VENDOR, 4), 0x10ca_8086);
@@ -81,7 +81,7 @@ fn every_sixteenth_request_is_counted_by_how_long_it_took() {
 }
 
 #[test]
-fn a_line_that_two_functions_of_a_guest_share_is_its_until_it_loses_both() {
+fn a_line_shared_by_two_functions_of_a_guest_is_revoked_with_the_second() {
     let (world, [first, second]) = (World::without_vfs(), [bdf("04:00.0"), bdf("05:00.0")]);
     // Nothing in dom0 uses it.
     world.host().unbind(bdf("01:00.0"), LIMIT).unwrap();
@@ -130,7 +130,7 @@ fn two_guests_have_a_vf_each_and_do_not_see_the_others() {
 }
 
 #[test]
-fn msix_maps_what_is_asked_for_and_gives_it_back() {
+fn msix_maps_and_unmaps_the_requested_vectors() {
     let world = World::new();
     let (frontend, _service) = attached(&world, WEB, &[bdf("01:10.0")]);
     let (error, _, entries) = frontend.ask(&msix_op(0, 3));
@@ -203,7 +203,7 @@ fn a_function_level_reset_reads_all_ones_and_ends_with_the_interrupts_in_place()
 }
 
 #[test]
-fn a_guests_reset_that_fails_takes_it_away_and_quarantines_once_and_for_all() {
+fn a_guests_reset_that_fails_quarantines_once() {
     let world = World::new();
     let address = bdf("01:10.0");
     let (frontend, service) = attached(&world, WEB, &[address]);
@@ -271,7 +271,7 @@ fn a_request_that_waits_while_the_service_restarts_is_answered_and_vectors_are_k
 }
 
 #[test]
-fn a_function_that_leaves_under_its_guest_reads_all_ones_and_the_others_go_on() {
+fn a_removed_function_reads_all_ones_and_the_others_still_work() {
     let world = World::new();
     let (gone, other) = (bdf("01:10.0"), bdf("01:10.2"));
     let (frontend, service) = attached(&world, WEB, &[gone, other]);
@@ -291,7 +291,7 @@ fn a_function_that_leaves_under_its_guest_reads_all_ones_and_the_others_go_on() 
 }
 
 #[test]
-fn a_slow_guest_that_still_reads_registers_is_waited_for_but_not_without_end() {
+fn a_slow_guest_gets_more_time_while_it_reads_registers_up_to_a_limit() {
     let world = World::new();
     let (used, new) = (bdf("01:10.0"), bdf("01:10.2"));
     let frontend = Frontend::load(&world, WEB);
@@ -317,7 +317,7 @@ fn a_slow_guest_that_still_reads_registers_is_waited_for_but_not_without_end() {
 }
 
 #[test]
-fn what_a_guest_asks_for_that_makes_no_sense_is_answered_with_the_protocols_error() {
+fn invalid_requests_of_a_guest_get_the_protocols_error() {
     let world = World::new();
     let (frontend, service) = attached(&world, WEB, &[bdf("01:10.0")]);
     let (offset, device, failed) = (WireError::InvalidOffset, WireError::NoDevice, WireError::Failed);
@@ -355,7 +355,7 @@ fn what_a_guest_asks_for_that_makes_no_sense_is_answered_with_the_protocols_erro
 }
 
 #[test]
-fn a_frontend_that_publishes_nonsense_is_ignored_until_it_makes_sense() {
+fn a_frontend_with_invalid_nodes_is_ignored_until_they_are_valid() {
     use crate::frontend::{ask, await_backend, publish};
     use pciback::serve::pv::nodes::XenbusState;
     let world = World::new();

@@ -81,7 +81,7 @@ fn dom0_gets_a_function_back_with_the_registers_it_had() {
 }
 
 #[test]
-fn registers_that_a_policy_opens_are_put_back_too() {
+fn registers_that_a_policy_opens_are_restored_too() {
     let world = World::new();
     let before = firmware_sets_registers(&world);
     let open = "match: {vendor: 1b36}\ncapabilities:\n  pci-express:\n    registers:\n      - at: Device Control\n        mask: 0x7000\n        action: pass\n        reason: a test\n";
@@ -95,7 +95,7 @@ fn registers_that_a_policy_opens_are_put_back_too() {
 }
 
 #[test]
-fn a_service_that_was_killed_meanwhile_still_knows_the_registers_as_they_were() {
+fn the_noted_registers_survive_a_killed_service() {
     let (world, before, service, _web) = changed_by_its_guest();
     service.kill();
     let service = world.start();
@@ -105,7 +105,7 @@ fn a_service_that_was_killed_meanwhile_still_knows_the_registers_as_they_were() 
 }
 
 #[test]
-fn what_the_host_sets_while_a_function_is_held_stays() {
+fn registers_that_dom0_sets_while_a_function_is_held_are_kept() {
     let world = World::new();
     firmware_sets_registers(&world);
     let service = world.start();
@@ -131,7 +131,7 @@ fn a_register_that_does_not_take_its_value_back_quarantines_the_function() {
 }
 
 #[test]
-fn errors_of_one_guests_time_are_not_shown_to_the_next() {
+fn errors_of_one_guest_are_not_shown_to_the_next() {
     let world = World::new();
     let service = world.start();
     service.hold(bdf(VF)).unwrap();

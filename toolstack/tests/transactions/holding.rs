@@ -90,7 +90,7 @@ fn a_function_in_use_is_left_alone_and_its_users_are_named_unless_it_is_forced()
 }
 
 #[test]
-fn driver_and_override_of_before_come_back_also_after_the_service_was_killed() {
+fn driver_and_override_are_restored_even_after_a_killed_service() {
     let (world, nic) = (World::new(), bdf(NIC));
     world.host().set_driver_override(nic, Some("virtio-pci")).unwrap();
     let service = world.start();
@@ -108,7 +108,7 @@ fn driver_and_override_of_before_come_back_also_after_the_service_was_killed() {
 }
 
 #[test]
-fn a_function_that_a_guest_has_through_xl_stays_its_whatever_the_force() {
+fn a_function_attached_by_xl_is_not_held_even_with_force() {
     let (world, vf) = (World::new(), bdf(VF));
     let xl = world.simulation.platform("xl").unwrap();
     xl.host.set_driver_override(vf, Some("pciback")).unwrap();
@@ -166,7 +166,7 @@ fn a_pf_without_a_driver_gets_untrusted_vfs_by_the_stub_until_they_are_destroyed
 }
 
 #[test]
-fn a_pf_is_taken_from_the_stub_when_its_vfs_do_not_come_up_or_nobody_finished_with_it() {
+fn a_pf_is_unbound_from_the_stub_after_a_failure_or_a_killed_service() {
     let (world, pf) = (World::without_vfs(), bdf(PF));
     world.host().unbind(pf, LIMIT).unwrap();
     let service = world.start();
@@ -190,7 +190,7 @@ fn the_vfs_of_a_managed_pf_are_trusted() {
 }
 
 #[test]
-fn what_policies_keep_for_guests_is_held_as_soon_as_it_appears_and_given_back_to_its_driver() {
+fn a_function_held_by_policy_is_held_when_it_appears_and_released_to_its_driver() {
     let (world, nic) = (World::without_vfs(), bdf(NIC));
     world.simulation.unplug(nic);
     let policy = "match: {vendor: 1af4}\nhold: at-once\n";
@@ -213,7 +213,7 @@ fn what_policies_keep_for_guests_is_held_as_soon_as_it_appears_and_given_back_to
 }
 
 #[test]
-fn what_policies_keep_for_guests_is_held_after_a_restart_when_one_is_killed_over_it() {
+fn a_function_held_by_policy_is_held_after_a_restart_of_a_killed_service() {
     let policy = "match: {vendor: 1af4}\nhold: at-once\n";
     for changes in 0..4 {
         let (world, nic) = (World::without_vfs(), bdf(NIC));
@@ -232,7 +232,7 @@ fn what_policies_keep_for_guests_is_held_after_a_restart_when_one_is_killed_over
 }
 
 #[test]
-fn what_policies_keep_for_guests_is_left_alone_and_reported_while_it_is_in_use() {
+fn a_function_held_by_policy_is_reported_and_not_held_while_it_is_in_use() {
     let (world, nic) = (World::without_vfs(), bdf(NIC));
     world.simulation.set_uses(nic, interface(true, None));
     let service = world.start_with(&["match: {vendor: 1af4}\nhold: at-once\n"]);
@@ -249,7 +249,7 @@ fn what_policies_keep_for_guests_is_left_alone_and_reported_while_it_is_in_use()
 }
 
 #[test]
-fn vfs_that_somebody_else_enables_are_taken_from_their_native_driver_for_guests() {
+fn vfs_enabled_from_outside_are_taken_from_their_native_driver() {
     let world = World::without_vfs();
     let service = world.start_with(&["match: {device: 10ca, function: virtual}\nhold: at-once\n"]);
     world.host().set_num_vfs(bdf(PF), 3, LIMIT).unwrap();
@@ -262,7 +262,7 @@ fn vfs_that_somebody_else_enables_are_taken_from_their_native_driver_for_guests(
 }
 
 #[test]
-fn vfs_that_the_service_enables_never_meet_their_native_driver() {
+fn no_native_driver_is_probed_for_vfs_that_the_service_enables() {
     let world = World::without_vfs();
     let service = world.start_with(&["match: {device: 10ca, function: virtual}\nhold: at-once\n"]);
     create(&service, PF, 1, false).unwrap();
@@ -272,7 +272,7 @@ fn vfs_that_the_service_enables_never_meet_their_native_driver() {
 }
 
 #[test]
-fn a_privileged_domain_gets_what_it_asks_for_with_a_warning() {
+fn an_attachment_to_a_privileged_domain_has_a_warning() {
     let (world, vf) = (World::new(), bdf(VF));
     let service = world.start();
     service.hold(vf).unwrap();
@@ -311,7 +311,7 @@ functions:
 "#;
 
 #[test]
-fn vfs_that_no_request_would_reach_are_refused_with_the_numbers_and_none_is_enabled() {
+fn vfs_with_unreachable_routing_ids_are_refused_and_none_is_enabled() {
     let world = World::of(BEHIND_A_PORT);
     let service = world.start();
     refused(
@@ -346,7 +346,7 @@ fn forget(world: &World, address: Sbdf) {
 }
 
 #[test]
-fn bars_that_a_reset_of_the_link_has_taken_are_placed_again_before_anybody_gets_the_function() {
+fn bars_cleared_by_a_link_reset_are_restored_before_an_attachment() {
     let (world, nvme) = (World::new(), bdf("03:00.0"));
     let bars = || {
         let config = world.host().config(nvme).unwrap();
@@ -367,7 +367,7 @@ fn bars_that_a_reset_of_the_link_has_taken_are_placed_again_before_anybody_gets_
 
 /// A scan that began before the function was held ends afterwards, and shows the state before.
 #[test]
-fn a_look_that_began_before_a_function_was_held_does_not_give_it_back() {
+fn an_outdated_examination_does_not_release_a_held_function() {
     let (world, address) = (World::new(), bdf("02:00.0"));
     let service = world.start();
     let delay = Duration::from_secs(3);

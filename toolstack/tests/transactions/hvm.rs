@@ -184,7 +184,7 @@ fn a_guest_that_places_bars_itself_does_not_find_the_hosts_addresses_in_enhanced
 }
 
 #[test]
-fn places_of_other_devices_and_running_guests_are_refused() {
+fn used_device_numbers_and_running_guests_are_refused() {
     let (world, guest, service) = attached();
     service.hold(bdf("01:10.2")).unwrap();
     for (slot, said) in [(1, "emulated"), (SLOT, "0000:01:10.0")] {
@@ -231,7 +231,7 @@ fn bars_follow_the_guests_registers_and_the_msix_table_is_trapped() {
 
 /// Xen would crash the guest.
 #[test]
-fn a_bar_that_is_put_over_another_one_waits_until_the_place_is_free() {
+fn a_bar_placed_over_another_one_waits_until_the_address_is_free() {
     let (world, guest, service) = attached();
     service.hold(bdf("01:10.2")).unwrap();
     attach_at(&service, bdf("01:10.2"), 9).unwrap();
@@ -248,7 +248,7 @@ fn a_bar_that_is_put_over_another_one_waits_until_the_place_is_free() {
 }
 
 #[test]
-fn what_fails_for_two_functions_at_once_counts_for_the_request_that_caused_it_only() {
+fn a_failure_of_two_functions_counts_only_for_the_request_that_caused_it() {
     let (world, guest, service) = attached();
     service.hold(bdf("01:10.2")).unwrap();
     attach_at(&service, bdf("01:10.2"), 9).unwrap();
@@ -331,7 +331,7 @@ fn a_request_that_waits_while_the_service_is_dead_is_answered_after_the_restart(
 }
 
 #[test]
-fn port_cf8_keeps_its_value_over_a_kill_and_the_port_in_its_midst_restarts_the_guest() {
+fn port_cf8_keeps_its_value_over_a_kill_and_port_cf9_restarts_the_guest() {
     let (world, guest, service) = attached();
     guest.ask(&port(0xcf8, 4, Some(0x8000_f8a8)));
     assert_eq!(guest.ask(&port(0xcf8, 4, None)), 0x8000_f8a8);
@@ -364,7 +364,7 @@ fn a_pvh_guest_is_refused_for_having_no_bus() {
 }
 
 #[test]
-fn a_guest_with_shadow_page_tables_is_refused_for_what_it_would_keep() {
+fn a_guest_with_shadow_page_tables_is_refused() {
     let text =
         std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/sim/two-guests.yaml"));
     let shadow = "name: web, type: hvm, shadow-paging: true,";

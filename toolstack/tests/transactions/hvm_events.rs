@@ -163,7 +163,7 @@ fn half_of_a_number_is_no_interrupt() {
 
 /// Xen would lose an interrupt of the host each time that a number is taken that is in use.
 #[test]
-fn numbers_that_others_have_or_the_guest_has_not_are_refused() {
+fn pirqs_that_are_in_use_or_out_of_range_are_refused() {
     let (world, guest, service) = with_table();
     let other = bdf("01:10.2");
     service.hold(other).unwrap();

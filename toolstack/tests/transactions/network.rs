@@ -52,7 +52,7 @@ fn warnings(outcome: Result<Success, Failure>) -> Vec<String> {
 }
 
 #[test]
-fn what_a_guest_changes_is_shown_told_at_detach_and_undone_at_the_next_attach() {
+fn changes_by_a_guest_are_shown_reported_at_detach_and_undone_at_the_next_attach() {
     let (world, vf) = (World::new(), bdf(VF));
     let _frontend = Frontend::load(&world, WEB);
     let service = world.start();
@@ -94,7 +94,7 @@ fn in_force(world: &World, address: &str) -> VfSettings {
 }
 
 #[test]
-fn what_the_settings_say_is_set_when_vfs_are_created_and_when_a_guest_gets_one() {
+fn configured_settings_are_applied_when_vfs_are_created_and_attached() {
     let (world, vf) = (World::without_vfs(), bdf(VF));
     let _frontend = Frontend::load(&world, WEB);
     let service = world.start_with_vfs(configured());
@@ -143,7 +143,7 @@ fn vfs_whose_settings_cannot_be_set_are_not_created() {
 }
 
 #[test]
-fn what_a_guests_driver_makes_of_the_settings_when_it_starts_is_noticed_by_itself() {
+fn changes_by_a_guests_driver_at_its_start_are_detected() {
     let (world, vf) = (World::new(), bdf(VF));
     let frontend = Frontend::load(&world, WEB);
     let service = world.start();
@@ -161,7 +161,7 @@ fn what_a_guests_driver_makes_of_the_settings_when_it_starts_is_noticed_by_itsel
 }
 
 #[test]
-fn settings_that_a_reset_in_the_guests_hands_loses_are_put_in_force_again() {
+fn settings_lost_by_a_guests_reset_are_set_again() {
     let (world, vf) = (World::new(), bdf(VF));
     let frontend = Frontend::load(&world, WEB);
     let service = world.start();
@@ -178,7 +178,7 @@ fn settings_that_a_reset_in_the_guests_hands_loses_are_put_in_force_again() {
 }
 
 #[test]
-fn what_cannot_be_read_back_is_set_all_the_same_and_said() {
+fn settings_that_cannot_be_read_back_are_set_with_a_warning() {
     let (world, vf) = (World::new(), bdf(VF));
     let service = world.start();
     service.hold(vf).unwrap();
@@ -189,7 +189,7 @@ fn what_cannot_be_read_back_is_set_all_the_same_and_said() {
 }
 
 #[test]
-fn a_guest_that_ends_while_its_vf_is_being_set_loses_it_and_the_wish_stays() {
+fn a_guest_that_ends_while_its_vf_is_being_set_loses_it_and_the_settings_are_kept() {
     let (world, vf) = (World::new(), bdf(VF));
     let service = world.start();
     service.hold(vf).unwrap();
@@ -212,7 +212,7 @@ fn a_guest_that_ends_while_its_vf_is_being_set_loses_it_and_the_wish_stays() {
 }
 
 #[test]
-fn a_restarted_service_still_knows_what_to_put_back() {
+fn the_earlier_settings_survive_a_restart() {
     let (world, vf) = (World::new(), bdf(VF));
     let fresh = world.simulation.vf_network(vf);
     let service = world.start();
@@ -241,7 +241,7 @@ fn a_vf_that_is_destroyed_takes_its_settings_with_it() {
 }
 
 /// Whatever was under way when the service was killed, dom0 gets the VF back as it was.
-fn goes_back_as_it_came(world: &World, service: &Service, _: &Frontend, why: &str) {
+fn is_released_unchanged(world: &World, service: &Service, _: &Frontend, why: &str) {
     let vf = bdf(VF);
     settled(service, why);
     wait_until(&format!("{why}: it has ended"), || {
@@ -263,14 +263,14 @@ fn held(world: &World, service: &Service) {
 
 #[test]
 fn a_set_that_is_killed_anywhere_is_undone_when_the_vf_goes_back() {
-    killed_anywhere(held, |service| set(service, bdf(VF), wishes()).is_ok(), goes_back_as_it_came);
+    killed_anywhere(held, |service| set(service, bdf(VF), wishes()).is_ok(), is_released_unchanged);
 }
 
 #[test]
-fn a_release_with_settings_that_is_killed_anywhere_puts_them_back() {
+fn a_release_with_settings_that_is_killed_anywhere_restores_them() {
     let prepare = |world: &World, service: &Service| {
         held(world, service);
         set(service, bdf(VF), wishes()).unwrap();
     };
-    killed_anywhere(prepare, |service| service.release(bdf(VF)).is_ok(), goes_back_as_it_came);
+    killed_anywhere(prepare, |service| service.release(bdf(VF)).is_ok(), is_released_unchanged);
 }

@@ -86,7 +86,7 @@ fn changes(answers: &[Result<Success, Failure>]) -> usize {
 }
 
 #[test]
-fn operators_with_a_function_each_are_told_what_xen_and_the_host_say_too() {
+fn answers_to_concurrent_requests_match_xen_and_the_host() {
     let world = World::of(&host());
     let (vfs, service) = (vfs(&world), world.start());
     let (simulation, platform) = (world.simulation.clone(), world.host());
@@ -118,7 +118,7 @@ fn operators_with_a_function_each_are_told_what_xen_and_the_host_say_too() {
 }
 
 #[test]
-fn of_operators_who_want_the_same_function_one_is_told_that_he_has_changed_it() {
+fn of_concurrent_requests_for_one_function_only_one_changes_it() {
     let world = World::of(&host());
     let (vf, service) = (vfs(&world)[0], world.start());
     for round in 0..3 {
@@ -140,7 +140,7 @@ fn of_operators_who_want_the_same_function_one_is_told_that_he_has_changed_it() 
 }
 
 #[test]
-fn operators_who_undo_what_others_do_leave_every_function_with_one_owner() {
+fn conflicting_requests_leave_every_function_with_one_owner() {
     let world = World::of(&host());
     let (all, service) = (vfs(&world), world.start());
     let few: Vec<Sbdf> = all[..3].to_vec();

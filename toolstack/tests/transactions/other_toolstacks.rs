@@ -74,7 +74,7 @@ fn shown_obstacles(service: &Service, address: Sbdf) -> String {
 }
 
 #[test]
-fn the_status_says_at_once_that_xl_has_taken_a_held_function_and_its_guest_keeps_it_untouched() {
+fn the_status_shows_at_once_that_xl_took_a_held_function_and_its_guest_keeps_it() {
     let (world, vf) = (World::new(), bdf(VF));
     let service = world.start();
     service.hold(vf).unwrap();
@@ -99,7 +99,7 @@ fn the_status_says_at_once_that_xl_has_taken_a_held_function_and_its_guest_keeps
 }
 
 #[test]
-fn xen_is_asked_who_has_a_function_before_it_is_given_to_anybody() {
+fn the_owner_in_xen_is_checked_before_an_attachment() {
     let taken = "0000:01:10.0 belongs to a guest already";
     for give in [Service::release, |service: &Service, vf| service.attach(WEB, vf)] {
         let (world, vf) = (World::new(), bdf(VF));
@@ -121,7 +121,7 @@ fn xen_is_asked_who_has_a_function_before_it_is_given_to_anybody() {
 }
 
 #[test]
-fn a_function_of_which_xen_cannot_say_who_has_it_is_quarantined_and_not_touched() {
+fn a_function_whose_owner_xen_cannot_report_is_quarantined_and_not_touched() {
     let (world, vf) = (World::new(), bdf(VF));
     let service = world.start();
     service.hold(vf).unwrap();
@@ -141,7 +141,7 @@ fn a_function_of_which_xen_cannot_say_who_has_it_is_quarantined_and_not_touched(
 }
 
 #[test]
-fn a_function_whose_guest_of_xls_is_destroyed_can_be_cleared() {
+fn a_function_can_be_cleared_after_its_guest_of_xl_is_destroyed() {
     let (world, vf) = (World::new(), bdf(VF));
     let service = world.start();
     service.hold(vf).unwrap();

@@ -57,7 +57,7 @@ fn a_guest_loses_a_function_only_when_the_reset_that_it_asked_for_has_ended() {
 }
 
 #[test]
-fn what_is_reported_of_an_attachment_that_has_ended_changes_nothing() {
+fn reports_about_an_ended_attachment_are_ignored() {
     let (world, address) = (World::new(), bdf("01:10.0"));
     let _frontend = Frontend::load(&world, WEB);
     let service = world.start();

@@ -85,7 +85,7 @@ fn hold_two(service: &Service) -> [Sbdf; 2] {
 }
 
 #[test]
-fn the_path_is_set_for_the_first_function_and_put_back_after_the_last_over_restarts_of_the_service() {
+fn the_path_is_set_for_the_first_function_and_restored_after_the_last_across_restarts() {
     let world = world();
     let before = registers(&world);
     let _guests = [WEB, DB].map(|domain| Frontend::load(&world, domain));
@@ -139,7 +139,7 @@ fn the_path_is_set_before_the_first_reset_and_until_after_the_last() {
 }
 
 #[test]
-fn what_a_version_that_set_the_path_later_left_under_way_is_undone() {
+fn an_unfinished_attachment_of_an_older_version_is_undone() {
     for undoing in [false, true] {
         let world = world();
         let before = registers(&world);
@@ -162,7 +162,7 @@ fn what_a_version_that_set_the_path_later_left_under_way_is_undone() {
 }
 
 #[test]
-fn what_a_guest_writes_of_error_reporting_never_reaches_hardware() {
+fn a_guests_writes_to_error_reporting_do_not_reach_hardware() {
     let world = World::without_vfs();
     let frontend = Frontend::load(&world, WEB);
     let service = world.start();
@@ -181,7 +181,7 @@ fn what_a_guest_writes_of_error_reporting_never_reaches_hardware() {
 }
 
 #[test]
-fn where_the_platform_keeps_aer_its_registers_are_left_alone_and_that_is_said() {
+fn aer_registers_under_firmware_control_are_not_changed_with_a_warning() {
     let world = world();
     world.simulation.withhold_aer(true);
     let before = registers(&world);
@@ -204,7 +204,7 @@ fn where_the_platform_keeps_aer_its_registers_are_left_alone_and_that_is_said() 
 }
 
 #[test]
-fn a_path_that_cannot_be_set_fails_the_attach_and_one_that_cannot_be_put_back_quarantines() {
+fn a_path_that_cannot_be_set_fails_the_attach_and_one_that_cannot_be_restored_quarantines() {
     for operation in ["config", "config_read", "config_write"] {
         for member in [ROOT_PORT, PF] {
             for after in 0..6 {
@@ -233,7 +233,7 @@ fn a_path_that_cannot_be_set_fails_the_attach_and_one_that_cannot_be_put_back_qu
 }
 
 #[test]
-fn a_service_killed_anywhere_neither_loses_what_was_there_nor_takes_its_own_for_it() {
+fn a_service_killed_anywhere_keeps_the_earlier_values() {
     let vf = bdf("01:10.0");
     let vfs = |world: &World| {
         world.host().set_vf_autoprobe(bdf(PF), false).unwrap();

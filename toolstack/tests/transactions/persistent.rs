@@ -61,7 +61,7 @@ fn problem(service: &Service) -> String {
 }
 
 #[test]
-fn a_guest_that_does_not_run_gets_what_was_kept_for_its_uuid_when_it_starts() {
+fn a_guest_that_does_not_run_gets_its_reserved_functions_when_it_starts() {
     let world = World::new();
     let service = world.start();
     service.hold(vf()).unwrap();
@@ -137,7 +137,7 @@ fn a_rebooted_guest_gets_its_function_again_at_the_same_place_also_after_a_resta
 }
 
 #[test]
-fn what_is_persistent_for_a_guest_goes_to_no_other_until_a_command_ends_that() {
+fn a_persistent_function_goes_to_no_other_guest_until_a_command_ends_that() {
     let (world, service) = persistent(vf());
     world.simulation.destroy(WEB);
     service.wait_for_state(vf(), FunctionState::Held);
@@ -199,7 +199,7 @@ fn a_detach_is_persistent_or_until_the_guest_starts_again() {
 }
 
 #[test]
-fn what_a_guest_has_becomes_persistent_and_no_more_while_it_keeps_it() {
+fn persistence_of_an_attached_function_begins_and_ends_without_a_detach() {
     let (world, service) = persistent(vf());
     let Ok(Success::Already { .. }) = service.persist(WEB, vf()) else { panic!("it is persistent") };
     service.detach_only(WEB, vf(), Scope::Persistent).unwrap();
@@ -210,7 +210,7 @@ fn what_a_guest_has_becomes_persistent_and_no_more_while_it_keeps_it() {
 }
 
 #[test]
-fn a_place_that_is_kept_for_a_persistent_function_goes_to_no_other() {
+fn the_device_number_of_a_persistent_function_is_reserved() {
     let (_world, service) = persistent(vf());
     service.detach_only(WEB, vf(), Scope::Live).unwrap();
     service.hold(bdf("01:10.2")).unwrap();
@@ -233,7 +233,7 @@ fn an_attach_that_fails_leaves_no_reservation() {
 }
 
 #[test]
-fn why_a_function_is_missing_is_shown_and_tried_again_when_that_may_have_changed() {
+fn a_missing_function_is_shown_with_the_reason_and_retried_after_a_change() {
     let nic = bdf("02:00.0");
     let (world, service) = persistent(nic);
     world.simulation.destroy(WEB);
@@ -262,7 +262,7 @@ fn addresses(functions: Vec<FunctionView>) -> Vec<Sbdf> {
 }
 
 #[test]
-fn what_the_settings_give_is_the_guests_over_restarts_of_both() {
+fn functions_in_the_settings_stay_assigned_across_restarts_of_guest_and_service() {
     let world = World::new();
     let _frontend = Frontend::load(&world, WEB);
     let start = || world.start_with_guest("web", &["01:10.0@9", "any:01:00.0"]);
@@ -417,7 +417,7 @@ fn an_hvm_guest_runs_without_its_function_when_it_cannot_have_it() {
 }
 
 #[test]
-fn a_device_model_that_does_not_come_does_not_keep_its_guest_for_ever() {
+fn a_missing_device_model_does_not_keep_its_guest_paused() {
     let world = World::new();
     win(&world).stop();
     let service = world.start_impatient();

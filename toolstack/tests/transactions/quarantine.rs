@@ -62,7 +62,7 @@ fn clear_and_attach(world: &World, service: &Service, address: Sbdf, why: &str) 
 }
 
 #[test]
-fn a_quarantined_function_is_switched_off_and_goes_to_nobody_before_a_verified_reset() {
+fn a_quarantined_function_is_switched_off_and_not_attached_before_a_verified_reset() {
     let world = World::without_vfs();
     let (_frontend, service, address) = at_work(&world);
     service.contain(address, Containment::Quarantine);
@@ -102,7 +102,7 @@ fn an_unplugged_function_is_held_again_and_a_held_one_can_be_quarantined() {
 }
 
 #[test]
-fn one_that_a_transaction_has_is_contained_when_that_ends() {
+fn a_function_in_a_transaction_is_contained_when_that_ends() {
     for operation in ["assign", "deassign"] {
         let world = World::without_vfs();
         let (_frontend, service, address) = at_work(&world);
@@ -135,7 +135,7 @@ fn one_that_a_transaction_has_is_contained_when_that_ends() {
 }
 
 #[test]
-fn whatever_call_fails_it_ends_quarantined_and_can_be_cleared() {
+fn a_failure_of_any_call_ends_quarantined_and_can_be_cleared() {
     let operations = [
         "config",
         "config_read",

@@ -29,7 +29,7 @@ fn was_repaired(service: &Service, words: &[&str]) -> bool {
 }
 
 #[test]
-fn drift_that_is_there_when_the_service_starts_is_repaired_and_said() {
+fn differences_at_the_start_of_the_service_are_repaired_and_reported() {
     let world = World::new();
     let (used, held, lost) = (bdf(VF), bdf(OTHER), bdf("01:10.4"));
     let frontend = Frontend::load(&world, WEB);
@@ -53,7 +53,7 @@ fn drift_that_is_there_when_the_service_starts_is_repaired_and_said() {
 }
 
 #[test]
-fn what_dom0s_kernel_does_not_tell_xen_the_service_does() {
+fn the_service_reports_functions_to_xen_that_the_kernel_did_not_report() {
     let world = World::without_vfs();
     let service = world.start();
     let vfs = [bdf(VF), bdf(OTHER)];
@@ -69,7 +69,7 @@ fn what_dom0s_kernel_does_not_tell_xen_the_service_does() {
 }
 
 #[test]
-fn a_pf_and_its_vfs_that_left_leave_xens_list_in_the_order_that_xen_wants() {
+fn a_removed_pf_and_its_vfs_are_removed_from_xen_in_the_required_order() {
     // From 4.20 on Xen refuses a PF before its VFs, and distrusts all of them from then on.
     let world = World::on_xen("4.20");
     world.host().set_num_vfs(bdf(PF), 2, LIMIT).unwrap();
@@ -85,7 +85,7 @@ fn a_pf_and_its_vfs_that_left_leave_xens_list_in_the_order_that_xen_wants() {
 }
 
 #[test]
-fn drift_that_nobody_told_of_is_found_when_events_were_lost() {
+fn differences_are_found_after_events_were_lost() {
     let world = World::new();
     let (taken, lost) = (bdf(VF), bdf(OTHER));
     let service = world.start();
@@ -117,7 +117,7 @@ fn a_guest_that_lost_its_function_in_xen_loses_it_in_xenstore_too() {
 }
 
 #[test]
-fn a_repair_that_fails_is_tried_three_times_reported_and_left_to_somebody() {
+fn a_repair_that_fails_is_tried_three_times_and_reported() {
     let world = World::new();
     let vf = bdf(VF);
     let service = world.start();

@@ -63,7 +63,7 @@ fn a_function_whose_journal_record_cannot_be_used_is_quarantined() {
 }
 
 #[test]
-fn a_function_whose_reservation_cannot_be_used_goes_to_nobody() {
+fn a_function_with_an_unusable_reservation_is_not_attached() {
     let world = World::without_vfs();
     let (_frontend, service) = attached(&world);
     service.stop();
@@ -98,7 +98,7 @@ fn files(world: &World) -> Vec<(PathBuf, PathBuf)> {
 }
 
 #[test]
-fn a_service_goes_on_with_what_version_0_1_wrote() {
+fn files_of_version_0_1_are_read() {
     let world = World::without_vfs();
     let (frontend, service) = attached(&world);
     let vectors = world.simulation.grants(WEB).vectors;

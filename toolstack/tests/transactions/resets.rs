@@ -44,7 +44,7 @@ fn refusal(answer: Result<Success, Failure>) -> String {
 }
 
 #[test]
-fn a_function_that_cannot_be_reset_is_named_when_it_is_held_and_the_hint_of_attach_helps() {
+fn holding_warns_of_a_missing_reset_and_the_hint_of_attach_helps() {
     let (world, usb) = (World::of(HOST), bdf("00:14.0"));
     let service = world.start();
     let held = warnings(service.hold(usb));
@@ -72,7 +72,7 @@ fn a_function_that_cannot_be_reset_is_named_when_it_is_held_and_the_hint_of_atta
 }
 
 #[test]
-fn a_permit_to_go_without_a_reset_does_not_replace_one_that_linux_has() {
+fn a_permit_without_a_reset_does_not_replace_an_available_reset() {
     let (world, card) = (World::of(HOST), bdf("02:00.0"));
     let service = world.start_with(&["match: {class: '0280'}\nreset: {none: permit}\n"]);
     let held = warnings(service.hold(card));

@@ -146,7 +146,7 @@ fn a_string_instruction_copies_the_rom_into_the_guests_memory() {
 }
 
 #[test]
-fn after_a_restart_it_is_the_same_whatever_has_become_of_where_it_came_from() {
+fn the_copy_is_used_after_a_restart_even_if_its_source_changed() {
     let (world, guest, service) = attached(FROM_DEVICE);
     enable(&guest);
     world.simulation.set_rom(card(), Vec::new());
@@ -233,7 +233,7 @@ fn a_file_is_given_to_a_function_that_has_no_rom_of_its_own() {
 }
 
 #[test]
-fn a_file_that_is_no_rom_or_not_roots_alone_is_refused_and_the_function_stays_held() {
+fn an_invalid_or_writable_rom_file_is_refused_and_the_function_stays_held() {
     let make = |change: &dyn Fn(&Path)| {
         let (world, _guest) = world_with_guest();
         let folder = tempfile::tempdir().unwrap();
@@ -293,7 +293,7 @@ fn a_device_whose_rom_cannot_be_read_is_refused_with_what_to_do_instead() {
 }
 
 #[test]
-fn a_pv_guest_finds_none_and_attach_says_so() {
+fn a_pv_guest_gets_no_rom_and_attach_warns() {
     let (world, _guest) = world_with_guest();
     let frontend = Frontend::load(&world, WEB);
     let service = world.start_with(&[FROM_DEVICE]);

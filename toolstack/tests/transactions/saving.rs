@@ -76,7 +76,7 @@ fn restored(service: &Service, functions: Vec<ReservedFunction>) {
 }
 
 #[test]
-fn a_restored_guest_has_its_functions_at_the_same_places() {
+fn a_restored_guest_has_its_functions_at_the_same_device_numbers() {
     let world = World::new();
     let (service, _frontend) = with_two(&world);
     let guest = save(&service).unwrap();
@@ -165,7 +165,7 @@ fn a_save_that_is_killed_anywhere_leaves_each_function_with_the_guest_or_shown()
 }
 
 #[test]
-fn a_guest_that_does_not_release_its_functions_is_not_saved_and_has_them_again() {
+fn a_guest_that_does_not_release_its_functions_is_not_saved_and_gets_them_back() {
     let world = World::new();
     let service = world.start_impatient();
     let frontend = Frontend::load(&world, WEB);
@@ -182,7 +182,7 @@ fn a_guest_that_does_not_release_its_functions_is_not_saved_and_has_them_again()
 }
 
 #[test]
-fn what_cannot_release_its_functions_is_refused_before_anything_is_changed() {
+fn guests_that_cannot_release_functions_are_refused_before_anything_is_changed() {
     let world = World::new();
     let (service, _frontend) = with_two(&world);
     world.simulation.platform("test").unwrap().hypervisor.pause(WEB).unwrap();
@@ -193,7 +193,7 @@ fn what_cannot_release_its_functions_is_refused_before_anything_is_changed() {
 }
 
 #[test]
-fn on_another_host_an_equal_function_is_held_and_has_the_settings_that_the_guest_knows() {
+fn on_another_host_an_equivalent_function_gets_the_guests_settings() {
     let here = World::new();
     let (service, _frontend) = with_two(&here);
     let mac = "52:54:00:aa:bb:07".parse().unwrap();
@@ -219,7 +219,7 @@ fn on_another_host_an_equal_function_is_held_and_has_the_settings_that_the_guest
 }
 
 #[test]
-fn a_guest_that_cannot_have_what_it_had_is_refused_with_what_differs_and_nothing_is_kept_for_it() {
+fn a_restore_without_equivalent_functions_is_refused_with_the_differences() {
     let here = World::new();
     let (service, _frontend) = with_two(&here);
     let guest = save(&service).unwrap();
@@ -241,7 +241,7 @@ fn a_guest_that_cannot_have_what_it_had_is_refused_with_what_differs_and_nothing
 }
 
 #[test]
-fn a_reservation_that_fails_halfway_is_taken_back() {
+fn a_reservation_that_fails_halfway_is_undone() {
     let here = World::new();
     let (service, _frontend) = with_two(&here);
     let guest = save(&service).unwrap();
@@ -259,7 +259,7 @@ fn a_reservation_that_fails_halfway_is_taken_back() {
 }
 
 #[test]
-fn xl_restore_alone_gives_a_guest_that_xpci_saved_its_functions_too() {
+fn xl_restore_alone_also_returns_the_functions_of_a_saved_guest() {
     let world = World::new();
     let (service, _frontend) = with_two(&world);
     save(&service).unwrap();

@@ -146,7 +146,7 @@ fn assert_in_step(world: &World, status: &StatusView) {
 }
 
 #[test]
-fn all_4096_vfs_of_64_pfs_come_go_and_fail_and_all_is_in_step_in_the_end() {
+fn all_4096_vfs_of_64_pfs_appear_fail_and_leave_with_consistent_lists() {
     let world = World::of(&host());
     let frontends: Vec<Frontend> = (1..=GUESTS).map(|id| Frontend::load(&world, DomId(id))).collect();
     let service = world.start();

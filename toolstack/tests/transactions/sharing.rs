@@ -90,17 +90,17 @@ fn refused_between_owners(pair: [&str; 2], words: &str, permission: &str) {
 }
 
 #[test]
-fn a_page_with_another_owners_registers_is_given_to_nobody_else() {
+fn a_page_with_another_owners_registers_is_not_granted() {
     refused_between_owners(IN_PAGE, "a page of memory", "shared-page");
 }
 
 #[test]
-fn functions_that_the_iommu_cannot_keep_apart_go_to_one_owner() {
+fn functions_that_the_iommu_cannot_isolate_go_to_one_owner() {
     refused_between_owners(IN_DEVICE, "the IOMMU cannot isolate", "shared-group");
 }
 
 #[test]
-fn what_a_policy_permits_by_name_is_shared() {
+fn resources_that_a_policy_permits_by_name_are_shared() {
     let world = World::of(HOST);
     let service = world.start_with(&["match: {vendor: 8086}\npermit: [shared-page, shared-group]\n"]);
     for pair in [IN_PAGE, IN_DEVICE] {
@@ -114,7 +114,7 @@ fn what_a_policy_permits_by_name_is_shared() {
 }
 
 #[test]
-fn two_guests_that_are_given_a_shared_page_at_once_do_not_both_get_it() {
+fn two_simultaneous_attachments_do_not_both_get_a_shared_page() {
     for round in 0..8 {
         let (world, [one, two]) = (World::of(HOST), IN_PAGE.map(bdf));
         let service = world.start();

@@ -68,7 +68,7 @@ fn a_function_that_is_replaced_under_its_guest_is_withdrawn_and_the_new_one_is_n
 }
 
 #[test]
-fn a_held_function_that_leaves_is_forgotten_and_begins_anew_when_it_comes_back() {
+fn a_held_function_that_leaves_and_returns_is_a_new_one() {
     let world = World::new();
     let vf = bdf("01:10.0");
     let service = world.start();
@@ -80,7 +80,7 @@ fn a_held_function_that_leaves_is_forgotten_and_begins_anew_when_it_comes_back()
 }
 
 #[test]
-fn a_function_that_left_under_a_guest_stays_in_status_until_somebody_has_seen_it() {
+fn a_function_removed_from_a_guest_stays_in_the_status_until_it_is_released() {
     let world = World::new();
     let vf = bdf("01:10.0");
     let (_frontend, service) = attached(&world, vf);
@@ -97,7 +97,7 @@ fn a_function_that_left_under_a_guest_stays_in_status_until_somebody_has_seen_it
 }
 
 #[test]
-fn a_function_that_left_is_detaching_until_its_guest_has_nothing_of_it() {
+fn a_removed_function_is_detaching_until_it_is_withdrawn_from_its_guest() {
     let world = World::new();
     let vf = bdf("01:10.0");
     let (frontend, service) = attached(&world, vf);
@@ -107,7 +107,7 @@ fn a_function_that_left_is_detaching_until_its_guest_has_nothing_of_it() {
 }
 
 #[test]
-fn a_held_function_that_somebody_gives_to_a_driver_is_dom0s_again_in_xen_too() {
+fn a_held_function_that_is_bound_to_a_driver_is_dom0s_again_in_xen_too() {
     let world = World::new();
     let vf = bdf("01:10.0");
     let service = world.start();
@@ -121,7 +121,7 @@ fn a_held_function_that_somebody_gives_to_a_driver_is_dom0s_again_in_xen_too() {
 }
 
 #[test]
-fn what_happens_while_events_are_lost_is_found_all_the_same() {
+fn changes_are_found_even_if_events_are_lost() {
     let world = World::new();
     let (held, used) = (bdf("01:10.2"), bdf("01:10.0"));
     let (_frontend, service) = attached(&world, used);
@@ -135,7 +135,7 @@ fn what_happens_while_events_are_lost_is_found_all_the_same() {
 }
 
 #[test]
-fn what_happened_while_the_service_was_away_is_found_when_it_starts() {
+fn changes_while_the_service_was_stopped_are_found_at_its_start() {
     let world = World::new();
     let (held, used) = (bdf("01:10.2"), bdf("01:10.0"));
     let (_frontend, service) = attached(&world, used);
@@ -150,7 +150,7 @@ fn what_happened_while_the_service_was_away_is_found_when_it_starts() {
 }
 
 #[test]
-fn what_xen_forgot_behind_the_services_back_is_planned_and_repaired() {
+fn a_function_removed_from_xens_list_is_planned_and_repaired() {
     let world = World::new();
     let (used, lost) = (bdf("01:10.0"), bdf("01:10.2"));
     let (frontend, service) = attached(&world, used);

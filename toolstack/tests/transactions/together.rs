@@ -99,7 +99,7 @@ fn the_first_attachment_resets_all_functions_on_the_bus_and_keeps_their_register
 }
 
 #[test]
-fn the_last_function_that_comes_back_has_all_on_the_bus_reset() {
+fn detaching_the_last_function_resets_all_on_the_bus() {
     let (world, [gpu, audio]) = (World::of(HOST), both());
     let service = held(&world);
     service.attach(WEB, gpu).unwrap();
@@ -174,7 +174,7 @@ fn a_guest_that_ends_leaves_all_its_functions_on_the_bus_reset() {
 }
 
 #[test]
-fn a_bus_that_dom0_uses_too_is_not_reset_and_holding_says_so_at_once() {
+fn a_bus_that_dom0_uses_too_is_not_reset_and_holding_warns() {
     let (world, [gpu, audio]) = (World::of(HOST), both());
     let service = world.start_with(&[TOGETHER]);
     let said = warnings(service.hold(gpu));
@@ -281,7 +281,7 @@ fn several_functions_are_attached_by_one_request() {
 }
 
 #[test]
-fn when_one_of_several_functions_cannot_be_attached_none_is_and_those_taken_back_are_named() {
+fn when_one_of_several_functions_cannot_be_attached_the_others_are_detached_and_named() {
     let (world, [gpu, audio]) = (World::of(HOST), both());
     let service = held(&world);
     world.fail("assign", Some(audio), Errno::EIO, 0);
@@ -296,7 +296,7 @@ fn when_one_of_several_functions_cannot_be_attached_none_is_and_those_taken_back
 }
 
 #[test]
-fn several_functions_are_looked_at_before_the_first_is_attached() {
+fn several_functions_are_checked_before_the_first_is_attached() {
     let (world, [gpu, audio]) = (World::of(HOST), both());
     let service =
         world.start_with(&["match: {vendor: 1002}\nreset: {none: permit}\npermit: [shared-group]\n"]);

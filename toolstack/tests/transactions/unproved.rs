@@ -61,7 +61,7 @@ fn assert_off(world: &World, why: &str) {
 }
 
 /// Nobody gets it while its guest is there, whatever is tried; when the guest has ended it is anybody's.
-fn assert_nobodys_before_the_guest_ends(world: &World, service: &Service, why: &str) {
+fn assert_unavailable_before_the_guest_ends(world: &World, service: &Service, why: &str) {
     let address = bdf("01:00.0");
     assert_eq!(service.state(address), FunctionState::Quarantined, "{why}");
     assert_off(world, why);
@@ -78,7 +78,7 @@ fn assert_nobodys_before_the_guest_ends(world: &World, service: &Service, why: &
 }
 
 #[test]
-fn a_function_whose_image_cannot_be_read_goes_to_nobody_before_its_guest_has_ended() {
+fn a_function_with_an_unreadable_image_is_not_attached_before_its_guest_has_ended() {
     let damages: [(&str, Damage); 3] =
         [("of another version", of_another_version), ("damaged", damaged), ("missing", missing)];
     for (why, damage) in damages {
@@ -88,7 +88,7 @@ fn a_function_whose_image_cannot_be_read_goes_to_nobody_before_its_guest_has_end
         let service = world.start();
         let failure = service.detach(WEB, bdf("01:00.0")).unwrap_err();
         assert_eq!(failure.code, ErrorCode::Quarantined, "{why}: {failure}");
-        assert_nobodys_before_the_guest_ends(&world, &service, why);
+        assert_unavailable_before_the_guest_ends(&world, &service, why);
     }
 }
 
@@ -116,14 +116,14 @@ fn a_guest_whose_thread_hangs_when_its_ring_is_given_up_loses_its_functions() {
 }
 
 #[test]
-fn it_stays_so_over_restarts_of_the_service() {
+fn the_function_stays_unavailable_across_restarts_of_the_service() {
     let world = World::without_vfs();
     let _frontend = at_work(&world);
     damaged(&world);
     let service = world.start();
     service.detach(WEB, bdf("01:00.0")).unwrap_err();
     service.stop();
-    assert_nobodys_before_the_guest_ends(&world, &world.start(), "in the next run of the service");
+    assert_unavailable_before_the_guest_ends(&world, &world.start(), "in the next run of the service");
 }
 
 #[test]
@@ -164,7 +164,7 @@ fn a_function_whose_guest_could_not_be_taken_over_is_switched_off_by_its_image()
 }
 
 #[test]
-fn what_an_hvm_guest_has_mapped_goes_to_no_other_guest() {
+fn a_function_that_an_hvm_guest_has_mapped_goes_to_no_other_guest() {
     const WIN: pciback::DomId = pciback::DomId(7);
     let world = World::without_vfs();
     world.simulation.create_hvm(WIN, "win").unwrap();

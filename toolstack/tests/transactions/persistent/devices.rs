@@ -57,7 +57,7 @@ fn moved(world: &World, service: Service, from: Sbdf, to: Sbdf) {
 }
 
 #[test]
-fn a_device_at_another_address_goes_to_its_guest_and_what_is_at_the_old_one_does_not() {
+fn a_moved_device_goes_to_its_guest_and_the_one_at_its_old_address_does_not() {
     let [old, new] = ["04:00.0", "06:00.0"].map(bdf);
     let world = with_card(old);
     let service = world.start();
@@ -107,7 +107,7 @@ fn a_device_that_moves_while_its_guest_waits_for_it_is_given_at_its_new_address(
 }
 
 #[test]
-fn what_the_settings_give_by_address_is_the_device_that_was_there_at_first() {
+fn settings_by_address_mean_the_first_device_at_it() {
     let [old, new] = ["04:00.0", "06:00.0"].map(bdf);
     let world = with_card(old);
     let frontend = Frontend::load(&world, WEB);
