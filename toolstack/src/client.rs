@@ -28,7 +28,7 @@ const START: &str = "start it with 'systemctl start xpcid', as root; its log say
 fn connect_hint(kind: ErrorKind) -> &'static str {
     match kind {
         ErrorKind::PermissionDenied => {
-            "only root may use it: run the command as root, for example with sudo; 'status-group' in the settings lets a group ask for what changes nothing"
+            "only root may use it: run the command as root, for example with sudo; 'status-group' in the settings lets a group send requests that change nothing"
         }
         _ => START,
     }

@@ -134,8 +134,9 @@ fn peer(stream: &UnixStream, access: Access) -> Result<UnixCredentials, Failure>
 }
 
 fn no_change(name: &str) -> Failure {
-    let text =
-        format!("only root may use {name}: members of the status group are answered what changes nothing");
+    let text = format!(
+        "only root may use {name}: members of the status group may only send requests that change nothing"
+    );
     Failure::refused(text).hint("run xpci as root, for example with sudo")
 }
 

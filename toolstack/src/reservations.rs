@@ -339,10 +339,8 @@ impl Reservations {
             None => {
                 let moves = known.in_the_way(reservation.address).map_err(|file| {
                     let file = self.path(file);
-                    let text = format!(
-                        "{} is about another device that a guest has persistently, and that is not there",
-                        file.display()
-                    );
+                    let text =
+                        format!("{} is the reservation of another device, which is missing", file.display());
                     Failure::refused(text).on(reservation.address).hint("remove the file, then restart xpcid")
                 })?;
                 (reservation.address, moves)

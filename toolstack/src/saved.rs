@@ -131,7 +131,7 @@ impl Shape {
             return Some(format!("has no capability {} at {:#x}", at.name(), at.offset));
         }
         let more = other.capabilities.iter().find(|at| !self.capabilities.contains(at))?;
-        Some(format!("has a capability {} at {:#x} besides", more.name(), more.offset))
+        Some(format!("has an additional capability {} at {:#x}", more.name(), more.offset))
     }
 }
 
@@ -315,6 +315,6 @@ mod tests {
         let missing = differs(&|shape| shape.capabilities[0].offset = 0xf0);
         assert!(missing.starts_with("has no capability ") && missing.ends_with(" at 0xf0"), "{missing}");
         let more = differs(&|shape| shape.capabilities.truncate(1));
-        assert!(more.ends_with(" besides"), "{more}");
+        assert!(more.starts_with("has an additional capability "), "{more}");
     }
 }

@@ -69,7 +69,7 @@ impl Wishes {
         let device = match Device::of(host, function) {
             Ok(device) => device,
             Err(failure) => {
-                log::warn!("{}: find out what is wanted of it: {failure}", function.address);
+                log::warn!("{}: read its persistent settings: {failure}", function.address);
                 return None;
             }
         };
@@ -84,10 +84,9 @@ impl Wishes {
         let mut known = self.known();
         let failed = |text: String| Failure::new(ErrorCode::Failed, text).on(device.address);
         let Some(wishes) = known.as_ref() else {
-            let text =
-                format!("what is wanted persistently is not known: {} cannot be used", self.path.display());
+            let text = format!("the persistent settings are unknown: {} cannot be used", self.path.display());
             return Err(failed(text).hint(
-                "see xpcid's log; remove the file and restart xpcid: what was persistent is forgotten",
+                "see xpcid's log; remove the file and restart xpcid; the persistent settings in it are lost",
             ));
         };
         let (mut wishes, mut before) = (wishes.clone(), None);

@@ -271,7 +271,7 @@ fn open_when_booted(choice: &Choice, stop: &SignalFd) -> anyhow::Result<Option<P
         if !awaited.is_some_and(|error| matches!(error.cause, Cause::NotYet(_))) {
             return Err(error);
         }
-        warn!("{error}; looking again in {pause:?}");
+        warn!("{error}; trying again in {pause:?}");
         supervisor::waiting(&error.to_string());
         let mut fds = [PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
         let limit = PollTimeout::try_from(pause).unwrap_or(PollTimeout::MAX);

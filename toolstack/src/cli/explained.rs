@@ -195,7 +195,7 @@ pub fn policy(view: &PolicyView) -> String {
         text.push_str("reset with all functions on its bus where it cannot be reset alone\n");
     }
     if view.without_reset {
-        text.push_str("changes hands without a reset where Linux has none\n");
+        text.push_str("may get a new owner without a reset if Linux cannot reset it\n");
     }
     if view.rdm_policy == RdmPolicy::Strict.word() {
         let _ = writeln!(text, "reserved memory (rdm-policy): {}", view.rdm_policy);

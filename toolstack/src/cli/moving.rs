@@ -190,14 +190,14 @@ fn save(arguments: &SaveArguments, service: &mut Service<'_>) -> Result<Success,
     let mut message = format!("{} is saved in {}", guest.called(), file.display());
     if count > 0 {
         message.push_str(&format!(
-            "; what it had ({}) is in {}",
+            ", with {}, noted in {}",
             functions(count),
             SavedGuest::path(file).display()
         ));
     }
     if arguments.keep_running || arguments.leave_paused {
         give_back(domain, &guest, service)?;
-        return Ok(changed(format!("{message}, and it has that again"), Vec::new()));
+        return Ok(changed(format!("{message}; the guest has its functions again"), Vec::new()));
     }
     Ok(changed(message, Vec::new()))
 }
@@ -251,7 +251,7 @@ fn restore(arguments: &RestoreArguments, service: &mut Service<'_>) -> Result<Su
     words.push(file.as_os_str());
     if let Err(failure) = xl(&words) {
         forget(&guest, &reserved, service);
-        let hint = format!("{} is as it was: the guest can be restored from it", file.display());
+        let hint = format!("{} is unchanged: the guest can be restored from it", file.display());
         return Err(failure.hint(hint));
     }
     let restored = service.ask(Request::Restored { guest: uuid, functions: reserved.clone() });
@@ -303,7 +303,7 @@ fn end(
     forget(guest, reserved, service);
     let message = format!("{failure}; the restored guest was ended before it ran");
     failed(message).of(domain).hint(format!(
-        "{shown} is as it was: 'xpci restore' restores the guest when that is corrected, 'xl restore {shown}' without functions"
+        "{shown} is unchanged: 'xpci restore' restores the guest when that is corrected, 'xl restore {shown}' without functions"
     ))
 }
 

@@ -13,7 +13,9 @@ pub(super) fn aer_status(view: &AerStatusView) -> String {
     let paths = view.functions.iter().map(|path| {
         let owner = match path.aer_owner {
             AerOwner::Linux => "AER is handled by Linux",
-            AerOwner::Platform => "the platform keeps AER from Linux: its registers are not changed",
+            AerOwner::Platform => {
+                "the firmware does not grant Linux control of AER: its registers are not changed"
+            }
             AerOwner::NoRootPort => "no root port above: AER's registers are not changed",
         };
         let members: String = path.members.iter().map(member).collect();

@@ -103,7 +103,7 @@ fn dom0(examined: &Examined<'_>) -> Finding {
             match text(examined, "/sys/hypervisor/guest_type").as_deref() {
                 Some("PVH") => fault(
                     "dom0",
-                    "it is a PVH domain, to which Xen refuses calls that giving a function to a guest takes",
+                    "dom0 is a PVH domain: Xen refuses it hypercalls that are needed to attach functions",
                     "remove dom0=pvh from Xen's command line and boot again",
                 ),
                 _ => good("dom0", "this is the control domain"),
@@ -131,7 +131,7 @@ fn xenstored(examined: &Examined<'_>) -> Finding {
         }
         None => not_checked(
             "xenstored",
-            "without xpcid only its socket is looked for, which is not there; xenstored may run in a domain of its own",
+            "without xpcid only its socket can be checked, which does not exist; xenstored may run in a domain of its own",
         ),
     }
 }

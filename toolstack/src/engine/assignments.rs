@@ -89,7 +89,7 @@ impl Engine {
                 }
                 Err(failure) => {
                     let text = format!(
-                        "{} is missing in domain {domain}, to which the settings give it: {failure}",
+                        "{} is missing in domain {domain}, to which the settings assign it: {failure}",
                         one.target
                     );
                     unreserved.push(Problem::new(Cause::Persistent, text).of(domain));
@@ -135,7 +135,7 @@ impl Engine {
             return Some(Ok(known.address));
         }
         let (lost, _) = self.reservations.displaced().into_iter().find(|(known, _)| is_it(known))?;
-        let text = format!("the {} that {} got as {} is not there", lost.kind(), lost.who(), one.target);
+        let text = format!("the {} that {} got as {} is missing", lost.kind(), lost.who(), one.target);
         Some(Err(Failure::refused(text).hint("name the function that is meant in 'guests' of xpcid.yaml")))
     }
 
@@ -219,5 +219,6 @@ fn is_by_address(target: &Target) -> bool {
 
 /// The refusal for a function that the settings assign to a guest.
 pub(super) fn kept_by_settings(address: Sbdf, guest: &str) -> Failure {
-    Failure::refused(format!("{address} is kept for guest '{guest}' by the settings (guests)")).on(address)
+    Failure::refused(format!("{address} is reserved for guest '{guest}' by the settings (guests)"))
+        .on(address)
 }

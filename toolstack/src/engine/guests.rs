@@ -335,7 +335,7 @@ impl Engine {
     /// the reset.
     pub(super) fn reset_under_guest(&mut self, address: Sbdf, server: Option<(Arc<Server>, u8)>) {
         let Some(attachment) = self.attachments.of(address) else {
-            warn!("{address}: it is not reset, no guest is served with it any more");
+            warn!("{address}: not reset, because no guest has it any more");
             return;
         };
         // A reset that already runs serves this request as well.
@@ -372,7 +372,7 @@ impl Engine {
     pub(super) fn reset_ended(&mut self, attachment: Attachment, outcome: Result<(), Failure>) {
         let address = attachment.address();
         if !self.attachments.is_current(attachment) {
-            info!("{address}: a reset has ended that a guest asked for which does not have it any more");
+            info!("{address}: the reset for a guest that no longer has it has ended");
             return;
         }
         let Some(record) = self.records.get_mut(&address) else { return };

@@ -26,7 +26,7 @@ use crate::transaction::{Finished, Kind, holder_of};
 use crate::wishes::Wish;
 
 /// The end of messages about functions that are held persistently.
-const HELD_AGAIN: &str = ", and is again whenever it appears";
+const HELD_AGAIN: &str = "; it is held again whenever it appears";
 
 /// What was done about functions that are reserved for guests.
 #[derive(Debug, Default)]

@@ -55,7 +55,7 @@ impl Workshop {
 fn displaced((reservation, since): (Reservation, SystemTime)) -> Problem {
     let (address, kind, who) = (reservation.address, reservation.kind(), reservation.who());
     let text = format!(
-        "the {kind} that {who} has persistently is not there: at its address {address} is another one now"
+        "the {kind} that is persistent for {who} is missing: another device has its address {address} now"
     );
     Problem::new(Cause::Persistent, text).on(address).since(since)
 }

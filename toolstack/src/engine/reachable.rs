@@ -88,7 +88,7 @@ impl Workshop {
             Err(error) => warn!("{address}: switch it off: {error}"),
         }
         let text = format!(
-            "domain {domain} may still reach {address}, which is not served, and what it was given is unknown: {why}"
+            "domain {domain} may still reach {address}, which is not served, and its mappings are unknown: {why}"
         );
         Err(Failure::new(ErrorCode::Failed, text)
             .on(address)

@@ -75,7 +75,8 @@ impl Engine {
         record.incarnation = found.map_or(0, |function| function.incarnation);
         record.state = FunctionState::Quarantined;
         record.unknown_past = true;
-        record.quarantine = Some(format!("what was done with it is not known: {error}{kept}"));
+        record.quarantine =
+            Some(format!("its record cannot be used, so its state is unknown: {error}{kept}"));
         self.start(Course::Quarantine, record, None, |record| format!("{}: quarantined", record.address));
     }
 
@@ -153,7 +154,7 @@ impl Engine {
         self.end_stray_servers();
         for (domain, count, outcome) in outcomes {
             match outcome {
-                Ok(()) => info!("domain {domain}: serving its {count} functions on"),
+                Ok(()) => info!("domain {domain}: continuing to serve its {count} functions"),
                 Err(failure) => {
                     error!("domain {domain}: {failure}");
                     let text = format!("domain {domain} cannot be served any more: {failure}");

@@ -223,7 +223,7 @@ impl Engine {
         if let Err(failure) = self.forget(address) {
             return Some(Err(failure));
         }
-        let message = format!("{address} left the host; it is forgotten");
+        let message = format!("{address} left the host; its record is deleted");
         Some(Ok(Plan::Answer(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() })))
     }
 

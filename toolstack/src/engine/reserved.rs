@@ -294,7 +294,7 @@ impl Engine {
         let host = self.platform.host.as_ref();
         let wished = host.function(record.address).ok().and_then(|function| self.wishes.of(host, &function));
         let message = match wished {
-            Some(_) => format!("{message}; what was persistent of it is forgotten"),
+            Some(_) => format!("{message}; its persistent settings are deleted"),
             None => message,
         };
         let change = reservation.map(|reservation| Change::Forget(reservation.address));

@@ -47,7 +47,7 @@ impl Engine {
                 let host = self.platform.host.as_ref();
                 let free = |vf: &Sbdf| host.function(*vf).is_ok_and(|vf| vf.driver.is_none());
                 self.vfs_in(pf, FunctionState::Host)?.into_iter().find(free).ok_or_else(|| {
-                    let text = format!("no VF of {pf} is dom0's and without a driver");
+                    let text = format!("no VF of {pf} belongs to dom0 and has no driver");
                     Failure::refused(text)
                         .on(pf)
                         .hint("'xpci vf list' shows them; 'xpci vf create' enables more")
@@ -55,7 +55,7 @@ impl Engine {
             }
             Request::PciAttach { domain, trust_former_owner: trust, .. } => self.free_vf(pf, domain, *trust),
             other => {
-                let text = format!("any:{pf} takes a free VF, and {} is about a certain one", other.name());
+                let text = format!("any:{pf} means any free VF, but {} needs a certain one", other.name());
                 Err(Failure::new(ErrorCode::Usage, text)
                     .on(pf)
                     .hint("name it by its address or as PF:N; 'xpci vf list' shows them"))
@@ -89,7 +89,7 @@ impl Engine {
                 let hint = format!(
                     "'xpci pci-assignable-add any:{pf}' makes one assignable; 'xpci vf create' enables VFs"
                 );
-                Failure::refused(format!("{text}: none is assignable and no guest's")).on(pf).hint(hint)
+                Failure::refused(format!("{text}: none is assignable and unreserved")).on(pf).hint(hint)
             }
         })
     }
@@ -103,7 +103,7 @@ impl Engine {
         let domain = domains::find(self.platform.store.as_ref(), guest).ok();
         match existing(self.platform.host.as_ref(), vf) {
             Ok(function) if self.assigned_to(&function).is_some() => {
-                Some(Failure::refused(format!("{vf} is kept for a guest by the settings")).on(vf))
+                Some(Failure::refused(format!("{vf} is reserved for a guest by the settings")).on(vf))
             }
             Ok(function) => self.attach_obstacles(&function, domain, trust).into_iter().next(),
             Err(failure) => Some(failure),

@@ -129,7 +129,7 @@ impl Engine {
             let matching: Vec<&HostFunction> =
                 pfs.iter().filter(|pf| entry.means(host.as_ref(), &self.settings.names, pf)).collect();
             if matching.is_empty() {
-                let text = format!("virtual-functions: no PF is {entry}");
+                let text = format!("virtual-functions: no PF matches {entry}");
                 self.problems.push(Problem::new(Cause::VirtualFunctions, text));
             }
             for pf in matching {

@@ -227,7 +227,7 @@ impl Engine {
     /// Handles a function that is still present: its driver may have changed.
     fn still_there(&mut self, record: Record, function: &HostFunction) {
         if self.silent.remove(&record.address) {
-            self.quarantine(record.address, "it answers no more, the guest reads all ones");
+            self.quarantine(record.address, "it no longer answers, and the guest reads all ones");
             return;
         }
         if record.state != FunctionState::Held || holder_of(function).is_some() {

@@ -152,7 +152,7 @@ impl fmt::Display for EventView {
             }
             Happening::Vfs { enabled } => write!(f, ": {enabled} VFs are enabled"),
             Happening::Policy { registers } => {
-                write!(f, ": other policies are in force; registers: {}", few(registers, 3))
+                write!(f, ": the policies were reloaded; changed registers: {}", few(registers, 3))
             }
             Happening::Outcome { ok: true, text } => write!(f, ": {text}"),
             Happening::Outcome { ok: false, text } => write!(f, ": failed: {text}"),

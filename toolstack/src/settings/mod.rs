@@ -215,7 +215,9 @@ impl Settings {
                 return Err(format!("virtual-functions: {entry}: the count must be at least 1"));
             }
             if let Some(index) = entry.vfs.keys().find(|index| **index >= entry.count) {
-                return Err(format!("virtual-functions: {entry}: there is no VF {index}, they begin with 0"));
+                return Err(format!(
+                    "virtual-functions: {entry}: there is no VF {index}; VFs are numbered from 0"
+                ));
             }
         }
         let certain = settings.guests.iter().flat_map(|(guest, functions)| {
@@ -225,7 +227,7 @@ impl Settings {
         let mut owners: BTreeMap<&Target, &String> = BTreeMap::new();
         for (guest, target) in certain {
             if let Some(other) = owners.insert(target, guest) {
-                return Err(format!("guests: {target} stands there twice, for '{other}' and for '{guest}'"));
+                return Err(format!("guests: {target} is assigned twice, to '{other}' and to '{guest}'"));
             }
         }
         for method in &self.reset.methods {
@@ -338,7 +340,7 @@ mod tests {
             ("virtual-functions: [{count: 1}]", "one of pf, id, serial"),
             ("guests: {web: [01:10.0@20]}", "0 to 1f"),
             ("guests: {web: ['01:10']}", "not a PCI address"),
-            ("guests: {web: [eth0:1], db: [eth0:1]}", "eth0:1 stands there twice, for 'db' and for 'web'"),
+            ("guests: {web: [eth0:1], db: [eth0:1]}", "eth0:1 is assigned twice, to 'db' and to 'web'"),
             ("names: {nic: {}}", "one of address, serial, path"),
             ("names: {nic: {serial: '1'}}", "as lspci does"),
             ("names: {any: {address: 01:00.0}}", "'any' is not a name"),

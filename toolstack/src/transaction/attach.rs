@@ -118,7 +118,7 @@ fn assign_in_xen(context: &Context<'_>, domain: DomId, address: Sbdf) -> Result<
         Failure::from(error).on(address).of(domain).hint(format!("{objection}; see 'xl dmesg'"))
     })?;
     let warning = format!(
-        "{address}: {objection}; domain {domain} gets it all the same, because 'rdm-policy' is relaxed (see 'xl dmesg')"
+        "{address}: {objection}; domain {domain} gets it anyway, because 'rdm-policy' is relaxed (see 'xl dmesg')"
     );
     warn!("{warning}");
     Ok(Some(warning))

@@ -125,7 +125,7 @@ pub fn refuse_in_use(host: &dyn Host, address: Sbdf) -> Result<(), Failure> {
     }
     Err(Failure::refused(format!("{address} is in use: {}", uses.join("; ")))
         .on(address)
-        .hint("stop that first; 'xpci pci-assignable-add --force' takes the function all the same"))
+        .hint("stop that first; 'xpci pci-assignable-add --force' takes the function anyway"))
 }
 
 /// Binds a function to the driver in its override.

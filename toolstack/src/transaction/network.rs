@@ -58,7 +58,7 @@ pub fn place(platform: &Platform, address: Sbdf) -> Result<VfPlace, Failure> {
         let failure = Failure::refused(format!("{address} is not a VF"));
         return Err(failure
             .on(address)
-            .hint("'xpci vf list' lists the VFs; a guest that has a whole card sets it itself"));
+            .hint("'xpci vf list' lists the VFs; a guest that has a PF configures it itself"));
     };
     let vfs = host.function(physical_function)?.virtual_functions;
     let index = vfs.iter().position(|vf| *vf == address).ok_or_else(|| {
@@ -160,7 +160,7 @@ pub fn deviation(wanted: &VfSettings, found: &VfSettings) -> Option<String> {
     let unlike = wanted.unlike(found);
     (!unlike.is_empty()).then(|| {
         let instead = described(&found.only(&unlike));
-        let instead = if instead.is_empty() { "nothing of the kind".to_owned() } else { instead };
+        let instead = if instead.is_empty() { "no value".to_owned() } else { instead };
         format!("{instead} instead of {}", described(&unlike))
     })
 }

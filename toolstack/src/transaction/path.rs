@@ -130,7 +130,7 @@ pub fn renew(platform: &Platform, ledger: &Ledger, address: Sbdf) -> Result<(), 
 /// The warning for a root port whose errors the kernel does not handle.
 pub fn not_handled(root_port: Sbdf) -> String {
     format!(
-        "the platform keeps AER at {root_port} from Linux: error reporting is left as it is, and xpci notices no errors below"
+        "the firmware does not grant Linux control of AER at {root_port}: error reporting is not changed, and xpci detects no errors below"
     )
 }
 

@@ -134,7 +134,10 @@ fn put_back(
             .hint(format!("the device may need a power cycle; then 'xpci quarantine clear {address}'")));
     }
     Ok((!reported.is_empty()).then(|| {
-        format!("{address}: the next owner finds what the previous one wrote: {}", reported.join("; "))
+        format!(
+            "{address}: values that the previous owner wrote remain for the next one: {}",
+            reported.join("; ")
+        )
     }))
 }
 

@@ -101,7 +101,7 @@ pub(super) fn switch_off(context: &Context<'_>, record: &Record) -> Result<Off, 
     }
     let address = record.address;
     if hold::is_owned_by_other_toolstack(context.platform, record)? {
-        warn!("{address}: left as it is in hardware: a guest has it through another toolstack");
+        warn!("{address}: not changed in hardware: a guest has it through another toolstack");
         return Ok(Off::OtherToolstack);
     }
     live::switch_off(context.platform.host.config(address)?.as_ref())

@@ -52,8 +52,8 @@ fn reset_in_this_way(
     quiet.map_err(|error| config_failure("quiesce", address, &error))?;
     let unreset = (way == Way::Without).then(|| {
         format!(
-            "{address} changes hands without a reset, as a policy permits: its next owner may find data of the last one in it, and what \
-             the last one has loaded into it goes on running"
+            "{address} gets a new owner without a reset, as a policy permits: it may contain data of the last owner, and firmware that \
+             the last owner loaded keeps running"
         )
     });
     let canary = match &unreset {
@@ -217,7 +217,7 @@ fn verify(
         if Instant::now() >= deadline {
             let why = match check {
                 ResetCheck::Answers => "it still answers all ones",
-                ResetCheck::Cleared => "a register still holds what it held before",
+                ResetCheck::Cleared => "a register still has its earlier value",
             };
             return Err(Failure::new(ErrorCode::Failed, format!("reset {address}: {why} after {limit:?}"))
                 .on(address)

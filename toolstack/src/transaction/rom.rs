@@ -41,8 +41,8 @@ pub(super) fn copy(context: &Context<'_>, record: &mut Record) -> Result<Option<
     let asked = format!("'rom: {source}' of {}", file.unwrap_or("the policies"));
     if domains::kind(context.platform.store.as_ref(), domain)? != DomainType::Hvm {
         return Ok(Some(format!(
-            "{address}: domain {domain} finds no expansion ROM in spite of {asked}: it is a PV guest, which reads memory of the device \
-             itself, and only an HVM guest can be given a copy"
+            "{address}: domain {domain} gets no expansion ROM in spite of {asked}: it is a PV guest, and only HVM guests \
+             get a copy"
         )));
     }
     let (contents, origin, hint) = match &source {

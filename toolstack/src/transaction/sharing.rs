@@ -259,7 +259,7 @@ impl Sharing<'_> {
         let Some(who) = self.refused(function, domain, line, users)? else { return Ok(None) };
         let address = function.address;
         let text = format!(
-            "{address} interrupts by line {}, which {who} uses too: each of them can keep the line asserted",
+            "{address} uses interrupt line {}, which {who} uses too: each of them can keep the line asserted",
             function.irq
         );
         let hint = hint(line, "put the card into another slot");

@@ -209,7 +209,7 @@ impl Buses<'_> {
             Ok(false) => Ok(()),
             Ok(true) => {
                 let text = format!(
-                    "reset {}: {} is a hot-plug slot: the kernel would take a reset of its bus for the removal of what is there",
+                    "reset {}: {} is a hot-plug slot: the kernel would treat a reset of its bus as the removal of its devices",
                     address, bus.bridge
                 );
                 Err(Failure::refused(text)

@@ -180,7 +180,7 @@ fn functions_in_the_settings_are_attached_when_guest_and_function_exist() {
   00000000-0000-0000-0000-0000000000aa: [03:00.0]
 ";
     let daemon = Daemon::start_with(tempfile::tempdir().unwrap(), &host(), settings);
-    daemon.wait_for_log("eth0:1 is missing in domain 1, to which the settings give it");
+    daemon.wait_for_log("eth0:1 is missing in domain 1, to which the settings assign it");
     assert_eq!(daemon.xpci(&["status", "--check"]).status.code(), Some(1));
     assert!(daemon.xpci(&["vf", "create", "eth0", "2"]).status.success());
     for (function, address, domain) in
@@ -262,7 +262,7 @@ fn events_of_vfs_and_policies_are_followed_across_a_restart_of_the_service() {
     .unwrap();
     let reloaded = daemon.xpci(&["policy", "reload"]);
     assert!(reloaded.status.success(), "{reloaded:?}");
-    wait_for("0000:01:10.0 ('web', domain 1): other policies are in force");
+    wait_for("0000:01:10.0 ('web', domain 1): the policies were reloaded");
     let daemon = daemon.start_again();
     assert!(daemon.xpci(&["vf", "set-count", "03:00.0", "3"]).status.success());
     wait_for("0000:03:00.0: 3 VFs are enabled");

@@ -164,7 +164,7 @@ fn a_reset_that_the_kernel_reports_and_hardware_ignored_is_no_reset() {
     service.hold(bdf(VF)).unwrap();
     world.simulation.ignore_resets(bdf(VF), true);
     let failure = service.attach(WEB, bdf(VF)).unwrap_err();
-    assert!(failure.message.contains("still holds what it held before"), "{failure}");
+    assert!(failure.message.contains("still has its earlier value"), "{failure}");
     assert_eq!(service.state(bdf(VF)), FunctionState::Quarantined, "its way back needs a reset, too");
     assert_eq!(world.simulation.peek(bdf(VF), 0x72, 2)[1] & 0xc0, 0, "Function Mask is as before");
     world.simulation.ignore_resets(bdf(VF), false);

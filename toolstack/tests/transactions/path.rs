@@ -189,9 +189,19 @@ fn aer_registers_under_firmware_control_are_not_changed_with_a_warning() {
     let service = world.start();
     let [vf, _] = hold_two(&service);
     let Ok(Success::Changed { warnings, .. }) = service.attach(WEB, vf) else { panic!("attach") };
-    assert!(warnings.iter().any(|warning| warning.contains("keeps AER at 0000:00:01.0")), "{warnings:?}");
+    assert!(
+        warnings
+            .iter()
+            .any(|warning| warning.contains("does not grant Linux control of AER at 0000:00:01.0")),
+        "{warnings:?}"
+    );
     let problems = service.problems();
-    assert!(problems.iter().any(|problem| problem.contains("keeps AER at 0000:00:01.0")), "{problems:?}");
+    assert!(
+        problems
+            .iter()
+            .any(|problem| problem.contains("does not grant Linux control of AER at 0000:00:01.0")),
+        "{problems:?}"
+    );
     let changed: Vec<_> =
         registers(&world).into_iter().filter(|(place, value)| before[place] != *value).collect();
     assert_eq!(

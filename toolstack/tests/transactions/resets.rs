@@ -60,10 +60,10 @@ fn holding_warns_of_a_missing_reset_and_the_hint_of_attach_helps() {
     let service = world.start_with(&["match: {class: '0c03'}\nreset: {none: permit}\n"]);
     for round in 0..2 {
         let attached = warnings(service.attach(WEB, usb));
-        assert!(attached.contains("0000:00:14.0 changes hands without a reset"), "{round}: {attached}");
+        assert!(attached.contains("0000:00:14.0 gets a new owner without a reset"), "{round}: {attached}");
         assert_eq!(service.state(usb), FunctionState::Attached);
         let detached = warnings(service.detach(WEB, usb));
-        assert!(detached.contains("0000:00:14.0 changes hands without a reset"), "{round}: {detached}");
+        assert!(detached.contains("0000:00:14.0 gets a new owner without a reset"), "{round}: {detached}");
         world.assert_held(&service, usb, "detached");
     }
     service.release(usb).unwrap();

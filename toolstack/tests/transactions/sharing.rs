@@ -174,7 +174,7 @@ fn a_function_without_messages_is_refused_where_its_line_is_shared() {
     let service = world.start();
     service.hold(old).unwrap();
     for refused in [refusal(service.attach(WEB, old)), obstacles(&service, old)] {
-        assert!(refused.contains("interrupts by line 20"), "{refused}");
+        assert!(refused.contains("uses interrupt line 20"), "{refused}");
         assert!(refused.contains("permit: [shared-line]"), "{refused}");
     }
     world.assert_held(&service, old, "refused");

@@ -216,7 +216,7 @@ fn a_reset_of_the_bus_without_effect_on_one_function_quarantines() {
     let failure = service.detach(WEB, gpu).unwrap_err();
     assert_eq!(failure.code, ErrorCode::Quarantined);
     let text = failure.to_string();
-    assert!(text.contains("reset 0000:01:00.1: a register still holds what it held before"), "{text}");
+    assert!(text.contains("reset 0000:01:00.1: a register still has its earlier value"), "{text}");
     assert_eq!(service.state(gpu), FunctionState::Quarantined);
     world.simulation.ignore_resets(audio, false);
     service.clear(gpu).unwrap();
