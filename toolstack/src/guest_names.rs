@@ -1,7 +1,7 @@
-//! The names of guests in what people read: `'web' (domain 5)` where the service says `domain 5`.
+//! Adds the names of guests to texts for people: `domain 5` becomes `'web' (domain 5)`.
 //!
-//! Most of the service, and every error of Xen and the kernel, has guests by number. Names are put in where an answer leaves the
-//! service, so that no text is without them, and into events when they happen.
+//! Most of the service, and all errors of Xen and the kernel, identify guests by domain id. Names are added when an answer is sent, so
+//! that every text has them, and to events when they happen.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -16,37 +16,37 @@ use crate::protocol::{EventView, Success};
 
 const DOMAIN: &str = "domain ";
 
-/// Where names are found, as long as the service has its connection to xenstore.
+/// The source of names: xenstore, as long as the service is connected to it.
 #[derive(Clone)]
 pub struct GuestNames(Weak<dyn Store>);
 
 impl GuestNames {
-    /// Those that this xenstore has.
+    /// The names in this xenstore.
     pub fn new(store: &Arc<dyn Store>) -> Self {
         Self(Arc::downgrade(store))
     }
 
-    /// What is found for one answer.
+    /// A lookup for one answer.
     pub(crate) fn lookup(&self) -> Lookup<'_> {
         Lookup { names: self, found: HashMap::new() }
     }
 }
 
-/// What was found while one answer is written: each guest is looked up once.
+/// The names found for one answer, so that each guest is looked up once.
 pub(crate) struct Lookup<'a> {
     names: &'a GuestNames,
     found: HashMap<DomId, Option<String>>,
 }
 
-/// What a domain is called.
+/// The name of a domain in texts.
 struct Called {
     name: String,
-    /// Where the name does not say it all.
+    /// The domain id, if it is shown next to the name.
     number: Option<DomId>,
 }
 
 impl Lookup<'_> {
-    /// Names the guests of an outcome.
+    /// Adds the names of guests to an outcome.
     pub fn name_all(&mut self, outcome: &mut Result<Success, Failure>) {
         let texts = match outcome {
             Ok(success) => {
@@ -62,13 +62,14 @@ impl Lookup<'_> {
         }
     }
 
-    /// Names the guest of an event.
+    /// Adds the name of the guest to an event.
     pub fn name_event(&mut self, event: &mut EventView) {
         event.domain_name = event.domain.and_then(|domain| self.name(domain));
         event.texts_mut().into_iter().for_each(|text| self.name_in(text));
     }
 
-    /// Names the guests in a text. A number in parentheses belongs to a name already; `(domain 5's)` is a function's owner.
+    /// Adds the names of guests to a text. `(domain 5)` follows a name already and is not changed; `(domain 5's)` is the owner of a
+    /// function.
     pub fn name_in(&mut self, text: &mut String) {
         let mut named = String::with_capacity(text.len());
         let mut rest = text.as_str();
@@ -106,7 +107,7 @@ impl Lookup<'_> {
         Some(Called { name: format!("'{name}'"), number: Some(domain) })
     }
 
-    /// The guest may have ended: then its number is all that is known of it.
+    /// The name of a domain; `None`, for example, if it has ended.
     fn name(&mut self, domain: DomId) -> Option<String> {
         let store = &self.names.0;
         let look = || domains::name(store.upgrade()?.as_ref(), domain).ok().flatten();

@@ -84,7 +84,7 @@ fn json_wanted() -> bool {
         .any(|word| word == OsStr::new("--json"))
 }
 
-/// What the service answers to a request of the command's own.
+/// Sends a request that the command itself needs, and returns the answer.
 fn asked(socket: &Path, request: Request<Target>) -> Result<Success, Failure> {
     let envelope = client::call(socket, request, &mut |_| {})?;
     let nothing = || Failure::new(ErrorCode::Failed, "xpcid gave no answer");

@@ -124,7 +124,7 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
         let text = format!("keep a copy of the settings in {}: {error}", copies.display());
         problems.push((ProblemCause::StateFiles, text));
     }
-    // Guests wait for the service, on a full disk, too.
+    // Not fatal, for example on a full disk, because guests wait for the service.
     if let Some(found) = found
         && let Err(error) = policies::keep_copy(&settings.state_directory, &found)
     {

@@ -9,23 +9,23 @@ use crate::outcome::Failure;
 use crate::protocol::{FunctionView, ListFilter, Request, Success};
 use crate::target::Target;
 
-/// The functions that a word of the command line is about.
+/// The functions that an argument of the command line names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Functions {
-    /// One.
+    /// One function.
     One(Target),
-    /// All functions that are at the device number of this one.
+    /// All functions with the device number of this one.
     OfDevice(Sbdf),
 }
 
-/// Which functions of a device a command concerns.
+/// The functions of a device to which a command applies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Concerned {
-    /// All of them.
+    /// All functions.
     Every,
-    /// Those that dom0 does not have.
+    /// Functions that do not belong to dom0.
     NotTheHosts,
-    /// Those that a guest has.
+    /// Functions that a guest has.
     OfGuests,
 }
 
@@ -51,11 +51,11 @@ impl fmt::Display for Functions {
     }
 }
 
-/// Asks the service one thing.
+/// Sends a request to the service.
 pub type Asking<'a> = dyn FnMut(Request<Target>) -> Result<Success, Failure> + 'a;
 
 impl Functions {
-    /// The functions one by one; the service knows which a device has.
+    /// The single functions; those of a device are requested from the service.
     pub(super) fn each(self, concerned: Concerned, ask: &mut Asking<'_>) -> Result<Vec<Target>, Failure> {
         let first = match self {
             Self::One(target) => return Ok(vec![target]),
@@ -84,7 +84,7 @@ impl Functions {
             return Err(Failure::not_found(format!("there is no function at {}", Self::OfDevice(first)))
                 .hint("'xpci list' shows the host's functions"));
         }
-        // Where it concerns none of them, the service answers of each that nothing is to be done.
+        // If the command applies to none of them, the service answers for each that there is nothing to do.
         Ok(if chosen.is_empty() {
             found.iter().map(|function| function.address.into()).collect()
         } else {

@@ -383,7 +383,7 @@ impl Command {
         }
     }
 
-    /// The steps of the command, in their order. What functions a device has is asked with `ask`.
+    /// The steps of the command, in their order. `ask` is used to request the functions of a device.
     pub fn steps(self, ask: &mut Asking<'_>) -> Result<Vec<Step>, Failure> {
         Ok(match self {
             Self::Policy(policy) => vec![policy.step()],
@@ -499,7 +499,7 @@ mod tests {
         Cli::command().debug_assert();
     }
 
-    /// No device is given whose functions are asked for.
+    /// For tests without a device, in which no request is sent.
     fn alone(request: Request<Target>) -> Result<Success, Failure> {
         panic!("{request:?}")
     }

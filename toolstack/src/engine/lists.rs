@@ -81,7 +81,7 @@ fn view(function: Option<&HostFunction>, record: &Record) -> FunctionView {
         original_driver: record.original_driver.clone(),
         physical_function: function.and_then(|found| found.physical_function),
         domain: record.guest.map(|guest| guest.domain),
-        // It is added where the answer leaves the service.
+        // Added when the answer is sent.
         domain_name: None,
         guest_address: record.guest.map(|guest| Sbdf::from_devfn(0, 0, guest.devfn)),
         persistent: None,

@@ -138,7 +138,7 @@ impl Attaching {
             match self.ask(self.wanted.attachment(function, false)) {
                 Ok(Success::Changed { message, warnings, functions }) => {
                     messages.push(message);
-                    // What is said of the guest is said once.
+                    // Warnings about the guest are the same for each function.
                     for warning in warnings {
                         if !all_warnings.contains(&warning) {
                             all_warnings.push(warning);

@@ -1,4 +1,4 @@
-//! The texts of an answer that are for people.
+//! Access to the texts for people in answers and events.
 
 use pciback::DomId;
 
@@ -6,7 +6,7 @@ use super::{EventView, FunctionView, Happening, Success};
 use crate::outcome::{Failure, Obstacle};
 
 impl Success {
-    /// The guests of the functions that it shows: their numbers, and where their names go.
+    /// The domain ids of the guests in the answer, each with the field for its name.
     pub(crate) fn guests_mut(&mut self) -> Vec<(Option<DomId>, &mut Option<String>)> {
         let functions: Vec<&mut FunctionView> = match self {
             Self::Changed { functions, .. } | Self::Functions { functions } => functions.iter_mut().collect(),
@@ -23,7 +23,7 @@ impl Success {
         functions.into_iter().map(|function| (function.domain, &mut function.domain_name)).collect()
     }
 
-    /// The texts that can say something about a guest.
+    /// The texts that may mention a guest.
     pub(crate) fn texts_mut(&mut self) -> Vec<&mut String> {
         let mut texts: Vec<&mut String> = Vec::new();
         match self {
@@ -79,7 +79,7 @@ impl Obstacle {
 }
 
 impl Failure {
-    /// What went wrong and what can be done about it.
+    /// The message, the hint and the obstacles.
     pub(crate) fn texts_mut(&mut self) -> Vec<&mut String> {
         let obstacles = self.obstacles.iter_mut().flat_map(Obstacle::texts_mut);
         [&mut self.message].into_iter().chain(&mut self.hint).chain(obstacles).collect()
@@ -87,7 +87,7 @@ impl Failure {
 }
 
 impl EventView {
-    /// The texts that can say something about a guest.
+    /// The texts that may mention a guest.
     pub(crate) fn texts_mut(&mut self) -> Vec<&mut String> {
         match &mut self.what {
             Happening::Error { reason: text, .. } | Happening::Outcome { text, .. } => vec![text],

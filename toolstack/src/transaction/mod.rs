@@ -337,7 +337,7 @@ impl Context<'_> {
     }
 }
 
-/// The record of a function that nothing was done with, so that nothing is undone.
+/// The record after a transaction that could not be noted: no step has run, so that none is undone.
 fn not_begun(kind: Kind, before: Record) -> Record {
     Record { state: kind.state_when_undone(), guest: None, transaction: None, ..before }
 }
