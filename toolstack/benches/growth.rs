@@ -79,6 +79,7 @@ fn measure(pfs: u8) {
                         address: Sbdf::from_devfn(0, bus, devfn),
                         force: false,
                         persist: false,
+                        managed: false,
                         dry_run: false,
                     },
                 );

@@ -120,6 +120,10 @@ pub enum Command {
         /// Makes it persistent: the guest gets it again each time it starts, and no other guest gets it meanwhile.
         #[arg(long)]
         persist: bool,
+        /// Takes functions that dom0 has from their drivers first, and gives these back when the guest has released them. A PV guest can
+        /// reach what it had until it ends: a function goes back then.
+        #[arg(long, conflicts_with = "persist")]
+        managed: bool,
         /// The guest, by name or number. With --persist, a guest that does not run is given by its UUID, or by its name if it has
         /// other persistent functions.
         domain: String,
@@ -418,7 +422,13 @@ impl Command {
             Self::PciAssignableAdd { functions, force, persist, dry_run } => {
                 each(functions, Concerned::Every)?
                     .into_iter()
-                    .map(|address| Request::PciAssignableAdd { address, force, persist, dry_run })
+                    .map(|address| Request::PciAssignableAdd {
+                        address,
+                        force,
+                        persist,
+                        managed: false,
+                        dry_run,
+                    })
                     .collect()
             }
             Self::PciAssignableRemove { functions, force, trust_former_owner, .. } => {
@@ -427,14 +437,14 @@ impl Command {
                     .map(|address| Request::PciAssignableRemove { address, force, trust_former_owner })
                     .collect()
             }
-            Self::PciAttach { domain, places, persist, trust_former_owner, dry_run } => {
+            Self::PciAttach { domain, places, persist, managed, trust_former_owner, dry_run } => {
                 let domain = DomainName(domain);
                 let mut functions = Vec::new();
                 for Place { functions: named, slot, .. } in places {
                     let placed = each(vec![named], Concerned::Every)?;
                     functions.extend(placed.into_iter().map(|address| Placed { address, slot }));
                 }
-                match (functions.pop(), functions.is_empty()) {
+                match (functions.pop(), functions.is_empty() && !managed) {
                     (Some(Placed { address, slot }), true) => one(Request::PciAttach {
                         dry_run,
                         domain,
@@ -445,7 +455,14 @@ impl Command {
                     }),
                     (last, _) => {
                         functions.extend(last);
-                        one(Request::PciAttachAll { dry_run, domain, functions, persist, trust_former_owner })
+                        one(Request::PciAttachAll {
+                            dry_run,
+                            domain,
+                            functions,
+                            persist,
+                            managed,
+                            trust_former_owner,
+                        })
                     }
                 }
             }

@@ -94,7 +94,7 @@ impl FromStr for Place {
         match seize {
             None => Ok(Self { functions, slot, notes }),
             Some(option) => {
-                let first = format!("'xpci pci-assignable-add {functions}' first");
+                let first = format!("'xpci pci-assignable-add {functions}' first, or pci-attach --managed");
                 Err(usage(format!("'{option}' is a command of its own: {first}")))
             }
         }

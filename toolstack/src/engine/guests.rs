@@ -272,6 +272,7 @@ impl Engine {
                 self.detach_from_ended(record);
             }
         }
+        self.return_managed_again();
     }
 
     /// Stops the serving threads at the end of the service. Guests keep their functions.

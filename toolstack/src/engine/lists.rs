@@ -66,6 +66,9 @@ pub(super) fn persistent_view(reservation: &Reservation) -> PersistentView {
     PersistentView { guest: reservation.guest, name: reservation.name.clone(), saved }
 }
 
+/// The note of a function that `pci-attach --managed` has held.
+const MANAGED: &str = "goes back to dom0 as soon as no guest can reach it";
+
 fn view(function: Option<&HostFunction>, record: &Record) -> FunctionView {
     let note = record.quarantine.clone().or_else(|| {
         record.transaction.as_ref().map(|progress| {
@@ -73,6 +76,8 @@ fn view(function: Option<&HostFunction>, record: &Record) -> FunctionView {
             format!("{direction}{:?}", progress.step).to_lowercase()
         })
     });
+    let managed = || (record.managed && record.state == FunctionState::Held).then_some(MANAGED.to_owned());
+    let note = note.or_else(managed);
     FunctionView {
         address: record.address,
         id: function.map_or_else(String::new, |found| format!("{:04x}:{:04x}", found.vendor, found.device)),

@@ -19,6 +19,7 @@ mod hvm;
 mod keeping;
 mod lists;
 mod log_limit;
+mod managed;
 mod network;
 mod notes;
 mod observe;
@@ -252,6 +253,7 @@ pub struct Engine {
     events: mpsc::Receiver<Event>,
     /// Every function that is not in state `host`, and those in a transaction from or to it.
     records: BTreeMap<Sbdf, Record>,
+    managed: managed::Managed,
     /// Functions in a transaction.
     busy: BTreeSet<Sbdf>,
     /// PFs whose VFs are being changed.
@@ -342,6 +344,7 @@ impl Engine {
             busy_pfs: BTreeSet::new(),
             guests: BTreeMap::new(),
             orphans: BTreeSet::new(),
+            managed: managed::Managed::default(),
             attachments: attachments::Attachments::default(),
             resets: attachments::Resets::default(),
             fresh: Fresh::default(),

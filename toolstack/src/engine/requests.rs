@@ -81,8 +81,11 @@ impl Engine {
             Request::AerHistory { address } => self.error_history(address).map(Plan::Answer),
             Request::Events { follow } => return self.events(follow, reply),
             Request::Status => return self.status(reply),
-            Request::PciAssignableAdd { address, force, persist, dry_run } => {
-                let plan = self.plan_hold(address, force, dry_run);
+            Request::PciAssignableAdd { address, force, persist, managed, dry_run } => {
+                if !managed && !dry_run {
+                    self.keep_held(address);
+                }
+                let plan = self.plan_hold(address, force, managed, dry_run);
                 if persist && !dry_run {
                     return self.hold_persistently(address, plan, reply);
                 }
@@ -110,8 +113,16 @@ impl Engine {
                     Err(failure) => Err(failure),
                 }
             }
-            Request::PciAttachAll { domain, functions, persist, trust_former_owner: trust, dry_run } => {
-                return self.attach_several(Several { domain, functions, persist, trust, dry_run }, reply);
+            Request::PciAttachAll {
+                domain,
+                functions,
+                persist,
+                managed,
+                trust_former_owner: trust,
+                dry_run,
+            } => {
+                let wanted = Several { domain, functions, persist, managed, trust, dry_run };
+                return self.attach_several(wanted, reply);
             }
             Request::PciDetach { domain, address, force, scope } => {
                 if scope == Scope::Persistent || self.is_only_reserved(&domain, address, scope) {
@@ -169,7 +180,7 @@ impl Engine {
         Ok(())
     }
 
-    fn plan_hold(&self, address: Sbdf, force: bool, dry_run: bool) -> Result<Plan, Failure> {
+    fn plan_hold(&self, address: Sbdf, force: bool, managed: bool, dry_run: bool) -> Result<Plan, Failure> {
         let function = existing(self.platform.host.as_ref(), address)?;
         self.idle(address)?;
         let record = self.record(address);
@@ -190,7 +201,7 @@ impl Engine {
             return Ok(Plan::Check(refusal, ThreadChecks { hold, shares: None }, dry_run_answer(&message)));
         }
         let course = if force { Course::ForceHold } else { Course::Forward(Kind::Hold) };
-        Ok(Plan::Transaction(course, Box::new(record), message, None))
+        Ok(Plan::Transaction(course, Box::new(Record { managed, ..record }), message, None))
     }
 
     /// Obstacles to holding a function that `--force` does not override.
@@ -227,7 +238,7 @@ impl Engine {
         Some(Ok(Plan::Answer(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() })))
     }
 
-    fn plan_release(&mut self, address: Sbdf, force: bool, trust: bool) -> Result<Plan, Failure> {
+    pub(super) fn plan_release(&mut self, address: Sbdf, force: bool, trust: bool) -> Result<Plan, Failure> {
         self.idle(address)?;
         let record = self.record(address);
         match record.state {
@@ -463,6 +474,9 @@ impl Engine {
         let withdrawal = if force { Withdrawal::Force } else { Withdrawal::Ask };
         let reservation = self.reservation_of(name, address);
         let (end, change) = match (reservation, scope) {
+            (None, _) if record.managed => {
+                ("; it goes back to dom0 as soon as no guest can reach it".to_owned(), None)
+            }
             (None, _) => (String::new(), None),
             (Some(_), Scope::Live) => {
                 ("; the guest gets it again when it starts the next time".to_owned(), None)

@@ -194,7 +194,13 @@ impl Restoring {
         }
         let request = match is_held {
             true => attachment(self.saved.guest.to_string(), address, wanted.slot, true, true),
-            false => Request::PciAssignableAdd { address, force: false, persist: false, dry_run: true },
+            false => Request::PciAssignableAdd {
+                address,
+                force: false,
+                persist: false,
+                managed: false,
+                dry_run: true,
+            },
         };
         self.ask(request).map(drop)
     }
@@ -208,7 +214,13 @@ impl Restoring {
     ) -> Result<(), Failure> {
         let (address, reservations) = (done.address, &self.asking.workshop.reservations);
         if !is_held {
-            let hold = Request::PciAssignableAdd { address, force: false, persist: false, dry_run: false };
+            let hold = Request::PciAssignableAdd {
+                address,
+                force: false,
+                persist: false,
+                managed: false,
+                dry_run: false,
+            };
             done.newly_held = matches!(self.ask(hold)?, Success::Changed { .. });
         }
         let request = attachment(self.saved.guest.to_string(), address, wanted.slot, true, false);

@@ -51,6 +51,8 @@ pub(super) struct Several {
     pub domain: DomainName,
     pub functions: Vec<Placed>,
     pub persist: bool,
+    /// Whether functions of dom0 are held first, and given back when the guest has released them.
+    pub managed: bool,
     pub trust: bool,
     pub dry_run: bool,
 }
@@ -112,8 +114,53 @@ impl Attaching {
     }
 
     fn run(&self) -> Result<Success, Failure> {
+        let held = self.hold()?;
+        let outcome = self.attach(&held);
+        match outcome {
+            Err(failure) if !self.asking.is_unanswered() => Err(self.give_back(held, failure)),
+            outcome => outcome,
+        }
+    }
+
+    /// Holds the functions that dom0 has, where they are managed: those that it has held, or in a dry run would hold.
+    fn hold(&self) -> Result<Vec<Sbdf>, Failure> {
+        let (mut held, dry_run) = (Vec::new(), self.wanted.dry_run);
+        for function in self.wanted.functions.iter().filter(|_| self.wanted.managed) {
+            let address = function.address;
+            if self.is_attached(address) {
+                continue;
+            }
+            let request =
+                Request::PciAssignableAdd { address, force: false, persist: false, managed: true, dry_run };
+            match self.ask(request) {
+                Ok(Success::Changed { .. } | Success::Possible { .. }) => held.push(address),
+                Ok(_) => {}
+                Err(failure) if dry_run || self.asking.is_unanswered() => return Err(failure),
+                Err(failure) => return Err(self.give_back(held, failure)),
+            }
+        }
+        Ok(held)
+    }
+
+    /// Gives back what was held for nothing. The engine does so with what was attached before.
+    fn give_back(&self, held: Vec<Sbdf>, failure: Failure) -> Failure {
+        let mut message = failure.message.clone();
+        for address in held.into_iter().filter(|_| !self.wanted.dry_run) {
+            let request = Request::PciAssignableRemove { address, force: false, trust_former_owner: false };
+            if let Err(second) = self.ask(request) {
+                message.push_str(&format!("; {address} stays held: {}", second.message));
+            }
+        }
+        Failure { message, ..failure }
+    }
+
+    fn attach(&self, held: &[Sbdf]) -> Result<Success, Failure> {
         let mut missing = Vec::new();
         for function in &self.wanted.functions {
+            if self.wanted.dry_run && held.contains(&function.address) {
+                // What prevents attaching it is known when it is held.
+                continue;
+            }
             match self.ask(self.wanted.attachment(function, true))? {
                 // With `persist`, a function that the guest has may still have to be made persistent.
                 Success::Already { .. } if !self.wanted.persist => {}

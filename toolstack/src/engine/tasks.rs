@@ -392,7 +392,7 @@ impl Engine {
         let before = self.records.get(&address).and_then(|record| record.guest).map(|guest| guest.domain);
         self.busy.remove(&address);
         let attached = record.state == FunctionState::Attached;
-        let record_is_held = record.state == FunctionState::Held;
+        let (record_is_held, managed) = (record.state == FunctionState::Held, record.managed);
         if !attached {
             self.in_use.remove(&address);
             self.attachments.end(address);
@@ -413,6 +413,9 @@ impl Engine {
         }
         self.contain_awaiting(address);
         self.returning_finished(&finished, before);
+        if record_is_held && managed && before.is_some() {
+            self.return_managed(address);
+        }
         if record_is_held {
             self.retry_assignments();
         }

@@ -30,6 +30,9 @@ pub struct Record {
     /// Whether it was held before any driver was probed: after the release, drivers are probed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unprobed: bool,
+    /// Whether it was held for one guest only (`pci-attach --managed`), and goes back to dom0 when the guest has released it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub managed: bool,
     /// Whether the service prepared its MSI-X table, and must release it.
     pub msix_prepared: bool,
     /// The guest that has it, gets it or loses it.
@@ -134,6 +137,7 @@ impl Record {
             original_driver: None,
             original_override: None,
             unprobed: false,
+            managed: false,
             msix_prepared: false,
             guest: None,
             grants: Vec::new(),

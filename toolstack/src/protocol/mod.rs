@@ -342,7 +342,7 @@ mod tests {
             Request::Show { address },
             Request::Doctor,
             Request::PciAssignableList,
-            Request::PciAssignableAdd { address, force: true, persist: true, dry_run: true },
+            Request::PciAssignableAdd { address, force: true, persist: true, managed: true, dry_run: true },
             Request::PciAssignableRemove { address, force: true, trust_former_owner: true },
             Request::PciAttach {
                 domain: domain.clone(),
@@ -356,6 +356,7 @@ mod tests {
                 domain: domain.clone(),
                 functions: vec![Placed { address, slot: Some(3) }, Placed { address, slot: None }],
                 persist: true,
+                managed: true,
                 trust_former_owner: true,
                 dry_run: true,
             },

@@ -70,6 +70,9 @@ pub enum Request<A = Sbdf> {
         /// Hold it again after a reboot of the host, and whenever it appears.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         persist: bool,
+        /// Give it back to dom0 when the guest that gets it next has released it.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        managed: bool,
         /// Change nothing; answer with what would be done, or with everything that prevents it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         dry_run: bool,
@@ -113,6 +116,9 @@ pub enum Request<A = Sbdf> {
         /// Make them persistent.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         persist: bool,
+        /// Hold those that dom0 has, and give these back to dom0 when the guest has released them.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        managed: bool,
         /// Do so even if a PV guest that had one of them may still reach it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         trust_former_owner: bool,
@@ -357,8 +363,8 @@ impl<A> Request<A> {
             Self::Doctor => Request::Doctor,
             Self::Show { address } => Request::Show { address: of(address)? },
             Self::PciAssignableList => Request::PciAssignableList,
-            Self::PciAssignableAdd { address, force, persist, dry_run } => {
-                Request::PciAssignableAdd { address: of(address)?, force, persist, dry_run }
+            Self::PciAssignableAdd { address, force, persist, managed, dry_run } => {
+                Request::PciAssignableAdd { address: of(address)?, force, persist, managed, dry_run }
             }
             Self::PciAssignableRemove { address, force, trust_former_owner } => {
                 Request::PciAssignableRemove { address: of(address)?, force, trust_former_owner }
@@ -373,10 +379,10 @@ impl<A> Request<A> {
                     dry_run,
                 }
             }
-            Self::PciAttachAll { functions, domain, persist, trust_former_owner, dry_run } => {
+            Self::PciAttachAll { functions, domain, persist, managed, trust_former_owner, dry_run } => {
                 let placed = |Placed { address, slot }| Ok(Placed { address: of(address)?, slot });
                 let functions = functions.into_iter().map(placed).collect::<Result<_, E>>()?;
-                Request::PciAttachAll { functions, domain, persist, trust_former_owner, dry_run }
+                Request::PciAttachAll { functions, domain, persist, managed, trust_former_owner, dry_run }
             }
             Self::PciDetach { address, domain, force, scope } => {
                 Request::PciDetach { address: of(address)?, domain, force, scope }

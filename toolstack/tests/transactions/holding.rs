@@ -24,7 +24,13 @@ fn interface(up: bool, master: Option<&str>) -> Vec<Use> {
 }
 
 fn seize(service: &Service, address: Sbdf) -> Result<Success, Failure> {
-    service.call(Request::PciAssignableAdd { address, force: true, persist: false, dry_run: false })
+    service.call(Request::PciAssignableAdd {
+        address,
+        force: true,
+        persist: false,
+        managed: false,
+        dry_run: false,
+    })
 }
 
 fn create(service: &Service, pf: &str, count: u16, unmanaged: bool) -> Result<Success, Failure> {

@@ -15,6 +15,7 @@ mod handing_over;
 mod holding;
 mod hvm;
 mod hvm_events;
+mod managed;
 mod network;
 mod operators;
 mod other_toolstacks;

@@ -58,7 +58,7 @@ fn at_once<T: Send + 'static>(
 }
 
 fn hold(address: Sbdf) -> Request {
-    Request::PciAssignableAdd { address, force: false, persist: false, dry_run: false }
+    Request::PciAssignableAdd { address, force: false, persist: false, managed: false, dry_run: false }
 }
 
 fn release(address: Sbdf) -> Request {

@@ -257,6 +257,7 @@ fn request_for_both(domain: DomId, persist: bool, dry_run: bool) -> Request {
         domain: name(domain),
         functions: both().map(|address| Placed { address, slot: None }).to_vec(),
         persist,
+        managed: false,
         trust_former_owner: false,
         dry_run,
     }
@@ -314,6 +315,7 @@ fn several_functions_are_checked_before_the_first_is_attached() {
             domain: name(WEB),
             functions: vec![placed(gpu), placed(if slot.is_some() { audio } else { gpu })],
             persist: false,
+            managed: false,
             trust_former_owner: false,
             dry_run: false,
         })

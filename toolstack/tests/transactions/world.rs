@@ -301,7 +301,13 @@ impl Service {
     }
 
     pub fn hold(&self, address: Sbdf) -> Result<Success, Failure> {
-        self.call(Request::PciAssignableAdd { address, force: false, persist: false, dry_run: false })
+        self.call(Request::PciAssignableAdd {
+            address,
+            force: false,
+            persist: false,
+            managed: false,
+            dry_run: false,
+        })
     }
 
     pub fn release(&self, address: Sbdf) -> Result<Success, Failure> {

@@ -1,0 +1,76 @@
+//! Functions that were held for one guest (`pci-attach --managed`): they go back to dom0 and to their drivers when the guest has
+//! released them.
+//!
+//! A PV guest may still have the BARs mapped then, so that the function stays held until that guest has ended.
+
+use std::collections::BTreeSet;
+
+use log::{error, info};
+use pciback::{FunctionState, Sbdf};
+
+use super::Engine;
+use super::problems::Problem;
+use crate::journal::Record;
+use crate::outcome::Failure;
+use crate::protocol::Cause;
+
+/// Functions that go back to dom0 when nothing prevents it any more.
+#[derive(Debug, Default)]
+pub(super) struct Managed {
+    waiting: BTreeSet<Sbdf>,
+}
+
+impl Engine {
+    /// Returns a function to dom0 that was held for the guest that has just released it.
+    pub(super) fn return_managed(&mut self, address: Sbdf) {
+        let plan = self.plan_release(address, false, false);
+        if let Err(failure) = &plan
+            && failure.code.is_refusal()
+        {
+            info!("{address}: it stays held for now: {failure}");
+            self.managed.waiting.insert(address);
+            return;
+        }
+        self.managed.waiting.remove(&address);
+        let reply = self.inbox.unasked_reply(Cause::Holding);
+        self.carry_out(plan, reply);
+    }
+
+    /// Tries again for those that waited for the end of a guest.
+    pub(super) fn return_managed_again(&mut self) {
+        for address in std::mem::take(&mut self.managed.waiting) {
+            if is_left(&self.record(address)) {
+                self.return_managed(address);
+            }
+        }
+    }
+
+    /// Returns those that no guest has, at the start of the service: an earlier run was stopped before it did so.
+    pub(super) fn return_all_managed(&mut self) {
+        let idle = |record: &&Record| is_left(record) && !self.busy.contains(&record.address);
+        let left: Vec<Sbdf> = self.records.values().filter(idle).map(|record| record.address).collect();
+        for address in left {
+            self.return_managed(address);
+        }
+    }
+
+    /// Keeps a held function held, whatever it was held for.
+    pub(super) fn keep_held(&mut self, address: Sbdf) {
+        let record = self.record(address);
+        if !record.managed || self.busy.contains(&address) {
+            return;
+        }
+        let record = Record { managed: false, ..record };
+        if let Err(failure) = self.journal.write(&record).map_err(Failure::from) {
+            error!("{address}: {failure}");
+            self.problems.push(Problem::failed(Cause::StateFiles, &failure).on(address));
+        }
+        self.managed.waiting.remove(&address);
+        self.keep(record);
+    }
+}
+
+/// Whether a function is held for a guest that does not have it.
+fn is_left(record: &Record) -> bool {
+    record.managed && record.state == FunctionState::Held
+}
