@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::libc::O_NONBLOCK;
 use nix::unistd::geteuid;
-use pciback::Sbdf;
 use pciback::config::{ROM_LIMIT, rom_contents};
 use pciback::hash::Fnv;
-use pciback::policy::{RomSource, Subject};
+use pciback::platform::Platform;
+use pciback::policy::{PolicySet, RomSource, Subject};
+use pciback::{DomId, Sbdf};
 
 use super::{Context, guest_of};
 use crate::domains::{self, DomainType};
@@ -31,37 +32,16 @@ pub fn rom_path(run_directory: &Path, address: Sbdf) -> PathBuf {
 pub(super) fn copy(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
     let (address, domain) = (record.address, guest_of(record)?);
     remove(context, record)?;
-    let function = context.platform.host.function(address)?;
-    let name = domains::name(context.platform.store.as_ref(), domain)?;
-    let merged = context.policies.merge(&Subject::of_host(&function, name));
-    let (source, file) = merged.rom;
-    if source == RomSource::Hide {
-        return Ok(None);
-    }
-    let asked = format!("'rom: {source}' of {}", file.unwrap_or("the policies"));
+    let wanted = wanted(context.platform, context.policies, address, Some(domain))?;
+    let Some(wanted) = wanted else { return Ok(None) };
     if domains::kind(context.platform.store.as_ref(), domain)? != DomainType::Hvm {
         return Ok(Some(format!(
-            "{address}: domain {domain} gets no expansion ROM in spite of {asked}: it is a PV guest, and only HVM guests \
-             get a copy"
+            "{address}: domain {domain} finds no expansion ROM in spite of {}: it is a PV guest, which reads memory of the device itself, \
+             and only an HVM guest can be given a copy",
+            wanted.asked
         )));
     }
-    let (contents, origin, hint) = match &source {
-        RomSource::File(path) => {
-            let hint = "the file must be a ROM as the device has it, beginning with 55 aa, owned by root and not writable by others";
-            (read_file(path).map_err(|error| error.to_string()), path.display().to_string(), hint)
-        }
-        _ => {
-            let hint = "write 'rom: FILE' instead, with a file of the vendor or one read on another machine, or 'rom: hide'";
-            (read_device(context, address), format!("the ROM of {address}"), hint)
-        }
-    };
-    let checked = contents.and_then(|bytes| rom_contents(bytes).map_err(|error| error.to_string()));
-    let contents = checked.map_err(|why| {
-        let text = format!(
-            "give {address} with an expansion ROM to domain {domain}, as {asked} says: {origin}: {why}"
-        );
-        Failure::refused(text).on(address).of(domain).hint(hint)
-    })?;
+    let contents = wanted.contents(context.platform)?;
     let path = rom_path(&context.settings.run_directory, address);
     write(&path, &contents).map_err(|error| {
         let text = format!("write the copy {} of the expansion ROM of {address}: {error}", path.display());
@@ -69,6 +49,72 @@ pub(super) fn copy(context: &Context<'_>, record: &mut Record) -> Result<Option<
     })?;
     record.rom = Some(RomRecord { bytes: contents.len() as u32, hash: hash(&contents) });
     Ok(None)
+}
+
+/// Refuses to attach where the policies name a file that is not a ROM. The device's own ROM is read only when the function is attached,
+/// because reading it switches the ROM's decoder on.
+pub fn refuse_unusable_file(
+    platform: &Platform,
+    policies: &PolicySet,
+    address: Sbdf,
+    domain: Option<DomId>,
+) -> Result<(), Failure> {
+    let pv = match domain {
+        Some(domain) => domains::kind(platform.store.as_ref(), domain)? != DomainType::Hvm,
+        None => false,
+    };
+    match wanted(platform, policies, address, domain)? {
+        Some(wanted @ WantedRom { source: RomSource::File(_), .. }) if !pv => {
+            wanted.contents(platform).map(drop)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The ROM that the policies give a function.
+struct WantedRom {
+    address: Sbdf,
+    domain: Option<DomId>,
+    source: RomSource,
+    /// The key, and the policy file that has it.
+    asked: String,
+}
+
+fn wanted(
+    platform: &Platform,
+    policies: &PolicySet,
+    address: Sbdf,
+    domain: Option<DomId>,
+) -> Result<Option<WantedRom>, Failure> {
+    let function = platform.host.function(address)?;
+    let name = domain.map(|domain| domains::name(platform.store.as_ref(), domain)).transpose()?.flatten();
+    let merged = policies.merge(&Subject::of_host(&function, name));
+    let (source, file) = merged.rom;
+    let asked = format!("'rom: {source}' of {}", file.unwrap_or("the policies"));
+    Ok((source != RomSource::Hide).then_some(WantedRom { address, domain, source, asked }))
+}
+
+impl WantedRom {
+    fn contents(&self, platform: &Platform) -> Result<Vec<u8>, Failure> {
+        let Self { address, domain, source, asked } = self;
+        let (contents, origin, hint) = match source {
+            RomSource::File(path) => {
+                let hint = "the file must be a ROM as the device has it, beginning with 55 aa, owned by root and not writable by others";
+                (read_file(path).map_err(|error| error.to_string()), path.display().to_string(), hint)
+            }
+            _ => {
+                let hint = "write 'rom: FILE' instead, with a file of the vendor or one read on another machine, or 'rom: hide'";
+                (read_device(platform, *address), format!("the ROM of {address}"), hint)
+            }
+        };
+        let checked = contents.and_then(|bytes| rom_contents(bytes).map_err(|error| error.to_string()));
+        checked.map_err(|why| {
+            let guest = domain.map_or_else(|| "a guest".to_owned(), |domain| format!("domain {domain}"));
+            let text =
+                format!("give {address} with an expansion ROM to {guest}, as {asked} says: {origin}: {why}");
+            Failure { domain: *domain, ..Failure::refused(text).on(*address).hint(hint) }
+        })
+    }
 }
 
 /// Reads the copy and compares it with the journal.
@@ -97,8 +143,8 @@ pub(super) fn remove(context: &Context<'_>, record: &mut Record) -> Result<(), F
     }
 }
 
-fn read_device(context: &Context<'_>, address: Sbdf) -> Result<Vec<u8>, String> {
-    context.platform.host.rom(address, ROM_LIMIT + 1).map_err(|error| match error.errno() {
+fn read_device(platform: &Platform, address: Sbdf) -> Result<Vec<u8>, String> {
+    platform.host.rom(address, ROM_LIMIT + 1).map_err(|error| match error.errno() {
         Some(Errno::ENOENT) => "it has none".to_owned(),
         _ => format!("the kernel cannot read it: {error}"),
     })

@@ -11,7 +11,7 @@ use toolstack::protocol::{Request, Success};
 
 use crate::frontend::{Frontend, read_op};
 use crate::hvm::{DEVICE_CONTROL, Guest, SLOT, VENDOR, WIN, attach_at};
-use crate::world::{Service, WEB, World, bdf, wait_until, warnings};
+use crate::world::{Service, WEB, World, bdf, dry_run, wait_until, warnings};
 
 /// A card with a ROM of 32 KiB and FLR, and one without a ROM.
 const HOST: &str = r#"
@@ -267,6 +267,22 @@ fn an_invalid_or_writable_rom_file_is_refused_and_the_function_stays_held() {
     ] {
         assert!(message.contains(expected), "{expected}: {message}");
     }
+}
+
+#[test]
+fn a_dry_run_and_show_name_a_file_that_is_no_rom() {
+    let (world, _guest) = world_with_guest();
+    let service = world.start_with(&["match: {class: '03'}\nrom: /nowhere/card.rom\n"]);
+    service.hold(bare()).unwrap();
+    let refused = dry_run(&service, WIN, bare()).unwrap_err();
+    assert_eq!(refused.code, ErrorCode::Refused);
+    assert!(refused.message.contains("/nowhere/card.rom: No such file"), "{refused}");
+    let Ok(Success::Shown(shown)) = service.call(Request::Show { address: bare() }) else { panic!() };
+    assert!(
+        shown.obstacles.iter().any(|obstacle| obstacle.message.contains("/nowhere/card.rom")),
+        "{shown:?}"
+    );
+    dry_run(&service, WEB, bare()).unwrap();
 }
 
 #[test]
