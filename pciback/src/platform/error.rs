@@ -26,7 +26,7 @@ pub struct PlatformError {
 #[derive(Debug, Error)]
 pub enum Cause {
     /// The kernel or the hypervisor answered with an error number.
-    #[error("{0}")]
+    #[error("{}", described(*.0))]
     Os(Errno),
     /// The function, domain or path does not exist, or no longer.
     #[error("it does not exist")]
@@ -43,6 +43,16 @@ pub enum Cause {
     /// The same, while the host may still be booting: it may be there soon.
     #[error("{0}")]
     NotYet(String),
+}
+
+/// An error number with its meaning. The C library's text for some misleads: `ENOTTY` is what Linux answers for a device that has no
+/// such method.
+fn described(errno: Errno) -> String {
+    match errno {
+        Errno::ENOTTY => "ENOTTY: Linux has no method for this device".to_owned(),
+        Errno::EAGAIN => "EAGAIN: it is in use at the moment".to_owned(),
+        other => other.to_string(),
+    }
 }
 
 impl PlatformError {
@@ -103,5 +113,18 @@ impl From<io::Error> for Cause {
             (_, Some(number)) => Self::Os(Errno::from_raw(number)),
             (_, None) => Self::Malformed(error.to_string()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn error_numbers_have_a_meaning_for_devices() {
+        let text = |errno| PlatformError::new("reset", "0000:01:00.0", errno).to_string();
+        assert_eq!(text(Errno::ENOTTY), "reset 0000:01:00.0: ENOTTY: Linux has no method for this device");
+        assert_eq!(text(Errno::EAGAIN), "reset 0000:01:00.0: EAGAIN: it is in use at the moment");
+        assert_eq!(text(Errno::EIO), "reset 0000:01:00.0: EIO: I/O error");
     }
 }

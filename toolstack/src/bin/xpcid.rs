@@ -13,6 +13,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use pciback::platform::sim::{Keeper, Simulation};
 use pciback::platform::{Cause, Platform, PlatformError, linux, sim, xen};
 use pciback::policy::PolicySet;
 use std::os::fd::AsFd;
@@ -105,7 +106,7 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
     // A successor takes the lock later, when its predecessor has released it.
     let own_lock = if arguments.successor { None } else { Some(lock(&settings.run_directory)?) };
     let limit = descriptors::raise_limit().context("raise the limit of open files")?;
-    let Some(platform) = open_when_booted(&arguments.platform, &stop)? else { return Ok(()) };
+    let Some((platform, simulation)) = open_when_booted(&arguments.platform, &stop)? else { return Ok(()) };
     let shortage = descriptors::shortage(limit, platform.host.functions()?.len());
     problems.extend(shortage.map(|text| (ProblemCause::Service, text)));
     let (policies, found, problem) = read_policies(&settings)?;
@@ -115,6 +116,7 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
         None => take_over(&settings, &stop)?,
     };
     let Some(lock) = lock else { return Ok(()) };
+    let keeper = simulation.map(|simulation| keep(&simulation, &settings)).transpose()?;
     let journal = Journal::open(&settings.state_directory)?;
     let socket = settings.socket();
     let (status_socket, status_group) = (settings.status_socket(), settings.status_group.clone());
@@ -153,9 +155,18 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
     }
     reload_at(hangup, socket)?;
     if let Ending::Replaced(ready_successor) = engine.run(stop.as_fd())? {
+        drop(keeper);
         hand_over(ready_successor, lock)?;
     }
     Ok(())
+}
+
+/// Keeps a simulated host over restarts of the service.
+fn keep(simulation: &Simulation, settings: &Settings) -> anyhow::Result<Keeper> {
+    let file = settings.state_directory.join("simulated-host");
+    fs::create_dir_all(&settings.state_directory)
+        .and_then(|()| simulation.keep_in(&file, &boot_id()))
+        .with_context(|| format!("keep the simulated host in {}", file.display()))
 }
 
 /// Waits until the predecessor gives way, and takes the lock. `None`: the service is to stop.
@@ -251,20 +262,27 @@ fn lock(directory: &Path) -> anyhow::Result<Flock<File>> {
     }
 }
 
-fn open(choice: &Choice) -> anyhow::Result<Platform> {
+/// Opens the host; the simulation, where it is one.
+fn open(choice: &Choice) -> anyhow::Result<(Platform, Option<Simulation>)> {
     Ok(match choice {
-        Choice::Xen => xen::open()?,
-        Choice::Simulation(file) => sim::open(file)?,
+        Choice::Xen => (xen::open()?, None),
+        Choice::Simulation(file) => {
+            let (platform, simulation) = sim::open(file)?;
+            (platform, Some(simulation))
+        }
     })
 }
 
 /// Opens the host, and waits for what dom0 starts at the same time as this service: /proc/xen, the devices in /dev/xen, xenstored.
 /// `None`: the service is to stop.
-fn open_when_booted(choice: &Choice, stop: &SignalFd) -> anyhow::Result<Option<Platform>> {
+fn open_when_booted(
+    choice: &Choice,
+    stop: &SignalFd,
+) -> anyhow::Result<Option<(Platform, Option<Simulation>)>> {
     let mut pause = FIRST_PAUSE;
     loop {
         let error = match open(choice) {
-            Ok(platform) => return Ok(Some(platform)),
+            Ok(opened) => return Ok(Some(opened)),
             Err(error) => error,
         };
         let awaited = error.downcast_ref::<PlatformError>();

@@ -36,8 +36,7 @@ pub(super) fn copy(context: &Context<'_>, record: &mut Record) -> Result<Option<
     let Some(wanted) = wanted else { return Ok(None) };
     if domains::kind(context.platform.store.as_ref(), domain)? != DomainType::Hvm {
         return Ok(Some(format!(
-            "{address}: domain {domain} finds no expansion ROM in spite of {}: it is a PV guest, which reads memory of the device itself, \
-             and only an HVM guest can be given a copy",
+            "{address}: domain {domain} gets no expansion ROM in spite of {}: it is a PV guest, and only HVM guests get a copy",
             wanted.asked
         )));
     }

@@ -357,3 +357,35 @@ fn a_program_that_cannot_start_leaves_the_running_one_in_place() {
     assert_eq!(server(&daemon), running);
     assert!(daemon.xpci(&["status"]).status.success());
 }
+
+#[test]
+fn a_simulated_host_outlives_the_service() {
+    let mut daemon = Daemon::start(&host());
+    for command in ["vf create 01:00.0 2", "pci-assignable-add 01:10.0", "pci-attach web 01:10.0"] {
+        let output = daemon.xpci(&command.split(' ').collect::<Vec<_>>());
+        assert!(output.status.success(), "{command}: {output:?}");
+    }
+    daemon.signal(Signal::SIGTERM);
+    daemon.wait();
+    let daemon = daemon.start_again();
+    let shown = |arguments: &[&str]| String::from_utf8(daemon.xpci(arguments).stdout).unwrap();
+    let status = shown(&["status", "--check"]);
+    assert!(status.contains("attached  web") && !status.contains("problem"), "{status}");
+    assert_eq!(shown(&["vf", "list", "01:00.0"]).lines().count(), 3, "a head and two VFs");
+    let detached = shown(&["pci-detach", "web", "01:10.0"]);
+    assert!(detached.contains("is detached from 'web' (domain 1) and assignable again"), "{detached}");
+}
+
+#[test]
+fn another_description_is_another_simulated_host() {
+    let mut daemon = Daemon::start(&host());
+    assert!(daemon.xpci(&["vf", "create", "01:00.0", "2"]).status.success());
+    daemon.signal(Signal::SIGTERM);
+    daemon.wait();
+    let file = daemon.directory.path().join("host.yaml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, format!("# changed\n{text}")).unwrap();
+    let daemon = daemon.start_again();
+    let listed = daemon.xpci(&["vf", "list", "01:00.0"]);
+    assert_eq!(String::from_utf8(listed.stdout).unwrap(), "", "no VF is enabled");
+}

@@ -2,7 +2,7 @@
 
 use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use super::locked;
 
@@ -21,6 +21,8 @@ struct State {
     blown: AtomicBool,
     left: AtomicI64,
     after: AtomicBool,
+    /// Called after each change.
+    on_change: OnceLock<Box<dyn Fn() + Send + Sync>>,
     /// Wakes those who wait for events, because they die, too.
     wakes: Mutex<Vec<Wake>>,
 }
@@ -48,6 +50,12 @@ impl Fuse {
         for wake in locked(&self.0.wakes).drain(..) {
             wake();
         }
+    }
+
+    /// Calls something after each change.
+    pub(super) fn on_change(&self, notify: impl Fn() + Send + Sync + 'static) {
+        // The first stays: a fuse belongs to one platform.
+        let _ = self.0.on_change.set(Box::new(notify));
     }
 
     /// Wakes threads that wait for events when callers die.
@@ -92,6 +100,9 @@ impl Fuse {
             self.look();
         }
         let outcome = change();
+        if let Some(notify) = self.0.on_change.get() {
+            notify();
+        }
         if last {
             self.blow();
             self.look();

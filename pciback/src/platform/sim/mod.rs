@@ -15,6 +15,7 @@ mod home;
 mod host;
 mod hvm;
 mod hypervisor;
+mod kept;
 mod machine;
 mod model;
 mod network;
@@ -45,6 +46,7 @@ pub use failures::Failure;
 pub use fuse::{Fuse, Moment};
 pub use guest::SimGuest;
 pub use hvm::{Delivery, SimHvmGuest, SimRequest};
+pub use kept::Keeper;
 pub use store::SimStore;
 pub use xen::{Owner, Vector};
 
@@ -63,6 +65,9 @@ pub struct Simulation {
     errors: errors::Kernel,
     /// How dom0 is set up.
     texts: Arc<BTreeMap<String, String>>,
+    /// What its description is known by.
+    described: u64,
+    changes: kept::Changes,
 }
 
 /// What Xen still lets a domain do.
@@ -90,9 +95,11 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Opens the host that a YAML file describes.
-pub fn open(path: &Path) -> Result<Platform> {
-    Simulation::open(path)?.platform(&format!("simulation of {}", path.display()))
+/// Opens the host that a YAML file describes, as a platform.
+pub fn open(path: &Path) -> Result<(Platform, Simulation)> {
+    let simulation = Simulation::open(path)?;
+    let platform = simulation.platform(&format!("simulation of {}", path.display()))?;
+    Ok((platform, simulation))
 }
 
 impl Simulation {
@@ -127,12 +134,17 @@ impl Simulation {
             failures,
             errors: errors::Kernel::default(),
             texts,
+            described: kept::identify(text),
+            changes: kept::Changes::default(),
         })
     }
 
     /// This host as a platform, with a connection to its xenstore.
     pub fn platform(&self, description: &str) -> Result<Platform> {
-        self.platform_over(description, self.failures.of_a_run(&Fuse::default(), false))
+        let fuse = Fuse::default();
+        let changes = self.changes.clone();
+        fuse.on_change(move || changes.note());
+        self.platform_over(description, self.failures.of_a_run(&fuse, false))
     }
 
     /// The same, for a service that dies when the fuse says so and meets failures at random.

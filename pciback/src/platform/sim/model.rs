@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::platform::Use;
 use crate::{Sbdf, Uuid};
@@ -150,7 +150,7 @@ pub(super) struct Function {
 }
 
 /// What is the matter with the reserved memory of a function.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum ReservedMemory {
     /// Other functions have the same.

@@ -41,6 +41,11 @@ impl Registers {
         &self.masks
     }
 
+    /// All of them.
+    pub fn all(&self) -> &[u8] {
+        &self.bytes
+    }
+
     pub fn peek(&self, at: u16) -> u8 {
         self.bytes.get(usize::from(at)).copied().unwrap_or(0xff)
     }

@@ -59,7 +59,7 @@ pub(super) struct World {
     pub memory: String,
     pub ports: String,
     /// How many functions have appeared.
-    appeared: u64,
+    pub appeared: u64,
 }
 
 pub(super) const COMMAND: u16 = 0x04;

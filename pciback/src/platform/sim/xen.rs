@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
 
 use super::model::ReservedMemory;
 use super::ranges::Ranges;
@@ -13,7 +14,7 @@ use crate::{DomId, Sbdf, Uuid};
 type Answer<T> = Result<T, Errno>;
 
 /// Who owns a function in Xen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Owner {
     /// dom0.
     Host,
@@ -24,7 +25,7 @@ pub enum Owner {
 }
 
 /// A vector that is mapped for a guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vector {
     /// The function that sends it.
     pub address: Sbdf,
@@ -33,7 +34,7 @@ pub struct Vector {
 }
 
 /// A function as Xen found it when it was reported.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Device {
     pub owner: Owner,
     pub physical_function: Option<Sbdf>,
@@ -47,7 +48,7 @@ pub(super) struct Device {
     pub reserved_memory: Option<ReservedMemory>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Domain {
     pub id: DomId,
     pub name: String,
