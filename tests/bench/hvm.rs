@@ -15,7 +15,7 @@ use crate::scene::Peer;
 const IDENTITY: u32 = 0x10ca_8086;
 /// Device Control and Device Status of PCI Express, for which both read hardware.
 const REGISTER: u32 = 0xa8;
-/// How often a register is read in one measurement: some seconds, so that telling the guest does not count.
+/// How often a register is read in one measurement: some seconds, so that notification the guest does not count.
 const READS: u32 = 4000;
 /// On a machine that does other things besides.
 const LIMIT: Duration = Duration::from_secs(240);

@@ -37,7 +37,7 @@ pub struct Builder {
     udev: bool,
     debian: bool,
     name: String,
-    life: Duration,
+    time_limit: Duration,
 }
 
 impl Builder {
@@ -98,8 +98,8 @@ impl Builder {
     }
 
     /// QEMU is killed after this time, in any case; half an hour by default.
-    pub fn life(mut self, life: Duration) -> Self {
-        self.life = life;
+    pub fn time_limit(mut self, limit: Duration) -> Self {
+        self.time_limit = limit;
         self
     }
 
@@ -119,7 +119,7 @@ impl Builder {
             tempfile::Builder::new().prefix("xpci-lab-").tempdir().context("creating the lab's folder")?;
         self.write_initramfs(&images, &folder.path().join("dom0.cpio")).context("making dom0's initramfs")?;
         let command = machine::command(&images, root.as_deref(), &self.devices, folder.path())?;
-        let qemu = Qemu::start(command, &logs, self.life)?;
+        let qemu = Qemu::start(command, &logs, self.time_limit)?;
         let booted = connect(&qemu, folder.path()).and_then(|(agent, monitor)| {
             let link = serve(agent, qemu.witness())?;
             match services_come_up(&link).and_then(|()| Qmp::new(monitor)) {
@@ -300,7 +300,7 @@ impl Lab {
             udev: false,
             debian: false,
             name: thread::current().name().unwrap_or("lab").replace("::", "-"),
-            life: Duration::from_secs(1800),
+            time_limit: Duration::from_secs(1800),
         }
     }
 

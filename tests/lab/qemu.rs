@@ -50,8 +50,8 @@ pub struct Qemu {
 }
 
 impl Qemu {
-    /// Starts it; the console goes to `logs`/console.log. It is killed when `life` is over, whatever the harness does.
-    pub fn start(mut command: Command, logs: &Path, life: Duration) -> Result<Self> {
+    /// Starts it; the console goes to `logs`/console.log. It is killed when `limit` is over, whatever the harness does.
+    pub fn start(mut command: Command, logs: &Path, limit: Duration) -> Result<Self> {
         let console = File::create(logs.join("console.log")).context("creating the console's log")?;
         let path = logs.join("qemu.log");
         let errors = File::create(&path).context("creating QEMU's log")?;
@@ -75,7 +75,7 @@ impl Qemu {
             let (over, is_over) = mpsc::channel::<()>();
             // Reaping happens below only after this thread has been told, so that the pid cannot be another's.
             let guard = thread::spawn(move || {
-                let outlived = is_over.recv_timeout(life) == Err(mpsc::RecvTimeoutError::Timeout);
+                let outlived = is_over.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout);
                 if outlived {
                     _ = kill(pid, Signal::SIGKILL);
                 }
@@ -88,7 +88,7 @@ impl Qemu {
             let status = child.wait().map_or_else(|e| e.to_string(), |status| status.to_string());
             of_thread.lock().ended = Some(match (crashed, outlived) {
                 (true, _) => format!("Xen or dom0 crashed ({})", of_thread.panic()),
-                (_, true) => format!("QEMU was killed, because its {life:?} were over"),
+                (_, true) => format!("QEMU was killed, because its time limit of {limit:?} was over"),
                 _ => format!("QEMU ended ({status})"),
             });
             of_thread.changed.notify_all();

@@ -156,10 +156,10 @@ pub fn run(entries: &[Entry], arguments: &Arguments) -> Result<bool> {
 }
 
 /// What all scenes of one machine may take together.
-const LIFE: Duration = Duration::from_secs(3600);
+const TIME_LIMIT: Duration = Duration::from_secs(3600);
 
 fn boot(machine: &Machine) -> Result<Lab> {
-    (machine.builder)()?.name(machine.name).life(LIFE).boot()
+    (machine.builder)()?.name(machine.name).time_limit(TIME_LIMIT).boot()
 }
 
 /// Plays scenes that share a boot. After a failure the next one gets a new boot: the state of the machine is unknown.

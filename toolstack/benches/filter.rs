@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use pciback::config::{
-    Access, ConfigSpace, FunctionImage, FunctionSpec, Life, Planes, Policy, VirtualConfigSpace,
+    Access, ConfigSpace, FunctionImage, FunctionSpec, ImageOwner, Planes, Policy, VirtualConfigSpace,
 };
 use pciback::platform::SharedMemory;
 use pciback::policy::{PolicyFile, PolicySet, Subject, dumped_specs};
@@ -86,7 +86,7 @@ fn accesses(criterion: &mut Criterion) {
     let spec = vf();
     let planes = Arc::new(Planes::compile(&spec, &Policy::default()).unwrap());
     let memory = SharedMemory::anonymous(FunctionImage::BYTES).unwrap();
-    let image = FunctionImage::new(memory, Life { boot: 1, domain: DomId(1) });
+    let image = FunctionImage::new(memory, ImageOwner { boot: 1, domain: DomId(1) });
     let mut space = VirtualConfigSpace::create(&spec, Arc::clone(&planes), image).unwrap();
     let hardware = Memory(spec.bytes.clone());
     let bytewise = Bytewise::new(&planes, spec.bytes.len());

@@ -13,7 +13,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::function::GuestFunction;
 use crate::abi::pciif::{self as wire, MSIX_ENTRIES, MsixEntry, Op};
 use crate::config::{
-    Access, ConfigSpace, FunctionImage, FunctionKind, FunctionSpec, Identity, Life, Planes, Policy,
+    Access, ConfigSpace, FunctionImage, FunctionKind, FunctionSpec, Identity, ImageOwner, Planes, Policy,
     VirtualConfigSpace,
 };
 use crate::platform::hypervisor::DeviceReport;
@@ -197,7 +197,7 @@ impl Machine {
         let (bytes, kind) = (config_bytes(), FunctionKind::Physical);
         let spec = FunctionSpec { address, bytes, resources, identity, kind, gsi: line, rom: None };
         let planes = Arc::new(Planes::compile(&spec, &Policy::default()).unwrap());
-        let life = Life { boot: 1, domain: DOMAIN };
+        let owner = ImageOwner { boot: 1, domain: DOMAIN };
         let mut images = self.images.lock().unwrap();
         let known = images.contains_key(&address);
         let file = images.entry(address).or_insert_with(|| {
@@ -205,7 +205,7 @@ impl Machine {
             file.set_len(FunctionImage::BYTES as u64).unwrap();
             file
         });
-        let image = FunctionImage::new(SharedMemory::map_file(file, FunctionImage::BYTES).unwrap(), life);
+        let image = FunctionImage::new(SharedMemory::map_file(file, FunctionImage::BYTES).unwrap(), owner);
         let hardware = Box::new(Hardware { machine: self.clone(), address });
         let space = if known {
             VirtualConfigSpace::resume(&spec, planes, image, hardware.as_ref()).unwrap()

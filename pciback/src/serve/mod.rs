@@ -22,6 +22,6 @@ pub use attachment::Attachment;
 pub use counters::{Counters, TIME_BOUNDS};
 pub use function::{Demand, GuestFunction};
 pub use interrupts::InterruptError;
-pub use orders::{NotTold, ServerReport, ServerStuck, Taken, Telling};
+pub use orders::{NotNotified, Notification, ServerReport, ServerStuck, Taken};
 use roster::Roster;
 pub use server::Server;

@@ -24,7 +24,7 @@ pub enum ServerReport {
     /// The function's interrupts could not be put back after its reset.
     RestoreFailed(Attachment, String),
     /// What became of a notification of an error.
-    Told(Attachment, Result<Result<AerAnswer, u32>, NotTold>),
+    Notified(Attachment, Result<Result<AerAnswer, u32>, NotNotified>),
     /// The guest has pulled the reset line of its machine.
     RestartWanted,
     /// The guest cannot be served any more.
@@ -39,7 +39,7 @@ impl ServerReport {
             | Self::Vanished(attachment)
             | Self::DriverStarted(attachment)
             | Self::RestoreFailed(attachment, _)
-            | Self::Told(attachment, _) => Some(*attachment),
+            | Self::Notified(attachment, _) => Some(*attachment),
             Self::RestartWanted | Self::Failed(_) => None,
         }
     }
@@ -47,7 +47,7 @@ impl ServerReport {
 
 /// Why a guest said nothing to an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum NotTold {
+pub enum NotNotified {
     /// Its frontend does not say that it can be notified.
     #[error("its frontend cannot be notified of errors")]
     NoHandler,
@@ -80,7 +80,7 @@ pub(super) enum Order {
     EventsCleared(u8),
     ReplaceFilter(u8, Arc<Planes>, mpsc::Sender<io::Result<()>>),
     MaskedWrites(u8, mpsc::Sender<Vec<MaskedWrite>>),
-    Tell(Telling),
+    Notify(Notification),
     BeginReset(u8, mpsc::Sender<Result<(), PlatformError>>),
     /// Stops; the functions come back as they are.
     Stop(mpsc::Sender<BTreeMap<u8, Box<GuestFunction>>>),
@@ -88,7 +88,7 @@ pub(super) enum Order {
 
 /// A notification of an error.
 #[derive(Debug, Clone, Copy)]
-pub struct Telling {
+pub struct Notification {
     /// The function, as the guest sees it.
     pub devfn: u8,
     /// What the guest's driver is asked.

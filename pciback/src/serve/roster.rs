@@ -11,7 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::attachment::Attachment;
 use super::counters::Counters;
 use super::function::{Demand, GuestFunction};
-use super::orders::{NotTold, Order, ServerReport, Taken, Telling};
+use super::orders::{NotNotified, Notification, Order, ServerReport, Taken};
 use crate::DomId;
 use crate::fault::AerAnswer;
 use crate::platform::PlatformError;
@@ -23,7 +23,7 @@ pub(super) struct Roster {
     pub counters: Arc<Counters>,
     pub report: Box<dyn Fn(ServerReport) + Send>,
     /// Error notifications for the guest.
-    pub to_tell: VecDeque<Telling>,
+    pub to_notify: VecDeque<Notification>,
     pub orders: mpsc::Receiver<Order>,
 }
 
@@ -36,7 +36,7 @@ impl Roster {
         orders: mpsc::Receiver<Order>,
     ) -> Self {
         let counters = Arc::clone(counters);
-        Self { domain, functions, counters, report, to_tell: VecDeque::new(), orders }
+        Self { domain, functions, counters, report, to_notify: VecDeque::new(), orders }
     }
 
     /// Reports to the engine what a request asks for beyond its answer.
@@ -52,17 +52,21 @@ impl Roster {
     }
 
     /// Reports the result of a notification of the guest.
-    pub fn report_told(&self, telling: Telling, heard: Result<Result<AerAnswer, u32>, NotTold>) {
+    pub fn report_notified(
+        &self,
+        notification: Notification,
+        heard: Result<Result<AerAnswer, u32>, NotNotified>,
+    ) {
         // A function that was taken in between needs no report.
-        if let Some(function) = self.functions.get(&telling.devfn) {
-            (self.report)(ServerReport::Told(function.attachment(), heard));
+        if let Some(function) = self.functions.get(&notification.devfn) {
+            (self.report)(ServerReport::Notified(function.attachment(), heard));
         }
     }
 
     /// Gives up the pending notifications of the guest.
-    pub fn tell_nothing(&mut self, why: NotTold) {
-        for telling in std::mem::take(&mut self.to_tell) {
-            self.report_told(telling, Err(why));
+    pub fn fail_notifications(&mut self, why: NotNotified) {
+        for notification in std::mem::take(&mut self.to_notify) {
+            self.report_notified(notification, Err(why));
         }
     }
 
@@ -94,13 +98,13 @@ impl Roster {
     /// Reports that requests of the guest can no longer be received, and keeps the functions for the engine to take.
     pub fn fail(&mut self, error: &PlatformError) {
         (self.report)(ServerReport::Failed(error.to_string()));
-        self.tell_nothing(NotTold::Unreachable);
+        self.fail_notifications(NotNotified::Unreachable);
         while let Ok(order) = self.orders.recv() {
             if let Some(stop) = self.obey(order) {
                 let _ = stop.send(std::mem::take(&mut self.functions));
                 return;
             }
-            self.tell_nothing(NotTold::Unreachable);
+            self.fail_notifications(NotNotified::Unreachable);
         }
     }
 
@@ -149,7 +153,7 @@ impl Roster {
                     let _ = writes.send(function.masked_writes());
                 }
             }
-            Order::Tell(telling) => self.to_tell.push_back(telling),
+            Order::Notify(notification) => self.to_notify.push_back(notification),
             Order::BeginReset(devfn, begun) => {
                 if let Some(function) = self.functions.get_mut(&devfn) {
                     let _ = begun.send(function.begin_reset());

@@ -13,7 +13,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::counters::Counters;
 use super::function::GuestFunction;
-use super::orders::{Order, ServerReport, ServerStuck, Taken, Telling};
+use super::orders::{Notification, Order, ServerReport, ServerStuck, Taken};
 use super::revocation::Revocation;
 use super::roster::Roster;
 use super::worker::{RequestSource, Worker};
@@ -114,10 +114,10 @@ impl Server {
         self.ask(|sender| Order::MaskedWrites(devfn, sender))
     }
 
-    /// Notifies the guest of an error; [`ServerReport::Told`] follows, and until then requests are served as usual. Things that
+    /// Notifies the guest of an error; [`ServerReport::Notified`] follows, and until then requests are served as usual. Things that
     /// get orders at once wait for each other, each with a limit of its own.
-    pub fn tell(&self, telling: Telling) {
-        self.order(Order::Tell(telling));
+    pub fn tell(&self, notification: Notification) {
+        self.order(Order::Notify(notification));
     }
 
     /// The function is about to be reset, which the guest did not ask for: until [`Self::reset_ended`] it reads all ones, and nothing of

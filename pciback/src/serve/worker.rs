@@ -3,7 +3,7 @@
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
-use super::orders::{NotTold, Telling};
+use super::orders::{NotNotified, Notification};
 use super::pace::Pace;
 use super::roster::Roster;
 use crate::fault::AerAnswer;
@@ -31,7 +31,7 @@ pub(super) trait RequestSource: Send {
     fn take_events(&mut self) -> Result<(), PlatformError>;
 
     /// Notifies the guest's driver of an error; no other notification may be unanswered.
-    fn tell(&mut self, telling: &Telling) -> Result<(), NotTold>;
+    fn tell(&mut self, notification: &Notification) -> Result<(), NotNotified>;
     /// Takes the driver's answer; `Err`: a number that means nothing.
     fn take_answer(&mut self) -> Option<Result<AerAnswer, u32>>;
     /// Takes back a notification that was not answered.
@@ -58,12 +58,12 @@ pub(super) struct Worker<S> {
     /// There is an event to take.
     event: bool,
     /// The notification that the guest has not answered, and when its time is up.
-    told: Option<(Telling, Instant)>,
+    pending: Option<(Notification, Instant)>,
 }
 
 impl<S: RequestSource> Worker<S> {
     pub fn new(roster: Roster, source: S) -> Self {
-        Self { roster, source, pace: Pace::default(), event: false, told: None }
+        Self { roster, source, pace: Pace::default(), event: false, pending: None }
     }
 
     /// Serves until it is ordered to stop; `wake` is readable when there are orders.
@@ -73,7 +73,7 @@ impl<S: RequestSource> Worker<S> {
         let mut turn = self.serve_while_busy();
         loop {
             if turn == Turn::Stopped || self.roster.take_orders() {
-                if self.told.take().is_some() {
+                if self.pending.take().is_some() {
                     // Another run, or another thread, begins with a guest that has no notification to answer.
                     self.source.withdraw();
                 }
@@ -83,8 +83,8 @@ impl<S: RequestSource> Worker<S> {
             if turn == Turn::Idle
                 && let Err(error) = self.wait(wake)
             {
-                if let Some((telling, _)) = self.told.take() {
-                    self.roster.report_told(telling, Err(NotTold::Unreachable));
+                if let Some((notification, _)) = self.pending.take() {
+                    self.roster.report_notified(notification, Err(NotNotified::Unreachable));
                 }
                 return self.roster.fail(&error);
             }
@@ -94,29 +94,29 @@ impl<S: RequestSource> Worker<S> {
 
     /// Takes the guest's answer to a notification of an error, or gives up waiting for it, and sends the next one.
     pub fn hear(&mut self) {
-        if let Some((telling, until)) = self.told {
+        if let Some((notification, until)) = self.pending {
             let heard = match self.source.take_answer() {
                 Some(answer) => Ok(answer),
                 None if Instant::now() >= until => {
                     self.source.withdraw();
-                    Err(NotTold::Silent)
+                    Err(NotNotified::Silent)
                 }
                 None => return,
             };
-            self.told = None;
-            self.roster.report_told(telling, heard);
+            self.pending = None;
+            self.roster.report_notified(notification, heard);
         }
-        while let Some(telling) = self.roster.to_tell.pop_front() {
-            let told = match self.roster.functions.contains_key(&telling.devfn) {
-                true => self.source.tell(&telling),
-                false => Err(NotTold::Unreachable),
+        while let Some(notification) = self.roster.to_notify.pop_front() {
+            let notified = match self.roster.functions.contains_key(&notification.devfn) {
+                true => self.source.tell(&notification),
+                false => Err(NotNotified::Unreachable),
             };
-            match told {
+            match notified {
                 Ok(()) => {
-                    self.told = Some((telling, Instant::now() + telling.limit));
+                    self.pending = Some((notification, Instant::now() + notification.limit));
                     return;
                 }
-                Err(why) => self.roster.report_told(telling, Err(why)),
+                Err(why) => self.roster.report_notified(notification, Err(why)),
             }
         }
     }
@@ -129,7 +129,7 @@ impl<S: RequestSource> Worker<S> {
         if std::mem::take(&mut self.event) {
             return self.source.take_events();
         }
-        let until = self.told.map(|(_, until)| until);
+        let until = self.pending.map(|(_, until)| until);
         self.event = self.roster.sleep(self.source.event_fd(), wake, until)?;
         Ok(())
     }

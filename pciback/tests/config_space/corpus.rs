@@ -12,7 +12,7 @@ use pciback::dump;
 use pciback::platform::SharedMemory;
 use pciback::policy::{Kind, PolicyFile, PolicySet, Subject, dumped_specs, explain};
 
-use crate::model::LIFE;
+use crate::model::OWNER;
 
 /// Bytes that stay as they are.
 struct Still(Vec<u8>);
@@ -132,7 +132,7 @@ fn a_hidden_capability_is_unlinked_wherever_it_stands_and_at_every_width() {
                 planes.capabilities().iter().any(|(capability, seen)| capability.id == id && *seen)
             };
             assert!(!hidden.is_some_and(seen), "{name}: {hidden:?}");
-            let image = FunctionImage::new(SharedMemory::anonymous(FunctionImage::BYTES).unwrap(), LIFE);
+            let image = FunctionImage::new(SharedMemory::anonymous(FunctionImage::BYTES).unwrap(), OWNER);
             let space = VirtualConfigSpace::create(&spec, planes, image).unwrap();
             let hardware = Still(spec.bytes.clone());
             for width in [1, 2, 4] {

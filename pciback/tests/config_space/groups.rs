@@ -11,7 +11,7 @@ use pciback::spec::{self, ExtendedCapabilityId};
 
 use crate::devices;
 use crate::hardware::Hardware;
-use crate::model::LIFE;
+use crate::model::OWNER;
 use crate::rules::{alone, variants};
 
 fn rule() -> Rule {
@@ -118,7 +118,7 @@ fn a_write_never_clears_an_event_that_the_guest_did_not_write() {
                 })
                 .collect();
             let planes = Arc::new(Planes::compile(&function, &policy).unwrap());
-            let image = FunctionImage::new(SharedMemory::anonymous(FunctionImage::BYTES).unwrap(), LIFE);
+            let image = FunctionImage::new(SharedMemory::anonymous(FunctionImage::BYTES).unwrap(), OWNER);
             let mut space = VirtualConfigSpace::create(&function, planes, image).unwrap();
             let events = |hardware: &Hardware| -> Vec<u8> {
                 let bytes = hardware.bytes.borrow();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use pciback::config::{
-    Access, ConfigError, FunctionImage, ImageError, InterruptMode, Life, Planes, Policy, RequestRecord,
+    Access, ConfigError, FunctionImage, ImageError, ImageOwner, InterruptMode, Planes, Policy, RequestRecord,
     RequestStage, VectorState, VirtualConfigSpace,
 };
 use pciback::platform::SharedMemory;
@@ -13,7 +13,7 @@ use pciback::{DomId, Sbdf};
 use proptest::prelude::*;
 
 use crate::devices;
-use crate::model::LIFE;
+use crate::model::OWNER;
 
 fn file() -> File {
     let file = tempfile::tempfile().unwrap();
@@ -22,7 +22,7 @@ fn file() -> File {
 }
 
 fn image(file: &File) -> FunctionImage {
-    FunctionImage::new(SharedMemory::map_file(file, FunctionImage::BYTES).unwrap(), LIFE)
+    FunctionImage::new(SharedMemory::map_file(file, FunctionImage::BYTES).unwrap(), OWNER)
 }
 
 fn planes() -> Arc<Planes> {
@@ -160,23 +160,23 @@ fn an_image_of_something_else_is_refused() {
     created(&file);
     assert!(resumed(&file).is_ok());
     let spec = devices::network_pf().spec;
-    let with = |life, spec: &pciback::config::FunctionSpec| {
+    let with = |owner, spec: &pciback::config::FunctionSpec| {
         let memory = SharedMemory::map_file(&file, FunctionImage::BYTES).unwrap();
-        let image = FunctionImage::new(memory, life);
+        let image = FunctionImage::new(memory, owner);
         match VirtualConfigSpace::resume(spec, planes(), image, &devices::network_pf().hardware) {
             Err(ConfigError::Image(ImageError::Mismatch { what, .. })) => what,
             other => panic!("{other:?}"),
         }
     };
-    assert_eq!(with(Life { boot: 1, ..LIFE }, &spec), "boot");
-    assert_eq!(with(Life { domain: DomId(4), ..LIFE }, &spec), "domain");
+    assert_eq!(with(ImageOwner { boot: 1, ..OWNER }, &spec), "boot");
+    assert_eq!(with(ImageOwner { domain: DomId(4), ..OWNER }, &spec), "domain");
     let mut other = spec.clone();
     other.address = Sbdf::from_devfn(0, 2, 0);
-    assert_eq!(with(LIFE, &other), "function");
+    assert_eq!(with(OWNER, &other), "function");
     let memory = SharedMemory::map_file(&file, FunctionImage::BYTES).unwrap();
     memory[1].store(99, Relaxed);
     assert!(matches!(resumed(&file), Err(ConfigError::Image(ImageError::Version { found: 99, .. }))));
-    let short = FunctionImage::new(SharedMemory::anonymous(4096).unwrap(), LIFE);
+    let short = FunctionImage::new(SharedMemory::anonymous(4096).unwrap(), OWNER);
     let refused = VirtualConfigSpace::create(&spec, planes(), short);
     assert!(matches!(refused, Err(ConfigError::Image(ImageError::Size { bytes: 4096, .. }))));
 }

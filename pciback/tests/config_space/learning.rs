@@ -8,11 +8,11 @@ use pciback::policy::{Learned, PolicyFile, PolicySet, Subject, learn};
 use proptest::prelude::*;
 
 use crate::devices::{self, Device};
-use crate::model::LIFE;
+use crate::model::OWNER;
 
 fn space(device: &Device, policy: &Policy) -> VirtualConfigSpace {
     let planes = Arc::new(Planes::compile(&device.spec, policy).unwrap());
-    let image = FunctionImage::new(SharedMemory::anonymous(FunctionImage::BYTES).unwrap(), LIFE);
+    let image = FunctionImage::new(SharedMemory::anonymous(FunctionImage::BYTES).unwrap(), OWNER);
     VirtualConfigSpace::create(&device.spec, planes, image).unwrap()
 }
 

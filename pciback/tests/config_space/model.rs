@@ -4,18 +4,18 @@ use std::sync::Arc;
 
 use pciback::DomId;
 use pciback::config::{
-    Access, FunctionImage, FunctionSpec, Life, Planes, Policy, SideEffect, VirtualConfigSpace,
+    Access, FunctionImage, FunctionSpec, ImageOwner, Planes, Policy, SideEffect, VirtualConfigSpace,
 };
 use pciback::platform::SharedMemory;
 use proptest::prelude::*;
 
 use crate::devices::{self, Device};
 
-pub const LIFE: Life = Life { boot: 0x1234_5678_9abc_def0, domain: DomId(3) };
+pub const OWNER: ImageOwner = ImageOwner { boot: 0x1234_5678_9abc_def0, domain: DomId(3) };
 
 pub fn space(spec: &FunctionSpec) -> VirtualConfigSpace {
     let planes = Planes::compile(spec, &Policy::default()).unwrap();
-    let image = FunctionImage::new(SharedMemory::anonymous(FunctionImage::BYTES).unwrap(), LIFE);
+    let image = FunctionImage::new(SharedMemory::anonymous(FunctionImage::BYTES).unwrap(), OWNER);
     VirtualConfigSpace::create(spec, Arc::new(planes), image).unwrap()
 }
 
@@ -133,7 +133,7 @@ proptest! {
         }
         spec.bytes = bytes;
         if let Ok(planes) = Planes::compile(&spec, &Policy::default()) {
-            let image = FunctionImage::new(SharedMemory::anonymous(FunctionImage::BYTES).unwrap(), LIFE);
+            let image = FunctionImage::new(SharedMemory::anonymous(FunctionImage::BYTES).unwrap(), OWNER);
             let mut space = VirtualConfigSpace::create(&spec, Arc::new(planes), image).unwrap();
             for (place, width, value) in accesses {
                 let access = Access::new(place & !((1 << width) - 1), 1 << width).unwrap();

@@ -12,7 +12,7 @@ use pciback::spec::{CapabilityId, ExtendedCapabilityId};
 use proptest::prelude::*;
 
 use crate::devices::{self, Device};
-use crate::model::LIFE;
+use crate::model::OWNER;
 
 fn rule(line: u32) -> Rule {
     Rule { reason: "a test".into(), origin: Origin::Policy { file: "test.yaml".into(), line } }
@@ -20,7 +20,7 @@ fn rule(line: u32) -> Rule {
 
 fn space(device: &Device, policy: &Policy) -> VirtualConfigSpace {
     let planes = Arc::new(Planes::compile(&device.spec, policy).unwrap());
-    let image = FunctionImage::new(SharedMemory::anonymous(FunctionImage::BYTES).unwrap(), LIFE);
+    let image = FunctionImage::new(SharedMemory::anonymous(FunctionImage::BYTES).unwrap(), OWNER);
     VirtualConfigSpace::create(&device.spec, planes, image).unwrap()
 }
 

@@ -10,7 +10,7 @@ use pciback::platform::SharedMemory;
 use pciback::spec::CapabilityId;
 
 use crate::devices::{self, Device};
-use crate::model::LIFE;
+use crate::model::OWNER;
 
 /// Device Control of the network PF, and an unknown byte.
 const DEVICE_CONTROL: u16 = 0xa8;
@@ -31,7 +31,7 @@ fn planes(device: &Device, policy: &Policy) -> Arc<Planes> {
 }
 
 fn create(device: &Device, policy: &Policy) -> VirtualConfigSpace {
-    let image = FunctionImage::new(SharedMemory::anonymous(FunctionImage::BYTES).unwrap(), LIFE);
+    let image = FunctionImage::new(SharedMemory::anonymous(FunctionImage::BYTES).unwrap(), OWNER);
     VirtualConfigSpace::create(&device.spec, planes(device, policy), image).unwrap()
 }
 
@@ -108,7 +108,7 @@ fn a_restart_with_another_policy_takes_over_as_a_reload_does() {
     let mut device = devices::network_pf();
     let file = tempfile::tempfile().unwrap();
     file.set_len(FunctionImage::BYTES as u64).unwrap();
-    let image = || FunctionImage::new(SharedMemory::map_file(&file, FunctionImage::BYTES).unwrap(), LIFE);
+    let image = || FunctionImage::new(SharedMemory::map_file(&file, FunctionImage::BYTES).unwrap(), OWNER);
     VirtualConfigSpace::create(&device.spec, planes(&device, &Policy::default()), image()).unwrap();
     device.hardware.put(UNKNOWN.into(), &[0xcd, 0xab]);
     let own = treat(UNKNOWN, 2, 0xffff, Treatment::Virtual(pciback::config::Initial::Hardware));

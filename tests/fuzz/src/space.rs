@@ -4,7 +4,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use pciback::config::{
-    Access, ConfigSpace, FunctionImage, FunctionKind, FunctionSpec, Identity, Life, Planes,
+    Access, ConfigSpace, FunctionImage, FunctionKind, FunctionSpec, Identity, ImageOwner, Planes,
     VirtualConfigSpace,
 };
 use pciback::platform::{Resource, SharedMemory};
@@ -100,10 +100,10 @@ pub fn place_bars(spec: &mut FunctionSpec) {
     }
 }
 
-/// The beginning of a function's life with a guest.
+/// The beginning of a function's attachment to a guest.
 pub fn create(spec: &FunctionSpec, planes: Arc<Planes>) -> VirtualConfigSpace {
     let memory = SharedMemory::anonymous(FunctionImage::BYTES).expect("memory");
-    let image = FunctionImage::new(memory, Life { boot: 1, domain: DOMAIN });
+    let image = FunctionImage::new(memory, ImageOwner { boot: 1, domain: DOMAIN });
     VirtualConfigSpace::create(spec, planes, image).expect("planes of the same function")
 }
 

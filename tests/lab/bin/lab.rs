@@ -26,7 +26,7 @@ fn main() -> Result<()> {
 }
 
 fn shell(arguments: &[String]) -> Result<()> {
-    let mut builder = Lab::builder().name("shell").life(Duration::from_secs(24 * 3600));
+    let mut builder = Lab::builder().name("shell").time_limit(Duration::from_secs(24 * 3600));
     for argument in arguments {
         builder = match argument.split_once('=') {
             Some((from, to)) => builder.install(from, to),

@@ -223,8 +223,8 @@ impl Engine {
             let guest = record.as_ref().and_then(|record| record.guest).map(|place| place.domain);
             let owned = guest.filter(|_| self.faults.places.contains_key(&address));
             let owner = match (owned, &record) {
-                (Some(domain), _) => Owner::Guest { domain, can_be_told: self.can_be_notified(domain) },
-                (None, Some(_)) => Owner::Nobody,
+                (Some(domain), _) => Owner::Guest { domain, can_be_notified: self.can_be_notified(domain) },
+                (None, Some(_)) => Owner::Neither,
                 (None, None) => Owner::Host,
             };
             let policy = owned.map_or_else(ErrorPolicy::default, |domain| self.error_policy(address, domain));

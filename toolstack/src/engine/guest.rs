@@ -8,7 +8,7 @@ use log::{Level, log};
 use pciback::DomId;
 use pciback::config::{MaskedWrite, Planes};
 use pciback::serve::pv::{Action, Handshake, NodeChange};
-use pciback::serve::{Counters, GuestFunction, Server, TIME_BOUNDS, Telling};
+use pciback::serve::{Counters, GuestFunction, Notification, Server, TIME_BOUNDS};
 
 use super::hvm::Hvm;
 use super::log_limit::LogLimit;
@@ -158,9 +158,9 @@ impl Guest {
     }
 
     /// Notifies the guest's frontend of an error; `false` where it is not connected. The serving thread reports the answer.
-    pub fn notify(&self, telling: Telling) -> bool {
+    pub fn notify(&self, notification: Notification) -> bool {
         if let Some(server) = &self.server {
-            server.tell(telling);
+            server.tell(notification);
         }
         self.server.is_some()
     }

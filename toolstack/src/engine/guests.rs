@@ -92,7 +92,7 @@ impl Engine {
         guest.waiting.insert(place.devfn, waiting);
         let actions = match withdrawal {
             Withdrawal::Ask => guest.handshake.remove(place.devfn),
-            Withdrawal::Force | Withdrawal::GuestEnded => guest.handshake.overrule(place.devfn),
+            Withdrawal::Force | Withdrawal::GuestEnded => guest.handshake.withdraw_unasked(place.devfn),
         };
         self.act(place.domain, actions);
     }
@@ -241,7 +241,7 @@ impl Engine {
                         waiting.for_what = Awaited::Withdrawing;
                     }
                 }
-                let actions = guest.handshake.overrule(devfn);
+                let actions = guest.handshake.withdraw_unasked(devfn);
                 self.act(domain, actions);
             }
         }
@@ -261,7 +261,7 @@ impl Engine {
                 if let Some(place) = record.guest
                     && let Some(guest) = self.guests.get_mut(&place.domain)
                 {
-                    let actions = guest.handshake.overrule(place.devfn);
+                    let actions = guest.handshake.withdraw_unasked(place.devfn);
                     self.act(place.domain, actions);
                 }
             } else if matches!(
@@ -308,7 +308,7 @@ impl Engine {
                     &format!("its interrupts could not be restored after a reset: {why}"),
                 );
             }
-            ServerReport::Told(attachment, answer) => self.guest_answered(attachment.address(), answer),
+            ServerReport::Notified(attachment, answer) => self.guest_answered(attachment.address(), answer),
             ServerReport::RestartWanted => {
                 if let Some(guest) = self.guests.get_mut(&domain) {
                     guest.log_line(Level::Info, &format!("domain {domain}: it resets itself"));

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use log::warn;
 use pciback::DomId;
-use pciback::config::{FunctionImage, FunctionSpec, Life, Planes, VirtualConfigSpace};
+use pciback::config::{FunctionImage, FunctionSpec, ImageOwner, Planes, VirtualConfigSpace};
 use pciback::hash::Fnv;
 use pciback::platform::{BarMemory, PlatformError, SharedMemory};
 use pciback::policy::{PolicySet, Subject};
@@ -62,7 +62,7 @@ impl Workshop {
         let bytes = if is_hvm { FunctionImage::HVM_BYTES } else { FunctionImage::BYTES };
         let memory = SharedMemory::map_file(&file, bytes);
         let memory = memory.map_err(|error| failed("map the image", &error))?;
-        let image = FunctionImage::new(memory, Life { boot: boot_number(&record.boot), domain });
+        let image = FunctionImage::new(memory, ImageOwner { boot: boot_number(&record.boot), domain });
         let host = self.platform.host.as_ref();
         let given = Given { line: !record.without_line, rom: record.rom.map(|rom| rom.bytes) };
         let spec = Arc::new(spec::guest_spec(host, address, given)?);

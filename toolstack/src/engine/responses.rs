@@ -7,7 +7,7 @@ use pciback::fault::{
     Action, AerAnswer, ChannelState, ErrorPolicy, Fault, Next, Recovery, Relation, Severity,
 };
 use pciback::live::errors::{self as registers, Masked};
-use pciback::serve::{NotTold, Telling};
+use pciback::serve::{NotNotified, Notification};
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::contain::Containment;
@@ -92,15 +92,19 @@ impl Engine {
         let Some(underway) = self.faults.underway.get(&address) else { return };
         let Some((recovery, place)) = underway.recovery.zip(place) else { return };
         let (request, state, limit) = (recovery.asks(), recovery.state(), underway.policy.answer_limit());
-        let telling = Telling { devfn: place.devfn, request, state, limit };
-        let notified = self.guests.get(&place.domain).is_some_and(|guest| guest.notify(telling));
+        let notification = Notification { devfn: place.devfn, request, state, limit };
+        let notified = self.guests.get(&place.domain).is_some_and(|guest| guest.notify(notification));
         if !notified {
-            self.guest_answered(address, Err(NotTold::Unreachable));
+            self.guest_answered(address, Err(NotNotified::Unreachable));
         }
     }
 
     /// Handles the guest's answer, or the lack of one.
-    pub(super) fn guest_answered(&mut self, address: Sbdf, answer: Result<Result<AerAnswer, u32>, NotTold>) {
+    pub(super) fn guest_answered(
+        &mut self,
+        address: Sbdf,
+        answer: Result<Result<AerAnswer, u32>, NotNotified>,
+    ) {
         let Some(underway) = self.faults.underway.get_mut(&address) else { return };
         let Some(recovery) = &mut underway.recovery else { return };
         let next = match answer {

@@ -327,7 +327,7 @@ fn a_request_that_waits_while_the_service_is_dead_is_answered_after_the_restart(
     assert_eq!(guest.read(SLOT, BAR0, 4), 0xf300_000c);
     assert_eq!(service.problems(), [""; 0]);
     service.detach(WIN, bdf("01:10.0")).unwrap();
-    assert_nothing_remains(&world, &guest, "detached by another life");
+    assert_nothing_remains(&world, &guest, "detached by the next process");
 }
 
 #[test]

@@ -95,7 +95,7 @@ pub(super) struct Family<'a> {
 /// Owner of the header's bytes; capabilities own theirs by their index.
 pub(super) const HEADER_OWNER: u16 = u16::MAX;
 /// Unknown bytes.
-pub(super) const NOBODY: u16 = u16::MAX - 1;
+pub(super) const NO_OWNER: u16 = u16::MAX - 1;
 
 pub(super) struct Compiler<'a> {
     pub spec: &'a FunctionSpec,
@@ -127,7 +127,7 @@ impl<'a> Compiler<'a> {
             kept,
             deferred: Vec::new(),
             list,
-            owners: vec![NOBODY; DWORDS * 4],
+            owners: vec![NO_OWNER; DWORDS * 4],
             guarded: vec![0; DWORDS],
             reserved: vec![0; DWORDS],
             models: Vec::new(),

@@ -1,7 +1,7 @@
 //! Compiling: the capabilities, the links between them, and what a policy lays over them.
 
 use super::bytes::Bytes;
-use super::compile::{CONSTANT, Compiler, Family, HEADER_OWNER, Known, NOBODY, Place, STATUS, full};
+use super::compile::{CONSTANT, Compiler, Family, HEADER_OWNER, Known, NO_OWNER, Place, STATUS, full};
 use super::list::{Capability, MsixFault};
 use super::planes::{Deferred, Model, RefusedOverride, Segment};
 use super::policy::{self, CapabilityAction, Rule, Treatment};
@@ -36,7 +36,7 @@ impl Compiler<'_> {
             for (index, capability) in capabilities.iter().enumerate() {
                 if rank(capability) == wanted {
                     for byte in self.list.extent(capability, &self.spec.bytes) {
-                        if let Some(owner @ &mut NOBODY) = self.owners.get_mut(usize::from(byte)) {
+                        if let Some(owner @ &mut NO_OWNER) = self.owners.get_mut(usize::from(byte)) {
                             *owner = index as u16;
                         }
                     }
@@ -127,7 +127,7 @@ impl Compiler<'_> {
             for (name, width, row) in rules.registers {
                 let whole = Place { offset: row.offset, width: *width, mask: full(*width) };
                 let inside = usize::from(row.offset) + usize::from(*width) <= self.spec.bytes.len();
-                if !inside || self.owned(whole, NOBODY).mask != whole.mask {
+                if !inside || self.owned(whole, NO_OWNER).mask != whole.mask {
                     continue;
                 }
                 let register = match named {

@@ -9,7 +9,7 @@
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use super::list::CapabilityList;
-use super::records::{ImageError, InterruptMode, Life, RequestRecord, RequestStage, VectorState};
+use super::records::{ImageError, ImageOwner, InterruptMode, RequestRecord, RequestStage, VectorState};
 use crate::Sbdf;
 use crate::memory::SharedWords;
 
@@ -56,7 +56,7 @@ const CHOSEN: u32 = 1 << 16;
 #[derive(Debug)]
 pub struct FunctionImage {
     memory: Box<dyn SharedWords>,
-    life: Life,
+    owner: ImageOwner,
 }
 
 impl FunctionImage {
@@ -69,13 +69,13 @@ impl FunctionImage {
 
     /// Wraps a mapping of at least [`Self::BYTES`]; its words are first looked at by
     /// [`super::VirtualConfigSpace::create`], which overwrites them, or `resume`, which checks them.
-    pub fn new(memory: impl SharedWords + 'static, life: Life) -> Self {
-        Self { memory: Box::new(memory), life }
+    pub fn new(memory: impl SharedWords + 'static, owner: ImageOwner) -> Self {
+        Self { memory: Box::new(memory), owner }
     }
 
     /// The guest, within one boot, that it belongs to.
-    pub fn life(&self) -> Life {
-        self.life
+    pub fn owner(&self) -> ImageOwner {
+        self.owner
     }
 
     /// Begins an image: all zero, valid only after [`Self::complete`].
@@ -86,8 +86,8 @@ impl FunctionImage {
             self.set(index, 0);
         }
         self.set(word::VERSION, VERSION);
-        self.set_double(word::BOOT, self.life.boot);
-        self.set(word::DOMAIN, u32::from(self.life.domain.0));
+        self.set_double(word::BOOT, self.owner.boot);
+        self.set(word::DOMAIN, u32::from(self.owner.domain.0));
         self.set(word::ADDRESS, address.packed());
         self.set_double(word::SHAPE, shape);
         Ok(())
@@ -109,8 +109,8 @@ impl FunctionImage {
             return Err(ImageError::Version { address, found: self.get(word::VERSION) });
         }
         for (what, found, expected) in [
-            ("boot", self.get_double(word::BOOT), self.life.boot),
-            ("domain", u64::from(self.get(word::DOMAIN)), u64::from(self.life.domain.0)),
+            ("boot", self.get_double(word::BOOT), self.owner.boot),
+            ("domain", u64::from(self.get(word::DOMAIN)), u64::from(self.owner.domain.0)),
             ("function", u64::from(self.get(word::ADDRESS)), u64::from(address.packed())),
             ("layout", self.get_double(word::SHAPE), shape),
         ] {

@@ -36,7 +36,7 @@ pub use policy::{
     CapabilityAction, CapabilityOverride, Initial, Origin, Place, Policy, RegisterOverride, Rule, Selector,
     Treatment, VendorPart,
 };
-pub use records::{ImageError, InterruptMode, Life, RequestRecord, RequestStage, VectorState};
+pub use records::{ImageError, ImageOwner, InterruptMode, RequestRecord, RequestStage, VectorState};
 pub use rom::{ROM_LIMIT, RomError, rom_contents};
 pub use rules::is_guarded;
 pub use space::{SideEffect, VirtualConfigSpace};

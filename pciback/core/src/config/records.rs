@@ -7,7 +7,7 @@ use crate::{DomId, Sbdf};
 
 /// The guest that an image belongs to: a domain id means the same guest only within one boot of the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Life {
+pub struct ImageOwner {
     /// A hash of the host's boot id.
     pub boot: u64,
     /// The guest.

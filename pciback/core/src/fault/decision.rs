@@ -9,13 +9,13 @@ pub enum Owner {
     /// dom0, with a driver of its own.
     Host,
     /// Neither dom0 nor a guest: it is held, or quarantined.
-    Nobody,
+    Neither,
     /// A guest.
     Guest {
         /// Which.
         domain: DomId,
         /// Whether its frontend is connected and says that it can be notified of errors.
-        can_be_told: bool,
+        can_be_notified: bool,
     },
 }
 
@@ -59,7 +59,7 @@ pub fn decide(
     policy: &ErrorPolicy,
     storms: Storms,
 ) -> Decision {
-    let Owner::Guest { domain, can_be_told } = owner else {
+    let Owner::Guest { domain, can_be_notified } = owner else {
         let reason = match owner {
             Owner::Host => "it belongs to dom0, whose kernel handles it",
             _ => "no guest has it, and it is reset before one gets it",
@@ -72,7 +72,7 @@ pub fn decide(
     let mask = relation == Relation::Own && fault.severity == Severity::Correctable && storms.correctable;
     let (wished, reason) = wished(fault, relation, policy, storms);
     let (action, reason) = match wished {
-        Action::TellGuest if !can_be_told => {
+        Action::TellGuest if !can_be_notified => {
             let instead = if relation == Relation::Own { policy.unanswered } else { Action::Log };
             (instead, format!("{reason}, but domain {domain} cannot be notified"))
         }
@@ -116,8 +116,8 @@ mod tests {
     use super::*;
     use crate::Sbdf;
 
-    const GUEST: Owner = Owner::Guest { domain: DomId(3), can_be_told: true };
-    const DEAF: Owner = Owner::Guest { domain: DomId(3), can_be_told: false };
+    const GUEST: Owner = Owner::Guest { domain: DomId(3), can_be_notified: true };
+    const DEAF: Owner = Owner::Guest { domain: DomId(3), can_be_notified: false };
     const QUIET: Storms = Storms { correctable: false, function: false, guest: false };
     const FUNCTION: Storms = Storms { function: true, ..QUIET };
     const ALL: Storms = Storms { correctable: true, function: true, guest: true };
@@ -172,7 +172,7 @@ mod tests {
         };
         for severity in Severity::ALL {
             for relation in [Relation::Own, Relation::Above, Relation::Beside] {
-                for owner in [Owner::Host, Owner::Nobody] {
+                for owner in [Owner::Host, Owner::Neither] {
                     let decision = decide(&fault(severity, Detection::Event), relation, owner, &harsh, ALL);
                     assert_eq!(decision.response, Response { action: Action::Log, mask: false });
                 }

@@ -24,10 +24,10 @@ struct Offers {
 
 impl Offers {
     /// Binds a port, unless it is bound: by a process that has not ended, since the kernel unbinds what a process leaves.
-    fn bind(&mut self, domain: DomId, port: u32, life: &Fuse) -> bool {
+    fn bind(&mut self, domain: DomId, port: u32, process: &Fuse) -> bool {
         let free = self.bound.get(&(domain, port)).is_none_or(Process::has_ended);
         if free {
-            self.bound.insert((domain, port), life.process());
+            self.bound.insert((domain, port), process.process());
         }
         free
     }
@@ -96,7 +96,7 @@ impl SimRings {
         locked(&self.offers)
             .bound
             .iter()
-            .filter(|((owner, _), life)| *owner == domain && !life.has_ended())
+            .filter(|((owner, _), process)| *owner == domain && !process.has_ended())
             .count()
     }
 }

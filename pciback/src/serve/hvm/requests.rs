@@ -16,7 +16,7 @@ use crate::fault::AerAnswer;
 use crate::platform::{IoreqServer, PlatformError};
 use crate::serve::worker::{EVENTS, RequestSource, Turn};
 use crate::serve::{
-    Attachment, Counters, Demand, GuestFunction, NotTold, Roster, Server, ServerReport, Telling,
+    Attachment, Counters, Demand, GuestFunction, NotNotified, Notification, Roster, Server, ServerReport,
 };
 
 /// A connected server of an HVM guest, and what the guest has besides its functions.
@@ -86,8 +86,8 @@ impl RequestSource for IoreqRequests {
     }
 
     /// There is no protocol for it.
-    fn tell(&mut self, _: &Telling) -> Result<(), NotTold> {
-        Err(NotTold::NoHandler)
+    fn tell(&mut self, _: &Notification) -> Result<(), NotNotified> {
+        Err(NotNotified::NoHandler)
     }
 
     fn take_answer(&mut self) -> Option<Result<AerAnswer, u32>> {

@@ -247,7 +247,7 @@ impl Handshake {
     }
 
     /// The guest took too long, or is not asked: the function is withdrawn at once.
-    pub fn overrule(&mut self, devfn: u8) -> Vec<Action> {
+    pub fn withdraw_unasked(&mut self, devfn: u8) -> Vec<Action> {
         let mut actions = vec![Action::Removed(devfn)];
         if let Some(function) = self.functions.remove(&devfn) {
             let mut changes = NodeChange::no_function(function.index);

@@ -14,7 +14,7 @@ use crate::DomId;
 use crate::fault::AerAnswer;
 use crate::platform::{PlatformError, Ring};
 use crate::serve::worker::{RequestSource, Turn};
-use crate::serve::{Counters, GuestFunction, NotTold, Roster, Server, ServerReport, Telling};
+use crate::serve::{Counters, GuestFunction, NotNotified, Notification, Roster, Server, ServerReport};
 
 /// Starts to serve a PV guest over its connected ring; `functions` by device and function number. A request that has waited since is
 /// answered first. Reports go to `report`, which must not block.
@@ -65,15 +65,15 @@ impl RequestSource for RingRequests {
         self.ring.take_event().map(drop)
     }
 
-    fn tell(&mut self, telling: &Telling) -> Result<(), NotTold> {
+    fn tell(&mut self, notification: &Notification) -> Result<(), NotNotified> {
         if !wire::has_aer_handler(self.ring.page()) {
-            return Err(NotTold::NoHandler);
+            return Err(NotNotified::NoHandler);
         }
-        wire::put_aer(self.ring.page(), telling.devfn, telling.request, telling.state);
+        wire::put_aer(self.ring.page(), notification.devfn, notification.request, notification.state);
         self.ring.notify().map_err(|error| {
             warn!("domain {}: tell it of an error: {error}", self.domain);
             self.withdraw();
-            NotTold::Unreachable
+            NotNotified::Unreachable
         })
     }
 

@@ -90,9 +90,9 @@ impl World {
         }
     }
 
-    pub fn overrule(&mut self, devfn: u8) {
+    pub fn withdraw_unasked(&mut self, devfn: u8) {
         if self.leaving.contains(&devfn) {
-            let actions = self.handshake.overrule(devfn);
+            let actions = self.handshake.withdraw_unasked(devfn);
             self.act(actions);
         }
     }
@@ -136,7 +136,7 @@ impl World {
         self.act(actions);
         // The engine undoes or completes what the journal says.
         for devfn in self.leaving.clone() {
-            self.overrule(devfn);
+            self.withdraw_unasked(devfn);
         }
     }
 

@@ -131,7 +131,7 @@ fn a_guest_whose_time_is_up_can_still_follow_later() {
         if begun {
             world.guest_sees_state();
         }
-        world.overrule(0);
+        world.withdraw_unasked(0);
         assert!(world.leaving.is_empty());
         world.run();
         world.add(16);
@@ -151,7 +151,7 @@ fn overruling_ends_an_exchange_only_for_the_function_it_is_about() {
     world.guest_sees_state();
     world.look();
     world.remove(8);
-    world.overrule(8);
+    world.withdraw_unasked(8);
     world.run();
     assert!(world.leaving.is_empty());
     assert!(world.found().contains(&24) && world.found().contains(&16));
@@ -237,7 +237,7 @@ fn a_service_killed_while_the_device_goes_lets_it_go() {
 enum Happening {
     Add(u8),
     Remove(u8),
-    Overrule(u8),
+    WithdrawUnasked(u8),
     Look,
     Directory,
     State,
@@ -256,7 +256,7 @@ fn happening(hostile: bool) -> impl Strategy<Value = Happening> {
     let orderly = prop_oneof![
         3 => devfn.clone().prop_map(Happening::Add),
         3 => devfn.clone().prop_map(Happening::Remove),
-        1 => devfn.prop_map(Happening::Overrule),
+        1 => devfn.prop_map(Happening::WithdrawUnasked),
         6 => Just(Happening::Look),
         4 => Just(Happening::Directory),
         6 => Just(Happening::State),
@@ -274,7 +274,7 @@ impl World {
         match *happening {
             Happening::Add(devfn) => self.add(devfn),
             Happening::Remove(devfn) => self.remove(devfn),
-            Happening::Overrule(devfn) => self.overrule(devfn),
+            Happening::WithdrawUnasked(devfn) => self.withdraw_unasked(devfn),
             Happening::Look => self.look(),
             Happening::Directory => self.guest_sees_directory(),
             Happening::State => self.guest_sees_state(),
@@ -324,7 +324,7 @@ proptest! {
             world.remove(devfn);
         }
         for devfn in world.leaving.clone() {
-            world.overrule(devfn);
+            world.withdraw_unasked(devfn);
         }
         world.pause_over();
         prop_assert!(world.leaving.is_empty() && world.nothing_left() && world.handshake.is_empty());

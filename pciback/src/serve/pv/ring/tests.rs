@@ -1,6 +1,6 @@
 //! Serving, with a service that is killed between any two steps, and with guests that ask for anything.
 
-mod telling;
+mod notification;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -12,13 +12,13 @@ fn serving(machine: &Machine) -> (Serving, Receiver<ServerReport>) {
     (super::serving(machine, functions, report), reports)
 }
 
-fn telling(request: AerRequest, limit: Duration) -> Telling {
-    Telling { devfn: 0, request, state: ChannelState::Normal, limit }
+fn notification(request: AerRequest, limit: Duration) -> Notification {
+    Notification { devfn: 0, request, state: ChannelState::Normal, limit }
 }
 
-fn heard(reports: &Receiver<ServerReport>) -> Option<Result<Result<AerAnswer, u32>, NotTold>> {
+fn heard(reports: &Receiver<ServerReport>) -> Option<Result<Result<AerAnswer, u32>, NotNotified>> {
     match reports.try_recv() {
-        Ok(ServerReport::Told(_, heard)) => Some(heard),
+        Ok(ServerReport::Notified(_, heard)) => Some(heard),
         Ok(other) => panic!("{other:?}"),
         Err(_) => None,
     }
@@ -32,7 +32,7 @@ fn answers_arrive_one_after_the_other_while_requests_are_served() {
     let (mut serving, reports) = serving(&machine);
     frontend::set_aer_handler(machine.page(), true);
     for request in [AerRequest::Detected, AerRequest::Resume] {
-        assert!(serving.roster.obey(Order::Tell(telling(request, LONG))).is_none());
+        assert!(serving.roster.obey(Order::Notify(notification(request, LONG))).is_none());
     }
     serving.hear();
     assert_eq!(frontend::take_aer(machine.page()), Some((6, 1, 0)));
@@ -54,20 +54,20 @@ fn answers_arrive_one_after_the_other_while_requests_are_served() {
 fn a_guest_that_is_silent_cannot_be_told_or_is_gone_is_reported_once() {
     let machine = Machine::new();
     let (mut serving, reports) = serving(&machine);
-    serving.roster.obey(Order::Tell(telling(AerRequest::Detected, LONG)));
+    serving.roster.obey(Order::Notify(notification(AerRequest::Detected, LONG)));
     serving.hear();
-    assert_eq!(heard(&reports), Some(Err(NotTold::NoHandler)));
+    assert_eq!(heard(&reports), Some(Err(NotNotified::NoHandler)));
     frontend::set_aer_handler(machine.page(), true);
-    serving.roster.obey(Order::Tell(telling(AerRequest::Detected, Duration::ZERO)));
+    serving.roster.obey(Order::Notify(notification(AerRequest::Detected, Duration::ZERO)));
     serving.hear();
     serving.hear();
-    assert_eq!(heard(&reports), Some(Err(NotTold::Silent)));
+    assert_eq!(heard(&reports), Some(Err(NotNotified::Silent)));
     assert_eq!(frontend::take_aer(machine.page()), None, "taken back");
     frontend::answer_aer(machine.page(), 5);
     serving.hear();
     assert_eq!(heard(&reports), None);
     // A function that the guest does not have any more.
-    serving.roster.obey(Order::Tell(telling(AerRequest::Detected, LONG)));
+    serving.roster.obey(Order::Notify(notification(AerRequest::Detected, LONG)));
     serving.hear();
     let (taken, _taken) = channel();
     serving.roster.obey(Order::Take(0, taken));
