@@ -2,7 +2,7 @@
 
 use pciback::FunctionState;
 use toolstack::outcome::{ErrorCode, Failure};
-use toolstack::protocol::Success;
+use toolstack::protocol::{Request, Success};
 
 use crate::world::{WEB, World, bdf, warnings};
 
@@ -97,4 +97,18 @@ fn a_policy_accepts_a_reset_of_the_bus_of_a_function_that_is_alone_there() {
     service.hold(not_alone).unwrap();
     let refused = refusal(service.attach(WEB, not_alone));
     assert!(refused.contains("a reset of its bus would hit 0000:03:00.1"), "{refused}");
+}
+
+#[test]
+fn a_reload_that_takes_the_reset_from_an_attached_function_says_so() {
+    let (world, xhci) = (World::of(HOST), bdf("00:14.0"));
+    let service = world.start_with(&["match: {class: '0c0330'}\nreset: {none: permit}\n"]);
+    service.hold(xhci).unwrap();
+    service.attach(WEB, xhci).unwrap();
+    // There are no files, so that the built-in rules apply.
+    let Ok(Success::Reloaded { functions, .. }) = service.call(Request::PolicyReload) else { panic!() };
+    assert_eq!(functions.len(), 1);
+    let said = functions[0].deferred.join("\n");
+    assert!(said.contains("its guest's release quarantines it: reset 0000:00:14.0"), "{said}");
+    assert_eq!(service.state(xhci), FunctionState::Attached);
 }
