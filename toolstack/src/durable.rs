@@ -2,11 +2,14 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use pciback::hash::Fnv;
 use serde::Serialize;
 
 /// The extension of a file that is being written, or that has the contents before the last write.
@@ -44,7 +47,14 @@ pub(crate) fn remove(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// One for each of some files: two threads that replace the same file would take the temporary file from each other.
+static WRITERS: [Mutex<()>; 16] = [const { Mutex::new(()) }; 16];
+
 fn write(path: &Path, text: &[u8], durable: bool) -> io::Result<()> {
+    let mut hash = Fnv::new();
+    hash.add_bytes(path.as_os_str().as_bytes());
+    let writer = &WRITERS[(hash.finish() % WRITERS.len() as u64) as usize];
+    let _only = writer.lock().unwrap_or_else(PoisonError::into_inner);
     let temporary = path.with_extension(TEMPORARY);
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
     file.write_all(text)?;
@@ -68,6 +78,22 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     use super::*;
+
+    #[test]
+    fn threads_that_replace_the_same_file_do_not_disturb_each_other() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("record");
+        std::thread::scope(|scope| {
+            for number in 0..8u32 {
+                let path = &path;
+                scope.spawn(move || {
+                    (0..200).for_each(|round| replace(path, &[number, round], false).unwrap())
+                });
+            }
+        });
+        let written: [u32; 2] = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        assert_eq!(written[1], 199);
+    }
 
     #[test]
     fn unchanged_contents_are_not_written_again() {
