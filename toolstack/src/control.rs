@@ -264,7 +264,9 @@ fn answer(stream: &UnixStream, inbox: &Inbox, names: &GuestNames, call: Call) ->
             }
         }
     }
-    let failure = Failure::new(ErrorCode::Failed, "xpcid stopped before it answered");
+    let failure = Failure::new(ErrorCode::Unreachable, "xpcid stopped before it answered").hint(
+        "when it runs again, it completes or undoes what it had begun; 'xpci status' shows the outcome",
+    );
     send(stream, &Envelope::done(call.id, name, Err(failure)))
 }
 

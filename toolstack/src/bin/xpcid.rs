@@ -101,6 +101,9 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
         warn!("the policy directory {} does not exist", directory.display());
     }
 
+    if let Choice::Simulation(_) = arguments.platform {
+        refuse_real_directories(&settings)?;
+    }
     let images = settings.run_directory.join("images");
     fs::create_dir_all(&images).with_context(|| format!("create {}", images.display()))?;
     // A successor takes the lock later, when its predecessor has released it.
@@ -159,6 +162,21 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
         hand_over(ready_successor, lock)?;
     }
     Ok(())
+}
+
+/// Refuses to run a simulated host on the records of the real one.
+fn refuse_real_directories(settings: &Settings) -> anyhow::Result<()> {
+    let real = Settings::default();
+    let shared = [
+        ("--run-directory", settings.run_directory == real.run_directory),
+        ("--state-directory", settings.state_directory == real.state_directory),
+    ];
+    match shared.iter().find(|(_, shared)| *shared) {
+        Some((option, _)) => {
+            bail!("a simulated host needs {option} DIRECTORY, because the default one is the real host's")
+        }
+        None => Ok(()),
+    }
 }
 
 /// Keeps a simulated host over restarts of the service.

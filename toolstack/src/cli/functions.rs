@@ -20,13 +20,13 @@ pub enum Functions {
 
 /// The functions of a device to which a command applies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Concerned {
+pub(super) enum Concerned<'a> {
     /// All functions.
     Every,
     /// Functions that do not belong to dom0.
     NotTheHosts,
-    /// Functions that a guest has.
-    OfGuests,
+    /// Functions that this guest has, given by its name or number.
+    OfGuest(&'a str),
 }
 
 impl FromStr for Functions {
@@ -56,7 +56,7 @@ pub type Asking<'a> = dyn FnMut(Request<Target>) -> Result<Success, Failure> + '
 
 impl Functions {
     /// The single functions; those of a device are requested from the service.
-    pub(super) fn each(self, concerned: Concerned, ask: &mut Asking<'_>) -> Result<Vec<Target>, Failure> {
+    pub(super) fn each(self, concerned: Concerned<'_>, ask: &mut Asking<'_>) -> Result<Vec<Target>, Failure> {
         let first = match self {
             Self::One(target) => return Ok(vec![target]),
             Self::OfDevice(first) => first,
@@ -67,7 +67,10 @@ impl Functions {
         let is_concerned = |function: &FunctionView| match concerned {
             Concerned::Every => true,
             Concerned::NotTheHosts => function.state != FunctionState::Host,
-            Concerned::OfGuests => function.domain.is_some(),
+            Concerned::OfGuest(name) => {
+                function.domain_name.as_deref() == Some(name)
+                    || function.domain.is_some_and(|domain| domain.to_string() == name)
+            }
         };
         let of_device = |address: &Sbdf| {
             (address.segment(), address.bus(), address.device())
@@ -84,12 +87,20 @@ impl Functions {
             return Err(Failure::not_found(format!("there is no function at {}", Self::OfDevice(first)))
                 .hint("'xpci list' shows the host's functions"));
         }
-        // If the command applies to none of them, the service answers for each that there is nothing to do.
-        Ok(if chosen.is_empty() {
-            found.iter().map(|function| function.address.into()).collect()
-        } else {
-            chosen
-        })
+        if !chosen.is_empty() {
+            return Ok(chosen);
+        }
+        // The command applies to none of them. The service answers so for each that no guest has.
+        let free: Vec<Target> = found
+            .iter()
+            .filter(|function| function.domain.is_none())
+            .map(|function| function.address.into())
+            .collect();
+        if free.is_empty() {
+            let text = format!("other guests have the functions of {}", Self::OfDevice(first));
+            return Err(Failure::not_found(text).hint("'xpci list' shows who has them"));
+        }
+        Ok(free)
     }
 }
 

@@ -148,7 +148,7 @@ pub enum Command {
         persistent: bool,
         /// The guest, by name or number; one that does not run, also by UUID.
         domain: String,
-        /// The function; 'BB:DD.*' is those of a device that guests have.
+        /// The function; 'BB:DD.*' is those of a device that this guest has.
         #[arg(value_name = "BDF")]
         functions: Functions,
     },
@@ -404,7 +404,7 @@ impl Command {
     /// The requests of the command, in their order.
     fn requests(self, ask: &mut Asking<'_>) -> Result<Vec<Request<Target>>, Failure> {
         let one = |request| vec![request];
-        let mut each = |list: Vec<Functions>, concerned| {
+        let mut each = |list: Vec<Functions>, concerned: Concerned<'_>| {
             let lists: Result<Vec<_>, _> = list.into_iter().map(|one| one.each(concerned, ask)).collect();
             Ok::<_, Failure>(lists?.concat())
         };
@@ -444,13 +444,14 @@ impl Command {
                     let placed = each(vec![named], Concerned::Every)?;
                     functions.extend(placed.into_iter().map(|address| Placed { address, slot }));
                 }
-                match (functions.pop(), functions.is_empty() && !managed) {
+                match (functions.pop(), functions.is_empty()) {
                     (Some(Placed { address, slot }), true) => one(Request::PciAttach {
                         dry_run,
                         domain,
                         address,
                         slot,
                         persist,
+                        managed,
                         trust_former_owner,
                     }),
                     (last, _) => {
@@ -476,7 +477,7 @@ impl Command {
                     let domain = DomainName(domain.clone());
                     Request::PciDetach { domain, address, force, scope }
                 };
-                each(vec![functions], Concerned::OfGuests)?.into_iter().map(detach).collect()
+                each(vec![functions], Concerned::OfGuest(&domain))?.into_iter().map(detach).collect()
             }
             Self::PciList { domain, persistent } => match (domain.map(DomainName), persistent) {
                 (Some(domain), false) => one(Request::PciList { domain }),

@@ -226,6 +226,7 @@ fn give_back(domain: DomId, guest: &SavedGuest, service: &mut Service<'_>) -> Re
             address: function.device.address,
             slot: Some(function.slot),
             persist: false,
+            managed: false,
             trust_former_owner: true,
             dry_run: false,
         };

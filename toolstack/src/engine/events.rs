@@ -123,6 +123,13 @@ impl Engine {
         self.note_event(EventView::now(address, domain, Happening::Outcome { ok, text }));
     }
 
+    /// Takes the states of the functions after a recovery as they are: they changed in an earlier run.
+    pub(super) fn take_over_states(&mut self) {
+        let now = SystemTime::now();
+        self.event_log.states =
+            self.records.iter().map(|(address, record)| (*address, (record.state, now))).collect();
+    }
+
     /// Sends events for functions whose state has changed since the last call.
     pub(super) fn send_state_events(&mut self) {
         let mut changed = Vec::new();

@@ -55,6 +55,8 @@ pub struct Wanted {
     pub(super) trust: bool,
     /// Only report what would be done.
     pub(super) dry_run: bool,
+    /// Whether it is held first if dom0 has it.
+    pub(super) managed: bool,
 }
 
 /// A function that an earlier run of the service served.

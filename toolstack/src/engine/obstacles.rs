@@ -85,6 +85,13 @@ pub(super) fn hold_obstacles(
     [in_use, holder].into_iter().filter_map(Result::err).collect()
 }
 
+/// The refusal to attach a function that dom0 has.
+pub(super) fn not_assignable(address: Sbdf) -> Failure {
+    Failure::refused(format!("{address} is not assignable"))
+        .on(address)
+        .hint(format!("run 'xpci pci-assignable-add {address}' first, or attach it with --managed"))
+}
+
 impl Workshop {
     /// Why a function that was just held cannot be attached yet, because of what it shares with functions of other owners.
     pub(super) fn shares(&self, address: Sbdf) -> Vec<String> {
@@ -139,10 +146,7 @@ impl Engine {
         if function.is_bridge() {
             return cannot;
         }
-        let first = Failure::refused(format!("{address} is not assignable"))
-            .on(address)
-            .hint(format!("run 'xpci pci-assignable-add {address}' first"));
-        [vec![first], cannot].concat()
+        [vec![not_assignable(address)], cannot].concat()
     }
 
     /// Answers with all obstacles to an action, including those that `checks` finds on a thread; with `otherwise` if there are none.

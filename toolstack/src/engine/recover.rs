@@ -49,6 +49,7 @@ impl Engine {
             self.distrust_unknown(&error);
         }
         self.recognise_all();
+        self.take_over_states();
         self.return_all_managed();
         Ok(())
     }

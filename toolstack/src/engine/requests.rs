@@ -9,14 +9,14 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 use super::Engine;
 use super::hvm::Wanted;
-use super::obstacles::{Force, Refusal, ThreadChecks, shares_with_others};
+use super::obstacles::{Force, Refusal, ThreadChecks, not_assignable, shares_with_others};
 use super::several::Several;
 use super::tasks::Course;
 use super::unmanaged::STUB;
 use crate::domains::{self, DomainType};
 use crate::journal::{GuestPlace, Record};
 use crate::outcome::{ErrorCode, Failure};
-use crate::protocol::{DomainName, Request, Scope, Success};
+use crate::protocol::{DomainName, Placed, Request, Scope, Success};
 use crate::reply::Reply;
 use crate::reservations::Change;
 use crate::spec::existing;
@@ -94,7 +94,31 @@ impl Engine {
             Request::PciAssignableRemove { address, force, trust_former_owner } => self
                 .forget_gone(address)
                 .unwrap_or_else(|| self.plan_release(address, force, trust_former_owner)),
-            Request::PciAttach { domain, address, slot, persist, trust_former_owner: trust, dry_run } => {
+            Request::PciAttach {
+                domain,
+                address,
+                slot,
+                persist,
+                managed: true,
+                trust_former_owner,
+                dry_run: false,
+            } => {
+                let (functions, trust) = (vec![Placed { address, slot }], trust_former_owner);
+                let wanted = Several { domain, functions, persist, managed: true, trust, dry_run: false };
+                return self.attach_several(wanted, reply);
+            }
+            Request::PciAttach {
+                domain,
+                address,
+                slot,
+                persist,
+                managed,
+                trust_former_owner: trust,
+                dry_run,
+            } => {
+                if persist && !dry_run {
+                    self.keep_held(address);
+                }
                 if let Some(record) = self.attached_already(&domain, address, slot) {
                     return match persist && !dry_run {
                         true => self.make_persistent(&record, reply),
@@ -103,7 +127,7 @@ impl Engine {
                 }
                 match domains::find(self.platform.store.as_ref(), &domain) {
                     Ok(domain) => {
-                        let wanted = Wanted { domain, address, slot, persist, trust, dry_run };
+                        let wanted = Wanted { domain, address, slot, persist, managed, trust, dry_run };
                         return self.attach(wanted, reply);
                     }
                     Err(failure) if persist && failure.code == ErrorCode::NotFound => {
@@ -295,16 +319,23 @@ impl Engine {
         let (address, domain) = (wanted.address, wanted.domain);
         let function = existing(self.platform.host.as_ref(), address)?;
         self.idle(address)?;
-        let found = self.attach_obstacles(&function, Some(domain), wanted.trust);
+        let state = self.state(address);
+        let is_to_hold = wanted.managed && state == FunctionState::Host;
+        let mut found = self.attach_obstacles(&function, Some(domain), wanted.trust);
+        if is_to_hold {
+            found.retain(|failure| failure.message != not_assignable(address).message);
+        }
         let found = [found, also].concat();
-        if found.is_empty() {
+        if found.is_empty() && !is_to_hold {
             return Ok(None);
         }
-        let state = self.state(address);
         let hold = (state == FunctionState::Host && !function.is_bridge()).then_some(Force(false));
         let shares = shares_with_others(state, &function).then_some(Some(domain));
         let action = format!("attach {address} to {}", self.called(domain));
-        let nothing = Success::Already { message: format!("{action}: nothing prevents it any more") };
+        let nothing = match is_to_hold {
+            true => dry_run_answer(&format!("{address} is taken from dom0 and attached to domain {domain}")),
+            false => Success::Already { message: format!("{action}: nothing prevents it any more") },
+        };
         let refusal = Refusal { address, action, found };
         Ok(Some(Plan::Check(refusal, ThreadChecks { hold, shares }, nothing)))
     }

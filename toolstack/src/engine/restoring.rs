@@ -89,6 +89,7 @@ fn attachment(domain: String, address: Sbdf, slot: u8, persist: bool, dry_run: b
         address,
         slot: Some(slot),
         persist,
+        managed: false,
         trust_former_owner: false,
         dry_run,
     }

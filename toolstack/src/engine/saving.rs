@@ -224,6 +224,7 @@ impl Saving {
                 address: *address,
                 slot: Some(place.devfn >> 3),
                 persist: false,
+                managed: false,
                 trust_former_owner: true,
                 dry_run: false,
             };

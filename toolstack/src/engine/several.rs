@@ -64,6 +64,7 @@ impl Several {
             address: function.address,
             slot: function.slot,
             persist: self.persist,
+            managed: self.managed && dry_run,
             trust_former_owner: self.trust,
             dry_run,
         }
@@ -114,28 +115,71 @@ impl Attaching {
     }
 
     fn run(&self) -> Result<Success, Failure> {
+        let missing = self.missing()?;
+        if self.wanted.dry_run {
+            let text = format!(
+                "nothing was changed; without --dry-run: {} go to {}",
+                self.wanted.named(),
+                self.wanted.domain.0
+            );
+            return Ok(Success::Possible { message: text });
+        }
         let held = self.hold()?;
-        let outcome = self.attach(&held);
-        match outcome {
+        match self.attach(missing) {
             Err(failure) if !self.asking.is_unanswered() => Err(self.give_back(held, failure)),
             outcome => outcome,
         }
     }
 
-    /// Holds the functions that dom0 has, where they are managed: those that it has held, or in a dry run would hold.
+    /// The functions that the guest does not have, if nothing prevents attaching any of them.
+    fn missing(&self) -> Result<Vec<&Placed>, Failure> {
+        let (mut missing, mut refused) = (Vec::new(), Vec::new());
+        for function in &self.wanted.functions {
+            match self.ask(self.wanted.attachment(function, true)) {
+                // With `persist`, a function that the guest has may still have to be made persistent.
+                Ok(Success::Already { .. }) if !self.wanted.persist => {}
+                Ok(_) => missing.push(function),
+                Err(failure) if failure.code.is_refusal() => refused.push(failure),
+                Err(failure) => return Err(failure),
+            }
+        }
+        if refused.len() < 2 {
+            return refused.pop().map_or(Ok(missing), Err);
+        }
+        let mut all = Failure::refused(format!(
+            "refused to attach {} to {}",
+            self.wanted.named(),
+            self.wanted.domain.0
+        ));
+        all.domain = refused.iter().find_map(|failure| failure.domain);
+        for failure in refused {
+            match failure.obstacles.is_empty() {
+                true => all.obstacles.push(failure.into()),
+                false => all.obstacles.extend(failure.obstacles),
+            }
+        }
+        Err(all)
+    }
+
+    /// Holds the functions that dom0 has, where they are managed, and returns them.
     fn hold(&self) -> Result<Vec<Sbdf>, Failure> {
-        let (mut held, dry_run) = (Vec::new(), self.wanted.dry_run);
+        let mut held = Vec::new();
         for function in self.wanted.functions.iter().filter(|_| self.wanted.managed) {
             let address = function.address;
             if self.is_attached(address) {
                 continue;
             }
-            let request =
-                Request::PciAssignableAdd { address, force: false, persist: false, managed: true, dry_run };
+            let request = Request::PciAssignableAdd {
+                address,
+                force: false,
+                persist: false,
+                managed: true,
+                dry_run: false,
+            };
             match self.ask(request) {
-                Ok(Success::Changed { .. } | Success::Possible { .. }) => held.push(address),
+                Ok(Success::Changed { .. }) => held.push(address),
                 Ok(_) => {}
-                Err(failure) if dry_run || self.asking.is_unanswered() => return Err(failure),
+                Err(failure) if self.asking.is_unanswered() => return Err(failure),
                 Err(failure) => return Err(self.give_back(held, failure)),
             }
         }
@@ -145,7 +189,7 @@ impl Attaching {
     /// Gives back what was held for nothing. The engine does so with what was attached before.
     fn give_back(&self, held: Vec<Sbdf>, failure: Failure) -> Failure {
         let mut message = failure.message.clone();
-        for address in held.into_iter().filter(|_| !self.wanted.dry_run) {
+        for address in held {
             let request = Request::PciAssignableRemove { address, force: false, trust_former_owner: false };
             if let Err(second) = self.ask(request) {
                 message.push_str(&format!("; {address} stays held: {}", second.message));
@@ -154,27 +198,7 @@ impl Attaching {
         Failure { message, ..failure }
     }
 
-    fn attach(&self, held: &[Sbdf]) -> Result<Success, Failure> {
-        let mut missing = Vec::new();
-        for function in &self.wanted.functions {
-            if self.wanted.dry_run && held.contains(&function.address) {
-                // What prevents attaching it is known when it is held.
-                continue;
-            }
-            match self.ask(self.wanted.attachment(function, true))? {
-                // With `persist`, a function that the guest has may still have to be made persistent.
-                Success::Already { .. } if !self.wanted.persist => {}
-                _ => missing.push(function),
-            }
-        }
-        if self.wanted.dry_run {
-            let text = format!(
-                "nothing was changed; without --dry-run: {} go to {}",
-                self.wanted.named(),
-                self.wanted.domain.0
-            );
-            return Ok(Success::Possible { message: text });
-        }
+    fn attach(&self, missing: Vec<&Placed>) -> Result<Success, Failure> {
         let mut done: Vec<Done> = Vec::new();
         let (mut messages, mut all_warnings, mut views) = (Vec::new(), Vec::new(), Vec::new());
         for function in missing {

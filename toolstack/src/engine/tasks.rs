@@ -156,8 +156,13 @@ impl Workshop {
         let ended = Arc::clone(&self.inbox.ended);
         self.inbox.send(event(super::Answer { sender, ended }));
         receiver.recv_timeout(self.settings.longest_guest_limit() + ENGINE_MARGIN).unwrap_or_else(|error| {
-            Err(Failure::new(ErrorCode::Failed, format!("wait for the engine: {error}"))
-                .hint("see xpcid's log"))
+            let text = match error {
+                mpsc::RecvTimeoutError::Disconnected => {
+                    "xpcid is stopping; it completes or undoes this when it runs again"
+                }
+                mpsc::RecvTimeoutError::Timeout => "xpcid's engine did not answer in time",
+            };
+            Err(Failure::new(ErrorCode::Failed, text).hint("see xpcid's log"))
         })
     }
 

@@ -30,6 +30,7 @@ impl Engine {
                 let text = format!("{address} has {} VFs enabled already", pf.num_vfs);
                 return Err(Failure::refused(text).on(address).hint("'xpci vf destroy' disables them first"));
             }
+            self.refuse_held_pf(address)?;
             unmanaged::check(&pf, unmanaged)
         });
         self.change_vfs(address, reply, checked, move |workshop, progress| {
@@ -47,6 +48,7 @@ impl Engine {
                 return Ok(());
             }
             if count > 0 {
+                self.refuse_held_pf(address)?;
                 unmanaged::check(&pf, unmanaged)?;
             }
             self.none_in_use(&pf)
@@ -170,6 +172,21 @@ impl Engine {
                 .hint("try again"));
         }
         Ok(function)
+    }
+
+    /// Refuses a PF without its driver, which enables the VFs, because it is held or a guest has it.
+    fn refuse_held_pf(&self, address: Sbdf) -> Result<(), Failure> {
+        let record = self.record(address);
+        if record.state == FunctionState::Host {
+            return Ok(());
+        }
+        let text = format!(
+            "cannot enable VFs of {address}: it is {}, so that no driver of dom0 has it",
+            record.state
+        );
+        Err(Failure::refused(text)
+            .on(address)
+            .hint(format!("'xpci pci-assignable-remove {address}' returns it to its driver")))
     }
 
     /// Refuses while a VF is held or attached, because the kernel would remove it.

@@ -312,6 +312,7 @@ mod tests {
             address,
             slot: None,
             persist: false,
+            managed: false,
             trust_former_owner: false,
             dry_run: false,
         } = call.request
@@ -349,6 +350,7 @@ mod tests {
                 address,
                 slot: Some(3),
                 persist: true,
+                managed: true,
                 trust_former_owner: true,
                 dry_run: true,
             },

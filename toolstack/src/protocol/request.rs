@@ -100,6 +100,9 @@ pub enum Request<A = Sbdf> {
         /// Make it persistent: the guest gets it again each time it starts.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         persist: bool,
+        /// Hold it first if dom0 has it, and give it back to dom0 then when the guest has released it.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        managed: bool,
         /// Do so even if a PV guest that had it may still reach it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         trust_former_owner: bool,
@@ -369,12 +372,13 @@ impl<A> Request<A> {
             Self::PciAssignableRemove { address, force, trust_former_owner } => {
                 Request::PciAssignableRemove { address: of(address)?, force, trust_former_owner }
             }
-            Self::PciAttach { address, domain, slot, persist, trust_former_owner, dry_run } => {
+            Self::PciAttach { address, domain, slot, persist, managed, trust_former_owner, dry_run } => {
                 Request::PciAttach {
                     address: of(address)?,
                     domain,
                     slot,
                     persist,
+                    managed,
                     trust_former_owner,
                     dry_run,
                 }

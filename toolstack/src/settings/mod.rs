@@ -220,6 +220,19 @@ impl Settings {
                 ));
             }
         }
+        for (guest, functions) in &settings.guests {
+            for one in functions {
+                if let Target::One(Parent::Word(word)) = &one.target
+                    && !settings.names.contains_key(word)
+                {
+                    return Err(format!(
+                        "guests: '{}' of '{guest}' is not in 'names': a function has no network interface any more when it is held; \
+                         write its address, a name from 'names', PF:N or any:PF",
+                        word.as_str()
+                    ));
+                }
+            }
+        }
         let certain = settings.guests.iter().flat_map(|(guest, functions)| {
             let certain = functions.iter().filter(|one| !matches!(one.target, Target::Any(_)));
             certain.map(move |one| (guest, &one.target))
@@ -339,6 +352,7 @@ mod tests {
             ("virtual-functions: [{pf: 01:00.0, id: '8086:10c9', count: 1}]", "one of pf, id, serial"),
             ("virtual-functions: [{count: 1}]", "one of pf, id, serial"),
             ("guests: {web: [01:10.0@20]}", "0 to 1f"),
+            ("guests: {web: [eth1]}", "'eth1' of 'web' is not in 'names'"),
             ("guests: {web: ['01:10']}", "not a PCI address"),
             ("guests: {web: [eth0:1], db: [eth0:1]}", "eth0:1 is assigned twice, to 'db' and to 'web'"),
             ("names: {nic: {}}", "one of address, serial, path"),

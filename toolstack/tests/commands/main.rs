@@ -21,6 +21,7 @@ use std::sync::mpsc;
 use std::thread;
 
 use daemon::Daemon;
+use nix::sys::signal::Signal;
 use transcript::{host, play, play_alone, play_on};
 
 #[test]
@@ -263,9 +264,14 @@ fn events_of_vfs_and_policies_are_followed_across_a_restart_of_the_service() {
     let reloaded = daemon.xpci(&["policy", "reload"]);
     assert!(reloaded.status.success(), "{reloaded:?}");
     wait_for("0000:01:10.0 ('web', domain 1): the policies were reloaded");
-    let daemon = daemon.start_again();
+    let mut daemon = daemon.start_again();
     assert!(daemon.xpci(&["vf", "set-count", "03:00.0", "3"]).status.success());
     wait_for("0000:03:00.0: 3 VFs are enabled");
+    daemon.signal(Signal::SIGTERM);
+    daemon.wait();
+    let daemon = daemon.start_again();
+    assert!(daemon.xpci(&["vf", "set-count", "03:00.0", "2"]).status.success());
+    wait_for("0000:03:00.0: 2 VFs are enabled");
     follower.kill().unwrap();
     follower.wait().unwrap();
 }

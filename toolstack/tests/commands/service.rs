@@ -389,3 +389,17 @@ fn another_description_is_another_simulated_host() {
     let listed = daemon.xpci(&["vf", "list", "01:00.0"]);
     assert_eq!(String::from_utf8(listed.stdout).unwrap(), "", "no VF is enabled");
 }
+
+#[test]
+fn a_simulated_host_does_not_run_on_the_records_of_the_real_one() {
+    let directory = tempfile::tempdir().unwrap();
+    describe(directory.path(), &host(), "");
+    let file = directory.path().join("host.yaml");
+    let run = directory.path().join("run");
+    let mut command = program(env!("CARGO_BIN_EXE_xpcid"));
+    command.arg("--platform").arg(format!("sim:{}", file.display())).arg("--run-directory").arg(run);
+    let output = command.output().unwrap();
+    let log = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{log}");
+    assert!(log.contains("a simulated host needs --state-directory"), "{log}");
+}

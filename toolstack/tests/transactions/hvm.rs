@@ -100,6 +100,7 @@ pub fn attach_at(service: &Service, address: Sbdf, slot: u8) -> Result<Success, 
         address,
         slot: Some(slot),
         persist: false,
+        managed: false,
         trust_former_owner: false,
         dry_run: false,
     })

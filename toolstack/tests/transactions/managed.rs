@@ -3,7 +3,7 @@
 use nix::errno::Errno;
 use pciback::{DomId, FunctionState, Sbdf};
 use toolstack::outcome::Failure;
-use toolstack::protocol::{Placed, Request, Success};
+use toolstack::protocol::{Placed, Request, Scope, Success};
 
 use crate::crashes::{killed_anywhere, settled};
 use crate::frontend::Frontend;
@@ -105,6 +105,29 @@ fn when_it_cannot_be_attached_dom0_has_it_again() {
     let refused = attach(&service, DomId(99), false).unwrap_err();
     assert!(refused.message.contains("there is no domain"), "{refused}");
     world.assert_host(&service, nic(), DRIVER, "there is no such guest");
+}
+
+#[test]
+fn what_cannot_be_attached_is_not_taken_from_its_driver() {
+    let world = World::without_vfs();
+    let service = world.start_with(&["match: {class: '02'}\nreset: {methods: [bus]}\n"]);
+    for dry_run in [true, false] {
+        let refused = attach(&service, WEB, dry_run).unwrap_err();
+        assert!(refused.code.is_refusal() && refused.message.contains("reset 0000:02:00.0"), "{refused}");
+        assert!(!refused.to_string().contains("not assignable"), "{refused}");
+    }
+    let Ok(Success::Events { events }) = service.call(Request::Events { follow: false }) else { panic!() };
+    assert!(events.iter().all(|event| event.address != nic()), "{events:?}");
+}
+
+#[test]
+fn what_is_made_persistent_does_not_go_back() {
+    let world = World::without_vfs();
+    let service = world.start();
+    attach(&service, WEB, false).unwrap();
+    service.persist(WEB, nic()).unwrap();
+    service.detach_only(WEB, nic(), Scope::Live).unwrap();
+    assert_eq!(service.view(nic()).map(|view| (view.state, view.note)), Some((FunctionState::Held, None)));
 }
 
 #[test]

@@ -71,6 +71,7 @@ fn a_guest_that_does_not_run_gets_its_reserved_functions_when_it_starts() {
             address: vf(),
             slot,
             persist: true,
+            managed: false,
             trust_former_owner: false,
             dry_run,
         })
@@ -100,6 +101,7 @@ fn a_guest_that_runs_is_not_named_by_its_uuid() {
         address: vf(),
         slot: None,
         persist: true,
+        managed: false,
         trust_former_owner: false,
         dry_run: false,
     };
@@ -118,6 +120,7 @@ fn a_rebooted_guest_gets_its_function_again_at_the_same_place_also_after_a_resta
         address: vf(),
         slot: Some(9),
         persist: true,
+        managed: false,
         trust_former_owner: false,
         dry_run: false,
     };

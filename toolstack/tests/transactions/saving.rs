@@ -29,6 +29,7 @@ fn attach_at(service: &Service, domain: DomId, address: Sbdf, slot: u8) -> Resul
         address,
         slot,
         persist: false,
+        managed: false,
         trust_former_owner: false,
         dry_run: false,
     })

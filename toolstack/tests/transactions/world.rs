@@ -329,6 +329,7 @@ impl Service {
             address,
             slot: None,
             persist: true,
+            managed: false,
             trust_former_owner: false,
             dry_run: false,
         })
@@ -460,6 +461,7 @@ pub fn attachment(domain: DomId, address: Sbdf) -> Request {
         address,
         slot: None,
         persist: false,
+        managed: false,
         trust_former_owner: false,
         dry_run: false,
     }
@@ -471,6 +473,7 @@ pub fn dry_run(service: &Service, domain: DomId, address: Sbdf) -> Result<Succes
         address,
         slot: None,
         persist: false,
+        managed: false,
         trust_former_owner: false,
         dry_run: true,
     })

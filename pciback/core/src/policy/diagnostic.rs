@@ -104,6 +104,11 @@ impl Diagnostics {
 /// The word that is most like `found`, if any is like it at all.
 pub fn nearest<'a>(found: &str, words: impl Iterator<Item = &'a str> + Clone) -> Option<&'a str> {
     let found = found.to_lowercase().replace(['_', ' '], "-");
+    // 'msix' is 'msi-x', though 'msi' has as many letters in common.
+    let joined = |word: &str| word.replace('-', "");
+    if let Some(same) = words.clone().find(|word| joined(word) == joined(&found)) {
+        return Some(same);
+    }
     let scored = words.clone().map(|word| (strsim::damerau_levenshtein(&found, word), word));
     let (distance, word) = scored.min_by_key(|(distance, _)| *distance)?;
     // A third of the letters may be wrong; a word that begins as the found one does is near, too.
@@ -118,10 +123,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_word_without_its_hyphens_is_that_word() {
+        assert_eq!(nearest("msix", ["msi", "msi-x", "pm"].into_iter()), Some("msi-x"));
+        assert_eq!(nearest("PCI_Express", ["pci-x", "pci-express"].into_iter()), Some("pci-express"));
+    }
+
+    #[test]
     fn the_nearest_word_is_suggested_and_a_far_one_is_not() {
         let words = ["read-only", "pass", "hide", "virtual"];
         for (found, expected) in [
             ("readonly", Some("read-only")),
+            ("r-e-a-d-only", Some("read-only")),
             ("read_only", Some("read-only")),
             ("Pass", Some("pass")),
             ("hid", Some("hide")),
