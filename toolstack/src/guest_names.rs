@@ -78,7 +78,8 @@ impl Lookup<'_> {
             named.push_str(before);
             let digits = after[DOMAIN.len()..].bytes().take_while(u8::is_ascii_digit).count();
             let end = DOMAIN.len() + digits;
-            let is_word = !named.ends_with(char::is_alphanumeric)
+            // In quotes, it is a name or what somebody typed.
+            let is_word = !named.ends_with(|last: char| last.is_alphanumeric() || last == '\'')
                 && !after[end..].starts_with(|next: char| next.is_alphanumeric());
             let domain = after[DOMAIN.len()..end].parse().ok().filter(|_| is_word).map(DomId);
             let owned = after[end..].strip_prefix("'s)");
@@ -137,6 +138,7 @@ mod tests {
             ("to domain 32753: EPERM", "to Xen's quarantine domain: EPERM"),
             ("subdomain 1, domain 1x, domain  1, domain", "subdomain 1, domain 1x, domain  1, domain"),
             ("domain 99999", "domain 99999"),
+            ("there is no domain 'domain 1'", "there is no domain 'domain 1'"),
             ("", ""),
         ] {
             let mut named = text.to_owned();

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use serde::Serialize;
-use toolstack::cli::{Cli, Look, Step, bulleted, gather, render, usage};
+use toolstack::cli::{Cli, Look, Step, bulleted, gather, printable, render, usage};
 use toolstack::client;
 use toolstack::doctor;
 use toolstack::outcome::{ErrorCode, Failure};
@@ -133,17 +133,18 @@ fn follow_events(socket: &Path, request: &Request<Target>, json: bool) -> Failur
             }
             match json {
                 true => show_json(envelope),
-                false => say(&mut std::io::stdout(), &format!("{event}\n")),
+                false => say(&mut std::io::stdout(), &printable(&format!("{event}\n"), "\n")),
             }
             last = Some(event.clone());
         };
-        let failure = match client::follow_on(stream, socket, request.clone(), &mut show_event) {
-            Err(failure) if failure.code == ErrorCode::Unreachable => failure,
-            Err(failure) => return failure,
-            Ok(envelope) => {
-                return envelope.error.unwrap_or(Failure::new(ErrorCode::Failed, "the events ended"));
-            }
-        };
+        let ended = || Failure::new(ErrorCode::Failed, "the events ended");
+        let followed = client::follow_on(stream, socket, request.clone(), &mut show_event);
+        // A service that is stopped in order says so; one that is killed does not.
+        let failure =
+            followed.map_or_else(|failure| failure, |envelope| envelope.error.unwrap_or_else(ended));
+        if failure.code != ErrorCode::Unreachable {
+            return failure;
+        }
         say(&mut std::io::stderr(), &format!("xpci: {}; waiting for xpcid\n", failure.message));
         connection = std::iter::repeat_with(|| {
             thread::sleep(RECONNECT_INTERVAL);
@@ -187,7 +188,7 @@ fn exit_code(envelope: &Envelope, checked: bool) -> u8 {
 fn show(envelope: Envelope, look: Look) {
     match (envelope.result, envelope.error) {
         (_, Some(failure)) => report(&failure),
-        (Some(success), None) => say(&mut std::io::stdout(), &render(&success, look)),
+        (Some(success), None) => say(&mut std::io::stdout(), &printable(&render(&success, look), "\n")),
         (None, None) => {}
     }
 }
@@ -199,11 +200,11 @@ fn show_json(answer: &impl Serialize) {
 
 fn report(failure: &Failure) {
     let colon = if failure.obstacles.is_empty() { "" } else { ":" };
-    say(&mut std::io::stderr(), &format!("xpci: {}{colon}\n", failure.message));
-    say(&mut std::io::stderr(), &bulleted(&failure.obstacles, "      "));
+    let mut text = format!("xpci: {}{colon}\n{}", failure.message, bulleted(&failure.obstacles, "      "));
     if let Some(hint) = &failure.hint {
-        say(&mut std::io::stderr(), &format!("      {hint}\n"));
+        text.push_str(&format!("      {hint}\n"));
     }
+    say(&mut std::io::stderr(), &printable(&text, "\n"));
 }
 
 /// Prints text. A reader that has closed the pipe, such as `head`, is no error; another failed write, for example to a full disk, is one.

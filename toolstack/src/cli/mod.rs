@@ -38,7 +38,7 @@ use moving::{RestoreArguments, SaveArguments};
 pub use network::SetArguments;
 pub use policy::{As, ExplainArguments, Local, Policy};
 pub use service::{Choice, ServiceArguments};
-pub use table::{Look, bulleted, render};
+pub use table::{Look, bulleted, printable, render};
 
 /// Assigns PCI functions to Xen guests.
 ///

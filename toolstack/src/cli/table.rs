@@ -65,6 +65,8 @@ const LEAST_LAST_COLUMN: usize = 24;
 
 /// A table with columns as wide as their widest cell, two spaces apart.
 pub(super) fn table(rows: &[Vec<String>]) -> String {
+    let row = |cells: &Vec<String>| cells.iter().map(|cell| printable(cell, "")).collect();
+    let rows: &[Vec<String>] = &rows.iter().map(row).collect::<Vec<_>>();
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let widths: Vec<usize> = (0..columns).map(|column| width_of(rows, column)).collect();
     let mut text = String::new();
@@ -74,6 +76,22 @@ pub(super) fn table(rows: &[Vec<String>]) -> String {
         let _ = writeln!(text, "{}", cells.join("  ").trim_end());
     }
     text
+}
+
+/// A text with control characters and characters that change the direction of writing as escapes, except those in `kept`: names of guests
+/// may have any.
+pub fn printable(text: &str, kept: &str) -> String {
+    let is_hidden = |letter: char| {
+        letter.is_control() || matches!(letter, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    let mut printable = String::with_capacity(text.len());
+    for letter in text.chars() {
+        match is_hidden(letter) && !kept.contains(letter) {
+            true => printable.extend(letter.escape_default()),
+            false => printable.push(letter),
+        }
+    }
+    printable
 }
 
 fn width_of(rows: &[Vec<String>], column: usize) -> usize {

@@ -24,16 +24,28 @@ impl Engine {
     /// Returns a function to dom0 that was held for the guest that has just released it.
     pub(super) fn return_managed(&mut self, address: Sbdf) {
         let plan = self.plan_release(address, false, false);
-        if let Err(failure) = &plan
-            && failure.code.is_refusal()
-        {
+        if let Err(failure) = &plan {
             info!("{address}: it stays held for now: {failure}");
             self.managed.waiting.insert(address);
             return;
         }
         self.managed.waiting.remove(&address);
+        // A user cannot know that the service works on it by itself.
+        self.requests_wait(address);
         let reply = self.inbox.unasked_reply(Cause::Holding);
         self.carry_out(plan, reply);
+    }
+
+    /// Returns a function that a transaction has left held, unless it was held just now, for an attachment that follows. `during`: its state
+    /// in the transaction.
+    pub(super) fn managed_is_held(&mut self, address: Sbdf, during: Option<FunctionState>) {
+        match during {
+            Some(FunctionState::Host) | None => {}
+            // The return itself has failed.
+            Some(FunctionState::Held) => drop(self.managed.waiting.insert(address)),
+            Some(_) if self.busy.contains(&address) => {}
+            Some(_) => self.return_managed(address),
+        }
     }
 
     /// Tries again for those that waited for the end of a guest.

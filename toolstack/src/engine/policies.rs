@@ -95,6 +95,8 @@ impl Engine {
         if let Some(sources) = &sources {
             self.policies = Arc::clone(&policies);
             self.keeping.begin_anew();
+            // They may permit a return that former owners prevented.
+            self.return_managed_again();
             self.try_again(None);
             self.unexamined.everything();
             self.problems.resolve(Cause::Policies);

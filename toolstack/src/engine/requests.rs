@@ -82,10 +82,10 @@ impl Engine {
             Request::Events { follow } => return self.events(follow, reply),
             Request::Status => return self.status(reply),
             Request::PciAssignableAdd { address, force, persist, managed, dry_run } => {
-                if !managed && !dry_run {
+                let plan = self.plan_hold(address, force, managed, dry_run);
+                if matches!(plan, Ok(Plan::Answer(_))) && !managed && !dry_run {
                     self.keep_held(address);
                 }
-                let plan = self.plan_hold(address, force, managed, dry_run);
                 if persist && !dry_run {
                     return self.hold_persistently(address, plan, reply);
                 }
@@ -116,12 +116,12 @@ impl Engine {
                 trust_former_owner: trust,
                 dry_run,
             } => {
-                if persist && !dry_run {
-                    self.keep_held(address);
-                }
                 if let Some(record) = self.attached_already(&domain, address, slot) {
                     return match persist && !dry_run {
-                        true => self.make_persistent(&record, reply),
+                        true => {
+                            self.keep_held(address);
+                            self.make_persistent(&record, reply)
+                        }
                         false => reply.done(Ok(self.has_it(&record))),
                     };
                 }
@@ -380,6 +380,7 @@ impl Engine {
         let mut message = format!("{address} is attached to domain {domain}, which sees it at {seen}");
         let change = match persist {
             true => {
+                record.managed = false;
                 message.push_str(" and gets it again whenever it starts");
                 Some(Change::Reserve(Box::new(self.reservation(address, domain, devfn)?)))
             }

@@ -188,14 +188,16 @@ impl Attaching {
 
     /// Gives back what was held for nothing. The engine does so with what was attached before.
     fn give_back(&self, held: Vec<Sbdf>, failure: Failure) -> Failure {
-        let mut message = failure.message.clone();
+        let (mut message, mut code) = (failure.message.clone(), failure.code);
         for address in held {
             let request = Request::PciAssignableRemove { address, force: false, trust_former_owner: false };
             if let Err(second) = self.ask(request) {
-                message.push_str(&format!("; {address} stays held: {}", second.message));
+                // It was changed, so the answer must not be a refusal.
+                code = if second.code.is_refusal() { ErrorCode::Failed } else { second.code };
+                message.push_str(&format!("; {address} was not returned to dom0: {}", second.message));
             }
         }
-        Failure { message, ..failure }
+        Failure { message, code, ..failure }
     }
 
     fn attach(&self, missing: Vec<&Placed>) -> Result<Success, Failure> {

@@ -55,7 +55,11 @@ impl Engine {
             }
             Request::PciAttach { domain, trust_former_owner: trust, .. } => self.free_vf(pf, domain, *trust),
             other => {
-                let text = format!("any:{pf} means any free VF, but {} needs a certain one", other.name());
+                let what = match other {
+                    Request::PciAttachAll { .. } => "an attachment of several functions",
+                    other => other.name(),
+                };
+                let text = format!("any:{pf} means any free VF, but {what} needs a certain one");
                 Err(Failure::new(ErrorCode::Usage, text)
                     .on(pf)
                     .hint("name it by its address or as PF:N; 'xpci vf list' shows them"))

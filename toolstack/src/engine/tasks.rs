@@ -394,7 +394,9 @@ impl Engine {
         self.keeping.finished(&finished);
         let record = finished.record.clone();
         let address = record.address;
-        let before = self.records.get(&address).and_then(|record| record.guest).map(|guest| guest.domain);
+        let earlier = self.records.get(&address);
+        let before = earlier.and_then(|record| record.guest).map(|guest| guest.domain);
+        let during = earlier.map(|record| record.state);
         self.busy.remove(&address);
         let attached = record.state == FunctionState::Attached;
         let (record_is_held, managed) = (record.state == FunctionState::Held, record.managed);
@@ -418,13 +420,13 @@ impl Engine {
         }
         self.contain_awaiting(address);
         self.returning_finished(&finished, before);
-        if record_is_held && managed && before.is_some() {
-            self.return_managed(address);
-        }
         if record_is_held {
             self.retry_assignments();
         }
         self.requests_go_on(address);
+        if record_is_held && managed {
+            self.managed_is_held(address, during);
+        }
     }
 
     /// Detaches a function whose guest has ended.

@@ -1,5 +1,7 @@
 //! Managed functions are held for one guest, and go back to dom0 when it has released them.
 
+use std::fs;
+
 use nix::errno::Errno;
 use pciback::{DomId, FunctionState, Sbdf};
 use toolstack::outcome::Failure;
@@ -128,6 +130,51 @@ fn what_is_made_persistent_does_not_go_back() {
     service.persist(WEB, nic()).unwrap();
     service.detach_only(WEB, nic(), Scope::Live).unwrap();
     assert_eq!(service.view(nic()).map(|view| (view.state, view.note)), Some((FunctionState::Held, None)));
+}
+
+#[test]
+fn a_refused_command_does_not_keep_it() {
+    let world = World::without_vfs();
+    let service = world.start();
+    attach(&service, WEB, false).unwrap();
+    service.hold(nic()).unwrap_err();
+    service.detach(WEB, nic()).unwrap();
+    goes_back(&world, &service, "holding it was refused while its guest had it");
+}
+
+#[test]
+fn it_goes_back_after_its_quarantine_is_cleared() {
+    let world = World::without_vfs();
+    let service = world.start();
+    attach(&service, WEB, false).unwrap();
+    world.fail("deassign", Some(nic()), Errno::EIO, 0);
+    service.detach(WEB, nic()).unwrap_err();
+    service.clear(nic()).unwrap();
+    goes_back(&world, &service, "its quarantine was cleared");
+}
+
+#[test]
+fn new_policies_let_it_go_back() {
+    let world = World::without_vfs();
+    let service = world.start_with(&["match: {class: '02'}\nreuse: after-shutdown\n"]);
+    attach(&service, WEB, false).unwrap();
+    service.detach(WEB, nic()).unwrap();
+    let policies = world.settings().policy_directories[0].clone();
+    fs::create_dir_all(&policies).unwrap();
+    fs::write(policies.join("trusted.yaml"), "match: {class: '02'}\nreuse: trusted\n").unwrap();
+    service.call(Request::PolicyReload).unwrap();
+    goes_back(&world, &service, "former owners are trusted");
+}
+
+#[test]
+fn a_failed_attach_says_nothing_of_a_function_that_goes_back() {
+    let world = World::without_vfs();
+    let service = world.start();
+    world.fail("assign", Some(nic()), Errno::EIO, 1);
+    let failure = attach(&service, WEB, false).unwrap_err();
+    assert!(!failure.message.contains("not returned"), "{failure}");
+    // The command ends when dom0 has it again.
+    world.assert_host(&service, nic(), DRIVER, "its attach failed");
 }
 
 #[test]

@@ -122,6 +122,7 @@ impl World {
             holder: Holder::PciStub,
             run_directory: self.directory.path().join("run"),
             state_directory: self.directory.path().join("state"),
+            policy_directories: vec![self.directory.path().join("policies")],
             ..Settings::default()
         }
     }

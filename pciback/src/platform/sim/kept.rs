@@ -9,7 +9,7 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -26,6 +26,9 @@ use crate::{DomId, Sbdf};
 const FORMAT: u32 = 1;
 /// The pause after a write, in times that the write took: a kill loses what changed within it.
 const PAUSE: u32 = 4;
+
+/// The pause before a failed write is repeated.
+const AGAIN: Duration = Duration::from_millis(500);
 
 /// All that changes while the service runs.
 #[derive(Serialize, Deserialize)]
@@ -110,7 +113,12 @@ impl Simulation {
                 {
                     self.resume(kept);
                 }
-                Ok(_) => {}
+                Ok(_) => {
+                    log::info!(
+                        "{}: it is of another boot or description; the simulated host begins anew",
+                        file.display()
+                    );
+                }
                 Err(error) => {
                     log::warn!("{}: {error}; the simulated host begins anew", file.display());
                 }
@@ -121,7 +129,10 @@ impl Simulation {
         let (simulation, changes) = (self.clone(), self.changes.clone());
         let mut keeper =
             Keeper { simulation, file: file.to_owned(), boot: boot.to_owned(), changes, writer: None };
-        keeper.write()?;
+        if let Err(error) = keeper.write() {
+            // A service that has guests starts on a full disk, too.
+            log::warn!("keep the simulated host in {}: {error}", file.display());
+        }
         let (simulation, changes) = (self.clone(), self.changes.clone());
         let (file, boot) = (file.to_owned(), boot.to_owned());
         let writer = thread::Builder::new().name("simulated host".into()).spawn(move || {
@@ -129,6 +140,8 @@ impl Simulation {
                 let begun = Instant::now();
                 if let Err(error) = write(&simulation, &file, &boot) {
                     log::warn!("keep the simulated host in {}: {error}", file.display());
+                    changes.note();
+                    thread::sleep(AGAIN);
                 }
                 thread::sleep(begun.elapsed() * PAUSE);
             }
@@ -188,8 +201,14 @@ impl World {
     fn resume_functions(&mut self, kept: BTreeMap<Sbdf, KeptFunction>) {
         self.functions
             .retain(|address, function| kept.contains_key(address) && function.physical_function.is_none());
+        for function in self.functions.values_mut() {
+            function.virtual_functions.clear();
+        }
         for (pf, function) in &kept {
-            for (index, vf) in (0..).zip(&function.virtual_functions) {
+            for (index, vf) in (0..u16::MAX).zip(&function.virtual_functions) {
+                if self.functions.contains_key(vf) {
+                    continue;
+                }
                 let parent = self.functions.get(pf);
                 let made = parent.and_then(|parent| Placement::virtual_function(*pf, parent, index));
                 if let Some(made) = made {
@@ -197,12 +216,21 @@ impl World {
                 }
             }
         }
+        let vfs: Vec<(Sbdf, Sbdf)> = self
+            .functions
+            .iter()
+            .filter_map(|(vf, function)| Some((function.physical_function?, *vf)))
+            .collect();
+        for (pf, vf) in vfs {
+            if let Some(pf) = self.functions.get_mut(&pf) {
+                pf.virtual_functions.push(vf);
+            }
+        }
         for (address, kept) in kept {
             let Some(function) = self.functions.get_mut(&address) else { continue };
             function.registers.poke(0, &bytes(&kept.registers));
             function.driver = kept.driver;
             function.driver_override = kept.driver_override;
-            function.virtual_functions = kept.virtual_functions;
             function.vf_autoprobe = kept.vf_autoprobe;
             function.network = kept.network;
             function.incarnation = kept.incarnation;
@@ -280,7 +308,7 @@ mod tests {
     use crate::policy::RdmPolicy;
 
     const HOST: &str = include_str!("../../../../configs/sim/two-guests.yaml");
-    const LIMIT: std::time::Duration = std::time::Duration::from_secs(1);
+    const LIMIT: Duration = Duration::from_secs(1);
 
     fn bdf(text: &str) -> Sbdf {
         text.parse().unwrap()
