@@ -4,7 +4,7 @@ use super::bar::{Bar, BarKind};
 use super::bytes::Bytes;
 use super::error::ConfigError;
 use super::function::FunctionSpec;
-use super::list::{Capability, CapabilityList, ListProblem};
+use super::list::{Capability, CapabilityList, ListProblem, MsixFault};
 use super::planes::{Bits, DWORDS, Deferred, Model, NamedRegister, Planes, RefusedOverride, Segment};
 use super::policy::{Initial, Policy, Rule, Treatment};
 use super::rules::{self, Row};
@@ -104,6 +104,8 @@ pub(super) struct Compiler<'a> {
     pub kept: Option<&'a [u16]>,
     pub deferred: Vec<Deferred>,
     pub list: CapabilityList,
+    /// Where the MSI-X capability is whose structures have no usable place.
+    pub msix_fault: Option<(u16, MsixFault)>,
     pub visible: Vec<bool>,
     pub owners: Vec<u16>,
     pub guarded: Vec<u32>,
@@ -120,6 +122,9 @@ pub(super) struct Compiler<'a> {
 impl<'a> Compiler<'a> {
     fn new(spec: &'a FunctionSpec, policy: &'a Policy, kept: Option<&'a [u16]>) -> Self {
         let list = CapabilityList::walk(&spec.bytes);
+        let msix = shape::msix(&list, &spec.bytes);
+        let msix_fault =
+            msix.and_then(|msix| Some((msix.offset, shape::msix_fault(&msix, &spec.resources)?)));
         let mut compiler = Self {
             visible: vec![true; list.capabilities.len()],
             spec,
@@ -127,6 +132,7 @@ impl<'a> Compiler<'a> {
             kept,
             deferred: Vec::new(),
             list,
+            msix_fault,
             owners: vec![NO_OWNER; DWORDS * 4],
             guarded: vec![0; DWORDS],
             reserved: vec![0; DWORDS],
@@ -389,12 +395,8 @@ impl<'a> Compiler<'a> {
         let bytes = &self.spec.bytes;
         let crowding = self.list.crowding(bytes);
         self.list.problems.extend(crowding);
-        let faults = self.list.capabilities.iter().filter_map(|capability| {
-            let at = capability.offset;
-            self.msix_fault(capability).map(|fault| ListProblem::Msix { at, fault })
-        });
-        let faults: Vec<ListProblem> = faults.collect();
-        self.list.problems.extend(faults);
+        let fault = self.msix_fault.map(|(at, fault)| ListProblem::Msix { at, fault });
+        self.list.problems.extend(fault);
         self.vpd();
         self.models.sort_by_key(|(offset, _)| *offset);
         for segments in &mut self.segments {

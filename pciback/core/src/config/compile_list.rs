@@ -2,11 +2,10 @@
 
 use super::bytes::Bytes;
 use super::compile::{CONSTANT, Compiler, Family, HEADER_OWNER, Known, NO_OWNER, Place, STATUS, full};
-use super::list::{Capability, MsixFault};
+use super::list::Capability;
 use super::planes::{Deferred, Model, RefusedOverride, Segment};
 use super::policy::{self, CapabilityAction, Rule, Treatment};
 use super::rules::{self, CapabilityRules};
-use super::shape;
 use crate::spec::{
     self, AnyId, CapabilityId, CapabilitySpec, Count, ExtendedCapabilityId, Group, Kind, Stride, express,
     header, legacy,
@@ -61,7 +60,7 @@ impl Compiler<'_> {
             (Some(policy), _) if policy.action == CapabilityAction::Hide => Some(policy.rule.clone()),
             (Some(_), _) => None,
             (None, Some((spec, rules))) => {
-                let reason = rules.hidden.or_else(|| self.msix_fault(capability).map(|_| NO_PLACE));
+                let reason = rules.hidden.or_else(|| self.is_faulty_msix(capability).then_some(NO_PLACE));
                 let hidden = reason.map(|reason| Rule::built_in(reason, spec.section));
                 // Only the vendor knows what is there.
                 hidden.or_else(|| self.policy.hide_unknown.clone().filter(|_| spec.rest.is_none()))
@@ -97,10 +96,8 @@ impl Compiler<'_> {
         }
     }
 
-    /// What is wrong with the places that this capability names, where it is the one that is used for MSI-X.
-    pub(super) fn msix_fault(&self, capability: &Capability) -> Option<MsixFault> {
-        let msix = shape::msix(&self.list, &self.spec.bytes)?;
-        (msix.offset == capability.offset).then(|| shape::msix_fault(&msix, &self.spec.resources)).flatten()
+    fn is_faulty_msix(&self, capability: &Capability) -> bool {
+        self.msix_fault.is_some_and(|(at, _)| at == capability.offset)
     }
 
     /// What is behind a hidden capability is hardware's all the same: what no policy opens of a visible one stays closed.

@@ -29,3 +29,38 @@ pub struct MsixCapability {
     /// Where in that BAR.
     pub pba_offset: u32,
 }
+
+/// A range of a BAR.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BarPart {
+    /// The index of the BAR.
+    pub bar: u8,
+    /// Where the range begins in the BAR.
+    pub offset: u64,
+    /// Its length in bytes.
+    pub bytes: u64,
+}
+
+impl BarPart {
+    /// The offset of the first byte behind it.
+    pub fn end(&self) -> u64 {
+        self.offset + self.bytes
+    }
+}
+
+impl MsixCapability {
+    /// Bytes of an entry of the table.
+    pub const ENTRY: u64 = 16;
+
+    /// Where the table is.
+    pub fn table(&self) -> BarPart {
+        let bytes = Self::ENTRY * u64::from(self.table_size);
+        BarPart { bar: self.table_bar, offset: self.table_offset.into(), bytes }
+    }
+
+    /// Where the Pending Bit Array is: a bit for each vector, in whole quadwords.
+    pub fn pba(&self) -> BarPart {
+        let bytes = 8 * u64::from(self.table_size).div_ceil(64);
+        BarPart { bar: self.pba_bar, offset: self.pba_offset.into(), bytes }
+    }
+}

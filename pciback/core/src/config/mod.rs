@@ -28,7 +28,7 @@ pub use controls::ControlRegister;
 pub use error::ConfigError;
 pub use function::{FunctionKind, FunctionSpec, Identity};
 pub use image::FunctionImage;
-pub use interrupts::{MsiCapability, MsixCapability};
+pub use interrupts::{BarPart, MsiCapability, MsixCapability};
 pub use list::{Capability, CapabilityList, ListProblem, MsixFault};
 pub use masked::{MaskedWrite, MaskedWrites};
 pub use planes::{Bits, Deferred, Model, NamedRegister, Planes, RefusedOverride, Segment};

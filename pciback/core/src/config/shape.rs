@@ -112,7 +112,7 @@ pub(super) fn msi(list: &CapabilityList, bytes: &[u8]) -> Option<MsiCapability> 
 }
 
 /// The MSI-X capability of a function.
-pub(super) fn msix(list: &CapabilityList, bytes: &[u8]) -> Option<MsixCapability> {
+pub(crate) fn msix(list: &CapabilityList, bytes: &[u8]) -> Option<MsixCapability> {
     let offset = list.legacy(CapabilityId::MSI_X)?.offset;
     let (table, pba) = (bytes.dword(offset + 4), bytes.dword(offset + 8));
     Some(MsixCapability {
@@ -125,37 +125,10 @@ pub(super) fn msix(list: &CapabilityList, bytes: &[u8]) -> Option<MsixCapability
     })
 }
 
-/// Bytes of a BAR.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Part {
-    pub bar: u8,
-    pub offset: u64,
-    pub bytes: u64,
-}
-
-impl Part {
-    pub fn end(&self) -> u64 {
-        self.offset + self.bytes
-    }
-}
-
-/// Where the MSI-X table and the PBA of a function are.
-pub(crate) fn msix_parts(bytes: &[u8]) -> Option<[Part; 2]> {
-    msix(&CapabilityList::walk(bytes), bytes).as_ref().map(parts)
-}
-
-fn parts(msix: &MsixCapability) -> [Part; 2] {
-    let entries = u64::from(msix.table_size);
-    [
-        Part { bar: msix.table_bar, offset: msix.table_offset.into(), bytes: 16 * entries },
-        Part { bar: msix.pba_bar, offset: msix.pba_offset.into(), bytes: 8 * entries.div_ceil(64) },
-    ]
-}
-
 /// What is wrong with the places that an MSI-X capability names. Drivers find their own registers there, so that guarding such
 /// places breaks the device, and Xen would write messages into whatever is behind the end of a BAR.
 pub(super) fn msix_fault(msix: &MsixCapability, resources: &[Resource]) -> Option<MsixFault> {
-    let [table, pba] = parts(msix);
+    let (table, pba) = (msix.table(), msix.pba());
     for part in [table, pba] {
         let bar = part.bar;
         if bar > 5 {

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use super::matching::Kind;
 use crate::Sbdf;
 use crate::config::bytes::Bytes;
-use crate::config::shape::{Part, msix_parts};
-use crate::config::{CapabilityList, FunctionKind, FunctionSpec, Identity};
+use crate::config::shape;
+use crate::config::{CapabilityList, FunctionKind, FunctionSpec, Identity, MsixCapability};
 use crate::dump::{DumpedFunction, Region};
 use crate::host::Resource;
 use crate::spec::{ExtendedCapabilityId, header, sriov};
@@ -80,7 +80,7 @@ fn spec(function: &DumpedFunction, parent: Option<&Parent<'_>>, kind: Option<Kin
     let mut ranges = Ranges {
         resources: [Resource::default(); 13],
         regions: &function.regions,
-        msix: msix_parts(&bytes),
+        msix: shape::msix(&CapabilityList::walk(&bytes), &bytes),
         unknown: Vec::new(),
     };
     let kind = if is_virtual {
@@ -114,7 +114,7 @@ fn spec(function: &DumpedFunction, parent: Option<&Parent<'_>>, kind: Option<Kin
 struct Ranges<'a> {
     resources: [Resource; 13],
     regions: &'a [Region],
-    msix: Option<[Part; 2]>,
+    msix: Option<MsixCapability>,
     unknown: Vec<String>,
 }
 
@@ -166,7 +166,8 @@ impl Ranges<'_> {
             _ if flags & Resource::IO != 0 => return 4,
             _ => 16,
         };
-        let within = self.msix.iter().flatten().filter(|part| usize::from(part.bar) == index);
+        let parts = self.msix.iter().flat_map(|msix| [msix.table(), msix.pba()]);
+        let within = parts.filter(|part| usize::from(part.bar) == index);
         within.fold(least, |size, part| size.max(part.end().next_power_of_two()))
     }
 }

@@ -1,6 +1,6 @@
 //! Where an HVM guest has placed a function's BARs, and which of their pages it reaches directly. Pure.
 
-use crate::config::{Bar, BarKind, MsixCapability};
+use crate::config::{Bar, BarKind, BarPart, MsixCapability};
 use crate::platform::PAGE;
 use crate::spec::header;
 
@@ -52,7 +52,8 @@ pub fn parts(bar: &Bar, msix: Option<&MsixCapability>) -> Parts {
         parts.trapped.push(Part { offset: 0, bytes: bar.size });
         return parts;
     }
-    let special: Vec<Part> = msix.map(|msix| msix_parts(bar, msix)).unwrap_or_default();
+    let structures = msix.into_iter().flat_map(|msix| [msix.table(), msix.pba()]);
+    let special: Vec<Part> = structures.filter_map(|structure| part_of(bar, structure)).collect();
     let mut next = 0;
     let mut pages: Vec<(u64, u64)> = special
         .iter()
@@ -76,24 +77,10 @@ pub fn parts(bar: &Bar, msix: Option<&MsixCapability>) -> Parts {
     parts
 }
 
-/// Bytes of an entry of the MSI-X table (PCI Express 6.0, section 7.7.2).
-pub const ENTRY: u64 = 16;
-
-/// Where the table and the pending bits lie in this BAR.
-fn msix_parts(bar: &Bar, msix: &MsixCapability) -> Vec<Part> {
-    [table_part(bar, msix), pending_part(bar, msix)].into_iter().flatten().collect()
-}
-
-/// The table's place in this BAR.
-pub fn table_part(bar: &Bar, msix: &MsixCapability) -> Option<Part> {
-    let bytes = ENTRY * u64::from(msix.table_size);
-    (msix.table_bar == bar.index).then(|| Part { offset: msix.table_offset.into(), bytes })
-}
-
-/// The place of the pending bits in this BAR: one for each vector, in whole quadwords.
-pub fn pending_part(bar: &Bar, msix: &MsixCapability) -> Option<Part> {
-    let bytes = 8 * u64::from(msix.table_size).div_ceil(64);
-    (msix.pba_bar == bar.index).then(|| Part { offset: msix.pba_offset.into(), bytes })
+/// The part of this BAR that a structure of MSI-X takes.
+pub fn part_of(bar: &Bar, structure: BarPart) -> Option<Part> {
+    let BarPart { bar: index, offset, bytes } = structure;
+    (index == bar.index).then_some(Part { offset, bytes })
 }
 
 #[cfg(test)]

@@ -15,10 +15,10 @@ const MASKED: u32 = 1;
 /// The place of an access in the table: entry and first word. `None`: it is not in the table. `Some(None)`: it is, but in no
 /// way that the specification defines (section 7.7.2: aligned dwords and quadwords).
 fn place(msix: &MsixCapability, bar: &Bar, offset: u64, bytes: u8) -> Option<Option<(u16, usize)>> {
-    let part = bars::table_part(bar, msix)?;
+    let part = bars::part_of(bar, msix.table())?;
     let at = offset.checked_sub(part.offset).filter(|at| *at < part.bytes)?;
     let defined = matches!(bytes, 4 | 8) && at.is_multiple_of(u64::from(bytes));
-    Some(defined.then_some(((at / bars::ENTRY) as u16, (at % bars::ENTRY / 4) as usize)))
+    Some(defined.then_some(((at / MsixCapability::ENTRY) as u16, (at % MsixCapability::ENTRY / 4) as usize)))
 }
 
 /// The message of an entry, and whether it is masked.
@@ -90,7 +90,7 @@ impl Device {
 
     /// Whether hardware masks an entry.
     pub(super) fn mask_in_hardware(&self, msix: &MsixCapability, entry: u16) -> Option<bool> {
-        let at = u64::from(msix.table_offset) + bars::ENTRY * u64::from(entry) + 4 * CONTROL as u64;
+        let at = u64::from(msix.table_offset) + MsixCapability::ENTRY * u64::from(entry) + 4 * CONTROL as u64;
         self.with_memory(msix.table_bar, |memory| memory.read(at, 4) as u32 & MASKED != 0)
     }
 }
