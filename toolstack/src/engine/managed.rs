@@ -11,7 +11,6 @@ use pciback::{FunctionState, Sbdf};
 use super::Engine;
 use super::problems::Problem;
 use crate::journal::Record;
-use crate::outcome::Failure;
 use crate::protocol::Cause;
 
 /// Functions that go back to dom0 when nothing prevents it any more.
@@ -73,9 +72,9 @@ impl Engine {
             return;
         }
         let record = Record { managed: false, ..record };
-        if let Err(failure) = self.journal.write(&record).map_err(Failure::from) {
-            error!("{address}: {failure}");
-            self.problems.push(Problem::failed(Cause::StateFiles, &failure).on(address));
+        if let Err(error) = self.journal.write(&record) {
+            error!("{error}");
+            self.problems.push(Problem::unwritten(&error));
         }
         self.managed.waiting.remove(&address);
         self.keep(record);

@@ -86,7 +86,7 @@ pub(super) fn hold_obstacles(
 }
 
 /// The refusal to attach a function that dom0 has.
-pub(super) fn not_assignable(address: Sbdf) -> Failure {
+fn not_assignable(address: Sbdf) -> Failure {
     Failure::refused(format!("{address} is not assignable"))
         .on(address)
         .hint(format!("run 'xpci pci-assignable-add {address}' first, or attach it with --managed"))
@@ -113,17 +113,36 @@ impl Engine {
         domain: Option<DomId>,
         trust: bool,
     ) -> Vec<Failure> {
-        let address = function.address;
-        let record = self.record(address);
-        let mut found: Vec<Failure> = match record.state {
-            FunctionState::Held => Vec::new(),
-            FunctionState::Host => self.not_held(function),
-            other => return vec![not_in_state(&record, other, "attached")],
-        };
-        if function.is_bridge() {
-            // No other obstacle matters: a bridge can never be attached.
-            return found;
+        let record = self.record(function.address);
+        match record.state {
+            FunctionState::Held => self.held_obstacles(function, domain, trust),
+            FunctionState::Host if function.is_bridge() => self.holdable(function),
+            FunctionState::Host => {
+                [vec![not_assignable(function.address)], self.managed_obstacles(function, domain, trust)]
+                    .concat()
+            }
+            other => vec![not_in_state(&record, other, "attached")],
         }
+    }
+
+    /// The same for a function of dom0 that is held first.
+    pub(super) fn managed_obstacles(
+        &self,
+        function: &HostFunction,
+        domain: Option<DomId>,
+        trust: bool,
+    ) -> Vec<Failure> {
+        let found = self.holdable(function);
+        match function.is_bridge() {
+            // No other obstacle matters: a bridge can never be attached.
+            true => found,
+            false => [found, self.held_obstacles(function, domain, trust)].concat(),
+        }
+    }
+
+    /// Obstacles that do not depend on whether the function is held.
+    fn held_obstacles(&self, function: &HostFunction, domain: Option<DomId>, trust: bool) -> Vec<Failure> {
+        let address = function.address;
         let reserved = domain.map_or(Ok(()), |domain| self.not_reserved(function, domain));
         let action = match domain {
             Some(domain) => format!("attach {address} to domain {domain}"),
@@ -131,22 +150,20 @@ impl Engine {
         };
         let reach = if trust { Ok(()) } else { self.out_of_reach(address, domain, &action) };
         // Checked before anything is changed: an attachment that ends without a reset leaves the function quarantined.
-        let plan = plan_for(&self.settings.reset, &self.policies, function);
-        let buses = Buses { platform: &self.platform, journal: &self.journal, fresh: &self.fresh };
-        let reset = buses.refuse_unresettable(&plan, function, domain);
+        let reset = self.refuse_unresettable(function, domain);
         let checks = [reserved, self.permitted(function, domain), reach, reset];
-        found.extend(checks.into_iter().filter_map(Result::err));
-        found
+        checks.into_iter().filter_map(Result::err).collect()
     }
 
-    /// Obstacles for a function that is not held: that, and what prevents holding it.
-    fn not_held(&self, function: &HostFunction) -> Vec<Failure> {
-        let address = function.address;
-        let cannot = self.holdable(function);
-        if function.is_bridge() {
-            return cannot;
-        }
-        [vec![not_assignable(address)], cannot].concat()
+    /// Refuses a function that cannot be reset in a way that the policies permit. `domain`: its guest, if that is known.
+    pub(super) fn refuse_unresettable(
+        &self,
+        function: &HostFunction,
+        domain: Option<DomId>,
+    ) -> Result<(), Failure> {
+        let plan = plan_for(&self.settings.reset, &self.policies, function);
+        let buses = Buses { platform: &self.platform, journal: &self.journal, fresh: &self.fresh };
+        buses.refuse_unresettable(&plan, function, domain)
     }
 
     /// Answers with all obstacles to an action, including those that `checks` finds on a thread; with `otherwise` if there are none.

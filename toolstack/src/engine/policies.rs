@@ -26,7 +26,6 @@ use crate::protocol::{
 use crate::reply::Reply;
 use crate::spec::{Given, existing, guest_spec};
 use crate::target::{Parent, Target};
-use crate::transaction::{Buses, plan_for};
 
 /// The result of a background compilation.
 pub struct Reloaded {
@@ -166,9 +165,7 @@ impl Engine {
     /// Why an attached function cannot be reset when its guest releases it, if the policies permit no reset that Linux offers for it.
     fn no_reset_later(&self, address: Sbdf, domain: DomId) -> Option<String> {
         let function = self.platform.host.function(address).ok()?;
-        let plan = plan_for(&self.settings.reset, &self.policies, &function);
-        let buses = Buses { platform: &self.platform, journal: &self.journal, fresh: &self.fresh };
-        let failure = buses.refuse_unresettable(&plan, &function, Some(domain)).err()?;
+        let failure = self.refuse_unresettable(&function, Some(domain)).err()?;
         Some(format!("its guest's release quarantines it: {}", failure.message))
     }
 

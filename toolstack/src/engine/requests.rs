@@ -9,7 +9,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 use super::Engine;
 use super::hvm::Wanted;
-use super::obstacles::{Force, Refusal, ThreadChecks, not_assignable, shares_with_others};
+use super::obstacles::{Force, Refusal, ThreadChecks, shares_with_others};
 use super::several::Several;
 use super::tasks::Course;
 use super::unmanaged::STUB;
@@ -321,10 +321,10 @@ impl Engine {
         self.idle(address)?;
         let state = self.state(address);
         let is_to_hold = wanted.managed && state == FunctionState::Host;
-        let mut found = self.attach_obstacles(&function, Some(domain), wanted.trust);
-        if is_to_hold {
-            found.retain(|failure| failure.message != not_assignable(address).message);
-        }
+        let found = match is_to_hold {
+            true => self.managed_obstacles(&function, Some(domain), wanted.trust),
+            false => self.attach_obstacles(&function, Some(domain), wanted.trust),
+        };
         let found = [found, also].concat();
         if found.is_empty() && !is_to_hold {
             return Ok(None);
