@@ -2,11 +2,13 @@
 
 use std::os::fd::BorrowedFd;
 
+use serde::{Deserialize, Serialize};
+
 use super::Result;
 use crate::DomId;
 
 /// Who may read a node besides dom0 and its owner. Only the owner and dom0 may write.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Permissions {
     /// The owner: reads and writes.
     pub owner: DomId,

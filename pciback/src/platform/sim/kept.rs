@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -41,7 +41,7 @@ struct Kept {
     appeared: u64,
     functions: BTreeMap<Sbdf, KeptFunction>,
     devices: BTreeMap<Sbdf, Device>,
-    domains: BTreeMap<u16, Domain>,
+    domains: BTreeMap<DomId, Domain>,
     lines: BTreeSet<u32>,
     lost: u32,
     nodes: BTreeMap<String, KeptNode>,
@@ -49,8 +49,8 @@ struct Kept {
 
 #[derive(Serialize, Deserialize)]
 struct KeptFunction {
-    /// All of config space, hexadecimal.
-    registers: String,
+    /// All of config space.
+    registers: Vec<u8>,
     driver: Option<String>,
     driver_override: Option<String>,
     virtual_functions: Vec<Sbdf>,
@@ -61,10 +61,8 @@ struct KeptFunction {
 
 #[derive(Serialize, Deserialize)]
 struct KeptNode {
-    /// Hexadecimal.
-    value: String,
-    owner: DomId,
-    readers: Vec<DomId>,
+    value: Vec<u8>,
+    permissions: Permissions,
 }
 
 /// Whether anything has changed since the last write, and whether to end.
@@ -84,77 +82,74 @@ impl Changes {
         self.0.1.notify_one();
     }
 
+    /// Ends the waiting.
+    fn end(&self) {
+        locked(&self.0.0).end = true;
+        self.0.1.notify_one();
+    }
+
     /// Waits for a change; `false`: the end has come.
     fn wait(&self) -> bool {
         let idle = |state: &mut State| !state.changed && !state.end;
         let state = self.0.1.wait_while(locked(&self.0.0), idle);
-        let mut state = state.unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut state = state.unwrap_or_else(PoisonError::into_inner);
         state.changed = false;
         !state.end
+    }
+
+    /// Waits for the end, at most for `limit`.
+    fn wait_for_end(&self, limit: Duration) {
+        // Whether it came, the next wait tells.
+        drop(self.0.1.wait_timeout_while(locked(&self.0.0), limit, |state| !state.end));
     }
 }
 
 /// Writes the host to its file whenever it has changed, until it is dropped.
 pub struct Keeper {
-    simulation: Simulation,
-    file: PathBuf,
-    boot: String,
-    changes: Changes,
+    file: Arc<KeptFile>,
     writer: Option<JoinHandle<()>>,
+}
+
+/// The file of a host.
+struct KeptFile {
+    simulation: Simulation,
+    path: PathBuf,
+    boot: String,
 }
 
 impl Simulation {
     /// Continues the host that an earlier process kept in a file, unless that was of another boot or description; keeps it there from now on.
-    pub fn keep_in(&self, file: &Path, boot: &str) -> io::Result<Keeper> {
-        match fs::read(file) {
-            Ok(text) => match serde_json::from_slice::<Kept>(&text) {
-                Ok(kept)
-                    if kept.format == FORMAT && kept.boot == boot && kept.description == self.described =>
-                {
-                    self.resume(kept);
-                }
-                Ok(_) => {
-                    log::info!(
-                        "{}: it is of another boot or description; the simulated host begins anew",
-                        file.display()
-                    );
-                }
-                Err(error) => {
-                    log::warn!("{}: {error}; the simulated host begins anew", file.display());
-                }
-            },
+    pub fn keep_in(&self, path: &Path, boot: &str) -> io::Result<Keeper> {
+        match fs::read(path) {
+            Ok(text) => self.resume_if_same(&text, path, boot),
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
-        let (simulation, changes) = (self.clone(), self.changes.clone());
-        let mut keeper =
-            Keeper { simulation, file: file.to_owned(), boot: boot.to_owned(), changes, writer: None };
-        if let Err(error) = keeper.write() {
-            // A service that has guests starts on a full disk, too.
-            log::warn!("keep the simulated host in {}: {error}", file.display());
-        }
-        let (simulation, changes) = (self.clone(), self.changes.clone());
-        let (file, boot) = (file.to_owned(), boot.to_owned());
-        let writer = thread::Builder::new().name("simulated host".into()).spawn(move || {
-            while changes.wait() {
-                let begun = Instant::now();
-                if let Err(error) = write(&simulation, &file, &boot) {
-                    log::warn!("keep the simulated host in {}: {error}", file.display());
-                    changes.note();
-                    thread::sleep(AGAIN);
-                }
-                thread::sleep(begun.elapsed() * PAUSE);
+        let (simulation, path, boot) = (self.clone(), path.to_owned(), boot.to_owned());
+        let file = Arc::new(KeptFile { simulation, path, boot });
+        // A service that has guests starts on a full disk, too.
+        file.write();
+        let kept = Arc::clone(&file);
+        let writer = thread::Builder::new().name("simulated host".into()).spawn(move || kept.follow())?;
+        Ok(Keeper { file, writer: Some(writer) })
+    }
+
+    fn resume_if_same(&self, text: &[u8], path: &Path, boot: &str) {
+        let (level, why) = match serde_json::from_slice::<Kept>(text) {
+            Ok(kept) if kept.format == FORMAT && kept.boot == boot && kept.description == self.described => {
+                return self.resume(kept);
             }
-        })?;
-        keeper.writer = Some(writer);
-        Ok(keeper)
+            Ok(_) => (log::Level::Info, "it is of another boot or description".to_owned()),
+            Err(error) => (log::Level::Warn, error.to_string()),
+        };
+        log::log!(level, "{}: {why}; the simulated host begins anew", path.display());
     }
 
     fn kept(&self, boot: &str) -> Kept {
         let (world, tree) = (locked(&self.world), locked(&self.tree));
         let functions = world.functions.iter().map(|(address, function)| {
             let kept = KeptFunction {
-                registers: hex(function.registers.all()),
+                registers: function.registers.all().to_vec(),
                 driver: function.driver.clone(),
                 driver_override: function.driver_override.clone(),
                 virtual_functions: function.virtual_functions.clone(),
@@ -165,8 +160,7 @@ impl Simulation {
             (*address, kept)
         });
         let nodes = tree.nodes.iter().map(|(path, node)| {
-            let Permissions { owner, readers } = node.permissions.clone();
-            (path.clone(), KeptNode { value: hex(&node.value), owner, readers })
+            (path.clone(), KeptNode { value: node.value.clone(), permissions: node.permissions.clone() })
         });
         Kept {
             format: FORMAT,
@@ -175,7 +169,7 @@ impl Simulation {
             appeared: world.appeared,
             functions: functions.collect(),
             devices: world.xen.devices.clone(),
-            domains: world.xen.domains.iter().map(|(id, domain)| (id.0, domain.clone())).collect(),
+            domains: world.xen.domains.clone(),
             lines: world.xen.lines.clone(),
             lost: world.xen.lost,
             nodes: nodes.collect(),
@@ -187,13 +181,10 @@ impl Simulation {
         world.resume_functions(kept.functions);
         world.appeared = kept.appeared;
         world.xen.devices = kept.devices;
-        world.xen.domains = kept.domains.into_iter().map(|(id, domain)| (DomId(id), domain)).collect();
+        world.xen.domains = kept.domains;
         world.xen.lines = kept.lines;
         world.xen.lost = kept.lost;
-        tree.resume(kept.nodes.into_iter().map(|(path, node)| {
-            let permissions = Permissions { owner: node.owner, readers: node.readers };
-            (path, bytes(&node.value), permissions)
-        }));
+        tree.resume(kept.nodes);
     }
 }
 
@@ -228,7 +219,7 @@ impl World {
         }
         for (address, kept) in kept {
             let Some(function) = self.functions.get_mut(&address) else { continue };
-            function.registers.poke(0, &bytes(&kept.registers));
+            function.registers.poke(0, &kept.registers);
             function.driver = kept.driver;
             function.driver_override = kept.driver_override;
             function.vf_autoprobe = kept.vf_autoprobe;
@@ -239,9 +230,9 @@ impl World {
 }
 
 impl Tree {
-    fn resume(&mut self, nodes: impl Iterator<Item = (String, Vec<u8>, Permissions)>) {
+    fn resume(&mut self, nodes: BTreeMap<String, KeptNode>) {
         self.nodes.clear();
-        for (path, value, permissions) in nodes {
+        for (path, KeptNode { value, permissions }) in nodes {
             if let Some((parent, name)) = path.rsplit_once('/').filter(|(_, name)| !name.is_empty()) {
                 let parent = if parent.is_empty() { "/" } else { parent };
                 // Parents come before their children, by the order of their names.
@@ -255,32 +246,46 @@ impl Tree {
     }
 }
 
-impl Keeper {
-    /// Writes the host as it is now.
-    pub fn write(&self) -> io::Result<()> {
-        write(&self.simulation, &self.file, &self.boot)
+impl KeptFile {
+    /// Writes the host after each change, until the end.
+    fn follow(&self) {
+        let changes = &self.simulation.changes;
+        while changes.wait() {
+            let begun = Instant::now();
+            let pause = match self.write() {
+                true => begun.elapsed() * PAUSE,
+                false => {
+                    changes.note();
+                    AGAIN
+                }
+            };
+            changes.wait_for_end(pause);
+        }
+    }
+
+    /// Writes the host as it is now; `false`: it could not.
+    fn write(&self) -> bool {
+        let new = self.path.with_extension("new");
+        let written = serde_json::to_vec(&self.simulation.kept(&self.boot))
+            .map_err(io::Error::from)
+            .and_then(|text| fs::write(&new, text))
+            .and_then(|()| fs::rename(&new, &self.path));
+        if let Err(error) = &written {
+            log::warn!("keep the simulated host in {}: {error}", self.path.display());
+        }
+        written.is_ok()
     }
 }
 
 impl Drop for Keeper {
     fn drop(&mut self) {
-        locked(&self.changes.0.0).end = true;
-        self.changes.0.1.notify_one();
+        self.file.simulation.changes.end();
         if let Some(writer) = self.writer.take() {
             // A thread that panicked has said so itself.
             let _ = writer.join();
         }
-        if let Err(error) = self.write() {
-            log::warn!("keep the simulated host in {}: {error}", self.file.display());
-        }
+        self.file.write();
     }
-}
-
-fn write(simulation: &Simulation, file: &Path, boot: &str) -> io::Result<()> {
-    let text = serde_json::to_vec(&simulation.kept(boot))?;
-    let new = file.with_extension("new");
-    fs::write(&new, text)?;
-    fs::rename(&new, file)
 }
 
 /// What identifies a description.
@@ -288,17 +293,6 @@ pub(super) fn identify(text: &str) -> u64 {
     let mut hash = Fnv::new();
     hash.add_bytes(text.as_bytes());
     hash.finish()
-}
-
-fn hex(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    let digit = |value: u8| char::from(DIGITS[usize::from(value & 0xf)]);
-    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(*byte)]).collect()
-}
-
-fn bytes(hex: &str) -> Vec<u8> {
-    let digit = |digit: u8| char::from(digit).to_digit(16).unwrap_or_default() as u8;
-    hex.as_bytes().chunks(2).map(|pair| digit(pair[0]) << 4 | digit(pair[pair.len() - 1])).collect()
 }
 
 #[cfg(test)]
