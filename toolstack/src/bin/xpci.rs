@@ -133,7 +133,7 @@ fn follow_events(socket: &Path, request: &Request<Target>, json: bool) -> Failur
             }
             match json {
                 true => show_json(envelope),
-                false => say(&mut std::io::stdout(), &printable(&format!("{event}\n"), "\n")),
+                false => say(&mut std::io::stdout(), &format!("{event}\n")),
             }
             last = Some(event.clone());
         };
@@ -188,14 +188,14 @@ fn exit_code(envelope: &Envelope, checked: bool) -> u8 {
 fn show(envelope: Envelope, look: Look) {
     match (envelope.result, envelope.error) {
         (_, Some(failure)) => report(&failure),
-        (Some(success), None) => say(&mut std::io::stdout(), &printable(&render(&success, look), "\n")),
+        (Some(success), None) => say(&mut std::io::stdout(), &render(&success, look)),
         (None, None) => {}
     }
 }
 
 fn show_json(answer: &impl Serialize) {
     let text = serde_json::to_string(answer).unwrap_or_default();
-    say(&mut std::io::stdout(), &format!("{text}\n"));
+    print(&mut std::io::stdout(), &format!("{text}\n"));
 }
 
 fn report(failure: &Failure) {
@@ -204,11 +204,16 @@ fn report(failure: &Failure) {
     if let Some(hint) = &failure.hint {
         text.push_str(&format!("      {hint}\n"));
     }
-    say(&mut std::io::stderr(), &printable(&text, "\n"));
+    say(&mut std::io::stderr(), &text);
+}
+
+/// Prints a text for people: names of guests may have control characters.
+fn say(to: &mut dyn Write, text: &str) {
+    print(to, &printable(text, "\n"));
 }
 
 /// Prints text. A reader that has closed the pipe, such as `head`, is no error; another failed write, for example to a full disk, is one.
-fn say(to: &mut dyn Write, text: &str) {
+fn print(to: &mut dyn Write, text: &str) {
     match to.write_all(text.as_bytes()).and_then(|()| to.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
             // If standard error fails as well, the exit status still shows it.

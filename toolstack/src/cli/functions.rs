@@ -64,38 +64,32 @@ impl Functions {
         let Success::Listed { functions } = ask(Request::List { filter: ListFilter::default() })? else {
             return Err(Failure::refused("xpcid did not list the functions of the host"));
         };
-        let is_concerned = |function: &FunctionView| match concerned {
+        let of_device = |address: Sbdf| {
+            (address.segment(), address.bus(), address.device())
+                == (first.segment(), first.bus(), first.device())
+        };
+        let found: Vec<FunctionView> = functions.into_iter().map(|listed| listed.function).collect();
+        let those = |applies: &dyn Fn(&FunctionView) -> bool| -> Vec<Target> {
+            let of_device = found.iter().filter(|function| of_device(function.address));
+            of_device.filter(|function| applies(function)).map(|function| function.address.into()).collect()
+        };
+        if those(&|_| true).is_empty() {
+            return Err(Failure::not_found(format!("there is no function at {}", Self::OfDevice(first)))
+                .hint("'xpci list' shows the host's functions"));
+        }
+        let chosen = those(&|function| match concerned {
             Concerned::Every => true,
             Concerned::NotTheHosts => function.state != FunctionState::Host,
             Concerned::OfGuest(name) => {
                 function.domain_name.as_deref() == Some(name)
                     || function.domain.is_some_and(|domain| domain.to_string() == name)
             }
-        };
-        let of_device = |address: &Sbdf| {
-            (address.segment(), address.bus(), address.device())
-                == (first.segment(), first.bus(), first.device())
-        };
-        let found: Vec<_> = functions.iter().map(|listed| &listed.function).collect();
-        let found: Vec<_> = found.into_iter().filter(|function| of_device(&function.address)).collect();
-        let chosen: Vec<Target> = found
-            .iter()
-            .filter(|function| is_concerned(function))
-            .map(|function| function.address.into())
-            .collect();
-        if found.is_empty() {
-            return Err(Failure::not_found(format!("there is no function at {}", Self::OfDevice(first)))
-                .hint("'xpci list' shows the host's functions"));
-        }
+        });
         if !chosen.is_empty() {
             return Ok(chosen);
         }
         // The command applies to none of them. The service answers so for each that no guest has.
-        let free: Vec<Target> = found
-            .iter()
-            .filter(|function| function.domain.is_none())
-            .map(|function| function.address.into())
-            .collect();
+        let free = those(&|function| function.domain.is_none());
         if free.is_empty() {
             let text = format!("other guests have the functions of {}", Self::OfDevice(first));
             return Err(Failure::not_found(text).hint("'xpci list' shows who has them"));
