@@ -6,7 +6,7 @@ use pciback::platform::hypervisor::DeviceReport;
 use pciback::policy::RdmPolicy;
 
 use super::Needs::{Nothing, PlainGuest};
-use super::{Broken, Contract, Fixture, NO_OWNER, UNKNOWN, ok, refused, same, undone};
+use super::{Broken, Contract, Fixture, NO_DOMAIN, UNKNOWN, ok, refused, same, undone};
 
 pub const CONTRACTS: &[Contract] = &[
     ("xen/knows-what-was-reported", Nothing, known),
@@ -56,10 +56,10 @@ fn known(fixture: &Fixture) -> Result<(), Broken> {
 
 fn nobody_to_stop(fixture: &Fixture) -> Result<(), Broken> {
     let xen = &fixture.platform.hypervisor;
-    refused("look at", xen.domain(NO_OWNER), &[Errno::ESRCH])?;
-    refused("pause", xen.pause(NO_OWNER), &[Errno::ESRCH])?;
-    refused("unpause", xen.unpause(NO_OWNER), &[Errno::ESRCH])?;
-    refused("destroy", xen.destroy(NO_OWNER), &[Errno::ESRCH])
+    refused("look at", xen.domain(NO_DOMAIN), &[Errno::ESRCH])?;
+    refused("pause", xen.pause(NO_DOMAIN), &[Errno::ESRCH])?;
+    refused("unpause", xen.unpause(NO_DOMAIN), &[Errno::ESRCH])?;
+    refused("destroy", xen.destroy(NO_DOMAIN), &[Errno::ESRCH])
 }
 
 fn round(fixture: &Fixture) -> Result<(), Broken> {
@@ -89,8 +89,12 @@ fn refusals(fixture: &Fixture) -> Result<(), Broken> {
     let (xen, vf, guest) = (&fixture.platform.hypervisor, fixture.vf, fixture.guest);
     ours(fixture, || {
         refused("to dom0", xen.assign(DomId::DOM0, vf, RdmPolicy::Strict), &[Errno::EINVAL])?;
-        refused("to nobody", xen.assign(NO_OWNER, vf, RdmPolicy::Strict), &[Errno::ESRCH])?;
-        refused("from nobody", xen.deassign(NO_OWNER, vf), &[Errno::ESRCH])?;
+        refused(
+            "to a domain that does not exist",
+            xen.assign(NO_DOMAIN, vf, RdmPolicy::Strict),
+            &[Errno::ESRCH],
+        )?;
+        refused("from a domain that does not exist", xen.deassign(NO_DOMAIN, vf), &[Errno::ESRCH])?;
         refused("from who has it not", xen.deassign(guest, vf), &[Errno::ENODEV])?;
         for domain in [guest, DomId::IO] {
             refused("what is not there", xen.assign(domain, UNKNOWN, RdmPolicy::Strict), &[Errno::ENODEV])?;
@@ -124,7 +128,7 @@ fn memory(fixture: &Fixture) -> Result<(), Broken> {
                 ok(xen.iomem_permission(guest, first, frames, allow))?;
             }
             let allow = |domain, first, frames| xen.iomem_permission(domain, first, frames, true);
-            refused("for nobody", allow(NO_OWNER, first, frames), &[Errno::ESRCH])?;
+            refused("for a domain that does not exist", allow(NO_DOMAIN, first, frames), &[Errno::ESRCH])?;
             refused("no frames", allow(guest, first, 0), &[Errno::EINVAL])?;
             refused("behind the end", allow(guest, u64::MAX, 2), &[Errno::EINVAL])?;
             refused("the local APIC", allow(guest, 0xfee00, 1), &[Errno::EPERM])
@@ -143,7 +147,7 @@ fn ports(fixture: &Fixture) -> Result<(), Broken> {
                 ok(xen.ioport_permission(guest, first, count, allow))?;
             }
             let allow = |domain, first, count| xen.ioport_permission(domain, first, count, true);
-            refused("for nobody", allow(NO_OWNER, first, count), &[Errno::ESRCH])?;
+            refused("for a domain that does not exist", allow(NO_DOMAIN, first, count), &[Errno::ESRCH])?;
             refused("no ports", allow(guest, first, 0), &[Errno::EINVAL])?;
             refused("behind the end", allow(guest, 0xfff0, 0x20), &[Errno::EINVAL])?;
             refused("Xen's serial port", allow(guest, 0x3f8, 8), &[Errno::EPERM])
@@ -175,6 +179,6 @@ fn rings(fixture: &Fixture) -> Result<(), Broken> {
     let wrong = [Errno::EINVAL];
     refused("a grant that was not made", connect(fixture.guest, 0x7fff, 1), &wrong)?;
     refused("a grant out of range", connect(fixture.guest, u32::MAX, 1), &wrong)?;
-    refused("of nobody", connect(NO_OWNER, 8, 1), &wrong)?;
+    refused("of a domain that does not exist", connect(NO_DOMAIN, 8, 1), &wrong)?;
     refused("of dom0", connect(DomId::DOM0, 8, 1), &wrong)
 }

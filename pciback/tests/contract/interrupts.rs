@@ -8,7 +8,7 @@ use pciback::policy::RdmPolicy;
 use super::Needs::Nothing;
 use super::host::{read, write};
 use super::hypervisor::ours;
-use super::{Broken, Contract, Fixture, NO_OWNER, UNKNOWN, ok, refused, same, undone};
+use super::{Broken, Contract, Fixture, NO_DOMAIN, UNKNOWN, ok, refused, same, undone};
 
 pub const CONTRACTS: &[Contract] = &[
     ("msix/prepared-once-released-once", Nothing, prepare),
@@ -87,7 +87,7 @@ fn unprepared(fixture: &Fixture) -> Result<(), Broken> {
         ok(xen.assign(guest, vf, RdmPolicy::Strict))?;
         refused("not prepared", xen.map_msi(guest, vf, first), &[Errno::ENODATA])?;
         refused("not there", xen.map_msi(guest, UNKNOWN, first), &[Errno::ENODEV])?;
-        refused("for nobody", xen.map_msi(NO_OWNER, vf, first), &[Errno::ESRCH])
+        refused("for a domain that does not exist", xen.map_msi(NO_DOMAIN, vf, first), &[Errno::ESRCH])
     })
 }
 
@@ -154,7 +154,7 @@ fn unmap(fixture: &Fixture) -> Result<(), Broken> {
     given(fixture, |mapped| {
         let pirq = ok(xen.map_msi(guest, vf, first))?;
         mapped.push(pirq);
-        refused("of nobody", xen.unmap_pirq(NO_OWNER, pirq), &[Errno::ESRCH])?;
+        refused("of a domain that does not exist", xen.unmap_pirq(NO_DOMAIN, pirq), &[Errno::ESRCH])?;
         ok(xen.unmap_pirq(guest, pirq))?;
         refused("twice", xen.unmap_pirq(guest, pirq), &[Errno::EINVAL])?;
         refused("out of range", xen.unmap_pirq(guest, Pirq(100_000)), &[Errno::EINVAL])
@@ -170,7 +170,11 @@ fn chosen(fixture: &Fixture) -> Result<(), Broken> {
         ok(xen.unmap_pirq(guest, known))?;
         refused("out of range", xen.map_msi_as(guest, vf, first, Pirq(100_000)), &[Errno::EINVAL])?;
         refused("no number", xen.map_msi_as(guest, vf, first, Pirq(u32::MAX)), &[Errno::EINVAL])?;
-        refused("for nobody", xen.map_msi_as(NO_OWNER, vf, first, known), &[Errno::ESRCH])?;
+        refused(
+            "for a domain that does not exist",
+            xen.map_msi_as(NO_DOMAIN, vf, first, known),
+            &[Errno::ESRCH],
+        )?;
         ok(xen.map_msi_as(guest, vf, first, known))?;
         mapped.push(known);
         let other = ok(xen.map_msi(guest, vf, first))?;
@@ -184,7 +188,7 @@ fn chosen(fixture: &Fixture) -> Result<(), Broken> {
 fn lines(fixture: &Fixture) -> Result<(), Broken> {
     let (xen, guest) = (&fixture.platform.hypervisor, fixture.guest);
     refused("out of range", xen.map_gsi(guest, 100_000), &[Errno::EINVAL])?;
-    refused("of nobody", xen.map_gsi(NO_OWNER, 20), &[Errno::ESRCH])?;
+    refused("of a domain that does not exist", xen.map_gsi(NO_DOMAIN, 20), &[Errno::ESRCH])?;
     let pf = ok(fixture.platform.host.function(fixture.pf))?;
     if pf.irq == 0 || fixture.guest == DomId::DOM0 {
         return Ok(());

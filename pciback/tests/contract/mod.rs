@@ -68,7 +68,7 @@ impl Fixture {
 pub const LIMIT: Duration = Duration::from_secs(30);
 /// A function that no host has, and a domain that does not exist.
 pub const UNKNOWN: Sbdf = Sbdf::from_devfn(0, 0xee, 0);
-pub const NO_OWNER: DomId = DomId(999);
+pub const NO_DOMAIN: DomId = DomId(999);
 
 /// All contracts.
 pub fn all() -> impl Iterator<Item = Contract> {

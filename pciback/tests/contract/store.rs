@@ -9,7 +9,7 @@ use pciback::DomId;
 use pciback::platform::{Permissions, Platform, Store};
 
 use super::Needs::Nothing;
-use super::{Broken, Contract, Fixture, NO_OWNER, ok, put, refused, same, undone};
+use super::{Broken, Contract, Fixture, NO_DOMAIN, ok, put, refused, same, undone};
 
 /// Everything happens below this node.
 pub const TOP: &str = "/local/domain/0/xpci-contract";
@@ -78,8 +78,12 @@ fn permissions(fixture: &Fixture) -> Result<(), Broken> {
             ok(store.set_permissions(&path("node"), &permissions))?;
             same("read back", ok(store.permissions(&path("node")))?, Some(permissions))?;
         }
-        let nobody = Permissions { owner: NO_OWNER, readers: Vec::new() };
-        refused("an owner that is not there", store.set_permissions(&path("node"), &nobody), &[Errno::ENOENT])
+        let missing = Permissions { owner: NO_DOMAIN, readers: Vec::new() };
+        refused(
+            "an owner that is not there",
+            store.set_permissions(&path("node"), &missing),
+            &[Errno::ENOENT],
+        )
     })
 }
 
@@ -254,7 +258,7 @@ fn special(fixture: &Fixture) -> Result<(), Broken> {
 fn domains(fixture: &Fixture) -> Result<(), Broken> {
     let exists = |domain| ok(fixture.platform.store.domain_exists(domain));
     same("the guest", exists(fixture.guest)?, true)?;
-    same("nobody", exists(NO_OWNER)?, false)?;
+    same("a domain that does not exist", exists(NO_DOMAIN)?, false)?;
     let home = format!("/local/domain/{}", fixture.guest);
     let permissions = ok(fixture.platform.store.permissions(&home))?;
     same("its home", permissions, Some(Permissions::backend(fixture.guest)))

@@ -25,7 +25,7 @@ fn seen(one: &BareGuest<'_>, slot: u32, register: u32) -> Result<(u32, u32)> {
 }
 
 const IDENTITY: u32 = 0x1041_1af4;
-const NO_OWNER: (u32, u32) = (u32::MAX, 0xffff);
+const NO_ANSWER: (u32, u32) = (u32::MAX, 0xffff);
 
 /// Where the registers of both virtio functions are in the guest, with decoding on, and what a healthy one reads.
 struct Places {
@@ -124,7 +124,7 @@ pub fn unplug_takes_the_function_from_its_guest(scene: &mut HvmDevices<'_>) -> R
     let decision = raise(lab, "e0", VIRTIO[0], "COMP_TIME")?;
     ensure!(decision["action"] == "unplug", "{decision}");
     wait_for_state(lab, VIRTIO[0], "held")?;
-    ensure!(is_held(lab, VIRTIO[0])? && seen(one, SLOT, own)? == NO_OWNER, "{:x?}", seen(one, SLOT, own)?);
+    ensure!(is_held(lab, VIRTIO[0])? && seen(one, SLOT, own)? == NO_ANSWER, "{:x?}", seen(one, SLOT, own)?);
     is_healthy(one, SECOND, other).context("the other one")
 }
 
@@ -149,6 +149,6 @@ fn quarantined(lab: &Lab, one: &BareGuest<'_>, function: &str, place: (u32, u32)
     ensure!(is_held(lab, function)?, "{}", owner(lab, function)?);
     let command = lab.dom0(&format!("setpci -s {function} 4.w")).ok()?;
     ensure!(u16::from_str_radix(command.trim(), 16)? & 4 == 0, "bus mastering: {command}");
-    ensure!(seen(one, place.0, place.1)? == NO_OWNER, "the guest reads {:x?}", seen(one, place.0, place.1)?);
+    ensure!(seen(one, place.0, place.1)? == NO_ANSWER, "the guest reads {:x?}", seen(one, place.0, place.1)?);
     Ok(())
 }
