@@ -78,6 +78,7 @@ impl<'a> Scene<'a> for OtherDevices<'a> {
             virtio_net_hears_of_its_link_by_its_interrupt_line needs three_functions_are_attached_to_one_guest,
             detached_functions_leave_nothing_in_the_guest,
             functions_go_back_to_the_drivers_they_came_from,
+            a_managed_device_is_used_by_a_guest_and_goes_back_with_its_detach needs functions_go_back_to_the_drivers_they_came_from,
         ]
     }
 
@@ -205,6 +206,23 @@ fn functions_go_back_to_the_drivers_they_came_from(scene: &mut OtherDevices<'_>)
         ensure!(owner(lab, function)? == "d0", "{}", owner(lab, function)?);
     }
     lab.wait_for("the disk in dom0 again", SOON, "dd if=/dev/nvme0n1 of=/dev/null bs=64k count=1")
+}
+
+/// Named as all functions of its device. The stock drivers of the guest and of dom0 read the disk.
+fn a_managed_device_is_used_by_a_guest_and_goes_back_with_its_detach(
+    scene: &mut OtherDevices<'_>,
+) -> Result<()> {
+    let (lab, one) = (scene.lab, &scene.one);
+    let device = NVME.strip_suffix(".0").unwrap_or(NVME);
+    let before = driver(lab, NVME)?;
+    xpci(lab, &format!("pci-attach --managed one '{device}.*'"))?;
+    one.run("modprobe nvme").ok()?;
+    one.wait_for("the disk", SOON, "[ -b /dev/nvme0n1 ]")?;
+    one.run("dd if=/dev/nvme0n1 of=/dev/null bs=64k count=1 && modprobe -r nvme").limit(SOON).ok()?;
+    xpci(lab, &format!("pci-detach one '{device}.*'"))?;
+    lab.wait_for("the disk in dom0 again", SOON, "dd if=/dev/nvme0n1 of=/dev/null bs=64k count=1")?;
+    ensure!(driver(lab, NVME)? == before && owner(lab, NVME)? == "d0", "{}", owner(lab, NVME)?);
+    nothing_remains(lab, one)
 }
 
 fn driver(lab: &Lab, function: &str) -> Result<String> {
