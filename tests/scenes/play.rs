@@ -9,7 +9,8 @@ use anyhow::{Result, anyhow};
 use super::Check;
 use super::report::{Report, Verdict, causes};
 
-/// Sets a scene up, runs the selected checks in order and restores the scene's state after each that fails.
+/// Sets a scene up, runs the selected checks in order and restores the scene's state after each that fails. Where the checks that the
+/// scene begins with are not selected, what they would have left is made by restoring it, too.
 pub fn play<S>(
     scene: &str,
     checks: &[Check<S>],
@@ -33,6 +34,11 @@ pub fn play<S>(
     // Checks that failed or did not run, and why nothing can run any more.
     let mut failed: Vec<&'static str> = Vec::new();
     let mut lost: Option<String> = None;
+    if selected.first() != checks.first().map(|check| &check.name)
+        && let Err(error) = caught(|| restore(&mut state))
+    {
+        lost = Some(format!("the state of the checks before could not be made: {}", causes(&error)));
+    }
     for check in checks.iter().filter(|check| selected.contains(&check.name)) {
         let missing = check.needs.iter().find(|need| failed.contains(need));
         let why = lost.clone().or(missing.map(|need| format!("it needs {need}")));
@@ -110,8 +116,11 @@ mod tests {
     }
 
     fn outcome(broken: bool, set_up: Result<()>) -> Vec<(String, String)> {
+        outcome_of(&["first", "fails", "panics", "depends", "last"], broken, set_up)
+    }
+
+    fn outcome_of(names: &[&'static str], broken: bool, set_up: Result<()>) -> Vec<(String, String)> {
         let checks: Vec<Check<World>> = checks![first, fails, panics, depends needs fails, last];
-        let names: Vec<&str> = checks.iter().map(|check| check.name).collect();
         let mut report = Report::default();
         let restore = |world: &mut World| {
             world.restored += 1;
@@ -119,7 +128,7 @@ mod tests {
             Ok(())
         };
         let world = || set_up.map(|()| World { broken, ..World::default() });
-        play("scene", &checks, &names, world, restore, &mut report);
+        play("scene", &checks, names, world, restore, &mut report);
         let shown = |verdict: &Verdict| match verdict {
             Verdict::Passed => "passed".to_owned(),
             Verdict::Failed(why) => format!("failed: {why}"),
@@ -139,6 +148,12 @@ mod tests {
         assert!(found[2].1.starts_with("failed: it panicked: another reason"), "{found:?}");
         assert_eq!(verdicts[3], "not run: it needs fails");
         assert_eq!(verdicts[4], "passed");
+    }
+
+    #[test]
+    fn a_check_that_runs_without_those_before_it_finds_the_scenes_state() {
+        let found = outcome_of(&["last"], false, Ok(()));
+        assert_eq!(found, [("scene::last".to_owned(), "passed".to_owned())]);
     }
 
     #[test]
