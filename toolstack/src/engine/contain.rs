@@ -57,23 +57,22 @@ impl Engine {
         if quarantine {
             self.set_gone(address);
         }
-        if self.busy.contains(&address) {
+        if self.functions.is_busy(address) {
             self.awaiting.put(address, containment, why);
             return;
         }
-        let Some(record) = self.records.get_mut(&address) else {
+        let Some(mut record) = self.functions.records().get(address).cloned() else {
             warn!("{address}: {why}; it belongs to dom0 and stays there");
             return;
         };
         if quarantine && record.state != FunctionState::Gone {
             error!("{address}: quarantined: {why}");
-            record.quarantine.get_or_insert_with(|| why.to_owned());
-            if let Err(error) = self.journal.write(record) {
+            record = self.functions.note_quarantine(address, why).unwrap_or(record);
+            if let Err(error) = self.journal.write(&record) {
                 error!("{error}");
                 self.problems.push(Problem::unwritten(&error));
             }
         }
-        let record = record.clone();
         let why = why.to_owned();
         match (record.state, containment) {
             (FunctionState::Attached | FunctionState::Resetting, _) => {
@@ -98,12 +97,14 @@ impl Engine {
 
     /// Carries out a containment that was requested during a transaction that has now ended.
     pub(super) fn contain_awaiting(&mut self, address: Sbdf) {
-        if self.busy.contains(&address) {
+        if self.functions.is_busy(address) {
             return;
         }
         let waiting = self.awaiting.locked().remove(&address);
         let Some((containment, why)) = waiting else { return };
-        if self.state(address) == FunctionState::Quarantined || !self.records.contains_key(&address) {
+        if self.functions.records().state(address) == FunctionState::Quarantined
+            || self.functions.records().get(address).is_none()
+        {
             return;
         }
         self.contain(address, containment, &why);

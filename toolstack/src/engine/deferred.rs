@@ -29,7 +29,7 @@ fn changed(request: &Request) -> Option<Sbdf> {
 impl Engine {
     /// Reserves a function for a repair.
     pub(super) fn repair_begins(&mut self, address: Sbdf) {
-        self.busy.insert(address);
+        self.functions.reserve(address);
         self.requests_wait(address);
     }
 
@@ -40,7 +40,7 @@ impl Engine {
 
     /// Ends a repair, or one that was not started, and handles the requests that waited for it, in the order in which they came.
     pub(super) fn repair_ends(&mut self, address: Sbdf) {
-        self.busy.remove(&address);
+        self.functions.release(address);
         self.requests_go_on(address);
     }
 

@@ -119,7 +119,7 @@ impl Engine {
 
     /// Records the outcome of an action.
     pub(super) fn note_outcome(&mut self, address: Sbdf, ok: bool, text: String) {
-        let domain = self.records.get(&address).and_then(|record| record.guest).map(|place| place.domain);
+        let domain = self.functions.records().guest(address);
         self.note_event(EventView::now(address, domain, Happening::Outcome { ok, text }));
     }
 
@@ -127,13 +127,14 @@ impl Engine {
     pub(super) fn take_over_states(&mut self) {
         let now = SystemTime::now();
         self.event_log.states =
-            self.records.iter().map(|(address, record)| (*address, (record.state, now))).collect();
+            self.functions.records().all().map(|record| (record.address, (record.state, now))).collect();
     }
 
     /// Sends events for functions whose state has changed since the last call.
     pub(super) fn send_state_events(&mut self) {
         let mut changed = Vec::new();
-        for (address, record) in &self.records {
+        for record in self.functions.records().all() {
+            let address = &record.address;
             let before = self.event_log.states.get(address).map_or(FunctionState::Host, |(state, _)| *state);
             if before != record.state {
                 let domain = record.guest.map(|place| place.domain);
@@ -141,7 +142,7 @@ impl Engine {
             }
         }
         for (address, (before, _)) in &self.event_log.states {
-            if !self.records.contains_key(address) && *before != FunctionState::Host {
+            if self.functions.records().get(*address).is_none() && *before != FunctionState::Host {
                 changed.push((*address, None, *before, FunctionState::Host));
             }
         }
@@ -164,7 +165,7 @@ impl Engine {
 
     /// Sends an event for a function whose filter has changed by reloaded policies.
     pub(super) fn send_policy_event(&mut self, address: Sbdf, registers: Vec<String>) {
-        let domain = self.records.get(&address).and_then(|record| record.guest).map(|place| place.domain);
+        let domain = self.functions.records().guest(address);
         let event = self.named(EventView::now(address, domain, Happening::Policy { registers }));
         self.event_log.send(event);
     }

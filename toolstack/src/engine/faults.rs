@@ -93,7 +93,7 @@ impl Engine {
 
     /// Whether an error of this function concerns a guest or the service, and not dom0 alone.
     fn concerns(&self, address: Sbdf) -> bool {
-        self.faults.watched.contains(&address) || self.records.contains_key(&address) || {
+        self.faults.watched.contains(&address) || self.functions.records().get(address).is_some() || {
             // A function of dom0 below a port that is also above a guest's function.
             let ports = self.platform.host.ports_above(address).unwrap_or_default();
             ports.iter().any(|port| self.faults.watched.contains(port))
@@ -134,7 +134,7 @@ impl Engine {
     /// Updates which functions are watched. Called when a guest gets a function, when a transaction ends, and when a guest of an earlier
     /// run is taken over.
     pub(super) fn watch_errors_of(&mut self, address: Sbdf) -> Result<(), Failure> {
-        let record = self.records.get(&address);
+        let record = self.functions.records().get(address);
         let given = [FunctionState::Attaching, FunctionState::Attached, FunctionState::Resetting];
         let attached = record.is_some_and(|record| record.guest.is_some() && given.contains(&record.state));
         if !attached {
@@ -171,8 +171,13 @@ impl Engine {
         }
         self.faults.watched = watched;
         self.schedule_polls();
-        let living: BTreeSet<DomId> =
-            self.records.values().filter_map(|record| record.guest).map(|place| place.domain).collect();
+        let living: BTreeSet<DomId> = self
+            .functions
+            .records()
+            .all()
+            .filter_map(|record| record.guest)
+            .map(|place| place.domain)
+            .collect();
         self.faults.guests.retain(|domain, _| living.contains(domain));
         Ok(())
     }
@@ -219,7 +224,7 @@ impl Engine {
             concerned.push((fault.address, Relation::Own));
         }
         for (address, relation) in concerned {
-            let record = self.records.get(&address).cloned();
+            let record = self.functions.records().get(address).cloned();
             let guest = record.as_ref().and_then(|record| record.guest).map(|place| place.domain);
             let owned = guest.filter(|_| self.faults.places.contains_key(&address));
             let owner = match (owned, &record) {
@@ -277,7 +282,7 @@ impl Engine {
     /// The error policy for a function of a guest.
     fn error_policy(&self, address: Sbdf, domain: DomId) -> ErrorPolicy {
         let name = domains::name(self.platform.store.as_ref(), domain).ok().flatten();
-        if let Some(filter) = self.in_use.get(&address) {
+        if let Some(filter) = self.functions.filter(address) {
             return self.policies.merge(&Subject::of(&filter.spec, name.as_deref())).errors;
         }
         let Ok(function) = self.platform.host.function(address) else { return ErrorPolicy::default() };
@@ -330,7 +335,7 @@ impl Engine {
 
     pub(super) fn error_registers(&mut self, address: Sbdf, registers: Vec<RegisterValue>) {
         self.faults.reading.remove(&address);
-        let place = self.records.get(&address).and_then(|record| record.guest);
+        let place = self.functions.records().place(address);
         if let Some(place) = place
             && let Some(guest) = self.guests.get_mut(&place.domain)
         {

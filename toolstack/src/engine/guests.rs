@@ -30,8 +30,7 @@ impl Engine {
     pub(super) fn serve(&mut self, record: &Record, opened: Opened, answer: Answer) {
         let Opened { function, filter, memory, .. } = opened;
         let outdated = !Arc::ptr_eq(&filter.policies, &self.policies);
-        self.in_use.insert(record.address, filter);
-        self.attachments.begin(function.attachment());
+        self.functions.serve(function.attachment(), filter);
         // From now on the guest can use the function, and its errors concern the guest.
         let watched = self.watch_errors_of(record.address);
         if outdated {
@@ -81,7 +80,7 @@ impl Engine {
         };
         if guest.hvm.is_some() {
             // An HVM guest is not asked, because it has no hotplug.
-            self.attachments.end(record.address);
+            self.functions.withdraw(record.address);
             if let Err(Some(answer)) = self.switch_off(place.domain, place.devfn, Some(answer)) {
                 self.forget_if_idle(place.domain);
                 answer.send(Ok(None));
@@ -151,9 +150,8 @@ impl Engine {
 
     /// The guest released the function, or its time limit expired.
     pub(super) fn removed(&mut self, domain: DomId, devfn: u8) {
-        let has_it = |record: &&Record| record.guest == Some(GuestPlace { domain, devfn });
-        if let Some(address) = self.records.values().find(has_it).map(|record| record.address) {
-            self.attachments.end(address);
+        if let Some(address) = self.functions.records().at(GuestPlace { domain, devfn }) {
+            self.functions.withdraw(address);
         }
         if self.switch_off(domain, devfn, None).is_err() {
             self.answer_removed(domain, devfn, Ok(None));
@@ -249,14 +247,15 @@ impl Engine {
 
     /// A domain ended: its functions are detached.
     pub(super) fn find_ended_guests(&mut self) {
-        let users = self.records.values().filter_map(|record| record.guest.map(|guest| guest.domain));
+        let users =
+            self.functions.records().all().filter_map(|record| record.guest.map(|guest| guest.domain));
         let mut dead: BTreeSet<DomId> = users.collect();
         dead.retain(|domain| matches!(self.platform.store.domain_exists(*domain), Ok(false)));
         let is_dead = |record: &&Record| record.guest.is_some_and(|guest| dead.contains(&guest.domain));
-        let affected: Vec<Record> = self.records.values().filter(is_dead).cloned().collect();
+        let affected: Vec<Record> = self.functions.records().all().filter(is_dead).cloned().collect();
         for record in affected {
-            if self.busy.contains(&record.address) {
-                self.orphans.insert(record.address);
+            if self.functions.is_busy(record.address) {
+                self.functions.orphan(record.address);
                 // The transaction need not wait for the guest any longer.
                 if let Some(place) = record.guest
                     && let Some(guest) = self.guests.get_mut(&place.domain)
@@ -285,7 +284,7 @@ impl Engine {
 
     pub(super) fn server_reported(&mut self, domain: DomId, report: ServerReport) {
         if let Some(attachment) = report.attachment()
-            && !self.attachments.is_current(attachment)
+            && !self.functions.is_current(attachment)
         {
             info!(
                 "{}: a report about an attachment that has ended is ignored: {report:?}",
@@ -335,7 +334,7 @@ impl Engine {
     /// Resets a function while its guest has it. `server` is the serving thread that gets an order first, if the guest did not request
     /// the reset.
     pub(super) fn reset_under_guest(&mut self, address: Sbdf, server: Option<(Arc<Server>, u8)>) {
-        let Some(attachment) = self.attachments.of(address) else {
+        let Some(attachment) = self.functions.attachment(address) else {
             warn!("{address}: not reset, because no guest has it any more");
             return;
         };
@@ -343,11 +342,8 @@ impl Engine {
         if !self.resets.begin(address) {
             return;
         }
-        let Some(record) = self.records.get_mut(&address) else { return self.resets.end(address) };
-        if record.state == FunctionState::Attached {
-            record.state = FunctionState::Resetting;
-        }
-        let (network, incarnation) = (record.network.clone(), record.incarnation);
+        let Some(record) = self.functions.begin_reset(address) else { return self.resets.end(address) };
+        let (network, incarnation) = (record.network, record.incarnation);
         let workshop = self.workshop();
         let (inbox, resets) = (self.inbox.clone(), self.resets.clone());
         let work = move || {
@@ -372,16 +368,12 @@ impl Engine {
 
     pub(super) fn reset_ended(&mut self, attachment: Attachment, outcome: Result<(), Failure>) {
         let address = attachment.address();
-        if !self.attachments.is_current(attachment) {
+        if !self.functions.is_current(attachment) {
             info!("{address}: the reset for a guest that no longer has it has ended");
             return;
         }
-        let Some(record) = self.records.get_mut(&address) else { return };
-        if record.state == FunctionState::Resetting {
-            record.state = FunctionState::Attached;
-        }
-        let place = record.guest;
-        if let Some(place) = place
+        let Some(record) = self.functions.end_reset(address) else { return };
+        if let Some(place) = record.guest
             && let Some(guest) = self.guests.get_mut(&place.domain)
         {
             if outcome.is_ok() {

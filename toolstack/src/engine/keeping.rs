@@ -141,7 +141,7 @@ impl Engine {
             return;
         }
         info!("{address}: it is to be held at once");
-        let mut record = self.record(address);
+        let mut record = self.functions.records().get_or_new(address);
         record.unprobed = appeared && function.driver.is_none() && !self.keeping.enabled.contains(&address);
         self.keeping.under_way.insert(address);
         self.start(Course::Forward(Kind::Hold), record, None, |record| {
@@ -160,7 +160,7 @@ impl Engine {
     pub(super) fn hold_persistently(&mut self, address: Sbdf, plan: Result<Plan, Failure>, reply: Reply) {
         match plan {
             Ok(Plan::Answer(_)) => {
-                let (workshop, record) = (self.workshop(), self.record(address));
+                let (workshop, record) = (self.workshop(), self.functions.records().get_or_new(address));
                 self.background("persist", move || {
                     let message = format!("{address} is assignable{HELD_AGAIN}");
                     let wanted = workshop.want(address, |wish| wish.hold = true);

@@ -1,6 +1,6 @@
 //! Answers to requests that list functions, VFs and the status.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -9,6 +9,7 @@ use pciback::platform::{ErrorSource, Host, HostFunction};
 use pciback::{FunctionState, Sbdf};
 
 use super::Engine;
+use super::functions::Records;
 use super::problems::Problem;
 use super::requests::distrusted;
 use super::tasks::Workshop;
@@ -97,7 +98,7 @@ fn view(function: Option<&HostFunction>, record: &Record) -> FunctionView {
 /// A copy of the records, for views that are made on a thread.
 pub(super) struct Shown {
     pub host: Arc<dyn Host>,
-    records: BTreeMap<Sbdf, Record>,
+    records: Records,
     reservations: Reservations,
 }
 
@@ -109,7 +110,7 @@ impl Engine {
         show: impl FnOnce(&Shown) -> Result<Success, Failure> + Send + 'static,
     ) {
         let host = Arc::clone(&self.platform.host);
-        let (records, reservations) = (self.records.clone(), self.reservations.clone());
+        let (records, reservations) = (self.functions.records().clone(), self.reservations.clone());
         let shown = Shown { host, records, reservations };
         self.background("show", move || reply.done(show(&shown)));
     }
@@ -128,9 +129,7 @@ impl Engine {
             Err(failure) => return reply.done(Err(failure)),
         };
         self.show(reply, move |shown| {
-            let of_guest = |record: &&Record| record.guest.is_some_and(|guest| guest.domain == domain);
-            let functions = shown.records.values().filter(of_guest);
-            let functions = functions.map(|record| shown.view_of(record));
+            let functions = shown.records.of(domain).map(|(record, _)| shown.view_of(record));
             Ok(Success::Functions { functions: functions.collect() })
         });
     }
@@ -189,7 +188,7 @@ impl Engine {
             for guest in &mut guests {
                 guest.name = domains::name(store.as_ref(), guest.domain).unwrap_or_default();
             }
-            let functions: Vec<_> = shown.records.values().map(|record| shown.view_of(record)).collect();
+            let functions: Vec<_> = shown.records.all().map(|record| shown.view_of(record)).collect();
             let quarantined =
                 functions.iter().filter(|function| function.state == FunctionState::Quarantined);
             let quarantined = quarantined.map(|function| {
@@ -216,7 +215,7 @@ impl Engine {
 impl Shown {
     /// Problems for root ports above assigned functions whose errors the kernel does not handle.
     fn ports_without_aer(&self, errors: &dyn ErrorSource) -> Vec<ProblemView> {
-        let assigned = self.records.values().filter(|record| record.guest.is_some());
+        let assigned = self.records.all().filter(|record| record.guest.is_some());
         let roots = assigned.filter_map(|record| {
             let ports = self.host.ports_above(record.address).ok()?;
             ports.last().copied().filter(|root| matches!(errors.handled(*root), Ok(false)))
@@ -234,7 +233,7 @@ impl Shown {
 
     /// The record of a function, if it has one.
     pub(super) fn record(&self, address: Sbdf) -> Option<&Record> {
-        self.records.get(&address)
+        self.records.get(address)
     }
 
     fn view_of(&self, record: &Record) -> FunctionView {
@@ -243,11 +242,11 @@ impl Shown {
 
     pub(super) fn view(&self, address: Sbdf) -> FunctionView {
         let unrecorded = || Record::new(address, "");
-        self.view_of(&self.records.get(&address).cloned().unwrap_or_else(unrecorded))
+        self.view_of(&self.records.get(address).cloned().unwrap_or_else(unrecorded))
     }
 
     pub(super) fn assignable(&self, address: Sbdf) -> Option<FunctionView> {
-        let record = self.records.get(&address);
+        let record = self.records.get(address);
         match record.map_or(FunctionState::Host, |record| record.state) {
             FunctionState::Held => Some(self.view(address)),
             FunctionState::Host => self.held_by_others(address),

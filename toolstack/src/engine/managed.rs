@@ -42,7 +42,7 @@ impl Engine {
             Some(FunctionState::Host) | None => {}
             // The return itself has failed.
             Some(FunctionState::Held) => drop(self.managed.waiting.insert(address)),
-            Some(_) if self.busy.contains(&address) => {}
+            Some(_) if self.functions.is_busy(address) => {}
             Some(_) => self.return_managed(address),
         }
     }
@@ -50,7 +50,7 @@ impl Engine {
     /// Tries again for those that waited for the end of a guest.
     pub(super) fn return_managed_again(&mut self) {
         for address in std::mem::take(&mut self.managed.waiting) {
-            if is_left(&self.record(address)) {
+            if is_left(&self.functions.records().get_or_new(address)) {
                 self.return_managed(address);
             }
         }
@@ -58,8 +58,9 @@ impl Engine {
 
     /// Returns those that no guest has, at the start of the service: an earlier run was stopped before it did so.
     pub(super) fn return_all_managed(&mut self) {
-        let idle = |record: &&Record| is_left(record) && !self.busy.contains(&record.address);
-        let left: Vec<Sbdf> = self.records.values().filter(idle).map(|record| record.address).collect();
+        let idle = |record: &&Record| is_left(record) && !self.functions.is_busy(record.address);
+        let left: Vec<Sbdf> =
+            self.functions.records().all().filter(idle).map(|record| record.address).collect();
         for address in left {
             self.return_managed(address);
         }
@@ -67,8 +68,8 @@ impl Engine {
 
     /// Keeps a held function held, whatever it was held for.
     pub(super) fn keep_held(&mut self, address: Sbdf) {
-        let record = self.record(address);
-        if !record.managed || self.busy.contains(&address) {
+        let record = self.functions.records().get_or_new(address);
+        if !record.managed || self.functions.is_busy(address) {
             return;
         }
         let record = Record { managed: false, ..record };
@@ -77,7 +78,7 @@ impl Engine {
             self.problems.push(Problem::unwritten(&error));
         }
         self.managed.waiting.remove(&address);
-        self.keep(record);
+        self.functions.keep(record);
     }
 }
 

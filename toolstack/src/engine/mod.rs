@@ -6,13 +6,13 @@
 
 mod asking;
 mod assignments;
-mod attachments;
 mod background;
 mod contain;
 mod deferred;
 mod events;
 mod faults;
 mod frontends;
+mod functions;
 mod guest;
 mod guests;
 mod hvm;
@@ -68,7 +68,7 @@ use pciback::platform::Platform;
 use pciback::policy::PolicySet;
 use pciback::serve::pv::nodes;
 use pciback::serve::{Attachment, ServerReport};
-use pciback::{DomId, FunctionState, Sbdf};
+use pciback::{DomId, Sbdf};
 
 use crate::audit::AuditLog;
 use crate::device::Devices;
@@ -87,10 +87,11 @@ use crate::target::Target;
 use crate::transaction::{Finished, Fresh, Withdrawal};
 use crate::wishes::Wishes;
 pub use contain::Containment;
+use functions::{Functions, Resets};
 use guest::Guest;
 use keeping::Keeping;
 use network::NetworkChecks;
-use open::{Filter, Opened};
+use open::Opened;
 use policies::Reloaded;
 use problems::Problem;
 use repairs::Synced;
@@ -251,20 +252,13 @@ pub struct Engine {
     boot: String,
     inbox: Inbox,
     events: mpsc::Receiver<Event>,
-    /// Every function that is not in state `host`, and those in a transaction from or to it.
-    records: BTreeMap<Sbdf, Record>,
+    functions: Functions,
     managed: managed::Managed,
-    /// Functions in a transaction.
-    busy: BTreeSet<Sbdf>,
     /// PFs whose VFs are being changed.
     busy_pfs: BTreeSet<Sbdf>,
     guests: BTreeMap<DomId, Guest>,
-    /// Functions whose guest ended during their transaction: they are withdrawn when the transaction ends.
-    orphans: BTreeSet<Sbdf>,
-    /// The current attachments.
-    attachments: attachments::Attachments,
     /// Functions that are being reset while a guest has them.
-    resets: attachments::Resets,
+    resets: Resets,
     /// Functions that were reset with their whole bus and have had no owner since.
     fresh: Fresh,
     /// Functions that guests may be able to reach.
@@ -289,8 +283,6 @@ pub struct Engine {
     policies: Arc<PolicySet>,
     /// The compiled filters in use.
     filters: Filters,
-    /// What the filter of each attached function was compiled from.
-    in_use: BTreeMap<Sbdf, Filter>,
     /// Accounts and handling of errors that functions report.
     faults: faults::Faults,
     /// The event log, with its followers and the audit log.
@@ -330,6 +322,7 @@ impl Engine {
         let reservations = Reservations::open(&settings.state_directory.join("persistent"));
         let (reservations, unusable) = reservations.map_err(io::Error::other)?;
         let (wishes, unreadable) = Wishes::open(settings.state_directory.join("wanted"));
+        let functions = Functions::new(boot.clone());
         Ok(Self {
             platform,
             settings: Arc::new(settings),
@@ -339,14 +332,11 @@ impl Engine {
             boot,
             inbox: Inbox { sender, wake: Arc::new(wake), ended: Arc::default() },
             events,
-            records: BTreeMap::new(),
-            busy: BTreeSet::new(),
+            functions,
             busy_pfs: BTreeSet::new(),
             guests: BTreeMap::new(),
-            orphans: BTreeSet::new(),
             managed: managed::Managed::default(),
-            attachments: attachments::Attachments::default(),
-            resets: attachments::Resets::default(),
+            resets: Resets::default(),
             fresh: Fresh::default(),
             reachable: reachable::Reachable::default(),
             awaiting: contain::Awaiting::default(),
@@ -359,7 +349,6 @@ impl Engine {
             keeping: Keeping::default(),
             policies: Arc::new(policies),
             filters: Filters::default(),
-            in_use: BTreeMap::new(),
             faults: faults::Faults::default(),
             event_log: events::EventLog::new(audit),
             reservations,
@@ -510,31 +499,13 @@ impl Engine {
         }
     }
 
-    /// The record of a function, or a new one.
-    fn record(&self, address: Sbdf) -> Record {
-        self.records.get(&address).cloned().unwrap_or_else(|| Record::new(address, &self.boot))
-    }
-
-    fn state(&self, address: Sbdf) -> FunctionState {
-        self.records.get(&address).map_or(FunctionState::Host, |record| record.state)
-    }
-
     /// Deletes the record of a function in which the service has no further interest.
     fn forget(&mut self, address: Sbdf) -> Result<(), Failure> {
         self.syncing.touch(address);
         let removed = self.journal.remove(address);
         removed.map_err(|error| Failure::new(ErrorCode::Failed, error.to_string()).on(address))?;
-        self.records.remove(&address);
+        self.functions.forget(address);
         Ok(())
-    }
-
-    /// Updates the records in memory to match the journal.
-    fn keep(&mut self, record: Record) {
-        if record.state == FunctionState::Host && record.transaction.is_none() {
-            self.records.remove(&record.address);
-        } else {
-            self.records.insert(record.address, record);
-        }
     }
 }
 

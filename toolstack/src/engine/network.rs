@@ -29,13 +29,14 @@ impl Engine {
         };
         let workshop = self.workshop();
         if function.total_vfs == 0 {
-            let record = self.record(address);
+            let record = self.functions.records().get_or_new(address);
             return self.background("look", move || {
                 let seen = read_network(&workshop.platform, address);
                 reply.done(seen.map(|seen| Success::VfNetwork(view(&seen, &record))));
             });
         }
-        let records: Vec<Record> = function.virtual_functions.iter().map(|vf| self.record(*vf)).collect();
+        let records: Vec<Record> =
+            function.virtual_functions.iter().map(|vf| self.functions.records().get_or_new(*vf)).collect();
         self.background("look", move || {
             let seen = read_networks(&workshop.platform, &function);
             let views =
@@ -50,9 +51,8 @@ impl Engine {
             Ok(record) => record,
             Err(failure) => return reply.done(Err(failure)),
         };
-        self.busy.insert(address);
+        self.functions.begin(record.clone());
         self.syncing.touch(address);
-        self.records.insert(address, record.clone());
         let workshop = self.workshop();
         let (reporter, listener, before) = (workshop.clone(), reply.clone(), record.clone());
         let work = move || {
@@ -97,7 +97,7 @@ impl Engine {
                 .on(address)
                 .hint("try again"));
         }
-        let record = self.record(address);
+        let record = self.functions.records().get_or_new(address);
         match record.state {
             FunctionState::Held | FunctionState::Attached => Ok(record),
             FunctionState::Host => {
@@ -112,16 +112,12 @@ impl Engine {
 
     /// Handles the end of a thread that applied settings.
     pub(super) fn network_set(&mut self, address: Sbdf, network: Option<NetworkRecord>) {
-        self.busy.remove(&address);
-        let orphan = self.orphans.remove(&address);
         // The deviation found before may no longer exist.
         self.network_checks.differing.remove(address);
-        let Some(record) = self.records.get_mut(&address) else { return };
-        record.network = network;
-        let record = record.clone();
+        let Some((record, orphaned)) = self.functions.network_set(address, network) else { return };
         // Events about the function were not handled while it was busy.
         self.unexamined.one(address);
-        if orphan && record.guest.is_some() {
+        if orphaned && record.guest.is_some() {
             self.detach_from_ended(record);
         }
         self.contain_awaiting(address);
@@ -184,7 +180,7 @@ impl NetworkChecks {
 impl Engine {
     /// Schedules comparisons after a guest's driver has started. A guest that restarts its driver again and again causes no more of them.
     pub(super) fn driver_started(&mut self, address: Sbdf) {
-        let network = self.records.get(&address).and_then(|record| record.network.as_ref());
+        let network = self.functions.records().get(address).and_then(|record| record.network.as_ref());
         if network.is_some_and(|network| !network.wanted().is_empty()) {
             self.network_checks.due.entry(address).or_insert_with(|| (Instant::now() + LOOKS[0], 0));
         }
@@ -200,8 +196,11 @@ impl Engine {
                 }
                 _ => {}
             }
-            let attached =
-                self.records.get(&address).filter(|record| record.state == FunctionState::Attached);
+            let attached = self
+                .functions
+                .records()
+                .get(address)
+                .filter(|record| record.state == FunctionState::Attached);
             let Some(network) = attached.and_then(|record| record.network.clone()) else { continue };
             let workshop = self.workshop();
             self.background("look", move || {
@@ -217,7 +216,7 @@ impl Engine {
 
     /// Handles the result of a comparison.
     pub(super) fn network_compared(&mut self, address: Sbdf, differs: Option<String>) {
-        let attached = self.state(address) == FunctionState::Attached;
+        let attached = self.functions.records().state(address) == FunctionState::Attached;
         match differs.filter(|_| attached) {
             Some(how) => {
                 warn!(

@@ -113,7 +113,7 @@ impl Engine {
         domain: Option<DomId>,
         trust: bool,
     ) -> Vec<Failure> {
-        let record = self.record(function.address);
+        let record = self.functions.records().get_or_new(function.address);
         match record.state {
             FunctionState::Held => self.held_obstacles(function, domain, trust),
             FunctionState::Host if function.is_bridge() => self.holdable(function),
@@ -176,7 +176,7 @@ impl Engine {
     ) {
         let (workshop, holder) = (self.workshop(), self.settings.holder);
         let Refusal { address, action, found } = refusal;
-        let record = self.records.get(&address).cloned();
+        let record = self.functions.records().get(address).cloned();
         self.background("obstacles", move || {
             let hold = checks.hold;
             let hold = hold.map(|Force(force)| hold_obstacles(&workshop.platform, holder, address, force));

@@ -17,7 +17,7 @@ impl Engine {
     pub(super) fn aer_status(&self, address: Option<Sbdf>, reply: Reply) {
         let wanted = match address {
             Some(address) => existing(self.platform.host.as_ref(), address).map(|_| vec![address]),
-            None => Ok(self.records.keys().copied().collect()),
+            None => Ok(self.functions.records().all().map(|record| record.address).collect()),
         };
         let addresses = match wanted {
             Ok(addresses) => addresses,

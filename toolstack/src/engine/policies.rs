@@ -48,12 +48,12 @@ struct User {
 
 impl Engine {
     fn users(&self, of: impl Fn(&Sbdf) -> bool) -> Vec<User> {
-        let in_use = self.in_use.iter().filter(|(address, _)| of(address));
+        let in_use = self.functions.filters().filter(|(address, _)| of(address));
         in_use
             .filter_map(|(address, filter)| {
-                let domain = self.records.get(address)?.guest?.domain;
+                let domain = self.functions.records().guest(address)?;
                 let given = Given { line: filter.spec.has_line(), rom: filter.spec.rom };
-                Some(User { address: *address, domain, visible: visible(&filter.planes), given })
+                Some(User { address, domain, visible: visible(&filter.planes), given })
             })
             .collect()
     }
@@ -124,15 +124,16 @@ impl Engine {
     }
 
     fn outdated(&self, but: &[ReloadedView]) -> Vec<Sbdf> {
-        let old = self.in_use.iter().filter(|(_, filter)| !Arc::ptr_eq(&filter.policies, &self.policies));
-        let late = old.map(|(address, _)| *address);
+        let old =
+            self.functions.filters().filter(|(_, filter)| !Arc::ptr_eq(&filter.policies, &self.policies));
+        let late = old.map(|(address, _)| address);
         late.filter(|address| but.iter().all(|view| view.address != *address)).collect()
     }
 
     /// Replaces one filter; `None`: the function is no longer attached.
     fn swap(&mut self, address: Sbdf, filter: Result<Filter, Failure>) -> Option<ReloadedView> {
-        let old = Arc::clone(&self.in_use.get(&address)?.planes);
-        let place = self.records.get(&address)?.guest?;
+        let old = Arc::clone(&self.functions.filter(address)?.planes);
+        let place = self.functions.records().get(address)?.guest?;
         let mut view = ReloadedView {
             address,
             changed: false,
@@ -150,7 +151,7 @@ impl Engine {
         match swapped {
             Ok(filter) => {
                 view.changed = filter.planes.behaviour_hash() != old.behaviour_hash();
-                self.in_use.insert(address, filter);
+                self.functions.replace_filter(address, filter);
             }
             Err(why) => {
                 warn!("{address}: its old filter stays in force: {why}");
@@ -200,12 +201,7 @@ impl Engine {
             }
             None => {
                 let domain = domains::find(self.platform.store.as_ref(), &DomainName(target.to_owned()))?;
-                let of = |user: &Sbdf| {
-                    self.records
-                        .get(user)
-                        .and_then(|record| record.guest)
-                        .is_some_and(|guest| guest.domain == domain)
-                };
+                let of = |user: &Sbdf| self.functions.records().guest(*user) == Some(domain);
                 self.users(of)
             }
         };
@@ -215,8 +211,8 @@ impl Engine {
     fn learned_from(&self, user: &User) -> Result<Learning, Failure> {
         let User { address, domain, .. } = *user;
         let missing = || not_learned(address, domain, "it is not served");
-        let filter = self.in_use.get(&address).ok_or_else(missing)?.clone();
-        let place = self.records.get(&address).and_then(|record| record.guest).ok_or_else(missing)?;
+        let filter = self.functions.filter(address).ok_or_else(missing)?.clone();
+        let place = self.functions.records().place(address).ok_or_else(missing)?;
         let writes = self.guests.get(&domain).ok_or_else(missing)?.masked_writes(place.devfn);
         Ok(Learning { address, domain, filter, writes })
     }

@@ -96,7 +96,7 @@ impl Engine {
         if let Err(error) = self.journal.write(&kept) {
             warn!("{error}");
         }
-        self.keep(kept);
+        self.functions.keep(kept);
     }
 
     fn resume_guests(&mut self, records: &[Record]) {
@@ -123,8 +123,7 @@ impl Engine {
                     if record.quarantine.is_some() {
                         function.set_gone();
                     }
-                    self.in_use.insert(record.address, filter);
-                    self.attachments.begin(function.attachment());
+                    self.functions.serve(function.attachment(), filter);
                     match memory {
                         Some(memory) => {
                             let resumed = Resumed { devfn: place.devfn, function, memory };
@@ -191,7 +190,7 @@ impl Engine {
             return;
         }
         let attached = record.state == FunctionState::Attached;
-        self.keep(record.clone());
+        self.functions.keep(record.clone());
         self.keep_watching_errors_of(address);
         if attached && guest_is_dead {
             self.detach_from_ended(record);

@@ -1,13 +1,12 @@
 //! Requests of clients: checked against the current state before anything is changed.
 
-use std::collections::BTreeMap;
-
 use pciback::platform::HostFunction;
 use pciback::policy::{Permission, Reuse, Subject};
 use pciback::serve::pv::nodes;
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::Engine;
+use super::functions::Records;
 use super::hvm::Wanted;
 use super::obstacles::{Force, Refusal, ThreadChecks, shares_with_others};
 use super::several::Several;
@@ -195,8 +194,8 @@ impl Engine {
 
     /// Refuses a function that is in a transaction.
     pub(super) fn idle(&self, address: Sbdf) -> Result<(), Failure> {
-        if self.busy.contains(&address) {
-            let state = self.state(address);
+        if self.functions.is_busy(address) {
+            let state = self.functions.records().state(address);
             return Err(Failure::refused(format!("{address} is {state} right now"))
                 .on(address)
                 .hint("try again"));
@@ -207,7 +206,7 @@ impl Engine {
     fn plan_hold(&self, address: Sbdf, force: bool, managed: bool, dry_run: bool) -> Result<Plan, Failure> {
         let function = existing(self.platform.host.as_ref(), address)?;
         self.idle(address)?;
-        let record = self.record(address);
+        let record = self.functions.records().get_or_new(address);
         match record.state {
             FunctionState::Held => {
                 return Ok(Plan::Answer(Success::Already {
@@ -252,7 +251,7 @@ impl Engine {
 
     /// Deletes the record of a function that left the host, where a release has nothing to do.
     fn forget_gone(&mut self, address: Sbdf) -> Option<Result<Plan, Failure>> {
-        if self.state(address) != FunctionState::Gone || self.busy.contains(&address) {
+        if self.functions.records().state(address) != FunctionState::Gone || self.functions.is_busy(address) {
             return None;
         }
         if let Err(failure) = self.forget(address) {
@@ -264,7 +263,7 @@ impl Engine {
 
     pub(super) fn plan_release(&mut self, address: Sbdf, force: bool, trust: bool) -> Result<Plan, Failure> {
         self.idle(address)?;
-        let record = self.record(address);
+        let record = self.functions.records().get_or_new(address);
         match record.state {
             FunctionState::Host => {
                 existing(self.platform.host.as_ref(), address)?;
@@ -310,7 +309,7 @@ impl Engine {
         };
         match self.refused(wanted, bus.err().into_iter().chain(no_place).collect())? {
             Some(refused) => Ok(refused),
-            None => self.attachment(self.record(address), domain, place, persist),
+            None => self.attachment(self.functions.records().get_or_new(address), domain, place, persist),
         }
     }
 
@@ -319,7 +318,7 @@ impl Engine {
         let (address, domain) = (wanted.address, wanted.domain);
         let function = existing(self.platform.host.as_ref(), address)?;
         self.idle(address)?;
-        let state = self.state(address);
+        let state = self.functions.records().state(address);
         let is_to_hold = wanted.managed && state == FunctionState::Host;
         let found = match is_to_hold {
             true => self.managed_obstacles(&function, Some(domain), wanted.trust),
@@ -364,7 +363,7 @@ impl Engine {
         self.idle(address)?;
         let action = format!("attach {address} to domain {domain}");
         Failure::refuse_for(&action, self.attach_obstacles(&function, Some(domain), trust))?;
-        Ok(self.record(address))
+        Ok(self.functions.records().get_or_new(address))
     }
 
     pub(super) fn attachment(
@@ -409,7 +408,7 @@ impl Engine {
         if permits.contains(&Permission::UntrustedVf) {
             return Ok(());
         }
-        match distrusted(&self.records, &self.platform.host.function(pf)?) {
+        match distrusted(self.functions.records(), &self.platform.host.function(pf)?) {
             Some(why) => refused(format!("{address} is a VF of {pf}, {why}"), "untrusted-vf"),
             None => Ok(()),
         }
@@ -452,10 +451,8 @@ impl Engine {
                 taken[usize::from(reservation.devfn >> 3)] = Some(kept);
             }
         }
-        for record in self.records.values() {
-            if let Some(place) = record.guest.filter(|place| place.domain == domain) {
-                taken[usize::from(place.devfn >> 3)] = Some(record.address.to_string());
-            }
+        for (record, place) in self.functions.records().of(domain) {
+            taken[usize::from(place.devfn >> 3)] = Some(record.address.to_string());
         }
         match slot {
             Some(slot) if slot > 0x1f => {
@@ -487,7 +484,7 @@ impl Engine {
     ) -> Result<Plan, Failure> {
         let domain = domains::find(self.platform.store.as_ref(), name)?;
         self.idle(address)?;
-        let record = self.record(address);
+        let record = self.functions.records().get_or_new(address);
         if record.guest.is_none() && self.reservation_of(name, address).is_none() {
             existing(self.platform.host.as_ref(), address)?;
             let message = format!("{address} is attached to no guest; its state is '{}'", record.state);
@@ -520,7 +517,7 @@ impl Engine {
     }
 
     fn clear_quarantine(&mut self, address: Sbdf, trust: bool, reply: Reply) {
-        let record = self.record(address);
+        let record = self.functions.records().get_or_new(address);
         if let Err(failure) = self.idle(address) {
             return reply.done(Err(failure));
         }
@@ -585,9 +582,9 @@ pub(super) fn not_in_state(record: &Record, state: FunctionState, wanted: &str) 
 }
 
 /// Why no trusted driver in dom0 manages a PF's VFs, in words that follow the PF's address; `None` where one does.
-pub(super) fn distrusted(records: &BTreeMap<Sbdf, Record>, pf: &HostFunction) -> Option<String> {
-    if let Some(guest) = records.get(&pf.address).and_then(|record| record.guest) {
-        return Some(format!("which domain {} has", guest.domain));
+pub(super) fn distrusted(records: &Records, pf: &HostFunction) -> Option<String> {
+    if let Some(domain) = records.guest(pf.address) {
+        return Some(format!("which domain {domain} has"));
     }
     match pf.driver.as_deref() {
         None => Some("which no driver manages (it has no driver)".to_owned()),

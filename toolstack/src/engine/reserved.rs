@@ -103,10 +103,10 @@ impl Engine {
         slot: Option<u8>,
     ) -> Option<Record> {
         let domain = domains::find(self.platform.store.as_ref(), domain).ok()?;
-        let record = self.records.get(&address)?;
+        let record = self.functions.records().get(address)?;
         let place = record.guest.filter(|place| place.domain == domain)?;
         let here = slot.is_none_or(|slot| slot == place.devfn >> 3);
-        (record.state == FunctionState::Attached && here && !self.busy.contains(&address))
+        (record.state == FunctionState::Attached && here && !self.functions.is_busy(address))
             .then(|| record.clone())
     }
 
@@ -250,7 +250,7 @@ impl Engine {
     /// Whether a guest has a function persistently that is not attached to it now.
     pub(super) fn is_only_reserved(&self, guest: &DomainName, address: Sbdf, scope: Scope) -> bool {
         let domain = domains::find(self.platform.store.as_ref(), guest).ok();
-        let place = self.records.get(&address).and_then(|record| record.guest);
+        let place = self.functions.records().place(address);
         let attached = place.is_some_and(|place| Some(place.domain) == domain);
         scope == Scope::All && !attached && self.reservation_of(guest, address).is_some()
     }

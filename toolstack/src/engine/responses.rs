@@ -48,7 +48,7 @@ impl Engine {
         if let Some(underway) = self.faults.underway.get(&address) {
             return Some(underway.action);
         }
-        let record = self.records.get(&address)?;
+        let record = self.functions.records().get(address)?;
         let taken = record.state == FunctionState::Detaching;
         taken.then_some(if record.quarantine.is_some() { Action::Quarantine } else { Action::Unplug })
     }
@@ -88,7 +88,7 @@ impl Engine {
 
     /// Sends the next request of the recovery protocol to the guest.
     fn ask_guest(&mut self, address: Sbdf) {
-        let place = self.records.get(&address).and_then(|record| record.guest);
+        let place = self.functions.records().place(address);
         let Some(underway) = self.faults.underway.get(&address) else { return };
         let Some((recovery, place)) = underway.recovery.zip(place) else { return };
         let (request, state, limit) = (recovery.asks(), recovery.state(), underway.policy.answer_limit());
@@ -164,14 +164,16 @@ impl Engine {
 
     /// Resets a function while its guest keeps it; its interrupts are restored afterwards.
     fn reset_for_error(&mut self, address: Sbdf) {
-        let place = self.records.get(&address).and_then(|record| record.guest);
-        if self.state(address) == FunctionState::Attaching {
+        let place = self.functions.records().place(address);
+        if self.functions.records().state(address) == FunctionState::Attaching {
             self.faults.underway.remove(&address);
             let why = "an error while it was being attached";
             self.contain(address, Containment::Quarantine, why);
             return;
         }
-        if self.busy.contains(&address) || self.state(address) != FunctionState::Attached {
+        if self.functions.is_busy(address)
+            || self.functions.records().state(address) != FunctionState::Attached
+        {
             // The guest requested a reset itself, or the function is being withdrawn.
             self.faults.underway.remove(&address);
             return;

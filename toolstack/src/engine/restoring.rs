@@ -42,7 +42,7 @@ impl Engine {
         if let Err(failure) = self.absent_guest(&by_uuid, Failure::not_found("no such guest")) {
             return reply.done(Err(failure.hint("a guest is restored once: destroy or rename what runs")));
         }
-        let states = self.records.values().map(|record| (record.address, record.state)).collect();
+        let states = self.functions.records().all().map(|record| (record.address, record.state)).collect();
         let asking = Asking::new(self.workshop());
         let restoring = Restoring { asking, saved, states, reply: reply.clone() };
         let done = move |outcome: Result<_, Failure>| reply.done(outcome.and_then(|outcome| outcome));

@@ -223,7 +223,11 @@ impl Engine {
             if reservation.was_given(&self.boot, domain) {
                 continue;
             }
-            let place = self.records.get(&address).filter(|record| record.state == FunctionState::Attached);
+            let place = self
+                .functions
+                .records()
+                .get(address)
+                .filter(|record| record.state == FunctionState::Attached);
             if place.and_then(|record| record.guest).is_some_and(|place| place.domain == domain) {
                 let (reservations, boot) = (self.reservations.clone(), self.boot.clone());
                 self.background("give", move || {
@@ -350,7 +354,7 @@ impl Engine {
         let Some(missing) = self.returning.missing.get_mut(&address) else { return };
         let domain = missing.domain;
         missing.why = None;
-        if missing.under_way || self.busy.contains(&address) || !self.keep_paused(domain) {
+        if missing.under_way || self.functions.is_busy(address) || !self.keep_paused(domain) {
             return;
         }
         match self.attachment_again(address, domain) {

@@ -67,9 +67,8 @@ impl Engine {
         let store = self.platform.store.as_ref();
         let domain = domains::find(store, name)?;
         let info = self.platform.hypervisor.domain(domain)?;
-        let place = |record: &Record| record.guest.filter(|place| place.domain == domain);
         let had: Vec<_> =
-            self.records.values().filter_map(|record| Some((record.clone(), place(record)?))).collect();
+            self.functions.records().of(domain).map(|(record, place)| (record.clone(), place)).collect();
         if !had.is_empty() && domains::kind(store, domain)? == DomainType::Hvm {
             let text = format!("{} is an HVM guest with functions", self.called(domain));
             let hint = "HVM guests cannot be asked to release a function; shut it down instead of saving it";
@@ -114,7 +113,7 @@ impl Engine {
             let (address, since) = (reservation.address, reservation.saved?);
             let domain = reservation.given_in(&self.boot)?;
             let info = self.platform.hypervisor.domain(domain).ok()?;
-            let has_it = self.record(address).guest.is_some_and(|place| place.domain == domain);
+            let has_it = self.functions.records().get_or_new(address).guest.is_some_and(|place| place.domain == domain);
             if info.uuid != reservation.guest || has_it {
                 return None;
             }

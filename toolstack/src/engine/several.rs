@@ -321,7 +321,7 @@ impl Engine {
         let noted = |function: &Placed| Noted {
             address: function.address,
             reserved: self.reservations.get(function.address).is_some(),
-            attached: self.state(function.address) == FunctionState::Attached,
+            attached: self.functions.records().state(function.address) == FunctionState::Attached,
         };
         let guest = self.platform.hypervisor.domain(domain)?.uuid;
         notes.write(
@@ -343,9 +343,9 @@ impl Engine {
                 if !reserved {
                     self.forget_unfinished(address, guest);
                 }
-                let record = self.record(address);
+                let record = self.functions.records().get_or_new(address);
                 let is_theirs = record.guest.is_some_and(|guest| guest.domain == domain);
-                let is_busy = self.busy.contains(&address);
+                let is_busy = self.functions.is_busy(address);
                 if attached || is_busy || record.state != FunctionState::Attached || !is_theirs {
                     continue;
                 }

@@ -131,6 +131,9 @@ impl Engine {
 
     /// Whether no operation is under way that changes functions, hardware or records.
     fn nothing_is_under_way(&self) -> bool {
-        self.busy.is_empty() && self.busy_pfs.is_empty() && self.resets.none() && !self.syncing.is_running()
+        self.functions.busy().is_empty()
+            && self.busy_pfs.is_empty()
+            && self.resets.none()
+            && !self.syncing.is_running()
     }
 }

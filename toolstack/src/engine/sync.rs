@@ -196,8 +196,13 @@ impl Engine {
             Intent { want, identity: None, msix_prepared: record.msix_prepared }
         };
         Wanted {
-            functions: self.records.values().map(|record| (record.address, intent(record))).collect(),
-            busy: self.busy.union(&self.busy_pfs).copied().collect(),
+            functions: self
+                .functions
+                .records()
+                .all()
+                .map(|record| (record.address, intent(record)))
+                .collect(),
+            busy: self.functions.busy().union(&self.busy_pfs).copied().collect(),
         }
     }
 
@@ -210,13 +215,13 @@ impl Engine {
             (None, Some(_)) => drop(self.syncing.known.entry(address).or_default()),
         }
         let drifted = matches!(
-            (&seen.function, seen.owner, self.state(address)),
+            (&seen.function, seen.owner, self.functions.records().state(address)),
             (Some(_), None, _)
                 | (None, Some(_), _)
                 | (Some(_), Some(Owner::Guest), FunctionState::Held)
                 | (Some(_), Some(Owner::Free), FunctionState::Attached)
         );
-        if drifted && !self.busy.contains(&address) && !self.syncing.given_up(address) {
+        if drifted && !self.functions.is_busy(address) && !self.syncing.given_up(address) {
             self.syncing.make_due();
         }
     }
@@ -305,7 +310,7 @@ impl Engine {
         let pf = self.syncing.known.get(&address).copied().flatten();
         let of = |address: Sbdf| {
             self.syncing.touched.contains(&address)
-                || self.busy.contains(&address)
+                || self.functions.is_busy(address)
                 || self.busy_pfs.contains(&address)
         };
         !of(address) && !pf.is_some_and(of)
@@ -329,14 +334,12 @@ impl Engine {
         // Events during the repair were not handled.
         self.unexamined.one(address);
         let forgotten = done && matches!(repair, Repair::ReleaseMsix { .. } | Repair::ReportToXen { .. });
-        if let Some(record) =
-            self.records.get_mut(&address).filter(|record| forgotten && record.msix_prepared)
+        if forgotten
+            && let Some(record) = self.functions.note_msix_released(address)
+            && let Err(problem) = self.journal.write(&record)
         {
-            record.msix_prepared = false;
-            if let Err(problem) = self.journal.write(record) {
-                error!("{problem}");
-                self.problems.push(Problem::unwritten(&problem));
-            }
+            error!("{problem}");
+            self.problems.push(Problem::unwritten(&problem));
         }
         self.repair_ends(address);
     }
@@ -347,7 +350,7 @@ impl Engine {
         if !self.is_untouched(address) {
             return reply.done(Ok(left(format!("{address}: another operation has started"))));
         }
-        let record = self.record(address);
+        let record = self.functions.records().get_or_new(address);
         let (course, what) = match repair {
             Repair::Withdraw { .. } => {
                 (Course::Backward(Kind::Detach, Withdrawal::Force), "withdrawn from its guest")
@@ -374,14 +377,15 @@ impl Engine {
             |error: &dyn std::fmt::Display| Failure::new(ErrorCode::Failed, error.to_string()).on(address);
         let message = match repair {
             Repair::Quarantine { .. } => {
-                self.keep_for_quarantine(&record);
+                // The record notes the reason.
+                self.functions.keep_new(&record);
                 self.quarantine(address, "sysfs, Xen and xenstore disagree on who has it");
                 format!("{address}: quarantined")
             }
             Repair::MarkGone { .. } => {
                 let gone = Record { state: FunctionState::Gone, transaction: None, ..record };
                 self.journal.write(&gone).map_err(|error| failed(&error))?;
-                self.keep(gone);
+                self.functions.keep(gone);
                 format!("{address}: marked as gone")
             }
             Repair::Forget { .. } => {
@@ -397,11 +401,6 @@ impl Engine {
             other => return Ok(left(format!("{other}: not while its guest is served"))),
         };
         Ok(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() })
-    }
-
-    /// Creates a record for a function without one, to note the reason of the quarantine.
-    fn keep_for_quarantine(&mut self, record: &Record) {
-        self.records.entry(record.address).or_insert_with(|| record.clone());
     }
 }
 

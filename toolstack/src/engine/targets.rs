@@ -74,7 +74,9 @@ impl Engine {
             return Err(Failure::refused(format!("{pf} is not a PF: it has no VFs to choose from")).on(pf));
         }
         let vfs = function.virtual_functions.into_iter();
-        Ok(vfs.filter(|vf| self.state(*vf) == state && !self.busy.contains(vf)).collect())
+        Ok(vfs
+            .filter(|vf| self.functions.records().state(*vf) == state && !self.functions.is_busy(*vf))
+            .collect())
     }
 
     /// The first VF of a PF that can be attached to the guest now. With `trust`, also one that a PV guest that had it can still reach.

@@ -10,8 +10,8 @@ use pciback::platform::Platform;
 use pciback::policy::PolicySet;
 use pciback::{DomId, FunctionState, Sbdf};
 
-use super::attachments::Resets;
 use super::contain::Awaiting;
+use super::functions::{Ended, Resets};
 use super::open::Opened;
 use super::problems::Problem;
 use super::reachable::Reachable;
@@ -346,8 +346,7 @@ impl Engine {
         }
         let mut shown = record.clone();
         shown.state = course.state_during();
-        self.records.insert(address, shown);
-        self.busy.insert(address);
+        self.functions.begin(shown);
         self.syncing.touch(address);
         self.unexamined.begin(address);
         // The transaction writes the files again, and reports a new failure.
@@ -394,15 +393,12 @@ impl Engine {
         self.keeping.finished(&finished);
         let record = finished.record.clone();
         let address = record.address;
-        let earlier = self.records.get(&address);
-        let before = earlier.and_then(|record| record.guest).map(|guest| guest.domain);
+        let Ended { earlier, orphaned } = self.functions.end(record.clone());
+        let before = earlier.as_ref().and_then(|record| record.guest).map(|guest| guest.domain);
         let during = earlier.map(|record| record.state);
-        self.busy.remove(&address);
         let attached = record.state == FunctionState::Attached;
         let (record_is_held, managed) = (record.state == FunctionState::Held, record.managed);
         if !attached {
-            self.in_use.remove(&address);
-            self.attachments.end(address);
             self.forget_network_checks(address);
         }
         if finished.outcome.is_ok() {
@@ -410,11 +406,10 @@ impl Engine {
             self.problems.resolve_of(address, &RESOLVED_BY_SUCCESS);
         }
         self.note_network_problem(&record);
-        self.keep(record.clone());
         self.keep_watching_errors_of(address);
         // Events during the transaction were not handled.
         self.unexamined.one(address);
-        if self.orphans.remove(&address) && attached {
+        if orphaned && attached {
             warn!("{address}: its guest ended while it was attached");
             self.detach_from_ended(record);
         }
@@ -431,8 +426,8 @@ impl Engine {
 
     /// Detaches a function whose guest has ended.
     pub(super) fn detach_from_ended(&mut self, record: Record) {
-        if self.busy.contains(&record.address) {
-            self.orphans.insert(record.address);
+        if self.functions.is_busy(record.address) {
+            self.functions.orphan(record.address);
             return;
         }
         self.start(Course::Backward(Kind::Detach, Withdrawal::GuestEnded), record, None, |record| {

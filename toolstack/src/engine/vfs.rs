@@ -166,7 +166,7 @@ impl Engine {
 
     fn physical_function(&self, address: Sbdf) -> Result<HostFunction, Failure> {
         let function = known_pf(self.platform.host.as_ref(), address)?;
-        if self.busy_pfs.contains(&address) || self.busy.contains(&address) {
+        if self.busy_pfs.contains(&address) || self.functions.is_busy(address) {
             return Err(Failure::refused(format!("{address} is being changed right now"))
                 .on(address)
                 .hint("try again"));
@@ -176,7 +176,7 @@ impl Engine {
 
     /// Refuses a PF without its driver, which enables the VFs, because it is held or a guest has it.
     fn refuse_held_pf(&self, address: Sbdf) -> Result<(), Failure> {
-        let record = self.record(address);
+        let record = self.functions.records().get_or_new(address);
         if record.state == FunctionState::Host {
             return Ok(());
         }
@@ -191,7 +191,7 @@ impl Engine {
 
     /// Refuses while a VF is held or attached, because the kernel would remove it.
     fn none_in_use(&self, pf: &HostFunction) -> Result<(), Failure> {
-        let used = |address: &&Sbdf| self.state(**address) != FunctionState::Host;
+        let used = |address: &&Sbdf| self.functions.records().state(**address) != FunctionState::Host;
         let users: Vec<String> =
             pf.virtual_functions.iter().filter(used).map(|vf| self.describe_user(*vf)).collect();
         if users.is_empty() {
@@ -203,7 +203,7 @@ impl Engine {
     }
 
     fn describe_user(&self, vf: Sbdf) -> String {
-        let record = self.record(vf);
+        let record = self.functions.records().get_or_new(vf);
         match record.guest {
             Some(guest) => format!("{vf} ({}, domain {})", record.state, guest.domain),
             None => format!("{vf} ({})", record.state),

@@ -135,7 +135,7 @@ impl Engine {
     }
 
     pub(super) fn set_gone(&mut self, address: Sbdf) {
-        if let Some(place) = self.records.get(&address).and_then(|record| record.guest)
+        if let Some(place) = self.functions.records().place(address)
             && let Some(guest) = self.guests.get_mut(&place.domain)
         {
             guest.set_gone(place.domain, place.devfn);
@@ -149,11 +149,15 @@ impl Engine {
             return;
         }
         *running = true;
-        begun_meanwhile.clone_from(&self.busy);
+        begun_meanwhile.clone_from(self.functions.busy());
         let (mut addresses, all) = (std::mem::take(addresses), std::mem::take(all));
         let others = std::mem::take(others);
-        let recorded: Vec<Sbdf> = if all { self.records.keys().copied().collect() } else { Vec::new() };
-        let (workshop, busy) = (self.workshop(), self.busy.clone());
+        let recorded: Vec<Sbdf> = if all {
+            self.functions.records().all().map(|record| record.address).collect()
+        } else {
+            Vec::new()
+        };
+        let (workshop, busy) = (self.workshop(), self.functions.busy().clone());
         let inbox = self.inbox.clone();
         let work = move || {
             if others {
@@ -207,10 +211,10 @@ impl Engine {
             }
             let ExaminedFunction { address, function, .. } = seen;
             // A function in a transaction is examined after its end; so is one that was in a transaction during the examination.
-            if self.busy.contains(&address) || self.unexamined.begun_meanwhile.contains(&address) {
+            if self.functions.is_busy(address) || self.unexamined.begun_meanwhile.contains(&address) {
                 continue;
             }
-            let Some(record) = self.records.get(&address).cloned() else {
+            let Some(record) = self.functions.records().get(address).cloned() else {
                 match function {
                     Some(function) => self.keep_for_guests(&function),
                     None => self.keeping.left(address),
@@ -258,7 +262,7 @@ impl Engine {
                     warn!("{error}");
                     self.problems.push(Problem::unwritten(&error));
                 }
-                self.records.remove(&address);
+                self.functions.forget(address);
                 // Another function may have taken its address.
                 self.unexamined.one(address);
             }
@@ -266,7 +270,7 @@ impl Engine {
                 // The distrusted device is gone, and the quarantine does not apply to another device.
                 info!("{address}: it {how} while it was quarantined");
                 let gone = Record { state: FunctionState::Gone, quarantine: None, ..record };
-                self.keep(gone);
+                self.functions.keep(gone);
             }
             // The failed withdrawal that quarantined the function is retried a few times; the guest reads all ones in any case.
             FunctionState::Quarantined if !self.syncing.may_try(address) => {}

@@ -13,7 +13,6 @@ use super::guest::Awaited;
 use super::problems::Problem;
 use super::saving::not_released;
 use super::{Answer, Engine, Event};
-use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Cause;
 
@@ -167,9 +166,8 @@ impl Engine {
 
     /// Quarantines all functions of a guest whose thread does not stop, because the guest may still reach them.
     fn quarantine_all_of(&mut self, domain: DomId, why: &str) {
-        let of_domain = |record: &&Record| record.guest.is_some_and(|guest| guest.domain == domain);
         let functions: Vec<Sbdf> =
-            self.records.values().filter(of_domain).map(|record| record.address).collect();
+            self.functions.records().of(domain).map(|(record, _)| record.address).collect();
         for address in functions {
             self.quarantine(address, why);
         }

@@ -12,7 +12,7 @@ use pciback::serve::Attachment;
 
 /// The current attachment of each function, from just before the guest is served until the function is withdrawn from it.
 #[derive(Debug, Default)]
-pub(super) struct Attachments(BTreeMap<Sbdf, Attachment>);
+pub(in crate::engine) struct Attachments(BTreeMap<Sbdf, Attachment>);
 
 impl Attachments {
     pub fn begin(&mut self, attachment: Attachment) {
@@ -36,7 +36,7 @@ impl Attachments {
 /// Functions that are being reset while a guest has them. A transaction that withdraws a function waits for the end of its reset before
 /// the function can have another owner.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Resets(Arc<(Mutex<BTreeSet<Sbdf>>, Condvar)>);
+pub(in crate::engine) struct Resets(Arc<(Mutex<BTreeSet<Sbdf>>, Condvar)>);
 
 impl Resets {
     /// Notes that a reset begins; `false`: one already runs.
