@@ -106,19 +106,19 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
     }
     let images = settings.run_directory.join("images");
     fs::create_dir_all(&images).with_context(|| format!("create {}", images.display()))?;
-    // A successor takes the lock later, when its predecessor has released it.
-    let own_lock = if arguments.successor { None } else { Some(lock(&settings.run_directory)?) };
+    // A successor takes the locks later, when its predecessor has released them.
+    let own_locks = if arguments.successor { None } else { Some(Locks::take(&settings)?) };
     let limit = descriptors::raise_limit().context("raise the limit of open files")?;
     let Some((platform, simulation)) = open_when_booted(&arguments.platform, &stop)? else { return Ok(()) };
     let shortage = descriptors::shortage(limit, platform.host.functions()?.len());
     problems.extend(shortage.map(|text| (ProblemCause::Service, text)));
     let (policies, found, problem) = read_policies(&settings)?;
     problems.extend(problem.map(|text| (ProblemCause::Policies, text)));
-    let lock = match own_lock {
-        Some(lock) => Some(lock),
+    let locks = match own_locks {
+        Some(locks) => Some(locks),
         None => take_over(&settings, &stop)?,
     };
-    let Some(lock) = lock else { return Ok(()) };
+    let Some(locks) = locks else { return Ok(()) };
     let keeper = simulation.map(|simulation| keep(&simulation, &settings)).transpose()?;
     let journal = Journal::open(&settings.state_directory)?;
     let socket = settings.socket();
@@ -159,7 +159,7 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
     reload_at(hangup, socket)?;
     if let Ending::Replaced(ready_successor) = engine.run(stop.as_fd())? {
         drop(keeper);
-        hand_over(ready_successor, lock)?;
+        hand_over(ready_successor, locks)?;
     }
     Ok(())
 }
@@ -187,21 +187,21 @@ fn keep(simulation: &Simulation, settings: &Settings) -> anyhow::Result<Keeper> 
         .with_context(|| format!("keep the simulated host in {}", file.display()))
 }
 
-/// Waits until the predecessor gives way, and takes the lock. `None`: the service is to stop.
-fn take_over(settings: &Settings, stop: &SignalFd) -> anyhow::Result<Option<Flock<File>>> {
+/// Waits until the predecessor gives way, and takes the locks. `None`: the service is to stop.
+fn take_over(settings: &Settings, stop: &SignalFd) -> anyhow::Result<Option<Locks>> {
     let predecessor = Predecessor::at_standard_input().context("use standard input")?;
     info!("ready to take over");
     let go_ahead = predecessor.wait_for_go_ahead(stop.as_fd()).context("take over from the running xpcid")?;
-    if go_ahead { lock(&settings.run_directory).map(Some) } else { Ok(None) }
+    if go_ahead { Locks::take(settings).map(Some) } else { Ok(None) }
 }
 
 /// Hands over to another process; this one ends.
-fn hand_over(ready_successor: ReadySuccessor, lock: Flock<File>) -> anyhow::Result<()> {
+fn hand_over(ready_successor: ReadySuccessor, locks: Locks) -> anyhow::Result<()> {
     let ReadySuccessor { successor, reply } = ready_successor;
     let process = successor.id();
     // Before anything else, because systemd accepts this only from the process that it knows.
     supervisor::replaced_by(process);
-    drop(lock);
+    drop(locks);
     successor.take_over().with_context(|| format!("give way to process {process}"))?;
     let message = format!("process {process} has taken over");
     reply.done_before_the_end(
@@ -270,10 +270,26 @@ fn read_policies(
     }
 }
 
-/// Makes sure that no other process serves the same guests.
-fn lock(directory: &Path) -> anyhow::Result<Flock<File>> {
-    let path = directory.join("lock");
-    let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
+/// Makes sure that no other process serves the same guests or writes the same records, which need not be in the same place: either
+/// directory may be another one.
+struct Locks {
+    _run: Flock<File>,
+    _state: Flock<File>,
+}
+
+impl Locks {
+    fn take(settings: &Settings) -> anyhow::Result<Self> {
+        let (run, state) = (settings.run_directory.join("lock"), &settings.state_directory);
+        let file = File::create(&run).with_context(|| format!("create {}", run.display()))?;
+        let run_lock = lock(file, &run)?;
+        fs::create_dir_all(state).with_context(|| format!("create {}", state.display()))?;
+        // The directory itself: a full disk may have no room for one more file.
+        let directory = File::open(state).with_context(|| format!("open {}", state.display()))?;
+        Ok(Self { _run: run_lock, _state: lock(directory, state)? })
+    }
+}
+
+fn lock(file: File, path: &Path) -> anyhow::Result<Flock<File>> {
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Ok(lock),
         Err((_, errno)) => bail!("lock {}: {errno}; another xpcid seems to run", path.display()),

@@ -21,6 +21,20 @@ fn a_second_service_in_the_same_run_directory_refuses_to_start() {
 }
 
 #[test]
+fn a_service_with_another_run_directory_refuses_to_write_the_same_records() {
+    let daemon = Daemon::start(&host());
+    let run = daemon.directory.path().join("run");
+    let other = daemon.directory.path().join("other").into_os_string();
+    let first = service(daemon.directory.path());
+    let arguments = first.get_args().map(|argument| if argument == run { &other } else { argument });
+    let output = program(env!("CARGO_BIN_EXE_xpcid")).args(arguments).output().unwrap();
+    let log = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{log}");
+    assert!(log.contains("another xpcid seems to run") && log.contains("/state:"), "{log}");
+    assert!(daemon.xpci(&["status"]).status.success(), "the first one has to go on");
+}
+
+#[test]
 fn sigterm_stops_the_service_and_closes_its_socket() {
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let mut daemon = Daemon::start(&host());
