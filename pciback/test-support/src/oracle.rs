@@ -36,6 +36,8 @@ pub struct Oracle {
     sizes: Option<(usize, u8, u8)>,
     /// Bytes and bits that start a function level reset.
     resets: Vec<(usize, u8)>,
+    /// Where a bit locks other bytes while it is 1: its byte, the bit, and the first and the number of these bytes.
+    lock: Option<(usize, u8, usize, usize)>,
 }
 
 impl Oracle {
@@ -53,6 +55,7 @@ impl Oracle {
             vpd_asked: None,
             sizes: None,
             resets: Vec::new(),
+            lock: None,
         }
     }
 
@@ -184,6 +187,12 @@ impl Oracle {
         self
     }
 
+    /// While this bit of the guest's own is 1, bytes of its own cannot be written.
+    pub fn lock(&mut self, at: usize, bit: u8, first: usize, length: usize) -> &mut Self {
+        self.lock = Some((at, bit, first, length));
+        self
+    }
+
     /// What the guest reads; all ones behind the end.
     pub fn read(&self, at: usize, length: usize) -> u32 {
         let mut value = 0;
@@ -204,9 +213,14 @@ impl Oracle {
     pub fn write(&mut self, at: usize, length: usize, value: u32) -> bool {
         let written = value.to_le_bytes();
         let mut reset = false;
+        let locked = match self.lock {
+            Some((at, bit, first, length)) if self.cells[at].value & bit != 0 => first..first + length,
+            _ => 0..0,
+        };
         for (at, byte) in (at..at + length).zip(written) {
             let Some(cell) = self.cells.get_mut(at) else { return false };
-            cell.value = cell.value & !cell.own | byte & cell.own;
+            let own = if locked.contains(&at) { 0 } else { cell.own };
+            cell.value = cell.value & !own | byte & own;
             // What hardware does not show the guest cannot clear; what hardware shows no more is forgotten.
             cell.cleared = (cell.cleared | byte & cell.events) & self.bytes[at];
             let events = cell.passed & self.cleared_by_one[at] & byte;

@@ -15,6 +15,8 @@ mod functions;
 #[cfg(test)]
 mod groups;
 #[cfg(test)]
+mod guest_vfs;
+#[cfg(test)]
 mod hardware;
 #[cfg(test)]
 mod images;

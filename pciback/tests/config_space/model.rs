@@ -14,13 +14,17 @@ use crate::devices::{self, Device};
 pub const OWNER: ImageOwner = ImageOwner { boot: 0x1234_5678_9abc_def0, domain: DomId(3) };
 
 pub fn space(spec: &FunctionSpec) -> VirtualConfigSpace {
-    let planes = Planes::compile(spec, &Policy::default()).unwrap();
+    space_under(spec, &Policy::default())
+}
+
+pub fn space_under(spec: &FunctionSpec, policy: &Policy) -> VirtualConfigSpace {
+    let planes = Planes::compile(spec, policy).unwrap();
     let image = FunctionImage::new(SharedMemory::anonymous(FunctionImage::BYTES).unwrap(), OWNER);
     VirtualConfigSpace::create(spec, Arc::new(planes), image).unwrap()
 }
 
 /// One write and what it leaves, then reads of every width around it.
-fn check(device: &mut Device, space: &mut VirtualConfigSpace, offset: u32, size: u32, value: u32) {
+pub fn check(device: &mut Device, space: &mut VirtualConfigSpace, offset: u32, size: u32, value: u32) {
     let access = Access::new(offset, size).unwrap();
     let context = format!("{}: write {value:#x} of {size} at {offset:#x}", device.name);
     let resets = device.oracle.write(offset as usize, size as usize, value);

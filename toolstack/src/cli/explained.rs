@@ -203,6 +203,9 @@ pub fn policy(view: &PolicyView) -> String {
     if !matches!(view.rom.as_str(), "" | "hide") {
         let _ = writeln!(text, "expansion ROM of HVM guests (rom): {}", view.rom);
     }
+    if let Some(count) = view.vfs_by_guest {
+        let _ = writeln!(text, "VFs that a PV guest with the PF can create (virtual-functions): {count}");
+    }
     for rule in &view.capabilities {
         let _ = writeln!(text, "{}: {} ({}; {})", rule.capability, rule.action, rule.reason, rule.origin);
     }

@@ -74,7 +74,10 @@ impl Workshop {
             false => VirtualConfigSpace::create(&spec, Arc::clone(&planes), image),
             true => VirtualConfigSpace::resume(&spec, Arc::clone(&planes), image, hardware.as_ref()),
         };
-        let space = space.map_err(|error| failed("take over the config space", &error))?;
+        let mut space = space.map_err(|error| failed("take over the config space", &error))?;
+        if let Some(place) = record.guest {
+            space.show_own_number(place.devfn);
+        }
         let hypervisor = Arc::clone(&self.platform.hypervisor);
         let mut function = GuestFunction::new(domain, address, space, hardware, hypervisor, spec.gsi);
         match function.keep_hardware() {
@@ -113,6 +116,7 @@ impl Workshop {
         let mut policy = self.policies.merge(&Subject::of(spec, name.as_deref())).policy;
         if domains::kind(self.platform.store.as_ref(), domain)? == DomainType::Hvm {
             policy.hide_enhanced_allocation();
+            policy.virtual_functions = None;
         }
         self.filters.planes(spec, policy, visible)
     }

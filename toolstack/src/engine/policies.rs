@@ -409,6 +409,7 @@ fn policy_view(inspected: &Inspected) -> PolicyView {
         permits: merged.permits.iter().map(|permission| permission.word().to_owned()).collect(),
         rdm_policy: merged.rdm.word().to_owned(),
         rom: merged.rom.0.to_string(),
+        vfs_by_guest: merged.policy.virtual_functions.as_ref().map(|by_guest| by_guest.count),
         reset_methods: merged.reset.methods.clone(),
         reset_together: merged.reset.wants_together(),
         without_reset: merged.reset.permits_none(),

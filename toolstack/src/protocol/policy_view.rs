@@ -29,6 +29,9 @@ pub struct PolicyView {
     /// The expansion ROM for an HVM guest: `hide` (none), `device`, or the path of a file.
     #[serde(default)]
     pub rom: String,
+    /// How many VFs a PV guest that gets the PF can create; absent if none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vfs_by_guest: Option<u16>,
     /// The reset methods that the files accept; absent if they leave this to the settings.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reset_methods: Option<Vec<String>>,

@@ -371,6 +371,13 @@ impl<'a> Compiler<'a> {
         touched.map(|segment| (Segment { mask: segment.mask & mask, ..*segment }, zero_merge)).collect()
     }
 
+    /// Writes of the bits of a dword that are the guest's own are no lost ones.
+    pub(super) fn carried_out_by_host(&mut self, dword: u16) {
+        if let Some(bits) = self.bits.get_mut(usize::from(dword / 4)) {
+            bits.masked &= !bits.shadow_write;
+        }
+    }
+
     /// Who reads VPD, now that policies have had their say.
     fn vpd(&mut self) {
         let bits = &mut self.bits;

@@ -56,7 +56,10 @@ impl Compiler<'_> {
         let header =
             Place { offset: capability.offset, width: header_bytes(capability) as u8, mask: u32::MAX };
         let has_header = self.owned(header, owner).mask == full(header.width);
+        let action = policy.as_ref().map(|policy| policy.action);
+        let by_guest = self.by_guest(capability, action);
         let hidden = match (&policy, known) {
+            _ if self.policy.virtual_functions.is_some() && by_guest.is_some() => None,
             (Some(policy), _) if policy.action == CapabilityAction::Hide => Some(policy.rule.clone()),
             (Some(_), _) => None,
             (None, Some((spec, rules))) => {
@@ -77,6 +80,10 @@ impl Compiler<'_> {
             self.visible[index] = false;
             self.fill(capability, 0, owner, Kind::Constant, "hidden", Treatment::ZERO, &rule);
             self.guard_hidden(capability, owner);
+            return;
+        }
+        if let (Some(by_guest), Some((spec, _))) = (&by_guest, known) {
+            self.virtual_functions(capability, owner, spec, by_guest);
             return;
         }
         if let Some((spec, rules)) = known {

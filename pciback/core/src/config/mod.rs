@@ -20,6 +20,7 @@ mod rules;
 pub(crate) mod shape;
 mod space;
 mod vf_routing;
+mod virtual_functions;
 
 pub use crate::spec::AnyId;
 pub use access::{Access, AccessError, CONVENTIONAL_SIZE, ConfigSpace, EXTENDED_SIZE, Width};
@@ -33,11 +34,12 @@ pub use list::{Capability, CapabilityList, ListProblem, MsixFault};
 pub use masked::{MaskedWrite, MaskedWrites};
 pub use planes::{Bits, Deferred, Model, NamedRegister, Planes, RefusedOverride, Segment};
 pub use policy::{
-    CapabilityAction, CapabilityOverride, Initial, Origin, Place, Policy, RegisterOverride, Rule, Selector,
-    Treatment, VendorPart,
+    ByGuest, CapabilityAction, CapabilityOverride, Initial, Origin, Place, Policy, RegisterOverride, Rule,
+    Selector, Treatment, VendorPart,
 };
 pub use records::{ImageError, ImageOwner, InterruptMode, RequestRecord, RequestStage, VectorState};
 pub use rom::{ROM_LIMIT, RomError, rom_contents};
 pub use rules::is_guarded;
 pub use space::{SideEffect, VirtualConfigSpace};
 pub use vf_routing::{PortAbove, Unroutable, VfRouting};
+pub use virtual_functions::{GuestVfs, MOST_BY_GUEST, NO_DRIVERS_ID};

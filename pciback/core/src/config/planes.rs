@@ -58,6 +58,10 @@ pub enum Model {
     VpdRead,
     /// VPD's address where a policy gives the guest a part of the register in hardware: it passes only as a whole, and with the flag 0.
     VpdAddress,
+    /// SR-IOV Control of a PF whose guest creates VFs.
+    VfEnable,
+    /// NumVFs of such a PF, which can be written while VF Enable is 0.
+    NumVfs,
 }
 
 /// A register of the function that is described.

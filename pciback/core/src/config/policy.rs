@@ -184,6 +184,15 @@ pub struct RegisterOverride {
     pub rule: Rule,
 }
 
+/// The VFs that the guest with a PF creates.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ByGuest {
+    /// How many at most, 1-[`super::MOST_BY_GUEST`]: TotalVFs as the guest reads it.
+    pub count: u16,
+    /// Why.
+    pub rule: Rule,
+}
+
 /// What is laid over the built-in rules. Later overrides win over earlier ones; guarded registers (BARs, Command, MSI, MSI-X,
 /// interrupt line and pin, headers of capabilities) keep their built-in treatment in any case.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -196,6 +205,8 @@ pub struct Policy {
     pub capabilities: Vec<CapabilityOverride>,
     /// Single registers.
     pub registers: Vec<RegisterOverride>,
+    /// VFs that the guest creates, if it gets a PF.
+    pub virtual_functions: Option<ByGuest>,
 }
 
 impl Policy {
@@ -222,6 +233,7 @@ impl Default for Policy {
             hide_unknown: None,
             capabilities: Vec::new(),
             registers: Vec::new(),
+            virtual_functions: None,
         }
     }
 }

@@ -13,7 +13,7 @@ use super::image::FunctionImage;
 use super::interrupts::{MsiCapability, MsixCapability};
 use super::masked::MaskedWrites;
 use super::planes::{DWORDS, Model, Planes};
-use crate::spec::{express, header, legacy};
+use crate::spec::{express, header, legacy, sriov};
 
 /// What a write asks for beyond the bits it stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +42,9 @@ pub enum SideEffect {
         /// 0-3: D0 to D3hot.
         state: u8,
     },
+    /// The guest changed VF Enable of its PF; [`VirtualConfigSpace::guest_vfs`] says how many VFs it wants. The host creates or removes
+    /// them.
+    VfEnable,
     /// The guest wants a dword of VPD. The host reads it, then calls [`VirtualConfigSpace::show_vpd`].
     VpdRead {
         /// Where the capability's address register is.
@@ -247,7 +250,8 @@ impl VirtualConfigSpace {
         let to_hardware = (bits.hw_write | self.in_range(&write)) & write.mask & !self.withheld(&write);
         let cleared = self.image.shadow(index) & bits.events;
         let mut before = self.image.shadow(index) & !bits.events;
-        let mut after = before & !(bits.shadow_write & write.mask) | write.value & bits.shadow_write;
+        let stored = bits.shadow_write & !self.locked(write.dword);
+        let mut after = before & !(stored & write.mask) | write.value & stored;
         let clears_nothing = to_hardware & !bits.zero_merge == 0 && write.value & to_hardware == 0;
         let merged = write.mask & !to_hardware & !bits.zero_merge;
         let reaches = to_hardware != 0 && !clears_nothing;
@@ -413,9 +417,11 @@ impl VirtualConfigSpace {
 
     /// What a function level reset does to what the guest sees: every virtual register is again as it was when the guest got the
     /// function. That includes BARs and interrupt line, which hardware would clear: the host restores its own after the
-    /// reset, and a guest that does not restore them still finds the addresses it may map.
+    /// reset, and a guest that does not restore them still finds the addresses it may map. VFs that the guest has created stay, and
+    /// with them what their PF's SR-IOV capability says: other guests use them.
     pub fn reset(&mut self) {
-        for dword in 0..DWORDS {
+        let kept = self.kept_over_reset();
+        for dword in (0..DWORDS).filter(|dword| !kept.contains(dword)) {
             self.image.set_shadow(dword, self.image.reset_value(dword));
         }
     }
@@ -463,7 +469,11 @@ fn side_effect(offset: u16, model: Model, write: &Write, before: u32, after: u32
         Model::AfControl => (value & 1 != 0).then_some(SideEffect::FunctionLevelReset),
         Model::VpdRead => (mask == 0xffff && value & 0x8000 == 0)
             .then_some(SideEffect::VpdRead { register: offset, address: value as u16 & 0x7ffc }),
-        Model::VpdAddress | Model::LinkControl | Model::ReadRequestSize => None,
+        Model::VfEnable => {
+            let changed = (before ^ after) & mask as u16 & sriov::VF_ENABLE;
+            (changed != 0).then_some(SideEffect::VfEnable)
+        }
+        Model::VpdAddress | Model::LinkControl | Model::ReadRequestSize | Model::NumVfs => None,
     }
 }
 

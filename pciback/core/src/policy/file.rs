@@ -8,9 +8,10 @@ use super::read::{self, KeyWord, key};
 use super::reset::{self, ResetWishes};
 use super::rom::{self, RomSource};
 use super::rules;
+use super::virtual_functions;
 use super::yaml::{self, Node};
 use crate::Sbdf;
-use crate::config::{CapabilityOverride, RegisterOverride, Rule, Selector, Treatment};
+use crate::config::{ByGuest, CapabilityOverride, RegisterOverride, Rule, Selector, Treatment};
 use crate::fault::ErrorWishes;
 
 /// A named set of defaults for unknown registers.
@@ -167,6 +168,7 @@ pub(super) const KEYS: &[KeyWord] = &[
         "rom",
         "Which expansion ROM an HVM guest finds: hide (none), device (a copy of the device's), or the absolute path of a file with one.",
     ),
+    key("virtual-functions", "Whether the guest that gets the PF creates its VFs, and how many at most."),
     key("profile", "What happens to unknown registers: a named set of defaults."),
     key("unknown", "What happens to unknown registers, whatever the profile says."),
     key("capabilities", "By capability: what the guest sees of it and may write."),
@@ -206,6 +208,8 @@ pub struct PolicyFile {
     pub rdm: Option<RdmPolicy>,
     /// Which expansion ROM a guest finds, where it says so.
     pub rom: Option<RomSource>,
+    /// The VFs that a guest creates, where it says so.
+    pub virtual_functions: Option<ByGuest>,
     /// The profile, where it names one.
     pub profile: Option<(Profile, Rule)>,
     /// What happens to unknown registers, where it says so.
@@ -232,6 +236,7 @@ impl PolicyFile {
             reset: ResetWishes::default(),
             rdm: None,
             rom: None,
+            virtual_functions: None,
             profile: None,
             unknown: None,
             capabilities: Vec::new(),
@@ -285,6 +290,9 @@ impl PolicyFile {
             "reuse" => self.reuse = read::choice(node, "time to reuse", Reuse::WORDS, diagnostics),
             "reset" => self.reset = reset::reset(node, diagnostics),
             "rdm-policy" => self.rdm = read::choice(node, "rdm-policy", RdmPolicy::WORDS, diagnostics),
+            "virtual-functions" => {
+                self.virtual_functions = virtual_functions::read(node, file, diagnostics);
+            }
             "rom" => self.rom = rom::rom(node, diagnostics),
             "profile" => {
                 let profile = read::choice(node, "profile", Profile::WORDS, diagnostics);

@@ -18,6 +18,7 @@ mod rom;
 mod rules;
 mod schema;
 mod set;
+mod virtual_functions;
 mod yaml;
 
 pub use diagnostic::{Diagnostic, Spot, nearest};

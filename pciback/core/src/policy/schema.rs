@@ -12,6 +12,8 @@ use super::rom::RomSource;
 use super::rules::{
     CAPABILITY_KEYS, REGISTER_KEYS, RegisterAction, UNKNOWN_KEYS, UNKNOWN_WORDS, WholeAction,
 };
+use super::virtual_functions::VIRTUAL_FUNCTION_KEYS;
+use crate::config::MOST_BY_GUEST;
 
 /// The schema, in JSON Schema draft-07, which is what editors know best.
 pub fn schema() -> Value {
@@ -34,6 +36,10 @@ pub fn schema() -> Value {
         }),
         "rdm-policy" => words(RdmPolicy::WORDS),
         "rom" => json!({"anyOf": [{"enum": RomSource::WORDS}, {"type": "string", "pattern": "^/"}]}),
+        "virtual-functions" => object(
+            VIRTUAL_FUNCTION_KEYS,
+            |_| json!({"type": "integer", "minimum": 1, "maximum": MOST_BY_GUEST}),
+        ),
         "profile" => words(Profile::WORDS),
         "unknown" => one_or_mapping(
             words(UNKNOWN_WORDS),

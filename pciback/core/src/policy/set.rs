@@ -109,6 +109,9 @@ impl<'a> Merged<'a> {
         if let Some(rom) = &file.rom {
             self.rom = (rom.clone(), Some(&file.name));
         }
+        if let Some(by_guest) = &file.virtual_functions {
+            self.policy.virtual_functions = Some(by_guest.clone());
+        }
         self.policy.capabilities.extend(file.capabilities.iter().cloned());
         self.policy.registers.extend(file.registers.iter().cloned());
         self.applied.push(file);

@@ -54,7 +54,7 @@ pub fn is_guarded(id: AnyId) -> bool {
     rules(id).is_some_and(|rules| rules.guarded)
 }
 
-const fn row(offset: u16, mask: u32, treatment: Treatment, reason: &'static str) -> Row {
+pub(super) const fn row(offset: u16, mask: u32, treatment: Treatment, reason: &'static str) -> Row {
     Row { offset, mask, treatment, reason }
 }
 

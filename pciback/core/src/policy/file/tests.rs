@@ -321,3 +321,28 @@ fn a_rom_is_none_the_devices_or_a_file_by_its_absolute_path() {
         assert_eq!(mistakes(text), [format!("f.yaml:{message}")], "{text}");
     }
 }
+
+#[test]
+fn vfs_by_guest_are_at_most_what_fits_beside_the_pf() {
+    for count in [1, 7] {
+        let text = format!("virtual-functions: {{by-guest: {count}}}\n");
+        assert_eq!(parsed(&text).virtual_functions.map(|by_guest| by_guest.count), Some(count));
+    }
+    for (text, message) in [
+        (
+            "virtual-functions: {by-guest: 8}\n",
+            "1:31: '8' is not a valid by-guest: a number from 1 to 7 is expected",
+        ),
+        (
+            "virtual-functions: {by-guest: 0}\n",
+            "1:31: '0' is not a valid by-guest: a number from 1 to 7 is expected",
+        ),
+        (
+            "virtual-functions: {by-guests: 2}\n",
+            "1:21: 'by-guests' is not a valid key of 'virtual-functions'; did you mean 'by-guest'?",
+        ),
+        ("virtual-functions: 2\n", "1:20: 'virtual-functions' is a mapping, not a word"),
+    ] {
+        assert_eq!(mistakes(text), [format!("f.yaml:{message}")], "{text}");
+    }
+}

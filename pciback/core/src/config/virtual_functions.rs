@@ -1,0 +1,208 @@
+//! SR-IOV for a guest that creates the VFs of its PF (PCI Express 6.0, section 9.3.3). Nothing of the capability is hardware's: the guest
+//! says what it wants, and the host decides and does it. The VFs have no BARs in that guest, since they go to other guests, and their
+//! Routing IDs there are functions 1 to 7 of the PF's own device, which need neither ARI nor another bus.
+
+use super::compile::{Compiler, Family, Known, Place};
+use super::list::Capability;
+use super::planes::{Model, Segment};
+use super::policy::{ByGuest, CapabilityAction, Initial, Rule, Treatment};
+use super::rules::{Row, row};
+use super::space::VirtualConfigSpace;
+use crate::spec::{AnyId, CapabilitySpec, ExtendedCapabilityId, Kind, sriov};
+
+/// The most VFs that a guest can create: what is left of the eight functions of its PF's device.
+pub const MOST_BY_GUEST: u16 = 7;
+
+/// VF Device ID as the guest reads it: that of no device, so that no driver of its own binds to a VF that it cannot use.
+pub const NO_DRIVERS_ID: u16 = 0xffff;
+
+/// What every PF has to support (section 9.3.3.13): 4 KiB, 8 KiB, 64 KiB, 256 KiB, 1 MiB, 4 MiB.
+const PAGE_SIZES: u32 = 0x553;
+
+const ENABLE: &str = "the guest enables VFs; the host creates and removes them in hardware";
+const PLACE: &str = "functions 1 to 7 of the guest's device: hardware's routing is the host's";
+
+const ROWS: &[Row] = &[
+    row(
+        sriov::CAPABILITIES,
+        u32::MAX,
+        Treatment::ZERO,
+        "VFs do not migrate by this capability, and need no ARI and no wide tags",
+    ),
+    row(sriov::CONTROL, (sriov::VF_ENABLE | sriov::VF_MSE) as u32, Treatment::VIRTUAL, ENABLE),
+    row(
+        sriov::NUM_VFS,
+        0xffff,
+        Treatment::VIRTUAL,
+        "written while VF Enable is 0, carried out when it becomes 1",
+    ),
+    row(
+        sriov::FUNCTION_DEPENDENCY_LINK,
+        0xff,
+        Treatment::Static,
+        "the PF itself: VFs depend on no other function",
+    ),
+    row(sriov::FIRST_VF_OFFSET, 0xffff, Treatment::Fixed(1), PLACE),
+    row(sriov::VF_STRIDE, 0xffff, Treatment::Fixed(1), PLACE),
+    row(
+        sriov::VF_DEVICE_ID,
+        0xffff,
+        Treatment::Fixed(NO_DRIVERS_ID as u32),
+        "no driver in this guest claims the VFs: other guests use them",
+    ),
+    row(
+        sriov::SUPPORTED_PAGE_SIZES,
+        u32::MAX,
+        Treatment::Fixed(PAGE_SIZES),
+        "the sizes that every PF has; hardware's is the host's decision",
+    ),
+    row(
+        sriov::SYSTEM_PAGE_SIZE,
+        u32::MAX,
+        Treatment::Virtual(Initial::Value(1)),
+        "it places VF BARs, which the host does",
+    ),
+    no_bar(0),
+    no_bar(1),
+    no_bar(2),
+    no_bar(3),
+    no_bar(4),
+    no_bar(5),
+    row(sriov::VF_MIGRATION_STATE, u32::MAX, Treatment::ZERO, ABSENT),
+];
+
+const fn no_bar(index: u16) -> Row {
+    row(sriov::VF_BAR0 + 4 * index, u32::MAX, Treatment::ZERO, ABSENT)
+}
+
+const KEPT: &str = "its guest has read it: it stays as it is until the guest releases the function";
+/// What is not in a row, and what is nothing.
+const ABSENT: &str = "nothing of a VF is given to this guest: reads 0";
+
+/// What a guest has said of the VFs of its PF.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GuestVfs {
+    /// VF Enable.
+    pub enabled: bool,
+    /// NumVFs as it was written, beyond TotalVFs too.
+    pub count: u16,
+}
+
+impl Compiler<'_> {
+    /// What is in force for VFs that the guest creates, if this is the SR-IOV capability of its PF. `action`: what a policy says of the
+    /// capability, which hides it all the same. A guest that uses the capability keeps it until it releases the PF.
+    pub(super) fn by_guest(
+        &self,
+        capability: &Capability,
+        action: Option<CapabilityAction>,
+    ) -> Option<ByGuest> {
+        let is_meant =
+            capability.id == AnyId::Extended(ExtendedCapabilityId::SR_IOV) && !self.spec.is_virtual();
+        if !is_meant || action == Some(CapabilityAction::Hide) {
+            return None;
+        }
+        let waits = || {
+            let used = action.is_none() && self.kept.is_some_and(|kept| kept.contains(&capability.offset));
+            used.then(|| ByGuest { count: 0, rule: Rule::built_in(KEPT, "xpci") })
+        };
+        self.policy.virtual_functions.clone().or_else(waits)
+    }
+
+    /// Builds the capability for a guest that creates VFs. One that a guest uses keeps the numbers that it has read.
+    pub(super) fn virtual_functions(
+        &mut self,
+        capability: &Capability,
+        owner: u16,
+        spec: &'static CapabilitySpec,
+        by_guest: &ByGuest,
+    ) {
+        let family = Family {
+            base: capability.offset,
+            capability: Some(capability.id),
+            section: spec.section,
+            controls: (Treatment::ZERO, ABSENT),
+            events: (Treatment::ZERO, ABSENT),
+            rows: ROWS,
+            guarded: true,
+            owner,
+        };
+        for register in spec.registers {
+            self.register(register, &family);
+        }
+        let at = |offset: u16| capability.offset.saturating_add(offset);
+        let count = match self.kept {
+            Some(_) => Treatment::Static,
+            None => Treatment::Fixed(u32::from(by_guest.count)),
+        };
+        for register in [sriov::INITIAL_VFS, sriov::TOTAL_VFS] {
+            let place = self.owned(Place { offset: at(register), width: 2, mask: 0xffff }, owner);
+            for (Segment { register, field, .. }, _) in self.pieces(place) {
+                let known = Known { kind: Kind::Constant, register, field, guarded: true };
+                self.set(place, known, count, &by_guest.rule);
+            }
+        }
+        for (register, model) in [(sriov::CONTROL, Model::VfEnable), (sriov::NUM_VFS, Model::NumVfs)] {
+            let place = Place { offset: at(register), width: 2, mask: 0xffff };
+            if self.owned(place, owner).mask == place.mask {
+                self.models.push((place.offset, model));
+            }
+        }
+        for dword in (capability.offset..at(0x40)).step_by(4) {
+            // A guest that writes them has not lost anything: the host does what they say.
+            self.carried_out_by_host(dword);
+        }
+    }
+}
+
+impl VirtualConfigSpace {
+    /// Where its SR-IOV capability is, if its guest creates VFs.
+    fn guests_sriov(&self) -> Option<u16> {
+        let of_enable = |(_, model): &&(u16, Model)| *model == Model::VfEnable;
+        let (control, _) = self.planes().models().iter().find(of_enable)?;
+        control.checked_sub(sriov::CONTROL)
+    }
+
+    /// What the guest has said of the VFs of its PF; `None`: it creates none.
+    pub fn guest_vfs(&self) -> Option<GuestVfs> {
+        let at = self.guests_sriov()?;
+        Some(GuestVfs {
+            enabled: self.own_register(at + sriov::CONTROL, 2) as u16 & sriov::VF_ENABLE != 0,
+            count: self.own_register(at + sriov::NUM_VFS, 2) as u16,
+        })
+    }
+
+    /// Shows the guest its device and function number of the PF as Function Dependency Link, where its VFs would need one.
+    pub fn show_own_number(&mut self, devfn: u8) {
+        let Some(at) = self.guests_sriov() else { return };
+        let register = at + sriov::FUNCTION_DEPENDENCY_LINK;
+        let (dword, shift) = (usize::from(register / 4), 8 * u32::from(register & 3));
+        let with_number = |old: u32| old & !(0xff << shift) | u32::from(devfn) << shift;
+        let (reset, shadow) = (self.image().reset_value(dword), self.image().shadow(dword));
+        self.image_mut().set_reset_value(dword, with_number(reset));
+        self.image_mut().set_shadow(dword, with_number(shadow));
+    }
+
+    /// The dwords of its SR-IOV capability if VFs of the guest's exist: a reset of the PF that the host emulates leaves them.
+    pub(super) fn kept_over_reset(&self) -> std::ops::Range<usize> {
+        match (self.guests_sriov(), self.guest_vfs()) {
+            (Some(at), Some(GuestVfs { enabled: true, .. })) => {
+                usize::from(at / 4)..usize::from((at + sriov::VF_MIGRATION_STATE) / 4) + 1
+            }
+            _ => 0..0,
+        }
+    }
+
+    /// The bits that a write cannot change now: NumVFs while VF Enable is set (PCI Express 6.0, section 9.3.3.7).
+    pub(super) fn locked(&self, dword: u16) -> u32 {
+        let models = self.planes().models();
+        let first = models.partition_point(|(offset, _)| *offset < dword);
+        let here = models[first..].iter().take_while(|(offset, _)| *offset < dword + 4);
+        let mut locked = 0;
+        for (offset, _) in here.filter(|(_, model)| *model == Model::NumVfs) {
+            if self.guest_vfs().is_some_and(|vfs| vfs.enabled) {
+                locked |= 0xffff << (8 * u32::from(offset & 3));
+            }
+        }
+        locked
+    }
+}
