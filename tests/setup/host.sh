@@ -10,7 +10,7 @@ export LC_ALL=C
 # shellcheck source=tests/setup/apt.sh
 . "$(dirname "$0")/apt.sh"
 
-needed="gcc g++ libc6-dev make pkg-config libclang-dev libudev-dev libxen-dev kmod pciutils xz-utils mmdebstrap e2fsprogs dpkg-dev ca-certificates ansible-core"
+needed="gcc g++ libc6-dev make pkg-config libclang-dev libudev-dev libxen-dev kmod pciutils xz-utils mmdebstrap e2fsprogs dpkg-dev ca-certificates ansible-core strace"
 
 say() { echo "setup: $*"; }
 

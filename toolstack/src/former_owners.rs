@@ -18,7 +18,7 @@ use pciback::{DomId, Sbdf, Uuid};
 use serde::{Deserialize, Serialize};
 
 use crate::durable;
-use crate::journal::{JournalError, VERSION, entries, read_entry};
+use crate::journal::{JournalError, VERSION, entries, read_unsynced};
 use crate::outcome::Failure;
 
 /// The largest size of a file, in bytes.
@@ -77,8 +77,8 @@ impl FormerOwners {
         fs::create_dir_all(directory).map_err(create)?;
         let (mut known, mut errors) = (Known::default(), Vec::new());
         for path in entries(directory)? {
-            match read_entry(&path, SIZE_LIMIT, |entry: &Entry| (entry.version, entry.address)) {
-                Ok(entry) if entry.boot == boot => drop(known.entries.insert(entry.address, entry)),
+            match read_unsynced(&path, SIZE_LIMIT, |entry: &Entry| (entry.version, entry.address)) {
+                Ok(Some(entry)) if entry.boot == boot => drop(known.entries.insert(entry.address, entry)),
                 Ok(_) => durable::remove(&path).map_err(|source| JournalError::Io {
                     action: "remove",
                     path: path.clone(),

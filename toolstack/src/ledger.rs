@@ -14,7 +14,7 @@ use pciback::containment::Role;
 use serde::{Deserialize, Serialize};
 
 use crate::durable;
-use crate::journal::{JournalError, VERSION, entries, read_entry};
+use crate::journal::{JournalError, VERSION, entries, read_unsynced};
 
 /// The largest size of an entry, in bytes: a PF may have 65,535 VFs, each a user.
 const SIZE_LIMIT: u64 = 2 << 20;
@@ -60,13 +60,14 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// Opens the directory, and creates it if necessary. Entries of another boot are removed, because the hardware was reset since.
+    /// Opens the directory, and creates it if necessary. Entries of another boot, and what a power failure has left empty, are removed,
+    /// because the hardware was reset since.
     pub fn open(directory: &Path, boot: &str) -> Result<Self, JournalError> {
         let error = |source| JournalError::Io { action: "create", path: directory.to_owned(), source };
         fs::create_dir_all(directory).map_err(error)?;
         let ledger = Self { directory: directory.to_owned(), boot: boot.to_owned(), lock: Arc::default() };
         for path in entries(directory)? {
-            if read(&path).is_ok_and(|entry| entry.boot != boot) {
+            if read(&path).is_ok_and(|entry| entry.is_none_or(|entry| entry.boot != boot)) {
                 ledger.remove_file(&path)?;
             }
         }
@@ -94,16 +95,12 @@ impl Ledger {
 
     /// The entry of a port or PF, if it has one.
     pub fn entry(&self, address: Sbdf) -> Result<Option<Entry>, JournalError> {
-        let path = self.path(address);
-        if !path.exists() {
-            return Ok(None);
-        }
-        read(&path).map(Some)
+        read(&self.path(address))
     }
 
     /// All entries. An unusable one is an error, because its values would be lost.
     pub fn entries(&self) -> Result<Vec<Entry>, JournalError> {
-        entries(&self.directory)?.iter().map(|path| read(path)).collect()
+        entries(&self.directory)?.iter().filter_map(|path| read(path).transpose()).collect()
     }
 
     /// Writes an entry so that the next run of the service finds it when the call returns; one without users is removed. It is not
@@ -133,8 +130,8 @@ impl Ledger {
     }
 }
 
-fn read(path: &Path) -> Result<Entry, JournalError> {
-    read_entry(path, SIZE_LIMIT, |entry: &Entry| (entry.version, entry.address))
+fn read(path: &Path) -> Result<Option<Entry>, JournalError> {
+    read_unsynced(path, SIZE_LIMIT, |entry: &Entry| (entry.version, entry.address))
 }
 
 #[cfg(test)]

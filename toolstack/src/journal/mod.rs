@@ -165,7 +165,7 @@ impl Journal {
     pub fn read_all(&self) -> Result<(Vec<Record>, Vec<JournalError>), JournalError> {
         let (mut records, mut errors) = (Vec::new(), Vec::new());
         for path in entries(&self.directory)? {
-            match read(&path) {
+            match read_unsynced(&path, SIZE_LIMIT, |record: &Record| (record.version, record.address)) {
                 Ok(record) => records.extend(record),
                 Err(error) => errors.push(error),
             }
@@ -204,10 +204,32 @@ pub(crate) fn read_entry<T: DeserializeOwned>(
     limit: u64,
     about: impl Fn(&T) -> (u32, Sbdf),
 ) -> Result<T, JournalError> {
+    parse(path, &read_text(path, limit)?, about)
+}
+
+/// Reads an entry of a directory whose files are not synced. `None`: the file was removed, or its contents did not reach the disk before
+/// a power failure, so that it is of an earlier boot and irrelevant.
+pub(crate) fn read_unsynced<T: DeserializeOwned>(
+    path: &Path,
+    limit: u64,
+    about: impl Fn(&T) -> (u32, Sbdf),
+) -> Result<Option<T>, JournalError> {
+    let text = match read_text(path, limit) {
+        Err(JournalError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
+        text => text?,
+    };
+    if text.bytes().all(|byte| byte == 0) {
+        log::info!("{}: empty, as a power failure leaves a file", path.display());
+        return Ok(None);
+    }
+    parse(path, &text, about).map(Some)
+}
+
+fn read_text(path: &Path, limit: u64) -> Result<String, JournalError> {
     let error = |source| JournalError::Io { action: "read", path: path.to_owned(), source };
     let mut text = String::new();
     File::open(path).map_err(error)?.take(limit).read_to_string(&mut text).map_err(error)?;
-    parse(path, &text, about)
+    Ok(text)
 }
 
 fn parse<T: DeserializeOwned>(
@@ -236,24 +258,6 @@ pub(crate) fn parse_versioned<T: DeserializeOwned>(
         VERSION => Ok(entry),
         other => Err(malformed(format!("it has version {other}, this xpcid reads {VERSION}"))),
     }
-}
-
-/// Reads a record. `None`: the file was removed, or its contents did not reach the disk before a power failure, so that it is of an
-/// earlier boot and irrelevant.
-fn read(path: &Path) -> Result<Option<Record>, JournalError> {
-    let error = |source| JournalError::Io { action: "read", path: path.to_owned(), source };
-    let file = match File::open(path) {
-        // Removed since the directory was read.
-        Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
-        other => other.map_err(error)?,
-    };
-    let mut text = String::new();
-    file.take(SIZE_LIMIT).read_to_string(&mut text).map_err(error)?;
-    if text.bytes().all(|byte| byte == 0) {
-        log::info!("{}: empty, as a power failure leaves a record", path.display());
-        return Ok(None);
-    }
-    parse(path, &text, |record: &Record| (record.version, record.address)).map(Some)
 }
 
 #[cfg(test)]

@@ -22,6 +22,7 @@ mod other_toolstacks;
 mod ownership;
 mod path;
 mod persistent;
+mod power;
 mod quarantine;
 mod reconcile;
 mod records;

@@ -59,10 +59,17 @@ pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
+fn two_guests() -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/sim/two-guests.yaml")).unwrap()
+}
+
 /// The host, and what outlives the service.
 pub struct World {
     pub simulation: Simulation,
-    directory: TempDir,
+    directory: PathBuf,
+    /// Removes the directory.
+    _temporary: Option<TempDir>,
+    boot: String,
 }
 
 impl World {
@@ -80,9 +87,17 @@ impl World {
 
     /// The same, without VFs, on another version of Xen.
     pub fn on_xen(version: &str) -> Self {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/sim/two-guests.yaml");
-        let host = fs::read_to_string(path).unwrap().replace("xen: 4.17", &format!("xen: {version}"));
-        Self::of(&host)
+        Self::of(&two_guests().replace("xen: 4.17", &format!("xen: {version}")))
+    }
+
+    /// A host without VFs, its service's files in a directory that stays.
+    pub fn in_directory(directory: &Path, boot: &str) -> Self {
+        Self {
+            simulation: Simulation::from_yaml(&two_guests()).unwrap(),
+            directory: directory.to_owned(),
+            _temporary: None,
+            boot: boot.to_owned(),
+        }
     }
 
     /// The host that a YAML text describes.
@@ -90,7 +105,8 @@ impl World {
         let simulation = Simulation::from_yaml(host).unwrap();
         // In memory where that can be had: what the disk takes is no matter of these tests.
         let directory = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
-        Self { simulation, directory }
+        let path = directory.path().to_owned();
+        Self { simulation, directory: path, _temporary: Some(directory), boot: "this boot".to_owned() }
     }
 
     /// Makes one of the service's calls fail, after some good ones.
@@ -120,9 +136,9 @@ impl World {
             guest_limit_seconds: 10,
             // xen-pciback prepares MSI-X by itself when it takes a function; this one leaves it to the service.
             holder: Holder::PciStub,
-            run_directory: self.directory.path().join("run"),
-            state_directory: self.directory.path().join("state"),
-            policy_directories: vec![self.directory.path().join("policies")],
+            run_directory: self.directory.join("run"),
+            state_directory: self.directory.join("state"),
+            policy_directories: vec![self.directory.join("policies")],
             ..Settings::default()
         }
     }
@@ -183,7 +199,7 @@ impl World {
         let more = more.iter().map(|text| PolicyFile::parse("more.yaml", text).unwrap());
         let policies = PolicySet::new(more.chain([permit]).collect());
         let names = GuestNames::new(&platform.store);
-        let mut engine = Engine::new(platform, settings, policies, journal, "this boot".into()).unwrap();
+        let mut engine = Engine::new(platform, settings, policies, journal, self.boot.clone()).unwrap();
         engine.recover().unwrap();
         let inbox = engine.inbox();
         control::listen(&socket, inbox.clone(), names).unwrap();
