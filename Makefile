@@ -71,10 +71,11 @@ lab-test: deps
 fuzz: deps
 	CARGO="$(CARGO)" tests/fuzz/run.sh $(FUZZ_SECONDS)
 
-# A shell in the lab's dom0, with xpci installed.
+# A shell in the lab's dom0, where xpcid runs.
 lab: binaries
 	$(CARGO) run --locked --release -q -p xpci-tests --bin lab -- shell \
-	    target/release/xpcid=/usr/sbin/xpcid target/release/xpci=/usr/sbin/xpci
+	    target/release/xpcid=/usr/sbin/xpcid target/release/xpci=/usr/sbin/xpci \
+	    $(foreach policy,$(wildcard configs/policies/*.yaml),$(policy)=/usr/share/xpci/policies/$(notdir $(policy)))
 
 # Each program runs, whatever becomes of the others; BENCH_OPTIONS are for the lab's, such as '--only pv --rounds 2'.
 bench: binaries

@@ -90,7 +90,7 @@ fn main() -> Result<()> {
     ensure!(is_held(&lab, VFS[0])?, "a detached function must be held again");
     show(&lab, "xpci pci-assignable-remove 01:10.0")?;
 
-    chapter(begun, "Done. 'make lab' gives you a shell in this dom0; README.md tells the rest.");
+    chapter(begun, "Done. 'make lab' gives you a shell in this dom0; README.md has the rest.");
     Ok(())
 }
 

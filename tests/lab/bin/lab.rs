@@ -7,7 +7,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
-use xpci_tests::{GuestConfig, Lab, Process, XenVersion, debian, image};
+use xpci_tests::{GuestConfig, Lab, Process, XenVersion, debian, host, image};
+
+/// Where the service is in dom0.
+const SERVICE: &str = "/usr/sbin/xpcid";
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -27,16 +30,33 @@ fn main() -> Result<()> {
 
 fn shell(arguments: &[String]) -> Result<()> {
     let mut builder = Lab::builder().name("shell").time_limit(Duration::from_secs(24 * 3600));
+    let (mut has_service, mut has_systemd) = (false, false);
     for argument in arguments {
         builder = match argument.split_once('=') {
-            Some((from, to)) => builder.install(from, to),
-            None if argument == "debian" => builder.xen(XenVersion::of_the_host()?).debian(),
+            Some((from, to)) => {
+                has_service |= to == SERVICE;
+                builder.install(from, to)
+            }
+            None if argument == "debian" => {
+                has_systemd = true;
+                builder.xen(XenVersion::of_the_host()?).debian()
+            }
             None => builder.xen(XenVersion::parse(argument)?),
         };
     }
     println!("lab: booting; this takes about half a minute");
     let lab = builder.boot()?;
     lab.push(GuestConfig::pv("pv1").text().as_bytes(), "/guest/pv1.cfg")?;
+    // Where there is no systemd that would do it. It ends with the lab.
+    let _service = match has_service && !has_systemd {
+        true => {
+            lab.dom0("modprobe nvme").ok()?;
+            let service = host::prepare(&lab)?;
+            println!("lab: xpcid runs; its log is xpcid.log in the folder above");
+            Some(service)
+        }
+        false => None,
+    };
     println!(
         "lab: this is dom0. `xl create -c /guest/pv1.cfg` starts a guest; `exit` or Ctrl-D ends the lab."
     );
