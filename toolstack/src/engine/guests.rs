@@ -297,8 +297,7 @@ impl Engine {
             ServerReport::Vanished(attachment) => {
                 let address = attachment.address();
                 // The function may have left the host: sysfs is read before a decision.
-                self.silent.insert(address);
-                self.unexamined.one(address);
+                self.inventory.examine_silent(address);
             }
             ServerReport::DriverStarted(attachment) => self.driver_started(attachment.address()),
             ServerReport::RestoreFailed(attachment, why) => {

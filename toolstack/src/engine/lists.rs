@@ -158,7 +158,7 @@ impl Engine {
         self.problems
             .iter()
             .cloned()
-            .chain(self.syncing.problems())
+            .chain(self.inventory.problems())
             .chain(self.keeping.problems())
             .chain(self.network_checks.problems())
             .chain(self.returning.problems())
@@ -181,7 +181,7 @@ impl Engine {
         });
         let mut guests: Vec<GuestView> = guests.collect();
         let platform = self.platform.description.clone();
-        let (repaired, since) = (self.syncing.repaired(), self.quarantined_since());
+        let (repaired, since) = (self.inventory.repaired(), self.quarantined_since());
         let device_errors = self.device_errors();
         let (store, errors) = (Arc::clone(&self.platform.store), Arc::clone(&self.platform.errors));
         self.show(reply, move |shown| {

@@ -7,35 +7,31 @@
 mod asking;
 mod assignments;
 mod background;
-mod contain;
 mod deferred;
+mod errors;
 mod events;
-mod faults;
 mod frontends;
 mod functions;
 mod guest;
 mod guests;
 mod hvm;
+mod inventory;
 mod keeping;
 mod lists;
 mod log_limit;
 mod managed;
 mod network;
 mod notes;
-mod observe;
 mod obstacles;
 mod open;
 mod paths;
 mod policies;
-mod polls;
 mod problems;
 mod reachable;
 mod recognise;
 mod recover;
-mod repairs;
 mod requests;
 mod reserved;
-mod responses;
 mod restoring;
 mod returning;
 mod saving;
@@ -43,12 +39,10 @@ mod several;
 mod store_events;
 mod succession;
 mod survey;
-mod sync;
 mod targets;
 mod tasks;
 mod unmanaged;
 mod vfs;
-mod watch;
 mod work;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -62,8 +56,6 @@ use log::{error, info};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use pciback::fault::Action;
-use pciback::inventory::Repair;
 use pciback::platform::Platform;
 use pciback::policy::PolicySet;
 use pciback::serve::pv::nodes;
@@ -76,7 +68,7 @@ use crate::former_owners::FormerOwners;
 use crate::journal::{Journal, NetworkRecord, Record};
 use crate::ledger::Ledger;
 use crate::outcome::{ErrorCode, Failure};
-use crate::protocol::{Cause, RegisterValue, Request};
+use crate::protocol::{Cause, Request};
 use crate::reply::Reply;
 use crate::reservations::Reservations;
 use crate::settings::Settings;
@@ -86,20 +78,19 @@ use crate::supervisor::{self, Watchdog};
 use crate::target::Target;
 use crate::transaction::{Finished, Fresh, Withdrawal};
 use crate::wishes::Wishes;
-pub use contain::Containment;
+pub use errors::Containment;
+use errors::Errors;
 use functions::{Functions, Resets};
 use guest::Guest;
+use inventory::Inventory;
 use keeping::Keeping;
 use network::NetworkChecks;
 use open::Opened;
 use policies::Reloaded;
 use problems::Problem;
-use repairs::Synced;
 use returning::Returning;
 use succession::Succession;
 pub use succession::{Ending, ReadySuccessor};
-use sync::Syncing;
-use watch::{Changes, Examination, Unexamined};
 
 /// An event that the engine handles.
 pub enum Event {
@@ -149,18 +140,10 @@ pub enum Event {
     WorkDone(DomId, work::WorkDone),
     /// A background task that changes the VFs of a PF has ended; whether it succeeded.
     VfsChanged(Sbdf, bool),
-    /// A repair that concerns a guest, a driver or a record is to be carried out.
-    Repair(Repair, Reply),
-    /// A thread needs exclusive use of a function to repair Xen's list; the answer says whether it gets it.
-    Reserve(Sbdf, mpsc::Sender<bool>),
-    /// That repair has ended; whether it was carried out.
-    ListRepaired(Repair, bool),
-    /// A comparison of sysfs, Xen and xenstore has ended; a client may wait for the result.
-    Synced(Box<Result<Synced, Failure>>, Option<Reply>),
+    /// What background work on the inventory reports or asks for.
+    Inventory(inventory::Event),
     /// A thread that set the network settings of a VF has ended.
     NetworkSet(Sbdf, Box<Option<NetworkRecord>>),
-    /// A function is to be contained, for the given reason.
-    Contain(Sbdf, Containment, String),
     /// A thread compared the state of a VF with its network settings: the difference, or `None`.
     NetworkCompared(Sbdf, Option<String>),
     /// A thread found the functions that the settings assign to a guest that has appeared.
@@ -171,20 +154,8 @@ pub enum Event {
     NotifyWhenIdle(DomId, mpsc::Sender<()>),
     /// A failure for which no client waits.
     Problem(Problem),
-    /// A thread examined functions after events about them.
-    FunctionsExamined(Examination),
-    /// A thread read the kernel's error counters.
-    CountersPolled(Box<polls::Counted>),
-    /// A thread read the ports above the functions of guests.
-    PortsPolled(Result<Box<polls::PortsSeen>, Failure>),
-    /// The contents of error registers, for the event log.
-    ErrorRegisters(Sbdf, Vec<RegisterValue>),
-    /// A thread paused or destroyed a guest, or failed to.
-    GuestStopped(Sbdf, DomId, Action, Result<(), Failure>),
-    /// A thread masked the correctable errors of a function, or failed to.
-    Masked(Sbdf, Result<pciback::live::errors::Masked, String>),
-    /// A thread unmasked them, or failed to.
-    Unmasked(Sbdf, Result<(), String>),
+    /// The result of background work on errors.
+    Errors(errors::Event),
     /// The installed program was started to take over, or could not be started.
     SuccessorStarted(Result<Successor, Failure>, Reply),
     /// New policies were read and checked, and filters compiled from them for the attached functions.
@@ -235,6 +206,11 @@ impl Inbox {
         }
     }
 
+    /// Has a function contained, for the given reason.
+    pub fn contain(&self, address: Sbdf, containment: Containment, why: &str) {
+        self.send(Event::Errors(errors::Event::Contain(address, containment, why.to_owned())));
+    }
+
     /// A reply for work that the service starts by itself: a failure becomes a problem in `xpci status`.
     fn unasked_reply(&self, cause: Cause) -> Reply {
         let inbox = self.clone();
@@ -263,18 +239,10 @@ pub struct Engine {
     fresh: Fresh,
     /// Functions that guests may be able to reach.
     reachable: reachable::Reachable,
-    /// Functions to be contained when their transaction ends.
-    awaiting: contain::Awaiting,
-    /// Functions to be examined, because of events about them.
-    unexamined: Unexamined,
-    /// Functions that stopped answering while the host still has them.
-    silent: BTreeSet<Sbdf>,
-    /// A generation counter of events about the host's functions, for threads that wait for one.
-    changes: Changes,
+    /// Which functions the host has, and whether sysfs, Xen and xenstore agree about them.
+    inventory: Inventory,
     /// Requests that wait for the end of a repair of their function.
     deferred: deferred::Deferred,
-    /// The state of comparisons of sysfs, Xen and xenstore.
-    syncing: Syncing,
     /// Scheduled checks of whether guests' drivers changed the network settings of their VFs.
     network_checks: NetworkChecks,
     /// Functions that policies reserve for guests.
@@ -283,8 +251,8 @@ pub struct Engine {
     policies: Arc<PolicySet>,
     /// The compiled filters in use.
     filters: Filters,
-    /// Accounts and handling of errors that functions report.
-    faults: faults::Faults,
+    /// Errors that functions report, and the responses to them.
+    errors: Errors,
     /// The event log, with its followers and the audit log.
     event_log: events::EventLog,
     /// Functions that are assigned to guests persistently.
@@ -339,17 +307,13 @@ impl Engine {
             resets: Resets::default(),
             fresh: Fresh::default(),
             reachable: reachable::Reachable::default(),
-            awaiting: contain::Awaiting::default(),
-            unexamined: Unexamined::default(),
-            silent: BTreeSet::new(),
-            changes: Changes::default(),
+            inventory: Inventory::default(),
             deferred: deferred::Deferred::default(),
-            syncing: Syncing::default(),
             network_checks: NetworkChecks::default(),
             keeping: Keeping::default(),
             policies: Arc::new(policies),
             filters: Filters::default(),
-            faults: faults::Faults::default(),
+            errors: Errors::default(),
             event_log: events::EventLog::new(audit),
             reservations,
             devices: Devices::default(),
@@ -383,7 +347,7 @@ impl Engine {
         let host = self.platform.host.events().map_err(io::Error::other)?;
         let errors = self.subscribe_to_errors();
         // Events before the subscription are not delivered: everything is examined once.
-        self.unexamined.everything();
+        self.inventory.examine_everything();
         info!("ready on {}", self.platform.description);
         supervisor::ready();
         self.take_back_stubs();
@@ -446,7 +410,7 @@ impl Engine {
     }
 
     fn timeout(&self) -> PollTimeout {
-        let errors = self.next_error_deadline();
+        let errors = self.errors.next_deadline();
         let deadlines = self.next_deadline().into_iter().chain(errors).chain(self.network_checks.next());
         let deadlines = deadlines.chain(self.returning.next_deadline()).chain(self.watchdog.next());
         let deadlines = deadlines.chain(self.succession_deadline());
@@ -471,12 +435,8 @@ impl Engine {
             Event::VfsChanged(physical_function, succeeded) => {
                 self.vfs_changed(physical_function, succeeded);
             }
-            Event::Repair(repair, reply) => self.repair(repair, reply),
-            Event::Reserve(address, answer) => self.reserve(address, &answer),
-            Event::ListRepaired(repair, done) => self.list_repaired(repair, done),
-            Event::Synced(synced, reply) => self.synced(*synced, reply),
+            Event::Inventory(event) => self.handle_inventory(event),
             Event::NetworkSet(address, network) => self.network_set(address, *network),
-            Event::Contain(address, containment, why) => self.contain(address, containment, &why),
             Event::NetworkCompared(address, differs) => self.network_compared(address, differs),
             Event::AssignmentsFound(promises) => self.assignments_found(promises),
             Event::AssignmentsReserved(domain) => self.examine_domain_again(domain),
@@ -485,15 +445,7 @@ impl Engine {
                 error!("{}", problem.view().message);
                 self.problems.push(problem);
             }
-            Event::FunctionsExamined(examination) => self.functions_examined(examination),
-            Event::CountersPolled(counted) => self.counters_polled(*counted),
-            Event::PortsPolled(seen) => self.ports_polled(seen),
-            Event::ErrorRegisters(address, registers) => self.error_registers(address, registers),
-            Event::GuestStopped(address, domain, action, outcome) => {
-                self.guest_stopped(address, domain, action, outcome);
-            }
-            Event::Masked(address, outcome) => self.masked(address, outcome),
-            Event::Unmasked(address, outcome) => self.unmasked(address, outcome),
+            Event::Errors(event) => self.handle_errors(event),
             Event::SuccessorStarted(started, reply) => self.successor_started(started, reply),
             Event::Reloaded(reloaded) => self.put_in_force(*reloaded),
         }
@@ -501,7 +453,7 @@ impl Engine {
 
     /// Deletes the record of a function in which the service has no further interest.
     fn forget(&mut self, address: Sbdf) -> Result<(), Failure> {
-        self.syncing.touch(address);
+        self.inventory.touch(address);
         let removed = self.journal.remove(address);
         removed.map_err(|error| Failure::new(ErrorCode::Failed, error.to_string()).on(address))?;
         self.functions.forget(address);

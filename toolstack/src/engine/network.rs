@@ -52,7 +52,7 @@ impl Engine {
             Err(failure) => return reply.done(Err(failure)),
         };
         self.functions.begin(record.clone());
-        self.syncing.touch(address);
+        self.inventory.touch(address);
         let workshop = self.workshop();
         let (reporter, listener, before) = (workshop.clone(), reply.clone(), record.clone());
         let work = move || {
@@ -116,7 +116,7 @@ impl Engine {
         self.network_checks.differing.remove(address);
         let Some((record, orphaned)) = self.functions.network_set(address, network) else { return };
         // Events about the function were not handled while it was busy.
-        self.unexamined.one(address);
+        self.inventory.examine(address);
         if orphaned && record.guest.is_some() {
             self.detach_from_ended(record);
         }

@@ -97,7 +97,7 @@ impl Engine {
             // They may permit a return that former owners prevented.
             self.return_managed_again();
             self.try_again(None);
-            self.unexamined.everything();
+            self.inventory.examine_everything();
             self.problems.resolve(Cause::Policies);
             if let Err(problem) = policies::keep_copy(&self.settings.state_directory, sources) {
                 let text = format!("keep a copy of the policies: {problem}");

@@ -12,7 +12,7 @@ use pciback::serve::GuestFunction;
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::Engine;
-use super::contain::Containment;
+use super::errors::Containment;
 use super::hvm::Resumed;
 use super::open::Opened;
 use super::problems::Problem;

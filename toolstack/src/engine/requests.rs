@@ -160,7 +160,7 @@ impl Engine {
             Request::PolicyShow { address, domain } => return self.show_policy(address, domain, reply),
             Request::PolicyExplain { address, domain } => return self.explain_policy(address, domain, reply),
             Request::PolicyLearn { target } => return self.learned(&target, reply),
-            Request::Sync { dry_run } => return self.sync(dry_run, reply),
+            Request::Sync { dry_run } => return self.inventory.compare_for(dry_run, reply),
             Request::DaemonReexec => return self.start_successor(reply),
             Request::PolicyReload => return self.reload_policies(reply),
             Request::VfCreate { address, count, unmanaged } => {

@@ -69,7 +69,7 @@ impl Engine {
             self.find_returning();
         }
         if changed.pciback {
-            self.unexamined.others();
+            self.inventory.examine_others();
         }
         for domain in changed.device_models {
             self.device_model_changed(domain);

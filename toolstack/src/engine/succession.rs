@@ -134,6 +134,6 @@ impl Engine {
         self.functions.busy().is_empty()
             && self.busy_pfs.is_empty()
             && self.resets.none()
-            && !self.syncing.is_running()
+            && !self.inventory.is_comparing()
     }
 }

@@ -10,12 +10,12 @@ use pciback::platform::Platform;
 use pciback::policy::PolicySet;
 use pciback::{DomId, FunctionState, Sbdf};
 
-use super::contain::Awaiting;
+use super::errors::Awaiting;
 use super::functions::{Ended, Resets};
+use super::inventory::Changes;
 use super::open::Opened;
 use super::problems::Problem;
 use super::reachable::Reachable;
-use super::watch::Changes;
 use super::{Engine, Event, Inbox};
 use crate::device::Devices;
 use crate::former_owners::FormerOwners;
@@ -308,8 +308,8 @@ impl Engine {
             inbox: self.inbox.clone(),
             policies: Arc::clone(&self.policies),
             filters: self.filters.clone(),
-            changes: self.changes.clone(),
-            awaiting: self.awaiting.clone(),
+            changes: self.inventory.changes(),
+            awaiting: self.errors.awaiting(),
             reachable: self.reachable.clone(),
             resets: self.resets.clone(),
             fresh: self.fresh.clone(),
@@ -347,8 +347,7 @@ impl Engine {
         let mut shown = record.clone();
         shown.state = course.state_during();
         self.functions.begin(shown);
-        self.syncing.touch(address);
-        self.unexamined.begin(address);
+        self.inventory.begin(address);
         // The transaction writes the files again, and reports a new failure.
         self.problems.resolve_of(address, &[Cause::StateFiles]);
         let workshop = self.workshop();
@@ -408,7 +407,7 @@ impl Engine {
         self.note_network_problem(&record);
         self.keep_watching_errors_of(address);
         // Events during the transaction were not handled.
-        self.unexamined.one(address);
+        self.inventory.examine(address);
         if orphaned && attached {
             warn!("{address}: its guest ended while it was attached");
             self.detach_from_ended(record);

@@ -77,16 +77,16 @@ impl Engine {
             self.problems.resolve_of(address, &[Cause::VirtualFunctions]);
         }
         self.busy_pfs.remove(&address);
-        self.unexamined.one(address);
+        self.inventory.examine(address);
         self.retry_assignments();
         // VFs that were removed,
-        self.unexamined.all_of(self.syncing.vfs(address));
+        self.inventory.examine_vfs(address);
         // and VFs that appeared.
         match self.platform.host.function(address) {
             Ok(pf) => {
                 self.send_vfs_event(address, pf.num_vfs);
                 self.keeping.vfs_enabled(&pf.virtual_functions);
-                self.unexamined.all_of(pf.virtual_functions);
+                self.inventory.examine_all_of(pf.virtual_functions);
             }
             Err(error) => log::warn!("{error}"),
         }
@@ -221,7 +221,7 @@ impl Engine {
             return reply.done(Err(failure));
         }
         self.busy_pfs.insert(address);
-        self.syncing.touch(address);
+        self.inventory.touch(address);
         let workshop = self.workshop();
         let inbox = self.inbox.clone();
         let progress = reply.clone();

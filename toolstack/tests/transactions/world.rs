@@ -408,7 +408,7 @@ impl Service {
 
     /// Decides as the error policies do.
     pub fn contain(&self, address: Sbdf, containment: Containment) {
-        self.inbox.send(Event::Contain(address, containment, "the test distrusts it".into()));
+        self.inbox.contain(address, containment, "the test distrusts it");
     }
 
     /// Reports as a guest's serving thread does.

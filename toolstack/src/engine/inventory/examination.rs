@@ -13,16 +13,17 @@ use pciback::platform::{HostEvent, HostFunction};
 use pciback::serve::pv::nodes;
 use pciback::{FunctionState, Sbdf};
 
-use super::problems::Problem;
-use super::tasks::Course;
-use super::{Engine, Event};
+use super::Event;
+use crate::engine::problems::Problem;
+use crate::engine::tasks::Course;
+use crate::engine::{self, Engine};
 use crate::journal::Record;
 use crate::reservations::Followed;
 use crate::transaction::{Kind, Withdrawal, holder_of};
 
 /// Functions to be examined.
 #[derive(Debug, Default)]
-pub(super) struct Unexamined {
+pub(super) struct Examinations {
     addresses: BTreeSet<Sbdf>,
     all: bool,
     /// Also the functions that another toolstack has attached to guests.
@@ -31,23 +32,32 @@ pub(super) struct Unexamined {
     running: bool,
     /// Functions that were in a transaction at some time since that thread started: what it read may be outdated.
     begun_meanwhile: BTreeSet<Sbdf>,
+    /// Functions that stopped answering while the host still has them.
+    silent: BTreeSet<Sbdf>,
 }
 
-impl Unexamined {
-    pub fn one(&mut self, address: Sbdf) {
-        self.addresses.insert(address);
+impl Examinations {
+    /// A function has stopped answering.
+    pub fn add_silent(&mut self, address: Sbdf) {
+        self.silent.insert(address);
+        self.add([address]);
     }
 
-    pub fn all_of(&mut self, addresses: impl IntoIterator<Item = Sbdf>) {
+    /// Whether a function had stopped answering; it is forgotten.
+    fn take_silent(&mut self, address: Sbdf) -> bool {
+        self.silent.remove(&address)
+    }
+
+    pub fn add(&mut self, addresses: impl IntoIterator<Item = Sbdf>) {
         self.addresses.extend(addresses);
     }
 
-    pub fn everything(&mut self) {
+    pub fn add_everything(&mut self) {
         self.all = true;
     }
 
     /// Requests an examination after an action of another toolstack.
-    pub fn others(&mut self) {
+    pub fn add_others(&mut self) {
         self.others = true;
     }
 
@@ -109,32 +119,32 @@ pub struct Examination {
 }
 
 impl Engine {
-    pub(super) fn host_changed(&mut self, event: HostEvent) {
-        self.changes.another();
+    pub(in crate::engine) fn host_changed(&mut self, event: HostEvent) {
+        self.inventory.changes.another();
         match event {
             HostEvent::Lost => {
                 warn!("events about PCI functions were lost; all functions are examined");
-                self.unexamined.everything();
+                self.inventory.examine_everything();
             }
             HostEvent::Removed(address) => {
                 // At once, because the guest must not access another device at this address.
                 self.set_gone(address);
-                self.unexamined.one(address);
+                self.inventory.examine(address);
             }
             HostEvent::Added(address) => {
-                self.syncing.begin_anew(address);
+                self.inventory.comparisons.begin_anew(address);
                 self.keeping.appeared(address);
-                self.unexamined.one(address);
+                self.inventory.examine(address);
             }
             HostEvent::Changed(address) => {
                 // The kernel also sends this event when it recovers from errors.
                 self.poll_counters_soon();
-                self.unexamined.one(address);
+                self.inventory.examine(address);
             }
         }
     }
 
-    pub(super) fn set_gone(&mut self, address: Sbdf) {
+    pub(in crate::engine) fn set_gone(&mut self, address: Sbdf) {
         if let Some(place) = self.functions.records().place(address)
             && let Some(guest) = self.guests.get_mut(&place.domain)
         {
@@ -143,8 +153,9 @@ impl Engine {
     }
 
     /// Starts an examination if one is due and none runs.
-    pub(super) fn examine_functions(&mut self) {
-        let Unexamined { addresses, all, others, running, begun_meanwhile } = &mut self.unexamined;
+    pub(in crate::engine) fn examine_functions(&mut self) {
+        let Examinations { addresses, all, others, running, begun_meanwhile, .. } =
+            &mut self.inventory.examinations;
         if *running || (addresses.is_empty() && !*all && !*others) {
             return;
         }
@@ -195,14 +206,14 @@ impl Engine {
                 error!("look at the host's functions: {failure}");
                 Examination { seen: Vec::new(), compare: true }
             });
-            inbox.send(Event::FunctionsExamined(examination));
+            inbox.send(engine::Event::Inventory(Event::Examined(examination)));
         });
     }
 
-    pub(super) fn functions_examined(&mut self, examination: Examination) {
-        self.unexamined.running = false;
+    pub(super) fn examined(&mut self, examination: Examination) {
+        self.inventory.examinations.running = false;
         if examination.compare {
-            self.syncing.make_due();
+            self.inventory.comparisons.make_due();
         }
         for seen in examination.seen {
             self.compare(&seen);
@@ -211,7 +222,9 @@ impl Engine {
             }
             let ExaminedFunction { address, function, .. } = seen;
             // A function in a transaction is examined after its end; so is one that was in a transaction during the examination.
-            if self.functions.is_busy(address) || self.unexamined.begun_meanwhile.contains(&address) {
+            if self.functions.is_busy(address)
+                || self.inventory.examinations.begun_meanwhile.contains(&address)
+            {
                 continue;
             }
             let Some(record) = self.functions.records().get(address).cloned() else {
@@ -230,7 +243,7 @@ impl Engine {
 
     /// Handles a function that is still present: its driver may have changed.
     fn still_there(&mut self, record: Record, function: &HostFunction) {
-        if self.silent.remove(&record.address) {
+        if self.inventory.examinations.take_silent(record.address) {
             self.quarantine(record.address, "it no longer answers, and the guest reads all ones");
             return;
         }
@@ -251,8 +264,8 @@ impl Engine {
     /// Handles a function that was removed or replaced by another.
     fn left(&mut self, record: Record, replaced: bool) {
         let address = record.address;
-        self.silent.remove(&address);
-        self.syncing.touch(address);
+        self.inventory.examinations.take_silent(address);
+        self.inventory.touch(address);
         let how = if replaced { "was replaced by another function" } else { "left the host" };
         match record.state {
             FunctionState::Gone if !replaced => {}
@@ -264,7 +277,7 @@ impl Engine {
                 }
                 self.functions.forget(address);
                 // Another function may have taken its address.
-                self.unexamined.one(address);
+                self.inventory.examine(address);
             }
             FunctionState::Quarantined if record.guest.is_none() => {
                 // The distrusted device is gone, and the quarantine does not apply to another device.
@@ -273,7 +286,7 @@ impl Engine {
                 self.functions.keep(gone);
             }
             // The failed withdrawal that quarantined the function is retried a few times; the guest reads all ones in any case.
-            FunctionState::Quarantined if !self.syncing.may_try(address) => {}
+            FunctionState::Quarantined if !self.inventory.comparisons.may_try(address) => {}
             _ => {
                 warn!("{address}: it {how} while a guest had it; it is withdrawn");
                 self.set_gone(address);

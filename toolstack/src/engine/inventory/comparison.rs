@@ -13,12 +13,13 @@ use pciback::inventory::{Intent, Owner, Place, Plan, Repair, Step, Want, Wanted}
 use pciback::serve::pv::nodes;
 use pciback::{FunctionState, Sbdf};
 
+use super::Event;
+use super::examination::ExaminedFunction;
 use super::observe::Known;
-use super::problems::Problem;
 use super::repairs::{Outcome, Synced};
-use super::tasks::Course;
-use super::watch::ExaminedFunction;
-use super::{Engine, Event};
+use crate::engine::problems::Problem;
+use crate::engine::tasks::Course;
+use crate::engine::{self, Engine};
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{Cause, Success, SyncView};
@@ -32,7 +33,7 @@ const SHOWN: usize = 16;
 
 /// The state of comparisons.
 #[derive(Default)]
-pub(super) struct Syncing {
+pub(super) struct Comparisons {
     /// Whether one is under way.
     running: bool,
     /// Whether another one is due, because a difference was seen.
@@ -68,10 +69,15 @@ struct Tried {
     since: Option<SystemTime>,
 }
 
-impl Syncing {
+impl Comparisons {
     /// Whether a comparison is under way.
     pub fn is_running(&self) -> bool {
         self.running
+    }
+
+    /// Queues a client's request for a comparison.
+    pub fn queue(&mut self, dry_run: bool, reply: Reply) {
+        self.waiting.push_back((dry_run, reply));
     }
 
     /// Requests a comparison.
@@ -136,18 +142,13 @@ impl Syncing {
 }
 
 impl Engine {
-    /// Queues a client's request for a comparison.
-    pub(super) fn sync(&mut self, dry_run: bool, reply: Reply) {
-        self.syncing.waiting.push_back((dry_run, reply));
-    }
-
     /// Starts a comparison if one is due and none runs.
-    pub(super) fn reconcile(&mut self) {
+    pub(in crate::engine) fn reconcile(&mut self) {
         // The examination under way may make a comparison unnecessary.
-        if self.syncing.running || self.unexamined.is_running() {
+        if self.inventory.comparisons.running || self.inventory.examinations.is_running() {
             return;
         }
-        let Syncing { due, waiting, .. } = &mut self.syncing;
+        let Comparisons { due, waiting, .. } = &mut self.inventory.comparisons;
         let client = match waiting.front() {
             // A dry run waits for the due comparison and its repairs.
             Some((true, _)) if *due => None,
@@ -157,19 +158,23 @@ impl Engine {
         };
         let dry_run = client.as_ref().is_some_and(|(dry_run, _)| *dry_run);
         if !dry_run {
-            self.syncing.due = false;
+            self.inventory.comparisons.due = false;
         }
         let mut wanted = self.wanted();
         match client {
             // A client that asks has probably fixed the cause of earlier failures.
-            Some(_) => self.syncing.unread = Default::default(),
-            None => wanted
-                .busy
-                .extend(self.syncing.tried.keys().filter(|address| self.syncing.given_up(**address))),
+            Some(_) => self.inventory.comparisons.unread = Default::default(),
+            None => wanted.busy.extend(
+                self.inventory
+                    .comparisons
+                    .tried
+                    .keys()
+                    .filter(|address| self.inventory.comparisons.given_up(**address)),
+            ),
         }
-        self.syncing.running = true;
-        self.syncing.touched.clear();
-        let (workshop, known) = (self.workshop(), self.syncing.known.clone());
+        self.inventory.comparisons.running = true;
+        self.inventory.comparisons.touched.clear();
+        let (workshop, known) = (self.workshop(), self.inventory.comparisons.known.clone());
         self.background("sync", move || {
             let reply = client.map(|(_, reply)| reply);
             let progress = |text: &str| {
@@ -178,7 +183,7 @@ impl Engine {
                 }
             };
             let synced = workshop.sync(wanted, &known, dry_run, reply.is_none(), &progress);
-            workshop.inbox.send(Event::Synced(Box::new(synced), reply));
+            workshop.inbox.send(engine::Event::Inventory(Event::Compared(synced, reply)));
         });
     }
 
@@ -209,10 +214,11 @@ impl Engine {
     /// Notes an examined function, and requests a comparison if sysfs and Xen differ.
     pub(super) fn compare(&mut self, seen: &ExaminedFunction) {
         let address = seen.address;
+        let known = &mut self.inventory.comparisons.known;
         match (&seen.function, seen.owner) {
-            (None, None) => drop(self.syncing.known.remove(&address)),
-            (Some(function), _) => drop(self.syncing.known.insert(address, function.physical_function)),
-            (None, Some(_)) => drop(self.syncing.known.entry(address).or_default()),
+            (None, None) => drop(known.remove(&address)),
+            (Some(function), _) => drop(known.insert(address, function.physical_function)),
+            (None, Some(_)) => drop(known.entry(address).or_default()),
         }
         let drifted = matches!(
             (&seen.function, seen.owner, self.functions.records().state(address)),
@@ -221,18 +227,19 @@ impl Engine {
                 | (Some(_), Some(Owner::Guest), FunctionState::Held)
                 | (Some(_), Some(Owner::Free), FunctionState::Attached)
         );
-        if drifted && !self.functions.is_busy(address) && !self.syncing.given_up(address) {
-            self.syncing.make_due();
+        if drifted && !self.functions.is_busy(address) && !self.inventory.comparisons.given_up(address) {
+            self.inventory.comparisons.make_due();
         }
     }
 
     /// Handles the end of a comparison.
-    pub(super) fn synced(&mut self, synced: Result<Synced, Failure>, reply: Option<Reply>) {
-        self.syncing.running = false;
+    pub(super) fn compared(&mut self, synced: Result<Synced, Failure>, reply: Option<Reply>) {
+        self.inventory.comparisons.running = false;
         match (synced, reply) {
             (Ok(synced), reply) => {
                 for (address, pf) in &synced.found {
-                    self.syncing
+                    self.inventory
+                        .comparisons
                         .known
                         .entry(*address)
                         .and_modify(|known| *known = known.or(*pf))
@@ -244,7 +251,7 @@ impl Engine {
                         let made =
                             synced.outcomes.iter().filter(|(_, outcome)| matches!(outcome, Outcome::Done));
                         for (step, _) in made {
-                            self.syncing.begin_anew(step.repair.address());
+                            self.inventory.comparisons.begin_anew(step.repair.address());
                         }
                         reply.done(answer(synced));
                     }
@@ -261,18 +268,18 @@ impl Engine {
 
     /// Notes failed reads, and requests another comparison up to the limit.
     fn note_unread(&mut self, unread: Vec<String>, again: bool) {
-        let before = &self.syncing.unread;
+        let before = &self.inventory.comparisons.unread;
         let (times, since) = match unread.is_empty() {
             true => (0, None),
             false => (before.times + 1, before.since.or_else(|| Some(SystemTime::now()))),
         };
-        self.syncing.due |= again && (1..TRIES).contains(&times);
-        self.syncing.unread = Unread { why: unread, times, since };
+        self.inventory.comparisons.due |= again && (1..TRIES).contains(&times);
+        self.inventory.comparisons.unread = Unread { why: unread, times, since };
     }
 
     /// Reports the service's own repairs, and counts failures.
     fn note_outcomes(&mut self, synced: Synced) {
-        let Syncing { tried, repaired, due, .. } = &mut self.syncing;
+        let Comparisons { tried, repaired, due, .. } = &mut self.inventory.comparisons;
         let planned: BTreeSet<Sbdf> = synced.plan.steps.iter().map(|step| step.repair.address()).collect();
         // A function that became consistent without a repair is no problem any more.
         tried.retain(|address, tried| {
@@ -307,9 +314,9 @@ impl Engine {
 
     /// Whether the plan still applies to a function.
     fn is_untouched(&self, address: Sbdf) -> bool {
-        let pf = self.syncing.known.get(&address).copied().flatten();
+        let pf = self.inventory.comparisons.known.get(&address).copied().flatten();
         let of = |address: Sbdf| {
-            self.syncing.touched.contains(&address)
+            self.inventory.comparisons.touched.contains(&address)
                 || self.functions.is_busy(address)
                 || self.busy_pfs.contains(&address)
         };
@@ -332,7 +339,7 @@ impl Engine {
     pub(super) fn list_repaired(&mut self, repair: Repair, done: bool) {
         let address = repair.address();
         // Events during the repair were not handled.
-        self.unexamined.one(address);
+        self.inventory.examine(address);
         let forgotten = done && matches!(repair, Repair::ReleaseMsix { .. } | Repair::ReportToXen { .. });
         if forgotten
             && let Some(record) = self.functions.note_msix_released(address)
@@ -367,7 +374,7 @@ impl Engine {
         self.requests_wait(address);
         self.start(course, record, Some(reply), move |record| format!("{}: {what}", record.address));
         // This operation is part of the plan itself.
-        self.syncing.touched.remove(&address);
+        self.inventory.comparisons.touched.remove(&address);
     }
 
     /// Carries out repairs of records and nodes.

@@ -14,7 +14,8 @@ use pciback::platform::hypervisor::DeviceReport;
 
 use super::Event;
 use super::observe::Known;
-use super::tasks::Workshop;
+use crate::engine;
+use crate::engine::tasks::Workshop;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Success;
 use crate::reply::Reply;
@@ -102,7 +103,7 @@ impl Workshop {
         ) {
             let limit = self.settings.longest_guest_limit() + self.settings.driver_limit() + ENGINE_LIMIT;
             let (reply, answer) = Reply::awaited();
-            self.inbox.send(Event::Repair(repair, reply));
+            self.inbox.send(engine::Event::Inventory(Event::Repair(repair, reply)));
             return match answer.wait(limit) {
                 Ok(Success::Already { .. }) => Outcome::Left,
                 Ok(_) => Outcome::Done,
@@ -110,7 +111,7 @@ impl Workshop {
             };
         }
         let (sender, answer) = mpsc::channel();
-        self.inbox.send(Event::Reserve(address, sender));
+        self.inbox.send(engine::Event::Inventory(Event::Reserve(address, sender)));
         match answer.recv_timeout(ENGINE_LIMIT) {
             Ok(true) => {}
             Ok(false) => return Outcome::Left,
@@ -122,7 +123,8 @@ impl Workshop {
             }
         }
         let outcome = self.repair_list(repair).unwrap_or_else(Outcome::Failed);
-        self.inbox.send(Event::ListRepaired(repair, matches!(outcome, Outcome::Done)));
+        let event = Event::ListRepaired(repair, matches!(outcome, Outcome::Done));
+        self.inbox.send(engine::Event::Inventory(event));
         outcome
     }
 
@@ -154,7 +156,7 @@ impl Workshop {
 }
 
 /// Whether a step is left out if no client asked for it: taking a held function back from a driver that an administrator bound it to,
-/// since that makes it dom0's (see [`super::watch`]), and retrying a failed withdrawal that has quarantined the function.
+/// since that makes it dom0's (see [`super::examination`]), and retrying a failed withdrawal that has quarantined the function.
 fn is_left(step: &Step, observed: &Observed, wanted: &Wanted) -> bool {
     let address = step.repair.address();
     match step.repair {

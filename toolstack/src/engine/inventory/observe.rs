@@ -11,8 +11,8 @@ use pciback::serve::pv::nodes;
 use pciback::spec::CapabilityId;
 use pciback::{DomId, Sbdf};
 
-use super::tasks::Workshop;
 use crate::domains::{self, DomainType};
+use crate::engine::tasks::Workshop;
 use crate::outcome::Failure;
 use crate::transaction::holder_of;
 

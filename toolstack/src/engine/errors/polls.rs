@@ -12,7 +12,8 @@ use pciback::fault::{Detection, ErrorCounters, Fault, Severity};
 use pciback::live::errors::{self as registers, Contained, Layout};
 use pciback::platform::Host;
 
-use super::{Engine, Event};
+use super::{Engine, Errors, Event};
+use crate::engine;
 use crate::outcome::Failure;
 
 /// The least time between the end of a poll and the begin of the next one.
@@ -59,7 +60,7 @@ impl Polls {
     }
 
     /// Schedules the next poll as early as the interval allows.
-    fn soon(&mut self, now: Instant) {
+    pub fn soon(&mut self, now: Instant) {
         let earliest = self.earliest(now);
         self.next = Some(self.next.map_or(earliest, |next| next.min(earliest)));
     }
@@ -123,47 +124,41 @@ fn known(host: &dyn Host, address: Sbdf, layouts: &mut BTreeMap<Sbdf, Layout>) -
 
 impl Engine {
     /// Schedules a poll of all counters as early as allowed.
-    pub(super) fn poll_counters_soon(&mut self) {
-        if !self.faults.watched.is_empty() {
-            self.faults.polls.all = None;
-            self.faults.polls.soon(Instant::now());
+    pub(in crate::engine) fn poll_counters_soon(&mut self) {
+        if !self.errors.watched.is_empty() {
+            self.errors.polls.all = None;
+            self.errors.polls.soon(Instant::now());
         }
-    }
-
-    /// Schedules a poll of the counters of open accounts as early as allowed.
-    pub(super) fn poll_open_accounts_soon(&mut self) {
-        self.faults.polls.soon(Instant::now());
     }
 
     /// Schedules the next poll, after one has ended or the set of watched functions has changed.
     pub(super) fn schedule_polls(&mut self) {
-        let faults = &mut self.faults;
-        faults.accounts.retain(|address, account| faults.watched.contains(address) || account.is_open());
+        let Errors { watched, polls, .. } = &mut self.errors;
+        watched.drop_closed_accounts();
         let now = Instant::now();
-        if faults.accounts.values().any(pciback::fault::Account::is_open) {
-            faults.polls.soon(now);
-        } else if faults.watched.is_empty() {
-            faults.polls.next = None;
+        if watched.has_open_accounts() {
+            polls.soon(now);
+        } else if watched.is_empty() {
+            polls.next = None;
         } else {
-            let all = *faults.polls.all.get_or_insert(now + INTERVAL);
-            faults.polls.next = Some(faults.polls.next.map_or(all, |next| next.min(all)));
+            let all = *polls.all.get_or_insert(now + INTERVAL);
+            polls.next = Some(polls.next.map_or(all, |next| next.min(all)));
         }
     }
 
     /// Starts a poll if one is due.
     pub(super) fn poll_counters(&mut self, now: Instant) {
-        if !self.faults.polls.is_due(now) {
+        if !self.errors.polls.is_due(now) {
             return;
         }
-        let all = self.faults.polls.begin(now);
-        let accounts = self.faults.accounts.iter().filter(|(_, account)| all || account.is_open());
-        let addresses: Vec<Sbdf> = accounts.map(|(address, _)| *address).collect();
+        let all = self.errors.polls.begin(now);
+        let addresses = self.errors.watched.accounts(all);
         if all {
             let turns = u32::try_from(addresses.len().div_ceil(PER_INTERVAL)).unwrap_or(u32::MAX).max(1);
-            self.faults.polls.all = Some(now + INTERVAL * turns);
+            self.errors.polls.all = Some(now + INTERVAL * turns);
             self.poll_ports();
         }
-        let look = self.faults.polls.begun;
+        let look = self.errors.polls.begun;
         let (workshop, inbox) = (self.workshop(), self.inbox.clone());
         let work = move || {
             let read = |address| {
@@ -181,18 +176,17 @@ impl Engine {
                 error!("look at the error counters: {failure}");
                 Vec::new()
             });
-            inbox.send(Event::CountersPolled(Box::new(Counted { look, counters })));
+            inbox.send(engine::Event::Errors(Event::CountersPolled(Counted { look, counters })));
         });
     }
 
     /// Handles the result of a poll of the counters.
     pub(super) fn counters_polled(&mut self, counted: Counted) {
-        let polls = &mut self.faults.polls;
+        let polls = &mut self.errors.polls;
         // A poll that was requested during this one also has to keep the interval.
         (polls.running, polls.ended, polls.next) = (false, Some(Instant::now()), None);
         for (address, counters) in counted.counters {
-            let Some(account) = self.faults.accounts.get_mut(&address) else { continue };
-            for due in account.looked(counted.look, counters.as_ref()) {
+            for due in self.errors.watched.looked(address, counted.look, counters.as_ref()) {
                 self.handle_error(&due);
             }
         }
@@ -200,14 +194,13 @@ impl Engine {
     }
 
     fn poll_ports(&mut self) {
-        if std::mem::replace(&mut self.faults.ports.running, true) {
+        if std::mem::replace(&mut self.errors.ports.running, true) {
             return;
         }
-        let places = &self.faults.places;
-        let ports: BTreeSet<Sbdf> = places.values().flat_map(|place| place.ports.iter().copied()).collect();
-        let functions: Vec<Sbdf> = places.keys().copied().collect();
-        let mut layouts = self.faults.ports.layouts.clone();
-        layouts.retain(|address, _| self.faults.watched.contains(address));
+        let watched = &self.errors.watched;
+        let (ports, functions) = (watched.ports(), watched.functions().collect::<Vec<_>>());
+        let mut layouts = self.errors.ports.layouts.clone();
+        layouts.retain(|address, _| watched.contains(*address));
         let workshop = self.workshop();
         let inbox = self.inbox.clone();
         let work = move || {
@@ -229,22 +222,24 @@ impl Engine {
             }
             PortsSeen { contained, layouts }
         };
-        self.inbox.background("ports", work, move |seen| inbox.send(Event::PortsPolled(seen.map(Box::new))));
+        self.inbox.background("ports", work, move |seen| {
+            inbox.send(engine::Event::Errors(Event::PortsPolled(seen)));
+        });
     }
 
     /// Handles the result of a poll of the ports.
-    pub(super) fn ports_polled(&mut self, seen: Result<Box<PortsSeen>, Failure>) {
-        let ports = &mut self.faults.ports;
+    pub(super) fn ports_polled(&mut self, seen: Result<PortsSeen, Failure>) {
+        let ports = &mut self.errors.ports;
         ports.running = false;
         let seen = match seen {
-            Ok(seen) => *seen,
+            Ok(seen) => seen,
             Err(failure) => return error!("look for Downstream Port Containment: {failure}"),
         };
         ports.layouts = seen.layouts;
         let now: BTreeSet<Sbdf> = seen.contained.iter().map(|(port, _)| *port).collect();
         ports.contained.retain(|port| now.contains(port));
         for (port, contained) in seen.contained {
-            if self.faults.ports.contained.insert(port) {
+            if self.errors.ports.contained.insert(port) {
                 let address = contained.source.unwrap_or(port);
                 let (severity, detection) = (Severity::Fatal, Detection::Containment);
                 self.account(&Fault { address, severity, status: 0, detection, count: 1 });

@@ -7,8 +7,8 @@ use log::{error, warn};
 use pciback::{FunctionState, Sbdf};
 
 use super::Engine;
-use super::problems::Problem;
-use super::tasks::Course;
+use crate::engine::problems::Problem;
+use crate::engine::tasks::Course;
 use crate::transaction::{Kind, Withdrawal};
 
 /// The degree of containment. A later request replaces an earlier one only if it is stricter.
@@ -23,7 +23,7 @@ pub enum Containment {
 /// Functions to be contained when their transaction ends, and why. Transactions read this as well, and write the reason to the journal,
 /// so that it survives a killed service.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Awaiting(Arc<Mutex<BTreeMap<Sbdf, (Containment, String)>>>);
+pub(in crate::engine) struct Awaiting(Arc<Mutex<BTreeMap<Sbdf, (Containment, String)>>>);
 
 impl Awaiting {
     fn locked(&self) -> MutexGuard<'_, BTreeMap<Sbdf, (Containment, String)>> {
@@ -36,6 +36,10 @@ impl Awaiting {
         if stricter {
             waiting.insert(address, (containment, why.to_owned()));
         }
+    }
+
+    fn take(&self, address: Sbdf) -> Option<(Containment, String)> {
+        self.locked().remove(&address)
     }
 
     /// The reason why a function is to be quarantined at the end of its transaction.
@@ -52,13 +56,13 @@ impl Engine {
     /// until it unmaps them in any case.
     ///
     /// A function in a transaction is contained when the transaction ends. A function that belongs to dom0 stays there.
-    pub(super) fn contain(&mut self, address: Sbdf, containment: Containment, why: &str) {
+    pub(in crate::engine) fn contain(&mut self, address: Sbdf, containment: Containment, why: &str) {
         let quarantine = containment == Containment::Quarantine;
         if quarantine {
             self.set_gone(address);
         }
         if self.functions.is_busy(address) {
-            self.awaiting.put(address, containment, why);
+            self.errors.awaiting.put(address, containment, why);
             return;
         }
         let Some(mut record) = self.functions.records().get(address).cloned() else {
@@ -91,16 +95,16 @@ impl Engine {
     }
 
     /// Quarantines a function that can no longer be trusted.
-    pub(super) fn quarantine(&mut self, address: Sbdf, why: &str) {
+    pub(in crate::engine) fn quarantine(&mut self, address: Sbdf, why: &str) {
         self.contain(address, Containment::Quarantine, why);
     }
 
     /// Carries out a containment that was requested during a transaction that has now ended.
-    pub(super) fn contain_awaiting(&mut self, address: Sbdf) {
+    pub(in crate::engine) fn contain_awaiting(&mut self, address: Sbdf) {
         if self.functions.is_busy(address) {
             return;
         }
-        let waiting = self.awaiting.locked().remove(&address);
+        let waiting = self.errors.awaiting.take(address);
         let Some((containment, why)) = waiting else { return };
         if self.functions.records().state(address) == FunctionState::Quarantined
             || self.functions.records().get(address).is_none()
