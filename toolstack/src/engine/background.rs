@@ -54,27 +54,20 @@ mod tests {
     use std::sync::mpsc;
     use std::time::Duration;
 
-    use nix::sys::eventfd::EventFd;
-
     use super::*;
 
     const LIMIT: Duration = Duration::from_secs(60);
 
-    fn inbox() -> (Inbox, mpsc::Receiver<Event>) {
-        let (sender, events) = mpsc::channel();
-        (Inbox { sender, wake: Arc::new(EventFd::new().unwrap()), ended: Arc::default() }, events)
-    }
-
     #[test]
     fn the_result_of_the_work_is_reported() {
         let (sender, reports) = mpsc::channel();
-        inbox().0.background("test", || 7, move |done| sender.send(done).unwrap());
+        Inbox::new().unwrap().0.background("test", || 7, move |done| sender.send(done).unwrap());
         assert_eq!(reports.recv_timeout(LIMIT).unwrap().unwrap(), 7);
     }
 
     #[test]
     fn work_that_panics_is_a_problem_in_the_status() {
-        let (inbox, events) = inbox();
+        let (inbox, events) = Inbox::new().unwrap();
         inbox.background("test", || resume_unwind(Box::new("a fault")), |_: Result<(), _>| ());
         let Ok(Event::Problem(problem)) = events.recv_timeout(LIMIT) else {
             panic!("no problem is reported")

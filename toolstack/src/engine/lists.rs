@@ -159,9 +159,9 @@ impl Engine {
             .iter()
             .cloned()
             .chain(self.inventory.problems())
-            .chain(self.keeping.problems())
+            .chain(self.holds.problems())
             .chain(self.network_checks.problems())
-            .chain(self.returning.problems())
+            .chain(self.persistent.problems())
             .chain(self.reservations.displaced().into_iter().map(displaced))
             .chain(self.saving_problems())
             .collect()
@@ -169,10 +169,8 @@ impl Engine {
 
     pub(super) fn status(&mut self, reply: Reply) {
         let found = self.problems_now();
-        // A guest that has lost its last function is kept for a moment, until its nodes may be created again.
-        let served = self.guests.iter().filter(|(_, guest)| guest.has_functions());
-        let guests = served.map(|(domain, guest)| GuestView {
-            domain: *domain,
+        let guests = self.guests.with_functions().map(|(domain, guest)| GuestView {
+            domain,
             name: None,
             frontend: guest.describe(),
             requests: guest.requests(),

@@ -5,35 +5,28 @@
 //! applying reloaded policies, setting up the first function of a guest, and pausing guests that reboot.
 
 mod asking;
-mod assignments;
 mod background;
 mod deferred;
 mod errors;
 mod events;
-mod frontends;
 mod functions;
-mod guest;
 mod guests;
-mod hvm;
+mod holds;
+mod inbox;
 mod inventory;
-mod keeping;
 mod lists;
-mod log_limit;
-mod managed;
 mod network;
 mod notes;
 mod obstacles;
 mod open;
 mod paths;
+mod persistent;
 mod policies;
 mod problems;
-mod reachable;
 mod recognise;
 mod recover;
 mod requests;
-mod reserved;
 mod restoring;
-mod returning;
 mod saving;
 mod several;
 mod store_events;
@@ -43,29 +36,25 @@ mod targets;
 mod tasks;
 mod unmanaged;
 mod vfs;
-mod work;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use log::{error, info};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use pciback::Sbdf;
 use pciback::platform::Platform;
 use pciback::policy::PolicySet;
 use pciback::serve::pv::nodes;
-use pciback::serve::{Attachment, ServerReport};
-use pciback::{DomId, Sbdf};
 
 use crate::audit::AuditLog;
 use crate::device::Devices;
 use crate::former_owners::FormerOwners;
-use crate::journal::{Journal, NetworkRecord, Record};
+use crate::journal::{Journal, NetworkRecord};
 use crate::ledger::Ledger;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{Cause, Request};
@@ -73,22 +62,24 @@ use crate::reply::Reply;
 use crate::reservations::Reservations;
 use crate::settings::Settings;
 use crate::spec::Filters;
-use crate::successor::{Program, Successor};
+use crate::successor::Successor;
 use crate::supervisor::{self, Watchdog};
 use crate::target::Target;
-use crate::transaction::{Finished, Fresh, Withdrawal};
+use crate::transaction::Finished;
 use crate::wishes::Wishes;
 pub use errors::Containment;
 use errors::Errors;
-use functions::{Functions, Resets};
-use guest::Guest;
+use functions::Functions;
+pub use guests::Event as GuestEvent;
+use guests::Guests;
+use holds::Holds;
+use inbox::Answer;
+pub use inbox::Inbox;
 use inventory::Inventory;
-use keeping::Keeping;
 use network::NetworkChecks;
-use open::Opened;
+use persistent::Persistent;
 use policies::Reloaded;
 use problems::Problem;
-use returning::Returning;
 use succession::Succession;
 pub use succession::{Ending, ReadySuccessor};
 
@@ -101,43 +92,12 @@ pub enum Event {
         /// Where the answer is sent.
         reply: Reply,
     },
-    /// The device model of a guest was asked which device numbers it uses, before a function is attached.
-    DeviceModelAsked {
-        /// The attachment that was requested.
-        wanted: hvm::Wanted,
-        /// The device numbers that are in use.
-        slots: Result<Vec<u8>, Failure>,
-        /// Where the answer is sent.
-        reply: Reply,
-    },
-    /// The device model of a rebooted guest was asked which device numbers it uses.
-    DeviceModelRuns(DomId, Result<Vec<u8>, Failure>),
-    /// A transaction asks to serve a function.
-    Serve {
-        /// The record of the function, with its guest.
-        record: Box<Record>,
-        /// The function, opened and ready to be served.
-        opened: Box<Opened>,
-        /// Where the answer is sent.
-        answer: Answer,
-    },
-    /// A transaction asks to stop serving a function.
-    Withdraw {
-        /// The record of the function, with its guest.
-        record: Box<Record>,
-        /// How the function is withdrawn from the guest.
-        withdrawal: Withdrawal,
-        /// Where the answer is sent.
-        answer: Answer,
-    },
+    /// What concerns guests that have functions, or are about to get one.
+    Guests(guests::Event),
+    /// The result of background work for guests that have functions persistently.
+    Persistent(persistent::Event),
     /// A transaction ended.
     Finished(Box<Finished>),
-    /// A report of the serving thread of a guest.
-    Server(DomId, ServerReport),
-    /// A reset that a guest requested has ended.
-    ResetEnded(Attachment, Result<(), Failure>),
-    /// Background work for a guest has ended.
-    WorkDone(DomId, work::WorkDone),
     /// A background task that changes the VFs of a PF has ended; whether it succeeded.
     VfsChanged(Sbdf, bool),
     /// What background work on the inventory reports or asks for.
@@ -146,12 +106,6 @@ pub enum Event {
     NetworkSet(Sbdf, Box<Option<NetworkRecord>>),
     /// A thread compared the state of a VF with its network settings: the difference, or `None`.
     NetworkCompared(Sbdf, Option<String>),
-    /// A thread found the functions that the settings assign to a guest that has appeared.
-    AssignmentsFound(assignments::Assignments),
-    /// Those functions are now reserved for the guest.
-    AssignmentsReserved(DomId),
-    /// A thread waits until no function of a guest is served.
-    NotifyWhenIdle(DomId, mpsc::Sender<()>),
     /// A failure for which no client waits.
     Problem(Problem),
     /// The result of background work on errors.
@@ -160,62 +114,6 @@ pub enum Event {
     SuccessorStarted(Result<Successor, Failure>, Reply),
     /// New policies were read and checked, and filters compiled from them for the attached functions.
     Reloaded(Box<Reloaded>),
-}
-
-/// The channel on which a transaction waits for an answer of the engine.
-pub struct Answer {
-    sender: mpsc::Sender<Result<Option<String>, Failure>>,
-    ended: Arc<AtomicBool>,
-}
-
-impl Answer {
-    /// Sends the answer. The transaction may have stopped waiting, so that a failure to send is ignored.
-    fn send(&self, outcome: Result<Option<String>, Failure>) {
-        let _ = self.sender.send(outcome);
-    }
-}
-
-impl Drop for Answer {
-    fn drop(&mut self) {
-        // If the engine panics while it handles the request, this is no refusal: the transaction stays in the journal for the next run of
-        // the service.
-        if std::thread::panicking() {
-            self.ended.store(true, Ordering::SeqCst);
-        }
-    }
-}
-
-/// A handle by which other threads send events to the engine.
-#[derive(Clone)]
-pub struct Inbox {
-    sender: mpsc::Sender<Event>,
-    wake: Arc<EventFd>,
-    /// Whether the engine has stopped.
-    ended: Arc<AtomicBool>,
-}
-
-impl Inbox {
-    /// Sends an event. Once the engine has stopped, the event is dropped, and with it the sender of any answer that a thread waits for.
-    pub fn send(&self, event: Event) {
-        // EAGAIN: the counter of the eventfd is at its maximum, so the engine is woken anyway.
-        if self.sender.send(event).is_ok()
-            && let Err(errno) = self.wake.write(1)
-            && errno != Errno::EAGAIN
-        {
-            error!("wake the engine: {errno}");
-        }
-    }
-
-    /// Has a function contained, for the given reason.
-    pub fn contain(&self, address: Sbdf, containment: Containment, why: &str) {
-        self.send(Event::Errors(errors::Event::Contain(address, containment, why.to_owned())));
-    }
-
-    /// A reply for work that the service starts by itself: a failure becomes a problem in `xpci status`.
-    fn unasked_reply(&self, cause: Cause) -> Reply {
-        let inbox = self.clone();
-        Reply::unasked(move |failure| inbox.send(Event::Problem(Problem::failed(cause, failure))))
-    }
 }
 
 /// The service's state.
@@ -229,24 +127,17 @@ pub struct Engine {
     inbox: Inbox,
     events: mpsc::Receiver<Event>,
     functions: Functions,
-    managed: managed::Managed,
     /// PFs whose VFs are being changed.
     busy_pfs: BTreeSet<Sbdf>,
-    guests: BTreeMap<DomId, Guest>,
-    /// Functions that are being reset while a guest has them.
-    resets: Resets,
-    /// Functions that were reset with their whole bus and have had no owner since.
-    fresh: Fresh,
-    /// Functions that guests may be able to reach.
-    reachable: reachable::Reachable,
+    guests: Guests,
     /// Which functions the host has, and whether sysfs, Xen and xenstore agree about them.
     inventory: Inventory,
     /// Requests that wait for the end of a repair of their function.
     deferred: deferred::Deferred,
     /// Scheduled checks of whether guests' drivers changed the network settings of their VFs.
     network_checks: NetworkChecks,
-    /// Functions that policies reserve for guests.
-    keeping: Keeping,
+    /// Functions that the service holds, or gives back to dom0, by itself.
+    holds: Holds,
     /// The policies in force.
     policies: Arc<PolicySet>,
     /// The compiled filters in use.
@@ -260,13 +151,9 @@ pub struct Engine {
     devices: Devices,
     /// Functions that are held persistently, and persistent network settings of VFs.
     wishes: Wishes,
-    /// Guests that are rebooting.
-    returning: Returning,
-    /// Threads that wait until a guest has no served functions.
-    idle_guests: saving::IdleGuests,
+    /// Guests that have functions persistently.
+    persistent: Persistent,
     watchdog: Watchdog,
-    /// The executable that this process was started from.
-    program: Option<Program>,
     succession: Succession,
     /// Problems that concern no single function, for `xpci status`.
     problems: problems::Problems,
@@ -281,8 +168,7 @@ impl Engine {
         journal: Journal,
         boot: String,
     ) -> io::Result<Self> {
-        let wake = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        let (sender, events) = mpsc::channel();
+        let (inbox, events) = Inbox::new()?;
         let ledger = Ledger::open(&settings.state_directory.join("path"), &boot).map_err(io::Error::other)?;
         let audit = AuditLog::new(&settings.state_directory);
         let former_owners = FormerOwners::open(&settings.state_directory.join("former-owners"), &boot);
@@ -298,19 +184,15 @@ impl Engine {
             ledger,
             former_owners,
             boot,
-            inbox: Inbox { sender, wake: Arc::new(wake), ended: Arc::default() },
+            inbox,
             events,
             functions,
             busy_pfs: BTreeSet::new(),
-            guests: BTreeMap::new(),
-            managed: managed::Managed::default(),
-            resets: Resets::default(),
-            fresh: Fresh::default(),
-            reachable: reachable::Reachable::default(),
+            guests: Guests::default(),
             inventory: Inventory::default(),
             deferred: deferred::Deferred::default(),
             network_checks: NetworkChecks::default(),
-            keeping: Keeping::default(),
+            holds: Holds::default(),
             policies: Arc::new(policies),
             filters: Filters::default(),
             errors: Errors::default(),
@@ -318,10 +200,8 @@ impl Engine {
             reservations,
             devices: Devices::default(),
             wishes,
-            returning: Returning::default(),
-            idle_guests: saving::IdleGuests::default(),
+            persistent: Persistent::default(),
             watchdog: Watchdog::from_environment(),
-            program: None,
             succession: Succession::default(),
             problems: damaged.iter().chain(&unusable).chain(&unreadable).map(Problem::unusable).collect(),
         })
@@ -362,10 +242,10 @@ impl Engine {
             if let Some(ready_successor) = self.ready_successor() {
                 break Ending::Replaced(ready_successor);
             }
-            let wake = Arc::clone(&self.inbox.wake);
+            let inbox = self.inbox.clone();
             let store = Arc::clone(&self.platform.store);
             let mut fds = [
-                PollFd::new(wake.as_fd(), PollFlags::POLLIN),
+                PollFd::new(inbox.wake_fd(), PollFlags::POLLIN),
                 PollFd::new(store.event_fd(), PollFlags::POLLIN),
                 PollFd::new(stop, PollFlags::POLLIN),
                 PollFd::new(host.event_fd(), PollFlags::POLLIN),
@@ -389,7 +269,7 @@ impl Engine {
             }
             more_errors = errors.as_ref().is_some_and(|errors| self.take_errors(errors.as_ref()));
             // Drained before the events are taken: an event that arrives in between wakes the loop again.
-            let _ = wake.read();
+            inbox.drain();
             while let Ok(event) = self.events.try_recv() {
                 self.handle(event);
             }
@@ -402,8 +282,7 @@ impl Engine {
         };
         // Ending the kernel's tracing takes long: the serving threads run until then.
         drop(errors);
-        // Set before the channels close, so that waiting threads can tell a stopped engine from a refusal.
-        self.inbox.ended.store(true, Ordering::SeqCst);
+        self.inbox.end();
         self.unmask_all();
         self.stop_servers();
         Ok(ending)
@@ -412,8 +291,8 @@ impl Engine {
     fn timeout(&self) -> PollTimeout {
         let errors = self.errors.next_deadline();
         let deadlines = self.next_deadline().into_iter().chain(errors).chain(self.network_checks.next());
-        let deadlines = deadlines.chain(self.returning.next_deadline()).chain(self.watchdog.next());
-        let deadlines = deadlines.chain(self.succession_deadline());
+        let deadlines = deadlines.chain(self.persistent.next_deadline()).chain(self.watchdog.next());
+        let deadlines = deadlines.chain(self.succession.deadline());
         let Some(deadline) = deadlines.min() else { return PollTimeout::NONE };
         let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
         PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
@@ -422,25 +301,15 @@ impl Engine {
     fn handle(&mut self, event: Event) {
         match event {
             Event::Call { request, reply } => self.handle_call(request, reply),
-            Event::DeviceModelAsked { wanted, slots, reply } => {
-                self.device_model_asked(&wanted, slots, reply)
-            }
-            Event::DeviceModelRuns(domain, slots) => self.device_model_runs(domain, slots),
-            Event::Serve { record, opened, answer } => self.serve(&record, *opened, answer),
-            Event::Withdraw { record, withdrawal, answer } => self.withdraw(&record, withdrawal, answer),
+            Event::Guests(event) => self.handle_guests(event),
+            Event::Persistent(event) => self.handle_persistent(event),
             Event::Finished(finished) => self.transaction_finished(*finished),
-            Event::Server(domain, report) => self.server_reported(domain, report),
-            Event::ResetEnded(attachment, outcome) => self.reset_ended(attachment, outcome),
-            Event::WorkDone(domain, work_done) => self.work_done(domain, work_done),
             Event::VfsChanged(physical_function, succeeded) => {
                 self.vfs_changed(physical_function, succeeded);
             }
             Event::Inventory(event) => self.handle_inventory(event),
             Event::NetworkSet(address, network) => self.network_set(address, *network),
             Event::NetworkCompared(address, differs) => self.network_compared(address, differs),
-            Event::AssignmentsFound(promises) => self.assignments_found(promises),
-            Event::AssignmentsReserved(domain) => self.examine_domain_again(domain),
-            Event::NotifyWhenIdle(domain, sender) => self.notify_when_idle(domain, sender),
             Event::Problem(problem) => {
                 error!("{}", problem.view().message);
                 self.problems.push(problem);
@@ -463,7 +332,6 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        // Set before the inbox is closed, for waiting threads.
-        self.inbox.ended.store(true, Ordering::SeqCst);
+        self.inbox.end();
     }
 }

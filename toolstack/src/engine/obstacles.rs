@@ -162,7 +162,11 @@ impl Engine {
         domain: Option<DomId>,
     ) -> Result<(), Failure> {
         let plan = plan_for(&self.settings.reset, &self.policies, function);
-        let buses = Buses { platform: &self.platform, journal: &self.journal, fresh: &self.fresh };
+        let buses = Buses {
+            platform: &self.platform,
+            journal: &self.journal,
+            fresh: &self.functions.handover().fresh,
+        };
         buses.refuse_unresettable(&plan, function, domain)
     }
 

@@ -10,7 +10,7 @@ use pciback::policy::{
 };
 use pciback::{DomId, Sbdf};
 
-use super::guest::MaskedWrites;
+use super::guests::MaskedWrites;
 use super::open::Filter;
 use super::problems::Problem;
 use super::tasks::Workshop;
@@ -93,7 +93,7 @@ impl Engine {
         let Reloaded { policies, sources, filters, reply } = reloaded;
         if let Some(sources) = &sources {
             self.policies = Arc::clone(&policies);
-            self.keeping.begin_anew();
+            self.holds.begin_anew();
             // They may permit a return that former owners prevented.
             self.return_managed_again();
             self.try_again(None);
@@ -144,7 +144,7 @@ impl Engine {
         let swapped = filter.map_err(|failure| failure.to_string()).and_then(|filter| {
             view.registers = differences(&old, &filter.planes);
             view.deferred = filter.planes.deferred().iter().map(deferred).collect();
-            let guest = self.guests.get_mut(&place.domain).ok_or("its guest has ended")?;
+            let guest = self.guests.get_mut(place.domain).ok_or("its guest has ended")?;
             guest.replace_filter(place.devfn, Arc::clone(&filter.planes))?;
             Ok(filter)
         });
@@ -213,7 +213,7 @@ impl Engine {
         let missing = || not_learned(address, domain, "it is not served");
         let filter = self.functions.filter(address).ok_or_else(missing)?.clone();
         let place = self.functions.records().place(address).ok_or_else(missing)?;
-        let writes = self.guests.get(&domain).ok_or_else(missing)?.masked_writes(place.devfn);
+        let writes = self.guests.get(domain).ok_or_else(missing)?.masked_writes(place.devfn);
         Ok(Learning { address, domain, filter, writes })
     }
 

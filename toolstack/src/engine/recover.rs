@@ -13,7 +13,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 use super::Engine;
 use super::errors::Containment;
-use super::hvm::Resumed;
+use super::guests::Resumed;
 use super::open::Opened;
 use super::problems::Problem;
 use super::tasks::Course;
@@ -104,7 +104,7 @@ impl Engine {
         let mut hvm_guests: BTreeMap<DomId, Vec<Resumed>> = BTreeMap::new();
         for record in records {
             let Some(place) = record.guest.filter(|_| was_served(record)) else { continue };
-            self.reachable.add(record.address);
+            self.functions.handover().reachable.add(record.address);
             if record.unproved {
                 // The function was withdrawn from the guest; it only remains to prove that the guest cannot reach it.
                 continue;

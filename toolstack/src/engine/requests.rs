@@ -7,7 +7,6 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 use super::Engine;
 use super::functions::Records;
-use super::hvm::Wanted;
 use super::obstacles::{Force, Refusal, ThreadChecks, shares_with_others};
 use super::several::Several;
 use super::tasks::Course;
@@ -47,6 +46,21 @@ impl Plan {
             other => other,
         }
     }
+}
+
+/// A requested attachment whose device number is not chosen yet.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted {
+    pub(super) domain: DomId,
+    pub(super) address: Sbdf,
+    pub(super) slot: Option<u8>,
+    pub(super) persist: bool,
+    /// Attach even while a PV guest that had the function may still reach it.
+    pub(super) trust: bool,
+    /// Only report what would be done.
+    pub(super) dry_run: bool,
+    /// Whether it is held first if dom0 has it.
+    pub(super) managed: bool,
 }
 
 /// The part of messages that a detached function is assignable again.

@@ -12,7 +12,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 use super::asking::Asking;
 use super::problems::Problem;
-use super::{Engine, Event};
+use super::{Engine, Event, guests};
 use crate::domains::{self, DomainType};
 use crate::journal::{GuestPlace, Record};
 use crate::outcome::{ErrorCode, Failure};
@@ -37,10 +37,6 @@ pub(super) fn not_released(domain: DomId) -> String {
 pub(super) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
-
-/// Threads that wait until no function of a guest is served.
-#[derive(Default)]
-pub(super) struct IdleGuests(Vec<(DomId, mpsc::Sender<()>)>);
 
 /// The state of the thread that prepares a guest for saving.
 struct Saving {
@@ -89,22 +85,6 @@ impl Engine {
         let guest = SavedGuest { version: VERSION, guest: info.uuid, name, functions: Vec::new() };
         let asking = Asking::new(self.workshop());
         Ok(Saving { asking, domain, records: had, guest, reply: reply.clone() })
-    }
-
-    /// Notifies a thread when no function of a guest is served any more.
-    pub(super) fn notify_when_idle(&mut self, domain: DomId, sender: mpsc::Sender<()>) {
-        if self.guests.contains_key(&domain) {
-            self.idle_guests.0.push((domain, sender));
-        } else {
-            let _ = sender.send(());
-        }
-    }
-
-    /// Called when no function of a guest is served any more and its nodes are removed.
-    pub(super) fn is_idle(&mut self, domain: DomId) {
-        for (_, sender) in self.idle_guests.0.extract_if(.., |(waited_for, _)| *waited_for == domain) {
-            let _ = sender.send(());
-        }
     }
 
     /// Problems for guests that run without the functions that were taken to save them.
@@ -202,7 +182,7 @@ impl Saving {
     /// Waits until the guest's nodes are removed. A frontend saved with nodes would wait for a backend after the restore.
     fn wait_until_idle(&self) -> Result<(), Failure> {
         let (sender, receiver) = mpsc::channel();
-        self.asking.workshop.inbox.send(Event::NotifyWhenIdle(self.domain, sender));
+        self.asking.workshop.inbox.send(Event::Guests(guests::Event::NotifyWhenIdle(self.domain, sender)));
         receiver.recv_timeout(NODES_LIMIT).map_err(|_| {
             let text = format!("the nodes of domain {} in xenstore are not removed", self.domain);
             Failure::new(ErrorCode::Failed, text).of(self.domain).hint("see xpcid's log")

@@ -75,7 +75,7 @@ impl Engine {
             self.device_model_changed(domain);
         }
         for domain in changed.frontends {
-            if self.guests.contains_key(&domain) {
+            if self.guests.contains(domain) {
                 self.update_frontend(domain);
             }
         }

@@ -34,9 +34,17 @@ pub struct ReadySuccessor {
     pub reply: Reply,
 }
 
+/// What replaces this service.
+#[derive(Default)]
+pub(super) struct Succession {
+    /// The executable that this process was started from.
+    program: Option<Program>,
+    state: State,
+}
+
 /// The state of a replacement.
 #[derive(Default)]
-pub(super) enum Succession {
+enum State {
     /// None was requested.
     #[default]
     None,
@@ -50,22 +58,32 @@ pub(super) enum Succession {
     },
 }
 
+impl Succession {
+    /// When a ready process is given up.
+    pub fn deadline(&self) -> Option<Instant> {
+        match &self.state {
+            State::Ready { deadline, .. } => Some(*deadline),
+            _ => None,
+        }
+    }
+}
+
 impl Engine {
     /// Sets the program that can replace this service; the file at its path is started.
     pub fn set_program(&mut self, program: Program) {
-        self.program = Some(program);
+        self.succession.program = Some(program);
     }
 
     /// Starts the installed program, which takes over when it is ready.
     pub(super) fn start_successor(&mut self, reply: Reply) {
-        let Some(program) = self.program.clone() else {
+        let Some(program) = self.succession.program.clone() else {
             let text = "replace the service: it does not know from which file it was started";
             return reply.done(Err(Failure::refused(text).hint("restart it: 'systemctl restart xpcid'")));
         };
-        if !matches!(self.succession, Succession::None) {
+        if !matches!(self.succession.state, State::None) {
             return reply.done(Err(Failure::refused("replace the service: this is under way already")));
         }
-        self.succession = Succession::Starting;
+        self.succession.state = State::Starting;
         reply.progress("starting the installed xpcid ...");
         let inbox = self.inbox.clone();
         let start = move || {
@@ -84,8 +102,8 @@ impl Engine {
         match started {
             Ok(successor) => {
                 let deadline = Instant::now() + IDLE_LIMIT;
-                self.succession =
-                    Succession::Ready { ready_successor: ReadySuccessor { successor, reply }, deadline };
+                self.succession.state =
+                    State::Ready { ready_successor: ReadySuccessor { successor, reply }, deadline };
             }
             Err(failure) => self.continue_after(failure, "see its log: 'journalctl -u xpcid'", &reply),
         }
@@ -94,27 +112,19 @@ impl Engine {
     /// Gives up the replacement; this process continues.
     fn continue_after(&mut self, failure: Failure, hint: &str, reply: &Reply) {
         warn!("{failure}; the running process continues");
-        self.succession = Succession::None;
+        self.succession.state = State::None;
         reply.done(Err(failure.hint(format!("the running process continues; {hint}"))));
-    }
-
-    /// When a ready process is given up.
-    pub(super) fn succession_deadline(&self) -> Option<Instant> {
-        match &self.succession {
-            Succession::Ready { deadline, .. } => Some(*deadline),
-            _ => None,
-        }
     }
 
     /// The process that takes over now, if one can.
     pub(super) fn ready_successor(&mut self) -> Option<ReadySuccessor> {
-        let Succession::Ready { deadline, .. } = &self.succession else { return None };
-        let late = *deadline <= Instant::now();
+        let deadline = self.succession.deadline()?;
+        let late = deadline <= Instant::now();
         let idle = self.nothing_is_under_way();
         if !idle && !late {
             return None;
         }
-        let Succession::Ready { mut ready_successor, .. } = std::mem::take(&mut self.succession) else {
+        let State::Ready { mut ready_successor, .. } = std::mem::take(&mut self.succession.state) else {
             return None;
         };
         let why = if !ready_successor.successor.is_there() {
@@ -131,9 +141,6 @@ impl Engine {
 
     /// Whether no operation is under way that changes functions, hardware or records.
     fn nothing_is_under_way(&self) -> bool {
-        self.functions.busy().is_empty()
-            && self.busy_pfs.is_empty()
-            && self.resets.none()
-            && !self.inventory.is_comparing()
+        self.functions.are_idle() && self.busy_pfs.is_empty() && !self.inventory.is_comparing()
     }
 }

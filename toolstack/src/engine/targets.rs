@@ -2,7 +2,7 @@
 
 use pciback::{FunctionState, Sbdf};
 
-use super::reserved::{how_to_forget, kept_for};
+use super::persistent::{how_to_forget, kept_for};
 use super::{Engine, Event};
 use crate::domains;
 use crate::names;

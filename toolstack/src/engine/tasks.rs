@@ -1,6 +1,5 @@
 //! Background threads for transactions and changes of VFs.
 
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
@@ -11,12 +10,12 @@ use pciback::policy::PolicySet;
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::errors::Awaiting;
-use super::functions::{Ended, Resets};
+use super::functions::{Ended, Handover};
+use super::inbox::{Answer, Answered};
 use super::inventory::Changes;
 use super::open::Opened;
 use super::problems::Problem;
-use super::reachable::Reachable;
-use super::{Engine, Event, Inbox};
+use super::{Engine, Event, Inbox, guests};
 use crate::device::Devices;
 use crate::former_owners::FormerOwners;
 use crate::journal::{Journal, Record};
@@ -28,7 +27,7 @@ use crate::reservations::{Change, Reservations};
 use crate::settings::Settings;
 use crate::spec::Filters;
 use crate::transaction::{
-    Context, Finished, Fresh, Kind, Serving, Sharing, Step, Withdrawal, guest_of, refuse_release,
+    Context, Finished, Kind, Serving, Sharing, Step, Withdrawal, guest_of, refuse_release,
 };
 use crate::wishes::Wishes;
 
@@ -88,9 +87,7 @@ pub(super) struct Workshop {
     pub filters: Filters,
     pub changes: Changes,
     pub awaiting: Awaiting,
-    pub reachable: Reachable,
-    pub resets: Resets,
-    pub fresh: Fresh,
+    pub handover: Handover,
     pub reservations: Reservations,
     pub wishes: Wishes,
     pub devices: Devices,
@@ -110,13 +107,16 @@ impl Serving for Workshop {
         let opened = opened.ok_or_else(|| {
             Failure::new(ErrorCode::Failed, "serve a function that was not opened").on(record.address)
         })?;
-        self.ask(|answer| Event::Serve { record: Box::new(record.clone()), opened, answer })
+        self.ask(|answer| guests::Event::Serve { record: Box::new(record.clone()), opened, answer })
     }
 
     fn withdraw(&self, record: &Record, withdrawal: Withdrawal) -> Result<Option<String>, Failure> {
-        let warning =
-            self.ask(|answer| Event::Withdraw { record: Box::new(record.clone()), withdrawal, answer })?;
-        if !self.resets.wait(record.address, self.settings.driver_limit() + ENGINE_MARGIN) {
+        let warning = self.ask(|answer| guests::Event::Withdraw {
+            record: Box::new(record.clone()),
+            withdrawal,
+            answer,
+        })?;
+        if !self.handover.resets.wait(record.address, self.settings.driver_limit() + ENGINE_MARGIN) {
             let text = format!("{}: a reset that its guest asked for has not ended", record.address);
             return Err(Failure::new(ErrorCode::Failed, text).on(record.address).hint(format!(
                 "see dom0's kernel log; when it has ended, 'xpci quarantine clear {}'",
@@ -146,15 +146,13 @@ impl Serving for Workshop {
     }
 
     fn ended(&self) -> bool {
-        self.inbox.ended.load(Ordering::SeqCst)
+        self.inbox.has_ended()
     }
 }
 
 impl Workshop {
-    fn ask(&self, event: impl FnOnce(super::Answer) -> Event) -> Result<Option<String>, Failure> {
-        let (sender, receiver) = mpsc::channel();
-        let ended = Arc::clone(&self.inbox.ended);
-        self.inbox.send(event(super::Answer { sender, ended }));
+    fn ask(&self, event: impl FnOnce(Answer) -> guests::Event) -> Answered {
+        let receiver = self.inbox.ask(|answer| Event::Guests(event(answer)));
         receiver.recv_timeout(self.settings.longest_guest_limit() + ENGINE_MARGIN).unwrap_or_else(|error| {
             let text = match error {
                 mpsc::RecvTimeoutError::Disconnected => {
@@ -262,7 +260,7 @@ impl Workshop {
             platform: &self.platform,
             policies: &self.policies,
             journal: &self.journal,
-            fresh: &self.fresh,
+            fresh: &self.handover.fresh,
         }
     }
 
@@ -274,7 +272,7 @@ impl Workshop {
             journal: &self.journal,
             ledger: &self.ledger,
             former_owners: &self.former_owners,
-            fresh: &self.fresh,
+            fresh: &self.handover.fresh,
             wishes: &self.wishes,
             serving: self,
             withdrawal: course.withdrawal(),
@@ -310,9 +308,7 @@ impl Engine {
             filters: self.filters.clone(),
             changes: self.inventory.changes(),
             awaiting: self.errors.awaiting(),
-            reachable: self.reachable.clone(),
-            resets: self.resets.clone(),
-            fresh: self.fresh.clone(),
+            handover: self.functions.handover().clone(),
             reservations: self.reservations.clone(),
             wishes: self.wishes.clone(),
             devices: self.devices.clone(),
@@ -342,7 +338,7 @@ impl Engine {
     ) {
         let address = record.address;
         if matches!(course, Course::Backward(Kind::Release, _) | Course::GiveBack) {
-            self.keeping.gives_back(address, record.incarnation);
+            self.holds.gives_back(address, record.incarnation);
         }
         let mut shown = record.clone();
         shown.state = course.state_during();
@@ -389,7 +385,7 @@ impl Engine {
     }
 
     pub(super) fn transaction_finished(&mut self, finished: Finished) {
-        self.keeping.finished(&finished);
+        self.holds.finished(&finished);
         let record = finished.record.clone();
         let address = record.address;
         let Ended { earlier, orphaned } = self.functions.end(record.clone());

@@ -85,7 +85,7 @@ impl Engine {
         match self.platform.host.function(address) {
             Ok(pf) => {
                 self.send_vfs_event(address, pf.num_vfs);
-                self.keeping.vfs_enabled(&pf.virtual_functions);
+                self.holds.vfs_enabled(&pf.virtual_functions);
                 self.inventory.examine_all_of(pf.virtual_functions);
             }
             Err(error) => log::warn!("{error}"),

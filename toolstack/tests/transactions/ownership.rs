@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use pciback::platform::sim;
 use pciback::serve::{Attachment, ServerReport};
 use pciback::{FunctionState, Sbdf};
-use toolstack::engine::Event;
+use toolstack::engine::{Event, GuestEvent};
 use toolstack::outcome::{ErrorCode, Failure};
 
 use crate::frontend::{Frontend, write_op};
@@ -66,12 +66,12 @@ fn reports_about_an_ended_attachment_are_ignored() {
     let ended = Attachment::new(address);
     let failure = Failure::new(ErrorCode::Failed, "a reset of the test's failed");
     for event in [
-        Event::Server(WEB, ServerReport::RestoreFailed(ended, "the test says so".into())),
-        Event::Server(WEB, ServerReport::Vanished(ended)),
-        Event::Server(WEB, ServerReport::ResetWanted(ended)),
-        Event::ResetEnded(ended, Err(failure)),
+        GuestEvent::Reported(WEB, ServerReport::RestoreFailed(ended, "the test says so".into())),
+        GuestEvent::Reported(WEB, ServerReport::Vanished(ended)),
+        GuestEvent::Reported(WEB, ServerReport::ResetWanted(ended)),
+        GuestEvent::ResetEnded(ended, Err(failure)),
     ] {
-        service.send(event);
+        service.send(Event::Guests(event));
         assert_eq!(service.state(address), FunctionState::Attached);
     }
 }

@@ -19,7 +19,7 @@ use pciback::serve::ServerReport;
 use pciback::serve::pv::nodes;
 use pciback::{DomId, FunctionState, Sbdf};
 use tempfile::TempDir;
-use toolstack::engine::{Containment, Engine, Event, Inbox};
+use toolstack::engine::{Containment, Engine, Event, GuestEvent, Inbox};
 use toolstack::guest_names::GuestNames;
 use toolstack::journal::{Journal, Record};
 use toolstack::outcome::Failure;
@@ -413,7 +413,7 @@ impl Service {
 
     /// Reports as a guest's serving thread does.
     pub fn report(&self, domain: DomId, report: ServerReport) {
-        self.inbox.send(Event::Server(domain, report));
+        self.inbox.send(Event::Guests(GuestEvent::Reported(domain, report)));
     }
 
     pub fn status(&self) -> StatusView {

@@ -60,7 +60,7 @@ impl Engine {
         self.errors.reading.0.remove(&address);
         let place = self.functions.records().place(address);
         if let Some(place) = place
-            && let Some(guest) = self.guests.get_mut(&place.domain)
+            && let Some(guest) = self.guests.get_mut(place.domain)
         {
             guest.events_cleared(place.devfn);
         }

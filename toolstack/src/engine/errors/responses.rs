@@ -14,7 +14,6 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 use super::{Containment, Engine, Event};
 use crate::engine;
-use crate::engine::guest::Guest;
 use crate::outcome::Failure;
 
 /// A response that is under way.
@@ -166,7 +165,7 @@ impl Engine {
     /// Whether the guest's frontend is connected, so that it can be notified of errors. Whether it handles them is in a flag on its
     /// shared page.
     pub(super) fn can_be_notified(&self, domain: DomId) -> bool {
-        self.guests.get(&domain).is_some_and(Guest::is_connected)
+        self.guests.get(domain).is_some_and(|guest| guest.is_connected())
     }
 
     /// The response that is under way for a function.
@@ -226,7 +225,7 @@ impl Engine {
         let Some(place) = self.functions.records().place(address) else { return };
         let (request, state, limit) = (recovery.asks(), recovery.state(), policy.answer_limit());
         let notification = Notification { devfn: place.devfn, request, state, limit };
-        let notified = self.guests.get(&place.domain).is_some_and(|guest| guest.notify(notification));
+        let notified = self.guests.get(place.domain).is_some_and(|guest| guest.notify(notification));
         if !notified {
             self.guest_answered(address, Err(NotNotified::Unreachable));
         }
@@ -246,7 +245,7 @@ impl Engine {
             return;
         }
         let place = self.functions.records().place(address);
-        let guest = place.and_then(|place| Some((place, self.guests.get_mut(&place.domain)?)));
+        let guest = place.and_then(|place| Some((place, self.guests.get_mut(place.domain)?)));
         match guest.map_or(Ok(None), |(place, guest)| guest.begin_reset(place.devfn)) {
             Ok(server) => self.reset_under_guest(address, server),
             Err(error) => {

@@ -4,7 +4,9 @@
 //! begin with it.
 
 mod attachments;
+mod reachable;
 mod records;
+mod resets;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,10 +14,12 @@ use pciback::serve::Attachment;
 use pciback::{FunctionState, Sbdf};
 
 use self::attachments::Attachments;
-pub(super) use self::attachments::Resets;
+use self::reachable::Reachable;
 pub(super) use self::records::Records;
+use self::resets::Resets;
 use super::open::Filter;
 use crate::journal::{NetworkRecord, Record};
+use crate::transaction::Fresh;
 
 /// The functions that the service has to do with.
 pub(super) struct Functions {
@@ -27,6 +31,18 @@ pub(super) struct Functions {
     attachments: Attachments,
     /// What the filter of each attached function was compiled from.
     filters: BTreeMap<Sbdf, Filter>,
+    handover: Handover,
+}
+
+/// What decides whether a function may get another owner. The threads of transactions share it.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Handover {
+    /// Functions that are being reset while a guest has them.
+    pub resets: Resets,
+    /// Functions that guests may be able to reach.
+    pub reachable: Reachable,
+    /// Functions that were reset with their whole bus and have had no owner since.
+    pub fresh: Fresh,
 }
 
 /// What the end of a transaction changes.
@@ -45,6 +61,7 @@ impl Functions {
             orphans: BTreeSet::new(),
             attachments: Attachments::default(),
             filters: BTreeMap::new(),
+            handover: Handover::default(),
         }
     }
 
@@ -137,9 +154,16 @@ impl Functions {
         self.records.change(address, |record| record.msix_prepared = false)
     }
 
-    /// A reset begins while a guest has the function. Returns its record.
+    /// A reset begins while a guest has the function. Returns its record; `None`: one runs already, which serves as well.
     pub fn begin_reset(&mut self, address: Sbdf) -> Option<Record> {
-        self.exchange_state(address, FunctionState::Attached, FunctionState::Resetting)
+        if !self.handover.resets.begin(address) {
+            return None;
+        }
+        let record = self.exchange_state(address, FunctionState::Attached, FunctionState::Resetting);
+        if record.is_none() {
+            self.handover.resets.end(address);
+        }
+        record
     }
 
     /// The reset has ended. Returns its record.
@@ -172,6 +196,16 @@ impl Functions {
 
     pub fn is_current(&self, attachment: Attachment) -> bool {
         self.attachments.is_current(attachment)
+    }
+
+    /// What decides whether a function may get another owner.
+    pub fn handover(&self) -> &Handover {
+        &self.handover
+    }
+
+    /// Whether no transaction, repair or reset runs.
+    pub fn are_idle(&self) -> bool {
+        self.busy.is_empty() && self.handover.resets.none()
     }
 
     /// The filter of an attached function.

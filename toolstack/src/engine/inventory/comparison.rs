@@ -399,7 +399,7 @@ impl Engine {
                 self.forget(address)?;
                 format!("{address}: forgotten")
             }
-            Repair::RemoveNodes { place, .. } if !self.guests.contains_key(&place.domain) => {
+            Repair::RemoveNodes { place, .. } if !self.guests.contains(place.domain) => {
                 let store = self.platform.store.as_ref();
                 nodes::apply(store, place.domain, &[nodes::NodeChange::RemoveAll])?;
                 format!("{address}: its nodes are removed")

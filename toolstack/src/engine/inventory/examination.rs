@@ -133,7 +133,7 @@ impl Engine {
             }
             HostEvent::Added(address) => {
                 self.inventory.comparisons.begin_anew(address);
-                self.keeping.appeared(address);
+                self.holds.appeared(address);
                 self.inventory.examine(address);
             }
             HostEvent::Changed(address) => {
@@ -146,7 +146,7 @@ impl Engine {
 
     pub(in crate::engine) fn set_gone(&mut self, address: Sbdf) {
         if let Some(place) = self.functions.records().place(address)
-            && let Some(guest) = self.guests.get_mut(&place.domain)
+            && let Some(guest) = self.guests.get_mut(place.domain)
         {
             guest.set_gone(place.domain, place.devfn);
         }
@@ -230,7 +230,7 @@ impl Engine {
             let Some(record) = self.functions.records().get(address).cloned() else {
                 match function {
                     Some(function) => self.keep_for_guests(&function),
-                    None => self.keeping.left(address),
+                    None => self.holds.left(address),
                 }
                 continue;
             };

@@ -10,20 +10,21 @@ use std::io;
 use std::sync::Arc;
 
 use log::{error, info, warn};
+use pciback::DomId;
 use pciback::platform::{BarMemory, PlatformError, ServerId, SharedMemory};
 use pciback::serve::GuestFunction;
 use pciback::serve::hvm::{
     self, CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts, Connection, Device, ECAM_BASE, ECAM_BYTES, Taken,
 };
 use pciback::serve::pv::Handshake;
-use pciback::{DomId, Sbdf};
 use serde::{Deserialize, Serialize};
 
+use super::Event;
 use super::guest::Guest;
-use super::notes::Notes;
-use super::problems::Problem;
-use super::requests::Plan;
-use super::{Engine, Event};
+use crate::engine::notes::Notes;
+use crate::engine::problems::Problem;
+use crate::engine::requests::{Plan, Wanted};
+use crate::engine::{self, Engine};
 use crate::journal::GuestPlace;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Cause;
@@ -31,7 +32,7 @@ use crate::reply::Reply;
 use crate::settings::Settings;
 
 /// What an HVM guest has in addition to a [`Guest`].
-pub(super) struct Hvm {
+pub(in crate::engine) struct Hvm {
     server: ServerId,
     taken: Arc<Taken>,
     /// Device and function numbers of the guest's functions.
@@ -44,23 +45,8 @@ impl Hvm {
     }
 }
 
-/// A requested attachment to an HVM guest, whose device number is not chosen yet.
-#[derive(Debug, Clone, Copy)]
-pub struct Wanted {
-    pub(super) domain: DomId,
-    pub(super) address: Sbdf,
-    pub(super) slot: Option<u8>,
-    pub(super) persist: bool,
-    /// Attach even while a PV guest that had the function may still reach it.
-    pub(super) trust: bool,
-    /// Only report what would be done.
-    pub(super) dry_run: bool,
-    /// Whether it is held first if dom0 has it.
-    pub(super) managed: bool,
-}
-
 /// A function that an earlier run of the service served.
-pub(super) struct Resumed {
+pub(in crate::engine) struct Resumed {
     pub devfn: u8,
     pub function: Box<GuestFunction>,
     pub memory: BTreeMap<u8, Box<dyn BarMemory>>,
@@ -80,13 +66,13 @@ struct Note {
 }
 
 /// The noted number of our server in a domain.
-pub(super) fn noted_server(settings: &Settings, domain: DomId) -> Option<ServerId> {
+pub(in crate::engine) fn noted_server(settings: &Settings, domain: DomId) -> Option<ServerId> {
     Notes::of(settings, SERVERS).read(domain).and_then(|note: Note| note.server).map(ServerId)
 }
 
 impl Engine {
     /// Checks an attachment to an HVM guest; the failure lists all obstacles.
-    pub(super) fn hvm_attachable(&self, wanted: &Wanted) -> Result<Option<Plan>, Failure> {
+    pub(in crate::engine) fn hvm_attachable(&self, wanted: &Wanted) -> Result<Option<Plan>, Failure> {
         let domain = wanted.domain;
         let running = (!self.platform.hypervisor.domain(domain)?.paused).then(|| {
             let text =
@@ -100,7 +86,7 @@ impl Engine {
 
     /// Refuses guests with shadow paging. With Xen 4.17 such a guest was seen to access a BAR after Xen had unmapped it, because the
     /// shadow page tables keep their entries for it.
-    pub(super) fn can_lose_bars(&self, domain: DomId) -> Result<(), Failure> {
+    pub(in crate::engine) fn can_lose_bars(&self, domain: DomId) -> Result<(), Failure> {
         if !self.platform.hypervisor.domain(domain)?.shadow_paging {
             return Ok(());
         }
@@ -113,7 +99,7 @@ impl Engine {
     }
 
     /// Asks a guest's device model, on a thread because it may take long, which device numbers are in use.
-    pub(super) fn ask_device_model(&mut self, wanted: Wanted, reply: Reply) {
+    pub(in crate::engine) fn ask_device_model(&mut self, wanted: Wanted, reply: Reply) {
         let (hvm, inbox) = (Arc::clone(&self.platform.hvm), self.inbox.clone());
         let work = move || {
             hvm.device_model_slots(wanted.domain).map_err(|error| {
@@ -123,7 +109,8 @@ impl Engine {
             })
         };
         self.inbox.background(&format!("attach {}", wanted.address), work, move |slots| {
-            inbox.send(Event::DeviceModelAsked { wanted, slots: slots.and_then(|slots| slots), reply });
+            let event = Event::DeviceModelAsked { wanted, slots: slots.and_then(|slots| slots), reply };
+            inbox.send(engine::Event::Guests(event));
         });
     }
 
@@ -145,8 +132,8 @@ impl Engine {
     }
 
     /// Refuses to detach a function from a running HVM guest, which has no hotplug and whose driver would lose the device unprepared.
-    pub(super) fn may_lose(&self, domain: DomId) -> Result<(), Failure> {
-        let is_hvm = self.guests.get(&domain).is_some_and(|guest| guest.hvm.is_some());
+    pub(in crate::engine) fn may_lose(&self, domain: DomId) -> Result<(), Failure> {
+        let is_hvm = self.guests.get(domain).is_some_and(|guest| guest.hvm.is_some());
         if !is_hvm || self.platform.hypervisor.domain(domain)?.paused {
             return Ok(());
         }
@@ -165,14 +152,14 @@ impl Engine {
         memory: BTreeMap<u8, Box<dyn BarMemory>>,
     ) -> Result<(), Failure> {
         let domain = place.domain;
-        if !self.guests.contains_key(&domain) {
+        if !self.guests.contains(domain) {
             let server = self.create_server(domain)?;
             self.start_server(domain, server, Arc::default(), BTreeMap::new())?;
         }
-        let Some(guest) = self.guests.get_mut(&domain) else { return Ok(()) };
+        let Some(guest) = self.guests.get_mut(domain) else { return Ok(()) };
         let Some(hvm) = &mut guest.hvm else { return Ok(()) };
         hvm.devices.insert(place.devfn);
-        self.reachable.add(function.address());
+        self.functions.handover().reachable.add(function.address());
         let (platform, taken) = (Arc::clone(&self.platform.hvm), Arc::clone(&hvm.taken));
         let device = Device::new(platform, hvm.server, place.devfn >> 3, taken, memory);
         let entered = device.enter(&mut function, false);
@@ -221,7 +208,8 @@ impl Engine {
         let mut guest = Guest::new(Handshake::new(domain));
         guest.hvm =
             Some(Hvm { server, taken: Arc::clone(&taken), devices: functions.keys().copied().collect() });
-        let report = Box::new(move |report| inbox.send(Event::Server(domain, report)));
+        let report =
+            Box::new(move |report| inbox.send(engine::Event::Guests(Event::Reported(domain, report))));
         let connection = Connection { server: connected, ports, taken };
         let started = hvm::start(domain, connection, functions, Arc::clone(&guest.counters), report);
         let failed = |error: io::Error| {
@@ -229,7 +217,7 @@ impl Engine {
                 .of(domain)
         };
         guest.server = Some(Arc::new(started.map_err(failed)?));
-        self.guests.insert(domain, guest);
+        self.guests.add(domain, guest);
         info!("domain {domain}: serving it as ioreq server {}", server.0);
         Ok(())
     }
@@ -260,7 +248,11 @@ impl Engine {
     }
 
     /// Takes over an HVM guest from an earlier run.
-    pub(super) fn resume_hvm(&mut self, domain: DomId, resumed: Vec<Resumed>) -> Result<(), Failure> {
+    pub(in crate::engine) fn resume_hvm(
+        &mut self,
+        domain: DomId,
+        resumed: Vec<Resumed>,
+    ) -> Result<(), Failure> {
         let noted = noted_server(&self.settings, domain);
         let present = self.platform.hvm.servers(domain)?;
         let server = match noted.filter(|server| present.contains(server)) {
@@ -311,8 +303,8 @@ impl Engine {
     }
 
     /// Destroys servers that an earlier run left in domains that have none of our functions.
-    pub(super) fn end_stray_servers(&self) {
-        let known = |domain: &DomId| self.guests.contains_key(domain);
+    pub(in crate::engine) fn end_stray_servers(&self) {
+        let known = |domain: &DomId| self.guests.contains(*domain);
         for domain in self.notes().domains().into_iter().filter(|domain| !known(domain)) {
             self.end_noted_server(domain);
         }

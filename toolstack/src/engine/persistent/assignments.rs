@@ -4,9 +4,10 @@
 use pciback::platform::HostFunction;
 use pciback::{DomId, Sbdf, Uuid};
 
-use super::problems::Problem;
-use super::{Engine, Event};
+use super::Event;
 use crate::domains;
+use crate::engine::problems::Problem;
+use crate::engine::{self, Engine};
 use crate::names;
 use crate::outcome::Failure;
 use crate::protocol::{Cause, DomainName};
@@ -49,13 +50,14 @@ impl Engine {
                 (one, found)
             };
             let functions = wanted.into_iter().map(find).collect();
-            inbox.send(Event::AssignmentsFound(Assignments { domain, guest, name, functions }));
+            let found = Assignments { domain, guest, name, functions };
+            inbox.send(engine::Event::Persistent(Event::AssignmentsFound(found)));
         });
     }
 
     /// Reserves the functions that the settings assign to a guest, and has them attached.
-    pub(super) fn assignments_found(&mut self, promises: Assignments) {
-        let Assignments { domain, guest, name, functions } = promises;
+    pub(super) fn assignments_found(&mut self, assignments: Assignments) {
+        let Assignments { domain, guest, name, functions } = assignments;
         let mut kept: Vec<Reservation> = self.reservations.of(guest);
         let (mut new, mut taken, mut unreserved) = (Vec::new(), Vec::new(), Vec::new());
         // Pools last, so that a VF that is named itself is not also taken from a pool.
@@ -96,7 +98,7 @@ impl Engine {
                 }
             }
         }
-        self.returning.note_unreserved(domain, unreserved);
+        self.persistent.note_unreserved(domain, unreserved);
         if new.is_empty() {
             return;
         }
@@ -105,18 +107,18 @@ impl Engine {
             for reservation in new {
                 let address = reservation.address;
                 if let Err(failure) = reservations.keep(reservation) {
-                    inbox.send(Event::Problem(
+                    inbox.send(engine::Event::Problem(
                         Problem::failed(Cause::StateFiles, &failure).on(address).of(domain),
                     ));
                 }
             }
-            inbox.send(Event::AssignmentsReserved(domain));
+            inbox.send(engine::Event::Persistent(Event::AssignmentsReserved(domain)));
         });
     }
 
     /// Searches again for functions that are assigned to running guests, because a function has appeared or become free.
-    pub(super) fn retry_assignments(&self) {
-        for domain in self.returning.with_unreserved() {
+    pub(in crate::engine) fn retry_assignments(&self) {
+        for domain in self.persistent.unreserved.keys().copied() {
             if let Ok(info) = self.platform.hypervisor.domain(domain) {
                 self.find_assignments(domain, info.uuid);
             }
@@ -201,7 +203,7 @@ impl Engine {
     }
 
     /// The guest to which the settings assign a function, by its name in the settings.
-    pub(super) fn assigned_to(&self, function: &HostFunction) -> Option<&String> {
+    pub(in crate::engine) fn assigned_to(&self, function: &HostFunction) -> Option<&String> {
         let (host, names) = (self.platform.host.as_ref(), &self.settings.names);
         if self.settings.guests.is_empty() {
             return None;

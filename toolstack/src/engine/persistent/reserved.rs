@@ -4,12 +4,12 @@ use pciback::FunctionState;
 use pciback::platform::HostFunction;
 use pciback::{DomId, Sbdf, Uuid};
 
-use super::Engine;
-use super::assignments::kept_by_settings;
-use super::lists::persistent_view;
-use super::requests::Plan;
-use super::tasks::Course;
+use super::kept_by_settings;
 use crate::domains;
+use crate::engine::Engine;
+use crate::engine::lists::persistent_view;
+use crate::engine::requests::Plan;
+use crate::engine::tasks::Course;
 use crate::journal::Record;
 use crate::outcome::Failure;
 use crate::protocol::{DomainName, FunctionView, Scope, Success};
@@ -20,7 +20,11 @@ use crate::spec::existing;
 impl Engine {
     /// Refuses an attachment to a domain if another guest has the function persistently, or if the function is another device than the
     /// one that the guest has persistently.
-    pub(super) fn not_reserved(&self, function: &HostFunction, domain: DomId) -> Result<(), Failure> {
+    pub(in crate::engine) fn not_reserved(
+        &self,
+        function: &HostFunction,
+        domain: DomId,
+    ) -> Result<(), Failure> {
         let address = function.address;
         if let Some(path) = self.reservations.damaged(address) {
             let text = format!(
@@ -59,7 +63,7 @@ impl Engine {
     }
 
     /// Refuses to give a function back to dom0 that a guest has persistently.
-    pub(super) fn may_be_released(&self, address: Sbdf) -> Result<(), Failure> {
+    pub(in crate::engine) fn may_be_released(&self, address: Sbdf) -> Result<(), Failure> {
         match self.reserved(address) {
             Some(reservation) => {
                 let hint = format!("{}, and so does --force here", how_to_forget(&reservation));
@@ -82,7 +86,7 @@ impl Engine {
     }
 
     /// Makes a reservation of a function for the guest that runs as this domain.
-    pub(super) fn reservation(
+    pub(in crate::engine) fn reservation(
         &self,
         address: Sbdf,
         domain: DomId,
@@ -96,7 +100,7 @@ impl Engine {
     }
 
     /// The record of a function that the guest has already, at the requested device number.
-    pub(super) fn attached_already(
+    pub(in crate::engine) fn attached_already(
         &self,
         domain: &DomainName,
         address: Sbdf,
@@ -111,7 +115,7 @@ impl Engine {
     }
 
     /// The answer to an attachment of a function that the guest has already.
-    pub(super) fn has_it(&self, record: &Record) -> Success {
+    pub(in crate::engine) fn has_it(&self, record: &Record) -> Success {
         let place = record.guest.map(|place| (place.domain, Sbdf::from_devfn(0, 0, place.devfn)));
         let text = place.map_or_else(
             || format!("{} is attached already", record.address),
@@ -123,7 +127,7 @@ impl Engine {
     }
 
     /// Makes an existing attachment persistent.
-    pub(super) fn make_persistent(&self, record: &Record, reply: Reply) {
+    pub(in crate::engine) fn make_persistent(&self, record: &Record, reply: Reply) {
         let Some(place) = record.guest else { return };
         let (address, domain) = (record.address, place.domain);
         let wanted = match self.reservation(address, domain, place.devfn) {
@@ -149,7 +153,7 @@ impl Engine {
     }
 
     /// The UUID and name of a guest that does not run: named by its UUID, or by a name that a reservation has.
-    pub(super) fn absent_guest(
+    pub(in crate::engine) fn absent_guest(
         &self,
         guest: &DomainName,
         not_found: Failure,
@@ -172,7 +176,7 @@ impl Engine {
     }
 
     /// Reserves a function for a guest that does not run, which gets it when it starts.
-    pub(super) fn reserve_for_absent(
+    pub(in crate::engine) fn reserve_for_absent(
         &self,
         guest: Result<(Uuid, Option<String>), Failure>,
         address: Sbdf,
@@ -234,13 +238,13 @@ impl Engine {
     }
 
     /// The reservation of a function for the guest that a command names, by name, number or UUID; the guest need not run.
-    pub(super) fn reservation_of(&self, guest: &DomainName, address: Sbdf) -> Option<Reservation> {
+    pub(in crate::engine) fn reservation_of(&self, guest: &DomainName, address: Sbdf) -> Option<Reservation> {
         let uuids = self.uuids_of(guest);
         self.reservations.get(address).filter(|reservation| means(reservation, guest, uuids))
     }
 
     /// The reservations of the guest that runs as this domain.
-    pub(super) fn reserved_in(&self, domain: DomId) -> Result<Vec<Reservation>, Failure> {
+    pub(in crate::engine) fn reserved_in(&self, domain: DomId) -> Result<Vec<Reservation>, Failure> {
         if self.reservations.is_empty() {
             return Ok(Vec::new());
         }
@@ -248,7 +252,12 @@ impl Engine {
     }
 
     /// Whether a guest has a function persistently that is not attached to it now.
-    pub(super) fn is_only_reserved(&self, guest: &DomainName, address: Sbdf, scope: Scope) -> bool {
+    pub(in crate::engine) fn is_only_reserved(
+        &self,
+        guest: &DomainName,
+        address: Sbdf,
+        scope: Scope,
+    ) -> bool {
         let domain = domains::find(self.platform.store.as_ref(), guest).ok();
         let place = self.functions.records().place(address);
         let attached = place.is_some_and(|place| Some(place.domain) == domain);
@@ -262,7 +271,7 @@ impl Engine {
     }
 
     /// Removes a function from those that the guest has persistently.
-    pub(super) fn forget_reservation(&mut self, guest: &DomainName, address: Sbdf, reply: Reply) {
+    pub(in crate::engine) fn forget_reservation(&mut self, guest: &DomainName, address: Sbdf, reply: Reply) {
         let Some(reservation) = self.reservation_of(guest, address) else {
             let shown: String = guest.0.chars().take(64).collect();
             let text = format!("{address} is not persistent for a guest '{shown}'");
@@ -280,7 +289,7 @@ impl Engine {
     }
 
     /// Plans to give a function back to dom0; its reservation and its persistent wishes end with that.
-    pub(super) fn release_of(&mut self, record: Record, message: String) -> Plan {
+    pub(in crate::engine) fn release_of(&mut self, record: Record, message: String) -> Plan {
         let reservation = self.reserved(record.address);
         let message = match &reservation {
             Some(reservation) => {
@@ -302,7 +311,7 @@ impl Engine {
     }
 
     /// Lists all reservations, or those of one guest.
-    pub(super) fn reserved_list(&self, guest: Option<&DomainName>, reply: Reply) {
+    pub(in crate::engine) fn reserved_list(&self, guest: Option<&DomainName>, reply: Reply) {
         let uuid = guest.and_then(|guest| self.uuids_of(guest));
         let listed = self.reservations.all().into_iter();
         let listed: Vec<Reservation> =
@@ -348,7 +357,7 @@ fn means(reservation: &Reservation, guest: &DomainName, running: Option<Uuid>) -
 }
 
 /// The message that a function is reserved for another guest.
-pub(super) fn kept_for(reservation: &Reservation) -> String {
+pub(in crate::engine) fn kept_for(reservation: &Reservation) -> String {
     let why = match reservation.saved {
         Some(_) => "which was saved with it",
         None => "for which it is persistent",
@@ -357,7 +366,7 @@ pub(super) fn kept_for(reservation: &Reservation) -> String {
 }
 
 /// The hint with the command that removes the reservation.
-pub(super) fn how_to_forget(reservation: &Reservation) -> String {
+pub(in crate::engine) fn how_to_forget(reservation: &Reservation) -> String {
     let (guest, address) = (reservation.called(), reservation.address);
     format!("'xpci pci-detach --persistent {guest} {address}' ends that")
 }

@@ -9,7 +9,7 @@ const RATE: f64 = 0.2;
 
 /// The log limit of one guest, so that a guest that changes its nodes endlessly cannot fill a disk. Suppressed lines are counted.
 #[derive(Debug)]
-pub(super) struct LogLimit {
+pub(in crate::engine) struct LogLimit {
     left: f64,
     since: Instant,
     suppressed: u64,

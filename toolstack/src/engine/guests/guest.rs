@@ -12,12 +12,12 @@ use pciback::serve::{Counters, GuestFunction, Notification, Server, TIME_BOUNDS}
 
 use super::hvm::Hvm;
 use super::log_limit::LogLimit;
-use super::{Answer, Engine};
+use crate::engine::{Answer, Engine};
 use crate::protocol::{RequestTimes, TimeBucket};
 use crate::settings::Settings;
 
 /// A guest that has functions.
-pub(super) struct Guest {
+pub(in crate::engine) struct Guest {
     pub handshake: Handshake,
     /// Set for an HVM guest, which has no handshake.
     pub(super) hvm: Option<Hvm>,
@@ -44,10 +44,10 @@ pub(super) struct Guest {
 }
 
 /// An action that the engine runs later.
-pub(super) type Later = Box<dyn FnOnce(&mut Engine) + Send>;
+pub(in crate::engine) type Later = Box<dyn FnOnce(&mut Engine) + Send>;
 
 /// A transaction that waits for the guest.
-pub(super) struct Waiting {
+pub(in crate::engine) struct Waiting {
     pub answer: Answer,
     pub for_what: Awaited,
     /// When the guest counts as late, unless it has made requests since `requests` was noted.
@@ -82,7 +82,7 @@ impl Waiting {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Awaited {
+pub(in crate::engine) enum Awaited {
     /// The guest reads config space of the function.
     Look,
     /// As `Look`, but the guest may have no frontend yet; a timeout is no failure.
@@ -94,7 +94,7 @@ pub(super) enum Awaited {
 }
 
 impl Guest {
-    pub(super) fn new(handshake: Handshake) -> Self {
+    pub(in crate::engine) fn new(handshake: Handshake) -> Self {
         let counters = Arc::new(Counters::default());
         Self {
             handshake,
@@ -115,7 +115,7 @@ impl Guest {
     }
 
     /// The times at which something is due for the guest.
-    pub(super) fn due(&self) -> impl Iterator<Item = Instant> {
+    pub(in crate::engine) fn due(&self) -> impl Iterator<Item = Instant> {
         let again = self.notify_again.map(|(when, _)| when);
         self.pause.into_iter().chain(self.write_again).chain(again)
     }
@@ -192,7 +192,7 @@ impl Guest {
             (_, Some(function)) => function.set_gone(),
             (Some(server), None) => server.set_gone(devfn),
             (None, None) => self.when_back(move |engine| {
-                if let Some(guest) = engine.guests.get_mut(&domain) {
+                if let Some(guest) = engine.guests.get_mut(domain) {
                     guest.set_gone(domain, devfn);
                 }
             }),
@@ -234,7 +234,7 @@ impl Guest {
         }
     }
 
-    pub(super) fn place(&mut self, devfn: u8, function: Box<GuestFunction>) {
+    pub(in crate::engine) fn place(&mut self, devfn: u8, function: Box<GuestFunction>) {
         match &self.server {
             Some(server) => server.add(devfn, function),
             None => {
@@ -245,7 +245,7 @@ impl Guest {
 }
 
 /// The guest's blocked writes, or where to ask for them.
-pub(super) enum MaskedWrites {
+pub(in crate::engine) enum MaskedWrites {
     /// The writes.
     Known(Vec<MaskedWrite>),
     /// The serving thread has them.

@@ -9,15 +9,16 @@ use log::{Level, error};
 use pciback::serve::{GuestFunction, Server};
 use pciback::{DomId, Sbdf};
 
+use super::Event;
 use super::guest::Awaited;
-use super::problems::Problem;
-use super::saving::not_released;
-use super::{Answer, Engine, Event};
+use crate::engine::problems::Problem;
+use crate::engine::saving::not_released;
+use crate::engine::{self, Answer, Engine};
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Cause;
 
 /// A function to be taken from its guest.
-pub(super) enum Taking {
+pub(in crate::engine) enum Taking {
     /// A thread serves it.
     Served(Arc<Server>, u8),
     /// No thread serves it.
@@ -49,7 +50,7 @@ pub enum WorkDone {
 }
 
 /// Functions that no thread serves, by device and function number.
-pub(super) type Parked = BTreeMap<u8, Box<GuestFunction>>;
+pub(in crate::engine) type Parked = BTreeMap<u8, Box<GuestFunction>>;
 
 impl Engine {
     fn work(
@@ -59,22 +60,22 @@ impl Engine {
         work: impl FnOnce() -> WorkDone + Send + 'static,
         failed: impl FnOnce(Failure) -> WorkDone + Send + 'static,
     ) {
-        let Some(guest) = self.guests.get_mut(&domain) else { return };
+        let Some(guest) = self.guests.get_mut(domain) else { return };
         guest.working += 1;
         let inbox = self.inbox.clone();
         self.inbox.background(&format!("{name} {domain}"), work, move |done| {
-            inbox.send(Event::WorkDone(domain, done.unwrap_or_else(failed)));
+            inbox.send(engine::Event::Guests(Event::WorkDone(domain, done.unwrap_or_else(failed))));
         });
     }
 
     /// Switches off a function that is withdrawn from its guest. An error returns the answer, because there is nothing to switch off.
-    pub(super) fn switch_off(
+    pub(in crate::engine) fn switch_off(
         &mut self,
         domain: DomId,
         devfn: u8,
         answer: Option<Answer>,
     ) -> Result<(), Option<Answer>> {
-        let Some(guest) = self.guests.get_mut(&domain) else { return Err(answer) };
+        let Some(guest) = self.guests.get_mut(domain) else { return Err(answer) };
         if let Some(hvm) = &mut guest.hvm {
             hvm.devices.remove(&devfn);
         }
@@ -99,7 +100,7 @@ impl Engine {
     /// Handles the disconnection of a guest's frontend. The next frontend finds the functions as after an attachment, with interrupts and
     /// bus mastering off.
     pub(super) fn give_up_ring(&mut self, domain: DomId) {
-        let Some(guest) = self.guests.get_mut(&domain) else { return };
+        let Some(guest) = self.guests.get_mut(domain) else { return };
         let (server, parked) = (guest.server.take(), std::mem::take(&mut guest.parked));
         if server.is_none() && parked.is_empty() {
             return;
@@ -123,7 +124,7 @@ impl Engine {
 
     /// Restores a function after its reset, when no thread serves it.
     pub(super) fn restore_parked(&mut self, domain: DomId, devfn: u8) {
-        let Some(guest) = self.guests.get_mut(&domain) else { return };
+        let Some(guest) = self.guests.get_mut(domain) else { return };
         if guest.working > 0 {
             guest.later.push(Box::new(move |engine| engine.restore_parked(domain, devfn)));
             return;
@@ -140,7 +141,7 @@ impl Engine {
 
     /// Handles the end of background work, and continues with what waited for it.
     pub(super) fn work_done(&mut self, domain: DomId, work_done: WorkDone) {
-        let Some(guest) = self.guests.get_mut(&domain) else { return };
+        let Some(guest) = self.guests.get_mut(domain) else { return };
         guest.working = guest.working.saturating_sub(1);
         match work_done {
             WorkDone::SwitchedOff(devfn, outcome, answer) => {
@@ -157,7 +158,7 @@ impl Engine {
             }
             WorkDone::Restored(functions) => guest.parked.extend(functions),
         }
-        let later = self.guests.get_mut(&domain).map(|guest| std::mem::take(&mut guest.later));
+        let later = self.guests.get_mut(domain).map(|guest| std::mem::take(&mut guest.later));
         for action in later.unwrap_or_default() {
             action(self);
         }
@@ -183,7 +184,7 @@ impl Engine {
         let outcome = match outcome {
             Ok(switched) => {
                 if let Some(address) = switched {
-                    self.reachable.withdrawn(address);
+                    self.functions.handover().reachable.withdrawn(address);
                 }
                 // If nothing was switched off, the transaction checks what the guest can still reach.
                 Ok(None)

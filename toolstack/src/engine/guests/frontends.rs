@@ -8,8 +8,9 @@ use pciback::DomId;
 use pciback::platform::PlatformError;
 use pciback::serve::pv::{self, Action, NodeChange, PAUSE, RingPlace, nodes};
 
+use super::Event;
 use super::guest::Awaited;
-use super::{Engine, Event};
+use crate::engine::{self, Engine};
 use crate::outcome::Failure;
 
 /// After this time, node changes that xenstore refused are tried again.
@@ -17,7 +18,7 @@ const WRITE_AGAIN: Duration = Duration::from_secs(1);
 
 impl Engine {
     pub(super) fn watch_guest(&self, domain: DomId) -> Result<(), Failure> {
-        if !self.guests.contains_key(&domain) {
+        if !self.guests.contains(domain) {
             let directory = nodes::frontend_directory(domain);
             self.platform.store.watch(&directory, &directory)?;
         }
@@ -25,7 +26,7 @@ impl Engine {
     }
 
     /// Handles a change of a guest's nodes. A new watch fires once as well.
-    pub(super) fn update_frontend(&mut self, domain: DomId) {
+    pub(in crate::engine) fn update_frontend(&mut self, domain: DomId) {
         let view = match nodes::read_frontend(self.platform.store.as_ref(), domain) {
             Ok(view) => view,
             Err(error) => {
@@ -33,15 +34,15 @@ impl Engine {
                 return;
             }
         };
-        if let Some(guest) = self.guests.get_mut(&domain) {
+        if let Some(guest) = self.guests.get_mut(domain) {
             let actions = guest.handshake.frontend_changed(view);
             self.act(domain, actions);
         }
     }
 
     /// Carries out the actions of a handshake, in their order.
-    pub(super) fn act(&mut self, domain: DomId, actions: Vec<Action>) {
-        if let Some(guest) = self.guests.get_mut(&domain) {
+    pub(in crate::engine) fn act(&mut self, domain: DomId, actions: Vec<Action>) {
+        if let Some(guest) = self.guests.get_mut(domain) {
             guest.actions.extend(actions);
         }
         while let Some(action) = self.next_action(domain) {
@@ -55,7 +56,7 @@ impl Engine {
                 }
                 Action::Connect(ring) => {
                     let outcome = self.connect(domain, ring);
-                    if let Some(guest) = self.guests.get_mut(&domain) {
+                    if let Some(guest) = self.guests.get_mut(domain) {
                         // Before the node changes that follow, which announce the connection to the guest.
                         let connected = outcome.is_ok();
                         let next = guest.handshake.ring_connected(outcome);
@@ -73,12 +74,12 @@ impl Engine {
                 Action::Waiting(devfn) => self.published(domain, devfn),
                 Action::Removed(devfn) => self.removed(domain, devfn),
                 Action::Report(text) => {
-                    if let Some(guest) = self.guests.get_mut(&domain) {
+                    if let Some(guest) = self.guests.get_mut(domain) {
                         guest.log_line(Level::Warn, &format!("domain {domain}: {text}"));
                     }
                 }
                 Action::Pause => {
-                    if let Some(guest) = self.guests.get_mut(&domain) {
+                    if let Some(guest) = self.guests.get_mut(domain) {
                         guest.pause = Some(Instant::now() + PAUSE);
                     }
                 }
@@ -90,13 +91,13 @@ impl Engine {
     /// The next action of the guest's handshake; `None` while background work runs for the guest, because later actions rely on its
     /// result.
     fn next_action(&mut self, domain: DomId) -> Option<Action> {
-        let guest = self.guests.get_mut(&domain).filter(|guest| guest.working == 0)?;
+        let guest = self.guests.get_mut(domain).filter(|guest| guest.working == 0)?;
         guest.actions.pop_front()
     }
 
     /// Writes changes of a guest's nodes, after earlier ones that failed. The handshake continues as if all had been written.
     fn write_nodes(&mut self, domain: DomId, changes: Vec<NodeChange>) -> Result<(), PlatformError> {
-        let Some(guest) = self.guests.get_mut(&domain) else {
+        let Some(guest) = self.guests.get_mut(domain) else {
             return nodes::apply(self.platform.store.as_ref(), domain, &changes);
         };
         guest.unwritten.extend(changes);
@@ -111,7 +112,11 @@ impl Engine {
 
     /// Retries failed changes of nodes that are due.
     pub(super) fn write_again(&mut self, now: Instant) {
-        let due = self.guests.iter().filter(|(_, guest)| guest.write_again.is_some_and(|when| when <= now));
+        let due = self
+            .guests
+            .by_domain
+            .iter()
+            .filter(|(_, guest)| guest.write_again.is_some_and(|when| when <= now));
         for domain in due.map(|(domain, _)| *domain).collect::<Vec<_>>() {
             if self.write_nodes(domain, Vec::new()).is_ok() {
                 info!("domain {domain}: its nodes are as they should be again");
@@ -126,9 +131,10 @@ impl Engine {
             .connect(domain, place.grant, place.port)
             .map_err(|error| error.to_string())?;
         let inbox = self.inbox.clone();
-        let Some(guest) = self.guests.get_mut(&domain) else { return Ok(()) };
+        let Some(guest) = self.guests.get_mut(domain) else { return Ok(()) };
         let functions = std::mem::take(&mut guest.parked);
-        let report = Box::new(move |report| inbox.send(Event::Server(domain, report)));
+        let report =
+            Box::new(move |report| inbox.send(engine::Event::Guests(Event::Reported(domain, report))));
         let server = pv::start(domain, ring, functions, Arc::clone(&guest.counters), report);
         guest.server = Some(Arc::new(server.map_err(|error| format!("start its thread: {error}"))?));
         let text =
@@ -138,7 +144,7 @@ impl Engine {
     }
 
     pub(super) fn disconnect(&mut self, domain: DomId) {
-        if let Some(guest) = self.guests.get_mut(&domain)
+        if let Some(guest) = self.guests.get_mut(domain)
             && let Some(server) = guest.server.take()
         {
             match server.stop() {

@@ -12,11 +12,11 @@ use pciback::platform::HostFunction;
 use pciback::policy::{Holding, Subject};
 use pciback::{FunctionState, Sbdf};
 
-use super::Engine;
-use super::problems::{Deviations, Problem};
-use super::requests::Plan;
-use super::tasks::{Course, Workshop};
 use crate::device::Device;
+use crate::engine::Engine;
+use crate::engine::problems::{Deviations, Problem};
+use crate::engine::requests::Plan;
+use crate::engine::tasks::{Course, Workshop};
 use crate::outcome::Failure;
 use crate::protocol::{Cause, Success};
 use crate::reply::Reply;
@@ -30,7 +30,7 @@ const HELD_AGAIN: &str = "; it is held again whenever it appears";
 
 /// What was done about functions that are reserved for guests.
 #[derive(Debug, Default)]
-pub(super) struct Keeping {
+pub(super) struct AtOnce {
     /// Functions for which holding was tried, with their incarnation.
     tried: BTreeMap<Sbdf, u64>,
     /// Functions that an administrator gave back to dom0, with their incarnation.
@@ -45,7 +45,7 @@ pub(super) struct Keeping {
     refused: Deviations,
 }
 
-impl Keeping {
+impl AtOnce {
     /// Functions that could not be held, as problems for `xpci status`.
     pub fn problems(&self) -> impl Iterator<Item = Problem> {
         self.refused
@@ -99,7 +99,7 @@ impl Keeping {
 
 impl Workshop {
     /// Changes the persistent wishes for a function; returns whether anything changed.
-    pub(super) fn want(&self, address: Sbdf, change: impl Fn(&mut Wish)) -> Result<bool, Failure> {
+    pub(in crate::engine) fn want(&self, address: Sbdf, change: impl Fn(&mut Wish)) -> Result<bool, Failure> {
         let host = self.platform.host.as_ref();
         let function = existing(host, address)?;
         let before = self.wishes.of(host, &function);
@@ -116,34 +116,38 @@ impl Workshop {
 
 impl Engine {
     /// Holds a function of dom0 if a policy or a persistent wish requires it.
-    pub(super) fn keep_for_guests(&mut self, function: &HostFunction) {
+    pub(in crate::engine) fn keep_for_guests(&mut self, function: &HostFunction) {
         let (address, incarnation) = (function.address, function.incarnation);
-        let appeared = self.keeping.appeared.remove(&address);
+        let appeared = self.holds.at_once.appeared.remove(&address);
         if appeared {
             self.retry_assignments();
         }
         let same = |known: &BTreeMap<Sbdf, u64>| known.get(&address) == Some(&incarnation);
-        if same(&self.keeping.tried) || same(&self.keeping.given_back) || !self.belongs_to_guests(function) {
+        if same(&self.holds.at_once.tried)
+            || same(&self.holds.at_once.given_back)
+            || !self.belongs_to_guests(function)
+        {
             return;
         }
         // When a change of the VFs of the function or of its PF ends, the function is examined again.
         if self.busy_pfs.contains(&function.physical_function.unwrap_or(address)) {
             return;
         }
-        self.keeping.tried.insert(address, incarnation);
+        self.holds.at_once.tried.insert(address, incarnation);
         if holder_of(function).is_some() {
             info!("{address}: it is to be held at once; another program holds it already");
             return;
         }
         if let Err(failure) = Failure::refuse_for(&format!("hold {address}"), self.holdable(function)) {
             warn!("{address}: it is to be held at once, but {}", failure.message);
-            self.keeping.refused.insert(address, failure.message);
+            self.holds.at_once.refused.insert(address, failure.message);
             return;
         }
         info!("{address}: it is to be held at once");
         let mut record = self.functions.records().get_or_new(address);
-        record.unprobed = appeared && function.driver.is_none() && !self.keeping.enabled.contains(&address);
-        self.keeping.under_way.insert(address);
+        record.unprobed =
+            appeared && function.driver.is_none() && !self.holds.at_once.enabled.contains(&address);
+        self.holds.at_once.under_way.insert(address);
         self.start(Course::Forward(Kind::Hold), record, None, |record| {
             format!("{}: held at once", record.address)
         });
@@ -157,7 +161,12 @@ impl Engine {
     }
 
     /// Holds a function persistently, by the given plan; a function that is held already is only noted as persistent.
-    pub(super) fn hold_persistently(&mut self, address: Sbdf, plan: Result<Plan, Failure>, reply: Reply) {
+    pub(in crate::engine) fn hold_persistently(
+        &mut self,
+        address: Sbdf,
+        plan: Result<Plan, Failure>,
+        reply: Reply,
+    ) {
         match plan {
             Ok(Plan::Answer(_)) => {
                 let (workshop, record) = (self.workshop(), self.functions.records().get_or_new(address));

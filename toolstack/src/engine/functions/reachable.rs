@@ -14,10 +14,10 @@ use pciback::platform::ServerId;
 use pciback::serve::hvm::Device;
 use pciback::{DomId, Sbdf};
 
-use super::hvm::noted_server;
-use super::open::Opened;
-use super::tasks::Workshop;
 use crate::domains::{self, DomainType};
+use crate::engine::guests::noted_server;
+use crate::engine::open::Opened;
+use crate::engine::tasks::Workshop;
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 
@@ -27,7 +27,7 @@ const NO_SERVER: ServerId = ServerId(u16::MAX);
 
 /// Functions that were given to guests and are not proved to be withdrawn.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Reachable(Arc<Mutex<BTreeSet<Sbdf>>>);
+pub(in crate::engine) struct Reachable(Arc<Mutex<BTreeSet<Sbdf>>>);
 
 impl Reachable {
     fn locked(&self) -> MutexGuard<'_, BTreeSet<Sbdf>> {
@@ -56,20 +56,20 @@ impl Workshop {
     /// # Errors
     ///
     /// The guest may still reach the function; bus mastering and interrupts are switched off where possible.
-    pub(super) fn prove_withdrawn(&self, record: &Record, domain: DomId) -> Result<(), Failure> {
+    pub(in crate::engine) fn prove_withdrawn(&self, record: &Record, domain: DomId) -> Result<(), Failure> {
         let address = record.address;
-        if !self.reachable.contains(address) {
+        if !self.handover.reachable.contains(address) {
             return Ok(());
         }
         if self.has_ended(domain) || self.left_the_host(record) && !self.may_map(domain) {
-            self.reachable.withdrawn(address);
+            self.handover.reachable.withdrawn(address);
             return Ok(());
         }
         let why = match self.open_function(record, domain, true) {
             Ok(opened) => match self.quiesce(opened, record, domain) {
                 Ok(()) => {
                     info!("{address}: switched off for domain {domain} by its image");
-                    self.reachable.withdrawn(address);
+                    self.handover.reachable.withdrawn(address);
                     return Ok(());
                 }
                 Err(why) => why,

@@ -8,8 +8,8 @@ use std::collections::BTreeSet;
 use log::{error, info};
 use pciback::{FunctionState, Sbdf};
 
-use super::Engine;
-use super::problems::Problem;
+use crate::engine::Engine;
+use crate::engine::problems::Problem;
 use crate::journal::Record;
 use crate::protocol::Cause;
 
@@ -21,14 +21,14 @@ pub(super) struct Managed {
 
 impl Engine {
     /// Returns a function to dom0 that was held for the guest that has just released it.
-    pub(super) fn return_managed(&mut self, address: Sbdf) {
+    fn return_managed(&mut self, address: Sbdf) {
         let plan = self.plan_release(address, false, false);
         if let Err(failure) = &plan {
             info!("{address}: it stays held for now: {failure}");
-            self.managed.waiting.insert(address);
+            self.holds.managed.waiting.insert(address);
             return;
         }
-        self.managed.waiting.remove(&address);
+        self.holds.managed.waiting.remove(&address);
         // A user cannot know that the service works on it by itself.
         self.requests_wait(address);
         let reply = self.inbox.unasked_reply(Cause::Holding);
@@ -37,19 +37,19 @@ impl Engine {
 
     /// Returns a function that a transaction has left held, unless it was held just now, for an attachment that follows. `during`: its state
     /// in the transaction.
-    pub(super) fn managed_is_held(&mut self, address: Sbdf, during: Option<FunctionState>) {
+    pub(in crate::engine) fn managed_is_held(&mut self, address: Sbdf, during: Option<FunctionState>) {
         match during {
             Some(FunctionState::Host) | None => {}
             // The return itself has failed.
-            Some(FunctionState::Held) => drop(self.managed.waiting.insert(address)),
+            Some(FunctionState::Held) => drop(self.holds.managed.waiting.insert(address)),
             Some(_) if self.functions.is_busy(address) => {}
             Some(_) => self.return_managed(address),
         }
     }
 
     /// Tries again for those that waited for the end of a guest.
-    pub(super) fn return_managed_again(&mut self) {
-        for address in std::mem::take(&mut self.managed.waiting) {
+    pub(in crate::engine) fn return_managed_again(&mut self) {
+        for address in std::mem::take(&mut self.holds.managed.waiting) {
             if is_left(&self.functions.records().get_or_new(address)) {
                 self.return_managed(address);
             }
@@ -57,7 +57,7 @@ impl Engine {
     }
 
     /// Returns those that no guest has, at the start of the service: an earlier run was stopped before it did so.
-    pub(super) fn return_all_managed(&mut self) {
+    pub(in crate::engine) fn return_all_managed(&mut self) {
         let idle = |record: &&Record| is_left(record) && !self.functions.is_busy(record.address);
         let left: Vec<Sbdf> =
             self.functions.records().all().filter(idle).map(|record| record.address).collect();
@@ -67,7 +67,7 @@ impl Engine {
     }
 
     /// Keeps a held function held, whatever it was held for.
-    pub(super) fn keep_held(&mut self, address: Sbdf) {
+    pub(in crate::engine) fn keep_held(&mut self, address: Sbdf) {
         let record = self.functions.records().get_or_new(address);
         if !record.managed || self.functions.is_busy(address) {
             return;
@@ -77,7 +77,7 @@ impl Engine {
             error!("{error}");
             self.problems.push(Problem::unwritten(&error));
         }
-        self.managed.waiting.remove(&address);
+        self.holds.managed.waiting.remove(&address);
         self.functions.keep(record);
     }
 }
