@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use xpci_test_support::layers::{Layer, violations};
+use xpci_test_support::layers::{Layer, violations, violations_within};
 
 /// From the bottom up: each module, and those that it may name.
 const ORDER: &[Layer] = &[
@@ -82,6 +82,36 @@ const ORDER: &[Layer] = &[
     ("cli", &["outcome", "target", "policies", "saved", "protocol", "settings", "client"]),
     ("bin", &[]),
 ];
+
+/// The parts of the engine, from the bottom up: each, and those that it may name.
+const ENGINE: &[Layer] = &[
+    ("problems", &[]),
+    ("notes", &[]),
+    ("changes", &[]),
+    ("inbox", &["problems"]),
+    ("background", &["problems", "inbox"]),
+    ("functions", &[]),
+    ("events", &["problems"]),
+    ("tasks", &["problems", "notes", "changes", "inbox", "functions"]),
+    ("requests", &["problems", "notes", "functions", "tasks"]),
+    ("inventory", &["problems", "changes", "tasks"]),
+    ("errors", &["problems", "inbox", "functions", "tasks"]),
+    ("guests", &["problems", "notes", "tasks", "requests"]),
+    ("holds", &["problems", "tasks", "requests"]),
+    ("persistent", &["problems", "notes", "tasks", "requests"]),
+    ("vfs", &["problems", "tasks", "requests"]),
+    ("saving", &["problems", "requests", "guests"]),
+    ("policies", &["problems", "functions", "tasks", "guests"]),
+    ("recover", &["problems", "functions", "tasks", "guests"]),
+    ("store_events", &[]),
+    ("succession", &[]),
+];
+
+#[test]
+fn no_part_of_the_engine_names_one_above_it() {
+    let wrong = violations_within(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), "engine", ENGINE);
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
 
 #[test]
 fn no_module_names_one_above_it() {

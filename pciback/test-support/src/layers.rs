@@ -11,6 +11,22 @@ pub type Layer = (&'static str, &'static [&'static str]);
 /// What is wrong with a crate whose sources are in the folder `src`, one line each. `layers` has each of its modules, from the bottom up,
 /// so that a module may name only what stands before it; what it may name and does not is wrong, too.
 pub fn violations(src: &Path, layers: &[Layer]) -> Vec<String> {
+    violations_in(src, None, layers)
+}
+
+/// [`violations`] for the parts of one module of the crate. `parts` has each of them, by its path from that module. Each part may name the
+/// module itself.
+pub fn violations_within(src: &Path, module: &str, parts: &[Layer]) -> Vec<String> {
+    violations_in(src, Some(module), parts)
+}
+
+fn violations_in(src: &Path, parent: Option<&str>, layers: &[Layer]) -> Vec<String> {
+    let within = |path: &[String]| match parent {
+        None => Some(path.to_vec()),
+        Some(parent) => {
+            path.split_first().filter(|(first, _)| *first == parent).map(|(_, rest)| rest.to_vec())
+        }
+    };
     let mut wrong = Vec::new();
     let mut lower = BTreeSet::new();
     for (module, allowed) in layers {
@@ -20,10 +36,8 @@ pub fn violations(src: &Path, layers: &[Layer]) -> Vec<String> {
         lower.insert(*module);
     }
     let mut named: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
-    for (file, path) in sources(src) {
-        if path.is_empty() {
-            continue;
-        }
+    for (file, full_path) in sources(src) {
+        let Some(path) = within(&full_path).filter(|path| !path.is_empty()) else { continue };
         let Some((module, allowed)) = layer_of(layers, &path) else {
             wrong.push(format!("{file}: the module {} has no place in the order", path.join("::")));
             continue;
@@ -35,8 +49,9 @@ pub fn violations(src: &Path, layers: &[Layer]) -> Vec<String> {
                 continue;
             }
         };
-        let names = names(&text, &path);
-        let found: BTreeSet<&str> = names.iter().filter_map(|name| Some(layer_of(layers, name)?.0)).collect();
+        let names = names(&text, &full_path);
+        let found: BTreeSet<&str> =
+            names.iter().filter_map(|name| Some(layer_of(layers, &within(name)?)?.0)).collect();
         for name in found.into_iter().filter(|name| *name != module) {
             if !allowed.contains(&name) {
                 wrong.push(format!("{file} names {name}, which {module} may not"));
@@ -270,6 +285,15 @@ mod tests {
             pub(crate) fn f<'a>(x: &'a str) -> char { g("crate::c \" crate::d", r#"crate::e"#, '"', '\'', '\u{7f}'); 'x' }
             pub(in crate::f) fn h() {} pub(super) fn i() {} crate::g"##;
         assert_eq!(named(text, &["pv"]), ["g"]);
+    }
+
+    #[test]
+    fn a_part_of_a_module_that_names_a_higher_part_is_reported() {
+        let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parts");
+        assert_eq!(
+            violations_within(&src, "parent", &[("first", &[]), ("second", &["first"])]),
+            ["parent/first.rs names second, which first may not"]
+        );
     }
 
     #[test]

@@ -6,8 +6,9 @@ use std::thread;
 
 use log::error;
 
+use super::inbox::Inbox;
 use super::problems::Problem;
-use super::{Event, Inbox};
+use super::{Engine, Event};
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Cause;
 
@@ -46,6 +47,19 @@ impl Inbox {
                 report(Err(Failure::new(ErrorCode::Failed, text).hint("see how many threads dom0 allows")));
             }
         }
+    }
+}
+
+impl Engine {
+    /// Runs a task on a thread; the task itself sends its result.
+    pub(super) fn background(&self, name: &str, task: impl FnOnce() + Send + 'static) {
+        let inbox = self.inbox.clone();
+        self.inbox.background(name, task, move |started| {
+            // A failure to start drops the task and with it its reply, so that a waiting client gets an error.
+            if let Err(failure) = started {
+                inbox.send(Event::Problem(Problem::failed(Cause::Service, &failure)));
+            }
+        });
     }
 }
 

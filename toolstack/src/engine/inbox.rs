@@ -8,10 +8,9 @@ use std::sync::{Arc, mpsc};
 use log::error;
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use pciback::Sbdf;
 
+use super::Event;
 use super::problems::Problem;
-use super::{Containment, Event, errors};
 use crate::outcome::Failure;
 use crate::protocol::Cause;
 use crate::reply::Reply;
@@ -42,11 +41,6 @@ impl Inbox {
         {
             error!("wake the engine: {errno}");
         }
-    }
-
-    /// Has a function contained, for the given reason.
-    pub fn contain(&self, address: Sbdf, containment: Containment, why: &str) {
-        self.send(Event::Errors(errors::Event::Contain(address, containment, why.to_owned())));
     }
 
     /// Readable after an event was sent.

@@ -4,9 +4,8 @@
 //! their serving threads. Those threads send events to the engine through its [`Inbox`]. Three things still run on the engine's thread:
 //! applying reloaded policies, setting up the first function of a guest, and pausing guests that reboot.
 
-mod asking;
 mod background;
-mod deferred;
+mod changes;
 mod errors;
 mod events;
 mod functions;
@@ -14,30 +13,18 @@ mod guests;
 mod holds;
 mod inbox;
 mod inventory;
-mod lists;
-mod network;
 mod notes;
-mod obstacles;
-mod open;
-mod paths;
 mod persistent;
 mod policies;
 mod problems;
-mod recognise;
 mod recover;
 mod requests;
-mod restoring;
 mod saving;
-mod several;
 mod store_events;
 mod succession;
-mod survey;
-mod targets;
 mod tasks;
-mod unmanaged;
 mod vfs;
 
-use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, mpsc};
@@ -54,7 +41,7 @@ use pciback::serve::pv::nodes;
 use crate::audit::AuditLog;
 use crate::device::Devices;
 use crate::former_owners::FormerOwners;
-use crate::journal::{Journal, NetworkRecord};
+use crate::journal::Journal;
 use crate::ledger::Ledger;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{Cause, Request};
@@ -65,10 +52,9 @@ use crate::spec::Filters;
 use crate::successor::Successor;
 use crate::supervisor::{self, Watchdog};
 use crate::target::Target;
-use crate::transaction::Finished;
 use crate::wishes::Wishes;
-pub use errors::Containment;
 use errors::Errors;
+pub use functions::Containment;
 use functions::Functions;
 pub use guests::Event as GuestEvent;
 use guests::Guests;
@@ -76,12 +62,13 @@ use holds::Holds;
 use inbox::Answer;
 pub use inbox::Inbox;
 use inventory::Inventory;
-use network::NetworkChecks;
 use persistent::Persistent;
 use policies::Reloaded;
 use problems::Problem;
+use requests::Deferred;
 use succession::Succession;
 pub use succession::{Ending, ReadySuccessor};
+use vfs::Vfs;
 
 /// An event that the engine handles.
 pub enum Event {
@@ -96,16 +83,12 @@ pub enum Event {
     Guests(guests::Event),
     /// The result of background work for guests that have functions persistently.
     Persistent(persistent::Event),
-    /// A transaction ended.
-    Finished(Box<Finished>),
-    /// A background task that changes the VFs of a PF has ended; whether it succeeded.
-    VfsChanged(Sbdf, bool),
+    /// What transactions ask of the engine, and their end.
+    Tasks(tasks::Event),
+    /// The result of background work on VFs.
+    Vfs(vfs::Event),
     /// What background work on the inventory reports or asks for.
     Inventory(inventory::Event),
-    /// A thread that set the network settings of a VF has ended.
-    NetworkSet(Sbdf, Box<Option<NetworkRecord>>),
-    /// A thread compared the state of a VF with its network settings: the difference, or `None`.
-    NetworkCompared(Sbdf, Option<String>),
     /// A failure for which no client waits.
     Problem(Problem),
     /// The result of background work on errors.
@@ -127,15 +110,13 @@ pub struct Engine {
     inbox: Inbox,
     events: mpsc::Receiver<Event>,
     functions: Functions,
-    /// PFs whose VFs are being changed.
-    busy_pfs: BTreeSet<Sbdf>,
     guests: Guests,
     /// Which functions the host has, and whether sysfs, Xen and xenstore agree about them.
     inventory: Inventory,
     /// Requests that wait for the end of a repair of their function.
-    deferred: deferred::Deferred,
-    /// Scheduled checks of whether guests' drivers changed the network settings of their VFs.
-    network_checks: NetworkChecks,
+    deferred: Deferred,
+    /// VFs and their PFs.
+    vfs: Vfs,
     /// Functions that the service holds, or gives back to dom0, by itself.
     holds: Holds,
     /// The policies in force.
@@ -187,11 +168,10 @@ impl Engine {
             inbox,
             events,
             functions,
-            busy_pfs: BTreeSet::new(),
             guests: Guests::default(),
             inventory: Inventory::default(),
-            deferred: deferred::Deferred::default(),
-            network_checks: NetworkChecks::default(),
+            deferred: Deferred::default(),
+            vfs: Vfs::default(),
             holds: Holds::default(),
             policies: Arc::new(policies),
             filters: Filters::default(),
@@ -290,7 +270,7 @@ impl Engine {
 
     fn timeout(&self) -> PollTimeout {
         let errors = self.errors.next_deadline();
-        let deadlines = self.next_deadline().into_iter().chain(errors).chain(self.network_checks.next());
+        let deadlines = self.next_deadline().into_iter().chain(errors).chain(self.vfs.next_deadline());
         let deadlines = deadlines.chain(self.persistent.next_deadline()).chain(self.watchdog.next());
         let deadlines = deadlines.chain(self.succession.deadline());
         let Some(deadline) = deadlines.min() else { return PollTimeout::NONE };
@@ -303,13 +283,9 @@ impl Engine {
             Event::Call { request, reply } => self.handle_call(request, reply),
             Event::Guests(event) => self.handle_guests(event),
             Event::Persistent(event) => self.handle_persistent(event),
-            Event::Finished(finished) => self.transaction_finished(*finished),
-            Event::VfsChanged(physical_function, succeeded) => {
-                self.vfs_changed(physical_function, succeeded);
-            }
+            Event::Tasks(event) => self.handle_tasks(event),
+            Event::Vfs(event) => self.handle_vfs(event),
             Event::Inventory(event) => self.handle_inventory(event),
-            Event::NetworkSet(address, network) => self.network_set(address, *network),
-            Event::NetworkCompared(address, differs) => self.network_compared(address, differs),
             Event::Problem(problem) => {
                 error!("{}", problem.view().message);
                 self.problems.push(problem);

@@ -6,8 +6,9 @@ use std::path::PathBuf;
 
 use log::warn;
 use pciback::DomId;
-use serde::Serialize;
+use pciback::platform::ServerId;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use crate::outcome::{ErrorCode, Failure};
 use crate::settings::Settings;
@@ -62,4 +63,22 @@ impl Notes {
             _ => {}
         }
     }
+}
+
+/// The folder in the run directory with the notes about ioreq servers.
+pub(super) const SERVERS: &str = "ioreq-servers";
+
+/// The note about the ioreq servers of a domain.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ServerNote {
+    /// The servers that existed before ours.
+    pub others: Vec<u16>,
+    /// Our server, once it is created.
+    pub server: Option<u16>,
+}
+
+/// The noted number of our server in a domain.
+pub(super) fn noted_server(settings: &Settings, domain: DomId) -> Option<ServerId> {
+    Notes::of(settings, SERVERS).read(domain).and_then(|note: ServerNote| note.server).map(ServerId)
 }

@@ -10,8 +10,8 @@ use pciback::policy::{
 };
 use pciback::{DomId, Sbdf};
 
+use super::functions::CompiledFilter;
 use super::guests::MaskedWrites;
-use super::open::Filter;
 use super::problems::Problem;
 use super::tasks::Workshop;
 use super::{Engine, Event};
@@ -34,7 +34,7 @@ pub struct Reloaded {
     /// The policy files, to be copied; `None` where the policies did not change.
     sources: Option<Vec<Source>>,
     /// The new filters, or why one could not be compiled.
-    filters: Vec<(Sbdf, Result<Filter, Failure>)>,
+    filters: Vec<(Sbdf, Result<CompiledFilter, Failure>)>,
     reply: Option<Reply>,
 }
 
@@ -75,17 +75,6 @@ impl Engine {
         let (workshop, policies) = (self.workshop(), Arc::clone(&self.policies));
         let users = self.users(|address| addresses.contains(address));
         self.background("recompile", move || workshop.compile(policies, None, users, None));
-    }
-
-    /// Runs a task on a thread; the task itself sends its result.
-    pub(super) fn background(&self, name: &str, task: impl FnOnce() + Send + 'static) {
-        let inbox = self.inbox.clone();
-        self.inbox.background(name, task, move |started| {
-            // A failure to start drops the task and with it its reply, so that a waiting client gets an error.
-            if let Err(failure) = started {
-                inbox.send(Event::Problem(Problem::failed(Cause::Service, &failure)));
-            }
-        });
     }
 
     /// Replaces the filters of attached functions, each between two requests of its guest.
@@ -131,7 +120,7 @@ impl Engine {
     }
 
     /// Replaces one filter; `None`: the function is no longer attached.
-    fn swap(&mut self, address: Sbdf, filter: Result<Filter, Failure>) -> Option<ReloadedView> {
+    fn swap(&mut self, address: Sbdf, filter: Result<CompiledFilter, Failure>) -> Option<ReloadedView> {
         let old = Arc::clone(&self.functions.filter(address)?.planes);
         let place = self.functions.records().get(address)?.guest?;
         let mut view = ReloadedView {
@@ -270,7 +259,7 @@ impl Engine {
 struct Learning {
     address: Sbdf,
     domain: DomId,
-    filter: Filter,
+    filter: CompiledFilter,
     writes: MaskedWrites,
 }
 
@@ -313,7 +302,7 @@ impl Workshop {
                 let spec = guest_spec(self.platform.host.as_ref(), user.address, user.given);
                 let filter = spec.and_then(|spec| {
                     let planes = self.planes(&spec, user.domain, Some(&user.visible))?;
-                    Ok(Filter { spec: Arc::new(spec), planes, policies: Arc::clone(&policies) })
+                    Ok(CompiledFilter { spec: Arc::new(spec), planes, policies: Arc::clone(&policies) })
                 });
                 (user.address, filter)
             })

@@ -12,11 +12,11 @@ use pciback::serve::GuestFunction;
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::Engine;
-use super::errors::Containment;
+use super::functions::Containment;
 use super::guests::Resumed;
-use super::open::Opened;
 use super::problems::Problem;
 use super::tasks::Course;
+use super::tasks::Opened;
 use crate::journal::{JournalError, Record};
 use crate::outcome::Failure;
 use crate::protocol::Cause;

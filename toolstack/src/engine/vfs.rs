@@ -1,5 +1,9 @@
 //! Enabling and disabling VFs of PFs.
 
+mod network;
+mod unmanaged;
+
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -7,18 +11,73 @@ use pciback::config::Unroutable;
 use pciback::platform::HostFunction;
 use pciback::{FunctionState, Sbdf};
 
-use super::lists::{all_pfs, known_pf};
+use self::network::NetworkChecks;
 use super::problems::Problem;
+use super::requests::{STUB, all_pfs, known_pf};
 use super::tasks::Workshop;
-use super::unmanaged::{self, STUB};
-use super::{Engine, Event};
+use super::{Engine, Event as EngineEvent};
+use crate::journal::NetworkRecord;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{Cause, Success};
 use crate::reply::Reply;
 use crate::spec::vf_routing;
 use crate::transaction::prepare_networks;
 
+/// The state of VFs and their PFs.
+#[derive(Default)]
+pub(super) struct Vfs {
+    /// PFs whose VFs are being changed.
+    changing: BTreeSet<Sbdf>,
+    /// Scheduled checks of whether guests' drivers changed the network settings of their VFs.
+    network_checks: NetworkChecks,
+}
+
+/// Results of background work on VFs.
+pub enum Event {
+    /// The VFs of a PF were changed; whether that succeeded.
+    Changed(Sbdf, bool),
+    /// The network settings of a VF were set.
+    NetworkSet(Sbdf, Option<NetworkRecord>),
+    /// The state of a VF was compared with its network settings: the difference, or `None`.
+    NetworkCompared(Sbdf, Option<String>),
+}
+
+impl Vfs {
+    /// PFs whose VFs are being changed.
+    pub fn changing(&self) -> &BTreeSet<Sbdf> {
+        &self.changing
+    }
+
+    /// Whether the VFs of a PF are being changed.
+    pub fn is_changing(&self, pf: Sbdf) -> bool {
+        self.changing.contains(&pf)
+    }
+
+    /// When the next comparison of network settings is due.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.network_checks.next()
+    }
+
+    /// Deviations from the requested network settings, as problems for the status.
+    pub fn problems(&self) -> impl Iterator<Item = Problem> {
+        self.network_checks.problems()
+    }
+
+    /// Forgets a function that its guest no longer has.
+    pub fn forget(&mut self, address: Sbdf) {
+        self.network_checks.forget(address);
+    }
+}
+
 impl Engine {
+    pub(super) fn handle_vfs(&mut self, event: Event) {
+        match event {
+            Event::Changed(pf, succeeded) => self.vfs_changed(pf, succeeded),
+            Event::NetworkSet(address, network) => self.network_set(address, network),
+            Event::NetworkCompared(address, differs) => self.network_compared(address, differs),
+        }
+    }
+
     pub(super) fn create_vfs(&mut self, address: Sbdf, count: u16, unmanaged: bool, reply: Reply) {
         let pf = self.physical_function(address);
         if pf.as_ref().is_ok_and(|pf| pf.num_vfs == count && count > 0) {
@@ -72,11 +131,11 @@ impl Engine {
     }
 
     /// Handles the end of a change of a PF's VFs; events about them were not handled meanwhile.
-    pub(super) fn vfs_changed(&mut self, address: Sbdf, succeeded: bool) {
+    fn vfs_changed(&mut self, address: Sbdf, succeeded: bool) {
         if succeeded {
             self.problems.resolve_of(address, &[Cause::VirtualFunctions]);
         }
-        self.busy_pfs.remove(&address);
+        self.vfs.changing.remove(&address);
         self.inventory.examine(address);
         self.retry_assignments();
         // VFs that were removed,
@@ -166,7 +225,7 @@ impl Engine {
 
     fn physical_function(&self, address: Sbdf) -> Result<HostFunction, Failure> {
         let function = known_pf(self.platform.host.as_ref(), address)?;
-        if self.busy_pfs.contains(&address) || self.functions.is_busy(address) {
+        if self.vfs.is_changing(address) || self.functions.is_busy(address) {
             return Err(Failure::refused(format!("{address} is being changed right now"))
                 .on(address)
                 .hint("try again"));
@@ -220,7 +279,7 @@ impl Engine {
         if let Err(failure) = checked {
             return reply.done(Err(failure));
         }
-        self.busy_pfs.insert(address);
+        self.vfs.changing.insert(address);
         self.inventory.touch(address);
         let workshop = self.workshop();
         let inbox = self.inbox.clone();
@@ -228,7 +287,7 @@ impl Engine {
         let work = move || change(&workshop, &|text| progress.progress(text));
         self.inbox.background(&format!("vfs {address}"), work, move |outcome| {
             let succeeded = matches!(&outcome, Ok(Ok(_)));
-            inbox.send(Event::VfsChanged(address, succeeded));
+            inbox.send(EngineEvent::Vfs(Event::Changed(address, succeeded)));
             reply.done(outcome.and_then(|outcome| outcome).map_err(|failure| failure.on(address)));
         });
     }
@@ -330,7 +389,7 @@ fn enable(
                 // Reported as a problem as well, because the VFs stay until an administrator disables them.
                 let problem = format!("{address} has VFs that did not all come up: {message}");
                 let problem = Problem::new(Cause::VirtualFunctions, problem).on(address);
-                workshop.inbox.send(Event::Problem(problem));
+                workshop.inbox.send(EngineEvent::Problem(problem));
                 Err(Failure { message, ..failure })
             }
         },

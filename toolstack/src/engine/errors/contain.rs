@@ -1,52 +1,20 @@
 //! Containment: taking a function from its guest because of errors or a policy.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
 use log::{error, warn};
 use pciback::{FunctionState, Sbdf};
 
-use super::Engine;
+use super::Event;
+use crate::engine::functions::Containment;
+use crate::engine::inbox::Inbox;
 use crate::engine::problems::Problem;
 use crate::engine::tasks::Course;
+use crate::engine::{self, Engine};
 use crate::transaction::{Kind, Withdrawal};
 
-/// The degree of containment. A later request replaces an earlier one only if it is stricter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Containment {
-    /// The function is withdrawn from its guest, reset and held, and may be attached again.
-    Unplug,
-    /// The function is withdrawn from its guest, and no guest gets it until 'xpci quarantine clear'.
-    Quarantine,
-}
-
-/// Functions to be contained when their transaction ends, and why. Transactions read this as well, and write the reason to the journal,
-/// so that it survives a killed service.
-#[derive(Debug, Clone, Default)]
-pub(in crate::engine) struct Awaiting(Arc<Mutex<BTreeMap<Sbdf, (Containment, String)>>>);
-
-impl Awaiting {
-    fn locked(&self) -> MutexGuard<'_, BTreeMap<Sbdf, (Containment, String)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn put(&self, address: Sbdf, containment: Containment, why: &str) {
-        let mut waiting = self.locked();
-        let stricter = waiting.get(&address).is_none_or(|(earlier, _)| *earlier < containment);
-        if stricter {
-            waiting.insert(address, (containment, why.to_owned()));
-        }
-    }
-
-    fn take(&self, address: Sbdf) -> Option<(Containment, String)> {
-        self.locked().remove(&address)
-    }
-
-    /// The reason why a function is to be quarantined at the end of its transaction.
-    pub fn distrusted(&self, address: Sbdf) -> Option<String> {
-        let waiting = self.locked();
-        let (_, why) = waiting.get(&address).filter(|(what, _)| *what == Containment::Quarantine)?;
-        Some(why.clone())
+impl Inbox {
+    /// Has a function contained, for the given reason.
+    pub fn contain(&self, address: Sbdf, containment: Containment, why: &str) {
+        self.send(engine::Event::Errors(Event::Contain(address, containment, why.to_owned())));
     }
 }
 
@@ -62,7 +30,7 @@ impl Engine {
             self.set_gone(address);
         }
         if self.functions.is_busy(address) {
-            self.errors.awaiting.put(address, containment, why);
+            self.functions.handover().awaiting.put(address, containment, why);
             return;
         }
         let Some(mut record) = self.functions.records().get(address).cloned() else {
@@ -104,7 +72,7 @@ impl Engine {
         if self.functions.is_busy(address) {
             return;
         }
-        let waiting = self.errors.awaiting.take(address);
+        let waiting = self.functions.handover().awaiting.take(address);
         let Some((containment, why)) = waiting else { return };
         if self.functions.records().state(address) == FunctionState::Quarantined
             || self.functions.records().get(address).is_none()

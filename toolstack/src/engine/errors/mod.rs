@@ -20,14 +20,13 @@ use pciback::live::errors::Masked;
 use pciback::platform::{ErrorEvent, ErrorEvents};
 use pciback::{DomId, Sbdf};
 
-pub(super) use self::contain::Awaiting;
-pub use self::contain::Containment;
 use self::masks::Masks;
 use self::polls::{Polls, PortPolls};
 use self::registers::Reading;
 use self::responses::Responses;
 use self::watched::Watched;
 use super::Engine;
+use super::functions::Containment;
 use super::problems::Problem;
 use crate::outcome::Failure;
 use crate::protocol::{Cause, RegisterValue};
@@ -49,16 +48,9 @@ pub(super) struct Errors {
     masks: Masks,
     /// Functions whose error registers are being read.
     reading: Reading,
-    /// Functions to be contained when their transaction ends.
-    awaiting: Awaiting,
 }
 
 impl Errors {
-    /// Functions to be contained when their transaction ends, for the threads of transactions.
-    pub fn awaiting(&self) -> Awaiting {
-        self.awaiting.clone()
-    }
-
     /// The next time at which error handling has something to do.
     pub fn next_deadline(&self) -> Option<Instant> {
         self.masks.next().into_iter().chain(self.polls.next()).min()

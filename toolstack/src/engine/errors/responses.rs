@@ -12,8 +12,9 @@ use pciback::fault::{
 use pciback::serve::{NotNotified, Notification};
 use pciback::{DomId, FunctionState, Sbdf};
 
-use super::{Containment, Engine, Event};
+use super::{Engine, Event};
 use crate::engine;
+use crate::engine::functions::Containment;
 use crate::outcome::Failure;
 
 /// A response that is under way.

@@ -4,6 +4,8 @@
 //! begin with it.
 
 mod attachments;
+mod containment;
+mod filter;
 mod reachable;
 mod records;
 mod resets;
@@ -14,10 +16,12 @@ use pciback::serve::Attachment;
 use pciback::{FunctionState, Sbdf};
 
 use self::attachments::Attachments;
+use self::containment::Awaiting;
+pub use self::containment::Containment;
+pub use self::filter::CompiledFilter;
 use self::reachable::Reachable;
 pub(super) use self::records::Records;
 use self::resets::Resets;
-use super::open::Filter;
 use crate::journal::{NetworkRecord, Record};
 use crate::transaction::Fresh;
 
@@ -30,7 +34,7 @@ pub(super) struct Functions {
     orphans: BTreeSet<Sbdf>,
     attachments: Attachments,
     /// What the filter of each attached function was compiled from.
-    filters: BTreeMap<Sbdf, Filter>,
+    filters: BTreeMap<Sbdf, CompiledFilter>,
     handover: Handover,
 }
 
@@ -43,6 +47,8 @@ pub(super) struct Handover {
     pub reachable: Reachable,
     /// Functions that were reset with their whole bus and have had no owner since.
     pub fresh: Fresh,
+    /// Functions to be contained when their transaction ends.
+    pub awaiting: Awaiting,
 }
 
 /// What the end of a transaction changes.
@@ -180,7 +186,7 @@ impl Functions {
     }
 
     /// A guest is about to be served a function, with this filter.
-    pub fn serve(&mut self, attachment: Attachment, filter: Filter) {
+    pub fn serve(&mut self, attachment: Attachment, filter: CompiledFilter) {
         self.filters.insert(attachment.address(), filter);
         self.attachments.begin(attachment);
     }
@@ -209,17 +215,17 @@ impl Functions {
     }
 
     /// The filter of an attached function.
-    pub fn filter(&self, address: Sbdf) -> Option<&Filter> {
+    pub fn filter(&self, address: Sbdf) -> Option<&CompiledFilter> {
         self.filters.get(&address)
     }
 
     /// The filters of all attached functions.
-    pub fn filters(&self) -> impl Iterator<Item = (Sbdf, &Filter)> {
+    pub fn filters(&self) -> impl Iterator<Item = (Sbdf, &CompiledFilter)> {
         self.filters.iter().map(|(address, filter)| (*address, filter))
     }
 
     /// Another filter is in force for an attached function.
-    pub fn replace_filter(&mut self, address: Sbdf, filter: Filter) {
+    pub fn replace_filter(&mut self, address: Sbdf, filter: CompiledFilter) {
         self.filters.insert(address, filter);
     }
 }

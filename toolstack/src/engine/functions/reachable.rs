@@ -1,4 +1,4 @@
-//! Which functions guests may be able to reach, and the proof that a guest can no longer reach one.
+//! Which functions guests may be able to reach.
 //!
 //! That no thread serves a function proves nothing: its thread may hang, its image may be damaged or of another version, or the device
 //! may not have answered when the service started. In all these cases its interrupts and, in an HVM guest, its BARs stay mapped. So a
@@ -7,23 +7,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use log::{info, warn};
-use nix::errno::Errno;
-use pciback::live;
-use pciback::platform::ServerId;
-use pciback::serve::hvm::Device;
-use pciback::{DomId, Sbdf};
-
-use crate::domains::{self, DomainType};
-use crate::engine::guests::noted_server;
-use crate::engine::open::Opened;
-use crate::engine::tasks::Workshop;
-use crate::journal::Record;
-use crate::outcome::{ErrorCode, Failure};
-
-/// The number of an ioreq server that no domain has, for a domain without a noted one: the ranges that its server had claimed went with
-/// it.
-const NO_SERVER: ServerId = ServerId(u16::MAX);
+use pciback::Sbdf;
 
 /// Functions that were given to guests and are not proved to be withdrawn.
 #[derive(Debug, Clone, Default)]
@@ -44,84 +28,7 @@ impl Reachable {
         self.locked().remove(&address);
     }
 
-    fn contains(&self, address: Sbdf) -> bool {
+    pub fn contains(&self, address: Sbdf) -> bool {
         self.locked().contains(&address)
-    }
-}
-
-impl Workshop {
-    /// Makes sure that the guest of a function that is not served cannot reach it: by withdrawing what the image lists, or because the
-    /// guest has ended.
-    ///
-    /// # Errors
-    ///
-    /// The guest may still reach the function; bus mastering and interrupts are switched off where possible.
-    pub(in crate::engine) fn prove_withdrawn(&self, record: &Record, domain: DomId) -> Result<(), Failure> {
-        let address = record.address;
-        if !self.handover.reachable.contains(address) {
-            return Ok(());
-        }
-        if self.has_ended(domain) || self.left_the_host(record) && !self.may_map(domain) {
-            self.handover.reachable.withdrawn(address);
-            return Ok(());
-        }
-        let why = match self.open_function(record, domain, true) {
-            Ok(opened) => match self.quiesce(opened, record, domain) {
-                Ok(()) => {
-                    info!("{address}: switched off for domain {domain} by its image");
-                    self.handover.reachable.withdrawn(address);
-                    return Ok(());
-                }
-                Err(why) => why,
-            },
-            Err(failure) => failure.message,
-        };
-        let off = self
-            .platform
-            .host
-            .config(address)
-            .map_err(|error| error.to_string())
-            .and_then(|config| live::switch_off(config.as_ref()).map_err(|error| error.to_string()));
-        match off {
-            Ok(true) => info!("{address}: bus mastering and interrupts are off"),
-            Ok(false) => warn!("{address}: it answers all ones, so that it cannot be switched off"),
-            Err(error) => warn!("{address}: switch it off: {error}"),
-        }
-        let text = format!(
-            "domain {domain} may still reach {address}, which is not served, and its mappings are unknown: {why}"
-        );
-        Err(Failure::new(ErrorCode::Failed, text)
-            .on(address)
-            .of(domain)
-            .hint(format!("destroy or shut down the domain; then 'xpci quarantine clear {address}'")))
-    }
-
-    fn has_ended(&self, domain: DomId) -> bool {
-        matches!(self.platform.hypervisor.domain(domain), Err(error) if error.errno() == Some(Errno::ESRCH))
-    }
-
-    /// Whether the device was removed, or replaced by another. Xen has freed its interrupts in that case.
-    fn left_the_host(&self, record: &Record) -> bool {
-        match self.platform.host.function(record.address) {
-            Ok(function) => record.incarnation != 0 && function.incarnation != record.incarnation,
-            Err(error) => error.errno() == Some(Errno::ENOENT),
-        }
-    }
-
-    /// Whether BARs of the function may be mapped in the domain's second-stage page tables, which Xen keeps. A PV guest's own page tables
-    /// are checked by `former_owners`.
-    fn may_map(&self, domain: DomId) -> bool {
-        !matches!(domains::kind(self.platform.store.as_ref(), domain), Ok(kind) if kind != DomainType::Hvm)
-    }
-
-    fn quiesce(&self, opened: Opened, record: &Record, domain: DomId) -> Result<(), String> {
-        let Opened { mut function, memory, .. } = opened;
-        if let (Some(memory), Some(place)) = (memory, record.guest) {
-            let server = noted_server(&self.settings, domain).unwrap_or(NO_SERVER);
-            let slot = place.devfn >> 3;
-            let hvm = Arc::clone(&self.platform.hvm);
-            Device::new(hvm, server, slot, Arc::default(), memory).was_entered(&mut function);
-        }
-        function.quiesce().map_err(|error| error.to_string())
     }
 }

@@ -17,11 +17,10 @@ use pciback::serve::hvm::{
     self, CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts, Connection, Device, ECAM_BASE, ECAM_BYTES, Taken,
 };
 use pciback::serve::pv::Handshake;
-use serde::{Deserialize, Serialize};
 
 use super::Event;
 use super::guest::Guest;
-use crate::engine::notes::Notes;
+use crate::engine::notes::{Notes, SERVERS, ServerNote, noted_server};
 use crate::engine::problems::Problem;
 use crate::engine::requests::{Plan, Wanted};
 use crate::engine::{self, Engine};
@@ -29,7 +28,6 @@ use crate::journal::GuestPlace;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Cause;
 use crate::reply::Reply;
-use crate::settings::Settings;
 
 /// What an HVM guest has in addition to a [`Guest`].
 pub(in crate::engine) struct Hvm {
@@ -50,24 +48,6 @@ pub(in crate::engine) struct Resumed {
     pub devfn: u8,
     pub function: Box<GuestFunction>,
     pub memory: BTreeMap<u8, Box<dyn BarMemory>>,
-}
-
-/// The folder in the run directory with the notes about ioreq servers.
-const SERVERS: &str = "ioreq-servers";
-
-/// The note about the ioreq servers of a domain.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Note {
-    /// The servers that existed before ours.
-    others: Vec<u16>,
-    /// Our server, once it is created.
-    server: Option<u16>,
-}
-
-/// The noted number of our server in a domain.
-pub(in crate::engine) fn noted_server(settings: &Settings, domain: DomId) -> Option<ServerId> {
-    Notes::of(settings, SERVERS).read(domain).and_then(|note: Note| note.server).map(ServerId)
 }
 
 impl Engine {
@@ -172,7 +152,7 @@ impl Engine {
     fn create_server(&self, domain: DomId) -> Result<ServerId, Failure> {
         let hvm = self.platform.hvm.as_ref();
         let others = hvm.servers(domain)?;
-        let mut note = Note { others: others.iter().map(|server| server.0).collect(), server: None };
+        let mut note = ServerNote { others: others.iter().map(|server| server.0).collect(), server: None };
         self.notes().write(domain, &note)?;
         let mut lower = Vec::new();
         let created = loop {
@@ -312,7 +292,7 @@ impl Engine {
 
     /// Destroys the server that the note of a domain describes, and removes the note.
     fn end_noted_server(&self, domain: DomId) {
-        if let Some(note) = self.notes().read::<Note>(domain) {
+        if let Some(note) = self.notes().read::<ServerNote>(domain) {
             let present = self.platform.hvm.servers(domain).unwrap_or_default();
             let ours = present.into_iter().filter(|server| !note.others.contains(&server.0));
             for server in ours.filter(|server| note.server.is_none_or(|known| known == server.0)) {

@@ -19,15 +19,13 @@ use pciback::serve::{Attachment, ServerReport};
 
 use self::guest::Guest;
 pub(super) use self::guest::MaskedWrites;
-pub(super) use self::hvm::{Resumed, noted_server};
+pub(super) use self::hvm::Resumed;
 use self::work::WorkDone;
-use super::open::Opened;
+pub(super) use self::work::not_released;
+use super::Engine;
 use super::requests::Wanted;
-use super::{Answer, Engine};
-use crate::journal::Record;
 use crate::outcome::Failure;
 use crate::reply::Reply;
-use crate::transaction::Withdrawal;
 
 /// The guests that have functions.
 #[derive(Default)]
@@ -47,24 +45,6 @@ pub enum Event {
         slots: Result<Vec<u8>, Failure>,
         /// Where the answer is sent.
         reply: Reply,
-    },
-    /// A transaction asks to serve a function.
-    Serve {
-        /// The record of the function, with its guest.
-        record: Box<Record>,
-        /// The function, opened and ready to be served.
-        opened: Box<Opened>,
-        /// Where the answer is sent.
-        answer: Answer,
-    },
-    /// A transaction asks to stop serving a function.
-    Withdraw {
-        /// The record of the function, with its guest.
-        record: Box<Record>,
-        /// How the function is withdrawn from the guest.
-        withdrawal: Withdrawal,
-        /// Where the answer is sent.
-        answer: Answer,
     },
     /// A report of the serving thread of a guest.
     Reported(DomId, ServerReport),
@@ -131,8 +111,6 @@ impl Engine {
             Event::DeviceModelAsked { wanted, slots, reply } => {
                 self.device_model_asked(&wanted, slots, reply);
             }
-            Event::Serve { record, opened, answer } => self.serve(&record, *opened, answer),
-            Event::Withdraw { record, withdrawal, answer } => self.withdraw(&record, withdrawal, answer),
             Event::Reported(domain, report) => self.server_reported(domain, report),
             Event::ResetEnded(attachment, outcome) => self.reset_ended(attachment, outcome),
             Event::WorkDone(domain, work_done) => self.work_done(domain, work_done),

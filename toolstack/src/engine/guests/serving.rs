@@ -11,7 +11,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 use super::deadlines::NOTIFY_AGAIN;
 use super::guest::{Awaited, Guest, Waiting};
-use crate::engine::open::Opened;
+use crate::engine::tasks::Opened;
 use crate::engine::{Answer, Engine};
 use crate::journal::{GuestPlace, Record};
 use crate::outcome::Failure;

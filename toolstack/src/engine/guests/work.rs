@@ -12,7 +12,6 @@ use pciback::{DomId, Sbdf};
 use super::Event;
 use super::guest::Awaited;
 use crate::engine::problems::Problem;
-use crate::engine::saving::not_released;
 use crate::engine::{self, Answer, Engine};
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Cause;
@@ -221,4 +220,9 @@ impl Engine {
             .hint("see the guest's log; 'xpci status' shows the state of its frontend"))),
         });
     }
+}
+
+/// The warning that a function was withdrawn without the guest's consent.
+pub(in crate::engine) fn not_released(domain: DomId) -> String {
+    format!("domain {domain} did not release it in time; it was withdrawn without it")
 }

@@ -130,7 +130,7 @@ impl Engine {
             return;
         }
         // When a change of the VFs of the function or of its PF ends, the function is examined again.
-        if self.busy_pfs.contains(&function.physical_function.unwrap_or(address)) {
+        if self.vfs.is_changing(function.physical_function.unwrap_or(address)) {
             return;
         }
         self.holds.at_once.tried.insert(address, incarnation);

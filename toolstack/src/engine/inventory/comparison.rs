@@ -207,7 +207,7 @@ impl Engine {
                 .all()
                 .map(|record| (record.address, intent(record)))
                 .collect(),
-            busy: self.functions.busy().union(&self.busy_pfs).copied().collect(),
+            busy: self.functions.busy().union(self.vfs.changing()).copied().collect(),
         }
     }
 
@@ -318,7 +318,7 @@ impl Engine {
         let of = |address: Sbdf| {
             self.inventory.comparisons.touched.contains(&address)
                 || self.functions.is_busy(address)
-                || self.busy_pfs.contains(&address)
+                || self.vfs.is_changing(address)
         };
         !of(address) && !pf.is_some_and(of)
     }

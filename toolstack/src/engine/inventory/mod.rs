@@ -14,10 +14,10 @@ use pciback::Sbdf;
 use pciback::inventory::Repair;
 
 use self::comparison::Comparisons;
-pub(super) use self::examination::Changes;
 use self::examination::{Examination, Examinations};
 use self::repairs::Synced;
 use super::Engine;
+use super::changes::Changes;
 use super::problems::Problem;
 use crate::outcome::Failure;
 use crate::reply::Reply;

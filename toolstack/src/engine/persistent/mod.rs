@@ -9,6 +9,7 @@
 mod again;
 mod assignments;
 mod missing;
+mod recognise;
 mod reserved;
 mod starts;
 
@@ -21,7 +22,6 @@ use pciback::DomId;
 use self::assignments::{Assignments, kept_by_settings};
 
 use self::missing::Missing;
-pub(super) use self::reserved::{how_to_forget, kept_for};
 use self::starts::Starts;
 use super::Engine;
 use super::problems::Problem;

@@ -7,8 +7,8 @@ use pciback::{DomId, Sbdf, Uuid};
 use super::kept_by_settings;
 use crate::domains;
 use crate::engine::Engine;
-use crate::engine::lists::persistent_view;
-use crate::engine::requests::Plan;
+use crate::engine::requests::persistent_view;
+use crate::engine::requests::{Plan, how_to_forget, kept_for};
 use crate::engine::tasks::Course;
 use crate::journal::Record;
 use crate::outcome::Failure;
@@ -354,19 +354,4 @@ fn means(reservation: &Reservation, guest: &DomainName, running: Option<Uuid>) -
         Some(uuid) => reservation.guest == uuid,
         None => reservation.name.as_ref() == Some(&guest.0) || guest.0.parse() == Ok(reservation.guest),
     }
-}
-
-/// The message that a function is reserved for another guest.
-pub(in crate::engine) fn kept_for(reservation: &Reservation) -> String {
-    let why = match reservation.saved {
-        Some(_) => "which was saved with it",
-        None => "for which it is persistent",
-    };
-    format!("{} is reserved for {}, {why}", reservation.address, reservation.who())
-}
-
-/// The hint with the command that removes the reservation.
-pub(in crate::engine) fn how_to_forget(reservation: &Reservation) -> String {
-    let (guest, address) = (reservation.called(), reservation.address);
-    format!("'xpci pci-detach --persistent {guest} {address}' ends that")
 }

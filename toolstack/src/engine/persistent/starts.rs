@@ -90,7 +90,10 @@ impl Starts {
 
     /// Forgets domains that have ended, and returns them.
     pub fn keep_those_of(&mut self, present: &BTreeSet<DomId>) -> Vec<DomId> {
-        self.0.extract_if(.., |domain, _| !present.contains(domain)).map(|(domain, _)| domain).collect()
+        let (kept, ended) =
+            std::mem::take(&mut self.0).into_iter().partition(|(domain, _)| present.contains(domain));
+        self.0 = kept;
+        BTreeMap::into_keys(ended).collect()
     }
 }
 

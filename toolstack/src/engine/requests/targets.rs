@@ -2,20 +2,20 @@
 
 use pciback::{FunctionState, Sbdf};
 
-use super::persistent::{how_to_forget, kept_for};
-use super::{Engine, Event};
 use crate::domains;
+use crate::engine::{Engine, Event};
 use crate::names;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{DomainName, Request};
 use crate::reply::Reply;
+use crate::reservations::Reservation;
 use crate::spec::existing;
 use crate::target::{Parent, Target};
 
 impl Engine {
     /// Handles a request of a client. Names that need a scan of the host are resolved on a background thread, which sends the request
     /// again with an address.
-    pub(super) fn handle_call(&mut self, request: Request<Target>, reply: Reply) {
+    pub(in crate::engine) fn handle_call(&mut self, request: Request<Target>, reply: Reply) {
         match request.clone().map(|target| target.address().ok_or(target)) {
             Ok(request) => self.handle_request(request, reply),
             Err(Target::Any(Parent::At(pf))) => match self.choose(&request, pf) {
@@ -80,7 +80,12 @@ impl Engine {
     }
 
     /// The first VF of a PF that can be attached to the guest now. With `trust`, also one that a PV guest that had it can still reach.
-    pub(super) fn free_vf(&self, pf: Sbdf, guest: &DomainName, trust: bool) -> Result<Sbdf, Failure> {
+    pub(in crate::engine) fn free_vf(
+        &self,
+        pf: Sbdf,
+        guest: &DomainName,
+        trust: bool,
+    ) -> Result<Sbdf, Failure> {
         let mut why = None;
         for vf in self.vfs_in(pf, FunctionState::Held)? {
             match self.obstacle_for(vf, guest, trust) {
@@ -115,4 +120,19 @@ impl Engine {
             Err(failure) => Some(failure),
         }
     }
+}
+
+/// The message that a function is reserved for another guest.
+pub(in crate::engine) fn kept_for(reservation: &Reservation) -> String {
+    let why = match reservation.saved {
+        Some(_) => "which was saved with it",
+        None => "for which it is persistent",
+    };
+    format!("{} is reserved for {}, {why}", reservation.address, reservation.who())
+}
+
+/// The hint with the command that removes the reservation.
+pub(in crate::engine) fn how_to_forget(reservation: &Reservation) -> String {
+    let (guest, address) = (reservation.called(), reservation.address);
+    format!("'xpci pci-detach --persistent {guest} {address}' ends that")
 }

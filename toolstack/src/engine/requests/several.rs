@@ -7,12 +7,12 @@ use log::{error, info, warn};
 use pciback::{DomId, FunctionState, Sbdf, Uuid};
 use serde::{Deserialize, Serialize};
 
-use super::Engine;
 use super::asking::Asking;
-use super::notes::Notes;
-use super::problems::Problem;
-use super::tasks::Course;
 use crate::domains;
+use crate::engine::Engine;
+use crate::engine::notes::Notes;
+use crate::engine::problems::Problem;
+use crate::engine::tasks::Course;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{Cause, DomainName, Placed, Request, Scope, Success};
 use crate::reply::Reply;
@@ -47,7 +47,7 @@ struct Noted {
 }
 
 /// The functions to attach, and the options.
-pub(super) struct Several {
+pub(in crate::engine) struct Several {
     pub domain: DomainName,
     pub functions: Vec<Placed>,
     pub persist: bool,
@@ -332,7 +332,7 @@ impl Engine {
 
     /// Undoes what a killed earlier run had done for an unfinished request. A function whose attachment was under way is held again by its
     /// own transaction; no reservation may bring it back.
-    pub(super) fn undo_several(&mut self) {
+    pub(in crate::engine) fn undo_several(&mut self) {
         let notes = notes(&self.settings);
         for domain in notes.domains() {
             let Some(Note { guest, functions }) = notes.read::<Note>(domain) else {

@@ -9,34 +9,24 @@ use pciback::DomId;
 use pciback::config::{FunctionImage, FunctionSpec, ImageOwner, Planes, VirtualConfigSpace};
 use pciback::hash::Fnv;
 use pciback::platform::{BarMemory, PlatformError, SharedMemory};
-use pciback::policy::{PolicySet, Subject};
+use pciback::policy::Subject;
 use pciback::serve::GuestFunction;
 use pciback::serve::hvm::{self, RomCopy};
 
-use super::tasks::Workshop;
+use super::Workshop;
 use crate::domains::{self, DomainType};
+use crate::engine::functions::CompiledFilter;
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 use crate::spec::{self, Given};
 use crate::transaction::{image_path, read_rom_copy};
-
-/// The filter of an attached function, and what it was compiled from.
-#[derive(Clone)]
-pub struct Filter {
-    /// The function's specification.
-    pub spec: Arc<FunctionSpec>,
-    /// The compiled filter.
-    pub planes: Arc<Planes>,
-    /// The policies that it was compiled from.
-    pub policies: Arc<PolicySet>,
-}
 
 /// A function that is opened for its guest.
 pub struct Opened {
     /// The function, ready to be served.
     pub function: Box<GuestFunction>,
     /// Its filter.
-    pub filter: Filter,
+    pub filter: CompiledFilter,
     /// For an HVM guest: the memory of the BARs that are not mapped as a whole.
     pub memory: Option<BTreeMap<u8, Box<dyn BarMemory>>>,
     /// What an earlier run gave to the guest and this run cannot serve.
@@ -45,7 +35,7 @@ pub struct Opened {
 
 impl Workshop {
     /// Opens the image and the config space of a function for a guest; `again`: as an earlier run of the service left them.
-    pub(super) fn open_function(
+    pub(in crate::engine) fn open_function(
         &self,
         record: &Record,
         domain: DomId,
@@ -85,7 +75,7 @@ impl Workshop {
             Err(error) if again => warn!("{address}: bring hardware into step: {error}"),
             kept => kept.map_err(|error| failed("set decoding and interrupts", &error))?,
         }
-        let filter = Filter { spec, planes, policies: Arc::clone(&self.policies) };
+        let filter = CompiledFilter { spec, planes, policies: Arc::clone(&self.policies) };
         let open = |bar: u8| Ok((bar, host.bar_memory(address, bar)?));
         let bars = is_hvm.then(|| hvm::trapped_bars(&function).into_iter().map(open).collect());
         let memory: Option<BTreeMap<u8, Box<dyn BarMemory>>> =
@@ -106,7 +96,7 @@ impl Workshop {
     }
 
     /// The filter of a function for a guest; functions with the same filter share one.
-    pub(super) fn planes(
+    pub(in crate::engine) fn planes(
         &self,
         spec: &FunctionSpec,
         domain: DomId,

@@ -6,9 +6,9 @@ use log::warn;
 use pciback::platform::{HostFunction, VfSettings};
 use pciback::{DomId, FunctionState, Sbdf, Uuid};
 
-use super::Engine;
-use super::asking::Asking;
-use super::saving::now;
+use super::now;
+use crate::engine::Engine;
+use crate::engine::requests::Asking;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{DomainName, Request, ReservedFunction, Success};
 use crate::reply::Reply;
@@ -33,7 +33,7 @@ struct Chosen<'a> {
 
 impl Engine {
     /// Reserves the functions of a saved guest before it is restored, or refuses with the differences.
-    pub(super) fn restore(&self, saved: SavedGuest, reply: Reply) {
+    pub(in crate::engine) fn restore(&self, saved: SavedGuest, reply: Reply) {
         if let Err(why) = saved.check() {
             let text = format!("the request to restore a guest cannot be used: {why}");
             return reply.done(Err(Failure::new(ErrorCode::Usage, text)));
@@ -50,7 +50,7 @@ impl Engine {
     }
 
     /// Makes sure that a restored guest, which has not run yet, has the functions that were reserved for it.
-    pub(super) fn restored(&self, guest: Uuid, functions: Vec<ReservedFunction>, reply: Reply) {
+    pub(in crate::engine) fn restored(&self, guest: Uuid, functions: Vec<ReservedFunction>, reply: Reply) {
         let domain = match self.domain_of(guest) {
             Ok(domain) => domain,
             Err(failure) => return reply.done(Err(failure)),

@@ -3,8 +3,8 @@
 use std::cell::Cell;
 use std::time::Duration;
 
-use super::Event;
-use super::tasks::Workshop;
+use crate::engine::Event;
+use crate::engine::tasks::Workshop;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{Request, Success};
 use crate::reply::Reply;
@@ -13,7 +13,7 @@ use crate::reply::Reply;
 const ENGINE_LIMIT: Duration = Duration::from_secs(60);
 
 /// Sends requests, one after the other.
-pub(super) struct Asking {
+pub(in crate::engine) struct Asking {
     pub workshop: Workshop,
     /// Whether a request got no answer; its outcome is then found only by the next run of the service.
     unanswered: Cell<bool>,

@@ -4,8 +4,8 @@
 use pciback::Sbdf;
 use pciback::containment::Setting;
 
-use super::Engine;
-use super::tasks::Workshop;
+use crate::engine::Engine;
+use crate::engine::tasks::Workshop;
 use crate::outcome::Failure;
 use crate::protocol::{AerOwner, AerStatusView, MemberView, PathRegisterView, PathView, Success};
 use crate::reply::Reply;

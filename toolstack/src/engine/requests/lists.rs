@@ -8,12 +8,12 @@ use nix::errno::Errno;
 use pciback::platform::{ErrorSource, Host, HostFunction};
 use pciback::{FunctionState, Sbdf};
 
-use super::Engine;
-use super::functions::Records;
-use super::problems::Problem;
-use super::requests::distrusted;
-use super::tasks::Workshop;
+use super::attach::distrusted;
 use crate::domains;
+use crate::engine::Engine;
+use crate::engine::functions::Records;
+use crate::engine::problems::Problem;
+use crate::engine::tasks::Workshop;
 use crate::journal::Record;
 use crate::outcome::Failure;
 use crate::protocol::{
@@ -47,7 +47,7 @@ const fn state_of_absent(recorded: FunctionState) -> FunctionState {
 
 impl Workshop {
     /// The view of a function, from its record and from sysfs.
-    pub(super) fn view_of(&self, record: &Record) -> FunctionView {
+    pub(in crate::engine) fn view_of(&self, record: &Record) -> FunctionView {
         view_of(self.platform.host.as_ref(), &self.reservations, record)
     }
 }
@@ -62,7 +62,7 @@ fn displaced((reservation, since): (Reservation, SystemTime)) -> Problem {
 }
 
 /// The guest that has a function persistently.
-pub(super) fn persistent_view(reservation: &Reservation) -> PersistentView {
+pub(in crate::engine) fn persistent_view(reservation: &Reservation) -> PersistentView {
     let saved = reservation.saved.is_some();
     PersistentView { guest: reservation.guest, name: reservation.name.clone(), saved }
 }
@@ -96,7 +96,7 @@ fn view(function: Option<&HostFunction>, record: &Record) -> FunctionView {
 }
 
 /// A copy of the records, for views that are made on a thread.
-pub(super) struct Shown {
+pub(in crate::engine) struct Shown {
     pub host: Arc<dyn Host>,
     records: Records,
     reservations: Reservations,
@@ -104,7 +104,7 @@ pub(super) struct Shown {
 
 impl Engine {
     /// Answers on a background thread, because reading thousands of functions from sysfs takes some time.
-    pub(super) fn show(
+    pub(in crate::engine) fn show(
         &self,
         reply: Reply,
         show: impl FnOnce(&Shown) -> Result<Success, Failure> + Send + 'static,
@@ -160,14 +160,14 @@ impl Engine {
             .cloned()
             .chain(self.inventory.problems())
             .chain(self.holds.problems())
-            .chain(self.network_checks.problems())
+            .chain(self.vfs.problems())
             .chain(self.persistent.problems())
             .chain(self.reservations.displaced().into_iter().map(displaced))
             .chain(self.saving_problems())
             .collect()
     }
 
-    pub(super) fn status(&mut self, reply: Reply) {
+    pub(in crate::engine) fn status(&mut self, reply: Reply) {
         let found = self.problems_now();
         let guests = self.guests.with_functions().map(|(domain, guest)| GuestView {
             domain,
@@ -230,7 +230,7 @@ impl Shown {
     }
 
     /// The record of a function, if it has one.
-    pub(super) fn record(&self, address: Sbdf) -> Option<&Record> {
+    pub(in crate::engine) fn record(&self, address: Sbdf) -> Option<&Record> {
         self.records.get(address)
     }
 
@@ -238,12 +238,12 @@ impl Shown {
         view_of(self.host.as_ref(), &self.reservations, record)
     }
 
-    pub(super) fn view(&self, address: Sbdf) -> FunctionView {
+    pub(in crate::engine) fn view(&self, address: Sbdf) -> FunctionView {
         let unrecorded = || Record::new(address, "");
         self.view_of(&self.records.get(address).cloned().unwrap_or_else(unrecorded))
     }
 
-    pub(super) fn assignable(&self, address: Sbdf) -> Option<FunctionView> {
+    pub(in crate::engine) fn assignable(&self, address: Sbdf) -> Option<FunctionView> {
         let record = self.records.get(address);
         match record.map_or(FunctionState::Host, |record| record.state) {
             FunctionState::Held => Some(self.view(address)),
@@ -261,13 +261,13 @@ impl Shown {
 }
 
 /// All PFs of the host.
-pub(super) fn all_pfs(host: &dyn Host) -> Result<Vec<HostFunction>, Failure> {
+pub(in crate::engine) fn all_pfs(host: &dyn Host) -> Result<Vec<HostFunction>, Failure> {
     let found = host.functions()?.into_iter().filter_map(|address| host.function(address).ok());
     Ok(found.filter(|function| function.total_vfs > 0).collect())
 }
 
 /// Reads a PF; a failure if the function is none.
-pub(super) fn known_pf(host: &dyn Host, address: Sbdf) -> Result<HostFunction, Failure> {
+pub(in crate::engine) fn known_pf(host: &dyn Host, address: Sbdf) -> Result<HostFunction, Failure> {
     let function = existing(host, address)?;
     if function.total_vfs == 0 {
         let failure = Failure::refused(format!("{address} is not a PF: it has no SR-IOV capability"));

@@ -3,9 +3,9 @@
 use pciback::platform::{HostFunction, Platform};
 use pciback::{DomId, FunctionState, Sbdf};
 
-use super::Engine;
-use super::requests::not_in_state;
-use super::tasks::Workshop;
+use super::not_in_state;
+use crate::engine::Engine;
+use crate::engine::tasks::Workshop;
 use crate::journal::Record;
 use crate::outcome::Failure;
 use crate::protocol::Success;
@@ -17,7 +17,7 @@ use crate::transaction::{
 };
 
 /// A refused action.
-pub(super) struct Refusal {
+pub(in crate::engine) struct Refusal {
     /// The function.
     pub address: Sbdf,
     /// The action, in words that follow "to".
@@ -27,11 +27,11 @@ pub(super) struct Refusal {
 }
 
 /// Whether a function is taken even while something uses it.
-pub(super) struct Force(pub bool);
+pub(in crate::engine) struct Force(pub bool);
 
 /// Checks that need a thread.
 #[derive(Default)]
-pub(super) struct ThreadChecks {
+pub(in crate::engine) struct ThreadChecks {
     /// Check for obstacles to holding.
     pub hold: Option<Force>,
     /// Check what the function shares with functions of owners other than this domain, or of any owner.
@@ -94,7 +94,7 @@ fn not_assignable(address: Sbdf) -> Failure {
 
 impl Workshop {
     /// Why a function that was just held cannot be attached yet, because of what it shares with functions of other owners.
-    pub(super) fn shares(&self, address: Sbdf) -> Vec<String> {
+    pub(in crate::engine) fn shares(&self, address: Sbdf) -> Vec<String> {
         match self.sharing().obstacles(address, None) {
             Ok(found) => {
                 found.iter().map(|failure| format!("it cannot be attached yet: {failure}")).collect()
@@ -107,7 +107,7 @@ impl Workshop {
 impl Engine {
     /// Obstacles to an attachment to a domain, or to any, as far as they can be checked without waiting. With `trust`, former PV owners
     /// that can still reach the function are no obstacle.
-    pub(super) fn attach_obstacles(
+    pub(in crate::engine) fn attach_obstacles(
         &self,
         function: &HostFunction,
         domain: Option<DomId>,
@@ -156,7 +156,7 @@ impl Engine {
     }
 
     /// Refuses a function that cannot be reset in a way that the policies permit. `domain`: its guest, if that is known.
-    pub(super) fn refuse_unresettable(
+    pub(in crate::engine) fn refuse_unresettable(
         &self,
         function: &HostFunction,
         domain: Option<DomId>,

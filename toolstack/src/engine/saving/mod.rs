@@ -3,6 +3,8 @@
 //! The functions stay reserved for the guest, by its UUID. Such a reservation ends when the restored guest has the function. As long as
 //! the domain that lost the function still exists, a problem is shown, because the command that was saving it may have been killed.
 
+mod restoring;
+
 use std::sync::mpsc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -10,9 +12,10 @@ use log::{info, warn};
 use pciback::platform::{VfSettings, network::MacAddress};
 use pciback::{DomId, FunctionState, Sbdf};
 
-use super::asking::Asking;
+use super::guests::{self, not_released};
 use super::problems::Problem;
-use super::{Engine, Event, guests};
+use super::requests::Asking;
+use super::{Engine, Event};
 use crate::domains::{self, DomainType};
 use crate::journal::{GuestPlace, Record};
 use crate::outcome::{ErrorCode, Failure};
@@ -27,11 +30,6 @@ use crate::transaction::read_network;
 const NO_ADDRESS: MacAddress = MacAddress([0; 6]);
 /// The limit for removing a guest's nodes after its last function is held again.
 const NODES_LIMIT: Duration = Duration::from_secs(30);
-
-/// The warning that a function was withdrawn without the guest's consent.
-pub(super) fn not_released(domain: DomId) -> String {
-    format!("domain {domain} did not release it in time; it was withdrawn without it")
-}
 
 /// Seconds since 1970.
 pub(super) fn now() -> u64 {

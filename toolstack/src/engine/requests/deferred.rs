@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 
 use pciback::Sbdf;
 
-use super::Engine;
+use crate::engine::Engine;
 use crate::protocol::Request;
 use crate::reply::Reply;
 
 /// Waiting requests, by the function under repair.
 #[derive(Default)]
-pub(super) struct Deferred(BTreeMap<Sbdf, Vec<(Request, Reply)>>);
+pub(in crate::engine) struct Deferred(BTreeMap<Sbdf, Vec<(Request, Reply)>>);
 
 /// The function that a request would change.
 fn changed(request: &Request) -> Option<Sbdf> {
@@ -28,24 +28,24 @@ fn changed(request: &Request) -> Option<Sbdf> {
 
 impl Engine {
     /// Reserves a function for a repair.
-    pub(super) fn repair_begins(&mut self, address: Sbdf) {
+    pub(in crate::engine) fn repair_begins(&mut self, address: Sbdf) {
         self.functions.reserve(address);
         self.requests_wait(address);
     }
 
     /// Makes requests for a function wait until [`Self::repair_ends`].
-    pub(super) fn requests_wait(&mut self, address: Sbdf) {
+    pub(in crate::engine) fn requests_wait(&mut self, address: Sbdf) {
         self.deferred.0.entry(address).or_default();
     }
 
     /// Ends a repair, or one that was not started, and handles the requests that waited for it, in the order in which they came.
-    pub(super) fn repair_ends(&mut self, address: Sbdf) {
+    pub(in crate::engine) fn repair_ends(&mut self, address: Sbdf) {
         self.functions.release(address);
         self.requests_go_on(address);
     }
 
     /// Handles the requests that waited for a function, if any.
-    pub(super) fn requests_go_on(&mut self, address: Sbdf) {
+    pub(in crate::engine) fn requests_go_on(&mut self, address: Sbdf) {
         for (request, reply) in self.deferred.0.remove(&address).unwrap_or_default() {
             self.handle_request(request, reply);
         }

@@ -7,9 +7,10 @@ use log::warn;
 use pciback::platform::VfSettings;
 use pciback::{FunctionState, Sbdf};
 
-use super::problems::{Deviations, Problem};
-use super::requests::not_in_state;
-use super::{Engine, Event};
+use super::Event;
+use crate::engine::problems::{Deviations, Problem};
+use crate::engine::requests::not_in_state;
+use crate::engine::{self, Engine};
 use crate::journal::{NetworkRecord, Record};
 use crate::outcome::Failure;
 use crate::protocol::{Cause, Success, VfNetworkView};
@@ -22,7 +23,7 @@ use crate::transaction::{
 
 impl Engine {
     /// Shows the requested, current and previous settings of a VF, or of all VFs of a PF.
-    pub(super) fn show_network(&mut self, address: Sbdf, reply: Reply) {
+    pub(in crate::engine) fn show_network(&mut self, address: Sbdf, reply: Reply) {
         let function = match existing(self.platform.host.as_ref(), address) {
             Ok(function) => function,
             Err(failure) => return reply.done(Err(failure)),
@@ -46,7 +47,13 @@ impl Engine {
     }
 
     /// Applies the network settings that an administrator requests for a VF.
-    pub(super) fn set_network(&mut self, address: Sbdf, wishes: VfSettings, persist: bool, reply: Reply) {
+    pub(in crate::engine) fn set_network(
+        &mut self,
+        address: Sbdf,
+        wishes: VfSettings,
+        persist: bool,
+        reply: Reply,
+    ) {
         let mut record = match self.settable(address, wishes) {
             Ok(record) => record,
             Err(failure) => return reply.done(Err(failure)),
@@ -69,7 +76,7 @@ impl Engine {
         self.inbox.background(&format!("task {address}"), work, move |done| {
             let (record, changed) = done.unwrap_or_else(|failure| (before, Err(failure)));
             // The engine first, because a client that has the answer may ask for the state at once.
-            reporter.inbox.send(Event::NetworkSet(address, Box::new(record.network.clone())));
+            reporter.inbox.send(engine::Event::Vfs(Event::NetworkSet(address, record.network.clone())));
             let persistently = if persist { " persistently" } else { "" };
             let has =
                 |already: &str| format!("{address} has {}{already}{persistently}", describe_network(&wishes));
@@ -92,7 +99,7 @@ impl Engine {
             return Err(Failure::refused(format!("nothing to set for {address}")).on(address));
         }
         let vf = vf_place(&self.platform, address)?;
-        if self.busy_pfs.contains(&vf.physical_function) {
+        if self.vfs.is_changing(vf.physical_function) {
             return Err(Failure::refused(format!("the VFs of {} are being changed", vf.physical_function))
                 .on(address)
                 .hint("try again"));
@@ -111,9 +118,9 @@ impl Engine {
     }
 
     /// Handles the end of a thread that applied settings.
-    pub(super) fn network_set(&mut self, address: Sbdf, network: Option<NetworkRecord>) {
+    pub(in crate::engine) fn network_set(&mut self, address: Sbdf, network: Option<NetworkRecord>) {
         // The deviation found before may no longer exist.
-        self.network_checks.differing.remove(address);
+        self.vfs.network_checks.differing.remove(address);
         let Some((record, orphaned)) = self.functions.network_set(address, network) else { return };
         // Events about the function were not handled while it was busy.
         self.inventory.examine(address);
@@ -124,7 +131,7 @@ impl Engine {
     }
 
     /// Turns a failed restore of the settings of a VF that went back to dom0 into a problem in the status, because its record is deleted.
-    pub(super) fn note_network_problem(&mut self, record: &Record) {
+    pub(in crate::engine) fn note_network_problem(&mut self, record: &Record) {
         let problem = record.network.as_ref().and_then(|network| network.problem.clone());
         if record.state == FunctionState::Host {
             let problem = problem.map(|text| Problem::new(Cause::Network, text).on(record.address));
@@ -170,6 +177,27 @@ impl NetworkChecks {
         self.due.values().map(|(when, _)| *when).min()
     }
 
+    /// Forgets a function that its guest no longer has.
+    pub fn forget(&mut self, address: Sbdf) {
+        self.due.remove(&address);
+        self.differing.remove(address);
+    }
+
+    /// Notes that a guest's driver has started. A guest that restarts its driver again and again causes no more comparisons.
+    fn driver_started(&mut self, address: Sbdf) {
+        self.due.entry(address).or_insert_with(|| (Instant::now() + LOOKS[0], 0));
+    }
+
+    /// The functions that are to be compared now; the next comparison of each is scheduled.
+    fn take_due(&mut self, now: Instant) -> Vec<Sbdf> {
+        let (due, later): (BTreeMap<_, _>, _) =
+            std::mem::take(&mut self.due).into_iter().partition(|(_, (when, _))| *when <= now);
+        self.due = later;
+        let again = due.iter().filter(|(_, (_, done))| done + 1 < LOOKS.len());
+        self.due.extend(again.map(|(address, (_, done))| (*address, (now + LOOKS[done + 1], done + 1))));
+        due.into_keys().collect()
+    }
+
     /// Deviations from the requested settings, as problems for the status.
     pub fn problems(&self) -> impl Iterator<Item = Problem> {
         let text = |address, how: &str| format!("{address} has other network settings than requested: {how}");
@@ -178,24 +206,17 @@ impl NetworkChecks {
 }
 
 impl Engine {
-    /// Schedules comparisons after a guest's driver has started. A guest that restarts its driver again and again causes no more of them.
-    pub(super) fn driver_started(&mut self, address: Sbdf) {
+    /// Schedules comparisons after a guest's driver has started.
+    pub(in crate::engine) fn driver_started(&mut self, address: Sbdf) {
         let network = self.functions.records().get(address).and_then(|record| record.network.as_ref());
         if network.is_some_and(|network| !network.wanted().is_empty()) {
-            self.network_checks.due.entry(address).or_insert_with(|| (Instant::now() + LOOKS[0], 0));
+            self.vfs.network_checks.driver_started(address);
         }
     }
 
     /// Starts comparisons that are due.
-    pub(super) fn check_networks(&mut self, now: Instant) {
-        let due = self.network_checks.due.iter().filter(|(_, (when, _))| *when <= now);
-        for address in due.map(|(address, _)| *address).collect::<Vec<_>>() {
-            match self.network_checks.due.remove(&address) {
-                Some((_, done)) if done + 1 < LOOKS.len() => {
-                    self.network_checks.due.insert(address, (now + LOOKS[done + 1], done + 1));
-                }
-                _ => {}
-            }
+    pub(in crate::engine) fn check_networks(&mut self, now: Instant) {
+        for address in self.vfs.network_checks.take_due(now) {
             let attached = self
                 .functions
                 .records()
@@ -208,29 +229,23 @@ impl Engine {
                 if let Ok(seen) = read_network(&workshop.platform, address) {
                     let differs =
                         seen.settings.and_then(|settings| network_deviation(&network.wanted(), &settings));
-                    workshop.inbox.send(Event::NetworkCompared(address, differs));
+                    workshop.inbox.send(engine::Event::Vfs(Event::NetworkCompared(address, differs)));
                 }
             });
         }
     }
 
     /// Handles the result of a comparison.
-    pub(super) fn network_compared(&mut self, address: Sbdf, differs: Option<String>) {
+    pub(in crate::engine) fn network_compared(&mut self, address: Sbdf, differs: Option<String>) {
         let attached = self.functions.records().state(address) == FunctionState::Attached;
         match differs.filter(|_| attached) {
             Some(how) => {
                 warn!(
                     "{address}: its guest's driver has started, and its network settings are not as requested: {how}"
                 );
-                self.network_checks.differing.insert(address, how);
+                self.vfs.network_checks.differing.insert(address, how);
             }
-            None => self.network_checks.differing.remove(address),
+            None => self.vfs.network_checks.differing.remove(address),
         }
-    }
-
-    /// Forgets a function that its guest no longer has.
-    pub(super) fn forget_network_checks(&mut self, address: Sbdf) {
-        self.network_checks.due.remove(&address);
-        self.network_checks.differing.remove(address);
     }
 }

@@ -8,11 +8,11 @@ use pciback::platform::{Host, HostFunction, Names, Resource, Store, StoreOps};
 use pciback::serve::pv::nodes;
 use pciback::{DomId, FunctionState, Sbdf};
 
-use super::Engine;
 use super::lists::Shown;
 use super::obstacles::{hold_obstacles, shared_obstacles, shares_with_others};
 use crate::doctor;
 use crate::domains;
+use crate::engine::Engine;
 use crate::names::printed;
 use crate::outcome::{ErrorCode, Failure, Obstacle};
 use crate::pci_path::PciPath;
@@ -121,7 +121,7 @@ impl<'a> Survey<'a> {
 }
 
 impl Engine {
-    pub(super) fn list(&self, filter: ListFilter, reply: Reply) {
+    pub(in crate::engine) fn list(&self, filter: ListFilter, reply: Reply) {
         let store: Arc<dyn Store> = Arc::clone(&self.platform.store);
         self.show(reply, move |shown| {
             let survey = Survey::of(shown, store.as_ref())?;
@@ -194,7 +194,7 @@ impl Engine {
     }
 
     /// Checks dom0's set-up on a thread, because running xl takes some time.
-    pub(super) fn examine(&mut self, reply: Reply) {
+    pub(in crate::engine) fn examine(&mut self, reply: Reply) {
         let (platform, version) = (self.platform.clone(), crate::VERSION);
         let problems = self.problems_now().len();
         self.background("doctor", move || {
@@ -214,7 +214,7 @@ impl Engine {
     }
 
     /// The name and number of a domain, or only its number.
-    pub(super) fn called(&self, domain: DomId) -> String {
+    pub(in crate::engine) fn called(&self, domain: DomId) -> String {
         let name = domains::name(self.platform.store.as_ref(), domain).ok().flatten();
         name.map_or_else(|| format!("domain {domain}"), |name| format!("'{name}' (domain {domain})"))
     }

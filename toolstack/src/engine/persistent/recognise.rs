@@ -6,8 +6,8 @@ use log::warn;
 use pciback::Sbdf;
 use pciback::platform::HostFunction;
 
-use super::Engine;
-use super::tasks::Workshop;
+use crate::engine::Engine;
+use crate::engine::tasks::Workshop;
 use crate::reservations::Followed;
 
 impl Workshop {
@@ -17,7 +17,11 @@ impl Workshop {
     }
 
     /// Called when a function was examined; moves its reservation if the device has moved.
-    pub(super) fn recognise(&self, address: Sbdf, function: Option<&HostFunction>) -> Option<Followed> {
+    pub(in crate::engine) fn recognise(
+        &self,
+        address: Sbdf,
+        function: Option<&HostFunction>,
+    ) -> Option<Followed> {
         if !self.is_to_recognise() {
             return None;
         }
@@ -36,7 +40,7 @@ impl Workshop {
 
 impl Engine {
     /// Finds the devices of all reservations, before any guest gets a function.
-    pub(super) fn recognise_all(&self) {
+    pub(in crate::engine) fn recognise_all(&self) {
         let workshop = self.workshop();
         if !workshop.is_to_recognise() {
             return;

@@ -11,11 +11,9 @@ use pciback::Sbdf;
 use pciback::platform::{Host, HostFunction};
 use serde::{Deserialize, Serialize};
 
-use super::tasks::Workshop;
+use crate::engine::requests::STUB;
+use crate::engine::tasks::Workshop;
 use crate::outcome::{ErrorCode, Failure};
-
-/// The driver that does nothing except enabling VFs.
-pub(super) const STUB: &str = "pci-pf-stub";
 
 /// The state of a PF before it was bound to the stub.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,7 +24,7 @@ struct Note {
 }
 
 /// Refuses VFs of a PF without a driver unless they may be unmanaged, and unmanaged VFs of a PF whose driver manages them.
-pub(super) fn check(pf: &HostFunction, unmanaged: bool) -> Result<(), Failure> {
+pub(in crate::engine) fn check(pf: &HostFunction, unmanaged: bool) -> Result<(), Failure> {
     let address = pf.address;
     match (pf.driver.as_deref(), unmanaged) {
         (None, false) => Err(Failure::refused(format!("{address} has no driver that could enable VFs")).hint(format!(
@@ -43,7 +41,7 @@ pub(super) fn check(pf: &HostFunction, unmanaged: bool) -> Result<(), Failure> {
 }
 
 /// The PFs for which there are notes.
-pub(super) fn noted(run_directory: &Path) -> Vec<Sbdf> {
+pub(in crate::engine) fn noted(run_directory: &Path) -> Vec<Sbdf> {
     let entries = fs::read_dir(run_directory.join("unmanaged")).into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }

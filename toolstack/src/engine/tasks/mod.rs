@@ -1,5 +1,8 @@
 //! Background threads for transactions and changes of VFs.
 
+mod open;
+mod proof;
+
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
@@ -9,14 +12,14 @@ use pciback::platform::Platform;
 use pciback::policy::PolicySet;
 use pciback::{DomId, FunctionState, Sbdf};
 
-use super::errors::Awaiting;
+pub use self::open::Opened;
+use super::changes::Changes;
 use super::functions::{Ended, Handover};
 use super::inbox::{Answer, Answered};
-use super::inventory::Changes;
-use super::open::Opened;
 use super::problems::Problem;
-use super::{Engine, Event, Inbox, guests};
+use super::{Engine, Inbox};
 use crate::device::Devices;
+use crate::engine;
 use crate::former_owners::FormerOwners;
 use crate::journal::{Journal, Record};
 use crate::ledger::Ledger;
@@ -74,6 +77,30 @@ impl Course {
     }
 }
 
+/// What transactions ask of the engine, and their end.
+pub enum Event {
+    /// A transaction asks to serve a function.
+    Serve {
+        /// The record of the function, with its guest.
+        record: Box<Record>,
+        /// The function, opened and ready to be served.
+        opened: Box<Opened>,
+        /// Where the answer is sent.
+        answer: Answer,
+    },
+    /// A transaction asks to stop serving a function.
+    Withdraw {
+        /// The record of the function, with its guest.
+        record: Box<Record>,
+        /// How the function is withdrawn from the guest.
+        withdrawal: Withdrawal,
+        /// Where the answer is sent.
+        answer: Answer,
+    },
+    /// A transaction ended.
+    Finished(Box<Finished>),
+}
+
 /// Everything that a background thread needs, without borrowing from the engine.
 #[derive(Clone)]
 pub(super) struct Workshop {
@@ -86,7 +113,6 @@ pub(super) struct Workshop {
     pub policies: Arc<PolicySet>,
     pub filters: Filters,
     pub changes: Changes,
-    pub awaiting: Awaiting,
     pub handover: Handover,
     pub reservations: Reservations,
     pub wishes: Wishes,
@@ -107,15 +133,12 @@ impl Serving for Workshop {
         let opened = opened.ok_or_else(|| {
             Failure::new(ErrorCode::Failed, "serve a function that was not opened").on(record.address)
         })?;
-        self.ask(|answer| guests::Event::Serve { record: Box::new(record.clone()), opened, answer })
+        self.ask(|answer| Event::Serve { record: Box::new(record.clone()), opened, answer })
     }
 
     fn withdraw(&self, record: &Record, withdrawal: Withdrawal) -> Result<Option<String>, Failure> {
-        let warning = self.ask(|answer| guests::Event::Withdraw {
-            record: Box::new(record.clone()),
-            withdrawal,
-            answer,
-        })?;
+        let warning =
+            self.ask(|answer| Event::Withdraw { record: Box::new(record.clone()), withdrawal, answer })?;
         if !self.handover.resets.wait(record.address, self.settings.driver_limit() + ENGINE_MARGIN) {
             let text = format!("{}: a reset that its guest asked for has not ended", record.address);
             return Err(Failure::new(ErrorCode::Failed, text).on(record.address).hint(format!(
@@ -134,7 +157,7 @@ impl Serving for Workshop {
     }
 
     fn distrusted(&self, address: Sbdf) -> Option<String> {
-        self.awaiting.distrusted(address)
+        self.handover.awaiting.distrusted(address)
     }
 
     fn host_changes(&self) -> u64 {
@@ -151,8 +174,8 @@ impl Serving for Workshop {
 }
 
 impl Workshop {
-    fn ask(&self, event: impl FnOnce(Answer) -> guests::Event) -> Answered {
-        let receiver = self.inbox.ask(|answer| Event::Guests(event(answer)));
+    fn ask(&self, event: impl FnOnce(Answer) -> Event) -> Answered {
+        let receiver = self.inbox.ask(|answer| engine::Event::Tasks(event(answer)));
         receiver.recv_timeout(self.settings.longest_guest_limit() + ENGINE_MARGIN).unwrap_or_else(|error| {
             let text = match error {
                 mpsc::RecvTimeoutError::Disconnected => {
@@ -215,7 +238,7 @@ impl Workshop {
             _ => Ok(()),
         };
         if let Err(failure) = after {
-            self.inbox.send(Event::Problem(
+            self.inbox.send(engine::Event::Problem(
                 Problem::failed(Cause::StateFiles, &failure).on(finished.record.address),
             ));
         }
@@ -296,6 +319,14 @@ const RESOLVED_BY_SUCCESS: [Cause; 5] =
     [Cause::Holding, Cause::Network, Cause::OutOfStep, Cause::ErrorReporting, Cause::Guest];
 
 impl Engine {
+    pub(super) fn handle_tasks(&mut self, event: Event) {
+        match event {
+            Event::Serve { record, opened, answer } => self.serve(&record, *opened, answer),
+            Event::Withdraw { record, withdrawal, answer } => self.withdraw(&record, withdrawal, answer),
+            Event::Finished(finished) => self.transaction_finished(*finished),
+        }
+    }
+
     pub(super) fn workshop(&self) -> Workshop {
         Workshop {
             platform: self.platform.clone(),
@@ -307,7 +338,6 @@ impl Engine {
             policies: Arc::clone(&self.policies),
             filters: self.filters.clone(),
             changes: self.inventory.changes(),
-            awaiting: self.errors.awaiting(),
             handover: self.functions.handover().clone(),
             reservations: self.reservations.clone(),
             wishes: self.wishes.clone(),
@@ -368,7 +398,7 @@ impl Engine {
                 Err(failure) => error!("{address}: {failure}"),
             }
             // The engine first, because a client that has the answer may ask for the state at once.
-            reporter.inbox.send(Event::Finished(Box::new(finished)));
+            reporter.inbox.send(engine::Event::Tasks(Event::Finished(Box::new(finished))));
             if let Some(reply) = reply {
                 let view = reporter.view_of(&record);
                 let shares = match (&outcome, course) {
@@ -384,7 +414,7 @@ impl Engine {
         });
     }
 
-    pub(super) fn transaction_finished(&mut self, finished: Finished) {
+    fn transaction_finished(&mut self, finished: Finished) {
         self.holds.finished(&finished);
         let record = finished.record.clone();
         let address = record.address;
@@ -394,7 +424,7 @@ impl Engine {
         let attached = record.state == FunctionState::Attached;
         let (record_is_held, managed) = (record.state == FunctionState::Held, record.managed);
         if !attached {
-            self.forget_network_checks(address);
+            self.vfs.forget(address);
         }
         if finished.outcome.is_ok() {
             // The operation succeeded, so that earlier problems no longer exist.

@@ -1,0 +1,3 @@
+//! Names what is above it.
+
+use super::second::Other;

@@ -1,0 +1,6 @@
+//! Names its parts, as it may.
+
+mod first;
+mod second;
+
+pub use first::Thing;

@@ -1,0 +1,295 @@
+//! Plans of attachments and of their ends.
+
+use pciback::platform::HostFunction;
+use pciback::policy::{Permission, Reuse, Subject};
+use pciback::serve::pv::nodes;
+use pciback::{DomId, FunctionState, Sbdf};
+
+use super::obstacles::{Force, Refusal, ThreadChecks, shares_with_others};
+use super::{ASSIGNABLE_AGAIN, Plan, dry_run_answer};
+use crate::domains::{self, DomainType};
+use crate::engine::Engine;
+use crate::engine::functions::Records;
+use crate::engine::tasks::Course;
+use crate::journal::{GuestPlace, Record};
+use crate::outcome::Failure;
+use crate::protocol::{DomainName, Scope, Success};
+use crate::reply::Reply;
+use crate::reservations::Change;
+use crate::spec::existing;
+use crate::transaction::{Kind, Withdrawal};
+
+/// The driver that does nothing except enabling VFs.
+pub(in crate::engine) const STUB: &str = "pci-pf-stub";
+
+/// A requested attachment whose device number is not chosen yet.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted {
+    pub(in crate::engine) domain: DomId,
+    pub(in crate::engine) address: Sbdf,
+    pub(in crate::engine) slot: Option<u8>,
+    pub(in crate::engine) persist: bool,
+    /// Attach even while a PV guest that had the function may still reach it.
+    pub(in crate::engine) trust: bool,
+    /// Only report what would be done.
+    pub(in crate::engine) dry_run: bool,
+    /// Whether it is held first if dom0 has it.
+    pub(in crate::engine) managed: bool,
+}
+
+impl Engine {
+    /// Attaches a function to a guest, after all obstacles are checked.
+    pub(super) fn attach(&mut self, wanted: Wanted, reply: Reply) {
+        let plan = match domains::kind(self.platform.store.as_ref(), wanted.domain) {
+            Ok(DomainType::Hvm) => match self.hvm_attachable(&wanted) {
+                Ok(None) => return self.ask_device_model(wanted, reply),
+                Ok(Some(refused)) => Ok(refused),
+                Err(failure) => Err(failure),
+            },
+            Ok(_) => self.plan_attach(&wanted),
+            Err(error) => Err(error.into()),
+        };
+        let plan = if wanted.dry_run { plan.map(Plan::into_dry_run) } else { plan };
+        self.carry_out(plan, reply);
+    }
+
+    fn plan_attach(&self, wanted: &Wanted) -> Result<Plan, Failure> {
+        let Wanted { domain, address, slot, persist, .. } = *wanted;
+        let place = self.free_place(domain, address, slot, 0..32, &[]);
+        let bus = self.has_bus(domain);
+        let (place, no_place) = match place {
+            Ok(place) => (place, None),
+            Err(failure) => (0, Some(failure)),
+        };
+        match self.refused(wanted, bus.err().into_iter().chain(no_place).collect())? {
+            Some(refused) => Ok(refused),
+            None => self.attachment(self.functions.records().get_or_new(address), domain, place, persist),
+        }
+    }
+
+    /// A plan that lists the obstacles to an attachment, if there are any; `also`: obstacles that the caller found.
+    pub(in crate::engine) fn refused(
+        &self,
+        wanted: &Wanted,
+        also: Vec<Failure>,
+    ) -> Result<Option<Plan>, Failure> {
+        let (address, domain) = (wanted.address, wanted.domain);
+        let function = existing(self.platform.host.as_ref(), address)?;
+        self.idle(address)?;
+        let state = self.functions.records().state(address);
+        let is_to_hold = wanted.managed && state == FunctionState::Host;
+        let found = match is_to_hold {
+            true => self.managed_obstacles(&function, Some(domain), wanted.trust),
+            false => self.attach_obstacles(&function, Some(domain), wanted.trust),
+        };
+        let found = [found, also].concat();
+        if found.is_empty() && !is_to_hold {
+            return Ok(None);
+        }
+        let hold = (state == FunctionState::Host && !function.is_bridge()).then_some(Force(false));
+        let shares = shares_with_others(state, &function).then_some(Some(domain));
+        let action = format!("attach {address} to {}", self.called(domain));
+        let nothing = match is_to_hold {
+            true => dry_run_answer(&format!("{address} is taken from dom0 and attached to domain {domain}")),
+            false => Success::Already { message: format!("{action}: nothing prevents it any more") },
+        };
+        let refusal = Refusal { address, action, found };
+        Ok(Some(Plan::Check(refusal, ThreadChecks { hold, shares }, nothing)))
+    }
+
+    /// Refuses guests without a device model that cannot have a PCI bus of xpci.
+    pub(in crate::engine) fn has_bus(&self, domain: DomId) -> Result<(), Failure> {
+        let store = self.platform.store.as_ref();
+        if domains::kind(store, domain)? == DomainType::Pvh {
+            return Err(Failure::refused(format!("domain {domain} is a PVH guest, which has no PCI bus"))
+                .of(domain)
+                .hint("give it type=\"hvm\" or type=\"pv\" in its xl.cfg"));
+        }
+        if let Some(backend) = nodes::foreign_backend(store, domain)? {
+            return Err(Failure::refused(format!(
+                "domain {domain} has functions from another backend, {backend}"
+            ))
+            .of(domain)
+            .hint("a guest has one PCI bus: detach those with 'xl pci-detach' first"));
+        }
+        Ok(())
+    }
+
+    /// The record of a function that can be attached to a domain now. With `trust`, even while a former PV owner may still reach it.
+    pub(in crate::engine) fn attachable(
+        &self,
+        address: Sbdf,
+        domain: DomId,
+        trust: bool,
+    ) -> Result<Record, Failure> {
+        let function = existing(self.platform.host.as_ref(), address)?;
+        self.idle(address)?;
+        let action = format!("attach {address} to domain {domain}");
+        Failure::refuse_for(&action, self.attach_obstacles(&function, Some(domain), trust))?;
+        Ok(self.functions.records().get_or_new(address))
+    }
+
+    pub(in crate::engine) fn attachment(
+        &self,
+        mut record: Record,
+        domain: DomId,
+        devfn: u8,
+        persist: bool,
+    ) -> Result<Plan, Failure> {
+        let address = record.address;
+        record.guest = Some(GuestPlace { domain, devfn });
+        let seen = Sbdf::from_devfn(0, 0, devfn);
+        let mut message = format!("{address} is attached to domain {domain}, which sees it at {seen}");
+        let change = match persist {
+            true => {
+                record.managed = false;
+                message.push_str(" and gets it again whenever it starts");
+                Some(Change::Reserve(Box::new(self.reservation(address, domain, devfn)?)))
+            }
+            false => None,
+        };
+        Ok(Plan::Transaction(Course::Forward(Kind::Attach), Box::new(record), message, change))
+    }
+
+    /// Refuses attachments that need a policy's permission: PFs, and VFs whose PF has no trusted driver in dom0.
+    pub(super) fn permitted(&self, function: &HostFunction, domain: Option<DomId>) -> Result<(), Failure> {
+        let address = function.address;
+        let store = self.platform.store.as_ref();
+        let name = domain.map_or(Ok(None), |domain| domains::name(store, domain))?;
+        let permits = self.policies.merge(&Subject::of_host(function, name)).permits;
+        let refused = |text: String, word: &str| {
+            let hint = format!(
+                "to permit that, write 'permit: [{word}]' in a policy that matches it; then 'xpci policy reload'"
+            );
+            Err(Failure { domain, ..Failure::refused(text).on(address).hint(hint) })
+        };
+        if function.total_vfs > 0 && !permits.contains(&Permission::PhysicalFunction) {
+            let text = format!("{address} is a PF: a guest that has it controls its VFs");
+            return refused(text, "physical-function");
+        }
+        let Some(pf) = function.physical_function else { return Ok(()) };
+        if permits.contains(&Permission::UntrustedVf) {
+            return Ok(());
+        }
+        match distrusted(self.functions.records(), &self.platform.host.function(pf)?) {
+            Some(why) => refused(format!("{address} is a VF of {pf}, {why}"), "untrusted-vf"),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses `action` while a former PV owner may still reach the function; `but`: the domain that is to get it.
+    pub(super) fn out_of_reach(
+        &self,
+        address: Sbdf,
+        but: Option<DomId>,
+        action: &str,
+    ) -> Result<(), Failure> {
+        let function = existing(self.platform.host.as_ref(), address)?;
+        let store = self.platform.store.as_ref();
+        let name = |domain| domains::name(store, domain).ok().flatten();
+        let subject = Subject::of_host(&function, but.and_then(name));
+        if self.policies.merge(&subject).reuse == Reuse::Trusted {
+            return Ok(());
+        }
+        self.former_owners.refuse(self.platform.hypervisor.as_ref(), &function, but, action, name)
+    }
+
+    /// The guest's device number for the function: the requested one, or the first free one of `order`. `others`: the numbers that the
+    /// guest's device model uses.
+    pub(in crate::engine) fn free_place(
+        &self,
+        domain: DomId,
+        address: Sbdf,
+        slot: Option<u8>,
+        mut order: impl Iterator<Item = u8>,
+        others: &[u8],
+    ) -> Result<u8, Failure> {
+        let mut taken: [Option<String>; 32] = [const { None }; 32];
+        for slot in others {
+            taken[usize::from(slot & 31)] = Some("an emulated device".to_owned());
+        }
+        for reservation in self.reserved_in(domain)? {
+            if reservation.address != address {
+                let kept = format!("{}, which is reserved for it,", reservation.address);
+                taken[usize::from(reservation.devfn >> 3)] = Some(kept);
+            }
+        }
+        for (record, place) in self.functions.records().of(domain) {
+            taken[usize::from(place.devfn >> 3)] = Some(record.address.to_string());
+        }
+        match slot {
+            Some(slot) if slot > 0x1f => {
+                Err(Failure::refused(format!("{slot:#x} is not a device number (0 to 1f)")))
+            }
+            Some(slot) => match &taken[usize::from(slot)] {
+                None => Ok(slot << 3),
+                Some(other) => {
+                    Err(Failure::refused(format!("domain {domain} sees {other} at device {slot:x}"))
+                        .of(domain)
+                        .hint("choose another device number, or give none"))
+                }
+            },
+            None => order.find(|slot| taken[usize::from(*slot)].is_none()).map(|slot| slot << 3).ok_or_else(
+                || {
+                    Failure::refused(format!("domain {domain} has 32 devices; its bus has no room"))
+                        .of(domain)
+                },
+            ),
+        }
+    }
+
+    pub(super) fn plan_detach(
+        &self,
+        name: &DomainName,
+        address: Sbdf,
+        force: bool,
+        scope: Scope,
+    ) -> Result<Plan, Failure> {
+        let domain = domains::find(self.platform.store.as_ref(), name)?;
+        self.idle(address)?;
+        let record = self.functions.records().get_or_new(address);
+        if record.guest.is_none() && self.reservation_of(name, address).is_none() {
+            existing(self.platform.host.as_ref(), address)?;
+            let message = format!("{address} is attached to no guest; its state is '{}'", record.state);
+            return Ok(Plan::Answer(Success::Already { message }));
+        }
+        if record.guest.map(|guest| guest.domain) != Some(domain) {
+            let failure = Failure::not_found(format!("domain {domain} does not have {address}"));
+            return Err(failure
+                .on(address)
+                .of(domain)
+                .hint(format!("'xpci pci-list {domain}' shows what it has")));
+        }
+        if !force {
+            self.may_lose(domain)?;
+        }
+        let withdrawal = if force { Withdrawal::Force } else { Withdrawal::Ask };
+        let reservation = self.reservation_of(name, address);
+        let (end, change) = match (reservation, scope) {
+            (None, _) if record.managed => {
+                ("; it goes back to dom0 as soon as no guest can reach it".to_owned(), None)
+            }
+            (None, _) => (String::new(), None),
+            (Some(_), Scope::Live) => {
+                ("; the guest gets it again when it starts the next time".to_owned(), None)
+            }
+            (Some(_), _) => (", and not persistent any more".to_owned(), Some(Change::Forget(address))),
+        };
+        let message = format!("{address} is detached from domain {domain}{ASSIGNABLE_AGAIN}{end}");
+        Ok(Plan::Transaction(Course::Backward(Kind::Detach, withdrawal), Box::new(record), message, change))
+    }
+}
+
+/// Why no trusted driver in dom0 manages a PF's VFs, in words that follow the PF's address; `None` where one does.
+pub(in crate::engine) fn distrusted(records: &Records, pf: &HostFunction) -> Option<String> {
+    if let Some(domain) = records.guest(pf.address) {
+        return Some(format!("which domain {domain} has"));
+    }
+    match pf.driver.as_deref() {
+        None => Some("which no driver manages (it has no driver)".to_owned()),
+        Some(driver @ (STUB | "pci-stub" | "pciback" | "vfio-pci")) => {
+            Some(format!("which no driver manages (it has {driver})"))
+        }
+        Some(_) => None,
+    }
+}

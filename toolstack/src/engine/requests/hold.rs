@@ -1,0 +1,173 @@
+//! Plans of holding functions, giving them back to dom0, and clearing a quarantine.
+
+use pciback::platform::HostFunction;
+use pciback::{FunctionState, Sbdf};
+
+use super::obstacles::{Force, Refusal, ThreadChecks};
+use super::{Plan, dry_run_answer};
+use crate::engine::Engine;
+use crate::engine::tasks::Course;
+use crate::journal::Record;
+use crate::outcome::Failure;
+use crate::protocol::Success;
+use crate::reply::Reply;
+use crate::spec::existing;
+use crate::transaction::{Kind, guest_owned, holder_of, refuse_in_use};
+
+impl Engine {
+    pub(super) fn plan_hold(
+        &self,
+        address: Sbdf,
+        force: bool,
+        managed: bool,
+        dry_run: bool,
+    ) -> Result<Plan, Failure> {
+        let function = existing(self.platform.host.as_ref(), address)?;
+        self.idle(address)?;
+        let record = self.functions.records().get_or_new(address);
+        match record.state {
+            FunctionState::Held => {
+                return Ok(Plan::Answer(Success::Already {
+                    message: format!("{address} is assignable already"),
+                }));
+            }
+            FunctionState::Host => {}
+            other => return Err(not_in_state(&record, other, "made assignable")),
+        }
+        let message = format!("{address} is assignable");
+        let found = self.holdable(&function);
+        if dry_run || !found.is_empty() {
+            let hold = (!function.is_bridge()).then_some(Force(force));
+            let refusal = Refusal { address, action: format!("make {address} assignable"), found };
+            return Ok(Plan::Check(refusal, ThreadChecks { hold, shares: None }, dry_run_answer(&message)));
+        }
+        let course = if force { Course::ForceHold } else { Course::Forward(Kind::Hold) };
+        Ok(Plan::Transaction(course, Box::new(Record { managed, ..record }), message, None))
+    }
+
+    /// Obstacles to holding a function that `--force` does not override.
+    pub(in crate::engine) fn holdable(&self, function: &HostFunction) -> Vec<Failure> {
+        let address = function.address;
+        if function.is_bridge() {
+            return vec![
+                Failure::refused(format!("{address} is a bridge; bridges stay with the host")).on(address),
+            ];
+        }
+        let mut found = Vec::new();
+        if function.num_vfs > 0 {
+            let enabled = format!("{address} is a PF with {} VFs enabled", function.num_vfs);
+            let hint = "its driver must stay while it has VFs; 'xpci vf destroy' disables them";
+            found.push(Failure::refused(enabled).on(address).hint(hint));
+        }
+        // Checked before the driver is touched: the undo of a failed hold would take the function from a guest of xl.
+        if holder_of(function).is_some() && matches!(self.platform.hypervisor.assignable(address), Ok(false))
+        {
+            found.push(guest_owned(&self.platform, address));
+        }
+        found
+    }
+
+    /// Deletes the record of a function that left the host, where a release has nothing to do.
+    pub(super) fn forget_gone(&mut self, address: Sbdf) -> Option<Result<Plan, Failure>> {
+        if self.functions.records().state(address) != FunctionState::Gone || self.functions.is_busy(address) {
+            return None;
+        }
+        if let Err(failure) = self.forget(address) {
+            return Some(Err(failure));
+        }
+        let message = format!("{address} left the host; its record is deleted");
+        Some(Ok(Plan::Answer(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() })))
+    }
+
+    pub(in crate::engine) fn plan_release(
+        &mut self,
+        address: Sbdf,
+        force: bool,
+        trust: bool,
+    ) -> Result<Plan, Failure> {
+        self.idle(address)?;
+        let record = self.functions.records().get_or_new(address);
+        match record.state {
+            FunctionState::Host => {
+                existing(self.platform.host.as_ref(), address)?;
+                Ok(Plan::Answer(Success::Already { message: format!("{address} belongs to dom0 already") }))
+            }
+            FunctionState::Held => {
+                if !force {
+                    self.may_be_released(address)?;
+                }
+                if !trust {
+                    self.out_of_reach(address, None, &format!("give {address} back to dom0"))?;
+                }
+                let driver = record.original_driver.as_deref().unwrap_or("no driver").to_owned();
+                let message = format!("{address} belongs to dom0 again, with {driver}");
+                Ok(self.release_of(record, message))
+            }
+            other => Err(not_in_state(&record, other, "given back to dom0")),
+        }
+    }
+
+    pub(super) fn clear_quarantine(&mut self, address: Sbdf, trust: bool, reply: Reply) {
+        let record = self.functions.records().get_or_new(address);
+        if let Err(failure) = self.idle(address) {
+            return reply.done(Err(failure));
+        }
+        if record.state == FunctionState::Host
+            && let Err(failure) = existing(self.platform.host.as_ref(), address)
+        {
+            return reply.done(Err(failure));
+        }
+        if record.state != FunctionState::Quarantined {
+            let message = format!("{address} is not quarantined; its state is '{}'", record.state);
+            return reply.done(Ok(Success::Already { message }));
+        }
+        // A driver of dom0 may have bound to it since.
+        if record.guest.is_none()
+            && let Err(failure) = refuse_in_use(self.platform.host.as_ref(), address)
+        {
+            return reply.done(Err(failure));
+        }
+        // The guest from which the function was taken is a former owner as any other. A guest that still has it loses it in this
+        // transaction.
+        if !trust
+            && existing(self.platform.host.as_ref(), address).is_ok()
+            && let Err(failure) =
+                self.out_of_reach(address, None, &format!("clear the quarantine of {address}"))
+        {
+            return reply.done(Err(failure));
+        }
+        self.start(Course::Clear, record, Some(reply), move |record| {
+            format!("{address} is {} again", record.state)
+        });
+    }
+}
+
+pub(in crate::engine) fn not_in_state(record: &Record, state: FunctionState, wanted: &str) -> Failure {
+    let address = record.address;
+    let text = match (state, record.guest) {
+        (FunctionState::Attached, Some(guest)) if wanted == "attached" => {
+            format!("{address} is attached to domain {} already", guest.domain)
+        }
+        (FunctionState::Attached, Some(guest)) => {
+            format!("{address} is attached to domain {}; it cannot be {wanted} meanwhile", guest.domain)
+        }
+        (_, Some(guest)) => {
+            format!("{address} is {state} (domain {}); it cannot be {wanted} now", guest.domain)
+        }
+        (_, None) => format!("{address} is {state}; it cannot be {wanted} now"),
+    };
+    let failure = Failure::refused(text);
+    let hint = match (state, record.guest) {
+        (FunctionState::Attached, Some(guest)) => {
+            format!("detach it first: 'xpci pci-detach {} {address}'", guest.domain)
+        }
+        (FunctionState::Quarantined, _) => {
+            format!("see why in 'xpci status', then 'xpci quarantine clear {address}'")
+        }
+        (FunctionState::Gone, _) => {
+            format!("it left the host; 'xpci pci-assignable-remove {address}' forgets it")
+        }
+        _ => "try again when that has ended".to_owned(),
+    };
+    failure.on(record.address).hint(hint)
+}
