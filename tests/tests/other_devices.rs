@@ -76,6 +76,7 @@ impl<'a> Scene<'a> for OtherDevices<'a> {
             the_next_owner_finds_the_registers_as_the_first_one_did needs nvme_reads_its_disk_by_dma_and_msix,
             virtio_net_hears_of_its_link_by_msix needs three_functions_are_attached_to_one_guest,
             virtio_net_hears_of_its_link_by_its_interrupt_line needs three_functions_are_attached_to_one_guest,
+            a_pv_guests_kernel_reads_the_devices_rom_and_the_next_owner_finds_it_off,
             detached_functions_leave_nothing_in_the_guest,
             functions_go_back_to_the_drivers_they_came_from,
             a_managed_device_is_used_by_a_guest_and_goes_back_with_its_detach needs functions_go_back_to_the_drivers_they_came_from,
@@ -182,6 +183,43 @@ fn virtio_net_hears_of_its_link_by_msix(scene: &mut OtherDevices<'_>) -> Result<
 
 fn virtio_net_hears_of_its_link_by_its_interrupt_line(scene: &mut OtherDevices<'_>) -> Result<()> {
     link_changes_are_heard(scene.lab, &scene.one, "e1", 2, "xen-pirq")
+}
+
+/// Linux in the guest reads the ROM as dom0's Linux did. The guest leaves the ROM's decoder on.
+fn a_pv_guests_kernel_reads_the_devices_rom_and_the_next_owner_finds_it_off(
+    scene: &mut OtherDevices<'_>,
+) -> Result<()> {
+    let (lab, one) = (scene.lab, &scene.one);
+    let policy = "/etc/xpci/policies/rom.yaml";
+    let read = |function: &str| {
+        let file = format!("/sys/bus/pci/devices/{function}/rom");
+        format!(
+            "echo 1 > {file} && cat {file} > /tmp/rom && echo 0 > {file} && wc -c < /tmp/rom && md5sum /tmp/rom"
+        )
+    };
+    let register = |function: &str| format!("setpci -s {function} ROM_ADDRESS.l");
+    make_held(lab, VIRTIO_MSIX)?;
+    let expected = lab.dom0(&read(VIRTIO_MSIX)).ok()?;
+    ensure!(lab.pull("/tmp/rom")?.starts_with(&[0x55, 0xaa]), "the device has no ROM: {expected}");
+    let before = lab.dom0(&register(VIRTIO_MSIX)).ok()?;
+    lab.push(format!("match: {{address: '{VIRTIO_MSIX}'}}\nrom: device\n").as_bytes(), policy)?;
+    xpci(lab, "policy reload")?;
+    xpci(lab, &format!("pci-attach one {VIRTIO_MSIX}@0"))?;
+    let in_guest = "0000:00:00.0";
+    one.wait_for("the ROM", SOON, &format!("[ -e /sys/bus/pci/devices/{in_guest}/rom ]"))?;
+    let found = one.run(&read(in_guest)).limit(SOON).ok()?;
+    ensure!(found == expected, "the guest read {found}, dom0 {expected}");
+    let address = u32::from_str_radix(one.run(&register(in_guest)).ok()?.trim(), 16)?;
+    let enabled = format!("{:08x}", address | 1);
+    one.run(&format!("{}={enabled}", register(in_guest))).ok()?;
+    let hardware = lab.dom0(&register(VIRTIO_MSIX)).ok()?;
+    ensure!(hardware.trim() == enabled, "hardware has {hardware}, the guest wrote {enabled}");
+    println!("  {} bytes at {address:#x}", found.lines().next().unwrap_or_default());
+    xpci(lab, &format!("pci-detach one {VIRTIO_MSIX}"))?;
+    let after = lab.dom0(&register(VIRTIO_MSIX)).ok()?;
+    ensure!(address != 0 && after == before, "the register was {before} and is {after}");
+    lab.dom0(&format!("rm -f {policy}")).ok()?;
+    xpci(lab, "policy reload").map(drop)
 }
 
 fn detached_functions_leave_nothing_in_the_guest(scene: &mut OtherDevices<'_>) -> Result<()> {

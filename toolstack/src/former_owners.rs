@@ -1,4 +1,4 @@
-//! PV guests that may still reach the memory BARs of a function that they no longer have.
+//! PV guests that may still reach the memory BARs, or the expansion ROM, of a function that they no longer have.
 //!
 //! Xen revokes a PV guest's permission to map frames, but leaves its page table entries: a guest that has mapped a BAR can still access
 //! the device's registers, and program DMA in the context of the next owner. Only the end of the domain removes such a mapping. So each
@@ -146,7 +146,7 @@ impl FormerOwners {
         Ok(())
     }
 
-    /// The domains, except `but`, that may still reach a memory BAR of a function, each with the function that it had.
+    /// The domains, except `but`, that may still reach a memory BAR or the expansion ROM of a function, each with the function that it had.
     pub fn of(
         &self,
         hypervisor: &dyn Hypervisor,
@@ -154,7 +154,7 @@ impl FormerOwners {
         but: Option<DomId>,
     ) -> Result<Vec<FormerOwner>, PlatformError> {
         let bars: Vec<(u64, u64)> = function
-            .bars()
+            .guest_ranges()
             .iter()
             .filter(|bar| bar.is_placed() && !bar.is_io())
             .map(|bar| (bar.start / PAGE, (bar.start + bar.size).div_ceil(PAGE)))

@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, Weak};
 use nix::errno::Errno;
 use pciback::Sbdf;
 use pciback::config::{
-    Access, CapabilityList, ConfigSpace, FunctionSpec, Planes, Policy, PortAbove, Unroutable, VfRouting,
+    Access, CapabilityList, ConfigSpace, FunctionSpec, GuestRom, Planes, Policy, PortAbove, Unroutable,
+    VfRouting,
 };
 use pciback::inventory::Identity;
 use pciback::platform::{Host, HostFunction};
@@ -72,12 +73,11 @@ pub fn function_spec(host: &dyn Host, address: Sbdf) -> Result<FunctionSpec, Fai
 pub struct Given {
     /// Whether the guest gets the interrupt line.
     pub line: bool,
-    /// The size of the copy of an expansion ROM, in bytes, if the guest gets one.
-    pub rom: Option<u32>,
+    /// The expansion ROM, if the guest gets one.
+    pub rom: Option<GuestRom>,
 }
 
-/// As [`function_spec`], for a guest's function: an interrupt line that the guest does not get is hidden, and the ROM is the guest's
-/// copy.
+/// As [`function_spec`], for a guest's function: an interrupt line that the guest does not get is hidden, and the ROM is the guest's.
 pub fn guest_spec(host: &dyn Host, address: Sbdf, given: Given) -> Result<FunctionSpec, Failure> {
     let spec = function_spec(host, address)?;
     let gsi = if given.line { spec.gsi } else { 0 };

@@ -42,7 +42,7 @@ pub enum Step {
     Assign,
     /// The same as [`Self::ContainPath`], after [`Self::Assign`]: a step of earlier versions, whose journals name it.
     ContainErrors,
-    /// The guest may map the BARs, use the I/O ports and, unless another owner uses it, the INTx line. Undo: this is revoked, except what
+    /// The guest may map the BARs and, if policies give it to a PV guest, the expansion ROM, use the I/O ports and, unless another owner uses it, the INTx line. Undo: this is revoked, except what
     /// another function of the guest needs.
     Grant,
     /// The VF has the network settings of 'vf set' and of the service's settings. Undo: they are set again, and changes that the guest

@@ -21,6 +21,10 @@ impl Resource {
     pub const IO: u64 = 0x100;
     /// `IORESOURCE_MEM`: the range lies in memory space.
     pub const MEMORY: u64 = 0x200;
+    /// `IORESOURCE_ROM_SHADOW`, of an expansion ROM: the range is the copy of it that firmware has left in memory.
+    pub const ROM_SHADOW: u64 = 0x2;
+    /// `IORESOURCE_PCI_EA_BEI`: the range is one of an Enhanced Allocation entry, and the register itself reads 0.
+    pub const ENHANCED_ALLOCATION: u64 = 0x20;
     /// `IORESOURCE_PREFETCH`.
     pub const PREFETCH: u64 = 0x2000;
     /// `IORESOURCE_MEM_64`: the BAR takes two registers.
@@ -104,9 +108,19 @@ pub struct Names {
 }
 
 impl HostFunction {
-    /// BAR 0-5, which a guest may be given; the expansion ROM and a PF's VF BARs are never a guest's.
+    /// BAR 0-5, which a guest is given. A PF's VF BARs are never a guest's.
     pub fn bars(&self) -> &[Resource] {
         &self.resources[..6]
+    }
+
+    /// The expansion ROM, which a PV guest is given where a policy says so.
+    pub const fn rom(&self) -> &Resource {
+        &self.resources[6]
+    }
+
+    /// Everything that a guest may have been given of it.
+    pub fn guest_ranges(&self) -> &[Resource] {
+        &self.resources[..7]
     }
 
     /// Whether it is a bridge, which stays with the host (base class 06: PCI Code and ID Assignment 1.16, section 1).

@@ -15,7 +15,7 @@ use std::io;
 
 use crate::config::{Access, AccessError, ConfigSpace};
 
-pub use bars::{LostBar, PlacedBar, decode_bars, place_bars};
+pub use bars::{LostBar, PlacedBar, decode_bars, disable_rom, place_bars};
 pub use canary::Canary;
 pub use kept::KeptRegisters;
 pub use secondary_bus::{notifies_of_removal, reset_secondary_bus};

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::{Changed, change, register, rewrite};
+use super::{Changed, change, disable_rom, register, rewrite};
 use crate::config::{Access, AccessError, CapabilityList, ConfigSpace, InterruptMode};
 use crate::spec::{CapabilityId, header, legacy};
 
@@ -83,7 +83,8 @@ pub fn set_message_control(
     rewrite(config, control, (enable | others).into(), set.into())
 }
 
-/// Switches bus mastering and all interrupts off and makes sure of it. `Ok(false)`: it answers all ones, so that nothing is known of it.
+/// Switches bus mastering, all interrupts and the decoder of the expansion ROM off and makes sure of it. `Ok(false)`: it answers all
+/// ones, so that nothing is known of it.
 pub fn switch_off(config: &dyn ConfigSpace) -> io::Result<bool> {
     let bytes = config.read_all()?;
     if bytes.iter().all(|byte| *byte == 0xff) {
@@ -100,6 +101,10 @@ pub fn switch_off(config: &dyn ConfigSpace) -> io::Result<bool> {
             let control = message_control(capability.offset).map_err(io::Error::other)?;
             answered &= off(config, control, enable, name)?;
         }
+    }
+    // A bridge has another register there.
+    if bytes.get(usize::from(header::HEADER_TYPE)).is_some_and(|kind| kind & !header::MULTI_FUNCTION == 0) {
+        disable_rom(config)?;
     }
     // It may be hardwired to 0 where there is no pin, as in VFs; it is not asked for.
     let _hardwired = set_intx(config, Switch::Off)?;

@@ -73,6 +73,18 @@ fn a_function_that_is_switched_off_masters_no_bus_and_sends_no_interrupt() {
 }
 
 #[test]
+fn a_function_that_is_switched_off_decodes_no_rom_and_a_bridge_keeps_what_it_has_there() {
+    let rom = Access::new(header::ROM.into(), 4).unwrap();
+    for (header_type, left) in [(0u8, 0xfeb8_0000), (0x80, 0xfeb8_0000), (1, 0xfeb8_0001)] {
+        let registers = Registers::new();
+        registers.bytes.borrow_mut()[usize::from(header::HEADER_TYPE)] = header_type;
+        registers.write(rom, 0xfeb8_0001).unwrap();
+        switch_off(&registers).unwrap();
+        assert_eq!(registers.read(rom).unwrap(), left, "{header_type:#x}");
+    }
+}
+
+#[test]
 fn a_bit_that_stays_set_is_an_error_that_names_the_register() {
     for (stuck, name) in [(0x4, "Bus Master Enable"), (0x1, "MSI Enable"), (0x8000, "MSI-X Enable")] {
         let registers = Registers { stuck, ..Registers::new() };
@@ -81,6 +93,10 @@ fn a_bit_that_stays_set_is_an_error_that_names_the_register() {
     }
     let registers = Registers { stuck: 0x4, ..Registers::new() };
     assert!(clear_bus_master(&registers).is_err());
+    let registers = Registers::new();
+    registers.write(Access::new(header::ROM.into(), 4).unwrap(), 1).unwrap();
+    let registers = Registers { stuck: 0x1, ..registers };
+    assert!(disable_rom(&registers).unwrap_err().to_string().starts_with("Expansion ROM Enable"));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! What the host has at its memory addresses and I/O ports.
 
-use super::{Cause, HostFunction, PAGE, PlatformError, Resource, Result};
+use super::{Cause, PAGE, PlatformError, Resource, Result};
 use crate::Sbdf;
 
 /// A range of addresses, as the kernel lists it.
@@ -83,16 +83,17 @@ impl AddressMap {
     }
 }
 
-/// The first BAR of a function that a guest must not be given, and why.
+/// The first of a function's BARs, or its expansion ROM, that a guest must not be given, and why.
 pub fn foreign_bar<'a>(
-    function: &HostFunction,
+    function: Sbdf,
+    bars: &[Resource],
     memory: &'a AddressMap,
     ports: &'a AddressMap,
 ) -> Option<(Resource, Foreign<'a>)> {
-    let placed = function.bars().iter().filter(|bar| bar.is_placed());
+    let placed = bars.iter().filter(|bar| bar.is_placed());
     placed.into_iter().find_map(|bar| {
         let map = if bar.is_io() { ports } else { memory };
-        map.foreign(function.address, bar).map(|why| (*bar, why))
+        map.foreign(function, bar).map(|why| (*bar, why))
     })
 }
 

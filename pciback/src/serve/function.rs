@@ -320,8 +320,9 @@ impl GuestFunction {
         if begins_anew || !keeps_registers {
             self.space.reset();
         }
-        // The host's reset puts Command back as it was before; for the guest it is 0.
+        // The host's reset puts Command and the ROM's Enable back as they were before; for the guest they are 0.
         live::clear_bus_master(self.hardware.as_ref())?;
+        live::disable_rom(self.hardware.as_ref())?;
         self.restore_placement()?;
         device.reset(self)?;
         self.space.image_mut().set_resetting(false);
@@ -329,9 +330,10 @@ impl GuestFunction {
         device.place_bars(self).map_err(io::Error::other)
     }
 
-    /// Bus mastering and INTx off.
+    /// Bus mastering, the decoder of the expansion ROM and INTx off.
     fn silence(&self) -> io::Result<()> {
         live::clear_bus_master(self.hardware.as_ref())?;
+        live::disable_rom(self.hardware.as_ref())?;
         // Hardware without a pin need not have the bit.
         live::set_intx(self.hardware.as_ref(), Switch::Off).map(drop)
     }

@@ -14,7 +14,7 @@ impl GuestFunction {
     /// Whether a write asks for decoding or places BARs: drivers do that, too, after they have reset their function by its own registers.
     pub(super) fn is_placement(access: Access) -> bool {
         let bars = header::BAR0..header::BAR0 + 24;
-        bars.contains(&access.offset()) || Self::is_command(access)
+        bars.contains(&access.offset()) || access.dword() == header::ROM || Self::is_command(access)
     }
 
     /// Whether an access covers part of Command.

@@ -18,6 +18,11 @@ pub fn rom(oracle: &mut Oracle, bytes: u32) {
     oracle.own(0x30, 4, u64::from(!(bytes - 1) | 1), 0);
 }
 
+/// The BAR of the function's own expansion ROM: the guest sees where it is and how large, and cannot move it; it switches the decoder.
+pub fn rom_of_host(oracle: &mut Oracle, start: u32, bytes: u32) {
+    oracle.own(0x30, 4, u64::from(!(bytes - 1)), u64::from(start)).hardware(0x30, 1, 1);
+}
+
 /// MSI-X: the guest's own are Enable and Function Mask.
 pub fn msix(oracle: &mut Oracle, at: usize) {
     oracle.frozen(at, 12).own(at + 2, 2, 0xc000, 0);

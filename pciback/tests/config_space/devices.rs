@@ -1,7 +1,7 @@
 //! Composed devices: hardware, what the host says of it, and the oracle for its guest.
 
 use pciback::Sbdf;
-use pciback::config::{FunctionKind, FunctionSpec, Identity};
+use pciback::config::{FunctionKind, FunctionSpec, GuestRom, Identity};
 use pciback::platform::Resource;
 use xpci_test_support::meaning;
 use xpci_test_support::oracle::Oracle;
@@ -271,7 +271,14 @@ pub fn disk() -> Device {
 
 /// A paravirtual function with an I/O BAR and vendor-specific capabilities, 256 bytes.
 pub fn virtio() -> Device {
+    virtio_with_rom_register(0, 0)
+}
+
+/// With what its ROM's register holds, and the bits of it that can be written.
+fn virtio_with_rom_register(rom: u32, writable: u32) -> Device {
     let mut hardware = header(0x100, 0x98);
+    hardware.put32(0x30, rom);
+    hardware.writable32(0x30, writable);
     hardware.put32(0x10, 0x0000_c041);
     hardware.put32(0x14, 0xfebd_1000);
     hardware.put(0x40, &[0x09, 0x00, 0x10, 0x01, 4, 0, 0, 0]);
@@ -337,13 +344,23 @@ pub fn header_only() -> Device {
 pub fn virtio_with_rom() -> Device {
     let Device { hardware, mut spec, mut oracle, .. } = virtio();
     spec.resources[6] = resource(0xfeb8_0000, 0x1000, MEMORY_32);
-    spec.rom = Some(0x1_0000);
+    spec.rom = Some(GuestRom::Copy(0x1_0000));
     meaning::rom(&mut oracle, 0x1_0000);
     Device { name: "virtio with a ROM".into(), hardware, spec, oracle }
 }
 
+/// The same where the guest is given the function's own ROM, of 4 KiB.
+pub fn virtio_with_the_hosts_rom() -> Device {
+    let Device { hardware, mut spec, mut oracle, .. } = virtio_with_rom_register(0xfeb8_0000, 0xffff_f001);
+    spec.resources[6] = resource(0xfeb8_0000, 0x1000, MEMORY_32);
+    spec.rom = Some(GuestRom::OfHost);
+    meaning::rom_of_host(&mut oracle, 0xfeb8_0000, 0x1000);
+    Device { name: "virtio with the host's ROM".into(), hardware, spec, oracle }
+}
+
 pub fn all() -> Vec<Device> {
     let mut all = vec![network_pf(), network_vf(), disk(), virtio(), virtio_with_rom(), header_only()];
+    all.push(virtio_with_the_hosts_rom());
     for (wide, maskable) in [(false, false), (false, true), (true, false), (true, true)] {
         all.push(conventional(wide, maskable));
     }

@@ -1,10 +1,11 @@
 //! Every access of a guest, at every offset and width, answers and does what the naive model says.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use pciback::DomId;
 use pciback::config::{
-    Access, FunctionImage, FunctionSpec, ImageOwner, Planes, Policy, SideEffect, VirtualConfigSpace,
+    Access, FunctionImage, FunctionSpec, GuestRom, ImageOwner, Planes, Policy, SideEffect, VirtualConfigSpace,
 };
 use pciback::platform::SharedMemory;
 use proptest::prelude::*;
@@ -152,7 +153,7 @@ proptest! {
 fn a_copy_of_a_rom_sizes_by_its_own_length_and_touches_no_hardware() {
     for (bytes, mask) in [(2048, 0xffff_f800), (0x1_0000, 0xffff_0000), (16 << 20, 0xff00_0000u32)] {
         let mut device = devices::virtio_with_rom();
-        device.spec.rom = Some(bytes);
+        device.spec.rom = Some(GuestRom::Copy(bytes));
         let mut space = space(&device.spec);
         let at = |width| Access::new(0x30, width).unwrap();
         for (written, read) in [
@@ -175,11 +176,32 @@ fn a_copy_of_a_rom_sizes_by_its_own_length_and_touches_no_hardware() {
 }
 
 #[test]
+fn the_hosts_rom_is_sized_and_enabled_in_place_whatever_address_the_guest_writes() {
+    let device = devices::virtio_with_the_hosts_rom();
+    let mut space = space(&device.spec);
+    let rom = Access::new(0x30, 4).unwrap();
+    let hardware = || u32::from_le_bytes(device.hardware.bytes.borrow()[0x30..0x34].try_into().unwrap());
+    assert_eq!(space.read(rom, &device.hardware).unwrap(), 0xfeb8_0000);
+    for (written, read, reached) in [
+        (0xffff_f800, 0xffff_f000, 0xfeb8_0000u32),
+        (u32::MAX, 0xffff_f001, 0xfeb8_0001),
+        (0xf300_0001, 0xf300_0001, 0xfeb8_0001),
+        (0xfeb8_0000, 0xfeb8_0000, 0xfeb8_0000),
+    ] {
+        space.write(rom, written, &device.hardware).unwrap();
+        assert_eq!(space.read(rom, &device.hardware).unwrap(), read, "{written:#x}");
+        assert_eq!(hardware(), reached, "{written:#x}");
+    }
+}
+
+#[test]
 fn functions_that_differ_in_their_rom_alone_share_no_filter() {
     let with = |rom| FunctionSpec { rom, ..devices::network_pf().spec };
     let hosts = devices::network_pf().spec.resources[6].size as u32;
-    let inputs = [None, Some(hosts), Some(2 * hosts)].map(|rom| Planes::inputs(&with(rom)));
-    assert!(inputs[0] != inputs[1] && inputs[1] != inputs[2]);
+    let copies = [hosts, 2 * hosts].map(GuestRom::Copy);
+    let roms = [None, Some(GuestRom::OfHost), Some(copies[0]), Some(copies[1])];
+    let inputs: BTreeSet<Vec<u8>> = roms.iter().map(|rom| Planes::inputs(&with(*rom))).collect();
+    assert_eq!(inputs.len(), roms.len());
 }
 
 #[test]

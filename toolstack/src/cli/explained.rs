@@ -200,8 +200,11 @@ pub fn policy(view: &PolicyView) -> String {
     if view.rdm_policy == RdmPolicy::Strict.word() {
         let _ = writeln!(text, "reserved memory (rdm-policy): {}", view.rdm_policy);
     }
-    if !matches!(view.rom.as_str(), "" | "hide") {
-        let _ = writeln!(text, "expansion ROM of HVM guests (rom): {}", view.rom);
+    match view.rom.as_str() {
+        "" | "hide" => {}
+        "device" => text
+            .push_str("expansion ROM (rom): device: an HVM guest gets a copy, a PV guest the device's own\n"),
+        file => _ = writeln!(text, "expansion ROM of HVM guests (rom): {file}"),
     }
     if let Some(count) = view.vfs_by_guest {
         let _ = writeln!(text, "VFs that a PV guest with the PF can create (virtual-functions): {count}");

@@ -46,6 +46,9 @@ pub struct Record {
     /// The copy of an expansion ROM that its guest has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rom: Option<RomRecord>,
+    /// Whether its guest has its own expansion ROM, which is granted like a BAR.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub own_rom: bool,
     /// Whether its guest may still reach it, because switching it off could not be verified.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unproved: bool,
@@ -143,6 +146,7 @@ impl Record {
             grants: Vec::new(),
             without_line: false,
             rom: None,
+            own_rom: false,
             unproved: false,
             unknown_past: false,
             unreset: false,

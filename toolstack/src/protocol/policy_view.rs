@@ -26,7 +26,8 @@ pub struct PolicyView {
     /// The RDM policy, for the case that Xen objects to its reserved memory: `strict` or `relaxed`.
     #[serde(default)]
     pub rdm_policy: String,
-    /// The expansion ROM for an HVM guest: `hide` (none), `device`, or the path of a file.
+    /// The expansion ROM for a guest: `hide` (none), `device` (a copy for an HVM guest, the device's own for a PV guest), or the path of a
+    /// file (for an HVM guest).
     #[serde(default)]
     pub rom: String,
     /// How many VFs a PV guest that gets the PF can create; absent if none.

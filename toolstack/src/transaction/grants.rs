@@ -1,4 +1,4 @@
-//! Host resources that a guest gets with the function: access to its BARs and I/O ports, and its interrupt line.
+//! Host resources that a guest gets with the function: access to its BARs, I/O ports and expansion ROM, and its interrupt line.
 //!
 //! Functions may share such resources: an interrupt line, or a page with two small BARs. A guest with two such functions keeps the shared
 //! resources until it loses the second function.
@@ -8,21 +8,23 @@ use pciback::DomId;
 use pciback::live::{self, PlacedBar};
 use pciback::platform::{Foreign, Host, HostFunction, PAGE, Pirq, Platform, Resource, Revoked, foreign_bar};
 
+use super::hold::joined;
 use super::reset::config_failure;
 use super::sharing::{Line, LineCheck, refuse_pages};
-use super::{Context, guest_of};
+use super::{Context, guest_of, rom};
 use crate::domains::{self, DomainType};
 use crate::former_owners::FormerOwners;
 use crate::journal::{Grant, Record};
 use crate::outcome::Failure;
 
-/// Grants the resources. The text is a warning that the guest does not get the interrupt line.
+/// Grants the resources. The text is a warning that the guest does not get the interrupt line, or about its expansion ROM.
 pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
     let domain = guest_of(record)?;
     let function = context.platform.host.function(record.address)?;
-    refuse_foreign(context.platform.host.as_ref(), &function)?;
-    decode(context, &function)?;
-    let mut grants: Vec<Grant> = function.bars().iter().filter_map(bar_grant).collect();
+    let rom = rom::own(context.platform, context.policies, &function, Some(domain))?;
+    refuse_foreign(context.platform.host.as_ref(), &function, rom)?;
+    decode(context, &function, rom)?;
+    let mut grants: Vec<Grant> = function.bars().iter().chain(&rom).filter_map(bar_grant).collect();
     let spec = crate::spec::function_spec(context.platform.host.as_ref(), record.address)?;
     let line = LineCheck::of(context, &function, &spec, domain)?;
     // Locked, so that no other transaction grants or revokes the same resources meanwhile.
@@ -36,6 +38,7 @@ pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<Option
         Line::Withheld(warning) => Some(warning),
     };
     record.without_line = withheld.is_some();
+    record.own_rom = rom.is_some();
     granted.insert(record.address, (domain, grants.clone()));
     // Written to the journal first, because only grants in the journal are revoked.
     record.grants = grants;
@@ -50,17 +53,24 @@ pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<Option
         }
         return Err(Failure::from(error).on(record.address).of(domain));
     }
-    Ok(withheld)
+    let shared_decoder = rom.map(|_| rom::shared_decoder(record.address, domain));
+    Ok(joined(withheld.into_iter().chain(shared_decoder)))
 }
 
-/// Refuses BARs that the kernel does not list as the function's, and pages that also contain resources of other drivers.
-pub(super) fn refuse_foreign(host: &dyn Host, function: &HostFunction) -> Result<(), Failure> {
-    if !function.bars().iter().any(Resource::is_placed) {
+/// Refuses BARs, and the expansion ROM that the guest is given, that the kernel does not list as the function's, and pages that also
+/// contain resources of other drivers.
+pub(super) fn refuse_foreign(
+    host: &dyn Host,
+    function: &HostFunction,
+    rom: Option<Resource>,
+) -> Result<(), Failure> {
+    let ranges: Vec<Resource> = function.bars().iter().copied().chain(rom).collect();
+    if !ranges.iter().any(Resource::is_placed) {
         return Ok(());
     }
     let address = function.address;
     let (memory, ports) = (host.memory_map()?, host.port_map()?);
-    let Some((bar, why)) = foreign_bar(function, &memory, &ports) else { return Ok(()) };
+    let Some((bar, why)) = foreign_bar(address, &ranges, &memory, &ports) else { return Ok(()) };
     let (what, file) = if bar.is_io() { ("ports", "/proc/ioports") } else { ("memory", "/proc/iomem") };
     let (first, last) = (bar.start, bar.start.saturating_add(bar.size - 1));
     let (why, otherwise) = match why {
@@ -78,15 +88,18 @@ pub(super) fn refuse_foreign(host: &dyn Host, function: &HostFunction) -> Result
 }
 
 /// Enables decoding before the guest can reach a BAR. It stays enabled until the guest can no longer reach it, because the guest's writes
-/// to these bits do not reach hardware.
-fn decode(context: &Context<'_>, function: &HostFunction) -> Result<(), Failure> {
+/// to these bits do not reach hardware. The decoder of the expansion ROM is off: firmware may have left it on, and BARs may not answer then.
+fn decode(context: &Context<'_>, function: &HostFunction, rom: Option<Resource>) -> Result<(), Failure> {
     let config = context.platform.host.config(function.address)?;
-    live::decode_bars(config.as_ref(), &PlacedBar::of_host(function))
+    let mut bars = PlacedBar::of_host(function);
+    bars.extend(rom.as_ref().map(PlacedBar::of_rom));
+    live::disable_rom(config.as_ref())
+        .and_then(|()| live::decode_bars(config.as_ref(), &bars))
         .and_then(|changed| changed.kept("Command"))
         .map_err(|error| config_failure("enable decoding of", function.address, &error))
 }
 
-/// Notes that a PV guest may map the function's BARs; such mappings survive the revocation.
+/// Notes that a PV guest may map the function's BARs and expansion ROM; such mappings survive the revocation.
 pub fn note_owner(owners: &FormerOwners, platform: &Platform, record: &Record) -> Result<(), Failure> {
     let domain = guest_of(record)?;
     if domains::kind(platform.store.as_ref(), domain)? == DomainType::Hvm {
@@ -119,10 +132,12 @@ pub(super) fn revoke(context: &Context<'_>, record: &mut Record) -> Result<(), F
     }
     first_failure.map_err(|failure| failure.on(record.address).of(domain))?;
     record.grants.clear();
+    record.own_rom = false;
     Ok(())
 }
 
-fn bar_grant(bar: &Resource) -> Option<Grant> {
+/// The grant of a BAR or an expansion ROM; `None` where there is none with an address.
+pub(super) fn bar_grant(bar: &Resource) -> Option<Grant> {
     match (bar.is_placed(), bar.is_io()) {
         (false, _) => None,
         (true, true) => Some(Grant::Ioport { first: bar.start as u32, count: bar.size as u32 }),

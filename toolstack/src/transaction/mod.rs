@@ -38,7 +38,7 @@ pub use path::{
     FunctionPath, Member, before as before_on_path, blast_radius, not_handled, renew as renew_path, value_in,
 };
 pub use reset::{plan_for, reset_and_verify};
-pub use rom::{read_copy as read_rom_copy, refuse_unusable_file};
+pub use rom::{read_copy as read_rom_copy, refuse_unusable as refuse_unusable_rom};
 pub use sharing::{Sharing, refuse_release};
 pub use together::{Buses, Fresh};
 

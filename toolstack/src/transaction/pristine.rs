@@ -3,18 +3,28 @@
 //!
 //! Linux saves most control registers before a reset and restores them afterwards, including values that a guest wrote. So the control
 //! registers of all known capabilities are noted when a function is first held. Those bits that a guest could reach are restored and
-//! verified whenever the function gets another owner.
+//! verified whenever the function gets another owner. The enable bit of the expansion ROM, which is off while a guest has the function, is one
+//! of them.
 
 use log::{info, warn};
 use pciback::Sbdf;
 use pciback::config::{Access, ConfigSpace, ControlRegister, FunctionSpec, Planes, Policy};
 use pciback::live::errors as registers;
+use pciback::spec::header;
 
 use super::Context;
 use super::reset::config_failure;
 use crate::journal::{Pristine, Record};
 use crate::outcome::{ErrorCode, Failure};
 use crate::spec::function_spec;
+
+/// Enable of the expansion ROM.
+const ROM: ControlRegister = ControlRegister {
+    access: Access::fixed::<{ header::ROM }, 4>(),
+    name: "Expansion ROM Enable",
+    mask: header::ROM_ENABLE,
+    zero: 0,
+};
 
 /// The built-in filter: it tells registers that store what is written from others.
 fn built_in(spec: &FunctionSpec) -> Result<Planes, Failure> {
@@ -44,8 +54,17 @@ fn read(context: &Context<'_>, spec: &FunctionSpec) -> Result<Vec<Pristine>, Fai
         let (offset, width) = (control.access.offset(), control.access.width().bytes() as u8);
         Ok(Pristine { offset, width, mask: control.mask, value, reached: 0 })
     };
-    let noted: std::io::Result<_> = planes.controls().into_iter().map(note).collect();
+    let noted: std::io::Result<_> = controls(&planes, spec).into_iter().map(note).collect();
     noted.map_err(|error| config_failure("note the registers of", address, &error))
+}
+
+/// The registers that the service restores.
+fn controls(planes: &Planes, spec: &FunctionSpec) -> Vec<ControlRegister> {
+    let mut controls = planes.controls();
+    if spec.resources[6].exists() && !spec.is_virtual() {
+        controls.push(ROM);
+    }
+    controls
 }
 
 /// Before a function that was reset is given to a guest: notes the registers if that was not done yet, restores what an earlier guest may
@@ -62,13 +81,15 @@ pub(super) fn prepare(context: &Context<'_>, record: &mut Record) -> Result<Opti
     Ok(warning)
 }
 
-/// Adds the bits that the guest's filter passes to hardware, by the current policies.
+/// Adds the bits that the guest's filter passes to hardware, by the current policies, and those that the service changes while a guest
+/// has the function.
 fn note_reach(context: &Context<'_>, record: &mut Record, spec: &FunctionSpec) -> Result<(), Failure> {
     let Some(guest) = record.guest else { return Ok(()) };
     let planes = context.serving.filter(spec, guest.domain)?;
     for register in record.pristine.iter_mut().flatten() {
         if let Ok(access) = Access::new(register.offset.into(), register.width.into()) {
-            register.reached |= planes.reaches(access) & register.mask;
+            let changed = if access == ROM.access { header::ROM_ENABLE } else { 0 };
+            register.reached |= (planes.reaches(access) | changed) & register.mask;
         }
     }
     Ok(())
@@ -101,7 +122,7 @@ fn put_back(
     }
     let (address, planes) = (record.address, built_in(spec)?);
     let config = context.platform.host.config(address)?;
-    let controls = planes.controls();
+    let controls = controls(&planes, spec);
     let (mut kept_out, mut reported) = (Vec::new(), Vec::new());
     for register in record.pristine.iter_mut().flatten().filter(|register| register.reached != 0) {
         let control = controls.iter().find(|control| {

@@ -47,8 +47,9 @@ fn reset_in_this_way(
     way: Way,
 ) -> Result<Option<String>, Failure> {
     let (host, address) = (platform.host.as_ref(), function.address);
-    // Before the reset, because Linux saves Command and restores it afterwards.
-    let quiet = live::clear_bus_master(host.config(address)?.as_ref());
+    // Before the reset, because Linux saves the header and restores it afterwards.
+    let config = host.config(address)?;
+    let quiet = live::clear_bus_master(config.as_ref()).and_then(|()| live::disable_rom(config.as_ref()));
     quiet.map_err(|error| config_failure("quiesce", address, &error))?;
     let unreset = (way == Way::Without).then(|| {
         format!(

@@ -1,5 +1,7 @@
-//! The expansion ROM that policies give to a guest: a copy, made before the guest gets the function, so that a restarted service can use
-//! it again.
+//! The expansion ROM that policies give to a guest.
+//!
+//! An HVM guest gets a copy, made before the guest gets the function, so that a restarted service can use it again. A PV guest maps
+//! addresses of the host, where no copy can be: it gets the device's own ROM, which is granted like a BAR.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -11,7 +13,7 @@ use nix::libc::O_NONBLOCK;
 use nix::unistd::geteuid;
 use pciback::config::{ROM_LIMIT, rom_contents};
 use pciback::hash::Fnv;
-use pciback::platform::Platform;
+use pciback::platform::{HostFunction, Platform, Resource};
 use pciback::policy::{PolicySet, RomSource, Subject};
 use pciback::{DomId, Sbdf};
 
@@ -28,17 +30,21 @@ pub fn rom_path(run_directory: &Path, address: Sbdf) -> PathBuf {
     run_directory.join("images").join(format!("{address}.rom"))
 }
 
-/// Makes the copy if the policies ask for one. The text is a warning that the guest cannot have it.
+/// Makes the copy if the policies ask for one. The text is a warning that the guest, a PV guest, cannot have it.
 pub(super) fn copy(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
     let (address, domain) = (record.address, guest_of(record)?);
     remove(context, record)?;
     let wanted = wanted(context.platform, context.policies, address, Some(domain))?;
     let Some(wanted) = wanted else { return Ok(None) };
     if domains::kind(context.platform.store.as_ref(), domain)? != DomainType::Hvm {
-        return Ok(Some(format!(
-            "{address}: domain {domain} gets no expansion ROM in spite of {}: it is a PV guest, and only HVM guests get a copy",
-            wanted.asked
-        )));
+        let is_file = matches!(wanted.source, RomSource::File(_));
+        return Ok(is_file.then(|| {
+            format!(
+                "{address}: domain {domain} gets no expansion ROM in spite of {}: a PV guest maps the addresses of the device itself, where \
+                 no copy can be",
+                wanted.asked
+            )
+        }));
     }
     let contents = wanted.contents(context.platform)?;
     let path = rom_path(&context.settings.run_directory, address);
@@ -50,9 +56,59 @@ pub(super) fn copy(context: &Context<'_>, record: &mut Record) -> Result<Option<
     Ok(None)
 }
 
-/// Refuses to attach where the policies name a file that is not a ROM. The device's own ROM is read only when the function is attached,
-/// because reading it switches the ROM's decoder on.
-pub fn refuse_unusable_file(
+/// The place of the function's own expansion ROM, if the policies give that to its guest, a PV guest.
+///
+/// # Errors
+///
+/// There is no ROM that could be given.
+pub(super) fn own(
+    platform: &Platform,
+    policies: &PolicySet,
+    function: &HostFunction,
+    domain: Option<DomId>,
+) -> Result<Option<Resource>, Failure> {
+    let address = function.address;
+    let Some(domain) = domain.filter(|domain| *domain != DomId::DOM0) else { return Ok(None) };
+    let wanted = wanted(platform, policies, address, Some(domain))?;
+    let Some(wanted) = wanted.filter(|wanted| wanted.source == RomSource::Device) else { return Ok(None) };
+    if domains::kind(platform.store.as_ref(), domain)? == DomainType::Hvm {
+        return Ok(None);
+    }
+    let rom = function.rom();
+    match unusable(function) {
+        None => Ok(Some(*rom)),
+        Some(why) => {
+            Err(wanted.refusal(&format!("the ROM of {address}: {why}"), "write 'rom: hide' instead"))
+        }
+    }
+}
+
+/// Why a guest cannot map the expansion ROM of a function.
+fn unusable(function: &HostFunction) -> Option<&'static str> {
+    let rom = function.rom();
+    if function.physical_function.is_some() || !rom.exists() {
+        return Some("it has none");
+    }
+    if rom.flags & Resource::ROM_SHADOW != 0 {
+        return Some("what the kernel shows as its ROM is a copy that firmware has left in memory");
+    }
+    if rom.flags & Resource::ENHANCED_ALLOCATION != 0 {
+        return Some("its address is in an Enhanced Allocation capability, and it cannot be switched off");
+    }
+    (!rom.is_placed()).then_some("the kernel found no address for it")
+}
+
+/// A warning for a guest that can switch the decoder of the device's ROM.
+pub(super) fn shared_decoder(address: Sbdf, domain: DomId) -> String {
+    format!(
+        "{address}: domain {domain} can enable the device's expansion ROM: if the device has one address decoder for its ROM and its BARs \
+         (PCI 3.0, section 6.2.5.2), the BARs do not answer while the ROM is enabled"
+    )
+}
+
+/// Refuses to attach where the policies name a file that is not a ROM, or give a PV guest a ROM that it cannot map. For an HVM guest, the
+/// device's own ROM is read only when the function is attached, because reading it switches the ROM's decoder on.
+pub fn refuse_unusable(
     platform: &Platform,
     policies: &PolicySet,
     address: Sbdf,
@@ -66,6 +122,7 @@ pub fn refuse_unusable_file(
         Some(wanted @ WantedRom { source: RomSource::File(_), .. }) if !pv => {
             wanted.contents(platform).map(drop)
         }
+        Some(_) if pv => own(platform, policies, &platform.host.function(address)?, domain).map(drop),
         _ => Ok(()),
     }
 }
@@ -95,7 +152,7 @@ fn wanted(
 
 impl WantedRom {
     fn contents(&self, platform: &Platform) -> Result<Vec<u8>, Failure> {
-        let Self { address, domain, source, asked } = self;
+        let Self { address, source, .. } = self;
         let (contents, origin, hint) = match source {
             RomSource::File(path) => {
                 let hint = "the file must be a ROM as the device has it, beginning with 55 aa, owned by root and not writable by others";
@@ -107,12 +164,14 @@ impl WantedRom {
             }
         };
         let checked = contents.and_then(|bytes| rom_contents(bytes).map_err(|error| error.to_string()));
-        checked.map_err(|why| {
-            let guest = domain.map_or_else(|| "a guest".to_owned(), |domain| format!("domain {domain}"));
-            let text =
-                format!("give {address} with an expansion ROM to {guest}, as {asked} says: {origin}: {why}");
-            Failure { domain: *domain, ..Failure::refused(text).on(*address).hint(hint) }
-        })
+        checked.map_err(|why| self.refusal(&format!("{origin}: {why}"), hint))
+    }
+
+    fn refusal(&self, why: &str, hint: &str) -> Failure {
+        let Self { address, domain, asked, .. } = self;
+        let guest = domain.map_or_else(|| "a guest".to_owned(), |domain| format!("domain {domain}"));
+        let text = format!("give {address} with an expansion ROM to {guest}, as {asked} says: {why}");
+        Failure { domain: *domain, ..Failure::refused(text).on(*address).hint(hint) }
     }
 }
 

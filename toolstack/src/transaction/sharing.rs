@@ -7,19 +7,19 @@
 
 use nix::errno::Errno;
 use pciback::config::{AnyId, FunctionSpec};
-use pciback::containment::radius::{Bridge, Radius, Sharer, is_alone};
+use pciback::containment::radius::{Bridge, Radius, Sharer, has_bar_in_pages_of, is_alone};
 use pciback::live::{self, Changed, Switch};
-use pciback::platform::{HostFunction, Platform};
+use pciback::platform::{HostFunction, Platform, Resource};
 use pciback::policy::{Permission, PolicySet, Subject};
 use pciback::spec::{CapabilityId, header};
 use pciback::{DomId, Sbdf};
 
-use super::grants::refuse_foreign;
+use super::grants::{bar_grant, refuse_foreign};
 use super::hold::{guest_owned, is_owned_by_other_toolstack};
 use super::path::{FunctionPath, Member};
 use super::reset::config_failure;
 use super::together::{self, Buses, Fresh};
-use super::{Context, guest_of};
+use super::{Context, guest_of, rom};
 use crate::domains;
 use crate::journal::{Grant, Granted, Journal, Owner, Record};
 use crate::outcome::{Failure, few};
@@ -57,7 +57,9 @@ impl<'a> Context<'a> {
 /// Refuses to attach a function because of what it shares.
 pub(super) fn refuse(context: &Context<'_>, record: &Record, path: &FunctionPath) -> Result<(), Failure> {
     let domain = guest_of(record)?;
-    let found = context.sharing().on_path(path, Some(domain))?;
+    let function = context.platform.host.function(record.address)?;
+    let rom = rom::own(context.platform, context.policies, &function, Some(domain))?;
+    let found = context.sharing().on_path(path, Some(domain), rom)?;
     Failure::refuse_for(&format!("attach {} to domain {domain}", record.address), found)
 }
 
@@ -102,16 +104,25 @@ impl Foreign {
 impl Sharing<'_> {
     /// Obstacles to giving a function to a domain, or to any domain.
     pub fn obstacles(&self, address: Sbdf, domain: Option<DomId>) -> Result<Vec<Failure>, Failure> {
-        let mut found = self.on_path(&FunctionPath::of(self.platform, address)?, domain)?;
+        let host = self.platform.host.as_ref();
+        let function = host.function(address)?;
+        // One that no guest can be given is reported by the check of ROMs.
+        let rom = rom::own(self.platform, self.policies, &function, domain).unwrap_or(None);
+        let mut found = self.on_path(&FunctionPath::of(self.platform, address)?, domain, rom)?;
         // Only checked for a held function: before that, its BARs contain the claims of dom0's driver.
         if domain != Some(DomId::DOM0) && self.journal.owners().get(&address) == Some(&Owner::Held) {
-            let host = self.platform.host.as_ref();
-            found.extend(refuse_foreign(host, &host.function(address)?).err());
+            found.extend(refuse_foreign(host, &function, rom).err());
         }
         Ok(found)
     }
 
-    fn on_path(&self, path: &FunctionPath, domain: Option<DomId>) -> Result<Vec<Failure>, Failure> {
+    /// With the expansion ROM that the domain is given, if any.
+    fn on_path(
+        &self,
+        path: &FunctionPath,
+        domain: Option<DomId>,
+        rom: Option<Resource>,
+    ) -> Result<Vec<Failure>, Failure> {
         let Some(Member { function, bytes, .. }) = path.members.last() else { return Ok(Vec::new()) };
         let bridges = path.bridges();
         // BARs of a VF are page aligned (PCI Express 6.0, section 9.3.3.13), and it has no interrupt line.
@@ -122,7 +133,7 @@ impl Sharing<'_> {
         let spec = crate::spec::function_spec(self.platform.host.as_ref(), function.address)?;
         let messages = spec.has_messages();
         let has_pin = bytes.get(usize::from(header::INTERRUPT_PIN)).is_some_and(|pin| *pin != 0);
-        let mut found = self.shared(function, &bridges, &foreign, domain)?;
+        let mut found = self.shared(function, &bridges, &foreign, domain, rom)?;
         if has_pin && (!messages || domain == Some(DomId::DOM0)) {
             let granted = self.journal.granted().clone();
             let users = self.line_users(function, domain, &granted, &foreign);
@@ -160,13 +171,24 @@ impl Sharing<'_> {
         bridges: &[Bridge],
         foreign: &[Foreign],
         domain: Option<DomId>,
+        rom: Option<Resource>,
     ) -> Result<Vec<Failure>, Failure> {
         let address = function.address;
         let others: Vec<HostFunction> = foreign.iter().map(|foreign| foreign.function.clone()).collect();
         let radius = Radius::of(function, false, bridges, &others);
         let mut found = Vec::new();
         let page = Permission::SharedPage;
-        if let Some(who) = self.refused(function, domain, page, &of(foreign, &radius.page))? {
+        let granted = self.journal.granted().clone();
+        let own: Vec<Grant> = function.bars().iter().chain(&rom).filter_map(bar_grant).collect();
+        // The expansion ROM of a function counts where a guest has it.
+        let is_in_pages = |other: &&Foreign| {
+            let address = other.function.address;
+            radius.page.iter().any(|sharer| sharer.address == address)
+                || rom.is_some_and(|rom| has_bar_in_pages_of(&other.function, &rom))
+                || granted.get(&address).is_some_and(|(_, theirs)| have_common_page(&own, theirs))
+        };
+        let in_pages: Vec<&Foreign> = foreign.iter().filter(is_in_pages).collect();
+        if let Some(who) = self.refused(function, domain, page, &in_pages)? {
             found.push(shared_page(address, domain, &who));
         }
         let group = Permission::SharedGroup;
@@ -339,8 +361,8 @@ pub(super) fn refuse_pages(
     granted: &Granted,
 ) -> Result<(), Failure> {
     let others = granted.iter().filter(|(_, (guest, _))| *guest != domain);
-    let meets = |theirs: &Grant| grants.iter().any(|own| meet(*own, *theirs));
-    let Some((other, (guest, _))) = others.into_iter().find(|(_, (_, theirs))| theirs.iter().any(meets))
+    let Some((other, (guest, _))) =
+        others.into_iter().find(|(_, (_, theirs))| have_common_page(grants, theirs))
     else {
         return Ok(());
     };
@@ -357,6 +379,10 @@ fn sends_messages(context: &Context<'_>, spec: &FunctionSpec, domain: DomId) -> 
     let filter = context.serving.filter(spec, domain)?;
     let messages = [AnyId::Legacy(CapabilityId::MSI), AnyId::Legacy(CapabilityId::MSI_X)];
     Ok(filter.capabilities().iter().any(|(capability, seen)| *seen && messages.contains(&capability.id)))
+}
+
+fn have_common_page(grants: &[Grant], others: &[Grant]) -> bool {
+    grants.iter().any(|one| others.iter().any(|other| meet(*one, *other)))
 }
 
 /// Whether two grants have a page in common.

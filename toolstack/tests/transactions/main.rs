@@ -27,6 +27,7 @@ mod quarantine;
 mod reconcile;
 mod records;
 mod reserved_memory;
+mod pv_roms;
 mod resets;
 mod roms;
 mod saving;

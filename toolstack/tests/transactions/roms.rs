@@ -1,4 +1,4 @@
-//! Expansion ROMs: an HVM guest reads a copy of the device's, or a file, where a policy says so.
+//! Expansion ROMs: an HVM guest reads a copy of the device's, or a file, where a policy says so. Those of PV guests are in `pv_roms`.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -309,12 +309,12 @@ fn a_device_whose_rom_cannot_be_read_is_refused_with_what_to_do_instead() {
 }
 
 #[test]
-fn a_pv_guest_gets_no_rom_and_attach_warns() {
+fn a_pv_guest_gets_no_file_and_attach_warns() {
     let (world, _guest) = world_with_guest();
     let frontend = Frontend::load(&world, WEB);
-    let service = world.start_with(&[FROM_DEVICE]);
+    let service = world.start_with(&["match: {class: '03'}\nrom: /nowhere/card.rom\n"]);
     service.hold(card()).unwrap();
     let said = warnings(service.attach(WEB, card()));
-    assert!(said.contains("'rom: device'") && said.contains("PV guest"), "{said}");
+    assert!(said.contains("'rom: /nowhere/card.rom'") && said.contains("PV guest"), "{said}");
     assert_eq!(frontend.ask(&read_op(0, ROM.into(), 4)).1, 0);
 }

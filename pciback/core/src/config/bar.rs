@@ -1,7 +1,7 @@
 //! Virtual BARs: what kind and size each has. Sizes come from the host's resources, never from sizing live hardware.
 
 use super::bytes::Bytes;
-use super::function::{FunctionKind, FunctionSpec};
+use super::function::{FunctionKind, FunctionSpec, GuestRom};
 use super::list::CapabilityList;
 use crate::host::Resource;
 use crate::spec::{ExtendedCapabilityId, header, sriov};
@@ -15,7 +15,7 @@ pub enum BarKind {
     Memory32,
     /// Memory space, this register and the next.
     Memory64,
-    /// The expansion ROM: the guest's copy, at 0 on the host, or the host's, which no guest reaches.
+    /// The expansion ROM.
     Rom,
 }
 
@@ -28,14 +28,11 @@ pub struct Bar {
     pub kind: BarKind,
     /// Whether reads have no side effects.
     pub prefetchable: bool,
-    /// First address on the host; 0 of a copy.
+    /// First address on the host; 0 of an expansion ROM that is a copy, and of one that the guest is not given.
     pub start: u64,
     /// Bytes as the host counts them.
     pub size: u64,
 }
-
-/// `IORESOURCE_PCI_EA_BEI`: the range is one of an Enhanced Allocation entry, and the BAR itself reads 0.
-const ENHANCED_ALLOCATION: u64 = 1 << 5;
 
 impl Bar {
     /// The offset of its (first) register.
@@ -93,9 +90,11 @@ impl Bar {
             bars.extend(bar);
         }
         let hosts = &spec.resources[6];
+        let is_memory = hosts.exists() && !hosts.is_io();
         let rom = match spec.rom {
-            Some(bytes) => Some((0, u64::from(bytes))),
-            None => (hosts.exists() && !hosts.is_io()).then_some((hosts.start, hosts.size)),
+            Some(GuestRom::Copy(bytes)) => Some((0, u64::from(bytes))),
+            Some(GuestRom::OfHost) => is_memory.then_some((hosts.start, hosts.size)),
+            None => is_memory.then_some((0, hosts.size)),
         };
         bars.extend(rom.map(|(start, size)| Self {
             index: 6,
@@ -109,7 +108,7 @@ impl Bar {
 
     fn from_register(index: u8, register: u32, resource: &Resource) -> Option<Self> {
         // One without an address reads 0, as one that is not implemented: a guest would map what lies at address 0.
-        if !resource.exists() || resource.flags & (ENHANCED_ALLOCATION | Resource::UNSET) != 0 {
+        if !resource.exists() || resource.flags & (Resource::ENHANCED_ALLOCATION | Resource::UNSET) != 0 {
             return None;
         }
         // A register that says nothing (never assigned, or a function that just vanished) leaves it to the host's flags, and

@@ -3,7 +3,7 @@
 use super::bar::{Bar, BarKind};
 use super::bytes::Bytes;
 use super::error::ConfigError;
-use super::function::FunctionSpec;
+use super::function::{FunctionSpec, GuestRom};
 use super::list::{Capability, CapabilityList, ListProblem, MsixFault};
 use super::planes::{Bits, DWORDS, Deferred, Model, NamedRegister, Planes, RefusedOverride, Segment};
 use super::policy::{Initial, Policy, Rule, Treatment};
@@ -190,7 +190,8 @@ impl<'a> Compiler<'a> {
             let known = Known { kind: Kind::Constant, register: Some(register), field: None, guarded: true };
             let reason = match (dword == header::ROM, self.spec.rom) {
                 (true, None) => rules::ROM_REASON,
-                (true, Some(_)) => rules::ROM_COPY_REASON,
+                (true, Some(GuestRom::Copy(_))) => rules::ROM_COPY_REASON,
+                (true, Some(GuestRom::OfHost)) => rules::HOST_ROM_REASON,
                 (false, _) => "not implemented: reads 0",
             };
             let rule = Rule::built_in(reason, rules::HEADER_SECTION);
@@ -203,11 +204,7 @@ impl<'a> Compiler<'a> {
                 continue;
             };
             if bar.kind == BarKind::Rom {
-                if self.spec.rom.is_some() {
-                    let mask = bar.address_mask() as u32 | header::ROM_ENABLE;
-                    let known = Known { kind: Kind::Control, ..known };
-                    self.set(Place { offset: dword, width: 4, mask }, known, Treatment::VIRTUAL, &rule);
-                }
+                self.rom(bar, known, &rule);
                 continue;
             }
             let rule = Rule::built_in(rules::BAR_REASON, rules::HEADER_SECTION);
@@ -216,6 +213,23 @@ impl<'a> Compiler<'a> {
             self.set(place(!mask), known, Treatment::Static, &rule);
             let known = Known { kind: Kind::Control, ..known };
             self.set(place(mask), known, Treatment::Virtual(Initial::Hardware), &rule);
+        }
+    }
+
+    fn rom(&mut self, bar: &Bar, known: Known, rule: &Rule) {
+        let known = Known { kind: Kind::Control, ..known };
+        let place = |mask| Place { offset: header::ROM, width: 4, mask };
+        let address = bar.address_mask() as u32;
+        match self.spec.rom {
+            None => {}
+            Some(GuestRom::Copy(_)) => {
+                self.set(place(address | header::ROM_ENABLE), known, Treatment::VIRTUAL, rule);
+            }
+            Some(GuestRom::OfHost) => {
+                self.set(place(address), known, Treatment::Virtual(Initial::Hardware), rule);
+                let rule = Rule::built_in(rules::HOST_ROM_ENABLE_REASON, rules::HEADER_SECTION);
+                self.set(place(header::ROM_ENABLE), known, Treatment::Pass, &rule);
+            }
         }
     }
 
@@ -460,7 +474,11 @@ impl Planes {
         inputs.extend((spec.bytes.len() as u32).to_le_bytes());
         inputs.push(u8::from(spec.is_virtual()));
         inputs.push(u8::from(spec.has_line()));
-        inputs.push(u8::from(spec.rom.is_some()));
+        inputs.push(match spec.rom {
+            None => 0,
+            Some(GuestRom::Copy(_)) => 1,
+            Some(GuestRom::OfHost) => 2,
+        });
         inputs.extend(spec.identity.vendor.to_le_bytes());
         inputs.extend(spec.identity.class.to_le_bytes());
         inputs.push(spec.bytes.byte(header::HEADER_TYPE));

@@ -55,6 +55,15 @@ pub enum FunctionKind {
     },
 }
 
+/// The expansion ROM that a guest has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum GuestRom {
+    /// A copy, with its bytes: a power of two from 2 KiB to 16 MiB.
+    Copy(u32),
+    /// The function's own, at the address that the host gave it.
+    OfHost,
+}
+
 /// Everything known of a function when its filter is built.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FunctionSpec {
@@ -70,8 +79,8 @@ pub struct FunctionSpec {
     pub kind: FunctionKind,
     /// The host's number of its interrupt line, the GSI; 0 where it has none.
     pub gsi: u32,
-    /// Bytes of the expansion ROM, a copy, that its guest has; `None` where the guest has none. A power of two from 2 KiB to 16 MiB.
-    pub rom: Option<u32>,
+    /// The expansion ROM that its guest has; `None` where the guest has none.
+    pub rom: Option<GuestRom>,
 }
 
 impl FunctionSpec {

@@ -27,7 +27,7 @@ pub use access::{Access, AccessError, CONVENTIONAL_SIZE, ConfigSpace, EXTENDED_S
 pub use bar::{Bar, BarKind};
 pub use controls::ControlRegister;
 pub use error::ConfigError;
-pub use function::{FunctionKind, FunctionSpec, Identity};
+pub use function::{FunctionKind, FunctionSpec, GuestRom, Identity};
 pub use image::FunctionImage;
 pub use interrupts::{BarPart, MsiCapability, MsixCapability};
 pub use list::{Capability, CapabilityList, ListProblem, MsixFault};

@@ -236,13 +236,17 @@ fn group(function: &HostFunction, bridges: &[Bridge], sharers: Sharers<'_>) -> (
     }
 }
 
-/// Whether memory BARs lie in the same page. The expansion ROM is never a guest's, VF BARs are the VFs'.
+/// Whether memory BARs lie in the same page. VF BARs are the VFs'.
 fn share_a_page(own: &HostFunction, other: &HostFunction) -> bool {
-    let pages = |bar: &Resource| (bar.start / PAGE, (bar.start + bar.size - 1) / PAGE);
-    let memory = |bars: &[Resource]| {
-        let memory = bars.iter().filter(|bar| bar.is_placed() && !bar.is_io());
-        memory.map(pages).collect::<Vec<_>>()
+    own.bars().iter().any(|bar| has_bar_in_pages_of(other, bar))
+}
+
+/// Whether a memory BAR of a function lies in a page that a range of memory is in.
+pub fn has_bar_in_pages_of(function: &HostFunction, range: &Resource) -> bool {
+    let pages = |range: &Resource| {
+        let is_memory = range.is_placed() && !range.is_io();
+        is_memory.then(|| (range.start / PAGE, range.start.saturating_add(range.size - 1) / PAGE))
     };
-    let others = memory(other.bars());
-    memory(own.bars()).iter().any(|(first, last)| others.iter().any(|(from, to)| first <= to && from <= last))
+    let Some((first, last)) = pages(range) else { return false };
+    function.bars().iter().filter_map(pages).any(|(from, to)| first <= to && from <= last)
 }

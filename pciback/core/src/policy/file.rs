@@ -166,7 +166,8 @@ pub(super) const KEYS: &[KeyWord] = &[
     ),
     key(
         "rom",
-        "Which expansion ROM an HVM guest finds: hide (none), device (a copy of the device's), or the absolute path of a file with one.",
+        "Which expansion ROM a guest finds: hide (none), device (the device's; for an HVM guest a copy), or the absolute path of a file with one \
+         (HVM guests only).",
     ),
     key("virtual-functions", "Whether the guest that gets the PF creates its VFs, and how many at most."),
     key("profile", "What happens to unknown registers: a named set of defaults."),

@@ -66,8 +66,8 @@ pub fn rom_unknown(spec: &FunctionSpec, merged: &Merged<'_>) -> Option<String> {
     let (source, file) = &merged.rom;
     (*source != RomSource::Hide && spec.rom.is_none()).then(|| {
         format!(
-            "the size of the expansion ROM that an HVM guest gets ('rom: {source}' of {}), as a guest that gets none sees the register is \
-             shown",
+            "the size of the expansion ROM that an HVM guest gets ('rom: {source}' of {}): the register is shown as a guest that gets none \
+             sees it",
             file.unwrap_or("the policies")
         )
     })

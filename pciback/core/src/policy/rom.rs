@@ -1,4 +1,4 @@
-//! The key `rom` of a policy file: which expansion ROM an HVM guest finds.
+//! The key `rom` of a policy file: which expansion ROM a guest finds.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -16,7 +16,7 @@ pub enum RomSource {
     /// There is none.
     #[default]
     Hide,
-    /// The device's own ROM.
+    /// The device's own ROM: for an HVM guest a copy of it.
     Device,
     /// A file, by its absolute path.
     File(PathBuf),

@@ -412,6 +412,13 @@ impl Simulation {
         }
     }
 
+    /// Flags of a function's expansion ROM that Linux shows from now on, beside those that it has.
+    pub fn mark_rom(&self, address: Sbdf, flags: u64) {
+        if let Some(function) = locked(&self.world).functions.get_mut(&address) {
+            function.resources[6].flags |= flags;
+        }
+    }
+
     /// Bytes of a function's config space as hardware has them, without any access.
     pub fn peek(&self, address: Sbdf, offset: u16, length: u16) -> Vec<u8> {
         let world = locked(&self.world);

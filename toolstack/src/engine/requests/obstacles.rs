@@ -13,7 +13,7 @@ use crate::reply::Reply;
 use crate::settings::Holder;
 use crate::transaction::{
     Buses, choose_holder, guest_owned, holder_of, is_owned_by_other_toolstack, plan_for, refuse_in_use,
-    refuse_unusable_file,
+    refuse_unusable_rom,
 };
 
 /// A refused action.
@@ -44,7 +44,7 @@ pub(super) fn shares_with_others(state: FunctionState, function: &HostFunction) 
 }
 
 /// Obstacles to an attachment that are checked on a thread: another toolstack owns the function (checked if it has a record), or it
-/// shares resources with functions of owners other than `domain` (`None`: of any owner), or the file with its ROM is unusable.
+/// shares resources with functions of owners other than `domain` (`None`: of any owner), or the ROM that policies give it is unusable.
 pub(super) fn shared_obstacles(
     workshop: &Workshop,
     address: Sbdf,
@@ -63,7 +63,7 @@ pub(super) fn shared_obstacles(
     let guest = domain.filter(|domain| *domain != DomId::DOM0);
     // Nothing of a guest's matters for a function that goes back to dom0.
     if domain != Some(DomId::DOM0)
-        && let Err(failure) = refuse_unusable_file(&workshop.platform, &workshop.policies, address, guest)
+        && let Err(failure) = refuse_unusable_rom(&workshop.platform, &workshop.policies, address, guest)
     {
         found.push(failure);
     }

@@ -259,7 +259,18 @@ fn bars(function: &HostFunction) -> Vec<String> {
         };
         format!("BAR {index}: {kind} {place}, {:#x} bytes{prefetchable}", bar.size)
     };
-    function.bars().iter().enumerate().filter(|(_, bar)| bar.exists()).map(bar).collect()
+    let bars = function.bars().iter().enumerate().filter(|(_, bar)| bar.exists()).map(bar);
+    bars.chain(rom(function.rom())).collect()
+}
+
+/// The expansion ROM, which only policies give to guests.
+fn rom(rom: &Resource) -> Option<String> {
+    let place = match (rom.flags & Resource::ROM_SHADOW != 0, rom.is_placed()) {
+        (true, _) => format!("a copy of firmware's at {:#x}", rom.start),
+        (false, true) => format!("at {:#x}", rom.start),
+        (false, false) => "without an address".to_owned(),
+    };
+    rom.exists().then(|| format!("expansion ROM {place}, {:#x} bytes", rom.size))
 }
 
 #[cfg(test)]

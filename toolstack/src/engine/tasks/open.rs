@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use log::warn;
 use pciback::DomId;
-use pciback::config::{FunctionImage, FunctionSpec, ImageOwner, Planes, VirtualConfigSpace};
+use pciback::config::{FunctionImage, FunctionSpec, GuestRom, ImageOwner, Planes, VirtualConfigSpace};
 use pciback::hash::Fnv;
 use pciback::platform::{BarMemory, PlatformError, SharedMemory};
 use pciback::policy::Subject;
@@ -54,7 +54,7 @@ impl Workshop {
         let memory = memory.map_err(|error| failed("map the image", &error))?;
         let image = FunctionImage::new(memory, ImageOwner { boot: boot_number(&record.boot), domain });
         let host = self.platform.host.as_ref();
-        let given = Given { line: !record.without_line, rom: record.rom.map(|rom| rom.bytes) };
+        let given = Given { line: !record.without_line, rom: guest_rom(record) };
         let spec = Arc::new(spec::guest_spec(host, address, given)?);
         // Capabilities that the guest has seen stay visible, even if policies have changed.
         let visible = again.then(|| image.visible_capabilities(spec.bytes.len()));
@@ -110,6 +110,12 @@ impl Workshop {
         }
         self.filters.planes(spec, policy, visible)
     }
+}
+
+/// The expansion ROM that the guest of a function has.
+fn guest_rom(record: &Record) -> Option<GuestRom> {
+    let copy = record.rom.map(|rom| GuestRom::Copy(rom.bytes));
+    copy.or_else(|| record.own_rom.then_some(GuestRom::OfHost))
 }
 
 /// The boot identifier as a number, as the header of the image has it.

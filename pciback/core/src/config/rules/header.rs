@@ -13,6 +13,12 @@ pub const BAR_REASON: &str =
 /// Why the expansion ROM is hidden.
 pub const ROM_REASON: &str = "not given: reads 0, as if there were none; decoding it on hardware can switch off BARs (PCI 3.0, 6.2.5.2)";
 
+/// Why the address of the function's own ROM is virtual.
+pub const HOST_ROM_REASON: &str =
+    "virtual: the guest sees and sizes the device's ROM, which policy gives it, but cannot move it";
+/// Why its enable bit is not.
+pub const HOST_ROM_ENABLE_REASON: &str = "policy gives the guest the device's ROM: it switches the ROM's decoder; on some devices BARs \
+                                          do not answer meanwhile (PCI 3.0, 6.2.5.2)";
 /// Why the BAR of the guest's copy is virtual.
 pub const ROM_COPY_REASON: &str =
     "virtual: the guest places and enables a copy of the ROM, which policy gives it; hardware's stays off";

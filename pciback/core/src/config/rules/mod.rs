@@ -7,7 +7,8 @@ mod legacy;
 
 pub(super) use devices::device_rules;
 pub(super) use header::{
-    BAR_REASON, HEADER, NO_LINE, ROM_COPY_REASON, ROM_REASON, SECTION as HEADER_SECTION, VF_COMMAND,
+    BAR_REASON, HEADER, HOST_ROM_ENABLE_REASON, HOST_ROM_REASON, NO_LINE, ROM_COPY_REASON, ROM_REASON,
+    SECTION as HEADER_SECTION, VF_COMMAND,
 };
 
 use super::compile::EVENT;
