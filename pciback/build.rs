@@ -41,6 +41,7 @@ const LIBRARIES: [Library; 7] = [
             "xc_domain_unbind_msi_irq",
             "xc_domain_bind_pt_pci_irq",
             "xc_domain_unbind_pt_irq",
+            "xc_domain_unbind_pt_spi_irq",
             "xc_physdev_map_pirq",
             "xc_physdev_unmap_pirq",
             "xc_pcitopoinfo",

@@ -79,6 +79,9 @@ pub trait HvmDomains: Send + Sync {
     ) -> Result<()>;
     /// Ends that.
     fn unbind_msi(&self, domain: DomId, pirq: Pirq) -> Result<()>;
+    /// Whether a physical interrupt of the guest is mapped to an interrupt of the host, whoever has mapped it. Nothing changes. `EINVAL`: it
+    /// is no HVM guest.
+    fn is_mapped(&self, domain: DomId, pirq: Pirq) -> Result<bool>;
     /// Delivers a physical interrupt, a line, as INTx of the device at this number; `pin`: 0 for INTA to 3 for INTD.
     fn bind_line(&self, domain: DomId, pirq: Pirq, slot: u8, pin: u8, bind: bool) -> Result<()>;
 }

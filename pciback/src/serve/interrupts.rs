@@ -78,9 +78,23 @@ pub enum InterruptError {
 
 type Result<T> = std::result::Result<T, InterruptError>;
 
+/// The end of the physical interrupts of any guest: by default Xen gives a guest as many as there are interrupt lines, and 32 more.
+pub(super) const PIRQS_END: u32 = 1024;
+
 impl GuestFunction {
     pub(super) fn vectors(&self) -> VectorState {
         self.space.image().vectors()
+    }
+
+    /// Whether an earlier process was about to map a vector when it was killed, and Xen chose the number.
+    pub(super) fn interrupted(&self) -> bool {
+        let vectors = self.vectors();
+        vectors.pending.is_some_and(|entry| vectors.pirq_of(entry).is_none())
+    }
+
+    /// The physical interrupts of the guest that are known to belong to it.
+    pub(super) fn known_pirqs(&self) -> Vec<u32> {
+        self.vectors().entries.iter().map(|(_, pirq)| *pirq).chain([self.line]).collect()
     }
 
     pub(super) fn note(&mut self, vectors: &VectorState) -> Result<()> {

@@ -18,6 +18,7 @@ pub const CONTRACTS: &[Contract] = &[
     ("msix/control-is-written-as-one-word", Nothing, control),
     ("pirq/unmapped-once", Nothing, unmap),
     ("pirq/mapped-to-the-number-that-is-asked-for", Nothing, chosen),
+    ("pirq/asked-of-hvm-guests-only", Nothing, asked),
     ("gsi/lines-have-an-end", Nothing, lines),
 ];
 
@@ -183,6 +184,12 @@ fn chosen(fixture: &Fixture) -> Result<(), Broken> {
         ok(xen.unmap_pirq(guest, known))?;
         refused("unmap again", xen.unmap_pirq(guest, known), &[Errno::EINVAL])
     })
+}
+
+fn asked(fixture: &Fixture) -> Result<(), Broken> {
+    let hvm = &fixture.platform.hvm;
+    refused("of a PV guest", hvm.is_mapped(fixture.guest, Pirq(50)), &[Errno::EINVAL])?;
+    refused("of a domain that does not exist", hvm.is_mapped(NO_DOMAIN, Pirq(50)), &[Errno::ESRCH])
 }
 
 fn lines(fixture: &Fixture) -> Result<(), Broken> {

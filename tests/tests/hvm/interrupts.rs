@@ -2,9 +2,9 @@
 
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use xpci_tests::BareGuest;
-use xpci_tests::host::{self, SOON, come};
+use xpci_tests::host::{self, SOON, VFS, come, granted, start_service};
 
 use super::{BAR0, BAR3, Hvm, SLOT};
 
@@ -143,4 +143,59 @@ pub fn again(one: &BareGuest<'_>) -> Result<()> {
     let (own, count) = (registers(one, BAR0)?, settled_count(one)?);
     trigger(one, own)?;
     comes_again(one, count)
+}
+
+/// The image is made what a process leaves that is killed when Xen has mapped an interrupt and nothing notes that yet.
+pub fn an_interrupt_that_a_killed_service_did_not_note_is_unmapped_by_the_next(
+    scene: &mut Hvm<'_>,
+) -> Result<()> {
+    let image = format!("/run/xpci/images/{}", VFS[0]);
+    let (_, table) = set_up(scene.one()?)?;
+    let before = mapped(scene)?;
+    scene.service.signal(9)?;
+    scene.service.wait(SOON)?;
+    let mut words = words(&scene.lab.pull(&image)?);
+    make_pending(&mut words, 1).context("the image has no such vector")?;
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    scene.lab.push(&bytes, &image)?;
+    scene.service = start_service(scene.lab)?;
+    // It is answered when the next process serves the guest.
+    scene.one()?.tell("r 72 2")?;
+    ensure!(mapped(scene)? == before - 1, "{before} before, now {}", mapped(scene)?);
+    scene.one()?.tell(&format!("n {:x} 4 0", table + 0x1c))?;
+    ensure!(mapped(scene)? == before, "{before} before, now {}", mapped(scene)?);
+    again(scene.one()?)
+}
+
+/// How many interrupts of the host Xen has mapped for the guest.
+fn mapped(scene: &Hvm<'_>) -> Result<u32> {
+    let lines = granted(scene.lab, scene.one()?.domid()?)?;
+    let line = lines.iter().find(|line| line.contains("Interrupts")).context("Xen reports no interrupts")?;
+    let ranges = line.split_once('{').map_or("", |(_, ranges)| ranges).trim_end_matches('}');
+    let mut count = 0;
+    for range in ranges.split(',').map(str::trim).filter(|range| !range.is_empty()) {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        count += last.parse::<u32>()? - first.parse::<u32>()? + 1;
+    }
+    Ok(count)
+}
+
+fn words(bytes: &[u8]) -> Vec<u32> {
+    bytes.chunks_exact(4).map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect()
+}
+
+/// Replaces the note of a vector by one that it is about to be mapped. Word 9 says which of two slots counts, from words 3072 and 4096 on:
+/// mode, pending entry, number of vectors, a reserved word, then entry and interrupt of each.
+fn make_pending(words: &mut [u32], entry: u32) -> Option<()> {
+    let slot = 3072 + (*words.get(9)? as usize & 1) * 1024;
+    let count = *words.get(slot + 2)? as usize;
+    let first = slot + 4;
+    let found = (0..count).find(|index| words.get(first + 2 * index) == Some(&entry))?;
+    let last = count.checked_sub(1)?;
+    for word in 0..2 {
+        *words.get_mut(first + 2 * found + word)? = *words.get(first + 2 * last + word)?;
+    }
+    *words.get_mut(slot + 1)? = entry;
+    *words.get_mut(slot + 2)? = last as u32;
+    Some(())
 }

@@ -22,7 +22,9 @@ use crate::vf::{self, Model};
 use events::{events_of_msix_survive_the_service, msix_comes_as_events_where_messages_name_interrupts};
 use interrupts::{
     a_masked_function_waits_likewise, a_masked_vector_waits_and_its_pending_bit_shows_that,
-    a_vector_stays_masked_over_disabling_and_enabling, the_vfs_mailbox_interrupts_the_guest,
+    a_vector_stays_masked_over_disabling_and_enabling,
+    an_interrupt_that_a_killed_service_did_not_note_is_unmapped_by_the_next,
+    the_vfs_mailbox_interrupts_the_guest,
 };
 use persist::{
     a_guest_that_resets_itself_has_its_persistent_function, the_next_domain_has_its_persistent_function,
@@ -78,6 +80,7 @@ impl<'a> Scene<'a> for Hvm<'a> {
             a_masked_vector_waits_and_its_pending_bit_shows_that needs the_vfs_mailbox_interrupts_the_guest,
             a_masked_function_waits_likewise needs the_vfs_mailbox_interrupts_the_guest,
             a_vector_stays_masked_over_disabling_and_enabling needs the_vfs_mailbox_interrupts_the_guest,
+            an_interrupt_that_a_killed_service_did_not_note_is_unmapped_by_the_next needs the_vfs_mailbox_interrupts_the_guest,
             a_guest_that_reads_notices_no_killed_service,
             port_cf8_survives_the_service,
             msix_works_on_under_the_services_successor needs the_vfs_mailbox_interrupts_the_guest,

@@ -20,7 +20,7 @@ const MSI_CONTROL: u16 = 0x52;
 const MSI_ADDRESS: u16 = 0x54;
 const MSI_DATA: u16 = 0x5c;
 const MSI_MASK: u16 = 0x60;
-const ENABLE: u32 = 0x8000;
+pub const ENABLE: u32 = 0x8000;
 const ALL_MASKED: u32 = 0x4000;
 /// Delivery mode ExtINT, vector 0.
 const EVENT: u32 = 0x700;
@@ -52,7 +52,7 @@ fn enable(guest: &Guest, pirqs: &[(u64, u32)]) {
 }
 
 /// The guest's physical interrupts with the entries that are mapped to them.
-fn mapped(world: &World) -> Vec<(u32, u16)> {
+pub fn mapped(world: &World) -> Vec<(u32, u16)> {
     let vectors = world.simulation.grants(WIN).vectors;
     vectors.iter().map(|(pirq, vector)| (*pirq, vector.entry.unwrap_or(0))).collect()
 }
@@ -61,14 +61,14 @@ fn delivered(pirq: u32, table: u64, masked: bool) -> (u32, Delivery) {
     (pirq, Delivery { message: event(pirq), table, masked })
 }
 
-fn with_table() -> (World, Guest, Service) {
+pub fn with_table() -> (World, Guest, Service) {
     let (world, guest, service) = attached();
     guest.write(BAR3, 4, TABLE as u32);
     (world, guest, service)
 }
 
 /// Nothing of the host was lost on the way, and nothing of the function remains.
-fn assert_ends_well(world: &World, guest: &Guest, service: &Service, address: Sbdf, why: &str) {
+pub fn assert_ends_well(world: &World, guest: &Guest, service: &Service, address: Sbdf, why: &str) {
     service.detach(WIN, address).unwrap();
     world.assert_held(service, address, why);
     assert_nothing_remains(world, guest, why);
@@ -226,7 +226,7 @@ fn a_table_that_moves_and_a_service_that_is_restarted_leave_vectors_unmasked() {
 
 /// A run of the service that is killed at any of the changes which a write to config space makes leaves the next one to carry the write out;
 /// `more_than` are so many changes, and `check` looks at what has become of it.
-fn killed_at_each_change(
+pub fn killed_at_each_change(
     begin: impl Fn() -> (World, Guest, Service),
     register: u16,
     value: u32,

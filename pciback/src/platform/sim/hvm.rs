@@ -313,6 +313,16 @@ impl HvmDomains for SimHvmDomains {
         })
     }
 
+    fn is_mapped(&self, domain: DomId, pirq: Pirq) -> Result<bool> {
+        let world = Arc::clone(&self.world);
+        self.call(("is_mapped", "ask for an interrupt of"), domain, |_| {
+            let world = locked(&world);
+            let known = world.xen.domains.get(&domain);
+            Ok(known
+                .is_some_and(|known| known.vectors.contains_key(&pirq.0) || known.lines.contains(&pirq.0)))
+        })
+    }
+
     fn bind_line(&self, domain: DomId, pirq: Pirq, slot: u8, pin: u8, bind: bool) -> Result<()> {
         self.call(("bind_line", "bind an interrupt line of"), domain, |domain| {
             claimed(&mut domain.reached.lines, (pirq.0, slot, pin), bind);

@@ -7,6 +7,7 @@ mod device;
 mod interrupts;
 mod numbers;
 mod ports;
+mod recovery;
 mod requests;
 mod rom;
 mod table;

@@ -8,12 +8,13 @@ use std::sync::Arc;
 use log::warn;
 
 use super::ports::ConfigPorts;
+use super::recovery::recover_interrupted;
 use super::wire::{self, IoRequest, Place, VCPUS};
 use super::{ECAM_BASE, ECAM_BYTES, Taken};
 use crate::DomId;
 use crate::config::Width;
 use crate::fault::AerAnswer;
-use crate::platform::{IoreqServer, PlatformError};
+use crate::platform::{HvmDomains, IoreqServer, PlatformError};
 use crate::serve::worker::{EVENTS, RequestSource, Turn};
 use crate::serve::{
     Attachment, Counters, Demand, GuestFunction, NotNotified, Notification, Roster, Server, ServerReport,
@@ -27,6 +28,10 @@ pub struct Connection {
     pub ports: ConfigPorts,
     /// What its functions have of it.
     pub taken: Arc<Taken>,
+    /// Where the guest's physical interrupts are looked up.
+    pub domains: Arc<dyn HvmDomains>,
+    /// Whether the guest has functions from another toolstack, too.
+    pub shared: bool,
 }
 
 /// Starts to serve an HVM guest; `functions` are those of a previous process, by device and function. Requests that have waited since
@@ -38,8 +43,8 @@ pub fn start(
     counters: Arc<Counters>,
     report: Box<dyn Fn(ServerReport) + Send>,
 ) -> io::Result<Server> {
-    let Connection { server, ports, taken } = connection;
-    let source = IoreqRequests { server, ports, taken, resumes: true };
+    let Connection { server, ports, taken, domains, shared } = connection;
+    let source = IoreqRequests { server, ports, taken, domains, shared, resumes: true };
     Server::start(domain, source, functions, counters, report)
 }
 
@@ -48,14 +53,16 @@ struct IoreqRequests {
     server: Box<dyn IoreqServer>,
     ports: ConfigPorts,
     taken: Arc<Taken>,
+    domains: Arc<dyn HvmDomains>,
+    shared: bool,
     /// Requests that an earlier thread took and did not answer are answered, too.
     resumes: bool,
 }
 
 impl RequestSource for IoreqRequests {
-    /// A vector that was about to be mapped stays noted as that: an HVM guest has physical interrupts that are not ours, so that none can be
-    /// unmapped without its number.
-    fn recover(&mut self, _: &mut Roster) {}
+    fn recover(&mut self, roster: &mut Roster) {
+        recover_interrupted(roster, self.domains.as_ref(), self.shared);
+    }
 
     fn serve(&mut self, roster: &mut Roster) -> Turn {
         let mut turn = Turn::Idle;

@@ -5,6 +5,7 @@ use log::warn;
 use super::wire::{MSIX_ENTRIES, MsixEntry, Op, OpAnswer};
 use crate::config::{InterruptMode, VectorState};
 use crate::platform::{MsiSource, Pirq, Revoked};
+use crate::serve::interrupts::PIRQS_END;
 use crate::serve::{GuestFunction, InterruptError, Roster};
 
 type Result<T> = std::result::Result<T, InterruptError>;
@@ -45,27 +46,16 @@ pub(super) fn disable(function: &mut GuestFunction, mode: InterruptMode) -> Resu
 
 /// Unmaps vectors that a previous process mapped but could not record before it was killed.
 pub(super) fn recover_interrupted(roster: &mut Roster) {
-    let known: Vec<u32> = roster.functions.values().flat_map(|function| known(function)).collect();
-    for function in roster.functions.values_mut().filter(|function| interrupted(function)) {
+    let known: Vec<u32> = roster.functions.values().flat_map(|function| function.known_pirqs()).collect();
+    for function in roster.functions.values_mut().filter(|function| function.interrupted()) {
         if let Err(error) = unmap_unknown(function, &known) {
             warn!("{}: recover a vector of domain {}: {error}", function.address(), roster.domain);
         }
     }
 }
 
-/// The physical interrupts of the guest that are known to belong to a function.
-fn known(function: &GuestFunction) -> Vec<u32> {
-    function.vectors().entries.iter().map(|(_, pirq)| *pirq).chain([function.line]).collect()
-}
-
-/// Whether a previous process was about to map a vector when it was killed.
-fn interrupted(function: &GuestFunction) -> bool {
-    function.vectors().pending.is_some()
-}
-
-/// Pirqs below this are the ISA interrupts', above the second no guest has any: by default Xen gives a guest as many as
-/// there are interrupt lines, and 32 more.
-const PIRQS: std::ops::Range<u32> = 16..1024;
+/// Pirqs below these are the ISA interrupts'.
+const PIRQS: std::ops::Range<u32> = 16..PIRQS_END;
 
 /// Unmaps a vector that a previous process mapped but could not record.
 ///

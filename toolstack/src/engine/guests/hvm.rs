@@ -17,6 +17,7 @@ use pciback::serve::hvm::{
     self, CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts, Connection, Device, ECAM_BASE, ECAM_BYTES, Taken,
 };
 use pciback::serve::pv::Handshake;
+use pciback::serve::pv::nodes::pciback_functions;
 
 use super::Event;
 use super::guest::Guest;
@@ -190,7 +191,9 @@ impl Engine {
             Some(Hvm { server, taken: Arc::clone(&taken), devices: functions.keys().copied().collect() });
         let report =
             Box::new(move |report| inbox.send(engine::Event::Guests(Event::Reported(domain, report))));
-        let connection = Connection { server: connected, ports, taken };
+        let shared = self.has_functions_of_others(domain);
+        let connection =
+            Connection { server: connected, ports, taken, domains: Arc::clone(&self.platform.hvm), shared };
         let started = hvm::start(domain, connection, functions, Arc::clone(&guest.counters), report);
         let failed = |error: io::Error| {
             Failure::new(ErrorCode::Failed, format!("start the thread of domain {domain}: {error}"))
@@ -200,6 +203,12 @@ impl Engine {
         self.guests.add(domain, guest);
         info!("domain {domain}: serving it as ioreq server {}", server.0);
         Ok(())
+    }
+
+    /// Whether another toolstack has given functions to a guest, or that is unknown.
+    fn has_functions_of_others(&self, domain: DomId) -> bool {
+        let found = pciback_functions(self.platform.store.as_ref());
+        found.map_or(true, |functions| functions.iter().any(|(_, guest)| *guest == domain))
     }
 
     /// Maps the file with the guest's last write to port CF8, which the next run of the service needs as well.
