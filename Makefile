@@ -83,6 +83,7 @@ bench: binaries
 	run filter $(CARGO) bench --locked -p toolstack --bench filter; \
 	run inventory $(CARGO) bench --locked -p xpci-core --bench inventory; \
 	run growth $(CARGO) bench --locked -p toolstack --bench growth; \
+	run large-bar $(CARGO) bench --locked -p toolstack --bench large_bar; \
 	run lab $(CARGO) run --locked --release -q -p xpci-tests --bin bench -- $(BENCH_OPTIONS); \
 	[ -z "$$failed" ] || { echo "== failed:$$failed" >&2; exit 1; }
 

@@ -36,6 +36,7 @@ const LIBRARIES: [Library; 7] = [
             "xc_domain_irq_permission",
             "xc_domain_getinfolist",
             "xc_domain_memory_mapping",
+            "xc_domain_maximum_gpfn",
             "xc_domain_ioport_mapping",
             "xc_domain_update_msi_irq",
             "xc_domain_unbind_msi_irq",

@@ -29,6 +29,8 @@ pub(super) const MSIX: u16 = 0x50;
 pub(super) const DEVICE_CONTROL: u16 = 0x68;
 pub(super) const TABLE_SIZE: u16 = 10;
 const TABLE_BAR: u64 = 0xfe00_0000;
+/// Where the host has a BAR of gigabytes.
+const LARGE_BAR: u64 = 1 << 40;
 /// Numbers of a guest's physical interrupts: lines, then those that can be had for messages.
 const LINES: u32 = 24;
 const PIRQS: u32 = LINES + 12;
@@ -188,13 +190,33 @@ impl Machine {
 
     /// The same with an interrupt line.
     pub fn open_with_line(&self, address: Sbdf, line: u32) -> Box<GuestFunction> {
+        let bar = Resource { start: TABLE_BAR, size: 0x4000, flags: Resource::MEMORY };
+        self.open_as(address, line, config_bytes(), bar, FunctionImage::BYTES)
+    }
+
+    /// One with a BAR of gigabytes, for an HVM guest.
+    pub fn open_large(&self, address: Sbdf, size: u64) -> Box<GuestFunction> {
+        let mut bytes = config_bytes();
+        bytes[0x10..0x18].copy_from_slice(&(LARGE_BAR | 4).to_le_bytes());
+        let bar = Resource { start: LARGE_BAR, size, flags: Resource::MEMORY | Resource::MEMORY_64 };
+        self.open_as(address, 0, bytes, bar, FunctionImage::HVM_BYTES)
+    }
+
+    fn open_as(
+        &self,
+        address: Sbdf,
+        line: u32,
+        bytes: Vec<u8>,
+        bar: Resource,
+        image: usize,
+    ) -> Box<GuestFunction> {
         self.with(|state| {
-            state.config.entry(address).or_insert_with(config_bytes);
+            state.config.entry(address).or_insert_with(|| bytes.clone());
         });
         let mut resources = [Resource::default(); 13];
-        resources[0] = Resource { start: TABLE_BAR, size: 0x4000, flags: Resource::MEMORY };
+        resources[0] = bar;
         let identity = Identity { vendor: 0x8086, device: 0x10ca, class: 0x02_0000, ..Identity::default() };
-        let (bytes, kind) = (config_bytes(), FunctionKind::Physical);
+        let kind = FunctionKind::Physical;
         let spec = FunctionSpec { address, bytes, resources, identity, kind, gsi: line, rom: None };
         let planes = Arc::new(Planes::compile(&spec, &Policy::default()).unwrap());
         let owner = ImageOwner { boot: 1, domain: DOMAIN };
@@ -202,10 +224,10 @@ impl Machine {
         let known = images.contains_key(&address);
         let file = images.entry(address).or_insert_with(|| {
             let file = tempfile::tempfile().unwrap();
-            file.set_len(FunctionImage::BYTES as u64).unwrap();
+            file.set_len(image as u64).unwrap();
             file
         });
-        let image = FunctionImage::new(SharedMemory::map_file(file, FunctionImage::BYTES).unwrap(), owner);
+        let image = FunctionImage::new(SharedMemory::map_file(file, image).unwrap(), owner);
         let hardware = Box::new(Hardware { machine: self.clone(), address });
         let space = if known {
             VirtualConfigSpace::resume(&spec, planes, image, hardware.as_ref()).unwrap()

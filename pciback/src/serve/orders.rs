@@ -23,6 +23,8 @@ pub enum ServerReport {
     DriverStarted(Attachment),
     /// The function's interrupts could not be put back after its reset.
     RestoreFailed(Attachment, String),
+    /// BARs that an earlier process had placed could not be placed again.
+    NotPlaced(Attachment, String),
     /// What became of a notification of an error.
     Notified(Attachment, Result<Result<AerAnswer, u32>, NotNotified>),
     /// The guest has pulled the reset line of its machine.
@@ -39,6 +41,7 @@ impl ServerReport {
             | Self::Vanished(attachment)
             | Self::DriverStarted(attachment)
             | Self::RestoreFailed(attachment, _)
+            | Self::NotPlaced(attachment, _)
             | Self::Notified(attachment, _) => Some(*attachment),
             Self::RestartWanted | Self::Failed(_) => None,
         }

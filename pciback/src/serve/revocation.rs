@@ -1,8 +1,8 @@
-//! Taking a function from a thread that does not answer.
+//! Taking a function from a thread that does not answer, and from one that is in the middle of long work on it.
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use nix::errno::Errno;
 
@@ -12,17 +12,51 @@ use crate::config::{Access, ConfigSpace};
 ///
 /// A thread that hangs in a config access keeps the function's open config space, and continues with it when that access ends: by then
 /// the function may have another owner. So this is looked at before each access to hardware and before anything is mapped.
+///
+/// Mapping a large BAR is work of seconds. It is done in parts, and pauses where there are orders for the thread.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Revocation(Arc<AtomicBool>);
+pub(super) struct Revocation(Arc<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    revoked: AtomicBool,
+    interrupted: AtomicBool,
+    parts: AtomicU64,
+}
 
 impl Revocation {
     pub fn revoke(&self) {
-        self.0.store(true, Ordering::SeqCst);
+        self.0.revoked.store(true, Ordering::SeqCst);
     }
 
     /// An error: the function was taken, and is not there for this thread.
     pub fn check(&self) -> Result<(), Errno> {
-        if self.0.load(Ordering::SeqCst) { Err(Errno::ENODEV) } else { Ok(()) }
+        if self.0.revoked.load(Ordering::SeqCst) { Err(Errno::ENODEV) } else { Ok(()) }
+    }
+
+    /// There is an order for the thread: called after it was sent.
+    pub fn interrupt(&self) {
+        self.0.interrupted.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether there may be an order that was not looked at.
+    pub fn is_interrupted(&self) -> bool {
+        self.0.interrupted.load(Ordering::SeqCst)
+    }
+
+    /// All orders that were sent before are about to be looked at.
+    pub fn resume(&self) {
+        self.0.interrupted.store(false, Ordering::SeqCst);
+    }
+
+    /// A part of long work is done: the thread does not hang.
+    pub fn advance(&self) {
+        self.0.parts.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// How many parts of long work were done.
+    pub fn parts(&self) -> u64 {
+        self.0.parts.load(Ordering::SeqCst)
     }
 }
 

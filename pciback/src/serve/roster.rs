@@ -108,8 +108,14 @@ impl Roster {
         }
     }
 
+    /// Whether there are orders that long work on a function has paused for.
+    pub fn is_interrupted(&self) -> bool {
+        self.functions.values().any(|function| function.revocation.is_interrupted())
+    }
+
     /// Obeys the orders that wait; `true`: the last one was to stop, and the functions were given back.
     pub fn take_orders(&mut self) -> bool {
+        self.functions.values().for_each(|function| function.revocation.resume());
         while let Ok(order) = self.orders.try_recv() {
             if let Some(stop) = self.obey(order) {
                 // The engine may have stopped waiting.

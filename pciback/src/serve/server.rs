@@ -21,8 +21,8 @@ use crate::DomId;
 use crate::config::{MaskedWrite, Planes};
 use crate::platform::PlatformError;
 
-/// How long the engine waits for the thread. An access takes microseconds, one to a function that the kernel resets up to a
-/// minute.
+/// How long the engine waits for the thread, unless that advances in mapping or unmapping a BAR. An access takes microseconds, one to a
+/// function that the kernel resets up to a minute.
 const STUCK: Duration = Duration::from_secs(2);
 
 /// A running thread, as the engine holds it.
@@ -65,6 +65,8 @@ impl Server {
 
     fn order(&self, order: Order) {
         if self.orders.send(order).is_ok() {
+            // Not before it was sent: the thread looks at its orders once for this.
+            self.revocations().values().for_each(Revocation::interrupt);
             match self.wake.write(1) {
                 // EAGAIN: it is as awake as can be.
                 Ok(_) | Err(Errno::EAGAIN) => {}
@@ -82,8 +84,8 @@ impl Server {
     /// Takes a function out and quiesces it; `Ok(None)` when the thread does not have it. `Err`: the thread hangs in an access; it makes
     /// no other one to this function when that ends, but the function is as the guest had it.
     pub fn take(&self, devfn: u8) -> Result<Option<Taken>, ServerStuck> {
-        let revocation = self.revocations().remove(&devfn);
         let taken = self.ask(|sender| Order::Take(devfn, sender));
+        let revocation = self.revocations().remove(&devfn);
         if let (Err(ServerStuck), Some(revocation)) = (&taken, revocation) {
             revocation.revoke();
         }
@@ -129,11 +131,20 @@ impl Server {
     fn ask<T>(&self, order: impl FnOnce(mpsc::Sender<T>) -> Order) -> Result<Option<T>, ServerStuck> {
         let (sender, answer) = mpsc::channel();
         self.order(order(sender));
-        match answer.recv_timeout(STUCK) {
-            Ok(answer) => Ok(Some(answer)),
-            Err(mpsc::RecvTimeoutError::Disconnected) => Ok(None),
-            Err(mpsc::RecvTimeoutError::Timeout) => Err(ServerStuck),
+        let mut before = self.parts();
+        loop {
+            match answer.recv_timeout(STUCK) {
+                Ok(answer) => return Ok(Some(answer)),
+                Err(mpsc::RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(mpsc::RecvTimeoutError::Timeout) if self.parts() == before => return Err(ServerStuck),
+                Err(mpsc::RecvTimeoutError::Timeout) => before = self.parts(),
+            }
         }
+    }
+
+    /// How many parts of long work the thread has done.
+    fn parts(&self) -> u64 {
+        self.revocations().values().fold(0, |parts, revocation| parts.wrapping_add(revocation.parts()))
     }
 
     /// The reset that a guest asked for has ended; unless `verified` the function reads all ones from now on.
@@ -144,14 +155,12 @@ impl Server {
     /// Stops and gives the functions back, untouched: they can be served again. `Err`: the thread hangs in an access, and
     /// stops when that ends, without another access to its functions, which are as the guest had them.
     pub fn stop(&self) -> Result<BTreeMap<u8, Box<GuestFunction>>, ServerStuck> {
-        let (sender, functions) = mpsc::channel();
-        self.order(Order::Stop(sender));
-        let functions = match functions.recv_timeout(STUCK) {
-            Err(mpsc::RecvTimeoutError::Timeout) => {
+        let functions = match self.ask(Order::Stop) {
+            Err(stuck) => {
                 self.revocations().values().for_each(Revocation::revoke);
-                return Err(ServerStuck);
+                return Err(stuck);
             }
-            answered => answered.unwrap_or_default(),
+            Ok(functions) => functions.unwrap_or_default(),
         };
         if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take()
             && thread.join().is_err()

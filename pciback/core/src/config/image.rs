@@ -32,6 +32,8 @@ mod word {
     pub const REQUEST_GENERATION: usize = 10;
     /// Where an HVM guest has each BAR: two words for each of seven.
     pub const PLACED: usize = 16;
+    /// How many page frames of each of these are mapped, from the first on.
+    pub const MAPPED: usize = 32;
     pub const REQUESTS: usize = 64;
     pub const REQUEST_SLOT: usize = 64;
 }
@@ -197,8 +199,19 @@ impl FunctionImage {
     /// Notes where a BAR is about to be mapped, or that it is mapped no more.
     pub fn set_placed(&mut self, bar: u8, address: Option<u64>) {
         let at = word::PLACED + 2 * usize::from(bar.min(6));
+        self.set_mapped_frames(bar, 0);
         // The lower half is never 0 for an address within 4 GiB, and a half-written note leads to an unmapping that fails.
         self.set_double(at, address.unwrap_or(0));
+    }
+
+    /// How many page frames of a BAR are mapped where it is placed, from its first one on; 0 in images of versions that did not note it.
+    pub fn mapped_frames(&self, bar: u8) -> u64 {
+        self.get(word::MAPPED + usize::from(bar.min(6))).into()
+    }
+
+    /// Notes that. What is noted is mapped.
+    pub fn set_mapped_frames(&mut self, bar: u8, frames: u64) {
+        self.set(word::MAPPED + usize::from(bar.min(6)), u32::try_from(frames).unwrap_or(u32::MAX));
     }
 
     /// An entry of an HVM guest's MSI-X table: address, upper address, data, vector control.

@@ -63,6 +63,16 @@ impl XenHvmDomains {
         Ok(answer.mem_type != MEMORY_MMIO)
     }
 
+    /// The highest page frame at which the guest has anything.
+    fn highest_frame(&self, domain: DomId) -> std::result::Result<u64, Errno> {
+        let mut highest = 0;
+        // SAFETY: the handle is open, and `highest` is valid during the call.
+        let answer = unsafe {
+            self.libraries.ctrl.xc_domain_maximum_gpfn(self.control(), u32::from(domain.0), &raw mut highest)
+        };
+        check(answer).map(|_| highest)
+    }
+
     fn model(&self) -> *mut xendevicemodel_handle {
         self.devicemodel.as_ptr()
     }
@@ -287,9 +297,10 @@ impl HvmDomains for XenHvmDomains {
         let subject = || format!("{frames} page frames from {host:#x} on at {guest:#x} of domain {domain}");
         if map {
             // Xen would put the mapping in the place of the guest's memory, which is then lost to it.
-            for frame in guest..guest + frames {
-                let taken = self.has_memory(domain, frame);
-                if taken.map_err(|errno| PlatformError::new(verb(map), subject(), errno))? {
+            let failed = |errno| PlatformError::new(verb(map), subject(), errno);
+            let end = (guest + frames).min(self.highest_frame(domain).map_err(failed)?.saturating_add(1));
+            for frame in guest..end {
+                if self.has_memory(domain, frame).map_err(failed)? {
                     return Err(PlatformError::new(verb(map), subject(), Errno::EEXIST));
                 }
             }

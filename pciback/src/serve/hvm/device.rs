@@ -1,4 +1,6 @@
 //! A function as a device of an HVM guest: its BARs in the guest's address space, and what the service answers there.
+//!
+//! A BAR of gigabytes is mapped in parts. How far that has come is in the image; after a pause, or in the next process, it goes on there.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -8,6 +10,7 @@ use log::warn;
 
 use super::Taken;
 use super::bars::{self, Part};
+use super::frames::{Frames, Run};
 use super::numbers::Use;
 use super::table::mask_table;
 use crate::config::{Access, Bar, BarKind, SideEffect};
@@ -56,7 +59,8 @@ impl Device {
         memory.get(&bar).map(|memory| access(memory.as_ref()))
     }
 
-    /// Makes a function what an HVM guest finds at this device number. `again`: a previous process did so, and the guest continues.
+    /// Makes a function what an HVM guest finds at this device number. `again`: a previous process did so, and the guest continues; the
+    /// serving thread takes over its BARs.
     pub fn enter(self, function: &mut GuestFunction, again: bool) -> Result<()> {
         let device = Arc::new(self);
         function.set_device(Arc::clone(&device) as _);
@@ -68,8 +72,9 @@ impl Device {
         device.domains.claim_slot(function.domain, device.server, device.slot, true)?;
         if !again {
             device.bind_line(function, true)?;
+            device.place_all(function, false)?;
         }
-        device.place_all(function, again)
+        Ok(())
     }
 
     /// Says what a function was in an HVM guest, so that [`GuestFunction::quiesce`] takes it out of there.
@@ -109,33 +114,94 @@ impl Device {
 
     fn place(&self, function: &mut GuestFunction, bar: &Bar, wanted: Option<u64>, again: bool) -> Result<()> {
         let current = function.space.image().placed(bar.index);
-        if current == wanted && !(again && wanted.is_some()) {
-            return Ok(());
-        }
         if let Some(address) = current.filter(|_| current != wanted) {
-            self.reach(function, bar, address, false)?;
-            function.space.image_mut().set_placed(bar.index, None);
-            self.give_up(bar, address);
+            self.remove(function, bar, address)?;
         }
         let Some(address) = wanted else { return Ok(()) };
-        if !self.take(bar, address) {
-            // Until the place is free nothing answers for this BAR.
-            return Ok(());
-        }
-        let revoked = function.revocation.check();
-        revoked.map_err(|errno| PlatformError::new("map a BAR of", function.address, errno))?;
-        // Noted before it is done: what is not known to be mapped is never unmapped.
-        function.space.image_mut().set_placed(bar.index, Some(address));
-        if let Err(error) = self.reach(function, bar, address, true) {
-            if let Err(second) = self.reach(function, bar, address, false) {
-                warn!("{}: {second}", function.address);
+        let is_new = current != wanted;
+        if is_new || again {
+            if !self.take(bar, address) {
+                // Until the place is free nothing answers for this BAR.
+                return Ok(());
             }
-            function.space.image_mut().set_placed(bar.index, None);
-            self.give_up(bar, address);
-            return Err(error);
+            let revoked = function.revocation.check();
+            revoked.map_err(|errno| PlatformError::new("map a BAR of", function.address, errno))?;
+            // Noted before it is done: what is not known to be mapped is never unmapped.
+            if is_new {
+                function.space.image_mut().set_placed(bar.index, Some(address));
+            }
+            let claimed = self.claim(function, bar, address, true);
+            claimed.map_err(|error| self.undo(function, bar, address, error))?;
         }
-        self.table_moved(function, bar);
+        let frames = Frames::of(bar, function.space.msix().as_ref());
+        let maps = function.space.image().mapped_frames(bar.index) < frames.count();
+        if maps {
+            let mapped = self.map_frames(function, bar, address, &frames);
+            mapped.map_err(|error| self.undo(function, bar, address, error))?;
+        }
+        let is_mapped = function.space.image().mapped_frames(bar.index) >= frames.count();
+        if is_mapped && (is_new || again || maps) {
+            self.table_moved(function, bar);
+        }
         Ok(())
+    }
+
+    /// Maps the page frames that are not mapped yet, and pauses where the thread has orders.
+    fn map_frames(
+        &self,
+        function: &mut GuestFunction,
+        bar: &Bar,
+        address: u64,
+        frames: &Frames,
+    ) -> Result<()> {
+        let mut done = function.space.image().mapped_frames(bar.index);
+        while let Some(Run { offset, count }) = frames.next(done) {
+            if function.revocation.is_interrupted() {
+                break;
+            }
+            let revoked = function.revocation.check();
+            revoked.map_err(|errno| PlatformError::new("map a BAR of", function.address, errno))?;
+            let (guest, host) = ((address + offset) / PAGE, (bar.start + offset) / PAGE);
+            self.domains.map_memory(function.domain, guest, host, count, true)?;
+            done += count;
+            function.space.image_mut().set_mapped_frames(bar.index, done);
+            function.revocation.advance();
+        }
+        Ok(())
+    }
+
+    /// Takes a BAR out of the guest. On an error it stays noted.
+    fn remove(&self, function: &mut GuestFunction, bar: &Bar, address: u64) -> Result<()> {
+        function.space.image_mut().set_mapped_frames(bar.index, 0);
+        let frames = Frames::of(bar, function.space.msix().as_ref());
+        let mut outcome = self.claim(function, bar, address, false);
+        let mut done = 0;
+        // All of them: a process that was killed may have mapped more than it has noted.
+        while let Some(Run { offset, count }) = frames.next(done) {
+            let (guest, host) = ((address + offset) / PAGE, (bar.start + offset) / PAGE);
+            let answer = self.domains.map_memory(function.domain, guest, host, count, false);
+            outcome = outcome.and(Revoked::Reach.outcome(answer));
+            done += count;
+            function.revocation.advance();
+        }
+        outcome?;
+        function.space.image_mut().set_placed(bar.index, None);
+        self.give_up(bar, address);
+        Ok(())
+    }
+
+    /// Takes back what was done of a BAR that cannot be mapped, and returns why.
+    fn undo(
+        &self,
+        function: &mut GuestFunction,
+        bar: &Bar,
+        address: u64,
+        error: PlatformError,
+    ) -> PlatformError {
+        if let Err(second) = self.remove(function, bar, address) {
+            warn!("{}: {second}", function.address);
+        }
+        error
     }
 
     fn take(&self, bar: &Bar, address: u64) -> bool {
@@ -148,23 +214,18 @@ impl Device {
         }
     }
 
-    /// Lets the guest reach a BAR at an address, or not any more; all of it is tried.
-    fn reach(&self, function: &GuestFunction, bar: &Bar, address: u64, map: bool) -> Result<()> {
+    /// Takes the guest's accesses to I/O ports and to the trapped parts of a BAR, or gives them up; all of it is tried.
+    fn claim(&self, function: &GuestFunction, bar: &Bar, address: u64, claim: bool) -> Result<()> {
         let (domains, domain) = (self.domains.as_ref(), function.domain);
         if bar.kind == BarKind::Io {
             let (guest, host, count) = (address as u32, bar.start as u32, bar.size as u32);
-            return undone(map, domains.map_ports(domain, guest, host, count, map));
+            return undone(claim, domains.map_ports(domain, guest, host, count, claim));
         }
         let parts = bars::parts(bar, function.space.msix().as_ref());
         let mut outcome = Ok(());
-        for Part { offset, bytes } in parts.mapped {
-            let (guest, host) = ((address + offset) / PAGE, (bar.start + offset) / PAGE);
-            let answer = domains.map_memory(domain, guest, host, bytes / PAGE, map);
-            outcome = outcome.and(undone(map, answer));
-        }
         for Part { offset, bytes } in parts.trapped {
-            let answer = domains.claim_memory(domain, self.server, address + offset, bytes, map);
-            outcome = outcome.and(undone(map, answer));
+            let answer = domains.claim_memory(domain, self.server, address + offset, bytes, claim);
+            outcome = outcome.and(undone(claim, answer));
         }
         outcome
     }
@@ -217,6 +278,10 @@ impl GuestDevice for Device {
 
     fn place_bars(&self, function: &mut GuestFunction) -> Result<()> {
         self.place_all(function, false)
+    }
+
+    fn take_over_bars(&self, function: &mut GuestFunction) -> Result<()> {
+        self.place_all(function, true)
     }
 
     fn unmap_bars(&self, function: &mut GuestFunction) -> Result<()> {

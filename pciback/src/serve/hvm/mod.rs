@@ -4,6 +4,7 @@ mod acpi;
 mod addresses;
 mod bars;
 mod device;
+mod frames;
 mod interrupts;
 mod numbers;
 mod ports;
@@ -33,3 +34,6 @@ pub struct Taken {
 pub const ECAM_BASE: u64 = 0xfe00_0000;
 /// Its size: one bus.
 pub const ECAM_BYTES: u64 = 1 << 20;
+
+#[cfg(test)]
+mod tests;

@@ -62,16 +62,26 @@ struct IoreqRequests {
 impl RequestSource for IoreqRequests {
     fn recover(&mut self, roster: &mut Roster) {
         recover_interrupted(roster, self.domains.as_ref(), self.shared);
+        for function in roster.functions.values_mut() {
+            if let Err(error) = function.device().take_over_bars(function) {
+                (roster.report)(ServerReport::NotPlaced(function.attachment(), error.to_string()));
+            }
+        }
     }
 
     fn serve(&mut self, roster: &mut Roster) -> Turn {
+        if self.resumes && finish_placing(roster) {
+            return Turn::Stopped;
+        }
         let mut turn = Turn::Idle;
         for vcpu in 0..VCPUS {
             if let Some(request) = wire::take_request(self.server.page(), vcpu, self.resumes) {
                 if roster.take_orders() {
                     return Turn::Stopped;
                 }
-                self.answer(roster, vcpu, &request);
+                if self.answer(roster, vcpu, &request) {
+                    return Turn::Stopped;
+                }
                 turn = Turn::Busy;
             }
         }
@@ -105,7 +115,8 @@ impl RequestSource for IoreqRequests {
 }
 
 impl IoreqRequests {
-    fn answer(&mut self, roster: &mut Roster, vcpu: u16, request: &IoRequest) {
+    /// Carries a request out and answers it; `true`: the thread was ordered to stop before it was done, and the next one does it again.
+    fn answer(&mut self, roster: &mut Roster, vcpu: u16, request: &IoRequest) -> bool {
         let taken = roster.counters.taken();
         let (mut known, mut demand, mut attachment, mut trouble) = (true, None, None, None);
         let data = match request.place {
@@ -122,6 +133,10 @@ impl IoreqRequests {
                 request.write.is_none().then(|| data & value_mask(request.bytes))
             }
         };
+        // The guest goes on when its BAR is there.
+        if finish_placing(roster) {
+            return true;
+        }
         wire::put_answer(self.server.page(), vcpu, data);
         if let Err(error) = self.server.notify(vcpu) {
             warn!("domain {}: {error}", roster.domain);
@@ -136,6 +151,7 @@ impl IoreqRequests {
             complain(roster, request, trouble);
         }
         roster.tell(demand, attachment);
+        false
     }
 
     /// What is read, whether the request made sense, and what it asks of the service.
@@ -227,7 +243,18 @@ fn with_piece(value: u64, width: Width, distance: u8, piece: u32) -> u64 {
     value & !mask | (u64::from(piece) << shift & mask)
 }
 
-/// A place has become free, for which another BAR may wait.
+/// Obeys the orders for which the mapping of BARs has paused, and maps the rest; `true`: the thread is to stop.
+fn finish_placing(roster: &mut Roster) -> bool {
+    while roster.is_interrupted() {
+        if roster.take_orders() {
+            return true;
+        }
+        place_others(roster);
+    }
+    false
+}
+
+/// A place has become free, for which another BAR may wait, or mapping one goes on.
 fn place_others(roster: &mut Roster) {
     for function in roster.functions.values_mut() {
         if let Err(error) = function.device().place_bars(function) {

@@ -23,8 +23,10 @@ pub(super) use self::hvm::Resumed;
 use self::work::WorkDone;
 pub(super) use self::work::not_released;
 use super::Engine;
+use super::problems::Problem;
 use super::requests::Wanted;
 use crate::outcome::Failure;
+use crate::protocol::Cause;
 use crate::reply::Reply;
 
 /// The guests that have functions.
@@ -141,6 +143,12 @@ impl Engine {
                     attachment.address(),
                     &format!("its interrupts could not be restored after a reset: {why}"),
                 );
+            }
+            ServerReport::NotPlaced(attachment, why) => {
+                let address = attachment.address();
+                error!("{address}: {why}");
+                let text = format!("{address}: {why}");
+                self.problems.push(Problem::new(Cause::Guest, text).on(address).of(domain));
             }
             ServerReport::Notified(attachment, answer) => self.guest_answered(attachment.address(), answer),
             ServerReport::RestartWanted => {
