@@ -1,4 +1,4 @@
-# make demo | test | lab | bench | dumps | fuzz | fresh | deb: everything needed is installed first, see CONTRIBUTING.md.
+# make demo | test | test-long | lab | bench | dumps | fuzz | fresh | deb: everything needed is installed first, see CONTRIBUTING.md.
 
 PREFIX ?= /usr
 DESTDIR ?=
@@ -18,7 +18,7 @@ ONLY ?=
 LAB = --locked --profile lab --workspace
 STAGE = @tests/setup/stage.sh
 
-.PHONY: all deps fresh binaries demo test check unit lab-test lab bench dumps fuzz fuzz-short deb install uninstall stages-begin
+.PHONY: all deps fresh binaries demo test check unit lab-test test-long lab bench dumps fuzz fuzz-short deb install uninstall stages-begin
 
 all: binaries
 
@@ -66,6 +66,13 @@ lab-test: deps
 	$(STAGE) "building programs for the lab" $(CARGO) build $(LAB) --bins --examples
 	$(STAGE) "machines that do not come up" $(CARGO) test $(LAB) --test failures -- --test-threads=1
 	$(STAGE) "lab tests" $(CARGO) test $(LAB) --test lab -- $(ONLY)
+
+# What needs a QEMU of the lab's own, which is built once, in 10 to 30 minutes, and kept in the cache. ONLY as above.
+test-long:
+	@tests/setup/host.sh ninja-build libglib2.0-dev libpixman-1-dev libslirp-dev python3-venv
+	$(STAGE) "building programs for the lab" $(CARGO) build $(LAB) --bins --examples
+	$(STAGE) "QEMU of the lab's own" target/lab/lab qemu
+	$(STAGE) "long lab tests" $(CARGO) test $(LAB) --test long -- $(ONLY)
 
 # What make test does for seconds, for FUZZ_SECONDS each. A finding stays in tests/fuzz/regressions, to be replayed ever after.
 fuzz: deps

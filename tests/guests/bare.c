@@ -35,6 +35,7 @@
  *   events PORT     how many events came by it
  *   emask PORT      keeps events from coming
  *   eunmask PORT    lets them come, also the one that waits
+ *   cr2 V           writes the register of page faults' addresses, CR2, and reads it
  *   pic             lets interrupts of the two 8259 come, by vectors 40 to 4f
  */
 typedef unsigned char u8;
@@ -409,6 +410,12 @@ static u32 interrupt_itself(u32 vector, u32 rounds)
 	return *count - before;
 }
 
+static u32 kept_by_cr2(u32 value)
+{
+	__asm__ volatile("movl %0, %%cr2; movl %%cr2, %0" : "+r"(value));
+	return value;
+}
+
 static char line[256];
 
 static void read_line(void)
@@ -526,6 +533,8 @@ static void obey(void)
 		change_bit(masked, a % PORTS, 1);
 	} else if (is("eunmask")) {
 		number(unmask_port(a));
+	} else if (is("cr2")) {
+		number(kept_by_cr2(a));
 	} else if (is("pic")) {
 		use_pic();
 	} else {

@@ -194,10 +194,16 @@ pub fn guest<'a>(lab: &'a Lab, name: &str) -> Result<Guest<'a>> {
 
 /// Loads igbvf in a guest and gives the interface of its first function an address.
 pub fn bring_up(guest: &Guest<'_>, address: &str) -> Result<()> {
-    guest.wait_for("the function", SOON, "[ -e /sys/bus/pci/devices/0000:00:00.0 ]")?;
+    bring_up_at(guest, "0000:00:00.0", address)
+}
+
+/// The same for a function that is somewhere else in the guest.
+pub fn bring_up_at(guest: &Guest<'_>, function: &str, address: &str) -> Result<()> {
+    let device = format!("/sys/bus/pci/devices/{function}");
+    guest.wait_for("the function", SOON, &format!("[ -e {device} ]"))?;
     guest.run("modprobe igbvf").ok()?;
-    guest.wait_for("its interface", SOON, "[ -d /sys/bus/pci/devices/0000:00:00.0/net ]")?;
-    let interface = "$(ls /sys/bus/pci/devices/0000:00:00.0/net)";
+    guest.wait_for("its interface", SOON, &format!("[ -d {device}/net ]"))?;
+    let interface = format!("$(ls {device}/net)");
     guest.run(&format!("ip addr add {address}/24 dev {interface} && ip link set {interface} up")).ok()?;
     guest.wait_for("its link", SOON, &format!("[ \"$(cat /sys/class/net/{interface}/carrier)\" = 1 ]"))
 }

@@ -31,12 +31,22 @@ impl Apt {
     /// Prepares the root for one suite and fetches its package lists. One root per suite: apt then resolves
     /// dependencies within that suite, without pinning.
     pub fn open(root: &Path, suite: &str) -> Result<Self> {
-        let root = root.join(suite);
+        Self::open_with(root.join(suite), suite, &source(suite)?)
+    }
+
+    /// The same with the suite's sources, which most have no use for, in a root of its own.
+    pub fn open_sources(root: &Path, suite: &str) -> Result<Self> {
+        let binaries = source(suite)?;
+        let both = format!("{binaries}\n{}", binaries.replacen("deb ", "deb-src ", 1));
+        Self::open_with(root.join(format!("{suite}-sources")), suite, &both)
+    }
+
+    fn open_with(root: PathBuf, suite: &str, sources: &str) -> Result<Self> {
         for folder in ["etc", "state/lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(root.join(folder))?;
         }
         fs::write(root.join("state/status"), "")?;
-        fs::write(root.join("etc/sources.list"), format!("{}\n", source(suite)?))?;
+        fs::write(root.join("etc/sources.list"), format!("{sources}\n"))?;
         let apt = Self { root };
         apt.run(&["update", "-q", "--error-on=any"])
             .with_context(|| format!("fetching the package lists of {suite}"))?;
@@ -61,6 +71,13 @@ impl Apt {
         let mut command = self.command(&arguments);
         command.current_dir(folder);
         run(command).context("downloading packages").map(drop)
+    }
+
+    /// Downloads the newest source package of this name into `folder` (apt checks its checksums).
+    pub fn download_source(&self, name: &str, folder: &Path) -> Result<()> {
+        let mut command = self.command(&["source", "-q", "--download-only", name]);
+        command.current_dir(folder);
+        run(command).with_context(|| format!("downloading the sources of {name}")).map(drop)
     }
 
     fn command(&self, arguments: &[&str]) -> Command {

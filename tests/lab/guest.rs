@@ -1,4 +1,4 @@
-//! A PV guest: created through xl, spoken to over its console.
+//! A Linux guest: created through xl, spoken to over its console.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -13,10 +13,28 @@ use crate::lab::Lab;
 use crate::link::{Link, Process};
 use crate::wire::{Exit, Kind, LineDecoder, Start};
 
+/// How a guest is virtualized.
+#[derive(Debug, Clone, Copy)]
+enum Mode {
+    Pv,
+    Hvm,
+}
+
+impl Mode {
+    /// What its xl.cfg says of it, with the kernel's own arguments.
+    fn lines(self) -> &'static str {
+        match self {
+            Self::Pv => "type=\"pv\"\nextra=\"console=hvc0 rdinit=/init iommu=soft swiotlb=32768\"\n",
+            Self::Hvm => "type=\"hvm\"\nvga=\"none\"\nvnc=0\nextra=\"console=hvc0 rdinit=/init\"\n",
+        }
+    }
+}
+
 /// What a guest is made of.
 #[derive(Debug, Clone)]
 pub struct GuestConfig {
     name: String,
+    mode: Mode,
     memory: u32,
     passthrough: bool,
     lines: Vec<String>,
@@ -25,7 +43,17 @@ pub struct GuestConfig {
 impl GuestConfig {
     /// A PV guest with 320 MiB and passthrough enabled.
     pub fn pv(name: &str) -> Self {
-        Self { name: name.to_owned(), memory: 320, passthrough: true, lines: Vec::new() }
+        Self::new(name, Mode::Pv)
+    }
+
+    /// An HVM guest with Xen's PV drivers, of the same size, from the same kernel. For machines with
+    /// [`Builder::linux_as_hvm_guest`](crate::Builder::linux_as_hvm_guest).
+    pub fn hvm(name: &str) -> Self {
+        Self::new(name, Mode::Hvm)
+    }
+
+    fn new(name: &str, mode: Mode) -> Self {
+        Self { name: name.to_owned(), mode, memory: 320, passthrough: true, lines: Vec::new() }
     }
 
     /// MiB of memory.
@@ -52,9 +80,10 @@ impl GuestConfig {
     /// The xl.cfg.
     pub fn text(&self) -> String {
         let mut text = format!(
-            "name=\"{}\"\ntype=\"pv\"\nkernel=\"/guest/vmlinuz\"\nramdisk=\"/guest/initrd.cpio\"\nmemory={}\nvcpus=1\n\
-             extra=\"console=hvc0 rdinit=/init iommu=soft swiotlb=32768\"\npassthrough=\"{}\"\n",
+            "name=\"{}\"\n{}kernel=\"/guest/vmlinuz\"\nramdisk=\"/guest/initrd.cpio\"\nmemory={}\nvcpus=1\n\
+             passthrough=\"{}\"\n",
             self.name,
+            self.mode.lines(),
             self.memory,
             if self.passthrough { "enabled" } else { "disabled" }
         );
@@ -91,13 +120,28 @@ const BOOT_LIMIT: Duration = Duration::from_secs(240);
 impl<'a> Guest<'a> {
     /// Creates the domain and waits until its agent answers.
     pub(crate) fn start(lab: &'a Lab, config: &GuestConfig) -> Result<Self> {
+        let guest = Self::create(lab, config, "")?;
+        guest.reconnect(BOOT_LIMIT)?;
+        Ok(guest)
+    }
+
+    /// Creates the domain, paused: it is given functions before its firmware runs.
+    pub(crate) fn start_paused(lab: &'a Lab, config: &GuestConfig) -> Result<Self> {
+        Self::create(lab, config, "-p")
+    }
+
+    fn create(lab: &'a Lab, config: &GuestConfig, options: &str) -> Result<Self> {
         let name = config.name.clone();
         let path = format!("/guest/{name}.cfg");
         lab.push(config.text().as_bytes(), &path)?;
-        lab.dom0(&format!("xl create {path}")).limit(BOOT_LIMIT).ok()?;
-        let guest = Self { lab, name, console: Mutex::new(None) };
-        guest.reconnect(BOOT_LIMIT)?;
-        Ok(guest)
+        lab.dom0(&format!("xl create {options} {path}")).limit(BOOT_LIMIT).ok()?;
+        Ok(Self { lab, name, console: Mutex::new(None) })
+    }
+
+    /// Lets a paused one run, and waits until its agent answers.
+    pub fn unpause(&self, limit: Duration) -> Result<()> {
+        self.lab.dom0(&format!("xl unpause {}", self.name)).ok()?;
+        self.reconnect(limit).map(drop)
     }
 
     /// Its name in xl.

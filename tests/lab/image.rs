@@ -60,10 +60,11 @@ const DOM0_PROGRAMS: [&str; 12] = [
 const XEN_PROGRAMS: [&str; 6] =
     ["xl", "xenstored", "xenconsoled", "xenconsole", "xen-init-dom0", "libxl-save-helper"];
 /// What HVM guests need in dom0: the device model where Debian's libxl looks for it, and the files it insists on.
-const DEVICE_MODEL: [&str; 5] = [
+const DEVICE_MODEL: [&str; 6] = [
     "/usr/libexec/xen-qemu-system-i386",
     "/usr/share/seabios/bios-256k.bin",
     "/usr/share/qemu/kvmvapic.bin",
+    "/usr/share/qemu/linuxboot.bin",
     "/usr/share/qemu/linuxboot_dma.bin",
     "/usr/share/qemu/keymaps/en-us",
 ];

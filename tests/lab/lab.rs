@@ -18,7 +18,7 @@ use crate::guest::{Guest, GuestConfig, shell, until, wait_for};
 use crate::image::{self, Images, Programs};
 use crate::link::{Link, Process};
 use crate::logs;
-use crate::machine::{self, Devices};
+use crate::machine::{self, Devices, Emulator};
 use crate::packages::XenVersion;
 use crate::qemu::{Qemu, Witness};
 use crate::qmp::Qmp;
@@ -36,6 +36,7 @@ pub struct Builder {
     hvm_guests: bool,
     udev: bool,
     debian: bool,
+    linux_as_hvm_guest: bool,
     name: String,
     time_limit: Duration,
 }
@@ -91,6 +92,12 @@ impl Builder {
         self
     }
 
+    /// Makes it a machine in which Linux boots as an HVM guest: with a QEMU of the lab's own, which is built the first time.
+    pub fn linux_as_hvm_guest(mut self) -> Self {
+        self.linux_as_hvm_guest = true;
+        self
+    }
+
     /// Name of the folder for logs; the running test's name by default.
     pub fn name(mut self, name: &str) -> Self {
         self.name = name.to_owned();
@@ -106,7 +113,12 @@ impl Builder {
     /// Boots, and waits until dom0 runs commands and Xen's services are up.
     pub fn boot(self) -> Result<Lab> {
         let begun = Instant::now();
-        machine::check_qemu()?;
+        let emulator = if self.linux_as_hvm_guest {
+            Emulator::for_linux_as_hvm_guest().context("preparing a QEMU for Linux as an HVM guest")?
+        } else {
+            Emulator::of_the_host()
+        };
+        machine::check_qemu(&emulator)?;
         let images = image::images(self.version)
             .with_context(|| format!("preparing the Xen {} lab", self.version.name()))?;
         let root = if self.debian {
@@ -118,7 +130,7 @@ impl Builder {
         let folder =
             tempfile::Builder::new().prefix("xpci-lab-").tempdir().context("creating the lab's folder")?;
         self.write_initramfs(&images, &folder.path().join("dom0.cpio")).context("making dom0's initramfs")?;
-        let command = machine::command(&images, root.as_deref(), &self.devices, folder.path())?;
+        let command = machine::command(&emulator, &images, root.as_deref(), &self.devices, folder.path())?;
         let qemu = Qemu::start(command, &logs, self.time_limit)?;
         let booted = connect(&qemu, folder.path()).and_then(|(agent, monitor)| {
             let link = serve(agent, qemu.witness())?;
@@ -299,6 +311,7 @@ impl Lab {
             hvm_guests: false,
             udev: false,
             debian: false,
+            linux_as_hvm_guest: false,
             name: thread::current().name().unwrap_or("lab").replace("::", "-"),
             time_limit: Duration::from_secs(1800),
         }
@@ -332,6 +345,11 @@ impl Lab {
     /// Starts a guest and waits until it runs commands.
     pub fn guest(&self, config: &GuestConfig) -> Result<Guest<'_>> {
         Guest::start(self, config)
+    }
+
+    /// Creates a guest that waits to be let run.
+    pub fn paused_guest(&self, config: &GuestConfig) -> Result<Guest<'_>> {
+        Guest::start_paused(self, config)
     }
 
     /// Reboots a dom0 that is a real Debian, as its administrator does, and waits until it has started again.

@@ -16,8 +16,10 @@ mod lab;
 mod link;
 mod logs;
 mod machine;
+
 mod modules;
 pub mod packages;
+pub mod patched;
 mod qemu;
 mod qmp;
 mod udev;

@@ -1,12 +1,14 @@
 //! The machine that QEMU makes, and the traps it has to avoid.
 
-use std::path::Path;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
 use crate::agent::PORT_NAME;
 use crate::image::Images;
+use crate::patched;
 
 /// Less than 3 GiB: else the firmware puts VF BARs above 4 GiB, and QEMU truncates those to 32 bits.
 const MEMORY_MIB: u32 = 2750;
@@ -83,28 +85,56 @@ impl Devices {
     }
 }
 
+/// The QEMU that makes a machine.
+#[derive(Debug)]
+pub struct Emulator {
+    program: OsString,
+    cpu: &'static str,
+}
+
+/// Names another QEMU than the host's, for all machines.
+const OWN: &str = "XPCI_LAB_QEMU";
+
+impl Emulator {
+    /// The host's, or the one that the environment names.
+    pub fn of_the_host() -> Self {
+        Self { program: own().unwrap_or_else(|| "qemu-system-x86_64".into()), cpu: CPU }
+    }
+
+    /// One with which Linux boots as an HVM guest, or the one that the environment names.
+    pub fn for_linux_as_hvm_guest() -> Result<Self> {
+        let program = own().map_or_else(|| patched::qemu().map(PathBuf::into_os_string), Ok)?;
+        Ok(Self { program, cpu: CPU_FOR_LINUX_AS_HVM_GUEST })
+    }
+}
+
+fn own() -> Option<OsString> {
+    std::env::var_os(OWN).filter(|path| !path.is_empty())
+}
+
+/// `-cpu EPYC` makes Xen fault. Without XSAVE (and so AVX) and FSGSBASE Xen switches the older, simpler register state: with them, programs
+/// in dom0 and guests crashed now and then (seen: shells that faulted at their thread's own data, a kernel that failed to decompress).
+const CPU: &str = "max,xsave=off,fsgsbase=off";
+/// Linux as an HVM guest dies when it switches to page tables of five levels, and when it executes RDTSCP, whose interception QEMU reports
+/// as that of RDTSC.
+const CPU_FOR_LINUX_AS_HVM_GUEST: &str = "max,xsave=off,fsgsbase=off,la57=off,rdtscp=off";
+
 /// QEMU, ready to start. Its sockets and the initramfs are in `folder`. `root` is the image of dom0's root file system, if it has one: such a
 /// machine can be rebooted, and what it writes is in a file of QEMU's own that ends with it.
-pub fn command(images: &Images, root: Option<&Path>, devices: &Devices, folder: &Path) -> Result<Command> {
+pub fn command(
+    emulator: &Emulator,
+    images: &Images,
+    root: Option<&Path>,
+    devices: &Devices,
+    folder: &Path,
+) -> Result<Command> {
     let (folder, kernel) = (text(folder)?, text(&images.kernel)?);
     ensure!(
         !format!("{folder}{kernel}").contains([',', ' ']),
         "QEMU cannot take commas or blanks in {folder}, {kernel}"
     );
-    let mut qemu = Command::new("qemu-system-x86_64");
-    // `-cpu EPYC` makes Xen fault. Without XSAVE (and so AVX) and FSGSBASE Xen switches the older, simpler register state: with
-    // them, programs in dom0 and guests crashed now and then (seen: shells that faulted at their thread's own data, a kernel that
-    // failed to decompress).
-    qemu.args([
-        "-machine",
-        "q35",
-        "-accel",
-        "tcg,thread=multi",
-        "-cpu",
-        "max,xsave=off,fsgsbase=off",
-        "-smp",
-        "2",
-    ]);
+    let mut qemu = Command::new(&emulator.program);
+    qemu.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", emulator.cpu, "-smp", "2"]);
     qemu.args(["-m", &MEMORY_MIB.to_string(), "-display", "none", "-nodefaults", "-serial", "stdio"]);
     match root {
         Some(root) => {
@@ -136,9 +166,9 @@ pub fn command(images: &Images, root: Option<&Path>, devices: &Devices, folder: 
 }
 
 /// Fails where QEMU is absent or lacks the device `igb`.
-pub fn check_qemu() -> Result<()> {
+pub fn check_qemu(emulator: &Emulator) -> Result<()> {
     let hint = "the lab needs QEMU 8.0 or newer with the device `igb`; `make deps` installs it";
-    let output = Command::new("qemu-system-x86_64").args(["-device", "igb,help"]).output().context(hint)?;
+    let output = Command::new(&emulator.program).args(["-device", "igb,help"]).output().context(hint)?;
     let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     ensure!(describes_igb(&said), "{hint}; the one found says: {}", said.trim());
     Ok(())

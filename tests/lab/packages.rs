@@ -112,7 +112,12 @@ pub fn cache() -> Result<PathBuf> {
 
 /// Holds off everybody else who wants to fill the cache, until dropped.
 pub fn lock() -> Result<Flock<File>> {
-    let path = cache()?.join("lock");
+    lock_by("lock")
+}
+
+/// The same for a part of the cache that has a lock of its own, because filling it takes long.
+pub fn lock_by(name: &str) -> Result<Flock<File>> {
+    let path = cache()?.join(name);
     let file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
     Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| e).context("locking the lab's cache")
 }

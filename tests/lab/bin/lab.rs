@@ -1,4 +1,5 @@
-//! `lab shell [4.17|4.20|debian] [FILE=PATH]...` boots the lab for a person; `lab fetch` only fills the cache.
+//! `lab shell [4.17|4.20|debian] [FILE=PATH]...` boots the lab for a person; `lab fetch` only fills the cache; `lab qemu` builds
+//! the QEMU of `make test-long` and says where it is.
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
@@ -7,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
-use xpci_tests::{GuestConfig, Lab, Process, XenVersion, debian, host, image};
+use xpci_tests::{GuestConfig, Lab, Process, XenVersion, debian, host, image, patched};
 
 /// Where the service is in dom0.
 const SERVICE: &str = "/usr/sbin/xpcid";
@@ -24,7 +25,11 @@ fn main() -> Result<()> {
             println!("lab: Xen {} is ready", version.name());
             Ok(())
         }),
-        _ => bail!("usage: lab shell [4.17|4.20|debian] [FILE=PATH]... | lab fetch"),
+        Some("qemu") => {
+            println!("{}", patched::qemu()?.display());
+            Ok(())
+        }
+        _ => bail!("usage: lab shell [4.17|4.20|debian] [FILE=PATH]... | lab fetch | lab qemu"),
     }
 }
 
