@@ -136,5 +136,4 @@ impl Setting {
 }
 
 #[cfg(test)]
-#[path = "tests.rs"]
 mod tests;

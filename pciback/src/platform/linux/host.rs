@@ -450,5 +450,4 @@ impl Host for LinuxHost {
 }
 
 #[cfg(test)]
-#[path = "host_tests.rs"]
 mod tests;

@@ -293,5 +293,4 @@ pub(super) fn read_long(path: &Path) -> Result<String> {
 }
 
 #[cfg(test)]
-#[path = "users_tests.rs"]
 mod tests;

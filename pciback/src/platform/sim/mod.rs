@@ -2,7 +2,7 @@
 //!
 //! It answers as hardware, Linux, Xen and xenstore do, with their error numbers, and knows nothing of what xpci makes of the
 //! answers. Every answer is exact and the same each time. `docs/xen-answers.md` says which answers were seen in the lab;
-//! `examples/contract` asks both.
+//! `pciback/contracts` asks both.
 
 mod drivers;
 mod errors;

@@ -1,4 +1,4 @@
-//! What only the simulation can show: its YAML, injected failures, hardware that leaves. The rest is in `tests/contract`.
+//! What only the simulation can show: its YAML, injected failures, hardware that leaves. The rest is in the contracts.
 
 use std::time::{Duration, Instant};
 

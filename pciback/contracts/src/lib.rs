@@ -1,13 +1,13 @@
-//! What every platform promises, asked of the simulated host by `cargo test` and of a real dom0 by `examples/contract`.
+//! What every platform promises, asked of the simulated host by `cargo test` and of a real dom0 by `examples/contract`. For tests only.
 //!
 //! A contract leaves what it touches as it found it, also when it fails. It only touches the functions and domains of its
 //! [`Fixture`] and nodes below [`store::TOP`].
 
-pub mod host;
-pub mod hypervisor;
-pub mod interrupts;
-pub mod network;
-pub mod store;
+mod host;
+mod hypervisor;
+mod interrupts;
+mod network;
+mod store;
 
 use std::fmt::Debug;
 use std::time::Duration;
@@ -68,7 +68,7 @@ impl Fixture {
 pub const LIMIT: Duration = Duration::from_secs(30);
 /// A function that no host has, and a domain that does not exist.
 pub const UNKNOWN: Sbdf = Sbdf::from_devfn(0, 0xee, 0);
-pub const NO_DOMAIN: DomId = DomId(999);
+const NO_DOMAIN: DomId = DomId(999);
 
 /// All contracts.
 pub fn all() -> impl Iterator<Item = Contract> {

@@ -4,8 +4,8 @@ use nix::errno::Errno;
 use pciback::platform::network::{LinkState, Vlan};
 use pciback::platform::{VfPlace, VfSetting, VfSettings};
 
-use super::Needs::Nothing;
-use super::{Broken, Contract, Fixture, UNKNOWN, ok, refused, same, undone};
+use crate::Needs::Nothing;
+use crate::{Broken, Contract, Fixture, UNKNOWN, ok, refused, same, undone};
 
 pub const CONTRACTS: &[Contract] = &[
     ("network/every-vf-is-reported", Nothing, reported),

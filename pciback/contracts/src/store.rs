@@ -8,8 +8,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pciback::DomId;
 use pciback::platform::{Permissions, Platform, Store};
 
-use super::Needs::Nothing;
-use super::{Broken, Contract, Fixture, NO_DOMAIN, ok, put, refused, same, undone};
+use crate::Needs::Nothing;
+use crate::{Broken, Contract, Fixture, NO_DOMAIN, ok, put, refused, same, undone};
 
 /// Everything happens below this node.
 pub const TOP: &str = "/local/domain/0/xpci-contract";

@@ -7,18 +7,15 @@
 //! passthrough and have no functions, the plain one without. Only these are touched, unless `--whole-pf` says that all VFs of
 //! the PF may be taken away and made again. Ends with status 0 when all pass, 1 when one fails, 2 when it cannot begin.
 
-#[path = "../tests/contract/mod.rs"]
-mod contract;
-
 use std::path::Path;
 use std::process::ExitCode;
 use std::str::FromStr;
 
-use contract::Fixture;
 use pciback::platform::linux::blocking::run_if_child;
 use pciback::platform::sim::Simulation;
 use pciback::platform::{Platform, xen};
 use pciback::{DomId, Sbdf};
+use xpci_contracts::Fixture;
 
 const USAGE: &str =
     "--platform xen|sim:FILE --pf BDF --vf BDF --guest ID [--plain-guest ID] [--holder DRIVER] [--whole-pf]";
@@ -36,7 +33,7 @@ fn main() -> ExitCode {
         }
     };
     let mut failed = 0;
-    for (name, needs, contract) in contract::all() {
+    for (name, needs, contract) in xpci_contracts::all() {
         if !fixture.has(needs) {
             println!("SKIP {name}");
             continue;
@@ -49,7 +46,7 @@ fn main() -> ExitCode {
             }
         }
     }
-    println!("{} contracts, {failed} broken", contract::all().count());
+    println!("{} contracts, {failed} broken", xpci_contracts::all().count());
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
@@ -89,10 +86,10 @@ fn open(choice: &str, pf: Sbdf, vf: Sbdf, holder: &str) -> pciback::platform::Re
     let platform = simulation.platform(choice)?;
     if platform.host.function(vf).is_err() {
         let total = platform.host.function(pf)?.total_vfs;
-        platform.host.set_num_vfs(pf, total, contract::LIMIT)?;
+        platform.host.set_num_vfs(pf, total, xpci_contracts::LIMIT)?;
     }
-    platform.host.unbind(vf, contract::LIMIT)?;
+    platform.host.unbind(vf, xpci_contracts::LIMIT)?;
     platform.host.set_driver_override(vf, Some(holder))?;
-    platform.host.probe(vf, contract::LIMIT)?;
+    platform.host.probe(vf, xpci_contracts::LIMIT)?;
     Ok((platform, simulation.platform(choice)?))
 }

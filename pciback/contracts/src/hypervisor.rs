@@ -5,8 +5,8 @@ use pciback::DomId;
 use pciback::platform::hypervisor::DeviceReport;
 use pciback::policy::RdmPolicy;
 
-use super::Needs::{Nothing, PlainGuest};
-use super::{Broken, Contract, Fixture, NO_DOMAIN, UNKNOWN, ok, refused, same, undone};
+use crate::Needs::{Nothing, PlainGuest};
+use crate::{Broken, Contract, Fixture, NO_DOMAIN, UNKNOWN, ok, refused, same, undone};
 
 pub const CONTRACTS: &[Contract] = &[
     ("xen/knows-what-was-reported", Nothing, known),

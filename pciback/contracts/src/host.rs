@@ -5,8 +5,8 @@ use pciback::Sbdf;
 use pciback::config::{Access, ConfigSpace};
 use pciback::platform::Cause;
 
-use super::Needs::{Nothing, WholePf};
-use super::{Broken, Contract, Fixture, LIMIT, UNKNOWN, missing, ok, refused, same, undone};
+use crate::Needs::{Nothing, WholePf};
+use crate::{Broken, Contract, Fixture, LIMIT, UNKNOWN, missing, ok, refused, same, undone};
 
 pub const CONTRACTS: &[Contract] = &[
     ("host/lists-what-is-there", Nothing, functions),

@@ -2,16 +2,14 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on ends so")]
 
-mod contract;
-
-use contract::{Fixture, LIMIT};
 use pciback::platform::sim::{Owner, Simulation};
 use pciback::policy::RdmPolicy;
 use pciback::{DomId, Sbdf};
+use xpci_contracts::{Fixture, LIMIT};
 
 /// The shipped example with its VFs, one of them held.
 fn fixture(pf: &str, vf: &str) -> (Simulation, Fixture) {
-    let simulation = Simulation::from_yaml(include_str!("../../configs/sim/two-guests.yaml")).unwrap();
+    let simulation = Simulation::from_yaml(include_str!("../../../configs/sim/two-guests.yaml")).unwrap();
     let platform = simulation.platform("the simulated host").unwrap();
     let (pf, vf): (Sbdf, Sbdf) = (pf.parse().unwrap(), vf.parse().unwrap());
     platform.host.set_vf_autoprobe(pf, false).unwrap();
@@ -34,7 +32,7 @@ fn fixture(pf: &str, vf: &str) -> (Simulation, Fixture) {
 }
 
 fn keeps_all(pf: &str, vf: &str) {
-    for (name, needs, contract) in contract::all() {
+    for (name, needs, contract) in xpci_contracts::all() {
         let (simulation, fixture) = fixture(pf, vf);
         assert!(fixture.has(needs), "{name}");
         let config = simulation.peek(fixture.vf, 0, 4096);

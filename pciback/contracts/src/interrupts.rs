@@ -5,10 +5,10 @@ use pciback::DomId;
 use pciback::platform::{MsiSource, Pirq};
 use pciback::policy::RdmPolicy;
 
-use super::Needs::Nothing;
-use super::host::{read, write};
-use super::hypervisor::ours;
-use super::{Broken, Contract, Fixture, NO_DOMAIN, UNKNOWN, ok, refused, same, undone};
+use crate::Needs::Nothing;
+use crate::host::{read, write};
+use crate::hypervisor::ours;
+use crate::{Broken, Contract, Fixture, NO_DOMAIN, UNKNOWN, ok, refused, same, undone};
 
 pub const CONTRACTS: &[Contract] = &[
     ("msix/prepared-once-released-once", Nothing, prepare),
