@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use pciback::config::{
-    Access, ConfigSpace, FunctionImage, FunctionSpec, ImageOwner, Planes, Policy, VirtualConfigSpace,
+    Access, ConfigSpace, Filter, FunctionImage, FunctionSpec, ImageOwner, Policy, VirtualConfigSpace,
 };
 use pciback::platform::SharedMemory;
 use pciback::policy::{PolicyFile, PolicySet, Subject, dumped_specs};
@@ -65,9 +65,9 @@ impl ConfigSpace for Memory {
 struct Bytewise(Vec<(u8, u8, u8, u8)>);
 
 impl Bytewise {
-    fn new(planes: &Planes, size: usize) -> Self {
+    fn new(filter: &Filter, size: usize) -> Self {
         let cell = |at: usize| {
-            let bits = planes.bits(at as u16);
+            let bits = filter.bits(at as u16);
             let byte = |plane: u32| (plane >> (8 * (at & 3))) as u8;
             (byte(bits.hw_read), byte(bits.hw_write), byte(bits.shadow_write), byte(bits.value))
         };
@@ -84,12 +84,12 @@ impl Bytewise {
 
 fn accesses(criterion: &mut Criterion) {
     let spec = vf();
-    let planes = Arc::new(Planes::compile(&spec, &Policy::default()).unwrap());
+    let filter = Arc::new(Filter::compile(&spec, &Policy::default()).unwrap());
     let memory = SharedMemory::anonymous(FunctionImage::BYTES).unwrap();
     let image = FunctionImage::new(memory, ImageOwner { boot: 1, domain: DomId(1) });
-    let mut space = VirtualConfigSpace::create(&spec, Arc::clone(&planes), image).unwrap();
+    let mut space = VirtualConfigSpace::create(&spec, Arc::clone(&filter), image).unwrap();
     let hardware = Memory(spec.bytes.clone());
-    let bytewise = Bytewise::new(&planes, spec.bytes.len());
+    let bytewise = Bytewise::new(&filter, spec.bytes.len());
     let (ids, device_control, pass) =
         (Access::new(0, 4).unwrap(), Access::new(0xa8, 2).unwrap(), Access::new(0x40, 4).unwrap());
     let mut group = criterion.benchmark_group("access");
@@ -117,16 +117,16 @@ fn compiling(criterion: &mut Criterion) {
     let merged = |spec: &FunctionSpec| policies.merge(&Subject::of(spec, None)).policy;
     let shared = || {
         let filters = Filters::default();
-        specs.iter().map(|spec| filters.planes(spec, merged(spec), None).unwrap()).collect::<Vec<_>>()
+        specs.iter().map(|spec| filters.compile(spec, merged(spec), None).unwrap()).collect::<Vec<_>>()
     };
-    let planes = shared();
-    let distinct = planes.iter().filter(|one| !Arc::ptr_eq(one, &planes[0])).count() + 1;
+    let filter = shared();
+    let distinct = filter.iter().filter(|one| !Arc::ptr_eq(one, &filter[0])).count() + 1;
     let image = FunctionImage::BYTES;
     println!(
         "memory: {distinct} filter of {} KiB for {VFS} VFs, and a file of {} KiB for each in use: {} KiB a VF",
-        planes[0].memory() / 1024,
+        filter[0].memory() / 1024,
         image / 1024,
-        (planes[0].memory() * distinct / planes.len() + image) / 1024
+        (filter[0].memory() * distinct / filter.len() + image) / 1024
     );
     let mut group = criterion.benchmark_group("compile");
     group.sample_size(10);
@@ -134,7 +134,7 @@ fn compiling(criterion: &mut Criterion) {
     group.bench_function("one VF", |bencher| {
         bencher.iter_batched(
             || merged(&specs[0]),
-            |policy| Planes::compile(&specs[0], &policy).unwrap(),
+            |policy| Filter::compile(&specs[0], &policy).unwrap(),
             BatchSize::SmallInput,
         );
     });

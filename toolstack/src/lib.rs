@@ -18,6 +18,7 @@ pub mod ledger;
 pub mod names;
 pub mod outcome;
 pub mod pci_path;
+pub mod persistent_settings;
 pub mod policies;
 pub mod protocol;
 pub mod reply;
@@ -31,7 +32,6 @@ pub mod successor;
 pub mod supervisor;
 pub mod target;
 pub mod transaction;
-pub mod wishes;
 
 /// The version of both programs, with the commit where a release was built from a git checkout.
 pub const VERSION: &str = env!("XPCI_VERSION");

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, Weak};
 use nix::errno::Errno;
 use pciback::Sbdf;
 use pciback::config::{
-    Access, CapabilityList, ConfigSpace, FunctionSpec, GuestRom, Planes, Policy, PortAbove, Unroutable,
+    Access, CapabilityList, ConfigSpace, Filter, FunctionSpec, GuestRom, Policy, PortAbove, Unroutable,
     VfRouting,
 };
 use pciback::inventory::Identity;
@@ -129,31 +129,31 @@ type Key = (Vec<u8>, Policy, Option<Vec<u16>>);
 /// layout and policy share one.
 #[derive(Debug, Clone, Default)]
 pub struct Filters {
-    compiled: Arc<Mutex<HashMap<Key, Weak<Planes>>>>,
+    compiled: Arc<Mutex<HashMap<Key, Weak<Filter>>>>,
 }
 
 impl Filters {
     /// The filter of a function; `visible`: the capabilities that its guest has seen and that must stay visible.
-    pub fn planes(
+    pub fn compile(
         &self,
         spec: &FunctionSpec,
         policy: Policy,
         visible: Option<&[u16]>,
-    ) -> Result<Arc<Planes>, Failure> {
-        let key: Key = (Planes::inputs(spec), policy, visible.map(<[u16]>::to_vec));
+    ) -> Result<Arc<Filter>, Failure> {
+        let key: Key = (Filter::inputs(spec), policy, visible.map(<[u16]>::to_vec));
         let mut compiled = self.compiled.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some(planes) = compiled.get(&key).and_then(Weak::upgrade) {
-            return Ok(planes);
+        if let Some(filter) = compiled.get(&key).and_then(Weak::upgrade) {
+            return Ok(filter);
         }
-        let planes = Planes::compile_keeping(spec, &key.1, visible).map(Arc::new).map_err(|error| {
+        let filter = Filter::compile_keeping(spec, &key.1, visible).map(Arc::new).map_err(|error| {
             Failure::new(ErrorCode::Failed, format!("build the filter of {}: {error}", spec.address))
                 .on(spec.address)
         })?;
-        compiled.retain(|_, planes| planes.strong_count() > 0);
+        compiled.retain(|_, filter| filter.strong_count() > 0);
         // Different inputs may give the same filter, for example if they differ in a register that the filter does not use.
-        let same = compiled.values().filter_map(Weak::upgrade).find(|known| *known == planes);
-        let planes = same.unwrap_or(planes);
-        compiled.insert(key, Arc::downgrade(&planes));
-        Ok(planes)
+        let same = compiled.values().filter_map(Weak::upgrade).find(|known| *known == filter);
+        let filter = same.unwrap_or(filter);
+        compiled.insert(key, Arc::downgrade(&filter));
+        Ok(filter)
     }
 }

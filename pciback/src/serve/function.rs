@@ -12,7 +12,7 @@ use super::device::{GuestDevice, Unplaced};
 use super::interrupts;
 use super::revocation::{Revocable, Revocation};
 use crate::config::{
-    Access, ConfigSpace, InterruptMode, MaskedWrite, Planes, SideEffect, VirtualConfigSpace,
+    Access, ConfigSpace, Filter, InterruptMode, MaskedWrite, SideEffect, VirtualConfigSpace,
 };
 use crate::live::{self, Switch};
 use crate::platform::Hypervisor;
@@ -144,11 +144,11 @@ impl GuestFunction {
     }
 
     /// Puts another filter of the same function in force; on an error the old one stays.
-    pub fn replace_filter(&mut self, planes: Arc<Planes>) -> io::Result<()> {
+    pub fn replace_filter(&mut self, filter: Arc<Filter>) -> io::Result<()> {
         if self.gone {
             return Err(io::Error::other("the function answers no more"));
         }
-        self.space.replace_filter(planes, self.hardware.as_ref())
+        self.space.replace_filter(filter, self.hardware.as_ref())
     }
 
     /// The host has read and cleared hardware's events.

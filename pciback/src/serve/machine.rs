@@ -13,7 +13,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::function::GuestFunction;
 use crate::abi::pciif::{self as wire, MSIX_ENTRIES, MsixEntry, Op};
 use crate::config::{
-    Access, ConfigSpace, FunctionImage, FunctionKind, FunctionSpec, Identity, ImageOwner, Planes, Policy,
+    Access, ConfigSpace, Filter, FunctionImage, FunctionKind, FunctionSpec, Identity, ImageOwner, Policy,
     VirtualConfigSpace,
 };
 use crate::platform::hypervisor::DeviceReport;
@@ -218,7 +218,7 @@ impl Machine {
         let identity = Identity { vendor: 0x8086, device: 0x10ca, class: 0x02_0000, ..Identity::default() };
         let kind = FunctionKind::Physical;
         let spec = FunctionSpec { address, bytes, resources, identity, kind, gsi: line, rom: None };
-        let planes = Arc::new(Planes::compile(&spec, &Policy::default()).unwrap());
+        let filter = Arc::new(Filter::compile(&spec, &Policy::default()).unwrap());
         let owner = ImageOwner { boot: 1, domain: DOMAIN };
         let mut images = self.images.lock().unwrap();
         let known = images.contains_key(&address);
@@ -230,9 +230,9 @@ impl Machine {
         let image = FunctionImage::new(SharedMemory::map_file(file, image).unwrap(), owner);
         let hardware = Box::new(Hardware { machine: self.clone(), address });
         let space = if known {
-            VirtualConfigSpace::resume(&spec, planes, image, hardware.as_ref()).unwrap()
+            VirtualConfigSpace::resume(&spec, filter, image, hardware.as_ref()).unwrap()
         } else {
-            VirtualConfigSpace::create(&spec, planes, image).unwrap()
+            VirtualConfigSpace::create(&spec, filter, image).unwrap()
         };
         Box::new(GuestFunction::new(DOMAIN, address, space, hardware, Arc::new(self.clone()), line))
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::attachment::Attachment;
 use super::function::GuestFunction;
 use super::interrupts::InterruptError;
-use crate::config::{MaskedWrite, Planes};
+use crate::config::{Filter, MaskedWrite};
 use crate::fault::{AerAnswer, AerRequest, ChannelState};
 use crate::platform::PlatformError;
 
@@ -81,7 +81,7 @@ pub(super) enum Order {
     ResetEnded(u8, bool),
     SetGone(u8),
     EventsCleared(u8),
-    ReplaceFilter(u8, Arc<Planes>, mpsc::Sender<io::Result<()>>),
+    ReplaceFilter(u8, Arc<Filter>, mpsc::Sender<io::Result<()>>),
     MaskedWrites(u8, mpsc::Sender<Vec<MaskedWrite>>),
     Notify(Notification),
     BeginReset(u8, mpsc::Sender<Result<(), PlatformError>>),

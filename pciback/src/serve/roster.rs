@@ -149,9 +149,9 @@ impl Roster {
                     function.events_cleared();
                 }
             }
-            Order::ReplaceFilter(devfn, planes, done) => {
+            Order::ReplaceFilter(devfn, filter, done) => {
                 if let Some(function) = self.functions.get_mut(&devfn) {
-                    let _ = done.send(function.replace_filter(planes));
+                    let _ = done.send(function.replace_filter(filter));
                 }
             }
             Order::MaskedWrites(devfn, writes) => {

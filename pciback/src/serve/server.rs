@@ -18,7 +18,7 @@ use super::revocation::Revocation;
 use super::roster::Roster;
 use super::worker::{RequestSource, Worker};
 use crate::DomId;
-use crate::config::{MaskedWrite, Planes};
+use crate::config::{Filter, MaskedWrite};
 use crate::platform::PlatformError;
 
 /// How long the engine waits for the thread, unless that advances in mapping or unmapping a BAR. An access takes microseconds, one to a
@@ -106,9 +106,9 @@ impl Server {
     pub fn replace_filter(
         &self,
         devfn: u8,
-        planes: Arc<Planes>,
+        filter: Arc<Filter>,
     ) -> Result<Option<io::Result<()>>, ServerStuck> {
-        self.ask(|sender| Order::ReplaceFilter(devfn, planes, sender))
+        self.ask(|sender| Order::ReplaceFilter(devfn, filter, sender))
     }
 
     /// What of the guest's writes did not reach hardware; `Ok(None)` when the thread does not have the function.

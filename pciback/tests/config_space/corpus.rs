@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pciback::config::{
-    Access, AnyId, CapabilityAction, CapabilityOverride, ConfigSpace, FunctionImage, FunctionSpec, Origin,
-    Planes, Policy, Rule, VirtualConfigSpace,
+    Access, AnyId, CapabilityAction, CapabilityOverride, ConfigSpace, Filter, FunctionImage, FunctionSpec,
+    Origin, Policy, Rule, VirtualConfigSpace,
 };
 use pciback::dump;
 use pciback::platform::SharedMemory;
@@ -97,7 +97,7 @@ fn a_hidden_capability_is_unlinked_wherever_it_stands_and_at_every_width() {
     let rule = || Rule { reason: "a test".into(), origin: Origin::BuiltIn { section: "test" } };
     let mut walks = 0;
     for (name, spec) in dumps() {
-        let Ok(plain) = Planes::compile(&spec, &Policy::default()) else { continue };
+        let Ok(plain) = Filter::compile(&spec, &Policy::default()) else { continue };
         let null = |id: AnyId| {
             matches!(id, AnyId::Legacy(id) if id.0 == 0) || matches!(id, AnyId::Extended(id) if id.0 == 0)
         };
@@ -121,19 +121,19 @@ fn a_hidden_capability_is_unlinked_wherever_it_stands_and_at_every_width() {
                 .into_iter()
                 .collect();
             let policy = Policy { capabilities, ..Policy::default() };
-            let planes = Arc::new(Planes::compile(&spec, &policy).unwrap());
-            let expected: Vec<u32> = planes
+            let filter = Arc::new(Filter::compile(&spec, &policy).unwrap());
+            let expected: Vec<u32> = filter
                 .capabilities()
                 .iter()
                 .filter(|(_, visible)| *visible)
                 .map(|(capability, _)| u32::from(capability.offset))
                 .collect();
             let seen = |id: AnyId| {
-                planes.capabilities().iter().any(|(capability, seen)| capability.id == id && *seen)
+                filter.capabilities().iter().any(|(capability, seen)| capability.id == id && *seen)
             };
             assert!(!hidden.is_some_and(seen), "{name}: {hidden:?}");
             let image = FunctionImage::new(SharedMemory::anonymous(FunctionImage::BYTES).unwrap(), OWNER);
-            let space = VirtualConfigSpace::create(&spec, planes, image).unwrap();
+            let space = VirtualConfigSpace::create(&spec, filter, image).unwrap();
             let hardware = Still(spec.bytes.clone());
             for width in [1, 2, 4] {
                 assert_eq!(walk_by_hand(&space, &hardware, width), expected, "{name}: {hidden:?} by {width}");

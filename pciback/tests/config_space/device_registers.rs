@@ -1,13 +1,13 @@
 //! What is built in for known devices and capabilities: registers that reach the host's firmware, other functions or the link.
 
-use pciback::config::{FunctionSpec, Planes, Policy};
+use pciback::config::{Filter, FunctionSpec, Policy};
 use pciback::spec::{AnyId, CapabilityId, ExtendedCapabilityId};
 
 use crate::devices;
 use crate::rules::alone;
 
-fn compile(spec: &FunctionSpec) -> Planes {
-    Planes::compile(spec, &Policy::default()).unwrap()
+fn compile(spec: &FunctionSpec) -> Filter {
+    Filter::compile(spec, &Policy::default()).unwrap()
 }
 
 /// A function without capabilities.
@@ -21,8 +21,8 @@ fn plain(vendor: u16, class: u32) -> FunctionSpec {
 
 /// Dwords of the function from 0x40 on of which some bits do not pass.
 fn kept_back(spec: &FunctionSpec) -> Vec<u16> {
-    let planes = compile(spec);
-    (0x40..0x100).step_by(4).filter(|offset| planes.bits(*offset).hw_write != u32::MAX).collect()
+    let filter = compile(spec);
+    (0x40..0x100).step_by(4).filter(|offset| filter.bits(*offset).hw_write != u32::MAX).collect()
 }
 
 #[test]
@@ -89,8 +89,8 @@ fn the_first_version_of_an_integrated_endpoints_capability_buries_nothing() {
     let mut spec = alone(AnyId::Legacy(CapabilityId::PCI_EXPRESS), 0x0091, &[]);
     spec.bytes[0x41] = 0x4c;
     spec.bytes[0x4c..0x54].copy_from_slice(&[1, 0, 3, 0, 0, 0, 0, 0]);
-    let planes = compile(&spec);
-    let seen: Vec<_> = planes.capabilities().iter().map(|(found, seen)| (found.offset, *seen)).collect();
+    let filter = compile(&spec);
+    let seen: Vec<_> = filter.capabilities().iter().map(|(found, seen)| (found.offset, *seen)).collect();
     assert_eq!(seen, [(0x40, true), (0x4c, true)]);
 }
 

@@ -4,7 +4,7 @@
 use std::fmt::Write;
 
 use pciback::config::{
-    AnyId, CapabilityAction, CapabilityOverride, Initial, NamedRegister, Origin, Planes, Policy, Rule,
+    AnyId, CapabilityAction, CapabilityOverride, Filter, Initial, NamedRegister, Origin, Policy, Rule,
     Segment, Treatment,
 };
 use pciback::spec::{self, Field, Group, Kind, Register, header};
@@ -116,13 +116,13 @@ fn described(registers: &[Register], groups: &[Group], named: &NamedRegister, ba
 
 /// The lines for one segment, one for each field that it touches.
 fn lines(
-    planes: &Planes,
+    filter: &Filter,
     segment: &Segment,
     base: u16,
     fields: &[Field],
     named: &NamedRegister,
 ) -> Vec<Line> {
-    let rule = &planes.rules()[usize::from(segment.rule)];
+    let rule = &filter.rules()[usize::from(segment.rule)];
     let shift = 8 * u32::from(named.offset & 3);
     let mask = segment.mask >> shift;
     let line = |bits: u32, field: &str, kind| Line {
@@ -152,21 +152,21 @@ fn lines(
 /// What a filter does in a range, but for what is there already.
 fn describe(
     known: &[Line],
-    planes: &Planes,
+    filter: &Filter,
     range: std::ops::Range<u16>,
     registers: &[Register],
     groups: &[Group],
 ) -> Vec<Line> {
     let mut found: Vec<Line> = Vec::new();
-    for segment in planes.segments().iter().filter(|segment| range.contains(&segment.dword)) {
+    for segment in filter.segments().iter().filter(|segment| range.contains(&segment.dword)) {
         let Some(register) = segment.register else { continue };
-        let named = &planes.registers()[usize::from(register)];
+        let named = &filter.registers()[usize::from(register)];
         if named.name == "Capability Header" {
             continue;
         }
         let base = range.start;
         let fields = described(registers, groups, named, base).map_or(&[][..], |register| register.fields);
-        for line in lines(planes, segment, base, fields, named) {
+        for line in lines(filter, segment, base, fields, named) {
             match found.iter_mut().find(|other| other.is_like(&line)) {
                 Some(first) if first.again.is_none() && line.offset > first.offset => {
                     first.again = Some(line.offset);
@@ -216,8 +216,8 @@ fn document() -> String {
     let mut text = String::new();
     for (title, device) in [("physical", devices::virtio()), ("virtual", devices::network_vf())] {
         writeln!(text, "\n## Header of a {title} function\n").unwrap();
-        let planes = Planes::compile(&device.spec, &Policy::default()).unwrap();
-        let mut all = describe(&[], &planes, 0..header::SIZE, header::REGISTERS, &[]);
+        let filter = Filter::compile(&device.spec, &Policy::default()).unwrap();
+        let mut all = describe(&[], &filter, 0..header::SIZE, header::REGISTERS, &[]);
         // What the composed device's own BARs and list are is no rule.
         all.retain(|line| !(line.register == "Base Address Register" && line.guest == "always 0x0"));
         table(&mut text, &mut all);
@@ -232,21 +232,21 @@ fn document() -> String {
         let (mut all, mut hidden, mut tables) = (Vec::new(), None, String::new());
         for (word, dwords) in variants(id) {
             let spec = alone(id, *word, dwords);
-            let mut planes = Planes::compile(&spec, &Policy::default()).unwrap();
+            let mut filter = Filter::compile(&spec, &Policy::default()).unwrap();
             let range = if list == "PCI" { 0x40..0x100 } else { 0x100..0x1000 };
-            if !planes.capabilities()[0].1 {
-                let segment = planes.segments().iter().rfind(|segment| {
-                    let register = segment.register.map(|index| &planes.registers()[usize::from(index)]);
+            if !filter.capabilities()[0].1 {
+                let segment = filter.segments().iter().rfind(|segment| {
+                    let register = segment.register.map(|index| &filter.registers()[usize::from(index)]);
                     register.is_some_and(|register| register.name == "hidden")
                 });
-                let rule = segment.map(|segment| &planes.rules()[usize::from(segment.rule)]);
+                let rule = segment.map(|segment| &filter.rules()[usize::from(segment.rule)]);
                 hidden = rule.map(|rule| rule.reason.to_string());
                 let rule = Rule { reason: "shown".into(), origin: Origin::BuiltIn { section: "test" } };
                 let capabilities =
                     vec![CapabilityOverride { which: id.into(), action: CapabilityAction::Show, rule }];
-                planes = Planes::compile(&spec, &Policy { capabilities, ..Policy::default() }).unwrap();
+                filter = Filter::compile(&spec, &Policy { capabilities, ..Policy::default() }).unwrap();
             }
-            let mut found = describe(&all, &planes, range, capability.registers, capability.groups);
+            let mut found = describe(&all, &filter, range, capability.registers, capability.groups);
             if found.is_empty() {
                 continue;
             }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use pciback::config::{
-    Access, AnyId, ByGuest, CapabilityAction, CapabilityList, CapabilityOverride, GuestVfs, Origin, Planes,
+    Access, AnyId, ByGuest, CapabilityAction, CapabilityList, CapabilityOverride, Filter, GuestVfs, Origin,
     Policy, Rule, SideEffect, VirtualConfigSpace,
 };
 use pciback::spec::ExtendedCapabilityId;
@@ -112,8 +112,8 @@ fn a_guest_that_has_the_capability_keeps_its_numbers_under_another_policy() {
     write(&mut space, &device, CONTROL, 9);
     let visible = space.image().visible_capabilities(device.spec.bytes.len());
     for policy in [by_guest(1), Policy::default()] {
-        let planes = Planes::compile_keeping(&device.spec, &policy, Some(&visible)).unwrap();
-        space.replace_filter(Arc::new(planes), &device.hardware).unwrap();
+        let filter = Filter::compile_keeping(&device.spec, &policy, Some(&visible)).unwrap();
+        space.replace_filter(Arc::new(filter), &device.hardware).unwrap();
         let total = space.read(Access::new(SRIOV + 0x0e, 2).unwrap(), &device.hardware).unwrap();
         assert_eq!((total, space.guest_vfs()), (3, Some(GuestVfs { enabled: true, count: 2 })));
         assert_eq!(write(&mut space, &device, CONTROL, 0), Some(SideEffect::VfEnable));
@@ -129,7 +129,7 @@ fn it_is_hidden_from_vfs_without_the_policy_and_where_a_policy_hides_it() {
     for (policy, seen) in [(by_guest(3), true), (Policy::default(), false), (hidden, false)] {
         let device = devices::network_pf();
         let space = space_under(&device.spec, &policy);
-        let listed = space.planes().capabilities().iter().any(|(found, seen)| found.id == sriov && *seen);
+        let listed = space.filter().capabilities().iter().any(|(found, seen)| found.id == sriov && *seen);
         assert_eq!((listed, space.guest_vfs().is_some()), (seen, seen));
     }
     let vf = devices::network_vf();
@@ -144,9 +144,9 @@ fn no_policy_opens_a_register_of_it() {
     let open = CapabilityOverride { which: sriov.into(), action: pass, rule: rule() };
     let space = space_under(&device.spec, &Policy { capabilities: vec![open], ..by_guest(3) });
     for offset in (SRIOV as u16..SRIOV as u16 + 0x40).step_by(4) {
-        let bits = space.planes().bits(offset);
+        let bits = space.filter().bits(offset);
         assert_eq!((bits.hw_write, bits.hw_read), (0, 0), "{offset:#x}");
-        assert_eq!(space.planes().guarded(offset), u32::MAX, "{offset:#x}");
+        assert_eq!(space.filter().guarded(offset), u32::MAX, "{offset:#x}");
     }
     assert!(CapabilityList::walk(&device.spec.bytes).extended(ExtendedCapabilityId::SR_IOV).is_some());
 }

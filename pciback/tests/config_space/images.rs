@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use pciback::config::{
-    Access, ConfigError, FunctionImage, ImageError, ImageOwner, InterruptMode, Planes, Policy, RequestRecord,
+    Access, ConfigError, Filter, FunctionImage, ImageError, ImageOwner, InterruptMode, Policy, RequestRecord,
     RequestStage, VectorState, VirtualConfigSpace,
 };
 use pciback::platform::SharedMemory;
@@ -25,17 +25,17 @@ fn image(file: &File) -> FunctionImage {
     FunctionImage::new(SharedMemory::map_file(file, FunctionImage::BYTES).unwrap(), OWNER)
 }
 
-fn planes() -> Arc<Planes> {
-    Arc::new(Planes::compile(&devices::network_pf().spec, &Policy::default()).unwrap())
+fn filter() -> Arc<Filter> {
+    Arc::new(Filter::compile(&devices::network_pf().spec, &Policy::default()).unwrap())
 }
 
 fn created(file: &File) -> VirtualConfigSpace {
-    VirtualConfigSpace::create(&devices::network_pf().spec, planes(), image(file)).unwrap()
+    VirtualConfigSpace::create(&devices::network_pf().spec, filter(), image(file)).unwrap()
 }
 
 fn resumed(file: &File) -> Result<VirtualConfigSpace, ConfigError> {
     let device = devices::network_pf();
-    VirtualConfigSpace::resume(&device.spec, planes(), image(file), &device.hardware)
+    VirtualConfigSpace::resume(&device.spec, filter(), image(file), &device.hardware)
 }
 
 fn request() -> RequestRecord {
@@ -163,7 +163,7 @@ fn an_image_of_something_else_is_refused() {
     let with = |owner, spec: &pciback::config::FunctionSpec| {
         let memory = SharedMemory::map_file(&file, FunctionImage::BYTES).unwrap();
         let image = FunctionImage::new(memory, owner);
-        match VirtualConfigSpace::resume(spec, planes(), image, &devices::network_pf().hardware) {
+        match VirtualConfigSpace::resume(spec, filter(), image, &devices::network_pf().hardware) {
             Err(ConfigError::Image(ImageError::Mismatch { what, .. })) => what,
             other => panic!("{other:?}"),
         }
@@ -177,15 +177,15 @@ fn an_image_of_something_else_is_refused() {
     memory[1].store(99, Relaxed);
     assert!(matches!(resumed(&file), Err(ConfigError::Image(ImageError::Version { found: 99, .. }))));
     let short = FunctionImage::new(SharedMemory::anonymous(4096).unwrap(), OWNER);
-    let refused = VirtualConfigSpace::create(&spec, planes(), short);
+    let refused = VirtualConfigSpace::create(&spec, filter(), short);
     assert!(matches!(refused, Err(ConfigError::Image(ImageError::Size { bytes: 4096, .. }))));
 }
 
 #[test]
-fn planes_of_another_layout_are_refused() {
+fn a_filter_of_another_layout_is_refused() {
     let other = devices::disk().spec;
     assert!(matches!(
-        VirtualConfigSpace::create(&other, planes(), image(&file())),
+        VirtualConfigSpace::create(&other, filter(), image(&file())),
         Err(ConfigError::LayoutMismatch { .. })
     ));
     let file = file();

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use pciback::config::{Access, ConfigSpace, FunctionImage, Planes, Policy, VirtualConfigSpace};
+use pciback::config::{Access, ConfigSpace, Filter, FunctionImage, Policy, VirtualConfigSpace};
 use pciback::platform::SharedMemory;
 use pciback::policy::{Learned, PolicyFile, PolicySet, Subject, learn};
 use proptest::prelude::*;
@@ -11,13 +11,13 @@ use crate::devices::{self, Device};
 use crate::model::OWNER;
 
 fn space(device: &Device, policy: &Policy) -> VirtualConfigSpace {
-    let planes = Arc::new(Planes::compile(&device.spec, policy).unwrap());
+    let filter = Arc::new(Filter::compile(&device.spec, policy).unwrap());
     let image = FunctionImage::new(SharedMemory::anonymous(FunctionImage::BYTES).unwrap(), OWNER);
-    VirtualConfigSpace::create(&device.spec, planes, image).unwrap()
+    VirtualConfigSpace::create(&device.spec, filter, image).unwrap()
 }
 
 fn learned(device: &Device, space: &VirtualConfigSpace) -> Learned {
-    learn(&device.spec, space.planes(), space.masked_writes().iter())
+    learn(&device.spec, space.filter(), space.masked_writes().iter())
 }
 
 fn set(addition: &str) -> PolicySet {
@@ -89,7 +89,7 @@ proptest! {
         policy.registers.extend(merged.policy.registers.clone());
         let again = devices::all().swap_remove(which);
         let mut second = space(&again, &policy);
-        prop_assert!(second.planes().refused().is_empty(), "{:?}", second.planes().refused());
+        prop_assert!(second.filter().refused().is_empty(), "{:?}", second.filter().refused());
         drive(&mut second, &again.hardware);
         for register in learned(&again, &second).registers {
             let before = found.registers.iter().find(|known| known.offset == register.offset && known.width == register.width);

@@ -131,7 +131,7 @@ fn an_unknown_capability_inside_msix_does_not_open_it() {
         space.write(access, u32::MAX, &device.hardware).unwrap();
     }
     assert_eq!(device.hardware.take_seen(), []);
-    assert!(space.planes().problems().contains(&ListProblem::Overlap { at: 0x98, with: 0x9c }));
+    assert!(space.filter().problems().contains(&ListProblem::Overlap { at: 0x98, with: 0x9c }));
 }
 
 #[test]
@@ -179,7 +179,7 @@ fn msix_whose_structures_have_no_place_of_their_own_is_named_and_hidden() {
         (1, 6, MsixFault::ReservedBar),
     ] {
         let space = virtio_with_msix_at(table, pba);
-        assert_eq!(space.planes().problems(), [ListProblem::Msix { at: 0x98, fault }], "{table:#x} {pba:#x}");
+        assert_eq!(space.filter().problems(), [ListProblem::Msix { at: 0x98, fault }], "{table:#x} {pba:#x}");
         assert!(space.msix().is_none(), "{table:#x} {pba:#x}");
     }
 }
@@ -188,7 +188,7 @@ fn msix_whose_structures_have_no_place_of_their_own_is_named_and_hidden() {
 fn msix_whose_structures_touch_without_overlap_is_shown() {
     for (table, pba) in [(0x801, 0x7f9), (0x801, 0x841), (0xfc1, 1), (1, 0xff9)] {
         let space = virtio_with_msix_at(table, pba);
-        assert_eq!(space.planes().problems(), [], "{table:#x} {pba:#x}");
+        assert_eq!(space.filter().problems(), [], "{table:#x} {pba:#x}");
         assert!(space.msix().is_some(), "{table:#x} {pba:#x}");
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pciback::DomId;
 use pciback::config::{
-    Access, FunctionImage, FunctionSpec, GuestRom, ImageOwner, Planes, Policy, SideEffect, VirtualConfigSpace,
+    Access, Filter, FunctionImage, FunctionSpec, GuestRom, ImageOwner, Policy, SideEffect, VirtualConfigSpace,
 };
 use pciback::platform::SharedMemory;
 use proptest::prelude::*;
@@ -19,9 +19,9 @@ pub fn space(spec: &FunctionSpec) -> VirtualConfigSpace {
 }
 
 pub fn space_under(spec: &FunctionSpec, policy: &Policy) -> VirtualConfigSpace {
-    let planes = Planes::compile(spec, policy).unwrap();
+    let filter = Filter::compile(spec, policy).unwrap();
     let image = FunctionImage::new(SharedMemory::anonymous(FunctionImage::BYTES).unwrap(), OWNER);
-    VirtualConfigSpace::create(spec, Arc::new(planes), image).unwrap()
+    VirtualConfigSpace::create(spec, Arc::new(filter), image).unwrap()
 }
 
 /// One write and what it leaves, then reads of every width around it.
@@ -137,9 +137,9 @@ proptest! {
             bytes[0x06] |= 0x10;
         }
         spec.bytes = bytes;
-        if let Ok(planes) = Planes::compile(&spec, &Policy::default()) {
+        if let Ok(filter) = Filter::compile(&spec, &Policy::default()) {
             let image = FunctionImage::new(SharedMemory::anonymous(FunctionImage::BYTES).unwrap(), OWNER);
-            let mut space = VirtualConfigSpace::create(&spec, Arc::new(planes), image).unwrap();
+            let mut space = VirtualConfigSpace::create(&spec, Arc::new(filter), image).unwrap();
             for (place, width, value) in accesses {
                 let access = Access::new(place & !((1 << width) - 1), 1 << width).unwrap();
                 space.write(access, value, &hardware).unwrap();
@@ -200,7 +200,7 @@ fn functions_that_differ_in_their_rom_alone_share_no_filter() {
     let hosts = devices::network_pf().spec.resources[6].size as u32;
     let copies = [hosts, 2 * hosts].map(GuestRom::Copy);
     let roms = [None, Some(GuestRom::OfHost), Some(copies[0]), Some(copies[1])];
-    let inputs: BTreeSet<Vec<u8>> = roms.iter().map(|rom| Planes::inputs(&with(*rom))).collect();
+    let inputs: BTreeSet<Vec<u8>> = roms.iter().map(|rom| Filter::inputs(&with(*rom))).collect();
     assert_eq!(inputs.len(), roms.len());
 }
 

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use pciback::config::{
-    Access, AnyId, CapabilityAction, CapabilityList, CapabilityOverride, ConfigError, FunctionImage, Origin,
-    Place, Planes, Policy, RegisterOverride, Rule, Treatment, VirtualConfigSpace,
+    Access, AnyId, CapabilityAction, CapabilityList, CapabilityOverride, ConfigError, Filter, FunctionImage,
+    Origin, Place, Policy, RegisterOverride, Rule, Treatment, VirtualConfigSpace,
 };
 use pciback::platform::SharedMemory;
 use pciback::spec::{CapabilityId, ExtendedCapabilityId};
@@ -19,9 +19,9 @@ fn rule(line: u32) -> Rule {
 }
 
 fn space(device: &Device, policy: &Policy) -> VirtualConfigSpace {
-    let planes = Arc::new(Planes::compile(&device.spec, policy).unwrap());
+    let filter = Arc::new(Filter::compile(&device.spec, policy).unwrap());
     let image = FunctionImage::new(SharedMemory::anonymous(FunctionImage::BYTES).unwrap(), OWNER);
-    VirtualConfigSpace::create(&device.spec, planes, image).unwrap()
+    VirtualConfigSpace::create(&device.spec, filter, image).unwrap()
 }
 
 fn register(place: Place, width: u8, mask: u32, treatment: Treatment) -> Policy {
@@ -43,17 +43,17 @@ fn a_register_that_a_policy_lets_through_reaches_hardware() {
     let mut space = space(&device, &policy);
     space.write(Access::new(0xa8, 2).unwrap(), 0x5fff & !0x8000, &device.hardware).unwrap();
     assert_eq!(device.hardware.bytes.borrow()[0xa9] & 0x70, 0x50);
-    let planes = space.planes();
-    let segment = planes.segments().iter().find(|segment| segment.dword == 0xa8 && segment.mask == 0x7000);
+    let filter = space.filter();
+    let segment = filter.segments().iter().find(|segment| segment.dword == 0xa8 && segment.mask == 0x7000);
     let segment = segment.expect("a segment of its own");
-    assert_eq!(planes.rules()[usize::from(segment.rule)], rule(1));
-    assert_eq!(planes.registers()[usize::from(segment.register.unwrap())].name, "Device Control");
+    assert_eq!(filter.rules()[usize::from(segment.rule)], rule(1));
+    assert_eq!(filter.registers()[usize::from(segment.register.unwrap())].name, "Device Control");
 }
 
 #[test]
 fn guarded_registers_stay_as_they_are_and_the_policy_hears_of_it() {
     let device = devices::network_pf();
-    let plain = Planes::compile(&device.spec, &Policy::default()).unwrap();
+    let plain = Filter::compile(&device.spec, &Policy::default()).unwrap();
     for place in [
         Place::Absolute(0x04),
         Place::Absolute(0x10),
@@ -64,10 +64,10 @@ fn guarded_registers_stay_as_they_are_and_the_policy_hears_of_it() {
         Place::In(AnyId::Legacy(CapabilityId::MSI_X).into(), 2),
         Place::Absolute(0x100),
     ] {
-        let planes = Planes::compile(&device.spec, &register(place, 2, 0xffff, Treatment::Pass)).unwrap();
-        assert_eq!(planes.behaviour_hash(), plain.behaviour_hash(), "{place:?}");
-        assert_eq!(planes.refused().len(), 1, "{place:?}");
-        assert_eq!(planes.refused()[0].mask, 0xffff, "{place:?}");
+        let filter = Filter::compile(&device.spec, &register(place, 2, 0xffff, Treatment::Pass)).unwrap();
+        assert_eq!(filter.behaviour_hash(), plain.behaviour_hash(), "{place:?}");
+        assert_eq!(filter.refused().len(), 1, "{place:?}");
+        assert_eq!(filter.refused()[0].mask, 0xffff, "{place:?}");
     }
 }
 
@@ -85,7 +85,7 @@ fn what_is_guarded_stays_so_behind_a_hidden_capability() {
         let opened = register(Place::Absolute(offset), 2, mask, Treatment::Pass);
         let both = Policy { registers: opened.registers, ..hidden.clone() };
         let (hidden, both) =
-            (Planes::compile(&device.spec, &hidden).unwrap(), Planes::compile(&device.spec, &both).unwrap());
+            (Filter::compile(&device.spec, &hidden).unwrap(), Filter::compile(&device.spec, &both).unwrap());
         assert_eq!(both.behaviour_hash(), hidden.behaviour_hash(), "{offset:#x}");
         assert_eq!(both.refused().iter().map(|refused| refused.mask).collect::<Vec<_>>(), [mask]);
     }
@@ -96,7 +96,7 @@ fn registers_outside_config_space_or_unaligned_are_refused() {
     let device = devices::virtio();
     for (offset, width) in [(0x100, 4), (0xfe, 4), (0x41, 2), (0x40, 3), (0xfff, 1), (u16::MAX, 1)] {
         let policy = register(Place::Absolute(offset), width, u32::MAX, Treatment::Pass);
-        assert_eq!(Planes::compile(&device.spec, &policy).unwrap().refused().len(), 1, "{offset:#x}/{width}");
+        assert_eq!(Filter::compile(&device.spec, &policy).unwrap().refused().len(), 1, "{offset:#x}/{width}");
     }
 }
 
@@ -127,7 +127,7 @@ fn a_policy_hides_shows_and_treats_capabilities() {
     assert_eq!(space.read(Access::new(0x108, 4).unwrap(), &device.hardware).unwrap(), 0x0040_0000);
     let (_, space) =
         walk(&capability(AnyId::Legacy(CapabilityId::MSI_X), CapabilityAction::Treat(Treatment::Pass)));
-    assert_eq!(space.planes().bits(0x70).hw_write, 0, "guarded");
+    assert_eq!(space.filter().bits(0x70).hw_write, 0, "guarded");
 }
 
 #[test]
@@ -143,14 +143,14 @@ fn events_stay_events_when_a_policy_treats_their_register() {
 }
 
 #[test]
-fn vfs_of_one_pf_share_planes_and_other_layouts_do_not() {
+fn vfs_of_one_pf_share_a_filter_and_other_layouts_do_not() {
     let first = devices::network_vf().spec;
     let mut second = first.clone();
     second.address = first.address.offset_by(2).unwrap();
     second.resources[0].start += 0x4000;
     second.identity.subsystem = 7;
     let hash = |spec: &pciback::config::FunctionSpec| {
-        Planes::compile(spec, &Policy::default()).unwrap().behaviour_hash()
+        Filter::compile(spec, &Policy::default()).unwrap().behaviour_hash()
     };
     assert_eq!(hash(&first), hash(&second));
     second.resources[0].size *= 2;
@@ -173,12 +173,12 @@ proptest! {
             if let Some(byte) = other.bytes.get_mut(at) {
                 *byte = value;
             }
-            if Planes::inputs(&other) != Planes::inputs(&spec) {
+            if Filter::inputs(&other) != Filter::inputs(&spec) {
                 other = before;
             }
         }
-        if let Ok(planes) = Planes::compile(&other, &Policy::default()) {
-            prop_assert!(planes == Planes::compile(&spec, &Policy::default()).unwrap());
+        if let Ok(filter) = Filter::compile(&other, &Policy::default()) {
+            prop_assert!(filter == Filter::compile(&spec, &Policy::default()).unwrap());
         }
     }
 }
@@ -186,24 +186,24 @@ proptest! {
 #[test]
 fn every_bit_of_config_space_has_exactly_one_rule() {
     for device in devices::all() {
-        let planes = Planes::compile(&device.spec, &Policy::default()).unwrap();
+        let filter = Filter::compile(&device.spec, &Policy::default()).unwrap();
         let mut seen = vec![0u32; device.spec.bytes.len() / 4];
-        for segment in planes.segments() {
+        for segment in filter.segments() {
             let bits = &mut seen[usize::from(segment.dword / 4)];
             assert_eq!(*bits & segment.mask, 0, "{}: {segment:x?}", device.name);
             *bits |= segment.mask;
-            assert!(!planes.rules()[usize::from(segment.rule)].reason.is_empty());
+            assert!(!filter.rules()[usize::from(segment.rule)].reason.is_empty());
         }
         assert!(seen.iter().all(|bits| *bits == u32::MAX), "{}", device.name);
     }
 }
 
 #[test]
-fn planes_are_disjoint() {
+fn the_masks_of_a_filter_are_disjoint() {
     for device in devices::all() {
-        let planes = Planes::compile(&device.spec, &Policy::default()).unwrap();
-        for offset in (0..planes.size()).step_by(4) {
-            let bits = planes.bits(offset);
+        let filter = Filter::compile(&device.spec, &Policy::default()).unwrap();
+        for offset in (0..filter.size()).step_by(4) {
+            let bits = filter.bits(offset);
             assert_eq!(bits.hw_write & bits.shadow_write, 0, "{}: {offset:#x}", device.name);
             assert_eq!(bits.hw_read & bits.shadow_write, 0, "{}: {offset:#x}", device.name);
             assert_eq!(bits.hw_write & !bits.hw_read, 0, "{}: {offset:#x}", device.name);
@@ -218,7 +218,7 @@ fn bridges_stumps_and_functions_that_are_gone_are_refused() {
     let mut spec = devices::virtio().spec;
     spec.bytes[0x0e] = 0x81;
     let refused =
-        |spec: &pciback::config::FunctionSpec| Planes::compile(spec, &Policy::default()).unwrap_err();
+        |spec: &pciback::config::FunctionSpec| Filter::compile(spec, &Policy::default()).unwrap_err();
     assert!(matches!(refused(&spec), ConfigError::HeaderType { header_type: 1, .. }));
     spec.bytes.truncate(60);
     assert!(matches!(refused(&spec), ConfigError::TooShort { bytes: 60, .. }));

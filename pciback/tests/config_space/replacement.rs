@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use pciback::config::{
-    Access, AnyId, CapabilityAction, CapabilityOverride, FunctionImage, MaskedWrite, Origin, Place, Planes,
+    Access, AnyId, CapabilityAction, CapabilityOverride, Filter, FunctionImage, MaskedWrite, Origin, Place,
     Policy, RegisterOverride, Rule, Treatment, VirtualConfigSpace,
 };
 use pciback::platform::SharedMemory;
@@ -26,13 +26,13 @@ fn treat(offset: u16, width: u8, mask: u32, treatment: Treatment) -> Policy {
     Policy { registers, ..Policy::default() }
 }
 
-fn planes(device: &Device, policy: &Policy) -> Arc<Planes> {
-    Arc::new(Planes::compile(&device.spec, policy).unwrap())
+fn filter(device: &Device, policy: &Policy) -> Arc<Filter> {
+    Arc::new(Filter::compile(&device.spec, policy).unwrap())
 }
 
 fn create(device: &Device, policy: &Policy) -> VirtualConfigSpace {
     let image = FunctionImage::new(SharedMemory::anonymous(FunctionImage::BYTES).unwrap(), OWNER);
-    VirtualConfigSpace::create(&device.spec, planes(device, policy), image).unwrap()
+    VirtualConfigSpace::create(&device.spec, filter(device, policy), image).unwrap()
 }
 
 fn word(offset: u16) -> Access {
@@ -46,7 +46,7 @@ fn what_becomes_virtual_begins_as_hardware_shows_it_now() {
     space.write(word(UNKNOWN), 0x1234, &device.hardware).unwrap();
     device.hardware.put(UNKNOWN.into(), &[0xcd, 0xab]);
     let own = treat(UNKNOWN, 2, 0xffff, Treatment::Virtual(pciback::config::Initial::Hardware));
-    space.replace_filter(planes(&device, &own), &device.hardware).unwrap();
+    space.replace_filter(filter(&device, &own), &device.hardware).unwrap();
     assert_eq!(space.read(word(UNKNOWN), &device.hardware).unwrap(), 0xabcd);
     space.write(word(UNKNOWN), 0x5555, &device.hardware).unwrap();
     assert_eq!(device.hardware.bytes.borrow()[0xe8], 0xcd, "hardware no longer hears of it");
@@ -62,13 +62,13 @@ fn what_becomes_hardwares_shows_hardware_and_never_replays_the_guest() {
     space.write(word(DEVICE_CONTROL), 0x7fef, &device.hardware).unwrap();
     let all = treat(DEVICE_CONTROL, 2, 0x7fff, Treatment::Pass);
     let written = device.hardware.bytes.borrow().clone();
-    space.replace_filter(planes(&device, &all), &device.hardware).unwrap();
+    space.replace_filter(filter(&device, &all), &device.hardware).unwrap();
     assert_eq!(*device.hardware.bytes.borrow(), written, "the change itself writes nothing");
     let hardware = u32::from(written[0xa8]) | u32::from(written[0xa9]) << 8;
     assert_ne!(before[0xa8..0xaa], [0xef, 0x7f]);
     assert_eq!(space.read(word(DEVICE_CONTROL), &device.hardware).unwrap(), hardware & 0x7fff);
     // And back again: the guest's old value is gone, hardware's is taken over.
-    space.replace_filter(planes(&device, &Policy::default()), &device.hardware).unwrap();
+    space.replace_filter(filter(&device, &Policy::default()), &device.hardware).unwrap();
     assert_eq!(space.read(word(DEVICE_CONTROL), &device.hardware).unwrap(), hardware & 0x7fff);
 }
 
@@ -84,7 +84,7 @@ fn bars_command_and_msix_stay_as_the_guest_left_them() {
     };
     let before = seen(&space);
     let strict = Policy { unknown: (Treatment::ReadOnly, rule()), ..Policy::default() };
-    space.replace_filter(planes(&device, &strict), &device.hardware).unwrap();
+    space.replace_filter(filter(&device, &strict), &device.hardware).unwrap();
     assert_eq!(seen(&space), before);
 }
 
@@ -92,15 +92,15 @@ fn bars_command_and_msix_stay_as_the_guest_left_them() {
 fn hardware_that_fails_leaves_the_old_filter_in_force() {
     let mut device = devices::network_pf();
     let mut space = create(&device, &Policy::default());
-    let old = space.planes().behaviour_hash();
+    let old = space.filter().behaviour_hash();
     device.hardware.fails = true;
     let own = treat(UNKNOWN, 2, 0xffff, Treatment::Virtual(pciback::config::Initial::Hardware));
-    assert!(space.replace_filter(planes(&device, &own), &device.hardware).is_err());
-    assert_eq!(space.planes().behaviour_hash(), old);
+    assert!(space.replace_filter(filter(&device, &own), &device.hardware).is_err());
+    assert_eq!(space.filter().behaviour_hash(), old);
     device.hardware.fails = false;
-    let other = planes(&devices::disk(), &Policy::default());
+    let other = filter(&devices::disk(), &Policy::default());
     assert!(space.replace_filter(other, &device.hardware).is_err(), "a filter of another device");
-    assert_eq!(space.planes().behaviour_hash(), old);
+    assert_eq!(space.filter().behaviour_hash(), old);
 }
 
 #[test]
@@ -109,13 +109,13 @@ fn a_restart_with_another_policy_takes_over_as_a_reload_does() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(FunctionImage::BYTES as u64).unwrap();
     let image = || FunctionImage::new(SharedMemory::map_file(&file, FunctionImage::BYTES).unwrap(), OWNER);
-    VirtualConfigSpace::create(&device.spec, planes(&device, &Policy::default()), image()).unwrap();
+    VirtualConfigSpace::create(&device.spec, filter(&device, &Policy::default()), image()).unwrap();
     device.hardware.put(UNKNOWN.into(), &[0xcd, 0xab]);
     let own = treat(UNKNOWN, 2, 0xffff, Treatment::Virtual(pciback::config::Initial::Hardware));
     for written in [0xabcd, 0x5555] {
         // The first run seeds; a later one keeps what the guest wrote.
         let mut space =
-            VirtualConfigSpace::resume(&device.spec, planes(&device, &own), image(), &device.hardware)
+            VirtualConfigSpace::resume(&device.spec, filter(&device, &own), image(), &device.hardware)
                 .unwrap();
         assert_eq!(space.read(word(UNKNOWN), &device.hardware).unwrap(), written);
         space.write(word(UNKNOWN), 0x5555, &device.hardware).unwrap();
@@ -127,7 +127,7 @@ fn a_guest_goes_on_seeing_the_capabilities_that_it_has_seen() {
     let device = devices::network_pf();
     let space = create(&device, &Policy::default());
     let visible = space.image().visible_capabilities(device.spec.bytes.len());
-    let listed = space.planes().capabilities().iter().filter(|(_, visible)| *visible);
+    let listed = space.filter().capabilities().iter().filter(|(_, visible)| *visible);
     assert_eq!(visible, listed.map(|(capability, _)| capability.offset).collect::<Vec<_>>());
     let id = AnyId::Legacy(CapabilityId::POWER_MANAGEMENT);
     let sriov = AnyId::Extended(pciback::spec::ExtendedCapabilityId::SR_IOV);
@@ -138,15 +138,15 @@ fn a_guest_goes_on_seeing_the_capabilities_that_it_has_seen() {
         ],
         ..Policy::default()
     };
-    let planes = Planes::compile_keeping(&device.spec, &policy, Some(&visible)).unwrap();
-    let now: Vec<u16> = planes
+    let filter = Filter::compile_keeping(&device.spec, &policy, Some(&visible)).unwrap();
+    let now: Vec<u16> = filter
         .capabilities()
         .iter()
         .filter(|(_, seen)| *seen)
         .map(|(capability, _)| capability.offset)
         .collect();
     assert_eq!(now, visible);
-    let deferred: Vec<_> = planes.deferred().iter().map(|waits| (waits.capability.id, waits.show)).collect();
+    let deferred: Vec<_> = filter.deferred().iter().map(|waits| (waits.capability.id, waits.show)).collect();
     assert_eq!(deferred, [(id, false), (sriov, true)]);
 }
 
@@ -187,7 +187,7 @@ fn a_reset_by_the_guest_never_passes_whatever_the_policy_says() {
     };
     for policy in [whole, treat(DEVICE_CONTROL, 2, 0xffff, Treatment::Pass)] {
         let mut space = create(&device, &policy);
-        assert_eq!(space.planes().guarded(DEVICE_CONTROL) & 0xffff, 0x8000);
+        assert_eq!(space.filter().guarded(DEVICE_CONTROL) & 0xffff, 0x8000);
         let effect = space.write(word(DEVICE_CONTROL), 0x8000, &device.hardware).unwrap();
         assert_eq!(effect, Some(pciback::config::SideEffect::FunctionLevelReset));
         assert_eq!(device.hardware.bytes.borrow()[0xa9] & 0x80, 0);

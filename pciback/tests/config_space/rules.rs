@@ -4,7 +4,7 @@
 use std::fmt::Write;
 
 use pciback::config::{
-    AnyId, CapabilityAction, CapabilityOverride, FunctionSpec, Origin, Planes, Policy, Rule,
+    AnyId, CapabilityAction, CapabilityOverride, Filter, FunctionSpec, Origin, Policy, Rule,
 };
 use pciback::spec;
 use xpci_test_support::reviewed;
@@ -88,18 +88,18 @@ pub fn variants(id: AnyId) -> &'static [Variant] {
 }
 
 /// One paragraph for each run of dwords that are treated alike.
-fn describe(text: &mut String, planes: &Planes, range: std::ops::Range<u16>) {
+fn describe(text: &mut String, filter: &Filter, range: std::ops::Range<u16>) {
     let mut runs: Vec<(u16, u16, String)> = Vec::new();
     let segments: Vec<_> =
-        planes.segments().iter().filter(|segment| range.contains(&segment.dword)).collect();
+        filter.segments().iter().filter(|segment| range.contains(&segment.dword)).collect();
     for dword in segments.chunk_by(|one, other| one.dword == other.dword) {
         let mut lines = String::new();
         for segment in dword {
             let Some(register) = segment.register else { continue };
-            let register = &planes.registers()[usize::from(register)];
-            let rule = &planes.rules()[usize::from(segment.rule)];
+            let register = &filter.registers()[usize::from(register)];
+            let rule = &filter.rules()[usize::from(segment.rule)];
             let Origin::BuiltIn { section } = &rule.origin else { continue };
-            let zeroed = planes.bits(segment.dword).zero_merge & segment.mask;
+            let zeroed = filter.bits(segment.dword).zero_merge & segment.mask;
             let (mask, treatment) = (segment.mask, segment.treatment);
             let (register, reason) = (register.name, &rule.reason);
             writeln!(lines, "  {mask:08x} {zeroed:08x} {treatment} | {register} | {reason} | {section}")
@@ -120,27 +120,27 @@ fn table() -> String {
     let mut text = String::from("bytes\n  mask zero-merge treatment | register | reason | section\n");
     for device in [devices::virtio(), devices::network_vf()] {
         writeln!(text, "\n# header of {}", device.name).unwrap();
-        let planes = Planes::compile(&device.spec, &Policy::default()).unwrap();
-        describe(&mut text, &planes, 0..0x40);
+        let filter = Filter::compile(&device.spec, &Policy::default()).unwrap();
+        describe(&mut text, &filter, 0..0x40);
     }
     for capability in spec::capabilities() {
         let id = capability.id;
         for (word, dwords) in variants(id) {
             let spec = alone(id, *word, dwords);
-            let planes = Planes::compile(&spec, &Policy::default()).unwrap();
-            let visible = planes.capabilities()[0].1;
+            let filter = Filter::compile(&spec, &Policy::default()).unwrap();
+            let visible = filter.capabilities()[0].1;
             let given: String = dwords.iter().map(|(at, value)| format!(", {at:#x}: {value:#x}")).collect();
             writeln!(text, "\n# {id} ({word:#x}{given}){}", if visible { "" } else { ", hidden" }).unwrap();
-            writeln!(text, "models {:x?}", planes.models()).unwrap();
+            writeln!(text, "models {:x?}", filter.models()).unwrap();
             let range = if matches!(id, AnyId::Legacy(_)) { 0x40..0x100 } else { 0x100..0x1000 };
-            describe(&mut text, &planes, range.clone());
+            describe(&mut text, &filter, range.clone());
             if !visible {
                 let rule = Rule { reason: "shown".into(), origin: Origin::BuiltIn { section: "test" } };
                 let action = CapabilityAction::Show;
                 let capabilities = vec![CapabilityOverride { which: id.into(), action, rule }];
                 let policy = Policy { capabilities, ..Policy::default() };
                 writeln!(text, "when shown:").unwrap();
-                describe(&mut text, &Planes::compile(&spec, &policy).unwrap(), range);
+                describe(&mut text, &Filter::compile(&spec, &policy).unwrap(), range);
             }
         }
     }

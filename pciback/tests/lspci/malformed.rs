@@ -164,7 +164,7 @@ fn whole() -> Vec<Malformed> {
             &[],
             &[0x40],
             "lspci lists nothing of a header that it does not know; we read the pointer where types 0 and 1 have it, and \
-             Planes::compile refuses the function",
+             Filter::compile refuses the function",
         ),
     ]
 }
@@ -173,8 +173,8 @@ fn whole() -> Vec<Malformed> {
 pub fn problems(function: &DumpedFunction) -> Vec<String> {
     let list = CapabilityList::walk(&function.bytes);
     let mut problems: Vec<String> = list.problems.iter().map(ToString::to_string).collect();
-    let planes =
-        pciback::config::Planes::compile(&crate::walks::spec(function), &pciback::config::Policy::default());
-    problems.extend(planes.iter().flat_map(|planes| planes.problems()).map(ToString::to_string));
+    let filter =
+        pciback::config::Filter::compile(&crate::walks::spec(function), &pciback::config::Policy::default());
+    problems.extend(filter.iter().flat_map(|filter| filter.problems()).map(ToString::to_string));
     problems
 }

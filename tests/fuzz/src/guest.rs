@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use pciback::Sbdf;
-use pciback::config::{AnyId, CapabilityList, FunctionKind, FunctionSpec, InterruptMode, Planes, Policy};
+use pciback::config::{AnyId, CapabilityList, Filter, FunctionKind, FunctionSpec, InterruptMode, Policy};
 use pciback::dump;
 use pciback::platform::{MsiSource, SharedMemory};
 use pciback::serve::pv::wire::{self, Command, OpAnswer, WireError};
@@ -36,7 +36,7 @@ const VIRTUAL: &str = include_str!("../../../pciback/tests/dumps/qemu-igbvf.txt"
 struct Device {
     spec: FunctionSpec,
     guarded: Vec<u8>,
-    planes: Arc<Planes>,
+    filter: Arc<Filter>,
 }
 
 impl Device {
@@ -46,9 +46,9 @@ impl Device {
         if matches!(spec.kind, FunctionKind::Physical) {
             space::place_bars(&mut spec);
         }
-        let planes =
-            Planes::compile(&spec, &Policy::default()).expect("a function that a guest can be given");
-        Self { spec, guarded, planes: Arc::new(planes) }
+        let filter =
+            Filter::compile(&spec, &Policy::default()).expect("a function that a guest can be given");
+        Self { spec, guarded, filter: Arc::new(filter) }
     }
 }
 
@@ -96,7 +96,7 @@ pub fn ring_request(data: &[u8]) {
     let mut function = GuestFunction::new(
         DOMAIN,
         spec.address,
-        space::create(spec, Arc::clone(&device.planes)),
+        space::create(spec, Arc::clone(&device.filter)),
         Box::new(hardware.clone()),
         Arc::clone(&hypervisor) as _,
         11,

@@ -2,7 +2,7 @@
 
 use std::sync::LazyLock;
 
-use pciback::config::{FunctionSpec, Planes};
+use pciback::config::{Filter, FunctionSpec};
 use pciback::dump;
 use pciback::policy::{PolicyFile, PolicySet, dumped_specs, explain};
 
@@ -32,9 +32,9 @@ pub fn policy_parser(data: &[u8]) {
     let spec = &SPECS[0];
     let set = PolicySet::new(vec![file]);
     let policy = set.all().policy;
-    let planes = Planes::compile(spec, &policy).expect("a device of ours");
+    let filter = Filter::compile(spec, &policy).expect("a device of ours");
     for (offset, bits) in byhand::guarded(&spec.bytes).into_iter().enumerate() {
-        let passing = planes.bits(offset as u16 & !3).hw_write >> (8 * (offset as u32 & 3));
+        let passing = filter.bits(offset as u16 & !3).hw_write >> (8 * (offset as u32 & 3));
         assert_eq!(passing & u32::from(bits), 0, "{offset:#x} passes {passing:#x}");
     }
     let explained = explain(spec, &policy, None);

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use pciback::config::{
-    Access, ConfigSpace, FunctionImage, FunctionKind, FunctionSpec, Identity, ImageOwner, Planes,
+    Access, ConfigSpace, Filter, FunctionImage, FunctionKind, FunctionSpec, Identity, ImageOwner,
     VirtualConfigSpace,
 };
 use pciback::platform::{Resource, SharedMemory};
@@ -101,10 +101,10 @@ pub fn place_bars(spec: &mut FunctionSpec) {
 }
 
 /// The beginning of a function's attachment to a guest.
-pub fn create(spec: &FunctionSpec, planes: Arc<Planes>) -> VirtualConfigSpace {
+pub fn create(spec: &FunctionSpec, filter: Arc<Filter>) -> VirtualConfigSpace {
     let memory = SharedMemory::anonymous(FunctionImage::BYTES).expect("memory");
     let image = FunctionImage::new(memory, ImageOwner { boot: 1, domain: DOMAIN });
-    VirtualConfigSpace::create(spec, planes, image).expect("planes of the same function")
+    VirtualConfigSpace::create(spec, filter, image).expect("filter of the same function")
 }
 
 /// All that a guest reads.
@@ -113,5 +113,5 @@ pub fn guest_bytes(space: &VirtualConfigSpace, hardware: &Hardware) -> Vec<u8> {
         let access = Access::new(u32::from(offset), 4).expect("a dword within it");
         space.read(access, hardware).expect("hardware that does not fail").to_le_bytes()
     };
-    (0..space.planes().size()).step_by(4).flat_map(dword).collect()
+    (0..space.filter().size()).step_by(4).flat_map(dword).collect()
 }

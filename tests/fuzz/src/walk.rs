@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 use pciback::config::{
-    Access, AnyId, CapabilityAction, CapabilityList, CapabilityOverride, Origin, Planes, Policy, Rule,
+    Access, AnyId, CapabilityAction, CapabilityList, CapabilityOverride, Filter, Origin, Policy, Rule,
     Treatment,
 };
 use pciback::spec::{CapabilityId, ExtendedCapabilityId};
@@ -39,16 +39,16 @@ pub fn capability_walk(data: &[u8]) {
     assert_eq!(found(true), expected.legacy.iter().map(|(at, _)| *at).collect::<Vec<_>>());
     assert_eq!(found(false), expected.extended.iter().map(|(at, _)| *at).collect::<Vec<_>>());
     let spec = space::function(&bytes);
-    let Ok(planes) = Planes::compile(&spec, &policy(*choice)) else { return };
-    check_planes(&planes, &bytes);
-    let visible: Vec<(usize, AnyId)> = planes
+    let Ok(filter) = Filter::compile(&spec, &policy(*choice)) else { return };
+    check_filter(&filter, &bytes);
+    let visible: Vec<(usize, AnyId)> = filter
         .capabilities()
         .iter()
         .filter(|(_, visible)| *visible)
         .map(|(capability, _)| (usize::from(capability.offset), capability.id))
         .collect();
     let hardware = Hardware::new(&bytes);
-    let mut guest = space::create(&spec, Arc::new(planes));
+    let mut guest = space::create(&spec, Arc::new(filter));
     check_guest(&space::guest_bytes(&guest, &hardware), &visible);
     // A guest that writes ones, then zeros, all over it changes neither its lists nor what is guarded.
     let guarded = byhand::guarded(&bytes);
@@ -76,18 +76,18 @@ fn legacy_id(id: AnyId) -> Option<u8> {
     }
 }
 
-/// The planes partition the bits, and each bit knows one rule.
-fn check_planes(planes: &Planes, bytes: &[u8]) {
+/// A filter partitions the bits, and each bit knows one rule.
+fn check_filter(filter: &Filter, bytes: &[u8]) {
     let mut known = vec![0u32; 1024];
-    for segment in planes.segments() {
+    for segment in filter.segments() {
         let known = &mut known[usize::from(segment.dword / 4)];
         assert_eq!(*known & segment.mask, 0, "two rules for a bit at {:#x}", segment.dword);
         *known |= segment.mask;
-        assert!(usize::from(segment.rule) < planes.rules().len());
-        assert!(segment.register.is_none_or(|register| usize::from(register) < planes.registers().len()));
+        assert!(usize::from(segment.rule) < filter.rules().len());
+        assert!(segment.register.is_none_or(|register| usize::from(register) < filter.registers().len()));
     }
     for (index, known) in known.iter().enumerate().take(bytes.len() / 4) {
-        let bits = planes.bits(4 * index as u16);
+        let bits = filter.bits(4 * index as u16);
         assert_eq!(*known, u32::MAX, "a bit without a rule at {:#x}", 4 * index);
         assert_eq!(bits.hw_write & bits.shadow_write, 0, "a write to both at {:#x}", 4 * index);
         assert_eq!(bits.hw_read & bits.shadow_write, 0, "written here and read there at {:#x}", 4 * index);

@@ -52,11 +52,15 @@ impl fmt::Display for Functions {
 }
 
 /// Sends a request to the service.
-pub type Asking<'a> = dyn FnMut(Request<Target>) -> Result<Success, Failure> + 'a;
+pub type SendRequest<'a> = dyn FnMut(Request<Target>) -> Result<Success, Failure> + 'a;
 
 impl Functions {
     /// The single functions; those of a device are requested from the service.
-    pub(super) fn each(self, concerned: Concerned<'_>, ask: &mut Asking<'_>) -> Result<Vec<Target>, Failure> {
+    pub(super) fn each(
+        self,
+        concerned: Concerned<'_>,
+        ask: &mut SendRequest<'_>,
+    ) -> Result<Vec<Target>, Failure> {
         let first = match self {
             Self::One(target) => return Ok(vec![target]),
             Self::OfDevice(first) => first,

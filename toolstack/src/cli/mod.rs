@@ -20,7 +20,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-pub use functions::{Asking, Functions};
+pub use functions::{Functions, SendRequest};
 pub use place::Place;
 
 use crate::VERSION;
@@ -388,7 +388,7 @@ impl Command {
     }
 
     /// The steps of the command, in their order. `ask` is used to request the functions of a device.
-    pub fn steps(self, ask: &mut Asking<'_>) -> Result<Vec<Step>, Failure> {
+    pub fn steps(self, ask: &mut SendRequest<'_>) -> Result<Vec<Step>, Failure> {
         Ok(match self {
             Self::Policy(policy) => vec![policy.step()],
             Self::Hvm(hvm) => vec![hvm.step()],
@@ -402,7 +402,7 @@ impl Command {
     }
 
     /// The requests of the command, in their order.
-    fn requests(self, ask: &mut Asking<'_>) -> Result<Vec<Request<Target>>, Failure> {
+    fn requests(self, ask: &mut SendRequest<'_>) -> Result<Vec<Request<Target>>, Failure> {
         let one = |request| vec![request];
         let mut each = |list: Vec<Functions>, concerned: Concerned<'_>| {
             let lists: Result<Vec<_>, _> = list.into_iter().map(|one| one.each(concerned, ask)).collect();

@@ -118,7 +118,9 @@ impl Engine {
     }
 
     /// Records the outcome of an action.
-    pub(super) fn note_outcome(&mut self, address: Sbdf, ok: bool, text: String) {
+    pub(super) fn note_outcome(&mut self, address: Sbdf, outcome: Result<String, String>) {
+        let ok = outcome.is_ok();
+        let (Ok(text) | Err(text)) = outcome;
         let domain = self.functions.records().guest(address);
         self.note_event(EventView::now(address, domain, Happening::Outcome { ok, text }));
     }

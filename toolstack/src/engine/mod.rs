@@ -8,6 +8,7 @@ mod background;
 mod changes;
 mod errors;
 mod events;
+mod files;
 mod functions;
 mod guests;
 mod holds;
@@ -40,20 +41,17 @@ use pciback::serve::pv::nodes;
 
 use crate::audit::AuditLog;
 use crate::device::Devices;
-use crate::former_owners::FormerOwners;
 use crate::journal::Journal;
-use crate::ledger::Ledger;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{Cause, Request};
 use crate::reply::Reply;
-use crate::reservations::Reservations;
 use crate::settings::Settings;
 use crate::spec::Filters;
 use crate::successor::Successor;
 use crate::supervisor::{self, Watchdog};
 use crate::target::Target;
-use crate::wishes::Wishes;
 use errors::Errors;
+use files::StateFiles;
 pub use functions::Containment;
 use functions::Functions;
 pub use guests::Event as GuestEvent;
@@ -103,9 +101,7 @@ pub enum Event {
 pub struct Engine {
     platform: Platform,
     settings: Arc<Settings>,
-    journal: Journal,
-    ledger: Ledger,
-    former_owners: FormerOwners,
+    files: StateFiles,
     boot: String,
     inbox: Inbox,
     events: mpsc::Receiver<Event>,
@@ -127,11 +123,7 @@ pub struct Engine {
     errors: Errors,
     /// The event log, with its followers and the audit log.
     event_log: events::EventLog,
-    /// Functions that are assigned to guests persistently.
-    reservations: Reservations,
     devices: Devices,
-    /// Functions that are held persistently, and persistent network settings of VFs.
-    wishes: Wishes,
     /// Guests that have functions persistently.
     persistent: Persistent,
     watchdog: Watchdog,
@@ -150,20 +142,13 @@ impl Engine {
         boot: String,
     ) -> io::Result<Self> {
         let (inbox, events) = Inbox::new()?;
-        let ledger = Ledger::open(&settings.state_directory.join("path"), &boot).map_err(io::Error::other)?;
         let audit = AuditLog::new(&settings.state_directory);
-        let former_owners = FormerOwners::open(&settings.state_directory.join("former-owners"), &boot);
-        let (former_owners, damaged) = former_owners.map_err(io::Error::other)?;
-        let reservations = Reservations::open(&settings.state_directory.join("persistent"));
-        let (reservations, unusable) = reservations.map_err(io::Error::other)?;
-        let (wishes, unreadable) = Wishes::open(settings.state_directory.join("wanted"));
+        let (files, problems) = StateFiles::open(journal, &settings, &boot)?;
         let functions = Functions::new(boot.clone());
         Ok(Self {
             platform,
             settings: Arc::new(settings),
-            journal,
-            ledger,
-            former_owners,
+            files,
             boot,
             inbox,
             events,
@@ -177,13 +162,11 @@ impl Engine {
             filters: Filters::default(),
             errors: Errors::default(),
             event_log: events::EventLog::new(audit),
-            reservations,
             devices: Devices::default(),
-            wishes,
             persistent: Persistent::default(),
             watchdog: Watchdog::from_environment(),
             succession: Succession::default(),
-            problems: damaged.iter().chain(&unusable).chain(&unreadable).map(Problem::unusable).collect(),
+            problems: problems.into_iter().collect(),
         })
     }
 
@@ -299,7 +282,7 @@ impl Engine {
     /// Deletes the record of a function in which the service has no further interest.
     fn forget(&mut self, address: Sbdf) -> Result<(), Failure> {
         self.inventory.touch(address);
-        let removed = self.journal.remove(address);
+        let removed = self.files.journal.remove(address);
         removed.map_err(|error| Failure::new(ErrorCode::Failed, error.to_string()).on(address))?;
         self.functions.forget(address);
         Ok(())

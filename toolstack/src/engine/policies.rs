@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use log::{info, warn};
-use pciback::config::{CapabilityAction, FunctionSpec, Origin, Place, Planes, Rule, Segment, Treatment};
+use pciback::config::{CapabilityAction, Filter, FunctionSpec, Origin, Place, Rule, Segment, Treatment};
 use pciback::platform::StoreOps;
 use pciback::policy::{
     Explanation, PolicySet, Subject, deferred, explain, learn, obstacles, rom_unknown, selector_word,
@@ -13,7 +13,7 @@ use pciback::{DomId, Sbdf};
 use super::functions::CompiledFilter;
 use super::guests::MaskedWrites;
 use super::problems::Problem;
-use super::tasks::Workshop;
+use super::tasks::TaskContext;
 use super::{Engine, Event};
 use crate::domains;
 use crate::names;
@@ -53,28 +53,28 @@ impl Engine {
             .filter_map(|(address, filter)| {
                 let domain = self.functions.records().guest(address)?;
                 let given = Given { line: filter.spec.has_line(), rom: filter.spec.rom };
-                Some(User { address, domain, visible: visible(&filter.planes), given })
+                Some(User { address, domain, visible: visible(&filter.filter), given })
             })
             .collect()
     }
 
     /// Reads the policy files again; nothing changes unless all files are valid.
     pub(super) fn reload_policies(&mut self, reply: Reply) {
-        let (workshop, users) = (self.workshop(), self.users(|_| true));
-        self.background("reload", move || match policies::load(&workshop.settings.policy_directories) {
+        let (context, users) = (self.task_context(), self.users(|_| true));
+        self.background("reload", move || match policies::load(&context.settings.policy_directories) {
             Err(problem) => {
                 warn!("reload policies: {problem}");
                 reply.done(Err(Failure::from(problem).hint("the earlier policies stay in force")));
             }
-            Ok((sources, set)) => workshop.compile(Arc::new(set), Some(sources), users, Some(reply)),
+            Ok((sources, set)) => context.compile(Arc::new(set), Some(sources), users, Some(reply)),
         });
     }
 
     /// Compiles the filters of some functions again, with the current policies.
     pub(super) fn recompile(&mut self, addresses: Vec<Sbdf>) {
-        let (workshop, policies) = (self.workshop(), Arc::clone(&self.policies));
+        let (context, policies) = (self.task_context(), Arc::clone(&self.policies));
         let users = self.users(|address| addresses.contains(address));
-        self.background("recompile", move || workshop.compile(policies, None, users, None));
+        self.background("recompile", move || context.compile(policies, None, users, None));
     }
 
     /// Replaces the filters of attached functions, each between two requests of its guest.
@@ -121,7 +121,7 @@ impl Engine {
 
     /// Replaces one filter; `None`: the function is no longer attached.
     fn swap(&mut self, address: Sbdf, filter: Result<CompiledFilter, Failure>) -> Option<ReloadedView> {
-        let old = Arc::clone(&self.functions.filter(address)?.planes);
+        let old = Arc::clone(&self.functions.filter(address)?.filter);
         let place = self.functions.records().get(address)?.guest?;
         let mut view = ReloadedView {
             address,
@@ -131,15 +131,15 @@ impl Engine {
             failure: None,
         };
         let swapped = filter.map_err(|failure| failure.to_string()).and_then(|filter| {
-            view.registers = differences(&old, &filter.planes);
-            view.deferred = filter.planes.deferred().iter().map(deferred).collect();
+            view.registers = differences(&old, &filter.filter);
+            view.deferred = filter.filter.deferred().iter().map(deferred).collect();
             let guest = self.guests.get_mut(place.domain).ok_or("its guest has ended")?;
-            guest.replace_filter(place.devfn, Arc::clone(&filter.planes))?;
+            guest.replace_filter(place.devfn, Arc::clone(&filter.filter))?;
             Ok(filter)
         });
         match swapped {
             Ok(filter) => {
-                view.changed = filter.planes.behaviour_hash() != old.behaviour_hash();
+                view.changed = filter.filter.behaviour_hash() != old.behaviour_hash();
                 self.functions.replace_filter(address, filter);
             }
             Err(why) => {
@@ -233,21 +233,21 @@ impl Engine {
         reply: Reply,
         show: impl FnOnce(Inspected) -> Success + Send + 'static,
     ) {
-        let (workshop, user) = (self.workshop(), self.users(|user| *user == address).pop());
+        let (context, user) = (self.task_context(), self.users(|user| *user == address).pop());
         self.background("explain", move || {
-            let host = workshop.platform.host.as_ref();
+            let host = context.platform.host.as_ref();
             let inspected = existing(host, address).and_then(|function| {
                 let given = user.as_ref().map_or(Given { line: true, rom: None }, |user| user.given);
                 let spec = guest_spec(host, address, given)?;
                 // A guest other than the current one has not seen any capabilities yet.
                 let of_user = user.as_ref().filter(|_| domain.is_none());
                 let name = match of_user {
-                    Some(user) => domains::name(workshop.platform.store.as_ref(), user.domain)?,
+                    Some(user) => domains::name(context.platform.store.as_ref(), user.domain)?,
                     None => domain.clone(),
                 };
                 let visible = of_user.map(|user| user.visible.clone());
                 let subject = Subject::of(&spec, name.as_deref());
-                let (policies, resets) = (Arc::clone(&workshop.policies), function.reset_methods);
+                let (policies, resets) = (Arc::clone(&context.policies), function.reset_methods);
                 Ok(Inspected { policies, spec, subject, visible, resets })
             });
             reply.done(inspected.map(show));
@@ -268,7 +268,7 @@ impl Learning {
         let Self { address, domain, filter, writes } = self;
         let masked = writes.take().map_err(|why| not_learned(address, domain, &why))?;
         let name = domains::name(store, domain).unwrap_or_default();
-        Ok(LearnedView { address, domain, name, learned: learn(&filter.spec, &filter.planes, masked.iter()) })
+        Ok(LearnedView { address, domain, name, learned: learn(&filter.spec, &filter.filter, masked.iter()) })
     }
 }
 
@@ -286,7 +286,7 @@ struct Inspected {
     resets: Vec<String>,
 }
 
-impl Workshop {
+impl TaskContext {
     /// Compiles filters for policies that are not in force yet.
     fn compile(
         mut self,
@@ -301,8 +301,8 @@ impl Workshop {
             .map(|user| {
                 let spec = guest_spec(self.platform.host.as_ref(), user.address, user.given);
                 let filter = spec.and_then(|spec| {
-                    let planes = self.planes(&spec, user.domain, Some(&user.visible))?;
-                    Ok(CompiledFilter { spec: Arc::new(spec), planes, policies: Arc::clone(&policies) })
+                    let filter = self.compile_filter(&spec, user.domain, Some(&user.visible))?;
+                    Ok(CompiledFilter { spec: Arc::new(spec), filter, policies: Arc::clone(&policies) })
                 });
                 (user.address, filter)
             })
@@ -312,15 +312,15 @@ impl Workshop {
 }
 
 /// The capabilities that a guest sees.
-fn visible(planes: &Planes) -> Vec<u16> {
-    let seen = planes.capabilities().iter().filter(|(_, visible)| *visible);
+fn visible(filter: &Filter) -> Vec<u16> {
+    let seen = filter.capabilities().iter().filter(|(_, visible)| *visible);
     seen.map(|(capability, _)| capability.offset).collect()
 }
 
 /// The registers that two filters of one function treat differently. Adjacent unknown bytes are merged.
-fn differences(old: &Planes, new: &Planes) -> Vec<String> {
-    let treated = |planes: &Planes, segment: &Segment| {
-        let same = planes.segments().iter().filter(|other| other.dword == segment.dword);
+fn differences(old: &Filter, new: &Filter) -> Vec<String> {
+    let treated = |filter: &Filter, segment: &Segment| {
+        let same = filter.segments().iter().filter(|other| other.dword == segment.dword);
         same.filter(|other| other.treatment == segment.treatment).fold(0, |bits, other| bits | other.mask)
     };
     // First and last byte, name, new treatment.

@@ -16,7 +16,7 @@ use super::functions::Containment;
 use super::guests::Resumed;
 use super::problems::Problem;
 use super::tasks::Course;
-use super::tasks::Opened;
+use super::tasks::{Image, Opened};
 use crate::journal::{JournalError, Record};
 use crate::outcome::Failure;
 use crate::protocol::Cause;
@@ -25,7 +25,7 @@ use crate::transaction::{Kind, Step, Withdrawal, note_owner};
 impl Engine {
     /// Reads the journal and takes over what still applies.
     pub fn recover(&mut self) -> Result<(), Failure> {
-        let read = self.journal.read_all();
+        let read = self.files.journal.read_all();
         let (records, errors) =
             read.map_err(|error| Failure::new(crate::outcome::ErrorCode::Failed, error.to_string()))?;
         let (current, earlier): (Vec<Record>, Vec<Record>) =
@@ -36,7 +36,7 @@ impl Engine {
         self.resume_guests(&current);
         for record in current.iter().filter(|record| record.guest.is_some() && !record.grants.is_empty()) {
             // Grants of a version that did not note former owners.
-            if let Err(failure) = note_owner(&self.former_owners, &self.platform, record) {
+            if let Err(failure) = note_owner(&self.files.former_owners, &self.platform, record) {
                 error!("{}: note that a PV guest may map it: {failure}", record.address);
                 self.problems.push(Problem::failed(Cause::StateFiles, &failure).on(record.address));
             }
@@ -69,7 +69,7 @@ impl Engine {
             self.problems.push(problem.until_gone(error.path()));
             return;
         }
-        let kept = match self.journal.set_aside(address) {
+        let kept = match self.files.journal.set_aside(address) {
             Ok(path) => format!("; it is kept as {}", path.display()),
             Err(second) => format!("; {second}"),
         };
@@ -85,7 +85,7 @@ impl Engine {
     /// After a reboot of the host all functions belong to dom0; only a quarantine is kept.
     fn forget_earlier_boot(&mut self, record: Record) {
         let Some(why) = record.quarantine else {
-            if let Err(error) = self.journal.remove(record.address) {
+            if let Err(error) = self.files.journal.remove(record.address) {
                 warn!("{error}");
             }
             return;
@@ -93,7 +93,7 @@ impl Engine {
         let mut kept = Record::new(record.address, &self.boot);
         kept.state = FunctionState::Quarantined;
         kept.quarantine = Some(why);
-        if let Err(error) = self.journal.write(&kept) {
+        if let Err(error) = self.files.journal.write(&kept) {
             warn!("{error}");
         }
         self.functions.keep(kept);
@@ -109,7 +109,7 @@ impl Engine {
                 // The function was withdrawn from the guest; it only remains to prove that the guest cannot reach it.
                 continue;
             }
-            match self.workshop().open_function(record, place.domain, true) {
+            match self.task_context().open_function(record, place.domain, Image::Resumed) {
                 Ok(Opened { mut function, filter, memory, lacks }) => {
                     if let Some(why) = lacks {
                         let text = format!(

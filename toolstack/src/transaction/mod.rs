@@ -21,7 +21,7 @@ use std::time::Instant;
 
 use log::{debug, warn};
 use nix::errno::Errno;
-use pciback::config::{FunctionSpec, Planes};
+use pciback::config::{Filter, FunctionSpec};
 use pciback::platform::Platform;
 use pciback::policy::PolicySet;
 use pciback::{DomId, FunctionState, Sbdf};
@@ -46,9 +46,9 @@ use crate::former_owners::FormerOwners;
 use crate::journal::{GuestPlace, Journal, Progress, Record};
 use crate::ledger::Ledger;
 use crate::outcome::{ErrorCode, Failure};
+use crate::persistent_settings::PersistentSettings;
 use crate::settings::Settings;
 pub use crate::steps::{ATTACH, HOLD, Kind, Step};
-use crate::wishes::Wishes;
 
 /// How a function is withdrawn from its guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,7 +71,7 @@ pub trait Serving: Sync {
     /// not release it in time.
     fn withdraw(&self, record: &Record, withdrawal: Withdrawal) -> Result<Option<String>, Failure>;
     /// The filter for a function and a guest by the current policies: what the guest sees, and which of its writes reach hardware.
-    fn filter(&self, spec: &FunctionSpec, domain: DomId) -> Result<Arc<Planes>, Failure>;
+    fn filter(&self, spec: &FunctionSpec, domain: DomId) -> Result<Arc<Filter>, Failure>;
     /// Why the function must end quarantined, if that was decided during the transaction.
     fn distrusted(&self, address: Sbdf) -> Option<String>;
     /// The current count of events about the host's functions. Read it before examining the state.
@@ -100,7 +100,7 @@ pub struct Context<'a> {
     /// The functions that were reset with their bus and have had no owner since.
     pub fresh: &'a Fresh,
     /// Functions that are held persistently, and persistent network settings.
-    pub wishes: &'a Wishes,
+    pub persistent_settings: &'a PersistentSettings,
     /// The engine.
     pub serving: &'a dyn Serving,
     /// How the function is withdrawn from its guest when steps are undone.

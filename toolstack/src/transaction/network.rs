@@ -15,8 +15,8 @@ use pciback::platform::{
 use super::{Context, both};
 use crate::journal::{Journal, NetworkRecord, Record};
 use crate::outcome::{ErrorCode, Failure};
+use crate::persistent_settings::PersistentSettings;
 use crate::settings::Settings;
-use crate::wishes::Wishes;
 
 /// What a PF's driver reports for one VF.
 #[derive(Debug, Clone)]
@@ -216,25 +216,25 @@ fn unconfirmed(platform: &Platform, address: Sbdf, wishes: &VfSettings) -> Optio
 /// The settings for a VF: those of 'vf set --persist', and for the others those of the service's settings.
 fn configured(
     platform: &Platform,
-    (settings, wishes): (&Settings, &Wishes),
+    (settings, persistent): (&Settings, &PersistentSettings),
     vf: VfPlace,
 ) -> Result<VfSettings, Failure> {
     let host = platform.host.as_ref();
-    let persistent = wishes.of(host, &host.function(vf.address)?).map(|wish| wish.network);
-    Ok(persistent.unwrap_or_default().or(settings.network(host, vf)?))
+    let own = persistent.of(host, &host.function(vf.address)?).map(|one| one.network);
+    Ok(own.unwrap_or_default().or(settings.network(host, vf)?))
 }
 
 /// Applies configured settings to VFs that were just created.
 pub fn prepare(
     platform: &Platform,
-    (settings, wishes): (&Settings, &Wishes),
+    (settings, persistent): (&Settings, &PersistentSettings),
     pf: Sbdf,
     vfs: &[Sbdf],
 ) -> Result<(), Failure> {
     let mut seen = None;
     for (index, address) in vfs.iter().enumerate() {
         let vf = VfPlace { address: *address, physical_function: pf, index: index as u16 };
-        let wanted = configured(platform, (settings, wishes), vf)?;
+        let wanted = configured(platform, (settings, persistent), vf)?;
         if wanted.is_empty() {
             continue;
         }
@@ -254,7 +254,7 @@ pub fn prepare(
 pub(super) fn apply(context: &Context<'_>, record: &mut Record) -> Result<Option<String>, Failure> {
     let mut network = record.network.clone().unwrap_or_default();
     network.configured = match place(context.platform, record.address) {
-        Ok(vf) => configured(context.platform, (context.settings, context.wishes), vf)?,
+        Ok(vf) => configured(context.platform, (context.settings, context.persistent_settings), vf)?,
         // It is no VF.
         Err(failure) if failure.code == ErrorCode::Refused => VfSettings::default(),
         Err(failure) => return Err(failure),

@@ -8,7 +8,7 @@
 
 use log::{info, warn};
 use pciback::Sbdf;
-use pciback::config::{Access, ConfigSpace, ControlRegister, FunctionSpec, Planes, Policy};
+use pciback::config::{Access, ConfigSpace, ControlRegister, Filter, FunctionSpec, Policy};
 use pciback::live::errors as registers;
 use pciback::spec::header;
 
@@ -27,9 +27,9 @@ const ROM: ControlRegister = ControlRegister {
 };
 
 /// The built-in filter: it tells registers that store what is written from others.
-fn built_in(spec: &FunctionSpec) -> Result<Planes, Failure> {
+fn built_in(spec: &FunctionSpec) -> Result<Filter, Failure> {
     let address = spec.address;
-    Planes::compile(spec, &Policy::default()).map_err(|error| {
+    Filter::compile(spec, &Policy::default()).map_err(|error| {
         Failure::new(ErrorCode::Failed, format!("determine the registers of {address}: {error}")).on(address)
     })
 }
@@ -47,20 +47,20 @@ pub(super) fn take(context: &Context<'_>, record: &mut Record) {
 }
 
 fn read(context: &Context<'_>, spec: &FunctionSpec) -> Result<Vec<Pristine>, Failure> {
-    let (address, planes) = (spec.address, built_in(spec)?);
+    let (address, filter) = (spec.address, built_in(spec)?);
     let config = context.platform.host.config(address)?;
     let note = |control: ControlRegister| {
         let value = config.read(control.access)? & control.mask;
         let (offset, width) = (control.access.offset(), control.access.width().bytes() as u8);
         Ok(Pristine { offset, width, mask: control.mask, value, reached: 0 })
     };
-    let noted: std::io::Result<_> = controls(&planes, spec).into_iter().map(note).collect();
+    let noted: std::io::Result<_> = controls(&filter, spec).into_iter().map(note).collect();
     noted.map_err(|error| config_failure("note the registers of", address, &error))
 }
 
 /// The registers that the service restores.
-fn controls(planes: &Planes, spec: &FunctionSpec) -> Vec<ControlRegister> {
-    let mut controls = planes.controls();
+fn controls(filter: &Filter, spec: &FunctionSpec) -> Vec<ControlRegister> {
+    let mut controls = filter.controls();
     if spec.resources[6].exists() && !spec.is_virtual() {
         controls.push(ROM);
     }
@@ -85,11 +85,11 @@ pub(super) fn prepare(context: &Context<'_>, record: &mut Record) -> Result<Opti
 /// has the function.
 fn note_reach(context: &Context<'_>, record: &mut Record, spec: &FunctionSpec) -> Result<(), Failure> {
     let Some(guest) = record.guest else { return Ok(()) };
-    let planes = context.serving.filter(spec, guest.domain)?;
+    let filter = context.serving.filter(spec, guest.domain)?;
     for register in record.pristine.iter_mut().flatten() {
         if let Ok(access) = Access::new(register.offset.into(), register.width.into()) {
             let changed = if access == ROM.access { header::ROM_ENABLE } else { 0 };
-            register.reached |= (planes.reaches(access) | changed) & register.mask;
+            register.reached |= (filter.reaches(access) | changed) & register.mask;
         }
     }
     Ok(())
@@ -120,9 +120,9 @@ fn put_back(
     if !is_reached(record) {
         return Ok(None);
     }
-    let (address, planes) = (record.address, built_in(spec)?);
+    let (address, filter) = (record.address, built_in(spec)?);
     let config = context.platform.host.config(address)?;
-    let controls = controls(&planes, spec);
+    let controls = controls(&filter, spec);
     let (mut kept_out, mut reported) = (Vec::new(), Vec::new());
     for register in record.pristine.iter_mut().flatten().filter(|register| register.reached != 0) {
         let control = controls.iter().find(|control| {
@@ -139,7 +139,7 @@ fn put_back(
         }
         let text = format!("{} at {:#x}, bits {left:#x}", control.name, register.offset);
         // All hardware stores the bits that the built-in rules open to guests; bits that only a policy opens may be device specific.
-        match left & planes.reaches(control.access) {
+        match left & filter.reaches(control.access) {
             0 => reported.push(text),
             _ => kept_out.push(text),
         }

@@ -1,11 +1,11 @@
-//! Compiling built-in rules and policy into planes.
+//! Compiling built-in rules and policy into a filter.
 
 use super::bar::{Bar, BarKind};
 use super::bytes::Bytes;
 use super::error::ConfigError;
+use super::filter::{Bits, DWORDS, Deferred, Filter, Model, NamedRegister, RefusedOverride, Segment};
 use super::function::{FunctionSpec, GuestRom};
 use super::list::{Capability, CapabilityList, ListProblem, MsixFault};
-use super::planes::{Bits, DWORDS, Deferred, Model, NamedRegister, Planes, RefusedOverride, Segment};
 use super::policy::{Initial, Policy, Rule, Treatment};
 use super::rules::{self, Row};
 use super::shape;
@@ -24,14 +24,14 @@ const RESERVED_ZERO: &str = "reserved: reads 0; writes carry 0";
 /// Bits of Command that are virtual and that the service carries out.
 const CARRIED_OUT: u16 = header::COMMAND_IO | header::COMMAND_MEMORY | header::COMMAND_INTERRUPT_DISABLE;
 
-impl Planes {
+impl Filter {
     /// Compiles the built-in rules with `policy` laid over them.
     pub fn compile(spec: &FunctionSpec, policy: &Policy) -> Result<Self, ConfigError> {
         Self::compile_keeping(spec, policy, None)
     }
 
     /// The same for a function that a guest is using: it sees the capabilities at the offsets `visible` and no others, whatever the
-    /// policy says, because its drivers have walked the list. What the policy would change of that is [`Planes::deferred`].
+    /// policy says, because its drivers have walked the list. What the policy would change of that is [`Filter::deferred`].
     pub fn compile_keeping(
         spec: &FunctionSpec,
         policy: &Policy,
@@ -412,7 +412,7 @@ impl<'a> Compiler<'a> {
         });
     }
 
-    fn finish(mut self) -> Planes {
+    fn finish(mut self) -> Filter {
         let bytes = &self.spec.bytes;
         let crowding = self.list.crowding(bytes);
         self.list.problems.extend(crowding);
@@ -446,7 +446,7 @@ impl<'a> Compiler<'a> {
         }
         let capabilities: Vec<(Capability, bool)> =
             self.list.capabilities.into_iter().zip(self.visible).collect();
-        Planes {
+        Filter {
             bits: self.bits,
             guarded: self.guarded,
             size: self.spec.bytes.len().min(DWORDS * 4) as u16,
@@ -466,7 +466,7 @@ impl<'a> Compiler<'a> {
     }
 }
 
-impl Planes {
+impl Filter {
     /// Everything of a function that its filter is compiled from: functions that agree in these bytes, under one policy, can share
     /// one filter. It is the layout and the capabilities, whose lengths and variants stand in them.
     pub fn inputs(spec: &FunctionSpec) -> Vec<u8> {

@@ -2,8 +2,8 @@
 
 use super::bytes::Bytes;
 use super::compile::{CONSTANT, Compiler, Family, HEADER_OWNER, Known, NO_OWNER, Place, STATUS, full};
+use super::filter::{Deferred, Model, RefusedOverride, Segment};
 use super::list::Capability;
-use super::planes::{Deferred, Model, RefusedOverride, Segment};
 use super::policy::{self, CapabilityAction, Rule, Treatment};
 use super::rules::{self, CapabilityRules};
 use crate::spec::{

@@ -1,7 +1,7 @@
 //! The registers of known capabilities that hold what software writes: what a guest may leave behind for the next owner.
 
 use super::access::Access;
-use super::planes::{Model, Planes};
+use super::filter::{Filter, Model};
 use crate::spec::{self, AnyId, CapabilityId, ExtendedCapabilityId, express};
 
 /// A register with bits that hold what is written.
@@ -31,7 +31,7 @@ fn holds_state(id: AnyId) -> bool {
     !NO_STATE.contains(&id) && spec::capability(id).is_some_and(|spec| spec.rest.is_some())
 }
 
-impl Planes {
+impl Filter {
     /// The control registers of the visible known capabilities, by offset, but for those that Xen and the host program themselves
     /// (header, MSI, MSI-X).
     pub fn controls(&self) -> Vec<ControlRegister> {

@@ -42,15 +42,15 @@ pub enum ConfigError {
         /// Its PF.
         physical_function: Sbdf,
     },
-    /// The planes were compiled for another layout.
+    /// The filter was compiled for another layout.
     #[error(
-        "{address}: the filter was compiled for another layout ({planes:#018x}) than the function has ({function:#018x})"
+        "{address}: the filter was compiled for another layout ({filter:#018x}) than the function has ({function:#018x})"
     )]
     LayoutMismatch {
         /// The function.
         address: Sbdf,
-        /// The layout that the planes belong to.
-        planes: u64,
+        /// The layout that the filter belongs to.
+        filter: u64,
         /// The layout of the function.
         function: u64,
     },

@@ -7,12 +7,12 @@ mod compile;
 mod compile_list;
 mod controls;
 mod error;
+mod filter;
 mod function;
 mod image;
 mod interrupts;
 mod list;
 mod masked;
-mod planes;
 mod policy;
 mod records;
 mod rom;
@@ -27,12 +27,12 @@ pub use access::{Access, AccessError, CONVENTIONAL_SIZE, ConfigSpace, EXTENDED_S
 pub use bar::{Bar, BarKind};
 pub use controls::ControlRegister;
 pub use error::ConfigError;
+pub use filter::{Bits, Deferred, Filter, Model, NamedRegister, RefusedOverride, Segment};
 pub use function::{FunctionKind, FunctionSpec, GuestRom, Identity};
 pub use image::FunctionImage;
 pub use interrupts::{BarPart, MsiCapability, MsixCapability};
 pub use list::{Capability, CapabilityList, ListProblem, MsixFault};
 pub use masked::{MaskedWrite, MaskedWrites};
-pub use planes::{Bits, Deferred, Model, NamedRegister, Planes, RefusedOverride, Segment};
 pub use policy::{
     ByGuest, CapabilityAction, CapabilityOverride, Initial, Origin, Place, Policy, RegisterOverride, Rule,
     Selector, Treatment, VendorPart,

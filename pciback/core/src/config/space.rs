@@ -8,11 +8,11 @@ use super::bar::{Bar, BarKind};
 use super::bytes::Bytes;
 use super::compile::layout_hash;
 use super::error::ConfigError;
+use super::filter::{DWORDS, Filter, Model};
 use super::function::FunctionSpec;
 use super::image::FunctionImage;
 use super::interrupts::{MsiCapability, MsixCapability};
 use super::masked::MaskedWrites;
-use super::planes::{DWORDS, Model, Planes};
 use crate::spec::{express, header, legacy, sriov};
 
 /// What a write asks for beyond the bits it stored.
@@ -57,7 +57,7 @@ pub enum SideEffect {
 /// The virtual config space of one function, for one guest.
 #[derive(Debug)]
 pub struct VirtualConfigSpace {
-    planes: Arc<Planes>,
+    filter: Arc<Filter>,
     image: FunctionImage,
     bars: Vec<Bar>,
     is_virtual: bool,
@@ -89,21 +89,21 @@ impl VirtualConfigSpace {
     /// Starts for a new guest: overwrites the image.
     pub fn create(
         spec: &FunctionSpec,
-        planes: Arc<Planes>,
+        filter: Arc<Filter>,
         mut image: FunctionImage,
     ) -> Result<Self, ConfigError> {
-        Self::check_layout(spec, &planes)?;
+        Self::check_layout(spec, &filter)?;
         let bars = Bar::of(spec);
-        image.begin(spec.address, planes.layout)?;
+        image.begin(spec.address, filter.layout)?;
         for (dword, hardware) in shown_by_hardware(spec, &bars).into_iter().enumerate() {
-            let bits = planes.bits[dword];
+            let bits = filter.bits[dword];
             let value = (hardware & !bits.fixed | bits.value) & !bits.hw_read;
             image.set_reset_value(dword, value);
             image.set_shadow(dword, value);
             image.set_hardware_bits(dword, bits.hw_read);
         }
         image.complete();
-        Ok(Self { planes, image, bars, is_virtual: spec.is_virtual(), masked: MaskedWrites::default() })
+        Ok(Self { filter, image, bars, is_virtual: spec.is_virtual(), masked: MaskedWrites::default() })
     }
 
     /// Makes it that of an HVM guest, whose firmware places the BARs and routes the line: both begin as 0, and are that again after
@@ -136,14 +136,14 @@ impl VirtualConfigSpace {
     /// [`Self::replace_filter`].
     pub fn resume(
         spec: &FunctionSpec,
-        planes: Arc<Planes>,
+        filter: Arc<Filter>,
         image: FunctionImage,
         hw: &dyn ConfigSpace,
     ) -> Result<Self, ConfigError> {
-        Self::check_layout(spec, &planes)?;
-        image.check(spec.address, planes.layout)?;
+        Self::check_layout(spec, &filter)?;
+        image.check(spec.address, filter.layout)?;
         let (bars, is_virtual) = (Bar::of(spec), spec.is_virtual());
-        let mut space = Self { bars, is_virtual, planes, image, masked: MaskedWrites::default() };
+        let mut space = Self { bars, is_virtual, filter, image, masked: MaskedWrites::default() };
         space.adopt(hw).map_err(|source| ConfigError::Read { address: spec.address, source })?;
         Ok(space)
     }
@@ -151,14 +151,14 @@ impl VirtualConfigSpace {
     /// Puts another filter of the same function in force, between two accesses. Bits that were hardware's and become virtual
     /// begin as hardware shows them now; bits that were virtual and become hardware's show hardware, and what the guest wrote
     /// before never reaches it. When hardware cannot be read the old filter stays.
-    pub fn replace_filter(&mut self, planes: Arc<Planes>, hw: &dyn ConfigSpace) -> io::Result<()> {
-        if planes.layout != self.planes.layout {
+    pub fn replace_filter(&mut self, filter: Arc<Filter>, hw: &dyn ConfigSpace) -> io::Result<()> {
+        if filter.layout != self.filter.layout {
             return Err(io::Error::other("the filter is for a function of another layout"));
         }
-        let old = std::mem::replace(&mut self.planes, planes);
+        let old = std::mem::replace(&mut self.filter, filter);
         let adopted = self.adopt(hw);
         if adopted.is_err() {
-            self.planes = old;
+            self.filter = old;
         }
         adopted
     }
@@ -168,8 +168,8 @@ impl VirtualConfigSpace {
     fn adopt(&mut self, hw: &dyn ConfigSpace) -> io::Result<()> {
         // Everything is read first: an error changes nothing.
         let mut seeds = Vec::new();
-        for dword in 0..usize::from(self.planes.size) / 4 {
-            let bits = self.planes.bits[dword];
+        for dword in 0..usize::from(self.filter.size) / 4 {
+            let bits = self.filter.bits[dword];
             let to_shadow = self.image.hardware_bits(dword) & !bits.hw_read;
             // A guest that an earlier version served has its function switched on.
             let fixed = if dword == usize::from(header::COMMAND) / 4 { 0 } else { bits.fixed };
@@ -185,7 +185,7 @@ impl VirtualConfigSpace {
         }
         // Bits that no guest can change are corrected: a damaged file must not open or move anything.
         for dword in 0..DWORDS {
-            let bits = self.planes.bits[dword];
+            let bits = self.filter.bits[dword];
             let reset = (self.image.reset_value(dword) & !bits.fixed | bits.value) & !bits.hw_read;
             // What the guest has cleared of events stays cleared; bits that were no events before say nothing of that.
             let cleared = bits.events & self.image.hardware_bits(dword);
@@ -198,22 +198,22 @@ impl VirtualConfigSpace {
         Ok(())
     }
 
-    fn check_layout(spec: &FunctionSpec, planes: &Planes) -> Result<(), ConfigError> {
+    fn check_layout(spec: &FunctionSpec, filter: &Filter) -> Result<(), ConfigError> {
         let function = layout_hash(spec);
-        if planes.layout == function {
+        if filter.layout == function {
             return Ok(());
         }
-        Err(ConfigError::LayoutMismatch { address: spec.address, planes: planes.layout, function })
+        Err(ConfigError::LayoutMismatch { address: spec.address, filter: filter.layout, function })
     }
 
     /// What the guest reads. All ones while the function is being reset, and behind the end of its config space.
     pub fn read(&self, access: Access, hw: &dyn ConfigSpace) -> io::Result<u32> {
-        if access.offset() >= self.planes.size || self.image.resetting() {
+        if access.offset() >= self.filter.size || self.image.resetting() {
             return Ok(access.width().mask());
         }
         let dword = usize::from(access.dword() / 4);
         let (shift, mask) = (access.shift(), access.width().mask());
-        let bits = self.planes.bits[dword];
+        let bits = self.filter.bits[dword];
         let from_hardware = bits.hw_read >> shift & mask;
         let shadow = self.image.shadow(dword) >> shift & mask;
         if from_hardware == 0 {
@@ -236,7 +236,7 @@ impl VirtualConfigSpace {
         value: u32,
         hw: &dyn ConfigSpace,
     ) -> io::Result<Option<SideEffect>> {
-        if access.offset() >= self.planes.size || self.image.resetting() {
+        if access.offset() >= self.filter.size || self.image.resetting() {
             return Ok(None);
         }
         let shift = access.shift();
@@ -246,7 +246,7 @@ impl VirtualConfigSpace {
             value: (value & access.width().mask()) << shift,
         };
         let index = usize::from(write.dword / 4);
-        let bits = self.planes.bits[index];
+        let bits = self.filter.bits[index];
         let to_hardware = (bits.hw_write | self.in_range(&write)) & write.mask & !self.withheld(&write);
         let cleared = self.image.shadow(index) & bits.events;
         let mut before = self.image.shadow(index) & !bits.events;
@@ -283,7 +283,7 @@ impl VirtualConfigSpace {
         if bits.shadow_write & write.mask != 0 || clearing != 0 {
             self.image.set_shadow(index, after & !bits.hw_read | cleared);
         }
-        let models = &self.planes.models;
+        let models = &self.filter.models;
         let first = models.partition_point(|(offset, _)| *offset < write.dword);
         let here = models[first..].iter().take_while(|(offset, _)| *offset < write.dword + 4);
         Ok(here.filter_map(|(offset, model)| side_effect(*offset, *model, &write, before, after)).next())
@@ -295,7 +295,7 @@ impl VirtualConfigSpace {
     /// section 7.9.18.2).
     fn withheld(&self, write: &Write) -> u32 {
         let mut withheld = 0;
-        for (offset, model) in &self.planes.models {
+        for (offset, model) in &self.filter.models {
             if *model == Model::LinkControl
                 && let Some((value, mask)) = write.part(*offset, 2)
             {
@@ -316,12 +316,12 @@ impl VirtualConfigSpace {
     /// set, and not below the Max_Payload_Size that the host set (PCI Express 6.0, section 7.5.3.4). Smaller requests harm no other function.
     fn in_range(&self, write: &Write) -> u32 {
         let mut passing = 0;
-        for (offset, model) in &self.planes.models {
+        for (offset, model) in &self.filter.models {
             let Some((value, mask)) = write.part(*offset, 2) else { continue };
             let field = u32::from(express::READ_REQUEST_SIZE);
             let sizes = field | u32::from(express::PAYLOAD_SIZE);
             let (index, shift) = (usize::from(*offset / 4), 8 * u32::from(*offset & 3));
-            let bits = self.planes.bits[index];
+            let bits = self.filter.bits[index];
             // A value that a policy gives says nothing of the host's.
             let own = (bits.shadow_write & !bits.fixed) >> shift;
             if *model != Model::ReadRequestSize || mask & field != field || own & sizes != sizes {
@@ -339,12 +339,12 @@ impl VirtualConfigSpace {
 
     /// The function's MSI capability, where it has one that the guest sees.
     pub fn msi(&self) -> Option<MsiCapability> {
-        self.planes.msi
+        self.filter.msi
     }
 
     /// The function's MSI-X capability, where it has one that the guest sees.
     pub fn msix(&self) -> Option<MsixCapability> {
-        self.planes.msix
+        self.filter.msix
     }
 
     /// The function's BARs, on the host.
@@ -359,7 +359,7 @@ impl VirtualConfigSpace {
 
     /// Shows the guest a dword of VPD that it asked for, by the address register at this offset.
     pub fn show_vpd(&mut self, register: u16, data: u32) {
-        if !self.planes.models.contains(&(register, Model::VpdRead)) {
+        if !self.filter.models.contains(&(register, Model::VpdRead)) {
             return;
         }
         let (dword, flag) = (usize::from(register / 4), 0x8000 << (8 * u32::from(register & 3)));
@@ -370,7 +370,7 @@ impl VirtualConfigSpace {
     /// The host has read and cleared the events of hardware: what hardware shows from now on is new to the guest.
     pub fn events_cleared(&mut self) {
         for dword in 0..DWORDS {
-            let events = self.planes.bits[dword].events;
+            let events = self.filter.bits[dword].events;
             if events != 0 {
                 self.image.clear_shadow_bits(dword, events);
             }
@@ -380,7 +380,7 @@ impl VirtualConfigSpace {
     /// What the guest reads of a register but for the bits that show hardware, which are 0.
     pub fn own_register(&self, offset: u16, bytes: u16) -> u32 {
         let dword = usize::from(offset) / 4;
-        let own = self.image.shadow(dword) & !self.planes.bits[dword % DWORDS].events;
+        let own = self.image.shadow(dword) & !self.filter.bits[dword % DWORDS].events;
         let shifted = own >> (8 * u32::from(offset & 3));
         shifted & (u32::MAX >> (32 - 8 * u32::from(bytes.clamp(1, 4))))
     }
@@ -388,20 +388,20 @@ impl VirtualConfigSpace {
     /// Shows the guest that hardware did not take its Interrupt Disable.
     pub fn clear_interrupt_disable(&mut self) {
         let index = usize::from(header::COMMAND / 4);
-        let bit = u32::from(header::COMMAND_INTERRUPT_DISABLE) & self.planes.bits[index].shadow_write;
+        let bit = u32::from(header::COMMAND_INTERRUPT_DISABLE) & self.filter.bits[index].shadow_write;
         self.image.set_shadow(index, self.image.shadow(index) & !bit);
     }
 
     /// Sets what the guest reads as MSI Enable, after its protocol request was carried out.
     pub fn set_msi_enabled(&mut self, enabled: bool) {
-        if let Some(msi) = self.planes.msi {
+        if let Some(msi) = self.filter.msi {
             self.set_control(msi.offset, legacy::MSI_ENABLE, enabled);
         }
     }
 
     /// Sets what the guest reads as MSI-X Enable, after its protocol request was carried out.
     pub fn set_msix_enabled(&mut self, enabled: bool) {
-        if let Some(msix) = self.planes.msix {
+        if let Some(msix) = self.filter.msix {
             self.set_control(msix.offset, legacy::MSIX_ENABLE, enabled);
         }
     }
@@ -410,7 +410,7 @@ impl VirtualConfigSpace {
         let offset = capability + legacy::MESSAGE_CONTROL;
         let bit = u32::from(bit) << (8 * u32::from(offset & 3));
         let index = usize::from(offset / 4);
-        let bit = bit & self.planes.bits[index].shadow_write;
+        let bit = bit & self.filter.bits[index].shadow_write;
         let old = self.image.shadow(index);
         self.image.set_shadow(index, if on { old | bit } else { old & !bit });
     }
@@ -442,8 +442,8 @@ impl VirtualConfigSpace {
     }
 
     /// The filter.
-    pub fn planes(&self) -> &Arc<Planes> {
-        &self.planes
+    pub fn filter(&self) -> &Arc<Filter> {
+        &self.filter
     }
 }
 

@@ -3,8 +3,8 @@
 //! Routing IDs there are functions 1 to 7 of the PF's own device, which need neither ARI nor another bus.
 
 use super::compile::{Compiler, Family, Known, Place};
+use super::filter::{Model, Segment};
 use super::list::Capability;
-use super::planes::{Model, Segment};
 use super::policy::{ByGuest, CapabilityAction, Initial, Rule, Treatment};
 use super::rules::{Row, row};
 use super::space::VirtualConfigSpace;
@@ -158,7 +158,7 @@ impl VirtualConfigSpace {
     /// Where its SR-IOV capability is, if its guest creates VFs.
     fn guests_sriov(&self) -> Option<u16> {
         let of_enable = |(_, model): &&(u16, Model)| *model == Model::VfEnable;
-        let (control, _) = self.planes().models().iter().find(of_enable)?;
+        let (control, _) = self.filter().models().iter().find(of_enable)?;
         control.checked_sub(sriov::CONTROL)
     }
 
@@ -194,7 +194,7 @@ impl VirtualConfigSpace {
 
     /// The bits that a write cannot change now: NumVFs while VF Enable is set (PCI Express 6.0, section 9.3.3.7).
     pub(super) fn locked(&self, dword: u16) -> u32 {
-        let models = self.planes().models();
+        let models = self.filter().models();
         let first = models.partition_point(|(offset, _)| *offset < dword);
         let here = models[first..].iter().take_while(|(offset, _)| *offset < dword + 4);
         let mut locked = 0;

@@ -9,7 +9,7 @@ use super::names;
 use super::obstacles::BRIDGE;
 use crate::Sbdf;
 use crate::config::{
-    AnyId, Capability, CapabilityList, Deferred, FunctionSpec, Initial, Planes, Policy, Segment, Treatment,
+    AnyId, Capability, CapabilityList, Deferred, Filter, FunctionSpec, Initial, Policy, Segment, Treatment,
 };
 
 /// A function explained.
@@ -127,16 +127,16 @@ pub fn explain(spec: &FunctionSpec, policy: &Policy, visible: Option<&[u16]>) ->
         unknown: Vec::new(),
         deferred: Vec::new(),
     };
-    let compiled = Planes::compile_keeping(spec, policy, visible).map_err(|error| error.to_string());
+    let compiled = Filter::compile_keeping(spec, policy, visible).map_err(|error| error.to_string());
     let bridge = "it is a bridge (base class 06), and bridges stay with the host".to_owned();
     match if spec.identity.class >> 16 == BRIDGE { Err(bridge) } else { compiled } {
-        Ok(planes) => {
+        Ok(filter) => {
             let line = |(capability, visible): &(Capability, bool)| capability_line(capability, *visible);
-            explanation.capabilities = planes.capabilities().iter().map(line).collect();
-            explanation.registers = registers(&planes, spec);
-            explanation.problems = planes.problems().iter().map(ToString::to_string).collect();
-            explanation.refused = refused(&planes, policy);
-            explanation.deferred = planes.deferred().iter().map(deferred).collect();
+            explanation.capabilities = filter.capabilities().iter().map(line).collect();
+            explanation.registers = registers(&filter, spec);
+            explanation.problems = filter.problems().iter().map(ToString::to_string).collect();
+            explanation.refused = refused(&filter, policy);
+            explanation.deferred = filter.deferred().iter().map(deferred).collect();
         }
         Err(error) => {
             let list = CapabilityList::walk(&spec.bytes);
@@ -159,8 +159,8 @@ fn capability_line(capability: &Capability, visible: bool) -> CapabilityLine {
     CapabilityLine { offset, id, extended, version, name, word, visible }
 }
 
-fn refused(planes: &Planes, policy: &Policy) -> Vec<String> {
-    let refused = planes.refused().iter();
+fn refused(filter: &Filter, policy: &Policy) -> Vec<String> {
+    let refused = filter.refused().iter();
     refused
         .map(|refused| {
             let origin = policy.registers.get(refused.index).map_or_else(String::new, |entry| entry.rule.origin.to_string());
@@ -190,7 +190,7 @@ fn words(treatment: Treatment) -> (&'static str, &'static str, Option<u32>) {
     }
 }
 
-fn registers(planes: &Planes, spec: &FunctionSpec) -> Vec<RegisterLine> {
+fn registers(filter: &Filter, spec: &FunctionSpec) -> Vec<RegisterLine> {
     let list = CapabilityList::walk(&spec.bytes);
     let extents: Vec<(AnyId, Range<u16>)> = list
         .capabilities
@@ -198,17 +198,17 @@ fn registers(planes: &Planes, spec: &FunctionSpec) -> Vec<RegisterLine> {
         .map(|capability| (capability.id, list.extent(capability, &spec.bytes)))
         .collect();
     let mut lines: Vec<RegisterLine> = Vec::new();
-    for segment in planes.segments() {
+    for segment in filter.segments() {
         let owner = extents.iter().find(|(_, extent)| extent.contains(&first_byte(segment)));
         let joined = match segment.register {
             Some(index) => {
-                let line = known(planes, segment, index, owner);
+                let line = known(filter, segment, index, owner);
                 // A register that is treated in several ways may be interrupted by another of its dword.
                 let same = lines.iter_mut().rev().take(4).find(|other| is_same(other, &line));
                 same.map(|same| same.bits.extend(line.bits.clone())).is_none().then_some(line)
             }
             None => {
-                let line = unknown(planes, segment, owner);
+                let line = unknown(filter, segment, owner);
                 (!lines.last_mut().is_some_and(|run| extend(run, &line))).then_some(line)
             }
         };
@@ -228,9 +228,9 @@ fn first_byte(segment: &Segment) -> u16 {
     segment.dword + (segment.mask.trailing_zeros() / 8) as u16
 }
 
-fn bits_line(planes: &Planes, segment: &Segment, shift: u32) -> BitsLine {
+fn bits_line(filter: &Filter, segment: &Segment, shift: u32) -> BitsLine {
     let (read, write, value) = words(segment.treatment);
-    let rule = &planes.rules()[usize::from(segment.rule)];
+    let rule = &filter.rules()[usize::from(segment.rule)];
     BitsLine {
         mask: segment.mask >> shift,
         name: segment.field.unwrap_or_default().to_owned(),
@@ -243,12 +243,12 @@ fn bits_line(planes: &Planes, segment: &Segment, shift: u32) -> BitsLine {
 }
 
 fn known(
-    planes: &Planes,
+    filter: &Filter,
     segment: &Segment,
     index: u16,
     owner: Option<&(AnyId, Range<u16>)>,
 ) -> RegisterLine {
-    let register = &planes.registers()[usize::from(index)];
+    let register = &filter.registers()[usize::from(index)];
     let shift = 8 * u32::from(register.offset & 3);
     let base = owner.filter(|(id, _)| register.capability == Some(*id)).map(|(_, extent)| extent.start);
     RegisterLine {
@@ -259,11 +259,11 @@ fn known(
         read: String::new(),
         write: String::new(),
         rule: String::new(),
-        bits: vec![bits_line(planes, segment, shift)],
+        bits: vec![bits_line(filter, segment, shift)],
     }
 }
 
-fn unknown(planes: &Planes, segment: &Segment, owner: Option<&(AnyId, Range<u16>)>) -> RegisterLine {
+fn unknown(filter: &Filter, segment: &Segment, owner: Option<&(AnyId, Range<u16>)>) -> RegisterLine {
     let first = segment.mask.trailing_zeros() / 8;
     let last = (31 - segment.mask.leading_zeros()) / 8;
     RegisterLine {
@@ -274,7 +274,7 @@ fn unknown(planes: &Planes, segment: &Segment, owner: Option<&(AnyId, Range<u16>
         read: String::new(),
         write: String::new(),
         rule: String::new(),
-        bits: vec![bits_line(planes, segment, 8 * first)],
+        bits: vec![bits_line(filter, segment, 8 * first)],
     }
 }
 

@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::names;
-use crate::config::{AnyId, CapabilityList, FunctionSpec, MaskedWrite, Planes, Treatment};
+use crate::config::{AnyId, CapabilityList, Filter, FunctionSpec, MaskedWrite, Treatment};
 use crate::spec;
 
 const PARTIAL: &str =
@@ -51,26 +51,26 @@ pub struct Learned {
 /// Makes sense of counted writes.
 pub fn learn<'a>(
     spec: &FunctionSpec,
-    planes: &Planes,
+    filter: &Filter,
     masked: impl Iterator<Item = &'a MaskedWrite>,
 ) -> Learned {
     let mut registers = Vec::new();
     for entry in masked {
-        of_dword(planes, entry, &mut registers);
+        of_dword(filter, entry, &mut registers);
     }
     registers.sort_by_key(|register| (register.offset, register.width));
     let addition = addition(spec, &registers);
     Learned { registers, addition }
 }
 
-fn of_dword(planes: &Planes, entry: &MaskedWrite, registers: &mut Vec<LearnedRegister>) {
+fn of_dword(filter: &Filter, entry: &MaskedWrite, registers: &mut Vec<LearnedRegister>) {
     let lost = entry.kept | entry.dropped;
-    let guarded = planes.guarded(entry.dword);
-    for segment in planes.segments().iter().filter(|segment| segment.dword == entry.dword) {
+    let guarded = filter.guarded(entry.dword);
+    for segment in filter.segments().iter().filter(|segment| segment.dword == entry.dword) {
         if segment.mask & lost == 0 {
             continue;
         }
-        let named = segment.register.map(|index| &planes.registers()[usize::from(index)]);
+        let named = segment.register.map(|index| &filter.registers()[usize::from(index)]);
         let (offset, width, name, capability) = match named {
             Some(register) => (register.offset, register.width, register.name, register.capability),
             None => (entry.dword, 4, "unknown", None),
@@ -81,7 +81,7 @@ fn of_dword(planes: &Planes, entry: &MaskedWrite, registers: &mut Vec<LearnedReg
         let withheld = segment.treatment == Treatment::Pass;
         let reason = match withheld {
             true => PARTIAL,
-            false => planes.rules()[usize::from(segment.rule)].reason.as_ref(),
+            false => filter.rules()[usize::from(segment.rule)].reason.as_ref(),
         };
         let found = registers
             .iter_mut()

@@ -1,7 +1,7 @@
 //! Policy files: which registers of which functions a guest may use, written by people.
 //!
 //! A file is checked as a whole and every mistake is reported with its place; files that match a function are laid over each other,
-//! the least specific first, and what results is compiled into the filter ([`crate::config::Planes`]).
+//! the least specific first, and what results is compiled into the filter ([`crate::config::Filter`]).
 
 mod diagnostic;
 mod dumped;

@@ -40,7 +40,7 @@ impl Engine {
         if quarantine && record.state != FunctionState::Gone {
             error!("{address}: quarantined: {why}");
             record = self.functions.note_quarantine(address, why).unwrap_or(record);
-            if let Err(error) = self.journal.write(&record) {
+            if let Err(error) = self.files.journal.write(&record) {
                 error!("{error}");
                 self.problems.push(Problem::unwritten(&error));
             }

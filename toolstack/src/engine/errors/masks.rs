@@ -85,8 +85,8 @@ impl Engine {
         let pf = position.and_then(|position| position.physical_function);
         self.errors.masks.begin(address, Instant::now() + length);
         self.errors.watched.forget_correctable(address);
-        let (workshop, inbox) = (self.workshop(), self.inbox.clone());
-        let work = move || registers::mask(workshop.platform.host.as_ref(), address, pf);
+        let (context, inbox) = (self.task_context(), self.inbox.clone());
+        let work = move || registers::mask(context.platform.host.as_ref(), address, pf);
         self.inbox.background(&format!("mask {address}"), work, move |masked| {
             let masked = masked.map_err(|failure| failure.to_string()).and_then(|masked| masked);
             inbox.send(engine::Event::Errors(Event::Masked(address, masked)));
@@ -96,14 +96,14 @@ impl Engine {
     pub(super) fn masked(&mut self, address: Sbdf, outcome: Result<Masked, String>) {
         match outcome {
             Ok(masked) => {
-                self.note_outcome(address, true, format!("correctable errors are masked at {}", masked.at));
+                self.note_outcome(address, Ok(format!("correctable errors are masked at {}", masked.at)));
                 if let Some(masked) = self.errors.masks.masked(address, masked) {
                     self.lift(address, masked);
                 }
             }
             Err(why) => {
                 // The entry stays in the list: repeated attempts would not help.
-                self.note_outcome(address, false, format!("correctable errors cannot be masked: {why}"));
+                self.note_outcome(address, Err(format!("correctable errors cannot be masked: {why}")));
             }
         }
     }
@@ -115,8 +115,8 @@ impl Engine {
     }
 
     fn lift(&self, address: Sbdf, masked: Masked) {
-        let (workshop, inbox) = (self.workshop(), self.inbox.clone());
-        let work = move || registers::unmask(workshop.platform.host.as_ref(), masked);
+        let (context, inbox) = (self.task_context(), self.inbox.clone());
+        let work = move || registers::unmask(context.platform.host.as_ref(), masked);
         self.inbox.background(&format!("unmask {address}"), work, move |outcome| {
             let outcome = outcome.map_err(|failure| failure.to_string()).and_then(|outcome| outcome);
             inbox.send(engine::Event::Errors(Event::Unmasked(address, outcome)));
@@ -127,10 +127,10 @@ impl Engine {
         match outcome {
             Ok(()) => {
                 self.problems.resolve_of(address, &[Cause::ErrorReporting]);
-                self.note_outcome(address, true, "correctable errors are reported again".to_owned());
+                self.note_outcome(address, Ok("correctable errors are reported again".to_owned()));
             }
             Err(why) => {
-                self.note_outcome(address, false, format!("correctable errors stay masked: {why}"));
+                self.note_outcome(address, Err(format!("correctable errors stay masked: {why}")));
                 let text = format!("{address}: correctable errors stay masked: {why}");
                 self.problems.push(Problem::new(Cause::ErrorReporting, text).on(address));
             }

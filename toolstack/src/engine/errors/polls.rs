@@ -159,10 +159,10 @@ impl Engine {
             self.poll_ports();
         }
         let look = self.errors.polls.begun;
-        let (workshop, inbox) = (self.workshop(), self.inbox.clone());
+        let (context, inbox) = (self.task_context(), self.inbox.clone());
         let work = move || {
             let read = |address| {
-                let counters = workshop.platform.errors.counters(address);
+                let counters = context.platform.errors.counters(address);
                 let counters = counters.unwrap_or_else(|problem| {
                     warn!("{problem}");
                     None
@@ -201,10 +201,10 @@ impl Engine {
         let (ports, functions) = (watched.ports(), watched.functions().collect::<Vec<_>>());
         let mut layouts = self.errors.ports.layouts.clone();
         layouts.retain(|address, _| watched.contains(*address));
-        let workshop = self.workshop();
+        let context = self.task_context();
         let inbox = self.inbox.clone();
         let work = move || {
-            let host = workshop.platform.host.as_ref();
+            let host = context.platform.host.as_ref();
             let mut contained = Vec::new();
             for port in ports {
                 let found = known(host, port, &mut layouts)

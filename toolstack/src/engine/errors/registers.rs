@@ -29,10 +29,10 @@ impl Engine {
             .chain(port)
             .map(|address| (address, self.errors.ports.layout(address)))
             .collect();
-        let (workshop, inbox) = (self.workshop(), self.inbox.clone());
+        let (context, inbox) = (self.task_context(), self.inbox.clone());
         let work = move || {
-            let host = workshop.platform.host.as_ref();
-            let handled = |root| workshop.platform.errors.handled(root).unwrap_or(false);
+            let host = context.platform.host.as_ref();
+            let handled = |root| context.platform.errors.handled(root).unwrap_or(false);
             let cleared = root.filter(|root| handled(*root)).map(|_| address);
             let of = |(address, layout): (Sbdf, Option<Layout>)| {
                 let found = registers::of_errors(host, address, layout);

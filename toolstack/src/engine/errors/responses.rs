@@ -216,8 +216,7 @@ impl Engine {
                 Effect::Reset => self.reset_for_error(address),
                 Effect::Contain(containment, why) => self.contain(address, containment, &why),
                 Effect::Stop(domain, action) => self.stop_guest(address, domain, action),
-                Effect::Report(Ok(text)) => self.note_outcome(address, true, text),
-                Effect::Report(Err(text)) => self.note_outcome(address, false, text),
+                Effect::Report(outcome) => self.note_outcome(address, outcome),
             }
         }
     }
@@ -259,9 +258,9 @@ impl Engine {
 
     /// Pauses or destroys a guest, on a thread because the hypercall may take some time.
     fn stop_guest(&mut self, address: Sbdf, domain: DomId, action: Action) {
-        let (workshop, inbox) = (self.workshop(), self.inbox.clone());
+        let (context, inbox) = (self.task_context(), self.inbox.clone());
         let work = move || {
-            let hypervisor = &workshop.platform.hypervisor;
+            let hypervisor = &context.platform.hypervisor;
             let outcome = match action {
                 Action::PauseGuest => hypervisor.pause(domain),
                 _ => hypervisor.destroy(domain),
@@ -284,11 +283,11 @@ impl Engine {
         match outcome {
             Ok(()) => {
                 let done = if action == Action::PauseGuest { "paused" } else { "destroyed" };
-                self.note_outcome(address, true, format!("domain {domain} is {done}"));
+                self.note_outcome(address, Ok(format!("domain {domain} is {done}")));
             }
             Err(problem) => {
                 // The guest still runs, so the function is taken from it.
-                self.note_outcome(address, false, problem.to_string());
+                self.note_outcome(address, Err(problem.to_string()));
                 self.contain(address, Containment::Quarantine, &problem.to_string());
             }
         }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use pciback::config::{FunctionSpec, Planes};
+use pciback::config::{Filter, FunctionSpec};
 use pciback::policy::PolicySet;
 
 /// The filter of an attached function, and what it was compiled from.
@@ -11,7 +11,7 @@ pub struct CompiledFilter {
     /// The function's specification.
     pub spec: Arc<FunctionSpec>,
     /// The compiled filter.
-    pub planes: Arc<Planes>,
+    pub filter: Arc<Filter>,
     /// The policies that it was compiled from.
     pub policies: Arc<PolicySet>,
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use log::{Level, log};
 use pciback::DomId;
-use pciback::config::{MaskedWrite, Planes};
+use pciback::config::{Filter, MaskedWrite};
 use pciback::serve::pv::{Action, Handshake, NodeChange};
 use pciback::serve::{Counters, GuestFunction, Notification, Server, TIME_BOUNDS};
 
@@ -141,11 +141,11 @@ impl Guest {
     }
 
     /// Replaces the filter of one of its functions.
-    pub fn replace_filter(&mut self, devfn: u8, planes: Arc<Planes>) -> Result<(), String> {
+    pub fn replace_filter(&mut self, devfn: u8, filter: Arc<Filter>) -> Result<(), String> {
         let replaced = match (&self.server, self.parked.get_mut(&devfn)) {
-            (_, Some(function)) => Some(function.replace_filter(planes)),
+            (_, Some(function)) => Some(function.replace_filter(filter)),
             (Some(server), None) => {
-                server.replace_filter(devfn, planes).map_err(|stuck| stuck.to_string())?
+                server.replace_filter(devfn, filter).map_err(|stuck| stuck.to_string())?
             }
             (None, None) => None,
         };

@@ -28,21 +28,21 @@ impl Engine {
         };
         let Some(record) = self.functions.begin_reset(address) else { return };
         let (network, incarnation) = (record.network, record.incarnation);
-        let workshop = self.workshop();
+        let context = self.task_context();
         let (inbox, resets) = (self.inbox.clone(), self.functions.handover().resets.clone());
         let work = move || {
-            is_same_device(workshop.platform.host.as_ref(), address, incarnation)?;
+            is_same_device(context.platform.host.as_ref(), address, incarnation)?;
             take_before_reset(server)?;
-            let function = workshop.platform.host.function(address)?;
+            let function = context.platform.host.function(address)?;
             // The guest asked for a reset of this function: one that reaches other functions, or none, must not count as one.
             let plan = ResetPlan {
                 together: false,
                 permit_none: false,
-                ..plan_for(&workshop.settings.reset, &workshop.policies, &function)
+                ..plan_for(&context.settings.reset, &context.policies, &function)
             };
-            reset_and_verify(&workshop.platform, &plan, &function)
-                .and_then(|_| renew_path(&workshop.platform, &workshop.ledger, address))
-                .and_then(|()| reapply_network(&workshop.platform, address, network.as_ref()))
+            reset_and_verify(&context.platform, &plan, &function)
+                .and_then(|_| renew_path(&context.platform, &context.files.ledger, address))
+                .and_then(|()| reapply_network(&context.platform, address, network.as_ref()))
         };
         self.inbox.background(&format!("reset {address}"), work, move |outcome| {
             resets.end(address);

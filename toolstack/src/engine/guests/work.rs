@@ -17,14 +17,14 @@ use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Cause;
 
 /// A function to be taken from its guest.
-pub(in crate::engine) enum Taking {
+pub(in crate::engine) enum Removal {
     /// A thread serves it.
     Served(Arc<Server>, u8),
     /// No thread serves it.
     Parked(Box<GuestFunction>),
 }
 
-impl Taking {
+impl Removal {
     /// Switches the function off; `None`: its thread does not have it.
     fn finish(self) -> Result<Option<Sbdf>, String> {
         let (address, quiesced) = match self {
@@ -78,9 +78,9 @@ impl Engine {
         if let Some(hvm) = &mut guest.hvm {
             hvm.devices.remove(&devfn);
         }
-        let taking = match (&guest.server, guest.parked.remove(&devfn)) {
-            (_, Some(function)) => Taking::Parked(function),
-            (Some(server), None) => Taking::Served(Arc::clone(server), devfn),
+        let removal = match (&guest.server, guest.parked.remove(&devfn)) {
+            (_, Some(function)) => Removal::Parked(function),
+            (Some(server), None) => Removal::Served(Arc::clone(server), devfn),
             (None, None) => return Err(answer),
         };
         let answer = Arc::new(Mutex::new(answer));
@@ -90,7 +90,7 @@ impl Engine {
         self.work(
             domain,
             "switch off",
-            move || WorkDone::SwitchedOff(devfn, taking.finish(), take(&answer)),
+            move || WorkDone::SwitchedOff(devfn, removal.finish(), take(&answer)),
             move |failure| WorkDone::SwitchedOff(devfn, Err(failure.message), take(&otherwise)),
         );
         Ok(())

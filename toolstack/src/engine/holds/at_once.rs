@@ -16,14 +16,14 @@ use crate::device::Device;
 use crate::engine::Engine;
 use crate::engine::problems::{Deviations, Problem};
 use crate::engine::requests::Plan;
-use crate::engine::tasks::{Course, Workshop};
+use crate::engine::tasks::{Course, TaskContext};
 use crate::outcome::Failure;
+use crate::persistent_settings::DeviceSettings;
 use crate::protocol::{Cause, Success};
 use crate::reply::Reply;
 use crate::reservations::Change;
 use crate::spec::existing;
 use crate::transaction::{Finished, Kind, holder_of};
-use crate::wishes::Wish;
 
 /// The end of messages about functions that are held persistently.
 const HELD_AGAIN: &str = "; it is held again whenever it appears";
@@ -97,12 +97,16 @@ impl AtOnce {
     }
 }
 
-impl Workshop {
-    /// Changes the persistent wishes for a function; returns whether anything changed.
-    pub(in crate::engine) fn want(&self, address: Sbdf, change: impl Fn(&mut Wish)) -> Result<bool, Failure> {
+impl TaskContext {
+    /// Changes the persistent settings for a function; returns whether anything changed.
+    pub(in crate::engine) fn want(
+        &self,
+        address: Sbdf,
+        change: impl Fn(&mut DeviceSettings),
+    ) -> Result<bool, Failure> {
         let host = self.platform.host.as_ref();
         let function = existing(host, address)?;
-        let before = self.wishes.of(host, &function);
+        let before = self.files.persistent_settings.of(host, &function);
         if before.is_some_and(|before| {
             let mut after = before.clone();
             change(&mut after);
@@ -110,12 +114,12 @@ impl Workshop {
         }) {
             return Ok(false);
         }
-        self.wishes.change(Device::of(host, &function)?, change).map(|_| true)
+        self.files.persistent_settings.change(Device::of(host, &function)?, change).map(|_| true)
     }
 }
 
 impl Engine {
-    /// Holds a function of dom0 if a policy or a persistent wish requires it.
+    /// Holds a function of dom0 if a policy or a persistent setting requires it.
     pub(in crate::engine) fn keep_for_guests(&mut self, function: &HostFunction) {
         let (address, incarnation) = (function.address, function.incarnation);
         let appeared = self.holds.at_once.appeared.remove(&address);
@@ -157,7 +161,11 @@ impl Engine {
         let subject = Subject::of_host(function, None);
         !function.is_bridge()
             && (self.policies.merge(&subject).hold == Holding::AtOnce
-                || self.wishes.of(self.platform.host.as_ref(), function).is_some_and(|wish| wish.hold))
+                || self
+                    .files
+                    .persistent_settings
+                    .of(self.platform.host.as_ref(), function)
+                    .is_some_and(|one| one.hold))
     }
 
     /// Holds a function persistently, by the given plan; a function that is held already is only noted as persistent.
@@ -169,16 +177,16 @@ impl Engine {
     ) {
         match plan {
             Ok(Plan::Answer(_)) => {
-                let (workshop, record) = (self.workshop(), self.functions.records().get_or_new(address));
+                let (context, record) = (self.task_context(), self.functions.records().get_or_new(address));
                 self.background("persist", move || {
                     let message = format!("{address} is assignable{HELD_AGAIN}");
-                    let wanted = workshop.want(address, |wish| wish.hold = true);
+                    let wanted = context.want(address, |one| one.hold = true);
                     reply.done(wanted.map(|changed| match changed {
                         false => Success::Already {
                             message: format!("{address} is assignable already{HELD_AGAIN}"),
                         },
                         true => {
-                            let functions = vec![workshop.view_of(&record)];
+                            let functions = vec![context.view_of(&record)];
                             Success::Changed { message, warnings: Vec::new(), functions }
                         }
                     }));

@@ -73,7 +73,7 @@ impl Engine {
             return;
         }
         let record = Record { managed: false, ..record };
-        if let Err(error) = self.journal.write(&record) {
+        if let Err(error) = self.files.journal.write(&record) {
             error!("{error}");
             self.problems.push(Problem::unwritten(&error));
         }

@@ -174,7 +174,7 @@ impl Engine {
         }
         self.inventory.comparisons.running = true;
         self.inventory.comparisons.touched.clear();
-        let (workshop, known) = (self.workshop(), self.inventory.comparisons.known.clone());
+        let (context, known) = (self.task_context(), self.inventory.comparisons.known.clone());
         self.background("sync", move || {
             let reply = client.map(|(_, reply)| reply);
             let progress = |text: &str| {
@@ -182,8 +182,8 @@ impl Engine {
                     reply.progress(text)
                 }
             };
-            let synced = workshop.sync(wanted, &known, dry_run, reply.is_none(), &progress);
-            workshop.inbox.send(engine::Event::Inventory(Event::Compared(synced, reply)));
+            let synced = context.sync(wanted, &known, dry_run, reply.is_none(), &progress);
+            context.inbox.send(engine::Event::Inventory(Event::Compared(synced, reply)));
         });
     }
 
@@ -343,7 +343,7 @@ impl Engine {
         let forgotten = done && matches!(repair, Repair::ReleaseMsix { .. } | Repair::ReportToXen { .. });
         if forgotten
             && let Some(record) = self.functions.note_msix_released(address)
-            && let Err(problem) = self.journal.write(&record)
+            && let Err(problem) = self.files.journal.write(&record)
         {
             error!("{problem}");
             self.problems.push(Problem::unwritten(&problem));
@@ -391,7 +391,7 @@ impl Engine {
             }
             Repair::MarkGone { .. } => {
                 let gone = Record { state: FunctionState::Gone, transaction: None, ..record };
-                self.journal.write(&gone).map_err(|error| failed(&error))?;
+                self.files.journal.write(&gone).map_err(|error| failed(&error))?;
                 self.functions.keep(gone);
                 format!("{address}: marked as gone")
             }

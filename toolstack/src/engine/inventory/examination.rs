@@ -142,18 +142,18 @@ impl Engine {
         } else {
             Vec::new()
         };
-        let (workshop, busy) = (self.workshop(), self.functions.busy().clone());
+        let (context, busy) = (self.task_context(), self.functions.busy().clone());
         let inbox = self.inbox.clone();
         let work = move || {
             if others {
-                match nodes::pciback_functions(workshop.platform.store.as_ref()) {
+                match nodes::pciback_functions(context.platform.store.as_ref()) {
                     Ok(found) => addresses.extend(found.into_iter().map(|(address, _)| address)),
                     Err(error) => warn!("{error}"),
                 }
             }
             let addresses: BTreeSet<Sbdf> = match all {
                 true => {
-                    let listed = workshop.platform.host.functions().unwrap_or_else(|error| {
+                    let listed = context.platform.host.functions().unwrap_or_else(|error| {
                         warn!("{error}");
                         Vec::new()
                     });
@@ -163,11 +163,11 @@ impl Engine {
             };
             let count = addresses.len();
             let examine = |address| {
-                let function = workshop.find(address).map_err(|error| warn!("{error}")).ok()?;
+                let function = context.find(address).map_err(|error| warn!("{error}")).ok()?;
                 // A failed query, or a function in a transaction, counts as unknown, which has no consequences.
-                let asked = (!busy.contains(&address)).then(|| workshop.owner(address).ok()).flatten();
+                let asked = (!busy.contains(&address)).then(|| context.owner(address).ok()).flatten();
                 let owner = asked.unwrap_or(Some(Owner::Unknown));
-                let followed = workshop.recognise(address, function.as_ref());
+                let followed = context.recognise(address, function.as_ref());
                 Some(ExaminedFunction { address, function, owner, followed })
             };
             let seen: Vec<ExaminedFunction> = addresses.into_iter().filter_map(examine).collect();
@@ -245,7 +245,7 @@ impl Engine {
             FunctionState::Gone if !replaced => {}
             FunctionState::Host | FunctionState::Held | FunctionState::Gone => {
                 info!("{address}: it {how}; xpci forgets the old one");
-                if let Err(error) = self.journal.remove(address) {
+                if let Err(error) = self.files.journal.remove(address) {
                     warn!("{error}");
                     self.problems.push(Problem::unwritten(&error));
                 }

@@ -12,7 +12,7 @@ use pciback::spec::CapabilityId;
 use pciback::{DomId, Sbdf};
 
 use crate::domains::{self, DomainType};
-use crate::engine::tasks::Workshop;
+use crate::engine::tasks::TaskContext;
 use crate::outcome::Failure;
 use crate::transaction::holder_of;
 
@@ -20,7 +20,7 @@ use crate::transaction::holder_of;
 /// this list still has the PF of a VF that left the host.
 pub(super) type Known = BTreeMap<Sbdf, Option<Sbdf>>;
 
-impl Workshop {
+impl TaskContext {
     /// Reads all three lists. A function that cannot be read is left alone: it is added to the busy ones, and the second value has the
     /// reasons.
     pub(super) fn observe(

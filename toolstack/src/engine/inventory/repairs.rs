@@ -15,7 +15,7 @@ use pciback::platform::hypervisor::DeviceReport;
 use super::Event;
 use super::observe::Known;
 use crate::engine;
-use crate::engine::tasks::Workshop;
+use crate::engine::tasks::TaskContext;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Success;
 use crate::reply::Reply;
@@ -44,7 +44,7 @@ pub(super) enum Outcome {
     Failed(Failure),
 }
 
-impl Workshop {
+impl TaskContext {
     /// Compares the lists and repairs differences. `unasked`: no client waits for the result.
     pub(super) fn sync(
         &self,

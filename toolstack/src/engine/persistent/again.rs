@@ -17,7 +17,7 @@ use crate::transaction::{Finished, Kind};
 impl Engine {
     /// Finds domains that have appeared, and forgets those that have ended.
     pub(in crate::engine) fn find_returning(&mut self) {
-        if self.reservations.is_empty() && self.settings.guests.is_empty() {
+        if self.files.reservations.is_empty() && self.settings.guests.is_empty() {
             self.persistent.known.clear();
             return;
         }
@@ -56,7 +56,7 @@ impl Engine {
     pub(in crate::engine) fn followed(&mut self, followed: &Followed) {
         let Followed { from, to, guest } = *followed;
         info!("{to}: it was {from} when it was made persistent for guest {guest}");
-        if self.reservations.get(from).is_none() {
+        if self.files.reservations.get(from).is_none() {
             self.stop_waiting_for(from);
         }
         for domain in self.persistent.known.clone() {
@@ -92,14 +92,14 @@ impl Engine {
             }
         };
         let mut found = false;
-        for reservation in self.reservations.of(guest) {
+        for reservation in self.files.reservations.of(guest) {
             let address = reservation.address;
             if reservation.was_given(&self.boot, domain) {
                 continue;
             }
             let records = self.functions.records();
             if records.state(address) == FunctionState::Attached && records.guest(address) == Some(domain) {
-                let (reservations, boot) = (self.reservations.clone(), self.boot.clone());
+                let (reservations, boot) = (self.files.reservations.clone(), self.boot.clone());
                 self.background("give", move || {
                     if let Err(failure) = reservations.give(reservation, &boot, domain) {
                         error!("{address}: {failure}");
@@ -143,7 +143,7 @@ impl Engine {
     }
 
     fn attachment_again(&self, address: Sbdf, domain: DomId) -> Result<Record, Failure> {
-        let reservation = self.reservations.get(address);
+        let reservation = self.files.reservations.get(address);
         let reservation = reservation.ok_or_else(|| Failure::not_found("it was forgotten meanwhile"))?;
         let mut record = self.attachable(address, domain, false)?;
         let slots = self.persistent.starts.slots(domain);

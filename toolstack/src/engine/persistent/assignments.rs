@@ -58,7 +58,7 @@ impl Engine {
     /// Reserves the functions that the settings assign to a guest, and has them attached.
     pub(super) fn assignments_found(&mut self, assignments: Assignments) {
         let Assignments { domain, guest, name, functions } = assignments;
-        let mut kept: Vec<Reservation> = self.reservations.of(guest);
+        let mut kept: Vec<Reservation> = self.files.reservations.of(guest);
         let (mut new, mut taken, mut unreserved) = (Vec::new(), Vec::new(), Vec::new());
         // Pools last, so that a VF that is named itself is not also taken from a pool.
         let (pools, certain): (Vec<_>, Vec<_>) =
@@ -102,7 +102,7 @@ impl Engine {
         if new.is_empty() {
             return;
         }
-        let (reservations, inbox) = (self.reservations.clone(), self.inbox.clone());
+        let (reservations, inbox) = (self.files.reservations.clone(), self.inbox.clone());
         self.background("persist", move || {
             for reservation in new {
                 let address = reservation.address;
@@ -133,10 +133,10 @@ impl Engine {
         if !is_by_address(&one.target) {
             return None;
         }
-        if let Some(known) = self.reservations.of(guest).into_iter().find(is_it) {
+        if let Some(known) = self.files.reservations.of(guest).into_iter().find(is_it) {
             return Some(Ok(known.address));
         }
-        let (lost, _) = self.reservations.displaced().into_iter().find(|(known, _)| is_it(known))?;
+        let (lost, _) = self.files.reservations.displaced().into_iter().find(|(known, _)| is_it(known))?;
         let text = format!("the {} that {} got as {} is missing", lost.kind(), lost.who(), one.target);
         Some(Err(Failure::refused(text).hint("name the function that is meant in 'guests' of xpcid.yaml")))
     }

@@ -7,13 +7,13 @@ use pciback::Sbdf;
 use pciback::platform::HostFunction;
 
 use crate::engine::Engine;
-use crate::engine::tasks::Workshop;
+use crate::engine::tasks::TaskContext;
 use crate::reservations::Followed;
 
-impl Workshop {
+impl TaskContext {
     /// Whether device identities are needed.
     fn is_to_recognise(&self) -> bool {
-        !self.reservations.is_empty() || !self.settings.guests.is_empty()
+        !self.files.reservations.is_empty() || !self.settings.guests.is_empty()
     }
 
     /// Called when a function was examined; moves its reservation if the device has moved.
@@ -26,11 +26,11 @@ impl Workshop {
             return None;
         }
         let Some(function) = function else {
-            self.reservations.left(address);
+            self.files.reservations.left(address);
             return None;
         };
         let device = self.devices.of(self.platform.host.as_ref(), function);
-        let found = device.and_then(|device| self.reservations.found(&device));
+        let found = device.and_then(|device| self.files.reservations.found(&device));
         found.unwrap_or_else(|failure| {
             warn!("{address}: find out whether it is persistent for a guest: {failure}");
             None
@@ -41,8 +41,8 @@ impl Workshop {
 impl Engine {
     /// Finds the devices of all reservations, before any guest gets a function.
     pub(in crate::engine) fn recognise_all(&self) {
-        let workshop = self.workshop();
-        if !workshop.is_to_recognise() {
+        let context = self.task_context();
+        if !context.is_to_recognise() {
             return;
         }
         let host = self.platform.host.as_ref();
@@ -52,7 +52,7 @@ impl Engine {
         });
         let functions = functions.into_iter().filter_map(|address| host.function(address).ok());
         let devices = functions.filter_map(|function| self.devices.of(host, &function).ok()).collect();
-        if let Err(failure) = self.reservations.found_all(devices) {
+        if let Err(failure) = self.files.reservations.found_all(devices) {
             warn!("{failure}");
         }
     }

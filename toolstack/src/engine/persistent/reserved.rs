@@ -26,7 +26,7 @@ impl Engine {
         domain: DomId,
     ) -> Result<(), Failure> {
         let address = function.address;
-        if let Some(path) = self.reservations.damaged(address) {
+        if let Some(path) = self.files.reservations.damaged(address) {
             let text = format!(
                 "it is unknown for which guest {address} is persistent: {} cannot be used",
                 path.display()
@@ -34,7 +34,7 @@ impl Engine {
             let hint = "see xpcid's log; remove the file if the function is not to be persistent for a guest";
             return Err(Failure::refused(text).on(address).of(domain).hint(hint));
         }
-        let Some(reservation) = self.reservations.get(address) else {
+        let Some(reservation) = self.files.reservations.get(address) else {
             if self.settings.guests.is_empty() {
                 return Ok(());
             }
@@ -79,7 +79,7 @@ impl Engine {
 
     /// The reservation of a function, if its device is at the address.
     fn reserved(&self, address: Sbdf) -> Option<Reservation> {
-        let reservation = self.reservations.get(address)?;
+        let reservation = self.files.reservations.get(address)?;
         let host = self.platform.host.as_ref();
         let function = host.function(address).ok()?;
         reservation.is_of(&self.devices.of(host, &function).ok()?).then_some(reservation)
@@ -134,7 +134,7 @@ impl Engine {
             Ok(wanted) => wanted,
             Err(failure) => return reply.done(Err(failure)),
         };
-        let known = self.reservations.get(address);
+        let known = self.files.reservations.get(address);
         let is_same = |known: &Reservation| {
             known.saved.is_none() && known.guest == wanted.guest && known.devfn == wanted.devfn
         };
@@ -143,7 +143,7 @@ impl Engine {
                 format!("domain {domain} has {address} already, and gets it again whenever it starts");
             return reply.done(Ok(Success::Already { message }));
         }
-        let (reservations, boot) = (self.reservations.clone(), self.boot.clone());
+        let (reservations, boot) = (self.files.reservations.clone(), self.boot.clone());
         self.background("persist", move || {
             let message = format!("domain {domain} has {address}, and gets it again whenever it starts");
             let kept = reservations.give(wanted, &boot, domain);
@@ -158,7 +158,7 @@ impl Engine {
         guest: &DomainName,
         not_found: Failure,
     ) -> Result<(Uuid, Option<String>), Failure> {
-        let known = self.reservations.all().into_iter().find(|known| means(known, guest, None));
+        let known = self.files.reservations.all().into_iter().find(|known| means(known, guest, None));
         let (uuid, name) = match (known, guest.0.parse()) {
             (Some(known), _) => (known.guest, known.name),
             (None, Ok(uuid)) => (uuid, None),
@@ -191,14 +191,14 @@ impl Engine {
         let seen = Sbdf::from_devfn(0, 0, wanted.devfn);
         let message =
             format!("{address} is reserved for {}, which sees it at {seen} when it starts", wanted.who());
-        if self.reservations.get(address).as_ref() == Some(&wanted) {
+        if self.files.reservations.get(address).as_ref() == Some(&wanted) {
             return reply.done(Ok(Success::Already { message }));
         }
         if dry_run {
             let message = format!("nothing was changed; without --dry-run: {message}");
             return reply.done(Ok(Success::Possible { message }));
         }
-        let reservations = self.reservations.clone();
+        let reservations = self.files.reservations.clone();
         self.background("persist", move || {
             let changed = Success::Changed { message, warnings: Vec::new(), functions: Vec::new() };
             reply.done(reservations.keep(wanted).map(|()| changed));
@@ -225,7 +225,7 @@ impl Engine {
         if let Some(own) = own {
             return Ok(own);
         }
-        let devfn = free_devfn(address, guest, slot, &self.reservations.of(guest))?;
+        let devfn = free_devfn(address, guest, slot, &self.files.reservations.of(guest))?;
         Ok(Reservation::new(self.devices.of(host, &function)?, guest, name, devfn))
     }
 
@@ -240,15 +240,15 @@ impl Engine {
     /// The reservation of a function for the guest that a command names, by name, number or UUID; the guest need not run.
     pub(in crate::engine) fn reservation_of(&self, guest: &DomainName, address: Sbdf) -> Option<Reservation> {
         let uuids = self.uuids_of(guest);
-        self.reservations.get(address).filter(|reservation| means(reservation, guest, uuids))
+        self.files.reservations.get(address).filter(|reservation| means(reservation, guest, uuids))
     }
 
     /// The reservations of the guest that runs as this domain.
     pub(in crate::engine) fn reserved_in(&self, domain: DomId) -> Result<Vec<Reservation>, Failure> {
-        if self.reservations.is_empty() {
+        if self.files.reservations.is_empty() {
             return Ok(Vec::new());
         }
-        Ok(self.reservations.of(self.platform.hypervisor.domain(domain)?.uuid))
+        Ok(self.files.reservations.of(self.platform.hypervisor.domain(domain)?.uuid))
     }
 
     /// Whether a guest has a function persistently that is not attached to it now.
@@ -279,7 +279,7 @@ impl Engine {
             return reply.done(Err(Failure::not_found(text).on(address).hint(hint)));
         };
         self.stop_waiting_for(address);
-        let reservations = self.reservations.clone();
+        let reservations = self.files.reservations.clone();
         self.background("forget", move || {
             let message = format!("{address} is not persistent any more for {}", reservation.who());
             let forgotten = reservations.forget(address);
@@ -288,7 +288,7 @@ impl Engine {
         });
     }
 
-    /// Plans to give a function back to dom0; its reservation and its persistent wishes end with that.
+    /// Plans to give a function back to dom0; its reservation and its persistent settings end with that.
     pub(in crate::engine) fn release_of(&mut self, record: Record, message: String) -> Plan {
         let reservation = self.reserved(record.address);
         let message = match &reservation {
@@ -301,7 +301,10 @@ impl Engine {
             self.stop_waiting_for(record.address);
         }
         let host = self.platform.host.as_ref();
-        let wished = host.function(record.address).ok().and_then(|function| self.wishes.of(host, &function));
+        let wished = host
+            .function(record.address)
+            .ok()
+            .and_then(|function| self.files.persistent_settings.of(host, &function));
         let message = match wished {
             Some(_) => format!("{message}; its persistent settings are deleted"),
             None => message,
@@ -313,7 +316,7 @@ impl Engine {
     /// Lists all reservations, or those of one guest.
     pub(in crate::engine) fn reserved_list(&self, guest: Option<&DomainName>, reply: Reply) {
         let uuid = guest.and_then(|guest| self.uuids_of(guest));
-        let listed = self.reservations.all().into_iter();
+        let listed = self.files.reservations.all().into_iter();
         let listed: Vec<Reservation> =
             listed.filter(|one| guest.is_none_or(|guest| means(one, guest, uuid))).collect();
         self.show(reply, move |shown| {

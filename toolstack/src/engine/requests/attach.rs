@@ -191,7 +191,7 @@ impl Engine {
         if self.policies.merge(&subject).reuse == Reuse::Trusted {
             return Ok(());
         }
-        self.former_owners.refuse(self.platform.hypervisor.as_ref(), &function, but, action, name)
+        self.files.former_owners.refuse(self.platform.hypervisor.as_ref(), &function, but, action, name)
     }
 
     /// The guest's device number for the function: the requested one, or the first free one of `order`. `others`: the numbers that the

@@ -13,7 +13,7 @@ use crate::domains;
 use crate::engine::Engine;
 use crate::engine::functions::Records;
 use crate::engine::problems::Problem;
-use crate::engine::tasks::Workshop;
+use crate::engine::tasks::TaskContext;
 use crate::journal::Record;
 use crate::outcome::Failure;
 use crate::protocol::{
@@ -45,10 +45,10 @@ const fn state_of_absent(recorded: FunctionState) -> FunctionState {
     }
 }
 
-impl Workshop {
+impl TaskContext {
     /// The view of a function, from its record and from sysfs.
     pub(in crate::engine) fn view_of(&self, record: &Record) -> FunctionView {
-        view_of(self.platform.host.as_ref(), &self.reservations, record)
+        view_of(self.platform.host.as_ref(), &self.files.reservations, record)
     }
 }
 
@@ -110,7 +110,7 @@ impl Engine {
         show: impl FnOnce(&Shown) -> Result<Success, Failure> + Send + 'static,
     ) {
         let host = Arc::clone(&self.platform.host);
-        let (records, reservations) = (self.functions.records().clone(), self.reservations.clone());
+        let (records, reservations) = (self.functions.records().clone(), self.files.reservations.clone());
         let shown = Shown { host, records, reservations };
         self.background("show", move || reply.done(show(&shown)));
     }
@@ -162,7 +162,7 @@ impl Engine {
             .chain(self.holds.problems())
             .chain(self.vfs.problems())
             .chain(self.persistent.problems())
-            .chain(self.reservations.displaced().into_iter().map(displaced))
+            .chain(self.files.reservations.displaced().into_iter().map(displaced))
             .chain(self.saving_problems())
             .collect()
     }

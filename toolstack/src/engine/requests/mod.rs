@@ -1,10 +1,10 @@
 //! Requests of clients: checked against the current state before anything is changed.
 
-mod asking;
 mod attach;
 mod deferred;
 mod hold;
 mod lists;
+mod local_client;
 mod obstacles;
 mod paths;
 mod several;
@@ -13,11 +13,11 @@ mod targets;
 
 use pciback::{DomId, FunctionState, Sbdf};
 
-pub(super) use self::asking::Asking;
 pub(super) use self::attach::{STUB, Wanted};
 pub(super) use self::deferred::Deferred;
 pub(super) use self::hold::not_in_state;
 pub(super) use self::lists::{all_pfs, known_pf, persistent_view};
+pub(super) use self::local_client::LocalClient;
 use self::obstacles::{Refusal, ThreadChecks};
 use self::several::Several;
 pub(super) use self::targets::{how_to_forget, kept_for};

@@ -5,7 +5,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 use super::not_in_state;
 use crate::engine::Engine;
-use crate::engine::tasks::Workshop;
+use crate::engine::tasks::TaskContext;
 use crate::journal::Record;
 use crate::outcome::Failure;
 use crate::protocol::Success;
@@ -46,24 +46,24 @@ pub(super) fn shares_with_others(state: FunctionState, function: &HostFunction) 
 /// Obstacles to an attachment that are checked on a thread: another toolstack owns the function (checked if it has a record), or it
 /// shares resources with functions of owners other than `domain` (`None`: of any owner), or the ROM that policies give it is unusable.
 pub(super) fn shared_obstacles(
-    workshop: &Workshop,
+    context: &TaskContext,
     address: Sbdf,
     record: Option<&Record>,
     domain: Option<DomId>,
 ) -> Vec<Failure> {
-    let found = workshop.sharing().obstacles(address, domain);
+    let found = context.sharing().obstacles(address, domain);
     let mut found = found.unwrap_or_else(|failure| vec![failure]);
     if let Some(record) = record {
-        match is_owned_by_other_toolstack(&workshop.platform, record) {
+        match is_owned_by_other_toolstack(&context.platform, record) {
             Ok(false) => {}
-            Ok(true) => found.insert(0, guest_owned(&workshop.platform, address)),
+            Ok(true) => found.insert(0, guest_owned(&context.platform, address)),
             Err(failure) => found.push(failure),
         }
     }
     let guest = domain.filter(|domain| *domain != DomId::DOM0);
     // Nothing of a guest's matters for a function that goes back to dom0.
     if domain != Some(DomId::DOM0)
-        && let Err(failure) = refuse_unusable_rom(&workshop.platform, &workshop.policies, address, guest)
+        && let Err(failure) = refuse_unusable_rom(&context.platform, &context.policies, address, guest)
     {
         found.push(failure);
     }
@@ -92,7 +92,7 @@ fn not_assignable(address: Sbdf) -> Failure {
         .hint(format!("run 'xpci pci-assignable-add {address}' first, or attach it with --managed"))
 }
 
-impl Workshop {
+impl TaskContext {
     /// Why a function that was just held cannot be attached yet, because of what it shares with functions of other owners.
     pub(in crate::engine) fn shares(&self, address: Sbdf) -> Vec<String> {
         match self.sharing().obstacles(address, None) {
@@ -164,7 +164,7 @@ impl Engine {
         let plan = plan_for(&self.settings.reset, &self.policies, function);
         let buses = Buses {
             platform: &self.platform,
-            journal: &self.journal,
+            journal: &self.files.journal,
             fresh: &self.functions.handover().fresh,
         };
         buses.refuse_unresettable(&plan, function, domain)
@@ -178,14 +178,14 @@ impl Engine {
         otherwise: Success,
         reply: Reply,
     ) {
-        let (workshop, holder) = (self.workshop(), self.settings.holder);
+        let (context, holder) = (self.task_context(), self.settings.holder);
         let Refusal { address, action, found } = refusal;
         let record = self.functions.records().get(address).cloned();
         self.background("obstacles", move || {
             let hold = checks.hold;
-            let hold = hold.map(|Force(force)| hold_obstacles(&workshop.platform, holder, address, force));
+            let hold = hold.map(|Force(force)| hold_obstacles(&context.platform, holder, address, force));
             let shares = checks.shares;
-            let shares = shares.map(|domain| shared_obstacles(&workshop, address, record.as_ref(), domain));
+            let shares = shares.map(|domain| shared_obstacles(&context, address, record.as_ref(), domain));
             let found = [found, hold.unwrap_or_default(), shares.unwrap_or_default()].concat();
             reply.done(Failure::refuse_for(&action, found).map(|()| otherwise));
         });

@@ -5,7 +5,7 @@ use pciback::Sbdf;
 use pciback::containment::Setting;
 
 use crate::engine::Engine;
-use crate::engine::tasks::Workshop;
+use crate::engine::tasks::TaskContext;
 use crate::outcome::Failure;
 use crate::protocol::{AerOwner, AerStatusView, MemberView, PathRegisterView, PathView, Success};
 use crate::reply::Reply;
@@ -23,9 +23,9 @@ impl Engine {
             Ok(addresses) => addresses,
             Err(failure) => return reply.done(Err(failure)),
         };
-        let workshop = self.workshop();
+        let context = self.task_context();
         self.background("aer status", move || {
-            let view = |found: &Sbdf| match path_view(&workshop, *found) {
+            let view = |found: &Sbdf| match path_view(&context, *found) {
                 // In the list of all, a function that has left the host is skipped.
                 Err(_) if address.is_none() => None,
                 other => Some(other),
@@ -40,29 +40,29 @@ impl Engine {
         if let Err(failure) = existing(self.platform.host.as_ref(), address) {
             return reply.done(Err(failure));
         }
-        let workshop = self.workshop();
+        let context = self.task_context();
         self.background("blast radius", move || {
-            let path = FunctionPath::of(&workshop.platform, address);
-            let radius = path.and_then(|path| blast_radius(&workshop.platform, &path));
+            let path = FunctionPath::of(&context.platform, address);
+            let radius = path.and_then(|path| blast_radius(&context.platform, &path));
             reply.done(radius.map(|radius| Success::BlastRadius(Box::new(radius))));
         });
     }
 }
 
-fn path_view(workshop: &Workshop, address: Sbdf) -> Result<PathView, Failure> {
-    let path = FunctionPath::of(&workshop.platform, address)?;
+fn path_view(context: &TaskContext, address: Sbdf) -> Result<PathView, Failure> {
+    let path = FunctionPath::of(&context.platform, address)?;
     let aer_owner = match path.root_port {
         Some((_, true)) => AerOwner::Linux,
         Some((_, false)) => AerOwner::Platform,
         None => AerOwner::NoRootPort,
     };
-    let members = path.members.iter().map(|member| member_view(workshop, member, path.os_owns_aer()));
+    let members = path.members.iter().map(|member| member_view(context, member, path.os_owns_aer()));
     Ok(PathView { address, aer_owner, members: members.collect::<Result<_, _>>()? })
 }
 
-fn member_view(workshop: &Workshop, member: &Member, os_owns_aer: bool) -> Result<MemberView, Failure> {
+fn member_view(context: &TaskContext, member: &Member, os_owns_aer: bool) -> Result<MemberView, Failure> {
     let address = member.function.address;
-    let entry = workshop.ledger.entry(address)?;
+    let entry = context.files.ledger.entry(address)?;
     let users = entry.map(|entry| entry.users.into_iter().collect()).unwrap_or_default();
     let register = |setting: &Setting| {
         let value = value_in(&member.bytes, setting.access);
@@ -73,7 +73,7 @@ fn member_view(workshop: &Workshop, member: &Member, os_owns_aer: bool) -> Resul
             value,
             mask: setting.row.mask,
             wanted: setting.row.wanted,
-            before: before_on_path(&workshop.ledger, address, setting),
+            before: before_on_path(&context.files.ledger, address, setting),
             as_wanted: setting.unlike(value) == 0,
             reason: format!("{} ({})", setting.row.reason, setting.row.section),
         }
@@ -82,7 +82,7 @@ fn member_view(workshop: &Workshop, member: &Member, os_owns_aer: bool) -> Resul
         address,
         role: member.role,
         users,
-        counters: workshop.platform.errors.counters(address)?.map(Into::into),
+        counters: context.platform.errors.counters(address)?.map(Into::into),
         registers: member.settings(os_owns_aer).iter().map(register).collect(),
     })
 }

@@ -7,7 +7,7 @@ use log::{error, info, warn};
 use pciback::{DomId, FunctionState, Sbdf, Uuid};
 use serde::{Deserialize, Serialize};
 
-use super::asking::Asking;
+use super::local_client::LocalClient;
 use crate::domains;
 use crate::engine::Engine;
 use crate::engine::notes::Notes;
@@ -104,14 +104,14 @@ fn names(functions: impl Iterator<Item = Sbdf>) -> String {
 
 /// The state of the thread that attaches the functions.
 struct Attaching {
-    asking: Asking,
+    client: LocalClient,
     wanted: Several,
     reply: Reply,
 }
 
 impl Attaching {
     fn ask(&self, request: Request) -> Result<Success, Failure> {
-        self.asking.ask(request, &format!("attach {}", self.wanted.named()))
+        self.client.ask(request, &format!("attach {}", self.wanted.named()))
     }
 
     fn run(&self) -> Result<Success, Failure> {
@@ -126,7 +126,7 @@ impl Attaching {
         }
         let held = self.hold()?;
         match self.attach(missing) {
-            Err(failure) if !self.asking.is_unanswered() => Err(self.give_back(held, failure)),
+            Err(failure) if !self.client.is_unanswered() => Err(self.give_back(held, failure)),
             outcome => outcome,
         }
     }
@@ -179,7 +179,7 @@ impl Attaching {
             match self.ask(request) {
                 Ok(Success::Changed { .. }) => held.push(address),
                 Ok(_) => {}
-                Err(failure) if self.asking.is_unanswered() => return Err(failure),
+                Err(failure) if self.client.is_unanswered() => return Err(failure),
                 Err(failure) => return Err(self.give_back(held, failure)),
             }
         }
@@ -205,7 +205,7 @@ impl Attaching {
         let (mut messages, mut all_warnings, mut views) = (Vec::new(), Vec::new(), Vec::new());
         for function in missing {
             let address = function.address;
-            let before = self.asking.workshop.reservations.get(address).is_some();
+            let before = self.client.context.files.reservations.get(address).is_some();
             let had = self.is_attached(address);
             self.reply.progress(&format!("attaching {address} to {}", self.wanted.domain.0));
             match self.ask(self.wanted.attachment(function, false)) {
@@ -232,12 +232,15 @@ impl Attaching {
     }
 
     fn is_attached(&self, address: Sbdf) -> bool {
-        matches!(self.asking.workshop.journal.owners().get(&address), Some(crate::journal::Owner::Domain(_)))
+        matches!(
+            self.client.context.files.journal.owners().get(&address),
+            Some(crate::journal::Owner::Domain(_))
+        )
     }
 
     /// Undoes what was done, in reverse order, and adds the result to the failure.
     fn undo(&self, done: Vec<Done>, failure: Failure) -> Failure {
-        if self.asking.is_unanswered() || done.is_empty() {
+        if self.client.is_unanswered() || done.is_empty() {
             return failure;
         }
         warn!("{}: {failure}; taking back {} functions", self.wanted.domain.0, done.len());
@@ -299,12 +302,12 @@ impl Engine {
             return reply.done(Err(failure));
         }
         let noted = domain.filter(|_| !wanted.dry_run);
-        let asking = Asking::new(self.workshop());
-        let attaching = Attaching { asking, wanted, reply: reply.clone() };
+        let client = LocalClient::new(self.task_context());
+        let attaching = Attaching { client, wanted, reply: reply.clone() };
         let work = move || {
             let outcome = attaching.run();
             // After an unanswered request the note stays, for the next run of the service.
-            if let Some(domain) = noted.filter(|_| !attaching.asking.is_unanswered()) {
+            if let Some(domain) = noted.filter(|_| !attaching.client.is_unanswered()) {
                 notes.remove(domain);
             }
             outcome
@@ -320,7 +323,7 @@ impl Engine {
         }
         let noted = |function: &Placed| Noted {
             address: function.address,
-            reserved: self.reservations.get(function.address).is_some(),
+            reserved: self.files.reservations.get(function.address).is_some(),
             attached: self.functions.records().state(function.address) == FunctionState::Attached,
         };
         let guest = self.platform.hypervisor.domain(domain)?.uuid;
@@ -362,12 +365,12 @@ impl Engine {
 
     /// Removes the reservation that an unfinished request made for a guest.
     fn forget_unfinished(&mut self, address: Sbdf, guest: Option<Uuid>) {
-        let Some(reservation) = self.reservations.get(address) else { return };
+        let Some(reservation) = self.files.reservations.get(address) else { return };
         if guest.is_some_and(|guest| guest != reservation.guest) {
             return;
         }
         info!("{address}: forgetting that {} has it persistently", reservation.who());
-        if let Err(failure) = self.reservations.forget(address) {
+        if let Err(failure) = self.files.reservations.forget(address) {
             error!("{address}: {failure}");
             self.problems.push(Problem::failed(Cause::StateFiles, &failure).on(address));
         }

@@ -149,9 +149,9 @@ impl Engine {
             Ok(known) => known,
             Err(failure) => return reply.done(Err(failure)),
         };
-        let (workshop, holder) = (self.workshop(), self.settings.holder);
+        let (context, holder) = (self.task_context(), self.settings.holder);
         self.show(reply, move |shown| {
-            let platform = &workshop.platform;
+            let platform = &context.platform;
             let host = platform.host.as_ref();
             let function = existing(host, address)?;
             let survey = Survey::of(shown, platform.store.as_ref())?;
@@ -163,7 +163,7 @@ impl Engine {
                 found.extend(hold_obstacles(platform, holder, address, false));
             }
             if shares_with_others(listed.function.state, &function) {
-                found.extend(shared_obstacles(&workshop, address, shown.record(address), None));
+                found.extend(shared_obstacles(&context, address, shown.record(address), None));
             }
             let group = survey.groups.get(&address);
             let members = survey.groups.iter().filter(|(_, number)| Some(*number) == group);

@@ -108,7 +108,7 @@ impl Engine {
     /// Why a held function cannot be given to a guest that takes any VF. A reserved function is not free, even for the guest that it is
     /// reserved for.
     fn obstacle_for(&self, vf: Sbdf, guest: &DomainName, trust: bool) -> Option<Failure> {
-        if let Some(kept) = self.reservations.get(vf) {
+        if let Some(kept) = self.files.reservations.get(vf) {
             return Some(Failure::refused(kept_for(&kept)).on(vf).hint(how_to_forget(&kept)));
         }
         let domain = domains::find(self.platform.store.as_ref(), guest).ok();

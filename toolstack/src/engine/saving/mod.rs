@@ -14,7 +14,7 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 use super::guests::{self, not_released};
 use super::problems::Problem;
-use super::requests::Asking;
+use super::requests::LocalClient;
 use super::{Engine, Event};
 use crate::domains::{self, DomainType};
 use crate::journal::{GuestPlace, Record};
@@ -38,7 +38,7 @@ pub(super) fn now() -> u64 {
 
 /// The state of the thread that prepares a guest for saving.
 struct Saving {
-    asking: Asking,
+    client: LocalClient,
     domain: DomId,
     records: Vec<(Record, GuestPlace)>,
     guest: SavedGuest,
@@ -81,13 +81,13 @@ impl Engine {
         }
         let name = domains::name(store, domain)?;
         let guest = SavedGuest { version: VERSION, guest: info.uuid, name, functions: Vec::new() };
-        let asking = Asking::new(self.workshop());
-        Ok(Saving { asking, domain, records: had, guest, reply: reply.clone() })
+        let client = LocalClient::new(self.task_context());
+        Ok(Saving { client, domain, records: had, guest, reply: reply.clone() })
     }
 
     /// Problems for guests that run without the functions that were taken to save them.
     pub(super) fn saving_problems(&self) -> impl Iterator<Item = Problem> {
-        self.reservations.all().into_iter().filter_map(|reservation| {
+        self.files.reservations.all().into_iter().filter_map(|reservation| {
             let (address, since) = (reservation.address, reservation.saved?);
             let domain = reservation.given_in(&self.boot)?;
             let info = self.platform.hypervisor.domain(domain).ok()?;
@@ -129,19 +129,19 @@ impl Saving {
 
     /// Describes a function for the checkpoint, while the guest has it.
     fn describe(&self, record: &Record, place: GuestPlace) -> Result<SavedFunction, Failure> {
-        let workshop = &self.asking.workshop;
-        let (host, address) = (workshop.platform.host.as_ref(), record.address);
+        let context = &self.client.context;
+        let (host, address) = (context.platform.host.as_ref(), record.address);
         let function = existing(host, address)?;
         let mut network = VfSettings::default();
         if function.physical_function.is_some() {
             let wished = record.network.as_ref().map(|network| network.wanted()).unwrap_or_default();
-            let seen = read_network(&workshop.platform, address)?.settings.unwrap_or_default();
+            let seen = read_network(&context.platform, address)?.settings.unwrap_or_default();
             let mac = seen.mac.filter(|mac| *mac != NO_ADDRESS);
             network = wished.or(VfSettings { mac, vlan: seen.vlan, ..VfSettings::default() });
         }
-        let kept = workshop.reservations.get(address);
+        let kept = context.files.reservations.get(address);
         Ok(SavedFunction {
-            device: workshop.devices.of(host, &function)?,
+            device: context.devices.of(host, &function)?,
             slot: place.devfn >> 3,
             persistent: kept.is_some_and(|kept| kept.guest == self.guest.guest && kept.saved.is_none()),
             network,
@@ -151,19 +151,19 @@ impl Saving {
 
     /// Detaches one function, with the consent of the guest's driver.
     fn take(&self, record: &Record, place: GuestPlace) -> Result<(), Failure> {
-        let (workshop, address) = (&self.asking.workshop, record.address);
-        let kept = workshop.reservations.get(address);
+        let (context, address) = (&self.client.context, record.address);
+        let kept = context.files.reservations.get(address);
         if kept.is_none_or(|kept| kept.guest != self.guest.guest) {
-            let host = workshop.platform.host.as_ref();
-            let device = workshop.devices.of(host, &existing(host, address)?)?;
+            let host = context.platform.host.as_ref();
+            let device = context.devices.of(host, &existing(host, address)?)?;
             let (guest, name) = (self.guest.guest, self.guest.name.clone());
             let mut reservation = Reservation::new(device, guest, name, place.devfn);
             reservation.saved = Some(now());
-            workshop.reservations.give(reservation, &record.boot, self.domain)?;
+            context.files.reservations.give(reservation, &record.boot, self.domain)?;
         }
         let domain = DomainName(self.domain.to_string());
         let detach = Request::PciDetach { domain, address, force: false, scope: Scope::Live };
-        let warnings = match self.asking.ask(detach, &format!("take {address} from {}", self.domain))? {
+        let warnings = match self.client.ask(detach, &format!("take {address} from {}", self.domain))? {
             Success::Changed { warnings, .. } => warnings,
             _ => Vec::new(),
         };
@@ -180,7 +180,7 @@ impl Saving {
     /// Waits until the guest's nodes are removed. A frontend saved with nodes would wait for a backend after the restore.
     fn wait_until_idle(&self) -> Result<(), Failure> {
         let (sender, receiver) = mpsc::channel();
-        self.asking.workshop.inbox.send(Event::Guests(guests::Event::NotifyWhenIdle(self.domain, sender)));
+        self.client.context.inbox.send(Event::Guests(guests::Event::NotifyWhenIdle(self.domain, sender)));
         receiver.recv_timeout(NODES_LIMIT).map_err(|_| {
             let text = format!("the nodes of domain {} in xenstore are not removed", self.domain);
             Failure::new(ErrorCode::Failed, text).of(self.domain).hint("see xpcid's log")
@@ -190,7 +190,7 @@ impl Saving {
     /// Attaches the functions again, with the same device numbers. A function for which that fails stays reserved, and is shown as a
     /// problem.
     fn give_back(&self, taken: &[(Sbdf, GuestPlace)], failure: Failure) -> Failure {
-        if self.asking.is_unanswered() {
+        if self.client.is_unanswered() {
             return failure;
         }
         warn!("domain {}: not saved, it gets its functions again: {failure}", self.domain);
@@ -205,7 +205,7 @@ impl Saving {
                 trust_former_owner: true,
                 dry_run: false,
             };
-            match self.asking.ask(give, &format!("give {address} back to {}", self.domain)) {
+            match self.client.ask(give, &format!("give {address} back to {}", self.domain)) {
                 Ok(_) => info!("{address}: domain {} has it again", self.domain),
                 Err(second) => left.push(second.message),
             }

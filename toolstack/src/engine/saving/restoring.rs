@@ -8,7 +8,7 @@ use pciback::{DomId, FunctionState, Sbdf, Uuid};
 
 use super::now;
 use crate::engine::Engine;
-use crate::engine::requests::Asking;
+use crate::engine::requests::LocalClient;
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{DomainName, Request, ReservedFunction, Success};
 use crate::reply::Reply;
@@ -18,7 +18,7 @@ use crate::transaction::read_network;
 
 /// The state of the thread that chooses functions for a restored guest.
 struct Restoring {
-    asking: Asking,
+    client: LocalClient,
     saved: SavedGuest,
     states: BTreeMap<Sbdf, FunctionState>,
     reply: Reply,
@@ -43,8 +43,8 @@ impl Engine {
             return reply.done(Err(failure.hint("a guest is restored once: destroy or rename what runs")));
         }
         let states = self.functions.records().all().map(|record| (record.address, record.state)).collect();
-        let asking = Asking::new(self.workshop());
-        let restoring = Restoring { asking, saved, states, reply: reply.clone() };
+        let client = LocalClient::new(self.task_context());
+        let restoring = Restoring { client, saved, states, reply: reply.clone() };
         let done = move |outcome: Result<_, Failure>| reply.done(outcome.and_then(|outcome| outcome));
         self.inbox.background("restore", move || restoring.run(), done);
     }
@@ -55,12 +55,12 @@ impl Engine {
             Ok(domain) => domain,
             Err(failure) => return reply.done(Err(failure)),
         };
-        let asking = Asking::new(self.workshop());
+        let client = LocalClient::new(self.task_context());
         let work = move || {
             let mut warnings = Vec::new();
             for ReservedFunction { address, slot, .. } in functions {
                 let attach = attachment(domain.to_string(), address, slot, false, false);
-                let attached = asking.ask(attach, &format!("attach {address} to {domain}"));
+                let attached = client.ask(attach, &format!("attach {address} to {domain}"));
                 // The failure names the domain, so that the client can destroy it.
                 let attached = attached.map_err(|failure| failure.of(domain))?;
                 if let Success::Changed { warnings: more, .. } = attached {
@@ -113,12 +113,12 @@ impl Restoring {
     }
 
     fn ask(&self, request: Request) -> Result<Success, Failure> {
-        self.asking.ask(request, &format!("reserve functions for {}", self.saved.called()))
+        self.client.ask(request, &format!("reserve functions for {}", self.saved.called()))
     }
 
     /// Chooses a function for each that the guest had; the failure lists all that are missing.
     fn choose(&self) -> Result<Vec<Chosen<'_>>, Failure> {
-        let host = self.asking.workshop.platform.host.as_ref();
+        let host = self.client.context.platform.host.as_ref();
         let all = host.functions()?.into_iter().filter_map(|address| host.function(address).ok());
         let all: Vec<HostFunction> = all.collect();
         let (mut chosen, mut missing) = (Vec::<Chosen<'_>>::new(), Vec::new());
@@ -142,12 +142,12 @@ impl Restoring {
         wanted: &'a SavedFunction,
         candidates: impl Iterator<Item = &'b HostFunction>,
     ) -> Result<Chosen<'a>, Failure> {
-        let workshop = &self.asking.workshop;
-        let host = workshop.platform.host.as_ref();
+        let context = &self.client.context;
+        let host = context.platform.host.as_ref();
         let mut ranked = Vec::new();
         for function in candidates {
-            let is_it = workshop.devices.of(host, function).is_ok_and(|device| device.is(&wanted.device));
-            let kept = workshop.reservations.get(function.address);
+            let is_it = context.devices.of(host, function).is_ok_and(|device| device.is(&wanted.device));
+            let kept = context.files.reservations.get(function.address);
             let is_kept = kept.is_some_and(|kept| kept.guest == self.saved.guest);
             let state = self.states.get(&function.address).copied().unwrap_or(FunctionState::Host);
             let is_free = match state {
@@ -189,7 +189,7 @@ impl Restoring {
         function: &HostFunction,
         is_held: bool,
     ) -> Result<(), Failure> {
-        let (host, address) = (self.asking.workshop.platform.host.as_ref(), function.address);
+        let (host, address) = (self.client.context.platform.host.as_ref(), function.address);
         if let Some(differs) = wanted.difference(host, function)? {
             return Err(Failure::refused(format!("{address} {differs}")).on(address));
         }
@@ -213,7 +213,7 @@ impl Restoring {
         is_held: bool,
         wanted: &SavedFunction,
     ) -> Result<(), Failure> {
-        let (address, reservations) = (done.address, &self.asking.workshop.reservations);
+        let (address, reservations) = (done.address, &self.client.context.files.reservations);
         if !is_held {
             let hold = Request::PciAssignableAdd {
                 address,
@@ -239,7 +239,7 @@ impl Restoring {
         if wanted.network.is_empty() {
             return Ok(());
         }
-        let platform = &self.asking.workshop.platform;
+        let platform = &self.client.context.platform;
         existing(platform.host.as_ref(), address)?;
         let present = read_network(platform, address)?.settings.unwrap_or_default();
         let settings = missing_settings(wanted.network, present);
@@ -250,7 +250,7 @@ impl Restoring {
     }
 
     fn undo(&self, done: &[ReservedFunction]) {
-        if self.asking.is_unanswered() {
+        if self.client.is_unanswered() {
             return;
         }
         for request in done.iter().rev().flat_map(|function| function.undoing(self.saved.guest)) {

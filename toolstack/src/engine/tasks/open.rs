@@ -6,20 +6,29 @@ use std::sync::Arc;
 
 use log::warn;
 use pciback::DomId;
-use pciback::config::{FunctionImage, FunctionSpec, GuestRom, ImageOwner, Planes, VirtualConfigSpace};
+use pciback::config::{Filter, FunctionImage, FunctionSpec, GuestRom, ImageOwner, VirtualConfigSpace};
 use pciback::hash::Fnv;
 use pciback::platform::{BarMemory, PlatformError, SharedMemory};
 use pciback::policy::Subject;
 use pciback::serve::GuestFunction;
 use pciback::serve::hvm::{self, RomCopy};
 
-use super::Workshop;
+use super::TaskContext;
 use crate::domains::{self, DomainType};
 use crate::engine::functions::CompiledFilter;
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 use crate::spec::{self, Given};
 use crate::transaction::{image_path, read_rom_copy};
+
+/// What is in the image of a function that is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::engine) enum Image {
+    /// Nothing yet.
+    New,
+    /// The state in which an earlier run of the service left the function.
+    Resumed,
+}
 
 /// A function that is opened for its guest.
 pub struct Opened {
@@ -33,13 +42,13 @@ pub struct Opened {
     pub lacks: Option<String>,
 }
 
-impl Workshop {
-    /// Opens the image and the config space of a function for a guest; `again`: as an earlier run of the service left them.
+impl TaskContext {
+    /// Opens the image and the config space of a function for a guest.
     pub(in crate::engine) fn open_function(
         &self,
         record: &Record,
         domain: DomId,
-        again: bool,
+        image_state: Image,
     ) -> Result<Opened, Failure> {
         let address = record.address;
         let failed = |what: &str, why: &dyn std::fmt::Display| {
@@ -57,12 +66,13 @@ impl Workshop {
         let given = Given { line: !record.without_line, rom: guest_rom(record) };
         let spec = Arc::new(spec::guest_spec(host, address, given)?);
         // Capabilities that the guest has seen stay visible, even if policies have changed.
-        let visible = again.then(|| image.visible_capabilities(spec.bytes.len()));
-        let planes = self.planes(&spec, domain, visible.as_deref())?;
+        let resumed = image_state == Image::Resumed;
+        let visible = resumed.then(|| image.visible_capabilities(spec.bytes.len()));
+        let filter = self.compile_filter(&spec, domain, visible.as_deref())?;
         let hardware = host.config(address)?;
-        let space = match again {
-            false => VirtualConfigSpace::create(&spec, Arc::clone(&planes), image),
-            true => VirtualConfigSpace::resume(&spec, Arc::clone(&planes), image, hardware.as_ref()),
+        let space = match resumed {
+            false => VirtualConfigSpace::create(&spec, Arc::clone(&filter), image),
+            true => VirtualConfigSpace::resume(&spec, Arc::clone(&filter), image, hardware.as_ref()),
         };
         let mut space = space.map_err(|error| failed("take over the config space", &error))?;
         if let Some(place) = record.guest {
@@ -72,17 +82,17 @@ impl Workshop {
         let mut function = GuestFunction::new(domain, address, space, hardware, hypervisor, spec.gsi);
         match function.keep_hardware() {
             // The state of a function that a guest uses is checked elsewhere.
-            Err(error) if again => warn!("{address}: bring hardware into step: {error}"),
+            Err(error) if resumed => warn!("{address}: bring hardware into step: {error}"),
             kept => kept.map_err(|error| failed("set decoding and interrupts", &error))?,
         }
-        let filter = CompiledFilter { spec, planes, policies: Arc::clone(&self.policies) };
+        let filter = CompiledFilter { spec, filter, policies: Arc::clone(&self.policies) };
         let open = |bar: u8| Ok((bar, host.bar_memory(address, bar)?));
         let bars = is_hvm.then(|| hvm::trapped_bars(&function).into_iter().map(open).collect());
         let memory: Option<BTreeMap<u8, Box<dyn BarMemory>>> =
             bars.transpose().map_err(|error: PlatformError| Failure::from(error).on(address))?;
         let (rom, lacks) = match self.rom(record) {
             Ok(rom) => (rom, None),
-            Err(why) if again => (Some(RomCopy::new(Vec::new())), Some(why)),
+            Err(why) if resumed => (Some(RomCopy::new(Vec::new())), Some(why)),
             Err(why) => return Err(failed("take over the expansion ROM", &why)),
         };
         let memory = memory.map(|bars| bars.into_iter().chain(rom.map(RomCopy::into_memory)).collect());
@@ -96,19 +106,19 @@ impl Workshop {
     }
 
     /// The filter of a function for a guest; functions with the same filter share one.
-    pub(in crate::engine) fn planes(
+    pub(in crate::engine) fn compile_filter(
         &self,
         spec: &FunctionSpec,
         domain: DomId,
         visible: Option<&[u16]>,
-    ) -> Result<Arc<Planes>, Failure> {
+    ) -> Result<Arc<Filter>, Failure> {
         let name = domains::name(self.platform.store.as_ref(), domain)?;
         let mut policy = self.policies.merge(&Subject::of(spec, name.as_deref())).policy;
         if domains::kind(self.platform.store.as_ref(), domain)? == DomainType::Hvm {
             policy.hide_enhanced_allocation();
             policy.virtual_functions = None;
         }
-        self.filters.planes(spec, policy, visible)
+        self.filters.compile(spec, policy, visible)
     }
 }
 

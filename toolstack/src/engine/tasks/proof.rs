@@ -8,8 +8,8 @@ use pciback::platform::ServerId;
 use pciback::serve::hvm::Device;
 use pciback::{DomId, live};
 
-use super::Workshop;
-use super::open::Opened;
+use super::TaskContext;
+use super::open::{Image, Opened};
 use crate::domains::{self, DomainType};
 use crate::engine::notes::noted_server;
 use crate::journal::Record;
@@ -19,7 +19,7 @@ use crate::outcome::{ErrorCode, Failure};
 /// it.
 const NO_SERVER: ServerId = ServerId(u16::MAX);
 
-impl Workshop {
+impl TaskContext {
     /// Makes sure that the guest of a function that is not served cannot reach it: by withdrawing what the image lists, or because the
     /// guest has ended.
     ///
@@ -35,7 +35,7 @@ impl Workshop {
             self.handover.reachable.withdrawn(address);
             return Ok(());
         }
-        let why = match self.open_function(record, domain, true) {
+        let why = match self.open_function(record, domain, Image::Resumed) {
             Ok(opened) => match self.quiesce(opened, record, domain) {
                 Ok(()) => {
                     info!("{address}: switched off for domain {domain} by its image");

@@ -28,18 +28,18 @@ impl Engine {
             Ok(function) => function,
             Err(failure) => return reply.done(Err(failure)),
         };
-        let workshop = self.workshop();
+        let context = self.task_context();
         if function.total_vfs == 0 {
             let record = self.functions.records().get_or_new(address);
             return self.background("look", move || {
-                let seen = read_network(&workshop.platform, address);
+                let seen = read_network(&context.platform, address);
                 reply.done(seen.map(|seen| Success::VfNetwork(view(&seen, &record))));
             });
         }
         let records: Vec<Record> =
             function.virtual_functions.iter().map(|vf| self.functions.records().get_or_new(*vf)).collect();
         self.background("look", move || {
-            let seen = read_networks(&workshop.platform, &function);
+            let seen = read_networks(&context.platform, &function);
             let views =
                 seen.map(|seen| seen.iter().zip(&records).map(|(seen, record)| view(seen, record)).collect());
             reply.done(views.map(|vfs| Success::VfNetworks { physical_function: address, vfs }));
@@ -60,13 +60,13 @@ impl Engine {
         };
         self.functions.begin(record.clone());
         self.inventory.touch(address);
-        let workshop = self.workshop();
-        let (reporter, listener, before) = (workshop.clone(), reply.clone(), record.clone());
+        let context = self.task_context();
+        let (reporter, listener, before) = (context.clone(), reply.clone(), record.clone());
         let work = move || {
             listener.progress(&format!("setting {} of {address}", describe_network(&wishes)));
-            let changed = change_network(&workshop.platform, &workshop.journal, &mut record, wishes);
+            let changed = change_network(&context.platform, &context.files.journal, &mut record, wishes);
             let changed = changed.and_then(|warnings| {
-                match persist && workshop.want(address, |wish| wish.network = wishes.or(wish.network))? {
+                match persist && context.want(address, |one| one.network = wishes.or(one.network))? {
                     true => Ok(Some(warnings.unwrap_or_default())),
                     false => Ok(warnings),
                 }
@@ -223,13 +223,13 @@ impl Engine {
                 .get(address)
                 .filter(|record| record.state == FunctionState::Attached);
             let Some(network) = attached.and_then(|record| record.network.clone()) else { continue };
-            let workshop = self.workshop();
+            let context = self.task_context();
             self.background("look", move || {
                 // A failed read is ignored: the settings are read again by the next comparison or at detach.
-                if let Ok(seen) = read_network(&workshop.platform, address) {
+                if let Ok(seen) = read_network(&context.platform, address) {
                     let differs =
                         seen.settings.and_then(|settings| network_deviation(&network.wanted(), &settings));
-                    workshop.inbox.send(engine::Event::Vfs(Event::NetworkCompared(address, differs)));
+                    context.inbox.send(engine::Event::Vfs(Event::NetworkCompared(address, differs)));
                 }
             });
         }

@@ -12,7 +12,7 @@ use pciback::platform::{Host, HostFunction};
 use serde::{Deserialize, Serialize};
 
 use crate::engine::requests::STUB;
-use crate::engine::tasks::Workshop;
+use crate::engine::tasks::TaskContext;
 use crate::outcome::{ErrorCode, Failure};
 
 /// The state of a PF before it was bound to the stub.
@@ -46,7 +46,7 @@ pub(in crate::engine) fn noted(run_directory: &Path) -> Vec<Sbdf> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
-impl Workshop {
+impl TaskContext {
     fn note_path(&self, pf: Sbdf) -> PathBuf {
         self.settings.run_directory.join("unmanaged").join(pf.to_string())
     }

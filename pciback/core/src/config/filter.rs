@@ -1,7 +1,7 @@
 //! The compiled filter of a function: what each bit of its config space is.
 //!
-//! The planes partition the bits. A bit is read from hardware or from the shadow; a write of it goes to hardware, to the shadow
-//! or nowhere. They hold no value of a single function, so that functions of one layout share them.
+//! It partitions the bits. A bit is read from hardware or from the shadow; a write of it goes to hardware, to the shadow
+//! or nowhere. It holds no value of a single function, so that functions of one layout share them.
 
 use super::access::EXTENDED_SIZE;
 use super::interrupts::{MsiCapability, MsixCapability};
@@ -12,7 +12,7 @@ use crate::spec::AnyId;
 /// Dwords of the largest config space.
 pub(super) const DWORDS: usize = EXTENDED_SIZE as usize / 4;
 
-/// The planes of one dword.
+/// What the filter has for the bits of one dword.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
 pub struct Bits {
     /// Read from hardware; the others come from the shadow.
@@ -86,9 +86,9 @@ pub struct Segment {
     pub mask: u32,
     /// How they are treated; values are in the place of the dword.
     pub treatment: Treatment,
-    /// Index in [`Planes::rules`].
+    /// Index in [`Filter::rules`].
     pub rule: u16,
-    /// Index in [`Planes::registers`]; `None` for unknown bytes.
+    /// Index in [`Filter::registers`]; `None` for unknown bytes.
     pub register: Option<u16>,
     /// What the specification calls the bits; `None` where it names none, or reserves them.
     pub field: Option<&'static str>,
@@ -116,7 +116,7 @@ pub struct Deferred {
 
 /// The compiled filter, shared by all functions with the same layout and policy.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Planes {
+pub struct Filter {
     pub(super) bits: Box<[Bits; DWORDS]>,
     pub(super) guarded: Vec<u32>,
     pub(super) size: u16,
@@ -134,7 +134,7 @@ pub struct Planes {
     pub(super) msix: Option<MsixCapability>,
 }
 
-impl Planes {
+impl Filter {
     /// A hash of everything that the filter does: functions with the same hash can share it, and a shadow that was made
     /// for one hash means nothing for another.
     pub fn behaviour_hash(&self) -> u64 {
@@ -146,7 +146,7 @@ impl Planes {
         self.size
     }
 
-    /// The planes of the dword that holds `offset`.
+    /// What it has for the dword that holds `offset`.
     pub fn bits(&self, offset: u16) -> Bits {
         self.bits[usize::from(offset) / 4 % DWORDS]
     }

@@ -14,7 +14,7 @@ use pciback::{FunctionState, Sbdf};
 use self::network::NetworkChecks;
 use super::problems::Problem;
 use super::requests::{STUB, all_pfs, known_pf};
-use super::tasks::Workshop;
+use super::tasks::TaskContext;
 use super::{Engine, Event as EngineEvent};
 use crate::journal::NetworkRecord;
 use crate::outcome::{ErrorCode, Failure};
@@ -92,9 +92,9 @@ impl Engine {
             self.refuse_held_pf(address)?;
             unmanaged::check(&pf, unmanaged)
         });
-        self.change_vfs(address, reply, checked, move |workshop, progress| {
-            workshop.room_for(address, count)?;
-            create(workshop, address, count, unmanaged, progress)
+        self.change_vfs(address, reply, checked, move |context, progress| {
+            context.room_for(address, count)?;
+            create(context, address, count, unmanaged, progress)
         });
     }
 
@@ -112,21 +112,21 @@ impl Engine {
             }
             self.none_in_use(&pf)
         });
-        self.change_vfs(address, reply, checked, move |workshop, progress| {
+        self.change_vfs(address, reply, checked, move |context, progress| {
             if before == count {
                 return Ok(Success::Already { message: format!("{address} has {count} VFs") });
             }
             if count > 0 {
                 // Checked before the present VFs are disabled.
-                workshop.room_for(address, count)?;
+                context.room_for(address, count)?;
             }
             if before > 0 {
-                let gone = destroy(workshop, address, progress)?;
+                let gone = destroy(context, address, progress)?;
                 if count == 0 {
                     return Ok(gone);
                 }
             }
-            create(workshop, address, count, unmanaged, progress)
+            create(context, address, count, unmanaged, progress)
         });
     }
 
@@ -165,8 +165,8 @@ impl Engine {
             });
             if without_vfs {
                 let reply = self.inbox.unasked_reply(Cause::VirtualFunctions);
-                self.change_vfs(address, reply, Ok(()), move |workshop, progress| {
-                    destroy(workshop, address, progress)
+                self.change_vfs(address, reply, Ok(()), move |context, progress| {
+                    destroy(context, address, progress)
                 });
             }
         }
@@ -218,8 +218,8 @@ impl Engine {
 
     pub(super) fn destroy_vfs(&mut self, address: Sbdf, reply: Reply) {
         let checked = self.physical_function(address).and_then(|pf| self.none_in_use(&pf));
-        self.change_vfs(address, reply, checked, move |workshop, progress| {
-            destroy(workshop, address, progress)
+        self.change_vfs(address, reply, checked, move |context, progress| {
+            destroy(context, address, progress)
         });
     }
 
@@ -274,17 +274,17 @@ impl Engine {
         address: Sbdf,
         reply: Reply,
         checked: Result<(), Failure>,
-        change: impl FnOnce(&Workshop, &dyn Fn(&str)) -> Result<Success, Failure> + Send + 'static,
+        change: impl FnOnce(&TaskContext, &dyn Fn(&str)) -> Result<Success, Failure> + Send + 'static,
     ) {
         if let Err(failure) = checked {
             return reply.done(Err(failure));
         }
         self.vfs.changing.insert(address);
         self.inventory.touch(address);
-        let workshop = self.workshop();
+        let context = self.task_context();
         let inbox = self.inbox.clone();
         let progress = reply.clone();
-        let work = move || change(&workshop, &|text| progress.progress(text));
+        let work = move || change(&context, &|text| progress.progress(text));
         self.inbox.background(&format!("vfs {address}"), work, move |outcome| {
             let succeeded = matches!(&outcome, Ok(Ok(_)));
             inbox.send(EngineEvent::Vfs(Event::Changed(address, succeeded)));
@@ -293,7 +293,7 @@ impl Engine {
     }
 }
 
-impl Workshop {
+impl TaskContext {
     /// Whether a PF can have this many VFs: by its TotalVFs, by the limit of functions in the settings, and by the bus numbers and ARI
     /// above it.
     fn room_for(&self, address: Sbdf, count: u16) -> Result<(), Failure> {
@@ -336,7 +336,7 @@ impl Workshop {
 
 /// Enables VFs, all or none: if some do not appear, all are disabled again.
 fn create(
-    workshop: &Workshop,
+    context: &TaskContext,
     address: Sbdf,
     count: u16,
     unmanaged: bool,
@@ -344,9 +344,9 @@ fn create(
 ) -> Result<Success, Failure> {
     if unmanaged {
         progress(&format!("binding {address} to {STUB}"));
-        workshop.give_to_stub(&workshop.platform.host.function(address)?)?;
+        context.give_to_stub(&context.platform.host.function(address)?)?;
     }
-    enable(workshop, address, count, progress).map_err(|failure| match workshop.take_from_stub(address) {
+    enable(context, address, count, progress).map_err(|failure| match context.take_from_stub(address) {
         Ok(_) => failure,
         Err(second) => {
             Failure { message: format!("{}; and then: {}", failure.message, second.message), ..failure }
@@ -355,12 +355,12 @@ fn create(
 }
 
 fn enable(
-    workshop: &Workshop,
+    context: &TaskContext,
     address: Sbdf,
     count: u16,
     progress: &dyn Fn(&str),
 ) -> Result<Success, Failure> {
-    let (host, limit) = (&workshop.platform.host, workshop.settings.driver_limit());
+    let (host, limit) = (&context.platform.host, context.settings.driver_limit());
     let probed = host.set_vf_autoprobe(address, false)?;
     progress(&format!("enabling {count} VFs of {address}"));
     let enabled = host.set_num_vfs(address, count, limit);
@@ -369,15 +369,20 @@ fn enable(
     // VFs answer config accesses 100 ms after VF Enable was set (PCI Express 6.0, section 9.3.3.3.1). The kernel waits that long, within
     // the write to sysfs, before it scans for them.
     let came_up = enabled.and(put_back).map_err(Failure::from);
-    let came_up = came_up.and_then(|_| all_known(workshop, address, count, limit)).and_then(|vfs| {
-        prepare_networks(&workshop.platform, (&workshop.settings, &workshop.wishes), address, &vfs)?;
+    let came_up = came_up.and_then(|_| all_known(context, address, count, limit)).and_then(|vfs| {
+        prepare_networks(
+            &context.platform,
+            (&context.settings, &context.files.persistent_settings),
+            address,
+            &vfs,
+        )?;
         Ok(vfs)
     });
     match came_up {
         Ok(vfs) => {
             let names: Vec<String> = vfs.iter().map(ToString::to_string).collect();
             let functions =
-                vfs.iter().map(|vf| workshop.view_of(&crate::journal::Record::new(*vf, ""))).collect();
+                vfs.iter().map(|vf| context.view_of(&crate::journal::Record::new(*vf, ""))).collect();
             let message = format!("{address} has {count} VFs: {}", names.join(" "));
             Ok(Success::Changed { message, warnings: Vec::new(), functions })
         }
@@ -389,7 +394,7 @@ fn enable(
                 // Reported as a problem as well, because the VFs stay until an administrator disables them.
                 let problem = format!("{address} has VFs that did not all come up: {message}");
                 let problem = Problem::new(Cause::VirtualFunctions, problem).on(address);
-                workshop.inbox.send(EngineEvent::Problem(problem));
+                context.inbox.send(EngineEvent::Problem(problem));
                 Err(Failure { message, ..failure })
             }
         },
@@ -397,11 +402,11 @@ fn enable(
 }
 
 /// Waits until sysfs shows all VFs and Xen knows each of them.
-fn all_known(workshop: &Workshop, pf: Sbdf, count: u16, limit: Duration) -> Result<Vec<Sbdf>, Failure> {
-    let platform = &workshop.platform;
+fn all_known(context: &TaskContext, pf: Sbdf, count: u16, limit: Duration) -> Result<Vec<Sbdf>, Failure> {
+    let platform = &context.platform;
     let deadline = Instant::now() + limit;
     loop {
-        let seen = workshop.changes.count();
+        let seen = context.changes.count();
         let vfs = platform.host.function(pf)?.virtual_functions;
         let mut unknown = None;
         for vf in &vfs {
@@ -420,22 +425,22 @@ fn all_known(workshop: &Workshop, pf: Sbdf, count: u16, limit: Duration) -> Resu
             return Err(failure.hint("see dom0's kernel log and 'xl dmesg'"));
         }
         // The kernel reports a function to Xen before it sends the event, so a missing one comes with an event.
-        workshop.changes.wait(seen, deadline);
+        context.changes.wait(seen, deadline);
     }
 }
 
-fn destroy(workshop: &Workshop, address: Sbdf, progress: &dyn Fn(&str)) -> Result<Success, Failure> {
-    let host = &workshop.platform.host;
+fn destroy(context: &TaskContext, address: Sbdf, progress: &dyn Fn(&str)) -> Result<Success, Failure> {
+    let host = &context.platform.host;
     let before = host.function(address)?.num_vfs;
     if before == 0 {
-        if workshop.take_from_stub(address)? {
+        if context.take_from_stub(address)? {
             let message = format!("{address} has no VFs enabled; it was taken from {STUB}");
             return Ok(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() });
         }
         return Ok(Success::Already { message: format!("{address} has no VFs enabled") });
     }
     progress(&format!("disabling {before} VFs of {address}"));
-    host.set_num_vfs(address, 0, workshop.settings.driver_limit())?;
+    host.set_num_vfs(address, 0, context.settings.driver_limit())?;
     let after = host.function(address)?.num_vfs;
     if after != 0 {
         let failure =
@@ -444,7 +449,7 @@ fn destroy(workshop: &Workshop, address: Sbdf, progress: &dyn Fn(&str)) -> Resul
             "the PF's driver refused, see dom0's kernel log: it counts a VF held by xen-pciback as in use",
         ));
     }
-    workshop.take_from_stub(address)?;
+    context.take_from_stub(address)?;
     let message = format!("{address} has no VFs any more");
     Ok(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() })
 }

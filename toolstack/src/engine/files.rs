@@ -1,0 +1,41 @@
+//! The state files of the service. Their handles are shared with background threads.
+
+use std::io;
+
+use super::problems::Problem;
+use crate::former_owners::FormerOwners;
+use crate::journal::Journal;
+use crate::ledger::Ledger;
+use crate::persistent_settings::PersistentSettings;
+use crate::reservations::Reservations;
+use crate::settings::Settings;
+
+/// What the service keeps on disk.
+#[derive(Clone)]
+pub(super) struct StateFiles {
+    /// What the service intends for each function.
+    pub journal: Journal,
+    /// What was in the registers of ports and PFs before they were set.
+    pub ledger: Ledger,
+    /// PV guests that may still have BARs mapped.
+    pub former_owners: FormerOwners,
+    /// Functions that are assigned to guests persistently.
+    pub reservations: Reservations,
+    /// Functions that are held persistently, and persistent network settings of VFs.
+    pub persistent_settings: PersistentSettings,
+}
+
+impl StateFiles {
+    /// Opens the files other than the journal. Those that cannot be used are problems.
+    pub fn open(journal: Journal, settings: &Settings, boot: &str) -> io::Result<(Self, Vec<Problem>)> {
+        let directory = &settings.state_directory;
+        let ledger = Ledger::open(&directory.join("path"), boot).map_err(io::Error::other)?;
+        let former_owners = FormerOwners::open(&directory.join("former-owners"), boot);
+        let (former_owners, damaged) = former_owners.map_err(io::Error::other)?;
+        let reservations = Reservations::open(&directory.join("persistent"));
+        let (reservations, unusable) = reservations.map_err(io::Error::other)?;
+        let (persistent_settings, unreadable) = PersistentSettings::open(directory.join("wanted"));
+        let problems = damaged.iter().chain(&unusable).chain(&unreadable).map(Problem::unusable).collect();
+        Ok((Self { journal, ledger, former_owners, reservations, persistent_settings }, problems))
+    }
+}
