@@ -40,8 +40,17 @@ pub const DOM0_MODULES: [&str; 21] = [
     "tun",
     "bridge",
 ];
-const GUEST_MODULES: [&str; 8] =
-    ["e1000e", "igbvf", "nvme", "virtio_net", "virtio_pci", "xen-evtchn", "xen-gntalloc", "xen-pcifront"];
+const GUEST_MODULES: [&str; 9] = [
+    "e1000e",
+    "igb",
+    "igbvf",
+    "nvme",
+    "virtio_net",
+    "virtio_pci",
+    "xen-evtchn",
+    "xen-gntalloc",
+    "xen-pcifront",
+];
 const DOM0_PROGRAMS: [&str; 12] = [
     "/bin/bash",
     "/sbin/ip",

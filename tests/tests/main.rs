@@ -13,6 +13,7 @@ mod hvm_devices;
 mod lab_smoke;
 mod machines;
 mod other_devices;
+mod pf_in_a_guest;
 mod real_dom0;
 mod ring;
 mod vf;
@@ -41,6 +42,7 @@ fn main() -> Result<ExitCode> {
         ring::Ring,
         hvm::Hvm,
         vfs::Vfs,
+        pf_in_a_guest::PfInAGuest,
         holding::Holding,
         hvm_devices::HvmDevices,
         vf_in_a_guest::newer_xen::NewerXen,

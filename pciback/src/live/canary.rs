@@ -7,7 +7,7 @@
 
 use std::io;
 
-use super::{Changed, change, message_control};
+use super::{Changed, change, message_control, rewrite};
 use crate::config::{Access, CapabilityList, ConfigSpace};
 use crate::spec::{CapabilityId, legacy};
 
@@ -54,10 +54,11 @@ impl Canary {
         Ok(control != self.access.width().mask() && control & self.bit == 0)
     }
 
-    /// Takes the sign back after a reset that did not happen.
+    /// Takes the sign back, also after a reset that has cleared it: Xen has seen Function Mask being set and nothing of the reset, sets it
+    /// again when it prepares MSI-X, and then refuses to assign the function (EBUSY).
     pub fn remove(&self, config: &dyn ConfigSpace) -> io::Result<()> {
-        if self.ours {
-            change(config, self.access, self.bit, 0)?.kept_or_silent("Message Control")?;
+        if self.ours || self.is_cleared(config)? {
+            rewrite(config, self.access, self.bit, 0)?.kept_or_silent("Message Control")?;
         }
         Ok(())
     }

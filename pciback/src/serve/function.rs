@@ -9,6 +9,7 @@ use nix::errno::Errno;
 
 use super::attachment::Attachment;
 use super::device::{GuestDevice, Unplaced};
+use super::guest_vfs::VfRequests;
 use super::interrupts;
 use super::revocation::{Revocable, Revocation};
 use crate::config::{
@@ -27,6 +28,8 @@ pub enum Demand {
     Reset,
     /// The function no longer answers.
     Vanished,
+    /// The guest has changed VF Enable of its PF.
+    Vfs,
     /// The guest has switched bus mastering on, as drivers do when they start. Nothing is asked.
     DriverStarted,
 }
@@ -74,6 +77,8 @@ pub struct GuestFunction {
     trouble: Option<String>,
     /// When it was last reported that the guest's driver has started.
     driver_started: Option<Instant>,
+    /// The VFs that the guest creates.
+    pub(super) vfs: VfRequests,
 }
 
 /// A guest that switches bus mastering on again and again has its driver started once in this time.
@@ -90,7 +95,7 @@ impl GuestFunction {
         line: u32,
     ) -> Self {
         let revocation = Revocation::default();
-        Self {
+        let function = Self {
             domain,
             address,
             attachment: Attachment::new(address),
@@ -105,7 +110,13 @@ impl GuestFunction {
             keeps_registers: false,
             trouble: None,
             driver_started: None,
+            vfs: VfRequests::default(),
+        };
+        if function.has_vfs() {
+            // Of an earlier process of the service.
+            function.ask_for_vfs();
         }
+        function
     }
 
     /// Whether nothing of the guest's reaches it: it has left the host, or is being reset.
@@ -223,6 +234,14 @@ impl GuestFunction {
     fn take_effect(&mut self, value: u32, effect: Option<SideEffect>) -> Accessed {
         let mut accessed = Accessed::value(value);
         match effect {
+            // A reset of the PF would take the VFs from their guests: it is only the guest's view that is reset.
+            Some(SideEffect::FunctionLevelReset) if self.has_vfs() => {
+                if let Err(error) = self.reset_done() {
+                    self.note_trouble(&error);
+                    accessed.failed = true;
+                }
+            }
+            Some(SideEffect::VfEnable) if self.ask_for_vfs() => accessed.demand = Some(Demand::Vfs),
             Some(SideEffect::FunctionLevelReset) => {
                 debug!("{}: domain {} asks for a function level reset", self.address, self.domain);
                 match self.begin_silence() {

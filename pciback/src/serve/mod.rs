@@ -5,6 +5,7 @@ mod attachment;
 mod counters;
 mod device;
 mod function;
+mod guest_vfs;
 pub mod hvm;
 mod interrupts;
 #[cfg(test)]
@@ -21,6 +22,7 @@ mod worker;
 pub use attachment::Attachment;
 pub use counters::{Counters, TIME_BOUNDS};
 pub use function::{Demand, GuestFunction};
+pub use guest_vfs::VfRequests;
 pub use interrupts::InterruptError;
 pub use orders::{NotNotified, Notification, ServerReport, ServerStuck, Taken};
 use roster::Roster;

@@ -19,6 +19,8 @@ pub enum ServerReport {
     ResetWanted(Attachment),
     /// The function answers no more.
     Vanished(Attachment),
+    /// The guest has changed its mind about VFs of its PF: see [`VfRequests`](super::VfRequests).
+    VfsWanted(Attachment),
     /// The guest's driver for the function has started.
     DriverStarted(Attachment),
     /// The function's interrupts could not be put back after its reset.
@@ -39,6 +41,7 @@ impl ServerReport {
         match self {
             Self::ResetWanted(attachment)
             | Self::Vanished(attachment)
+            | Self::VfsWanted(attachment)
             | Self::DriverStarted(attachment)
             | Self::RestoreFailed(attachment, _)
             | Self::NotPlaced(attachment, _)

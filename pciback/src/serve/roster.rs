@@ -44,6 +44,7 @@ impl Roster {
         match (demand, attachment) {
             (Some(Demand::Reset), Some(attachment)) => (self.report)(ServerReport::ResetWanted(attachment)),
             (Some(Demand::Vanished), Some(attachment)) => (self.report)(ServerReport::Vanished(attachment)),
+            (Some(Demand::Vfs), Some(attachment)) => (self.report)(ServerReport::VfsWanted(attachment)),
             (Some(Demand::DriverStarted), Some(attachment)) => {
                 (self.report)(ServerReport::DriverStarted(attachment));
             }

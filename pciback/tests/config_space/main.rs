@@ -1,6 +1,8 @@
 //! The virtual config space against composed devices and a naive model of what each byte means.
 
 #[cfg(test)]
+mod canary;
+#[cfg(test)]
 mod corpus;
 #[cfg(test)]
 mod device_registers;

@@ -196,6 +196,7 @@ impl Engine {
         self.take_back_stubs();
         self.create_wanted_vfs();
         self.resume_returning();
+        self.resume_guest_vfs();
         let (mut more_errors, mut more_changes) = (false, false);
         let ending = loop {
             self.watchdog.feed(Instant::now());

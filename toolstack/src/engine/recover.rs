@@ -123,6 +123,7 @@ impl Engine {
                     if record.quarantine.is_some() {
                         function.set_gone();
                     }
+                    self.note_vf_requests(&function);
                     self.functions.serve(function.attachment(), filter);
                     match memory {
                         Some(memory) => {
@@ -207,7 +208,7 @@ impl Engine {
     /// Reports a held function that its holding driver lost while no service ran.
     fn check_held(&mut self, address: Sbdf) {
         let held = self.platform.host.function(address);
-        let held = held.is_ok_and(|function| crate::transaction::holder_of(&function).is_some());
+        let held = held.is_ok_and(|function| crate::transaction::is_held(&function));
         if !held {
             let why = "it was held, but its holding driver lost it while xpcid did not run".to_owned();
             warn!("{address}: {why}");

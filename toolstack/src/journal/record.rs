@@ -30,6 +30,12 @@ pub struct Record {
     /// Whether it was held before any driver was probed: after the release, drivers are probed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unprobed: bool,
+    /// Whether drivers of dom0 were probed for VFs of this PF before it was held for a guest that creates VFs.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub vf_autoprobe: bool,
+    /// Whether it is a PF with VFs that stay for the guest that created them, which starts again and has not asked for VFs yet.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keeps_vfs: bool,
     /// Whether it was held for one guest only (`pci-attach --managed`), and goes back to dom0 when the guest has released it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub managed: bool,
@@ -140,6 +146,8 @@ impl Record {
             original_driver: None,
             original_override: None,
             unprobed: false,
+            vf_autoprobe: false,
+            keeps_vfs: false,
             managed: false,
             msix_prepared: false,
             guest: None,

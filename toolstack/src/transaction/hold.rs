@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use log::warn;
 use nix::errno::Errno;
 use pciback::platform::{Host, HostFunction, Platform, PlatformError};
-use pciback::policy::RdmPolicy;
+use pciback::policy::{PolicySet, RdmPolicy, Subject};
 use pciback::serve::pv::nodes;
 use pciback::{DomId, Sbdf};
 
@@ -19,12 +19,44 @@ use crate::settings::Holder;
 /// has no error handlers, and pci-stub has none.
 const HOLDERS: [&str; 2] = ["pciback", "pci-stub"];
 
+/// The driver that holds a PF whose guest creates VFs: of the drivers that hold, it alone lets `sriov_numvfs` be written. It has no error
+/// handlers either.
+pub const PF_STUB: &str = "pci-pf-stub";
+
 /// The limit for the kernel to offer a new function to drivers after its event.
 const APPEARANCE: Duration = Duration::from_secs(5);
 
 /// The holding driver, if the function is bound to one.
 pub fn holder_of(function: &HostFunction) -> Option<&str> {
     function.driver.as_deref().filter(|driver| HOLDERS.contains(driver))
+}
+
+/// Whether a holding driver has a function that the service has a record of. One without a record, an unmanaged PF, may have [`PF_STUB`]
+/// for another purpose.
+pub fn is_held(function: &HostFunction) -> bool {
+    holder_of(function).is_some() || function.driver.as_deref() == Some(PF_STUB)
+}
+
+/// Whether policies have the guest that gets a PF create its VFs. Those for a guest's name do not count: no guest has it yet.
+pub fn vfs_are_by_guest(policies: &PolicySet, function: &HostFunction) -> bool {
+    function.total_vfs > 0
+        && policies.merge(&Subject::of_host(function, None)).policy.virtual_functions.is_some()
+}
+
+/// The driver that holds a function.
+fn holder_for(context: &Context<'_>, function: &HostFunction) -> Result<&'static str, Failure> {
+    let host = context.platform.host.as_ref();
+    if !vfs_are_by_guest(context.policies, function) {
+        return choose_holder(host, context.settings.holder);
+    }
+    if host.drivers()?.iter().any(|driver| driver == PF_STUB) {
+        return Ok(PF_STUB);
+    }
+    let text = format!(
+        "a guest is to create VFs of {}, which needs {PF_STUB}, and that is not loaded",
+        function.address
+    );
+    Err(Failure::refused(text).on(function.address).hint(format!("run 'modprobe {PF_STUB}'")))
 }
 
 /// Chooses a holding driver among those that are loaded.
@@ -49,7 +81,7 @@ pub(super) fn take_driver(context: &Context<'_>, record: &mut Record) -> Result<
     let host = &context.platform.host;
     let function = host.function(record.address)?;
     refuse_owned(context, record)?;
-    let holder = match choose_holder(host.as_ref(), context.settings.holder) {
+    let holder = match holder_for(context, &function) {
         Ok(holder) => holder,
         Err(failure) => {
             // Other obstacles are reported together with this one.
@@ -59,24 +91,29 @@ pub(super) fn take_driver(context: &Context<'_>, record: &mut Record) -> Result<
             return Err(Failure::refuse_for(&action, found).err().unwrap_or(failure));
         }
     };
-    let warning = (holder == "pci-stub").then(|| {
+    let unrecoverable = |driver: &str| {
+        let advice = if driver == PF_STUB { "" } else { "; load xen-pciback to avoid that" };
         format!(
-            "{} is held by pci-stub, which has no error handlers: an error below the same port cannot be recovered from; \
-             load xen-pciback to avoid that",
+            "{} is held by {driver}, which has no error handlers: an error below the same port cannot be recovered from{advice}",
             record.address
         )
-    });
+    };
+    let warning = (holder != HOLDERS[0]).then(|| unrecoverable(holder));
     if record.incarnation != function.incarnation {
         // The noted registers are those of another device.
         record.pristine = None;
     }
     record.incarnation = function.incarnation;
     let unresettable = unresettable(context, &function);
-    if holder_of(&function).is_some() {
-        let warning = warning.filter(|_| function.driver.as_deref() == Some("pci-stub"));
+    let has_it = match holder {
+        PF_STUB => function.driver.as_deref() == Some(PF_STUB),
+        _ => holder_of(&function).is_some(),
+    };
+    if has_it {
+        let warning = warning.filter(|_| function.driver.as_deref() != Some(HOLDERS[0]));
         return Ok(joined(warning.into_iter().chain(unresettable)));
     }
-    let names_no_holder = |name: &String| !HOLDERS.contains(&name.as_str());
+    let names_no_holder = |name: &String| name != PF_STUB && !HOLDERS.contains(&name.as_str());
     if let Some(before) = function.driver_override.filter(names_no_holder) {
         record.original_override = Some(before);
     }
@@ -98,6 +135,11 @@ pub(super) fn take_driver(context: &Context<'_>, record: &mut Record) -> Result<
         other => other.map(|()| None)?,
     };
     (context.progress)(&format!("binding {} to {holder}", record.address));
+    if holder == PF_STUB {
+        // No driver of dom0 binds to VFs that a guest creates, also not when they are given back.
+        record.vf_autoprobe = host.set_vf_autoprobe(record.address, false)?;
+        context.write(record)?;
+    }
     bind(context, record.address, holder)?;
     host.forget_slot(record.address)?;
     Ok(joined(taken.into_iter().chain(warning).chain(unresettable)))
@@ -160,11 +202,15 @@ pub(super) fn give_back_driver(
     // Unbinding from xen-pciback resets the function.
     refuse_owned(context, record)?;
     let function = host.function(record.address)?;
+    if record.vf_autoprobe {
+        host.set_vf_autoprobe(record.address, true)?;
+        record.vf_autoprobe = false;
+    }
     let (before, limit) = (record.original_override.as_deref(), context.settings.driver_limit());
     let Some(original) = record.original_driver.clone() else {
         host.set_driver_override(record.address, before)?;
         // It had no driver and goes back without one. If a driver that does not hold is bound, it was never taken away.
-        if holder_of(&function).is_some() {
+        if is_held(&function) {
             host.unbind(record.address, limit)?;
         }
         if record.unprobed {

@@ -28,7 +28,10 @@ use pciback::{DomId, FunctionState, Sbdf};
 
 pub use attach::image_path;
 pub use grants::note_owner;
-pub use hold::{choose_holder, guest_owned, holder_of, is_owned_by_other_toolstack, refuse_in_use};
+pub use hold::{
+    PF_STUB, choose_holder, guest_owned, holder_of, is_held, is_owned_by_other_toolstack, refuse_in_use,
+    vfs_are_by_guest,
+};
 pub use network::{
     Reported as ReportedNetwork, change as change_network, described as describe_network,
     deviation as network_deviation, place as vf_place, prepare as prepare_networks,
@@ -70,6 +73,8 @@ pub trait Serving: Sync {
     /// Stops serving a function: switches off bus mastering and interrupts, removes its nodes. The text is a warning that the guest did
     /// not release it in time.
     fn withdraw(&self, record: &Record, withdrawal: Withdrawal) -> Result<Option<String>, Failure>;
+    /// Whether a PF that has VFs enabled keeps them, because its guest, which created them, starts again or has started again.
+    fn keeps_vfs(&self, record: &Record) -> bool;
     /// The filter for a function and a guest by the current policies: what the guest sees, and which of its writes reach hardware.
     fn filter(&self, spec: &FunctionSpec, domain: DomId) -> Result<Arc<Filter>, Failure>;
     /// Why the function must end quarantined, if that was decided during the transaction.

@@ -95,7 +95,7 @@ pub(super) fn switch_off(context: &Context<'_>, record: &Record) -> Result<Off, 
         return Ok(Off::Harmless);
     }
     let function = context.platform.host.function(record.address)?;
-    if function.driver.is_some() && hold::holder_of(&function).is_none() {
+    if function.driver.is_some() && !hold::is_held(&function) {
         // What failed was taking the function from its driver, which may serve dom0's own disk.
         return Ok(Off::UsedByDom0);
     }

@@ -73,9 +73,7 @@ fn reset_in_this_way(
     let limit = Duration::from_secs(plan.answer_seconds);
     let verified =
         reset.map_err(Failure::from).and_then(|()| verify_all(config.as_ref(), plan, canary, address, limit));
-    if verified.is_err() {
-        clear_mark(canary, config.as_ref(), address);
-    }
+    clear_mark(canary, config.as_ref(), address);
     verified?;
     place_bars(config.as_ref(), function)?;
     // INTx stays disabled until a guest handles it. A driver of dom0 enables it itself. Not all hardware implements Interrupt Disable.
@@ -84,7 +82,7 @@ fn reset_in_this_way(
         .map_err(|error| config_failure("disable INTx of", address, &error))
 }
 
-/// Clears the mark if no reset has cleared it.
+/// Takes back the mark that a reset was verified by.
 pub(super) fn clear_mark(canary: Option<Canary>, config: &dyn ConfigSpace, address: Sbdf) {
     if let Some(Err(error)) = canary.map(|canary| canary.remove(config)) {
         warn!("{address}: clear the mark that the reset left: {error}");
@@ -239,6 +237,10 @@ pub(super) fn run(context: &Context<'_>, record: &mut Record) -> Result<Option<S
     }
     (context.progress)(&format!("resetting {}", record.address));
     let function = context.platform.host.function(record.address)?;
+    record.keeps_vfs = function.num_vfs > 0;
+    if record.keeps_vfs {
+        return keep_vfs(context, record, &function);
+    }
     let plan = plan_for(&context.settings.reset, context.policies, &function);
     let way = way(context.platform.host.as_ref(), &plan, &function)?;
     if way != Way::Together {
@@ -250,4 +252,25 @@ pub(super) fn run(context: &Context<'_>, record: &mut Record) -> Result<Option<S
         }
         _ => together::restore(context, record, &plan, &function),
     }
+}
+
+/// A PF whose VFs other guests have is not reset for the guest that created them, which starts again: that would take the VFs from them.
+/// Nobody else gets the PF before its VFs are gone.
+fn keep_vfs(
+    context: &Context<'_>,
+    record: &Record,
+    function: &HostFunction,
+) -> Result<Option<String>, Failure> {
+    let (address, vfs) = (record.address, function.num_vfs);
+    if !context.serving.keeps_vfs(record) {
+        let text =
+            format!("reset {address}: it has {vfs} VFs, which the reset would remove under their guests");
+        let hint = format!("detach and release them, then 'xpci vf destroy {address}'");
+        return Err(Failure::refused(text).on(address).hint(hint));
+    }
+    let quiet = live::clear_bus_master(context.platform.host.config(address)?.as_ref());
+    quiet.map_err(|error| config_failure("quiesce", address, &error))?;
+    Ok(Some(format!(
+        "{address} is not reset: other guests use its {vfs} VFs, which stay for the guest that created them"
+    )))
 }

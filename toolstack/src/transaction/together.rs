@@ -339,7 +339,7 @@ impl<'a> Marked<'a> {
         Ok(Self { function, config, kept, canary })
     }
 
-    /// Clears the mark if no reset has cleared it.
+    /// Takes back the mark that the reset was verified by.
     fn clear(&self) {
         clear_mark(self.canary, self.config.as_ref(), self.function.address);
     }
@@ -381,9 +381,7 @@ fn reset_bus(context: &Context<'_>, plan: &ResetPlan, function: &HostFunction) -
         let silenced = live::set_intx(config.as_ref(), Switch::Off)
             .map(drop)
             .map_err(|error| config_failure("disable INTx of", function.address, &error));
-        if verified.is_err() {
-            one.clear();
-        }
+        one.clear();
         let done = verified.and(put_back).and(silenced);
         if done.is_ok() && outcome.is_ok() {
             context.fresh.known().insert(function.address, function.incarnation);

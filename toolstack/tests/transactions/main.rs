@@ -10,6 +10,7 @@ mod errors;
 mod failures;
 mod former_owners;
 mod frontend;
+mod guest_vfs;
 mod guests;
 mod handing_over;
 mod holding;

@@ -11,6 +11,7 @@ use log::warn;
 use super::interrupts;
 use super::wire::{self, Command, Op, OpAnswer, WireError};
 use crate::DomId;
+use crate::config::Access;
 use crate::fault::AerAnswer;
 use crate::platform::{PlatformError, Ring};
 use crate::serve::worker::{RequestSource, Turn};
@@ -110,7 +111,9 @@ impl RingRequests {
                 demand = wanted;
                 answer
             }
-            None => OpAnswer::failed(WireError::NoDevice),
+            None => devfn
+                .and_then(|devfn| of_vf(roster, devfn, op))
+                .unwrap_or_else(|| OpAnswer::failed(WireError::NoDevice)),
         };
         // The frontend gives up after two seconds; an answer that comes later must not reach its next request.
         if wire::claimed(self.ring.page(), op.info) {
@@ -131,6 +134,18 @@ impl RingRequests {
             complain(roster, op, answer.error, trouble);
         }
         roster.tell(demand, attachment);
+    }
+}
+
+/// Answers for a VF that the guest has created: a further function of its PF's device. Writes of it change nothing.
+fn of_vf(roster: &Roster, devfn: u8, op: &Op) -> Option<OpAnswer> {
+    let pf = roster.functions.get(&(devfn & !7))?;
+    let access = Access::new(op.offset, op.size).ok()?;
+    let read = pf.read_vf(devfn & 7, access)?;
+    match op.command {
+        Command::CONF_READ => Some(OpAnswer::value(read)),
+        Command::CONF_WRITE => Some(OpAnswer::value(op.value)),
+        _ => None,
     }
 }
 

@@ -154,6 +154,12 @@ impl Functions {
         })
     }
 
+    /// Notes that the guest of a PF has said how many VFs it wants. Returns the changed record.
+    pub fn note_vfs_asked(&mut self, address: Sbdf) -> Option<Record> {
+        self.records.get(address).filter(|record| record.keeps_vfs)?;
+        self.records.change(address, |record| record.keeps_vfs = false)
+    }
+
     /// Notes that Xen no longer guards the MSI-X table of a function. Returns the changed record.
     pub fn note_msix_released(&mut self, address: Sbdf) -> Option<Record> {
         self.records.get(address).filter(|record| record.msix_prepared)?;

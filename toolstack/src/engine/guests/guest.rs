@@ -121,7 +121,7 @@ impl Guest {
     }
 
     /// Logs an action of the guest, within its log limit.
-    pub(super) fn log_line(&mut self, level: Level, text: &str) {
+    pub(in crate::engine) fn log_line(&mut self, level: Level, text: &str) {
         match self.log.may_log(Instant::now()) {
             Some(0) => log!(level, "{text}"),
             Some(suppressed) => log!(level, "{text} ({suppressed} earlier lines about it were left out)"),

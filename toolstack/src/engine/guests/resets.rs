@@ -15,7 +15,7 @@ use crate::transaction::{plan_for, reapply_network, renew_path, reset_and_verify
 
 impl Engine {
     /// Resets a function at the request of its guest, on a background thread.
-    pub(super) fn reset_for_guest(&mut self, address: Sbdf) {
+    pub(in crate::engine) fn reset_for_guest(&mut self, address: Sbdf) {
         self.reset_under_guest(address, None);
     }
 
@@ -26,6 +26,9 @@ impl Engine {
             warn!("{address}: not reset, because no guest has it any more");
             return;
         };
+        if self.vfs_prevent_reset(address, server.is_none()) {
+            return;
+        }
         let Some(record) = self.functions.begin_reset(address) else { return };
         let (network, incarnation) = (record.network, record.incarnation);
         let context = self.task_context();

@@ -25,6 +25,7 @@ impl Engine {
     pub(in crate::engine) fn serve(&mut self, record: &Record, opened: Opened, answer: Answer) {
         let Opened { function, filter, memory, .. } = opened;
         let outdated = !Arc::ptr_eq(&filter.policies, &self.policies);
+        self.note_vf_requests(&function);
         self.functions.serve(function.attachment(), filter);
         // From now on the guest can use the function, and its errors concern the guest.
         let watched = self.watch_errors_of(record.address);

@@ -17,7 +17,7 @@ use crate::engine::tasks::Course;
 use crate::engine::{self, Engine};
 use crate::journal::Record;
 use crate::reservations::Followed;
-use crate::transaction::{Kind, Withdrawal, holder_of};
+use crate::transaction::{Kind, Withdrawal, is_held};
 
 /// Functions to be examined.
 #[derive(Debug, Default)]
@@ -221,7 +221,7 @@ impl Engine {
             self.quarantine(record.address, "it no longer answers, and the guest reads all ones");
             return;
         }
-        if record.state != FunctionState::Held || holder_of(function).is_some() {
+        if record.state != FunctionState::Held || is_held(function) {
             return;
         }
         let address = record.address;

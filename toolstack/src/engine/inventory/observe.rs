@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use log::warn;
 use nix::errno::Errno;
 use pciback::config::CapabilityList;
-use pciback::inventory::{Function, HostView, Identity, Observed, Owner, Place, Published, Wanted};
+use pciback::inventory::{Function, HostView, Identity, Observed, Owner, Place, Published, Want, Wanted};
 use pciback::platform::{HostFunction, PlatformError};
 use pciback::serve::pv::nodes;
 use pciback::spec::CapabilityId;
@@ -14,7 +14,7 @@ use pciback::{DomId, Sbdf};
 use crate::domains::{self, DomainType};
 use crate::engine::tasks::TaskContext;
 use crate::outcome::Failure;
-use crate::transaction::holder_of;
+use crate::transaction::{holder_of, is_held};
 
 /// Functions that were seen since the service started, with the PF of each VF. Xen has no hypercall that lists its functions, and only
 /// this list still has the PF of a VF that left the host.
@@ -40,8 +40,10 @@ impl TaskContext {
             .collect();
         let mut unread = Vec::new();
         for address in addresses {
-            let prepared = wanted.functions.get(&address).is_some_and(|intent| intent.msix_prepared);
-            match self.observe_one(address, prepared) {
+            let intent = wanted.functions.get(&address);
+            let prepared = intent.is_some_and(|intent| intent.msix_prepared);
+            let ours = intent.is_some_and(|intent| intent.want != Want::Host);
+            match self.observe_one(address, prepared, ours) {
                 Ok(mut function) => {
                     let pf = known.get(&address).copied().flatten();
                     function.physical_function = function.physical_function.or(pf);
@@ -70,12 +72,12 @@ impl TaskContext {
     }
 
     /// Reads one function. `prepared`: whether the service prepared its MSI-X table; config space is read for an MSI-X capability only in
-    /// that case.
-    fn observe_one(&self, address: Sbdf, prepared: bool) -> Result<Function, PlatformError> {
+    /// that case. `ours`: whether the service holds it.
+    fn observe_one(&self, address: Sbdf, prepared: bool, ours: bool) -> Result<Function, PlatformError> {
         let function = self.find(address)?;
         Ok(Function {
             physical_function: function.as_ref().and_then(|function| function.physical_function),
-            host: function.map(|function| self.view(&function, prepared)),
+            host: function.map(|function| self.view(&function, prepared, ours)),
             xen: self.owner(address)?,
         })
     }
@@ -89,7 +91,7 @@ impl TaskContext {
         }
     }
 
-    fn view(&self, function: &HostFunction, prepared: bool) -> HostView {
+    fn view(&self, function: &HostFunction, prepared: bool, ours: bool) -> HostView {
         let msix = prepared && {
             let config = self.platform.host.config(function.address).map_err(std::io::Error::other);
             let bytes = config.and_then(|config| config.read_all()).unwrap_or_default();
@@ -103,7 +105,7 @@ impl TaskContext {
             virtual_functions: function.virtual_functions.clone(),
             num_vfs: function.num_vfs,
             driver: function.driver.is_some(),
-            held: holder_of(function).is_some(),
+            held: if ours { is_held(function) } else { holder_of(function).is_some() },
         }
     }
 

@@ -17,10 +17,10 @@ use crate::protocol::{DomainName, Scope, Success};
 use crate::reply::Reply;
 use crate::reservations::Change;
 use crate::spec::existing;
-use crate::transaction::{Kind, Withdrawal};
+use crate::transaction::{Kind, PF_STUB, Withdrawal};
 
 /// The driver that does nothing except enabling VFs.
-pub(in crate::engine) const STUB: &str = "pci-pf-stub";
+pub(in crate::engine) const STUB: &str = PF_STUB;
 
 /// A requested attachment whose device number is not chosen yet.
 #[derive(Debug, Clone, Copy)]

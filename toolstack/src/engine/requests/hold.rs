@@ -93,6 +93,7 @@ impl Engine {
                 Ok(Plan::Answer(Success::Already { message: format!("{address} belongs to dom0 already") }))
             }
             FunctionState::Held => {
+                self.has_no_vfs(address)?;
                 if !force {
                     self.may_be_released(address)?;
                 }
@@ -104,6 +105,16 @@ impl Engine {
                 Ok(self.release_of(record, message))
             }
             other => Err(not_in_state(&record, other, "given back to dom0")),
+        }
+    }
+
+    /// Refuses to take a PF with VFs from the driver that alone can remove them.
+    fn has_no_vfs(&self, address: Sbdf) -> Result<(), Failure> {
+        match self.platform.host.function(address).map_or(0, |function| function.num_vfs) {
+            0 => Ok(()),
+            vfs => Err(Failure::refused(format!("{address} has {vfs} VFs, which a guest has created"))
+                .on(address)
+                .hint(format!("detach and release them, then 'xpci vf destroy {address}'"))),
         }
     }
 

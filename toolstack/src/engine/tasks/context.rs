@@ -59,6 +59,7 @@ impl Serving for TaskContext {
     }
 
     fn withdraw(&self, record: &Record, withdrawal: Withdrawal) -> Result<Option<String>, Failure> {
+        self.without_guest_vfs(record, withdrawal)?;
         let warning =
             self.ask(|answer| Event::Withdraw { record: Box::new(record.clone()), withdrawal, answer })?;
         if !self.handover.resets.wait(record.address, self.settings.driver_limit() + ENGINE_MARGIN) {
@@ -72,6 +73,10 @@ impl Serving for TaskContext {
             self.prove_withdrawn(record, place.domain)?;
         }
         Ok(warning)
+    }
+
+    fn keeps_vfs(&self, record: &Record) -> bool {
+        self.keeps_guest_vfs(record)
     }
 
     fn filter(&self, spec: &FunctionSpec, domain: DomId) -> Result<Arc<Filter>, Failure> {
@@ -96,7 +101,7 @@ impl Serving for TaskContext {
 }
 
 impl TaskContext {
-    fn ask(&self, event: impl FnOnce(Answer) -> Event) -> Answered {
+    pub(in crate::engine) fn ask(&self, event: impl FnOnce(Answer) -> Event) -> Answered {
         let receiver = self.inbox.ask(|answer| engine::Event::Tasks(event(answer)));
         receiver.recv_timeout(self.settings.longest_guest_limit() + ENGINE_MARGIN).unwrap_or_else(|error| {
             let text = match error {

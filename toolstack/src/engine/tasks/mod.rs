@@ -7,7 +7,7 @@ mod proof;
 use std::sync::Arc;
 
 use log::{error, info, warn};
-use pciback::FunctionState;
+use pciback::{FunctionState, Sbdf};
 
 pub(super) use self::context::TaskContext;
 pub(super) use self::open::Image;
@@ -82,6 +82,8 @@ pub enum Event {
         /// Where the answer is sent.
         answer: Answer,
     },
+    /// A transaction that takes a PF from its guest asks to remove the VFs that the guest has created.
+    RemoveVfs(Sbdf, Answer),
     /// A transaction ended.
     Finished(Box<Finished>),
 }
@@ -95,6 +97,7 @@ impl Engine {
         match event {
             Event::Serve { record, opened, answer } => self.serve(&record, *opened, answer),
             Event::Withdraw { record, withdrawal, answer } => self.withdraw(&record, withdrawal, answer),
+            Event::RemoveVfs(address, answer) => self.remove_guest_vfs(address, answer),
             Event::Finished(finished) => self.transaction_finished(*finished),
         }
     }
@@ -215,6 +218,7 @@ impl Engine {
         if record_is_held && managed {
             self.managed_is_held(address, during);
         }
+        self.guest_vfs_go_on(address);
     }
 
     /// Detaches a function whose guest has ended.

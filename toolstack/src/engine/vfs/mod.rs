@@ -1,5 +1,6 @@
 //! Enabling and disabling VFs of PFs.
 
+mod by_guest;
 mod network;
 mod unmanaged;
 
@@ -11,6 +12,7 @@ use pciback::config::Unroutable;
 use pciback::platform::HostFunction;
 use pciback::{FunctionState, Sbdf};
 
+use self::by_guest::GuestVfs;
 use self::network::NetworkChecks;
 use super::problems::Problem;
 use super::requests::{STUB, all_pfs, known_pf};
@@ -28,6 +30,8 @@ use crate::transaction::prepare_networks;
 pub(super) struct Vfs {
     /// PFs whose VFs are being changed.
     changing: BTreeSet<Sbdf>,
+    /// PFs whose guests create VFs.
+    by_guest: GuestVfs,
     /// Scheduled checks of whether guests' drivers changed the network settings of their VFs.
     network_checks: NetworkChecks,
 }
@@ -36,6 +40,8 @@ pub(super) struct Vfs {
 pub enum Event {
     /// The VFs of a PF were changed; whether that succeeded.
     Changed(Sbdf, bool),
+    /// The driver of a PF has created or removed VFs for the guest that has it, or failed to.
+    ChangedForGuest(Sbdf, Result<(), Failure>),
     /// The network settings of a VF were set.
     NetworkSet(Sbdf, Option<NetworkRecord>),
     /// The state of a VF was compared with its network settings: the difference, or `None`.
@@ -73,6 +79,7 @@ impl Engine {
     pub(super) fn handle_vfs(&mut self, event: Event) {
         match event {
             Event::Changed(pf, succeeded) => self.vfs_changed(pf, succeeded),
+            Event::ChangedForGuest(pf, outcome) => self.guest_vfs_changed(pf, outcome),
             Event::NetworkSet(address, network) => self.network_set(address, network),
             Event::NetworkCompared(address, differs) => self.network_compared(address, differs),
         }
@@ -296,7 +303,7 @@ impl Engine {
 impl TaskContext {
     /// Whether a PF can have this many VFs: by its TotalVFs, by the limit of functions in the settings, and by the bus numbers and ARI
     /// above it.
-    fn room_for(&self, address: Sbdf, count: u16) -> Result<(), Failure> {
+    pub(super) fn room_for(&self, address: Sbdf, count: u16) -> Result<(), Failure> {
         let pf = self.platform.host.function(address)?;
         if count == 0 || count > pf.total_vfs {
             let text = format!("{address} can have 1 to {} VFs, not {count}", pf.total_vfs);
@@ -402,7 +409,12 @@ fn enable(
 }
 
 /// Waits until sysfs shows all VFs and Xen knows each of them.
-fn all_known(context: &TaskContext, pf: Sbdf, count: u16, limit: Duration) -> Result<Vec<Sbdf>, Failure> {
+pub(super) fn all_known(
+    context: &TaskContext,
+    pf: Sbdf,
+    count: u16,
+    limit: Duration,
+) -> Result<Vec<Sbdf>, Failure> {
     let platform = &context.platform;
     let deadline = Instant::now() + limit;
     loop {

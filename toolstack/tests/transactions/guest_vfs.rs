@@ -1,0 +1,324 @@
+//! VFs that the guest with their PF creates: the host carries out what it asks for, and other guests keep them.
+
+use nix::errno::Errno;
+use pciback::platform::sim::Owner;
+use pciback::{DomId, FunctionState, Sbdf};
+use toolstack::outcome::ErrorCode;
+use toolstack::protocol::{Request, Success, VfView};
+
+use crate::frontend::{Frontend, write_op};
+use crate::world::{DB, Service, WEB, World, bdf, wait_until};
+
+const POLICY: &str =
+    "match: {vendor: 8086}\npermit: [physical-function, untrusted-vf]\nvirtual-functions: {by-guest: 3}\n";
+/// The PF's SR-IOV capability.
+const CONTROL: u32 = 0x168;
+const NUM_VFS: u32 = 0x170;
+const VF_ENABLE: u32 = 9;
+/// The guest's first VF: function 1 of the PF's device.
+const FIRST: u32 = 1;
+/// Function Mask, in the upper byte of MSI-X's Message Control of the PF: a reset clears it, and Linux does not put it back.
+const MARK: (u16, u8) = (0x73, 0x40);
+
+fn pf() -> Sbdf {
+    bdf("01:00.0")
+}
+
+fn vfs() -> [Sbdf; 2] {
+    [bdf("01:10.0"), bdf("01:10.2")]
+}
+
+fn present(world: &World) -> u16 {
+    world.host().function(pf()).unwrap().num_vfs
+}
+
+/// A guest that has the PF.
+fn guest_with_pf(world: &World) -> (Frontend, Service) {
+    let frontend = Frontend::load(world, WEB);
+    let service = world.start_with(&[POLICY]);
+    service.hold(pf()).unwrap();
+    service.persist(WEB, pf()).unwrap();
+    (frontend, service)
+}
+
+/// Marks the PF's hardware, to see whether it is reset.
+fn mark(world: &World) {
+    let control = world.simulation.peek(pf(), MARK.0, 1)[0];
+    world.simulation.poke(pf(), MARK.0, &[control | MARK.1]);
+}
+
+fn was_reset(world: &World) -> bool {
+    world.simulation.peek(pf(), MARK.0, 1)[0] & MARK.1 == 0
+}
+
+/// The domain that the guest with the PF is after its reboot.
+const AGAIN: DomId = DomId(11);
+
+/// What Linux writes to enable or disable VFs.
+fn enable(frontend: &Frontend, count: u32) {
+    frontend.ask(&write_op(0, NUM_VFS, 2, count));
+    frontend.ask(&write_op(0, CONTROL, 2, VF_ENABLE));
+}
+
+fn disable(frontend: &Frontend) {
+    frontend.ask(&write_op(0, CONTROL, 2, 0));
+}
+
+/// As `pci_iov_add_virtfn` reads it: whether Linux adds the VF.
+fn is_added(frontend: &Frontend, function: u32) -> bool {
+    assert_eq!(frontend.read(function, 0, 4), u32::MAX, "vendor and device");
+    frontend.read(function, 0x0e, 1) & 0x7f != 0x7f
+}
+
+/// The guest has created two VFs, and another guest has the first.
+fn with_a_vf_in_use(world: &World) -> (Frontend, Frontend, Service) {
+    let (frontend, service) = guest_with_pf(world);
+    enable(&frontend, 2);
+    assert!(is_added(&frontend, FIRST));
+    vfs().into_iter().for_each(|vf| service.wait_for_state(vf, FunctionState::Held));
+    let user = Frontend::load(world, DB);
+    service.attach(DB, vfs()[0]).unwrap();
+    (frontend, user, service)
+}
+
+fn listed(service: &Service) -> Vec<VfView> {
+    match service.call(Request::VfList { address: Some(pf()) }) {
+        Ok(Success::Vfs { vfs }) => vfs,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn vfs_that_the_guest_enables_are_created_held_and_listed_as_untrusted() {
+    let world = World::without_vfs();
+    let (frontend, service) = guest_with_pf(&world);
+    assert_eq!(world.host().function(pf()).unwrap().driver.as_deref(), Some("pci-pf-stub"));
+    enable(&frontend, 2);
+    assert!(is_added(&frontend, FIRST), "the first read waits for the host");
+    assert_eq!(present(&world), 2);
+    assert!(is_added(&frontend, FIRST + 1));
+    assert_eq!(frontend.read(FIRST, 8, 4) >> 24, 0xff, "a class that no driver has");
+    assert_eq!(frontend.ask(&crate::frontend::read_op(FIRST + 2, 0x0e, 1)).0, -1, "no third one");
+    for vf in vfs() {
+        service.wait_for_state(vf, FunctionState::Held);
+        assert_eq!(world.simulation.owner(vf), Some(Owner::Quarantine));
+    }
+    let vfs = listed(&service);
+    assert_eq!(vfs.len(), 2);
+    assert_eq!(vfs[0].untrusted.as_deref(), Some("which domain 1 has"));
+    assert_eq!(service.problems(), [""; 0]);
+}
+
+#[test]
+fn vfs_that_the_guest_disables_are_taken_from_their_guests_and_removed() {
+    let world = World::without_vfs();
+    let (frontend, _user, service) = with_a_vf_in_use(&world);
+    disable(&frontend);
+    wait_until("the VFs are removed", || present(&world) == 0);
+    assert!(world.simulation.grants(DB).is_empty(), "the other guest has nothing of its VF");
+    wait_until("their records end", || vfs().into_iter().all(|vf| service.state(vf) == FunctionState::Host));
+    enable(&frontend, 1);
+    assert!(is_added(&frontend, FIRST), "and others are created");
+    assert_eq!(present(&world), 1);
+}
+
+#[test]
+fn a_guest_learns_that_its_vfs_could_not_be_created_and_may_try_again() {
+    let world = World::without_vfs();
+    let (frontend, service) = guest_with_pf(&world);
+    world.fail("set_num_vfs", Some(pf()), Errno::ENOMEM, 0);
+    enable(&frontend, 2);
+    assert!(!is_added(&frontend, FIRST));
+    disable(&frontend);
+    let problems = service.problems();
+    enable(&frontend, 2);
+    assert!(is_added(&frontend, FIRST));
+    assert!(problems.iter().all(|problem| problem.contains("VFs that its guest asks for")), "{problems:?}");
+    wait_until("the problem ends", || service.problems().is_empty());
+}
+
+#[test]
+fn vfs_that_the_driver_does_not_remove_are_a_problem_until_the_guest_removes_them_again() {
+    let world = World::without_vfs();
+    let (frontend, service) = guest_with_pf(&world);
+    enable(&frontend, 1);
+    assert!(is_added(&frontend, FIRST));
+    service.wait_for_state(vfs()[0], FunctionState::Held);
+    world.fail("set_num_vfs", Some(pf()), Errno::EBUSY, 0);
+    disable(&frontend);
+    wait_until("the failure is a problem", || {
+        service.problems().iter().any(|problem| problem.contains("VFs that its guest asks for"))
+    });
+    assert_eq!(present(&world), 1, "it is not tried again and again");
+    enable(&frontend, 1);
+    assert!(is_added(&frontend, FIRST));
+    disable(&frontend);
+    wait_until("it is removed", || present(&world) == 0);
+    wait_until("the problem ends", || service.problems().is_empty());
+}
+
+#[test]
+fn more_vfs_than_the_policy_gives_are_refused_though_hardware_has_them() {
+    let world = World::without_vfs();
+    let (frontend, service) = guest_with_pf(&world);
+    enable(&frontend, 4);
+    assert!(!is_added(&frontend, FIRST));
+    assert_eq!(present(&world), 0);
+    let problems = service.problems();
+    assert!(
+        problems.iter().any(|text| text.contains("asks for 4 VFs, and policies give it 3")),
+        "{problems:?}"
+    );
+}
+
+#[test]
+fn a_guest_that_flips_vf_enable_ends_with_what_it_wanted_last() {
+    let world = World::without_vfs();
+    let (frontend, service) = guest_with_pf(&world);
+    for round in 0..100 {
+        enable(&frontend, 1 + round % 3);
+        disable(&frontend);
+    }
+    enable(&frontend, 2);
+    wait_until("two VFs are held", || {
+        present(&world) == 2 && vfs().into_iter().all(|vf| service.state(vf) == FunctionState::Held)
+    });
+    disable(&frontend);
+    wait_until("none is left", || present(&world) == 0);
+}
+
+#[test]
+fn registers_of_the_capability_never_reach_hardware() {
+    let world = World::without_vfs();
+    let (frontend, _service) = guest_with_pf(&world);
+    let before = world.simulation.peek(pf(), 0x160, 0x40);
+    for offset in (0x160..0x1a0).step_by(4).filter(|offset| *offset != CONTROL) {
+        frontend.ask(&write_op(0, offset, 4, u32::MAX));
+    }
+    assert_eq!(world.simulation.peek(pf(), 0x160, 0x40), before);
+}
+
+#[test]
+fn a_reset_that_the_guest_asks_for_leaves_hardware_and_vfs_alone() {
+    let world = World::without_vfs();
+    let (frontend, _user, service) = with_a_vf_in_use(&world);
+    mark(&world);
+    frontend.ask(&write_op(0, 4, 2, 6));
+    frontend.ask(&write_op(0, 0xa8, 2, 1 << 15));
+    assert_eq!(frontend.read(0, 4, 2) & 6, 0, "Command is as after a reset");
+    assert_eq!(frontend.read(0, CONTROL, 2), VF_ENABLE);
+    assert!(!was_reset(&world));
+    assert_eq!(world.simulation.peek(pf(), 4, 1)[0] & 6, 2, "it decodes, and sends nothing");
+    assert_eq!((present(&world), service.state(vfs()[0])), (2, FunctionState::Attached));
+}
+
+#[test]
+fn a_killed_service_goes_on_with_the_vfs_that_there_are() {
+    let world = World::without_vfs();
+    let (frontend, user, service) = with_a_vf_in_use(&world);
+    mark(&world);
+    service.kill();
+    let service = world.start_with(&[POLICY]);
+    assert_eq!(
+        (service.state(pf()), service.state(vfs()[0])),
+        (FunctionState::Attached, FunctionState::Attached)
+    );
+    assert!(is_added(&frontend, FIRST));
+    assert_ne!(user.read(0, 0, 4), u32::MAX, "the other guest uses its VF");
+    assert_eq!((present(&world), was_reset(&world)), (2, false));
+    assert_eq!(service.problems(), [""; 0]);
+    disable(&frontend);
+    wait_until("the VFs are removed", || present(&world) == 0);
+}
+
+#[test]
+fn vfs_stay_with_their_guests_while_the_guest_with_their_pf_reboots() {
+    let world = World::without_vfs();
+    let (_frontend, user, service) = with_a_vf_in_use(&world);
+    mark(&world);
+    world.simulation.destroy(WEB);
+    let uuid = "00000000-0000-0000-0000-000000000001".parse().unwrap();
+    world.simulation.create_guest(AGAIN, "web", "pv", uuid).unwrap();
+    let again = Frontend::load(&world, AGAIN);
+    let has_it = |service: &Service| {
+        let view = service.view(pf());
+        view.is_some_and(|view| view.state == FunctionState::Attached && view.domain == Some(AGAIN))
+    };
+    wait_until("the new domain has the PF", || has_it(&service));
+    assert_eq!(again.read(0, CONTROL, 2), 0, "its driver finds no VFs enabled");
+    service.kill();
+    let service = world.start_with(&[POLICY]);
+    assert_eq!((present(&world), service.state(vfs()[0])), (2, FunctionState::Attached));
+    enable(&again, 2);
+    assert!(is_added(&again, FIRST));
+    assert_eq!((present(&world), service.state(vfs()[0])), (2, FunctionState::Attached));
+    assert_ne!(user.read(0, 0, 4), u32::MAX);
+    assert!(!was_reset(&world));
+    assert_eq!(world.simulation.peek(pf(), 4, 1)[0] & 2, 2, "and decodes");
+    disable(&again);
+    wait_until("the VFs are removed", || present(&world) == 0);
+}
+
+#[test]
+fn vfs_go_with_a_guest_that_does_not_have_their_pf_persistently() {
+    let world = World::without_vfs();
+    let frontend = Frontend::load(&world, WEB);
+    let service = world.start_with(&[POLICY]);
+    service.hold(pf()).unwrap();
+    service.attach(WEB, pf()).unwrap();
+    enable(&frontend, 1);
+    assert!(is_added(&frontend, FIRST));
+    service.wait_for_state(vfs()[0], FunctionState::Held);
+    let _user = Frontend::load(&world, DB);
+    service.attach(DB, vfs()[0]).unwrap();
+    mark(&world);
+    world.simulation.destroy(WEB);
+    service.wait_for_state(pf(), FunctionState::Held);
+    assert_eq!(present(&world), 0);
+    assert!(world.simulation.grants(DB).is_empty());
+    assert!(was_reset(&world));
+}
+
+#[test]
+fn the_ports_above_are_never_a_guests() {
+    let world = World::without_vfs();
+    let (_frontend, service) = guest_with_pf(&world);
+    let port = bdf("00:01.0");
+    for failure in [service.hold(port).unwrap_err(), service.attach(DB, port).unwrap_err()] {
+        assert_eq!(failure.code, ErrorCode::Refused);
+        assert!(failure.message.contains("bridge"), "{failure}");
+    }
+}
+
+#[test]
+fn a_pf_with_vfs_goes_to_nobody_before_they_are_gone() {
+    let world = World::without_vfs();
+    let (_frontend, _user, service) = with_a_vf_in_use(&world);
+    service.detach(WEB, pf()).unwrap();
+    assert_eq!(present(&world), 0);
+    world.assert_nothing_granted_but_nodes(pf());
+    assert_eq!(service.state(pf()), FunctionState::Held);
+    service.release(pf()).unwrap();
+    world.assert_host(&service, pf(), Some("igb"), "after all");
+    world.host().set_num_vfs(pf(), 1, crate::world::LIMIT).unwrap();
+    assert_eq!(
+        world.host().function(vfs()[0]).unwrap().driver.as_deref(),
+        Some("igbvf"),
+        "dom0 probes VFs again"
+    );
+}
+
+#[test]
+fn without_the_driver_that_creates_vfs_a_pf_is_not_held_for_that() {
+    let world = World::of(
+        &std::fs::read_to_string(
+            std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/sim/two-guests.yaml"),
+        )
+        .unwrap()
+        .replace(", pci-pf-stub]", "]"),
+    );
+    let service = world.start_with(&[POLICY]);
+    let failure = service.hold(pf()).unwrap_err();
+    assert_eq!(failure.code, ErrorCode::Refused);
+    assert!(failure.message.contains("pci-pf-stub"), "{failure}");
+}
