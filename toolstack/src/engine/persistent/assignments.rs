@@ -169,7 +169,7 @@ impl Engine {
         let mut own = own.filter(|address| vfs.contains(address) && !taken.contains(address));
         match own.next() {
             Some(address) => Ok(address),
-            None => self.free_vf(pf, &DomainName(domain.0.to_string()), false),
+            None => self.free_vf(pf, &DomainName(domain.0.to_string()), false, taken),
         }
     }
 

@@ -12,17 +12,23 @@ use crate::reservations::Reservation;
 use crate::spec::existing;
 use crate::target::{Parent, Target};
 
+/// Whether all functions of a request are addresses, or any VF of a PF given by its address.
+fn is_found(request: &Request<Target>) -> bool {
+    let found = request.clone().map(|target| match target {
+        Target::Any(Parent::At(pf)) => Ok(pf),
+        other => other.address().ok_or(()),
+    });
+    found.is_ok()
+}
+
 impl Engine {
     /// Handles a request of a client. Names that need a scan of the host are resolved on a background thread, which sends the request
     /// again with an address.
     pub(in crate::engine) fn handle_call(&mut self, request: Request<Target>, reply: Reply) {
         match request.clone().map(|target| target.address().ok_or(target)) {
             Ok(request) => self.handle_request(request, reply),
-            Err(Target::Any(Parent::At(pf))) => match self.choose(&request, pf) {
-                Ok(chosen) => {
-                    let Ok(request) = request.map(|_| Ok::<_, std::convert::Infallible>(chosen));
-                    self.handle_request(request, reply);
-                }
+            Err(_) if is_found(&request) => match self.choose_each(request) {
+                Ok(request) => self.handle_request(request, reply),
                 Err(failure) => reply.done(Err(failure)),
             },
             Err(_) => {
@@ -39,9 +45,27 @@ impl Engine {
         }
     }
 
-    /// Chooses a free VF of a PF for a request that takes any: the first in order. The engine handles no other request in between, so the
-    /// VF stays free.
-    fn choose(&self, request: &Request<Target>, pf: Sbdf) -> Result<Sbdf, Failure> {
+    /// Chooses VFs for a request that takes any of a PF, a different one each time.
+    fn choose_each(&self, request: Request<Target>) -> Result<Request, Failure> {
+        let (wanted, mut taken) = (request.clone(), Vec::new());
+        // Those that are named themselves are not chosen.
+        let Ok(_) = request.clone().map(|target| {
+            taken.extend(target.address());
+            Ok::<_, std::convert::Infallible>(target)
+        });
+        request.map(|target| match target {
+            Target::Any(Parent::At(pf)) => {
+                let chosen = self.choose(&wanted, pf, &taken)?;
+                taken.push(chosen);
+                Ok(chosen)
+            }
+            other => other.address().ok_or_else(|| Failure::not_found(format!("{other} was not found"))),
+        })
+    }
+
+    /// Chooses a free VF of a PF for a request that takes any: the first in order, none of `taken`. The engine handles no other request
+    /// in between, so the VF stays free; of several for a guest, another request can take one, and then none is attached.
+    fn choose(&self, request: &Request<Target>, pf: Sbdf, taken: &[Sbdf]) -> Result<Sbdf, Failure> {
         match request {
             Request::PciAssignableAdd { .. } => {
                 let host = self.platform.host.as_ref();
@@ -53,13 +77,12 @@ impl Engine {
                         .hint("'xpci vf list' shows them; 'xpci vf create' enables more")
                 })
             }
-            Request::PciAttach { domain, trust_former_owner: trust, .. } => self.free_vf(pf, domain, *trust),
+            Request::PciAttach { domain, trust_former_owner: trust, .. }
+            | Request::PciAttachAll { domain, trust_former_owner: trust, .. } => {
+                self.free_vf(pf, domain, *trust, taken)
+            }
             other => {
-                let what = match other {
-                    Request::PciAttachAll { .. } => "an attachment of several functions",
-                    other => other.name(),
-                };
-                let text = format!("any:{pf} means any free VF, but {what} needs a certain one");
+                let text = format!("any:{pf} means any free VF, but {} needs a certain one", other.name());
                 Err(Failure::new(ErrorCode::Usage, text)
                     .on(pf)
                     .hint("name it by its address or as PF:N; 'xpci vf list' shows them"))
@@ -79,15 +102,17 @@ impl Engine {
             .collect())
     }
 
-    /// The first VF of a PF that can be attached to the guest now. With `trust`, also one that a PV guest that had it can still reach.
+    /// The first VF of a PF, but none of `taken`, that can be attached to the guest now. With `trust`, also one that a PV guest that had it
+    /// can still reach.
     pub(in crate::engine) fn free_vf(
         &self,
         pf: Sbdf,
         guest: &DomainName,
         trust: bool,
+        taken: &[Sbdf],
     ) -> Result<Sbdf, Failure> {
         let mut why = None;
-        for vf in self.vfs_in(pf, FunctionState::Held)? {
+        for vf in self.vfs_in(pf, FunctionState::Held)?.into_iter().filter(|vf| !taken.contains(vf)) {
             match self.obstacle_for(vf, guest, trust) {
                 None => return Ok(vf),
                 Some(failure) => drop(why.get_or_insert(failure)),
