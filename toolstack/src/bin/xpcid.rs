@@ -343,7 +343,9 @@ fn reload_at(hangup: SignalFd, socket: PathBuf) -> anyhow::Result<()> {
             let answer = client::call(&socket, Request::PolicyReload, &mut |_| ());
             match answer.map(|envelope| envelope.error) {
                 Ok(None) => info!("SIGHUP: the policies were read again"),
-                Ok(Some(failure)) | Err(failure) => error!("SIGHUP: reload policies: {failure}"),
+                Ok(Some(failure)) | Err(failure) => {
+                    error!("SIGHUP: the policies are not reloaded: {failure}")
+                }
             }
         }
     };

@@ -95,6 +95,8 @@ pub enum Event {
     SuccessorStarted(Result<Successor, Failure>, Reply),
     /// New policies were read and checked, and filters compiled from them for the attached functions.
     Reloaded(Box<Reloaded>),
+    /// A reload found mistakes in policy files.
+    NotReloaded(String),
 }
 
 /// The service's state.
@@ -277,6 +279,7 @@ impl Engine {
             Event::Errors(event) => self.handle_errors(event),
             Event::SuccessorStarted(started, reply) => self.successor_started(started, reply),
             Event::Reloaded(reloaded) => self.put_in_force(*reloaded),
+            Event::NotReloaded(problem) => self.not_reloaded(problem),
         }
     }
 

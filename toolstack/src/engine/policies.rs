@@ -61,13 +61,21 @@ impl Engine {
     /// Reads the policy files again; nothing changes unless all files are valid.
     pub(super) fn reload_policies(&mut self, reply: Reply) {
         let (context, users) = (self.task_context(), self.users(|_| true));
+        let inbox = self.inbox.clone();
         self.background("reload", move || match policies::load(&context.settings.policy_directories) {
             Err(problem) => {
-                warn!("reload policies: {problem}");
+                inbox.send(Event::NotReloaded(format!("the earlier policies stay in force: {problem}")));
                 reply.done(Err(Failure::from(problem).hint("the earlier policies stay in force")));
             }
             Ok((sources, set)) => context.compile(Arc::new(set), Some(sources), users, Some(reply)),
         });
+    }
+
+    /// Reports the mistakes that a reload found: what told the service to reload, such as SIGHUP, may not have waited for an answer.
+    pub(super) fn not_reloaded(&mut self, problem: String) {
+        warn!("{problem}");
+        self.problems.resolve(Cause::Policies);
+        self.problems.push(Problem::new(Cause::Policies, problem));
     }
 
     /// Compiles the filters of some functions again, with the current policies.
@@ -89,7 +97,7 @@ impl Engine {
             self.inventory.examine_everything();
             self.problems.resolve(Cause::Policies);
             if let Err(problem) = policies::keep_copy(&self.settings.state_directory, sources) {
-                let text = format!("keep a copy of the policies: {problem}");
+                let text = format!("cannot keep a copy of the policies: {problem}");
                 warn!("{text}");
                 self.problems.push(Problem::new(Cause::Policies, text));
             }

@@ -200,11 +200,18 @@ fn sighup_reloads_the_policies() {
     daemon.wait_for_log("the policies were read again");
     let shown = daemon.xpci(&["policy", "show", "--for", "02:00.0"]);
     assert!(String::from_utf8_lossy(&shown.stdout).contains("new.yaml"), "{shown:?}");
-    // A mistake is logged, and changes nothing.
+    // A mistake is logged and reported until it is corrected, and changes nothing.
     std::fs::write(policies.join("new.yaml"), "profil: strict\n").unwrap();
     daemon.signal(Signal::SIGHUP);
-    daemon.wait_for_log("SIGHUP: reload policies");
-    assert!(daemon.xpci(&["status"]).status.success());
+    daemon.wait_for_log("SIGHUP: the policies are not reloaded");
+    let status = daemon.xpci(&["status", "--check"]);
+    assert_eq!(status.status.code(), Some(1));
+    let text = String::from_utf8_lossy(&status.stdout).into_owned();
+    assert!(text.contains("the earlier policies stay in force") && text.contains("'profil'"), "{text}");
+    std::fs::write(policies.join("new.yaml"), "profile: strict\n").unwrap();
+    daemon.signal(Signal::SIGHUP);
+    daemon.wait_for_log("the policies were read again");
+    assert!(daemon.xpci(&["status", "--check"]).status.success());
 }
 
 /// The values of a key of the unit that is shipped.
