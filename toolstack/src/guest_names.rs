@@ -1,5 +1,7 @@
 //! Adds the names of guests to texts for people: `domain 5` becomes `'web' (domain 5)`.
 //!
+//! Commands in hints name the guest, too: `'xpci pci-detach 5 ...'` becomes `'xpci pci-detach web ...'`.
+//!
 //! Most of the service, and all errors of Xen and the kernel, identify guests by domain id. Names are added when an answer is sent, so
 //! that every text has them, and to events when they happen.
 
@@ -15,6 +17,15 @@ use crate::outcome::Failure;
 use crate::protocol::{EventView, Success};
 
 const DOMAIN: &str = "domain ";
+/// The beginnings of commands in hints that take a guest by its name as well as by its number.
+const COMMANDS: [&str; 6] = [
+    "xpci pci-attach ",
+    "xpci pci-detach ",
+    "xpci pci-list ",
+    "xl unpause ",
+    "xl destroy ",
+    "xl pci-detach ",
+];
 
 /// The source of names: xenstore, as long as the service is connected to it.
 #[derive(Clone)]
@@ -97,7 +108,26 @@ impl Lookup<'_> {
             }
         }
         named.push_str(rest);
-        *text = named;
+        *text = self.in_commands(named);
+    }
+
+    /// Replaces numbers of domains in commands by names that need no quotes in a shell and are no numbers themselves.
+    fn in_commands(&mut self, text: String) -> String {
+        COMMANDS.iter().fold(text, |text, command| {
+            let mut parts = text.split(command);
+            let mut named = parts.next().unwrap_or_default().to_owned();
+            for part in parts {
+                let digits = part.bytes().take_while(u8::is_ascii_digit).count();
+                let (number, rest) = part.split_at(digits);
+                let is_word = rest.starts_with([' ', '\'']);
+                let domain = number.parse().ok().filter(|_| is_word).map(DomId);
+                let name = domain.and_then(|domain| self.name(domain)).filter(|name| is_plain(name));
+                named.push_str(command);
+                named.push_str(name.as_deref().unwrap_or(number));
+                named.push_str(rest);
+            }
+            named
+        })
     }
 
     fn called(&mut self, domain: DomId) -> Option<Called> {
@@ -116,6 +146,12 @@ impl Lookup<'_> {
     }
 }
 
+/// Whether a name is one word for every shell, and cannot be taken for the number of a domain or for an option.
+fn is_plain(name: &str) -> bool {
+    name.starts_with(|first: char| first.is_ascii_alphabetic())
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+}
+
 #[cfg(test)]
 mod tests {
     use pciback::platform::sim::Simulation;
@@ -124,7 +160,7 @@ mod tests {
 
     #[test]
     fn guests_that_run_are_named_once_and_the_rest_stays() {
-        let host = "{drivers: [], functions: [], domains: [{id: 1, name: web}, {id: 12, name: db}]}";
+        let host = "{drivers: [], functions: [], domains: [{id: 1, name: web}, {id: 12, name: db}, {id: 13, name: \"a; reboot\"}]}";
         let platform = Simulation::from_yaml(host).unwrap().platform("test").unwrap();
         let names = GuestNames::new(&platform.store);
         for (text, expected) in [
@@ -139,6 +175,10 @@ mod tests {
             ("subdomain 1, domain 1x, domain  1, domain", "subdomain 1, domain 1x, domain  1, domain"),
             ("domain 99999", "domain 99999"),
             ("there is no domain 'domain 1'", "there is no domain 'domain 1'"),
+            ("'xpci pci-detach 1 01:10.0'", "'xpci pci-detach web 01:10.0'"),
+            ("'xl unpause 12' first", "'xl unpause db' first"),
+            ("'xpci pci-list 13' shows", "'xpci pci-list 13' shows"),
+            ("'xpci pci-list 7', 'xl destroy 1x'", "'xpci pci-list 7', 'xl destroy 1x'"),
             ("", ""),
         ] {
             let mut named = text.to_owned();

@@ -475,7 +475,7 @@ fn a_refused_restore_is_explained_and_xl_is_not_run() {
     assert_eq!(runs.status.code(), Some(5), "{}", text(&runs.stderr));
     assert!(text(&runs.stderr).contains("runs, as 'web' (domain 1)"), "{}", text(&runs.stderr));
     let status = text(&daemon.xpci(&["status"]).stdout);
-    assert!(status.contains("'xpci pci-attach 1 0000:01:10.0@3' gives it back"), "{status}");
+    assert!(status.contains("'xpci pci-attach web 0000:01:10.0@3' gives it back"), "{status}");
     std::fs::write(&beside, "{\"version\": 1}").unwrap();
     assert!(text(&restore().stderr).contains("web.save.xpci cannot be used"));
     let log = std::fs::read_to_string(daemon.directory.path().join("xl.log")).unwrap();
