@@ -27,7 +27,7 @@ const MAX_FILES: usize = 100;
 #[derive(Debug, Error)]
 pub enum SettingsError {
     /// A file or directory cannot be read.
-    #[error("read settings {path}: {source}")]
+    #[error("cannot read the settings {path}: {source}")]
     Read {
         /// The file or directory.
         path: PathBuf,
@@ -145,15 +145,34 @@ fn mistake(name: &str, error: &serde_saphyr::Error) -> Diagnostic {
         serde_saphyr::Error::SerdeUnknownVariant { variant, expected, .. } => {
             unknown(variant, "value here", expected)
         }
+        serde_saphyr::Error::InvalidScalar { ty, .. } => (format!("the value must be {}", kind(ty)), None),
+        serde_saphyr::Error::Unexpected { expected, .. } => {
+            (format!("there must be {}", kind(expected)), None)
+        }
         other => {
             // The parser's text contains the position as well.
             let text = other.to_string();
             let text = text.lines().next().unwrap_or_default();
-            let place = format!("line {} column {}: ", at.line, at.column);
-            (text.split_once(&place).map_or(text, |(_, message)| message).to_owned(), None)
+            let (before, after) = (
+                format!("line {} column {}: ", at.line, at.column),
+                format!(" at line {}, column {}", at.line, at.column),
+            );
+            let text = text.split_once(&before).map_or(text, |(_, message)| message);
+            (text.strip_suffix(&after).unwrap_or(text).to_owned(), None)
         }
     };
     Diagnostic { file: name.to_owned(), at, message, suggestion }
+}
+
+/// What the parser expects, in the words of YAML instead of those of the parser.
+fn kind(expected: &str) -> &str {
+    match expected {
+        "mapping start" => "a mapping: {KEY: VALUE}, or lines of KEY: VALUE",
+        "sequence start" => "a list: [A, B], or lines that begin with '- '",
+        "bool" | "boolean" => "true or false",
+        "u8" | "u16" | "u32" | "u64" | "usize" => "a whole number, not negative",
+        other => other,
+    }
 }
 
 fn unknown(found: &str, what: &str, expected: &[&'static str]) -> (String, Option<String>) {
@@ -207,6 +226,23 @@ mod tests {
         let name = error("names:\n  web: {address: 01:00.0}\n  nic: {path: eth0}\n");
         assert!(name.starts_with("xpcid.yaml:3:"), "{name}");
         assert_eq!(name.matches("is not a path").count(), 1, "{name}");
+        for (text, message) in [
+            (
+                "\nguest-limit-seconds: long\n",
+                "xpcid.yaml:2:22: the value must be a whole number, not negative",
+            ),
+            (
+                "guests: [web]\n",
+                "xpcid.yaml:1:9: there must be a mapping: {KEY: VALUE}, or lines of KEY: VALUE",
+            ),
+            (
+                "guests:\n  web: 01:10.0\n",
+                "xpcid.yaml:2:8: there must be a list: [A, B], or lines that begin with '- '",
+            ),
+        ] {
+            assert_eq!(error(text), message);
+        }
+        assert!(!error("guests:\n  web: ['01:10']\n").contains("at line"));
         assert_eq!(
             error("\nfunction-limit: 0\n"),
             "xpcid.yaml:2:1: function-limit is 0; it must be 1 to 65536"
