@@ -44,7 +44,8 @@ pub fn follow(
 }
 
 fn unreachable(socket: &Path, what: &str, why: &dyn std::fmt::Display) -> Failure {
-    Failure::new(ErrorCode::Unreachable, format!("{what} xpcid at {}: {why}", socket.display())).hint(START)
+    Failure::new(ErrorCode::Unreachable, format!("cannot {what} xpcid at {}: {why}", socket.display()))
+        .hint(START)
 }
 
 /// Connects to `socket`, or else to the status group's socket beside it.
@@ -94,7 +95,7 @@ pub fn follow_on(
             return Err(unreachable("read from", &"it closed the connection before it answered"));
         }
         let envelope: Envelope =
-            serde_json::from_str(&line).map_err(|error| unreachable("understand", &error))?;
+            serde_json::from_str(&line).map_err(|error| unreachable("understand the answer of", &error))?;
         if envelope.ok.is_some() {
             return Ok(envelope);
         }

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::durable;
 use crate::journal::{JournalError, VERSION, entries, read_unsynced};
-use crate::outcome::Failure;
+use crate::outcome::{Failure, refused_to};
 
 /// The largest size of a file, in bytes.
 const SIZE_LIMIT: u64 = 1 << 20;
@@ -196,7 +196,8 @@ impl FormerOwners {
         let address = function.address;
         if let Some(path) = self.damaged(address) {
             let text = format!(
-                "refused to {action}: {} is damaged, so it is unknown which PV guests can still reach the BARs of {address}",
+                "{}{} is damaged, so it is unknown which PV guests can still reach the BARs of {address}",
+                refused_to(action),
                 path.display()
             );
             let hint = "shut down the PV guests that had it, then move that file away and restart xpcid; or accept \
@@ -218,7 +219,8 @@ impl FormerOwners {
             _ => (format!("PV guests {}", names.join(", ")), "shut them down"),
         };
         let text = format!(
-            "refused to {action}: {who} may still have the BARs of {address} mapped, which Xen cannot revoke"
+            "{}{who} may still have the BARs of {address} mapped, which Xen cannot revoke",
+            refused_to(action)
         );
         let hint = format!(
             "{it}; or accept that it can reach the device of the next owner, with --trust-former-owner or by a policy with \

@@ -61,6 +61,20 @@ impl From<Failure> for Obstacle {
     }
 }
 
+impl Obstacle {
+    /// An obstacle below a headline that names the action, in words that follow "to": its own text does not repeat it.
+    pub fn below(failure: Failure, action: &str) -> Self {
+        let Self { message, hint } = failure.into();
+        let reason = message.strip_prefix(&refused_to(action)).map(str::to_owned);
+        Self { message: reason.unwrap_or(message), hint }
+    }
+}
+
+/// The beginning of a refusal, before the reason.
+pub fn refused_to(action: &str) -> String {
+    format!("refused to {action}: ")
+}
+
 /// The first `shown` entries of a list, and the number of further ones.
 pub fn few(names: &[String], shown: usize) -> String {
     let first = names[..shown.min(names.len())].join(", ");
@@ -114,7 +128,8 @@ impl Failure {
                 let mut failure = Self::refused(format!("refused to {action}, for {count} reasons"));
                 failure.domain = found.iter().chain([&last]).find_map(|one| one.domain);
                 failure.address = found.iter().chain([&last]).find_map(|one| one.address);
-                failure.obstacles = found.into_iter().chain([last]).map(Obstacle::from).collect();
+                failure.obstacles =
+                    found.into_iter().chain([last]).map(|one| Obstacle::below(one, action)).collect();
                 Err(failure)
             }
         }

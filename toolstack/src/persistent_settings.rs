@@ -107,7 +107,7 @@ impl PersistentSettings {
         }
         let kept = Kept { version: VERSION, settings };
         durable::replace(&self.path, &kept, true)
-            .map_err(|error| failed(format!("write {}: {error}", self.path.display())))?;
+            .map_err(|error| failed(format!("cannot write {}: {error}", self.path.display())))?;
         *known = Some(kept.settings);
         Ok(before)
     }

@@ -22,7 +22,7 @@ const COPY: &str = "policies-in-force";
 #[derive(Debug, Error)]
 pub enum PolicyError {
     /// A file or directory cannot be read.
-    #[error("read {path}: {source}")]
+    #[error("cannot read {path}: {source}")]
     Read {
         /// The file or directory.
         path: PathBuf,

@@ -62,9 +62,12 @@ pub fn function_spec(host: &dyn Host, address: Sbdf) -> Result<FunctionSpec, Fai
         None => (None, None),
     };
     FunctionSpec::read(&function, pf.as_ref(), hardware.as_ref(), pf_hardware.as_deref()).map_err(|error| {
-        Failure::new(ErrorCode::Failed, format!("read what {address} is: {error}"))
-            .on(address)
-            .hint("a device that answers all ones may need a reset or a power cycle")
+        Failure::new(
+            ErrorCode::Failed,
+            format!("cannot read the capabilities and BARs of {address}: {error}"),
+        )
+        .on(address)
+        .hint("a device that answers all ones may need a reset or a power cycle")
     })
 }
 
@@ -105,7 +108,7 @@ pub fn vf_routing(host: &dyn Host, pf: Sbdf, count: u16) -> Result<Result<(), Un
     let bytes = |address| {
         let read = host.config(address)?.read_all();
         read.map_err(|error| {
-            Failure::new(ErrorCode::Failed, format!("read the config space of {address}: {error}"))
+            Failure::new(ErrorCode::Failed, format!("cannot read the config space of {address}: {error}"))
         })
     };
     let Some(routing) = VfRouting::of(pf, &bytes(pf)?) else { return Ok(Ok(())) };
@@ -146,7 +149,7 @@ impl Filters {
             return Ok(filter);
         }
         let filter = Filter::compile_keeping(spec, &key.1, visible).map(Arc::new).map_err(|error| {
-            Failure::new(ErrorCode::Failed, format!("build the filter of {}: {error}", spec.address))
+            Failure::new(ErrorCode::Failed, format!("cannot build the filter of {}: {error}", spec.address))
                 .on(spec.address)
         })?;
         compiled.retain(|_, filter| filter.strong_count() > 0);

@@ -57,7 +57,7 @@ impl Program {
             .env_remove("WATCHDOG_PID")
             .stdin(Stdio::from(OwnedFd::from(other)))
             .spawn()
-            .map_err(|error| format!("start {named}: {error}"))?;
+            .map_err(|error| format!("cannot start {named}: {error}"))?;
         Ok(Successor { process: Some(process), link })
     }
 }

@@ -11,7 +11,7 @@ pub type Result<T> = std::result::Result<T, PlatformError>;
 
 /// What was attempted, on what, and why it failed.
 #[derive(Debug, Error)]
-#[error("{action} {subject}: {cause}")]
+#[error("cannot {action} {subject}: {cause}")]
 pub struct PlatformError {
     /// A verb phrase without a subject: `assign`, `map the shared page of`.
     pub action: &'static str,
@@ -123,8 +123,11 @@ mod tests {
     #[test]
     fn error_numbers_have_a_meaning_for_devices() {
         let text = |errno| PlatformError::new("reset", "0000:01:00.0", errno).to_string();
-        assert_eq!(text(Errno::ENOTTY), "reset 0000:01:00.0: ENOTTY: Linux has no method for this device");
-        assert_eq!(text(Errno::EAGAIN), "reset 0000:01:00.0: EAGAIN: it is in use at the moment");
-        assert_eq!(text(Errno::EIO), "reset 0000:01:00.0: EIO: I/O error");
+        assert_eq!(
+            text(Errno::ENOTTY),
+            "cannot reset 0000:01:00.0: ENOTTY: Linux has no method for this device"
+        );
+        assert_eq!(text(Errno::EAGAIN), "cannot reset 0000:01:00.0: EAGAIN: it is in use at the moment");
+        assert_eq!(text(Errno::EIO), "cannot reset 0000:01:00.0: EIO: I/O error");
     }
 }

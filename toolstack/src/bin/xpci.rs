@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use serde::Serialize;
-use toolstack::cli::{Cli, Look, Step, bulleted, gather, printable, render, usage};
+use toolstack::cli::{Cli, Look, Step, bulleted, gather, nothing_listed, printable, render, typed, usage};
 use toolstack::client;
 use toolstack::doctor;
 use toolstack::outcome::{ErrorCode, Failure};
@@ -25,10 +25,12 @@ const RECONNECT_INTERVAL: Duration = Duration::from_secs(1);
 static OUTPUT_LOST: AtomicBool = AtomicBool::new(false);
 
 fn main() -> ExitCode {
+    let words: Vec<String> =
+        std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) if error.use_stderr() && json_wanted() => {
-            show_json(&Envelope::done(1, "", Err(usage(&error))));
+            show_json(&Envelope::done(1, &typed(&words), Err(usage(&error))));
             return ExitCode::from(ErrorCode::Usage.exit_code());
         }
         Err(error) => error.exit(),
@@ -48,7 +50,7 @@ fn main() -> ExitCode {
         Err(failure) => {
             let code = ExitCode::from(failure.code.exit_code());
             match cli.json {
-                true => show_json(&Envelope::done(1, "", Err(failure))),
+                true => show_json(&Envelope::done(1, &typed(&words), Err(failure))),
                 false => report(&failure),
             }
             return code;
@@ -60,10 +62,14 @@ fn main() -> ExitCode {
         let batch: Vec<Step> = steps.by_ref().take(PARALLEL_REQUESTS).collect();
         for envelope in answers(batch, &cli.socket, show_progress, cli.json) {
             code = code.max(exit_code(&envelope, checked));
-            match (cli.json, together) {
-                (true, true) => shown.push(envelope),
-                (true, false) => show_json(&envelope),
-                (false, _) => show(envelope, look),
+            if !cli.json {
+                show(envelope, look);
+                continue;
+            }
+            let envelope = Envelope { command: typed(&words), ..envelope };
+            match together {
+                true => shown.push(envelope),
+                false => show_json(&envelope),
             }
         }
     }
@@ -188,7 +194,13 @@ fn exit_code(envelope: &Envelope, checked: bool) -> u8 {
 fn show(envelope: Envelope, look: Look) {
     match (envelope.result, envelope.error) {
         (_, Some(failure)) => report(&failure),
-        (Some(success), None) => say(&mut std::io::stdout(), &render(&success, look)),
+        (Some(success), None) => {
+            let text = render(&success, look);
+            say(&mut std::io::stdout(), &text);
+            if let Some(note) = nothing_listed(&envelope.command).filter(|_| text.is_empty()) {
+                say(&mut std::io::stderr(), &format!("xpci: {note}\n"));
+            }
+        }
         (None, None) => {}
     }
 }
@@ -217,7 +229,7 @@ fn print(to: &mut dyn Write, text: &str) {
     match to.write_all(text.as_bytes()).and_then(|()| to.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
             // If standard error fails as well, the exit status still shows it.
-            let _ = writeln!(std::io::stderr(), "xpci: print the answer: {error}");
+            let _ = writeln!(std::io::stderr(), "xpci: cannot print the answer: {error}");
             OUTPUT_LOST.store(true, Ordering::Relaxed);
         }
         _ => {}

@@ -51,10 +51,19 @@ fn main() -> ExitCode {
     match if arguments.check { check(&arguments) } else { run(arguments) } {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            error!("{failure:#}");
+            error!("{}", explained(&failure));
             ExitCode::FAILURE
         }
     }
+}
+
+/// A failure with its causes; some failures have the text of their cause already.
+fn explained(failure: &anyhow::Error) -> String {
+    failure.chain().map(ToString::to_string).fold(String::new(), |text, cause| match text.as_str() {
+        "" => cause,
+        text if text.ends_with(&cause) => text.to_owned(),
+        text => format!("{text}: {cause}"),
+    })
 }
 
 /// Sets up the log on standard error. The journal adds times itself, and takes priorities as prefixes (sd-daemon(3)).
@@ -78,14 +87,14 @@ fn log_to(journal: bool) {
 }
 
 fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
-    let program = Program::of_this_process().context("find the file of this program")?;
+    let program = Program::of_this_process().context("cannot find the file of this program")?;
     // Before any thread starts: threads inherit the mask, so that these signals are only delivered through the descriptor.
     let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
-    signals.thread_block().context("block signals")?;
-    let stop = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).context("receive signals")?;
+    signals.thread_block().context("cannot block signals")?;
+    let stop = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).context("cannot receive signals")?;
     let signals = SigSet::from_iter([Signal::SIGHUP]);
-    signals.thread_block().context("block SIGHUP")?;
-    let hangup = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).context("receive SIGHUP")?;
+    signals.thread_block().context("cannot block SIGHUP")?;
+    let hangup = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).context("cannot receive SIGHUP")?;
 
     let copies = arguments.state_directory.clone().unwrap_or_else(|| Settings::default().state_directory);
     let (mut settings, sources, problem) = read_settings(arguments.settings.as_deref(), &copies)?;
@@ -105,10 +114,10 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
         refuse_real_directories(&settings)?;
     }
     let images = settings.run_directory.join("images");
-    fs::create_dir_all(&images).with_context(|| format!("create {}", images.display()))?;
+    fs::create_dir_all(&images).with_context(|| format!("cannot create {}", images.display()))?;
     // A successor takes the locks later, when its predecessor has released them.
     let own_locks = if arguments.successor { None } else { Some(Locks::take(&settings)?) };
-    let limit = descriptors::raise_limit().context("raise the limit of open files")?;
+    let limit = descriptors::raise_limit().context("cannot raise the limit of open files")?;
     let Some((platform, simulation)) = open_when_booted(&arguments.platform, &stop)? else { return Ok(()) };
     let shortage = descriptors::shortage(limit, platform.host.functions()?.len());
     problems.extend(shortage.map(|text| (ProblemCause::Service, text)));
@@ -126,14 +135,15 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
     if let Some(sources) = sources
         && let Err(error) = fs::create_dir_all(&copies).and_then(|()| settings::keep_copy(&copies, &sources))
     {
-        let text = format!("keep a copy of the settings in {}: {error}", copies.display());
+        let text = format!("cannot keep a copy of the settings in {}: {error}", copies.display());
         problems.push((ProblemCause::StateFiles, text));
     }
     // Not fatal, for example on a full disk, because guests wait for the service.
     if let Some(found) = found
         && let Err(error) = policies::keep_copy(&settings.state_directory, &found)
     {
-        let text = format!("keep a copy of the policies in {}: {error}", settings.state_directory.display());
+        let text =
+            format!("cannot keep a copy of the policies in {}: {error}", settings.state_directory.display());
         problems.push((ProblemCause::Policies, text));
     }
     let names = GuestNames::new(&platform.store);
@@ -145,12 +155,12 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
     // First of all, because guests may have waited for an answer since the last run of the service ended.
     engine.recover()?;
     control::listen(&socket, engine.inbox(), names.clone())
-        .with_context(|| format!("listen at {}", socket.display()))?;
+        .with_context(|| format!("cannot listen at {}", socket.display()))?;
     if let Err(error) =
         control::listen_for_group(&status_socket, status_group.as_deref(), engine.inbox(), names)
     {
         let text = format!(
-            "status-group: listen at {} for group '{}': {error}; only root is served",
+            "status-group: cannot listen at {} for group '{}': {error}; only root is served",
             status_socket.display(),
             status_group.unwrap_or_default()
         );
@@ -184,14 +194,15 @@ fn keep(simulation: &Simulation, settings: &Settings) -> anyhow::Result<Keeper> 
     let file = settings.state_directory.join("simulated-host");
     fs::create_dir_all(&settings.state_directory)
         .and_then(|()| simulation.keep_in(&file, &boot_id()))
-        .with_context(|| format!("keep the simulated host in {}", file.display()))
+        .with_context(|| format!("cannot keep the simulated host in {}", file.display()))
 }
 
 /// Waits until the predecessor gives way, and takes the locks. `None`: the service is to stop.
 fn take_over(settings: &Settings, stop: &SignalFd) -> anyhow::Result<Option<Locks>> {
-    let predecessor = Predecessor::at_standard_input().context("use standard input")?;
+    let predecessor = Predecessor::at_standard_input().context("cannot use standard input")?;
     info!("ready to take over");
-    let go_ahead = predecessor.wait_for_go_ahead(stop.as_fd()).context("take over from the running xpcid")?;
+    let go_ahead =
+        predecessor.wait_for_go_ahead(stop.as_fd()).context("cannot take over from the running xpcid")?;
     if go_ahead { Locks::take(settings).map(Some) } else { Ok(None) }
 }
 
@@ -202,7 +213,7 @@ fn hand_over(ready_successor: ReadySuccessor, locks: Locks) -> anyhow::Result<()
     // Before anything else, because systemd accepts this only from the process that it knows.
     supervisor::replaced_by(process);
     drop(locks);
-    successor.take_over().with_context(|| format!("give way to process {process}"))?;
+    successor.take_over().with_context(|| format!("cannot give way to process {process}"))?;
     let message = format!("process {process} has taken over");
     reply.done_before_the_end(
         Ok(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() }),
@@ -246,7 +257,9 @@ fn check(arguments: &ServiceArguments) -> anyhow::Result<()> {
         warn!("the policy directory {} does not exist", directory.display());
     }
     let (policies, _) = policies::load(&settings.policy_directories)?;
-    println!("{} settings files and {} policy files are good", sources.len(), policies.len());
+    let files =
+        |count: usize, kind: &str| format!("{count} {kind} file{}", if count == 1 { "" } else { "s" });
+    println!("no mistake in {} and {}", files(sources.len(), "settings"), files(policies.len(), "policy"));
     Ok(())
 }
 
@@ -280,11 +293,11 @@ struct Locks {
 impl Locks {
     fn take(settings: &Settings) -> anyhow::Result<Self> {
         let (run, state) = (settings.run_directory.join("lock"), &settings.state_directory);
-        let file = File::create(&run).with_context(|| format!("create {}", run.display()))?;
+        let file = File::create(&run).with_context(|| format!("cannot create {}", run.display()))?;
         let run_lock = lock(file, &run)?;
-        fs::create_dir_all(state).with_context(|| format!("create {}", state.display()))?;
+        fs::create_dir_all(state).with_context(|| format!("cannot create {}", state.display()))?;
         // The directory itself: a full disk may have no room for one more file.
-        let directory = File::open(state).with_context(|| format!("open {}", state.display()))?;
+        let directory = File::open(state).with_context(|| format!("cannot open {}", state.display()))?;
         Ok(Self { _run: run_lock, _state: lock(directory, state)? })
     }
 }
@@ -292,7 +305,11 @@ impl Locks {
 fn lock(file: File, path: &Path) -> anyhow::Result<Flock<File>> {
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Ok(lock),
-        Err((_, errno)) => bail!("lock {}: {errno}; another xpcid seems to run", path.display()),
+        Err((_, Errno::EWOULDBLOCK)) => bail!(
+            "cannot lock {}: another xpcid has it; stop that one, or give this one a --run-directory and a --state-directory of its own",
+            path.display()
+        ),
+        Err((_, errno)) => bail!("cannot lock {}: {errno}", path.display()),
     }
 }
 
@@ -330,7 +347,7 @@ fn open_when_booted(
         match poll(&mut fds, limit) {
             Ok(0) | Err(Errno::EINTR) => pause = (pause * 2).min(LONGEST_PAUSE),
             Ok(_) => return Ok(None),
-            Err(errno) => return Err(errno).context("wait for the Xen host"),
+            Err(errno) => return Err(errno).context("cannot wait for the Xen host"),
         }
     }
 }
@@ -349,7 +366,7 @@ fn reload_at(hangup: SignalFd, socket: PathBuf) -> anyhow::Result<()> {
             }
         }
     };
-    thread::Builder::new().name("reload".into()).spawn(task).context("start a thread")?;
+    thread::Builder::new().name("reload".into()).spawn(task).context("cannot start a thread")?;
     Ok(())
 }
 
@@ -358,7 +375,7 @@ fn boot_id() -> String {
         Ok(id) => id.trim().to_owned(),
         Err(error) => {
             warn!(
-                "read the boot id: {error}; the journal's records of guests are assumed to be of this boot"
+                "cannot read the boot id: {error}; the journal's records of guests are assumed to be of this boot"
             );
             "unknown".to_owned()
         }

@@ -38,7 +38,7 @@ const FORMATS: [(&str, &str, &str, &str); 2] = [
 /// Writes the documents below a directory that is to become `share`.
 pub(super) fn write(share: &Path) -> Result<Success, Failure> {
     let failed = |error: io::Error| {
-        Failure::new(ErrorCode::Failed, format!("write the documents to {}: {error}", share.display()))
+        Failure::new(ErrorCode::Failed, format!("cannot write the documents to {}: {error}", share.display()))
     };
     manual_pages(share).and_then(|()| completions(share)).map_err(failed)?;
     let message = format!("manual pages and completions are in {}", share.display());
@@ -51,6 +51,12 @@ fn manual_pages(share: &Path) -> io::Result<()> {
     fs::create_dir_all(&system)?;
     // One page for the program, and one for each command.
     clap_mangen::generate_to(Cli::command().disable_help_subcommand(true), &user)?;
+    for entry in fs::read_dir(&user)? {
+        let path = entry?.path();
+        let page = fs::read_to_string(&path)?;
+        // What clap calls so is explained under NOTES in manual pages (man-pages(7)).
+        fs::write(&path, page.replace("\n.SH EXTRA\n", "\n.SH NOTES\n"))?;
+    }
     let mut page = Vec::new();
     Man::new(ServiceArguments::command()).section("8").render(&mut page)?;
     fs::write(system.join("xpcid.8"), page)?;

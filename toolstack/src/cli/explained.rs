@@ -126,6 +126,9 @@ fn groups(register: &RegisterLine) -> Vec<Group<'_>> {
 
 /// What guests wrote without effect.
 pub fn learned(functions: &[LearnedView]) -> String {
+    if functions.is_empty() {
+        return "the guest has no functions of xpci\n".to_owned();
+    }
     let mut text = String::new();
     for view in functions {
         let guest = match &view.name {
@@ -248,7 +251,14 @@ pub fn reloaded(files: usize, functions: &[ReloadedView]) -> String {
 
 /// Files without mistakes.
 pub fn checked(files: &[CheckedView]) -> String {
-    let line =
-        |file: &CheckedView| format!("{}: good, {} rules for {}\n", file.name, file.rules, file.matches);
+    let line = |file: &CheckedView| {
+        format!(
+            "{}: good, {} rule{} for {}\n",
+            file.name,
+            file.rules,
+            if file.rules == 1 { "" } else { "s" },
+            file.matches
+        )
+    };
     files.iter().map(line).collect()
 }

@@ -31,7 +31,7 @@ impl Hvm {
 pub(super) fn write_acpi_table(path: &Path) -> Result<Success, Failure> {
     let shown = path.display();
     fs::write(path, mcfg())
-        .map_err(|error| Failure::new(ErrorCode::Failed, format!("write {shown}: {error}")))?;
+        .map_err(|error| Failure::new(ErrorCode::Failed, format!("cannot write {shown}: {error}")))?;
     let message = format!("{shown} is written; name it in the guest's xl.cfg: acpi_firmware=\"{shown}\"");
     Ok(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() })
 }

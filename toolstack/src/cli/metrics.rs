@@ -49,12 +49,12 @@ pub fn gather(socket: &Path, file: Option<&Path>) -> Result<Success, Failure> {
 fn replace(file: &Path, text: &str) -> Result<(), Failure> {
     // A rename would remove a device node, for example.
     if fs::metadata(file).is_ok_and(|found| !found.is_file()) {
-        let text = format!("write the metrics to {}: that is not a regular file", file.display());
+        let text = format!("cannot write the metrics to {}: that is not a regular file", file.display());
         return Err(Failure::refused(text).hint("without '--write', 'xpci metrics' prints them"));
     }
     let new = file.with_extension("new");
     fs::write(&new, text).and_then(|()| fs::rename(&new, file)).map_err(|error| {
-        Failure::new(ErrorCode::Failed, format!("write the metrics to {}: {error}", file.display()))
+        Failure::new(ErrorCode::Failed, format!("cannot write the metrics to {}: {error}", file.display()))
     })
 }
 

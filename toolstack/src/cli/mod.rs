@@ -14,6 +14,7 @@ mod policy;
 mod service;
 mod table;
 mod texts;
+mod typed;
 mod xl_config;
 
 use std::path::PathBuf;
@@ -38,7 +39,8 @@ use moving::{RestoreArguments, SaveArguments};
 pub use network::SetArguments;
 pub use policy::{As, ExplainArguments, Local, Policy};
 pub use service::{Choice, ServiceArguments};
-pub use table::{Look, bulleted, printable, render};
+pub use table::{Look, bulleted, nothing_listed, printable, render};
+pub use typed::typed;
 
 /// Assigns PCI functions to Xen guests.
 ///

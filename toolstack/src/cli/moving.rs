@@ -214,7 +214,7 @@ fn refuse_unwritable(file: &Path) -> Result<(), Failure> {
     let existed = file.try_exists().unwrap_or(false);
     let opened = OpenOptions::new().append(true).create(true).open(file);
     let opened = opened.and_then(|_| if existed { Ok(()) } else { fs::remove_file(file) });
-    opened.map_err(|error| Failure::refused(format!("write {}: {error}", file.display())))
+    opened.map_err(|error| Failure::refused(format!("cannot write {}: {error}", file.display())))
 }
 
 /// Attaches the functions again, with the same device numbers, to a guest that was not saved or that continues to run.

@@ -36,6 +36,12 @@ impl FromStr for Place {
     type Err = Failure;
 
     fn from_str(text: &str) -> Result<Self, Failure> {
+        // A name begins with a letter, an address has colons: this is xl's third argument.
+        if matches!(text.as_bytes(), [b'0'..=b'9'] | [b'0'..=b'9', b'0'..=b'9' | b'a'..=b'f' | b'A'..=b'F']) {
+            return Err(usage(format!(
+                "'{text}' is no function; write a device number of the guest as BDF@{text}"
+            )));
+        }
         let mut parts = text.split(',').peekable();
         let (mut functions, mut slot) = (None, None);
         if let Some(first) = parts.next_if(|first| !first.contains('=')) {

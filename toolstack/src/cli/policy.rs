@@ -196,7 +196,7 @@ fn in_directories(directories: &[PathBuf]) -> Result<PolicySet, Failure> {
 fn explain_dump(path: &Path, files: &[PathBuf], kind: Option<As>) -> Result<Success, Failure> {
     let shown = path.display();
     let unreadable =
-        |error: io::Error| Failure::new(ErrorCode::Failed, format!("read the dump {shown}: {error}"));
+        |error: io::Error| Failure::new(ErrorCode::Failed, format!("cannot read the dump {shown}: {error}"));
     let mut text = Vec::new();
     let limit = dump::MAX_TEXT as u64 + 1;
     if path == Path::new("-") {

@@ -50,7 +50,7 @@ pub fn render(success: &Success, look: Look) -> String {
         Success::Checked { files } => explained::checked(files),
         Success::Metrics { text } => text.clone(),
         Success::Schema { schema } => format!("{schema:#}\n"),
-        Success::Events { events } if events.is_empty() => "there are no events\n".to_owned(),
+        Success::Events { events } if events.is_empty() => "no events are recorded\n".to_owned(),
         Success::Events { events } => {
             events.iter().fold(String::new(), |text, event| format!("{text}{event}\n"))
         }
@@ -58,6 +58,20 @@ pub fn render(success: &Success, look: Look) -> String {
         Success::Saved { .. } | Success::Reserved { .. } | Success::Restored { .. } => String::new(),
         Success::Status(status) => status_text(status),
     }
+}
+
+/// What to say, on standard error, of a command whose list is empty.
+pub fn nothing_listed(command: &str) -> Option<&'static str> {
+    Some(match command {
+        "list" => "the host has no such function",
+        "pci-assignable-list" => {
+            "no function is assignable; 'xpci pci-assignable-add BDF' makes one assignable"
+        }
+        "pci-list" => "the guest has no functions of xpci",
+        "pci-list-persistent" => "no function is persistent",
+        "vf-list" => "there are no VFs; 'xpci vf create PF COUNT' enables some",
+        _ => return None,
+    })
 }
 
 /// Other columns are omitted until at least this many characters of the last column fit.

@@ -21,9 +21,10 @@ A refusal names everything that prevents the command. With --dry-run, pci-attach
 nothing, and exit as the command would: 0 if nothing prevents it, otherwise 5. What only Xen knows, for example whether the guest was created \
 with passthrough, is not checked.
 
-With --json each answer is one JSON object with 'version', 'id', 'command' and 'ok', and either 'result' or 'error': 'code', 'message', \
-'hint', 'address', 'domain', and 'obstacles', each with 'message' and 'hint', where there is more than one. Keys of several words have \
-hyphens. A command for several functions prints one object with 'answers', one for each function, and 'ok' if all succeeded. Wrong usage \
+With --json each answer is one JSON object with 'version', 'id', 'command' (as typed: 'vf-create') and 'ok', and either 'result' or 'error': \
+'code', 'message', 'hint', 'address', 'domain', and 'obstacles', each with 'message' and 'hint', where there is more than one. Keys of several words have \
+hyphens. A command for several functions prints one object with 'answers', one for each function, and 'ok' if all succeeded; \
+pci-attach, which attaches all or none, has one answer. Wrong usage \
 is answered in the same form. Only 'events --follow' prints one object a line.";
 
 pub(super) const LIST: &str = "\

@@ -164,7 +164,8 @@ fn parse(text: &str) -> Result<XlConfig, (usize, String)> {
 /// Converts the functions in a file.
 pub(super) fn convert(path: &Path) -> Result<Success, Failure> {
     let shown = path.display();
-    let failed = |error: std::io::Error| Failure::new(ErrorCode::Failed, format!("read {shown}: {error}"));
+    let failed =
+        |error: std::io::Error| Failure::new(ErrorCode::Failed, format!("cannot read {shown}: {error}"));
     let mut text = String::new();
     let length = File::open(path).and_then(|file| file.take(LIMIT + 1).read_to_string(&mut text));
     if length.map_err(failed)? as u64 > LIMIT {

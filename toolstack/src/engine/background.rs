@@ -43,7 +43,7 @@ impl Inbox {
         if let Err(problem) = thread::Builder::new().name(name.to_owned()).spawn(task) {
             error!("{name}: start a thread: {problem}");
             if let Some(report) = take(&report) {
-                let text = format!("start a thread ({name}): {problem}");
+                let text = format!("cannot start a thread ({name}): {problem}");
                 report(Err(Failure::new(ErrorCode::Failed, text).hint("see how many threads dom0 allows")));
             }
         }

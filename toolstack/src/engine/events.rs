@@ -93,7 +93,7 @@ impl Engine {
         match self.event_log.audit.add(&event) {
             Err(problem) if !self.event_log.failed => {
                 self.event_log.failed = true;
-                let text = format!("write the audit log: {problem}");
+                let text = format!("cannot write the audit log: {problem}");
                 error!("{text}");
                 self.problems.push(Problem::new(Cause::AuditLog, text));
             }

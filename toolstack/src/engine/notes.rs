@@ -50,7 +50,7 @@ impl Notes {
             fs::rename(&temporary, &path)
         };
         write().map_err(|error| {
-            Failure::new(ErrorCode::Failed, format!("write {}: {error}", path.display())).of(domain)
+            Failure::new(ErrorCode::Failed, format!("cannot write {}: {error}", path.display())).of(domain)
         })
     }
 
@@ -58,7 +58,7 @@ impl Notes {
         let path = self.path(domain);
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                warn!("remove {}: {error}", path.display());
+                warn!("cannot remove {}: {error}", path.display());
             }
             _ => {}
         }

@@ -137,10 +137,10 @@ impl Engine {
                     }
                 }
                 Err(failure) => {
-                    error!("{}: its guest cannot be served any more: {failure}", record.address);
+                    error!("{}: its guest can no longer be served: {failure}", record.address);
                     // The transaction is undone now, and may have ended before it created the image.
                     if record.transaction.is_none() {
-                        let text = format!("{} cannot be served any more: {failure}", record.address);
+                        let text = format!("{} can no longer be served: {failure}", record.address);
                         self.problems.push(Problem::new(Cause::Guest, text).on(record.address));
                     }
                 }
@@ -159,7 +159,7 @@ impl Engine {
                 Ok(()) => info!("domain {domain}: continuing to serve its {count} functions"),
                 Err(failure) => {
                     error!("domain {domain}: {failure}");
-                    let text = format!("domain {domain} cannot be served any more: {failure}");
+                    let text = format!("domain {domain} can no longer be served: {failure}");
                     self.problems.push(Problem::new(Cause::Guest, text).of(domain));
                 }
             }

@@ -34,7 +34,7 @@ const UNUSABLE: &str = "unusable";
 #[derive(Debug, Error)]
 pub enum JournalError {
     /// Reading or writing failed.
-    #[error("{action} journal file {path}: {source}")]
+    #[error("cannot {action} journal file {path}: {source}")]
     Io {
         /// `read`, `write` or `remove`.
         action: &'static str,

@@ -244,7 +244,7 @@ pub struct Envelope {
 pub struct Answers {
     /// The version of the protocol, 1.
     pub version: u32,
-    /// The command, as in the protocol.
+    /// The command as typed, its words joined by `-`.
     pub command: String,
     /// Whether all requests succeeded.
     pub ok: bool,

@@ -226,7 +226,7 @@ impl Settings {
                     && !settings.names.contains_key(word)
                 {
                     return Err(format!(
-                        "guests: '{}' of '{guest}' is not in 'names': a function has no network interface any more when it is held; \
+                        "guests: '{}' of '{guest}' is not in 'names': a function that is held has no network interface; \
                          write its address, a name from 'names', PF:N or any:PF",
                         word.as_str()
                     ));

@@ -211,7 +211,7 @@ pub(super) fn create_image(context: &Context<'_>, record: &mut Record) -> Result
     create().map_err(|error| {
         Failure::new(
             ErrorCode::Failed,
-            format!("create the image {} of {}: {error}", path.display(), record.address),
+            format!("cannot create the image {} of {}: {error}", path.display(), record.address),
         )
         .on(record.address)
     })
@@ -222,7 +222,7 @@ pub(super) fn remove_image(context: &Context<'_>, record: &mut Record) -> Result
     match fs::remove_file(&path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Failure::new(
             ErrorCode::Failed,
-            format!("remove the image {} of {}: {error}", path.display(), record.address),
+            format!("cannot remove the image {} of {}: {error}", path.display(), record.address),
         )),
         _ => Ok(()),
     }

@@ -49,7 +49,8 @@ pub(super) fn copy(context: &Context<'_>, record: &mut Record) -> Result<Option<
     let contents = wanted.contents(context.platform)?;
     let path = rom_path(&context.settings.run_directory, address);
     write(&path, &contents).map_err(|error| {
-        let text = format!("write the copy {} of the expansion ROM of {address}: {error}", path.display());
+        let text =
+            format!("cannot write the copy {} of the expansion ROM of {address}: {error}", path.display());
         Failure::new(ErrorCode::Failed, text).on(address)
     })?;
     record.rom = Some(RomRecord { bytes: contents.len() as u32, hash: hash(&contents) });
@@ -179,7 +180,7 @@ impl WantedRom {
 pub fn read_copy(run_directory: &Path, address: Sbdf, known: RomRecord) -> Result<Vec<u8>, String> {
     let path = rom_path(run_directory, address);
     let contents = File::open(&path).and_then(read_bounded);
-    let contents = contents.map_err(|error| format!("read {}: {error}", path.display()))?;
+    let contents = contents.map_err(|error| format!("cannot read {}: {error}", path.display()))?;
     if contents.len() != known.bytes as usize || hash(&contents) != known.hash {
         return Err(format!("{} is not what was written there", path.display()));
     }
@@ -191,7 +192,7 @@ pub(super) fn remove(context: &Context<'_>, record: &mut Record) -> Result<(), F
     let path = rom_path(&context.settings.run_directory, record.address);
     match fs::remove_file(&path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            let text = format!("remove the copy {} of an expansion ROM: {error}", path.display());
+            let text = format!("cannot remove the copy {} of an expansion ROM: {error}", path.display());
             Err(Failure::new(ErrorCode::Failed, text).on(record.address))
         }
         _ => {

@@ -78,7 +78,7 @@ fn without_the_service_doctor_runs_the_other_checks() {
     let output = daemon::xpci(&directory.path().join("control"), &["doctor"]);
     let text = String::from_utf8(output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(1), "{text}");
-    assert!(text.starts_with("FAULT        service: connect to xpcid at"), "{text}");
+    assert!(text.starts_with("FAULT        service: cannot connect to xpcid at"), "{text}");
     assert!(text.contains(" kernel: ") && text.contains(" xl-functions: without xpcid"), "{text}");
 }
 

@@ -16,7 +16,7 @@ fn a_second_service_in_the_same_run_directory_refuses_to_start() {
     let output = service(daemon.directory.path()).output().unwrap();
     let log = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{log}");
-    assert!(log.contains("another xpcid seems to run") && log.contains("run/lock"), "{log}");
+    assert!(log.contains("another xpcid has it") && log.contains("run/lock"), "{log}");
     assert!(daemon.xpci(&["status"]).status.success(), "the first one has to go on");
 }
 
@@ -30,7 +30,7 @@ fn a_service_with_another_run_directory_refuses_to_write_the_same_records() {
     let output = program(env!("CARGO_BIN_EXE_xpcid")).args(arguments).output().unwrap();
     let log = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{log}");
-    assert!(log.contains("another xpcid seems to run") && log.contains("/state:"), "{log}");
+    assert!(log.contains("another xpcid has it") && log.contains("/state:"), "{log}");
     assert!(daemon.xpci(&["status"]).status.success(), "the first one has to go on");
 }
 
@@ -272,7 +272,7 @@ fn settings_and_policies_are_checked_without_starting_anything() {
         )
     };
     let (code, said, _) = check("guest-limit-seconds: 5\n");
-    assert_eq!((code, said.as_str()), (Some(0), "1 settings files and 0 policy files are good\n"));
+    assert_eq!((code, said.as_str()), (Some(0), "no mistake in 1 settings file and 0 policy files\n"));
     let (code, _, said) = check("guest-limit-second: 5\n");
     assert_eq!(code, Some(1), "{said}");
     assert!(

@@ -125,7 +125,7 @@ fn a_function_attached_by_xl_is_not_held_even_with_force() {
     service.wait_for_state(bdf("01:10.2"), FunctionState::Held);
     refused(
         seize(&service, vf),
-        &["belongs to 'db' (domain 2), through xen-pciback", "xl pci-detach 2 0000:01:10.0"],
+        &["belongs to 'db' (domain 2), through xen-pciback", "xl pci-detach db 0000:01:10.0"],
     );
     assert_eq!(driver(&world, VF).0, named("pciback"));
     assert_eq!(world.simulation.owner(vf), Some(Owner::Guest(DB)));

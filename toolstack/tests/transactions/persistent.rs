@@ -160,7 +160,7 @@ fn a_persistent_function_goes_to_no_other_guest_until_a_command_ends_that() {
     assert_eq!(listed(&service, Some(&web_uuid().to_string())), listed(&service, None));
     let release = Request::PciAssignableRemove { address: vf(), force: true, trust_former_owner: false };
     let Ok(Success::Changed { message, .. }) = service.call(release) else { panic!("not released") };
-    assert!(message.contains("not persistent any more for guest 'web'"), "{message}");
+    assert!(message.contains("no longer persistent for guest 'web'"), "{message}");
     assert_eq!((service.state(vf()), listed(&service, None).len()), (FunctionState::Host, 0));
 }
 

@@ -125,7 +125,7 @@ fn a_guest_that_runs_on_without_its_functions_is_shown_until_it_has_them() {
     let service = world.start();
     let problems = service.problems();
     let [problem] = problems.as_slice() else { panic!("{problems:?}") };
-    assert!(problem.contains("'xpci pci-attach 1 0000:01:10.2@3' gives it back"), "{problem}");
+    assert!(problem.contains("'xpci pci-attach web 0000:01:10.2@3' gives it back"), "{problem}");
     attach_at(&service, WEB, vfs()[1], 3).unwrap();
     assert_eq!(service.problems(), [""; 0]);
     wait_until("the guest has it", || frontend.is_connected());

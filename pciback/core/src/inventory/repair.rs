@@ -167,7 +167,7 @@ pub enum Reason {
     Replaced,
     /// Xen forgot it while a guest had it: its interrupts and DMA mappings are gone.
     ForgottenUnderGuest,
-    /// Xen says that the guest does not own it any more.
+    /// Xen says that the guest no longer owns it.
     LostByGuest,
     /// Xen says that another domain owns it.
     OwnedBy {
@@ -208,7 +208,7 @@ impl fmt::Display for Reason {
             Self::ForgottenUnderGuest => {
                 "Xen's list lost it while the guest had it, and its interrupts and DMA mappings with it"
             }
-            Self::LostByGuest => "Xen says that the guest does not own it any more",
+            Self::LostByGuest => "Xen says that the guest no longer owns it",
             Self::OwnedBy { owner: Some(owner) } => {
                 return write!(f, "domain {owner} owns it in Xen, which xpci did not request");
             }

@@ -150,7 +150,10 @@ mod tests {
         // EPERM where the tests do not run as root.
         assert!(matches!(error.errno(), Some(Errno::EOPNOTSUPP | Errno::EPERM)), "{error}");
         let said = error.to_string();
-        assert!(said.starts_with("set the spoof check of 0000:01:10.0 (VF 0 of 0000:01:00.0)"), "{said}");
+        assert!(
+            said.starts_with("cannot set the spoof check of 0000:01:10.0 (VF 0 of 0000:01:00.0)"),
+            "{said}"
+        );
     }
 
     #[test]

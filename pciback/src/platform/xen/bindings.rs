@@ -126,7 +126,7 @@ mod tests {
     #[test]
     fn a_missing_library_is_an_error_that_names_it_and_its_package() {
         let error = Libraries::load((99, 1)).err().unwrap().to_string();
-        assert!(error.starts_with("load libxenctrl.so.99.1: it cannot be loaded"), "{error}");
+        assert!(error.starts_with("cannot load libxenctrl.so.99.1: it cannot be loaded"), "{error}");
         assert!(error.contains("libxenmisc99.1"), "{error}");
     }
 

@@ -136,7 +136,7 @@ impl Engine {
         let report =
             Box::new(move |report| inbox.send(engine::Event::Guests(Event::Reported(domain, report))));
         let server = pv::start(domain, ring, functions, Arc::clone(&guest.counters), report);
-        guest.server = Some(Arc::new(server.map_err(|error| format!("start its thread: {error}"))?));
+        guest.server = Some(Arc::new(server.map_err(|error| format!("cannot start its thread: {error}"))?));
         let text =
             format!("domain {domain}: connected to its ring, grant {} and port {}", place.grant, place.port);
         guest.log_line(Level::Info, &text);

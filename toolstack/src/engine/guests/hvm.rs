@@ -196,7 +196,7 @@ impl Engine {
             Connection { server: connected, ports, taken, domains: Arc::clone(&self.platform.hvm), shared };
         let started = hvm::start(domain, connection, functions, Arc::clone(&guest.counters), report);
         let failed = |error: io::Error| {
-            Failure::new(ErrorCode::Failed, format!("start the thread of domain {domain}: {error}"))
+            Failure::new(ErrorCode::Failed, format!("cannot start the thread of domain {domain}: {error}"))
                 .of(domain)
         };
         guest.server = Some(Arc::new(started.map_err(failed)?));

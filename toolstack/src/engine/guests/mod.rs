@@ -165,7 +165,7 @@ impl Engine {
                 if let Some(guest) = self.guests.get_mut(domain) {
                     guest.log_line(Level::Error, &format!("domain {domain}: {why}"));
                 }
-                self.problems.push_of(domain, format!("domain {domain} is not served any more: {why}"));
+                self.problems.push_of(domain, format!("domain {domain} is no longer served: {why}"));
             }
         }
     }

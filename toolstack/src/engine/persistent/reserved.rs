@@ -280,8 +280,9 @@ impl Engine {
         };
         self.stop_waiting_for(address);
         let reservations = self.files.reservations.clone();
+        let again = self.assigned_again(&reservation).unwrap_or_default();
         self.background("forget", move || {
-            let message = format!("{address} is not persistent any more for {}", reservation.who());
+            let message = format!("{address} is no longer persistent for {}{again}", reservation.who());
             let forgotten = reservations.forget(address);
             let changed = Success::Changed { message, warnings: Vec::new(), functions: Vec::new() };
             reply.done(forgotten.map(|()| changed));
@@ -293,7 +294,7 @@ impl Engine {
         let reservation = self.reserved(record.address);
         let message = match &reservation {
             Some(reservation) => {
-                format!("{message}; it is not persistent any more for {}", reservation.who())
+                format!("{message}; it is no longer persistent for {}", reservation.who())
             }
             None => message,
         };

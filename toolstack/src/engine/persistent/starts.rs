@@ -230,7 +230,7 @@ impl Engine {
             error!("{failure}");
         }
         match self.platform.hypervisor.unpause(domain) {
-            Ok(()) => info!("domain {domain}: not kept paused any more"),
+            Ok(()) => info!("domain {domain}: no longer kept paused"),
             Err(_) if matches!(self.platform.store.domain_exists(domain), Ok(false)) => {}
             Err(error) => {
                 error!("{error}");

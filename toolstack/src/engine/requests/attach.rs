@@ -5,7 +5,7 @@ use pciback::policy::{Permission, Reuse, Subject};
 use pciback::serve::pv::nodes;
 use pciback::{DomId, FunctionState, Sbdf};
 
-use super::obstacles::{Force, Refusal, ThreadChecks, shares_with_others};
+use super::obstacles::{Force, Refusal, ThreadChecks, attaching, shares_with_others};
 use super::{ASSIGNABLE_AGAIN, Plan, dry_run_answer};
 use crate::domains::{self, DomainType};
 use crate::engine::Engine;
@@ -88,10 +88,10 @@ impl Engine {
         }
         let hold = (state == FunctionState::Host && !function.is_bridge()).then_some(Force(false));
         let shares = shares_with_others(state, &function).then_some(Some(domain));
-        let action = format!("attach {address} to {}", self.called(domain));
+        let action = attaching(address, domain);
         let nothing = match is_to_hold {
             true => dry_run_answer(&format!("{address} is taken from dom0 and attached to domain {domain}")),
-            false => Success::Already { message: format!("{action}: nothing prevents it any more") },
+            false => Success::Already { message: format!("{action}: nothing prevents it now") },
         };
         let refusal = Refusal { address, action, found };
         Ok(Some(Plan::Check(refusal, ThreadChecks { hold, shares }, nothing)))
@@ -124,7 +124,7 @@ impl Engine {
     ) -> Result<Record, Failure> {
         let function = existing(self.platform.host.as_ref(), address)?;
         self.idle(address)?;
-        let action = format!("attach {address} to domain {domain}");
+        let action = attaching(address, domain);
         Failure::refuse_for(&action, self.attach_obstacles(&function, Some(domain), trust))?;
         Ok(self.functions.records().get_or_new(address))
     }
@@ -146,7 +146,12 @@ impl Engine {
                 message.push_str(" and gets it again whenever it starts");
                 Some(Change::Reserve(Box::new(self.reservation(address, domain, devfn)?)))
             }
-            false => None,
+            false => {
+                if record.managed {
+                    message.push_str("; it goes back to dom0 when the guest has released it");
+                }
+                None
+            }
         };
         Ok(Plan::Transaction(Course::Forward(Kind::Attach), Box::new(record), message, change))
     }
@@ -270,10 +275,11 @@ impl Engine {
                 ("; it goes back to dom0 as soon as no guest can reach it".to_owned(), None)
             }
             (None, _) => (String::new(), None),
-            (Some(_), Scope::Live) => {
-                ("; the guest gets it again when it starts the next time".to_owned(), None)
+            (Some(_), Scope::Live) => ("; the guest gets it again the next time it starts".to_owned(), None),
+            (Some(reservation), _) => {
+                let end = self.assigned_again(&reservation);
+                (end.unwrap_or_else(|| ", and no longer persistent".to_owned()), Some(Change::Forget(address)))
             }
-            (Some(_), _) => (", and not persistent any more".to_owned(), Some(Change::Forget(address))),
         };
         let message = format!("{address} is detached from domain {domain}{ASSIGNABLE_AGAIN}{end}");
         Ok(Plan::Transaction(Course::Backward(Kind::Detach, withdrawal), Box::new(record), message, change))

@@ -69,6 +69,8 @@ pub(in crate::engine) fn persistent_view(reservation: &Reservation) -> Persisten
 
 /// The note of a function that `pci-attach --managed` has held.
 const MANAGED: &str = "goes back to dom0 as soon as no guest can reach it";
+/// The same while the guest has it.
+const MANAGED_ATTACHED: &str = "goes back to dom0 when the guest has released it";
 
 fn view(function: Option<&HostFunction>, record: &Record) -> FunctionView {
     let note = record.quarantine.clone().or_else(|| {
@@ -77,7 +79,11 @@ fn view(function: Option<&HostFunction>, record: &Record) -> FunctionView {
             format!("{direction}{:?}", progress.step).to_lowercase()
         })
     });
-    let managed = || (record.managed && record.state == FunctionState::Held).then_some(MANAGED.to_owned());
+    let managed = || match (record.managed, record.state) {
+        (true, FunctionState::Held) => Some(MANAGED.to_owned()),
+        (true, FunctionState::Attached) => Some(MANAGED_ATTACHED.to_owned()),
+        _ => None,
+    };
     let note = note.or_else(managed);
     FunctionView {
         address: record.address,

@@ -47,7 +47,7 @@ impl Plan {
             Self::Transaction(_, record, message, _) => {
                 let (address, domain) = (record.address, record.guest.map(|guest| guest.domain));
                 let action = match domain {
-                    Some(domain) => format!("attach {address} to domain {domain}"),
+                    Some(domain) => obstacles::attaching(address, domain),
                     None => format!("give {address} back to dom0"),
                 };
                 let checks = ThreadChecks { hold: None, shares: Some(domain.or(Some(DomId::DOM0))) };

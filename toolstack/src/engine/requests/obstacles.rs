@@ -85,6 +85,11 @@ pub(super) fn hold_obstacles(
     [in_use, holder].into_iter().filter_map(Result::err).collect()
 }
 
+/// The action of an attachment, in words that follow "to".
+pub(super) fn attaching(address: Sbdf, domain: DomId) -> String {
+    format!("attach {address} to domain {domain}")
+}
+
 /// The refusal to attach a function that dom0 has.
 fn not_assignable(address: Sbdf) -> Failure {
     Failure::refused(format!("{address} is not assignable"))
@@ -145,7 +150,7 @@ impl Engine {
         let address = function.address;
         let reserved = domain.map_or(Ok(()), |domain| self.not_reserved(function, domain));
         let action = match domain {
-            Some(domain) => format!("attach {address} to domain {domain}"),
+            Some(domain) => attaching(address, domain),
             None => format!("attach {address}"),
         };
         let reach = if trust { Ok(()) } else { self.out_of_reach(address, domain, &action) };

@@ -8,12 +8,13 @@ use pciback::{DomId, FunctionState, Sbdf, Uuid};
 use serde::{Deserialize, Serialize};
 
 use super::local_client::LocalClient;
+use super::obstacles::attaching;
 use crate::domains;
 use crate::engine::Engine;
 use crate::engine::notes::Notes;
 use crate::engine::problems::Problem;
 use crate::engine::tasks::Course;
-use crate::outcome::{ErrorCode, Failure};
+use crate::outcome::{ErrorCode, Failure, Obstacle};
 use crate::protocol::{Cause, DomainName, Placed, Request, Scope, Success};
 use crate::reply::Reply;
 use crate::settings::Settings;
@@ -105,6 +106,8 @@ fn names(functions: impl Iterator<Item = Sbdf>) -> String {
 /// The state of the thread that attaches the functions.
 struct Attaching {
     client: LocalClient,
+    /// The domain of the guest, if that runs.
+    domain: Option<DomId>,
     wanted: Several,
     reply: Reply,
 }
@@ -153,8 +156,9 @@ impl Attaching {
         ));
         all.domain = refused.iter().find_map(|failure| failure.domain);
         for failure in refused {
+            let action = failure.address.zip(self.domain).map(|(address, domain)| attaching(address, domain));
             match failure.obstacles.is_empty() {
-                true => all.obstacles.push(failure.into()),
+                true => all.obstacles.push(Obstacle::below(failure, &action.unwrap_or_default())),
                 false => all.obstacles.extend(failure.obstacles),
             }
         }
@@ -303,7 +307,7 @@ impl Engine {
         }
         let noted = domain.filter(|_| !wanted.dry_run);
         let client = LocalClient::new(self.task_context());
-        let attaching = Attaching { client, wanted, reply: reply.clone() };
+        let attaching = Attaching { client, domain, wanted, reply: reply.clone() };
         let work = move || {
             let outcome = attaching.run();
             // After an unanswered request the note stays, for the next run of the service.

@@ -462,6 +462,6 @@ fn destroy(context: &TaskContext, address: Sbdf, progress: &dyn Fn(&str)) -> Res
         ));
     }
     context.take_from_stub(address)?;
-    let message = format!("{address} has no VFs any more");
+    let message = format!("{address} has no VFs now");
     Ok(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() })
 }

@@ -166,7 +166,7 @@ fn a_function_that_is_not_there_or_leaves_while_it_is_read_is_missing() {
     fs::remove_file(tree.path(VF_PATH).join("device")).unwrap();
     let error = tree.host().function(VF).unwrap_err();
     assert!(matches!(error.cause, Cause::Missing));
-    assert_eq!(error.to_string(), "read device of 0000:01:10.0: it does not exist");
+    assert_eq!(error.to_string(), "cannot read device of 0000:01:10.0: it does not exist");
 }
 
 #[test]
