@@ -2,7 +2,7 @@
 
 use pciback::FunctionState;
 use pciback::platform::sim::Moment;
-use toolstack::protocol::Request;
+use toolstack::protocol::{FunctionView, Request};
 
 use crate::frontend::{Frontend, msix_op};
 use crate::world::{Service, WEB, World, bdf, wait_until};
@@ -46,7 +46,12 @@ pub fn settled(service: &Service, why: &str) {
     wait_until(&format!("{why}: it settles"), || {
         let status = service.status();
         assert!(status.problems.is_empty(), "{why}: {:?}", status.problems);
-        status.functions.iter().all(|view| !under_way.contains(&view.state) && view.note.is_none())
+        // What an attached managed function has as a note is what will become of it later.
+        let is_settled = |view: &FunctionView| match view.state {
+            FunctionState::Attached => true,
+            state => !under_way.contains(&state) && view.note.is_none(),
+        };
+        status.functions.iter().all(is_settled)
     });
 }
 

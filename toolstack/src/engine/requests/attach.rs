@@ -278,7 +278,10 @@ impl Engine {
             (Some(_), Scope::Live) => ("; the guest gets it again the next time it starts".to_owned(), None),
             (Some(reservation), _) => {
                 let end = self.assigned_again(&reservation);
-                (end.unwrap_or_else(|| ", and no longer persistent".to_owned()), Some(Change::Forget(address)))
+                (
+                    end.unwrap_or_else(|| ", and no longer persistent".to_owned()),
+                    Some(Change::Forget(address)),
+                )
             }
         };
         let message = format!("{address} is detached from domain {domain}{ASSIGNABLE_AGAIN}{end}");
