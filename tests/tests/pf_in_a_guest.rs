@@ -128,8 +128,9 @@ fn a_reboot_of_the_guest_with_the_pf_leaves_the_vf_with_its_guest(scene: &mut Pf
     ensure!(owner(lab, VFS[0])? == format!("d{user}"), "{}", owner(lab, VFS[0])?);
     load_igb(special)?;
     create_vfs(special, 2)?;
-    // igbvf notices that the PF has started again, and starts again itself.
-    scene.user.run(&format!("ping -c 1 -w 60 {}", ADDRESSES[0])).limit(SOON * 2).ok().map(drop)
+    // igbvf notices that the PF has started again, and starts again itself: what it sends before that is lost.
+    let answers = format!("ping -c 1 -W 1 {}", ADDRESSES[0]);
+    scene.user.wait_for("the PF's driver to answer the VF again", SOON * 4, &answers)
 }
 
 fn vfs_that_the_guest_removes_are_taken_from_their_guest(scene: &mut PfInAGuest<'_>) -> Result<()> {

@@ -41,6 +41,8 @@ fn unmap_unknown(roster: &mut Roster, domains: &dyn HvmDomains) -> Result<(), In
             info!(
                 "domain {domain}: interrupt {number} is unmapped: it was being mapped when xpcid was killed"
             );
+            // Xen cannot use an interrupt again that was unmapped while it was bound.
+            Revoked::Interrupt.outcome(domains.unbind_msi(domain, Pirq(number)))?;
             Revoked::Interrupt.outcome(hypervisor.unmap_pirq(domain, Pirq(number)))?;
         }
     }
