@@ -200,7 +200,25 @@ fn table(text: &mut String, all: &mut [Line]) {
 
 /// What xen-pciback, xen_pt and vfio-pci do.
 fn elsewhere([pciback, xen_pt, vfio]: [&str; 3]) -> String {
-    format!("\n**Elsewhere**: xen-pciback: {pciback}. xen_pt: {xen_pt}. vfio-pci: {vfio}.\n")
+    let mut text = String::from("\n**Elsewhere**:\n\n");
+    for (peer, what) in [("xen-pciback", pciback), ("xen_pt", xen_pt), ("vfio-pci", vfio)] {
+        push_item(&mut text, &format!("{peer}: {what}."));
+    }
+    text
+}
+
+/// Adds an item of a list, in lines of at most 150 characters.
+fn push_item(text: &mut String, item: &str) {
+    let mut line = String::from("-");
+    for word in item.split(' ') {
+        if line.len() + 1 + word.len() > 150 {
+            writeln!(text, "{line}").unwrap();
+            line = String::from(" ");
+        }
+        line.push(' ');
+        line.push_str(word);
+    }
+    writeln!(text, "{line}").unwrap();
 }
 
 fn name(id: AnyId) -> (u32, &'static str, String) {
