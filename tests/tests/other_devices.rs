@@ -69,6 +69,7 @@ impl<'a> Scene<'a> for OtherDevices<'a> {
 
     fn checks() -> Vec<Check<Self>> {
         checks![
+            a_pv_guests_kernel_reads_the_devices_rom_and_the_next_owner_finds_it_off,
             a_pf_is_refused_until_a_policy_permits_it,
             three_functions_are_attached_to_one_guest needs a_pf_is_refused_until_a_policy_permits_it,
             nvme_reads_its_disk_by_dma_and_msix needs three_functions_are_attached_to_one_guest,
@@ -76,7 +77,6 @@ impl<'a> Scene<'a> for OtherDevices<'a> {
             the_next_owner_finds_the_registers_as_the_first_one_did needs nvme_reads_its_disk_by_dma_and_msix,
             virtio_net_hears_of_its_link_by_msix needs three_functions_are_attached_to_one_guest,
             virtio_net_hears_of_its_link_by_its_interrupt_line needs three_functions_are_attached_to_one_guest,
-            a_pv_guests_kernel_reads_the_devices_rom_and_the_next_owner_finds_it_off,
             detached_functions_leave_nothing_in_the_guest,
             functions_go_back_to_the_drivers_they_came_from,
             a_managed_device_is_used_by_a_guest_and_goes_back_with_its_detach needs functions_go_back_to_the_drivers_they_came_from,

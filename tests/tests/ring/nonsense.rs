@@ -49,7 +49,7 @@ pub fn nodes_with_nonsense_lead_to_a_line_in_the_log(scene: &mut Ring<'_>) -> Re
         lies.push(Lie { key, value: Some(&long), said: wrong(key, &format!("'{shown}'")) });
         lies.push(Lie { key, value: None, said: wrong(key, "''") });
     }
-    let unusable = |what: String| format!("domain {domain}: its ring cannot be used: {what}");
+    let unusable = |what: String| format!("domain {domain}: its ring cannot be used: cannot {what}");
     // No grant of that number exists; the table does not reach that far.
     for grant in ["4095", "65535", "4294967295"] {
         let said = unusable(format!("map the page that domain {domain} grants as {grant}"));
