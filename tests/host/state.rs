@@ -17,6 +17,13 @@ pub fn keep_running(lab: &Lab, service: &mut Process) -> Result<()> {
     Ok(())
 }
 
+/// Stops the service in an orderly way.
+pub fn stop(service: &Process) -> Result<()> {
+    service.signal(15)?;
+    ensure!(service.wait(SOON)?.code == Some(0), "exit status of a stopped service");
+    Ok(())
+}
+
 /// Kills the service and starts it again.
 pub fn kill_and_start(lab: &Lab, service: &mut Process) -> Result<()> {
     service.signal(9)?;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use xpci_tests::host::errors::{decision, history, raise, wait_for_history};
-use xpci_tests::host::state::{keep_running, make_attached, make_held, make_used, no_problems};
+use xpci_tests::host::state::{keep_running, make_attached, make_held, make_used, no_problems, stop};
 use xpci_tests::host::{
     PF, SERVICE, SOON, VFS, bring_up, guest, inject_error, is_held, owner, ping, prepare, set_mac,
     start_service, state, status, wait_for_state, xpci, xpci_fails,
@@ -118,8 +118,7 @@ fn the_service_knows_of_no_problem(scene: &mut Errors<'_>) -> Result<()> {
 }
 
 fn a_stopped_service_leaves_no_tracing_instance(scene: &mut Errors<'_>) -> Result<()> {
-    scene.service.signal(15)?;
-    ensure!(scene.service.wait(SOON)?.code == Some(0), "exit status of a stopped service");
+    stop(&scene.service)?;
     scene
         .lab
         .dom0(&format!("[ -d {TRACING} ] && [ ! -e {TRACING}/xpci ]"))

@@ -28,7 +28,7 @@ struct Requests {
     /// Which request that is.
     number: u64,
     state: State,
-    /// The engine has been told and has not looked yet.
+    /// The engine was notified and has not looked yet.
     reported: bool,
 }
 
@@ -46,7 +46,7 @@ impl VfRequests {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The guest wants this many VFs; returns whether the engine has to be told. One that changes its mind again and again is one report
+    /// The guest wants this many VFs; returns whether the engine has to be notified. One that changes its mind again and again is one report
     /// until the engine has looked.
     fn ask(&self, wanted: u16) -> bool {
         let mut requests = self.lock();
@@ -94,7 +94,7 @@ impl GuestFunction {
         self.space.guest_vfs().map(|_| self.vfs.clone())
     }
 
-    /// The guest has changed VF Enable; returns whether the engine has to be told.
+    /// The guest has changed VF Enable; returns whether the engine has to be notified.
     pub(super) fn ask_for_vfs(&self) -> bool {
         self.space.guest_vfs().is_some_and(|vfs| self.vfs.ask(if vfs.enabled { vfs.count } else { 0 }))
     }

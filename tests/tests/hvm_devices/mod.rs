@@ -10,7 +10,7 @@ mod registers;
 mod roms;
 
 use anyhow::{Context, Result, ensure};
-use xpci_tests::host::state::{keep_running, make_held, no_problems};
+use xpci_tests::host::state::{keep_running, make_held, no_problems, stop};
 use xpci_tests::host::{SOON, builder, granted, is_held, start_service, status, xpci, xpci_fails};
 use xpci_tests::scenes::{Check, Machine, Scene};
 use xpci_tests::{BareGuest, Builder, Devices, Lab, Process, checks};
@@ -155,8 +155,7 @@ impl<'a> HvmDevices<'a> {
         if lab.dom0(&format!("test -e {SETTINGS_FILE}")).run()?.status() == 0 {
             return Ok(());
         }
-        self.service.signal(15)?;
-        ensure!(self.service.wait(SOON)?.code == Some(0), "exit status of a stopped service");
+        stop(&self.service)?;
         lab.push(SETTINGS.as_bytes(), SETTINGS_FILE)?;
         self.service = start_service(lab)?;
         Ok(())

@@ -6,7 +6,7 @@ mod policies;
 mod saving;
 
 use anyhow::{Context, Result, ensure};
-use xpci_tests::host::state::{keep_running, kill_and_start, make_held, make_used, no_problems};
+use xpci_tests::host::state::{keep_running, kill_and_start, make_held, make_used, no_problems, stop};
 use xpci_tests::host::{
     PF, SOON, VFS, bring_up, guest, is_held, nothing_remains, owner, ping, prepare, set_mac, start_service,
     state, status, xpci, xpci_fails,
@@ -292,8 +292,7 @@ fn what_goes_wrong_says_what_to_do(scene: &mut VfInAGuest<'_>) -> Result<()> {
 fn a_service_that_stops_cleanly_keeps_what_it_held(scene: &mut VfInAGuest<'_>) -> Result<()> {
     let lab = scene.lab;
     make_held(lab, VFS[0])?;
-    scene.service.signal(15)?;
-    ensure!(scene.service.wait(SOON)?.code == Some(0), "exit status of a stopped service");
+    stop(&scene.service)?;
     scene.service = start_service(lab)?;
     ensure!(state(lab, VFS[0])? == "held", "{}", status(lab)?);
     no_problems(lab)

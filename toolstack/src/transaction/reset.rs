@@ -255,7 +255,7 @@ pub(super) fn run(context: &Context<'_>, record: &mut Record) -> Result<Option<S
 }
 
 /// A PF whose VFs other guests have is not reset for the guest that created them, which starts again: that would take the VFs from them.
-/// Nobody else gets the PF before its VFs are gone.
+/// No other guest, and not dom0, gets the PF before its VFs are gone.
 fn keep_vfs(
     context: &Context<'_>,
     record: &Record,

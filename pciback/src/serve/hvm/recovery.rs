@@ -11,7 +11,7 @@ use crate::platform::{HvmDomains, Pirq, Revoked};
 use crate::serve::interrupts::PIRQS_END;
 use crate::serve::{InterruptError, Roster};
 
-/// Unmaps such vectors. `shared`: another toolstack has given functions to the guest, whose interrupts cannot be told from ours.
+/// Unmaps such vectors. `shared`: another toolstack has given functions to the guest, whose interrupts cannot be distinguished from ours.
 pub(super) fn recover_interrupted(roster: &mut Roster, domains: &dyn HvmDomains, shared: bool) {
     if !roster.functions.values().any(|function| function.interrupted()) {
         return;

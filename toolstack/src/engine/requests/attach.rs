@@ -19,9 +19,6 @@ use crate::reservations::Change;
 use crate::spec::existing;
 use crate::transaction::{Kind, PF_STUB, Withdrawal};
 
-/// The driver that does nothing except enabling VFs.
-pub(in crate::engine) const STUB: &str = PF_STUB;
-
 /// A requested attachment whose device number is not chosen yet.
 #[derive(Debug, Clone, Copy)]
 pub struct Wanted {
@@ -296,7 +293,7 @@ pub(in crate::engine) fn distrusted(records: &Records, pf: &HostFunction) -> Opt
     }
     match pf.driver.as_deref() {
         None => Some("which no driver manages (it has no driver)".to_owned()),
-        Some(driver @ (STUB | "pci-stub" | "pciback" | "vfio-pci")) => {
+        Some(driver @ (PF_STUB | "pci-stub" | "pciback" | "vfio-pci")) => {
             Some(format!("which no driver manages (it has {driver})"))
         }
         Some(_) => None,

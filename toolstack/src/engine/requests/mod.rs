@@ -13,7 +13,7 @@ mod targets;
 
 use pciback::{DomId, FunctionState, Sbdf};
 
-pub(super) use self::attach::{STUB, Wanted};
+pub(super) use self::attach::Wanted;
 pub(super) use self::deferred::Deferred;
 pub(super) use self::hold::not_in_state;
 pub(super) use self::lists::{all_pfs, known_pf, persistent_view};

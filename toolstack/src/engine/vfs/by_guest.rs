@@ -11,7 +11,7 @@ use pciback::policy::Subject;
 use pciback::serve::{GuestFunction, VfRequests};
 use pciback::{FunctionState, Sbdf};
 
-use super::{Event, all_known};
+use super::{Event, all_known, disable};
 use crate::domains;
 use crate::engine::problems::Problem;
 use crate::engine::tasks::{self, Course, TaskContext};
@@ -150,21 +150,26 @@ impl Engine {
     }
 
     fn create_guest_vfs(&mut self, address: Sbdf, wanted: u16) {
-        self.begin_driver_change(address);
-        let (context, inbox) = (self.task_context(), self.inbox.clone());
-        let work = move || create(&context, address, wanted);
-        self.inbox.background(&format!("vfs {address}"), work, move |outcome| {
-            let outcome = outcome.and_then(|outcome| outcome).map_err(|failure| failure.on(address));
-            inbox.send(engine::Event::Vfs(Event::ChangedForGuest(address, outcome)));
-        });
+        self.change_by_driver(address, move |context| create(context, address, wanted));
     }
 
-    fn begin_driver_change(&mut self, address: Sbdf) {
+    /// Has the driver of a PF create or remove VFs, on a thread of its own.
+    fn change_by_driver(
+        &mut self,
+        address: Sbdf,
+        change: impl FnOnce(&TaskContext) -> Result<(), Failure> + Send + 'static,
+    ) {
         if let Some(pf) = self.vfs.by_guest.0.get_mut(&address) {
             pf.change = Some(Change::Driver);
         }
         self.vfs.changing.insert(address);
         self.inventory.touch(address);
+        let (context, inbox) = (self.task_context(), self.inbox.clone());
+        let work = move || change(&context);
+        self.inbox.background(&format!("vfs {address}"), work, move |outcome| {
+            let outcome = outcome.and_then(|outcome| outcome).map_err(|failure| failure.on(address));
+            inbox.send(engine::Event::Vfs(Event::ChangedForGuest(address, outcome)));
+        });
     }
 
     /// The driver has created or removed VFs, or failed to.
@@ -259,20 +264,7 @@ impl Engine {
         if waits {
             return;
         }
-        self.begin_driver_change(address);
-        let (context, inbox) = (self.task_context(), self.inbox.clone());
-        let work = move || {
-            let (host, limit) = (&context.platform.host, context.settings.driver_limit());
-            host.set_num_vfs(address, 0, limit)?;
-            match host.function(address)?.num_vfs {
-                0 => Ok(()),
-                left => Err(Failure::new(ErrorCode::Failed, format!("{left} VFs are still there"))),
-            }
-        };
-        self.inbox.background(&format!("vfs {address}"), work, move |outcome| {
-            let outcome = outcome.and_then(|outcome| outcome).map_err(|failure| failure.on(address));
-            inbox.send(engine::Event::Vfs(Event::ChangedForGuest(address, outcome)));
-        });
+        self.change_by_driver(address, move |context| disable(context, address));
     }
 
     /// Begins to take a VF from its guest, or to release it; `false`: it is dom0's, or quarantined without a guest.

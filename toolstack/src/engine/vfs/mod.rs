@@ -15,7 +15,7 @@ use pciback::{FunctionState, Sbdf};
 use self::by_guest::GuestVfs;
 use self::network::NetworkChecks;
 use super::problems::Problem;
-use super::requests::{STUB, all_pfs, known_pf};
+use super::requests::{all_pfs, known_pf};
 use super::tasks::TaskContext;
 use super::{Engine, Event as EngineEvent};
 use crate::journal::NetworkRecord;
@@ -23,7 +23,7 @@ use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{Cause, Success};
 use crate::reply::Reply;
 use crate::spec::vf_routing;
-use crate::transaction::prepare_networks;
+use crate::transaction::{PF_STUB, prepare_networks};
 
 /// The state of VFs and their PFs.
 #[derive(Default)]
@@ -109,7 +109,7 @@ impl Engine {
         let (mut before, mut unmanaged) = (0, false);
         let checked = self.physical_function(address).and_then(|pf| {
             before = pf.num_vfs;
-            unmanaged = pf.driver.as_deref() == Some(STUB);
+            unmanaged = pf.driver.as_deref() == Some(PF_STUB);
             if before == count {
                 return Ok(());
             }
@@ -350,7 +350,7 @@ fn create(
     progress: &dyn Fn(&str),
 ) -> Result<Success, Failure> {
     if unmanaged {
-        progress(&format!("binding {address} to {STUB}"));
+        progress(&format!("binding {address} to {PF_STUB}"));
         context.give_to_stub(&context.platform.host.function(address)?)?;
     }
     enable(context, address, count, progress).map_err(|failure| match context.take_from_stub(address) {
@@ -441,26 +441,32 @@ pub(super) fn all_known(
     }
 }
 
+/// Has the driver of a PF remove its VFs, and makes sure that none is left.
+fn disable(context: &TaskContext, address: Sbdf) -> Result<(), Failure> {
+    let host = &context.platform.host;
+    host.set_num_vfs(address, 0, context.settings.driver_limit())?;
+    let after = host.function(address)?.num_vfs;
+    if after == 0 {
+        return Ok(());
+    }
+    let failure =
+        Failure::new(ErrorCode::Failed, format!("disable the VFs of {address}: {after} are still there"));
+    Err(failure
+        .hint("the PF's driver refused, see dom0's kernel log: it counts a VF held by xen-pciback as in use"))
+}
+
 fn destroy(context: &TaskContext, address: Sbdf, progress: &dyn Fn(&str)) -> Result<Success, Failure> {
     let host = &context.platform.host;
     let before = host.function(address)?.num_vfs;
     if before == 0 {
         if context.take_from_stub(address)? {
-            let message = format!("{address} has no VFs enabled; it was taken from {STUB}");
+            let message = format!("{address} has no VFs enabled; it was taken from {PF_STUB}");
             return Ok(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() });
         }
         return Ok(Success::Already { message: format!("{address} has no VFs enabled") });
     }
     progress(&format!("disabling {before} VFs of {address}"));
-    host.set_num_vfs(address, 0, context.settings.driver_limit())?;
-    let after = host.function(address)?.num_vfs;
-    if after != 0 {
-        let failure =
-            Failure::new(ErrorCode::Failed, format!("disable the VFs of {address}: {after} are still there"));
-        return Err(failure.hint(
-            "the PF's driver refused, see dom0's kernel log: it counts a VF held by xen-pciback as in use",
-        ));
-    }
+    disable(context, address)?;
     context.take_from_stub(address)?;
     let message = format!("{address} has no VFs now");
     Ok(Success::Changed { message, warnings: Vec::new(), functions: Vec::new() })

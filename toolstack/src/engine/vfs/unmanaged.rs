@@ -11,9 +11,9 @@ use pciback::Sbdf;
 use pciback::platform::{Host, HostFunction};
 use serde::{Deserialize, Serialize};
 
-use crate::engine::requests::STUB;
 use crate::engine::tasks::TaskContext;
 use crate::outcome::{ErrorCode, Failure};
+use crate::transaction::PF_STUB;
 
 /// The state of a PF before it was bound to the stub.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,10 +28,10 @@ pub(in crate::engine) fn check(pf: &HostFunction, unmanaged: bool) -> Result<(),
     let address = pf.address;
     match (pf.driver.as_deref(), unmanaged) {
         (None, false) => Err(Failure::refused(format!("{address} has no driver that could enable VFs")).hint(format!(
-            "load its driver; or 'xpci vf create --unmanaged' binds it to {STUB}: no driver manages its VFs then, and guests get \
+            "load its driver; or 'xpci vf create --unmanaged' binds it to {PF_STUB}: no driver manages its VFs then, and guests get \
              them only where a policy says 'permit: [untrusted-vf]'"
         ))),
-        (Some(driver), true) if driver != STUB => {
+        (Some(driver), true) if driver != PF_STUB => {
             Err(Failure::refused(format!("{address} is managed by {driver}, and so are its VFs"))
                 .hint(format!("leave --unmanaged out; or take it from {driver} first")))
         }
@@ -57,9 +57,9 @@ impl TaskContext {
         if pf.driver.is_some() {
             return Ok(());
         }
-        if !host.drivers()?.iter().any(|driver| driver == STUB) {
-            let failure = Failure::refused(format!("bind {address} to {STUB}: that driver is not loaded"));
-            return Err(failure.hint(format!("run 'modprobe {STUB}'")));
+        if !host.drivers()?.iter().any(|driver| driver == PF_STUB) {
+            let failure = Failure::refused(format!("bind {address} to {PF_STUB}: that driver is not loaded"));
+            return Err(failure.hint(format!("run 'modprobe {PF_STUB}'")));
         }
         let (incarnation, driver_override) = (pf.incarnation, pf.driver_override.clone());
         write_note(&self.note_path(address), &Note { incarnation, driver_override })
@@ -74,13 +74,13 @@ impl TaskContext {
     }
 
     fn bind_to_stub(&self, host: &dyn Host, address: Sbdf) -> Result<(), Failure> {
-        host.set_driver_override(address, Some(STUB))?;
+        host.set_driver_override(address, Some(PF_STUB))?;
         host.probe(address, self.settings.driver_limit())?;
         match host.function(address)?.driver.as_deref() {
-            Some(STUB) => Ok(()),
+            Some(PF_STUB) => Ok(()),
             other => {
                 let left_with = other.unwrap_or("no driver");
-                let text = format!("bind {address} to {STUB}: afterwards it has {left_with}");
+                let text = format!("bind {address} to {PF_STUB}: afterwards it has {left_with}");
                 Err(Failure::new(ErrorCode::Failed, text).hint("see dom0's kernel log"))
             }
         }
@@ -104,7 +104,7 @@ impl TaskContext {
         }
         let ours = pf.incarnation == note.incarnation;
         if ours {
-            if pf.driver.as_deref() == Some(STUB) {
+            if pf.driver.as_deref() == Some(PF_STUB) {
                 host.unbind(address, self.settings.driver_limit())?;
             }
             host.set_driver_override(address, note.driver_override.as_deref())?;
