@@ -71,6 +71,7 @@ impl<'a> Scene<'a> for OtherDevices<'a> {
         checks![
             a_pv_guests_kernel_reads_the_devices_rom_and_the_next_owner_finds_it_off,
             a_pf_is_refused_until_a_policy_permits_it,
+            a_guest_drops_what_was_taken_by_force_and_finds_another_function_in_its_place needs a_pf_is_refused_until_a_policy_permits_it,
             three_functions_are_attached_to_one_guest needs a_pf_is_refused_until_a_policy_permits_it,
             nvme_reads_its_disk_by_dma_and_msix needs three_functions_are_attached_to_one_guest,
             a_guest_that_switches_decoding_off_in_a_loop_harms_no_read_of_its_bar needs nvme_reads_its_disk_by_dma_and_msix,
@@ -97,6 +98,28 @@ fn a_pf_is_refused_until_a_policy_permits_it(scene: &mut OtherDevices<'_>) -> Re
     );
     lab.push(PERMIT.as_bytes(), "/etc/xpci/policies/nvme-pf.yaml")?;
     xpci(lab, "policy reload").map(drop)
+}
+
+/// Linux's scan passes over a place where it still has a device.
+fn a_guest_drops_what_was_taken_by_force_and_finds_another_function_in_its_place(
+    scene: &mut OtherDevices<'_>,
+) -> Result<()> {
+    let (lab, one) = (scene.lab, &scene.one);
+    FUNCTIONS.iter().try_for_each(|function| make_held(lab, function))?;
+    xpci(lab, &format!("pci-attach one {VIRTIO_MSIX}@0 {VIRTIO_INTX}@1"))?;
+    let identity = |function: &str| {
+        format!("cat /sys/bus/pci/devices/{function}/vendor /sys/bus/pci/devices/{function}/device")
+    };
+    let of = |function: &str| lab.dom0(&identity(function)).ok();
+    one.wait_for("the function", SOON, &format!("[ -e /sys/bus/pci/devices/{IN_GUEST}/config ]"))?;
+    let first = one.run(&identity(IN_GUEST)).ok()?;
+    ensure!(first == of(VIRTIO_INTX)?, "{first}");
+    xpci(lab, &format!("pci-detach --force one {VIRTIO_INTX}"))?;
+    xpci(lab, &format!("pci-attach one {NVME}@1"))?;
+    let second = one.run(&identity(IN_GUEST)).ok()?;
+    ensure!(second == of(NVME)?, "the guest has {second} in place of what it had before: {first}");
+    xpci(lab, &format!("pci-detach one {NVME}"))?;
+    xpci(lab, &format!("pci-detach one {VIRTIO_MSIX}")).map(drop)
 }
 
 fn three_functions_are_attached_to_one_guest(scene: &mut OtherDevices<'_>) -> Result<()> {

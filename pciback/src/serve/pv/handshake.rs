@@ -6,10 +6,10 @@
 //! Closing) and Reconfigured (it scans again); when we go to Closing it drops everything. Its module can be removed and
 //! loaded again: then it comes back to Initialised with another ring.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::nodes::{FrontendView, NodeChange, RingPlace, XenbusState, key};
+use super::nodes::{FrontendView, NodeChange, PublishedFunction, RingPlace, XenbusState, key};
 use crate::{DomId, Sbdf};
 
 #[cfg(test)]
@@ -81,11 +81,36 @@ enum Phase {
     Removing,
 }
 
+impl Phase {
+    /// The phase of a function that an earlier process left in this state, with the link as it left it.
+    fn resumed(state: XenbusState, link: Link) -> Self {
+        match (state, link) {
+            (_, Link::Pausing) => Self::Wanted,
+            // It closes only to lose all of them.
+            (_, Link::Closing(_)) => Self::Unwanted,
+            (XenbusState::INITIALISING, _) => Self::Adding,
+            (XenbusState::CLOSING, _) => Self::Removing,
+            (_, Link::Connected { scanned: true, .. }) => Self::Present,
+            (_, Link::Reconfigured(_)) => Self::Adding,
+            _ => Self::Published,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Function {
     address: Sbdf,
     index: u32,
     phase: Phase,
+}
+
+/// A function that was withdrawn without the guest, which still has a device for it. Linux would skip that place when it scans, so
+/// the guest must drop it before it gets another function there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Undropped {
+    index: u32,
+    /// It was marked Closing before the exchange in progress began: the answer to that says that the guest has dropped it.
+    asked: bool,
 }
 
 /// The handshake with one guest.
@@ -95,6 +120,7 @@ pub struct Handshake {
     link: Link,
     frontend: FrontendView,
     functions: BTreeMap<u8, Function>,
+    undropped: BTreeMap<u8, Undropped>,
     /// A ring that could not be connected to, or a complaint that was made: not repeated until the frontend says something else.
     refused: Option<Result<RingPlace, String>>,
 }
@@ -103,15 +129,16 @@ impl Handshake {
     /// A guest without functions.
     pub fn new(domain: DomId) -> Self {
         let (link, frontend) = (Link::Absent, FrontendView::default());
-        Self { domain, link, frontend, functions: BTreeMap::new(), refused: None }
+        Self { domain, link, frontend, functions: BTreeMap::new(), undropped: BTreeMap::new(), refused: None }
     }
 
     /// A guest that a previous process of the service served. `left` is what our end's nodes say; functions they name but
-    /// `functions` does not are forgotten. The first action is to connect to the ring again, where there was one.
+    /// `functions` does not are withdrawn ones, which the guest has to drop if it has scanned. The first action is to connect to the
+    /// ring again, where there was one.
     pub fn resume(
         domain: DomId,
         state: Option<XenbusState>,
-        left: &[(u32, u8, XenbusState)],
+        left: &[PublishedFunction],
         functions: &[(u8, Sbdf)],
         frontend: FrontendView,
     ) -> (Self, Vec<Action>) {
@@ -128,21 +155,25 @@ impl Handshake {
             (Some(XenbusState::CLOSING), Some(ring)) => Link::Closing(ring),
             (Some(_), _) => Link::Published,
         };
-        let index_of = |devfn: u8| left.iter().find(|(_, seen, _)| *seen == devfn);
+        let is_of = |published: &PublishedFunction| {
+            published.address.is_some() && functions.iter().any(|(devfn, _)| *devfn == published.devfn)
+        };
+        let (known, unknown): (Vec<_>, Vec<_>) = left.iter().copied().partition(is_of);
+        if !functions.is_empty() && handshake.has_scanned() {
+            let exchanging = matches!(handshake.link, Link::Reconfiguring(_));
+            for PublishedFunction { index, devfn, state, .. } in &unknown {
+                let asked = *state == XenbusState::CLOSING && exchanging;
+                handshake.undropped.insert(*devfn, Undropped { index: *index, asked });
+            }
+        }
+        let node_of = |devfn: u8| known.iter().find(|published| published.devfn == devfn);
         // Those with nodes keep their index; only then is it known which are free.
-        let (known, new): (Vec<_>, Vec<_>) =
-            functions.iter().partition(|(devfn, _)| index_of(*devfn).is_some());
-        for &(devfn, address) in known.into_iter().chain(new) {
-            let (index, phase) = match (index_of(devfn), handshake.link) {
-                (None, _) => (handshake.free_index(), Phase::Wanted),
-                (Some((index, ..)), Link::Pausing) => (*index, Phase::Wanted),
-                // It closes only to lose all of them.
-                (Some((index, ..)), Link::Closing(_)) => (*index, Phase::Unwanted),
-                (Some((index, _, XenbusState::INITIALISING)), _) => (*index, Phase::Adding),
-                (Some((index, _, XenbusState::CLOSING)), _) => (*index, Phase::Removing),
-                (Some((index, ..)), Link::Connected { scanned: true, .. }) => (*index, Phase::Present),
-                (Some((index, ..)), Link::Reconfigured(_)) => (*index, Phase::Adding),
-                (Some((index, ..)), _) => (*index, Phase::Published),
+        let (published, new): (Vec<_>, Vec<_>) =
+            functions.iter().partition(|(devfn, _)| node_of(*devfn).is_some());
+        for &(devfn, address) in published.into_iter().chain(new) {
+            let (index, phase) = match node_of(devfn) {
+                None => (handshake.free_index(), Phase::Wanted),
+                Some(node) => (node.index, Phase::resumed(node.state, handshake.link)),
             };
             handshake.functions.insert(devfn, Function { address, index, phase });
         }
@@ -151,9 +182,13 @@ impl Handshake {
             // Before anything else: the guest may be waiting for an answer.
             actions.push(Action::Connect(ring));
         }
-        let forgotten = left.iter().filter(|(_, devfn, _)| !handshake.functions.contains_key(devfn));
-        let mut changes: Vec<NodeChange> =
-            forgotten.flat_map(|(index, ..)| NodeChange::no_function(*index)).collect();
+        let mut changes = Vec::new();
+        for PublishedFunction { index, devfn, .. } in unknown {
+            match handshake.undropped.contains_key(&devfn) {
+                true => changes.push(NodeChange::withdrawn_function(index)),
+                false => changes.extend(NodeChange::no_function(index)),
+            }
+        }
         if handshake.link == Link::Published && state != Some(XenbusState::INITIALISED) {
             changes.push(NodeChange::backend(key::STATE, XenbusState::INITIALISED.0));
         }
@@ -208,9 +243,14 @@ impl Handshake {
         }
     }
 
+    fn indices(&self) -> impl Iterator<Item = u32> {
+        let functions = self.functions.values().map(|function| function.index);
+        functions.chain(self.undropped.values().map(|function| function.index))
+    }
+
     fn free_index(&self) -> u32 {
-        let taken = |index: &u32| self.functions.values().any(|function| function.index == *index);
-        (0..=self.functions.len() as u32).find(|index| !taken(index)).unwrap_or(0)
+        let taken: BTreeSet<u32> = self.indices().collect();
+        (0..=taken.len() as u32).find(|index| !taken.contains(index)).unwrap_or(0)
     }
 
     /// The guest shall have a function at this device and function number, which must be free.
@@ -222,51 +262,54 @@ impl Handshake {
 
     /// The guest shall lose a function.
     pub fn remove(&mut self, devfn: u8) -> Vec<Action> {
-        let mut actions = Vec::new();
         match self.functions.get_mut(&devfn).map(|function| &mut function.phase) {
-            None => actions.push(Action::Removed(devfn)),
-            Some(phase @ Phase::Wanted) => {
-                *phase = Phase::Unwanted;
-                self.drop_unpublished(devfn, &mut actions);
-            }
+            // It was not told of it: there is nothing to ask.
+            None | Some(Phase::Wanted) => return self.withdraw_unasked(devfn),
             // In an exchange: it ends first.
             Some(Phase::Removing) => {}
             Some(phase) => *phase = Phase::Unwanted,
         }
-        self.advance(&mut actions);
-        actions
-    }
-
-    fn drop_unpublished(&mut self, devfn: u8, actions: &mut Vec<Action>) {
-        self.functions.remove(&devfn);
-        actions.push(Action::Removed(devfn));
-        if self.functions.is_empty() {
-            // It was the last, though never published: others were there before it.
-            self.close(actions);
-        }
+        self.advanced()
     }
 
     /// The guest took too long, or is not asked: the function is withdrawn at once.
     pub fn withdraw_unasked(&mut self, devfn: u8) -> Vec<Action> {
         let mut actions = vec![Action::Removed(devfn)];
-        if let Some(function) = self.functions.remove(&devfn) {
-            let mut changes = NodeChange::no_function(function.index);
-            let settled =
-                self.functions.values().all(|other| !matches!(other.phase, Phase::Adding | Phase::Removing));
-            if let (true, Link::Reconfiguring(ring)) = (settled, self.link) {
-                // This exchange is for no other function, and the frontend did not follow: it is cancelled.
-                changes.push(NodeChange::backend(key::STATE, XenbusState::CONNECTED.0));
-                self.link = Link::Connected { ring, scanned: true };
-            }
+        if let Some(Function { index, phase, .. }) = self.functions.remove(&devfn) {
             if self.functions.is_empty() {
                 self.close(&mut actions);
-            } else if !matches!(self.link, Link::Absent | Link::Pausing) {
+            } else if self.has_scanned() {
+                self.leave_undropped(devfn, index, phase, &mut actions);
+            } else if phase != Phase::Wanted && !matches!(self.link, Link::Absent | Link::Pausing) {
+                let mut changes = NodeChange::no_function(index);
                 changes.push(self.count());
                 actions.push(Action::Nodes(changes));
             }
         }
         self.advance(&mut actions);
         actions
+    }
+
+    fn leave_undropped(&mut self, devfn: u8, index: u32, phase: Phase, actions: &mut Vec<Action>) {
+        let mut changes = vec![NodeChange::withdrawn_function(index)];
+        if phase == Phase::Wanted {
+            if self.undropped.contains_key(&devfn) {
+                // While the guest has a device there, it finds no other.
+                return;
+            }
+            changes.extend(NodeChange::function_to_drop(index, devfn, XenbusState::INITIALISED));
+        }
+        self.undropped.insert(devfn, Undropped { index, asked: phase == Phase::Removing });
+        changes.push(self.count());
+        actions.push(Action::Nodes(changes));
+    }
+
+    /// Whether the guest may have found what it has: functions answer before they are published, while it scans for others.
+    fn has_scanned(&self) -> bool {
+        match self.link {
+            Link::Absent | Link::Pausing | Link::Published | Link::Connecting(_) | Link::Closing(_) => false,
+            Link::Connected { .. } | Link::Reconfiguring(_) | Link::Reconfigured(_) => true,
+        }
     }
 
     /// Gives up the ring and removes all nodes; what is still wanted is published again.
@@ -282,6 +325,7 @@ impl Handshake {
         for function in self.functions.values_mut() {
             function.phase = Phase::Wanted;
         }
+        self.undropped.clear();
         self.frontend = FrontendView::default();
         self.refused = None;
     }
@@ -335,7 +379,7 @@ impl Handshake {
 
     /// How far frontends have to look for functions.
     fn count(&self) -> NodeChange {
-        let count = self.functions.values().map(|function| function.index + 1).max().unwrap_or(0);
+        let count = self.indices().map(|index| index + 1).max().unwrap_or(0);
         NodeChange::backend(key::NUM_DEVS, count)
     }
 }

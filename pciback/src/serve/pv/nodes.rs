@@ -97,16 +97,24 @@ impl NodeChange {
 
     /// The changes that publish one function at an index.
     pub(crate) fn function(index: u32, address: Sbdf, devfn: u8, state: XenbusState) -> Vec<Self> {
+        let mut changes = vec![Self::backend(format!("dev-{index}"), address)];
+        changes.extend(Self::function_to_drop(index, devfn, state));
+        changes
+    }
+
+    /// The changes that publish at an index what a guest needs to drop a function.
+    pub(crate) fn function_to_drop(index: u32, devfn: u8, state: XenbusState) -> [Self; 2] {
         let seen = format!("0000:00:{:02x}.{:02x}", devfn >> 3, devfn & 7);
-        vec![
-            Self::backend(format!("dev-{index}"), address),
-            Self::backend(format!("vdev-{index}"), seen),
-            Self::function_state(index, state),
-        ]
+        [Self::backend(format!("vdev-{index}"), seen), Self::function_state(index, state)]
     }
 
     pub(crate) fn function_state(index: u32, state: XenbusState) -> Self {
         Self::backend(format!("state-{index}"), state.0)
+    }
+
+    /// The change that leaves of a function only what its guest reads to drop it.
+    pub(crate) fn withdrawn_function(index: u32) -> Self {
+        Self::Remove(End::Backend, format!("dev-{index}"))
     }
 
     /// The changes that remove one function.
@@ -265,8 +273,21 @@ pub fn read_backend_state(store: &dyn StoreOps, domain: DomId) -> Result<Option<
     Ok(store.read(&path)?.as_deref().and_then(number).map(XenbusState))
 }
 
-/// Reads which functions our end was left with: index and state, by the device and function number the guest sees.
-pub fn read_backend_functions(store: &dyn StoreOps, domain: DomId) -> Result<Vec<(u32, u8, XenbusState)>> {
+/// A function that our end's nodes name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PublishedFunction {
+    /// Where it is in the nodes.
+    pub index: u32,
+    /// The device and function number that the guest sees.
+    pub devfn: u8,
+    /// Its own state.
+    pub state: XenbusState,
+    /// The function; `None` when it was withdrawn, and the nodes are there for the guest to drop it.
+    pub address: Option<Sbdf>,
+}
+
+/// Reads which functions our end was left with.
+pub fn read_backend_functions(store: &dyn StoreOps, domain: DomId) -> Result<Vec<PublishedFunction>> {
     let directory = backend_directory(domain);
     let count =
         store.read(&format!("{directory}/{}", key::NUM_DEVS))?.as_deref().and_then(number).unwrap_or(0);
@@ -281,7 +302,9 @@ pub fn read_backend_functions(store: &dyn StoreOps, domain: DomId) -> Result<Vec
         });
         let Some(devfn) = parsed else { continue };
         let state = store.read(&format!("{directory}/state-{index}"))?.as_deref().and_then(number);
-        functions.push((index, devfn, XenbusState(state.unwrap_or(0))));
+        let address = store.read(&format!("{directory}/dev-{index}"))?;
+        let address = address.and_then(|text| std::str::from_utf8(&text).ok()?.parse().ok());
+        functions.push(PublishedFunction { index, devfn, state: XenbusState(state.unwrap_or(0)), address });
     }
     Ok(functions)
 }

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use pciback::config::CapabilityList;
 use pciback::inventory::{Function, HostView, Identity, Observed, Owner, Place, Published, Want, Wanted};
 use pciback::platform::{HostFunction, PlatformError};
-use pciback::serve::pv::nodes;
+use pciback::serve::pv::nodes::{self, PublishedFunction};
 use pciback::spec::CapabilityId;
 use pciback::{DomId, Sbdf};
 
@@ -141,10 +141,7 @@ impl TaskContext {
         for name in store.list(nodes::BACKENDS)? {
             let Ok(number) = name.parse::<u16>() else { continue };
             let domain = DomId(number);
-            for (index, devfn, _) in nodes::read_backend_functions(store, domain)? {
-                let node = store.read(&format!("{}/dev-{index}", nodes::backend_directory(domain)))?;
-                let address =
-                    node.and_then(|text| String::from_utf8(text).ok()).and_then(|text| text.parse().ok());
+            for PublishedFunction { devfn, address, .. } in nodes::read_backend_functions(store, domain)? {
                 if let Some(address) = address {
                     observed.published.insert(Published { address, place: Place { domain, devfn } });
                 }

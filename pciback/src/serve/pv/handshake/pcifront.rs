@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::super::nodes::{End, FrontendView, NodeChange, RingPlace, XenbusState};
+use super::super::nodes::{End, FrontendView, NodeChange, PublishedFunction, RingPlace, XenbusState};
 use super::{Action, Handshake};
 use crate::{DomId, Sbdf};
 
@@ -21,7 +21,10 @@ struct Guest {
     ring: Option<RingPlace>,
     state: u32,
     next_ring: u32,
-    found: BTreeSet<u8>,
+    /// The PCI devices it has, each with the attachment that it was found in. A scan skips what is known already.
+    found: BTreeMap<u8, u32>,
+    /// It drops functions, one after the other: the next index and how many there were when it began.
+    dropping: Option<(u32, u32)>,
     directory_event: bool,
     state_event: bool,
 }
@@ -32,8 +35,9 @@ pub(super) struct World {
     backend: Nodes,
     frontend: Nodes,
     guest: Guest,
-    /// What the engine serves, connected or not.
-    served: BTreeSet<u8>,
+    /// What the engine serves, connected or not, each with the number of its attachment.
+    served: BTreeMap<u8, u32>,
+    attachments: u32,
     connected: Option<RingPlace>,
     pub added: BTreeSet<u8>,
     /// Functions whose removal was ordered and not yet confirmed.
@@ -58,7 +62,8 @@ impl World {
             backend: Nodes::new(),
             frontend: Nodes::new(),
             guest: Guest { loaded: true, next_ring: 8, ..Guest::default() },
-            served: BTreeSet::new(),
+            served: BTreeMap::new(),
+            attachments: 0,
             connected: None,
             added: BTreeSet::new(),
             leaving: BTreeSet::new(),
@@ -77,7 +82,8 @@ impl World {
             return;
         }
         self.wanted.insert(devfn);
-        self.served.insert(devfn);
+        self.attachments += 1;
+        self.served.insert(devfn, self.attachments);
         let actions = self.handshake.add(devfn, address(devfn));
         self.act(actions);
     }
@@ -97,6 +103,14 @@ impl World {
         }
     }
 
+    /// The function is taken from the guest at once.
+    pub fn remove_unasked(&mut self, devfn: u8) {
+        if self.wanted.remove(&devfn) {
+            self.leaving.insert(devfn);
+            self.withdraw_unasked(devfn);
+        }
+    }
+
     pub fn pause_over(&mut self) {
         if std::mem::take(&mut self.paused) {
             let actions = self.handshake.pause_over();
@@ -106,22 +120,25 @@ impl World {
 
     /// The service is killed and started again.
     pub fn restart(&mut self) {
-        let left: Vec<(u32, u8, XenbusState)> = (0..self.number("num_devs"))
-            .filter_map(|index| {
-                let devfn = self.virtual_devfn(index)?;
-                Some((index, devfn, XenbusState(self.number(&format!("state-{index}")))))
+        let published = |index: u32| {
+            Some(PublishedFunction {
+                index,
+                devfn: self.virtual_devfn(index)?,
+                state: XenbusState(self.number(&format!("state-{index}"))),
+                address: self.backend.get(&format!("dev-{index}")).and_then(|text| text.parse().ok()),
             })
-            .collect();
+        };
+        let left: Vec<PublishedFunction> = (0..self.number("num_devs")).filter_map(published).collect();
         self.connected = None;
         self.paused = false;
         // The process that waited for them was killed too.
-        self.added.extend(&self.guest.found);
-        self.served = self.wanted.union(&self.leaving).copied().collect();
+        self.served.retain(|devfn, _| self.wanted.contains(devfn) || self.leaving.contains(devfn));
+        self.added.extend(self.found());
         if self.served.is_empty() {
             // No pause is remembered then, but the service needs longer than that to start.
             self.guest_sees_directory();
         }
-        let functions: Vec<(u8, Sbdf)> = self.served.iter().map(|devfn| (*devfn, address(*devfn))).collect();
+        let functions: Vec<(u8, Sbdf)> = self.served.keys().map(|devfn| (*devfn, address(*devfn))).collect();
         let state = self.backend.get("state").map(|state| XenbusState(state.parse().unwrap()));
         let view = self.view();
         let (handshake, actions) = Handshake::resume(DomId(5), state, &left, &functions, view);
@@ -148,7 +165,7 @@ impl World {
                     changes.iter().for_each(|change| self.change(change));
                     let nodes: BTreeSet<u8> =
                         (0..self.number("num_devs")).filter_map(|index| self.virtual_devfn(index)).collect();
-                    let loud = |devfn: &&u8| self.served.contains(devfn) && !nodes.contains(devfn);
+                    let loud = |devfn: &&u8| self.served.contains_key(devfn) && !nodes.contains(devfn);
                     let loud: Vec<_> = self.leaving.iter().filter(loud).collect();
                     assert!(self.connected.is_none() || loud.is_empty(), "{loud:?} would be found again");
                 }
@@ -164,7 +181,7 @@ impl World {
                     // It may have unloaded its module since the engine last looked.
                     let current =
                         !self.hostile && self.frontend.get("state").is_some_and(|state| state == "4");
-                    assert!(!current || self.guest.found.contains(&devfn), "{devfn} was not found");
+                    assert!(!current || self.found().contains(&devfn), "{devfn} was not found");
                     self.added.insert(devfn);
                 }
                 Action::Waiting(_) => {}
@@ -251,7 +268,9 @@ impl World {
             self.look();
         }
         if self.guest.ring.is_some() && self.connected == self.guest.ring {
-            self.guest.found.extend(&self.served);
+            for (devfn, attachment) in &self.served {
+                self.guest.found.entry(*devfn).or_insert(*attachment);
+            }
         } else {
             self.timeouts += 1;
         }
@@ -275,6 +294,7 @@ impl World {
 
     fn unbind(&mut self) {
         self.guest.found.clear();
+        self.guest.dropping = None;
         self.guest.ring = None;
         self.guest.state_event = false;
         self.set_frontend_state(6);
@@ -282,6 +302,7 @@ impl World {
 
     /// The xenbus core handles the watch of the device directories.
     pub fn guest_sees_directory(&mut self) {
+        self.guest_finishes_dropping();
         if !std::mem::take(&mut self.guest.directory_event) {
             return;
         }
@@ -300,6 +321,13 @@ impl World {
 
     /// xen-pcifront handles the watch of our state.
     pub fn guest_sees_state(&mut self) {
+        self.guest_begins();
+        self.guest_finishes_dropping();
+    }
+
+    /// As [`World::guest_sees_state`], but where it is to drop functions it has only begun: their drivers take their time.
+    pub fn guest_begins(&mut self) {
+        self.guest_finishes_dropping();
         if !std::mem::take(&mut self.guest.state_event) || self.guest.ring.is_none() {
             return;
         }
@@ -312,15 +340,7 @@ impl World {
                 self.guest.found.clear();
                 self.set_frontend_state(6);
             }
-            (7, 4) => {
-                for index in 0..self.number("num_devs") {
-                    if self.number(&format!("state-{index}")) == 5 {
-                        let devfn = self.virtual_devfn(index).expect("a function to drop has its vdev");
-                        self.guest.found.remove(&devfn);
-                    }
-                }
-                self.set_frontend_state(7);
-            }
+            (7, 4) => self.guest.dropping = Some((0, self.number("num_devs"))),
             (8, 7) => {
                 self.scan();
                 self.set_frontend_state(4);
@@ -329,7 +349,29 @@ impl World {
         }
     }
 
+    /// It looks at the next function, and drops it if it shall; after the last one it says so.
+    pub fn guest_looks_at_one(&mut self) {
+        let Some((index, count)) = self.guest.dropping else { return };
+        if index == count {
+            self.guest.dropping = None;
+            self.set_frontend_state(7);
+            return;
+        }
+        if self.number(&format!("state-{index}")) == 5 {
+            let devfn = self.virtual_devfn(index).expect("a function to drop has its vdev");
+            self.guest.found.remove(&devfn);
+        }
+        self.guest.dropping = Some((index + 1, count));
+    }
+
+    fn guest_finishes_dropping(&mut self) {
+        while self.guest.dropping.is_some() {
+            self.guest_looks_at_one();
+        }
+    }
+
     pub fn unload(&mut self) {
+        self.guest_finishes_dropping();
         if std::mem::take(&mut self.guest.loaded) && self.guest.ring.is_some() {
             self.unbind();
         }
@@ -361,9 +403,16 @@ impl World {
         assert!(!self.guest.directory_event && !self.guest.state_event && !self.paused, "it never settles");
     }
 
-    /// What the guest has found.
-    pub fn found(&self) -> &BTreeSet<u8> {
-        &self.guest.found
+    /// What the guest has found of what it has now: a device that it kept of an earlier attachment is none of it.
+    pub fn found(&self) -> BTreeSet<u8> {
+        let current = |(devfn, attachment): &(&u8, &u32)| self.served.get(devfn) == Some(attachment);
+        self.guest.found.iter().filter(current).map(|(devfn, _)| *devfn).collect()
+    }
+
+    /// Devices in the guest of functions that it no longer has.
+    pub fn stale(&self) -> BTreeSet<u8> {
+        let found = self.found();
+        self.guest.found.keys().filter(|devfn| !found.contains(devfn)).copied().collect()
     }
 
     pub fn backend(&self, key: &str) -> Option<&str> {

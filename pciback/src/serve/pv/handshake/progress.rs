@@ -1,5 +1,7 @@
 //! How the handshake continues from the states of the two ends, as far as the frontend permits.
 
+use std::collections::BTreeSet;
+
 use super::{Action, Function, Handshake, Link, Phase, state};
 use crate::serve::pv::nodes::{NodeChange, RingPlace, XenbusState, key};
 
@@ -112,7 +114,12 @@ impl Handshake {
         if self.ring().is_some() {
             actions.push(Action::Disconnect);
         }
-        actions.push(state(XenbusState::INITIALISED));
+        // A guest that comes back scans its whole bus.
+        let undropped = std::mem::take(&mut self.undropped);
+        let mut changes: Vec<NodeChange> =
+            undropped.values().flat_map(|function| NodeChange::no_function(function.index)).collect();
+        changes.push(NodeChange::backend(key::STATE, XenbusState::INITIALISED.0));
+        actions.push(Action::Nodes(changes));
         self.link = Link::Published;
     }
 
@@ -131,8 +138,14 @@ impl Handshake {
         }
         self.link = Link::Connected { ring, scanned: true };
         self.settle(Phase::Published, actions);
-        let pending = |function: &Function| matches!(function.phase, Phase::Wanted | Phase::Unwanted);
-        if !self.functions.values().any(pending) {
+        let undropped: BTreeSet<u8> = self.undropped.keys().copied().collect();
+        // Where the guest still has a device, it has to drop that first.
+        let pending = |(devfn, function): (&u8, &Function)| match function.phase {
+            Phase::Wanted => !undropped.contains(devfn),
+            phase => phase == Phase::Unwanted,
+        };
+        let to_drop = self.undropped.values().any(|function| !function.asked);
+        if !to_drop && !self.functions.iter().any(pending) {
             return;
         }
         if self.functions.values().all(|function| function.phase == Phase::Unwanted) {
@@ -143,7 +156,7 @@ impl Handshake {
         let mut changes = Vec::new();
         for (devfn, function) in &mut self.functions {
             match function.phase {
-                Phase::Wanted => {
+                Phase::Wanted if !undropped.contains(devfn) => {
                     function.phase = Phase::Adding;
                     let state = XenbusState::INITIALISING;
                     changes.extend(NodeChange::function(function.index, function.address, *devfn, state));
@@ -154,6 +167,10 @@ impl Handshake {
                 }
                 _ => {}
             }
+        }
+        for function in self.undropped.values_mut() {
+            function.asked = true;
+            changes.push(NodeChange::function_state(function.index, XenbusState::CLOSING));
         }
         changes.push(self.count());
         changes.push(NodeChange::backend(key::STATE, XenbusState::RECONFIGURING.0));
@@ -181,6 +198,12 @@ impl Handshake {
             }
         }
         self.functions.retain(|devfn, _| !removed.contains(devfn));
+        self.undropped.retain(|_, function| {
+            if function.asked {
+                changes.extend(NodeChange::no_function(function.index));
+            }
+            !function.asked
+        });
         // The guest looks at its bus again once we are Reconfigured: what still answered would be found.
         actions.extend(removed.into_iter().map(Action::Removed));
         if self.functions.is_empty() {

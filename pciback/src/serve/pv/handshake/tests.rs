@@ -144,6 +144,50 @@ fn a_guest_whose_time_is_up_can_still_follow_later() {
 }
 
 #[test]
+fn a_late_guest_has_a_function_attached_again_only_once_it_has_dropped_the_old_one() {
+    // How many functions it has looked at when it is told of the next change.
+    for looked_at in 0..4 {
+        let mut world = connected(&[0, 8, 16]);
+        world.remove(8);
+        world.guest_begins();
+        (0..looked_at).for_each(|_| world.guest_looks_at_one());
+        world.withdraw_unasked(8);
+        world.look();
+        // The same place, and a second function to be dropped while the guest is still at the first.
+        world.add(8);
+        world.remove(0);
+        world.look();
+        assert!(!world.added.contains(&8) && world.leaving.contains(&0), "after {looked_at}");
+        world.run();
+        assert!(world.found().iter().eq(&[8, 16]) && world.stale().is_empty(), "after {looked_at}");
+    }
+}
+
+#[test]
+fn a_guest_drops_the_device_of_a_function_that_was_taken_without_asking() {
+    let mut world = connected(&[0, 8]);
+    world.remove_unasked(0);
+    assert!(world.leaving.is_empty(), "nobody waits for the guest");
+    world.run();
+    assert!(world.stale().is_empty() && world.backend("vdev-0").is_none());
+    world.add(0);
+    world.run();
+    assert!(world.found().contains(&0));
+}
+
+#[test]
+fn a_service_killed_while_a_late_guest_drops_a_function_waits_for_it_too() {
+    let mut world = connected(&[0, 8]);
+    world.remove(0);
+    world.guest_begins();
+    world.withdraw_unasked(0);
+    world.restart();
+    world.add(0);
+    world.run();
+    assert!(world.found().contains(&0) && world.stale().is_empty());
+}
+
+#[test]
 fn overruling_ends_an_exchange_only_for_the_function_it_is_about() {
     let mut world = connected(&[0, 8, 16]);
     world.remove(0);
@@ -238,9 +282,12 @@ enum Happening {
     Add(u8),
     Remove(u8),
     WithdrawUnasked(u8),
+    RemoveUnasked(u8),
     Look,
     Directory,
     State,
+    Begin,
+    LookAtOne,
     Unload,
     Load,
     Restart,
@@ -256,10 +303,13 @@ fn happening(hostile: bool) -> impl Strategy<Value = Happening> {
     let orderly = prop_oneof![
         3 => devfn.clone().prop_map(Happening::Add),
         3 => devfn.clone().prop_map(Happening::Remove),
-        1 => devfn.prop_map(Happening::WithdrawUnasked),
+        1 => devfn.clone().prop_map(Happening::WithdrawUnasked),
+        1 => devfn.prop_map(Happening::RemoveUnasked),
         6 => Just(Happening::Look),
         4 => Just(Happening::Directory),
-        6 => Just(Happening::State),
+        4 => Just(Happening::State),
+        3 => Just(Happening::Begin),
+        4 => Just(Happening::LookAtOne),
         1 => Just(Happening::Unload),
         2 => Just(Happening::Load),
         1 => Just(Happening::Restart),
@@ -275,9 +325,12 @@ impl World {
             Happening::Add(devfn) => self.add(devfn),
             Happening::Remove(devfn) => self.remove(devfn),
             Happening::WithdrawUnasked(devfn) => self.withdraw_unasked(devfn),
+            Happening::RemoveUnasked(devfn) => self.remove_unasked(devfn),
             Happening::Look => self.look(),
             Happening::Directory => self.guest_sees_directory(),
             Happening::State => self.guest_sees_state(),
+            Happening::Begin => self.guest_begins(),
+            Happening::LookAtOne => self.guest_looks_at_one(),
             Happening::Unload => self.unload(),
             Happening::Load => self.load(),
             Happening::Restart => self.restart(),
@@ -294,7 +347,7 @@ impl World {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
 
-    /// After any events in any order, the guest has the functions that are wanted and nothing else is left.
+    /// After any events in any order, the guest has the functions that are wanted and nothing else is left, in the guest too.
     #[test]
     fn everything_converges(happenings in prop::collection::vec(happening(false), 0..60)) {
         let mut world = World::new();
@@ -304,6 +357,7 @@ proptest! {
         world.load();
         world.run();
         prop_assert!(world.leaving.is_empty(), "still waiting for {:?}", world.leaving);
+        prop_assert!(world.stale().is_empty(), "the guest keeps {:?}", world.stale());
         for devfn in &world.wanted {
             prop_assert!(world.found().contains(devfn), "{devfn} is not found: {}", world.handshake.describe());
             prop_assert!(world.added.contains(devfn));
