@@ -8,6 +8,6 @@ pub mod platform;
 pub mod serve;
 
 pub use xpci_core::{
-    DomId, FunctionState, Sbdf, SbdfError, Uuid, abi, address, config, containment, dump, fault, function,
-    hash, host, inventory, memory, policy, spec, uuid,
+    Devfn, DeviceNumber, DomId, FunctionState, Sbdf, SbdfError, Uuid, abi, address, config, containment,
+    dump, fault, function, hash, host, inventory, memory, policy, spec, uuid,
 };

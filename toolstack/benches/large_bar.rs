@@ -14,7 +14,7 @@ use nix::sys::eventfd::EventFd;
 use pciback::platform::sim::{SimHvmGuest, Simulation};
 use pciback::policy::PolicySet;
 use pciback::serve::hvm::wire::xen::config;
-use pciback::{DomId, Sbdf};
+use pciback::{DeviceNumber, DomId, Sbdf};
 use toolstack::client;
 use toolstack::control;
 use toolstack::engine::Engine;
@@ -61,7 +61,7 @@ fn main() {
     service.ask(Request::PciAttach {
         domain: DomainName(GUEST.to_string()),
         address: ADDRESS,
-        slot: Some(SLOT),
+        slot: DeviceNumber::new(SLOT),
         persist: false,
         managed: false,
         trust_former_owner: false,

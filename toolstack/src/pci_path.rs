@@ -3,8 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-use pciback::Sbdf;
 use pciback::platform::Host;
+use pciback::{Devfn, Sbdf};
 use serde::{Deserialize, Serialize, Serializer};
 
 use crate::outcome::Failure;
@@ -15,7 +15,7 @@ use crate::outcome::Failure;
 #[serde(try_from = "String")]
 pub struct PciPath {
     root: Sbdf,
-    below: Vec<u8>,
+    below: Vec<Devfn>,
 }
 
 impl PciPath {
@@ -75,7 +75,7 @@ impl Serialize for PciPath {
 impl fmt::Display for PciPath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.root)?;
-        self.below.iter().try_for_each(|devfn| write!(f, "/{:02x}.{:x}", devfn >> 3, devfn & 7))
+        self.below.iter().try_for_each(|devfn| write!(f, "/{devfn}"))
     }
 }
 

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use pciback::inventory::Identity;
-use pciback::{DomId, Sbdf, Uuid};
+use pciback::{Devfn, DomId, Sbdf, Uuid};
 use serde::{Deserialize, Serialize};
 
 use crate::device::Device;
@@ -44,7 +44,7 @@ pub struct Reservation {
     /// The guest's name when the reservation was made, for messages.
     pub name: Option<String>,
     /// Device and function number in the guest, on its bus 0000:00.
-    pub devfn: u8,
+    pub devfn: Devfn,
     /// The last domain that had the function: if it was detached from that domain, only the next domain of this guest gets it.
     given: Option<Given>,
     /// For a saved guest: when the reservation was made, in seconds since 1970. It ends when the restored guest has the function.
@@ -61,7 +61,7 @@ struct Given {
 
 impl Reservation {
     /// A reservation that no domain has used yet.
-    pub fn new(device: Device, guest: Uuid, name: Option<String>, devfn: u8) -> Self {
+    pub fn new(device: Device, guest: Uuid, name: Option<String>, devfn: Devfn) -> Self {
         let (address, identity, device) = (device.address, device.identity, Some(device));
         Self {
             version: VERSION,
@@ -405,7 +405,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let open = || Reservations::open(directory.path()).unwrap();
         let (first, _) = open();
-        let reservation = Reservation::new(device(VF, "0000:00:01.0/00.0"), WEB, Some("web".into()), 0xf8);
+        let reservation =
+            Reservation::new(device(VF, "0000:00:01.0/00.0"), WEB, Some("web".into()), Devfn(0xf8));
         first.keep(reservation.clone()).unwrap();
         assert_eq!(open().0.get(VF).as_ref(), Some(&reservation));
         assert_eq!(open().0.of(WEB).len(), 1);
@@ -442,7 +443,7 @@ mod tests {
         let [a, b, c, d] = places();
         let first = open();
         for (path, address) in PATHS.into_iter().zip([a, b, c]) {
-            first.keep(Reservation::new(device(address, path), WEB, None, 8)).unwrap();
+            first.keep(Reservation::new(device(address, path), WEB, None, Devfn(8))).unwrap();
         }
         let second = open();
         let now =
@@ -454,7 +455,7 @@ mod tests {
         for reservation in second.all() {
             second.give(reservation, "boot", DomId(4)).unwrap();
         }
-        second.keep(Reservation::new(device(c, "0000:00:09.0"), WEB, None, 16)).unwrap();
+        second.keep(Reservation::new(device(c, "0000:00:09.0"), WEB, None, Devfn(16))).unwrap();
         let third = open();
         third.found_all([&now[..], &[device(c, "0000:00:09.0")]].concat()).unwrap();
         assert_eq!(all(&third).len(), 4);
@@ -471,7 +472,7 @@ mod tests {
         let (known, _) = Reservations::open(directory.path()).unwrap();
         let [a, b, ..] = places();
         for (path, address) in PATHS.into_iter().zip([a, b]) {
-            known.keep(Reservation::new(device(address, path), WEB, None, 8)).unwrap();
+            known.keep(Reservation::new(device(address, path), WEB, None, Devfn(8))).unwrap();
         }
         assert_eq!(known.found(&device(b, PATHS[0])).unwrap(), None, "it is where it was");
         known.left(a);
@@ -489,7 +490,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let open = || Reservations::open(directory.path()).unwrap().0;
         let [a, b, ..] = places();
-        let noted = Reservation::new(device(a, PATHS[0]), WEB, None, 8);
+        let noted = Reservation::new(device(a, PATHS[0]), WEB, None, Devfn(8));
         open().keep(Reservation { device: None, ..noted }).unwrap();
         assert_eq!(open().found(&device(b, PATHS[0])).unwrap(), None, "nobody knows that it is this one");
         assert_eq!(open().found(&device(a, PATHS[0])).unwrap(), None);
@@ -501,7 +502,7 @@ mod tests {
     fn an_unusable_file_is_reported_and_the_others_are_used() {
         let directory = tempfile::tempdir().unwrap();
         let (first, _) = Reservations::open(directory.path()).unwrap();
-        first.keep(Reservation::new(device(VF, "0000:00:01.0/00.0"), WEB, None, 0xf8)).unwrap();
+        first.keep(Reservation::new(device(VF, "0000:00:01.0/00.0"), WEB, None, Devfn(0xf8))).unwrap();
         fs::copy(first.path(VF), directory.path().join("0000:01:10.2.json")).unwrap();
         fs::write(directory.path().join("0000:01:10.4.json"), "{").unwrap();
         let (again, errors) = Reservations::open(directory.path()).unwrap();

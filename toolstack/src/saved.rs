@@ -4,6 +4,7 @@
 //! The file is copied along with the checkpoint and is not trusted: its size is bounded, and its contents are checked once, when it is
 //! read.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -12,7 +13,7 @@ use pciback::config::CapabilityList;
 use pciback::host::Resource;
 use pciback::platform::{Host, HostFunction, VfSettings};
 use pciback::spec::{AnyId, CapabilityId, ExtendedCapabilityId};
-use pciback::{Sbdf, Uuid};
+use pciback::{DeviceNumber, Sbdf, Uuid};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -53,7 +54,7 @@ pub struct SavedFunction {
     /// The device.
     pub device: Device,
     /// The device number in the guest, 0-31.
-    pub slot: u8,
+    pub slot: DeviceNumber,
     /// Whether the guest had it persistently.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub persistent: bool,
@@ -172,14 +173,10 @@ impl SavedGuest {
         if self.name.as_ref().is_some_and(|name| !is_name(name)) {
             return Err("its guest's name is no name".to_owned());
         }
-        let mut taken = [false; MAX_FUNCTIONS];
+        let mut taken = BTreeSet::new();
         for function in &self.functions {
-            match taken.get_mut(usize::from(function.slot)) {
-                None => return Err(format!("{:#x} is no device number (0 to 1f)", function.slot)),
-                Some(taken) if *taken => {
-                    return Err(format!("two functions are device {:x}", function.slot));
-                }
-                Some(taken) => *taken = true,
+            if !taken.insert(function.slot) {
+                return Err(format!("two functions are device {:x}", function.slot));
             }
         }
         Ok(())
@@ -256,7 +253,7 @@ mod tests {
         let device = Device::of(host, &host.function(address).unwrap()).unwrap();
         let shape = Shape::of(host, address).unwrap();
         let network = VfSettings { trust: Some(true), ..VfSettings::default() };
-        let function = SavedFunction { device, slot: 3, persistent: true, network, shape };
+        let function = SavedFunction { device, slot: DeviceNumber::LAST, persistent: true, network, shape };
         let (guest, name) = (Uuid([7; 16]), Some("web".to_owned()));
         SavedGuest { version: VERSION, guest, name, functions: vec![function] }
     }
@@ -279,10 +276,9 @@ mod tests {
         let one = saved().functions[0].clone();
         let many = SavedGuest { functions: vec![one.clone(); 33], ..saved() };
         let twice = SavedGuest { functions: vec![one.clone(); 2], ..saved() };
-        let outside = SavedGuest { functions: vec![SavedFunction { slot: 32, ..one }], ..saved() };
         let named = SavedGuest { name: Some("\u{1b}[2J".to_owned()), ..saved() };
         let other = SavedGuest { version: 9, ..saved() };
-        for wrong in [many, twice, outside, named, other] {
+        for wrong in [many, twice, named, other] {
             wrong.write(&checkpoint).unwrap();
             let failure = SavedGuest::read(&checkpoint).unwrap_err();
             assert!(failure.message.contains("web.save.xpci cannot be used"), "{failure}");
@@ -294,6 +290,11 @@ mod tests {
             fs::write(&path, &good[..length]).unwrap();
             assert!(SavedGuest::read(&checkpoint).is_err(), "cut to {length} bytes");
         }
+        let mut outside: serde_json::Value = serde_json::from_slice(&good).unwrap();
+        outside["functions"][0]["slot"] = 32.into();
+        fs::write(&path, outside.to_string()).unwrap();
+        let failure = SavedGuest::read(&checkpoint).unwrap_err();
+        assert!(failure.message.contains("0x20 is not a device number (0 to 1f)"), "{failure}");
     }
 
     #[test]

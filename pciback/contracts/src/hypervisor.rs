@@ -2,6 +2,7 @@
 
 use nix::errno::Errno;
 use pciback::DomId;
+use pciback::platform::Edit;
 use pciback::platform::hypervisor::DeviceReport;
 use pciback::policy::RdmPolicy;
 
@@ -124,16 +125,16 @@ fn memory(fixture: &Fixture) -> Result<(), Broken> {
     let (first, frames) = (bar.start >> 12, bar.size.div_ceil(4096));
     undone(
         || {
-            for allow in [true, true, false, false] {
-                ok(xen.iomem_permission(guest, first, frames, allow))?;
+            for edit in [Edit::Add, Edit::Add, Edit::Remove, Edit::Remove] {
+                ok(xen.iomem_permission(guest, first, frames, edit))?;
             }
-            let allow = |domain, first, frames| xen.iomem_permission(domain, first, frames, true);
+            let allow = |domain, first, frames| xen.iomem_permission(domain, first, frames, Edit::Add);
             refused("for a domain that does not exist", allow(NO_DOMAIN, first, frames), &[Errno::ESRCH])?;
             refused("no frames", allow(guest, first, 0), &[Errno::EINVAL])?;
             refused("behind the end", allow(guest, u64::MAX, 2), &[Errno::EINVAL])?;
             refused("the local APIC", allow(guest, 0xfee00, 1), &[Errno::EPERM])
         },
-        || ok(xen.iomem_permission(guest, first, frames, false)),
+        || ok(xen.iomem_permission(guest, first, frames, Edit::Remove)),
     )
 }
 
@@ -143,16 +144,16 @@ fn ports(fixture: &Fixture) -> Result<(), Broken> {
     let (first, count) = (0xe000, 32);
     undone(
         || {
-            for allow in [true, true, false, false] {
-                ok(xen.ioport_permission(guest, first, count, allow))?;
+            for edit in [Edit::Add, Edit::Add, Edit::Remove, Edit::Remove] {
+                ok(xen.ioport_permission(guest, first, count, edit))?;
             }
-            let allow = |domain, first, count| xen.ioport_permission(domain, first, count, true);
+            let allow = |domain, first, count| xen.ioport_permission(domain, first, count, Edit::Add);
             refused("for a domain that does not exist", allow(NO_DOMAIN, first, count), &[Errno::ESRCH])?;
             refused("no ports", allow(guest, first, 0), &[Errno::EINVAL])?;
             refused("behind the end", allow(guest, 0xfff0, 0x20), &[Errno::EINVAL])?;
             refused("Xen's serial port", allow(guest, 0x3f8, 8), &[Errno::EPERM])
         },
-        || ok(xen.ioport_permission(guest, first, count, false)),
+        || ok(xen.ioport_permission(guest, first, count, Edit::Remove)),
     )
 }
 

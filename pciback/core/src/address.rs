@@ -8,6 +8,8 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use thiserror::Error;
 
+use crate::{Devfn, DeviceNumber};
+
 /// Segment, bus, device and function of one PCI function, as Xen packs them.
 ///
 /// Text is accepted as `xl` accepts it: hexadecimal `[SSSS:]BB:DD.F`; it is printed with its segment in lower case.
@@ -24,7 +26,7 @@ use thiserror::Error;
 pub struct Sbdf {
     segment: u16,
     bus: u8,
-    devfn: u8,
+    devfn: Devfn,
 }
 
 /// Why a text or a set of numbers is no address of a PCI function.
@@ -62,17 +64,22 @@ impl Sbdf {
         if function > 7 {
             return Err(error("function", 7));
         }
-        Ok(Self { segment, bus, devfn: device << 3 | function })
+        Ok(Self { segment, bus, devfn: Devfn(device << 3 | function) })
     }
 
-    /// Builds an address from segment, bus and the packed device and function.
+    /// Builds an address from segment, bus, and device and function in one byte.
     pub const fn from_devfn(segment: u16, bus: u8, devfn: u8) -> Self {
-        Self { segment, bus, devfn }
+        Self { segment, bus, devfn: Devfn(devfn) }
+    }
+
+    /// The address at which a guest finds a function: on bus 0 of segment 0.
+    pub const fn in_guest(devfn: Devfn) -> Self {
+        Self { segment: 0, bus: 0, devfn }
     }
 
     /// Unpacks `segment << 16 | bus << 8 | devfn`.
     pub const fn from_packed(packed: u32) -> Self {
-        Self { segment: (packed >> 16) as u16, bus: (packed >> 8) as u8, devfn: packed as u8 }
+        Self { segment: (packed >> 16) as u16, bus: (packed >> 8) as u8, devfn: Devfn(packed as u8) }
     }
 
     /// The segment group (Linux: domain).
@@ -85,32 +92,32 @@ impl Sbdf {
         self.bus
     }
 
-    /// The device number, 0-31.
-    pub const fn device(self) -> u8 {
-        self.devfn >> 3
+    /// The device number.
+    pub const fn device(self) -> DeviceNumber {
+        self.devfn.device()
     }
 
     /// The function number, 0-7.
     pub const fn function(self) -> u8 {
-        self.devfn & 7
+        self.devfn.function()
     }
 
-    /// Device and function in one byte.
-    pub const fn devfn(self) -> u8 {
+    /// Device and function number.
+    pub const fn devfn(self) -> Devfn {
         self.devfn
     }
 
     /// `segment << 16 | bus << 8 | devfn`, the form of Xen's domctls.
     pub const fn packed(self) -> u32 {
-        (self.segment as u32) << 16 | (self.bus as u32) << 8 | self.devfn as u32
+        (self.segment as u32) << 16 | (self.bus as u32) << 8 | self.devfn.0 as u32
     }
 
     /// The function `offset` Routing IDs further on, within the segment: how a VF's address follows from its PF's
     /// (PCI Express 6.0, section 9.3.3.8). `None` when that leaves the segment.
     pub fn offset_by(self, offset: u32) -> Option<Self> {
-        let rid = u32::from(self.bus) << 8 | u32::from(self.devfn);
+        let rid = u32::from(self.bus) << 8 | u32::from(self.devfn.0);
         let rid = u16::try_from(rid.checked_add(offset)?).ok()?;
-        Some(Self { segment: self.segment, bus: (rid >> 8) as u8, devfn: rid as u8 })
+        Some(Self { segment: self.segment, bus: (rid >> 8) as u8, devfn: Devfn(rid as u8) })
     }
 }
 
@@ -142,13 +149,13 @@ impl FromStr for Sbdf {
         let bus = hex(bus, "bus", 0xff)?;
         let device = hex(device, "device", 0x1f)?;
         let function = hex(function, "function", 7)?;
-        Ok(Self { segment, bus: bus as u8, devfn: (device as u8) << 3 | function as u8 })
+        Ok(Self { segment, bus: bus as u8, devfn: Devfn((device as u8) << 3 | function as u8) })
     }
 }
 
 impl fmt::Display for Sbdf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:04x}:{:02x}:{:02x}.{:x}", self.segment, self.bus, self.device(), self.function())
+        write!(f, "{:04x}:{:02x}:{}", self.segment, self.bus, self.devfn)
     }
 }
 

@@ -9,6 +9,7 @@ pub mod abi;
 pub mod address;
 pub mod config;
 pub mod containment;
+pub mod devfn;
 pub mod dump;
 pub mod fault;
 pub mod function;
@@ -21,5 +22,6 @@ pub mod spec;
 pub mod uuid;
 
 pub use address::{Sbdf, SbdfError};
+pub use devfn::{Devfn, DeviceNumber};
 pub use function::{DomId, FunctionState};
 pub use uuid::Uuid;

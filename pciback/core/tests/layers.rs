@@ -6,6 +6,7 @@ use xpci_test_support::layers::{Layer, violations};
 
 /// From the bottom up: each module, and those that it may name.
 const ORDER: &[Layer] = &[
+    ("devfn", &[]),
     ("address", &[]),
     ("uuid", &[]),
     ("hash", &[]),

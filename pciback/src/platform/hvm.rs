@@ -2,8 +2,8 @@
 
 use std::os::fd::BorrowedFd;
 
-use super::{Pirq, Result, SharedMemory};
-use crate::DomId;
+use super::{Edit, Pirq, Result, SharedMemory};
+use crate::{DeviceNumber, DomId};
 
 /// The number of an ioreq server in its domain. Xen asks the server with the highest number first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -33,7 +33,7 @@ impl MsiMessage {
 /// Ioreq servers, and mappings and interrupts of HVM guests.
 pub trait HvmDomains: Send + Sync {
     /// The device numbers that the guest's device model uses on bus 0.
-    fn device_model_slots(&self, domain: DomId) -> Result<Vec<u8>>;
+    fn device_model_slots(&self, domain: DomId) -> Result<Vec<DeviceNumber>>;
 
     /// The ioreq servers that dom0 has in a domain, lowest number first: the device model's, and ours.
     fn servers(&self, domain: DomId) -> Result<Vec<ServerId>>;
@@ -44,27 +44,20 @@ pub trait HvmDomains: Send + Sync {
     /// Maps the server's page, binds the event channels of the guest's vCPUs and lets requests come.
     fn connect(&self, domain: DomId, server: ServerId) -> Result<Box<dyn IoreqServer>>;
     /// Takes or gives up the config space at a device number of bus 0, function 0.
-    fn claim_slot(&self, domain: DomId, server: ServerId, slot: u8, claim: bool) -> Result<()>;
+    fn claim_slot(&self, domain: DomId, server: ServerId, slot: DeviceNumber, edit: Edit) -> Result<()>;
     /// Takes or gives up `bytes` of the guest's physical memory from `start` on, where the guest has no memory.
-    fn claim_memory(
-        &self,
-        domain: DomId,
-        server: ServerId,
-        start: u64,
-        bytes: u64,
-        claim: bool,
-    ) -> Result<()>;
+    fn claim_memory(&self, domain: DomId, server: ServerId, start: u64, bytes: u64, edit: Edit)
+    -> Result<()>;
 
     /// Takes or gives up `count` I/O ports from `first` on.
-    fn claim_ports(&self, domain: DomId, server: ServerId, first: u16, count: u16, claim: bool)
-    -> Result<()>;
+    fn claim_ports(&self, domain: DomId, server: ServerId, first: u16, count: u16, edit: Edit) -> Result<()>;
     /// Has the guest shut down in order to start again, as a machine whose reset line is pulled.
     fn restart(&self, domain: DomId) -> Result<()>;
 
     /// Lets the guest reach page frames of the host at page frames of its own, or not any more. `EEXIST`: the guest has memory there.
-    fn map_memory(&self, domain: DomId, guest: u64, host: u64, frames: u64, map: bool) -> Result<()>;
+    fn map_memory(&self, domain: DomId, guest: u64, host: u64, frames: u64, edit: Edit) -> Result<()>;
     /// Lets the guest reach I/O ports of the host at ports of its own, or not any more.
-    fn map_ports(&self, domain: DomId, guest: u32, host: u32, count: u32, map: bool) -> Result<()>;
+    fn map_ports(&self, domain: DomId, guest: u32, host: u32, count: u32, edit: Edit) -> Result<()>;
 
     /// Delivers a physical interrupt of the guest by the message that it wrote. `table` is the guest's address of the MSI-X
     /// table, through which Xen then takes the vector's mask; 0 for MSI. `masked`: the guest has masked it; one that is bound already stays as
@@ -82,8 +75,8 @@ pub trait HvmDomains: Send + Sync {
     /// Whether a physical interrupt of the guest is mapped to an interrupt of the host, whoever has mapped it. Nothing changes. `EINVAL`: it
     /// is no HVM guest.
     fn is_mapped(&self, domain: DomId, pirq: Pirq) -> Result<bool>;
-    /// Delivers a physical interrupt, a line, as INTx of the device at this number; `pin`: 0 for INTA to 3 for INTD.
-    fn bind_line(&self, domain: DomId, pirq: Pirq, slot: u8, pin: u8, bind: bool) -> Result<()>;
+    /// Delivers a physical interrupt, a line, as INTx of the device at this number, or not any more; `pin`: 0 for INTA to 3 for INTD.
+    fn bind_line(&self, domain: DomId, pirq: Pirq, slot: DeviceNumber, pin: u8, edit: Edit) -> Result<()>;
 }
 
 /// A connected ioreq server; unmapped and unbound when dropped, while the server itself stays in Xen.

@@ -41,6 +41,30 @@ impl std::fmt::Display for MsiSource {
     }
 }
 
+/// Whether a call adds something to what a domain may do or has, or removes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Edit {
+    /// Adds it.
+    Add,
+    /// Removes it.
+    Remove,
+}
+
+impl Edit {
+    /// The verb of a message.
+    pub(super) const fn verb(self, add: &'static str, remove: &'static str) -> &'static str {
+        match self {
+            Self::Add => add,
+            Self::Remove => remove,
+        }
+    }
+
+    /// As Xen's calls take it.
+    pub(super) const fn is_add(self) -> bool {
+        matches!(self, Self::Add)
+    }
+}
+
 /// What dom0's kernel reports to Xen of a function (`PHYSDEVOP_pci_device_add`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceReport {
@@ -92,10 +116,10 @@ pub trait Hypervisor: Send + Sync {
     fn release_msix(&self, address: Sbdf) -> Result<()>;
     /// Writes the messages and masks of a guest's interrupts into the function again, as needed after a reset.
     fn restore_msi(&self, address: Sbdf) -> Result<()>;
-    /// Allows or forbids a domain to map `frames` pages from page frame `first` on.
-    fn iomem_permission(&self, domain: DomId, first: u64, frames: u64, allow: bool) -> Result<()>;
-    /// Allows or forbids a domain `count` I/O ports from `first` on.
-    fn ioport_permission(&self, domain: DomId, first: u32, count: u32, allow: bool) -> Result<()>;
+    /// Lets a domain map `frames` pages from page frame `first` on, or not any more.
+    fn iomem_permission(&self, domain: DomId, first: u64, frames: u64, edit: Edit) -> Result<()>;
+    /// Lets a domain use `count` I/O ports from `first` on, or not any more.
+    fn ioport_permission(&self, domain: DomId, first: u32, count: u32, edit: Edit) -> Result<()>;
     /// Maps a message-signalled interrupt to a new physical interrupt of the domain.
     fn map_msi(&self, domain: DomId, address: Sbdf, source: MsiSource) -> Result<Pirq>;
     /// Maps a message-signalled interrupt to a physical interrupt of the domain that nothing is mapped to. Xen does as if it had, and forgets an

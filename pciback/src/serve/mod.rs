@@ -8,14 +8,14 @@ mod function;
 mod guest_vfs;
 pub mod hvm;
 mod interrupts;
-#[cfg(test)]
-mod machine;
 mod orders;
 mod pace;
 pub mod pv;
 mod revocation;
 mod roster;
 mod server;
+#[cfg(test)]
+mod test_machine;
 mod upkeep;
 mod worker;
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::attachment::Attachment;
 use super::function::GuestFunction;
 use super::interrupts::InterruptError;
+use crate::Devfn;
 use crate::config::{Filter, MaskedWrite};
 use crate::fault::{AerAnswer, AerRequest, ChannelState};
 use crate::platform::PlatformError;
@@ -79,24 +80,24 @@ pub struct Taken {
 }
 
 pub(super) enum Order {
-    Add(u8, Box<GuestFunction>),
-    Take(u8, mpsc::Sender<Taken>),
-    ResetEnded(u8, bool),
-    SetGone(u8),
-    EventsCleared(u8),
-    ReplaceFilter(u8, Arc<Filter>, mpsc::Sender<io::Result<()>>),
-    MaskedWrites(u8, mpsc::Sender<Vec<MaskedWrite>>),
+    Add(Devfn, Box<GuestFunction>),
+    Take(Devfn, mpsc::Sender<Taken>),
+    ResetEnded(Devfn, bool),
+    SetGone(Devfn),
+    EventsCleared(Devfn),
+    ReplaceFilter(Devfn, Arc<Filter>, mpsc::Sender<io::Result<()>>),
+    MaskedWrites(Devfn, mpsc::Sender<Vec<MaskedWrite>>),
     Notify(Notification),
-    BeginReset(u8, mpsc::Sender<Result<(), PlatformError>>),
+    BeginReset(Devfn, mpsc::Sender<Result<(), PlatformError>>),
     /// Stops; the functions come back as they are.
-    Stop(mpsc::Sender<BTreeMap<u8, Box<GuestFunction>>>),
+    Stop(mpsc::Sender<BTreeMap<Devfn, Box<GuestFunction>>>),
 }
 
 /// A notification of an error.
 #[derive(Debug, Clone, Copy)]
 pub struct Notification {
     /// The function, as the guest sees it.
-    pub devfn: u8,
+    pub devfn: Devfn,
     /// What the guest's driver is asked.
     pub request: AerRequest,
     /// In which state the link is.

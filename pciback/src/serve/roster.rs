@@ -12,14 +12,14 @@ use super::attachment::Attachment;
 use super::counters::Counters;
 use super::function::{Demand, GuestFunction};
 use super::orders::{NotNotified, Notification, Order, ServerReport, Taken};
-use crate::DomId;
 use crate::fault::AerAnswer;
 use crate::platform::PlatformError;
+use crate::{Devfn, DomId};
 
 /// What a serving thread has, for every source of requests.
 pub(super) struct Roster {
     pub domain: DomId,
-    pub functions: BTreeMap<u8, Box<GuestFunction>>,
+    pub functions: BTreeMap<Devfn, Box<GuestFunction>>,
     pub counters: Arc<Counters>,
     pub report: Box<dyn Fn(ServerReport) + Send>,
     /// Error notifications for the guest.
@@ -30,7 +30,7 @@ pub(super) struct Roster {
 impl Roster {
     pub fn new(
         domain: DomId,
-        functions: BTreeMap<u8, Box<GuestFunction>>,
+        functions: BTreeMap<Devfn, Box<GuestFunction>>,
         counters: &Arc<Counters>,
         report: Box<dyn Fn(ServerReport) + Send>,
         orders: mpsc::Receiver<Order>,
@@ -127,7 +127,7 @@ impl Roster {
         false
     }
 
-    pub fn obey(&mut self, order: Order) -> Option<mpsc::Sender<BTreeMap<u8, Box<GuestFunction>>>> {
+    pub fn obey(&mut self, order: Order) -> Option<mpsc::Sender<BTreeMap<Devfn, Box<GuestFunction>>>> {
         match order {
             Order::Add(devfn, function) => {
                 self.functions.insert(devfn, function);
@@ -171,7 +171,7 @@ impl Roster {
         None
     }
 
-    pub fn reset_ended(&mut self, devfn: u8, verified: bool) {
+    pub fn reset_ended(&mut self, devfn: Devfn, verified: bool) {
         let Some(function) = self.functions.get_mut(&devfn) else { return };
         if !verified {
             function.set_gone();

@@ -17,9 +17,9 @@ use super::orders::{Notification, Order, ServerReport, ServerStuck, Taken};
 use super::revocation::Revocation;
 use super::roster::Roster;
 use super::worker::{RequestSource, Worker};
-use crate::DomId;
 use crate::config::{Filter, MaskedWrite};
 use crate::platform::PlatformError;
+use crate::{Devfn, DomId};
 
 /// How long the engine waits for the thread, unless that advances in mapping or unmapping a BAR. An access takes microseconds, one to a
 /// function that the kernel resets up to a minute.
@@ -32,7 +32,7 @@ pub struct Server {
     counters: Arc<Counters>,
     thread: Mutex<Option<JoinHandle<()>>>,
     /// How the functions are taken from the thread should it hang.
-    revocations: Mutex<BTreeMap<u8, Revocation>>,
+    revocations: Mutex<BTreeMap<Devfn, Revocation>>,
 }
 
 impl Server {
@@ -40,14 +40,14 @@ impl Server {
     pub(super) fn start(
         domain: DomId,
         source: impl RequestSource + 'static,
-        functions: BTreeMap<u8, Box<GuestFunction>>,
+        functions: BTreeMap<Devfn, Box<GuestFunction>>,
         counters: Arc<Counters>,
         report: Box<dyn Fn(ServerReport) + Send>,
     ) -> io::Result<Self> {
         let wake =
             Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let (sender, orders) = mpsc::channel();
-        let revocations: BTreeMap<u8, Revocation> =
+        let revocations: BTreeMap<Devfn, Revocation> =
             functions.iter().map(|(devfn, function)| (*devfn, function.revocation.clone())).collect();
         let roster = Roster::new(domain, functions, &counters, report, orders);
         let mut worker = Worker::new(roster, source);
@@ -59,7 +59,7 @@ impl Server {
         Ok(Self { orders: sender, wake, counters, thread, revocations })
     }
 
-    fn revocations(&self) -> MutexGuard<'_, BTreeMap<u8, Revocation>> {
+    fn revocations(&self) -> MutexGuard<'_, BTreeMap<Devfn, Revocation>> {
         self.revocations.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -76,14 +76,14 @@ impl Server {
     }
 
     /// Serves one more function.
-    pub fn add(&self, devfn: u8, function: Box<GuestFunction>) {
+    pub fn add(&self, devfn: Devfn, function: Box<GuestFunction>) {
         self.revocations().insert(devfn, function.revocation.clone());
         self.order(Order::Add(devfn, function));
     }
 
     /// Takes a function out and quiesces it; `Ok(None)` when the thread does not have it. `Err`: the thread hangs in an access; it makes
     /// no other one to this function when that ends, but the function is as the guest had it.
-    pub fn take(&self, devfn: u8) -> Result<Option<Taken>, ServerStuck> {
+    pub fn take(&self, devfn: Devfn) -> Result<Option<Taken>, ServerStuck> {
         let taken = self.ask(|sender| Order::Take(devfn, sender));
         let revocation = self.revocations().remove(&devfn);
         if let (Err(ServerStuck), Some(revocation)) = (&taken, revocation) {
@@ -93,26 +93,26 @@ impl Server {
     }
 
     /// The function has left the host: from now on it reads all ones and no hardware is touched.
-    pub fn set_gone(&self, devfn: u8) {
+    pub fn set_gone(&self, devfn: Devfn) {
         self.order(Order::SetGone(devfn));
     }
 
     /// The host has read and cleared the function's error registers.
-    pub fn events_cleared(&self, devfn: u8) {
+    pub fn events_cleared(&self, devfn: Devfn) {
         self.order(Order::EventsCleared(devfn));
     }
 
     /// Puts another filter in force between two of the guest's requests; `Ok(None)` when the thread does not have the function.
     pub fn replace_filter(
         &self,
-        devfn: u8,
+        devfn: Devfn,
         filter: Arc<Filter>,
     ) -> Result<Option<io::Result<()>>, ServerStuck> {
         self.ask(|sender| Order::ReplaceFilter(devfn, filter, sender))
     }
 
     /// What of the guest's writes did not reach hardware; `Ok(None)` when the thread does not have the function.
-    pub fn masked_writes(&self, devfn: u8) -> Result<Option<Vec<MaskedWrite>>, ServerStuck> {
+    pub fn masked_writes(&self, devfn: Devfn) -> Result<Option<Vec<MaskedWrite>>, ServerStuck> {
         self.ask(|sender| Order::MaskedWrites(devfn, sender))
     }
 
@@ -124,7 +124,7 @@ impl Server {
 
     /// The function is about to be reset, which the guest did not ask for: until [`Self::reset_ended`] it reads all ones, and nothing of
     /// it is mapped in its guest. `Ok(None)` when the thread does not have the function; an error: it must not be reset.
-    pub fn begin_reset(&self, devfn: u8) -> Result<Option<Result<(), PlatformError>>, ServerStuck> {
+    pub fn begin_reset(&self, devfn: Devfn) -> Result<Option<Result<(), PlatformError>>, ServerStuck> {
         self.ask(|sender| Order::BeginReset(devfn, sender))
     }
 
@@ -148,13 +148,13 @@ impl Server {
     }
 
     /// The reset that a guest asked for has ended; unless `verified` the function reads all ones from now on.
-    pub fn reset_ended(&self, devfn: u8, verified: bool) {
+    pub fn reset_ended(&self, devfn: Devfn, verified: bool) {
         self.order(Order::ResetEnded(devfn, verified));
     }
 
     /// Stops and gives the functions back, untouched: they can be served again. `Err`: the thread hangs in an access, and
     /// stops when that ends, without another access to its functions, which are as the guest had them.
-    pub fn stop(&self) -> Result<BTreeMap<u8, Box<GuestFunction>>, ServerStuck> {
+    pub fn stop(&self) -> Result<BTreeMap<Devfn, Box<GuestFunction>>, ServerStuck> {
         let functions = match self.ask(Order::Stop) {
             Err(stuck) => {
                 self.revocations().values().for_each(Revocation::revoke);

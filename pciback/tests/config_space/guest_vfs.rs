@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use pciback::Devfn;
 use pciback::config::{
     Access, AnyId, ByGuest, CapabilityAction, CapabilityList, CapabilityOverride, Filter, GuestVfs, Origin,
     Policy, Rule, SideEffect, VirtualConfigSpace,
@@ -99,7 +100,7 @@ fn the_pf_depends_on_the_function_that_its_guest_knows_it_by() {
     let link = |space: &VirtualConfigSpace| {
         space.read(Access::new(SRIOV + 0x12, 1).unwrap(), &device.hardware).unwrap()
     };
-    space.show_own_number(0x18);
+    space.show_own_number(Devfn(0x18));
     assert_eq!(link(&space), 0x18);
     space.reset();
     assert_eq!(link(&space), 0x18);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 
 use pciback::platform::hypervisor::DeviceReport;
-use pciback::platform::{DomainInfo, Hypervisor, MsiSource, Pirq, PlatformError, Result};
+use pciback::platform::{DomainInfo, Edit, Hypervisor, MsiSource, Pirq, PlatformError, Result};
 use pciback::policy::RdmPolicy;
 use pciback::{DomId, Sbdf};
 
@@ -73,8 +73,8 @@ impl Hypervisor for Counting {
         assignable(address: Sbdf) -> bool;
         prepare_msix(address: Sbdf) -> bool;
         release_msix(address: Sbdf) -> ();
-        iomem_permission(domain: DomId, first: u64, frames: u64, allow: bool) -> ();
-        ioport_permission(domain: DomId, first: u32, count: u32, allow: bool) -> ();
+        iomem_permission(domain: DomId, first: u64, frames: u64, edit: Edit) -> ();
+        ioport_permission(domain: DomId, first: u32, count: u32, edit: Edit) -> ();
         map_gsi(domain: DomId, gsi: u32) -> Pirq;
         unmap_gsi(domain: DomId, gsi: u32, pirq: Pirq) -> ();
         map_msi_as(domain: DomId, address: Sbdf, source: MsiSource, pirq: Pirq) -> ();

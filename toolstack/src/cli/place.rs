@@ -3,6 +3,8 @@
 
 use std::str::FromStr;
 
+use pciback::DeviceNumber;
+
 use super::Functions;
 use crate::outcome::{ErrorCode, Failure};
 use crate::target::{Parent, Target, Word};
@@ -13,7 +15,7 @@ pub struct Place {
     /// The function, or the device.
     pub functions: Functions,
     /// The guest's device number, 0-31.
-    pub slot: Option<u8>,
+    pub slot: Option<DeviceNumber>,
     /// Notes about xl's options that have no effect.
     pub notes: Vec<&'static str>,
 }
@@ -120,10 +122,8 @@ fn is_on(key: &str, value: &str) -> Result<bool, Failure> {
     }
 }
 
-fn slot_of(shown: &str, digits: &str) -> Result<u8, Failure> {
-    u8::from_str_radix(digits, 16)
-        .ok()
-        .filter(|slot| *slot < 32 && !digits.starts_with('+'))
+fn slot_of(shown: &str, digits: &str) -> Result<DeviceNumber, Failure> {
+    DeviceNumber::from_hex(digits)
         .ok_or_else(|| usage(format!("'{shown}' is not a device number: it must be hexadecimal, 0 to 1f")))
 }
 
@@ -140,8 +140,11 @@ mod tests {
     #[test]
     fn a_slot_is_hexadecimal_as_in_xl() {
         let place: Place = "1:10.2@1f".parse().unwrap();
-        assert_eq!((place.functions.to_string().as_str(), place.slot), ("0000:01:10.2", Some(0x1f)));
-        assert_eq!("01:10.2,vslot=1f".parse::<Place>().unwrap().slot, Some(0x1f));
+        assert_eq!(
+            (place.functions.to_string().as_str(), place.slot),
+            ("0000:01:10.2", Some(DeviceNumber::LAST))
+        );
+        assert_eq!("01:10.2,vslot=1f".parse::<Place>().unwrap().slot, Some(DeviceNumber::LAST));
         assert_eq!("01:10.2".parse::<Place>().unwrap().slot, None);
         for text in ["01:10.2@", "01:10.2@20", "01:10.2@+1", "01:10.2@1@2", "@1", "01:10.2@1,vslot=2"] {
             refused(text);
@@ -182,7 +185,10 @@ mod tests {
             ("bdf=01:10.*,permissive=1", "0000:01:10.*", None),
         ] {
             let place: Place = text.parse().unwrap();
-            assert_eq!((place.functions.to_string().as_str(), place.slot), (meant, slot));
+            assert_eq!(
+                (place.functions.to_string().as_str(), place.slot),
+                (meant, slot.and_then(DeviceNumber::new))
+            );
         }
     }
 }

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use log::{error, info, warn};
 use nix::errno::Errno;
 use pciback::serve::GuestFunction;
-use pciback::{DomId, FunctionState, Sbdf};
+use pciback::{Devfn, DomId, FunctionState, Sbdf};
 
 use super::Engine;
 use super::functions::Containment;
@@ -100,7 +100,7 @@ impl Engine {
     }
 
     fn resume_guests(&mut self, records: &[Record]) {
-        let mut guests: BTreeMap<DomId, Vec<(u8, Sbdf, Box<GuestFunction>)>> = BTreeMap::new();
+        let mut guests: BTreeMap<DomId, Vec<(Devfn, Sbdf, Box<GuestFunction>)>> = BTreeMap::new();
         let mut hvm_guests: BTreeMap<DomId, Vec<Resumed>> = BTreeMap::new();
         for record in records {
             let Some(place) = record.guest.filter(|_| was_served(record)) else { continue };

@@ -262,12 +262,14 @@ pub(crate) fn parse_versioned<T: DeserializeOwned>(
 
 #[cfg(test)]
 mod tests {
+    use pciback::Devfn;
+
     use super::*;
     use crate::steps::{Kind, Step};
 
     fn sample() -> Record {
         let mut record = Record::new(Sbdf::from_devfn(0, 1, 0x80), "boot");
-        record.guest = Some(GuestPlace { domain: DomId(4), devfn: 8 });
+        record.guest = Some(GuestPlace { domain: DomId(4), devfn: Devfn(8) });
         record.grants =
             vec![Grant::Iomem { first: 0xfe400, frames: 4 }, Grant::Ioport { first: 0xc000, count: 32 }];
         record.transaction = Some(Progress { kind: Kind::Attach, step: Step::Assign, undoing: true });

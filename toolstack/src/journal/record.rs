@@ -1,7 +1,7 @@
 //! The contents of a journal record.
 
 use pciback::platform::VfSettings;
-use pciback::{DomId, FunctionState, Sbdf};
+use pciback::{Devfn, DomId, FunctionState, Sbdf};
 use serde::{Deserialize, Serialize};
 
 use super::VERSION;
@@ -84,7 +84,7 @@ pub struct GuestPlace {
     /// The guest.
     pub domain: DomId,
     /// Device and function number on the guest's bus 0000:00.
-    pub devfn: u8,
+    pub devfn: Devfn,
 }
 
 /// A copy of an expansion ROM, by size and hash.

@@ -297,6 +297,7 @@ impl Envelope {
 
 #[cfg(test)]
 mod tests {
+    use pciback::DeviceNumber;
     use pciback::platform::VfSettings;
 
     use super::*;
@@ -348,7 +349,7 @@ mod tests {
             Request::PciAttach {
                 domain: domain.clone(),
                 address,
-                slot: Some(3),
+                slot: DeviceNumber::new(3),
                 persist: true,
                 managed: true,
                 trust_former_owner: true,
@@ -356,7 +357,10 @@ mod tests {
             },
             Request::PciAttachAll {
                 domain: domain.clone(),
-                functions: vec![Placed { address, slot: Some(3) }, Placed { address, slot: None }],
+                functions: vec![
+                    Placed { address, slot: DeviceNumber::new(3) },
+                    Placed { address, slot: None },
+                ],
                 persist: true,
                 managed: true,
                 trust_former_owner: true,

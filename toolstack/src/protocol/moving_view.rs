@@ -1,6 +1,6 @@
 //! Answers about guests that are saved and restored.
 
-use pciback::{Sbdf, Uuid};
+use pciback::{DeviceNumber, Sbdf, Uuid};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -13,7 +13,7 @@ pub struct ReservedFunction {
     /// Its address on this host.
     pub address: Sbdf,
     /// The device number in the guest, 0-31.
-    pub slot: u8,
+    pub slot: DeviceNumber,
     /// Whether it was reserved by this command, and not when the guest was saved.
     #[serde(default)]
     pub is_new: bool,

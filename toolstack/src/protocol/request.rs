@@ -1,7 +1,7 @@
 //! The requests that the service accepts.
 
 use pciback::platform::VfSettings;
-use pciback::{Sbdf, Uuid};
+use pciback::{DeviceNumber, Sbdf, Uuid};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -37,7 +37,7 @@ pub struct Placed<A = Sbdf> {
     pub address: A,
     /// The device number in the guest, 0-31; if absent, the first free one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub slot: Option<u8>,
+    pub slot: Option<DeviceNumber>,
 }
 
 /// A request. `A` is the type of functions in it: what the user called them ([`Target`]) on the wire, addresses in the service.
@@ -96,7 +96,7 @@ pub enum Request<A = Sbdf> {
         address: A,
         /// The device number in the guest, 0-31; if absent, the first free one.
         #[serde(default, skip_serializing_if = "Option::is_none")]
-        slot: Option<u8>,
+        slot: Option<DeviceNumber>,
         /// Make it persistent: the guest gets it again each time it starts.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         persist: bool,

@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use pciback::DeviceNumber;
 use pciback::platform::{Host, HostFunction, PlatformError, VfPlace, VfSettings};
 use pciback::policy::{RESET_METHODS, nearest};
 use serde::Deserialize;
@@ -88,7 +89,7 @@ pub struct Assigned {
     /// The function.
     pub target: Target,
     /// The guest's device number, 0-31; any free one if it is absent.
-    pub slot: Option<u8>,
+    pub slot: Option<DeviceNumber>,
 }
 
 impl TryFrom<String> for Assigned {
@@ -100,9 +101,8 @@ impl TryFrom<String> for Assigned {
             None => (text.as_str(), None),
         };
         let number = |slot: &str| {
-            let number =
-                u8::from_str_radix(slot, 16).ok().filter(|number| *number < 32 && !slot.starts_with('+'));
-            number.ok_or_else(|| format!("'@{slot}' is no device number: it must be hexadecimal, 0 to 1f"))
+            DeviceNumber::from_hex(slot)
+                .ok_or_else(|| format!("'@{slot}' is no device number: it must be hexadecimal, 0 to 1f"))
         };
         Ok(Self { target: function.parse()?, slot: slot.map(number).transpose()? })
     }

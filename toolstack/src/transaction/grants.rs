@@ -6,7 +6,9 @@
 use nix::errno::Errno;
 use pciback::DomId;
 use pciback::live::{self, PlacedBar};
-use pciback::platform::{Foreign, Host, HostFunction, PAGE, Pirq, Platform, Resource, Revoked, foreign_bar};
+use pciback::platform::{
+    Edit, Foreign, Host, HostFunction, PAGE, Pirq, Platform, Resource, Revoked, foreign_bar,
+};
 
 use super::hold::joined;
 use super::reset::config_failure;
@@ -45,7 +47,7 @@ pub(super) fn grant(context: &Context<'_>, record: &mut Record) -> Result<Option
     context.write(record)?;
     note_owner(context.former_owners, context.platform, record)?;
     for (index, grant) in record.grants.clone().into_iter().enumerate() {
-        let Err(error) = allow(context, domain, grant, true) else { continue };
+        let Err(error) = permit(context, domain, grant, Edit::Add) else { continue };
         if matches!(error.errno(), Some(Errno::EPERM | Errno::EINVAL)) {
             // Refused by Xen without an effect, so that this grant and those after it need not be revoked.
             record.grants.truncate(index);
@@ -127,7 +129,7 @@ pub(super) fn revoke(context: &Context<'_>, record: &mut Record) -> Result<(), F
         .collect();
     let mut first_failure = Ok(());
     for grant in record.grants.iter().flat_map(|grant| without(*grant, &kept)) {
-        let revoked = allow(context, domain, grant, false).map_err(Failure::from);
+        let revoked = permit(context, domain, grant, Edit::Remove).map_err(Failure::from);
         first_failure = first_failure.and(revoked);
     }
     first_failure.map_err(|failure| failure.on(record.address).of(domain))?;
@@ -171,19 +173,24 @@ fn cut(grant: Grant, other: Grant) -> [Option<Grant>; 2] {
     }
 }
 
-fn allow(context: &Context<'_>, domain: DomId, grant: Grant, allow: bool) -> pciback::platform::Result<()> {
+fn permit(context: &Context<'_>, domain: DomId, grant: Grant, edit: Edit) -> pciback::platform::Result<()> {
     let hypervisor = &context.platform.hypervisor;
     let (what, answer) = match grant {
         Grant::Iomem { first, frames } => {
-            (Revoked::Permission, hypervisor.iomem_permission(domain, first, frames, allow))
+            (Revoked::Permission, hypervisor.iomem_permission(domain, first, frames, edit))
         }
         Grant::Ioport { first, count } => {
-            (Revoked::Permission, hypervisor.ioport_permission(domain, first, count, allow))
+            (Revoked::Permission, hypervisor.ioport_permission(domain, first, count, edit))
         }
-        Grant::Gsi { gsi } if allow => (Revoked::Interrupt, hypervisor.map_gsi(domain, gsi).map(drop)),
+        Grant::Gsi { gsi } if edit == Edit::Add => {
+            (Revoked::Interrupt, hypervisor.map_gsi(domain, gsi).map(drop))
+        }
         Grant::Gsi { gsi } => (Revoked::Interrupt, hypervisor.unmap_gsi(domain, gsi, Pirq(gsi))),
     };
-    if allow { answer } else { what.outcome(answer) }
+    match edit {
+        Edit::Add => answer,
+        Edit::Remove => what.outcome(answer),
+    }
 }
 
 #[cfg(test)]

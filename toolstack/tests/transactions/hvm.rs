@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use pciback::platform::sim::{self, Delivery, Moment, Owner, SimHvmGuest, SimRequest};
 use pciback::serve::hvm::wire::xen::{config, memory, port};
 use pciback::serve::hvm::{ECAM_BASE, wire};
-use pciback::{DomId, FunctionState, Sbdf};
+use pciback::{DeviceNumber, DomId, FunctionState, Sbdf};
 use toolstack::outcome::{ErrorCode, Failure};
 use toolstack::protocol::{Request, Success};
 
@@ -98,7 +98,7 @@ pub fn attach_at(service: &Service, address: Sbdf, slot: u8) -> Result<Success, 
     service.call(Request::PciAttach {
         domain: name(WIN),
         address,
-        slot: Some(slot),
+        slot: DeviceNumber::new(slot),
         persist: false,
         managed: false,
         trust_former_owner: false,

@@ -5,7 +5,7 @@ mod devices;
 use nix::errno::Errno;
 use pciback::platform::sim::Moment;
 use pciback::serve::hvm::wire::xen::config;
-use pciback::{DomId, FunctionState, Sbdf, Uuid};
+use pciback::{DeviceNumber, DomId, FunctionState, Sbdf, Uuid};
 use toolstack::outcome::ErrorCode;
 use toolstack::protocol::{DomainName, FunctionView, Request, Scope, Success};
 
@@ -65,11 +65,11 @@ fn a_guest_that_does_not_run_gets_its_reserved_functions_when_it_starts() {
     let world = World::new();
     let service = world.start();
     service.hold(vf()).unwrap();
-    let kept = |guest: &str, slot, dry_run| {
+    let kept = |guest: &str, slot: Option<u8>, dry_run| {
         service.call(Request::PciAttach {
             domain: DomainName(guest.into()),
             address: vf(),
-            slot,
+            slot: slot.and_then(DeviceNumber::new),
             persist: true,
             managed: false,
             trust_former_owner: false,
@@ -118,7 +118,7 @@ fn a_rebooted_guest_gets_its_function_again_at_the_same_place_also_after_a_resta
     let at = Request::PciAttach {
         domain: name(WEB),
         address: vf(),
-        slot: Some(9),
+        slot: DeviceNumber::new(9),
         persist: true,
         managed: false,
         trust_former_owner: false,

@@ -2,7 +2,7 @@
 
 use pciback::platform::VfSettings;
 use pciback::platform::sim::Moment;
-use pciback::{DomId, FunctionState, Sbdf, Uuid};
+use pciback::{DeviceNumber, DomId, FunctionState, Sbdf, Uuid};
 use toolstack::outcome::{ErrorCode, Failure};
 use toolstack::protocol::{Request, ReservedFunction, Success};
 use toolstack::saved::SavedGuest;
@@ -23,7 +23,7 @@ fn vfs() -> [Sbdf; 2] {
 }
 
 fn attach_at(service: &Service, domain: DomId, address: Sbdf, slot: u8) -> Result<Success, Failure> {
-    let (domain, slot) = (name(domain), Some(slot));
+    let (domain, slot) = (name(domain), DeviceNumber::new(slot));
     service.call(Request::PciAttach {
         domain,
         address,
@@ -85,7 +85,7 @@ fn a_restored_guest_has_its_functions_at_the_same_device_numbers() {
         world.assert_held(&service, vf, "it was taken before the guest is saved");
     }
     let had: Vec<_> =
-        guest.functions.iter().map(|one| (one.device.address, one.slot, one.persistent)).collect();
+        guest.functions.iter().map(|one| (one.device.address, one.slot.get(), one.persistent)).collect();
     assert_eq!(had, [(vfs()[0], 9, true), (vfs()[1], 3, false)]);
     world.simulation.destroy(WEB);
     let failure = service.attach(DB, vfs()[1]).unwrap_err();
@@ -211,7 +211,7 @@ fn on_another_host_an_equivalent_function_gets_the_guests_settings() {
     let functions = restore(&service, &guest).unwrap();
     assert!(functions.iter().all(|one| one.is_new && one.newly_held), "{functions:?}");
     assert!(functions.iter().all(|one| one.address != vfs()[0]), "{functions:?}");
-    let at_3 = functions.iter().find(|one| one.slot == 3).unwrap().address;
+    let at_3 = functions.iter().find(|one| one.slot.get() == 3).unwrap().address;
     assert_eq!(there.simulation.vf_network(at_3).unwrap().mac, Some(mac));
     there.simulation.create_guest(AGAIN, "web", "pv", web_uuid()).unwrap();
     restored(&service, functions);

@@ -2,7 +2,7 @@
 
 use nix::errno::Errno;
 use pciback::platform::sim::Moment;
-use pciback::{DomId, FunctionState, Sbdf};
+use pciback::{DeviceNumber, DomId, FunctionState, Sbdf};
 use toolstack::outcome::{ErrorCode, Failure};
 use toolstack::protocol::{Placed, Request, Success};
 
@@ -309,8 +309,8 @@ fn several_functions_are_checked_before_the_first_is_attached() {
         "{refused}"
     );
     assert!(service.error_history(gpu).is_empty() && service.state(gpu) == FunctionState::Held);
-    let twice = |slot| {
-        let placed = |address| Placed { address, slot };
+    let twice = |slot: Option<u8>| {
+        let placed = |address| Placed { address, slot: slot.and_then(DeviceNumber::new) };
         service.call(Request::PciAttachAll {
             domain: name(WEB),
             functions: vec![placed(gpu), placed(if slot.is_some() { audio } else { gpu })],

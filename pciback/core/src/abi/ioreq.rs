@@ -7,6 +7,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::config::{Access, Width};
+use crate::{Devfn, DeviceNumber};
 
 /// Bytes of the page.
 pub const PAGE_BYTES: usize = 4096;
@@ -65,7 +66,7 @@ pub enum Place {
     /// Config space of function 0 of a device on bus 0 of segment 0, reached through ports CF8 and CFC.
     Config {
         /// The device number.
-        slot: u8,
+        slot: DeviceNumber,
         /// Where in its config space; not aligned.
         offset: u16,
     },
@@ -155,8 +156,8 @@ pub fn take_request(page: &[AtomicU32], vcpu: u16, resumed: bool) -> Option<IoRe
 fn config_place(address: u64) -> Place {
     let (sbdf, offset) = ((address >> 32) as u32, address as u32);
     match (u8::try_from(sbdf), u16::try_from(offset)) {
-        (Ok(devfn), Ok(offset)) if devfn & 7 == 0 && offset < 0x1000 => {
-            Place::Config { slot: devfn >> 3, offset }
+        (Ok(devfn), Ok(offset)) if Devfn(devfn).function() == 0 && offset < 0x1000 => {
+            Place::Config { slot: Devfn(devfn).device(), offset }
         }
         _ => Place::Other,
     }
@@ -310,7 +311,7 @@ mod tests {
         assert_eq!(take_request(&page, 5, true), None);
         page[base + 7].store(2 << 24 | 1 << 16 | 0xabcd, Ordering::Relaxed);
         let request = take_request(&page, 5, false).unwrap();
-        let place = Place::Config { slot: 6, offset: 0x41 };
+        let place = Place::Config { slot: Devfn(6 << 3).device(), offset: 0x41 };
         assert_eq!(request, IoRequest { place, bytes: 4, write: Some(0x1234_5678), again: false });
         assert_eq!(page[base + 7].load(Ordering::Relaxed), 2 << 24 | 2 << 16 | 0xabcd);
         assert_eq!(take_request(&page, 5, false), None);

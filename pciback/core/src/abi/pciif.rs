@@ -4,6 +4,7 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::Devfn;
 use crate::fault::{AerAnswer, AerRequest, ChannelState};
 
 /// The protocol that frontends must speak, as they write it into xenstore (`XEN_PCI_MAGIC`).
@@ -229,13 +230,13 @@ pub fn has_aer_handler(page: &[AtomicU32]) -> bool {
 }
 
 /// Notifies the frontend of an error of the function that it sees at `devfn`; the caller then sends an event.
-pub fn put_aer(page: &[AtomicU32], devfn: u8, request: AerRequest, state: ChannelState) {
+pub fn put_aer(page: &[AtomicU32], devfn: Devfn, request: AerRequest, state: ChannelState) {
     let store = |index: usize, value: u32| page[index].store(value, Ordering::Relaxed);
     store(word::AER_COMMAND, aer_number(request));
     store(word::AER_ERROR, channel_number(state));
     store(word::AER_DOMAIN, 0);
     store(word::AER_BUS, 0);
-    store(word::AER_DEVFN, u32::from(devfn));
+    store(word::AER_DEVFN, u32::from(devfn.0));
     // Release: the guest sees the operation once it sees the flag. Atomic: the guest may change the other flags at the same time.
     page[word::FLAGS].fetch_or(AER_ACTIVE, Ordering::Release);
 }
@@ -350,7 +351,7 @@ mod tests {
         let page = page();
         page[0].store(0b011, Ordering::Relaxed);
         assert!(has_aer_handler(&page));
-        put_aer(&page, 0x18, AerRequest::SlotReset, ChannelState::Frozen);
+        put_aer(&page, Devfn(0x18), AerRequest::SlotReset, ChannelState::Frozen);
         let found = [552, 556, 560, 564, 568].map(|at| page[at / 4].load(Ordering::Relaxed));
         assert_eq!(found, [9, 2, 0, 0, 0x18]);
         assert_eq!(page[0].load(Ordering::Relaxed), 0b111);
@@ -358,7 +359,7 @@ mod tests {
         frontend::answer_aer(&page, 5);
         assert_eq!(take_aer_answer(&page), Some(Ok(AerAnswer::Recovered)));
         assert_eq!(page[0].load(Ordering::Relaxed), 0b011);
-        put_aer(&page, 0, AerRequest::Detected, ChannelState::Normal);
+        put_aer(&page, Devfn(0), AerRequest::Detected, ChannelState::Normal);
         withdraw_aer(&page);
         assert_eq!((page[552 / 4].load(Ordering::Relaxed), page[0].load(Ordering::Relaxed)), (6, 0b011));
     }

@@ -136,7 +136,7 @@ impl VfRouting {
         let Some(port) = above else {
             return self.address(count.saturating_sub(1)).map(drop).ok_or_else(segment_end);
         };
-        let bus = |index: u16| u32::from(pf.bus()) + ((u32::from(pf.devfn()) + self.distance(index)) >> 8);
+        let bus = |index: u16| u32::from(pf.bus()) + ((u32::from(pf.devfn().0) + self.distance(index)) >> 8);
         let last_bus = bus(count.saturating_sub(1));
         if last_bus > u32::from(port.subordinate) {
             let fit = (0..count).take_while(|index| bus(*index) <= u32::from(port.subordinate));
@@ -153,7 +153,7 @@ impl VfRouting {
             });
         }
         if port.one_device && !port.ari_forwarding {
-            let unreached = |vf: &Sbdf| vf.bus() == port.secondary && vf.device() > 0;
+            let unreached = |vf: &Sbdf| vf.bus() == port.secondary && vf.device().get() > 0;
             if let Some(vf) = (0..count).filter_map(|index| self.address(index)).find(unreached) {
                 let (supported, port) = (port.ari_supported, port.address);
                 return Err(Unroutable::Ari { pf, vf, port, supported, ari_hierarchy });

@@ -8,6 +8,7 @@ use super::list::Capability;
 use super::policy::{ByGuest, CapabilityAction, Initial, Rule, Treatment};
 use super::rules::{Row, row};
 use super::space::VirtualConfigSpace;
+use crate::Devfn;
 use crate::spec::{AnyId, CapabilitySpec, ExtendedCapabilityId, Kind, sriov};
 
 /// The most VFs that a guest can create: what is left of the eight functions of its PF's device.
@@ -172,11 +173,11 @@ impl VirtualConfigSpace {
     }
 
     /// Shows the guest its device and function number of the PF as Function Dependency Link, where its VFs would need one.
-    pub fn show_own_number(&mut self, devfn: u8) {
+    pub fn show_own_number(&mut self, devfn: Devfn) {
         let Some(at) = self.guests_sriov() else { return };
         let register = at + sriov::FUNCTION_DEPENDENCY_LINK;
         let (dword, shift) = (usize::from(register / 4), 8 * u32::from(register & 3));
-        let with_number = |old: u32| old & !(0xff << shift) | u32::from(devfn) << shift;
+        let with_number = |old: u32| old & !(0xff << shift) | u32::from(devfn.0) << shift;
         let (reset, shadow) = (self.image().reset_value(dword), self.image().shadow(dword));
         self.image_mut().set_reset_value(dword, with_number(reset));
         self.image_mut().set_shadow(dword, with_number(shadow));

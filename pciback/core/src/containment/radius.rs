@@ -196,7 +196,9 @@ impl Group {
         match open_bridge(bridges) {
             Some((bridge, _)) => Self::Below(bridge.address),
             None if function.physical_function.is_some() => Self::Alone(address),
-            None => Self::Device(Sbdf::from_devfn(address.segment(), address.bus(), address.device() << 3)),
+            None => {
+                Self::Device(Sbdf::from_devfn(address.segment(), address.bus(), address.device().devfn().0))
+            }
         }
     }
 }

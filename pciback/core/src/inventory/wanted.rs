@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Identity;
-use crate::{DomId, Sbdf};
+use crate::{Devfn, DomId, Sbdf};
 
 /// A guest, and where it sees a function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
@@ -14,7 +14,7 @@ pub struct Place {
     /// The guest.
     pub domain: DomId,
     /// Device and function number there.
-    pub devfn: u8,
+    pub devfn: Devfn,
 }
 
 /// Where a function should stand.

@@ -14,11 +14,11 @@ use super::fuse::Fuse;
 use super::guest::wait;
 use super::locked;
 use super::world::World;
-use crate::DomId;
 use crate::abi::ioreq as wire;
 use crate::platform::{
-    Cause, HvmDomains, IoreqServer, MsiMessage, Pirq, PlatformError, Result, ServerId, SharedMemory,
+    Cause, Edit, HvmDomains, IoreqServer, MsiMessage, Pirq, PlatformError, Result, ServerId, SharedMemory,
 };
+use crate::{DeviceNumber, DomId};
 
 /// The devices of every guest's device model, and its server.
 const DEVICE_MODEL_SLOTS: [u8; 3] = [0, 1, 2];
@@ -31,7 +31,7 @@ struct Server {
     to_server: Arc<EventFd>,
     to_guest: Arc<EventFd>,
     enabled: bool,
-    slots: BTreeSet<u8>,
+    slots: BTreeSet<DeviceNumber>,
     memory: BTreeSet<(u64, u64)>,
     ports: BTreeSet<(u16, u16)>,
     /// What was written of the guest's memory.
@@ -56,7 +56,7 @@ pub struct Reached {
     /// How it is delivered, by physical interrupt.
     pub messages: BTreeMap<u32, Delivery>,
     /// Lines with the guest's device and pin.
-    pub lines: BTreeSet<(u32, u8, u8)>,
+    pub lines: BTreeSet<(u32, DeviceNumber, u8)>,
 }
 
 /// How Xen delivers a message-signalled interrupt.
@@ -133,18 +133,19 @@ impl SimHvmDomains {
 }
 
 /// Takes something over or gives it up; the same twice is as good as once.
-fn claimed<T: Ord>(set: &mut BTreeSet<T>, value: T, claim: bool) {
-    if claim {
-        set.insert(value);
-    } else {
-        set.remove(&value);
-    }
+fn claimed<T: Ord>(set: &mut BTreeSet<T>, value: T, edit: Edit) {
+    match edit {
+        Edit::Add => set.insert(value),
+        Edit::Remove => set.remove(&value),
+    };
 }
 
 impl HvmDomains for SimHvmDomains {
-    fn device_model_slots(&self, domain: DomId) -> Result<Vec<u8>> {
+    fn device_model_slots(&self, domain: DomId) -> Result<Vec<DeviceNumber>> {
         let what = ("device_model_slots", "ask the device model of");
-        self.call(what, domain, |_| Ok(DEVICE_MODEL_SLOTS.to_vec()))
+        self.call(what, domain, |_| {
+            Ok(DEVICE_MODEL_SLOTS.into_iter().filter_map(DeviceNumber::new).collect())
+        })
     }
 
     fn servers(&self, domain: DomId) -> Result<Vec<ServerId>> {
@@ -197,9 +198,9 @@ impl HvmDomains for SimHvmDomains {
         })
     }
 
-    fn claim_slot(&self, domain: DomId, server: ServerId, slot: u8, claim: bool) -> Result<()> {
+    fn claim_slot(&self, domain: DomId, server: ServerId, slot: DeviceNumber, edit: Edit) -> Result<()> {
         self.server(("claim_slot", "take over config space of"), domain, server, |server| {
-            claimed(&mut server.slots, slot, claim);
+            claimed(&mut server.slots, slot, edit);
             Ok(())
         })
     }
@@ -210,24 +211,17 @@ impl HvmDomains for SimHvmDomains {
         server: ServerId,
         start: u64,
         bytes: u64,
-        claim: bool,
+        edit: Edit,
     ) -> Result<()> {
         self.server(("claim_memory", "take over memory of"), domain, server, |server| {
-            claimed(&mut server.memory, (start, bytes), claim);
+            claimed(&mut server.memory, (start, bytes), edit);
             Ok(())
         })
     }
 
-    fn claim_ports(
-        &self,
-        domain: DomId,
-        server: ServerId,
-        first: u16,
-        count: u16,
-        claim: bool,
-    ) -> Result<()> {
+    fn claim_ports(&self, domain: DomId, server: ServerId, first: u16, count: u16, edit: Edit) -> Result<()> {
         self.server(("claim_ports", "take over ports of"), domain, server, |server| {
-            claimed(&mut server.ports, (first, count), claim);
+            claimed(&mut server.ports, (first, count), edit);
             Ok(())
         })
     }
@@ -239,7 +233,7 @@ impl HvmDomains for SimHvmDomains {
         })
     }
 
-    fn map_memory(&self, domain: DomId, guest: u64, host: u64, frames: u64, map: bool) -> Result<()> {
+    fn map_memory(&self, domain: DomId, guest: u64, host: u64, frames: u64, edit: Edit) -> Result<()> {
         let world = Arc::clone(&self.world);
         self.call(("map_memory", "map memory into"), domain, |found| {
             let world = locked(&world);
@@ -250,7 +244,7 @@ impl HvmDomains for SimHvmDomains {
                 })
             };
             for index in 0..frames {
-                if !map {
+                if edit == Edit::Remove {
                     found.reached.frames.remove(&(guest + index)).ok_or(Errno::EINVAL)?;
                 } else if found
                     .reached
@@ -270,10 +264,10 @@ impl HvmDomains for SimHvmDomains {
         })
     }
 
-    fn map_ports(&self, domain: DomId, guest: u32, host: u32, count: u32, map: bool) -> Result<()> {
+    fn map_ports(&self, domain: DomId, guest: u32, host: u32, count: u32, edit: Edit) -> Result<()> {
         self.call(("map_ports", "map ports into"), domain, |domain| {
             for index in 0..count {
-                if map {
+                if edit == Edit::Add {
                     domain.reached.ports.insert(guest + index, host + index);
                 } else {
                     domain.reached.ports.remove(&(guest + index));
@@ -323,9 +317,9 @@ impl HvmDomains for SimHvmDomains {
         })
     }
 
-    fn bind_line(&self, domain: DomId, pirq: Pirq, slot: u8, pin: u8, bind: bool) -> Result<()> {
+    fn bind_line(&self, domain: DomId, pirq: Pirq, slot: DeviceNumber, pin: u8, edit: Edit) -> Result<()> {
         self.call(("bind_line", "bind an interrupt line of"), domain, |domain| {
-            claimed(&mut domain.reached.lines, (pirq.0, slot, pin), bind);
+            claimed(&mut domain.reached.lines, (pirq.0, slot, pin), edit);
             Ok(())
         })
     }
@@ -406,7 +400,10 @@ impl SimHvmGuest {
             access.address >= start && access.address + u64::from(access.size) <= start + bytes
         };
         let server = servers.find(|server| match access.kind {
-            wire::TYPE_CONFIG => server.slots.contains(&((access.address >> 35) as u8)),
+            wire::TYPE_CONFIG => {
+                let number = u8::try_from(access.address >> 35).ok();
+                number.and_then(DeviceNumber::new).is_some_and(|slot| server.slots.contains(&slot))
+            }
             wire::TYPE_PORT => {
                 server.ports.iter().any(|(first, count)| within((*first).into(), (*count).into()))
             }

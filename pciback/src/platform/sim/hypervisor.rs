@@ -10,7 +10,7 @@ use super::failures::{Failures, Subject};
 use super::locked;
 use super::world::World;
 use crate::platform::hypervisor::DeviceReport;
-use crate::platform::{DomainInfo, Hypervisor, MsiSource, Pirq, PlatformError, Result};
+use crate::platform::{DomainInfo, Edit, Hypervisor, MsiSource, Pirq, PlatformError, Result};
 use crate::policy::RdmPolicy;
 use crate::{DomId, Sbdf};
 
@@ -44,10 +44,6 @@ impl SimHypervisor {
 
 fn both<'a>(domain: DomId, address: Sbdf) -> Subject<'a> {
     Subject { domain: Some(domain), ..Subject::from(address) }
-}
-
-const fn verb(allow: bool) -> &'static str {
-    if allow { "allow" } else { "forbid" }
 }
 
 impl Hypervisor for SimHypervisor {
@@ -112,17 +108,17 @@ impl Hypervisor for SimHypervisor {
         })
     }
 
-    fn iomem_permission(&self, domain: DomId, first: u64, frames: u64, allow: bool) -> Result<()> {
+    fn iomem_permission(&self, domain: DomId, first: u64, frames: u64, edit: Edit) -> Result<()> {
         let text = format!("domain {domain} the {frames} page frames from {first:#x} on");
-        self.call(("iomem_permission", verb(allow)), domain, text, |world| {
-            world.xen.frames(domain, first, frames, allow)
+        self.call(("iomem_permission", edit.verb("allow", "forbid")), domain, text, |world| {
+            world.xen.frames(domain, first, frames, edit)
         })
     }
 
-    fn ioport_permission(&self, domain: DomId, first: u32, count: u32, allow: bool) -> Result<()> {
+    fn ioport_permission(&self, domain: DomId, first: u32, count: u32, edit: Edit) -> Result<()> {
         let text = format!("domain {domain} the {count} I/O ports from {first:#x} on");
-        self.call(("ioport_permission", verb(allow)), domain, text, |world| {
-            world.xen.ports(domain, first, count, allow)
+        self.call(("ioport_permission", edit.verb("allow", "forbid")), domain, text, |world| {
+            world.xen.ports(domain, first, count, edit)
         })
     }
 

@@ -299,6 +299,7 @@ pub(super) fn identify(text: &str) -> u64 {
 mod tests {
     use super::*;
     use crate::config::Access;
+    use crate::platform::Edit;
     use crate::policy::RdmPolicy;
 
     const HOST: &str = include_str!("../../../../configs/sim/two-guests.yaml");
@@ -325,7 +326,7 @@ mod tests {
         host.set_driver_override(bdf("01:10.0"), Some("pciback")).unwrap();
         host.config(bdf("01:10.0")).unwrap().write(Access::new(4, 2).unwrap(), 4).unwrap();
         xen.assign(DomId(1), bdf("01:10.0"), RdmPolicy::Strict).unwrap();
-        xen.iomem_permission(DomId(1), 0xfea00, 4, true).unwrap();
+        xen.iomem_permission(DomId(1), 0xfea00, 4, Edit::Add).unwrap();
         platform.store.write("/local/domain/0/backend/x", b"\xff").unwrap();
         drop(keeper);
 

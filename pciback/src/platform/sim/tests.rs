@@ -6,7 +6,7 @@ use nix::errno::Errno;
 
 use super::{Failure, Owner, Simulation};
 use crate::config::{Access, ConfigSpace};
-use crate::platform::{Cause, MsiSource, Platform, Store, StoreOps};
+use crate::platform::{Cause, Edit, MsiSource, Platform, Store, StoreOps};
 use crate::policy::RdmPolicy;
 use crate::{DomId, Sbdf};
 
@@ -160,7 +160,7 @@ fn a_dead_domain_keeps_nothing() {
     while platform.store.next_event().unwrap().is_some() {}
     hypervisor.prepare_msix(vf).unwrap();
     hypervisor.assign(GUEST, vf, RdmPolicy::Strict).unwrap();
-    hypervisor.iomem_permission(GUEST, 0xfea00, 4, true).unwrap();
+    hypervisor.iomem_permission(GUEST, 0xfea00, 4, Edit::Add).unwrap();
     let source = MsiSource::MsiX { entry: 0, table: 0xfea2_0000 };
     assert_eq!(hypervisor.map_msi(GUEST, vf, source).unwrap().0, 55);
     assert!(!simulation.grants(GUEST).is_empty());

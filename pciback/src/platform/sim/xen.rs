@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::model::ReservedMemory;
 use super::ranges::Ranges;
-use crate::platform::MsiSource;
+use crate::platform::{Edit, MsiSource};
 use crate::policy::RdmPolicy;
 use crate::{DomId, Sbdf, Uuid};
 
@@ -276,14 +276,14 @@ impl Xen {
         Ok(gsi)
     }
 
-    pub fn frames(&mut self, id: DomId, first: u64, count: u64, allow: bool) -> Answer<()> {
+    pub fn frames(&mut self, id: DomId, first: u64, count: u64, edit: Edit) -> Answer<()> {
         let domain = self.domain(id)?;
-        change(&mut domain.frames, first, count, FRAMES, &XEN_FRAMES, allow)
+        change(&mut domain.frames, first, count, FRAMES, &XEN_FRAMES, edit)
     }
 
-    pub fn ports(&mut self, id: DomId, first: u32, count: u32, allow: bool) -> Answer<()> {
+    pub fn ports(&mut self, id: DomId, first: u32, count: u32, edit: Edit) -> Answer<()> {
         let domain = self.domain(id)?;
-        change(&mut domain.ports, first.into(), count.into(), PORTS, &XEN_PORTS, allow)
+        change(&mut domain.ports, first.into(), count.into(), PORTS, &XEN_PORTS, edit)
     }
 
     /// Takes back one pause.
@@ -319,16 +319,15 @@ fn change(
     count: u64,
     limit: u64,
     xens: &[(u64, u64)],
-    allow: bool,
+    edit: Edit,
 ) -> Answer<()> {
     let end = first.checked_add(count).filter(|end| count > 0 && *end <= limit).ok_or(Errno::EINVAL)?;
     if xens.iter().any(|(start, stop)| first < *stop && *start < end) {
         return Err(Errno::EPERM);
     }
-    if allow {
-        set.insert(first, end);
-    } else {
-        set.remove(first, end);
+    match edit {
+        Edit::Add => set.insert(first, end),
+        Edit::Remove => set.remove(first, end),
     }
     Ok(())
 }

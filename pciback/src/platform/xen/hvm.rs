@@ -14,8 +14,8 @@ use super::hypervisor::check;
 use super::ioreq::{RequestPage, XenIoreqServer};
 use super::physdev::PhysDev;
 use super::qmp::ask_device_model;
-use crate::DomId;
-use crate::platform::{HvmDomains, IoreqServer, MsiMessage, Pirq, PlatformError, Result, ServerId};
+use crate::platform::{Edit, HvmDomains, IoreqServer, MsiMessage, Pirq, PlatformError, Result, ServerId};
+use crate::{DeviceNumber, DomId};
 
 /// Servers that a domain can have (`MAX_NR_IOREQ_SERVERS` of Xen).
 const SERVERS: u16 = 8;
@@ -83,11 +83,11 @@ impl XenHvmDomains {
         server: ServerId,
         kind: i32,
         range: RangeInclusive<u64>,
-        claim: bool,
+        edit: Edit,
     ) -> i32 {
         let model = &self.libraries.devicemodel;
         let (handle, (first, last)) = (self.model(), range.into_inner());
-        if claim {
+        if edit == Edit::Add {
             // SAFETY: the handle is open; the other arguments are numbers.
             unsafe {
                 model.xendevicemodel_map_io_range_to_ioreq_server(
@@ -127,10 +127,6 @@ fn done(
     check(answer).map(drop).map_err(|errno| PlatformError::new(action, subject(), errno))
 }
 
-const fn verb(map: bool) -> &'static str {
-    if map { "map" } else { "unmap" }
-}
-
 /// Where Xen delivers a message, in its own packing (`XEN_DOMCTL_VMSI_X86_*`): destination, redirection hint and mode of the
 /// address; delivery and trigger mode of the data.
 fn delivery(message: MsiMessage) -> u32 {
@@ -157,7 +153,7 @@ fn vector(message: MsiMessage) -> u32 {
 }
 
 impl HvmDomains for XenHvmDomains {
-    fn device_model_slots(&self, domain: DomId) -> Result<Vec<u8>> {
+    fn device_model_slots(&self, domain: DomId) -> Result<Vec<DeviceNumber>> {
         ask_device_model(domain).map_err(|cause| {
             PlatformError::new("ask for its devices the device model of domain", domain, cause)
         })
@@ -227,9 +223,9 @@ impl HvmDomains for XenHvmDomains {
         Ok(Box::new(XenIoreqServer::open(&self.libraries, domain, page)?))
     }
 
-    fn claim_slot(&self, domain: DomId, server: ServerId, slot: u8, claim: bool) -> Result<()> {
+    fn claim_slot(&self, domain: DomId, server: ServerId, slot: DeviceNumber, edit: Edit) -> Result<()> {
         let model = &self.libraries.devicemodel;
-        let call = if claim {
+        let call = if edit == Edit::Add {
             // SAFETY: the handle is open; the other arguments are numbers.
             unsafe {
                 model.xendevicemodel_map_pcidev_to_ioreq_server(
@@ -238,7 +234,7 @@ impl HvmDomains for XenHvmDomains {
                     server.0,
                     0,
                     0,
-                    slot,
+                    slot.get(),
                     0,
                 )
             }
@@ -251,12 +247,12 @@ impl HvmDomains for XenHvmDomains {
                     server.0,
                     0,
                     0,
-                    slot,
+                    slot.get(),
                     0,
                 )
             }
         };
-        already(call, claim, || format!("config space of device {slot:x} of domain {domain}"))
+        already(call, edit, || format!("config space of device {slot:x} of domain {domain}"))
     }
 
     fn claim_memory(
@@ -265,24 +261,17 @@ impl HvmDomains for XenHvmDomains {
         server: ServerId,
         start: u64,
         bytes: u64,
-        claim: bool,
+        edit: Edit,
     ) -> Result<()> {
         let last = start + (bytes - 1);
-        let call = self.claim_range(domain, server, MEMORY_RANGE, start..=last, claim);
-        already(call, claim, || format!("memory from {start:#x} to {last:#x} of domain {domain}"))
+        let call = self.claim_range(domain, server, MEMORY_RANGE, start..=last, edit);
+        already(call, edit, || format!("memory from {start:#x} to {last:#x} of domain {domain}"))
     }
 
-    fn claim_ports(
-        &self,
-        domain: DomId,
-        server: ServerId,
-        first: u16,
-        count: u16,
-        claim: bool,
-    ) -> Result<()> {
+    fn claim_ports(&self, domain: DomId, server: ServerId, first: u16, count: u16, edit: Edit) -> Result<()> {
         let (start, last) = (u64::from(first), u64::from(first) + u64::from(count) - 1);
-        let call = self.claim_range(domain, server, PORT_RANGE, start..=last, claim);
-        already(call, claim, || format!("ports {start:#x} to {last:#x} of domain {domain}"))
+        let call = self.claim_range(domain, server, PORT_RANGE, start..=last, edit);
+        already(call, edit, || format!("ports {start:#x} to {last:#x} of domain {domain}"))
     }
 
     fn restart(&self, domain: DomId) -> Result<()> {
@@ -293,15 +282,15 @@ impl HvmDomains for XenHvmDomains {
         done(answer, "restart", || format!("domain {domain}"))
     }
 
-    fn map_memory(&self, domain: DomId, guest: u64, host: u64, frames: u64, map: bool) -> Result<()> {
+    fn map_memory(&self, domain: DomId, guest: u64, host: u64, frames: u64, edit: Edit) -> Result<()> {
         let subject = || format!("{frames} page frames from {host:#x} on at {guest:#x} of domain {domain}");
-        if map {
+        if edit == Edit::Add {
             // Xen would put the mapping in the place of the guest's memory, which is then lost to it.
-            let failed = |errno| PlatformError::new(verb(map), subject(), errno);
+            let failed = |errno| PlatformError::new(edit.verb("map", "unmap"), subject(), errno);
             let end = (guest + frames).min(self.highest_frame(domain).map_err(failed)?.saturating_add(1));
             for frame in guest..end {
                 if self.has_memory(domain, frame).map_err(failed)? {
-                    return Err(PlatformError::new(verb(map), subject(), Errno::EEXIST));
+                    return Err(PlatformError::new(edit.verb("map", "unmap"), subject(), Errno::EEXIST));
                 }
             }
         }
@@ -313,13 +302,13 @@ impl HvmDomains for XenHvmDomains {
                 guest,
                 host,
                 frames,
-                map.into(),
+                edit.is_add().into(),
             )
         };
-        done(answer, verb(map), subject)
+        done(answer, edit.verb("map", "unmap"), subject)
     }
 
-    fn map_ports(&self, domain: DomId, guest: u32, host: u32, count: u32, map: bool) -> Result<()> {
+    fn map_ports(&self, domain: DomId, guest: u32, host: u32, count: u32, edit: Edit) -> Result<()> {
         // SAFETY: the handle is open; the other arguments are numbers.
         let answer = unsafe {
             self.libraries.ctrl.xc_domain_ioport_mapping(
@@ -328,10 +317,10 @@ impl HvmDomains for XenHvmDomains {
                 guest,
                 host,
                 count,
-                map.into(),
+                edit.is_add().into(),
             )
         };
-        done(answer, verb(map), || {
+        done(answer, edit.verb("map", "unmap"), || {
             format!("{count} I/O ports from {host:#x} on at {guest:#x} of domain {domain}")
         })
     }
@@ -392,15 +381,22 @@ impl HvmDomains for XenHvmDomains {
         }
     }
 
-    fn bind_line(&self, domain: DomId, pirq: Pirq, slot: u8, pin: u8, bind: bool) -> Result<()> {
+    fn bind_line(&self, domain: DomId, pirq: Pirq, slot: DeviceNumber, pin: u8, edit: Edit) -> Result<()> {
         let subject = || format!("interrupt line {} to device {slot:x} of domain {domain}", pirq.0);
-        let action = if bind { "bind" } else { "unbind" };
+        let action = edit.verb("bind", "unbind");
         let line = u8::try_from(pirq.0).map_err(|_| PlatformError::new(action, subject(), Errno::ERANGE))?;
         let control = &self.libraries.ctrl;
-        let answer = if bind {
+        let answer = if edit == Edit::Add {
             // SAFETY: the handle is open; the other arguments are numbers.
             unsafe {
-                control.xc_domain_bind_pt_pci_irq(self.control(), u32::from(domain.0), line, 0, slot, pin)
+                control.xc_domain_bind_pt_pci_irq(
+                    self.control(),
+                    u32::from(domain.0),
+                    line,
+                    0,
+                    slot.get(),
+                    pin,
+                )
             }
         } else {
             // SAFETY: the handle is open; the other arguments are numbers.
@@ -411,7 +407,7 @@ impl HvmDomains for XenHvmDomains {
                     line,
                     pt_irq_type_PT_IRQ_TYPE_PCI as u8,
                     0,
-                    slot,
+                    slot.get(),
                     pin,
                     0,
                 )
@@ -422,11 +418,10 @@ impl HvmDomains for XenHvmDomains {
 }
 
 /// What is claimed twice is claimed, and what is given up twice is given up.
-fn already(answer: i32, claim: bool, subject: impl FnOnce() -> String) -> Result<()> {
-    match (check(answer), claim) {
-        (Ok(_), _) | (Err(Errno::EEXIST), true) | (Err(Errno::ENOENT), false) => Ok(()),
-        (Err(errno), true) => Err(PlatformError::new("take over", subject(), errno)),
-        (Err(errno), false) => Err(PlatformError::new("give up", subject(), errno)),
+fn already(answer: i32, edit: Edit, subject: impl FnOnce() -> String) -> Result<()> {
+    match (check(answer), edit) {
+        (Ok(_), _) | (Err(Errno::EEXIST), Edit::Add) | (Err(Errno::ENOENT), Edit::Remove) => Ok(()),
+        (Err(errno), _) => Err(PlatformError::new(edit.verb("take over", "give up"), subject(), errno)),
     }
 }
 

@@ -20,7 +20,7 @@ use super::msix::has_msix;
 use super::physdev::{DeviceAdd, PhysDev, map_msi};
 use crate::platform::hypervisor::DeviceReport;
 use crate::platform::linux::programs;
-use crate::platform::{Cause, DomainInfo, Host, Hypervisor, MsiSource, Pirq, PlatformError, Result};
+use crate::platform::{Cause, DomainInfo, Edit, Host, Hypervisor, MsiSource, Pirq, PlatformError, Result};
 use crate::policy::RdmPolicy;
 use crate::{DomId, Sbdf, Uuid};
 
@@ -47,11 +47,6 @@ unsafe impl Sync for XenHypervisor {}
 /// The answer of a function that returns 0, or -1 with `errno`.
 pub(super) fn check(answer: i32) -> std::result::Result<i32, Errno> {
     if answer < 0 { Err(Errno::last()) } else { Ok(answer) }
-}
-
-/// Whether Xen is asked to grant or to revoke.
-const fn verb(allow: bool) -> &'static str {
-    if allow { "allow" } else { "forbid" }
 }
 
 impl XenHypervisor {
@@ -85,10 +80,15 @@ impl XenHypervisor {
         }
     }
 
-    fn irq_permission(&self, domain: DomId, gsi: u32, allow: bool) -> std::result::Result<i32, Errno> {
+    fn irq_permission(&self, domain: DomId, gsi: u32, edit: Edit) -> std::result::Result<i32, Errno> {
         // SAFETY: the handle is open; the other arguments are numbers.
         check(unsafe {
-            self.libraries.ctrl.xc_domain_irq_permission(self.handle(), u32::from(domain.0), gsi, allow)
+            self.libraries.ctrl.xc_domain_irq_permission(
+                self.handle(),
+                u32::from(domain.0),
+                gsi,
+                edit == Edit::Add,
+            )
         })
     }
 
@@ -112,7 +112,7 @@ impl Drop for XenHypervisor {
 }
 
 fn device(address: Sbdf) -> physdev_pci_device {
-    physdev_pci_device { seg: address.segment(), bus: address.bus(), devfn: address.devfn() }
+    physdev_pci_device { seg: address.segment(), bus: address.bus(), devfn: address.devfn().0 }
 }
 
 impl Hypervisor for XenHypervisor {
@@ -203,7 +203,7 @@ impl Hypervisor for XenHypervisor {
             .map_err(|errno| PlatformError::new("restore the interrupts of", address, errno))
     }
 
-    fn iomem_permission(&self, domain: DomId, first: u64, frames: u64, allow: bool) -> Result<()> {
+    fn iomem_permission(&self, domain: DomId, first: u64, frames: u64, edit: Edit) -> Result<()> {
         // SAFETY: the handle is open; the other arguments are numbers.
         let answer = unsafe {
             self.libraries.ctrl.xc_domain_iomem_permission(
@@ -211,19 +211,19 @@ impl Hypervisor for XenHypervisor {
                 u32::from(domain.0),
                 first,
                 frames,
-                allow.into(),
+                edit.is_add().into(),
             )
         };
         check(answer).map(drop).map_err(|errno| {
             PlatformError::new(
-                verb(allow),
+                edit.verb("allow", "forbid"),
                 format!("domain {domain} the {frames} page frames from {first:#x} on"),
                 errno,
             )
         })
     }
 
-    fn ioport_permission(&self, domain: DomId, first: u32, count: u32, allow: bool) -> Result<()> {
+    fn ioport_permission(&self, domain: DomId, first: u32, count: u32, edit: Edit) -> Result<()> {
         // SAFETY: the handle is open; the other arguments are numbers.
         let answer = unsafe {
             self.libraries.ctrl.xc_domain_ioport_permission(
@@ -231,12 +231,12 @@ impl Hypervisor for XenHypervisor {
                 u32::from(domain.0),
                 first,
                 count,
-                allow.into(),
+                edit.is_add().into(),
             )
         };
         check(answer).map(drop).map_err(|errno| {
             PlatformError::new(
-                verb(allow),
+                edit.verb("allow", "forbid"),
                 format!("domain {domain} the {count} I/O ports from {first:#x} on"),
                 errno,
             )
@@ -276,7 +276,7 @@ impl Hypervisor for XenHypervisor {
         .map_err(error)?;
         let pirq = Pirq(u32::try_from(pirq).map_err(|_| error(Errno::ERANGE))?);
         // The permission names the line by dom0's number for it, which for a line is the GSI.
-        if let Err(errno) = self.irq_permission(domain, gsi, true) {
+        if let Err(errno) = self.irq_permission(domain, gsi, Edit::Add) {
             if let Err(second) = self.unmap(domain, pirq) {
                 log::error!("undo mapping interrupt line {gsi} to domain {domain}: {second}");
             }
@@ -291,7 +291,7 @@ impl Hypervisor for XenHypervisor {
 
     fn unmap_gsi(&self, domain: DomId, gsi: u32, pirq: Pirq) -> Result<()> {
         // Both are tried, so that a failure leaves as little behind as possible.
-        let forbidden = self.irq_permission(domain, gsi, false);
+        let forbidden = self.irq_permission(domain, gsi, Edit::Remove);
         let unmapped = self.unmap(domain, pirq);
         if let (Err(_), Err(second)) = (&forbidden, &unmapped) {
             log::error!("unmap interrupt {} from domain {domain}: {second}", pirq.0);

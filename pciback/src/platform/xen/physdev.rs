@@ -72,10 +72,10 @@ impl DeviceAdd {
         Self {
             segment: address.segment(),
             bus: address.bus(),
-            devfn: address.devfn(),
+            devfn: address.devfn().0,
             flags,
             physical_bus: report.physical_function.map_or(0, Sbdf::bus),
-            physical_devfn: report.physical_function.map_or(0, Sbdf::devfn),
+            physical_devfn: report.physical_function.map_or(0, |pf| pf.devfn().0),
             proximity: [report.proximity.unwrap_or(0)],
         }
     }
@@ -99,7 +99,7 @@ pub fn map_msi(domain: DomId, address: Sbdf, source: MsiSource, pirq: i32) -> ph
         pirq,
         // The segment is in the upper half, the sign bit included.
         bus: (u32::from(address.bus()) | u32::from(address.segment()) << 16) as i32,
-        devfn: address.devfn().into(),
+        devfn: address.devfn().0.into(),
         entry_nr: entry.into(),
         table_base: table,
     }

@@ -14,8 +14,8 @@ use nix::sys::socket::{
 use nix::sys::time::{TimeVal, TimeValLike};
 use serde_json::Value;
 
-use crate::DomId;
 use crate::platform::Cause;
+use crate::{DeviceNumber, DomId};
 
 /// How long the whole conversation may take.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -23,7 +23,7 @@ const LIMIT: Duration = Duration::from_secs(5);
 const SIZE_LIMIT: usize = 1 << 20;
 
 /// QEMU's answer to QMP's `query-pci`: the device numbers on bus 0.
-pub fn ask_device_model(domain: DomId) -> Result<Vec<u8>, Cause> {
+pub fn ask_device_model(domain: DomId) -> Result<Vec<DeviceNumber>, Cause> {
     // The first is for statistics and nearly always free; at the second libxl itself connects, for each of its commands.
     let paths = ["qmp-libxenstat", "qmp-libxl"].map(|name| format!("/run/xen/{name}-{domain}"));
     let stream = paths
@@ -56,7 +56,7 @@ impl Conversation {
         Self { stream, limit, deadline: Instant::now() + limit, pending: Vec::new(), received: 0 }
     }
 
-    fn slots(mut self) -> Result<Vec<u8>, Cause> {
+    fn slots(mut self) -> Result<Vec<DeviceNumber>, Cause> {
         self.answer("QMP")?;
         self.say(b"{\"execute\":\"qmp_capabilities\"}\n")?;
         self.answer("return")?;
@@ -125,10 +125,10 @@ impl Conversation {
     }
 }
 
-fn slots_of(buses: &Value) -> Option<Vec<u8>> {
+fn slots_of(buses: &Value) -> Option<Vec<DeviceNumber>> {
     let root = buses.as_array()?.iter().find(|bus| bus["bus"] == 0)?;
     let slots = root["devices"].as_array()?.iter().map(|device| device["slot"].as_u64());
-    slots.map(|slot| u8::try_from(slot?).ok().filter(|slot| *slot < 32)).collect()
+    slots.map(|slot| DeviceNumber::new(u8::try_from(slot?).ok()?)).collect()
 }
 
 #[cfg(test)]
@@ -142,7 +142,7 @@ mod tests {
     fn asked(
         said: impl Iterator<Item = Vec<u8>> + Send + 'static,
         limit: Duration,
-    ) -> Result<Vec<u8>, Cause> {
+    ) -> Result<Vec<DeviceNumber>, Cause> {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let model = thread::spawn(move || {
             // The client may close the connection early.
@@ -167,8 +167,9 @@ mod tests {
         let said = format!("{GREETING}{answer}").into_bytes();
         // However it comes in pieces.
         let bytes = said.clone().into_iter().map(|byte| vec![byte]);
-        assert_eq!(asked(bytes, LONG).unwrap(), [0, 3]);
-        assert_eq!(asked(std::iter::once(said), LONG).unwrap(), [0, 3]);
+        let slots = [0, 3].map(|slot| DeviceNumber::new(slot).unwrap());
+        assert_eq!(asked(bytes, LONG).unwrap(), slots);
+        assert_eq!(asked(std::iter::once(said), LONG).unwrap(), slots);
     }
 
     #[test]
@@ -213,7 +214,7 @@ mod tests {
             {"bus": 0, "devices": [{"slot": 0, "function": 0}, {"slot": 1, "function": 3}, {"slot": 4}]},
             {"bus": 1, "devices": [{"slot": 9}]},
         ]);
-        assert_eq!(slots_of(&answer), Some(vec![0, 1, 4]));
+        assert_eq!(slots_of(&answer), [0, 1, 4].map(DeviceNumber::new).into_iter().collect());
         for malformed in [serde_json::json!([]), serde_json::json!([{"bus": 0, "devices": [{"slot": 32}]}])] {
             assert_eq!(slots_of(&malformed), None, "{malformed}");
         }

@@ -13,8 +13,9 @@ use super::bars::{self, Part};
 use super::frames::{Frames, Run};
 use super::numbers::Use;
 use super::table::mask_table;
+use crate::DeviceNumber;
 use crate::config::{Access, Bar, BarKind, SideEffect};
-use crate::platform::{BarMemory, HvmDomains, PAGE, Pirq, PlatformError, Result, Revoked, ServerId};
+use crate::platform::{BarMemory, Edit, HvmDomains, PAGE, Pirq, PlatformError, Result, Revoked, ServerId};
 use crate::serve::device::GuestDevice;
 use crate::serve::{GuestFunction, InterruptError};
 use crate::spec::header;
@@ -24,7 +25,7 @@ pub struct Device {
     pub(super) domains: Arc<dyn HvmDomains>,
     server: ServerId,
     /// The device number.
-    slot: u8,
+    slot: DeviceNumber,
     /// What all the guest's functions have of it.
     pub(super) taken: Arc<Taken>,
     /// The memory of the BARs that are not mapped as a whole.
@@ -46,7 +47,7 @@ impl Device {
     pub fn new(
         domains: Arc<dyn HvmDomains>,
         server: ServerId,
-        slot: u8,
+        slot: DeviceNumber,
         taken: Arc<Taken>,
         memory: BTreeMap<u8, Box<dyn BarMemory>>,
     ) -> Self {
@@ -69,9 +70,9 @@ impl Device {
             function.space.unplace();
             mask_table(function);
         }
-        device.domains.claim_slot(function.domain, device.server, device.slot, true)?;
+        device.domains.claim_slot(function.domain, device.server, device.slot, Edit::Add)?;
         if !again {
-            device.bind_line(function, true)?;
+            device.bind_line(function, Edit::Add)?;
             device.place_all(function, false)?;
         }
         Ok(())
@@ -83,14 +84,14 @@ impl Device {
         function.set_device(Arc::new(self));
     }
 
-    fn bind_line(&self, function: &GuestFunction, bind: bool) -> Result<()> {
+    fn bind_line(&self, function: &GuestFunction, edit: Edit) -> Result<()> {
         let pin = Access::new(u32::from(header::INTERRUPT_PIN), 1)
             .ok()
             .and_then(|access| function.space.read(access, function.hardware.as_ref()).ok());
         match pin {
             Some(pin @ 1..=4) if function.line != 0 => {
                 let pirq = Pirq(function.line);
-                self.domains.bind_line(function.domain, pirq, self.slot, pin as u8 - 1, bind)
+                self.domains.bind_line(function.domain, pirq, self.slot, pin as u8 - 1, edit)
             }
             _ => Ok(()),
         }
@@ -130,7 +131,7 @@ impl Device {
             if is_new {
                 function.space.image_mut().set_placed(bar.index, Some(address));
             }
-            let claimed = self.claim(function, bar, address, true);
+            let claimed = self.claim(function, bar, address, Edit::Add);
             claimed.map_err(|error| self.undo(function, bar, address, error))?;
         }
         let frames = Frames::of(bar, function.space.msix().as_ref());
@@ -162,7 +163,7 @@ impl Device {
             let revoked = function.revocation.check();
             revoked.map_err(|errno| PlatformError::new("map a BAR of", function.address, errno))?;
             let (guest, host) = ((address + offset) / PAGE, (bar.start + offset) / PAGE);
-            self.domains.map_memory(function.domain, guest, host, count, true)?;
+            self.domains.map_memory(function.domain, guest, host, count, Edit::Add)?;
             done += count;
             function.space.image_mut().set_mapped_frames(bar.index, done);
             function.revocation.advance();
@@ -174,12 +175,12 @@ impl Device {
     fn remove(&self, function: &mut GuestFunction, bar: &Bar, address: u64) -> Result<()> {
         function.space.image_mut().set_mapped_frames(bar.index, 0);
         let frames = Frames::of(bar, function.space.msix().as_ref());
-        let mut outcome = self.claim(function, bar, address, false);
+        let mut outcome = self.claim(function, bar, address, Edit::Remove);
         let mut done = 0;
         // All of them: a process that was killed may have mapped more than it has noted.
         while let Some(Run { offset, count }) = frames.next(done) {
             let (guest, host) = ((address + offset) / PAGE, (bar.start + offset) / PAGE);
-            let answer = self.domains.map_memory(function.domain, guest, host, count, false);
+            let answer = self.domains.map_memory(function.domain, guest, host, count, Edit::Remove);
             outcome = outcome.and(Revoked::Reach.outcome(answer));
             done += count;
             function.revocation.advance();
@@ -215,17 +216,17 @@ impl Device {
     }
 
     /// Takes the guest's accesses to I/O ports and to the trapped parts of a BAR, or gives them up; all of it is tried.
-    fn claim(&self, function: &GuestFunction, bar: &Bar, address: u64, claim: bool) -> Result<()> {
+    fn claim(&self, function: &GuestFunction, bar: &Bar, address: u64, edit: Edit) -> Result<()> {
         let (domains, domain) = (self.domains.as_ref(), function.domain);
         if bar.kind == BarKind::Io {
             let (guest, host, count) = (address as u32, bar.start as u32, bar.size as u32);
-            return undone(claim, domains.map_ports(domain, guest, host, count, claim));
+            return undone(edit, domains.map_ports(domain, guest, host, count, edit));
         }
         let parts = bars::parts(bar, function.space.msix().as_ref());
         let mut outcome = Ok(());
         for Part { offset, bytes } in parts.trapped {
-            let answer = domains.claim_memory(domain, self.server, address + offset, bytes, claim);
-            outcome = outcome.and(undone(claim, answer));
+            let answer = domains.claim_memory(domain, self.server, address + offset, bytes, edit);
+            outcome = outcome.and(undone(edit, answer));
         }
         outcome
     }
@@ -318,9 +319,9 @@ impl GuestDevice for Device {
     }
 
     fn leave(&self, function: &mut GuestFunction) -> std::result::Result<(), InterruptError> {
-        let slot = self.domains.claim_slot(function.domain, self.server, self.slot, false);
+        let slot = self.domains.claim_slot(function.domain, self.server, self.slot, Edit::Remove);
         let slot = Revoked::Reach.outcome(slot);
-        let line = Revoked::Interrupt.outcome(self.bind_line(function, false));
+        let line = Revoked::Interrupt.outcome(self.bind_line(function, Edit::Remove));
         let unmapped = self.unmap_bars(function);
         Ok(slot.and(line).and(unmapped)?)
     }
@@ -342,6 +343,9 @@ const fn aligned(offset: u64, bytes: u8) -> bool {
 }
 
 /// What is taken away may have been taken before.
-fn undone(map: bool, answer: Result<()>) -> std::result::Result<(), PlatformError> {
-    if map { answer } else { Revoked::Reach.outcome(answer) }
+fn undone(edit: Edit, answer: Result<()>) -> std::result::Result<(), PlatformError> {
+    match edit {
+        Edit::Add => answer,
+        Edit::Remove => Revoked::Reach.outcome(answer),
+    }
 }

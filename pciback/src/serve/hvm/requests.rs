@@ -11,7 +11,6 @@ use super::ports::ConfigPorts;
 use super::recovery::recover_interrupted;
 use super::wire::{self, IoRequest, Place, VCPUS};
 use super::{ECAM_BASE, ECAM_BYTES, Taken};
-use crate::DomId;
 use crate::config::Width;
 use crate::fault::AerAnswer;
 use crate::platform::{HvmDomains, IoreqServer, PlatformError};
@@ -19,6 +18,7 @@ use crate::serve::worker::{EVENTS, RequestSource, Turn};
 use crate::serve::{
     Attachment, Counters, Demand, GuestFunction, NotNotified, Notification, Roster, Server, ServerReport,
 };
+use crate::{Devfn, DomId};
 
 /// A connected server of an HVM guest, and what the guest has besides its functions.
 pub struct Connection {
@@ -39,7 +39,7 @@ pub struct Connection {
 pub fn start(
     domain: DomId,
     connection: Connection,
-    functions: BTreeMap<u8, Box<GuestFunction>>,
+    functions: BTreeMap<Devfn, Box<GuestFunction>>,
     counters: Arc<Counters>,
     report: Box<dyn Fn(ServerReport) + Send>,
 ) -> io::Result<Server> {
@@ -166,12 +166,16 @@ impl IoreqRequests {
         match request.place {
             Place::Config { slot, offset } => {
                 let bytes = wire::reached_by_ports(offset, request.bytes);
-                self.config(roster, slot << 3, offset, bytes, request.write)
+                self.config(roster, slot.devfn(), offset, bytes, request.write)
             }
             Place::Memory { address } => match address.checked_sub(ECAM_BASE) {
-                Some(at) if at < ECAM_BYTES => {
-                    self.config(roster, (at >> 12) as u8, at as u16 & 0xfff, request.bytes, request.write)
-                }
+                Some(at) if at < ECAM_BYTES => self.config(
+                    roster,
+                    Devfn((at >> 12) as u8),
+                    at as u16 & 0xfff,
+                    request.bytes,
+                    request.write,
+                ),
                 _ => (access_memory(roster, address, request.bytes, request.write), true, None, None),
             },
             Place::Port { port } => {
@@ -189,7 +193,7 @@ impl IoreqRequests {
     fn config(
         &mut self,
         roster: &mut Roster,
-        devfn: u8,
+        devfn: Devfn,
         offset: u16,
         bytes: u8,
         write: Option<u64>,

@@ -11,15 +11,17 @@ use super::frames::AT_ONCE;
 use super::requests::{Connection, start};
 use super::{ConfigPorts, wire};
 use crate::abi::ioreq::xen::{self, config};
-use crate::platform::{HvmDomains, IoreqServer, MsiMessage, PAGE, Pirq, Result, ServerId, SharedMemory};
-use crate::serve::machine::{DOMAIN, Machine};
+use crate::platform::{
+    Edit, HvmDomains, IoreqServer, MsiMessage, PAGE, Pirq, Result, ServerId, SharedMemory,
+};
 use crate::serve::revocation::Revocation;
+use crate::serve::test_machine::{DOMAIN, Machine};
 use crate::serve::{Counters, GuestFunction, Server};
-use crate::{DomId, Sbdf};
+use crate::{Devfn, DeviceNumber, DomId, Sbdf};
 
 const ADDRESS: Sbdf = Sbdf::from_devfn(0, 1, 0x10);
 const SLOT: u8 = 9;
-const DEVFN: u8 = SLOT << 3;
+const DEVFN: Devfn = Devfn(SLOT << 3);
 const BYTES: u64 = 4 << 30;
 /// But for two with the MSI-X table and its pending bits, which are behind two others.
 const FRAMES: u64 = BYTES / PAGE - 2;
@@ -50,7 +52,7 @@ impl Xen {
 }
 
 impl HvmDomains for Xen {
-    fn device_model_slots(&self, _: DomId) -> Result<Vec<u8>> {
+    fn device_model_slots(&self, _: DomId) -> Result<Vec<DeviceNumber>> {
         Ok(Vec::new())
     }
     fn servers(&self, _: DomId) -> Result<Vec<ServerId>> {
@@ -65,20 +67,20 @@ impl HvmDomains for Xen {
     fn connect(&self, domain: DomId, _: ServerId) -> Result<Box<dyn IoreqServer>> {
         Err(crate::platform::PlatformError::new("connect to", domain, nix::errno::Errno::ENOSYS))
     }
-    fn claim_slot(&self, _: DomId, _: ServerId, _: u8, _: bool) -> Result<()> {
+    fn claim_slot(&self, _: DomId, _: ServerId, _: DeviceNumber, _: Edit) -> Result<()> {
         Ok(())
     }
-    fn claim_memory(&self, _: DomId, _: ServerId, _: u64, _: u64, _: bool) -> Result<()> {
+    fn claim_memory(&self, _: DomId, _: ServerId, _: u64, _: u64, _: Edit) -> Result<()> {
         Ok(())
     }
-    fn claim_ports(&self, _: DomId, _: ServerId, _: u16, _: u16, _: bool) -> Result<()> {
+    fn claim_ports(&self, _: DomId, _: ServerId, _: u16, _: u16, _: Edit) -> Result<()> {
         Ok(())
     }
     fn restart(&self, _: DomId) -> Result<()> {
         Ok(())
     }
-    fn map_memory(&self, _: DomId, guest: u64, _: u64, frames: u64, map: bool) -> Result<()> {
-        if !map {
+    fn map_memory(&self, _: DomId, guest: u64, _: u64, frames: u64, edit: Edit) -> Result<()> {
+        if edit == Edit::Remove {
             self.mapped.lock().unwrap().remove(&guest);
             return Ok(());
         }
@@ -90,7 +92,7 @@ impl HvmDomains for Xen {
         }
         Ok(())
     }
-    fn map_ports(&self, _: DomId, _: u32, _: u32, _: u32, _: bool) -> Result<()> {
+    fn map_ports(&self, _: DomId, _: u32, _: u32, _: u32, _: Edit) -> Result<()> {
         Ok(())
     }
     fn bind_msi(&self, _: DomId, _: Pirq, _: MsiMessage, _: u64, _: bool) -> Result<()> {
@@ -102,7 +104,7 @@ impl HvmDomains for Xen {
     fn is_mapped(&self, _: DomId, _: Pirq) -> Result<bool> {
         Ok(false)
     }
-    fn bind_line(&self, _: DomId, _: Pirq, _: u8, _: u8, _: bool) -> Result<()> {
+    fn bind_line(&self, _: DomId, _: Pirq, _: DeviceNumber, _: u8, _: Edit) -> Result<()> {
         Ok(())
     }
 }
@@ -158,11 +160,13 @@ fn begin() -> (Guest, Server) {
 
 fn enter(xen: &Arc<Xen>, function: &mut GuestFunction, again: bool) {
     let domains = Arc::clone(xen) as Arc<dyn HvmDomains>;
-    Device::new(domains, ServerId(1), SLOT, Arc::default(), BTreeMap::new()).enter(function, again).unwrap();
+    Device::new(domains, ServerId(1), DEVFN.device(), Arc::default(), BTreeMap::new())
+        .enter(function, again)
+        .unwrap();
 }
 
 impl Guest {
-    fn serve(&self, functions: BTreeMap<u8, Box<GuestFunction>>) -> Server {
+    fn serve(&self, functions: BTreeMap<Devfn, Box<GuestFunction>>) -> Server {
         let connection = Connection {
             server: Box::new(self.page.clone()),
             ports: ConfigPorts::new(SharedMemory::anonymous(ConfigPorts::BYTES).unwrap()),

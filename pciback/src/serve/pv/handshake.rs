@@ -10,13 +10,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::nodes::{FrontendView, NodeChange, PublishedFunction, RingPlace, XenbusState, key};
-use crate::{DomId, Sbdf};
+use crate::{Devfn, DomId, Sbdf};
 
-#[cfg(test)]
-mod pcifront;
 mod progress;
-#[cfg(test)]
-mod tests;
 
 /// How long the directories stay away once they were removed. A guest's xenbus notices only whether they are there when it
 /// looks: made again before that, they would be those of the device that it knows and has closed, and it would not connect.
@@ -32,12 +28,12 @@ pub enum Action {
     /// Give the ring up.
     Disconnect,
     /// The guest was notified of the function and has scanned for it.
-    Added(u8),
+    Added(Devfn),
     /// The function is published, but the guest does not look for it yet.
-    Waiting(u8),
+    Waiting(Devfn),
     /// The guest has released the function, or its time is up: it must be silent before the next action, which may have the
     /// guest look at its bus again.
-    Removed(u8),
+    Removed(Devfn),
     /// Something for the log: what the guest does wrong.
     Report(String),
     /// Call [`Handshake::pause_over`] after [`PAUSE`]. Until then nothing is published.
@@ -119,8 +115,8 @@ pub struct Handshake {
     domain: DomId,
     link: Link,
     frontend: FrontendView,
-    functions: BTreeMap<u8, Function>,
-    undropped: BTreeMap<u8, Undropped>,
+    functions: BTreeMap<Devfn, Function>,
+    undropped: BTreeMap<Devfn, Undropped>,
     /// A ring that could not be connected to, or a complaint that was made: not repeated until the frontend says something else.
     refused: Option<Result<RingPlace, String>>,
 }
@@ -139,7 +135,7 @@ impl Handshake {
         domain: DomId,
         state: Option<XenbusState>,
         left: &[PublishedFunction],
-        functions: &[(u8, Sbdf)],
+        functions: &[(Devfn, Sbdf)],
         frontend: FrontendView,
     ) -> (Self, Vec<Action>) {
         let mut handshake = Self::new(domain);
@@ -166,7 +162,7 @@ impl Handshake {
                 handshake.undropped.insert(*devfn, Undropped { index: *index, asked });
             }
         }
-        let node_of = |devfn: u8| known.iter().find(|published| published.devfn == devfn);
+        let node_of = |devfn: Devfn| known.iter().find(|published| published.devfn == devfn);
         // Those with nodes keep their index; only then is it known which are free.
         let (published, new): (Vec<_>, Vec<_>) =
             functions.iter().partition(|(devfn, _)| node_of(*devfn).is_some());
@@ -254,14 +250,14 @@ impl Handshake {
     }
 
     /// The guest shall have a function at this device and function number, which must be free.
-    pub fn add(&mut self, devfn: u8, address: Sbdf) -> Vec<Action> {
+    pub fn add(&mut self, devfn: Devfn, address: Sbdf) -> Vec<Action> {
         let index = self.free_index();
         self.functions.insert(devfn, Function { address, index, phase: Phase::Wanted });
         self.advanced()
     }
 
     /// The guest shall lose a function.
-    pub fn remove(&mut self, devfn: u8) -> Vec<Action> {
+    pub fn remove(&mut self, devfn: Devfn) -> Vec<Action> {
         match self.functions.get_mut(&devfn).map(|function| &mut function.phase) {
             // It was not told of it: there is nothing to ask.
             None | Some(Phase::Wanted) => return self.withdraw_unasked(devfn),
@@ -273,7 +269,7 @@ impl Handshake {
     }
 
     /// The guest took too long, or is not asked: the function is withdrawn at once.
-    pub fn withdraw_unasked(&mut self, devfn: u8) -> Vec<Action> {
+    pub fn withdraw_unasked(&mut self, devfn: Devfn) -> Vec<Action> {
         let mut actions = vec![Action::Removed(devfn)];
         if let Some(Function { index, phase, .. }) = self.functions.remove(&devfn) {
             if self.functions.is_empty() {
@@ -290,7 +286,7 @@ impl Handshake {
         actions
     }
 
-    fn leave_undropped(&mut self, devfn: u8, index: u32, phase: Phase, actions: &mut Vec<Action>) {
+    fn leave_undropped(&mut self, devfn: Devfn, index: u32, phase: Phase, actions: &mut Vec<Action>) {
         let mut changes = vec![NodeChange::withdrawn_function(index)];
         if phase == Phase::Wanted {
             if self.undropped.contains_key(&devfn) {

@@ -1,7 +1,7 @@
 //! The xenstore nodes of a guest's PCI device: every path and key is spelled here and nowhere else.
 
 use crate::platform::{Permissions, Result, Store, StoreOps};
-use crate::{DomId, Sbdf};
+use crate::{Devfn, DeviceNumber, DomId, Sbdf};
 
 use super::wire::MAGIC;
 
@@ -96,15 +96,15 @@ impl NodeChange {
     }
 
     /// The changes that publish one function at an index.
-    pub(crate) fn function(index: u32, address: Sbdf, devfn: u8, state: XenbusState) -> Vec<Self> {
+    pub(crate) fn function(index: u32, address: Sbdf, devfn: Devfn, state: XenbusState) -> Vec<Self> {
         let mut changes = vec![Self::backend(format!("dev-{index}"), address)];
         changes.extend(Self::function_to_drop(index, devfn, state));
         changes
     }
 
     /// The changes that publish at an index what a guest needs to drop a function.
-    pub(crate) fn function_to_drop(index: u32, devfn: u8, state: XenbusState) -> [Self; 2] {
-        let seen = format!("0000:00:{:02x}.{:02x}", devfn >> 3, devfn & 7);
+    pub(crate) fn function_to_drop(index: u32, devfn: Devfn, state: XenbusState) -> [Self; 2] {
+        let seen = format!("0000:00:{:02x}.{:02x}", devfn.device(), devfn.function());
         [Self::backend(format!("vdev-{index}"), seen), Self::function_state(index, state)]
     }
 
@@ -279,7 +279,7 @@ pub struct PublishedFunction {
     /// Where it is in the nodes.
     pub index: u32,
     /// The device and function number that the guest sees.
-    pub devfn: u8,
+    pub devfn: Devfn,
     /// Its own state.
     pub state: XenbusState,
     /// The function; `None` when it was withdrawn, and the nodes are there for the guest to drop it.
@@ -296,9 +296,9 @@ pub fn read_backend_functions(store: &dyn StoreOps, domain: DomId) -> Result<Vec
         let Some(seen) = store.read(&format!("{directory}/vdev-{index}"))? else { continue };
         let seen = std::str::from_utf8(&seen).ok().and_then(|text| text.rsplit_once(':')?.1.split_once('.'));
         let parsed = seen.and_then(|(device, function)| {
-            let device = u8::from_str_radix(device, 16).ok().filter(|device| *device < 32)?;
+            let device = u8::from_str_radix(device, 16).ok().and_then(DeviceNumber::new)?;
             let function = u8::from_str_radix(function, 16).ok().filter(|function| *function < 8)?;
-            Some(device << 3 | function)
+            Some(Devfn(device.devfn().0 | function))
         });
         let Some(devfn) = parsed else { continue };
         let state = store.read(&format!("{directory}/state-{index}"))?.as_deref().and_then(number);

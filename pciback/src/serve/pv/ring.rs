@@ -10,19 +10,19 @@ use log::warn;
 
 use super::interrupts;
 use super::wire::{self, Command, Op, OpAnswer, WireError};
-use crate::DomId;
 use crate::config::Access;
 use crate::fault::AerAnswer;
 use crate::platform::{PlatformError, Ring};
 use crate::serve::worker::{RequestSource, Turn};
 use crate::serve::{Counters, GuestFunction, NotNotified, Notification, Roster, Server, ServerReport};
+use crate::{Devfn, DomId};
 
 /// Starts to serve a PV guest over its connected ring; `functions` by device and function number. A request that has waited since is
 /// answered first. Reports go to `report`, which must not block.
 pub fn start(
     domain: DomId,
     ring: Box<dyn Ring>,
-    functions: BTreeMap<u8, Box<GuestFunction>>,
+    functions: BTreeMap<Devfn, Box<GuestFunction>>,
     counters: Arc<Counters>,
     report: Box<dyn Fn(ServerReport) + Send>,
 ) -> io::Result<Server> {
@@ -101,7 +101,7 @@ impl RingRequests {
             wire::claim(self.ring.page(), op.info);
         }
         let op = &op;
-        let devfn = u8::try_from(op.devfn).ok().filter(|_| op.domain == 0 && op.bus == 0);
+        let devfn = u8::try_from(op.devfn).ok().filter(|_| op.domain == 0 && op.bus == 0).map(Devfn);
         let mut demand = None;
         let mut attachment = None;
         let answer = match devfn.and_then(|devfn| roster.functions.get_mut(&devfn)) {
@@ -138,10 +138,10 @@ impl RingRequests {
 }
 
 /// Answers for a VF that the guest has created: a further function of its PF's device. Writes of it change nothing.
-fn of_vf(roster: &Roster, devfn: u8, op: &Op) -> Option<OpAnswer> {
-    let pf = roster.functions.get(&(devfn & !7))?;
+fn of_vf(roster: &Roster, devfn: Devfn, op: &Op) -> Option<OpAnswer> {
+    let pf = roster.functions.get(&devfn.device().devfn())?;
     let access = Access::new(op.offset, op.size).ok()?;
-    let read = pf.read_vf(devfn & 7, access)?;
+    let read = pf.read_vf(devfn.function(), access)?;
     match op.command {
         Command::CONF_READ => Some(OpAnswer::value(read)),
         Command::CONF_WRITE => Some(OpAnswer::value(op.value)),

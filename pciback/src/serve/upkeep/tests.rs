@@ -4,7 +4,7 @@ use crate::Sbdf;
 use crate::config::{Access, InterruptMode};
 use crate::platform::MsiSource;
 use crate::serve::GuestFunction;
-use crate::serve::machine::{DEVICE_CONTROL, MSI, Machine};
+use crate::serve::test_machine::{DEVICE_CONTROL, MSI, Machine};
 
 const ADDRESS: Sbdf = Sbdf::from_devfn(0, 1, 0x10);
 const LINE: u32 = 17;

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use log::{Level, log};
-use pciback::DomId;
 use pciback::config::{Filter, MaskedWrite};
 use pciback::serve::pv::{Action, Handshake, NodeChange};
 use pciback::serve::{Counters, GuestFunction, Notification, Server, TIME_BOUNDS};
+use pciback::{Devfn, DomId};
 
 use super::hvm::Hvm;
 use super::log_limit::LogLimit;
@@ -23,10 +23,10 @@ pub(in crate::engine) struct Guest {
     pub(super) hvm: Option<Hvm>,
     pub(super) server: Option<Arc<Server>>,
     /// Its functions while no thread serves them, by device and function number.
-    pub(super) parked: BTreeMap<u8, Box<GuestFunction>>,
+    pub(super) parked: BTreeMap<Devfn, Box<GuestFunction>>,
     pub(super) counters: Arc<Counters>,
     /// Transactions that wait for the guest, by device and function number.
-    pub(super) waiting: BTreeMap<u8, Waiting>,
+    pub(super) waiting: BTreeMap<Devfn, Waiting>,
     /// Actions of its handshake that are not carried out yet, in order.
     pub(super) actions: VecDeque<Action>,
     /// The number of background tasks for the guest; its handshake actions wait until it is 0.
@@ -141,7 +141,7 @@ impl Guest {
     }
 
     /// Replaces the filter of one of its functions.
-    pub fn replace_filter(&mut self, devfn: u8, filter: Arc<Filter>) -> Result<(), String> {
+    pub fn replace_filter(&mut self, devfn: Devfn, filter: Arc<Filter>) -> Result<(), String> {
         let replaced = match (&self.server, self.parked.get_mut(&devfn)) {
             (_, Some(function)) => Some(function.replace_filter(filter)),
             (Some(server), None) => {
@@ -167,7 +167,7 @@ impl Guest {
 
     /// Prepares a reset that the guest did not request, of one of its functions. If a thread serves the function, it is returned, and
     /// must get the order before the reset. An error: the guest may still reach the function.
-    pub fn begin_reset(&mut self, devfn: u8) -> Result<Option<(Arc<Server>, u8)>, String> {
+    pub fn begin_reset(&mut self, devfn: Devfn) -> Result<Option<(Arc<Server>, Devfn)>, String> {
         match (&self.server, self.parked.get_mut(&devfn)) {
             (_, Some(function)) => function.begin_reset().map(|()| None).map_err(|error| error.to_string()),
             (Some(server), None) => Ok(Some((Arc::clone(server), devfn))),
@@ -176,7 +176,7 @@ impl Guest {
     }
 
     /// Called when the host has read and cleared the error registers of one of its functions.
-    pub fn events_cleared(&mut self, devfn: u8) {
+    pub fn events_cleared(&mut self, devfn: Devfn) {
         match (&self.server, self.parked.get_mut(&devfn)) {
             (_, Some(function)) => function.events_cleared(),
             (Some(server), None) => server.events_cleared(devfn),
@@ -187,7 +187,7 @@ impl Guest {
     }
 
     /// Marks one of its functions as removed from the host.
-    pub fn set_gone(&mut self, domain: DomId, devfn: u8) {
+    pub fn set_gone(&mut self, domain: DomId, devfn: Devfn) {
         match (&self.server, self.parked.get_mut(&devfn)) {
             (_, Some(function)) => function.set_gone(),
             (Some(server), None) => server.set_gone(devfn),
@@ -207,7 +207,7 @@ impl Guest {
     }
 
     /// Where to find the blocked writes of the guest to one of its functions.
-    pub fn masked_writes(&self, devfn: u8) -> MaskedWrites {
+    pub fn masked_writes(&self, devfn: Devfn) -> MaskedWrites {
         match (&self.server, self.parked.get(&devfn)) {
             (_, Some(function)) => MaskedWrites::Known(function.masked_writes()),
             (Some(server), None) => MaskedWrites::Ask(Arc::clone(server), devfn),
@@ -234,7 +234,7 @@ impl Guest {
         }
     }
 
-    pub(in crate::engine) fn place(&mut self, devfn: u8, function: Box<GuestFunction>) {
+    pub(in crate::engine) fn place(&mut self, devfn: Devfn, function: Box<GuestFunction>) {
         match &self.server {
             Some(server) => server.add(devfn, function),
             None => {
@@ -249,7 +249,7 @@ pub(in crate::engine) enum MaskedWrites {
     /// The writes.
     Known(Vec<MaskedWrite>),
     /// The serving thread has them.
-    Ask(Arc<Server>, u8),
+    Ask(Arc<Server>, Devfn),
 }
 
 impl MaskedWrites {

@@ -10,14 +10,14 @@ use std::io;
 use std::sync::Arc;
 
 use log::{error, info, warn};
-use pciback::DomId;
-use pciback::platform::{BarMemory, PlatformError, ServerId, SharedMemory};
+use pciback::platform::{BarMemory, Edit, PlatformError, ServerId, SharedMemory};
 use pciback::serve::GuestFunction;
 use pciback::serve::hvm::{
     self, CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts, Connection, Device, ECAM_BASE, ECAM_BYTES, Taken,
 };
 use pciback::serve::pv::Handshake;
 use pciback::serve::pv::nodes::pciback_functions;
+use pciback::{Devfn, DeviceNumber, DomId};
 
 use super::Event;
 use super::guest::Guest;
@@ -35,7 +35,7 @@ pub(in crate::engine) struct Hvm {
     server: ServerId,
     taken: Arc<Taken>,
     /// Device and function numbers of the guest's functions.
-    pub devices: BTreeSet<u8>,
+    pub devices: BTreeSet<Devfn>,
 }
 
 impl Hvm {
@@ -46,7 +46,7 @@ impl Hvm {
 
 /// A function that an earlier run of the service served.
 pub(in crate::engine) struct Resumed {
-    pub devfn: u8,
+    pub devfn: Devfn,
     pub function: Box<GuestFunction>,
     pub memory: BTreeMap<u8, Box<dyn BarMemory>>,
 }
@@ -98,17 +98,23 @@ impl Engine {
     pub(super) fn device_model_asked(
         &mut self,
         wanted: &Wanted,
-        slots: Result<Vec<u8>, Failure>,
+        slots: Result<Vec<DeviceNumber>, Failure>,
         reply: Reply,
     ) {
         let plan = slots.and_then(|slots| {
             // The state may have changed while the device model was asked.
-            let record = self.attachable(wanted.address, wanted.domain, wanted.trust)?;
+            let record = self.attachable(wanted.address, wanted.domain, wanted.options.reuse)?;
             // From the highest number down: a device model gives a device that is plugged later the lowest free number.
-            let devfn = self.free_place(wanted.domain, wanted.address, wanted.slot, (0..32).rev(), &slots)?;
-            self.attachment(record, wanted.domain, devfn, wanted.persist)
+            let devfn = self.free_place(
+                wanted.domain,
+                wanted.address,
+                wanted.slot,
+                DeviceNumber::all().rev(),
+                &slots,
+            )?;
+            self.attachment(record, wanted.domain, devfn, wanted.options.persist)
         });
-        let plan = if wanted.dry_run { plan.map(Plan::into_dry_run) } else { plan };
+        let plan = if wanted.options.dry_run { plan.map(Plan::into_dry_run) } else { plan };
         self.carry_out(plan, reply);
     }
 
@@ -142,7 +148,7 @@ impl Engine {
         hvm.devices.insert(place.devfn);
         self.functions.handover().reachable.add(function.address());
         let (platform, taken) = (Arc::clone(&self.platform.hvm), Arc::clone(&hvm.taken));
-        let device = Device::new(platform, hvm.server, place.devfn >> 3, taken, memory);
+        let device = Device::new(platform, hvm.server, place.devfn.device(), taken, memory);
         let entered = device.enter(&mut function, false);
         // Placed even after a failure, so that the undo of the attachment can withdraw it.
         guest.place(place.devfn, function);
@@ -178,13 +184,13 @@ impl Engine {
         domain: DomId,
         server: ServerId,
         taken: Arc<Taken>,
-        functions: BTreeMap<u8, Box<GuestFunction>>,
+        functions: BTreeMap<Devfn, Box<GuestFunction>>,
     ) -> Result<(), Failure> {
         let hvm = &self.platform.hvm;
         let connected = hvm.connect(domain, server)?;
-        hvm.claim_memory(domain, server, ECAM_BASE, ECAM_BYTES, true)?;
+        hvm.claim_memory(domain, server, ECAM_BASE, ECAM_BYTES, Edit::Add)?;
         let ports = self.config_ports(domain)?;
-        hvm.claim_ports(domain, server, CONFIG_ADDRESS, CONFIG_PORTS, true)?;
+        hvm.claim_ports(domain, server, CONFIG_ADDRESS, CONFIG_PORTS, Edit::Add)?;
         let inbox = self.inbox.clone();
         let mut guest = Guest::new(Handshake::new(domain));
         guest.hvm =
@@ -256,7 +262,7 @@ impl Engine {
         let mut resetting = Vec::new();
         for Resumed { devfn, mut function, memory } in resumed {
             let platform = Arc::clone(&self.platform.hvm);
-            let device = Device::new(platform, server, devfn >> 3, Arc::clone(&taken), memory);
+            let device = Device::new(platform, server, devfn.device(), Arc::clone(&taken), memory);
             if let Err(error) = device.enter(&mut function, true) {
                 error!("{}: {error}", function.address());
                 let text = format!("{}: {error}", function.address());

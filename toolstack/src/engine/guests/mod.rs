@@ -13,9 +13,9 @@ use std::collections::BTreeMap;
 use std::sync::mpsc;
 
 use log::{Level, error, info};
-use pciback::DomId;
 use pciback::serve::pv::Handshake;
 use pciback::serve::{Attachment, ServerReport};
+use pciback::{DeviceNumber, DomId};
 
 use self::guest::Guest;
 pub(super) use self::guest::MaskedWrites;
@@ -44,7 +44,7 @@ pub enum Event {
         /// The attachment that was requested.
         wanted: Wanted,
         /// The device numbers that are in use.
-        slots: Result<Vec<u8>, Failure>,
+        slots: Result<Vec<DeviceNumber>, Failure>,
         /// Where the answer is sent.
         reply: Reply,
     },

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use log::{Level, info, warn};
-use pciback::Sbdf;
 use pciback::platform::Host;
 use pciback::serve::{Attachment, Server};
+use pciback::{Devfn, Sbdf};
 
 use super::Event;
 use crate::engine::{self, Engine};
@@ -21,7 +21,11 @@ impl Engine {
 
     /// Resets a function while its guest has it. `server` is the serving thread that gets an order first, if the guest did not request
     /// the reset.
-    pub(in crate::engine) fn reset_under_guest(&mut self, address: Sbdf, server: Option<(Arc<Server>, u8)>) {
+    pub(in crate::engine) fn reset_under_guest(
+        &mut self,
+        address: Sbdf,
+        server: Option<(Arc<Server>, Devfn)>,
+    ) {
         let Some(attachment) = self.functions.attachment(address) else {
             warn!("{address}: not reset, because no guest has it any more");
             return;
@@ -82,7 +86,7 @@ impl Engine {
 }
 
 /// Takes a function from a guest whose thread serves it, until its reset has ended.
-fn take_before_reset(server: Option<(Arc<Server>, u8)>) -> Result<(), Failure> {
+fn take_before_reset(server: Option<(Arc<Server>, Devfn)>) -> Result<(), Failure> {
     let Some((server, devfn)) = server else { return Ok(()) };
     let begun = server.begin_reset(devfn).map_err(|stuck| stuck.to_string());
     begun.and_then(|begun| begun.unwrap_or(Ok(())).map_err(|error| error.to_string())).map_err(|why| {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 use pciback::serve::GuestFunction;
 use pciback::serve::pv::{Handshake, NodeChange, nodes};
-use pciback::{DomId, FunctionState, Sbdf};
+use pciback::{Devfn, DomId, FunctionState, Sbdf};
 
 use super::deadlines::NOTIFY_AGAIN;
 use super::guest::{Awaited, Guest, Waiting};
@@ -101,7 +101,7 @@ impl Engine {
 
     /// The function is published, but the frontend of the guest is not connected: the transaction waits for a frontend to appear, not for
     /// the answer of one.
-    pub(in crate::engine) fn published(&mut self, domain: DomId, devfn: u8) {
+    pub(in crate::engine) fn published(&mut self, domain: DomId, devfn: Devfn) {
         if let Some(guest) = self.guests.get_mut(domain)
             && let Some(waiting) = guest.waiting.get_mut(&devfn)
             && waiting.for_what == Awaited::Look
@@ -131,7 +131,7 @@ impl Engine {
     pub(in crate::engine) fn answer(
         &mut self,
         domain: DomId,
-        devfn: u8,
+        devfn: Devfn,
         with: impl FnOnce(Awaited) -> Option<Result<Option<String>, Failure>>,
     ) {
         let Some(guest) = self.guests.get_mut(domain) else { return };
@@ -144,7 +144,7 @@ impl Engine {
     }
 
     /// The guest released the function, or its time limit expired.
-    pub(in crate::engine) fn removed(&mut self, domain: DomId, devfn: u8) {
+    pub(in crate::engine) fn removed(&mut self, domain: DomId, devfn: Devfn) {
         if let Some(address) = self.functions.records().at(GuestPlace { domain, devfn }) {
             self.functions.withdraw(address);
         }
@@ -213,14 +213,14 @@ impl Engine {
     pub(in crate::engine) fn resume_guest(
         &mut self,
         domain: DomId,
-        functions: Vec<(u8, Sbdf, Box<GuestFunction>)>,
+        functions: Vec<(Devfn, Sbdf, Box<GuestFunction>)>,
     ) -> Result<(), Failure> {
         let store = Arc::clone(&self.platform.store);
         self.watch_guest(domain)?;
         let state = nodes::read_backend_state(store.as_ref(), domain)?;
         let left = nodes::read_backend_functions(store.as_ref(), domain)?;
         let frontend = nodes::read_frontend(store.as_ref(), domain)?;
-        let places: Vec<(u8, Sbdf)> =
+        let places: Vec<(Devfn, Sbdf)> =
             functions.iter().map(|(devfn, address, _)| (*devfn, *address)).collect();
         let resetting: Vec<Sbdf> = functions
             .iter()

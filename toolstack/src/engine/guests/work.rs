@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use log::{Level, error};
 use pciback::serve::{GuestFunction, Server};
-use pciback::{DomId, Sbdf};
+use pciback::{Devfn, DomId, Sbdf};
 
 use super::Event;
 use super::guest::Awaited;
@@ -19,7 +19,7 @@ use crate::protocol::Cause;
 /// A function to be taken from its guest.
 pub(in crate::engine) enum Removal {
     /// A thread serves it.
-    Served(Arc<Server>, u8),
+    Served(Arc<Server>, Devfn),
     /// No thread serves it.
     Parked(Box<GuestFunction>),
 }
@@ -41,7 +41,7 @@ impl Removal {
 /// The result of background work.
 pub enum WorkDone {
     /// A function was switched off, or could not be. The answer is for the transaction of an HVM guest, which waits for this.
-    SwitchedOff(u8, Result<Option<Sbdf>, String>, Option<Answer>),
+    SwitchedOff(Devfn, Result<Option<Sbdf>, String>, Option<Answer>),
     /// The functions of a guest whose ring was given up, switched off.
     GaveUpRing(Result<Parked, String>),
     /// A function whose interrupts were restored after its reset.
@@ -49,7 +49,7 @@ pub enum WorkDone {
 }
 
 /// Functions that no thread serves, by device and function number.
-pub(in crate::engine) type Parked = BTreeMap<u8, Box<GuestFunction>>;
+pub(in crate::engine) type Parked = BTreeMap<Devfn, Box<GuestFunction>>;
 
 impl Engine {
     fn work(
@@ -71,7 +71,7 @@ impl Engine {
     pub(in crate::engine) fn switch_off(
         &mut self,
         domain: DomId,
-        devfn: u8,
+        devfn: Devfn,
         answer: Option<Answer>,
     ) -> Result<(), Option<Answer>> {
         let Some(guest) = self.guests.get_mut(domain) else { return Err(answer) };
@@ -122,7 +122,7 @@ impl Engine {
     }
 
     /// Restores a function after its reset, when no thread serves it.
-    pub(super) fn restore_parked(&mut self, domain: DomId, devfn: u8) {
+    pub(super) fn restore_parked(&mut self, domain: DomId, devfn: Devfn) {
         let Some(guest) = self.guests.get_mut(domain) else { return };
         if guest.working > 0 {
             guest.later.push(Box::new(move |engine| engine.restore_parked(domain, devfn)));
@@ -176,7 +176,7 @@ impl Engine {
     fn switched_off(
         &mut self,
         domain: DomId,
-        devfn: u8,
+        devfn: Devfn,
         outcome: Result<Option<Sbdf>, String>,
         answer: Option<Answer>,
     ) {
@@ -189,7 +189,7 @@ impl Engine {
                 Ok(None)
             }
             Err(why) => {
-                let text = format!("switch off what domain {domain} had at {devfn:#x}: {why}");
+                let text = format!("switch off what domain {domain} had at {devfn}: {why}");
                 Err(Failure::new(ErrorCode::Failed, text).of(domain))
             }
         };
@@ -207,7 +207,7 @@ impl Engine {
     pub(super) fn answer_removed(
         &mut self,
         domain: DomId,
-        devfn: u8,
+        devfn: Devfn,
         outcome: Result<Option<String>, Failure>,
     ) {
         self.answer(domain, devfn, |awaited| match awaited {

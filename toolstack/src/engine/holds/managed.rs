@@ -6,10 +6,12 @@
 use std::collections::BTreeSet;
 
 use log::{error, info};
+use pciback::policy::Reuse;
 use pciback::{FunctionState, Sbdf};
 
 use crate::engine::Engine;
 use crate::engine::problems::Problem;
+use crate::engine::requests::Reserved;
 use crate::journal::Record;
 use crate::protocol::Cause;
 
@@ -22,7 +24,7 @@ pub(super) struct Managed {
 impl Engine {
     /// Returns a function to dom0 that was held for the guest that has just released it.
     fn return_managed(&mut self, address: Sbdf) {
-        let plan = self.plan_release(address, false, false);
+        let plan = self.plan_release(address, Reserved::Refused, Reuse::AfterShutdown);
         if let Err(failure) = &plan {
             info!("{address}: it stays held for now: {failure}");
             self.holds.managed.waiting.insert(address);

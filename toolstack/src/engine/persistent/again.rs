@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use log::{error, info, warn};
+use pciback::policy::Reuse;
 use pciback::{DomId, FunctionState, Sbdf, Uuid};
 
 use crate::engine::Engine;
@@ -145,13 +146,13 @@ impl Engine {
     fn attachment_again(&self, address: Sbdf, domain: DomId) -> Result<Record, Failure> {
         let reservation = self.files.reservations.get(address);
         let reservation = reservation.ok_or_else(|| Failure::not_found("it was forgotten meanwhile"))?;
-        let mut record = self.attachable(address, domain, false)?;
+        let mut record = self.attachable(address, domain, Reuse::AfterShutdown)?;
         let slots = self.persistent.starts.slots(domain);
         if slots.is_none() {
             self.has_bus(domain)?;
         }
         self.can_lose_bars(domain)?;
-        let (slot, others) = (Some(reservation.devfn >> 3), slots.unwrap_or_default());
+        let (slot, others) = (Some(reservation.devfn.device()), slots.unwrap_or_default());
         let devfn = self.free_place(domain, address, slot, std::iter::empty(), &others)?;
         record.guest = Some(GuestPlace { domain, devfn });
         Ok(record)

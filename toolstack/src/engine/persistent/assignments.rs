@@ -2,7 +2,8 @@
 //! guest.
 
 use pciback::platform::HostFunction;
-use pciback::{DomId, Sbdf, Uuid};
+use pciback::policy::Reuse;
+use pciback::{DeviceNumber, DomId, Sbdf, Uuid};
 
 use super::Event;
 use crate::domains;
@@ -69,7 +70,7 @@ impl Engine {
                 |address| {
                     taken.push(address);
                     let has_it = |known: &&Reservation| {
-                        known.address == address && one.slot.is_none_or(|slot| slot == known.devfn >> 3)
+                        known.address == address && one.slot.is_none_or(|slot| slot == known.devfn.device())
                     };
                     let promised = is_by_address(&one.target).then(|| one.target.clone());
                     match kept.iter().find(has_it) {
@@ -169,7 +170,7 @@ impl Engine {
         let mut own = own.filter(|address| vfs.contains(address) && !taken.contains(address));
         match own.next() {
             Some(address) => Ok(address),
-            None => self.free_vf(pf, &DomainName(domain.0.to_string()), false, taken),
+            None => self.free_vf(pf, &DomainName(domain.0.to_string()), Reuse::AfterShutdown, taken),
         }
     }
 
@@ -195,7 +196,7 @@ impl Engine {
         &self,
         address: Sbdf,
         guest: (Uuid, Option<String>),
-        slot: Option<u8>,
+        slot: Option<DeviceNumber>,
         kept: &[Reservation],
     ) -> Result<Reservation, Failure> {
         let host = self.platform.host.as_ref();

@@ -17,7 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use log::error;
-use pciback::DomId;
+use pciback::{DeviceNumber, DomId};
 
 use self::assignments::{Assignments, kept_by_settings};
 
@@ -42,7 +42,7 @@ pub(super) struct Persistent {
 /// Results of background work for guests that have functions persistently.
 pub enum Event {
     /// The device model of a rebooted guest was asked which device numbers it uses.
-    DeviceModelRuns(DomId, Result<Vec<u8>, Failure>),
+    DeviceModelRuns(DomId, Result<Vec<DeviceNumber>, Failure>),
     /// The functions that the settings assign to a guest that has appeared.
     AssignmentsFound(Assignments),
     /// Those functions are now reserved for the guest.

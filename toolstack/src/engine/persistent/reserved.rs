@@ -1,18 +1,17 @@
 //! Functions that guests have persistently: access checks, reservation, listing and removal.
 
-use pciback::FunctionState;
 use pciback::platform::HostFunction;
-use pciback::{DomId, Sbdf, Uuid};
+use pciback::policy::Reuse;
+use pciback::{Devfn, DeviceNumber, DomId, FunctionState, Sbdf, Uuid};
 
 use super::kept_by_settings;
 use crate::domains;
 use crate::engine::Engine;
-use crate::engine::requests::persistent_view;
-use crate::engine::requests::{Plan, how_to_forget, kept_for};
+use crate::engine::requests::{AttachOptions, Plan, how_to_forget, kept_for, persistent_view};
 use crate::engine::tasks::Course;
 use crate::journal::Record;
 use crate::outcome::Failure;
-use crate::protocol::{DomainName, FunctionView, Scope, Success};
+use crate::protocol::{DomainName, FunctionView, Placed, Scope, Success};
 use crate::reply::Reply;
 use crate::reservations::{Change, Reservation};
 use crate::spec::existing;
@@ -90,7 +89,7 @@ impl Engine {
         &self,
         address: Sbdf,
         domain: DomId,
-        devfn: u8,
+        devfn: Devfn,
     ) -> Result<Reservation, Failure> {
         let host = self.platform.host.as_ref();
         let device = self.devices.of(host, &existing(host, address)?)?;
@@ -104,19 +103,19 @@ impl Engine {
         &self,
         domain: &DomainName,
         address: Sbdf,
-        slot: Option<u8>,
+        slot: Option<DeviceNumber>,
     ) -> Option<Record> {
         let domain = domains::find(self.platform.store.as_ref(), domain).ok()?;
         let record = self.functions.records().get(address)?;
         let place = record.guest.filter(|place| place.domain == domain)?;
-        let here = slot.is_none_or(|slot| slot == place.devfn >> 3);
+        let here = slot.is_none_or(|slot| slot == place.devfn.device());
         (record.state == FunctionState::Attached && here && !self.functions.is_busy(address))
             .then(|| record.clone())
     }
 
     /// The answer to an attachment of a function that the guest has already.
     pub(in crate::engine) fn has_it(&self, record: &Record) -> Success {
-        let place = record.guest.map(|place| (place.domain, Sbdf::from_devfn(0, 0, place.devfn)));
+        let place = record.guest.map(|place| (place.domain, Sbdf::in_guest(place.devfn)));
         let text = place.map_or_else(
             || format!("{} is attached already", record.address),
             |(domain, seen)| {
@@ -179,22 +178,23 @@ impl Engine {
     pub(in crate::engine) fn reserve_for_absent(
         &self,
         guest: Result<(Uuid, Option<String>), Failure>,
-        address: Sbdf,
-        (slot, dry_run): (Option<u8>, bool),
+        function: Placed,
+        options: AttachOptions,
         reply: Reply,
     ) {
+        let Placed { address, slot } = function;
         let wanted = guest.and_then(|(guest, name)| self.absent_reservation(guest, name, address, slot));
         let wanted = match wanted {
             Ok(wanted) => wanted,
             Err(failure) => return reply.done(Err(failure)),
         };
-        let seen = Sbdf::from_devfn(0, 0, wanted.devfn);
+        let seen = Sbdf::in_guest(wanted.devfn);
         let message =
             format!("{address} is reserved for {}, which sees it at {seen} when it starts", wanted.who());
         if self.files.reservations.get(address).as_ref() == Some(&wanted) {
             return reply.done(Ok(Success::Already { message }));
         }
-        if dry_run {
+        if options.dry_run {
             let message = format!("nothing was changed; without --dry-run: {message}");
             return reply.done(Ok(Success::Possible { message }));
         }
@@ -210,18 +210,18 @@ impl Engine {
         guest: Uuid,
         name: Option<String>,
         address: Sbdf,
-        slot: Option<u8>,
+        slot: Option<DeviceNumber>,
     ) -> Result<Reservation, Failure> {
         let host = self.platform.host.as_ref();
         let function = existing(host, address)?;
         self.idle(address)?;
         // Former owners that may still reach the function are checked when the guest starts.
-        let mut found = self.attach_obstacles(&function, None, true);
+        let mut found = self.attach_obstacles(&function, None, Reuse::Trusted);
         let known = self.reserved(address);
         found.extend(self.kept_for_others(address, guest).err());
         found.extend(self.assigned_to_others(&function, &(guest, name.clone())));
         Failure::refuse_for(&format!("keep {address} for guest {guest}"), found)?;
-        let own = known.filter(|known| slot.is_none_or(|slot| slot == known.devfn >> 3));
+        let own = known.filter(|known| slot.is_none_or(|slot| slot == known.devfn.device()));
         if let Some(own) = own {
             return Ok(own);
         }
@@ -323,7 +323,7 @@ impl Engine {
         self.show(reply, move |shown| {
             let view = |reservation: &Reservation| {
                 let view = shown.view(reservation.address);
-                let guest_address = view.guest_address.or(Some(Sbdf::from_devfn(0, 0, reservation.devfn)));
+                let guest_address = view.guest_address.or(Some(Sbdf::in_guest(reservation.devfn)));
                 FunctionView { guest_address, persistent: Some(persistent_view(reservation)), ..view }
             };
             Ok(Success::Functions { functions: listed.iter().map(view).collect() })
@@ -336,17 +336,17 @@ impl Engine {
 pub(super) fn free_devfn(
     address: Sbdf,
     guest: Uuid,
-    slot: Option<u8>,
+    slot: Option<DeviceNumber>,
     kept: &[Reservation],
-) -> Result<u8, Failure> {
+) -> Result<Devfn, Failure> {
     let others = kept.iter().filter(|other| other.address != address);
-    let is_free = |slot: &u8| others.clone().all(|other| other.devfn >> 3 != *slot);
+    let is_free = |slot: &DeviceNumber| others.clone().all(|other| other.devfn.device() != *slot);
     // From the highest number down: an HVM guest's device model uses the lowest ones.
     let free = match slot {
-        Some(slot) => Some(slot).filter(|slot| *slot < 32 && is_free(slot)),
-        None => (0..32).rev().find(is_free),
+        Some(slot) => Some(slot).filter(is_free),
+        None => DeviceNumber::all().rev().find(is_free),
     };
-    free.map(|slot| slot << 3).ok_or_else(|| {
+    free.map(DeviceNumber::devfn).ok_or_else(|| {
         let text = format!("guest {guest} has no free device number for {address}");
         Failure::refused(text).on(address).hint("'xpci pci-list --persistent' shows what it has")
     })

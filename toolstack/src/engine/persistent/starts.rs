@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use log::{error, info, warn};
-use pciback::{DomId, Uuid};
+use pciback::{DeviceNumber, DomId, Uuid};
 use serde::{Deserialize, Serialize};
 
 use super::Event;
@@ -27,7 +27,7 @@ struct Start {
     /// Whether its device model is being asked.
     asked: bool,
     /// The device numbers that its device model uses.
-    slots: Option<Vec<u8>>,
+    slots: Option<Vec<DeviceNumber>>,
 }
 
 /// The guests that are kept paused.
@@ -62,14 +62,14 @@ impl Starts {
         }
     }
 
-    fn note_slots(&mut self, domain: DomId, slots: Vec<u8>) {
+    fn note_slots(&mut self, domain: DomId, slots: Vec<DeviceNumber>) {
         if let Some(start) = self.0.get_mut(&domain) {
             start.slots = Some(slots);
         }
     }
 
     /// The device numbers that the device model of a guest uses, once they are known.
-    pub fn slots(&self, domain: DomId) -> Option<Vec<u8>> {
+    pub fn slots(&self, domain: DomId) -> Option<Vec<DeviceNumber>> {
         self.0.get(&domain)?.slots.clone()
     }
 
@@ -185,7 +185,7 @@ impl Engine {
     }
 
     /// The device model has reported its device numbers, or failed.
-    pub(super) fn device_model_runs(&mut self, domain: DomId, slots: Result<Vec<u8>, Failure>) {
+    pub(super) fn device_model_runs(&mut self, domain: DomId, slots: Result<Vec<DeviceNumber>, Failure>) {
         if !self.persistent.starts.contains(domain) {
             return;
         }

@@ -1,19 +1,21 @@
 //! Plans of attachments and of their ends.
 
+use std::collections::BTreeMap;
+
 use pciback::platform::HostFunction;
 use pciback::policy::{Permission, Reuse, Subject};
 use pciback::serve::pv::nodes;
-use pciback::{DomId, FunctionState, Sbdf};
+use pciback::{Devfn, DeviceNumber, DomId, FunctionState, Sbdf};
 
-use super::obstacles::{Force, Refusal, ThreadChecks, attaching, shares_with_others};
-use super::{ASSIGNABLE_AGAIN, Plan, dry_run_answer};
+use super::obstacles::{InUse, Refusal, ThreadChecks, attaching, shares_with_others};
+use super::{ASSIGNABLE_AGAIN, Plan, Several, dry_run_answer};
 use crate::domains::{self, DomainType};
 use crate::engine::Engine;
 use crate::engine::functions::Records;
 use crate::engine::tasks::Course;
 use crate::journal::{GuestPlace, Record};
-use crate::outcome::Failure;
-use crate::protocol::{DomainName, Scope, Success};
+use crate::outcome::{ErrorCode, Failure};
+use crate::protocol::{DomainName, Placed, Scope, Success};
 use crate::reply::Reply;
 use crate::reservations::Change;
 use crate::spec::existing;
@@ -24,19 +26,55 @@ use crate::transaction::{Kind, PF_STUB, Withdrawal};
 pub struct Wanted {
     pub(in crate::engine) domain: DomId,
     pub(in crate::engine) address: Sbdf,
-    pub(in crate::engine) slot: Option<u8>,
+    pub(in crate::engine) slot: Option<DeviceNumber>,
+    pub(in crate::engine) options: AttachOptions,
+}
+
+/// The options of an attachment.
+#[derive(Debug, Clone, Copy)]
+pub struct AttachOptions {
+    /// Whether the guest gets the function again whenever it starts.
     pub(in crate::engine) persist: bool,
-    /// Attach even while a PV guest that had the function may still reach it.
-    pub(in crate::engine) trust: bool,
+    /// Whether a function of dom0 is held first, and given back when the guest has released it.
+    pub(in crate::engine) managed: bool,
+    /// Whether a PV guest that had the function is waited for.
+    pub(in crate::engine) reuse: Reuse,
     /// Only report what would be done.
     pub(in crate::engine) dry_run: bool,
-    /// Whether it is held first if dom0 has it.
-    pub(in crate::engine) managed: bool,
 }
 
 impl Engine {
-    /// Attaches a function to a guest, after all obstacles are checked.
-    pub(super) fn attach(&mut self, wanted: Wanted, reply: Reply) {
+    /// Attaches a function to a guest, or reserves it for a guest that does not run.
+    pub(super) fn attach_one(
+        &mut self,
+        domain: DomainName,
+        function: Placed,
+        options: AttachOptions,
+        reply: Reply,
+    ) {
+        if options.managed && !options.dry_run {
+            return self.attach_several(Several { domain, functions: vec![function], options }, reply);
+        }
+        let Placed { address, slot } = function;
+        if let Some(record) = self.attached_already(&domain, address, slot) {
+            if options.persist && !options.dry_run {
+                self.keep_held(address);
+                return self.make_persistent(&record, reply);
+            }
+            return reply.done(Ok(self.has_it(&record)));
+        }
+        match domains::find(self.platform.store.as_ref(), &domain) {
+            Ok(domain) => self.attach(Wanted { domain, address, slot, options }, reply),
+            Err(failure) if options.persist && failure.code == ErrorCode::NotFound => {
+                let absent = self.absent_guest(&domain, failure);
+                self.reserve_for_absent(absent, function, options, reply);
+            }
+            Err(failure) => reply.done(Err(failure)),
+        }
+    }
+
+    /// Attaches a function to a guest that runs, after all obstacles are checked.
+    fn attach(&mut self, wanted: Wanted, reply: Reply) {
         let plan = match domains::kind(self.platform.store.as_ref(), wanted.domain) {
             Ok(DomainType::Hvm) => match self.hvm_attachable(&wanted) {
                 Ok(None) => return self.ask_device_model(wanted, reply),
@@ -46,21 +84,24 @@ impl Engine {
             Ok(_) => self.plan_attach(&wanted),
             Err(error) => Err(error.into()),
         };
-        let plan = if wanted.dry_run { plan.map(Plan::into_dry_run) } else { plan };
+        let plan = if wanted.options.dry_run { plan.map(Plan::into_dry_run) } else { plan };
         self.carry_out(plan, reply);
     }
 
     fn plan_attach(&self, wanted: &Wanted) -> Result<Plan, Failure> {
-        let Wanted { domain, address, slot, persist, .. } = *wanted;
-        let place = self.free_place(domain, address, slot, 0..32, &[]);
+        let Wanted { domain, address, slot, options } = *wanted;
+        let place = self.free_place(domain, address, slot, DeviceNumber::all(), &[]);
         let bus = self.has_bus(domain);
         let (place, no_place) = match place {
             Ok(place) => (place, None),
-            Err(failure) => (0, Some(failure)),
+            Err(failure) => (Devfn(0), Some(failure)),
         };
         match self.refused(wanted, bus.err().into_iter().chain(no_place).collect())? {
             Some(refused) => Ok(refused),
-            None => self.attachment(self.functions.records().get_or_new(address), domain, place, persist),
+            None => {
+                let record = self.functions.records().get_or_new(address);
+                self.attachment(record, domain, place, options.persist)
+            }
         }
     }
 
@@ -74,16 +115,16 @@ impl Engine {
         let function = existing(self.platform.host.as_ref(), address)?;
         self.idle(address)?;
         let state = self.functions.records().state(address);
-        let is_to_hold = wanted.managed && state == FunctionState::Host;
+        let is_to_hold = wanted.options.managed && state == FunctionState::Host;
         let found = match is_to_hold {
-            true => self.managed_obstacles(&function, Some(domain), wanted.trust),
-            false => self.attach_obstacles(&function, Some(domain), wanted.trust),
+            true => self.managed_obstacles(&function, Some(domain), wanted.options.reuse),
+            false => self.attach_obstacles(&function, Some(domain), wanted.options.reuse),
         };
         let found = [found, also].concat();
         if found.is_empty() && !is_to_hold {
             return Ok(None);
         }
-        let hold = (state == FunctionState::Host && !function.is_bridge()).then_some(Force(false));
+        let hold = (state == FunctionState::Host && !function.is_bridge()).then_some(InUse::Refused);
         let shares = shares_with_others(state, &function).then_some(Some(domain));
         let action = attaching(address, domain);
         let nothing = match is_to_hold {
@@ -112,17 +153,18 @@ impl Engine {
         Ok(())
     }
 
-    /// The record of a function that can be attached to a domain now. With `trust`, even while a former PV owner may still reach it.
+    /// The record of a function that can be attached to a domain now. With [`Reuse::Trusted`], even while a former PV owner may still
+    /// reach it.
     pub(in crate::engine) fn attachable(
         &self,
         address: Sbdf,
         domain: DomId,
-        trust: bool,
+        reuse: Reuse,
     ) -> Result<Record, Failure> {
         let function = existing(self.platform.host.as_ref(), address)?;
         self.idle(address)?;
         let action = attaching(address, domain);
-        Failure::refuse_for(&action, self.attach_obstacles(&function, Some(domain), trust))?;
+        Failure::refuse_for(&action, self.attach_obstacles(&function, Some(domain), reuse))?;
         Ok(self.functions.records().get_or_new(address))
     }
 
@@ -130,12 +172,12 @@ impl Engine {
         &self,
         mut record: Record,
         domain: DomId,
-        devfn: u8,
+        devfn: Devfn,
         persist: bool,
     ) -> Result<Plan, Failure> {
         let address = record.address;
         record.guest = Some(GuestPlace { domain, devfn });
-        let seen = Sbdf::from_devfn(0, 0, devfn);
+        let seen = Sbdf::in_guest(devfn);
         let mut message = format!("{address} is attached to domain {domain}, which sees it at {seen}");
         let change = match persist {
             true => {
@@ -179,13 +221,17 @@ impl Engine {
         }
     }
 
-    /// Refuses `action` while a former PV owner may still reach the function; `but`: the domain that is to get it.
+    /// Refuses `action` while a former PV owner may still reach the function, unless that is trusted; `but`: the domain that is to get it.
     pub(super) fn out_of_reach(
         &self,
         address: Sbdf,
         but: Option<DomId>,
         action: &str,
+        reuse: Reuse,
     ) -> Result<(), Failure> {
+        if reuse == Reuse::Trusted {
+            return Ok(());
+        }
         let function = existing(self.platform.host.as_ref(), address)?;
         let store = self.platform.store.as_ref();
         let name = |domain| domains::name(store, domain).ok().flatten();
@@ -202,49 +248,59 @@ impl Engine {
         &self,
         domain: DomId,
         address: Sbdf,
-        slot: Option<u8>,
-        mut order: impl Iterator<Item = u8>,
-        others: &[u8],
-    ) -> Result<u8, Failure> {
-        let mut taken: [Option<String>; 32] = [const { None }; 32];
+        slot: Option<DeviceNumber>,
+        mut order: impl Iterator<Item = DeviceNumber>,
+        others: &[DeviceNumber],
+    ) -> Result<Devfn, Failure> {
+        let mut taken: BTreeMap<DeviceNumber, String> = BTreeMap::new();
         for slot in others {
-            taken[usize::from(slot & 31)] = Some("an emulated device".to_owned());
+            taken.insert(*slot, "an emulated device".to_owned());
         }
         for reservation in self.reserved_in(domain)? {
             if reservation.address != address {
                 let kept = format!("{}, which is reserved for it,", reservation.address);
-                taken[usize::from(reservation.devfn >> 3)] = Some(kept);
+                taken.insert(reservation.devfn.device(), kept);
             }
         }
         for (record, place) in self.functions.records().of(domain) {
-            taken[usize::from(place.devfn >> 3)] = Some(record.address.to_string());
+            taken.insert(place.devfn.device(), record.address.to_string());
         }
         match slot {
-            Some(slot) if slot > 0x1f => {
-                Err(Failure::refused(format!("{slot:#x} is not a device number (0 to 1f)")))
-            }
-            Some(slot) => match &taken[usize::from(slot)] {
-                None => Ok(slot << 3),
+            Some(slot) => match taken.get(&slot) {
+                None => Ok(slot.devfn()),
                 Some(other) => {
                     Err(Failure::refused(format!("domain {domain} sees {other} at device {slot:x}"))
                         .of(domain)
                         .hint("choose another device number, or give none"))
                 }
             },
-            None => order.find(|slot| taken[usize::from(*slot)].is_none()).map(|slot| slot << 3).ok_or_else(
-                || {
-                    Failure::refused(format!("domain {domain} has 32 devices; its bus has no room"))
-                        .of(domain)
-                },
-            ),
+            None => order.find(|slot| !taken.contains_key(slot)).map(DeviceNumber::devfn).ok_or_else(|| {
+                Failure::refused(format!("domain {domain} has 32 devices; its bus has no room")).of(domain)
+            }),
         }
     }
 
-    pub(super) fn plan_detach(
+    /// Takes a function from a guest, and ends its reservation as `scope` says.
+    pub(super) fn detach(
+        &mut self,
+        domain: &DomainName,
+        address: Sbdf,
+        withdrawal: Withdrawal,
+        scope: Scope,
+        reply: Reply,
+    ) {
+        if scope == Scope::Persistent || self.is_only_reserved(domain, address, scope) {
+            return self.forget_reservation(domain, address, reply);
+        }
+        let plan = self.plan_detach(domain, address, withdrawal, scope);
+        self.carry_out(plan, reply);
+    }
+
+    fn plan_detach(
         &self,
         name: &DomainName,
         address: Sbdf,
-        force: bool,
+        withdrawal: Withdrawal,
         scope: Scope,
     ) -> Result<Plan, Failure> {
         let domain = domains::find(self.platform.store.as_ref(), name)?;
@@ -262,10 +318,9 @@ impl Engine {
                 .of(domain)
                 .hint(format!("'xpci pci-list {domain}' shows what it has")));
         }
-        if !force {
+        if withdrawal == Withdrawal::Ask {
             self.may_lose(domain)?;
         }
-        let withdrawal = if force { Withdrawal::Force } else { Withdrawal::Ask };
         let reservation = self.reservation_of(name, address);
         let (end, change) = match (reservation, scope) {
             (None, _) if record.managed => {

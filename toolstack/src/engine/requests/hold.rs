@@ -1,9 +1,10 @@
 //! Plans of holding functions, giving them back to dom0, and clearing a quarantine.
 
 use pciback::platform::HostFunction;
+use pciback::policy::Reuse;
 use pciback::{FunctionState, Sbdf};
 
-use super::obstacles::{Force, Refusal, ThreadChecks};
+use super::obstacles::{InUse, Refusal, ThreadChecks, reuse_with};
 use super::{Plan, dry_run_answer};
 use crate::engine::Engine;
 use crate::engine::tasks::Course;
@@ -14,14 +15,44 @@ use crate::reply::Reply;
 use crate::spec::existing;
 use crate::transaction::{Kind, guest_owned, holder_of, refuse_in_use};
 
+/// Whether a function goes back to dom0 that a guest has persistently.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::engine) enum Reserved {
+    /// It is refused.
+    Refused,
+    /// The reservation ends (`--force`).
+    Ended,
+}
+
+/// A requested hold.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Hold {
+    pub address: Sbdf,
+    /// Take it even while something in dom0 uses it.
+    pub force: bool,
+    /// Hold it again whenever it appears.
+    pub persist: bool,
+    /// Whether it goes back to dom0 when the guest has released it for which it is held.
+    pub managed: bool,
+    /// Only report what would be done.
+    pub dry_run: bool,
+}
+
 impl Engine {
-    pub(super) fn plan_hold(
-        &self,
-        address: Sbdf,
-        force: bool,
-        managed: bool,
-        dry_run: bool,
-    ) -> Result<Plan, Failure> {
+    /// Makes a function assignable.
+    pub(super) fn hold(&mut self, wanted: Hold, reply: Reply) {
+        let plan = self.plan_hold(wanted);
+        if matches!(plan, Ok(Plan::Answer(_))) && !wanted.managed && !wanted.dry_run {
+            self.keep_held(wanted.address);
+        }
+        match wanted.persist && !wanted.dry_run {
+            true => self.hold_persistently(wanted.address, plan, reply),
+            false => self.carry_out(plan, reply),
+        }
+    }
+
+    fn plan_hold(&self, wanted: Hold) -> Result<Plan, Failure> {
+        let Hold { address, force, managed, dry_run, .. } = wanted;
         let function = existing(self.platform.host.as_ref(), address)?;
         self.idle(address)?;
         let record = self.functions.records().get_or_new(address);
@@ -37,7 +68,7 @@ impl Engine {
         let message = format!("{address} is assignable");
         let found = self.holdable(&function);
         if dry_run || !found.is_empty() {
-            let hold = (!function.is_bridge()).then_some(Force(force));
+            let hold = (!function.is_bridge()).then_some(InUse::by_force(force));
             let refusal = Refusal { address, action: format!("make {address} assignable"), found };
             return Ok(Plan::Check(refusal, ThreadChecks { hold, shares: None }, dry_run_answer(&message)));
         }
@@ -67,8 +98,17 @@ impl Engine {
         found
     }
 
+    /// Gives a function back to dom0, or forgets one that left the host.
+    pub(super) fn release(&mut self, address: Sbdf, force: bool, trust_former_owner: bool, reply: Reply) {
+        let reserved = if force { Reserved::Ended } else { Reserved::Refused };
+        let plan = self.forget_gone(address);
+        let plan =
+            plan.unwrap_or_else(|| self.plan_release(address, reserved, reuse_with(trust_former_owner)));
+        self.carry_out(plan, reply);
+    }
+
     /// Deletes the record of a function that left the host, where a release has nothing to do.
-    pub(super) fn forget_gone(&mut self, address: Sbdf) -> Option<Result<Plan, Failure>> {
+    fn forget_gone(&mut self, address: Sbdf) -> Option<Result<Plan, Failure>> {
         if self.functions.records().state(address) != FunctionState::Gone || self.functions.is_busy(address) {
             return None;
         }
@@ -82,8 +122,8 @@ impl Engine {
     pub(in crate::engine) fn plan_release(
         &mut self,
         address: Sbdf,
-        force: bool,
-        trust: bool,
+        reserved: Reserved,
+        reuse: Reuse,
     ) -> Result<Plan, Failure> {
         self.idle(address)?;
         let record = self.functions.records().get_or_new(address);
@@ -94,12 +134,10 @@ impl Engine {
             }
             FunctionState::Held => {
                 self.has_no_vfs(address)?;
-                if !force {
+                if reserved == Reserved::Refused {
                     self.may_be_released(address)?;
                 }
-                if !trust {
-                    self.out_of_reach(address, None, &format!("give {address} back to dom0"))?;
-                }
+                self.out_of_reach(address, None, &format!("give {address} back to dom0"), reuse)?;
                 let driver = record.original_driver.as_deref().unwrap_or("no driver").to_owned();
                 let message = format!("{address} belongs to dom0 again, with {driver}");
                 Ok(self.release_of(record, message))
@@ -118,7 +156,7 @@ impl Engine {
         }
     }
 
-    pub(super) fn clear_quarantine(&mut self, address: Sbdf, trust: bool, reply: Reply) {
+    pub(super) fn clear_quarantine(&mut self, address: Sbdf, reuse: Reuse, reply: Reply) {
         let record = self.functions.records().get_or_new(address);
         if let Err(failure) = self.idle(address) {
             return reply.done(Err(failure));
@@ -140,10 +178,9 @@ impl Engine {
         }
         // The guest from which the function was taken is a former owner as any other. A guest that still has it loses it in this
         // transaction.
-        if !trust
-            && existing(self.platform.host.as_ref(), address).is_ok()
+        if existing(self.platform.host.as_ref(), address).is_ok()
             && let Err(failure) =
-                self.out_of_reach(address, None, &format!("clear the quarantine of {address}"))
+                self.out_of_reach(address, None, &format!("clear the quarantine of {address}"), reuse)
         {
             return reply.done(Err(failure));
         }

@@ -95,7 +95,7 @@ fn view(function: Option<&HostFunction>, record: &Record) -> FunctionView {
         domain: record.guest.map(|guest| guest.domain),
         // Added when the answer is sent.
         domain_name: None,
-        guest_address: record.guest.map(|guest| Sbdf::from_devfn(0, 0, guest.devfn)),
+        guest_address: record.guest.map(|guest| Sbdf::in_guest(guest.devfn)),
         persistent: None,
         note,
     }

@@ -13,22 +13,23 @@ mod targets;
 
 use pciback::{DomId, FunctionState, Sbdf};
 
-pub(super) use self::attach::Wanted;
+pub(super) use self::attach::{AttachOptions, Wanted};
 pub(super) use self::deferred::Deferred;
-pub(super) use self::hold::not_in_state;
+use self::hold::Hold;
+pub(super) use self::hold::{Reserved, not_in_state};
 pub(super) use self::lists::{all_pfs, known_pf, persistent_view};
 pub(super) use self::local_client::LocalClient;
-use self::obstacles::{Refusal, ThreadChecks};
+use self::obstacles::{Refusal, ThreadChecks, reuse_with};
 use self::several::Several;
 pub(super) use self::targets::{how_to_forget, kept_for};
 use super::Engine;
 use super::tasks::Course;
-use crate::domains;
 use crate::journal::Record;
-use crate::outcome::{ErrorCode, Failure};
-use crate::protocol::{Placed, Request, Scope, Success};
+use crate::outcome::Failure;
+use crate::protocol::{Placed, Request, Success};
 use crate::reply::Reply;
 use crate::reservations::Change;
+use crate::transaction::Withdrawal;
 
 /// The plan for a request.
 pub(in crate::engine) enum Plan {
@@ -77,115 +78,61 @@ fn dry_run_answer(message: &str) -> Success {
 impl Engine {
     pub(super) fn handle_request(&mut self, request: Request, reply: Reply) {
         let Some((request, reply)) = self.defer(request, reply) else { return };
-        let plan = match request {
-            Request::List { filter } => return self.list(filter, reply),
-            Request::Doctor => return self.examine(reply),
-            Request::Show { address } => return self.show_function(address, reply),
-            Request::PciAssignableList => return self.assignable_list(reply),
-            Request::PciList { domain } => return self.guest_list(&domain, reply),
-            Request::VfList { address } => return self.vf_list(address, reply),
-            Request::AerStatus { address } => return self.aer_status(address, reply),
-            Request::BlastRadius { address } => return self.blast_radius(address, reply),
-            Request::AerHistory { address } => self.error_history(address).map(Plan::Answer),
-            Request::Events { follow } => return self.events(follow, reply),
-            Request::Status => return self.status(reply),
+        match request {
+            Request::List { filter } => self.list(filter, reply),
+            Request::Doctor => self.examine(reply),
+            Request::Show { address } => self.show_function(address, reply),
+            Request::PciAssignableList => self.assignable_list(reply),
+            Request::PciList { domain } => self.guest_list(&domain, reply),
+            Request::PciListPersistent { guest } => self.reserved_list(guest.as_ref(), reply),
+            Request::VfList { address } => self.vf_list(address, reply),
+            Request::VfCreate { address, count, unmanaged } => {
+                self.create_vfs(address, count, unmanaged, reply);
+            }
+            Request::VfSetCount { address, count } => self.set_vf_count(address, count, reply),
+            Request::VfDestroy { address } => self.destroy_vfs(address, reply),
+            Request::VfSet { address, settings, persist } => {
+                self.set_network(address, settings, persist, reply);
+            }
+            Request::VfShow { address } => self.show_network(address, reply),
+            Request::AerStatus { address } => self.aer_status(address, reply),
+            Request::AerHistory { address } => reply.done(self.error_history(address)),
+            Request::BlastRadius { address } => self.blast_radius(address, reply),
+            Request::Events { follow } => self.events(follow, reply),
+            Request::Status => self.status(reply),
             Request::PciAssignableAdd { address, force, persist, managed, dry_run } => {
-                let plan = self.plan_hold(address, force, managed, dry_run);
-                if matches!(plan, Ok(Plan::Answer(_))) && !managed && !dry_run {
-                    self.keep_held(address);
-                }
-                if persist && !dry_run {
-                    return self.hold_persistently(address, plan, reply);
-                }
-                plan
+                self.hold(Hold { address, force, persist, managed, dry_run }, reply);
             }
-            Request::PciAssignableRemove { address, force, trust_former_owner } => self
-                .forget_gone(address)
-                .unwrap_or_else(|| self.plan_release(address, force, trust_former_owner)),
-            Request::PciAttach {
-                domain,
-                address,
-                slot,
-                persist,
-                managed: true,
-                trust_former_owner,
-                dry_run: false,
-            } => {
-                let (functions, trust) = (vec![Placed { address, slot }], trust_former_owner);
-                let wanted = Several { domain, functions, persist, managed: true, trust, dry_run: false };
-                return self.attach_several(wanted, reply);
+            Request::PciAssignableRemove { address, force, trust_former_owner } => {
+                self.release(address, force, trust_former_owner, reply);
             }
-            Request::PciAttach {
-                domain,
-                address,
-                slot,
-                persist,
-                managed,
-                trust_former_owner: trust,
-                dry_run,
-            } => {
-                if let Some(record) = self.attached_already(&domain, address, slot) {
-                    return match persist && !dry_run {
-                        true => {
-                            self.keep_held(address);
-                            self.make_persistent(&record, reply)
-                        }
-                        false => reply.done(Ok(self.has_it(&record))),
-                    };
-                }
-                match domains::find(self.platform.store.as_ref(), &domain) {
-                    Ok(domain) => {
-                        let wanted = Wanted { domain, address, slot, persist, managed, trust, dry_run };
-                        return self.attach(wanted, reply);
-                    }
-                    Err(failure) if persist && failure.code == ErrorCode::NotFound => {
-                        let absent = self.absent_guest(&domain, failure);
-                        return self.reserve_for_absent(absent, address, (slot, dry_run), reply);
-                    }
-                    Err(failure) => Err(failure),
-                }
+            Request::PciAttach { domain, address, slot, persist, managed, trust_former_owner, dry_run } => {
+                let reuse = reuse_with(trust_former_owner);
+                let options = AttachOptions { persist, managed, reuse, dry_run };
+                self.attach_one(domain, Placed { address, slot }, options, reply);
             }
-            Request::PciAttachAll {
-                domain,
-                functions,
-                persist,
-                managed,
-                trust_former_owner: trust,
-                dry_run,
-            } => {
-                let wanted = Several { domain, functions, persist, managed, trust, dry_run };
-                return self.attach_several(wanted, reply);
+            Request::PciAttachAll { domain, functions, persist, managed, trust_former_owner, dry_run } => {
+                let reuse = reuse_with(trust_former_owner);
+                let options = AttachOptions { persist, managed, reuse, dry_run };
+                self.attach_several(Several { domain, functions, options }, reply);
             }
             Request::PciDetach { domain, address, force, scope } => {
-                if scope == Scope::Persistent || self.is_only_reserved(&domain, address, scope) {
-                    return self.forget_reservation(&domain, address, reply);
-                }
-                self.plan_detach(&domain, address, force, scope)
+                let withdrawal = if force { Withdrawal::Force } else { Withdrawal::Ask };
+                self.detach(&domain, address, withdrawal, scope, reply);
             }
-            Request::PciListPersistent { guest } => return self.reserved_list(guest.as_ref(), reply),
             Request::QuarantineClear { address, trust_former_owner } => {
-                return self.clear_quarantine(address, trust_former_owner, reply);
+                self.clear_quarantine(address, reuse_with(trust_former_owner), reply);
             }
-            Request::PolicyShow { address, domain } => return self.show_policy(address, domain, reply),
-            Request::PolicyExplain { address, domain } => return self.explain_policy(address, domain, reply),
-            Request::PolicyLearn { target } => return self.learned(&target, reply),
-            Request::Sync { dry_run } => return self.inventory.compare_for(dry_run, reply),
-            Request::DaemonReexec => return self.start_successor(reply),
-            Request::PolicyReload => return self.reload_policies(reply),
-            Request::VfCreate { address, count, unmanaged } => {
-                return self.create_vfs(address, count, unmanaged, reply);
-            }
-            Request::VfSet { address, settings, persist } => {
-                return self.set_network(address, settings, persist, reply);
-            }
-            Request::VfShow { address } => return self.show_network(address, reply),
-            Request::Save { domain } => return self.save(&domain, reply),
-            Request::Restore { guest } => return self.restore(guest, reply),
-            Request::Restored { guest, functions } => return self.restored(guest, functions, reply),
-            Request::VfSetCount { address, count } => return self.set_vf_count(address, count, reply),
-            Request::VfDestroy { address } => return self.destroy_vfs(address, reply),
-        };
-        self.carry_out(plan, reply);
+            Request::PolicyShow { address, domain } => self.show_policy(address, domain, reply),
+            Request::PolicyExplain { address, domain } => self.explain_policy(address, domain, reply),
+            Request::PolicyLearn { target } => self.learned(&target, reply),
+            Request::PolicyReload => self.reload_policies(reply),
+            Request::Sync { dry_run } => self.inventory.compare_for(dry_run, reply),
+            Request::DaemonReexec => self.start_successor(reply),
+            Request::Save { domain } => self.save(&domain, reply),
+            Request::Restore { guest } => self.restore(guest, reply),
+            Request::Restored { guest, functions } => self.restored(guest, functions, reply),
+        }
     }
 
     pub(in crate::engine) fn carry_out(&mut self, plan: Result<Plan, Failure>, reply: Reply) {

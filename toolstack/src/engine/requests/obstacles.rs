@@ -1,6 +1,7 @@
 //! Collects all obstacles to holding or attaching a function, so that one answer lists them together.
 
 use pciback::platform::{HostFunction, Platform};
+use pciback::policy::Reuse;
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::not_in_state;
@@ -26,14 +27,32 @@ pub(in crate::engine) struct Refusal {
     pub found: Vec<Failure>,
 }
 
-/// Whether a function is taken even while something uses it.
-pub(in crate::engine) struct Force(pub bool);
+/// Whether a function is taken even while something in dom0 uses it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::engine) enum InUse {
+    /// It is refused then.
+    Refused,
+    /// It is taken even then (`--force`).
+    Taken,
+}
+
+impl InUse {
+    /// By the option `--force`.
+    pub const fn by_force(force: bool) -> Self {
+        if force { Self::Taken } else { Self::Refused }
+    }
+}
+
+/// Whether former owners are waited for, by the option `--trust-former-owner`.
+pub(in crate::engine) const fn reuse_with(trust_former_owner: bool) -> Reuse {
+    if trust_former_owner { Reuse::Trusted } else { Reuse::AfterShutdown }
+}
 
 /// Checks that need a thread.
 #[derive(Default)]
 pub(in crate::engine) struct ThreadChecks {
     /// Check for obstacles to holding.
-    pub hold: Option<Force>,
+    pub hold: Option<InUse>,
     /// Check what the function shares with functions of owners other than this domain, or of any owner.
     pub shares: Option<Option<DomId>>,
 }
@@ -70,16 +89,18 @@ pub(super) fn shared_obstacles(
     found
 }
 
-/// Obstacles to holding that are checked on a thread: the function is in use (not checked with `force`), or no holding driver is
-/// available.
+/// Obstacles to holding that are checked on a thread: the function is in use, or no holding driver is available.
 pub(super) fn hold_obstacles(
     platform: &Platform,
     holder: Holder,
     address: Sbdf,
-    force: bool,
+    in_use: InUse,
 ) -> Vec<Failure> {
     let host = platform.host.as_ref();
-    let in_use = if force { Ok(()) } else { refuse_in_use(host, address) };
+    let in_use = match in_use {
+        InUse::Refused => refuse_in_use(host, address),
+        InUse::Taken => Ok(()),
+    };
     let held = host.function(address).is_ok_and(|function| holder_of(&function).is_some());
     let holder = if held { Ok(()) } else { choose_holder(host, holder).map(drop) };
     [in_use, holder].into_iter().filter_map(Result::err).collect()
@@ -110,20 +131,20 @@ impl TaskContext {
 }
 
 impl Engine {
-    /// Obstacles to an attachment to a domain, or to any, as far as they can be checked without waiting. With `trust`, former PV owners
-    /// that can still reach the function are no obstacle.
+    /// Obstacles to an attachment to a domain, or to any, as far as they can be checked without waiting. With [`Reuse::Trusted`], former PV
+    /// owners that can still reach the function are no obstacle.
     pub(in crate::engine) fn attach_obstacles(
         &self,
         function: &HostFunction,
         domain: Option<DomId>,
-        trust: bool,
+        reuse: Reuse,
     ) -> Vec<Failure> {
         let record = self.functions.records().get_or_new(function.address);
         match record.state {
-            FunctionState::Held => self.held_obstacles(function, domain, trust),
+            FunctionState::Held => self.held_obstacles(function, domain, reuse),
             FunctionState::Host if function.is_bridge() => self.holdable(function),
             FunctionState::Host => {
-                [vec![not_assignable(function.address)], self.managed_obstacles(function, domain, trust)]
+                [vec![not_assignable(function.address)], self.managed_obstacles(function, domain, reuse)]
                     .concat()
             }
             other => vec![not_in_state(&record, other, "attached")],
@@ -135,25 +156,25 @@ impl Engine {
         &self,
         function: &HostFunction,
         domain: Option<DomId>,
-        trust: bool,
+        reuse: Reuse,
     ) -> Vec<Failure> {
         let found = self.holdable(function);
         match function.is_bridge() {
             // No other obstacle matters: a bridge can never be attached.
             true => found,
-            false => [found, self.held_obstacles(function, domain, trust)].concat(),
+            false => [found, self.held_obstacles(function, domain, reuse)].concat(),
         }
     }
 
     /// Obstacles that do not depend on whether the function is held.
-    fn held_obstacles(&self, function: &HostFunction, domain: Option<DomId>, trust: bool) -> Vec<Failure> {
+    fn held_obstacles(&self, function: &HostFunction, domain: Option<DomId>, reuse: Reuse) -> Vec<Failure> {
         let address = function.address;
         let reserved = domain.map_or(Ok(()), |domain| self.not_reserved(function, domain));
         let action = match domain {
             Some(domain) => attaching(address, domain),
             None => format!("attach {address}"),
         };
-        let reach = if trust { Ok(()) } else { self.out_of_reach(address, domain, &action) };
+        let reach = self.out_of_reach(address, domain, &action, reuse);
         // Checked before anything is changed: an attachment that ends without a reset leaves the function quarantined.
         let reset = self.refuse_unresettable(function, domain);
         let checks = [reserved, self.permitted(function, domain), reach, reset];
@@ -188,7 +209,7 @@ impl Engine {
         let record = self.functions.records().get(address).cloned();
         self.background("obstacles", move || {
             let hold = checks.hold;
-            let hold = hold.map(|Force(force)| hold_obstacles(&context.platform, holder, address, force));
+            let hold = hold.map(|in_use| hold_obstacles(&context.platform, holder, address, in_use));
             let shares = checks.shares;
             let shares = shares.map(|domain| shared_obstacles(&context, address, record.as_ref(), domain));
             let found = [found, hold.unwrap_or_default(), shares.unwrap_or_default()].concat();

@@ -4,9 +4,11 @@
 //! A note in the run directory lists the functions meanwhile, so that the next run of a killed service can detach them.
 
 use log::{error, info, warn};
+use pciback::policy::Reuse;
 use pciback::{DomId, FunctionState, Sbdf, Uuid};
 use serde::{Deserialize, Serialize};
 
+use super::attach::AttachOptions;
 use super::local_client::LocalClient;
 use super::obstacles::attaching;
 use crate::domains;
@@ -51,23 +53,29 @@ struct Noted {
 pub(in crate::engine) struct Several {
     pub domain: DomainName,
     pub functions: Vec<Placed>,
-    pub persist: bool,
-    /// Whether functions of dom0 are held first, and given back when the guest has released them.
-    pub managed: bool,
-    pub trust: bool,
-    pub dry_run: bool,
+    pub options: AttachOptions,
 }
 
 impl Several {
-    fn attachment(&self, function: &Placed, dry_run: bool) -> Request {
+    /// The request that checks whether one of the functions can be attached.
+    fn check_of(&self, function: &Placed) -> Request {
+        self.request(function, AttachOptions { dry_run: true, ..self.options })
+    }
+
+    /// The request that attaches one of the functions, which is held by now.
+    fn attachment_of(&self, function: &Placed) -> Request {
+        self.request(function, AttachOptions { dry_run: false, managed: false, ..self.options })
+    }
+
+    fn request(&self, function: &Placed, options: AttachOptions) -> Request {
         Request::PciAttach {
             domain: self.domain.clone(),
             address: function.address,
             slot: function.slot,
-            persist: self.persist,
-            managed: self.managed && dry_run,
-            trust_former_owner: self.trust,
-            dry_run,
+            persist: options.persist,
+            managed: options.managed,
+            trust_former_owner: options.reuse == Reuse::Trusted,
+            dry_run: options.dry_run,
         }
     }
 
@@ -119,7 +127,7 @@ impl Attaching {
 
     fn run(&self) -> Result<Success, Failure> {
         let missing = self.missing()?;
-        if self.wanted.dry_run {
+        if self.wanted.options.dry_run {
             let text = format!(
                 "nothing was changed; without --dry-run: {} go to {}",
                 self.wanted.named(),
@@ -138,9 +146,9 @@ impl Attaching {
     fn missing(&self) -> Result<Vec<&Placed>, Failure> {
         let (mut missing, mut refused) = (Vec::new(), Vec::new());
         for function in &self.wanted.functions {
-            match self.ask(self.wanted.attachment(function, true)) {
+            match self.ask(self.wanted.check_of(function)) {
                 // With `persist`, a function that the guest has may still have to be made persistent.
-                Ok(Success::Already { .. }) if !self.wanted.persist => {}
+                Ok(Success::Already { .. }) if !self.wanted.options.persist => {}
                 Ok(_) => missing.push(function),
                 Err(failure) if failure.code.is_refusal() => refused.push(failure),
                 Err(failure) => return Err(failure),
@@ -168,7 +176,7 @@ impl Attaching {
     /// Holds the functions that dom0 has, where they are managed, and returns them.
     fn hold(&self) -> Result<Vec<Sbdf>, Failure> {
         let mut held = Vec::new();
-        for function in self.wanted.functions.iter().filter(|_| self.wanted.managed) {
+        for function in self.wanted.functions.iter().filter(|_| self.wanted.options.managed) {
             let address = function.address;
             if self.is_attached(address) {
                 continue;
@@ -212,7 +220,7 @@ impl Attaching {
             let before = self.client.context.files.reservations.get(address).is_some();
             let had = self.is_attached(address);
             self.reply.progress(&format!("attaching {address} to {}", self.wanted.domain.0));
-            match self.ask(self.wanted.attachment(function, false)) {
+            match self.ask(self.wanted.attachment_of(function)) {
                 Ok(Success::Changed { message, warnings, functions }) => {
                     messages.push(message);
                     // Warnings about the guest are the same for each function.
@@ -296,16 +304,16 @@ impl Engine {
         let domain = match domains::find(self.platform.store.as_ref(), &wanted.domain) {
             Ok(domain) => Some(domain),
             // Functions are reserved for a guest that does not run.
-            Err(failure) if wanted.persist && failure.code == ErrorCode::NotFound => None,
+            Err(failure) if wanted.options.persist && failure.code == ErrorCode::NotFound => None,
             Err(failure) => return reply.done(Err(failure)),
         };
         let notes = notes(&self.settings);
-        if let Some(domain) = domain.filter(|_| !wanted.dry_run)
+        if let Some(domain) = domain.filter(|_| !wanted.options.dry_run)
             && let Err(failure) = self.note_several(&notes, domain, &wanted)
         {
             return reply.done(Err(failure));
         }
-        let noted = domain.filter(|_| !wanted.dry_run);
+        let noted = domain.filter(|_| !wanted.options.dry_run);
         let client = LocalClient::new(self.task_context());
         let attaching = Attaching { client, domain, wanted, reply: reply.clone() };
         let work = move || {

@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use pciback::containment::radius::{Bridge, Group};
 use pciback::platform::{Host, HostFunction, Names, Resource, Store, StoreOps};
+use pciback::policy::Reuse;
 use pciback::serve::pv::nodes;
 use pciback::{DomId, FunctionState, Sbdf};
 
 use super::lists::Shown;
-use super::obstacles::{hold_obstacles, shared_obstacles, shares_with_others};
+use super::obstacles::{InUse, hold_obstacles, shared_obstacles, shares_with_others};
 use crate::doctor;
 use crate::domains;
 use crate::engine::Engine;
@@ -144,7 +145,7 @@ impl Engine {
     /// Shows one function. The engine checks its own state for obstacles; the other checks run on the thread.
     pub(super) fn show_function(&self, address: Sbdf, reply: Reply) {
         let checked = existing(self.platform.host.as_ref(), address)
-            .map(|function| self.attach_obstacles(&function, None, false));
+            .map(|function| self.attach_obstacles(&function, None, Reuse::AfterShutdown));
         let known = match checked {
             Ok(known) => known,
             Err(failure) => return reply.done(Err(failure)),
@@ -160,7 +161,7 @@ impl Engine {
                 host.uses(address).unwrap_or_default().iter().map(ToString::to_string).collect();
             let mut found = known;
             if listed.function.state == FunctionState::Host && !function.is_bridge() {
-                found.extend(hold_obstacles(platform, holder, address, false));
+                found.extend(hold_obstacles(platform, holder, address, InUse::Refused));
             }
             if shares_with_others(listed.function.state, &function) {
                 found.extend(shared_obstacles(&context, address, shown.record(address), None));

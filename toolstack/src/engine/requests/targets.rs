@@ -1,7 +1,9 @@
 //! Resolves the functions that clients name to addresses, before a request is handled.
 
+use pciback::policy::Reuse;
 use pciback::{FunctionState, Sbdf};
 
+use super::obstacles::reuse_with;
 use crate::domains;
 use crate::engine::{Engine, Event};
 use crate::names;
@@ -79,7 +81,7 @@ impl Engine {
             }
             Request::PciAttach { domain, trust_former_owner: trust, .. }
             | Request::PciAttachAll { domain, trust_former_owner: trust, .. } => {
-                self.free_vf(pf, domain, *trust, taken)
+                self.free_vf(pf, domain, reuse_with(*trust), taken)
             }
             other => {
                 let text = format!("any:{pf} means any free VF, but {} needs a certain one", other.name());
@@ -102,18 +104,18 @@ impl Engine {
             .collect())
     }
 
-    /// The first VF of a PF, but none of `taken`, that can be attached to the guest now. With `trust`, also one that a PV guest that had it
-    /// can still reach.
+    /// The first VF of a PF, but none of `taken`, that can be attached to the guest now. With [`Reuse::Trusted`], also one that a PV
+    /// guest that had it can still reach.
     pub(in crate::engine) fn free_vf(
         &self,
         pf: Sbdf,
         guest: &DomainName,
-        trust: bool,
+        reuse: Reuse,
         taken: &[Sbdf],
     ) -> Result<Sbdf, Failure> {
         let mut why = None;
         for vf in self.vfs_in(pf, FunctionState::Held)?.into_iter().filter(|vf| !taken.contains(vf)) {
-            match self.obstacle_for(vf, guest, trust) {
+            match self.obstacle_for(vf, guest, reuse) {
                 None => return Ok(vf),
                 Some(failure) => drop(why.get_or_insert(failure)),
             }
@@ -132,7 +134,7 @@ impl Engine {
 
     /// Why a held function cannot be given to a guest that takes any VF. A reserved function is not free, even for the guest that it is
     /// reserved for.
-    fn obstacle_for(&self, vf: Sbdf, guest: &DomainName, trust: bool) -> Option<Failure> {
+    fn obstacle_for(&self, vf: Sbdf, guest: &DomainName, reuse: Reuse) -> Option<Failure> {
         if let Some(kept) = self.files.reservations.get(vf) {
             return Some(Failure::refused(kept_for(&kept)).on(vf).hint(how_to_forget(&kept)));
         }
@@ -141,7 +143,7 @@ impl Engine {
             Ok(function) if self.assigned_to(&function).is_some() => {
                 Some(Failure::refused(format!("{vf} is reserved for a guest by the settings")).on(vf))
             }
-            Ok(function) => self.attach_obstacles(&function, domain, trust).into_iter().next(),
+            Ok(function) => self.attach_obstacles(&function, domain, reuse).into_iter().next(),
             Err(failure) => Some(failure),
         }
     }

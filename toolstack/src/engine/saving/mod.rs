@@ -95,7 +95,7 @@ impl Engine {
             if info.uuid != reservation.guest || has_it {
                 return None;
             }
-            let place = reservation.devfn >> 3;
+            let place = reservation.devfn.device();
             let text = format!(
                 "{address} was taken from {} to save it: unless 'xpci save' still runs, 'xpci pci-attach {domain} {address}@{place:x}' gives it back",
                 self.called(domain)
@@ -142,7 +142,7 @@ impl Saving {
         let kept = context.files.reservations.get(address);
         Ok(SavedFunction {
             device: context.devices.of(host, &function)?,
-            slot: place.devfn >> 3,
+            slot: place.devfn.device(),
             persistent: kept.is_some_and(|kept| kept.guest == self.guest.guest && kept.saved.is_none()),
             network,
             shape: Shape::of(host, address)?,
@@ -199,7 +199,7 @@ impl Saving {
             let give = Request::PciAttach {
                 domain: DomainName(self.domain.to_string()),
                 address: *address,
-                slot: Some(place.devfn >> 3),
+                slot: Some(place.devfn.device()),
                 persist: false,
                 managed: false,
                 trust_former_owner: true,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use log::warn;
 use pciback::platform::{HostFunction, VfSettings};
-use pciback::{DomId, FunctionState, Sbdf, Uuid};
+use pciback::{DeviceNumber, DomId, FunctionState, Sbdf, Uuid};
 
 use super::now;
 use crate::engine::Engine;
@@ -83,7 +83,7 @@ impl Engine {
 }
 
 /// The request to attach a function with a given device number.
-fn attachment(domain: String, address: Sbdf, slot: u8, persist: bool, dry_run: bool) -> Request {
+fn attachment(domain: String, address: Sbdf, slot: DeviceNumber, persist: bool, dry_run: bool) -> Request {
     Request::PciAttach {
         domain: DomainName(domain),
         address,

@@ -88,7 +88,7 @@ impl TaskContext {
         let Opened { mut function, memory, .. } = opened;
         if let (Some(memory), Some(place)) = (memory, record.guest) {
             let server = noted_server(&self.settings, domain).unwrap_or(NO_SERVER);
-            let slot = place.devfn >> 3;
+            let slot = place.devfn.device();
             let hvm = Arc::clone(&self.platform.hvm);
             Device::new(hvm, server, slot, Arc::default(), memory).was_entered(&mut function);
         }

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::super::*;
 use super::model::{Device, Hardware, Sight, World};
-use crate::{DomId, Sbdf};
+use crate::{Devfn, DomId, Sbdf};
 
 const PFS: u8 = 64;
 const VFS: u8 = 64;
@@ -31,7 +31,8 @@ fn world() -> World {
             world.relate(vf, pf);
             let number = u16::from(bus) * u16::from(VFS) + u16::from(index);
             // 100 guests with 14 functions each at most.
-            let place = Place { domain: DomId(1 + number / 3 % GUESTS), devfn: (number / 3 / GUESTS) as u8 };
+            let place =
+                Place { domain: DomId(1 + number / 3 % GUESTS), devfn: Devfn((number / 3 / GUESTS) as u8) };
             add(
                 &mut world,
                 vf,

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::{Action, Function, Handshake, Link, Phase, state};
+use crate::Devfn;
 use crate::serve::pv::nodes::{NodeChange, RingPlace, XenbusState, key};
 
 impl Handshake {
@@ -138,9 +139,9 @@ impl Handshake {
         }
         self.link = Link::Connected { ring, scanned: true };
         self.settle(Phase::Published, actions);
-        let undropped: BTreeSet<u8> = self.undropped.keys().copied().collect();
+        let undropped: BTreeSet<Devfn> = self.undropped.keys().copied().collect();
         // Where the guest still has a device, it has to drop that first.
-        let pending = |(devfn, function): (&u8, &Function)| match function.phase {
+        let pending = |(devfn, function): (&Devfn, &Function)| match function.phase {
             Phase::Wanted => !undropped.contains(devfn),
             phase => phase == Phase::Unwanted,
         };
@@ -241,7 +242,7 @@ impl Handshake {
             return;
         }
         let gone = |function: &Function| matches!(function.phase, Phase::Unwanted | Phase::Removing);
-        let removed: Vec<u8> =
+        let removed: Vec<Devfn> =
             self.functions.iter().filter(|(_, function)| gone(function)).map(|(devfn, _)| *devfn).collect();
         self.functions.retain(|devfn, _| !removed.contains(devfn));
         self.close(actions);

@@ -17,8 +17,8 @@ use super::*;
 use crate::Sbdf;
 use crate::config::InterruptMode;
 use crate::fault::{AerRequest, ChannelState};
-use crate::serve::machine::{DEVICE_CONTROL, DOMAIN, Killed, MSI, MSIX, Machine, TABLE_SIZE, msix, op};
 use crate::serve::orders::Order;
+use crate::serve::test_machine::{DEVICE_CONTROL, DOMAIN, Killed, MSI, MSIX, Machine, TABLE_SIZE, msix, op};
 use crate::serve::worker::Worker;
 use crate::serve::{ServerStuck, Taken};
 
@@ -29,7 +29,7 @@ const PLAIN: u16 = 0xc0;
 
 /// One run of the service over the machine, as far as its thread goes.
 fn one_run(machine: &Machine) -> Serving {
-    let functions = BTreeMap::from([(0, machine.open(FIRST)), (8, machine.open(SECOND))]);
+    let functions = BTreeMap::from([(Devfn(0), machine.open(FIRST)), (Devfn(8), machine.open(SECOND))]);
     serving(machine, functions, Box::new(|_| {}))
 }
 
@@ -37,7 +37,7 @@ type Serving = Worker<RingRequests>;
 
 fn serving(
     machine: &Machine,
-    functions: BTreeMap<u8, Box<GuestFunction>>,
+    functions: BTreeMap<Devfn, Box<GuestFunction>>,
     report: Box<dyn Fn(ServerReport) + Send>,
 ) -> Serving {
     let roster = Roster::new(DOMAIN, functions, &Arc::default(), report, mpsc::channel().1);
@@ -331,7 +331,7 @@ fn a_function_that_is_reset_is_silent_until_that_is_over_and_has_its_interrupts_
     machine.set_word(FIRST, MSI + 2, 0x80);
     machine.set_word(FIRST, MSI + 4, 0);
     machine.set_word(FIRST, 4, 6);
-    serving.roster.reset_ended(0, true);
+    serving.roster.reset_ended(Devfn(0), true);
     assert_eq!(serving.ask(&machine, &op(0, 0, 4, 0)).1, 0x10ca_8086);
     assert_eq!(machine.word(FIRST, MSI + 2) & 1, 1);
     assert_eq!(machine.word(FIRST, 4) & 4, 0, "after a reset bus mastering is off");
@@ -363,8 +363,8 @@ fn a_function_that_was_added_before_the_guest_asks_for_it_answers() {
     let machine = Machine::new();
     let mut serving = one_run(&machine);
     let sender = orders(&mut serving);
-    let function = serving.roster.functions.remove(&8).unwrap();
-    sender.send(Order::Add(8, function)).unwrap();
+    let function = serving.roster.functions.remove(&Devfn(8)).unwrap();
+    sender.send(Order::Add(Devfn(8), function)).unwrap();
     let read = Op { devfn: 8, ..op(0, 0, 4, 0) };
     machine.ask(&read);
     serving.serve_while_busy();
@@ -377,7 +377,7 @@ fn a_function_that_is_ordered_away_is_not_touched_by_a_request_that_waits() {
     let mut serving = one_run(&machine);
     let sender = orders(&mut serving);
     let (taken, _keeps_it) = mpsc::channel();
-    sender.send(Order::Take(0, taken)).unwrap();
+    sender.send(Order::Take(Devfn(0), taken)).unwrap();
     let before = machine.word(FIRST, PLAIN);
     let write = op(Command::CONF_WRITE.0, PLAIN, 2, u32::from(!before));
     machine.ask(&write);
@@ -408,7 +408,7 @@ fn quiescing_leaves_nothing_mapped_and_nothing_enabled() {
     serving.ask(&machine, &op(1, 4, 2, 6));
     serving.ask(&machine, &msix(&[0, 1, 2]));
     assert_eq!(machine.word(FIRST, 4) & 4, 4);
-    let mut function = serving.roster.functions.remove(&0).unwrap();
+    let mut function = serving.roster.functions.remove(&Devfn(0)).unwrap();
     function.quiesce().unwrap();
     assert!(machine.pirqs().is_empty());
     assert_eq!((machine.word(FIRST, 4) & 4, machine.word(FIRST, MSIX + 2) >> 15), (0, 0));
@@ -418,7 +418,7 @@ fn quiescing_leaves_nothing_mapped_and_nothing_enabled() {
 #[test]
 fn a_guest_that_never_pauses_does_not_keep_its_function() {
     let machine = Machine::new();
-    let functions = BTreeMap::from([(0, machine.open(FIRST))]);
+    let functions = BTreeMap::from([(Devfn(0), machine.open(FIRST))]);
     let server = start(DOMAIN, machine.ring(), functions, Arc::default(), Box::new(|_| {})).unwrap();
     let stop = Arc::new(AtomicU64::new(0));
     let flood = thread::spawn({
@@ -435,7 +435,7 @@ fn a_guest_that_never_pauses_does_not_keep_its_function() {
     while server.counters().requests() < 1000 {
         thread::yield_now();
     }
-    let taken = server.take(0);
+    let taken = server.take(Devfn(0));
     stop.store(1, Ordering::Relaxed);
     flood.join().unwrap();
     assert!(matches!(taken, Ok(Some(Taken { quiesced: Ok(()), .. }))));
@@ -445,31 +445,34 @@ fn a_guest_that_never_pauses_does_not_keep_its_function() {
 #[test]
 fn a_guest_that_sends_events_without_end_does_not_keep_its_function() {
     let machine = Machine::new();
-    let functions = BTreeMap::from([(0, machine.open(FIRST))]);
+    let functions = BTreeMap::from([(Devfn(0), machine.open(FIRST))]);
     let server = start(DOMAIN, machine.ring(), functions, Arc::default(), Box::new(|_| {})).unwrap();
     machine.send_events_without_end();
     machine.ask(&op(0, 0, 4, 0));
     while server.counters().requests() == 0 {
         thread::yield_now();
     }
-    assert!(matches!(server.take(0), Ok(Some(Taken { quiesced: Ok(()), .. }))));
+    assert!(matches!(server.take(Devfn(0)), Ok(Some(Taken { quiesced: Ok(()), .. }))));
     assert!(server.stop().unwrap().is_empty());
 }
 
 #[test]
 fn a_function_that_is_taken_from_a_hanging_thread_is_not_touched_when_that_goes_on() {
     let machine = Machine::new();
-    let functions = BTreeMap::from([(0, machine.open(FIRST)), (8, machine.open(SECOND))]);
+    let functions = BTreeMap::from([(Devfn(0), machine.open(FIRST)), (Devfn(8), machine.open(SECOND))]);
     let server = start(DOMAIN, machine.ring(), functions, Arc::default(), Box::new(|_| {})).unwrap();
     let (hang, before) = (machine.hang(), machine.accesses().len());
     machine.ask(&op(Command::CONF_WRITE.0, PLAIN, 2, 0x1234));
     while machine.accesses().len() == before {
         thread::yield_now();
     }
-    assert!(matches!(server.take(0), Err(ServerStuck)));
+    assert!(matches!(server.take(Devfn(0)), Err(ServerStuck)));
     let before = machine.accesses().len();
     drop(hang);
-    assert!(matches!(server.take(8), Ok(Some(Taken { quiesced: Ok(()), .. }))), "the other one is served on");
+    assert!(
+        matches!(server.take(Devfn(8)), Ok(Some(Taken { quiesced: Ok(()), .. }))),
+        "the other one is served on"
+    );
     assert!(server.stop().unwrap().is_empty());
     let touched = machine.accesses().split_off(before);
     assert!(!touched.is_empty() && touched.iter().all(|address| *address == SECOND), "{touched:?}");
@@ -518,7 +521,7 @@ proptest! {
             prop_assert!(machine.answer(0).is_some());
             assert_notes_are_true(&serving, &machine);
             if resets {
-                serving.roster.reset_ended(0, true);
+                serving.roster.reset_ended(Devfn(0), true);
             }
         }
         for function in serving.roster.functions.values_mut() {

@@ -6,14 +6,14 @@ use super::*;
 
 fn serving(machine: &Machine) -> (Serving, Receiver<ServerReport>) {
     let address = Sbdf::from_devfn(0, 1, 0);
-    let functions = BTreeMap::from([(0, machine.open(address))]);
+    let functions = BTreeMap::from([(Devfn(0), machine.open(address))]);
     let (sender, reports) = channel();
     let report = Box::new(move |report| sender.send(report).unwrap());
     (super::serving(machine, functions, report), reports)
 }
 
 fn notification(request: AerRequest, limit: Duration) -> Notification {
-    Notification { devfn: 0, request, state: ChannelState::Normal, limit }
+    Notification { devfn: Devfn(0), request, state: ChannelState::Normal, limit }
 }
 
 fn heard(reports: &Receiver<ServerReport>) -> Option<Result<Result<AerAnswer, u32>, NotNotified>> {
@@ -70,7 +70,7 @@ fn a_guest_that_is_silent_cannot_be_told_or_is_gone_is_reported_once() {
     serving.roster.obey(Order::Notify(notification(AerRequest::Detected, LONG)));
     serving.hear();
     let (taken, _taken) = channel();
-    serving.roster.obey(Order::Take(0, taken));
+    serving.roster.obey(Order::Take(Devfn(0), taken));
     frontend::answer_aer(machine.page(), 5);
     serving.hear();
     assert_eq!(heard(&reports), None);
@@ -85,10 +85,10 @@ fn a_reset_by_the_host_keeps_what_the_guest_wrote_and_one_by_the_guest_does_not(
     serving.ask(&machine, &op(1, 0x10, 4, 0xfd00_0000));
     let written = bar(&mut serving);
     let (sender, begun) = channel();
-    serving.roster.obey(Order::BeginReset(0, sender));
+    serving.roster.obey(Order::BeginReset(Devfn(0), sender));
     assert!(begun.recv().unwrap().is_ok());
     assert_eq!(bar(&mut serving), u32::MAX);
-    serving.roster.obey(Order::ResetEnded(0, true));
+    serving.roster.obey(Order::ResetEnded(Devfn(0), true));
     assert_eq!(bar(&mut serving), written);
     assert!(reports.try_recv().is_err());
 }

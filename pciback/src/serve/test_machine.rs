@@ -18,7 +18,7 @@ use crate::config::{
 };
 use crate::platform::hypervisor::DeviceReport;
 use crate::platform::{
-    DomainInfo, Hypervisor, MsiSource, Pirq, PlatformError, Resource, Result, Ring, SharedMemory,
+    DomainInfo, Edit, Hypervisor, MsiSource, Pirq, PlatformError, Resource, Result, Ring, SharedMemory,
 };
 use crate::policy::RdmPolicy;
 use crate::{DomId, Sbdf};
@@ -383,10 +383,10 @@ impl Hypervisor for Machine {
         }
         Ok(())
     }
-    fn iomem_permission(&self, domain: DomId, _: u64, _: u64, _: bool) -> Result<()> {
+    fn iomem_permission(&self, domain: DomId, _: u64, _: u64, _: Edit) -> Result<()> {
         refuse(domain)
     }
-    fn ioport_permission(&self, domain: DomId, _: u32, _: u32, _: bool) -> Result<()> {
+    fn ioport_permission(&self, domain: DomId, _: u32, _: u32, _: Edit) -> Result<()> {
         refuse(domain)
     }
     fn map_msi_as(&self, _: DomId, address: Sbdf, _: MsiSource, _: Pirq) -> Result<()> {

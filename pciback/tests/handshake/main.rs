@@ -1,10 +1,19 @@
 //! The handshake against a model of xen-pcifront.
 
+#![expect(clippy::unwrap_used, reason = "a test that fails says so by panicking")]
+
+mod pcifront;
+
+use pciback::Devfn;
+use pcifront::World;
 use proptest::prelude::*;
 
-use super::pcifront::World;
+const FIRST: Devfn = Devfn(0);
+const SECOND: Devfn = Devfn(8);
+const THIRD: Devfn = Devfn(16);
+const FOURTH: Devfn = Devfn(24);
 
-fn connected(devfns: &[u8]) -> World {
+fn connected(devfns: &[Devfn]) -> World {
     let mut world = World::new();
     devfns.iter().for_each(|devfn| world.add(*devfn));
     world.run();
@@ -14,7 +23,7 @@ fn connected(devfns: &[u8]) -> World {
 
 #[test]
 fn a_guest_finds_what_was_attached_before_it_looked() {
-    let world = connected(&[0, 8]);
+    let world = connected(&[FIRST, SECOND]);
     assert_eq!(world.added.len(), 2);
     assert_eq!(world.backend("state"), Some("4"));
     assert_eq!(world.backend("vdev-1"), Some("0000:00:01.00"));
@@ -22,16 +31,16 @@ fn a_guest_finds_what_was_attached_before_it_looked() {
 
 #[test]
 fn functions_come_to_a_connected_guest_and_go_again() {
-    let mut world = connected(&[0]);
-    world.add(8);
-    world.add(16);
+    let mut world = connected(&[FIRST]);
+    world.add(SECOND);
+    world.add(THIRD);
     world.run();
     assert_eq!(world.found().len(), 3);
-    world.remove(8);
+    world.remove(SECOND);
     world.run();
-    assert!(world.found().iter().eq(&[0, 16]) && world.leaving.is_empty());
+    assert!(world.found().iter().eq(&[FIRST, THIRD]) && world.leaving.is_empty());
     assert_eq!((world.backend("dev-1"), world.backend("num_devs")), (None, Some("3")));
-    world.add(24);
+    world.add(FOURTH);
     world.run();
     assert_eq!(world.backend("vdev-1"), Some("0000:00:03.00"), "a free index is used again");
     assert_eq!(world.timeouts, 0);
@@ -41,10 +50,10 @@ fn functions_come_to_a_connected_guest_and_go_again() {
 fn the_last_function_takes_the_device_along_and_it_can_come_back_ten_times() {
     let mut world = World::new();
     for _ in 0..10 {
-        world.add(0);
+        world.add(FIRST);
         world.run();
-        assert!(world.found().contains(&0) && world.added.contains(&0));
-        world.remove(0);
+        assert!(world.found().contains(&FIRST) && world.added.contains(&FIRST));
+        world.remove(FIRST);
         world.run();
         assert!(world.found().is_empty() && world.leaving.is_empty() && world.nothing_left());
         assert!(world.handshake.is_empty());
@@ -54,22 +63,22 @@ fn the_last_function_takes_the_device_along_and_it_can_come_back_ten_times() {
 
 #[test]
 fn a_guest_that_is_slow_to_see_its_directory_go_finds_the_next_one() {
-    let mut world = connected(&[0]);
-    world.remove(0);
+    let mut world = connected(&[FIRST]);
+    world.remove(FIRST);
     world.guest_sees_state();
     world.look();
     assert!(world.nothing_left());
     // Attached again before the guest has looked.
-    world.add(8);
+    world.add(SECOND);
     world.look();
     world.run();
-    assert!(world.found().contains(&8));
+    assert!(world.found().contains(&SECOND));
 }
 
 #[test]
 fn a_reloaded_module_finds_everything_again() {
     for looks_between in [false, true] {
-        let mut world = connected(&[0, 8]);
+        let mut world = connected(&[FIRST, SECOND]);
         world.unload();
         if looks_between {
             world.look();
@@ -82,24 +91,24 @@ fn a_reloaded_module_finds_everything_again() {
 
 #[test]
 fn what_happens_while_the_module_is_unloaded_counts_when_it_is_loaded() {
-    let mut world = connected(&[0, 8]);
+    let mut world = connected(&[FIRST, SECOND]);
     world.unload();
     world.run();
-    world.remove(0);
-    world.add(16);
+    world.remove(FIRST);
+    world.add(THIRD);
     world.run();
     assert!(world.leaving.is_empty(), "nobody has to be asked");
     world.load();
     world.run();
-    assert!(world.found().iter().eq(&[8, 16]));
+    assert!(world.found().iter().eq(&[SECOND, THIRD]));
 }
 
 #[test]
 fn a_module_unloaded_in_the_middle_of_an_exchange_does_not_hold_it_up() {
     for steps in 0..6 {
-        let mut world = connected(&[0, 8]);
-        world.add(16);
-        world.remove(0);
+        let mut world = connected(&[FIRST, SECOND]);
+        world.add(THIRD);
+        world.remove(FIRST);
         for _ in 0..steps {
             world.guest_sees_state();
             world.look();
@@ -109,37 +118,37 @@ fn a_module_unloaded_in_the_middle_of_an_exchange_does_not_hold_it_up() {
         assert!(world.leaving.is_empty(), "after {steps} steps");
         world.load();
         world.run();
-        assert!(world.found().iter().eq(&[8, 16]), "after {steps} steps: {:?}", world.found());
+        assert!(world.found().iter().eq(&[SECOND, THIRD]), "after {steps} steps: {:?}", world.found());
     }
 }
 
 #[test]
 fn a_function_is_silent_before_the_guest_looks_again() {
-    let mut world = connected(&[0, 8]);
-    world.remove(0);
+    let mut world = connected(&[FIRST, SECOND]);
+    world.remove(FIRST);
     // The model scans the moment that we write 8: a function that still answers then is found again.
     world.run();
-    assert!(world.found().iter().eq(&[8]));
+    assert!(world.found().iter().eq(&[SECOND]));
 }
 
 #[test]
 fn a_guest_whose_time_is_up_can_still_follow_later() {
     // At the limit it has not begun, or has dropped the function but we were not notified.
     for begun in [false, true] {
-        let mut world = connected(&[0, 8]);
-        world.remove(0);
+        let mut world = connected(&[FIRST, SECOND]);
+        world.remove(FIRST);
         if begun {
             world.guest_sees_state();
         }
-        world.withdraw_unasked(0);
+        world.withdraw_unasked(FIRST);
         assert!(world.leaving.is_empty());
         world.run();
-        world.add(16);
+        world.add(THIRD);
         world.run();
-        assert!(world.found().contains(&16), "begun {begun}: {:?}", world.found());
-        world.remove(8);
+        assert!(world.found().contains(&THIRD), "begun {begun}: {:?}", world.found());
+        world.remove(SECOND);
         world.run();
-        assert!(world.leaving.is_empty() && !world.found().contains(&8));
+        assert!(world.leaving.is_empty() && !world.found().contains(&SECOND));
     }
 }
 
@@ -147,64 +156,64 @@ fn a_guest_whose_time_is_up_can_still_follow_later() {
 fn a_late_guest_has_a_function_attached_again_only_once_it_has_dropped_the_old_one() {
     // How many functions it has looked at when it is told of the next change.
     for looked_at in 0..4 {
-        let mut world = connected(&[0, 8, 16]);
-        world.remove(8);
+        let mut world = connected(&[FIRST, SECOND, THIRD]);
+        world.remove(SECOND);
         world.guest_begins();
         (0..looked_at).for_each(|_| world.guest_looks_at_one());
-        world.withdraw_unasked(8);
+        world.withdraw_unasked(SECOND);
         world.look();
         // The same place, and a second function to be dropped while the guest is still at the first.
-        world.add(8);
-        world.remove(0);
+        world.add(SECOND);
+        world.remove(FIRST);
         world.look();
-        assert!(!world.added.contains(&8) && world.leaving.contains(&0), "after {looked_at}");
+        assert!(!world.added.contains(&SECOND) && world.leaving.contains(&FIRST), "after {looked_at}");
         world.run();
-        assert!(world.found().iter().eq(&[8, 16]) && world.stale().is_empty(), "after {looked_at}");
+        assert!(world.found().iter().eq(&[SECOND, THIRD]) && world.stale().is_empty(), "after {looked_at}");
     }
 }
 
 #[test]
 fn a_guest_drops_the_device_of_a_function_that_was_taken_without_asking() {
-    let mut world = connected(&[0, 8]);
-    world.remove_unasked(0);
+    let mut world = connected(&[FIRST, SECOND]);
+    world.remove_unasked(FIRST);
     assert!(world.leaving.is_empty(), "nobody waits for the guest");
     world.run();
     assert!(world.stale().is_empty() && world.backend("vdev-0").is_none());
-    world.add(0);
+    world.add(FIRST);
     world.run();
-    assert!(world.found().contains(&0));
+    assert!(world.found().contains(&FIRST));
 }
 
 #[test]
 fn a_service_killed_while_a_late_guest_drops_a_function_waits_for_it_too() {
-    let mut world = connected(&[0, 8]);
-    world.remove(0);
+    let mut world = connected(&[FIRST, SECOND]);
+    world.remove(FIRST);
     world.guest_begins();
-    world.withdraw_unasked(0);
+    world.withdraw_unasked(FIRST);
     world.restart();
-    world.add(0);
+    world.add(FIRST);
     world.run();
-    assert!(world.found().contains(&0) && world.stale().is_empty());
+    assert!(world.found().contains(&FIRST) && world.stale().is_empty());
 }
 
 #[test]
 fn overruling_ends_an_exchange_only_for_the_function_it_is_about() {
-    let mut world = connected(&[0, 8, 16]);
-    world.remove(0);
-    world.add(24);
+    let mut world = connected(&[FIRST, SECOND, THIRD]);
+    world.remove(FIRST);
+    world.add(FOURTH);
     world.guest_sees_state();
     world.look();
-    world.remove(8);
-    world.withdraw_unasked(8);
+    world.remove(SECOND);
+    world.withdraw_unasked(SECOND);
     world.run();
     assert!(world.leaving.is_empty());
-    assert!(world.found().contains(&24) && world.found().contains(&16));
+    assert!(world.found().contains(&FOURTH) && world.found().contains(&THIRD));
 }
 
 #[test]
 fn a_ring_that_could_not_be_used_is_tried_again_when_the_frontend_comes_back_with_it() {
     let mut world = World::new();
-    world.add(0);
+    world.add(FIRST);
     world.guest_sees_directory();
     world.scribble("pci-op-ref", "999");
     world.look();
@@ -213,13 +222,13 @@ fn a_ring_that_could_not_be_used_is_tried_again_when_the_frontend_comes_back_wit
     assert_eq!(world.reports.len(), 1, "once is enough");
     world.scribble("pci-op-ref", "8");
     world.run();
-    assert!(world.found().contains(&0));
+    assert!(world.found().contains(&FIRST));
 }
 
 #[test]
 fn nonsense_is_reported_once_and_what_makes_sense_is_taken_afterwards() {
     let mut world = World::new();
-    world.add(0);
+    world.add(FIRST);
     world.guest_sees_directory();
     world.scribble("pci-op-ref", "0");
     world.look();
@@ -228,12 +237,12 @@ fn nonsense_is_reported_once_and_what_makes_sense_is_taken_afterwards() {
     world.unload();
     world.load();
     world.run();
-    assert!(world.found().contains(&0));
+    assert!(world.found().contains(&FIRST));
 }
 
 #[test]
 fn a_guest_notices_nothing_of_a_service_that_is_killed() {
-    let mut world = connected(&[0, 8]);
+    let mut world = connected(&[FIRST, SECOND]);
     world.restart();
     assert_eq!(world.backend("state"), Some("4"));
     world.run();
@@ -243,9 +252,9 @@ fn a_guest_notices_nothing_of_a_service_that_is_killed() {
 #[test]
 fn a_service_killed_at_any_point_of_an_exchange_ends_it() {
     for steps in 0..6 {
-        let mut world = connected(&[0, 8]);
-        world.add(16);
-        world.remove(0);
+        let mut world = connected(&[FIRST, SECOND]);
+        world.add(THIRD);
+        world.remove(FIRST);
         for _ in 0..steps {
             world.guest_sees_state();
             world.look();
@@ -253,36 +262,36 @@ fn a_service_killed_at_any_point_of_an_exchange_ends_it() {
         world.restart();
         world.run();
         assert!(world.leaving.is_empty(), "after {steps} steps");
-        assert!(world.found().contains(&8) && world.found().contains(&16), "after {steps} steps");
-        world.add(24);
+        assert!(world.found().contains(&SECOND) && world.found().contains(&THIRD), "after {steps} steps");
+        world.add(FOURTH);
         world.run();
-        assert!(world.found().contains(&24), "after {steps} steps");
+        assert!(world.found().contains(&FOURTH), "after {steps} steps");
     }
 }
 
 #[test]
 fn a_service_killed_while_the_device_goes_lets_it_go() {
     for steps in 0..3 {
-        let mut world = connected(&[0]);
-        world.remove(0);
+        let mut world = connected(&[FIRST]);
+        world.remove(FIRST);
         for _ in 0..steps {
             world.guest_sees_state();
         }
         world.restart();
         world.run();
         assert!(world.leaving.is_empty() && world.nothing_left(), "after {steps} steps");
-        world.add(0);
+        world.add(FIRST);
         world.run();
-        assert!(world.found().contains(&0), "after {steps} steps");
+        assert!(world.found().contains(&FIRST), "after {steps} steps");
     }
 }
 
 #[derive(Debug, Clone)]
 enum Happening {
-    Add(u8),
-    Remove(u8),
-    WithdrawUnasked(u8),
-    RemoveUnasked(u8),
+    Add(Devfn),
+    Remove(Devfn),
+    WithdrawUnasked(Devfn),
+    RemoveUnasked(Devfn),
     Look,
     Directory,
     State,
@@ -296,7 +305,7 @@ enum Happening {
 }
 
 fn happening(hostile: bool) -> impl Strategy<Value = Happening> {
-    let devfn = (0u8..4).prop_map(|slot| slot * 8);
+    let devfn = (0u8..4).prop_map(|slot| Devfn(slot * 8));
     let key = prop::sample::select(vec!["state", "pci-op-ref", "event-channel"]);
     let value =
         prop::sample::select(vec!["", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "999", "4294967295"]);

@@ -5,9 +5,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::super::nodes::{End, FrontendView, NodeChange, PublishedFunction, RingPlace, XenbusState};
-use super::{Action, Handshake};
-use crate::{DomId, Sbdf};
+use pciback::serve::pv::nodes::{End, FrontendView, NodeChange, PublishedFunction, RingPlace, XenbusState};
+use pciback::serve::pv::{Action, Handshake};
+use pciback::{Devfn, DomId, Sbdf};
 
 type Nodes = BTreeMap<String, String>;
 
@@ -22,7 +22,7 @@ struct Guest {
     state: u32,
     next_ring: u32,
     /// The PCI devices it has, each with the attachment that it was found in. A scan skips what is known already.
-    found: BTreeMap<u8, u32>,
+    found: BTreeMap<Devfn, u32>,
     /// It drops functions, one after the other: the next index and how many there were when it began.
     dropping: Option<(u32, u32)>,
     directory_event: bool,
@@ -30,19 +30,19 @@ struct Guest {
 }
 
 /// A guest, xenstore, and an engine that does at once what the handshake says.
-pub(super) struct World {
+pub struct World {
     pub handshake: Handshake,
     backend: Nodes,
     frontend: Nodes,
     guest: Guest,
     /// What the engine serves, connected or not, each with the number of its attachment.
-    served: BTreeMap<u8, u32>,
+    served: BTreeMap<Devfn, u32>,
     attachments: u32,
     connected: Option<RingPlace>,
-    pub added: BTreeSet<u8>,
+    pub added: BTreeSet<Devfn>,
     /// Functions whose removal was ordered and not yet confirmed.
-    pub leaving: BTreeSet<u8>,
-    pub wanted: BTreeSet<u8>,
+    pub leaving: BTreeSet<Devfn>,
+    pub wanted: BTreeSet<Devfn>,
     pub paused: bool,
     pub reports: Vec<String>,
     /// It wrote into its nodes what no driver would: what it says of itself means nothing.
@@ -51,8 +51,8 @@ pub(super) struct World {
     pub timeouts: u32,
 }
 
-pub(super) fn address(devfn: u8) -> Sbdf {
-    Sbdf::from_devfn(0, 1, devfn)
+pub fn address(devfn: Devfn) -> Sbdf {
+    Sbdf::from_devfn(0, 1, devfn.0)
 }
 
 impl World {
@@ -77,7 +77,7 @@ impl World {
 
     // The engine.
 
-    pub fn add(&mut self, devfn: u8) {
+    pub fn add(&mut self, devfn: Devfn) {
         if self.wanted.contains(&devfn) || self.leaving.contains(&devfn) {
             return;
         }
@@ -88,7 +88,7 @@ impl World {
         self.act(actions);
     }
 
-    pub fn remove(&mut self, devfn: u8) {
+    pub fn remove(&mut self, devfn: Devfn) {
         if self.wanted.remove(&devfn) {
             self.leaving.insert(devfn);
             let actions = self.handshake.remove(devfn);
@@ -96,7 +96,7 @@ impl World {
         }
     }
 
-    pub fn withdraw_unasked(&mut self, devfn: u8) {
+    pub fn withdraw_unasked(&mut self, devfn: Devfn) {
         if self.leaving.contains(&devfn) {
             let actions = self.handshake.withdraw_unasked(devfn);
             self.act(actions);
@@ -104,7 +104,7 @@ impl World {
     }
 
     /// The function is taken from the guest at once.
-    pub fn remove_unasked(&mut self, devfn: u8) {
+    pub fn remove_unasked(&mut self, devfn: Devfn) {
         if self.wanted.remove(&devfn) {
             self.leaving.insert(devfn);
             self.withdraw_unasked(devfn);
@@ -138,7 +138,8 @@ impl World {
             // No pause is remembered then, but the service needs longer than that to start.
             self.guest_sees_directory();
         }
-        let functions: Vec<(u8, Sbdf)> = self.served.keys().map(|devfn| (*devfn, address(*devfn))).collect();
+        let functions: Vec<(Devfn, Sbdf)> =
+            self.served.keys().map(|devfn| (*devfn, address(*devfn))).collect();
         let state = self.backend.get("state").map(|state| XenbusState(state.parse().unwrap()));
         let view = self.view();
         let (handshake, actions) = Handshake::resume(DomId(5), state, &left, &functions, view);
@@ -163,9 +164,9 @@ impl World {
             match action {
                 Action::Nodes(changes) => {
                     changes.iter().for_each(|change| self.change(change));
-                    let nodes: BTreeSet<u8> =
+                    let nodes: BTreeSet<Devfn> =
                         (0..self.number("num_devs")).filter_map(|index| self.virtual_devfn(index)).collect();
-                    let loud = |devfn: &&u8| self.served.contains_key(devfn) && !nodes.contains(devfn);
+                    let loud = |devfn: &&Devfn| self.served.contains_key(devfn) && !nodes.contains(devfn);
                     let loud: Vec<_> = self.leaving.iter().filter(loud).collect();
                     assert!(self.connected.is_none() || loud.is_empty(), "{loud:?} would be found again");
                 }
@@ -243,12 +244,12 @@ impl World {
         self.backend.get(key).and_then(|text| text.parse().ok()).unwrap_or(0)
     }
 
-    fn virtual_devfn(&self, index: u32) -> Option<u8> {
+    fn virtual_devfn(&self, index: u32) -> Option<Devfn> {
         let text = self.backend.get(&format!("vdev-{index}"))?;
         let (slot, function) = text.strip_prefix("0000:00:").unwrap().split_once('.').unwrap();
         assert_eq!((slot.len(), function.len()), (2, 2), "xen-pcifront parses two digits each: {text}");
         let hex = |text| u8::from_str_radix(text, 16).unwrap();
-        Some(hex(slot) << 3 | hex(function))
+        Some(Devfn(hex(slot) << 3 | hex(function)))
     }
 
     fn set_frontend_state(&mut self, state: u32) {
@@ -404,13 +405,13 @@ impl World {
     }
 
     /// What the guest has found of what it has now: a device that it kept of an earlier attachment is none of it.
-    pub fn found(&self) -> BTreeSet<u8> {
-        let current = |(devfn, attachment): &(&u8, &u32)| self.served.get(devfn) == Some(attachment);
+    pub fn found(&self) -> BTreeSet<Devfn> {
+        let current = |(devfn, attachment): &(&Devfn, &u32)| self.served.get(devfn) == Some(attachment);
         self.guest.found.iter().filter(current).map(|(devfn, _)| *devfn).collect()
     }
 
     /// Devices in the guest of functions that it no longer has.
-    pub fn stale(&self) -> BTreeSet<u8> {
+    pub fn stale(&self) -> BTreeSet<Devfn> {
         let found = self.found();
         self.guest.found.keys().filter(|devfn| !found.contains(devfn)).copied().collect()
     }
