@@ -11,6 +11,7 @@ mod network;
 mod paths;
 mod place;
 mod policy;
+mod requests;
 mod service;
 mod table;
 mod texts;
@@ -26,10 +27,9 @@ pub use place::Place;
 
 use crate::VERSION;
 use crate::outcome::{ErrorCode, Failure};
-use crate::protocol::{DomainName, Placed, Request, Scope};
+use crate::protocol::Request;
 use crate::settings::DEFAULT_SOCKET;
 use crate::target::Target;
-use functions::Concerned;
 
 pub use hvm::Hvm;
 pub use list::ListArguments;
@@ -402,114 +402,12 @@ impl Command {
             other => other.requests(ask)?.into_iter().map(Step::Ask).collect(),
         })
     }
-
-    /// The requests of the command, in their order.
-    fn requests(self, ask: &mut SendRequest<'_>) -> Result<Vec<Request<Target>>, Failure> {
-        let one = |request| vec![request];
-        let mut each = |list: Vec<Functions>, concerned: Concerned<'_>| {
-            let lists: Result<Vec<_>, _> = list.into_iter().map(|one| one.each(concerned, ask)).collect();
-            Ok::<_, Failure>(lists?.concat())
-        };
-        Ok(match self {
-            Self::Policy(_)
-            | Self::Hvm(_)
-            | Self::XlConfig { .. }
-            | Self::Save(_)
-            | Self::Restore(_)
-            | Self::Metrics { .. }
-            | Self::Documents { .. } => Vec::new(),
-            Self::List(arguments) => one(Request::List { filter: arguments.filter() }),
-            Self::Show(function) => one(Request::Show { address: function.address }),
-            Self::PciAssignableList { .. } => one(Request::PciAssignableList),
-            Self::PciAssignableAdd { functions, force, persist, dry_run } => {
-                each(functions, Concerned::Every)?
-                    .into_iter()
-                    .map(|address| Request::PciAssignableAdd {
-                        address,
-                        force,
-                        persist,
-                        managed: false,
-                        dry_run,
-                    })
-                    .collect()
-            }
-            Self::PciAssignableRemove { functions, force, trust_former_owner, .. } => {
-                each(functions, Concerned::NotTheHosts)?
-                    .into_iter()
-                    .map(|address| Request::PciAssignableRemove { address, force, trust_former_owner })
-                    .collect()
-            }
-            Self::PciAttach { domain, places, persist, managed, trust_former_owner, dry_run } => {
-                let domain = DomainName(domain);
-                let mut functions = Vec::new();
-                for Place { functions: named, slot, .. } in places {
-                    let placed = each(vec![named], Concerned::Every)?;
-                    functions.extend(placed.into_iter().map(|address| Placed { address, slot }));
-                }
-                match (functions.pop(), functions.is_empty()) {
-                    (Some(Placed { address, slot }), true) => one(Request::PciAttach {
-                        dry_run,
-                        domain,
-                        address,
-                        slot,
-                        persist,
-                        managed,
-                        trust_former_owner,
-                    }),
-                    (last, _) => {
-                        functions.extend(last);
-                        one(Request::PciAttachAll {
-                            dry_run,
-                            domain,
-                            functions,
-                            persist,
-                            managed,
-                            trust_former_owner,
-                        })
-                    }
-                }
-            }
-            Self::PciDetach { domain, functions, force, live, persistent } => {
-                let scope = match (live, persistent) {
-                    (true, _) => Scope::Live,
-                    (_, true) => Scope::Persistent,
-                    _ => Scope::All,
-                };
-                let detach = |address| {
-                    let domain = DomainName(domain.clone());
-                    Request::PciDetach { domain, address, force, scope }
-                };
-                each(vec![functions], Concerned::OfGuest(&domain))?.into_iter().map(detach).collect()
-            }
-            Self::PciList { domain, persistent } => match (domain.map(DomainName), persistent) {
-                (Some(domain), false) => one(Request::PciList { domain }),
-                (guest, _) => one(Request::PciListPersistent { guest }),
-            },
-            Self::Vf(Vf::Create { address, count, unmanaged }) => {
-                one(Request::VfCreate { address, count, unmanaged })
-            }
-            Self::Vf(Vf::SetCount { address, count }) => one(Request::VfSetCount { address, count }),
-            Self::Vf(Vf::Destroy { address }) => one(Request::VfDestroy { address }),
-            Self::Vf(Vf::List { address }) => one(Request::VfList { address }),
-            Self::Sync { dry_run } => one(Request::Sync { dry_run }),
-            Self::Vf(Vf::Set(arguments)) => one(arguments.request()),
-            Self::Vf(Vf::Show { address }) => one(Request::VfShow { address }),
-            Self::Aer(Aer::Status { address }) => one(Request::AerStatus { address }),
-            Self::BlastRadius(function) => one(Request::BlastRadius { address: function.address }),
-            Self::Aer(Aer::History(function)) => one(Request::AerHistory { address: function.address }),
-            Self::Events { follow } => one(Request::Events { follow }),
-            Self::Status { .. } => one(Request::Status),
-            Self::Doctor => one(Request::Doctor),
-            Self::DaemonReexec => one(Request::DaemonReexec),
-            Self::Quarantine(Quarantine::Clear { address, trust_former_owner }) => {
-                one(Request::QuarantineClear { address, trust_former_owner })
-            }
-        })
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    use pciback::DeviceNumber;
+
     use super::*;
     use crate::protocol::Success;
 
@@ -540,6 +438,9 @@ mod tests {
         let Request::PciAttachAll { functions, .. } = attach(&["01:00.0@5", "01:00.1"]) else { panic!() };
         let slots: Vec<_> =
             functions.iter().map(|placed| (placed.address.to_string(), placed.slot)).collect();
-        assert_eq!(slots, [("0000:01:00.0".to_owned(), Some(5)), ("0000:01:00.1".to_owned(), None)]);
+        assert_eq!(
+            slots,
+            [("0000:01:00.0".to_owned(), DeviceNumber::new(5)), ("0000:01:00.1".to_owned(), None)]
+        );
     }
 }
