@@ -37,6 +37,8 @@
  *   eunmask PORT    lets them come, also the one that waits
  *   cr2 V           writes the register of page faults' addresses, CR2, and reads it
  *   pic             lets interrupts of the two 8259 come, by vectors 40 to 4f
+ *   acpi            likewise, and lets ACPI report devices that come and are to go
+ *   hotplugs        how many times it did
  */
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -315,6 +317,7 @@ enum { INTERRUPT_FLAG = 0x200 };
 static u32 delivered_twice;
 
 #include "events.h"
+#include "acpi.h"
 
 void interrupted(const u32 *stack)
 {
@@ -332,6 +335,9 @@ void interrupted(const u32 *stack)
 	}
 	if (vector - FIRST >= VECTORS) {
 		unexpected(stack);
+	}
+	if (vector == FIRST + SCI && uses_acpi) {
+		take_acpi_event();
 	}
 	counts[index]++;
 	if (ends[index].size) {
@@ -537,6 +543,11 @@ static void obey(void)
 		number(kept_by_cr2(a));
 	} else if (is("pic")) {
 		use_pic();
+	} else if (is("acpi")) {
+		use_acpi();
+		use_pic();
+	} else if (is("hotplugs")) {
+		number(hotplugs);
 	} else {
 		say("what?");
 	}

@@ -54,6 +54,7 @@ impl<'a> Scene<'a> for LinuxHvm<'a> {
                 needs the_stock_driver_uses_the_vf_with_its_mac_traffic_and_interrupts,
             a_reset_through_sysfs_leaves_a_usable_vf
                 needs the_stock_driver_uses_the_vf_with_its_mac_traffic_and_interrupts,
+            another_vf_comes_while_it_runs_is_used_and_let_go_twice needs a_stock_linux_boots_with_its_vf,
             the_service_knows_of_no_problem,
         ]
     }
@@ -183,6 +184,26 @@ fn a_reset_through_sysfs_leaves_a_usable_vf(scene: &mut LinuxHvm<'_>) -> Result<
     ensure!(method.split_whitespace().next() == Some("flr"), "{method}");
     linux.run(&format!("echo 1 > {DEVICE}/reset")).limit(SOON).ok()?;
     bring_up_at(linux, FUNCTION, ADDRESS)?;
+    ping(linux, DOM0)
+}
+
+/// Linux's own hotplug driver finds the function, places its BARs, and ejects it when it is asked to; igbvf uses it in between.
+fn another_vf_comes_while_it_runs_is_used_and_let_go_twice(scene: &mut LinuxHvm<'_>) -> Result<()> {
+    const FUNCTION: &str = "0000:00:1e.0";
+    let (lab, linux) = (scene.lab, scene.linux()?);
+    let there = format!("[ -e /sys/bus/pci/devices/{FUNCTION} ]");
+    make_held(lab, VFS[1])?;
+    set_mac(lab, 1, "52:54:00:aa:bb:02")?;
+    for _ in 0..2 {
+        xpci(lab, "pci-attach linux 01:10.2@1e")?;
+        linux.wait_for("the function", SOON, &there)?;
+        bring_up_at(linux, FUNCTION, "10.9.9.12")?;
+        ping(linux, &format!("-I $(ls /sys/bus/pci/devices/{FUNCTION}/net) {DOM0}"))?;
+        let said = xpci(lab, "pci-detach linux 01:10.2")?;
+        ensure!(!said.contains("in time"), "{said}");
+        linux.wait_for("the function to be gone", SOON, &format!("! {there}"))?;
+    }
+    // The VF from before it ran was not disturbed.
     ping(linux, DOM0)
 }
 

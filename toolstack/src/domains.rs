@@ -86,6 +86,11 @@ pub fn device_model_runs(store: &dyn StoreOps, domain: DomId) -> Result<bool, Pl
     Ok(read_text(store, &device_model_state(domain))?.as_deref() == Some("running"))
 }
 
+/// Whether an HVM guest has ACPI, as libxl noted it for the firmware (`acpi=` in xl.cfg).
+pub fn has_acpi(store: &dyn StoreOps, domain: DomId) -> Result<bool, PlatformError> {
+    Ok(read_text(store, &format!("/local/domain/{domain}/platform/acpi"))?.as_deref() != Some("0"))
+}
+
 /// Why a domain has power over other domains, in words that follow "it"; `None` if xenstore shows no reason.
 ///
 /// Xen has no interface that lists privileged domains, so this uses what toolstacks write to xenstore, where guests cannot write.

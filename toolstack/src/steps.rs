@@ -52,7 +52,7 @@ pub enum Step {
     /// what the guest may reach from the next step on. So does the copy of an expansion ROM, if policies give one. Undo: both are
     /// removed.
     Image,
-    /// The guest is notified and served. Undo: the guest is asked to release the function, which is then switched off, bus mastering and
+    /// The guest is served and notified. Undo: the guest is asked to release the function, which is then switched off, bus mastering and
     /// interrupts first.
     Serve,
 }

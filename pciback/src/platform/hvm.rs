@@ -32,9 +32,6 @@ impl MsiMessage {
 
 /// Ioreq servers, and mappings and interrupts of HVM guests.
 pub trait HvmDomains: Send + Sync {
-    /// The device numbers that the guest's device model uses on bus 0.
-    fn device_model_slots(&self, domain: DomId) -> Result<Vec<DeviceNumber>>;
-
     /// The ioreq servers that dom0 has in a domain, lowest number first: the device model's, and ours.
     fn servers(&self, domain: DomId) -> Result<Vec<ServerId>>;
     /// Makes one more; Xen gives it the lowest number that is free.

@@ -5,6 +5,7 @@
 //! service's `main` chooses between them. Every call that may block has a limit of its own and is safe from several threads.
 
 pub mod addresses;
+pub mod device_models;
 pub mod error;
 pub mod errors;
 pub mod events;
@@ -25,6 +26,7 @@ use std::sync::Arc;
 pub use crate::host::{HostFunction, Names, Resource};
 pub use crate::memory::PAGE;
 pub use addresses::{AddressMap, AddressRange, Foreign, foreign_bar};
+pub use device_models::DeviceModels;
 pub use error::{Cause, PlatformError, Result, Revoked};
 pub use errors::{ErrorEvent, ErrorEvents, ErrorSource};
 pub use events::{HostEvent, HostEvents};
@@ -50,6 +52,8 @@ pub struct Platform {
     pub rings: Arc<dyn GuestRings>,
     /// HVM guests.
     pub hvm: Arc<dyn HvmDomains>,
+    /// Their device models.
+    pub device_models: Arc<dyn DeviceModels>,
     /// The network settings of VFs.
     pub network: Arc<dyn VfNetwork>,
     /// Errors of functions as the kernel reports them.

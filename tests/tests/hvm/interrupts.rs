@@ -26,12 +26,17 @@ fn registers(one: &BareGuest<'_>, bar: u32) -> Result<u32> {
 
 /// Places the VF's BARs and sets up its interrupts, whatever checks before have left; its registers and its table.
 pub fn set_up(one: &BareGuest<'_>) -> Result<(u32, u32)> {
-    one.tell(&format!("slot {SLOT:x}"))?;
+    set_up_at(one, SLOT, 0xf7f0_0000)
+}
+
+/// The same of a VF at any device number, with its BARs from this address on.
+pub fn set_up_at(one: &BareGuest<'_>, slot: u32, address: u32) -> Result<(u32, u32)> {
+    one.tell(&format!("slot {slot:x}"))?;
     // The sweeps left them anywhere.
     one.tell("w 14 4 0")?;
     one.tell("w 20 4 0")?;
-    one.tell(&format!("w {BAR0:x} 4 f7f00000"))?;
-    one.tell(&format!("w {BAR3:x} 4 f7f10000"))?;
+    one.tell(&format!("w {BAR0:x} 4 {address:x}"))?;
+    one.tell(&format!("w {BAR3:x} 4 {:x}", address + 0x1_0000))?;
     let (own, table) = (registers(one, BAR0)?, registers(one, BAR3)?);
     one.tell("w 4 2 6")?;
     one.tell("w 72 2 0")?;
@@ -139,7 +144,12 @@ fn trigger(one: &BareGuest<'_>, own: u32) -> Result<()> {
 
 /// What was set up keeps working.
 pub fn again(one: &BareGuest<'_>) -> Result<()> {
-    one.tell(&format!("slot {SLOT:x}"))?;
+    again_at(one, SLOT)
+}
+
+/// The same of a VF at any device number.
+pub fn again_at(one: &BareGuest<'_>, slot: u32) -> Result<()> {
+    one.tell(&format!("slot {slot:x}"))?;
     let (own, count) = (registers(one, BAR0)?, settled_count(one)?);
     trigger(one, own)?;
     comes_again(one, count)

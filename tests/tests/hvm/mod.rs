@@ -4,6 +4,7 @@
 //! from the registers' written meaning (`pciback/test-support/src/{oracle,meaning}.rs`), none from the library.
 
 pub mod events;
+mod hotplug;
 mod interrupts;
 mod persist;
 mod sweeps;
@@ -20,6 +21,17 @@ use xpci_tests::{BareGuest, Lab, Process, checks};
 use crate::machines::{HOST, destroy_guests, without_policies};
 use crate::vf::{self, Model};
 use events::{events_of_msix_survive_the_service, msix_comes_as_events_where_messages_name_interrupts};
+use hotplug::{
+    a_device_number_that_qemu_uses_meanwhile_is_refused,
+    a_function_from_before_the_guest_ran_is_ejected_likewise,
+    a_function_taken_by_force_leaves_no_device_behind,
+    a_function_that_came_stays_over_a_killed_service_and_is_ejected,
+    a_function_that_came_while_the_guest_ran_works,
+    a_guest_that_does_not_eject_a_function_loses_it_after_the_limit,
+    a_running_guest_is_notified_of_a_function_and_finds_it, a_running_guest_without_acpi_is_refused,
+    a_service_that_is_killed_while_the_guest_is_asked_takes_the_function_at_its_next_start,
+    another_one_comes_to_its_place, the_guest_keeps_it_until_it_has_ejected_it,
+};
 use interrupts::{
     a_masked_function_waits_likewise, a_masked_vector_waits_and_its_pending_bit_shows_that,
     a_vector_stays_masked_over_disabling_and_enabling,
@@ -87,8 +99,17 @@ impl<'a> Scene<'a> for Hvm<'a> {
             msix_comes_as_events_where_messages_name_interrupts,
             events_of_msix_survive_the_service needs msix_comes_as_events_where_messages_name_interrupts,
             the_service_knows_of_no_problem,
-            a_running_guest_gets_no_function,
-            a_running_guest_loses_a_function_by_force_alone,
+            a_running_guest_is_notified_of_a_function_and_finds_it,
+            a_function_that_came_while_the_guest_ran_works needs a_running_guest_is_notified_of_a_function_and_finds_it,
+            the_guest_keeps_it_until_it_has_ejected_it needs a_function_that_came_while_the_guest_ran_works,
+            another_one_comes_to_its_place,
+            a_function_from_before_the_guest_ran_is_ejected_likewise,
+            a_guest_that_does_not_eject_a_function_loses_it_after_the_limit,
+            a_function_taken_by_force_leaves_no_device_behind,
+            a_service_that_is_killed_while_the_guest_is_asked_takes_the_function_at_its_next_start,
+            a_function_that_came_stays_over_a_killed_service_and_is_ejected,
+            a_device_number_that_qemu_uses_meanwhile_is_refused,
+            a_running_guest_without_acpi_is_refused,
             a_function_is_reset_when_the_guest_asks_for_it,
             the_function_of_a_destroyed_guest_is_held_again,
             a_paused_guest_loses_what_it_got_and_nothing_remains,
@@ -214,24 +235,6 @@ fn msix_works_on_under_the_services_successor(scene: &mut Hvm<'_>) -> Result<()>
 
 fn the_service_knows_of_no_problem(scene: &mut Hvm<'_>) -> Result<()> {
     no_problems(scene.lab)
-}
-
-fn a_running_guest_gets_no_function(scene: &mut Hvm<'_>) -> Result<()> {
-    scene.one()?;
-    let (exit, said) = xpci_fails(scene.lab, "pci-attach one 01:10.4")?;
-    ensure!(exit == 5 && said.contains("xl create -p"), "{said}");
-    Ok(())
-}
-
-fn a_running_guest_loses_a_function_by_force_alone(scene: &mut Hvm<'_>) -> Result<()> {
-    let (lab, one) = (scene.lab, scene.one()?);
-    let (exit, said) = xpci_fails(lab, "pci-detach one 01:10.2")?;
-    ensure!(exit == 5 && said.contains("--force"), "{said}");
-    xpci(lab, "pci-detach --force one 01:10.2")?;
-    ensure!(is_held(lab, VFS[1])?, "{}", status(lab)?);
-    one.tell(&format!("slot {SECOND:x}"))?;
-    ensure!(one.number("r 0 4")? == u32::MAX, "a detached function answers");
-    Ok(())
 }
 
 fn the_function_of_a_destroyed_guest_is_held_again(scene: &mut Hvm<'_>) -> Result<()> {

@@ -43,6 +43,9 @@ pub struct Record {
     pub msix_prepared: bool,
     /// The guest that has it, gets it or loses it.
     pub guest: Option<GuestPlace>,
+    /// Whether the device model of its guest, an HVM guest, may have a placeholder for it, so that the guest can be asked to release it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub announced: bool,
     /// Host resources that were granted to the guest.
     #[serde(default)]
     pub grants: Vec<Grant>,
@@ -151,6 +154,7 @@ impl Record {
             managed: false,
             msix_prepared: false,
             guest: None,
+            announced: false,
             grants: Vec::new(),
             without_line: false,
             rom: None,

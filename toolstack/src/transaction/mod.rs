@@ -7,6 +7,7 @@
 mod attach;
 mod grants;
 mod hold;
+mod hotplug;
 mod network;
 mod path;
 mod pristine;
@@ -32,6 +33,7 @@ pub use hold::{
     PF_STUB, choose_holder, guest_owned, holder_of, is_held, is_owned_by_other_toolstack, refuse_in_use,
     vfs_are_by_guest,
 };
+pub use hotplug::not_released;
 pub use network::{
     Reported as ReportedNetwork, change as change_network, described as describe_network,
     deviation as network_deviation, place as vf_place, prepare as prepare_networks,
@@ -306,7 +308,10 @@ impl Context<'_> {
                     .and_then(|()| self.serving.open(record))
                     .map(|()| without_rom)
             }
-            Step::Serve => self.serving.serve(record),
+            Step::Serve => {
+                let warning = self.serving.serve(record)?;
+                Ok(hold::joined(warning.into_iter().chain(hotplug::announce(self, record)?)))
+            }
         }
     }
 
@@ -337,7 +342,11 @@ impl Context<'_> {
             Step::Image => {
                 attach::remove_image(self, record).and_then(|()| rom::remove(self, record)).map(|()| None)
             }
-            Step::Serve => self.serving.withdraw(record, self.withdrawal),
+            Step::Serve => {
+                let unreleased = hotplug::take_back(self, record)?;
+                let warning = self.serving.withdraw(record, self.withdrawal)?;
+                Ok(hold::joined(unreleased.into_iter().chain(warning)))
+            }
         }
     }
 }

@@ -16,6 +16,7 @@ mod handing_over;
 mod holding;
 mod hvm;
 mod hvm_events;
+mod hvm_hotplug;
 mod hvm_vectors;
 mod managed;
 mod network;

@@ -39,6 +39,10 @@ impl Tree {
         self.put_text(&format!("{vm}/name"), &domain.name);
         self.put_text(&format!("{vm}/uuid"), vm.trim_start_matches("/vm/"));
         self.put_text(&format!("/libxl/{id}/type"), &domain.kind);
+        if domain.kind == "hvm" {
+            let acpi = if domain.without_acpi { "0" } else { "1" };
+            self.put_text(&format!("{home}/platform/acpi"), acpi);
+        }
         for name in OWN {
             let path = format!("{home}/{name}");
             self.put_text(&path, "");

@@ -20,8 +20,7 @@ use crate::platform::{
 };
 use crate::{DeviceNumber, DomId};
 
-/// The devices of every guest's device model, and its server.
-const DEVICE_MODEL_SLOTS: [u8; 3] = [0, 1, 2];
+/// The server of every guest's device model.
 const DEVICE_MODEL: u16 = 0;
 const SERVERS: u16 = 8;
 
@@ -141,13 +140,6 @@ fn claimed<T: Ord>(set: &mut BTreeSet<T>, value: T, edit: Edit) {
 }
 
 impl HvmDomains for SimHvmDomains {
-    fn device_model_slots(&self, domain: DomId) -> Result<Vec<DeviceNumber>> {
-        let what = ("device_model_slots", "ask the device model of");
-        self.call(what, domain, |_| {
-            Ok(DEVICE_MODEL_SLOTS.into_iter().filter_map(DeviceNumber::new).collect())
-        })
-    }
-
     fn servers(&self, domain: DomId) -> Result<Vec<ServerId>> {
         self.call(("servers", "list the ioreq servers of"), domain, |domain| {
             let ours = domain.servers.keys().copied();

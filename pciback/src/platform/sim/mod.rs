@@ -4,6 +4,7 @@
 //! answers. Every answer is exact and the same each time. `docs/xen-answers.md` says which answers were seen in the lab;
 //! `pciback/contracts` asks both.
 
+mod device_models;
 mod drivers;
 mod errors;
 mod events;
@@ -42,6 +43,7 @@ use super::{Cause, ErrorEvent, HostEvent, Platform, PlatformError, Result, Use, 
 use crate::fault::{Detection, Fault, Severity};
 use crate::{DomId, Sbdf, Uuid};
 
+pub use device_models::SimHotplug;
 pub use failures::Failure;
 pub use fuse::{Fuse, Moment};
 pub use guest::SimGuest;
@@ -61,6 +63,7 @@ pub struct Simulation {
     tree: Arc<Mutex<Tree>>,
     rings: rings::SimRings,
     hvm: hvm::SimHvmDomains,
+    device_models: device_models::SimDeviceModels,
     failures: Failures,
     errors: errors::Kernel,
     /// How dom0 is set up.
@@ -128,6 +131,7 @@ impl Simulation {
         let world = Arc::new(Mutex::new(world));
         Ok(Self {
             hvm: hvm::SimHvmDomains::new(&world, &failures),
+            device_models: device_models::SimDeviceModels::new(&world, &failures),
             world,
             tree: Arc::new(Mutex::new(tree)),
             rings: rings::SimRings::new(&failures),
@@ -159,6 +163,7 @@ impl Simulation {
             store: Arc::new(SimStore::connect(&self.tree, DomId::DOM0, &failures)?),
             rings: Arc::new(self.rings.of_a_run(&failures)),
             hvm: Arc::new(self.hvm.of_a_run(&failures)),
+            device_models: Arc::new(self.device_models.of_a_run(&failures)),
             network: Arc::new(network::SimVfNetwork::new(&self.world, &failures)),
             errors: Arc::new(errors::SimErrors::new(&self.errors, &failures)),
             machine: Arc::new(machine::SimMachine { texts: self.texts.as_ref().clone(), failures }),
@@ -179,6 +184,11 @@ impl Simulation {
     /// The side of an HVM guest.
     pub fn hvm_guest(&self, domain: DomId) -> SimHvmGuest {
         self.hvm.guest(domain)
+    }
+
+    /// The ACPI hotplug controller of an HVM guest.
+    pub fn hotplug(&self, domain: DomId) -> SimHotplug {
+        self.device_models.guest(domain)
     }
 
     /// A domain is made, as `xl create` does. `EEXIST`: there is one with this number.
@@ -225,6 +235,7 @@ impl Simulation {
             kind: kind.to_owned(),
             passthrough,
             shadow_paging: false,
+            without_acpi: false,
             paused: false,
         };
         let mut world = locked(&self.world);
@@ -245,6 +256,7 @@ impl Simulation {
         locked(&self.world).xen.destroy(domain);
         self.rings.drop_domain(domain);
         self.hvm.drop_domain(domain);
+        self.device_models.drop_domain(domain);
         locked(&self.tree).release(domain);
     }
 

@@ -179,6 +179,9 @@ pub(super) struct Domain {
     /// Whether it is an HVM guest without hardware-assisted paging.
     #[serde(default)]
     pub shadow_paging: bool,
+    /// Whether it is an HVM guest without ACPI, as by `acpi=0` in its xl.cfg.
+    #[serde(default)]
+    pub without_acpi: bool,
     /// Whether it was created paused and has not run yet, as by `xl create -p`.
     #[serde(default)]
     pub paused: bool,

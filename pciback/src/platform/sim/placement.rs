@@ -242,6 +242,7 @@ impl From<&DomainText> for Domain {
             uuid: text.uuid.unwrap_or(Uuid(u128::from(text.id).to_be_bytes())),
             passthrough: text.passthrough,
             shadow_paging: text.shadow_paging,
+            without_acpi: text.without_acpi,
             pauses: text.paused.into(),
             has_run: !text.paused,
             frames: Default::default(),

@@ -56,6 +56,9 @@ pub(super) struct Domain {
     pub uuid: Uuid,
     pub passthrough: bool,
     pub shadow_paging: bool,
+    /// Whether it has no ACPI.
+    #[serde(default)]
+    pub without_acpi: bool,
     /// How often it is paused.
     pub pauses: u32,
     pub has_run: bool,

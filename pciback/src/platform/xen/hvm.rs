@@ -13,7 +13,6 @@ use super::bindings::{
 use super::hypervisor::check;
 use super::ioreq::{RequestPage, XenIoreqServer};
 use super::physdev::PhysDev;
-use super::qmp::ask_device_model;
 use crate::platform::{Edit, HvmDomains, IoreqServer, MsiMessage, Pirq, PlatformError, Result, ServerId};
 use crate::{DeviceNumber, DomId};
 
@@ -153,12 +152,6 @@ fn vector(message: MsiMessage) -> u32 {
 }
 
 impl HvmDomains for XenHvmDomains {
-    fn device_model_slots(&self, domain: DomId) -> Result<Vec<DeviceNumber>> {
-        ask_device_model(domain).map_err(|cause| {
-            PlatformError::new("ask for its devices the device model of domain", domain, cause)
-        })
-    }
-
     fn servers(&self, domain: DomId) -> Result<Vec<ServerId>> {
         let mut found = Vec::new();
         for id in 0..SERVERS {

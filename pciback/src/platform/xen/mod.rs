@@ -8,6 +8,7 @@
 )]
 
 mod bindings;
+mod device_models;
 mod hvm;
 mod hypervisor;
 mod ioreq;
@@ -46,6 +47,7 @@ pub fn open() -> Result<Platform> {
         store: Arc::new(store::XenStoreConnection::open(&libraries)?),
         rings: Arc::new(rings::XenRings::new(&libraries)),
         hvm: Arc::new(hvm::XenHvmDomains::open(&libraries)?),
+        device_models: Arc::new(device_models::QemuDeviceModels),
         network: Arc::new(LinuxVfNetwork::new(SYSFS.into())),
         errors: Arc::new(LinuxErrors::new(SYSFS.into())),
         machine: Arc::new(LinuxMachine::new("/".into())),

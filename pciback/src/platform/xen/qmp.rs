@@ -1,6 +1,6 @@
-//! Asking a guest's device model, over QMP, which slots it uses.
+//! Conversations with a guest's device model over QMP.
 //!
-//! The device model is QEMU, which a guest may have taken over: its answer is bounded in bytes and, as a whole, in time.
+//! The device model is QEMU, which a guest may have taken over: what it says is bounded in bytes and, as a whole, in time.
 
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -12,25 +12,35 @@ use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt::SendTimeout,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use crate::DomId;
 use crate::platform::Cause;
-use crate::{DeviceNumber, DomId};
 
-/// How long the whole conversation may take.
+/// How long a whole conversation may take. QEMU listens to one client at a time, so others may have to wait for it.
 const LIMIT: Duration = Duration::from_secs(5);
 /// How much the device model may say in it, in bytes: `query-pci` of 32 devices is some 20 KiB.
 const SIZE_LIMIT: usize = 1 << 20;
+/// How much of a refusal is repeated, in characters.
+const REASON: usize = 200;
 
-/// QEMU's answer to QMP's `query-pci`: the device numbers on bus 0.
-pub fn ask_device_model(domain: DomId) -> Result<Vec<DeviceNumber>, Cause> {
+/// Connects to the device model of a domain.
+pub fn connect_to(domain: DomId) -> Result<Conversation, Cause> {
     // The first is for statistics and nearly always free; at the second libxl itself connects, for each of its commands.
     let paths = ["qmp-libxenstat", "qmp-libxl"].map(|name| format!("/run/xen/{name}-{domain}"));
-    let stream = paths
-        .iter()
-        .find_map(|path| open(Path::new(path), LIMIT).ok())
-        .ok_or_else(|| Cause::Unavailable(format!("no process listens at {} or {}", paths[0], paths[1])))?;
-    Conversation::new(stream, LIMIT).slots()
+    connect_at(&paths, LIMIT)
+}
+
+/// Connects to the first of these sockets at which QEMU is free to talk.
+fn connect_at(paths: &[String], limit: Duration) -> Result<Conversation, Cause> {
+    let mut busy = None;
+    for stream in paths.iter().filter_map(|path| open(Path::new(path), limit).ok()) {
+        match Conversation::begin(stream, limit) {
+            Ok(begun) => return Ok(begun),
+            Err(cause) => busy = Some(cause),
+        }
+    }
+    Err(busy.unwrap_or_else(|| Cause::Unavailable(format!("no process listens at {}", paths.join(" or ")))))
 }
 
 /// Connects, within the limit: a process that accepts no connections leaves clients waiting in the queue.
@@ -42,7 +52,17 @@ fn open(path: &Path, limit: Duration) -> io::Result<UnixStream> {
     Ok(descriptor.into())
 }
 
-struct Conversation {
+/// What the device model does not do.
+#[derive(Debug)]
+pub struct Refused {
+    /// Whether it has no such device.
+    pub is_missing: bool,
+    /// Its reason, shortened, without control characters.
+    pub why: String,
+}
+
+/// A connection in command mode.
+pub struct Conversation {
     stream: UnixStream,
     limit: Duration,
     deadline: Instant,
@@ -52,17 +72,23 @@ struct Conversation {
 }
 
 impl Conversation {
-    fn new(stream: UnixStream, limit: Duration) -> Self {
-        Self { stream, limit, deadline: Instant::now() + limit, pending: Vec::new(), received: 0 }
+    pub fn begin(stream: UnixStream, limit: Duration) -> Result<Self, Cause> {
+        let deadline = Instant::now() + limit;
+        let mut begun = Self { stream, limit, deadline, pending: Vec::new(), received: 0 };
+        begun.answer("QMP")?.map_err(Refused::into_cause)?;
+        begun.ask("qmp_capabilities", &json!({}))?;
+        Ok(begun)
     }
 
-    fn slots(mut self) -> Result<Vec<DeviceNumber>, Cause> {
-        self.answer("QMP")?;
-        self.say(b"{\"execute\":\"qmp_capabilities\"}\n")?;
-        self.answer("return")?;
-        self.say(b"{\"execute\":\"query-pci\"}\n")?;
-        let buses = self.answer("return")?;
-        slots_of(&buses).ok_or_else(|| Cause::Malformed("query-pci lists no bus 0".to_owned()))
+    /// Has a command carried out.
+    pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Result<Value, Refused>, Cause> {
+        self.say(format!("{}\n", json!({"execute": command, "arguments": arguments})).as_bytes())?;
+        self.answer("return")
+    }
+
+    /// Has a command carried out that is always possible.
+    pub fn ask(&mut self, command: &str, arguments: &Value) -> Result<Value, Cause> {
+        self.execute(command, arguments)?.map_err(Refused::into_cause)
     }
 
     /// What is left of the time.
@@ -110,25 +136,34 @@ impl Conversation {
     }
 
     /// What the next line with this key has there. Lines with events are passed over.
-    fn answer(&mut self, key: &str) -> Result<Value, Cause> {
+    fn answer(&mut self, key: &str) -> Result<Result<Value, Refused>, Cause> {
         loop {
             let line = self.line()?;
-            let mut value: Value =
-                serde_json::from_slice(&line).map_err(|error| Cause::Malformed(error.to_string()))?;
+            let mut value = parsed(&line)?;
             if let Some(found) = value.get_mut(key) {
-                return Ok(found.take());
+                return Ok(Ok(found.take()));
             }
             if let Some(error) = value.get("error") {
-                return Err(Cause::Malformed(error.to_string()));
+                return Ok(Err(Refused::of(error)));
             }
         }
     }
 }
 
-fn slots_of(buses: &Value) -> Option<Vec<DeviceNumber>> {
-    let root = buses.as_array()?.iter().find(|bus| bus["bus"] == 0)?;
-    let slots = root["devices"].as_array()?.iter().map(|device| device["slot"].as_u64());
-    slots.map(|slot| DeviceNumber::new(u8::try_from(slot?).ok()?)).collect()
+fn parsed(line: &[u8]) -> Result<Value, Cause> {
+    serde_json::from_slice(line).map_err(|error| Cause::Malformed(error.to_string()))
+}
+
+impl Refused {
+    fn of(error: &Value) -> Self {
+        let text = error["desc"].as_str().map_or_else(|| error.to_string(), str::to_owned);
+        let why = text.chars().filter(|char| !char.is_control()).take(REASON).collect();
+        Self { is_missing: error["class"] == "DeviceNotFound", why }
+    }
+
+    pub fn into_cause(self) -> Cause {
+        Cause::Unavailable(format!("QEMU refuses it: {}", self.why))
+    }
 }
 
 #[cfg(test)]
@@ -138,11 +173,16 @@ mod tests {
 
     use super::*;
 
-    /// Talks to a device model that says this, each part as soon as it can be written, and then stays silent.
-    fn asked(
+    /// Asks a device model that says this, each part as soon as it can be written, and then stays silent.
+    fn asked(said: impl Iterator<Item = Vec<u8>> + Send + 'static, limit: Duration) -> Result<Value, Cause> {
+        told(said, limit, |conversation| conversation.ask("query-pci", &json!({})))
+    }
+
+    fn told<T>(
         said: impl Iterator<Item = Vec<u8>> + Send + 'static,
         limit: Duration,
-    ) -> Result<Vec<DeviceNumber>, Cause> {
+        what: impl FnOnce(&mut Conversation) -> Result<T, Cause>,
+    ) -> Result<T, Cause> {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let model = thread::spawn(move || {
             // The client may close the connection early.
@@ -153,7 +193,7 @@ mod tests {
             }
             let _ = theirs.read_to_end(&mut Vec::new());
         });
-        let answer = Conversation::new(ours, limit).slots();
+        let answer = Conversation::begin(ours, limit).and_then(|mut begun| what(&mut begun));
         model.join().unwrap();
         answer
     }
@@ -162,14 +202,12 @@ mod tests {
     const GREETING: &str = "{\"QMP\":{}}\n{\"event\":\"RESUME\"}\n{\"return\":{}}\n";
 
     #[test]
-    fn a_device_model_tells_which_slots_it_uses() {
-        let answer = "{\"return\":[{\"bus\":0,\"devices\":[{\"slot\":0},{\"slot\":3}]}]}\n";
+    fn an_answer_is_understood_however_it_comes_in_pieces() {
+        let answer = "{\"return\":[{\"bus\":0}]}\n";
         let said = format!("{GREETING}{answer}").into_bytes();
-        // However it comes in pieces.
         let bytes = said.clone().into_iter().map(|byte| vec![byte]);
-        let slots = [0, 3].map(|slot| DeviceNumber::new(slot).unwrap());
-        assert_eq!(asked(bytes, LONG).unwrap(), slots);
-        assert_eq!(asked(std::iter::once(said), LONG).unwrap(), slots);
+        assert_eq!(asked(bytes, LONG).unwrap(), json!([{"bus": 0}]));
+        assert_eq!(asked(std::iter::once(said), LONG).unwrap(), json!([{"bus": 0}]));
     }
 
     #[test]
@@ -209,14 +247,32 @@ mod tests {
     }
 
     #[test]
-    fn the_device_models_slots_are_those_of_bus_0() {
-        let answer = serde_json::json!([
-            {"bus": 0, "devices": [{"slot": 0, "function": 0}, {"slot": 1, "function": 3}, {"slot": 4}]},
-            {"bus": 1, "devices": [{"slot": 9}]},
-        ]);
-        assert_eq!(slots_of(&answer), [0, 1, 4].map(DeviceNumber::new).into_iter().collect());
-        for malformed in [serde_json::json!([]), serde_json::json!([{"bus": 0, "devices": [{"slot": 32}]}])] {
-            assert_eq!(slots_of(&malformed), None, "{malformed}");
-        }
+    fn another_client_at_the_first_socket_leaves_the_second() {
+        let directory = tempfile::tempdir().unwrap();
+        let paths = ["one", "two"].map(|name| directory.path().join(name).display().to_string());
+        assert!(matches!(connect_at(&paths, LONG), Err(Cause::Unavailable(_))));
+        let (_busy, free) = (UnixListener::bind(&paths[0]).unwrap(), UnixListener::bind(&paths[1]).unwrap());
+        let model = thread::spawn(move || {
+            let (mut stream, _) = free.accept().unwrap();
+            stream.write_all(GREETING.as_bytes()).unwrap();
+            let _ = stream.read_to_end(&mut Vec::new());
+        });
+        // The first never answers; what that costs is the limit.
+        assert!(connect_at(&paths, Duration::from_secs(1)).is_ok());
+        model.join().unwrap();
+    }
+
+    #[test]
+    fn a_refusal_is_shortened_and_printable() {
+        let refused = format!(
+            "{GREETING}{{\"error\":{{\"class\":\"DeviceNotFound\",\"desc\":\"no \\u001b[2J{}\"}}}}\n",
+            "x".repeat(1000)
+        );
+        let refused = told(std::iter::once(refused.into_bytes()), LONG, |model| {
+            model.execute("device_del", &json!({"id": "one"}))
+        });
+        let refused = refused.unwrap().unwrap_err();
+        assert!(refused.is_missing && refused.why.starts_with("no [2Jxx"), "{refused:?}");
+        assert_eq!(refused.why.chars().count(), REASON);
     }
 }

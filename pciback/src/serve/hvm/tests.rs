@@ -52,9 +52,6 @@ impl Xen {
 }
 
 impl HvmDomains for Xen {
-    fn device_model_slots(&self, _: DomId) -> Result<Vec<DeviceNumber>> {
-        Ok(Vec::new())
-    }
     fn servers(&self, _: DomId) -> Result<Vec<ServerId>> {
         Ok(Vec::new())
     }

@@ -21,11 +21,12 @@ use pciback::{Devfn, DeviceNumber, DomId};
 
 use super::Event;
 use super::guest::Guest;
+use crate::domains;
 use crate::engine::notes::{Notes, SERVERS, ServerNote, noted_server};
 use crate::engine::problems::Problem;
 use crate::engine::requests::{Plan, Wanted};
 use crate::engine::{self, Engine};
-use crate::journal::GuestPlace;
+use crate::journal::{GuestPlace, Record};
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Cause;
 use crate::reply::Reply;
@@ -55,14 +56,26 @@ impl Engine {
     /// Checks an attachment to an HVM guest; the failure lists all obstacles.
     pub(in crate::engine) fn hvm_attachable(&self, wanted: &Wanted) -> Result<Option<Plan>, Failure> {
         let domain = wanted.domain;
-        let running = (!self.platform.hypervisor.domain(domain)?.paused).then(|| {
-            let text =
-                format!("domain {domain} is running, and an HVM guest finds its devices when it starts");
-            Failure::refused(text).of(domain).hint(
+        let unnotified = self.has_hotplug(domain).map_err(|failure| {
+            failure.hint(
                 "shut it down, create it again with 'xl create -p', attach the function, then 'xl unpause'",
             )
         });
-        self.refused(wanted, running.into_iter().chain(self.can_lose_bars(domain).err()).collect())
+        let found = [unnotified, self.can_lose_bars(domain)];
+        self.refused(wanted, found.into_iter().filter_map(Result::err).collect())
+    }
+
+    /// Refuses running guests without ACPI, which has the hotplug controller.
+    fn has_hotplug(&self, domain: DomId) -> Result<(), Failure> {
+        if self.platform.hypervisor.domain(domain)?.paused
+            || domains::has_acpi(self.platform.store.as_ref(), domain)?
+        {
+            return Ok(());
+        }
+        let text = format!(
+            "domain {domain} is running without ACPI (acpi=0), over which it would be notified of functions"
+        );
+        Err(Failure::refused(text).of(domain))
     }
 
     /// Refuses guests with shadow paging. With Xen 4.17 such a guest was seen to access a BAR after Xen had unmapped it, because the
@@ -81,9 +94,9 @@ impl Engine {
 
     /// Asks a guest's device model, on a thread because it may take long, which device numbers are in use.
     pub(in crate::engine) fn ask_device_model(&mut self, wanted: Wanted, reply: Reply) {
-        let (hvm, inbox) = (Arc::clone(&self.platform.hvm), self.inbox.clone());
+        let (models, inbox) = (Arc::clone(&self.platform.device_models), self.inbox.clone());
         let work = move || {
-            hvm.device_model_slots(wanted.domain).map_err(|error| {
+            models.slots(wanted.domain).map_err(|error| {
                 Failure::from(error)
                     .of(wanted.domain)
                     .hint("is its device model QEMU, in dom0? See /var/log/xen/qemu-dm-NAME.log")
@@ -118,17 +131,23 @@ impl Engine {
         self.carry_out(plan, reply);
     }
 
-    /// Refuses to detach a function from a running HVM guest, which has no hotplug and whose driver would lose the device unprepared.
-    pub(in crate::engine) fn may_lose(&self, domain: DomId) -> Result<(), Failure> {
+    /// Refuses to detach a function from a running HVM guest that cannot be asked to release it: its driver would lose the device
+    /// unprepared.
+    pub(in crate::engine) fn may_lose(&self, domain: DomId, record: &Record) -> Result<(), Failure> {
         let is_hvm = self.guests.get(domain).is_some_and(|guest| guest.hvm.is_some());
-        if !is_hvm || self.platform.hypervisor.domain(domain)?.paused {
+        if !is_hvm || record.announced || self.platform.hypervisor.domain(domain)?.paused {
             return Ok(());
         }
-        let text =
-            format!("domain {domain} is running, and an HVM guest is not notified that it loses a function");
-        Err(Failure::refused(text)
-            .of(domain)
-            .hint("shut it down; or unload the function's driver in it, then detach with --force"))
+        let unknown = || {
+            let text = format!(
+                "domain {domain} is running and cannot be asked to release {}: it got it without a placeholder in its device model",
+                record.address
+            );
+            Err(Failure::refused(text).of(domain))
+        };
+        self.has_hotplug(domain).and_then(|()| unknown()).map_err(|failure| {
+            failure.hint("shut it down; or unload the function's driver in it, then detach with --force")
+        })
     }
 
     /// Serves a further function of an HVM guest.

@@ -21,7 +21,6 @@ use self::guest::Guest;
 pub(super) use self::guest::MaskedWrites;
 pub(super) use self::hvm::Resumed;
 use self::work::WorkDone;
-pub(super) use self::work::not_released;
 use super::Engine;
 use super::problems::Problem;
 use super::requests::Wanted;

@@ -74,7 +74,7 @@ impl Engine {
             return;
         };
         if guest.hvm.is_some() {
-            // An HVM guest is not asked, because it has no hotplug.
+            // An HVM guest was asked before, on the thread of the transaction.
             self.functions.withdraw(record.address);
             if let Err(Some(answer)) = self.switch_off(place.domain, place.devfn, Some(answer)) {
                 self.forget_if_idle(place.domain);

@@ -15,6 +15,7 @@ use crate::engine::problems::Problem;
 use crate::engine::{self, Answer, Engine};
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Cause;
+use crate::transaction::not_released;
 
 /// A function to be taken from its guest.
 pub(in crate::engine) enum Removal {
@@ -220,9 +221,4 @@ impl Engine {
             .hint("see the guest's log; 'xpci status' shows the state of its frontend"))),
         });
     }
-}
-
-/// The warning that a function was withdrawn without the guest's consent.
-pub(in crate::engine) fn not_released(domain: DomId) -> String {
-    format!("domain {domain} did not release it in time; it was withdrawn without it")
 }

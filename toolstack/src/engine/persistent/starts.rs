@@ -175,9 +175,9 @@ impl Engine {
             Err(error) => self.give_up(domain, &Failure::from(error)),
             Ok(true) => {
                 self.persistent.starts.note_asked(domain);
-                let (hvm, inbox) = (Arc::clone(&self.platform.hvm), self.inbox.clone());
+                let (models, inbox) = (Arc::clone(&self.platform.device_models), self.inbox.clone());
                 self.background("ask a device model", move || {
-                    let slots = hvm.device_model_slots(domain).map_err(Failure::from);
+                    let slots = models.slots(domain).map_err(Failure::from);
                     inbox.send(engine::Event::Persistent(Event::DeviceModelRuns(domain, slots)));
                 });
             }

@@ -319,7 +319,7 @@ impl Engine {
                 .hint(format!("'xpci pci-list {domain}' shows what it has")));
         }
         if withdrawal == Withdrawal::Ask {
-            self.may_lose(domain)?;
+            self.may_lose(domain, &record)?;
         }
         let reservation = self.reservation_of(name, address);
         let (end, change) = match (reservation, scope) {

@@ -12,7 +12,7 @@ use log::{info, warn};
 use pciback::platform::{VfSettings, network::MacAddress};
 use pciback::{DomId, FunctionState, Sbdf};
 
-use super::guests::{self, not_released};
+use super::guests;
 use super::problems::Problem;
 use super::requests::LocalClient;
 use super::{Engine, Event};
@@ -24,7 +24,7 @@ use crate::reply::Reply;
 use crate::reservations::Reservation;
 use crate::saved::{SavedFunction, SavedGuest, Shape, VERSION};
 use crate::spec::existing;
-use crate::transaction::read_network;
+use crate::transaction::{not_released, read_network};
 
 /// The MAC address that PF drivers report for a VF to which they assigned none.
 const NO_ADDRESS: MacAddress = MacAddress([0; 6]);
@@ -65,7 +65,9 @@ impl Engine {
             self.functions.records().of(domain).map(|(record, place)| (record.clone(), place)).collect();
         if !had.is_empty() && domains::kind(store, domain)? == DomainType::Hvm {
             let text = format!("{} is an HVM guest with functions", self.called(domain));
-            let hint = "HVM guests cannot be asked to release a function; shut it down instead of saving it";
+            let hint = format!(
+                "this is possible for PV guests only: detach its functions first ('xpci pci-list {domain}'), or shut it down"
+            );
             return Err(Failure::refused(text).of(domain).hint(hint));
         }
         if !had.is_empty() && info.paused {

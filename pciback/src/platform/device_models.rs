@@ -1,0 +1,24 @@
+//! The device models of HVM guests: what they have on the guest's bus, and how a running guest is told that a function comes or goes.
+//!
+//! The guest's ACPI hotplug controller is the device model's, and reports only devices of the device model. So the device model is given a
+//! placeholder at the device number of a function: a device whose config space nobody reaches, because an ioreq server of this service has
+//! taken over config space there before.
+
+use std::time::Duration;
+
+use super::Result;
+use crate::{DeviceNumber, DomId};
+
+/// The device models of the host's HVM guests. A guest may have taken its own over: each call has a limit in time and in what it reads.
+pub trait DeviceModels: Send + Sync {
+    /// The device numbers that the device model uses on bus 0, without those of placeholders.
+    fn slots(&self, domain: DomId) -> Result<Vec<DeviceNumber>>;
+    /// Gives it a placeholder at this device number, upon which the guest is notified that a device has come. One that is left from
+    /// before is replaced. `EBUSY`: another device is there.
+    fn announce(&self, domain: DomId, slot: DeviceNumber) -> Result<()>;
+    /// Asks the guest to release the device, and waits until it has ejected it, which removes the placeholder; `false`: it did not within
+    /// the limit. Without a placeholder, the guest has ejected the device before.
+    fn request_eject(&self, domain: DomId, slot: DeviceNumber, limit: Duration) -> Result<bool>;
+    /// Removes the placeholder, if there is one, without asking the guest.
+    fn eject(&self, domain: DomId, slot: DeviceNumber) -> Result<()>;
+}

@@ -1,0 +1,209 @@
+//! Device models of the simulated host's HVM guests: the devices on the guest's bus, and who is asked to release one.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::failures::Failures;
+use super::locked;
+use super::world::World;
+use crate::platform::{Cause, DeviceModels, PlatformError, Result};
+use crate::{DeviceNumber, DomId};
+
+/// The devices of every guest's device model.
+const OWN: [u8; 3] = [0, 1, 2];
+
+/// One device model.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+struct Model {
+    /// Device numbers that other toolstacks have had devices plugged at.
+    others: BTreeSet<u8>,
+    /// Placeholders by device number, and whether the guest was asked to release the device.
+    placeholders: BTreeMap<u8, bool>,
+    /// How many times the guest was notified of a device.
+    notified: usize,
+}
+
+#[derive(Default)]
+struct Models {
+    by_domain: Mutex<BTreeMap<DomId, Model>>,
+    changed: Condvar,
+}
+
+impl Models {
+    fn with<T>(&self, domain: DomId, body: impl FnOnce(&mut Model) -> T) -> T {
+        let answer = body(locked(&self.by_domain).entry(domain).or_default());
+        self.changed.notify_all();
+        answer
+    }
+
+    fn wait<'a>(
+        &self,
+        models: MutexGuard<'a, BTreeMap<DomId, Model>>,
+        left: Duration,
+    ) -> MutexGuard<'a, BTreeMap<DomId, Model>> {
+        self.changed.wait_timeout(models, left).unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
+#[derive(Clone)]
+pub(super) struct SimDeviceModels {
+    models: Arc<Models>,
+    world: Arc<Mutex<World>>,
+    failures: Failures,
+}
+
+impl SimDeviceModels {
+    pub fn new(world: &Arc<Mutex<World>>, failures: &Failures) -> Self {
+        Self { models: Arc::default(), world: Arc::clone(world), failures: failures.clone() }
+    }
+
+    /// The same device models, for one run of the service.
+    pub fn of_a_run(&self, failures: &Failures) -> Self {
+        let models = Arc::clone(&self.models);
+        // Who waits for a guest dies with its process.
+        failures.fuse.on_end(move || models.changed.notify_all());
+        Self { failures: failures.clone(), ..self.clone() }
+    }
+
+    pub fn guest(&self, domain: DomId) -> SimHotplug {
+        SimHotplug { domain, models: Arc::clone(&self.models) }
+    }
+
+    pub fn drop_domain(&self, domain: DomId) {
+        locked(&self.models.by_domain).remove(&domain);
+        self.models.changed.notify_all();
+    }
+
+    fn call<T>(
+        &self,
+        (operation, action): (&str, &'static str),
+        domain: DomId,
+        body: impl FnOnce(&mut Model) -> std::result::Result<T, Errno>,
+    ) -> Result<T> {
+        let run = || {
+            let known = locked(&self.world).xen.domains.get(&domain).map(|domain| domain.kind.clone());
+            // Nobody listens at the socket of a device model that does not exist.
+            if known.is_none_or(|kind| kind != "hvm") {
+                return Err(Errno::ENOENT);
+            }
+            self.models.with(domain, body)
+        };
+        let answer = self
+            .failures
+            .check(operation, domain.into())
+            .and_then(|()| self.failures.fuse.change(run).map_err(Cause::from));
+        answer.map_err(|cause| PlatformError::new(action, domain, cause))
+    }
+}
+
+impl DeviceModels for SimDeviceModels {
+    fn slots(&self, domain: DomId) -> Result<Vec<DeviceNumber>> {
+        let what = ("device_model_slots", "ask for its devices the device model of domain");
+        self.call(what, domain, |model| {
+            let all = OWN.into_iter().chain(model.others.iter().copied());
+            Ok(all.filter_map(DeviceNumber::new).collect())
+        })
+    }
+
+    fn announce(&self, domain: DomId, slot: DeviceNumber) -> Result<()> {
+        self.call(("announce", "plug a placeholder into the device model of domain"), domain, |model| {
+            if OWN.contains(&slot.get()) || model.others.contains(&slot.get()) {
+                return Err(Errno::EBUSY);
+            }
+            model.placeholders.insert(slot.get(), false);
+            model.notified += 1;
+            Ok(())
+        })
+    }
+
+    fn request_eject(&self, domain: DomId, slot: DeviceNumber, limit: Duration) -> Result<bool> {
+        let what = ("request_eject", "ask to release a device domain");
+        self.call(what, domain, |model| {
+            model.placeholders.entry(slot.get()).and_modify(|asked| *asked = true);
+            Ok(())
+        })?;
+        let deadline = Instant::now() + limit;
+        let mut models = locked(&self.models.by_domain);
+        loop {
+            if self.failures.fuse.is_blown() {
+                drop(models);
+                self.failures.fuse.look();
+                return Ok(false);
+            }
+            match models.get(&domain) {
+                None => return Err(PlatformError::new(what.1, domain, Cause::Missing)),
+                Some(model) if !model.placeholders.contains_key(&slot.get()) => return Ok(true),
+                Some(_) => {}
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(false);
+            }
+            models = self.models.wait(models, left);
+        }
+    }
+
+    fn eject(&self, domain: DomId, slot: DeviceNumber) -> Result<()> {
+        let what = ("eject", "remove a placeholder from the device model of domain");
+        self.call(what, domain, |model| {
+            model.placeholders.remove(&slot.get());
+            Ok(())
+        })
+    }
+}
+
+/// What the operating system of a simulated HVM guest sees of its ACPI hotplug controller. It does nothing by itself.
+pub struct SimHotplug {
+    domain: DomId,
+    models: Arc<Models>,
+}
+
+impl SimHotplug {
+    fn model(&self) -> Model {
+        locked(&self.models.by_domain).get(&self.domain).cloned().unwrap_or_default()
+    }
+
+    /// Device numbers with a placeholder.
+    pub fn placeholders(&self) -> Vec<u8> {
+        self.model().placeholders.into_keys().collect()
+    }
+
+    /// How many times the guest was notified of a device.
+    pub fn notified(&self) -> usize {
+        self.model().notified
+    }
+
+    /// Whether the guest is asked to release the device.
+    pub fn is_asked(&self, slot: u8) -> bool {
+        self.model().placeholders.get(&slot) == Some(&true)
+    }
+
+    /// The guest ejects a device.
+    pub fn eject(&self, slot: u8) {
+        self.models.with(self.domain, |model| model.placeholders.remove(&slot));
+    }
+
+    /// Waits until the guest is asked to release the device; then it ejects it. `false`: it was not asked within the limit.
+    pub fn eject_when_asked(&self, slot: u8, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        let mut models = locked(&self.models.by_domain);
+        while models.get(&self.domain).and_then(|model| model.placeholders.get(&slot)) != Some(&true) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            models = self.models.wait(models, left);
+        }
+        drop(models);
+        self.eject(slot);
+        true
+    }
+
+    /// Another toolstack has a device plugged at this device number.
+    pub fn plug_other(&self, slot: u8) {
+        self.models.with(self.domain, |model| model.others.insert(slot));
+    }
+}

@@ -1,0 +1,275 @@
+//! Device models in dom0: QEMU, over QMP.
+//!
+//! QEMU's ACPI hotplug controller notifies the guest when `device_add` and `device_del` are executed, and deletes a device when the guest
+//! writes its number to the eject register. That register is written here as well, where the guest is not asked.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use serde_json::{Value, json};
+
+use super::qmp::{Conversation, connect_to};
+use crate::platform::{Cause, DeviceModels, PlatformError, Result};
+use crate::{DeviceNumber, DomId};
+
+/// QEMU's device without any effect on the host. Nothing of it is in the state that QEMU saves for `xl save`.
+const PLACEHOLDER: &str = "pci-testdev";
+/// What its names begin with.
+const NAMED: &str = "xpci-";
+/// The bus of all guests' devices (`i440fx.c`).
+const BUS: &str = "pci.0";
+/// QEMU's register that ejects devices, a bit for each device number (`docs/specs/acpi_pci_hotplug`).
+const EJECT: u16 = 0xae08;
+/// QEMU's register that selects what port CFC reaches.
+const CONFIG_ADDRESS: u16 = 0xcf8;
+/// How long QEMU is left to others between two looks at whether the guest has ejected a device: it talks to one client at a time, so nobody
+/// may wait for its event.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
+/// What QEMU says where the guest was asked before and has not answered.
+const ASKED_BEFORE: &str = "already in the process of unplug";
+
+/// QEMU processes in dom0.
+pub struct QemuDeviceModels;
+
+impl DeviceModels for QemuDeviceModels {
+    fn slots(&self, domain: DomId) -> Result<Vec<DeviceNumber>> {
+        let slots = connect_to(domain).and_then(|mut model| model.devices()).map(|devices| {
+            devices.into_iter().filter(|device| !device.is_placeholder()).map(|device| device.slot).collect()
+        });
+        slots.map_err(|cause| {
+            PlatformError::new("ask for its devices the device model of domain", domain, cause)
+        })
+    }
+
+    fn announce(&self, domain: DomId, slot: DeviceNumber) -> Result<()> {
+        let plugged = connect_to(domain).and_then(|mut model| model.plug(slot));
+        plugged.map_err(|cause| {
+            let subject = format!("device {slot:x} of domain {domain}");
+            PlatformError::new("plug a placeholder at", subject, cause)
+        })
+    }
+
+    fn request_eject(&self, domain: DomId, slot: DeviceNumber, limit: Duration) -> Result<bool> {
+        let look = || Ok(!connect_to(domain)?.has_placeholder(slot)?);
+        let released = connect_to(domain)
+            .and_then(|mut model| model.request_eject(slot))
+            .and_then(|released| if released { Ok(true) } else { holds_within(limit, look) });
+        released.map_err(|cause| {
+            let subject = format!("device {slot:x} of domain {domain}");
+            PlatformError::new("ask for the release of", subject, cause)
+        })
+    }
+
+    fn eject(&self, domain: DomId, slot: DeviceNumber) -> Result<()> {
+        let ejected = connect_to(domain).and_then(|mut model| model.eject(slot));
+        ejected.map_err(|cause| {
+            let subject = format!("device {slot:x} of domain {domain}");
+            PlatformError::new("remove the placeholder at", subject, cause)
+        })
+    }
+}
+
+/// A device on bus 0.
+#[derive(Debug, PartialEq, Eq)]
+struct OnBus {
+    slot: DeviceNumber,
+    name: String,
+}
+
+impl OnBus {
+    fn is_placeholder(&self) -> bool {
+        self.name.starts_with(NAMED)
+    }
+}
+
+/// The name of the placeholder at a device number.
+fn name(slot: DeviceNumber) -> String {
+    format!("{NAMED}{slot:x}")
+}
+
+impl Conversation {
+    fn devices(&mut self) -> std::result::Result<Vec<OnBus>, Cause> {
+        let buses = self.ask("query-pci", &json!({}))?;
+        devices_of(&buses).ok_or_else(|| Cause::Malformed("query-pci lists no bus 0".to_owned()))
+    }
+
+    /// Writes a register of QEMU's own devices, as the guest does.
+    fn write(&mut self, port: u16, value: u32) -> std::result::Result<(), Cause> {
+        let line = format!("o/w {port:#x} {value:#x}");
+        self.ask("human-monitor-command", &json!({"command-line": line})).map(drop)
+    }
+
+    fn has_placeholder(&mut self, slot: DeviceNumber) -> std::result::Result<bool, Cause> {
+        let name = name(slot);
+        Ok(self.devices()?.iter().any(|device| device.slot == slot && device.name == name))
+    }
+
+    fn plug(&mut self, slot: DeviceNumber) -> std::result::Result<(), Cause> {
+        let name = name(slot);
+        match self.devices()?.iter().find(|device| device.slot == slot) {
+            // From an attachment whose end could not be completed: the guest is notified of a new device only.
+            Some(device) if device.name == name => self.eject(slot)?,
+            Some(_) => return Err(Errno::EBUSY.into()),
+            None => {}
+        }
+        // The service has this register in QEMU's place. Through what the guest selected there before, it would reach the placeholder.
+        self.write(CONFIG_ADDRESS, 0)?;
+        let device = json!({"driver": PLACEHOLDER, "id": name, "bus": BUS, "addr": format!("{slot:x}")});
+        self.ask("device_add", &device).map(drop)
+    }
+
+    /// Asks the guest; `true`: it has ejected the device before.
+    fn request_eject(&mut self, slot: DeviceNumber) -> std::result::Result<bool, Cause> {
+        match self.execute("device_del", &json!({"id": name(slot)}))? {
+            Ok(_) => Ok(false),
+            Err(refused) if refused.is_missing => Ok(true),
+            Err(refused) if refused.why.contains(ASKED_BEFORE) => Ok(false),
+            Err(refused) => Err(refused.into_cause()),
+        }
+    }
+
+    fn eject(&mut self, slot: DeviceNumber) -> std::result::Result<(), Cause> {
+        if !self.has_placeholder(slot)? {
+            return Ok(());
+        }
+        self.write(EJECT, 1 << slot.get())?;
+        match self.has_placeholder(slot)? {
+            false => Ok(()),
+            true => Err(Cause::Unavailable("QEMU has not deleted it".to_owned())),
+        }
+    }
+}
+
+/// Whether something holds within a limit. QEMU may be busy with others when it is looked at.
+fn holds_within(
+    limit: Duration,
+    look: impl Fn() -> std::result::Result<bool, Cause>,
+) -> std::result::Result<bool, Cause> {
+    let deadline = Instant::now() + limit;
+    loop {
+        match look() {
+            Ok(false) | Err(Cause::TimedOut(_)) if Instant::now() < deadline => thread::sleep(BETWEEN_LOOKS),
+            Err(Cause::TimedOut(_)) => return Ok(false),
+            outcome => return outcome,
+        }
+    }
+}
+
+fn devices_of(buses: &Value) -> Option<Vec<OnBus>> {
+    let root = buses.as_array()?.iter().find(|bus| bus["bus"] == 0)?;
+    let devices = root["devices"].as_array()?.iter().map(|device| {
+        let slot = DeviceNumber::new(u8::try_from(device["slot"].as_u64()?).ok()?)?;
+        Some(OnBus { slot, name: device["qdev_id"].as_str().unwrap_or_default().to_owned() })
+    });
+    devices.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::UnixStream;
+    use std::thread::{self, JoinHandle};
+
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(60);
+
+    /// A device model that answers each command by one of these lines, then closes. Its commands are what it was told.
+    fn model(answers: &[&str]) -> (Conversation, JoinHandle<Vec<Value>>) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let answers: Vec<String> = answers.iter().map(|&line| line.to_owned()).collect();
+        let told = thread::spawn(move || {
+            let mut commands = BufReader::new(theirs.try_clone().unwrap()).lines();
+            let mut writer = theirs;
+            writer.write_all(b"{\"QMP\":{}}\n").unwrap();
+            let mut told = Vec::new();
+            for answer in [String::from("{\"return\":{}}")].into_iter().chain(answers) {
+                let Some(Ok(line)) = commands.next() else { break };
+                told.push(serde_json::from_str(&line).unwrap());
+                writeln!(writer, "{answer}").unwrap();
+            }
+            told.split_off(1)
+        });
+        (Conversation::begin(ours, LIMIT).unwrap(), told)
+    }
+
+    const EMPTY: &str = r#"{"return":[{"bus":0,"devices":[{"slot":0,"qdev_id":""},{"slot":3}]}]}"#;
+    const PLUGGED: &str =
+        r#"{"return":[{"bus":0,"devices":[{"slot":0,"qdev_id":""},{"slot":31,"qdev_id":"xpci-1f"}]}]}"#;
+    const DONE: &str = r#"{"return":{}}"#;
+
+    #[test]
+    fn devices_are_those_of_bus_0_and_placeholders_are_known_by_name() {
+        let answer = json!([
+            {"bus": 0, "devices": [{"slot": 0}, {"slot": 31, "qdev_id": "xpci-1f"}]},
+            {"bus": 1, "devices": [{"slot": 9}]},
+        ]);
+        let found = devices_of(&answer).unwrap();
+        let found: Vec<_> = found.iter().map(|device| (device.slot.get(), device.is_placeholder())).collect();
+        assert_eq!(found, [(0, false), (31, true)]);
+        for malformed in [json!([]), json!([{"bus": 0, "devices": [{"slot": 32}]}]), json!([{"bus": 0}])] {
+            assert_eq!(devices_of(&malformed), None, "{malformed}");
+        }
+    }
+
+    #[test]
+    fn a_placeholder_is_plugged_where_nothing_is_and_nothing_is_selected() {
+        let (mut ours, told) = model(&[EMPTY, DONE, DONE]);
+        ours.plug(DeviceNumber::LAST).unwrap();
+        let told = told.join().unwrap();
+        assert_eq!(told[1]["arguments"]["command-line"], "o/w 0xcf8 0x0");
+        let device = json!({"driver": "pci-testdev", "id": "xpci-1f", "bus": "pci.0", "addr": "1f"});
+        assert_eq!((&told[2]["execute"], &told[2]["arguments"]), (&json!("device_add"), &device));
+        let (mut ours, told) = model(&[EMPTY]);
+        assert!(matches!(ours.plug(DeviceNumber::new(3).unwrap()), Err(Cause::Os(Errno::EBUSY))));
+        assert_eq!(told.join().unwrap().len(), 1, "something was plugged beside another device");
+    }
+
+    #[test]
+    fn a_placeholder_that_is_left_is_replaced_so_that_the_guest_is_notified() {
+        let (mut ours, told) = model(&[PLUGGED, PLUGGED, DONE, EMPTY, DONE, DONE]);
+        ours.plug(DeviceNumber::LAST).unwrap();
+        let told = told.join().unwrap();
+        assert_eq!(told[2]["arguments"]["command-line"], "o/w 0xae08 0x80000000");
+        assert_eq!(told[5]["execute"], "device_add");
+    }
+
+    #[test]
+    fn a_guest_is_asked_once_or_again_unless_it_has_ejected_the_device_before() {
+        for (answer, released) in [
+            (DONE, false),
+            (
+                r#"{"error":{"class":"GenericError","desc":"xpci-1f is already in the process of unplug"}}"#,
+                false,
+            ),
+            (r#"{"error":{"class":"DeviceNotFound","desc":"Device 'xpci-1f' not found"}}"#, true),
+        ] {
+            let (mut ours, told) = model(&[answer]);
+            assert_eq!(ours.request_eject(DeviceNumber::LAST).unwrap(), released, "{answer}");
+            assert_eq!(told.join().unwrap()[0]["arguments"], json!({"id": "xpci-1f"}));
+        }
+        let (mut ours, _told) = model(&[r#"{"error":{"class":"GenericError","desc":"no hotplug"}}"#]);
+        let error = ours.request_eject(DeviceNumber::LAST).unwrap_err().to_string();
+        assert!(error.contains("no hotplug"), "{error}");
+    }
+
+    #[test]
+    fn qemu_is_looked_at_until_the_limit_also_when_it_is_busy_but_not_when_it_is_gone() {
+        let looks = std::cell::RefCell::new(vec![Ok(true), Err(Cause::TimedOut(LIMIT)), Ok(false)]);
+        let look = || looks.borrow_mut().pop().unwrap();
+        assert!(holds_within(LIMIT, look).unwrap());
+        assert!(!holds_within(Duration::ZERO, || Ok(false)).unwrap());
+        assert!(!holds_within(Duration::ZERO, || Err(Cause::TimedOut(LIMIT))).unwrap());
+        assert!(holds_within(LIMIT, || Err(Cause::Missing)).is_err());
+    }
+
+    #[test]
+    fn ejecting_what_is_not_there_does_nothing_and_what_stays_is_an_error() {
+        let (mut ours, told) = model(&[EMPTY]);
+        ours.eject(DeviceNumber::LAST).unwrap();
+        assert_eq!(told.join().unwrap().len(), 1);
+        let (mut ours, _told) = model(&[PLUGGED, DONE, PLUGGED]);
+        assert!(ours.eject(DeviceNumber::LAST).is_err());
+    }
+}
