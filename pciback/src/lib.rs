@@ -9,5 +9,5 @@ pub mod serve;
 
 pub use xpci_core::{
     Devfn, DeviceNumber, DomId, FunctionState, Sbdf, SbdfError, Uuid, abi, address, config, containment,
-    dump, fault, function, hash, host, inventory, memory, policy, spec, uuid,
+    dump, fault, function, hash, host, inventory, mailbox, memory, policy, spec, uuid,
 };

@@ -36,6 +36,7 @@ fn host() -> Result<Builder> {
         .program("forget", "/usr/sbin/forget")
         .guest_program("frontend")
         .guest_program("keep-page")
+        .guest_program("mailbox")
         .hvm_guests()
         .devices(devices()))
 }

@@ -4,7 +4,7 @@
 use anyhow::{Result, ensure};
 use xpci_tests::host::state::{keep_running, kill_and_start, no_problems};
 use xpci_tests::host::{
-    PF, SOON, VFS, bring_up, guest, owner, ping, start_service, state, wait_for_state, xpci,
+    PF, SOON, VFS, bring_up, guest, owner, ping, start_service, state, wait_for_state, xpci, xpci_fails,
 };
 use xpci_tests::scenes::{Check, Machine, Scene};
 use xpci_tests::{Guest, Lab, Process, checks};
@@ -12,7 +12,7 @@ use xpci_tests::{Guest, Lab, Process, checks};
 use crate::machines::HOST;
 
 const POLICY: &str = "match: {vendor: 8086}\npermit: [physical-function, untrusted-vf]\n\
-                      virtual-functions: {by-guest: 2}\n";
+                      virtual-functions: {by-guest: 2}\nmailbox: guest\n";
 /// The addresses of the PF and of the VF in their guests.
 const ADDRESSES: [&str; 2] = ["10.9.9.1", "10.9.9.11"];
 /// The PF in its guest.
@@ -47,6 +47,8 @@ impl<'a> Scene<'a> for PfInAGuest<'a> {
                 needs the_stock_driver_finds_a_pf_that_can_have_vfs,
             another_guests_stock_driver_talks_to_the_pf_in_its_guest
                 needs vfs_that_the_guest_creates_are_held_on_the_host,
+            the_guests_exchange_data_objects_across_a_kill_of_the_service
+                needs another_guests_stock_driver_talks_to_the_pf_in_its_guest,
             the_service_is_killed_and_traffic_goes_on
                 needs another_guests_stock_driver_talks_to_the_pf_in_its_guest,
             a_reboot_of_the_guest_with_the_pf_leaves_the_vf_with_its_guest
@@ -104,6 +106,42 @@ fn another_guests_stock_driver_talks_to_the_pf_in_its_guest(scene: &mut PfInAGue
     xpci(scene.lab, "pci-attach user 01:10.0")?;
     bring_up(&scene.user, ADDRESSES[1])?;
     ping(&scene.user, ADDRESSES[0])
+}
+
+/// The program of the lab's that uses a mailbox through sysfs, in a guest.
+fn mailbox(guest: &Guest<'_>, words: &str) -> Result<String> {
+    Ok(guest.run(&format!("/lab/mailbox 0000:00:00.0 {words}")).limit(SOON * 2).ok()?.trim().to_owned())
+}
+
+fn expect(guest: &Guest<'_>, words: &str, expected: &str) -> Result<()> {
+    let found = mailbox(guest, words)?;
+    ensure!(found == expected, "{words}: {found:?} instead of {expected:?}");
+    Ok(())
+}
+
+fn the_guests_exchange_data_objects_across_a_kill_of_the_service(scene: &mut PfInAGuest<'_>) -> Result<()> {
+    let (lab, pf, vf) = (scene.lab, &scene.special, &scene.user);
+    for guest in [pf, vf] {
+        expect(guest, "discover", "0001:00\n5853:01\n5853:02")?;
+    }
+    expect(vf, "send 0 7 1 hello", "status 0")?;
+    expect(pf, "receive", "vf 0 type 7 sequence 1 hello")?;
+    // An object of which a part is written, a message that waits, and a response of which a part was read.
+    expect(pf, "send 0 8 2 'to the vf'", "status 0")?;
+    mailbox(vf, "write 0x15853 6 9 3")?;
+    kill_and_start(lab, &mut scene.service)?;
+    mailbox(vf, "write 3 0x636261")?;
+    mailbox(vf, "go")?;
+    expect(vf, "read", "00015853 00000004 00000000 00000003")?;
+    kill_and_start(lab, &mut scene.service)?;
+    expect(pf, "receive", "vf 0 type 9 sequence 3 abc")?;
+    expect(vf, "receive", "vf 0 type 8 sequence 2 to the vf")?;
+    let (_, said) = xpci_fails(lab, "mailbox receive 01:10.0")?;
+    ensure!(said.contains("has the PF 0000:01:00.0"), "{said}");
+    let user = vf.domid()?;
+    let bell = format!("xenstore-read /local/domain/0/backend/xpci/{user}/0/mailbox-00-0");
+    ensure!(lab.dom0(&bell).ok()?.trim() == "1", "the doorbell of the VF");
+    no_problems(lab)
 }
 
 fn the_service_is_killed_and_traffic_goes_on(scene: &mut PfInAGuest<'_>) -> Result<()> {

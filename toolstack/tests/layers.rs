@@ -103,6 +103,7 @@ const ENGINE: &[Layer] = &[
     ("vfs", &["problems", "tasks", "requests"]),
     ("saving", &["problems", "requests", "guests"]),
     ("policies", &["problems", "functions", "tasks", "guests"]),
+    ("mailbox", &[]),
     ("recover", &["problems", "functions", "tasks", "guests"]),
     ("store_events", &[]),
     ("succession", &[]),

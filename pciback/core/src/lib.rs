@@ -16,6 +16,7 @@ pub mod function;
 pub mod hash;
 pub mod host;
 pub mod inventory;
+pub mod mailbox;
 pub mod memory;
 pub mod policy;
 pub mod spec;

@@ -16,6 +16,7 @@ const ORDER: &[Layer] = &[
     ("dump", &["address"]),
     ("spec", &[]),
     ("config", &["hash", "memory", "host", "spec"]),
+    ("mailbox", &["memory", "spec", "config"]),
     ("containment", &["memory", "host", "dump", "spec", "config"]),
     ("fault", &["spec"]),
     ("inventory", &["host"]),

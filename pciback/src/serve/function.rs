@@ -11,6 +11,7 @@ use super::attachment::Attachment;
 use super::device::{GuestDevice, Unplaced};
 use super::guest_vfs::VfRequests;
 use super::interrupts;
+use super::mailbox::FunctionMailbox;
 use super::revocation::{Revocable, Revocation};
 use crate::config::{
     Access, ConfigSpace, Filter, InterruptMode, MaskedWrite, SideEffect, VirtualConfigSpace,
@@ -30,6 +31,8 @@ pub enum Demand {
     Vanished,
     /// The guest has changed VF Enable of its PF.
     Vfs,
+    /// The guest has sent a message to another function.
+    Message,
     /// The guest has switched bus mastering on, as drivers do when they start. Nothing is asked.
     DriverStarted,
 }
@@ -79,6 +82,8 @@ pub struct GuestFunction {
     driver_started: Option<Instant>,
     /// The VFs that the guest creates.
     pub(super) vfs: VfRequests,
+    /// Its mailbox, if it has one.
+    pub(super) mailbox: Option<FunctionMailbox>,
 }
 
 /// A guest that switches bus mastering on again and again has its driver started once in this time.
@@ -111,6 +116,7 @@ impl GuestFunction {
             trouble: None,
             driver_started: None,
             vfs: VfRequests::default(),
+            mailbox: None,
         };
         if function.has_vfs() {
             // Of an earlier process of the service.
@@ -159,7 +165,9 @@ impl GuestFunction {
         if self.gone {
             return Err(io::Error::other("the function answers no more"));
         }
-        self.space.replace_filter(filter, self.hardware.as_ref())
+        self.space.replace_filter(filter, self.hardware.as_ref())?;
+        self.show_mailbox();
+        Ok(())
     }
 
     /// The host has read and cleared hardware's events.
@@ -242,6 +250,9 @@ impl GuestFunction {
                 }
             }
             Some(SideEffect::VfEnable) if self.ask_for_vfs() => accessed.demand = Some(Demand::Vfs),
+            Some(SideEffect::DataObject { offset, value, mask }) => {
+                accessed.demand = self.write_mailbox(offset, value, mask).then_some(Demand::Message);
+            }
             Some(SideEffect::FunctionLevelReset) => {
                 debug!("{}: domain {} asks for a function level reset", self.address, self.domain);
                 match self.begin_silence() {
@@ -338,6 +349,7 @@ impl GuestFunction {
         }
         if begins_anew || !keeps_registers {
             self.space.reset();
+            self.reset_mailbox();
         }
         // The host's reset puts Command and the ROM's Enable back as they were before; for the guest they are 0.
         live::clear_bus_master(self.hardware.as_ref())?;
@@ -360,6 +372,7 @@ impl GuestFunction {
     /// Makes the function harmless before the guest loses it: bus mastering off, interrupts off and unmapped.
     pub fn quiesce(&mut self) -> Result<(), interrupts::InterruptError> {
         self.leaving = true;
+        self.reset_mailbox();
         // While it is being reset nothing reaches it, and what the guest set is gone; the reset that detach ends with counts.
         let quiet = if self.is_silent() { Ok(()) } else { self.silence() };
         let released = quiet.map_err(Into::into).and_then(|()| interrupts::release_all(self));

@@ -22,6 +22,8 @@ pub enum ServerReport {
     Vanished(Attachment),
     /// The guest has changed its mind about VFs of its PF: see [`VfRequests`](super::VfRequests).
     VfsWanted(Attachment),
+    /// The guest has sent a message to another function: see [`Mailboxes::rung`](super::Mailboxes::rung).
+    MessageSent(Attachment),
     /// The guest's driver for the function has started.
     DriverStarted(Attachment),
     /// The function's interrupts could not be put back after its reset.
@@ -43,6 +45,7 @@ impl ServerReport {
             Self::ResetWanted(attachment)
             | Self::Vanished(attachment)
             | Self::VfsWanted(attachment)
+            | Self::MessageSent(attachment)
             | Self::DriverStarted(attachment)
             | Self::RestoreFailed(attachment, _)
             | Self::NotPlaced(attachment, _)

@@ -45,6 +45,9 @@ impl Roster {
             (Some(Demand::Reset), Some(attachment)) => (self.report)(ServerReport::ResetWanted(attachment)),
             (Some(Demand::Vanished), Some(attachment)) => (self.report)(ServerReport::Vanished(attachment)),
             (Some(Demand::Vfs), Some(attachment)) => (self.report)(ServerReport::VfsWanted(attachment)),
+            (Some(Demand::Message), Some(attachment)) => {
+                (self.report)(ServerReport::MessageSent(attachment));
+            }
             (Some(Demand::DriverStarted), Some(attachment)) => {
                 (self.report)(ServerReport::DriverStarted(attachment));
             }

@@ -29,6 +29,8 @@ mod linux;
 #[cfg(test)]
 mod lists;
 #[cfg(test)]
+mod mailbox;
+#[cfg(test)]
 mod model;
 #[cfg(test)]
 mod peers;

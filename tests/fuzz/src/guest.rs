@@ -178,7 +178,7 @@ fn serve(
                 function.set_gone();
             }
         }
-        Some(Demand::Vanished | Demand::DriverStarted | Demand::Vfs) | None => {}
+        Some(Demand::Vanished | Demand::DriverStarted | Demand::Vfs | Demand::Message) | None => {}
     }
 }
 

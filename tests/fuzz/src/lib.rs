@@ -6,6 +6,7 @@ mod byhand;
 mod dump;
 mod guest;
 mod hypervisor;
+mod mailbox;
 mod policy;
 mod rom;
 mod space;
@@ -13,6 +14,7 @@ mod walk;
 
 pub use dump::dump_parser;
 pub use guest::ring_request;
+pub use mailbox::mailbox;
 pub use policy::policy_parser;
 pub use rom::rom;
 pub use walk::capability_walk;

@@ -1,6 +1,7 @@
 //! A VF of the 82576 in PV guests, served by xpcid, on a real Xen.
 
 mod dumps;
+mod mailbox;
 pub mod newer_xen;
 mod policies;
 mod saving;
@@ -15,6 +16,7 @@ use xpci_tests::scenes::{Check, Machine, Scene};
 use xpci_tests::{Guest, GuestConfig, Lab, Process, checks};
 
 use crate::machines::HOST;
+use mailbox::dom0_exchanges_data_objects_with_the_guest_across_a_kill_of_the_service;
 use policies::{
     a_policy_with_mistakes_changes_nothing,
     an_ignored_write_is_learned_proposed_and_put_in_force_under_traffic, igbvf_loses_no_write_that_matters,
@@ -65,6 +67,7 @@ impl<'a> Scene<'a> for VfInAGuest<'a> {
             xen_pcifront_is_removed_and_loaded_again,
             a_second_function_comes_and_goes_while_the_first_is_used,
             nothing_that_was_granted_remains_after_ten_detaches,
+            dom0_exchanges_data_objects_with_the_guest_across_a_kill_of_the_service,
             a_guest_whose_save_fails_runs_on_with_its_vf,
             a_saved_guest_is_restored_with_its_vf_and_its_traffic,
             the_function_of_a_destroyed_guest_is_held_again,

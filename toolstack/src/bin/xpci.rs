@@ -21,6 +21,8 @@ use toolstack::target::Target;
 const PARALLEL_REQUESTS: usize = 8;
 /// The interval of attempts to connect again.
 const RECONNECT_INTERVAL: Duration = Duration::from_secs(1);
+/// The interval of requests for new messages.
+const RECEIVE_INTERVAL: Duration = Duration::from_millis(200);
 /// Whether a part of the answer could not be printed.
 static OUTPUT_LOST: AtomicBool = AtomicBool::new(false);
 
@@ -109,6 +111,10 @@ fn answers(steps: Vec<Step>, socket: &Path, show_progress: bool, json: bool) -> 
             };
             Envelope::done(1, moving.name(), moving.run(socket, &mut progress))
         }
+        Step::FollowMessages(request) => {
+            let name = request.name();
+            Envelope::done(1, name, Err(follow_messages(socket, &request, json)))
+        }
         Step::Metrics(file) => Envelope::done(1, "metrics", gather(socket, file.as_deref())),
         Step::Local(local) => Envelope::done(1, local.name(), local.run()),
     };
@@ -158,6 +164,32 @@ fn follow_events(socket: &Path, request: &Request<Target>, json: bool) -> Failur
         })
         .find(Result::is_ok)
         .unwrap_or(Err(failure));
+    }
+}
+
+/// Receives messages until interrupted, also across restarts of the service.
+fn follow_messages(socket: &Path, request: &Request<Target>, json: bool) -> Failure {
+    let mut has_answered = false;
+    loop {
+        let envelope = client::call(socket, request.clone(), &mut |_| {});
+        let envelope = envelope.unwrap_or_else(|failure| Envelope::done(1, request.name(), Err(failure)));
+        match (&envelope.result, envelope.error) {
+            (Some(Success::Messages { messages }), None) => {
+                has_answered = true;
+                if !messages.is_empty() && json {
+                    show_json(&Envelope { error: None, ..envelope });
+                } else {
+                    messages.iter().for_each(|message| say(&mut std::io::stdout(), &format!("{message}\n")));
+                }
+                thread::sleep(RECEIVE_INTERVAL);
+            }
+            (_, Some(failure)) if has_answered && failure.code == ErrorCode::Unreachable => {
+                say(&mut std::io::stderr(), &format!("xpci: {}; waiting for xpcid\n", failure.message));
+                thread::sleep(RECONNECT_INTERVAL);
+            }
+            (_, Some(failure)) => return failure,
+            _ => return Failure::new(ErrorCode::Failed, "xpcid gave no answer"),
+        }
     }
 }
 

@@ -212,6 +212,9 @@ pub fn policy(view: &PolicyView) -> String {
     if let Some(count) = view.vfs_by_guest {
         let _ = writeln!(text, "VFs that a PV guest with the PF can create (virtual-functions): {count}");
     }
+    if let Some(peers) = &view.mailbox {
+        let _ = writeln!(text, "mailbox in a PV guest, with (mailbox): {peers}");
+    }
     for rule in &view.capabilities {
         let _ = writeln!(text, "{}: {} ({}; {})", rule.capability, rule.action, rule.reason, rule.origin);
     }

@@ -5,6 +5,7 @@ mod explained;
 mod functions;
 mod hvm;
 mod list;
+mod mailbox;
 mod metrics;
 mod moving;
 mod network;
@@ -33,6 +34,7 @@ use crate::target::Target;
 
 pub use hvm::Hvm;
 pub use list::ListArguments;
+pub use mailbox::Mailbox;
 pub use metrics::gather;
 pub use moving::Moving;
 use moving::{RestoreArguments, SaveArguments};
@@ -172,6 +174,9 @@ pub enum Command {
     /// Enables, disables and lists the VFs of a PF.
     #[command(subcommand)]
     Vf(Vf),
+    /// Exchanges messages with guests that have VFs.
+    #[command(subcommand)]
+    Mailbox(Mailbox),
     /// Shows, checks and explains what guests may do with the registers of their functions.
     #[command(subcommand)]
     Policy(Policy),
@@ -341,6 +346,8 @@ pub enum Step {
     Ask(Request<Target>),
     /// Runs without the service.
     Local(Local),
+    /// Sends a request for messages to the service again and again, until interrupted.
+    FollowMessages(Request<Target>),
     /// Sends requests to the service, and runs xl.
     Moving(Moving),
     /// Reads metrics, and writes them to a file.
@@ -394,6 +401,7 @@ impl Command {
         Ok(match self {
             Self::Policy(policy) => vec![policy.step()],
             Self::Hvm(hvm) => vec![hvm.step()],
+            Self::Mailbox(mailbox) => vec![mailbox.step()?],
             Self::Save(arguments) => vec![Step::Moving(Moving::Save(arguments))],
             Self::Restore(arguments) => vec![Step::Moving(Moving::Restore(arguments))],
             Self::Metrics { write } => vec![Step::Metrics(write)],

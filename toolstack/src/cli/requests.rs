@@ -81,6 +81,7 @@ impl Command {
             | Self::XlConfig { .. }
             | Self::Save(_)
             | Self::Restore(_)
+            | Self::Mailbox(_)
             | Self::Metrics { .. }
             | Self::Documents { .. }
             | Self::PciAssignableAdd { .. }

@@ -54,6 +54,9 @@ pub fn render(success: &Success, look: Look) -> String {
         Success::Events { events } => {
             events.iter().fold(String::new(), |text, event| format!("{text}{event}\n"))
         }
+        Success::Messages { messages } => {
+            messages.iter().fold(String::new(), |text, message| format!("{text}{message}\n"))
+        }
         // Intermediate answers of 'save' and 'restore', which report their results themselves.
         Success::Saved { .. } | Success::Reserved { .. } | Success::Restored { .. } => String::new(),
         Success::Status(status) => status_text(status),
@@ -69,6 +72,7 @@ pub fn nothing_listed(command: &str) -> Option<&'static str> {
         }
         "pci-list" => "the guest has no functions of xpci",
         "pci-list-persistent" => "no function is persistent",
+        "mailbox-receive" => "there are no messages",
         "vf-list" => "there are no VFs; 'xpci vf create PF COUNT' enables some",
         _ => return None,
     })

@@ -14,6 +14,7 @@ mod guests;
 mod holds;
 mod inbox;
 mod inventory;
+mod mailbox;
 mod notes;
 mod persistent;
 mod policies;
@@ -37,6 +38,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pciback::Sbdf;
 use pciback::platform::Platform;
 use pciback::policy::PolicySet;
+use pciback::serve::Mailboxes;
 use pciback::serve::pv::nodes;
 
 use crate::audit::AuditLog;
@@ -115,6 +117,8 @@ pub struct Engine {
     deferred: Deferred,
     /// VFs and their PFs.
     vfs: Vfs,
+    /// What VFs and the owners of their PFs send each other.
+    mailboxes: Mailboxes,
     /// Functions that the service holds, or gives back to dom0, by itself.
     holds: Holds,
     /// The policies in force.
@@ -159,6 +163,7 @@ impl Engine {
             inventory: Inventory::default(),
             deferred: Deferred::default(),
             vfs: Vfs::default(),
+            mailboxes: Mailboxes::default(),
             holds: Holds::default(),
             policies: Arc::new(policies),
             filters: Filters::default(),
@@ -199,6 +204,7 @@ impl Engine {
         self.create_wanted_vfs();
         self.resume_returning();
         self.resume_guest_vfs();
+        self.resume_mailboxes();
         let (mut more_errors, mut more_changes) = (false, false);
         let ending = loop {
             self.watchdog.feed(Instant::now());

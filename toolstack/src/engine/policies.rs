@@ -6,7 +6,8 @@ use log::{info, warn};
 use pciback::config::{CapabilityAction, Filter, FunctionSpec, Origin, Place, Rule, Segment, Treatment};
 use pciback::platform::StoreOps;
 use pciback::policy::{
-    Explanation, PolicySet, Subject, deferred, explain, learn, obstacles, rom_unknown, selector_word,
+    Explanation, PolicySet, Subject, deferred, explain, learn, mailbox_words, obstacles, rom_unknown,
+    selector_word,
 };
 use pciback::{DomId, Sbdf};
 
@@ -148,6 +149,9 @@ impl Engine {
         match swapped {
             Ok(filter) => {
                 view.changed = filter.filter.behaviour_hash() != old.behaviour_hash();
+                let mailbox = filter.filter.mailbox();
+                self.mailboxes
+                    .permit(address, mailbox.map_or_else(Default::default, |mailbox| mailbox.peers));
                 self.functions.replace_filter(address, filter);
             }
             Err(why) => {
@@ -407,6 +411,7 @@ fn policy_view(inspected: &Inspected) -> PolicyView {
         rdm_policy: merged.rdm.word().to_owned(),
         rom: merged.rom.0.to_string(),
         vfs_by_guest: merged.policy.virtual_functions.as_ref().map(|by_guest| by_guest.count),
+        mailbox: merged.policy.mailbox.as_ref().map(|wish| mailbox_words(wish.peers)),
         reset_methods: merged.reset.methods.clone(),
         reset_together: merged.reset.wants_together(),
         without_reset: merged.reset.permits_none(),

@@ -110,12 +110,8 @@ impl Engine {
                 continue;
             }
             match self.task_context().open_function(record, place.domain, Image::Resumed) {
-                Ok(Opened { mut function, filter, memory, lacks }) => {
-                    if let Some(why) = lacks {
-                        let text = format!(
-                            "the guest of {} reads all ones from the expansion ROM that it was given, until the function is attached again: {why}",
-                            record.address
-                        );
+                Ok(Opened { mut function, filter, memory, lacks, .. }) => {
+                    for text in lacks {
                         error!("{text}");
                         self.problems
                             .push(Problem::new(Cause::Guest, text).on(record.address).of(place.domain));

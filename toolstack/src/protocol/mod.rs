@@ -7,6 +7,7 @@
 mod event_view;
 mod finding;
 mod list_view;
+mod message_view;
 mod moving_view;
 mod network_view;
 mod path_view;
@@ -26,6 +27,7 @@ use serde::{Deserialize, Serialize};
 pub use event_view::{EventView, Happening, RegisterValue, utc_of};
 pub use finding::{Finding, Verdict, all_good};
 pub use list_view::{ListFilter, ListedView, ShownView};
+pub use message_view::{MessageView, message_data};
 pub use moving_view::ReservedFunction;
 pub use network_view::VfNetworkView;
 pub use path_view::{AerOwner, AerStatusView, CountersView, MemberView, PathRegisterView, PathView};
@@ -183,6 +185,11 @@ pub enum Success {
         /// Warnings for the user.
         #[serde(default)]
         warnings: Vec<String>,
+    },
+    /// Messages that were received.
+    Messages {
+        /// The messages, in the order in which they were received.
+        messages: Vec<MessageView>,
     },
     /// Metrics of the service for Prometheus.
     Metrics {
@@ -392,6 +399,8 @@ mod tests {
             Request::PolicyReload,
             Request::Sync { dry_run: true },
             Request::QuarantineClear { address, trust_former_owner: true },
+            Request::MailboxSend { address, kind: 1, sequence: 2, data: "00ff".into() },
+            Request::MailboxReceive { address },
         ] {
             let name = request.name();
             let call = Call { version: VERSION, id: 1, request: request.into() };

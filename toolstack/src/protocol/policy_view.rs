@@ -33,6 +33,9 @@ pub struct PolicyView {
     /// How many VFs a PV guest that gets the PF can create; absent if none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vfs_by_guest: Option<u16>,
+    /// Who may be on the other side of its mailbox; absent if it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mailbox: Option<String>,
     /// The reset methods that the files accept; absent if they leave this to the settings.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reset_methods: Option<Vec<String>>,

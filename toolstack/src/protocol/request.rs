@@ -276,6 +276,23 @@ pub enum Request<A = Sbdf> {
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         trust_former_owner: bool,
     },
+    /// Sends a message of dom0's to the guest of a VF.
+    MailboxSend {
+        /// The VF.
+        address: A,
+        /// The type of the message.
+        #[serde(rename = "type")]
+        kind: u16,
+        /// A number for the driver of the VF.
+        sequence: u32,
+        /// The data in hexadecimal, at most 256 bytes.
+        data: String,
+    },
+    /// Receives the messages for dom0 of a VF, or of all VFs of a PF: at most 64.
+    MailboxReceive {
+        /// The VF or PF.
+        address: A,
+    },
 }
 
 impl<A> Request<A> {
@@ -314,6 +331,8 @@ impl<A> Request<A> {
             Self::PolicyReload => "policy-reload",
             Self::DaemonReexec => "daemon-reexec",
             Self::QuarantineClear { .. } => "quarantine-clear",
+            Self::MailboxSend { .. } => "mailbox-send",
+            Self::MailboxReceive { .. } => "mailbox-receive",
         }
     }
 
@@ -352,6 +371,8 @@ impl<A> Request<A> {
             | Self::VfSet { .. }
             | Self::PolicyReload
             | Self::QuarantineClear { .. }
+            | Self::MailboxSend { .. }
+            | Self::MailboxReceive { .. }
             | Self::DaemonReexec => false,
         }
     }
@@ -422,6 +443,10 @@ impl<A> Request<A> {
             Self::QuarantineClear { address, trust_former_owner } => {
                 Request::QuarantineClear { address: of(address)?, trust_former_owner }
             }
+            Self::MailboxSend { address, kind, sequence, data } => {
+                Request::MailboxSend { address: of(address)?, kind, sequence, data }
+            }
+            Self::MailboxReceive { address } => Request::MailboxReceive { address: of(address)? },
         })
     }
 }

@@ -186,6 +186,11 @@ pub fn image_path(run_directory: &Path, address: Sbdf) -> PathBuf {
     run_directory.join("images").join(address.to_string())
 }
 
+/// The path of the file of a function's mailbox.
+pub fn mailbox_path(run_directory: &Path, address: Sbdf) -> PathBuf {
+    run_directory.join("mailboxes").join(address.to_string())
+}
+
 pub(super) fn create_image(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
     let path = image_path(&context.settings.run_directory, record.address);
     let kind = domains::kind(context.platform.store.as_ref(), guest_of(record)?)?;
@@ -218,12 +223,16 @@ pub(super) fn create_image(context: &Context<'_>, record: &mut Record) -> Result
 }
 
 pub(super) fn remove_image(context: &Context<'_>, record: &mut Record) -> Result<(), Failure> {
-    let path = image_path(&context.settings.run_directory, record.address);
-    match fs::remove_file(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Failure::new(
-            ErrorCode::Failed,
-            format!("cannot remove the image {} of {}: {error}", path.display(), record.address),
-        )),
-        _ => Ok(()),
+    let directory = &context.settings.run_directory;
+    for path in [mailbox_path(directory, record.address), image_path(directory, record.address)] {
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                let text =
+                    format!("cannot remove the image {} of {}: {error}", path.display(), record.address);
+                return Err(Failure::new(ErrorCode::Failed, text));
+            }
+            _ => {}
+        }
     }
+    Ok(())
 }

@@ -27,7 +27,7 @@ use pciback::platform::Platform;
 use pciback::policy::PolicySet;
 use pciback::{DomId, FunctionState, Sbdf};
 
-pub use attach::image_path;
+pub use attach::{image_path, mailbox_path};
 pub use grants::note_owner;
 pub use hold::{
     PF_STUB, choose_holder, guest_owned, holder_of, is_held, is_owned_by_other_toolstack, refuse_in_use,

@@ -83,6 +83,11 @@ fn without_the_service_doctor_runs_the_other_checks() {
 }
 
 #[test]
+fn dom0_exchanges_messages_with_the_guest_of_a_vf_where_a_policy_says_so() {
+    play("mailbox", host());
+}
+
+#[test]
 fn a_persistent_function_is_reserved_until_a_command_ends_that() {
     play("persistent", host());
 }

@@ -18,6 +18,7 @@ mod hvm;
 mod hvm_events;
 mod hvm_hotplug;
 mod hvm_vectors;
+mod mailbox;
 mod managed;
 mod network;
 mod operators;

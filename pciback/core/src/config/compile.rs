@@ -6,6 +6,7 @@ use super::error::ConfigError;
 use super::filter::{Bits, DWORDS, Deferred, Filter, Model, NamedRegister, RefusedOverride, Segment};
 use super::function::{FunctionSpec, GuestRom};
 use super::list::{Capability, CapabilityList, ListProblem, MsixFault};
+use super::mailbox::{self, MailboxPlace};
 use super::policy::{Initial, Policy, Rule, Treatment};
 use super::rules::{self, Row};
 use super::shape;
@@ -51,6 +52,7 @@ impl Filter {
         let mut compiler = Compiler::new(spec, policy, visible);
         compiler.header();
         compiler.bars();
+        compiler.place_mailbox();
         compiler.capabilities();
         compiler.device();
         compiler.links();
@@ -113,6 +115,8 @@ pub(super) struct Compiler<'a> {
     pub reserved: Vec<u32>,
     pub models: Vec<(u16, Model)>,
     pub refused: Vec<RefusedOverride>,
+    pub mailbox: Option<MailboxPlace>,
+    pub mailbox_refused: Option<&'static str>,
     bits: Box<[Bits; DWORDS]>,
     segments: Vec<Vec<Segment>>,
     rules: Vec<Rule>,
@@ -138,6 +142,8 @@ impl<'a> Compiler<'a> {
             reserved: vec![0; DWORDS],
             models: Vec::new(),
             refused: Vec::new(),
+            mailbox: None,
+            mailbox_refused: None,
             bits: Box::new([Bits::default(); DWORDS]),
             segments: vec![Vec::new(); DWORDS],
             rules: Vec::new(),
@@ -444,6 +450,9 @@ impl<'a> Compiler<'a> {
         for (offset, model) in &self.models {
             hash.add(u64::from(*offset) << 8 | *model as u64);
         }
+        if let Some(MailboxPlace { offset, peers }) = self.mailbox {
+            hash.add(u64::from(offset) << 8 | u64::from(peers.guest) << 1 | u64::from(peers.dom0));
+        }
         let capabilities: Vec<(Capability, bool)> =
             self.list.capabilities.into_iter().zip(self.visible).collect();
         Filter {
@@ -462,6 +471,8 @@ impl<'a> Compiler<'a> {
             deferred: self.deferred,
             msi,
             msix,
+            mailbox: self.mailbox,
+            mailbox_refused: self.mailbox_refused,
         }
     }
 }
@@ -498,6 +509,7 @@ impl Filter {
                 spec.bytes.get(usize::from(extent.start)..usize::from(extent.end)).unwrap_or_default(),
             );
         }
+        inputs.extend(mailbox::place(spec, &list).unwrap_or_default().to_le_bytes());
         inputs
     }
 }

@@ -48,6 +48,9 @@ impl Compiler<'_> {
     }
 
     fn capability(&mut self, index: usize, capability: &Capability) {
+        if self.mailbox.is_some_and(|mailbox| mailbox.offset == capability.offset) {
+            return self.mailbox_registers(capability, index as u16);
+        }
         let bytes = &self.spec.bytes;
         let meant = |which: &policy::Selector| which.selects(capability.id, capability.offset, bytes);
         let policy = self.policy.capabilities.iter().rev().find(|entry| meant(&entry.which)).cloned();

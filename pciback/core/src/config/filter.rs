@@ -6,6 +6,7 @@
 use super::access::EXTENDED_SIZE;
 use super::interrupts::{MsiCapability, MsixCapability};
 use super::list::{Capability, ListProblem};
+use super::mailbox::MailboxPlace;
 use super::policy::{Rule, Treatment};
 use crate::spec::AnyId;
 
@@ -62,6 +63,8 @@ pub enum Model {
     VfEnable,
     /// NumVFs of such a PF, which can be written while VF Enable is 0.
     NumVfs,
+    /// A register of the mailbox's Data Object Exchange.
+    DataObject,
 }
 
 /// A register of the function that is described.
@@ -132,6 +135,8 @@ pub struct Filter {
     pub(super) deferred: Vec<Deferred>,
     pub(super) msi: Option<MsiCapability>,
     pub(super) msix: Option<MsixCapability>,
+    pub(super) mailbox: Option<MailboxPlace>,
+    pub(super) mailbox_refused: Option<&'static str>,
 }
 
 impl Filter {
@@ -194,6 +199,16 @@ impl Filter {
     /// What waits until the guest has released the function.
     pub fn deferred(&self) -> &[Deferred] {
         &self.deferred
+    }
+
+    /// The mailbox that the guest finds, if it has one.
+    pub fn mailbox(&self) -> Option<MailboxPlace> {
+        self.mailbox
+    }
+
+    /// Why the function has not got the mailbox that a policy gives it.
+    pub fn mailbox_refused(&self) -> Option<&'static str> {
+        self.mailbox_refused
     }
 
     /// The bytes that this filter takes in memory.

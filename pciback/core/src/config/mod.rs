@@ -12,6 +12,7 @@ mod function;
 mod image;
 mod interrupts;
 mod list;
+mod mailbox;
 mod masked;
 mod policy;
 mod records;
@@ -32,10 +33,11 @@ pub use function::{FunctionKind, FunctionSpec, GuestRom, Identity};
 pub use image::FunctionImage;
 pub use interrupts::{BarPart, MsiCapability, MsixCapability};
 pub use list::{Capability, CapabilityList, ListProblem, MsixFault};
+pub use mailbox::MailboxPlace;
 pub use masked::{MaskedWrite, MaskedWrites};
 pub use policy::{
-    ByGuest, CapabilityAction, CapabilityOverride, Initial, Origin, Place, Policy, RegisterOverride, Rule,
-    Selector, Treatment, VendorPart,
+    ByGuest, CapabilityAction, CapabilityOverride, Initial, MailboxPeers, MailboxWish, Origin, Place, Policy,
+    RegisterOverride, Rule, Selector, Treatment, VendorPart,
 };
 pub use records::{ImageError, ImageOwner, InterruptMode, RequestRecord, RequestStage, VectorState};
 pub use rom::{ROM_LIMIT, RomError, rom_contents};

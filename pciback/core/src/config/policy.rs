@@ -193,6 +193,24 @@ pub struct ByGuest {
     pub rule: Rule,
 }
 
+/// Who may be on the other side of a function's mailbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
+pub struct MailboxPeers {
+    /// Guests: for a VF the one that has its PF, for a PF those that have its VFs.
+    pub guest: bool,
+    /// dom0, for a VF whose PF no guest has.
+    pub dom0: bool,
+}
+
+/// A mailbox that a policy gives a function.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct MailboxWish {
+    /// With whom.
+    pub peers: MailboxPeers,
+    /// Why.
+    pub rule: Rule,
+}
+
 /// What is laid over the built-in rules. Later overrides win over earlier ones; guarded registers (BARs, Command, MSI, MSI-X,
 /// interrupt line and pin, headers of capabilities) keep their built-in treatment in any case.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -207,6 +225,8 @@ pub struct Policy {
     pub registers: Vec<RegisterOverride>,
     /// VFs that the guest creates, if it gets a PF.
     pub virtual_functions: Option<ByGuest>,
+    /// The mailbox that the function has in its guest.
+    pub mailbox: Option<MailboxWish>,
 }
 
 impl Policy {
@@ -234,6 +254,7 @@ impl Default for Policy {
             capabilities: Vec::new(),
             registers: Vec::new(),
             virtual_functions: None,
+            mailbox: None,
         }
     }
 }

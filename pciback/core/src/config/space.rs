@@ -45,6 +45,16 @@ pub enum SideEffect {
     /// The guest changed VF Enable of its PF; [`VirtualConfigSpace::guest_vfs`] says how many VFs it wants. The host creates or removes
     /// them.
     VfEnable,
+    /// The guest wrote a register of the mailbox's Data Object Exchange. What it reads there next is said by
+    /// [`VirtualConfigSpace::show_data_object`].
+    DataObject {
+        /// Where, in config space.
+        offset: u16,
+        /// What.
+        value: u32,
+        /// The bits that the access covered.
+        mask: u32,
+    },
     /// The guest wants a dword of VPD. The host reads it, then calls [`VirtualConfigSpace::show_vpd`].
     VpdRead {
         /// Where the capability's address register is.
@@ -450,7 +460,12 @@ impl VirtualConfigSpace {
 /// What a write to a register with a model asks for; `before` and `after` are the dword as the guest sees it.
 fn side_effect(offset: u16, model: Model, write: &Write, before: u32, after: u32) -> Option<SideEffect> {
     let shift = 8 * u32::from(offset & 3);
-    let (value, mask) = write.part(offset, if model == Model::AfControl { 1 } else { 2 })?;
+    let width = match model {
+        Model::AfControl => 1,
+        Model::DataObject => 4,
+        _ => 2,
+    };
+    let (value, mask) = write.part(offset, width)?;
     let (before, after) = ((before >> shift) as u16, (after >> shift) as u16);
     match model {
         Model::Command => {
@@ -473,6 +488,7 @@ fn side_effect(offset: u16, model: Model, write: &Write, before: u32, after: u32
             let changed = (before ^ after) & mask as u16 & sriov::VF_ENABLE;
             (changed != 0).then_some(SideEffect::VfEnable)
         }
+        Model::DataObject => Some(SideEffect::DataObject { offset, value, mask }),
         Model::VpdAddress | Model::LinkControl | Model::ReadRequestSize | Model::NumVfs => None,
     }
 }

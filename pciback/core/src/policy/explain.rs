@@ -31,7 +31,7 @@ pub struct Explanation {
     pub registers: Vec<RegisterLine>,
     /// What is wrong with the lists of capabilities.
     pub problems: Vec<String>,
-    /// What the policy asked for in registers that no policy can change, or that are not there.
+    /// What the policy asked for and the function cannot have: registers that no policy can change, or that are not there; a mailbox.
     pub refused: Vec<String>,
     /// What stands in the way of giving it to a guest, and what to do about each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -160,14 +160,19 @@ fn capability_line(capability: &Capability, visible: bool) -> CapabilityLine {
 }
 
 fn refused(filter: &Filter, policy: &Policy) -> Vec<String> {
+    let mailbox = filter.mailbox_refused().map(|why| {
+        let wish = policy.mailbox.as_ref();
+        let origin = wish.map_or_else(String::new, |wish| wish.rule.origin.to_string());
+        format!("{origin}: it cannot have a mailbox: {why}")
+    });
     let refused = filter.refused().iter();
-    refused
+    let registers = refused
         .map(|refused| {
             let origin = policy.registers.get(refused.index).map_or_else(String::new, |entry| entry.rule.origin.to_string());
             let (offset, mask) = (refused.offset, refused.mask);
             format!("{origin}: the register at {offset:#x} is guarded or not there: its bits {mask:#x} stay as built in")
-        })
-        .collect()
+        });
+    mailbox.into_iter().chain(registers).collect()
 }
 
 /// What waits for detach, for people.
@@ -192,11 +197,9 @@ fn words(treatment: Treatment) -> (&'static str, &'static str, Option<u32>) {
 
 fn registers(filter: &Filter, spec: &FunctionSpec) -> Vec<RegisterLine> {
     let list = CapabilityList::walk(&spec.bytes);
-    let extents: Vec<(AnyId, Range<u16>)> = list
-        .capabilities
-        .iter()
-        .map(|capability| (capability.id, list.extent(capability, &spec.bytes)))
-        .collect();
+    let capabilities = filter.capabilities().iter();
+    let extents: Vec<(AnyId, Range<u16>)> =
+        capabilities.map(|(capability, _)| (capability.id, list.extent(capability, &spec.bytes))).collect();
     let mut lines: Vec<RegisterLine> = Vec::new();
     for segment in filter.segments() {
         let owner = extents.iter().find(|(_, extent)| extent.contains(&first_byte(segment)));

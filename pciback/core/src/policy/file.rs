@@ -2,6 +2,7 @@
 
 use super::diagnostic::{Diagnostic, Diagnostics};
 use super::errors;
+use super::mailbox;
 use super::matching::{ClassPrefix, Kind, Match};
 use super::names::{self, hexadecimal};
 use super::read::{self, KeyWord, key};
@@ -11,7 +12,7 @@ use super::rules;
 use super::virtual_functions;
 use super::yaml::{self, Node};
 use crate::Sbdf;
-use crate::config::{ByGuest, CapabilityOverride, RegisterOverride, Rule, Selector, Treatment};
+use crate::config::{ByGuest, CapabilityOverride, MailboxWish, RegisterOverride, Rule, Selector, Treatment};
 use crate::fault::ErrorWishes;
 
 /// A named set of defaults for unknown registers.
@@ -170,6 +171,11 @@ pub(super) const KEYS: &[KeyWord] = &[
          (HVM guests only).",
     ),
     key("virtual-functions", "Whether the guest that gets the PF creates its VFs, and how many at most."),
+    key(
+        "mailbox",
+        "With whom the guest of a VF or PF can exchange messages through a Data Object Exchange: guest, dom0, both in a list, or off. Between \
+         a VF and its PF; dom0 is on the side of a PF that no guest has.",
+    ),
     key("profile", "What happens to unknown registers: a named set of defaults."),
     key("unknown", "What happens to unknown registers, whatever the profile says."),
     key("capabilities", "By capability: what the guest sees of it and may write."),
@@ -211,6 +217,8 @@ pub struct PolicyFile {
     pub rom: Option<RomSource>,
     /// The VFs that a guest creates, where it says so.
     pub virtual_functions: Option<ByGuest>,
+    /// The mailbox of the function, where it says so.
+    pub mailbox: Option<MailboxWish>,
     /// The profile, where it names one.
     pub profile: Option<(Profile, Rule)>,
     /// What happens to unknown registers, where it says so.
@@ -238,6 +246,7 @@ impl PolicyFile {
             rdm: None,
             rom: None,
             virtual_functions: None,
+            mailbox: None,
             profile: None,
             unknown: None,
             capabilities: Vec::new(),
@@ -294,6 +303,7 @@ impl PolicyFile {
             "virtual-functions" => {
                 self.virtual_functions = virtual_functions::read(node, file, diagnostics);
             }
+            "mailbox" => self.mailbox = mailbox::read(node, file, diagnostics),
             "rom" => self.rom = rom::rom(node, diagnostics),
             "profile" => {
                 let profile = read::choice(node, "profile", Profile::WORDS, diagnostics);

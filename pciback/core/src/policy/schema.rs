@@ -4,6 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::errors::{ERROR_KEYS, SWITCH, actions, most};
 use super::file::{Holding, KEYS, MATCH_KEYS, Permission, Profile, RdmPolicy, Reuse};
+use super::mailbox::{OFF, PEERS};
 use super::matching::Kind;
 use super::names::CAPABILITIES;
 use super::read::KeyWord;
@@ -40,6 +41,10 @@ pub fn schema() -> Value {
             VIRTUAL_FUNCTION_KEYS,
             |_| json!({"type": "integer", "minimum": 1, "maximum": MOST_BY_GUEST}),
         ),
+        "mailbox" => {
+            let both = json!({"type": "array", "items": {"enum": PEERS}, "minItems": 1});
+            json!({"oneOf": [{"enum": [PEERS[0], PEERS[1], OFF]}, both]})
+        }
         "profile" => words(Profile::WORDS),
         "unknown" => one_or_mapping(
             words(UNKNOWN_WORDS),

@@ -112,6 +112,9 @@ impl<'a> Merged<'a> {
         if let Some(by_guest) = &file.virtual_functions {
             self.policy.virtual_functions = Some(by_guest.clone());
         }
+        if let Some(mailbox) = &file.mailbox {
+            self.policy.mailbox = Some(mailbox.clone());
+        }
         self.policy.capabilities.extend(file.capabilities.iter().cloned());
         self.policy.registers.extend(file.registers.iter().cloned());
         self.applied.push(file);

@@ -1,6 +1,7 @@
 //! The PCI specification as data: offsets, ids and bits, with the section they come from. No behaviour.
 
 pub mod bus;
+pub mod doe;
 pub mod express;
 pub mod extended;
 pub mod header;

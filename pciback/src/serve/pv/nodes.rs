@@ -123,6 +123,27 @@ impl NodeChange {
     }
 }
 
+/// The key of our end that a guest can watch for messages in the mailbox of a function: its value is how many wait.
+fn doorbell(devfn: Devfn) -> String {
+    // xenstore permits no point in a name.
+    format!("mailbox-{:02x}-{}", devfn.device(), devfn.function())
+}
+
+/// Rings a function's doorbell in its guest; nothing happens where our end is not there.
+pub fn ring(store: &dyn Store, domain: DomId, devfn: Devfn, waiting: u32) -> Result<()> {
+    let state = format!("{}/{}", backend_directory(domain), key::STATE);
+    let change = NodeChange::backend(doorbell(devfn), waiting);
+    store.transaction(&mut |nodes| match nodes.read(&state)? {
+        Some(_) => apply_one(nodes, domain, &change),
+        None => Ok(()),
+    })
+}
+
+/// Removes the doorbell of a function that its guest loses.
+pub fn remove_doorbell(store: &dyn StoreOps, domain: DomId, devfn: Devfn) -> Result<()> {
+    store.remove(&format!("{}/{}", backend_directory(domain), doorbell(devfn)))
+}
+
 /// Makes all changes in one transaction, each new node with its end's permissions.
 pub fn apply(store: &dyn Store, domain: DomId, changes: &[NodeChange]) -> Result<()> {
     store.transaction(&mut |nodes| changes.iter().try_for_each(|change| apply_one(nodes, domain, change)))

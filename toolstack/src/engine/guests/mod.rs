@@ -131,6 +131,7 @@ impl Engine {
         }
         match report {
             ServerReport::VfsWanted(attachment) => self.vfs_wanted(attachment.address()),
+            ServerReport::MessageSent(_) => self.ring_doorbells(),
             ServerReport::ResetWanted(attachment) => self.reset_for_guest(attachment.address()),
             ServerReport::Vanished(attachment) => {
                 let address = attachment.address();

@@ -26,6 +26,7 @@ impl Engine {
         let Opened { function, filter, memory, .. } = opened;
         let outdated = !Arc::ptr_eq(&filter.policies, &self.policies);
         self.note_vf_requests(&function);
+        self.settle_mailboxes(record.address);
         self.functions.serve(function.attachment(), filter);
         // From now on the guest can use the function, and its errors concern the guest.
         let watched = self.watch_errors_of(record.address);
@@ -147,6 +148,9 @@ impl Engine {
     pub(in crate::engine) fn removed(&mut self, domain: DomId, devfn: Devfn) {
         if let Some(address) = self.functions.records().at(GuestPlace { domain, devfn }) {
             self.functions.withdraw(address);
+        }
+        if let Err(error) = nodes::remove_doorbell(self.platform.store.as_ref(), domain, devfn) {
+            warn!("domain {domain}: {error}");
         }
         if self.switch_off(domain, devfn, None).is_err() {
             self.answer_removed(domain, devfn, Ok(None));

@@ -129,6 +129,10 @@ impl Engine {
             Request::PolicyReload => self.reload_policies(reply),
             Request::Sync { dry_run } => self.inventory.compare_for(dry_run, reply),
             Request::DaemonReexec => self.start_successor(reply),
+            Request::MailboxSend { address, kind, sequence, data } => {
+                reply.done(self.send_message(address, (kind, sequence), &data));
+            }
+            Request::MailboxReceive { address } => reply.done(self.receive_messages(address)),
             Request::Save { domain } => self.save(&domain, reply),
             Request::Restore { guest } => self.restore(guest, reply),
             Request::Restored { guest, functions } => self.restored(guest, functions, reply),

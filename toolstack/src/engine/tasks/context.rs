@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use pciback::config::{Filter, FunctionSpec};
 use pciback::platform::Platform;
 use pciback::policy::PolicySet;
+use pciback::serve::Mailboxes;
 use pciback::{DomId, Sbdf};
 
 use super::{Course, Event, Image, Opened};
@@ -39,6 +40,7 @@ pub(in crate::engine) struct TaskContext {
     pub changes: Changes,
     pub handover: Handover,
     pub devices: Devices,
+    pub mailboxes: Mailboxes,
     /// The function that [`Serving::open`] opened, until it is served.
     pub opened: Arc<Mutex<Option<Box<Opened>>>>,
 }
@@ -55,7 +57,11 @@ impl Serving for TaskContext {
         let opened = opened.ok_or_else(|| {
             Failure::new(ErrorCode::Failed, "serve a function that was not opened").on(record.address)
         })?;
-        self.ask(|answer| Event::Serve { record: Box::new(record.clone()), opened, answer })
+        let mut opened = opened;
+        let without = opened.without_mailbox.take();
+        let said = self.ask(|answer| Event::Serve { record: Box::new(record.clone()), opened, answer })?;
+        let warnings: Vec<String> = said.into_iter().chain(without).collect();
+        Ok((!warnings.is_empty()).then(|| warnings.join("; ")))
     }
 
     fn withdraw(&self, record: &Record, withdrawal: Withdrawal) -> Result<Option<String>, Failure> {

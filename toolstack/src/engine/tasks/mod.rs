@@ -113,6 +113,7 @@ impl Engine {
             changes: self.inventory.changes(),
             handover: self.functions.handover().clone(),
             devices: self.devices.clone(),
+            mailboxes: self.mailboxes.clone(),
             opened: Arc::default(),
         }
     }
@@ -218,6 +219,7 @@ impl Engine {
         if record_is_held && managed {
             self.managed_is_held(address, during);
         }
+        self.settle_mailboxes(address);
         self.guest_vfs_go_on(address);
     }
 

@@ -1,17 +1,22 @@
 //! Opens a function for its guest: image, filter and config space.
 
 use std::collections::BTreeMap;
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use log::warn;
 use pciback::DomId;
-use pciback::config::{Filter, FunctionImage, FunctionSpec, GuestRom, ImageOwner, VirtualConfigSpace};
+use pciback::config::{
+    Filter, FunctionImage, FunctionSpec, GuestRom, ImageOwner, MailboxPlace, VirtualConfigSpace,
+};
 use pciback::hash::Fnv;
+use pciback::mailbox::{MAILBOX_BYTES, MailboxWords, mailbox_memory};
 use pciback::platform::{BarMemory, PlatformError, SharedMemory};
 use pciback::policy::Subject;
-use pciback::serve::GuestFunction;
 use pciback::serve::hvm::{self, RomCopy};
+use pciback::serve::{FunctionMailbox, GuestFunction};
 
 use super::TaskContext;
 use crate::domains::{self, DomainType};
@@ -19,7 +24,7 @@ use crate::engine::functions::CompiledFilter;
 use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 use crate::spec::{self, Given};
-use crate::transaction::{image_path, read_rom_copy};
+use crate::transaction::{image_path, mailbox_path, read_rom_copy};
 
 /// What is in the image of a function that is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,7 +44,9 @@ pub struct Opened {
     /// For an HVM guest: the memory of the BARs that are not mapped as a whole.
     pub memory: Option<BTreeMap<u8, Box<dyn BarMemory>>>,
     /// What an earlier run gave to the guest and this run cannot serve.
-    pub lacks: Option<String>,
+    pub lacks: Vec<String>,
+    /// Why it has not got the mailbox that a policy gives it.
+    pub without_mailbox: Option<String>,
 }
 
 impl TaskContext {
@@ -85,18 +92,75 @@ impl TaskContext {
             Err(error) if resumed => warn!("{address}: bring hardware into step: {error}"),
             kept => kept.map_err(|error| failed("set decoding and interrupts", &error))?,
         }
+        let mut lacks = Vec::new();
+        if let Some(MailboxPlace { peers, .. }) = filter.mailbox() {
+            let (words, lost) = self.mailbox_file(record, domain, image_state)?;
+            lacks.extend(lost);
+            let mailbox = FunctionMailbox::open(&self.mailboxes, &spec, domain, peers, &words);
+            function.set_mailbox(mailbox);
+        }
+        let without_mailbox = filter.mailbox_refused();
+        let without_mailbox = without_mailbox.map(|why| format!("{address} cannot have a mailbox: {why}"));
         let filter = CompiledFilter { spec, filter, policies: Arc::clone(&self.policies) };
         let open = |bar: u8| Ok((bar, host.bar_memory(address, bar)?));
         let bars = is_hvm.then(|| hvm::trapped_bars(&function).into_iter().map(open).collect());
         let memory: Option<BTreeMap<u8, Box<dyn BarMemory>>> =
             bars.transpose().map_err(|error: PlatformError| Failure::from(error).on(address))?;
-        let (rom, lacks) = match self.rom(record) {
-            Ok(rom) => (rom, None),
-            Err(why) if resumed => (Some(RomCopy::new(Vec::new())), Some(why)),
+        let rom = match self.rom(record) {
+            Ok(rom) => rom,
+            Err(why) if resumed => {
+                lacks.push(format!(
+                    "the guest of {address} reads all ones from the expansion ROM that it was given, until the function is attached again: {why}"
+                ));
+                Some(RomCopy::new(Vec::new()))
+            }
             Err(why) => return Err(failed("take over the expansion ROM", &why)),
         };
         let memory = memory.map(|bars| bars.into_iter().chain(rom.map(RomCopy::into_memory)).collect());
-        Ok(Opened { function: Box::new(function), filter, memory, lacks })
+        Ok(Opened { function: Box::new(function), filter, memory, lacks, without_mailbox })
+    }
+
+    /// The file of a function's mailbox: a new one, or that of an earlier run. One that is lost or damaged is replaced by a new one, and the
+    /// second part of the result says so.
+    fn mailbox_file(
+        &self,
+        record: &Record,
+        domain: DomId,
+        image_state: Image,
+    ) -> Result<(MailboxWords, Option<String>), Failure> {
+        let (address, owner) = (record.address, ImageOwner { boot: boot_number(&record.boot), domain });
+        let path = mailbox_path(&self.settings.run_directory, address);
+        let open = |begin: Option<u32>| -> Result<MailboxWords, String> {
+            if let (Some(_), Some(directory)) = (begin, path.parent()) {
+                fs::create_dir_all(directory).map_err(|error| error.to_string())?;
+            }
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create(begin.is_some()).mode(0o600);
+            let file = options.open(&path).map_err(|error| error.to_string())?;
+            if begin.is_some() {
+                file.set_len(MAILBOX_BYTES as u64).map_err(|error| error.to_string())?;
+            }
+            let memory = SharedMemory::map_file(&file, MAILBOX_BYTES).map_err(|error| error.to_string())?;
+            mailbox_memory(memory, owner, address, begin).map_err(|error| error.to_string())
+        };
+        let begin = || {
+            // Messages of an earlier user of the function had other numbers.
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+            open(Some(now.as_nanos() as u32)).map_err(|why| {
+                let text = format!("cannot create the mailbox {} of {address}: {why}", path.display());
+                Failure::new(ErrorCode::Failed, text).on(address).of(domain)
+            })
+        };
+        match image_state {
+            Image::New => Ok((begin()?, None)),
+            Image::Resumed => open(None).map(|words| (words, None)).or_else(|why| {
+                let lost = format!(
+                    "the mailbox of {address} was lost, and what was in it: {} cannot be taken over: {why}",
+                    path.display()
+                );
+                Ok((begin()?, Some(lost)))
+            }),
+        }
     }
 
     /// The guest's copy of the expansion ROM, if it has one.
@@ -117,6 +181,8 @@ impl TaskContext {
         if domains::kind(self.platform.store.as_ref(), domain)? == DomainType::Hvm {
             policy.hide_enhanced_allocation();
             policy.virtual_functions = None;
+            // It does not reach extended config space.
+            policy.mailbox = None;
         }
         self.filters.compile(spec, policy, visible)
     }

@@ -1,5 +1,5 @@
 use super::*;
-use crate::config::{AnyId, CapabilityAction, Identity, Initial, Origin, Place, VendorPart};
+use crate::config::{AnyId, CapabilityAction, Identity, Initial, MailboxPeers, Origin, Place, VendorPart};
 use crate::policy::{Subject, WithoutReset};
 use crate::spec::{CapabilityId, ExtendedCapabilityId};
 
@@ -317,6 +317,27 @@ fn a_rom_is_none_the_devices_or_a_file_by_its_absolute_path() {
         ("rom: yes\n", format!("1:6: 'yes' is not a valid rom: {expected}")),
         ("rom: vbios.rom\n", format!("1:6: 'vbios.rom' is not a valid rom: {expected}")),
         ("rom: [device]\n", "1:6: rom is a word, not a list".to_owned()),
+    ] {
+        assert_eq!(mistakes(text), [format!("f.yaml:{message}")], "{text}");
+    }
+}
+
+#[test]
+fn a_mailbox_is_with_guests_dom0_both_or_nobody() {
+    for (text, guest, dom0) in [
+        ("mailbox: guest\n", true, false),
+        ("mailbox: dom0\n", false, true),
+        ("mailbox: [dom0, guest]\n", true, true),
+        ("mailbox: off\n", false, false),
+        ("match: {domain: web}\nmailbox: [guest]\n", true, false),
+    ] {
+        let peers = parsed(text).mailbox.map(|wish| wish.peers);
+        assert_eq!(peers, Some(MailboxPeers { guest, dom0 }), "{text}");
+    }
+    for (text, message) in [
+        ("mailbox: on\n", "1:10: 'on' is not a valid side of a mailbox; it is one of guest, dom0, off"),
+        ("mailbox: [guest, off]\n", "1:18: 'off' is not a valid side of a mailbox; it is one of guest, dom0"),
+        ("mailbox: {with: guest}\n", "1:10: side of a mailbox is a word, not a mapping"),
     ] {
         assert_eq!(mistakes(text), [format!("f.yaml:{message}")], "{text}");
     }
