@@ -34,6 +34,8 @@ use toolstack::supervisor;
 
 /// Names and texts of files.
 type Sources = Vec<(String, String)>;
+/// What is found before the engine runs, for `xpci status`.
+type Problems = Vec<(ProblemCause, String)>;
 
 /// The first and the longest pause before the service checks again for a host that is still booting.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -88,41 +90,18 @@ fn log_to(journal: bool) {
 
 fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
     let program = Program::of_this_process().context("cannot find the file of this program")?;
-    // Before any thread starts: threads inherit the mask, so that these signals are only delivered through the descriptor.
-    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
-    signals.thread_block().context("cannot block signals")?;
-    let stop = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).context("cannot receive signals")?;
-    let signals = SigSet::from_iter([Signal::SIGHUP]);
-    signals.thread_block().context("cannot block SIGHUP")?;
-    let hangup = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).context("cannot receive SIGHUP")?;
-
-    let copies = arguments.state_directory.clone().unwrap_or_else(|| Settings::default().state_directory);
-    let (mut settings, sources, problem) = read_settings(arguments.settings.as_deref(), &copies)?;
-    let mut problems: Vec<(ProblemCause, String)> =
-        problem.map(|text| (ProblemCause::Settings, text)).into_iter().collect();
-    settings.run_directory = arguments.run_directory.unwrap_or(settings.run_directory);
-    settings.state_directory = arguments.state_directory.unwrap_or(settings.state_directory);
-    if !arguments.policy_directories.is_empty() {
-        settings.policy_directories = arguments.policy_directories;
-    }
-
-    for directory in missing_directories(&settings) {
-        warn!("the policy directory {} does not exist", directory.display());
-    }
-
-    if let Choice::Simulation(_) = arguments.platform {
-        refuse_real_directories(&settings)?;
-    }
-    let images = settings.run_directory.join("images");
-    fs::create_dir_all(&images).with_context(|| format!("cannot create {}", images.display()))?;
+    // Before any thread starts: threads inherit the mask, so that these signals are only delivered through the descriptors.
+    let stop = descriptor_of(&[Signal::SIGTERM, Signal::SIGINT])?;
+    let hangup = descriptor_of(&[Signal::SIGHUP])?;
+    let mut problems = Problems::new();
+    let (settings, sources) = settings_with(&arguments, &mut problems)?;
+    prepare_directories(&arguments.platform, &settings)?;
     // A successor takes the locks later, when its predecessor has released them.
     let own_locks = if arguments.successor { None } else { Some(Locks::take(&settings)?) };
-    let limit = descriptors::raise_limit().context("cannot raise the limit of open files")?;
-    let Some((platform, simulation)) = open_when_booted(&arguments.platform, &stop)? else { return Ok(()) };
-    let shortage = descriptors::shortage(limit, platform.host.functions()?.len());
-    problems.extend(shortage.map(|text| (ProblemCause::Service, text)));
-    let (policies, found, problem) = read_policies(&settings)?;
-    problems.extend(problem.map(|text| (ProblemCause::Policies, text)));
+    let Some((platform, simulation)) = open_host(&arguments.platform, &stop, &mut problems)? else {
+        return Ok(());
+    };
+    let (policies, found) = usable_policies(&settings, &mut problems)?;
     let locks = match own_locks {
         Some(locks) => Some(locks),
         None => take_over(&settings, &stop)?,
@@ -130,23 +109,13 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
     let Some(locks) = locks else { return Ok(()) };
     let keeper = simulation.map(|simulation| keep(&simulation, &settings)).transpose()?;
     let journal = Journal::open(&settings.state_directory)?;
-    let socket = settings.socket();
-    let (status_socket, status_group) = (settings.status_socket(), settings.status_group.clone());
-    if let Some(sources) = sources
-        && let Err(error) = fs::create_dir_all(&copies).and_then(|()| settings::keep_copy(&copies, &sources))
-    {
-        let text = format!("cannot keep a copy of the settings in {}: {error}", copies.display());
-        problems.push((ProblemCause::StateFiles, text));
+    if let Some(sources) = sources {
+        keep_settings(&copies_of_settings(&arguments), &sources, &mut problems);
     }
-    // Not fatal, for example on a full disk, because guests wait for the service.
-    if let Some(found) = found
-        && let Err(error) = policies::keep_copy(&settings.state_directory, &found)
-    {
-        let text =
-            format!("cannot keep a copy of the policies in {}: {error}", settings.state_directory.display());
-        problems.push((ProblemCause::Policies, text));
+    if let Some(found) = found {
+        keep_policies(&settings.state_directory, &found, &mut problems);
     }
-    let names = GuestNames::new(&platform.store);
+    let (sockets, names) = (Sockets::of(&settings), GuestNames::new(&platform.store));
     let mut engine = Engine::new(platform, settings, policies, journal, boot_id())?;
     engine.set_program(program);
     for (cause, problem) in problems {
@@ -154,24 +123,114 @@ fn run(arguments: ServiceArguments) -> anyhow::Result<()> {
     }
     // First of all, because guests may have waited for an answer since the last run of the service ended.
     engine.recover()?;
-    control::listen(&socket, engine.inbox(), names.clone())
-        .with_context(|| format!("cannot listen at {}", socket.display()))?;
-    if let Err(error) =
-        control::listen_for_group(&status_socket, status_group.as_deref(), engine.inbox(), names)
-    {
-        let text = format!(
-            "status-group: cannot listen at {} for group '{}': {error}; only root is served",
-            status_socket.display(),
-            status_group.unwrap_or_default()
-        );
-        engine.note_problem(ProblemCause::Settings, text);
-    }
-    reload_at(hangup, socket)?;
+    sockets.listen(&mut engine, names)?;
+    reload_at(hangup, sockets.control)?;
     if let Ending::Replaced(ready_successor) = engine.run(stop.as_fd())? {
         drop(keeper);
         hand_over(ready_successor, locks)?;
     }
     Ok(())
+}
+
+/// Blocks signals, and has them delivered through a descriptor.
+fn descriptor_of(signals: &[Signal]) -> anyhow::Result<SignalFd> {
+    let named = || signals.iter().map(|signal| signal.as_str()).collect::<Vec<_>>().join(" and ");
+    let set = SigSet::from_iter(signals.iter().copied());
+    set.thread_block().with_context(|| format!("cannot block {}", named()))?;
+    SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC).with_context(|| format!("cannot receive {}", named()))
+}
+
+/// The settings in force, with what the command line changes, and the texts of their files.
+fn settings_with(
+    arguments: &ServiceArguments,
+    problems: &mut Problems,
+) -> anyhow::Result<(Settings, Option<Sources>)> {
+    let copies = copies_of_settings(arguments);
+    let (mut settings, sources, problem) = read_settings(arguments.settings.as_deref(), &copies)?;
+    problems.extend(problem.map(|text| (ProblemCause::Settings, text)));
+    settings.run_directory = arguments.run_directory.clone().unwrap_or(settings.run_directory);
+    settings.state_directory = arguments.state_directory.clone().unwrap_or(settings.state_directory);
+    if !arguments.policy_directories.is_empty() {
+        settings.policy_directories.clone_from(&arguments.policy_directories);
+    }
+    Ok((settings, sources))
+}
+
+/// Creates the directories that the service needs.
+fn prepare_directories(platform: &Choice, settings: &Settings) -> anyhow::Result<()> {
+    for directory in missing_directories(settings) {
+        warn!("the policy directory {} does not exist", directory.display());
+    }
+    if let Choice::Simulation(_) = platform {
+        refuse_real_directories(settings)?;
+    }
+    let images = settings.run_directory.join("images");
+    fs::create_dir_all(&images).with_context(|| format!("cannot create {}", images.display()))
+}
+
+/// Opens the host when it has booted. `None`: the service is to stop.
+fn open_host(
+    choice: &Choice,
+    stop: &SignalFd,
+    problems: &mut Problems,
+) -> anyhow::Result<Option<(Platform, Option<Simulation>)>> {
+    let limit = descriptors::raise_limit().context("cannot raise the limit of open files")?;
+    let Some((platform, simulation)) = open_when_booted(choice, stop)? else { return Ok(None) };
+    let shortage = descriptors::shortage(limit, platform.host.functions()?.len());
+    problems.extend(shortage.map(|text| (ProblemCause::Service, text)));
+    Ok(Some((platform, simulation)))
+}
+
+/// Where copies of the settings are kept, whatever the settings say.
+fn copies_of_settings(arguments: &ServiceArguments) -> PathBuf {
+    arguments.state_directory.clone().unwrap_or_else(|| Settings::default().state_directory)
+}
+
+/// Keeps a copy of the settings, for a start with mistakes in them. Like that of the policies, a failure is not fatal, for example on a full
+/// disk, because guests wait for the service.
+fn keep_settings(directory: &Path, sources: &[(String, String)], problems: &mut Problems) {
+    let kept = fs::create_dir_all(directory).and_then(|()| settings::keep_copy(directory, sources));
+    if let Err(error) = kept {
+        let text = format!("cannot keep a copy of the settings in {}: {error}", directory.display());
+        problems.push((ProblemCause::StateFiles, text));
+    }
+}
+
+fn keep_policies(directory: &Path, sources: &[policies::Source], problems: &mut Problems) {
+    if let Err(error) = policies::keep_copy(directory, sources) {
+        let text = format!("cannot keep a copy of the policies in {}: {error}", directory.display());
+        problems.push((ProblemCause::Policies, text));
+    }
+}
+
+/// The sockets on which the service listens.
+struct Sockets {
+    control: PathBuf,
+    status: PathBuf,
+    /// The group whose members may ask for the status.
+    group: Option<String>,
+}
+
+impl Sockets {
+    fn of(settings: &Settings) -> Self {
+        let (control, status) = (settings.socket(), settings.status_socket());
+        Self { control, status, group: settings.status_group.clone() }
+    }
+
+    fn listen(&self, engine: &mut Engine, names: GuestNames) -> anyhow::Result<()> {
+        let Self { control, status, group } = self;
+        control::listen(control, engine.inbox(), names.clone())
+            .with_context(|| format!("cannot listen at {}", control.display()))?;
+        if let Err(error) = control::listen_for_group(status, group.as_deref(), engine.inbox(), names) {
+            let text = format!(
+                "status-group: cannot listen at {} for group '{}': {error}; only root is served",
+                status.display(),
+                group.as_deref().unwrap_or_default()
+            );
+            engine.note_problem(ProblemCause::Settings, text);
+        }
+        Ok(())
+    }
 }
 
 /// Refuses to run a simulated host on the records of the real one.
@@ -263,13 +322,14 @@ fn check(arguments: &ServiceArguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Reads the policies: with their files and an error message. Mistakes in the files must not stop the guests of an earlier process: the
-/// copy of the policies in force is used then, and not overwritten.
-fn read_policies(
+/// Reads the policies, with their files. Mistakes in the files must not stop the guests of an earlier process: the copy of the policies in
+/// force is used then, and not overwritten.
+fn usable_policies(
     settings: &Settings,
-) -> anyhow::Result<(PolicySet, Option<Vec<policies::Source>>, Option<String>)> {
+    problems: &mut Problems,
+) -> anyhow::Result<(PolicySet, Option<Vec<policies::Source>>)> {
     match policies::load(&settings.policy_directories) {
-        Ok((sources, set)) => Ok((set, Some(sources), None)),
+        Ok((sources, set)) => Ok((set, Some(sources))),
         Err(problem) => {
             let Some(set) = policies::read_copy(&settings.state_directory) else {
                 bail!(
@@ -278,7 +338,8 @@ fn read_policies(
             };
             let text =
                 format!("the policy files cannot be used, those that were last in force are kept: {problem}");
-            Ok((set, None, Some(text)))
+            problems.push((ProblemCause::Policies, text));
+            Ok((set, None))
         }
     }
 }
