@@ -20,9 +20,18 @@ pub(crate) fn sync(directory: &Path) -> io::Result<()> {
     File::open(directory)?.sync_all()
 }
 
-/// Replaces a file atomically; with `durable`, the new contents also survive a power failure.
-pub(crate) fn replace(path: &Path, content: &impl Serialize, durable: bool) -> io::Result<()> {
-    write(path, &serde_json::to_vec_pretty(content)?, durable)
+/// What the new contents of a file survive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Survives {
+    /// The end of the process.
+    Exit,
+    /// A power failure, too: they are synced to the disk.
+    PowerFailure,
+}
+
+/// Replaces a file atomically.
+pub(crate) fn replace(path: &Path, content: &impl Serialize, survives: Survives) -> io::Result<()> {
+    write(path, &serde_json::to_vec_pretty(content)?, survives)
 }
 
 /// Writes a file that survives a power failure, unless it has these contents already: syncing takes milliseconds, in which guests may
@@ -33,7 +42,7 @@ pub(crate) fn keep(path: &Path, content: &impl Serialize) -> io::Result<()> {
     if has_length && fs::read(path)? == text {
         return Ok(());
     }
-    write(path, &text, true)
+    write(path, &text, Survives::PowerFailure)
 }
 
 /// Removes a file and the rest of its last write; succeeds if there is none.
@@ -50,11 +59,12 @@ pub(crate) fn remove(path: &Path) -> io::Result<()> {
 /// One for each of some files: two threads that replace the same file would take the temporary file from each other.
 static WRITERS: [Mutex<()>; 16] = [const { Mutex::new(()) }; 16];
 
-fn write(path: &Path, text: &[u8], durable: bool) -> io::Result<()> {
+fn write(path: &Path, text: &[u8], survives: Survives) -> io::Result<()> {
     let mut hash = Fnv::new();
     hash.add_bytes(path.as_os_str().as_bytes());
     let writer = &WRITERS[(hash.finish() % WRITERS.len() as u64) as usize];
     let _only = writer.lock().unwrap_or_else(PoisonError::into_inner);
+    let durable = survives == Survives::PowerFailure;
     let temporary = path.with_extension(TEMPORARY);
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
     file.write_all(text)?;
@@ -87,7 +97,7 @@ mod tests {
             for number in 0..8u32 {
                 let path = &path;
                 scope.spawn(move || {
-                    (0..200).for_each(|round| replace(path, &[number, round], false).unwrap())
+                    (0..200).for_each(|round| replace(path, &[number, round], Survives::Exit).unwrap())
                 });
             }
         });

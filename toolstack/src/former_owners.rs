@@ -139,7 +139,7 @@ impl FormerOwners {
         }
         let entry = Entry { version: VERSION, boot: self.boot.clone(), address, ranges };
         let path = self.path(address);
-        durable::replace(&path, &entry, false).map_err(|source| {
+        durable::replace(&path, &entry, durable::Survives::Exit).map_err(|source| {
             Failure::from(JournalError::Io { action: "write", path, source }).on(address)
         })?;
         known.entries.insert(address, entry);

@@ -110,7 +110,7 @@ impl Ledger {
         if entry.users.is_empty() {
             return self.remove_file(&path);
         }
-        durable::replace(&path, entry, false).map_err(|source| JournalError::Io {
+        durable::replace(&path, entry, durable::Survives::Exit).map_err(|source| JournalError::Io {
             action: "write",
             path,
             source,

@@ -106,7 +106,7 @@ impl PersistentSettings {
             settings.push(one);
         }
         let kept = Kept { version: VERSION, settings };
-        durable::replace(&self.path, &kept, true)
+        durable::replace(&self.path, &kept, durable::Survives::PowerFailure)
             .map_err(|error| failed(format!("cannot write {}: {error}", self.path.display())))?;
         *known = Some(kept.settings);
         Ok(before)

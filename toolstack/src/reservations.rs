@@ -365,7 +365,7 @@ impl Reservations {
     fn write(&self, file: Sbdf, reservation: &Reservation) -> Result<(), Failure> {
         let path = self.path(file);
         let noted = Reservation { address: file, ..reservation.clone() };
-        let written = durable::replace(&path, &noted, true);
+        let written = durable::replace(&path, &noted, durable::Survives::PowerFailure);
         written.map_err(|source| failure(reservation.address, "write", path, source))
     }
 

@@ -195,7 +195,8 @@ impl SavedGuest {
     /// The file cannot be written.
     pub fn write(&self, checkpoint: &Path) -> Result<(), Failure> {
         let path = Self::path(checkpoint);
-        durable::replace(&path, self, true).map_err(|error| failed("write", &path, &error))
+        durable::replace(&path, self, durable::Survives::PowerFailure)
+            .map_err(|error| failed("write", &path, &error))
     }
 
     /// Removes the file beside a checkpoint.

@@ -20,7 +20,7 @@ use thiserror::Error;
 pub(crate) use record::Owner;
 pub use record::{Grant, GuestPlace, NetworkRecord, Pristine, Progress, Record, RomRecord};
 
-use crate::durable;
+use crate::durable::{self, Survives};
 use crate::outcome::{ErrorCode, Failure};
 
 /// The format version of records; others are refused.
@@ -113,7 +113,8 @@ impl Journal {
         let path = self.path(record.address);
         let quarantined = record.quarantine.is_some();
         let durable = quarantined || self.quarantined().contains(&record.address);
-        durable::replace(&path, record, durable).map_err(|source| JournalError::Io {
+        let survives = if durable { Survives::PowerFailure } else { Survives::Exit };
+        durable::replace(&path, record, survives).map_err(|source| JournalError::Io {
             action: "write",
             path,
             source,

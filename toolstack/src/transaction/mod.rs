@@ -134,7 +134,7 @@ impl Context<'_> {
         let before = record.clone();
         record.state = kind.state_during();
         for (index, &step) in kind.steps().iter().enumerate() {
-            let noted = self.note(&mut record, kind, step, false);
+            let noted = self.note(&mut record, Progress { kind, step, undoing: false });
             if let (0, Err(failure)) = (index, &noted) {
                 warn!("{}: {kind:?} was not begun: {failure}", before.address);
                 return Finished { record: not_begun(kind, before), outcome: noted.map(|()| warnings) };
@@ -184,11 +184,11 @@ impl Context<'_> {
         let count = steps.iter().position(|candidate| *candidate == step).map_or(0, |index| index + 1);
         if record.quarantine.is_some() {
             // At once, because the following steps may wait for the guest.
-            failures.extend(self.note(&mut record, kind, step, true).err());
+            failures.extend(self.note(&mut record, Progress { kind, step, undoing: true }).err());
             failures.extend(quarantine::switch_off(self, &record).err());
         }
         for &step in steps[..count].iter().rev() {
-            let noted = self.note(&mut record, kind, step, true);
+            let noted = self.note(&mut record, Progress { kind, step, undoing: true });
             if let Err(failure) = noted {
                 failures.push(failure);
             }
@@ -263,8 +263,9 @@ impl Context<'_> {
         }
     }
 
-    fn note(&self, record: &mut Record, kind: Kind, step: Step, undoing: bool) -> Result<(), Failure> {
-        record.transaction = Some(Progress { kind, step, undoing });
+    fn note(&self, record: &mut Record, progress: Progress) -> Result<(), Failure> {
+        let Progress { kind, step, undoing } = progress;
+        record.transaction = Some(progress);
         if record.quarantine.is_none() {
             record.quarantine = self.serving.distrusted(record.address);
         }

@@ -126,6 +126,10 @@ struct Transaction<'a> {
 }
 
 impl Transaction<'_> {
+    fn commit(&mut self) -> std::result::Result<(), Errno> {
+        self.end(false)
+    }
+
     fn end(&mut self, abort: bool) -> std::result::Result<(), Errno> {
         self.open = false;
         // SAFETY: the handle is open; the transaction was started on it and is ended once.
@@ -325,7 +329,7 @@ impl Store for XenStoreConnection {
         for _ in 0..ATTEMPTS {
             let mut transaction = self.start()?;
             body(&self.within(transaction.id))?;
-            match transaction.end(false) {
+            match transaction.commit() {
                 Ok(()) => return Ok(()),
                 Err(Errno::EAGAIN) => {}
                 Err(errno) => return Err(PlatformError::new("commit", "a xenstore transaction", errno)),
