@@ -1,7 +1,9 @@
 //! Domains, as described in xenstore.
 
+use std::collections::BTreeSet;
+
 use pciback::DomId;
-use pciback::platform::{PlatformError, StoreOps};
+use pciback::platform::{PlatformError, Store, StoreOps};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +27,20 @@ pub enum DomainType {
     Pvh,
     /// The toolstack that created it did not note its type.
     Unknown,
+}
+
+/// The domains that run, except dom0.
+pub fn present(store: &dyn Store) -> Result<BTreeSet<DomId>, PlatformError> {
+    let mut present = BTreeSet::new();
+    for number in store.list("/local/domain")? {
+        // A domain's nodes exist before it is introduced; its memory does not.
+        if let Some(domain) = number.parse().ok().map(DomId).filter(|domain| *domain != DomId::DOM0)
+            && store.domain_exists(domain)?
+        {
+            present.insert(domain);
+        }
+    }
+    Ok(present)
 }
 
 /// Finds a domain by name or number; as for xl, digits are always a number.

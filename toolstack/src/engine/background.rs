@@ -50,16 +50,23 @@ impl Inbox {
     }
 }
 
-impl Engine {
+impl Inbox {
     /// Runs a task on a thread; the task itself sends its result.
-    pub(super) fn background(&self, name: &str, task: impl FnOnce() + Send + 'static) {
-        let inbox = self.inbox.clone();
-        self.inbox.background(name, task, move |started| {
+    pub(super) fn run(&self, name: &str, task: impl FnOnce() + Send + 'static) {
+        let inbox = self.clone();
+        self.background(name, task, move |started| {
             // A failure to start drops the task and with it its reply, so that a waiting client gets an error.
             if let Err(failure) = started {
                 inbox.send(Event::Problem(Problem::failed(Cause::Service, &failure)));
             }
         });
+    }
+}
+
+impl Engine {
+    /// [`Inbox::run`].
+    pub(super) fn background(&self, name: &str, task: impl FnOnce() + Send + 'static) {
+        self.inbox.run(name, task);
     }
 }
 

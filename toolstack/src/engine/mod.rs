@@ -63,7 +63,6 @@ use inbox::Answer;
 pub use inbox::Inbox;
 use inventory::Inventory;
 use persistent::Persistent;
-use policies::Reloaded;
 use problems::Problem;
 use requests::Deferred;
 use succession::Succession;
@@ -95,10 +94,8 @@ pub enum Event {
     Errors(errors::Event),
     /// The installed program was started to take over, or could not be started.
     SuccessorStarted(Result<Successor, Failure>, Reply),
-    /// New policies were read and checked, and filters compiled from them for the attached functions.
-    Reloaded(Box<Reloaded>),
-    /// A reload found mistakes in policy files.
-    NotReloaded(String),
+    /// The result of background work on policies.
+    Policies(policies::Event),
 }
 
 /// The service's state.
@@ -255,7 +252,7 @@ impl Engine {
         // Ending the kernel's tracing takes long: the serving threads run until then.
         drop(errors);
         self.inbox.end();
-        self.unmask_all();
+        self.errors.unmask_all(self.platform.host.as_ref());
         self.stop_servers();
         Ok(ending)
     }
@@ -284,8 +281,7 @@ impl Engine {
             }
             Event::Errors(event) => self.handle_errors(event),
             Event::SuccessorStarted(started, reply) => self.successor_started(started, reply),
-            Event::Reloaded(reloaded) => self.put_in_force(*reloaded),
-            Event::NotReloaded(problem) => self.not_reloaded(problem),
+            Event::Policies(event) => self.handle_policies(event),
         }
     }
 

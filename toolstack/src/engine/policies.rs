@@ -11,12 +11,13 @@ use pciback::policy::{
 };
 use pciback::{DomId, Sbdf};
 
+use super::Engine;
 use super::functions::CompiledFilter;
 use super::guests::MaskedWrites;
 use super::problems::Problem;
 use super::tasks::TaskContext;
-use super::{Engine, Event};
 use crate::domains;
+use crate::engine;
 use crate::names;
 use crate::outcome::{ErrorCode, Failure};
 use crate::policies::{self, Source};
@@ -28,8 +29,16 @@ use crate::reply::Reply;
 use crate::spec::{Given, existing, guest_spec};
 use crate::target::{Parent, Target};
 
+/// Results of background work on policies.
+pub enum Event {
+    /// New policies were read and checked, and filters compiled from them for the attached functions.
+    Compiled(Box<Compiled>),
+    /// A reload found mistakes in policy files.
+    Mistakes(String),
+}
+
 /// The result of a background compilation.
-pub struct Reloaded {
+pub struct Compiled {
     /// The policies.
     policies: Arc<PolicySet>,
     /// The policy files, to be copied; `None` where the policies did not change.
@@ -48,6 +57,13 @@ struct User {
 }
 
 impl Engine {
+    pub(super) fn handle_policies(&mut self, event: Event) {
+        match event {
+            Event::Compiled(compiled) => self.put_in_force(*compiled),
+            Event::Mistakes(problem) => self.not_reloaded(problem),
+        }
+    }
+
     fn users(&self, of: impl Fn(&Sbdf) -> bool) -> Vec<User> {
         let in_use = self.functions.filters().filter(|(address, _)| of(address));
         in_use
@@ -65,7 +81,8 @@ impl Engine {
         let inbox = self.inbox.clone();
         self.background("reload", move || match policies::load(&context.settings.policy_directories) {
             Err(problem) => {
-                inbox.send(Event::NotReloaded(format!("the earlier policies stay in force: {problem}")));
+                let text = format!("the earlier policies stay in force: {problem}");
+                inbox.send(engine::Event::Policies(Event::Mistakes(text)));
                 reply.done(Err(Failure::from(problem).hint("the earlier policies stay in force")));
             }
             Ok((sources, set)) => context.compile(Arc::new(set), Some(sources), users, Some(reply)),
@@ -73,7 +90,7 @@ impl Engine {
     }
 
     /// Reports the mistakes that a reload found: what told the service to reload, such as SIGHUP, may not have waited for an answer.
-    pub(super) fn not_reloaded(&mut self, problem: String) {
+    fn not_reloaded(&mut self, problem: String) {
         warn!("{problem}");
         self.problems.resolve(Cause::Policies);
         self.problems.push(Problem::new(Cause::Policies, problem));
@@ -87,14 +104,14 @@ impl Engine {
     }
 
     /// Replaces the filters of attached functions, each between two requests of its guest.
-    pub(super) fn put_in_force(&mut self, reloaded: Reloaded) {
-        let Reloaded { policies, sources, filters, reply } = reloaded;
+    fn put_in_force(&mut self, compiled: Compiled) {
+        let Compiled { policies, sources, filters, reply } = compiled;
         if let Some(sources) = &sources {
             self.policies = Arc::clone(&policies);
             self.holds.begin_anew();
             // They may permit a return that former owners prevented.
             self.return_managed_again();
-            self.try_again(None);
+            self.try_again();
             self.inventory.examine_everything();
             self.problems.resolve(Cause::Policies);
             if let Err(problem) = policies::keep_copy(&self.settings.state_directory, sources) {
@@ -319,7 +336,8 @@ impl TaskContext {
                 (user.address, filter)
             })
             .collect();
-        self.inbox.send(Event::Reloaded(Box::new(Reloaded { policies, sources, filters, reply })));
+        let compiled = Box::new(Compiled { policies, sources, filters, reply });
+        self.inbox.send(engine::Event::Policies(Event::Compiled(compiled)));
     }
 }
 

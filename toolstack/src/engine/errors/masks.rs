@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use log::warn;
 use pciback::Sbdf;
 use pciback::live::errors::{self as registers, Masked};
+use pciback::platform::Host;
 
-use super::{Engine, Event};
+use super::{Context, Effect, Errors, Event};
 use crate::engine;
 use crate::engine::problems::Problem;
 use crate::protocol::Cause;
@@ -78,71 +79,76 @@ impl Masks {
     }
 }
 
-impl Engine {
+impl Errors {
     /// Masks a function's correctable errors for some time.
-    pub(super) fn mask(&mut self, address: Sbdf, length: Duration) {
-        let position = self.errors.watched.position(address);
+    pub(super) fn mask(&mut self, address: Sbdf, length: Duration, context: &Context<'_>) {
+        let position = self.watched.position(address);
         let pf = position.and_then(|position| position.physical_function);
-        self.errors.masks.begin(address, Instant::now() + length);
-        self.errors.watched.forget_correctable(address);
-        let (context, inbox) = (self.task_context(), self.inbox.clone());
-        let work = move || registers::mask(context.platform.host.as_ref(), address, pf);
-        self.inbox.background(&format!("mask {address}"), work, move |masked| {
+        self.masks.begin(address, Instant::now() + length);
+        self.watched.forget_correctable(address);
+        let (platform, inbox) = (context.platform.clone(), context.inbox.clone());
+        let work = move || registers::mask(platform.host.as_ref(), address, pf);
+        context.inbox.background(&format!("mask {address}"), work, move |masked| {
             let masked = masked.map_err(|failure| failure.to_string()).and_then(|masked| masked);
             inbox.send(engine::Event::Errors(Event::Masked(address, masked)));
         });
     }
 
-    pub(super) fn masked(&mut self, address: Sbdf, outcome: Result<Masked, String>) {
-        match outcome {
+    pub(super) fn masked(
+        &mut self,
+        address: Sbdf,
+        outcome: Result<Masked, String>,
+        context: &Context<'_>,
+    ) -> Vec<Effect> {
+        let outcome = match outcome {
             Ok(masked) => {
-                self.note_outcome(address, Ok(format!("correctable errors are masked at {}", masked.at)));
-                if let Some(masked) = self.errors.masks.masked(address, masked) {
-                    self.lift(address, masked);
+                let text = format!("correctable errors are masked at {}", masked.at);
+                if let Some(masked) = self.masks.masked(address, masked) {
+                    lift(address, masked, context);
                 }
+                Ok(text)
             }
-            Err(why) => {
-                // The entry stays in the list: repeated attempts would not help.
-                self.note_outcome(address, Err(format!("correctable errors cannot be masked: {why}")));
-            }
-        }
+            // The entry stays in the list: repeated attempts would not help.
+            Err(why) => Err(format!("correctable errors cannot be masked: {why}")),
+        };
+        vec![Effect::Report(address, outcome)]
     }
 
-    pub(super) fn unmask(&mut self, address: Sbdf) {
-        if let Some(masked) = self.errors.masks.remove(address) {
-            self.lift(address, masked);
-        }
-    }
-
-    fn lift(&self, address: Sbdf, masked: Masked) {
-        let (context, inbox) = (self.task_context(), self.inbox.clone());
-        let work = move || registers::unmask(context.platform.host.as_ref(), masked);
-        self.inbox.background(&format!("unmask {address}"), work, move |outcome| {
-            let outcome = outcome.map_err(|failure| failure.to_string()).and_then(|outcome| outcome);
-            inbox.send(engine::Event::Errors(Event::Unmasked(address, outcome)));
-        });
-    }
-
-    pub(super) fn unmasked(&mut self, address: Sbdf, outcome: Result<(), String>) {
-        match outcome {
-            Ok(()) => {
-                self.problems.resolve_of(address, &[Cause::ErrorReporting]);
-                self.note_outcome(address, Ok("correctable errors are reported again".to_owned()));
-            }
-            Err(why) => {
-                self.note_outcome(address, Err(format!("correctable errors stay masked: {why}")));
-                let text = format!("{address}: correctable errors stay masked: {why}");
-                self.problems.push(Problem::new(Cause::ErrorReporting, text).on(address));
-            }
+    pub(super) fn unmask(&mut self, address: Sbdf, context: &Context<'_>) {
+        if let Some(masked) = self.masks.remove(address) {
+            lift(address, masked, context);
         }
     }
 
     /// Unmasks everything before the service stops; otherwise it would stay masked.
-    pub(in crate::engine) fn unmask_all(&mut self) {
-        for masked in self.errors.masks.take_all() {
-            if let Err(why) = registers::unmask(self.platform.host.as_ref(), masked) {
+    pub(in crate::engine) fn unmask_all(&mut self, host: &dyn Host) {
+        for masked in self.masks.take_all() {
+            if let Err(why) = registers::unmask(host, masked) {
                 warn!("unmask correctable errors: {why}");
             }
+        }
+    }
+}
+
+fn lift(address: Sbdf, masked: Masked, context: &Context<'_>) {
+    let (platform, inbox) = (context.platform.clone(), context.inbox.clone());
+    let work = move || registers::unmask(platform.host.as_ref(), masked);
+    context.inbox.background(&format!("unmask {address}"), work, move |outcome| {
+        let outcome = outcome.map_err(|failure| failure.to_string()).and_then(|outcome| outcome);
+        inbox.send(engine::Event::Errors(Event::Unmasked(address, outcome)));
+    });
+}
+
+pub(super) fn unmasked(address: Sbdf, outcome: Result<(), String>) -> Vec<Effect> {
+    match outcome {
+        Ok(()) => {
+            let report = Effect::Report(address, Ok("correctable errors are reported again".to_owned()));
+            vec![Effect::Resolved(address), report]
+        }
+        Err(why) => {
+            let why = format!("correctable errors stay masked: {why}");
+            let problem = Problem::new(Cause::ErrorReporting, format!("{address}: {why}")).on(address);
+            vec![Effect::Report(address, Err(why)), Effect::Problem(problem)]
         }
     }
 }

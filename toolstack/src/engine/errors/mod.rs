@@ -1,11 +1,13 @@
 //! Errors that functions report: receiving them, accounting, deciding about a response, and carrying it out.
 //!
 //! Each report is entered into the account of its function, whatever its source (`watched`). The account tells when a decision is due,
-//! and for how many errors (`decisions`). What a response does next is decided in `responses`, without access to anything else, and comes
-//! back as effects. Work that accesses hardware or may wait runs on background threads.
+//! and for how many errors (`decisions`). What a response does next is decided in `responses`. All of this stands on [`Errors`], which
+//! looks at other parts through a [`Context`] and changes them by [`Effect`]s that the engine carries out (`effects`). Work that accesses
+//! hardware or may wait runs on background threads.
 
 mod contain;
 mod decisions;
+mod effects;
 mod masks;
 mod polls;
 mod registers;
@@ -15,9 +17,10 @@ mod watched;
 use std::time::Instant;
 
 use log::warn;
-use pciback::fault::Action;
+use pciback::fault::{Action, ErrorPolicy, Fault, Recovery};
 use pciback::live::errors::Masked;
-use pciback::platform::{ErrorEvent, ErrorEvents};
+use pciback::platform::{ErrorEvent, Platform};
+use pciback::policy::PolicySet;
 use pciback::{DomId, Sbdf};
 
 use self::masks::Masks;
@@ -25,14 +28,11 @@ use self::polls::{Polls, PortPolls};
 use self::registers::Reading;
 use self::responses::Responses;
 use self::watched::Watched;
-use super::Engine;
-use super::functions::Containment;
+use super::functions::{Containment, Functions};
+use super::inbox::Inbox;
 use super::problems::Problem;
 use crate::outcome::Failure;
-use crate::protocol::{Cause, RegisterValue};
-
-/// The largest number of error events that are handled before the engine polls its other sources.
-const BURST: usize = 256;
+use crate::protocol::{EventView, RegisterValue};
 
 /// The state of error handling.
 #[derive(Default)]
@@ -50,11 +50,45 @@ pub(super) struct Errors {
     reading: Reading,
 }
 
-impl Errors {
-    /// The next time at which error handling has something to do.
-    pub fn next_deadline(&self) -> Option<Instant> {
-        self.masks.next().into_iter().chain(self.polls.next()).min()
-    }
+/// What error handling looks at outside of its own state, and how it starts background work.
+pub(super) struct Context<'a> {
+    pub platform: &'a Platform,
+    pub functions: &'a Functions,
+    pub guests: &'a dyn Connected,
+    pub policies: &'a PolicySet,
+    pub inbox: &'a Inbox,
+}
+
+/// What error handling asks of the guests.
+pub(super) trait Connected {
+    /// Whether the guest's frontend is connected, so that it can be notified of errors. Whether it handles them is in a flag on its
+    /// shared page.
+    fn is_connected(&self, domain: DomId) -> bool;
+}
+
+/// What error handling has the engine do, in this order.
+#[derive(Debug)]
+pub(super) enum Effect {
+    /// An error is handled, after the effects of those before it.
+    Handle(Fault),
+    /// An event for the event log.
+    Note(EventView),
+    /// The outcome of an action on a function, for the event log.
+    Report(Sbdf, Result<String, String>),
+    /// A problem for the status.
+    Problem(Problem),
+    /// Earlier problems with the errors of a function are resolved.
+    Resolved(Sbdf),
+    /// The next request of the recovery protocol goes to the guest of a function.
+    Notify(Sbdf, Recovery, ErrorPolicy),
+    /// A function is reset while its guest keeps it.
+    Reset(Sbdf),
+    /// A function is taken from its guest.
+    Contain(Sbdf, Containment, String),
+    /// The guest of a function is paused or destroyed.
+    Stop(Sbdf, DomId, Action),
+    /// The error registers of a function were read and cleared.
+    RegistersCleared(Sbdf),
 }
 
 /// Results of background work on errors.
@@ -75,58 +109,43 @@ pub enum Event {
     Unmasked(Sbdf, Result<(), String>),
 }
 
-impl Engine {
-    pub(super) fn handle_errors(&mut self, event: Event) {
+impl Errors {
+    /// The next time at which error handling has something to do.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.masks.next().into_iter().chain(self.polls.next()).min()
+    }
+
+    fn handle(&mut self, event: Event, context: &Context<'_>) -> Vec<Effect> {
         match event {
-            Event::Contain(address, containment, why) => self.contain(address, containment, &why),
+            Event::Contain(address, containment, why) => vec![Effect::Contain(address, containment, why)],
             Event::CountersPolled(counted) => self.counters_polled(counted),
-            Event::PortsPolled(seen) => self.ports_polled(seen),
-            Event::Registers(address, registers) => self.registers_read(address, registers),
+            Event::PortsPolled(seen) => self.ports_polled(seen, context),
+            Event::Registers(address, registers) => self.registers_read(address, registers, context),
             Event::GuestStopped(address, domain, action, outcome) => {
-                self.guest_stopped(address, domain, action, outcome);
+                responses::guest_stopped(address, domain, action, outcome)
             }
-            Event::Masked(address, outcome) => self.masked(address, outcome),
-            Event::Unmasked(address, outcome) => self.unmasked(address, outcome),
+            Event::Masked(address, outcome) => self.masked(address, outcome, context),
+            Event::Unmasked(address, outcome) => masks::unmasked(address, outcome),
         }
     }
 
-    /// Subscribes to error events; where that is impossible, errors are found by the kernel's counters only.
-    pub(super) fn subscribe_to_errors(&mut self) -> Option<Box<dyn ErrorEvents>> {
-        match self.platform.errors.events() {
-            Ok(events) => Some(events),
-            Err(problem) => {
-                let text = format!("{problem}; errors of functions are found by the kernel's counters only");
-                warn!("{text}");
-                self.problems.push(Problem::new(Cause::ErrorReporting, text));
+    /// Handles a report of the kernel.
+    fn reported(&mut self, event: &ErrorEvent, context: &Context<'_>) -> Option<Effect> {
+        match event {
+            ErrorEvent::Error(fault) => self.account(fault, context),
+            ErrorEvent::Lost => {
+                warn!("events about errors were lost; the kernel's counters are read");
+                self.poll_counters_soon();
                 None
             }
         }
     }
 
-    /// Handles pending error events; `true`: there may be more.
-    pub(super) fn take_errors(&mut self, events: &dyn ErrorEvents) -> bool {
-        self.errors.polls.set_events_wait(true);
-        for _ in 0..BURST {
-            match events.next_event() {
-                None => {
-                    self.errors.polls.set_events_wait(false);
-                    return false;
-                }
-                Some(ErrorEvent::Lost) => {
-                    warn!("events about errors were lost; the kernel's counters are read");
-                    self.poll_counters_soon();
-                }
-                Some(ErrorEvent::Error(fault)) => self.account(&fault),
-            }
-        }
-        true
-    }
-
     /// Does what is due by now.
-    pub(super) fn check_error_deadlines(&mut self, now: Instant) {
-        for address in self.errors.masks.due(now) {
-            self.unmask(address);
+    fn check_deadlines(&mut self, now: Instant, context: &Context<'_>) {
+        for address in self.masks.due(now) {
+            self.unmask(address, context);
         }
-        self.poll_counters(now);
+        self.poll_counters(now, context);
     }
 }

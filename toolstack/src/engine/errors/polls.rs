@@ -12,7 +12,7 @@ use pciback::fault::{Detection, ErrorCounters, Fault, Severity};
 use pciback::live::errors::{self as registers, Contained, Layout};
 use pciback::platform::Host;
 
-use super::{Engine, Errors, Event};
+use super::{Context, Effect, Errors, Event};
 use crate::engine;
 use crate::outcome::Failure;
 
@@ -122,18 +122,18 @@ fn known(host: &dyn Host, address: Sbdf, layouts: &mut BTreeMap<Sbdf, Layout>) -
     Ok(layout)
 }
 
-impl Engine {
+impl Errors {
     /// Schedules a poll of all counters as early as allowed.
     pub(in crate::engine) fn poll_counters_soon(&mut self) {
-        if !self.errors.watched.is_empty() {
-            self.errors.polls.all = None;
-            self.errors.polls.soon(Instant::now());
+        if !self.watched.is_empty() {
+            self.polls.all = None;
+            self.polls.soon(Instant::now());
         }
     }
 
     /// Schedules the next poll, after one has ended or the set of watched functions has changed.
     pub(super) fn schedule_polls(&mut self) {
-        let Errors { watched, polls, .. } = &mut self.errors;
+        let Self { watched, polls, .. } = self;
         watched.drop_closed_accounts();
         let now = Instant::now();
         if watched.has_open_accounts() {
@@ -147,22 +147,22 @@ impl Engine {
     }
 
     /// Starts a poll if one is due.
-    pub(super) fn poll_counters(&mut self, now: Instant) {
-        if !self.errors.polls.is_due(now) {
+    pub(super) fn poll_counters(&mut self, now: Instant, context: &Context<'_>) {
+        if !self.polls.is_due(now) {
             return;
         }
-        let all = self.errors.polls.begin(now);
-        let addresses = self.errors.watched.accounts(all);
+        let all = self.polls.begin(now);
+        let addresses = if all { self.watched.accounts() } else { self.watched.open_accounts() };
         if all {
             let turns = u32::try_from(addresses.len().div_ceil(PER_INTERVAL)).unwrap_or(u32::MAX).max(1);
-            self.errors.polls.all = Some(now + INTERVAL * turns);
-            self.poll_ports();
+            self.polls.all = Some(now + INTERVAL * turns);
+            self.poll_ports(context);
         }
-        let look = self.errors.polls.begun;
-        let (context, inbox) = (self.task_context(), self.inbox.clone());
+        let look = self.polls.begun;
+        let (platform, inbox) = (context.platform.clone(), context.inbox.clone());
         let work = move || {
             let read = |address| {
-                let counters = context.platform.errors.counters(address);
+                let counters = platform.errors.counters(address);
                 let counters = counters.unwrap_or_else(|problem| {
                     warn!("{problem}");
                     None
@@ -171,7 +171,7 @@ impl Engine {
             };
             addresses.into_iter().map(read).collect()
         };
-        self.inbox.background("error counters", work, move |counters| {
+        context.inbox.background("error counters", work, move |counters| {
             let counters = counters.unwrap_or_else(|failure| {
                 error!("look at the error counters: {failure}");
                 Vec::new()
@@ -180,31 +180,31 @@ impl Engine {
         });
     }
 
-    /// Handles the result of a poll of the counters.
-    pub(super) fn counters_polled(&mut self, counted: Counted) {
-        let polls = &mut self.errors.polls;
+    /// Takes the result of a poll of the counters. Returns the errors that become due by it, to be handled.
+    pub(super) fn counters_polled(&mut self, counted: Counted) -> Vec<Effect> {
+        let polls = &mut self.polls;
         // A poll that was requested during this one also has to keep the interval.
         (polls.running, polls.ended, polls.next) = (false, Some(Instant::now()), None);
+        let mut effects = Vec::new();
         for (address, counters) in counted.counters {
-            for due in self.errors.watched.looked(address, counted.look, counters.as_ref()) {
-                self.handle_error(&due);
-            }
+            let due = self.watched.looked(address, counted.look, counters.as_ref());
+            effects.extend(due.into_iter().map(Effect::Handle));
         }
         self.schedule_polls();
+        effects
     }
 
-    fn poll_ports(&mut self) {
-        if std::mem::replace(&mut self.errors.ports.running, true) {
+    fn poll_ports(&mut self, context: &Context<'_>) {
+        if std::mem::replace(&mut self.ports.running, true) {
             return;
         }
-        let watched = &self.errors.watched;
+        let watched = &self.watched;
         let (ports, functions) = (watched.ports(), watched.functions().collect::<Vec<_>>());
-        let mut layouts = self.errors.ports.layouts.clone();
+        let mut layouts = self.ports.layouts.clone();
         layouts.retain(|address, _| watched.contains(*address));
-        let context = self.task_context();
-        let inbox = self.inbox.clone();
+        let (platform, inbox) = (context.platform.clone(), context.inbox.clone());
         let work = move || {
-            let host = context.platform.host.as_ref();
+            let host = platform.host.as_ref();
             let mut contained = Vec::new();
             for port in ports {
                 let found = known(host, port, &mut layouts)
@@ -222,28 +222,38 @@ impl Engine {
             }
             PortsSeen { contained, layouts }
         };
-        self.inbox.background("ports", work, move |seen| {
+        context.inbox.background("ports", work, move |seen| {
             inbox.send(engine::Event::Errors(Event::PortsPolled(seen)));
         });
     }
 
-    /// Handles the result of a poll of the ports.
-    pub(super) fn ports_polled(&mut self, seen: Result<PortsSeen, Failure>) {
-        let ports = &mut self.errors.ports;
+    /// Takes the result of a poll of the ports. Returns the errors that become due by it, to be handled.
+    pub(super) fn ports_polled(
+        &mut self,
+        seen: Result<PortsSeen, Failure>,
+        context: &Context<'_>,
+    ) -> Vec<Effect> {
+        let ports = &mut self.ports;
         ports.running = false;
         let seen = match seen {
             Ok(seen) => seen,
-            Err(failure) => return error!("look for Downstream Port Containment: {failure}"),
+            Err(failure) => {
+                error!("look for Downstream Port Containment: {failure}");
+                return Vec::new();
+            }
         };
         ports.layouts = seen.layouts;
         let now: BTreeSet<Sbdf> = seen.contained.iter().map(|(port, _)| *port).collect();
         ports.contained.retain(|port| now.contains(port));
+        let mut effects = Vec::new();
         for (port, contained) in seen.contained {
-            if self.errors.ports.contained.insert(port) {
+            if self.ports.contained.insert(port) {
                 let address = contained.source.unwrap_or(port);
                 let (severity, detection) = (Severity::Fatal, Detection::Containment);
-                self.account(&Fault { address, severity, status: 0, detection, count: 1 });
+                let fault = Fault { address, severity, status: 0, detection, count: 1 };
+                effects.extend(self.account(&fault, context));
             }
         }
+        effects
     }
 }

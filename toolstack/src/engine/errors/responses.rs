@@ -1,21 +1,35 @@
 //! Responses to errors: notifying guests, resetting or withdrawing functions, pausing or destroying guests.
 //!
-//! [`Responses`] decides what comes next and has no access to anything else; the engine carries out the effects.
+//! [`Responses`] decides what comes next and has no access to anything else.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Instant;
 
 use log::{info, warn};
 use pciback::fault::{
     Action, AerAnswer, ChannelState, ErrorPolicy, Fault, Next, Recovery, Relation, Severity,
 };
-use pciback::serve::{NotNotified, Notification};
-use pciback::{DomId, FunctionState, Sbdf};
+use pciback::platform::Platform;
+use pciback::serve::NotNotified;
+use pciback::{DomId, Sbdf};
 
-use super::{Engine, Event};
+use super::{Effect, Event};
 use crate::engine;
 use crate::engine::functions::Containment;
+use crate::engine::inbox::Inbox;
 use crate::outcome::Failure;
+
+/// A response that was decided for a function of a guest.
+pub(super) struct Response<'a> {
+    pub domain: DomId,
+    pub action: Action,
+    /// The error.
+    pub fault: &'a Fault,
+    /// How the function is related to the one that reports the error.
+    pub relation: Relation,
+    pub policy: ErrorPolicy,
+}
 
 /// A response that is under way.
 struct Underway {
@@ -29,21 +43,6 @@ struct Underway {
     begun: Instant,
 }
 
-/// What is to be done next about a function.
-#[derive(Debug, PartialEq)]
-enum Effect {
-    /// The next request of the recovery protocol goes to the guest.
-    Notify(Recovery, ErrorPolicy),
-    /// The function is reset while its guest keeps it.
-    Reset,
-    /// The function is taken from its guest.
-    Contain(Containment, String),
-    /// The guest is paused or destroyed.
-    Stop(DomId, Action),
-    /// The outcome, for the event log.
-    Report(Result<String, String>),
-}
-
 /// The responses that are under way, by function.
 #[derive(Default)]
 pub(super) struct Responses(BTreeMap<Sbdf, Underway>);
@@ -54,20 +53,13 @@ impl Responses {
         self.0.remove(&address);
     }
 
-    fn action(&self, address: Sbdf) -> Option<Action> {
+    pub fn action(&self, address: Sbdf) -> Option<Action> {
         self.0.get(&address).map(|underway| underway.action)
     }
 
     /// Begins a response to an error.
-    fn begin(
-        &mut self,
-        address: Sbdf,
-        domain: DomId,
-        action: Action,
-        fault: &Fault,
-        relation: Relation,
-        policy: ErrorPolicy,
-    ) -> Option<Effect> {
+    pub fn begin(&mut self, address: Sbdf, response: Response<'_>) -> Option<Effect> {
+        let Response { domain, action, fault, relation, policy } = response;
         let own = relation == Relation::Own;
         let underway = Underway { action, recovery: None, policy, domain, own, begun: Instant::now() };
         if action == Action::TellGuest {
@@ -88,23 +80,23 @@ impl Responses {
             Action::Log | Action::TellGuest => None,
             Action::Reset => {
                 self.0.insert(address, underway);
-                Some(Effect::Reset)
+                Some(Effect::Reset(address))
             }
-            Action::Unplug => Some(Effect::Contain(Containment::Unplug, why.to_owned())),
-            Action::Quarantine => Some(Effect::Contain(Containment::Quarantine, why.to_owned())),
+            Action::Unplug => Some(Effect::Contain(address, Containment::Unplug, why.to_owned())),
+            Action::Quarantine => Some(Effect::Contain(address, Containment::Quarantine, why.to_owned())),
             action @ (Action::PauseGuest | Action::DestroyGuest) => {
-                Some(Effect::Stop(underway.domain, action))
+                Some(Effect::Stop(address, underway.domain, action))
             }
         }
     }
 
     fn notify(&self, address: Sbdf) -> Option<Effect> {
         let underway = self.0.get(&address)?;
-        Some(Effect::Notify(underway.recovery?, underway.policy))
+        Some(Effect::Notify(address, underway.recovery?, underway.policy))
     }
 
     /// Takes the guest's answer, or the lack of one.
-    fn answered(
+    pub fn answered(
         &mut self,
         address: Sbdf,
         answer: Result<Result<AerAnswer, u32>, NotNotified>,
@@ -121,7 +113,7 @@ impl Responses {
     }
 
     /// Takes the end of a reset. The caller quarantines the function if it failed.
-    fn reset_ended(&mut self, address: Sbdf, done: bool) -> Vec<Effect> {
+    pub fn reset_ended(&mut self, address: Sbdf, done: bool) -> Vec<Effect> {
         let Some(underway) = self.0.get_mut(&address) else { return Vec::new() };
         let outcome = match (&mut underway.recovery, done) {
             (Some(recovery), true) => {
@@ -132,19 +124,19 @@ impl Responses {
             (_, false) => Err("its reset failed; quarantine".to_owned()),
         };
         self.end(address);
-        vec![Effect::Report(outcome)]
+        vec![Effect::Report(address, outcome)]
     }
 
     fn go_on(&mut self, address: Sbdf, next: Next) -> Vec<Effect> {
         match next {
             Next::Ask(_) => self.notify(address).into_iter().collect(),
-            Next::Reset => vec![Effect::Reset],
+            Next::Reset => vec![Effect::Reset(address)],
             Next::Done => {
                 let Some(underway) = self.0.remove(&address) else { return Vec::new() };
                 let took = underway.begun.elapsed().as_millis();
                 info!("{address}: domain {} has recovered, {took} ms", underway.domain);
                 let text = format!("its guest was notified and has recovered, {took} ms");
-                vec![Effect::Report(Ok(text))]
+                vec![Effect::Report(address, Ok(text))]
             }
             Next::Failed(why) => {
                 let Some(failed) = self.0.remove(&address) else { return Vec::new() };
@@ -156,140 +148,44 @@ impl Responses {
                     Underway { action, recovery: None, own: true, begun: Instant::now(), ..failed };
                 let why = format!("an error that its guest did not recover from: {why}");
                 let effect = self.act(address, underway, &why);
-                [Effect::Report(Err(text))].into_iter().chain(effect).collect()
+                [Effect::Report(address, Err(text))].into_iter().chain(effect).collect()
             }
         }
     }
 }
 
-impl Engine {
-    /// Whether the guest's frontend is connected, so that it can be notified of errors. Whether it handles them is in a flag on its
-    /// shared page.
-    pub(super) fn can_be_notified(&self, domain: DomId) -> bool {
-        self.guests.get(domain).is_some_and(|guest| guest.is_connected())
-    }
-
-    /// The response that is under way for a function.
-    pub(super) fn response_under_way(&self, address: Sbdf) -> Option<Action> {
-        if let Some(action) = self.errors.responses.action(address) {
-            return Some(action);
-        }
-        let record = self.functions.records().get(address)?;
-        let taken = record.state == FunctionState::Detaching;
-        taken.then_some(if record.quarantine.is_some() { Action::Quarantine } else { Action::Unplug })
-    }
-
-    /// Begins a response to an error.
-    pub(super) fn respond(
-        &mut self,
-        address: Sbdf,
-        domain: DomId,
-        action: Action,
-        fault: &Fault,
-        relation: Relation,
-        policy: ErrorPolicy,
-    ) {
-        let effect = self.errors.responses.begin(address, domain, action, fault, relation, policy);
-        self.carry_out_response(address, effect);
-    }
-
-    /// Handles the guest's answer to a notification, or the lack of one.
-    pub(in crate::engine) fn guest_answered(
-        &mut self,
-        address: Sbdf,
-        answer: Result<Result<AerAnswer, u32>, NotNotified>,
-    ) {
-        let effects = self.errors.responses.answered(address, answer);
-        self.carry_out_response(address, effects);
-    }
-
-    /// Continues the response after a reset. The caller has quarantined the function if it failed.
-    pub(in crate::engine) fn reset_for_error_ended(&mut self, address: Sbdf, done: bool) {
-        let effects = self.errors.responses.reset_ended(address, done);
-        self.carry_out_response(address, effects);
-    }
-
-    fn carry_out_response(&mut self, address: Sbdf, effects: impl IntoIterator<Item = Effect>) {
-        for effect in effects {
-            match effect {
-                Effect::Notify(recovery, policy) => self.notify_guest(address, recovery, &policy),
-                Effect::Reset => self.reset_for_error(address),
-                Effect::Contain(containment, why) => self.contain(address, containment, &why),
-                Effect::Stop(domain, action) => self.stop_guest(address, domain, action),
-                Effect::Report(outcome) => self.note_outcome(address, outcome),
-            }
-        }
-    }
-
-    fn notify_guest(&mut self, address: Sbdf, recovery: Recovery, policy: &ErrorPolicy) {
-        let Some(place) = self.functions.records().place(address) else { return };
-        let (request, state, limit) = (recovery.asks(), recovery.state(), policy.answer_limit());
-        let notification = Notification { devfn: place.devfn, request, state, limit };
-        let notified = self.guests.get(place.domain).is_some_and(|guest| guest.notify(notification));
-        if !notified {
-            self.guest_answered(address, Err(NotNotified::Unreachable));
-        }
-    }
-
-    /// Resets a function while its guest keeps it; its interrupts are restored afterwards.
-    fn reset_for_error(&mut self, address: Sbdf) {
-        let state = self.functions.records().state(address);
-        if state == FunctionState::Attaching {
-            self.errors.responses.end(address);
-            self.contain(address, Containment::Quarantine, "an error while it was being attached");
-            return;
-        }
-        if self.functions.is_busy(address) || state != FunctionState::Attached {
-            // The guest requested a reset itself, or the function is being withdrawn.
-            self.errors.responses.end(address);
-            return;
-        }
-        let place = self.functions.records().place(address);
-        let guest = place.and_then(|place| Some((place, self.guests.get_mut(place.domain)?)));
-        match guest.map_or(Ok(None), |(place, guest)| guest.begin_reset(place.devfn)) {
-            Ok(server) => self.reset_under_guest(address, server),
-            Err(error) => {
-                self.errors.responses.end(address);
-                let why = format!("take it from its guest before a reset: {error}");
-                self.contain(address, Containment::Quarantine, &why);
-            }
-        }
-    }
-
-    /// Pauses or destroys a guest, on a thread because the hypercall may take some time.
-    fn stop_guest(&mut self, address: Sbdf, domain: DomId, action: Action) {
-        let (context, inbox) = (self.task_context(), self.inbox.clone());
-        let work = move || {
-            let hypervisor = &context.platform.hypervisor;
-            let outcome = match action {
-                Action::PauseGuest => hypervisor.pause(domain),
-                _ => hypervisor.destroy(domain),
-            };
-            outcome.map_err(Failure::from)
+/// Pauses or destroys a guest, on a thread because the hypercall may take some time.
+pub(super) fn stop_guest(platform: &Platform, inbox: &Inbox, address: Sbdf, domain: DomId, action: Action) {
+    let (hypervisor, reports) = (Arc::clone(&platform.hypervisor), inbox.clone());
+    let work = move || {
+        let outcome = match action {
+            Action::PauseGuest => hypervisor.pause(domain),
+            _ => hypervisor.destroy(domain),
         };
-        self.inbox.background(&format!("stop {domain}"), work, move |outcome| {
-            let event = Event::GuestStopped(address, domain, action, outcome.and_then(|outcome| outcome));
-            inbox.send(engine::Event::Errors(event));
-        });
-    }
+        outcome.map_err(Failure::from)
+    };
+    inbox.background(&format!("stop {domain}"), work, move |outcome| {
+        let event = Event::GuestStopped(address, domain, action, outcome.and_then(|outcome| outcome));
+        reports.send(engine::Event::Errors(event));
+    });
+}
 
-    pub(super) fn guest_stopped(
-        &mut self,
-        address: Sbdf,
-        domain: DomId,
-        action: Action,
-        outcome: Result<(), Failure>,
-    ) {
-        match outcome {
-            Ok(()) => {
-                let done = if action == Action::PauseGuest { "paused" } else { "destroyed" };
-                self.note_outcome(address, Ok(format!("domain {domain} is {done}")));
-            }
-            Err(problem) => {
-                // The guest still runs, so the function is taken from it.
-                self.note_outcome(address, Err(problem.to_string()));
-                self.contain(address, Containment::Quarantine, &problem.to_string());
-            }
+pub(super) fn guest_stopped(
+    address: Sbdf,
+    domain: DomId,
+    action: Action,
+    outcome: Result<(), Failure>,
+) -> Vec<Effect> {
+    match outcome {
+        Ok(()) => {
+            let done = if action == Action::PauseGuest { "paused" } else { "destroyed" };
+            vec![Effect::Report(address, Ok(format!("domain {domain} is {done}")))]
+        }
+        Err(problem) => {
+            let why = problem.to_string();
+            // The guest still runs, so the function is taken from it.
+            let contain = Effect::Contain(address, Containment::Quarantine, why.clone());
+            vec![Effect::Report(address, Err(why)), contain]
         }
     }
 }
@@ -312,7 +208,8 @@ mod tests {
     }
 
     fn begin(responses: &mut Responses, action: Action, relation: Relation) -> Option<Effect> {
-        responses.begin(address(), DOMAIN, action, &fatal(), relation, ErrorPolicy::default())
+        let (domain, fault, policy) = (DOMAIN, &fatal(), ErrorPolicy::default());
+        responses.begin(address(), Response { domain, action, fault, relation, policy })
     }
 
     #[test]
@@ -322,7 +219,9 @@ mod tests {
         assert!(matches!(effect, Some(Effect::Notify(..))), "{effect:?}");
         let effects = responses.answered(address(), Err(NotNotified::Unreachable));
         let unanswered = ErrorPolicy::default().unanswered;
-        assert!(matches!(&effects[0], Effect::Report(Err(text)) if text.ends_with(&unanswered.to_string())));
+        assert!(
+            matches!(&effects[0], Effect::Report(_, Err(text)) if text.ends_with(&unanswered.to_string()))
+        );
         assert!(matches!(effects[1..], [Effect::Contain(..)]), "{effects:?}");
         assert_eq!(responses.action(address()), None);
     }
@@ -332,15 +231,15 @@ mod tests {
         let mut responses = Responses::default();
         begin(&mut responses, Action::TellGuest, Relation::Above);
         let effects = responses.answered(address(), Err(NotNotified::Unreachable));
-        assert!(matches!(effects[..], [Effect::Report(Err(_))]), "{effects:?}");
+        assert!(matches!(effects[..], [Effect::Report(_, Err(_))]), "{effects:?}");
     }
 
     #[test]
     fn a_reset_that_failed_ends_the_response() {
         let mut responses = Responses::default();
-        assert_eq!(begin(&mut responses, Action::Reset, Relation::Own), Some(Effect::Reset));
+        assert!(matches!(begin(&mut responses, Action::Reset, Relation::Own), Some(Effect::Reset(_))));
         assert_eq!(responses.action(address()), Some(Action::Reset));
-        assert!(matches!(responses.reset_ended(address(), false)[..], [Effect::Report(Err(_))]));
-        assert_eq!(responses.reset_ended(address(), true), []);
+        assert!(matches!(responses.reset_ended(address(), false)[..], [Effect::Report(_, Err(_))]));
+        assert!(responses.reset_ended(address(), true).is_empty());
     }
 }

@@ -101,9 +101,14 @@ impl Watched {
         self.accounts.values().any(Account::is_open)
     }
 
-    /// The functions with an account; with `all` unset, only those with an open one.
-    pub fn accounts(&self, all: bool) -> Vec<Sbdf> {
-        let accounts = self.accounts.iter().filter(|(_, account)| all || account.is_open());
+    /// The functions with an account.
+    pub fn accounts(&self) -> Vec<Sbdf> {
+        self.accounts.keys().copied().collect()
+    }
+
+    /// The functions with an open account.
+    pub fn open_accounts(&self) -> Vec<Sbdf> {
+        let accounts = self.accounts.iter().filter(|(_, account)| account.is_open());
         accounts.map(|(address, _)| *address).collect()
     }
 

@@ -22,6 +22,7 @@ pub(super) use self::guest::MaskedWrites;
 pub(super) use self::hvm::Resumed;
 use self::work::WorkDone;
 use super::Engine;
+use super::errors::Connected;
 use super::problems::Problem;
 use super::requests::Wanted;
 use crate::outcome::Failure;
@@ -55,6 +56,12 @@ pub enum Event {
     WorkDone(DomId, WorkDone),
     /// A thread waits until no function of a guest is served.
     NotifyWhenIdle(DomId, mpsc::Sender<()>),
+}
+
+impl Connected for Guests {
+    fn is_connected(&self, domain: DomId) -> bool {
+        self.get(domain).is_some_and(Guest::is_connected)
+    }
 }
 
 impl Guests {

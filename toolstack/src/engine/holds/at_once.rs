@@ -8,15 +8,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use log::{info, warn};
-use pciback::platform::HostFunction;
-use pciback::policy::{Holding, Subject};
+use pciback::platform::{HostFunction, Platform};
+use pciback::policy::{Holding, PolicySet, Subject};
 use pciback::{FunctionState, Sbdf};
 
 use crate::device::Device;
 use crate::engine::Engine;
+use crate::engine::files::StateFiles;
+use crate::engine::functions::Functions;
 use crate::engine::problems::{Deviations, Problem};
-use crate::engine::requests::Plan;
+use crate::engine::requests::{Plan, holdable};
 use crate::engine::tasks::{Course, TaskContext};
+use crate::journal::Record;
 use crate::outcome::Failure;
 use crate::persistent_settings::DeviceSettings;
 use crate::protocol::{Cause, Success};
@@ -43,6 +46,23 @@ pub(super) struct AtOnce {
     under_way: BTreeSet<Sbdf>,
     /// Why functions could not be held.
     refused: Deviations,
+}
+
+/// What decides whether a function is held at once.
+struct Context<'a> {
+    platform: &'a Platform,
+    policies: &'a PolicySet,
+    files: &'a StateFiles,
+    functions: &'a Functions,
+}
+
+impl Context<'_> {
+    fn belongs_to_guests(&self, function: &HostFunction) -> bool {
+        let settings = || self.files.persistent_settings.of(self.platform.host.as_ref(), function);
+        !function.is_bridge()
+            && (self.policies.merge(&Subject::of_host(function, None)).hold == Holding::AtOnce
+                || settings().is_some_and(|one| one.hold))
+    }
 }
 
 impl AtOnce {
@@ -80,6 +100,32 @@ impl AtOnce {
     /// Notes that an administrator gives a function back to dom0.
     pub fn gives_back(&mut self, address: Sbdf, incarnation: u64) {
         self.given_back.insert(address, incarnation);
+    }
+
+    /// The record of a function that a policy or a persistent setting requires to be held now. `appeared`: its driver may not have probed
+    /// it yet.
+    fn to_hold(&mut self, function: &HostFunction, appeared: bool, context: &Context<'_>) -> Option<Record> {
+        let (address, incarnation) = (function.address, function.incarnation);
+        let same = |known: &BTreeMap<Sbdf, u64>| known.get(&address) == Some(&incarnation);
+        if same(&self.tried) || same(&self.given_back) || !context.belongs_to_guests(function) {
+            return None;
+        }
+        self.tried.insert(address, incarnation);
+        if holder_of(function).is_some() {
+            info!("{address}: it is to be held at once; another program holds it already");
+            return None;
+        }
+        let obstacles = holdable(context.platform, function);
+        if let Err(failure) = Failure::refuse_for(&format!("hold {address}"), obstacles) {
+            warn!("{address}: it is to be held at once, but {}", failure.message);
+            self.refused.insert(address, failure.message);
+            return None;
+        }
+        info!("{address}: it is to be held at once");
+        let mut record = context.functions.records().get_or_new(address);
+        record.unprobed = appeared && function.driver.is_none() && !self.enabled.contains(&address);
+        self.under_way.insert(address);
+        Some(record)
     }
 
     /// Notes the result of a transaction.
@@ -121,51 +167,21 @@ impl TaskContext {
 impl Engine {
     /// Holds a function of dom0 if a policy or a persistent setting requires it.
     pub(in crate::engine) fn keep_for_guests(&mut self, function: &HostFunction) {
-        let (address, incarnation) = (function.address, function.incarnation);
-        let appeared = self.holds.at_once.appeared.remove(&address);
+        let appeared = self.holds.at_once.appeared.remove(&function.address);
         if appeared {
             self.retry_assignments();
         }
-        let same = |known: &BTreeMap<Sbdf, u64>| known.get(&address) == Some(&incarnation);
-        if same(&self.holds.at_once.tried)
-            || same(&self.holds.at_once.given_back)
-            || !self.belongs_to_guests(function)
-        {
-            return;
-        }
         // When a change of the VFs of the function or of its PF ends, the function is examined again.
-        if self.vfs.is_changing(function.physical_function.unwrap_or(address)) {
+        if self.vfs.is_changing(function.physical_function.unwrap_or(function.address)) {
             return;
         }
-        self.holds.at_once.tried.insert(address, incarnation);
-        if holder_of(function).is_some() {
-            info!("{address}: it is to be held at once; another program holds it already");
-            return;
+        let Self { holds, platform, policies, files, functions, .. } = self;
+        let context = Context { platform, policies, files, functions };
+        if let Some(record) = holds.at_once.to_hold(function, appeared, &context) {
+            self.start(Course::Forward(Kind::Hold), record, None, |record| {
+                format!("{}: held at once", record.address)
+            });
         }
-        if let Err(failure) = Failure::refuse_for(&format!("hold {address}"), self.holdable(function)) {
-            warn!("{address}: it is to be held at once, but {}", failure.message);
-            self.holds.at_once.refused.insert(address, failure.message);
-            return;
-        }
-        info!("{address}: it is to be held at once");
-        let mut record = self.functions.records().get_or_new(address);
-        record.unprobed =
-            appeared && function.driver.is_none() && !self.holds.at_once.enabled.contains(&address);
-        self.holds.at_once.under_way.insert(address);
-        self.start(Course::Forward(Kind::Hold), record, None, |record| {
-            format!("{}: held at once", record.address)
-        });
-    }
-
-    fn belongs_to_guests(&self, function: &HostFunction) -> bool {
-        let subject = Subject::of_host(function, None);
-        !function.is_bridge()
-            && (self.policies.merge(&subject).hold == Holding::AtOnce
-                || self
-                    .files
-                    .persistent_settings
-                    .of(self.platform.host.as_ref(), function)
-                    .is_some_and(|one| one.hold))
     }
 
     /// Holds a function persistently, by the given plan; a function that is held already is only noted as persistent.
@@ -193,7 +209,7 @@ impl Engine {
                 });
             }
             Ok(Plan::Transaction(course, record, message, _)) => {
-                let message = format!("{message}{HELD_AGAIN}");
+                let message = message.and(HELD_AGAIN);
                 self.carry_out(
                     Ok(Plan::Transaction(course, record, message, Some(Change::Hold(address)))),
                     reply,

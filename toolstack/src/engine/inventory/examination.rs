@@ -112,7 +112,7 @@ impl Engine {
             }
             HostEvent::Changed(address) => {
                 // The kernel also sends this event when it recovers from errors.
-                self.poll_counters_soon();
+                self.errors.poll_counters_soon();
                 self.inventory.examine(address);
             }
         }

@@ -8,6 +8,7 @@ use pciback::{DeviceNumber, DomId, Sbdf, Uuid};
 use super::Event;
 use crate::domains;
 use crate::engine::problems::Problem;
+use crate::engine::tasks::TaskContext;
 use crate::engine::{self, Engine};
 use crate::names;
 use crate::outcome::Failure;
@@ -174,24 +175,6 @@ impl Engine {
         }
     }
 
-    /// What the settings give back to the guest of a reservation after that has ended, in words that follow a sentence.
-    pub(in crate::engine) fn assigned_again(&self, reservation: &Reservation) -> Option<String> {
-        let (host, names) = (self.platform.host.as_ref(), &self.settings.names);
-        let function = crate::spec::existing(host, reservation.address).ok()?;
-        let keys = self.settings.guest(reservation.name.as_deref(), reservation.guest);
-        let own: Vec<&Assigned> = keys.flat_map(|key| &self.settings.guests[key]).collect();
-        let device = self.devices.of(host, &function).ok()?;
-        let when = "when it starts, or when xpcid restarts: 'guests' in xpcid.yaml assigns it";
-        if own.iter().any(|one| names::means_one(host, names, &one.target, &function, &device)) {
-            return Some(format!("; the guest gets it again {when}"));
-        }
-        let pool = function.physical_function.map(|pf| Target::Any(Parent::At(pf)))?;
-        let is_pool = |one: &&Assigned| matches!(one.target, Target::Any(_));
-        let mut pools = own.into_iter().filter(is_pool);
-        let is_its = pools.any(|one| names::find(host, names, &one.target).is_ok_and(|found| found == pool));
-        is_its.then(|| format!("; the guest gets a VF of the same PF again {when}"))
-    }
-
     fn reserve_assigned(
         &self,
         address: Sbdf,
@@ -230,6 +213,27 @@ impl Engine {
         let device = self.devices.of(host, function).ok()?;
         let means = |one: &Assigned| names::means_one(host, names, &one.target, function, &device);
         self.settings.guests.iter().find(|(_, functions)| functions.iter().any(means)).map(|(guest, _)| guest)
+    }
+}
+
+impl TaskContext {
+    /// What the settings give back to the guest of a reservation after that has ended, in words that follow a sentence. Names are looked up
+    /// on the host.
+    pub(in crate::engine) fn assigned_again(&self, reservation: &Reservation) -> Option<String> {
+        let (host, names) = (self.platform.host.as_ref(), &self.settings.names);
+        let function = crate::spec::existing(host, reservation.address).ok()?;
+        let keys = self.settings.guest(reservation.name.as_deref(), reservation.guest);
+        let own: Vec<&Assigned> = keys.flat_map(|key| &self.settings.guests[key]).collect();
+        let device = self.devices.of(host, &function).ok()?;
+        let when = "when it starts, or when xpcid restarts: 'guests' in xpcid.yaml assigns it";
+        if own.iter().any(|one| names::means_one(host, names, &one.target, &function, &device)) {
+            return Some(format!("; the guest gets it again {when}"));
+        }
+        let pool = function.physical_function.map(|pf| Target::Any(Parent::At(pf)))?;
+        let is_pool = |one: &&Assigned| matches!(one.target, Target::Any(_));
+        let mut pools = own.into_iter().filter(is_pool);
+        let is_its = pools.any(|one| names::find(host, names, &one.target).is_ok_and(|found| found == pool));
+        is_its.then(|| format!("; the guest gets a VF of the same PF again {when}"))
     }
 }
 

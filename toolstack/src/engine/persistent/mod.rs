@@ -1,13 +1,15 @@
 //! Functions that guests have persistently: reserved for a guest by its UUID, and attached to each domain that the guest runs as.
 //!
 //! Domains are examined when xenstore reports that one was introduced. A PV guest gets its functions while it boots, as by `pci-attach`;
-//! an HVM guest is kept paused until it has them (`starts`).
+//! an HVM guest is kept paused until it has them (`starts`). Both stand on [`Persistent`], which looks at other parts through a [`Context`] and
+//! leaves [`Effect`]s that the engine carries out (`effects`).
 //!
 //! A failure is shown in the status, and retried after events that may have removed its cause: the end of a transaction of the function,
 //! the loss of another function by the guest, a reload of policies, a start of the service.
 
 mod again;
 mod assignments;
+mod effects;
 mod missing;
 mod recognise;
 mod reserved;
@@ -17,15 +19,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use log::error;
-use pciback::{DeviceNumber, DomId};
+use pciback::platform::Platform;
+use pciback::{DeviceNumber, DomId, Sbdf, Uuid};
 
 use self::assignments::{Assignments, kept_by_settings};
-
 use self::missing::Missing;
 use self::starts::Starts;
-use super::Engine;
+use super::files::StateFiles;
+use super::functions::Functions;
+use super::inbox::Inbox;
+use super::notes::Notes;
 use super::problems::Problem;
 use crate::outcome::Failure;
+use crate::settings::Settings;
 
 /// The state of guests that have functions persistently.
 #[derive(Default)]
@@ -37,6 +43,37 @@ pub(super) struct Persistent {
     starts: Starts,
     /// Functions that the settings assign to running guests and that cannot be reserved.
     unreserved: BTreeMap<DomId, Vec<Problem>>,
+    /// What the engine has to do after the present step.
+    effects: Vec<Effect>,
+}
+
+/// What this part looks at outside of its own state, and how it starts background work.
+pub(super) struct Context<'a> {
+    pub platform: &'a Platform,
+    pub settings: &'a Settings,
+    pub files: &'a StateFiles,
+    pub functions: &'a Functions,
+    pub boot: &'a str,
+    pub inbox: &'a Inbox,
+}
+
+impl Context<'_> {
+    /// The notes about guests that are kept paused.
+    fn pause_notes(&self) -> Notes {
+        Notes::of(self.settings, "paused")
+    }
+}
+
+/// What the engine does after a step, in this order.
+pub(super) enum Effect {
+    /// A function is attached to the domain in which it is missing.
+    Attach(Sbdf, DomId),
+    /// The functions that the settings assign to a new domain are searched for; with its UUID.
+    FindAssignments(DomId, Uuid),
+    /// The domains that run are known: an earlier problem with that is resolved.
+    DomainsFound,
+    /// A problem for the status.
+    Problem(Problem),
 }
 
 /// Results of background work for guests that have functions persistently.
@@ -79,23 +116,5 @@ impl Persistent {
 
     pub fn next_deadline(&self) -> Option<Instant> {
         self.starts.next_deadline()
-    }
-
-    /// Forgets domains that have ended. Returns those that were kept paused.
-    fn keep_those_of(&mut self, present: &BTreeSet<DomId>) -> Vec<DomId> {
-        self.known.retain(|domain| present.contains(domain));
-        self.unreserved.retain(|domain, _| present.contains(domain));
-        self.missing.keep_those_of(present);
-        self.starts.keep_those_of(present)
-    }
-}
-
-impl Engine {
-    pub(super) fn handle_persistent(&mut self, event: Event) {
-        match event {
-            Event::DeviceModelRuns(domain, slots) => self.device_model_runs(domain, slots),
-            Event::AssignmentsFound(assignments) => self.assignments_found(assignments),
-            Event::AssignmentsReserved(domain) => self.examine_domain_again(domain),
-        }
     }
 }

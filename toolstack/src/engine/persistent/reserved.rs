@@ -165,7 +165,7 @@ impl Engine {
                 return Err(not_found.hint("name a guest that does not run by its UUID, as in its xl.cfg"));
             }
         };
-        for domain in self.domains_present()? {
+        for domain in domains::present(self.platform.store.as_ref())? {
             if self.platform.hypervisor.domain(domain).is_ok_and(|info| info.uuid == uuid) {
                 let text = format!("guest {uuid} runs, as {}", self.called(domain));
                 return Err(Failure::refused(text).of(domain).hint("name it by name or number"));
@@ -279,11 +279,11 @@ impl Engine {
             return reply.done(Err(Failure::not_found(text).on(address).hint(hint)));
         };
         self.stop_waiting_for(address);
-        let reservations = self.files.reservations.clone();
-        let again = self.assigned_again(&reservation).unwrap_or_default();
+        let context = self.task_context();
         self.background("forget", move || {
+            let again = context.assigned_again(&reservation).unwrap_or_default();
             let message = format!("{address} is no longer persistent for {}{again}", reservation.who());
-            let forgotten = reservations.forget(address);
+            let forgotten = context.files.reservations.forget(address);
             let changed = Success::Changed { message, warnings: Vec::new(), functions: Vec::new() };
             reply.done(forgotten.map(|()| changed));
         });
@@ -311,7 +311,7 @@ impl Engine {
             None => message,
         };
         let change = reservation.map(|reservation| Change::Forget(reservation.address));
-        Plan::Transaction(Course::GiveBack, Box::new(record), message, change)
+        Plan::Transaction(Course::GiveBack, Box::new(record), message.into(), change)
     }
 
     /// Lists all reservations, or those of one guest.

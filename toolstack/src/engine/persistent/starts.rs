@@ -12,11 +12,10 @@ use log::{error, info, warn};
 use pciback::{DeviceNumber, DomId, Uuid};
 use serde::{Deserialize, Serialize};
 
-use super::Event;
+use super::{Context, Effect, Event, Persistent};
 use crate::domains::{self, DomainType};
-use crate::engine::notes::Notes;
+use crate::engine;
 use crate::engine::problems::Problem;
-use crate::engine::{self, Engine};
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::Cause;
 
@@ -106,29 +105,29 @@ struct Note {
     paused: bool,
 }
 
-impl Engine {
+impl Persistent {
     /// Keeps an HVM guest paused until it has its functions. Returns whether the attachment can begin, that is whether the device numbers
     /// of its device model are known; always for a PV guest.
-    pub(super) fn keep_paused(&mut self, domain: DomId) -> bool {
-        if self.persistent.starts.contains(domain) {
-            return self.persistent.starts.slots(domain).is_some();
+    pub(super) fn keep_paused(&mut self, domain: DomId, context: &Context<'_>) -> bool {
+        if self.starts.contains(domain) {
+            return self.starts.slots(domain).is_some();
         }
-        match domains::kind(self.platform.store.as_ref(), domain) {
+        match domains::kind(context.platform.store.as_ref(), domain) {
             Ok(DomainType::Hvm) => {}
             Ok(_) => return true,
             Err(error) => {
-                self.give_up(domain, &Failure::from(error));
+                self.give_up(domain, &Failure::from(error), context);
                 return false;
             }
         }
-        if let Err(failure) = self.pause_at_start(domain) {
-            self.give_up(domain, &failure);
+        if let Err(failure) = self.pause_at_start(domain, context) {
+            self.give_up(domain, &failure, context);
         }
         false
     }
 
-    fn pause_at_start(&mut self, domain: DomId) -> Result<(), Failure> {
-        let hypervisor = Arc::clone(&self.platform.hypervisor);
+    fn pause_at_start(&mut self, domain: DomId, context: &Context<'_>) -> Result<(), Failure> {
+        let (hypervisor, notes) = (&context.platform.hypervisor, context.pause_notes());
         let has_run = || {
             let text =
                 format!("domain {domain} runs already, and an HVM guest finds its devices when it starts");
@@ -138,45 +137,45 @@ impl Engine {
         if info.has_run {
             return Err(has_run());
         }
-        self.pause_notes().write(domain, &Note { guest: info.uuid, paused: false })?;
+        notes.write(domain, &Note { guest: info.uuid, paused: false })?;
         if let Err(error) = hypervisor.pause(domain) {
-            self.pause_notes().remove(domain);
+            notes.remove(domain);
             return Err(error.into());
         }
-        let noted = self.pause_notes().write(domain, &Note { guest: info.uuid, paused: true });
+        let noted = notes.write(domain, &Note { guest: info.uuid, paused: true });
         info!("domain {domain}: kept paused until it has its functions");
-        self.wait_for_device_model(domain);
+        self.wait_for_device_model(domain, context);
         let ran = hypervisor.domain(domain).map(|info| info.has_run);
         match (noted, ran) {
             (Ok(()), Ok(false)) => Ok(()),
             (noted, ran) => {
-                self.unpause_guest(domain);
+                self.unpause(domain, context);
                 noted?;
                 Err(ran.map_or_else(Failure::from, |_| has_run()))
             }
         }
     }
 
-    fn wait_for_device_model(&mut self, domain: DomId) {
-        self.persistent.starts.begin(domain, Instant::now() + self.settings.start_limit());
+    fn wait_for_device_model(&mut self, domain: DomId, context: &Context<'_>) {
+        self.starts.begin(domain, Instant::now() + context.settings.start_limit());
         let node = domains::device_model_state(domain);
-        if let Err(error) = self.platform.store.watch(&node, &node) {
-            self.give_up(domain, &Failure::from(error));
+        if let Err(error) = context.platform.store.watch(&node, &node) {
+            self.give_up(domain, &Failure::from(error), context);
         }
     }
 
     /// Called when the state of a guest's device model may have changed.
-    pub(in crate::engine) fn device_model_changed(&mut self, domain: DomId) {
-        if !self.persistent.starts.is_unasked(domain) {
+    pub(super) fn device_model_changed(&mut self, domain: DomId, context: &Context<'_>) {
+        if !self.starts.is_unasked(domain) {
             return;
         }
-        match domains::device_model_runs(self.platform.store.as_ref(), domain) {
+        match domains::device_model_runs(context.platform.store.as_ref(), domain) {
             Ok(false) => {}
-            Err(error) => self.give_up(domain, &Failure::from(error)),
+            Err(error) => self.give_up(domain, &Failure::from(error), context),
             Ok(true) => {
-                self.persistent.starts.note_asked(domain);
-                let (models, inbox) = (Arc::clone(&self.platform.device_models), self.inbox.clone());
-                self.background("ask a device model", move || {
+                self.starts.note_asked(domain);
+                let (models, inbox) = (Arc::clone(&context.platform.device_models), context.inbox.clone());
+                context.inbox.run("ask a device model", move || {
                     let slots = models.slots(domain).map_err(Failure::from);
                     inbox.send(engine::Event::Persistent(Event::DeviceModelRuns(domain, slots)));
                 });
@@ -185,75 +184,89 @@ impl Engine {
     }
 
     /// The device model has reported its device numbers, or failed.
-    pub(super) fn device_model_runs(&mut self, domain: DomId, slots: Result<Vec<DeviceNumber>, Failure>) {
-        if !self.persistent.starts.contains(domain) {
+    pub(super) fn device_model_runs(
+        &mut self,
+        domain: DomId,
+        slots: Result<Vec<DeviceNumber>, Failure>,
+        context: &Context<'_>,
+    ) {
+        if !self.starts.contains(domain) {
             return;
         }
         match slots {
             Ok(slots) => {
-                self.persistent.starts.note_slots(domain, slots);
-                self.try_waiting(domain);
-                self.unpause_if_ready(domain);
+                self.starts.note_slots(domain, slots);
+                self.try_waiting(domain, context);
+                self.unpause_if_ready(domain, context);
             }
-            Err(failure) => self.give_up(domain, &failure),
+            Err(failure) => self.give_up(domain, &failure, context),
         }
     }
 
     /// Lets guests run whose time limit has expired.
-    pub(in crate::engine) fn check_starts(&mut self, now: Instant) {
-        for (domain, asked) in self.persistent.starts.expire(now) {
+    pub(super) fn check_starts(&mut self, now: Instant, context: &Context<'_>) {
+        for (domain, asked) in self.starts.expire(now) {
             let what =
                 if asked { "it was in a transaction" } else { "the domain's device model did not run" };
-            let text = format!("{what} for {} s", self.settings.start_limit_seconds);
-            self.give_up(domain, &Failure::new(ErrorCode::Failed, text).of(domain));
+            let text = format!("{what} for {} s", context.settings.start_limit_seconds);
+            self.give_up(domain, &Failure::new(ErrorCode::Failed, text).of(domain), context);
         }
     }
 
     /// Unpauses a guest that no longer waits for a function.
-    pub(super) fn unpause_if_ready(&mut self, domain: DomId) {
-        if !self.persistent.missing.is_waited_for(domain) && self.persistent.starts.contains(domain) {
-            self.unpause_guest(domain);
+    pub(super) fn unpause_if_ready(&mut self, domain: DomId, context: &Context<'_>) {
+        if !self.missing.is_waited_for(domain) && self.starts.contains(domain) {
+            self.unpause(domain, context);
         }
     }
 
-    fn unpause_guest(&mut self, domain: DomId) {
-        self.persistent.starts.end(domain);
+    /// Unpauses the guests that no longer wait for a function.
+    pub(super) fn unpause_those_ready(&mut self, context: &Context<'_>) {
+        for domain in self.starts.domains() {
+            self.unpause_if_ready(domain, context);
+        }
+    }
+
+    fn unpause(&mut self, domain: DomId, context: &Context<'_>) {
+        let (platform, notes) = (context.platform, context.pause_notes());
+        self.starts.end(domain);
         let node = domains::device_model_state(domain);
-        if let Err(error) = self.platform.store.unwatch(&node, &node) {
+        if let Err(error) = platform.store.unwatch(&node, &node) {
             warn!("domain {domain}: {error}");
         }
         // Noted before, so that a service killed in between does not unpause twice, which would cancel the toolstack's own pause.
-        let note = self.pause_notes().read::<Note>(domain);
+        let note = notes.read::<Note>(domain);
         if let Some(note) = note.map(|note| Note { paused: false, ..note })
-            && let Err(failure) = self.pause_notes().write(domain, &note)
+            && let Err(failure) = notes.write(domain, &note)
         {
             error!("{failure}");
         }
-        match self.platform.hypervisor.unpause(domain) {
+        match platform.hypervisor.unpause(domain) {
             Ok(()) => info!("domain {domain}: no longer kept paused"),
-            Err(_) if matches!(self.platform.store.domain_exists(domain), Ok(false)) => {}
+            Err(_) if matches!(platform.store.domain_exists(domain), Ok(false)) => {}
             Err(error) => {
                 error!("{error}");
-                let text = format!("{error}; 'xl unpause {domain}' may do it");
-                self.problems.push(Problem::new(Cause::Guest, text).of(domain).until_unpaused());
+                self.may_stay_paused(domain, format!("{error}; 'xl unpause {domain}' may do it"));
             }
         }
-        self.pause_notes().remove(domain);
+        notes.remove(domain);
     }
 
-    /// Takes over guests that an earlier run kept paused, and finds domains that appeared meanwhile.
-    pub(in crate::engine) fn resume_returning(&mut self) {
-        for domain in self.pause_notes().domains() {
-            let info = self.platform.hypervisor.domain(domain).ok();
-            let note = self
-                .pause_notes()
-                .read::<Note>(domain)
-                .zip(info)
-                .filter(|(note, info)| note.guest == info.uuid);
+    fn may_stay_paused(&mut self, domain: DomId, text: String) {
+        let problem = Problem::new(Cause::Guest, text).of(domain).until_unpaused();
+        self.effects.push(Effect::Problem(problem));
+    }
+
+    /// Takes over guests that an earlier run kept paused.
+    pub(super) fn resume(&mut self, context: &Context<'_>) {
+        let notes = context.pause_notes();
+        for domain in notes.domains() {
+            let info = context.platform.hypervisor.domain(domain).ok();
+            let note = notes.read::<Note>(domain).zip(info).filter(|(note, info)| note.guest == info.uuid);
             match note {
                 Some((Note { paused: true, .. }, _)) => {
                     info!("domain {domain}: xpcid paused it before its restart");
-                    self.wait_for_device_model(domain);
+                    self.wait_for_device_model(domain, context);
                     continue;
                 }
                 // Xen counts pauses but has no hypercall that returns the count, so whether the service's own pause is among them is
@@ -262,19 +275,11 @@ impl Engine {
                     let text = format!(
                         "xpcid was killed while it paused domain {domain} or let it run: if it does not start, 'xl unpause {domain}'"
                     );
-                    self.problems.push(Problem::new(Cause::Guest, text).of(domain).until_unpaused());
+                    self.may_stay_paused(domain, text);
                 }
                 _ => {}
             }
-            self.pause_notes().remove(domain);
+            notes.remove(domain);
         }
-        self.find_returning();
-        for domain in self.persistent.starts.domains() {
-            self.unpause_if_ready(domain);
-        }
-    }
-
-    pub(super) fn pause_notes(&self) -> Notes {
-        Notes::of(&self.settings, "paused")
     }
 }

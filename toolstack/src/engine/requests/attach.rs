@@ -8,7 +8,7 @@ use pciback::serve::pv::nodes;
 use pciback::{Devfn, DeviceNumber, DomId, FunctionState, Sbdf};
 
 use super::obstacles::{InUse, Refusal, ThreadChecks, attaching, shares_with_others};
-use super::{ASSIGNABLE_AGAIN, Plan, Several, dry_run_answer};
+use super::{ASSIGNABLE_AGAIN, Message, Plan, Several, dry_run_answer};
 use crate::domains::{self, DomainType};
 use crate::engine::Engine;
 use crate::engine::functions::Records;
@@ -192,7 +192,7 @@ impl Engine {
                 None
             }
         };
-        Ok(Plan::Transaction(Course::Forward(Kind::Attach), Box::new(record), message, change))
+        Ok(Plan::Transaction(Course::Forward(Kind::Attach), Box::new(record), message.into(), change))
     }
 
     /// Refuses attachments that need a policy's permission: PFs, and VFs whose PF has no trusted driver in dom0.
@@ -322,21 +322,17 @@ impl Engine {
             self.may_lose(domain, &record)?;
         }
         let reservation = self.reservation_of(name, address);
-        let (end, change) = match (reservation, scope) {
+        let message = Message::from(format!("{address} is detached from domain {domain}{ASSIGNABLE_AGAIN}"));
+        let (message, change) = match (reservation, scope) {
             (None, _) if record.managed => {
-                ("; it goes back to dom0 as soon as no guest can reach it".to_owned(), None)
+                (message.and("; it goes back to dom0 as soon as no guest can reach it"), None)
             }
-            (None, _) => (String::new(), None),
-            (Some(_), Scope::Live) => ("; the guest gets it again the next time it starts".to_owned(), None),
-            (Some(reservation), _) => {
-                let end = self.assigned_again(&reservation);
-                (
-                    end.unwrap_or_else(|| ", and no longer persistent".to_owned()),
-                    Some(Change::Forget(address)),
-                )
+            (None, _) => (message, None),
+            (Some(_), Scope::Live) => {
+                (message.and("; the guest gets it again the next time it starts"), None)
             }
+            (Some(reservation), _) => (message.and_ends(reservation), Some(Change::Forget(address))),
         };
-        let message = format!("{address} is detached from domain {domain}{ASSIGNABLE_AGAIN}{end}");
         Ok(Plan::Transaction(Course::Backward(Kind::Detach, withdrawal), Box::new(record), message, change))
     }
 }

@@ -1,6 +1,6 @@
 //! Plans of holding functions, giving them back to dom0, and clearing a quarantine.
 
-use pciback::platform::HostFunction;
+use pciback::platform::{HostFunction, Platform};
 use pciback::policy::Reuse;
 use pciback::{FunctionState, Sbdf};
 
@@ -66,36 +66,14 @@ impl Engine {
             other => return Err(not_in_state(&record, other, "made assignable")),
         }
         let message = format!("{address} is assignable");
-        let found = self.holdable(&function);
+        let found = holdable(&self.platform, &function);
         if dry_run || !found.is_empty() {
             let hold = (!function.is_bridge()).then_some(InUse::by_force(force));
             let refusal = Refusal { address, action: format!("make {address} assignable"), found };
             return Ok(Plan::Check(refusal, ThreadChecks { hold, shares: None }, dry_run_answer(&message)));
         }
         let course = if force { Course::ForceHold } else { Course::Forward(Kind::Hold) };
-        Ok(Plan::Transaction(course, Box::new(Record { managed, ..record }), message, None))
-    }
-
-    /// Obstacles to holding a function that `--force` does not override.
-    pub(in crate::engine) fn holdable(&self, function: &HostFunction) -> Vec<Failure> {
-        let address = function.address;
-        if function.is_bridge() {
-            return vec![
-                Failure::refused(format!("{address} is a bridge; bridges stay with the host")).on(address),
-            ];
-        }
-        let mut found = Vec::new();
-        if function.num_vfs > 0 {
-            let enabled = format!("{address} is a PF with {} VFs enabled", function.num_vfs);
-            let hint = "its driver must stay while it has VFs; 'xpci vf destroy' disables them";
-            found.push(Failure::refused(enabled).on(address).hint(hint));
-        }
-        // Checked before the driver is touched: the undo of a failed hold would take the function from a guest of xl.
-        if holder_of(function).is_some() && matches!(self.platform.hypervisor.assignable(address), Ok(false))
-        {
-            found.push(guest_owned(&self.platform, address));
-        }
-        found
+        Ok(Plan::Transaction(course, Box::new(Record { managed, ..record }), message.into(), None))
     }
 
     /// Gives a function back to dom0, or forgets one that left the host.
@@ -188,6 +166,26 @@ impl Engine {
             format!("{address} is {} again", record.state)
         });
     }
+}
+
+/// Obstacles to holding a function that `--force` does not override.
+pub(in crate::engine) fn holdable(platform: &Platform, function: &HostFunction) -> Vec<Failure> {
+    let address = function.address;
+    if function.is_bridge() {
+        let text = format!("{address} is a bridge; bridges stay with the host");
+        return vec![Failure::refused(text).on(address)];
+    }
+    let mut found = Vec::new();
+    if function.num_vfs > 0 {
+        let enabled = format!("{address} is a PF with {} VFs enabled", function.num_vfs);
+        let hint = "its driver must stay while it has VFs; 'xpci vf destroy' disables them";
+        found.push(Failure::refused(enabled).on(address).hint(hint));
+    }
+    // Checked before the driver is touched: the undo of a failed hold would take the function from a guest of xl.
+    if holder_of(function).is_some() && matches!(platform.hypervisor.assignable(address), Ok(false)) {
+        found.push(guest_owned(platform, address));
+    }
+    found
 }
 
 pub(in crate::engine) fn not_in_state(record: &Record, state: FunctionState, wanted: &str) -> Failure {

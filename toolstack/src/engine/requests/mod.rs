@@ -16,19 +16,19 @@ use pciback::{DomId, FunctionState, Sbdf};
 pub(super) use self::attach::{AttachOptions, Wanted};
 pub(super) use self::deferred::Deferred;
 use self::hold::Hold;
-pub(super) use self::hold::{Reserved, not_in_state};
+pub(super) use self::hold::{Reserved, holdable, not_in_state};
 pub(super) use self::lists::{all_pfs, known_pf, persistent_view};
 pub(super) use self::local_client::LocalClient;
 use self::obstacles::{Refusal, ThreadChecks, reuse_with};
 use self::several::Several;
 pub(super) use self::targets::{how_to_forget, kept_for};
 use super::Engine;
-use super::tasks::Course;
+use super::tasks::{Course, TaskContext};
 use crate::journal::Record;
 use crate::outcome::Failure;
 use crate::protocol::{Placed, Request, Success};
 use crate::reply::Reply;
-use crate::reservations::Change;
+use crate::reservations::{Change, Reservation};
 use crate::transaction::Withdrawal;
 
 /// The plan for a request.
@@ -36,7 +36,7 @@ pub(in crate::engine) enum Plan {
     /// Answer at once.
     Answer(Success),
     /// Start a transaction, with the message for its success, and change the function's reservation before it.
-    Transaction(Course, Box<Record>, String, Option<Change>),
+    Transaction(Course, Box<Record>, Message, Option<Change>),
     /// Answer with the obstacles, including those that are found on a thread; with the given answer if there are none.
     Check(Refusal, ThreadChecks, Success),
 }
@@ -52,7 +52,11 @@ impl Plan {
                     None => format!("give {address} back to dom0"),
                 };
                 let checks = ThreadChecks { hold: None, shares: Some(domain.or(Some(DomId::DOM0))) };
-                Self::Check(Refusal { address, action, found: Vec::new() }, checks, dry_run_answer(&message))
+                Self::Check(
+                    Refusal { address, action, found: Vec::new() },
+                    checks,
+                    dry_run_answer(&message.text),
+                )
             }
             other => other,
         }
@@ -62,11 +66,39 @@ impl Plan {
 /// The part of messages that a detached function is assignable again.
 const ASSIGNABLE_AGAIN: &str = " and assignable again";
 
-/// The message for a successful transaction. A function that is quarantined, or has left the host, is not assignable again.
-fn ended(record: &Record, message: &str) -> String {
-    match record.state {
-        FunctionState::Held => message.to_owned(),
-        state => message.replacen(ASSIGNABLE_AGAIN, &format!("; it is {state}"), 1),
+/// The message for a successful transaction.
+pub(in crate::engine) struct Message {
+    text: String,
+    /// The reservation that ends with the transaction.
+    ends: Option<Reservation>,
+}
+
+impl From<String> for Message {
+    fn from(text: String) -> Self {
+        Self { text, ends: None }
+    }
+}
+
+impl Message {
+    /// Adds words at the end.
+    pub fn and(self, words: &str) -> Self {
+        Self { text: self.text + words, ..self }
+    }
+
+    /// Adds that the reservation has ended, and what the settings give its guest back.
+    pub fn and_ends(self, reservation: Reservation) -> Self {
+        Self { ends: Some(reservation), ..self }
+    }
+
+    /// The text after the transaction. A function that is quarantined, or has left the host, is not assignable again.
+    fn of(&self, record: &Record, context: &TaskContext) -> String {
+        let text = match record.state {
+            FunctionState::Held => self.text.clone(),
+            state => self.text.replacen(ASSIGNABLE_AGAIN, &format!("; it is {state}"), 1),
+        };
+        let Some(reservation) = &self.ends else { return text };
+        let again = context.assigned_again(reservation);
+        text + again.as_deref().unwrap_or(", and no longer persistent")
     }
 }
 
@@ -147,7 +179,9 @@ impl Engine {
                 self.answer_with_obstacles(refusal, checks, otherwise, reply)
             }
             Ok(Plan::Transaction(course, record, message, change)) => {
-                self.start_with(course, *record, change, Some(reply), move |record| ended(record, &message));
+                let context = self.task_context();
+                let done = move |record: &Record| message.of(record, &context);
+                self.start_with(course, *record, change, Some(reply), done);
             }
         }
     }

@@ -4,7 +4,7 @@ use pciback::platform::{HostFunction, Platform};
 use pciback::policy::Reuse;
 use pciback::{DomId, FunctionState, Sbdf};
 
-use super::not_in_state;
+use super::{holdable, not_in_state};
 use crate::engine::Engine;
 use crate::engine::tasks::TaskContext;
 use crate::journal::Record;
@@ -142,7 +142,7 @@ impl Engine {
         let record = self.functions.records().get_or_new(function.address);
         match record.state {
             FunctionState::Held => self.held_obstacles(function, domain, reuse),
-            FunctionState::Host if function.is_bridge() => self.holdable(function),
+            FunctionState::Host if function.is_bridge() => holdable(&self.platform, function),
             FunctionState::Host => {
                 [vec![not_assignable(function.address)], self.managed_obstacles(function, domain, reuse)]
                     .concat()
@@ -158,7 +158,7 @@ impl Engine {
         domain: Option<DomId>,
         reuse: Reuse,
     ) -> Vec<Failure> {
-        let found = self.holdable(function);
+        let found = holdable(&self.platform, function);
         match function.is_bridge() {
             // No other obstacle matters: a bridge can never be attached.
             true => found,

@@ -7,6 +7,7 @@ use pciback::platform::{HostFunction, VfSettings};
 use pciback::{DeviceNumber, DomId, FunctionState, Sbdf, Uuid};
 
 use super::now;
+use crate::domains;
 use crate::engine::Engine;
 use crate::engine::requests::LocalClient;
 use crate::outcome::{ErrorCode, Failure};
@@ -77,7 +78,7 @@ impl Engine {
         let is_it =
             |domain: &DomId| self.platform.hypervisor.domain(*domain).is_ok_and(|info| info.uuid == guest);
         // The highest number is the newest domain; an older one with this UUID is shutting down.
-        let found = self.domains_present()?.into_iter().filter(is_it).max();
+        let found = domains::present(self.platform.store.as_ref())?.into_iter().filter(is_it).max();
         found.ok_or_else(|| Failure::not_found(format!("there is no domain of guest {guest}")))
     }
 }
