@@ -36,7 +36,7 @@ use log::{error, info};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pciback::Sbdf;
-use pciback::platform::Platform;
+use pciback::platform::{ErrorEvents, HostEvents, Platform};
 use pciback::policy::PolicySet;
 use pciback::serve::Mailboxes;
 use pciback::serve::pv::nodes;
@@ -135,6 +135,14 @@ pub struct Engine {
     problems: problems::Problems,
 }
 
+/// Where events come from, in addition to the inbox and xenstore.
+struct Sources {
+    host: Box<dyn HostEvents>,
+    errors: Option<Box<dyn ErrorEvents>>,
+    /// Whether some are left to be taken.
+    more: bool,
+}
+
 impl Engine {
     /// Creates the engine for a platform; it does nothing before [`Engine::recover`] and [`Engine::run`].
     pub fn new(
@@ -187,14 +195,7 @@ impl Engine {
 
     /// Handles events until `stop` becomes readable or another process takes over. Guests keep their functions in both cases.
     pub fn run(&mut self, stop: BorrowedFd<'_>) -> io::Result<Ending> {
-        // The watch on xen-pciback's nodes shows what xl assigns to guests.
-        for event in ["@introduceDomain", "@releaseDomain", nodes::PCIBACK] {
-            self.platform.store.watch(event, event).map_err(io::Error::other)?;
-        }
-        let host = self.platform.host.events().map_err(io::Error::other)?;
-        let errors = self.subscribe_to_errors();
-        // Events before the subscription are not delivered: everything is examined once.
-        self.inventory.examine_everything();
+        let mut sources = self.subscribe()?;
         info!("ready on {}", self.platform.description);
         supervisor::ready();
         self.take_back_stubs();
@@ -202,7 +203,6 @@ impl Engine {
         self.resume_returning();
         self.resume_guest_vfs();
         self.resume_mailboxes();
-        let (mut more_errors, mut more_changes) = (false, false);
         let ending = loop {
             self.watchdog.feed(Instant::now());
             self.reconcile();
@@ -211,50 +211,73 @@ impl Engine {
             if let Some(ready_successor) = self.ready_successor() {
                 break Ending::Replaced(ready_successor);
             }
-            let inbox = self.inbox.clone();
-            let store = Arc::clone(&self.platform.store);
-            let mut fds = [
-                PollFd::new(inbox.wake_fd(), PollFlags::POLLIN),
-                PollFd::new(store.event_fd(), PollFlags::POLLIN),
-                PollFd::new(stop, PollFlags::POLLIN),
-                PollFd::new(host.event_fd(), PollFlags::POLLIN),
-                PollFd::new(
-                    errors.as_ref().map_or(host.event_fd(), |errors| errors.event_fd()),
-                    PollFlags::POLLIN,
-                ),
-            ];
-            let timeout = if more_errors || more_changes { PollTimeout::ZERO } else { self.timeout() };
-            match poll(&mut fds, timeout) {
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-            if fds[2].revents().is_some_and(|events| !events.is_empty()) {
+            if self.wait(stop, &sources)? {
                 info!("stopping; guests keep their functions");
                 supervisor::stopping();
                 break Ending::Stopped;
             }
-            while let Some(event) = host.next_event() {
-                self.host_changed(event);
-            }
-            more_errors = errors.as_ref().is_some_and(|errors| self.take_errors(errors.as_ref()));
-            // Drained before the events are taken: an event that arrives in between wakes the loop again.
-            inbox.drain();
-            while let Ok(event) = self.events.try_recv() {
-                self.handle(event);
-            }
-            // Without xenstore no guest can be served: the service ends, and its restart connects to xenstore again.
-            more_changes = self.take_store_events().map_err(io::Error::other)?;
-            self.check_deadlines(Instant::now());
-            self.check_error_deadlines(Instant::now());
-            self.check_networks(Instant::now());
-            self.check_starts(Instant::now());
+            self.take_events(&mut sources)?;
+            self.do_what_is_due(Instant::now());
         };
         // Ending the kernel's tracing takes long: the serving threads run until then.
-        drop(errors);
+        drop(sources);
         self.inbox.end();
         self.errors.unmask_all(self.platform.host.as_ref());
         self.stop_servers();
         Ok(ending)
+    }
+
+    fn subscribe(&mut self) -> io::Result<Sources> {
+        // The watch on xen-pciback's nodes shows what xl assigns to guests.
+        for event in ["@introduceDomain", "@releaseDomain", nodes::PCIBACK] {
+            self.platform.store.watch(event, event).map_err(io::Error::other)?;
+        }
+        let host = self.platform.host.events().map_err(io::Error::other)?;
+        let errors = self.subscribe_to_errors();
+        // Events before the subscription are not delivered: everything is examined once.
+        self.inventory.examine_everything();
+        Ok(Sources { host, errors, more: false })
+    }
+
+    /// Waits until there are events, or something is due; `true`: `stop` is readable.
+    fn wait(&self, stop: BorrowedFd<'_>, sources: &Sources) -> io::Result<bool> {
+        let errors = sources.errors.as_ref().map(|errors| errors.event_fd());
+        let others = [self.inbox.wake_fd(), self.platform.store.event_fd(), sources.host.event_fd()];
+        let mut fds: Vec<_> = [stop]
+            .into_iter()
+            .chain(others)
+            .chain(errors)
+            .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
+            .collect();
+        let timeout = if sources.more { PollTimeout::ZERO } else { self.timeout() };
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        Ok(fds[0].revents().is_some_and(|events| !events.is_empty()))
+    }
+
+    fn take_events(&mut self, sources: &mut Sources) -> io::Result<()> {
+        while let Some(event) = sources.host.next_event() {
+            self.host_changed(event);
+        }
+        let more_errors = sources.errors.as_ref().is_some_and(|errors| self.take_errors(errors.as_ref()));
+        // Drained before the events are taken: an event that arrives in between wakes the loop again.
+        self.inbox.drain();
+        while let Ok(event) = self.events.try_recv() {
+            self.handle(event);
+        }
+        // Without xenstore no guest can be served: the service ends, and its restart connects to xenstore again.
+        let more_changes = self.take_store_events().map_err(io::Error::other)?;
+        sources.more = more_errors || more_changes;
+        Ok(())
+    }
+
+    fn do_what_is_due(&mut self, now: Instant) {
+        self.check_deadlines(now);
+        self.check_error_deadlines(now);
+        self.check_networks(now);
+        self.check_starts(now);
     }
 
     fn timeout(&self) -> PollTimeout {

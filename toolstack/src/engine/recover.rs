@@ -112,9 +112,7 @@ impl Engine {
             match self.task_context().open_function(record, place.domain, Image::Resumed) {
                 Ok(Opened { mut function, filter, memory, lacks, .. }) => {
                     for text in lacks {
-                        error!("{text}");
-                        self.problems
-                            .push(Problem::new(Cause::Guest, text).on(record.address).of(place.domain));
+                        self.note_lacking(record.address, place.domain, text);
                     }
                     if record.quarantine.is_some() {
                         function.set_gone();
@@ -132,14 +130,7 @@ impl Engine {
                         }
                     }
                 }
-                Err(failure) => {
-                    error!("{}: its guest can no longer be served: {failure}", record.address);
-                    // The transaction is undone now, and may have ended before it created the image.
-                    if record.transaction.is_none() {
-                        let text = format!("{} can no longer be served: {failure}", record.address);
-                        self.problems.push(Problem::new(Cause::Guest, text).on(record.address));
-                    }
-                }
+                Err(failure) => self.note_unserved(record, &failure),
             }
         }
         let pv = guests
@@ -159,6 +150,21 @@ impl Engine {
                     self.problems.push(Problem::new(Cause::Guest, text).of(domain));
                 }
             }
+        }
+    }
+
+    fn note_lacking(&mut self, address: Sbdf, domain: DomId, text: String) {
+        error!("{text}");
+        self.problems.push(Problem::new(Cause::Guest, text).on(address).of(domain));
+    }
+
+    fn note_unserved(&mut self, record: &Record, failure: &Failure) {
+        let address = record.address;
+        error!("{address}: its guest can no longer be served: {failure}");
+        // The transaction is undone now, and may have ended before it created the image.
+        if record.transaction.is_none() {
+            let text = format!("{address} can no longer be served: {failure}");
+            self.problems.push(Problem::new(Cause::Guest, text).on(address));
         }
     }
 

@@ -25,6 +25,16 @@ pub struct Assignments {
     functions: Vec<(Assigned, Result<Target, Failure>)>,
 }
 
+/// What a guest has while the functions that are assigned to it are reserved.
+struct Reserving {
+    domain: DomId,
+    guest: (Uuid, Option<String>),
+    /// Its reservations.
+    kept: Vec<Reservation>,
+    /// The functions that were chosen for it.
+    taken: Vec<Sbdf>,
+}
+
 impl Settings {
     /// The names under which the settings assign functions to this guest.
     fn guest(&self, name: Option<&str>, uuid: Uuid) -> impl Iterator<Item = &String> {
@@ -60,35 +70,21 @@ impl Engine {
     /// Reserves the functions that the settings assign to a guest, and has them attached.
     pub(super) fn assignments_found(&mut self, assignments: Assignments) {
         let Assignments { domain, guest, name, functions } = assignments;
-        let mut kept: Vec<Reservation> = self.files.reservations.of(guest);
-        let (mut new, mut taken, mut unreserved) = (Vec::new(), Vec::new(), Vec::new());
+        let mut wanted = Reserving {
+            domain,
+            guest: (guest, name),
+            kept: self.files.reservations.of(guest),
+            taken: vec![],
+        };
+        let (mut new, mut unreserved) = (Vec::new(), Vec::new());
         // Pools last, so that a VF that is named itself is not also taken from a pool.
         let (pools, certain): (Vec<_>, Vec<_>) =
             functions.into_iter().partition(|(one, _)| matches!(one.target, Target::Any(_)));
         for (one, found) in certain.into_iter().chain(pools) {
-            let found = self.assigned_at(&one, guest).map_or(found, |known| known.map(Target::from));
-            let made = found.and_then(|found| self.choose_assigned(&found, domain, &kept, &taken)).and_then(
-                |address| {
-                    taken.push(address);
-                    let has_it = |known: &&Reservation| {
-                        known.address == address && one.slot.is_none_or(|slot| slot == known.devfn.device())
-                    };
-                    let promised = is_by_address(&one.target).then(|| one.target.clone());
-                    match kept.iter().find(has_it) {
-                        Some(known) if known.promised == promised || !self.is_there(known) => Ok(None),
-                        Some(known) => Ok(Some(known.clone().assigned_as(promised))),
-                        None => {
-                            let made =
-                                self.reserve_assigned(address, (guest, name.clone()), one.slot, &kept)?;
-                            Ok(Some(made.assigned_as(promised)))
-                        }
-                    }
-                },
-            );
-            match made {
+            match self.reserve_one(&one, found, &mut wanted) {
                 Ok(None) => {}
                 Ok(Some(reservation)) => {
-                    kept.push(reservation.clone());
+                    wanted.kept.push(reservation.clone());
                     new.push(reservation);
                 }
                 Err(failure) => {
@@ -101,9 +97,38 @@ impl Engine {
             }
         }
         self.persistent.note_unreserved(domain, unreserved);
-        if new.is_empty() {
-            return;
+        if !new.is_empty() {
+            self.keep_new(domain, new);
         }
+    }
+
+    /// The reservation for an assigned function; `None`: the guest has it already.
+    fn reserve_one(
+        &self,
+        one: &Assigned,
+        found: Result<Target, Failure>,
+        wanted: &mut Reserving,
+    ) -> Result<Option<Reservation>, Failure> {
+        let Reserving { domain, guest, kept, taken } = wanted;
+        let found = self.assigned_at(one, guest.0).map_or(found, |known| known.map(Target::from))?;
+        let address = self.choose_assigned(&found, *domain, kept, taken)?;
+        taken.push(address);
+        let has_it = |known: &&Reservation| {
+            known.address == address && one.slot.is_none_or(|slot| slot == known.devfn.device())
+        };
+        let promised = is_by_address(&one.target).then(|| one.target.clone());
+        Ok(match kept.iter().find(has_it) {
+            Some(known) if known.promised == promised || !self.is_there(known) => None,
+            Some(known) => Some(known.clone().assigned_as(promised)),
+            None => {
+                let made = self.reserve_assigned(address, guest.clone(), one.slot, kept)?;
+                Some(made.assigned_as(promised))
+            }
+        })
+    }
+
+    /// Writes new reservations, on a thread, and has the guest examined again.
+    fn keep_new(&self, domain: DomId, new: Vec<Reservation>) {
         let (reservations, inbox) = (self.files.reservations.clone(), self.inbox.clone());
         self.background("persist", move || {
             for reservation in new {
