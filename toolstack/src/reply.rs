@@ -40,9 +40,9 @@ impl Reply {
     }
 
     /// A reply for which a thread of the service waits.
-    pub fn awaited() -> (Self, Answer) {
+    pub fn awaited() -> (Self, Awaited) {
         let (reply, lines) = Self::channel();
-        (reply, Answer(lines))
+        (reply, Awaited(lines))
     }
 
     /// A reply for work that the service starts by itself; a failure is passed to `failed`.
@@ -94,9 +94,9 @@ impl Reply {
 }
 
 /// The answer for which a thread of the service waits.
-pub struct Answer(mpsc::Receiver<Line>);
+pub struct Awaited(mpsc::Receiver<Line>);
 
-impl Answer {
+impl Awaited {
     /// Waits for the outcome, up to `limit`.
     pub fn wait(&self, limit: Duration) -> Result<Success, Failure> {
         self.given(limit).unwrap_or_else(|error| {

@@ -5,7 +5,7 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use xpci_core::inventory::{
-    Function, HostView, Identity, Intent, Observed, Owner, Place, Published, Want, Wanted, plan,
+    Function, GuestPlace, HostView, Identity, Intent, Observed, Owner, Published, Want, Wanted, plan,
 };
 use xpci_core::{Devfn, DomId, Sbdf};
 
@@ -21,7 +21,8 @@ fn agreement(pfs: u8) -> (Observed, Wanted) {
         let vfs: Vec<Sbdf> = (0..VFS).map(|index| Sbdf::from_devfn(0, bus, 0x80 + index)).collect();
         for (index, &address) in vfs.iter().enumerate() {
             let number = u16::from(bus) * u16::from(VFS) + index as u16;
-            let place = Place { domain: DomId(1 + number % GUESTS), devfn: Devfn((number / GUESTS) as u8) };
+            let place =
+                GuestPlace { domain: DomId(1 + number % GUESTS), devfn: Devfn((number / GUESTS) as u8) };
             let host = HostView { driver: true, held: true, msix: true, ..HostView::default() };
             let xen = Some(Owner::Domain(place.domain));
             let function = Function { host: Some(host), physical_function: Some(pf), xen };

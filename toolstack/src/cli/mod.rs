@@ -10,7 +10,7 @@ mod metrics;
 mod moving;
 mod network;
 mod paths;
-mod place;
+mod pci_spec;
 mod policy;
 mod requests;
 mod service;
@@ -24,7 +24,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 pub use functions::{Functions, SendRequest};
-pub use place::Place;
+pub use pci_spec::PciSpec;
 
 use crate::VERSION;
 use crate::outcome::{ErrorCode, Failure};
@@ -135,7 +135,7 @@ pub enum Command {
         /// 'BDF@SLOT,permissive=1'. 'any:PF' is the first VF of a PF that is assignable and reserved for no guest: the answer names it, and
         /// each such command gives another one. 'BB:DD.*' is all functions of a device.
         #[arg(required = true, value_name = "BDF[@SLOT]")]
-        places: Vec<Place>,
+        places: Vec<PciSpec>,
     },
     /// Takes a function from a guest and holds it again.
     ///

@@ -1,7 +1,7 @@
 //! The requests that a command sends to the service.
 
 use super::functions::Concerned;
-use super::{Aer, Command, Functions, Place, Quarantine, SendRequest, Vf};
+use super::{Aer, Command, Functions, PciSpec, Quarantine, SendRequest, Vf};
 use crate::outcome::Failure;
 use crate::protocol::{DomainName, Placed, Request, Scope};
 use crate::target::Target;
@@ -124,9 +124,9 @@ fn each(
 }
 
 /// The functions of an attachment, those of a device each at any device number.
-fn placed(places: Vec<Place>, ask: &mut SendRequest<'_>) -> Result<Vec<Placed<Target>>, Failure> {
+fn placed(places: Vec<PciSpec>, ask: &mut SendRequest<'_>) -> Result<Vec<Placed<Target>>, Failure> {
     let mut functions = Vec::new();
-    for Place { functions: named, slot, .. } in places {
+    for PciSpec { functions: named, slot, .. } in places {
         let addresses = named.each(Concerned::Every, ask)?;
         functions.extend(addresses.into_iter().map(|address| Placed { address, slot }));
     }

@@ -8,7 +8,7 @@ use std::iter::Peekable;
 use std::path::Path;
 use std::str::Chars;
 
-use super::{Functions, Place};
+use super::{Functions, PciSpec};
 use crate::outcome::{ErrorCode, Failure};
 use crate::protocol::{Success, XlConfigView};
 
@@ -185,7 +185,7 @@ fn view(text: &str, file: &str) -> Result<XlConfigView, Failure> {
     }
     let (mut functions, mut notes) = (Vec::new(), Vec::new());
     for (line, item) in config.functions {
-        let place: Place = item.parse().map_err(|failure: Failure| Failure {
+        let place: PciSpec = item.parse().map_err(|failure: Failure| Failure {
             message: format!("{file}:{line}: {}", failure.message),
             ..failure
         })?;

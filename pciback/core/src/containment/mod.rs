@@ -32,7 +32,7 @@ pub enum Role {
 
 /// Where a register is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
+pub enum RegisterPlace {
     /// In the header.
     Header(u16),
     /// From the beginning of the PCI Express capability.
@@ -49,7 +49,7 @@ pub struct Row {
     /// Its section in PCI Express 6.0.
     pub section: &'static str,
     /// Where it is.
-    pub place: Place,
+    pub place: RegisterPlace,
     /// Its width in bytes.
     pub width: u8,
     /// In which functions of the path it is set.
@@ -109,9 +109,9 @@ pub fn settings(bytes: &[u8], role: Role, os_owns_aer: bool) -> Vec<Setting> {
     let applies = |row: &&Row| row.roles.contains(&role) && (os_owns_aer || !row.os_only);
     let setting = |row: &'static Row| {
         let offset = match row.place {
-            Place::Header(offset) => offset,
-            Place::Express(offset) => express? + offset,
-            Place::Aer(offset) => aer? + offset,
+            RegisterPlace::Header(offset) => offset,
+            RegisterPlace::Express(offset) => express? + offset,
+            RegisterPlace::Aer(offset) => aer? + offset,
         };
         let fits = usize::from(offset) + usize::from(row.width) <= bytes.len();
         let access = Access::new(offset.into(), row.width.into()).ok().filter(|_| fits)?;

@@ -2,7 +2,7 @@
 //!
 //! Sections are those of PCI Express 6.0.
 
-use super::{Place, Role, Row};
+use super::{RegisterPlace, Role, Row};
 use crate::spec::{aer, express, header};
 
 /// Every port above, and PFs.
@@ -24,7 +24,7 @@ pub const ROWS: &[Row] = &[
     Row {
         name: "Root Control",
         section: "7.5.3.12",
-        place: Place::Express(express::ROOT_CONTROL),
+        place: RegisterPlace::Express(express::ROOT_CONTROL),
         width: 2,
         roles: ROOT,
         mask: 0x0007,
@@ -38,7 +38,7 @@ pub const ROWS: &[Row] = &[
     Row {
         name: "Uncorrectable Error Severity",
         section: "7.8.4.4",
-        place: Place::Aer(aer::UNCORRECTABLE_SEVERITY),
+        place: RegisterPlace::Aer(aer::UNCORRECTABLE_SEVERITY),
         width: 4,
         roles: PATH,
         mask: PROVOKABLE,
@@ -52,7 +52,7 @@ pub const ROWS: &[Row] = &[
     Row {
         name: "Uncorrectable Error Mask",
         section: "7.8.4.3",
-        place: Place::Aer(aer::UNCORRECTABLE_MASK),
+        place: RegisterPlace::Aer(aer::UNCORRECTABLE_MASK),
         width: 4,
         roles: PATH,
         mask: PROVOKABLE,
@@ -66,7 +66,7 @@ pub const ROWS: &[Row] = &[
     Row {
         name: "Correctable Error Mask",
         section: "7.8.4.6",
-        place: Place::Aer(aer::CORRECTABLE_MASK),
+        place: RegisterPlace::Aer(aer::CORRECTABLE_MASK),
         width: 4,
         roles: PATH,
         mask: ADVISORY,
@@ -80,7 +80,7 @@ pub const ROWS: &[Row] = &[
     Row {
         name: "Root Error Command",
         section: "7.8.4.9",
-        place: Place::Aer(aer::ROOT_ERROR_COMMAND),
+        place: RegisterPlace::Aer(aer::ROOT_ERROR_COMMAND),
         width: 4,
         roles: ROOT,
         mask: 0x0000_0007,
@@ -94,7 +94,7 @@ pub const ROWS: &[Row] = &[
     Row {
         name: "Device Control",
         section: "7.5.3.4",
-        place: Place::Express(express::DEVICE_CONTROL),
+        place: RegisterPlace::Express(express::DEVICE_CONTROL),
         width: 2,
         roles: PATH,
         mask: 0x000f,
@@ -109,7 +109,7 @@ pub const ROWS: &[Row] = &[
     Row {
         name: "Bridge Control",
         section: "7.5.1.3.13",
-        place: Place::Header(header::BRIDGE_CONTROL),
+        place: RegisterPlace::Header(header::BRIDGE_CONTROL),
         width: 2,
         roles: PORTS,
         mask: 1 << 1,
@@ -125,7 +125,7 @@ pub const ROWS: &[Row] = &[
     Row {
         name: "Command",
         section: "7.5.1.1.3",
-        place: Place::Header(header::COMMAND),
+        place: RegisterPlace::Header(header::COMMAND),
         width: 2,
         roles: PATH,
         mask: header::COMMAND_SERR as u32,

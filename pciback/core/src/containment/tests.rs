@@ -70,9 +70,10 @@ fn a_write_changes_the_decided_bits_only_and_clears_no_status() {
         }
     }
     // Device Status, Status, Secondary Status and the status registers of AER are registers of their own.
-    assert!(
-        ROWS.iter().all(|row| !matches!(row.place, Place::Aer(0x04 | 0x10 | 0x30) | Place::Express(0x0a)))
-    );
+    assert!(ROWS.iter().all(|row| !matches!(
+        row.place,
+        RegisterPlace::Aer(0x04 | 0x10 | 0x30) | RegisterPlace::Express(0x0a)
+    )));
 }
 
 #[test]

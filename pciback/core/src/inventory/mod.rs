@@ -28,4 +28,4 @@ mod wanted;
 pub use observed::{Function, HostView, Identity, Observed, Owner, Published};
 pub use planner::plan;
 pub use repair::{Left, Plan, Reason, Remark, Repair, ReportKind, Step};
-pub use wanted::{Intent, Place, Want, Wanted};
+pub use wanted::{GuestPlace, Intent, Want, Wanted};

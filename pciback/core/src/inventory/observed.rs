@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Place;
+use super::GuestPlace;
 use crate::host::HostFunction;
 use crate::{DomId, Sbdf};
 
@@ -107,7 +107,7 @@ pub struct Published {
     /// The function.
     pub address: Sbdf,
     /// Whose nodes, and where they place the function in that guest.
-    pub place: Place,
+    pub place: GuestPlace,
 }
 
 /// The three lists.

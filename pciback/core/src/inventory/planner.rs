@@ -2,7 +2,7 @@
 
 use super::lists::Lists;
 use super::{
-    Function, Intent, Left, Observed, Owner, Place, Plan, Published, Reason, Remark, Repair, Step, Want,
+    Function, GuestPlace, Intent, Left, Observed, Owner, Plan, Published, Reason, Remark, Repair, Step, Want,
     Wanted,
 };
 use crate::Sbdf;
@@ -138,7 +138,7 @@ impl Planner<'_> {
     }
 
     /// A function that a guest has.
-    fn with_guest(&mut self, address: Sbdf, function: &Function, intent: &Intent, place: Place) {
+    fn with_guest(&mut self, address: Sbdf, function: &Function, intent: &Intent, place: GuestPlace) {
         let attached = matches!(intent.want, Want::Attached(_));
         let Some(reason) = self.why_leave(function, intent, place) else {
             if attached && !self.observed.published.contains(&Published { address, place }) {
@@ -175,7 +175,7 @@ impl Planner<'_> {
     }
 
     /// Why a guest cannot keep a function, if so.
-    fn why_leave(&self, function: &Function, intent: &Intent, place: Place) -> Option<Reason> {
+    fn why_leave(&self, function: &Function, intent: &Intent, place: GuestPlace) -> Option<Reason> {
         if !self.observed.domains.contains(&place.domain) {
             return Some(Reason::GuestEnded);
         }

@@ -5,7 +5,7 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Place;
+use super::GuestPlace;
 use crate::{DomId, Sbdf};
 
 /// How a function is reported to Xen.
@@ -35,7 +35,7 @@ pub enum Repair {
         address: Sbdf,
         /// Whose it was.
         #[serde(flatten)]
-        place: Place,
+        place: GuestPlace,
     },
     /// The same for a guest that has ended.
     DetachFromDead {
@@ -43,7 +43,7 @@ pub enum Repair {
         address: Sbdf,
         /// Whose it was.
         #[serde(flatten)]
-        place: Place,
+        place: GuestPlace,
     },
     /// Removes one function's backend nodes.
     RemoveNodes {
@@ -51,7 +51,7 @@ pub enum Repair {
         address: Sbdf,
         /// Whose nodes.
         #[serde(flatten)]
-        place: Place,
+        place: GuestPlace,
     },
     /// Releases the MSI-X table that the service prepared, and notes it in the record.
     ReleaseMsix {
@@ -87,7 +87,7 @@ pub enum Repair {
         address: Sbdf,
         /// Whose nodes.
         #[serde(flatten)]
-        place: Place,
+        place: GuestPlace,
     },
     /// The record becomes quarantined, with the guest that it names; where there is none one is made. It is written before the
     /// steps that follow from it; neither the function nor Xen is touched.

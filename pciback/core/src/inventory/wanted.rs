@@ -10,7 +10,7 @@ use crate::{Devfn, DomId, Sbdf};
 
 /// A guest, and where it sees a function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
-pub struct Place {
+pub struct GuestPlace {
     /// The guest.
     pub domain: DomId,
     /// Device and function number there.
@@ -25,9 +25,9 @@ pub enum Want {
     /// Held: bound to a holding driver, owned by the quarantine domain.
     Held,
     /// With a guest.
-    Attached(Place),
+    Attached(GuestPlace),
     /// Assigned to no guest. A guest that owned it when it was quarantined still owns it.
-    Quarantined(Option<Place>),
+    Quarantined(Option<GuestPlace>),
     /// It left the host while a guest had it; that is remembered until it comes back.
     Gone,
 }
@@ -45,7 +45,7 @@ pub struct Intent {
 
 impl Intent {
     /// The guest that has the function as far as the service knows.
-    pub const fn place(&self) -> Option<Place> {
+    pub const fn place(&self) -> Option<GuestPlace> {
         match self.want {
             Want::Attached(place) => Some(place),
             Want::Quarantined(place) => place,

@@ -96,13 +96,13 @@ struct Instance {
     /// Closed before the instance is removed, as the first field: the kernel refuses while it is open.
     pipe: File,
     lines: RefCell<Lines>,
-    place: Place,
+    place: InstanceDirectory,
 }
 
 /// The instance's directory, removed when it is dropped.
-struct Place(PathBuf);
+struct InstanceDirectory(PathBuf);
 
-impl Drop for Place {
+impl Drop for InstanceDirectory {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_dir(&self.0) {
             warn!("remove {}: {error}", self.0.display());
@@ -127,7 +127,7 @@ impl Instance {
         set("events/ras/aer_event/enable", "1")?;
         let pipe =
             OpenOptions::new().read(true).custom_flags(O_NONBLOCK).open(directory.join("trace_pipe"))?;
-        Ok(Self { pipe, lines: RefCell::default(), place: Place(directory.to_owned()) })
+        Ok(Self { pipe, lines: RefCell::default(), place: InstanceDirectory(directory.to_owned()) })
     }
 }
 

@@ -2,9 +2,10 @@
 
 use nix::errno::Errno;
 
+use super::Answer;
 use super::model::DriverKind;
 use super::placement::Placement;
-use super::world::{Answer, COMMAND, COMMAND_MEMORY, World};
+use super::world::{COMMAND, COMMAND_MEMORY, World};
 use crate::Sbdf;
 use crate::platform::HostEvent;
 

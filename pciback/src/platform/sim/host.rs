@@ -8,8 +8,8 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use super::failures::{Failures, Subject};
-use super::locked;
-use super::world::{Answer, World};
+use super::world::World;
+use super::{Answer, locked};
 use crate::Sbdf;
 use crate::config::{Access, ConfigSpace};
 use crate::platform::{

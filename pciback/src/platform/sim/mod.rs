@@ -93,6 +93,9 @@ impl Grants {
     }
 }
 
+/// What a simulated kernel, hypervisor or xenstore answers: an error is a number.
+type Answer<T> = std::result::Result<T, Errno>;
+
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A test that failed while it held the lock says so itself.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use nix::errno::Errno;
 
 use super::failures::{Failures, Subject};
-use super::locked;
-use super::world::{Answer, World};
+use super::world::World;
+use super::{Answer, locked};
 use crate::Sbdf;
 use crate::platform::network::{LinkState, MacAddress, PfNetwork, Vlan};
 use crate::platform::{Cause, PlatformError, Result, VfNetwork, VfPlace, VfSetting, VfSettings};

@@ -7,8 +7,8 @@ use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::failures::{Failures, Subject};
-use super::locked;
-use super::tree::{Answer, Caller, Tree};
+use super::tree::{Caller, Tree};
+use super::{Answer, locked};
 use crate::DomId;
 use crate::platform::{Cause, Permissions, PlatformError, Result, Store, StoreOps, WatchEvent};
 

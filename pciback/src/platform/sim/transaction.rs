@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::tree::{Answer, Node, Tree};
+use super::Answer;
+use super::tree::{Node, Tree};
 
 /// A node whose watchers get an event.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -6,11 +6,10 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 
+use super::Answer;
 use super::transaction::{Change, Transaction};
 use crate::DomId;
 use crate::platform::{Permissions, WatchEvent};
-
-pub(super) type Answer<T> = Result<T, Errno>;
 
 /// Longest absolute path, and most bytes of one request: a path, its end and a value.
 const PATH_LIMIT: usize = 3072;

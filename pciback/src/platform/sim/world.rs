@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
+use super::Answer;
 use super::events::Listeners;
 use super::hardware::Masks;
 use super::model::{Description, DriverKind, ReservedMemory};
@@ -14,8 +15,6 @@ use super::xen::{Device, Owner, Xen};
 use crate::config::Access;
 use crate::platform::{HostEvent, Resource, Use, VfSettings};
 use crate::{DomId, Sbdf};
-
-pub(super) type Answer<T> = Result<T, Errno>;
 
 pub(super) struct SimFunction {
     pub kind: Arc<Kind>,

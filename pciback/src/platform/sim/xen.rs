@@ -5,13 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::Answer;
 use super::model::ReservedMemory;
 use super::ranges::Ranges;
 use crate::platform::{Edit, MsiSource};
 use crate::policy::RdmPolicy;
 use crate::{DomId, Sbdf, Uuid};
-
-type Answer<T> = Result<T, Errno>;
 
 /// Who owns a function in Xen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

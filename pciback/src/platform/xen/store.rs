@@ -34,9 +34,9 @@ unsafe impl Send for XenStoreConnection {}
 unsafe impl Sync for XenStoreConnection {}
 
 /// Memory that the library allocated for an answer, freed when dropped.
-struct Answer<T>(NonNull<T>);
+struct Allocated<T>(NonNull<T>);
 
-impl<T> Answer<T> {
+impl<T> Allocated<T> {
     fn new(pointer: *mut T) -> std::result::Result<Self, Errno> {
         NonNull::new(pointer).map(Self).ok_or_else(Errno::last)
     }
@@ -49,7 +49,7 @@ impl<T> Answer<T> {
     }
 }
 
-impl<T> Drop for Answer<T> {
+impl<T> Drop for Allocated<T> {
     fn drop(&mut self) {
         // SAFETY: the library allocated it with `malloc` and leaves it to the caller.
         unsafe { libc::free(self.0.as_ptr().cast::<c_void>()) };
@@ -158,7 +158,7 @@ impl Within<'_> {
         let path = c_string(path)?;
         let mut length = 0;
         // SAFETY: the handle is open; path and length live as long as the call.
-        let answer = Answer::new(unsafe {
+        let answer = Allocated::new(unsafe {
             self.store.libraries.store.xs_read(
                 self.store.handle(),
                 self.transaction,
@@ -166,7 +166,7 @@ impl Within<'_> {
                 &raw mut length,
             )
         })?;
-        let bytes = Answer::<u8>(answer.0.cast());
+        let bytes = Allocated::<u8>(answer.0.cast());
         std::mem::forget(answer);
         // SAFETY: the library says that it put `length` bytes there.
         Ok(unsafe { bytes.values(length) }.to_vec())
@@ -176,7 +176,7 @@ impl Within<'_> {
         let path = c_string(path)?;
         let mut count = 0;
         // SAFETY: the handle is open; path and count live as long as the call.
-        let answer: Answer<*mut c_char> = Answer::new(unsafe {
+        let answer: Allocated<*mut c_char> = Allocated::new(unsafe {
             self.store.libraries.store.xs_directory(
                 self.store.handle(),
                 self.transaction,
@@ -236,7 +236,7 @@ impl Within<'_> {
         let path = c_string(path)?;
         let mut count = 0;
         // SAFETY: the handle is open; path and count live as long as the call.
-        let answer = Answer::new(unsafe {
+        let answer = Allocated::new(unsafe {
             self.store.libraries.store.xs_get_permissions(
                 self.store.handle(),
                 self.transaction,
@@ -370,7 +370,7 @@ impl Store for XenStoreConnection {
     fn next_event(&self) -> Result<Option<WatchEvent>> {
         // SAFETY: the handle is open.
         let strings = unsafe { self.libraries.store.xs_check_watch(self.handle()) };
-        let strings = match Answer::new(strings) {
+        let strings = match Allocated::new(strings) {
             Ok(strings) => strings,
             Err(Errno::EAGAIN) => return Ok(None),
             // The library's reader has left because xenstored closed the connection.

@@ -9,7 +9,7 @@ use std::sync::mpsc;
 use std::time::SystemTime;
 
 use log::{error, warn};
-use pciback::inventory::{Intent, Owner, Place, Plan, Repair, Step, Want, Wanted};
+use pciback::inventory::{GuestPlace, Intent, Owner, Plan, Repair, Step, Want, Wanted};
 use pciback::serve::pv::nodes;
 use pciback::{FunctionState, Sbdf};
 
@@ -189,7 +189,7 @@ impl Engine {
 
     fn wanted(&self) -> Wanted {
         let intent = |record: &Record| {
-            let place = record.guest.map(|guest| Place { domain: guest.domain, devfn: guest.devfn });
+            let place = record.guest.map(|guest| GuestPlace { domain: guest.domain, devfn: guest.devfn });
             let want = match (record.state, place) {
                 (FunctionState::Quarantined, place) => Want::Quarantined(place),
                 (FunctionState::Gone, _) => Want::Gone,

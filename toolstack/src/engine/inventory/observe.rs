@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use log::warn;
 use nix::errno::Errno;
 use pciback::config::CapabilityList;
-use pciback::inventory::{Function, HostView, Identity, Observed, Owner, Place, Published, Want, Wanted};
+use pciback::inventory::{
+    Function, GuestPlace, HostView, Identity, Observed, Owner, Published, Want, Wanted,
+};
 use pciback::platform::{HostFunction, PlatformError};
 use pciback::serve::pv::nodes::{self, PublishedFunction};
 use pciback::spec::CapabilityId;
@@ -143,7 +145,7 @@ impl TaskContext {
             let domain = DomId(number);
             for PublishedFunction { devfn, address, .. } in nodes::read_backend_functions(store, domain)? {
                 if let Some(address) = address {
-                    observed.published.insert(Published { address, place: Place { domain, devfn } });
+                    observed.published.insert(Published { address, place: GuestPlace { domain, devfn } });
                 }
             }
         }

@@ -5,7 +5,7 @@ use crate::{Devfn, DomId, Sbdf};
 
 const GUEST: DomId = DomId(4);
 const OTHER: DomId = DomId(5);
-const PLACE: Place = Place { domain: GUEST, devfn: Devfn(8) };
+const PLACE: GuestPlace = GuestPlace { domain: GUEST, devfn: Devfn(8) };
 
 fn pf() -> Sbdf {
     Sbdf::from_devfn(0, 1, 0)
@@ -61,7 +61,7 @@ impl Example {
         self
     }
 
-    fn published(mut self, address: Sbdf, place: Place) -> Self {
+    fn published(mut self, address: Sbdf, place: GuestPlace) -> Self {
         self.observed.published.insert(Published { address, place });
         self
     }
@@ -330,7 +330,7 @@ fn nodes_without_a_record_are_removed_and_what_their_guest_owns_is_distrusted() 
     example.repairs(&[quarantine(vf(0)), nodes]);
     example.dead(GUEST).repairs(&[nodes]);
     Example::new().published(vf(0), PLACE).leave(&[vf(0)]).repairs(&[nodes, remove(vf(0))]);
-    let elsewhere = Place { domain: GUEST, devfn: Devfn(16) };
+    let elsewhere = GuestPlace { domain: GUEST, devfn: Devfn(16) };
     let example = Example::new().attached(vf(0)).published(vf(0), elsewhere);
     example.repairs(&[Repair::RemoveNodes { address: vf(0), place: elsewhere }]);
 }

@@ -93,7 +93,7 @@ impl World {
         self.wanted.functions.get(&address)
     }
 
-    pub fn place(&self, address: Sbdf) -> Option<Place> {
+    pub fn place(&self, address: Sbdf) -> Option<GuestPlace> {
         self.record(address).and_then(Intent::place)
     }
 
@@ -220,7 +220,7 @@ impl World {
         }
     }
 
-    fn take(&mut self, address: Sbdf, place: Place) -> Carried {
+    fn take(&mut self, address: Sbdf, place: GuestPlace) -> Carried {
         check(self.place(address) == Some(place), "it is not that guest's")?;
         self.nodes.remove(&Published { address, place });
         let table = self.hardware.get(&address).is_some_and(|hardware| hardware.msix);

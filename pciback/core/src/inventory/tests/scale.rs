@@ -31,8 +31,10 @@ fn world() -> World {
             world.relate(vf, pf);
             let number = u16::from(bus) * u16::from(VFS) + u16::from(index);
             // 100 guests with 14 functions each at most.
-            let place =
-                Place { domain: DomId(1 + number / 3 % GUESTS), devfn: Devfn((number / 3 / GUESTS) as u8) };
+            let place = GuestPlace {
+                domain: DomId(1 + number / 3 % GUESTS),
+                devfn: Devfn((number / 3 / GUESTS) as u8),
+            };
             add(
                 &mut world,
                 vf,

@@ -86,7 +86,7 @@ fn place(world: &mut World, address: Sbdf, seed: &Seed) {
     let domain = [ALIVE[0], ALIVE[1], ENDING][usize::from(seed.guest)];
     // No two functions share a place.
     let devfn = address.bus() << 5 | address.function() | if world.pf(address).is_some() { 8 } else { 0 };
-    let place = Place { domain, devfn: Devfn(devfn) };
+    let place = GuestPlace { domain, devfn: Devfn(devfn) };
     let want = match seed.want {
         0 | 1 => None,
         2 => Some(Want::Held),
@@ -128,8 +128,8 @@ fn place(world: &mut World, address: Sbdf, seed: &Seed) {
         let mapped = prepared && seed.mapped && matches!(owner, Owner::Domain(_));
         world.xen.insert(address, Device { owner, prepared, mapped });
     }
-    let elsewhere = Place { domain, devfn: Devfn(devfn | 16) };
-    let other = Place { domain: ALIVE[1], devfn: Devfn(devfn | 16) };
+    let elsewhere = GuestPlace { domain, devfn: Devfn(devfn | 16) };
+    let other = GuestPlace { domain: ALIVE[1], devfn: Devfn(devfn | 16) };
     // Nodes are made for functions that are given, and seldom are left over.
     let (own, moved, foreign) = seed.nodes;
     let own = own && (given || seed.replaced || seed.want == 0);

@@ -11,7 +11,7 @@ use crate::target::{Parent, Target, Word};
 
 /// A function and its device number: `BDF[@SLOT][,KEY=VALUE]...`, or with `bdf=BDF` or `name=NAME` among the options.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
+pub struct PciSpec {
     /// The function, or the device.
     pub functions: Functions,
     /// The guest's device number, 0-31.
@@ -34,7 +34,7 @@ fn usage(message: String) -> Failure {
     Failure::new(ErrorCode::Usage, message)
 }
 
-impl FromStr for Place {
+impl FromStr for PciSpec {
     type Err = Failure;
 
     fn from_str(text: &str) -> Result<Self, Failure> {
@@ -132,20 +132,20 @@ mod tests {
     use super::*;
 
     fn refused(text: &str) -> String {
-        let failure = text.parse::<Place>().unwrap_err();
+        let failure = text.parse::<PciSpec>().unwrap_err();
         assert_eq!(failure.code, ErrorCode::Usage, "{text}");
         failure.message
     }
 
     #[test]
     fn a_slot_is_hexadecimal_as_in_xl() {
-        let place: Place = "1:10.2@1f".parse().unwrap();
+        let place: PciSpec = "1:10.2@1f".parse().unwrap();
         assert_eq!(
             (place.functions.to_string().as_str(), place.slot),
             ("0000:01:10.2", Some(DeviceNumber::LAST))
         );
-        assert_eq!("01:10.2,vslot=1f".parse::<Place>().unwrap().slot, Some(DeviceNumber::LAST));
-        assert_eq!("01:10.2".parse::<Place>().unwrap().slot, None);
+        assert_eq!("01:10.2,vslot=1f".parse::<PciSpec>().unwrap().slot, Some(DeviceNumber::LAST));
+        assert_eq!("01:10.2".parse::<PciSpec>().unwrap().slot, None);
         for text in ["01:10.2@", "01:10.2@20", "01:10.2@+1", "01:10.2@1@2", "@1", "01:10.2@1,vslot=2"] {
             refused(text);
         }
@@ -153,10 +153,10 @@ mod tests {
 
     #[test]
     fn options_of_xl_without_effect_are_accepted_with_a_note() {
-        let place: Place = "01:10.2@5,permissive=1,msitranslate=0,power_mgmt=yes".parse().unwrap();
+        let place: PciSpec = "01:10.2@5,permissive=1,msitranslate=0,power_mgmt=yes".parse().unwrap();
         let about: Vec<_> = place.notes.iter().filter_map(|note| note.split(' ').next()).collect();
         assert_eq!(about, ["permissive", "power_mgmt"]);
-        assert_eq!("01:10.2,seize=0,rdm_policy=relaxed".parse::<Place>().unwrap().notes, [""; 0]);
+        assert_eq!("01:10.2,seize=0,rdm_policy=relaxed".parse::<PciSpec>().unwrap().notes, [""; 0]);
     }
 
     #[test]
@@ -184,7 +184,7 @@ mod tests {
             ("bdf=01:10.2,vslot=5", "0000:01:10.2", Some(5)),
             ("bdf=01:10.*,permissive=1", "0000:01:10.*", None),
         ] {
-            let place: Place = text.parse().unwrap();
+            let place: PciSpec = text.parse().unwrap();
             assert_eq!(
                 (place.functions.to_string().as_str(), place.slot),
                 (meant, slot.and_then(DeviceNumber::new))
