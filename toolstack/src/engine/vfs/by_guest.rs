@@ -258,3 +258,55 @@ fn may_create(address: Sbdf, wanted: u16, context: &Context<'_>) -> Result<(), F
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use pciback::DomId;
+    use pciback::platform::sim::Simulation;
+
+    use super::*;
+    use crate::engine::{Event, Inbox, tasks};
+    use crate::journal::GuestPlace;
+
+    const HOST: &str = include_str!("../../../../configs/sim/two-guests.yaml");
+    const LIMIT: Duration = Duration::from_secs(60);
+
+    fn record(address: Sbdf, state: FunctionState, guest: Option<DomId>) -> Record {
+        let guest = guest.map(|domain| GuestPlace { domain, devfn: pciback::Devfn(0) });
+        Record { state, guest, ..Record::new(address, "boot") }
+    }
+
+    #[test]
+    fn vfs_are_taken_from_guests_and_released_before_the_driver_removes_them() {
+        let pf: Sbdf = "01:00.0".parse().unwrap();
+        let platform = Simulation::from_yaml(HOST).unwrap().platform("test").unwrap();
+        platform.host.set_num_vfs(pf, 2, LIMIT).unwrap();
+        let vfs = platform.host.function(pf).unwrap().virtual_functions;
+        let (mut functions, policies) = (Functions::new("boot".to_owned()), PolicySet::default());
+        functions.keep(record(vfs[0], FunctionState::Attached, Some(DomId(1))));
+        functions.keep(record(vfs[1], FunctionState::Held, None));
+        let (inbox, events) = Inbox::new().unwrap();
+        let answered = inbox.ask(|answer| Event::Tasks(tasks::Event::RemoveVfs(pf, answer)));
+        let Ok(Event::Tasks(tasks::Event::RemoveVfs(_, answer))) = events.try_recv() else { panic!() };
+
+        let mut guests = GuestVfs::default();
+        let context = Context { platform: &platform, functions: &functions, policies: &policies };
+        let effects = guests.leaves(pf, answer, &context);
+        assert!(
+            matches!(&effects[..], [Effect::Asked(_), Effect::Take(taken), Effect::Release(released)]
+                if taken.address == vfs[0] && released.address == vfs[1]),
+            "{effects:?}"
+        );
+
+        vfs.iter().for_each(|vf| functions.forget(*vf));
+        let context = Context { platform: &platform, functions: &functions, policies: &policies };
+        assert!(matches!(guests.go_on(vfs[1], &context)[..], [Effect::Remove(_)]));
+        assert!(guests.go_on(vfs[0], &context).is_empty(), "its driver removes them already");
+        platform.host.set_num_vfs(pf, 0, LIMIT).unwrap();
+        let effects = guests.changed(pf, Ok(()), &context);
+        assert!(matches!(effects[..], [Effect::Asked(_), Effect::Settled(_)]), "{effects:?}");
+        assert_eq!(answered.recv_timeout(LIMIT).unwrap(), Ok(None));
+    }
+}
