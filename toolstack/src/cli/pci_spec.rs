@@ -44,53 +44,77 @@ impl FromStr for PciSpec {
                 "'{text}' is no function; write a device number of the guest as BDF@{text}"
             )));
         }
-        let mut parts = text.split(',').peekable();
-        let (mut functions, mut slot) = (None, None);
-        if let Some(first) = parts.next_if(|first| !first.contains('=')) {
-            let (function, digits) = match first.split_once('@') {
-                Some((function, digits)) => (function, Some(digits)),
-                None => (first, None),
-            };
-            functions = Some(parse(function)?);
-            slot = digits.map(|digits| slot_of(&format!("@{digits}"), digits)).transpose()?;
+        let mut options = text.split(',').peekable();
+        let mut given = Given::default();
+        if let Some(first) = options.next_if(|first| !first.contains('=')) {
+            given.take_function(first)?;
         }
-        let (mut notes, mut seize) = (Vec::new(), None);
-        for option in parts {
-            let (key, value) = option
-                .split_once('=')
-                .ok_or_else(|| usage(format!("'{option}' is not an option: options are KEY=VALUE")))?;
-            if let Some((_, note)) = WITHOUT_EFFECT.iter().find(|(name, _)| *name == key) {
-                if is_on(key, value)? {
-                    notes.push(*note);
-                }
-                continue;
+        options.try_for_each(|option| given.take_option(option))?;
+        given.complete(text)
+    }
+}
+
+/// What was read of the text so far.
+#[derive(Default)]
+struct Given<'a> {
+    functions: Option<Functions>,
+    slot: Option<DeviceNumber>,
+    notes: Vec<&'static str>,
+    /// The option `seize`, if it is on.
+    seize: Option<&'a str>,
+}
+
+impl<'a> Given<'a> {
+    /// Takes `BDF[@SLOT]`.
+    fn take_function(&mut self, text: &str) -> Result<(), Failure> {
+        let (function, digits) = match text.split_once('@') {
+            Some((function, digits)) => (function, Some(digits)),
+            None => (text, None),
+        };
+        self.functions = Some(parse(function)?);
+        self.slot = digits.map(|digits| slot_of(&format!("@{digits}"), digits)).transpose()?;
+        Ok(())
+    }
+
+    /// Takes `KEY=VALUE`.
+    fn take_option(&mut self, option: &'a str) -> Result<(), Failure> {
+        let (key, value) = option
+            .split_once('=')
+            .ok_or_else(|| usage(format!("'{option}' is not an option: options are KEY=VALUE")))?;
+        if let Some((_, note)) = WITHOUT_EFFECT.iter().find(|(name, _)| *name == key) {
+            if is_on(key, value)? {
+                self.notes.push(*note);
             }
-            match (key, value) {
-                ("vslot", digits) if slot.is_none() => slot = Some(slot_of(option, digits)?),
-                ("vslot", _) => {
-                    return Err(usage(format!("'{option}': the device number is given twice")));
-                }
-                ("bdf" | "name", _) if functions.is_some() => {
-                    return Err(usage(format!("'{option}': the function is given twice")));
-                }
-                ("bdf", value) => functions = Some(parse(value)?),
-                ("name", value) => {
-                    let word = Word::try_from(value.to_owned()).map_err(usage)?;
-                    functions = Some(Functions::One(Target::One(Parent::Word(word))));
-                }
-                ("rdm_policy", "relaxed") => {}
-                ("rdm_policy", "strict") => {
-                    return Err(usage(format!(
-                        "'{option}' is set in a policy: write 'rdm-policy: strict' there"
-                    )));
-                }
-                ("seize", _) => seize = is_on(key, value)?.then_some(option),
-                _ => {
-                    let known = "bdf, name, vslot, permissive, msitranslate, power_mgmt, seize, rdm_policy";
-                    return Err(usage(format!("unknown option '{option}'; the options are {known}")));
-                }
+            return Ok(());
+        }
+        match (key, value) {
+            ("vslot", digits) if self.slot.is_none() => self.slot = Some(slot_of(option, digits)?),
+            ("vslot", _) => return Err(usage(format!("'{option}': the device number is given twice"))),
+            ("bdf" | "name", _) if self.functions.is_some() => {
+                return Err(usage(format!("'{option}': the function is given twice")));
+            }
+            ("bdf", value) => self.functions = Some(parse(value)?),
+            ("name", value) => {
+                let word = Word::try_from(value.to_owned()).map_err(usage)?;
+                self.functions = Some(Functions::One(Target::One(Parent::Word(word))));
+            }
+            ("rdm_policy", "relaxed") => {}
+            ("rdm_policy", "strict") => {
+                return Err(usage(format!(
+                    "'{option}' is set in a policy: write 'rdm-policy: strict' there"
+                )));
+            }
+            ("seize", _) => self.seize = is_on(key, value)?.then_some(option),
+            _ => {
+                let known = "bdf, name, vslot, permissive, msitranslate, power_mgmt, seize, rdm_policy";
+                return Err(usage(format!("unknown option '{option}'; the options are {known}")));
             }
         }
+        Ok(())
+    }
+
+    fn complete(self, text: &str) -> Result<PciSpec, Failure> {
+        let Self { functions, slot, notes, seize } = self;
         let Some(functions) = functions else {
             return Err(usage(format!("'{text}' has no function: write BDF, bdf=BDF or name=NAME")));
         };
@@ -100,7 +124,7 @@ impl FromStr for PciSpec {
             )));
         }
         match seize {
-            None => Ok(Self { functions, slot, notes }),
+            None => Ok(PciSpec { functions, slot, notes }),
             Some(option) => {
                 let first = format!("'xpci pci-assignable-add {functions}' first, or pci-attach --managed");
                 Err(usage(format!("'{option}' is a command of its own: {first}")))
