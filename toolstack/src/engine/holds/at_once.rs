@@ -104,7 +104,7 @@ impl AtOnce {
 
     /// The record of a function that a policy or a persistent setting requires to be held now. `appeared`: its driver may not have probed
     /// it yet.
-    fn to_hold(&mut self, function: &HostFunction, appeared: bool, context: &Context<'_>) -> Option<Record> {
+    fn due(&mut self, function: &HostFunction, appeared: bool, context: &Context<'_>) -> Option<Record> {
         let (address, incarnation) = (function.address, function.incarnation);
         let same = |known: &BTreeMap<Sbdf, u64>| known.get(&address) == Some(&incarnation);
         if same(&self.tried) || same(&self.given_back) || !context.belongs_to_guests(function) {
@@ -177,7 +177,7 @@ impl Engine {
         }
         let Self { holds, platform, policies, files, functions, .. } = self;
         let context = Context { platform, policies, files, functions };
-        if let Some(record) = holds.at_once.to_hold(function, appeared, &context) {
+        if let Some(record) = holds.at_once.due(function, appeared, &context) {
             self.start(Course::Forward(Kind::Hold), record, None, |record| {
                 format!("{}: held at once", record.address)
             });
