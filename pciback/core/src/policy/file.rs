@@ -261,11 +261,8 @@ impl PolicyFile {
             if let Some((_, node)) = entries.iter().find(|(key, _)| *key == "hold") {
                 file.check_holding(node, &mut diagnostics);
             }
-            if let Some((_, node)) = entries.iter().find(|(key, _)| *key == "reset")
-                && !file.matching.domain.is_empty()
-            {
-                let text = "'reset' cannot depend on 'domain': it is needed, too, when that guest has ended";
-                diagnostics.say(node.at, text.to_owned());
+            for (key, node) in &entries {
+                file.check_domain(key, node, &mut diagnostics);
             }
         }
         if diagnostics.is_empty() { Ok(file) } else { Err(diagnostics.into_list()) }
@@ -280,6 +277,18 @@ impl PolicyFile {
         if self.hold == Some(Holding::AtOnce) && !self.matching.domain.is_empty() {
             let text = "'hold: at-once' cannot depend on 'domain': no guest has the function then";
             diagnostics.say(node.at, text.to_owned());
+        }
+    }
+
+    /// What is needed when no guest has the function cannot depend on the guest.
+    fn check_domain(&self, key: &str, node: &Node, diagnostics: &mut Diagnostics) {
+        let why = match key {
+            "reset" => "it is needed, too, when that guest has ended",
+            "virtual-functions" => "the PF is bound to the driver that creates VFs before a guest has it",
+            _ => return,
+        };
+        if !self.matching.domain.is_empty() {
+            diagnostics.say(node.at, format!("'{key}' cannot depend on 'domain': {why}"));
         }
     }
 

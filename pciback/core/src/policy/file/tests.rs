@@ -363,6 +363,10 @@ fn vfs_by_guest_are_at_most_what_fits_beside_the_pf() {
             "1:21: 'by-guests' is not a valid key of 'virtual-functions'; did you mean 'by-guest'?",
         ),
         ("virtual-functions: 2\n", "1:20: 'virtual-functions' is a mapping, not a word"),
+        (
+            "match: {domain: nic}\nvirtual-functions: {by-guest: 2}\n",
+            "2:20: 'virtual-functions' cannot depend on 'domain': the PF is bound to the driver that creates VFs before a guest has it",
+        ),
     ] {
         assert_eq!(mistakes(text), [format!("f.yaml:{message}")], "{text}");
     }
