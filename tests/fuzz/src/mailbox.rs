@@ -5,7 +5,8 @@ use std::sync::{Arc, OnceLock};
 use pciback::config::{
     Filter, FunctionKind, FunctionSpec, ImageOwner, MailboxPeers, MailboxWish, Policy, Rule,
 };
-use pciback::mailbox::{MAILBOX_BYTES, MailboxWords, QUEUE_LENGTH, VENDOR, mailbox_memory};
+use pciback::mailbox::{MAILBOX_BYTES, QUEUE_LENGTH, VENDOR, mailbox_memory};
+use pciback::memory::Words;
 use pciback::platform::SharedMemory;
 use pciback::serve::pv::wire::{Command, MSIX_ENTRIES, MsixEntry, Op};
 use pciback::serve::{FunctionMailbox, GuestFunction, Mailboxes};
@@ -52,7 +53,7 @@ fn devices() -> &'static [Device; 2] {
 
 struct Side {
     device: &'static Device,
-    words: MailboxWords,
+    words: Words,
     function: GuestFunction,
 }
 

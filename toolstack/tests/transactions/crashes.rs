@@ -1,5 +1,7 @@
 //! The service is killed at each change it makes outside: the next process completes or undoes what it began.
 
+use std::ops::Range;
+
 use pciback::FunctionState;
 use pciback::platform::sim::Moment;
 use toolstack::protocol::{FunctionView, Request};
@@ -11,33 +13,43 @@ use crate::world::{Service, WEB, World, bdf, wait_until};
 const CHANGES: u32 = 100;
 const VENDOR: u32 = 0;
 
+/// Lets `work` meet each change that a service makes outside, before and after it. It arms the service's fuse with them and checks what the next
+/// process makes of it, or answers `false` when the service was done before. `changes`: how many there are at least and at most.
+pub fn at_each_change(changes: Range<u32>, work: impl Fn(u32, Moment, &str) -> bool) {
+    for change in 0..changes.end {
+        for moment in [Moment::Before, Moment::After] {
+            if !work(change, moment, &format!("killed at change {change}, {moment:?}")) {
+                assert!(change > changes.start, "hardly anything was done");
+                return;
+            }
+        }
+    }
+    panic!("it makes more changes than are tested");
+}
+
 /// Kills the service at each of the changes that `work` makes, before and after it, and lets `check` examine the next process.
 pub fn killed_anywhere(
     prepare: impl Fn(&World, &Service),
     work: impl Fn(&Service) -> bool,
     check: impl Fn(&World, &Service, &Frontend, &str),
 ) {
-    for changes in 0..CHANGES {
-        for moment in [Moment::Before, Moment::After] {
-            let world = World::without_vfs();
-            let frontend = Frontend::load(&world, WEB);
-            let service = world.start();
-            prepare(&world, &service);
-            // What preparing has stirred up is looked at before: the kill must hit the work.
-            service.call(Request::Sync { dry_run: true }).unwrap();
-            service.fuse.arm(changes, moment);
-            let done = work(&service);
-            if done && !service.fuse.is_blown() {
-                assert!(changes > 2, "hardly anything was done");
-                return;
-            }
-            service.kill();
-            let why = format!("killed at change {changes}, {moment:?}");
-            let service = world.start();
-            check(&world, &service, &frontend, &why);
+    at_each_change(2..CHANGES, |change, moment, why| {
+        let world = World::without_vfs();
+        let frontend = Frontend::load(&world, WEB);
+        let service = world.start();
+        prepare(&world, &service);
+        // What preparing has stirred up is looked at before: the kill must hit the work.
+        service.call(Request::Sync { dry_run: true }).unwrap();
+        service.fuse.arm(change, moment);
+        let done = work(&service);
+        if done && !service.fuse.is_blown() {
+            return false;
         }
-    }
-    panic!("it makes more changes than are tested");
+        service.kill();
+        let service = world.start();
+        check(&world, &service, &frontend, why);
+        true
+    });
 }
 
 /// Nothing is under way any more, and nothing is wrong.
@@ -135,37 +147,30 @@ fn a_release_that_is_killed_anywhere_ends_held_or_with_its_driver() {
 #[test]
 fn a_service_killed_while_it_maps_vectors_leaves_no_unknown_ones() {
     let address = bdf("01:00.0");
-    for changes in 0..CHANGES {
-        for moment in [Moment::Before, Moment::After] {
-            let world = World::without_vfs();
-            let frontend = Frontend::load(&world, WEB);
-            let service = world.start();
-            service.hold(address).unwrap();
-            service.attach(WEB, address).unwrap();
-            service.fuse.arm(changes, moment);
-            frontend.put(&msix_op(0, 3));
-            let why = format!("killed at change {changes}, {moment:?}");
-            let answered = || frontend.has_answer();
-            wait_until(&format!("{why}: it is killed or answers"), || answered() || service.fuse.is_blown());
-            let done = !service.fuse.is_blown();
-            service.kill();
-            let service = world.start();
-            // The request still waits on the page: the next process answers it.
-            let (error, _, entries) = frontend.take(3);
-            assert_eq!(error, 0, "{why}");
-            let mapped = world.simulation.grants(WEB).vectors;
-            assert_eq!(mapped.len(), 3, "{why}: {mapped:?}");
-            assert!(
-                entries.iter().all(|entry| mapped.contains_key(&u32::from(entry.vector))),
-                "{why}: {entries:?}"
-            );
-            service.detach(WEB, address).unwrap();
-            world.assert_held(&service, address, &why);
-            if done {
-                assert!(changes > 2, "hardly anything was done");
-                return;
-            }
-        }
-    }
-    panic!("it makes more changes than are tested");
+    at_each_change(2..CHANGES, |change, moment, why| {
+        let world = World::without_vfs();
+        let frontend = Frontend::load(&world, WEB);
+        let service = world.start();
+        service.hold(address).unwrap();
+        service.attach(WEB, address).unwrap();
+        service.fuse.arm(change, moment);
+        frontend.put(&msix_op(0, 3));
+        let answered = || frontend.has_answer();
+        wait_until(&format!("{why}: it is killed or answers"), || answered() || service.fuse.is_blown());
+        let done = !service.fuse.is_blown();
+        service.kill();
+        let service = world.start();
+        // The request still waits on the page: the next process answers it.
+        let (error, _, entries) = frontend.take(3);
+        assert_eq!(error, 0, "{why}");
+        let mapped = world.simulation.grants(WEB).vectors;
+        assert_eq!(mapped.len(), 3, "{why}: {mapped:?}");
+        assert!(
+            entries.iter().all(|entry| mapped.contains_key(&u32::from(entry.vector))),
+            "{why}: {entries:?}"
+        );
+        service.detach(WEB, address).unwrap();
+        world.assert_held(&service, address, why);
+        !done
+    });
 }

@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use pciback::platform::StoreOps;
-use pciback::platform::sim::{Moment, SimHotplug};
+use pciback::platform::sim::SimHotplug;
 use pciback::{DomId, FunctionState, Sbdf};
 use toolstack::outcome::{ErrorCode, Failure};
 use toolstack::protocol::{Request, Scope, Success};
 
-use crate::crashes::settled;
+use crate::crashes::{at_each_change, settled};
 use crate::hvm::{Guest, SLOT, VENDOR, WIN, assert_nothing_remains, attach_at, served};
 use crate::world::{Service, World, bdf, name, wait_until, warnings};
 
@@ -250,57 +250,49 @@ fn a_guest_that_ends_while_it_is_asked_is_not_awaited() {
 
 #[test]
 fn an_attach_to_a_running_guest_that_is_killed_anywhere_leaves_nothing_or_is_whole() {
-    for changes in 0..100 {
-        for moment in [Moment::Before, Moment::After] {
-            let world = World::new();
-            let (guest, hotplug) = running(&world);
-            let service = world.start();
-            service.hold(first()).unwrap();
-            service.fuse.arm(changes, moment);
-            if service.attach(WIN, first()).is_ok() && !service.fuse.is_blown() {
-                assert!(changes > 5, "hardly anything was done");
-                return;
-            }
-            service.kill();
-            let why = format!("killed at change {changes}, {moment:?}");
-            let service = world.start();
-            settled(&service, &why);
-            if service.state(first()) == FunctionState::Held {
-                assert_gone(&world, &guest, &hotplug, &service, &why);
-                service.attach(WIN, first()).unwrap();
-            }
-            assert_eq!((hotplug.placeholders(), guest.read(SLOT, VENDOR, 2)), (vec![SLOT], 0x8086), "{why}");
-            answering(&hotplug, || assert_eq!(warnings(service.detach(WIN, first())), "", "{why}"));
-            assert_gone(&world, &guest, &hotplug, &service, &why);
+    at_each_change(5..100, |change, moment, why| {
+        let world = World::new();
+        let (guest, hotplug) = running(&world);
+        let service = world.start();
+        service.hold(first()).unwrap();
+        service.fuse.arm(change, moment);
+        if service.attach(WIN, first()).is_ok() && !service.fuse.is_blown() {
+            return false;
         }
-    }
-    panic!("it makes more changes than are tested");
+        service.kill();
+        let service = world.start();
+        settled(&service, why);
+        if service.state(first()) == FunctionState::Held {
+            assert_gone(&world, &guest, &hotplug, &service, why);
+            service.attach(WIN, first()).unwrap();
+        }
+        assert_eq!((hotplug.placeholders(), guest.read(SLOT, VENDOR, 2)), (vec![SLOT], 0x8086), "{why}");
+        answering(&hotplug, || assert_eq!(warnings(service.detach(WIN, first())), "", "{why}"));
+        assert_gone(&world, &guest, &hotplug, &service, why);
+        true
+    });
 }
 
 #[test]
 fn a_detach_that_is_killed_anywhere_is_completed_by_the_next_run() {
-    for changes in 0..100 {
-        for moment in [Moment::Before, Moment::After] {
-            let (world, guest, hotplug, service) = attached();
-            guest.write(NUMBER, 1, 9);
-            service.fuse.arm(changes, moment);
-            let detached = answering(&hotplug, || service.detach(WIN, first()));
-            if detached.is_ok() && !service.fuse.is_blown() {
-                assert!(changes > 5, "hardly anything was done");
-                return;
-            }
-            service.kill();
-            let why = format!("killed at change {changes}, {moment:?}");
-            let service = world.start();
-            settled(&service, &why);
-            if service.state(first()) == FunctionState::Attached {
-                assert_eq!(guest.read(SLOT, NUMBER, 1), 9, "{why}: it is another one");
-                answering(&hotplug, || service.detach(WIN, first())).unwrap();
-            }
-            assert_gone(&world, &guest, &hotplug, &service, &why);
+    at_each_change(5..100, |change, moment, why| {
+        let (world, guest, hotplug, service) = attached();
+        guest.write(NUMBER, 1, 9);
+        service.fuse.arm(change, moment);
+        let detached = answering(&hotplug, || service.detach(WIN, first()));
+        if detached.is_ok() && !service.fuse.is_blown() {
+            return false;
         }
-    }
-    panic!("it makes more changes than are tested");
+        service.kill();
+        let service = world.start();
+        settled(&service, why);
+        if service.state(first()) == FunctionState::Attached {
+            assert_eq!(guest.read(SLOT, NUMBER, 1), 9, "{why}: it is another one");
+            answering(&hotplug, || service.detach(WIN, first())).unwrap();
+        }
+        assert_gone(&world, &guest, &hotplug, &service, why);
+        true
+    });
 }
 
 #[test]

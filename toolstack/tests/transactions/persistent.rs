@@ -3,13 +3,12 @@
 mod devices;
 
 use nix::errno::Errno;
-use pciback::platform::sim::Moment;
 use pciback::serve::hvm::wire::xen::config;
 use pciback::{DeviceNumber, DomId, FunctionState, Sbdf, Uuid};
 use toolstack::outcome::ErrorCode;
 use toolstack::protocol::{DomainName, FunctionView, Request, Scope, Success};
 
-use crate::crashes::{killed_anywhere, settled};
+use crate::crashes::{at_each_change, killed_anywhere, settled};
 use crate::frontend::Frontend;
 use crate::world::{DB, LIMIT, Service, WEB, World, bdf, name, wait_until};
 
@@ -322,25 +321,21 @@ fn rebooted_and_killed<Guest>(
     done: impl Fn(&World, &Service) -> bool,
     check: impl Fn(&World, &Service, &str),
 ) {
-    for changes in 0..200 {
-        for moment in [Moment::Before, Moment::After] {
-            let world = World::new();
-            let service = prepare(&world);
-            service.fuse.arm(changes, moment);
-            let _guest = reboot(&world);
-            let why = format!("killed at change {changes}, {moment:?}");
-            wait_until(&why, || service.fuse.is_blown() || done(&world, &service));
-            if !service.fuse.is_blown() {
-                assert!(changes > 10, "hardly anything was done");
-                return;
-            }
-            service.kill();
-            let service = world.start();
-            wait_until(&format!("{why}: it is attached again"), || done(&world, &service));
-            check(&world, &service, &why);
+    at_each_change(10..200, |change, moment, why| {
+        let world = World::new();
+        let service = prepare(&world);
+        service.fuse.arm(change, moment);
+        let _guest = reboot(&world);
+        wait_until(why, || service.fuse.is_blown() || done(&world, &service));
+        if !service.fuse.is_blown() {
+            return false;
         }
-    }
-    panic!("it makes more changes than are tested");
+        service.kill();
+        let service = world.start();
+        wait_until(&format!("{why}: it is attached again"), || done(&world, &service));
+        check(&world, &service, why);
+        true
+    });
 }
 
 #[test]

@@ -1,12 +1,12 @@
 //! Guests that are saved and restored: they get the same functions or equal ones, and a killed process leaves a visible state.
 
 use pciback::platform::VfSettings;
-use pciback::platform::sim::Moment;
 use pciback::{DeviceNumber, DomId, FunctionState, Sbdf, Uuid};
 use toolstack::outcome::{ErrorCode, Failure};
 use toolstack::protocol::{Request, ReservedFunction, Success};
 use toolstack::saved::SavedGuest;
 
+use crate::crashes::at_each_change;
 use crate::frontend::Frontend;
 use crate::world::{DB, Service, WEB, World, bdf, name, wait_until};
 
@@ -135,34 +135,30 @@ fn a_guest_that_runs_on_without_its_functions_is_shown_until_it_has_them() {
 #[test]
 fn a_save_that_is_killed_anywhere_leaves_each_function_with_the_guest_or_shown() {
     let vf = bdf("01:00.0");
-    for changes in 0..100 {
-        for moment in [Moment::Before, Moment::After] {
-            let world = World::without_vfs();
-            let _frontend = Frontend::load(&world, WEB);
-            let service = world.start();
-            service.hold(vf).unwrap();
-            service.attach(WEB, vf).unwrap();
-            service.call(Request::Sync { dry_run: true }).unwrap();
-            service.fuse.arm(changes, moment);
-            let done = save(&service).is_ok();
-            if done && !service.fuse.is_blown() {
-                assert!(changes > 2, "hardly anything was done");
-                return;
-            }
-            service.kill();
-            let why = format!("killed at change {changes}, {moment:?}");
-            let service = world.start();
-            wait_until(&format!("{why}: it settles"), || {
-                matches!(service.state(vf), FunctionState::Held | FunctionState::Attached)
-            });
-            let shown = service.problems().iter().any(|text| text.contains("was taken from"));
-            assert_eq!(shown, service.state(vf) == FunctionState::Held, "{why}: {:?}", service.problems());
-            attach_at(&service, WEB, vf, 0).unwrap();
-            assert_eq!(service.state(vf), FunctionState::Attached, "{why}");
-            assert_eq!(service.problems(), [""; 0], "{why}");
+    at_each_change(2..100, |change, moment, why| {
+        let world = World::without_vfs();
+        let _frontend = Frontend::load(&world, WEB);
+        let service = world.start();
+        service.hold(vf).unwrap();
+        service.attach(WEB, vf).unwrap();
+        service.call(Request::Sync { dry_run: true }).unwrap();
+        service.fuse.arm(change, moment);
+        let done = save(&service).is_ok();
+        if done && !service.fuse.is_blown() {
+            return false;
         }
-    }
-    panic!("it makes more changes than are tested");
+        service.kill();
+        let service = world.start();
+        wait_until(&format!("{why}: it settles"), || {
+            matches!(service.state(vf), FunctionState::Held | FunctionState::Attached)
+        });
+        let shown = service.problems().iter().any(|text| text.contains("was taken from"));
+        assert_eq!(shown, service.state(vf) == FunctionState::Held, "{why}: {:?}", service.problems());
+        attach_at(&service, WEB, vf, 0).unwrap();
+        assert_eq!(service.state(vf), FunctionState::Attached, "{why}");
+        assert_eq!(service.problems(), [""; 0], "{why}");
+        true
+    });
 }
 
 #[test]

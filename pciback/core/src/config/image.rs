@@ -3,15 +3,14 @@
 //! Everything that is read here may have been written by a damaged file system or an older version: [`FunctionImage::check`]
 //! looks at it once when a service resumes, and the accessors accept any value of the words.
 //!
-//! A value that takes one word is stored in place. Values that change together are written to the slot that is not in use and
-//! switched by one store of a generation number, so that a service killed at any instant leaves the old or the new.
+//! Values that change together have two slots: see [`Words`].
 
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::Ordering::Relaxed;
 
 use super::list::CapabilityList;
 use super::records::{ImageError, ImageOwner, InterruptMode, RequestRecord, RequestStage, VectorState};
 use crate::Sbdf;
-use crate::memory::SharedWords;
+use crate::memory::{SharedWords, Words, next_generation};
 
 /// `xpci` in the order of bytes in memory.
 const MAGIC: u32 = u32::from_le_bytes(*b"xpci");
@@ -57,7 +56,7 @@ const CHOSEN: u32 = 1 << 16;
 /// slots of vectors; page 5: the bits that are read from hardware. For an HVM guest, pages 6 to 13: its MSI-X table. One thread owns it at a time.
 #[derive(Debug)]
 pub struct FunctionImage {
-    memory: Box<dyn SharedWords>,
+    words: Words,
     owner: ImageOwner,
 }
 
@@ -72,7 +71,7 @@ impl FunctionImage {
     /// Wraps a mapping of at least [`Self::BYTES`]; its words are first looked at by
     /// [`super::VirtualConfigSpace::create`], which overwrites them, or `resume`, which checks them.
     pub fn new(memory: impl SharedWords + 'static, owner: ImageOwner) -> Self {
-        Self { memory: Box::new(memory), owner }
+        Self { words: Words::new(memory), owner }
     }
 
     /// The guest, within one boot, that it belongs to.
@@ -83,37 +82,37 @@ impl FunctionImage {
     /// Begins an image: all zero, valid only after [`Self::complete`].
     pub(super) fn begin(&mut self, address: Sbdf, shape: u64) -> Result<(), ImageError> {
         self.check_size(address)?;
-        self.set(word::MAGIC, 0);
-        for index in 1..self.memory.words().len() {
-            self.set(index, 0);
+        self.words.set(word::MAGIC, 0);
+        for index in 1..self.words.all().len() {
+            self.words.set(index, 0);
         }
-        self.set(word::VERSION, VERSION);
+        self.words.set(word::VERSION, VERSION);
         self.set_double(word::BOOT, self.owner.boot);
-        self.set(word::DOMAIN, u32::from(self.owner.domain.0));
-        self.set(word::ADDRESS, address.packed());
+        self.words.set(word::DOMAIN, u32::from(self.owner.domain.0));
+        self.words.set(word::ADDRESS, address.packed());
         self.set_double(word::SHAPE, shape);
         Ok(())
     }
 
     /// Makes what was begun valid.
     pub(super) fn complete(&mut self) {
-        self.publish(word::MAGIC, MAGIC);
+        self.words.publish(word::MAGIC, MAGIC);
     }
 
     /// Checks everything that another run of the service left.
     pub(super) fn check(&self, address: Sbdf, shape: u64) -> Result<(), ImageError> {
         self.check_size(address)?;
-        let magic = self.memory.words().first().map_or(0, |word| word.load(Acquire));
+        let magic = self.words.latest(word::MAGIC);
         if magic != MAGIC {
             return Err(ImageError::Magic { address, found: magic });
         }
-        if self.get(word::VERSION) != VERSION {
-            return Err(ImageError::Version { address, found: self.get(word::VERSION) });
+        if self.words.get(word::VERSION) != VERSION {
+            return Err(ImageError::Version { address, found: self.words.get(word::VERSION) });
         }
         for (what, found, expected) in [
             ("boot", self.get_double(word::BOOT), self.owner.boot),
-            ("domain", u64::from(self.get(word::DOMAIN)), u64::from(self.owner.domain.0)),
-            ("function", u64::from(self.get(word::ADDRESS)), u64::from(address.packed())),
+            ("domain", u64::from(self.words.get(word::DOMAIN)), u64::from(self.owner.domain.0)),
+            ("function", u64::from(self.words.get(word::ADDRESS)), u64::from(address.packed())),
             ("layout", self.get_double(word::SHAPE), shape),
         ] {
             if found != expected {
@@ -121,27 +120,31 @@ impl FunctionImage {
             }
         }
         let damaged = |what, found| Err(ImageError::Damaged { address, what, found });
-        if self.get(word::RESETTING) > 1 {
-            return damaged("the reset flag", self.get(word::RESETTING));
+        if self.words.get(word::RESETTING) > 1 {
+            return damaged("the reset flag", self.words.get(word::RESETTING));
         }
         let slot = self.vector_slot();
-        let (mode, pending, count) = (self.get(slot), self.get(slot + 1), self.get(slot + 2));
+        let (mode, pending, count) =
+            (self.words.get(slot), self.words.get(slot + 1), self.words.get(slot + 2));
         if mode > 3 {
             return damaged("the interrupt mode", mode);
         }
-        if pending != NO_ENTRY && pending > u32::from(u16::MAX) && self.get(word::VECTORS_GENERATION) != 0 {
+        if pending != NO_ENTRY
+            && pending > u32::from(u16::MAX)
+            && self.words.get(word::VECTORS_GENERATION) != 0
+        {
             return damaged("the pending vector", pending);
         }
         if count as usize > Self::MAX_VECTORS {
             return damaged("the number of vectors", count);
         }
         for index in 0..count as usize {
-            let entry = self.get(slot + VECTOR_HEADER + 2 * index);
+            let entry = self.words.get(slot + VECTOR_HEADER + 2 * index);
             if entry & !CHOSEN > u32::from(u16::MAX) {
                 return damaged("a vector's entry", entry);
             }
         }
-        let stage = self.get(self.request_slot());
+        let stage = self.words.get(self.request_slot());
         if stage > 2 {
             return damaged("the stage of the request", stage);
         }
@@ -149,45 +152,45 @@ impl FunctionImage {
     }
 
     fn check_size(&self, address: Sbdf) -> Result<(), ImageError> {
-        let bytes = self.memory.words().len() * 4;
+        let bytes = self.words.all().len() * 4;
         if bytes < Self::BYTES { Err(ImageError::Size { address, bytes }) } else { Ok(()) }
     }
 
     /// One dword of the shadow.
     pub(super) fn shadow(&self, dword: usize) -> u32 {
-        self.get(SHADOW + (dword & (PAGE - 1)))
+        self.words.get(SHADOW + (dword & (PAGE - 1)))
     }
 
     /// Stores one dword of the shadow.
     pub(super) fn set_shadow(&mut self, dword: usize, value: u32) {
-        self.set(SHADOW + (dword & (PAGE - 1)), value);
+        self.words.set(SHADOW + (dword & (PAGE - 1)), value);
     }
 
     /// Clears bits of one dword of the shadow.
     pub(super) fn clear_shadow_bits(&self, dword: usize, bits: u32) {
-        if let Some(word) = self.memory.words().get(SHADOW + (dword & (PAGE - 1))) {
+        if let Some(word) = self.words.all().get(SHADOW + (dword & (PAGE - 1))) {
             word.fetch_and(!bits, Relaxed);
         }
     }
 
     /// What a dword of the shadow returns to at a reset.
     pub(super) fn reset_value(&self, dword: usize) -> u32 {
-        self.get(RESET_VALUES + (dword & (PAGE - 1)))
+        self.words.get(RESET_VALUES + (dword & (PAGE - 1)))
     }
 
     /// Stores what a dword of the shadow returns to at a reset.
     pub(super) fn set_reset_value(&mut self, dword: usize, value: u32) {
-        self.set(RESET_VALUES + (dword & (PAGE - 1)), value);
+        self.words.set(RESET_VALUES + (dword & (PAGE - 1)), value);
     }
 
     /// The bits of a dword that are read from hardware.
     pub(super) fn hardware_bits(&self, dword: usize) -> u32 {
-        self.get(FROM_HARDWARE + (dword & (PAGE - 1)))
+        self.words.get(FROM_HARDWARE + (dword & (PAGE - 1)))
     }
 
     /// Notes which bits of a dword are read from hardware.
     pub(super) fn set_hardware_bits(&mut self, dword: usize, bits: u32) {
-        self.set(FROM_HARDWARE + (dword & (PAGE - 1)), bits);
+        self.words.set(FROM_HARDWARE + (dword & (PAGE - 1)), bits);
     }
 
     /// Where a BAR (0-5, 6 for the ROM) is mapped in an HVM guest; `None` where it is not.
@@ -206,22 +209,22 @@ impl FunctionImage {
 
     /// How many page frames of a BAR are mapped where it is placed, from its first one on; 0 in images of versions that did not note it.
     pub fn mapped_frames(&self, bar: u8) -> u64 {
-        self.get(word::MAPPED + usize::from(bar.min(6))).into()
+        self.words.get(word::MAPPED + usize::from(bar.min(6))).into()
     }
 
     /// Notes that. What is noted is mapped.
     pub fn set_mapped_frames(&mut self, bar: u8, frames: u64) {
-        self.set(word::MAPPED + usize::from(bar.min(6)), u32::try_from(frames).unwrap_or(u32::MAX));
+        self.words.set(word::MAPPED + usize::from(bar.min(6)), u32::try_from(frames).unwrap_or(u32::MAX));
     }
 
     /// An entry of an HVM guest's MSI-X table: address, upper address, data, vector control.
     pub fn table_entry(&self, entry: u16) -> [u32; 4] {
-        [0, 1, 2, 3].map(|index| self.get(TABLE + 4 * usize::from(entry) + index))
+        [0, 1, 2, 3].map(|index| self.words.get(TABLE + 4 * usize::from(entry) + index))
     }
 
     /// Stores one word (0-3) of an entry of an HVM guest's MSI-X table.
     pub fn set_table_word(&mut self, entry: u16, index: usize, value: u32) {
-        self.set(TABLE + 4 * usize::from(entry) + (index & 3), value);
+        self.words.set(TABLE + 4 * usize::from(entry) + (index & 3), value);
     }
 
     /// The offsets of the capabilities that the guest sees, in a function with `size` bytes of config space: the links of the
@@ -234,24 +237,24 @@ impl FunctionImage {
 
     /// The vectors that are mapped for the guest.
     pub fn vectors(&self) -> VectorState {
-        if self.get(word::VECTORS_GENERATION) == 0 {
+        if self.words.get(word::VECTORS_GENERATION) == 0 {
             return VectorState::default();
         }
         let slot = self.vector_slot();
-        let mode = match self.get(slot) {
+        let mode = match self.words.get(slot) {
             1 => InterruptMode::Intx,
             2 => InterruptMode::Msi,
             3 => InterruptMode::MsiX,
             _ => InterruptMode::Off,
         };
-        let count = (self.get(slot + 2) as usize).min(Self::MAX_VECTORS);
+        let count = (self.words.get(slot + 2) as usize).min(Self::MAX_VECTORS);
         let words = (0..count).map(|index| slot + VECTOR_HEADER + 2 * index);
-        let words = words.map(|at| (self.get(at), self.get(at + 1)));
+        let words = words.map(|at| (self.words.get(at), self.words.get(at + 1)));
         VectorState {
             mode,
             entries: words.clone().map(|(entry, pirq)| (entry as u16, pirq)).collect(),
             chosen: words.filter(|(entry, _)| entry & CHOSEN != 0).map(|(entry, _)| entry as u16).collect(),
-            pending: u16::try_from(self.get(slot + 1)).ok(),
+            pending: u16::try_from(self.words.get(slot + 1)).ok(),
         }
     }
 
@@ -262,7 +265,7 @@ impl FunctionImage {
         if state.entries.len() > Self::MAX_VECTORS {
             return false;
         }
-        let generation = next_generation(self.get(word::VECTORS_GENERATION));
+        let generation = next_generation(self.words.get(word::VECTORS_GENERATION));
         let slot = VECTORS + (generation & 1) as usize * PAGE;
         let mode = match state.mode {
             InterruptMode::Off => 0,
@@ -270,33 +273,35 @@ impl FunctionImage {
             InterruptMode::Msi => 2,
             InterruptMode::MsiX => 3,
         };
-        self.set(slot, mode);
-        self.set(slot + 1, state.pending.map_or(NO_ENTRY, u32::from));
-        self.set(slot + 2, state.entries.len() as u32);
+        self.words.set(slot, mode);
+        self.words.set(slot + 1, state.pending.map_or(NO_ENTRY, u32::from));
+        self.words.set(slot + 2, state.entries.len() as u32);
         for (index, (entry, pirq)) in state.entries.iter().enumerate() {
             let at = slot + VECTOR_HEADER + 2 * index;
             let chosen = if state.chosen.contains(entry) { CHOSEN } else { 0 };
-            self.set(at, u32::from(*entry) | chosen);
-            self.set(at + 1, *pirq);
+            self.words.set(at, u32::from(*entry) | chosen);
+            self.words.set(at + 1, *pirq);
         }
-        self.publish(word::VECTORS_GENERATION, generation);
+        self.words.publish(word::VECTORS_GENERATION, generation);
         true
     }
 
     /// The request in progress or the one answered last; `None` when there is none.
     pub fn request(&self) -> Option<RequestRecord> {
         let slot = self.request_slot();
-        let stage = match self.get(slot) {
+        let stage = match self.words.get(slot) {
             1 => RequestStage::Begun,
-            2 => RequestStage::Done { error: self.get(slot + 8) as i32, value: self.get(slot + 9) },
+            2 => {
+                RequestStage::Done { error: self.words.get(slot + 8) as i32, value: self.words.get(slot + 9) }
+            }
             _ => return None,
         };
         Some(RequestRecord {
-            command: self.get(slot + 1),
-            offset: self.get(slot + 2),
-            size: self.get(slot + 3),
-            value: self.get(slot + 4),
-            info: self.get(slot + 5),
+            command: self.words.get(slot + 1),
+            offset: self.words.get(slot + 2),
+            size: self.words.get(slot + 3),
+            value: self.words.get(slot + 4),
+            info: self.words.get(slot + 5),
             entries_hash: self.get_double(slot + 6),
             stage,
         })
@@ -320,9 +325,9 @@ impl FunctionImage {
     }
 
     fn put_request(&mut self, record: Option<&RequestRecord>) {
-        let generation = next_generation(self.get(word::REQUEST_GENERATION));
+        let generation = next_generation(self.words.get(word::REQUEST_GENERATION));
         let slot = word::REQUESTS + (generation & 1) as usize * word::REQUEST_SLOT;
-        self.set(slot, 0);
+        self.words.set(slot, 0);
         if let Some(record) = record {
             let (stage, error, value) = match record.stage {
                 RequestStage::Begun => (1, 0, 0),
@@ -330,62 +335,39 @@ impl FunctionImage {
             };
             let words = [stage, record.command, record.offset, record.size, record.value, record.info];
             for (index, value) in words.into_iter().enumerate() {
-                self.set(slot + index, value);
+                self.words.set(slot + index, value);
             }
             self.set_double(slot + 6, record.entries_hash);
-            self.set(slot + 8, error);
-            self.set(slot + 9, value);
+            self.words.set(slot + 8, error);
+            self.words.set(slot + 9, value);
         }
-        self.publish(word::REQUEST_GENERATION, generation);
+        self.words.publish(word::REQUEST_GENERATION, generation);
     }
 
     /// Whether the function is being reset: every access reads all ones and no hardware is touched.
     pub fn resetting(&self) -> bool {
-        self.get(word::RESETTING) != 0
+        self.words.get(word::RESETTING) != 0
     }
 
     /// Begins or ends the time in which every access reads all ones.
     pub fn set_resetting(&mut self, resetting: bool) {
-        self.publish(word::RESETTING, u32::from(resetting));
+        self.words.publish(word::RESETTING, u32::from(resetting));
     }
 
     fn vector_slot(&self) -> usize {
-        VECTORS + (self.get(word::VECTORS_GENERATION) & 1) as usize * PAGE
+        VECTORS + (self.words.get(word::VECTORS_GENERATION) & 1) as usize * PAGE
     }
 
     fn request_slot(&self) -> usize {
-        word::REQUESTS + (self.get(word::REQUEST_GENERATION) & 1) as usize * word::REQUEST_SLOT
-    }
-
-    /// A word; 0 beyond a mapping that is too short, which only values that were never checked can meet.
-    fn get(&self, index: usize) -> u32 {
-        self.memory.words().get(index).map_or(0, |word| word.load(Relaxed))
-    }
-
-    fn set(&mut self, index: usize, value: u32) {
-        if let Some(word) = self.memory.words().get(index) {
-            word.store(value, Relaxed);
-        }
-    }
-
-    /// Stores a word after everything that was stored before it.
-    fn publish(&mut self, index: usize, value: u32) {
-        if let Some(word) = self.memory.words().get(index) {
-            word.store(value, Release);
-        }
+        word::REQUESTS + (self.words.get(word::REQUEST_GENERATION) & 1) as usize * word::REQUEST_SLOT
     }
 
     fn get_double(&self, index: usize) -> u64 {
-        u64::from(self.get(index)) | u64::from(self.get(index + 1)) << 32
+        u64::from(self.words.get(index)) | u64::from(self.words.get(index + 1)) << 32
     }
 
     fn set_double(&mut self, index: usize, value: u64) {
-        self.set(index, value as u32);
-        self.set(index + 1, (value >> 32) as u32);
+        self.words.set(index, value as u32);
+        self.words.set(index + 1, (value >> 32) as u32);
     }
-}
-
-/// The generation after this one; never 0, which means that nothing was ever stored.
-fn next_generation(generation: u32) -> u32 {
-    generation.checked_add(1).unwrap_or(2)
 }

@@ -3,16 +3,13 @@
 //!
 //! A state is written to the slot that is not in use and switched by one store of a generation number, as in a function's image.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-
 use thiserror::Error;
 
 use super::instance::{Instance, MOST_DWORDS};
 use super::queue::QUEUE_WORDS;
 use crate::Sbdf;
 use crate::config::ImageOwner;
-use crate::memory::SharedWords;
+use crate::memory::{SharedWords, Words, next_generation};
 
 /// `xpcm` in the order of bytes in memory.
 const MAGIC: u32 = u32::from_le_bytes(*b"xpcm");
@@ -70,34 +67,6 @@ pub enum MailboxImageError {
     },
 }
 
-/// Words of the file; 0 beyond a mapping that is too short.
-#[derive(Debug, Clone)]
-pub struct Words(Arc<dyn SharedWords>);
-
-impl Words {
-    pub(super) fn get(&self, index: usize) -> u32 {
-        self.0.words().get(index).map_or(0, |word| word.load(Relaxed))
-    }
-
-    pub(super) fn set(&self, index: usize, value: u32) {
-        if let Some(word) = self.0.words().get(index) {
-            word.store(value, Relaxed);
-        }
-    }
-
-    /// The latest generation, and what belongs to it.
-    pub(super) fn latest(&self, index: usize) -> u32 {
-        self.0.words().get(index).map_or(0, |word| word.load(Acquire))
-    }
-
-    /// Stores a word after everything that was stored before it.
-    pub(super) fn publish(&self, index: usize, value: u32) {
-        if let Some(word) = self.0.words().get(index) {
-            word.store(value, Release);
-        }
-    }
-}
-
 /// The words of a mapping of [`MAILBOX_BYTES`]: those of a new mailbox, or those of an earlier run, which are checked.
 pub fn mailbox_memory(
     memory: impl SharedWords + 'static,
@@ -105,7 +74,7 @@ pub fn mailbox_memory(
     address: Sbdf,
     begin: Option<u32>,
 ) -> Result<Words, MailboxImageError> {
-    let words = Words(Arc::new(memory));
+    let words = Words::new(memory);
     let identity = [
         ("version", word::VERSION, VERSION),
         ("boot", word::BOOT, owner.boot as u32),
@@ -115,7 +84,7 @@ pub fn mailbox_memory(
     ];
     let mismatch =
         |what, found: u64, expected: u64| Err(MailboxImageError::Mismatch { what, found, expected });
-    let bytes = words.0.words().len() * 4;
+    let bytes = words.all().len() * 4;
     if bytes < MAILBOX_BYTES {
         return mismatch("length", bytes as u64, MAILBOX_BYTES as u64);
     }
@@ -246,14 +215,10 @@ impl InstanceImage {
     }
 }
 
-/// The generation after this one; never 0, which means that nothing was ever stored.
-pub(super) fn next_generation(generation: u32) -> u32 {
-    generation.checked_add(1).unwrap_or(2)
-}
-
 #[cfg(test)]
 pub(super) mod tests {
     use std::sync::atomic::AtomicU32;
+    use std::sync::atomic::Ordering::Relaxed;
 
     use proptest::prelude::*;
 
@@ -273,7 +238,7 @@ pub(super) mod tests {
 
     /// A copy of the bytes, as another process maps them after this one was killed.
     pub fn copy(words: &Words) -> Box<[AtomicU32]> {
-        words.0.words().iter().map(|word| AtomicU32::new(word.load(Relaxed))).collect()
+        words.all().iter().map(|word| AtomicU32::new(word.load(Relaxed))).collect()
     }
 
     fn resumed(words: &Words) -> Result<Words, MailboxImageError> {

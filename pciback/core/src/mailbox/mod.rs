@@ -7,10 +7,7 @@ mod instance;
 mod object;
 mod queue;
 
-pub use image::{
-    InstanceImage, InstanceState, MAILBOX_BYTES, MailboxImageError, Origin, Words as MailboxWords,
-    mailbox_memory,
-};
+pub use image::{InstanceImage, InstanceState, MAILBOX_BYTES, MailboxImageError, Origin, mailbox_memory};
 pub use instance::{Exchanged, Instance, MOST_DWORDS};
 pub use object::{DATA_LIMIT, Message, Request, Status, VENDOR};
 pub use queue::{Direction, QUEUE_LENGTH, Queues};

@@ -1,7 +1,8 @@
 //! The messages between a VF and the owner of its PF that wait to be received: one queue for each direction, in the VF's file.
 
-use super::image::{MailboxImageError, PEER, QUEUES, Words, next_generation};
+use super::image::{MailboxImageError, PEER, QUEUES};
 use super::object::{DATA_LIMIT, Message};
+use crate::memory::{Words, next_generation};
 
 /// How many messages wait in one direction at most.
 pub const QUEUE_LENGTH: u32 = 8;

@@ -6,9 +6,8 @@ use std::time::{Duration, Instant};
 use super::{End, Mailboxes, PfEnd, VfEnd};
 use crate::DomId;
 use crate::config::{FunctionKind, FunctionSpec, MailboxPeers};
-use crate::mailbox::{
-    Direction, Exchanged, InstanceImage, InstanceState, MailboxWords, Message, Queues, Request, Status,
-};
+use crate::mailbox::{Direction, Exchanged, InstanceImage, InstanceState, Message, Queues, Request, Status};
+use crate::memory::Words;
 
 /// How many messages a guest can send through one function in [`PERIOD`].
 pub(super) const MOST_IN_PERIOD: u32 = 100;
@@ -34,7 +33,7 @@ impl FunctionMailbox {
         spec: &FunctionSpec,
         domain: DomId,
         peers: MailboxPeers,
-        words: &MailboxWords,
+        words: &Words,
     ) -> Self {
         let (key, address) = (Arc::new(()), spec.address);
         let image = InstanceImage::new(words);

@@ -30,7 +30,8 @@ impl TaskContext {
         wanted: &mut Wanted,
         known: &Known,
     ) -> Result<(Observed, Vec<String>), Failure> {
-        let mut observed = Observed { domains: self.domains()?, ..Observed::default() };
+        let mut observed =
+            Observed { domains: domains::present(self.platform.store.as_ref())?, ..Observed::default() };
         self.published(&mut observed)?;
         self.without_nodes(wanted, &mut observed)?;
         let listed = self.platform.host.functions()?;
@@ -122,20 +123,6 @@ impl TaskContext {
             Ok(false) => Owner::Guest,
             Err(_) => Owner::Unknown,
         }))
-    }
-
-    fn domains(&self) -> Result<BTreeSet<DomId>, PlatformError> {
-        let store = self.platform.store.as_ref();
-        let mut domains = BTreeSet::new();
-        for name in store.list("/local/domain")? {
-            if let Ok(number) = name.parse::<u16>()
-                && number != 0
-                && store.domain_exists(DomId(number))?
-            {
-                domains.insert(DomId(number));
-            }
-        }
-        Ok(domains)
     }
 
     fn published(&self, observed: &mut Observed) -> Result<(), PlatformError> {

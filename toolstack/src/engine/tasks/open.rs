@@ -12,7 +12,8 @@ use pciback::config::{
     Filter, FunctionImage, FunctionSpec, GuestRom, ImageOwner, MailboxPlace, VirtualConfigSpace,
 };
 use pciback::hash::Fnv;
-use pciback::mailbox::{MAILBOX_BYTES, MailboxWords, mailbox_memory};
+use pciback::mailbox::{MAILBOX_BYTES, mailbox_memory};
+use pciback::memory::Words;
 use pciback::platform::{BarMemory, PlatformError, SharedMemory};
 use pciback::policy::Subject;
 use pciback::serve::hvm::{self, RomCopy};
@@ -127,10 +128,10 @@ impl TaskContext {
         record: &Record,
         domain: DomId,
         image_state: Image,
-    ) -> Result<(MailboxWords, Option<String>), Failure> {
+    ) -> Result<(Words, Option<String>), Failure> {
         let (address, owner) = (record.address, ImageOwner { boot: boot_number(&record.boot), domain });
         let path = mailbox_path(&self.settings.run_directory, address);
-        let open = |begin: Option<u32>| -> Result<MailboxWords, String> {
+        let open = |begin: Option<u32>| -> Result<Words, String> {
             if let (Some(_), Some(directory)) = (begin, path.parent()) {
                 fs::create_dir_all(directory).map_err(|error| error.to_string())?;
             }

@@ -36,7 +36,7 @@ fn spec(vf: Option<u16>) -> FunctionSpec {
     }
 }
 
-fn words(vf: Option<u16>, domain: DomId) -> MailboxWords {
+fn words(vf: Option<u16>, domain: DomId) -> Words {
     let memory: Box<[AtomicU32]> = (0..MAILBOX_BYTES / 4).map(|_| AtomicU32::new(0)).collect();
     mailbox_memory(memory, ImageOwner { boot: 1, domain }, spec(vf).address, Some(7)).unwrap()
 }
