@@ -1,5 +1,6 @@
 //! The lab tests for which a QEMU of the lab's own is built first, `make test-long`: `cargo test -p xpci-tests --test long -- WORD`.
 
+mod kills;
 mod linux_hvm;
 
 use std::process::ExitCode;
@@ -10,6 +11,6 @@ use xpci_tests::scenes::{Arguments, run};
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::read(std::env::args().skip(1))?;
-    let scenes = scenes![linux_hvm::LinuxHvm];
+    let scenes = scenes![linux_hvm::LinuxHvm, kills::Kills];
     Ok(if run(&scenes, &arguments)? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
