@@ -76,6 +76,25 @@ fn a_guest_that_is_slow_to_see_its_directory_go_finds_the_next_one() {
 }
 
 #[test]
+fn a_guest_that_looks_only_after_the_pause_finds_the_next_function() {
+    for forced in [false, true] {
+        let mut world = connected(&[FIRST]);
+        if forced {
+            world.remove_unasked(FIRST);
+        } else {
+            world.remove(FIRST);
+            world.guest_sees_state();
+            world.look();
+        }
+        world.add(SECOND);
+        // The guest was paused meanwhile: to it, the directories were always there.
+        world.pause_over();
+        world.run();
+        assert!(world.found().contains(&SECOND) && world.stale().is_empty(), "forced: {forced}");
+    }
+}
+
+#[test]
 fn a_reloaded_module_finds_everything_again() {
     for looks_between in [false, true] {
         let mut world = connected(&[FIRST, SECOND]);
@@ -301,6 +320,7 @@ enum Happening {
     Load,
     Restart,
     Pause,
+    NotifyAgain,
     Scribble(&'static str, &'static str),
 }
 
@@ -323,6 +343,7 @@ fn happening(hostile: bool) -> impl Strategy<Value = Happening> {
         2 => Just(Happening::Load),
         1 => Just(Happening::Restart),
         1 => Just(Happening::Pause),
+        1 => Just(Happening::NotifyAgain),
     ];
     let scribble = (key, value).prop_map(|(key, value)| Happening::Scribble(key, value));
     if hostile { prop_oneof![4 => orderly, 1 => scribble].boxed() } else { orderly.boxed() }
@@ -343,11 +364,8 @@ impl World {
             Happening::Unload => self.unload(),
             Happening::Load => self.load(),
             Happening::Restart => self.restart(),
-            // Time passes: the guest has long seen what there was to see.
-            Happening::Pause => {
-                self.guest_sees_directory();
-                self.pause_over();
-            }
+            Happening::Pause => self.pause_over(),
+            Happening::NotifyAgain => self.notify_again(),
             Happening::Scribble(key, value) => self.scribble(key, value),
         }
     }

@@ -118,6 +118,14 @@ impl World {
         }
     }
 
+    /// The guest has had its time to look at its device.
+    pub fn notify_again(&mut self) {
+        if self.handshake.awaits_frontend() {
+            let actions = self.handshake.notify_again();
+            self.act(actions);
+        }
+    }
+
     /// The service is killed and started again.
     pub fn restart(&mut self) {
         let published = |index: u32| {
@@ -134,10 +142,6 @@ impl World {
         // The process that waited for them was killed too.
         self.served.retain(|devfn, _| self.wanted.contains(devfn) || self.leaving.contains(devfn));
         self.added.extend(self.found());
-        if self.served.is_empty() {
-            // No pause is remembered then, but the service needs longer than that to start.
-            self.guest_sees_directory();
-        }
         let functions: Vec<(Devfn, Sbdf)> =
             self.served.keys().map(|devfn| (*devfn, address(*devfn))).collect();
         let state = self.backend.get("state").map(|state| XenbusState(state.parse().unwrap()));
@@ -193,6 +197,7 @@ impl World {
                 }
                 Action::Report(text) => self.reports.push(text),
                 Action::Pause => self.paused = true,
+                Action::NotifyAgain => self.guest.directory_event = true,
             }
         }
     }
@@ -392,9 +397,15 @@ impl World {
         }
     }
 
-    /// Everybody does everything that there is to do, until nothing is.
+    /// Everybody does everything that there is to do, until nothing is, and once more after the guest was notified again.
     pub fn run(&mut self) {
-        for _ in 0..50 {
+        self.run_until_still();
+        self.notify_again();
+        self.run_until_still();
+    }
+
+    fn run_until_still(&mut self) {
+        for _ in 0..25 {
             self.look();
             self.guest_sees_directory();
             self.guest_sees_state();

@@ -65,6 +65,7 @@ impl<'a> Scene<'a> for VfInAGuest<'a> {
             no_guest_notices_that_the_service_is_killed_under_load,
             a_guest_resets_its_function_itself,
             xen_pcifront_is_removed_and_loaded_again,
+            a_guest_that_was_paused_while_its_function_changed_uses_the_next_one,
             a_second_function_comes_and_goes_while_the_first_is_used,
             nothing_that_was_granted_remains_after_ten_detaches,
             dom0_exchanges_data_objects_with_the_guest_across_a_kill_of_the_service,
@@ -178,6 +179,26 @@ fn xen_pcifront_is_removed_and_loaded_again(scene: &mut VfInAGuest<'_>) -> Resul
     one.run("modprobe -r xen-pcifront && modprobe xen-pcifront").ok()?;
     bring_up(one, ADDRESSES[0])?;
     ping(one, "10.9.9.1")
+}
+
+/// To its xenbus, the device of the function that it has lost was always there.
+fn a_guest_that_was_paused_while_its_function_changed_uses_the_next_one(
+    scene: &mut VfInAGuest<'_>,
+) -> Result<()> {
+    scene.one_uses_it()?;
+    let (lab, one) = (scene.lab, &scene.one);
+    scene.two.run("modprobe -r igbvf").ok()?;
+    make_held(lab, VFS[1])?;
+    lab.dom0("xl pause one").ok()?;
+    let changed =
+        xpci(lab, "pci-detach --force one 01:10.0").and_then(|_| xpci(lab, "pci-attach one 01:10.2"));
+    lab.dom0("xl unpause one").ok()?;
+    changed?;
+    let next = format!("grep -q {} /sys/bus/pci/devices/0000:00:00.0/net/*/address", MACS[1]);
+    one.wait_for("the driver on the next function", SOON, &next)?;
+    bring_up(one, ADDRESSES[0])?;
+    ping(one, "10.9.9.1")?;
+    xpci(lab, "pci-detach one 01:10.2").map(drop)
 }
 
 fn a_second_function_comes_and_goes_while_the_first_is_used(scene: &mut VfInAGuest<'_>) -> Result<()> {

@@ -15,7 +15,8 @@ use crate::{Devfn, DomId, Sbdf};
 mod progress;
 
 /// How long the directories stay away once they were removed. A guest's xenbus notices only whether they are there when it
-/// looks: made again before that, they would be those of the device that it knows and has closed, and it would not connect.
+/// looks: made again before that, they would be those of the device that it knows and has closed, and it would not connect. A guest that
+/// is paused or slow may look later than that: see [`Handshake::notify_again`].
 pub const PAUSE: Duration = Duration::from_millis(250);
 
 /// What to do next, in this order.
@@ -38,6 +39,8 @@ pub enum Action {
     Report(String),
     /// Call [`Handshake::pause_over`] after [`PAUSE`]. Until then nothing is published.
     Pause,
+    /// Notify the guest of its device once more.
+    NotifyAgain,
 }
 
 /// How far the two ends are.
@@ -117,6 +120,8 @@ pub struct Handshake {
     frontend: FrontendView,
     functions: BTreeMap<Devfn, Function>,
     undropped: BTreeMap<Devfn, Undropped>,
+    /// The guest may not have seen that its directories were removed: then it keeps the device of before and does not look for another.
+    unseen: bool,
     /// A ring that could not be connected to, or a complaint that was made: not repeated until the frontend says something else.
     refused: Option<Result<RingPlace, String>>,
 }
@@ -125,7 +130,8 @@ impl Handshake {
     /// A guest without functions.
     pub fn new(domain: DomId) -> Self {
         let (link, frontend) = (Link::Absent, FrontendView::default());
-        Self { domain, link, frontend, functions: BTreeMap::new(), undropped: BTreeMap::new(), refused: None }
+        let (functions, undropped) = (BTreeMap::new(), BTreeMap::new());
+        Self { domain, link, frontend, functions, undropped, unseen: false, refused: None }
     }
 
     /// A guest that a previous process of the service served. `left` is what our end's nodes say; functions they name but
@@ -151,6 +157,7 @@ impl Handshake {
             (Some(XenbusState::CLOSING), Some(ring)) => Link::Closing(ring),
             (Some(_), _) => Link::Published,
         };
+        handshake.unseen = handshake.ring().is_none();
         let is_of = |published: &PublishedFunction| {
             published.address.is_some() && functions.iter().any(|(devfn, _)| *devfn == published.devfn)
         };
@@ -212,7 +219,23 @@ impl Handshake {
 
     /// Whether the guest has not looked at its device yet.
     pub fn awaits_frontend(&self) -> bool {
-        self.link == Link::Published
+        self.link == Link::Published || self.link == Link::Pausing && self.has_functions()
+    }
+
+    /// Whether the guest may still have the device of before, of which it has to be rid before it looks at this one.
+    pub fn may_have_missed_removal(&self) -> bool {
+        self.unseen
+    }
+
+    /// The guest has not looked at its device for some time.
+    pub fn notify_again(&mut self) -> Vec<Action> {
+        let mut actions = Vec::new();
+        match self.link {
+            Link::Published if self.unseen => self.close(&mut actions),
+            Link::Published => actions.push(Action::NotifyAgain),
+            _ => {}
+        }
+        actions
     }
 
     /// How far it is, for people.
@@ -310,6 +333,7 @@ impl Handshake {
 
     /// Gives up the ring and removes all nodes; what is still wanted is published again.
     fn close(&mut self, actions: &mut Vec<Action>) {
+        self.unseen |= !matches!(self.frontend.state, None | Some(XenbusState::INITIALISING));
         if self.ring().is_some() {
             actions.push(Action::Disconnect);
         }

@@ -3,7 +3,6 @@
 use std::time::{Duration, Instant};
 
 use log::warn;
-use pciback::serve::pv::nodes;
 
 use super::guest::{Awaited, Guest};
 use crate::engine::Engine;
@@ -27,19 +26,21 @@ impl Engine {
 
     /// Notifies guests again of devices that they have not looked at.
     fn notify_again(&mut self, now: Instant) {
-        for (domain, guest) in &mut self.guests.by_domain {
-            let Some((_, wait)) = guest.notify_again.filter(|(when, _)| *when <= now) else { continue };
-            if !guest.handshake.awaits_frontend() {
-                guest.notify_again = None;
-                continue;
-            }
+        let due = |guest: &Guest| guest.notify_again.is_some_and(|(when, _)| when <= now);
+        let due = self.guests.by_domain.iter().filter(|(_, guest)| due(guest));
+        for domain in due.map(|(domain, _)| *domain).collect::<Vec<_>>() {
             // A paused guest receives no watch event.
-            let paused = self.platform.hypervisor.domain(*domain).is_ok_and(|info| info.paused);
-            let wait = if paused { NOTIFY_AGAIN } else { (wait * 2).min(NOTIFY_AGAIN_AT_MOST) };
-            if !paused && let Err(error) = nodes::tell_again(self.platform.store.as_ref(), *domain) {
-                warn!("domain {domain}: {error}");
+            let paused = self.platform.hypervisor.domain(domain).is_ok_and(|info| info.paused);
+            let Some(guest) = self.guests.get_mut(domain) else { continue };
+            guest.notify_again =
+                guest.notify_again.filter(|_| guest.handshake.awaits_frontend()).map(|(_, wait)| {
+                    let wait = if paused { NOTIFY_AGAIN } else { (wait * 2).min(NOTIFY_AGAIN_AT_MOST) };
+                    (now + wait, wait)
+                });
+            if guest.notify_again.is_some() && !paused {
+                let actions = guest.handshake.notify_again();
+                self.act(domain, actions);
             }
-            guest.notify_again = Some((now + wait, wait));
         }
     }
 

@@ -78,6 +78,11 @@ impl Engine {
                         guest.log_line(Level::Warn, &format!("domain {domain}: {text}"));
                     }
                 }
+                Action::NotifyAgain => {
+                    if let Err(error) = nodes::tell_again(self.platform.store.as_ref(), domain) {
+                        warn!("domain {domain}: {error}");
+                    }
+                }
                 Action::Pause => {
                     if let Some(guest) = self.guests.get_mut(domain) {
                         guest.pause = Some(Instant::now() + PAUSE);

@@ -113,8 +113,9 @@ impl Engine {
             let limit = if paused { Duration::ZERO } else { FIRST_LOOK };
             waiting.deadline = waiting.deadline.min(Instant::now() + limit);
             // The guest may be one that is being restored, whose watches are not set yet.
-            if paused || self.persistent.is_returning(domain) {
-                guest.notify_again = Some((Instant::now() + NOTIFY_AGAIN, NOTIFY_AGAIN));
+            let may_miss = self.persistent.is_returning(domain) || guest.handshake.may_have_missed_removal();
+            if paused || may_miss {
+                guest.notify_again.get_or_insert((Instant::now() + NOTIFY_AGAIN, NOTIFY_AGAIN));
             }
         }
     }

@@ -88,6 +88,7 @@ impl Handshake {
         match ring {
             Ok(ring) => {
                 self.link = Link::Connecting(ring);
+                self.unseen = false;
                 actions.push(Action::Connect(ring));
             }
             Err(why) => {
