@@ -1,4 +1,4 @@
-# make demo | test | test-long | lab | bench | dumps | fuzz | fresh | deb: everything needed is installed first, see CONTRIBUTING.md.
+# make demo | demo-pf | test | test-long | lab | bench | dumps | fuzz | fresh | deb: everything needed is installed first, see CONTRIBUTING.md.
 
 PREFIX ?= /usr
 DESTDIR ?=
@@ -18,7 +18,7 @@ ONLY ?=
 LAB = --locked --profile lab --workspace
 STAGE = @tests/setup/stage.sh
 
-.PHONY: all deps fresh binaries demo test check unit lab-test test-long lab bench dumps fuzz fuzz-short deb install uninstall stages-begin
+.PHONY: all deps fresh binaries demo demo-pf test check unit lab-test test-long lab bench dumps fuzz fuzz-short deb install uninstall stages-begin
 
 all: binaries
 
@@ -37,6 +37,10 @@ binaries: deps
 # A VF in a real guest on a real Xen, told step by step.
 demo: binaries
 	$(CARGO) run --locked --release -q -p xpci-tests --bin demo
+
+# A guest has the card, and other guests have its VFs.
+demo-pf: binaries
+	$(CARGO) run --locked --release -q -p xpci-tests --bin demo -- pf
 
 test: stages-begin check unit fuzz-short lab-test
 	@tests/setup/stage.sh --summary

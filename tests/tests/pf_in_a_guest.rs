@@ -1,7 +1,8 @@
-//! The stock igb of a PV guest has the PF and creates VFs by sysfs; the stock igbvf of another guest uses one of them, and talks to the PF
+//! The stock igb of a PV guest has the PF and creates VFs by sysfs; the stock igbvf of two other guests use one each, and talk to the PF
 //! through the card's own mailbox.
 
 use anyhow::{Result, ensure};
+use xpci_tests::host::pf::{DEVICE, create_vfs, load_igb};
 use xpci_tests::host::state::{keep_running, kill_and_start, no_problems};
 use xpci_tests::host::{
     PF, SOON, VFS, bring_up, guest, owner, ping, start_service, state, wait_for_state, xpci, xpci_fails,
@@ -12,19 +13,17 @@ use xpci_tests::{Guest, Lab, Process, checks};
 use crate::machines::HOST;
 
 const POLICY: &str = "match: {vendor: 8086}\npermit: [physical-function, untrusted-vf]\n\
-                      virtual-functions: {by-guest: 2}\nmailbox: guest\n";
-/// The addresses of the PF and of the VF in their guests.
-const ADDRESSES: [&str; 2] = ["10.9.9.1", "10.9.9.11"];
-/// The PF in its guest.
-const DEVICE: &str = "/sys/bus/pci/devices/0000:00:00.0";
-
+                      virtual-functions: {by-guest: 3}\nmailbox: guest\n";
+/// The addresses of the PF and of two VFs in their guests.
+const PFS: &str = "10.9.9.1";
+const ADDRESSES: [&str; 2] = ["10.9.9.11", "10.9.9.12"];
 pub struct PfInAGuest<'a> {
     lab: &'a Lab,
     service: Process,
     /// The guest with the PF.
     special: Guest<'a>,
-    /// A guest with a VF.
-    user: Guest<'a>,
+    /// Guests with a VF each.
+    users: [Guest<'a>; 2],
 }
 
 impl<'a> Scene<'a> for PfInAGuest<'a> {
@@ -36,8 +35,8 @@ impl<'a> Scene<'a> for PfInAGuest<'a> {
         lab.push(POLICY.as_bytes(), "/etc/xpci/policies/pf.yaml")?;
         let service = start_service(lab)?;
         xpci(lab, "pci-assignable-add 01:00.0")?;
-        let (special, user) = (guest(lab, "special")?, guest(lab, "user")?);
-        Ok(Self { lab, service, special, user })
+        let (special, users) = (guest(lab, "special")?, [guest(lab, "user")?, guest(lab, "other")?]);
+        Ok(Self { lab, service, special, users })
     }
 
     fn checks() -> Vec<Check<Self>> {
@@ -45,16 +44,16 @@ impl<'a> Scene<'a> for PfInAGuest<'a> {
             the_stock_driver_finds_a_pf_that_can_have_vfs,
             vfs_that_the_guest_creates_are_held_on_the_host
                 needs the_stock_driver_finds_a_pf_that_can_have_vfs,
-            another_guests_stock_driver_talks_to_the_pf_in_its_guest
+            stock_drivers_in_other_guests_talk_to_the_pf_in_its_guest_and_to_each_other
                 needs vfs_that_the_guest_creates_are_held_on_the_host,
             the_guests_exchange_data_objects_across_a_kill_of_the_service
-                needs another_guests_stock_driver_talks_to_the_pf_in_its_guest,
+                needs stock_drivers_in_other_guests_talk_to_the_pf_in_its_guest_and_to_each_other,
             the_service_is_killed_and_traffic_goes_on
-                needs another_guests_stock_driver_talks_to_the_pf_in_its_guest,
-            a_reboot_of_the_guest_with_the_pf_leaves_the_vf_with_its_guest
-                needs another_guests_stock_driver_talks_to_the_pf_in_its_guest,
-            vfs_that_the_guest_removes_are_taken_from_their_guest
-                needs another_guests_stock_driver_talks_to_the_pf_in_its_guest,
+                needs stock_drivers_in_other_guests_talk_to_the_pf_in_its_guest_and_to_each_other,
+            a_reboot_of_the_guest_with_the_pf_leaves_vfs_with_their_guests
+                needs stock_drivers_in_other_guests_talk_to_the_pf_in_its_guest_and_to_each_other,
+            vfs_that_the_guest_removes_are_taken_from_their_guests
+                needs stock_drivers_in_other_guests_talk_to_the_pf_in_its_guest_and_to_each_other,
         ]
     }
 
@@ -63,49 +62,39 @@ impl<'a> Scene<'a> for PfInAGuest<'a> {
     }
 }
 
-/// Loads igb in the guest that has the PF, and gives its interface the address.
-fn load_igb(special: &Guest<'_>) -> Result<()> {
-    special.wait_for("the PF", SOON, &format!("[ -e {DEVICE} ]"))?;
-    special.run("modprobe igb").limit(SOON).ok()?;
-    special.wait_for("its interface", SOON, &format!("[ -d {DEVICE}/net ]"))?;
-    let interface = format!("$(ls {DEVICE}/net)");
-    special
-        .run(&format!("ip addr add {}/24 dev {interface} && ip link set {interface} up", ADDRESSES[0]))
-        .ok()?;
-    special.wait_for("its link", SOON, &format!("[ \"$(cat /sys/class/net/{interface}/carrier)\" = 1 ]"))
-}
-
-fn create_vfs(special: &Guest<'_>, count: u32) -> Result<()> {
-    special.run(&format!("echo {count} > {DEVICE}/sriov_numvfs")).limit(SOON).ok().map(drop)
-}
-
 fn the_stock_driver_finds_a_pf_that_can_have_vfs(scene: &mut PfInAGuest<'_>) -> Result<()> {
     let driver = scene.lab.dom0(&format!("basename $(readlink /sys/bus/pci/devices/{PF}/driver)")).ok()?;
     ensure!(driver.trim() == "pci-pf-stub", "{driver}");
     xpci(scene.lab, "pci-attach --persist special 01:00.0")?;
-    load_igb(&scene.special)?;
+    load_igb(&scene.special, PFS)?;
     let total = scene.special.run(&format!("cat {DEVICE}/sriov_totalvfs")).ok()?;
-    ensure!(total.trim() == "2", "{total}");
+    ensure!(total.trim() == "3", "{total}");
     Ok(())
 }
 
 fn vfs_that_the_guest_creates_are_held_on_the_host(scene: &mut PfInAGuest<'_>) -> Result<()> {
     let lab = scene.lab;
-    create_vfs(&scene.special, 2)?;
+    create_vfs(&scene.special, 3)?;
     let seen = scene.special.run("ls /sys/bus/pci/devices").ok()?;
-    ensure!(seen.contains("0000:00:00.1") && seen.contains("0000:00:00.2"), "{seen}");
-    for vf in &VFS[..2] {
+    ensure!(["0000:00:00.1", "0000:00:00.2", "0000:00:00.3"].iter().all(|vf| seen.contains(vf)), "{seen}");
+    for vf in &VFS {
         wait_for_state(lab, vf, "held")?;
     }
     let listed = xpci(lab, "vf list 01:00.0")?;
-    ensure!(listed.matches("untrusted: of a PF which domain").count() == 2, "{listed}");
+    ensure!(listed.matches("untrusted: of a PF which domain").count() == 3, "{listed}");
     no_problems(lab)
 }
 
-fn another_guests_stock_driver_talks_to_the_pf_in_its_guest(scene: &mut PfInAGuest<'_>) -> Result<()> {
-    xpci(scene.lab, "pci-attach user 01:10.0")?;
-    bring_up(&scene.user, ADDRESSES[1])?;
-    ping(&scene.user, ADDRESSES[0])
+fn stock_drivers_in_other_guests_talk_to_the_pf_in_its_guest_and_to_each_other(
+    scene: &mut PfInAGuest<'_>,
+) -> Result<()> {
+    for ((user, vf), address) in scene.users.iter().zip(VFS).zip(ADDRESSES) {
+        xpci(scene.lab, &format!("pci-attach {} {vf}", user.name()))?;
+        bring_up(user, address)?;
+        ping(user, PFS)?;
+    }
+    ping(&scene.users[0], ADDRESSES[1])?;
+    ping(&scene.users[1], ADDRESSES[0])
 }
 
 /// The program of the lab's that uses a mailbox through sysfs, in a guest.
@@ -120,7 +109,7 @@ fn expect(guest: &Guest<'_>, words: &str, expected: &str) -> Result<()> {
 }
 
 fn the_guests_exchange_data_objects_across_a_kill_of_the_service(scene: &mut PfInAGuest<'_>) -> Result<()> {
-    let (lab, pf, vf) = (scene.lab, &scene.special, &scene.user);
+    let (lab, pf, vf) = (scene.lab, &scene.special, &scene.users[0]);
     for guest in [pf, vf] {
         expect(guest, "discover", "0001:00\n5853:01\n5853:02")?;
     }
@@ -145,37 +134,43 @@ fn the_guests_exchange_data_objects_across_a_kill_of_the_service(scene: &mut PfI
 }
 
 fn the_service_is_killed_and_traffic_goes_on(scene: &mut PfInAGuest<'_>) -> Result<()> {
-    let flow = scene.user.spawn(&format!("ping -c 20 -i 1 -w 60 {}", ADDRESSES[0]))?;
+    let flow = scene.users[0].spawn(&format!("ping -c 20 -i 1 -w 60 {PFS}"))?;
     kill_and_start(scene.lab, &mut scene.service)?;
-    for address in [PF, VFS[0]] {
+    for address in [PF, VFS[0], VFS[1]] {
         ensure!(state(scene.lab, address)? == "attached", "{address}: {}", state(scene.lab, address)?);
     }
     let ended = flow.wait(SOON * 2)?;
     ensure!(ended.code == Some(0), "{ended:?}: {}", flow.output_so_far());
     let numvfs = scene.special.run(&format!("cat {DEVICE}/sriov_numvfs")).ok()?;
-    ensure!(numvfs.trim() == "2", "{numvfs}");
+    ensure!(numvfs.trim() == "3", "{numvfs}");
     no_problems(scene.lab)
 }
 
-fn a_reboot_of_the_guest_with_the_pf_leaves_the_vf_with_its_guest(scene: &mut PfInAGuest<'_>) -> Result<()> {
+fn a_reboot_of_the_guest_with_the_pf_leaves_vfs_with_their_guests(scene: &mut PfInAGuest<'_>) -> Result<()> {
     let (lab, special) = (scene.lab, &scene.special);
     lab.dom0("xl reboot -F special").ok()?;
     special.wait_rebooted(SOON * 4)?;
-    ensure!(state(lab, VFS[0])? == "attached", "{}", state(lab, VFS[0])?);
-    let user = scene.user.domid()?;
-    ensure!(owner(lab, VFS[0])? == format!("d{user}"), "{}", owner(lab, VFS[0])?);
-    load_igb(special)?;
-    create_vfs(special, 2)?;
+    for (user, vf) in scene.users.iter().zip(VFS) {
+        ensure!(state(lab, vf)? == "attached", "{}", state(lab, vf)?);
+        ensure!(owner(lab, vf)? == format!("d{}", user.domid()?), "{}", owner(lab, vf)?);
+    }
+    load_igb(special, PFS)?;
+    create_vfs(special, 3)?;
     // igbvf notices that the PF has started again, and starts again itself: what it sends before that is lost.
-    let answers = format!("ping -c 1 -W 1 {}", ADDRESSES[0]);
-    scene.user.wait_for("the PF's driver to answer the VF again", SOON * 4, &answers)
+    let answers = format!("ping -c 1 -W 1 {PFS}");
+    let answered =
+        |user: &Guest<'_>| user.wait_for("the PF's driver to answer the VF again", SOON * 4, &answers);
+    scene.users.iter().try_for_each(answered)?;
+    ping(&scene.users[0], ADDRESSES[1])
 }
 
-fn vfs_that_the_guest_removes_are_taken_from_their_guest(scene: &mut PfInAGuest<'_>) -> Result<()> {
+fn vfs_that_the_guest_removes_are_taken_from_their_guests(scene: &mut PfInAGuest<'_>) -> Result<()> {
     create_vfs(&scene.special, 0)?;
     let gone = format!("[ ! -e /sys/bus/pci/devices/{} ]", VFS[0]);
     scene.lab.wait_for("the VFs to be gone", SOON, &gone)?;
-    scene.user.wait_for("its VF to be gone", SOON, &format!("[ ! -e {DEVICE} ]"))?;
+    for user in &scene.users {
+        user.wait_for("its VF to be gone", SOON, &format!("[ ! -e {DEVICE} ]"))?;
+    }
     ensure!(state(scene.lab, PF)? == "attached", "{}", state(scene.lab, PF)?);
     no_problems(scene.lab)
 }
