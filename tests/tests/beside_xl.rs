@@ -1,9 +1,10 @@
-//! xl beside xpci: it takes for its guest what xen-pciback holds, and xpcid neither fights that nor touches the function.
+//! xl beside xpci: it refuses what xpcid holds. Where the settings let it, it takes that for its guest, and xpcid neither fights that nor
+//! touches the function.
 
 use anyhow::{Result, ensure};
-use xpci_tests::host::state::{keep_running, make_held};
+use xpci_tests::host::state::{keep_running, make_held, stop};
 use xpci_tests::host::{
-    PF, SOON, VFS, guest, is_held, owner, prepare, state, wait_for_state, xpci, xpci_fails,
+    PF, SOON, VFS, guest, is_held, owner, prepare, start_service, state, wait_for_state, xpci, xpci_fails,
 };
 use xpci_tests::scenes::{Check, Machine, Scene};
 use xpci_tests::{Guest, Lab, Process, checks};
@@ -31,6 +32,7 @@ impl<'a> Scene<'a> for BesideXl<'a> {
 
     fn checks() -> Vec<Check<Self>> {
         checks![
+            xl_refuses_what_xpcid_holds,
             the_status_names_the_guest_for_which_xl_took_a_held_function,
             what_xls_guest_has_goes_to_nobody_and_stays_its needs the_status_names_the_guest_for_which_xl_took_a_held_function,
             what_xl_has_detached_is_held_again_when_it_is_cleared
@@ -43,8 +45,34 @@ impl<'a> Scene<'a> for BesideXl<'a> {
     }
 }
 
+fn xl_refuses_what_xpcid_holds(scene: &mut BesideXl<'_>) -> Result<()> {
+    xl_refuses(scene.lab, "two", VFS[0])
+}
+
+/// xl gives the guest the function neither while xpcid holds it, nor because it was asked before.
+pub fn xl_refuses(lab: &Lab, guest: &str, vf: &str) -> Result<()> {
+    make_held(lab, vf)?;
+    let node = format!("xenstore-read /libxl/pci/{}/domid", vf.replace([':', '.'], "-"));
+    // Each time it refuses, xl removes what it goes by.
+    for _ in 0..3 {
+        lab.wait_for("what xl goes by", SOON, &node)?;
+        let refused = lab.dom0(&format!("xl pci-attach {guest} {vf}")).limit(SOON).run()?;
+        ensure!(
+            refused.status() != 0 && refused.stderr().contains("is not assignable"),
+            "{}",
+            refused.stderr()
+        );
+        ensure!(is_held(lab, vf)?, "{}", owner(lab, vf)?);
+    }
+    xpci(lab, &format!("pci-assignable-remove {vf}"))?;
+    lab.wait_for("xl to be free to take it", SOON, &format!("! {node}"))
+}
+
 fn the_status_names_the_guest_for_which_xl_took_a_held_function(scene: &mut BesideXl<'_>) -> Result<()> {
     let (lab, two) = (scene.lab, scene.two.domid()?);
+    lab.push(b"keep-from-libxl: false\n", "/etc/xpci/xpcid.yaml")?;
+    stop(&scene.service)?;
+    scene.service = start_service(lab)?;
     make_held(lab, VFS[0])?;
     lab.dom0(&format!("xl pci-attach two {}", VFS[0])).limit(SOON).ok()?;
     ensure!(owner(lab, VFS[0])? == format!("d{two}"), "{}", owner(lab, VFS[0])?);

@@ -8,6 +8,7 @@ use xpci_tests::scenes::{Check, Machine, Scene};
 use xpci_tests::{BareGuest, Guest, Lab, Process, checks};
 
 use super::{MACS, traffic};
+use crate::beside_xl::xl_refuses;
 use crate::hvm::events::two_vectors;
 use crate::lab_smoke;
 use crate::machines::NEWER_HOST;
@@ -43,6 +44,7 @@ impl<'a> Scene<'a> for NewerXen<'a> {
             an_hvm_guest_finds_the_function_both_ways_and_reaches_its_registers,
             an_hvm_guest_takes_events_where_its_configuration_allows_that,
             a_function_that_is_given_back_is_dom0s,
+            xl_refuses_what_xpcid_holds,
         ]
     }
 
@@ -138,4 +140,8 @@ fn a_function_that_is_given_back_is_dom0s(scene: &mut NewerXen<'_>) -> Result<()
     xpci(scene.lab, "pci-assignable-remove 01:10.0")?;
     ensure!(owner(scene.lab, VFS[0])? == "d0", "{}", owner(scene.lab, VFS[0])?);
     Ok(())
+}
+
+fn xl_refuses_what_xpcid_holds(scene: &mut NewerXen<'_>) -> Result<()> {
+    xl_refuses(scene.lab, "one", VFS[0])
 }

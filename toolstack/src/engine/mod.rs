@@ -14,6 +14,7 @@ mod guests;
 mod holds;
 mod inbox;
 mod inventory;
+mod libxl;
 mod mailbox;
 mod notes;
 mod persistent;
@@ -62,6 +63,7 @@ use holds::Holds;
 use inbox::Answer;
 pub use inbox::Inbox;
 use inventory::Inventory;
+use libxl::Marks;
 use persistent::Persistent;
 use problems::Problem;
 use requests::Deferred;
@@ -131,6 +133,8 @@ pub struct Engine {
     persistent: Persistent,
     watchdog: Watchdog,
     succession: Succession,
+    /// What libxl is shown of functions.
+    marks: Marks,
     /// Problems that concern no single function, for `xpci status`.
     problems: problems::Problems,
 }
@@ -178,6 +182,7 @@ impl Engine {
             persistent: Persistent::default(),
             watchdog: Watchdog::from_environment(),
             succession: Succession::default(),
+            marks: Marks::default(),
             problems: problems.into_iter().collect(),
         })
     }
@@ -208,6 +213,7 @@ impl Engine {
             self.reconcile();
             self.examine_functions();
             self.send_state_events();
+            self.show_libxl();
             if let Some(ready_successor) = self.ready_successor() {
                 break Ending::Replaced(ready_successor);
             }
@@ -228,8 +234,8 @@ impl Engine {
     }
 
     fn subscribe(&mut self) -> io::Result<Sources> {
-        // The watch on xen-pciback's nodes shows what xl assigns to guests.
-        for event in ["@introduceDomain", "@releaseDomain", nodes::PCIBACK] {
+        // The watches on the nodes of xen-pciback and libxl show what xl assigns to guests.
+        for event in ["@introduceDomain", "@releaseDomain", nodes::PCIBACK, libxl::DIRECTORY] {
             self.platform.store.watch(event, event).map_err(io::Error::other)?;
         }
         let host = self.platform.host.events().map_err(io::Error::other)?;

@@ -5,11 +5,11 @@
 
 use std::collections::BTreeSet;
 
-use pciback::DomId;
 use pciback::platform::{PlatformError, Store, WatchEvent};
 use pciback::serve::pv::nodes;
+use pciback::{DomId, Sbdf};
 
-use super::Engine;
+use super::{Engine, libxl};
 use crate::domains;
 
 /// The largest number of events that are handled before the engine polls its other sources.
@@ -26,6 +26,8 @@ struct Changed {
     device_models: BTreeSet<DomId>,
     /// xl assigned functions to guests, or took them back.
     pciback: bool,
+    /// Functions of which libxl's nodes changed.
+    libxl: BTreeSet<Sbdf>,
     /// Domains whose frontend changed its nodes.
     frontends: BTreeSet<DomId>,
 }
@@ -47,6 +49,7 @@ impl Changed {
             ("@introduceDomain", _) => self.introduced = true,
             ("@releaseDomain", _) => self.released = true,
             _ if event.token == nodes::PCIBACK => self.pciback = true,
+            _ if event.token == libxl::DIRECTORY => self.libxl.extend(libxl::function_of(&event.path)),
             (_, Some(domain)) => drop(self.device_models.insert(domain)),
             (_, None) => {
                 // The token is the frontend's directory, `/local/domain/DOMID/device/pci/0`.
@@ -70,6 +73,9 @@ impl Engine {
         }
         if changed.pciback {
             self.inventory.examine_others();
+        }
+        for address in changed.libxl {
+            self.libxl_changed(address);
         }
         for domain in changed.device_models {
             self.device_model_changed(domain);

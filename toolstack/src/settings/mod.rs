@@ -29,6 +29,8 @@ pub const DEFAULT_SOCKET: &str = "/run/xpci/control";
 pub struct Settings {
     /// The driver that holds functions for guests.
     pub holder: Holder,
+    /// Whether libxl is shown that functions which the service holds are assigned, so that xl and libvirt refuse them.
+    pub keep_from_libxl: bool,
     /// The limit for a guest to accept or release a function, counted from its last access to a register, in seconds, 1-600. The total
     /// limit is six times as long.
     pub guest_limit_seconds: u64,
@@ -170,6 +172,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             holder: Holder::Auto,
+            keep_from_libxl: true,
             guest_limit_seconds: 10,
             start_limit_seconds: 60,
             driver_limit_seconds: 30,

@@ -152,3 +152,78 @@ fn a_function_can_be_cleared_after_its_guest_of_xl_is_destroyed() {
     service.clear(vf).unwrap();
     world.assert_held(&service, vf, "its guest has ended");
 }
+
+/// Where libxl notes which domain has the function.
+const ASSIGNED: &str = "/libxl/pci/0000-01-10-0/domid";
+
+fn assigned(world: &World) -> Option<Vec<u8>> {
+    world.simulation.store(DomId::DOM0).unwrap().read(ASSIGNED).unwrap()
+}
+
+fn wait_for_assigned(world: &World, expected: Option<&[u8]>) {
+    wait_until(&format!("{ASSIGNED} is {expected:?}"), || assigned(world).as_deref() == expected);
+}
+
+#[test]
+fn libxl_takes_a_function_for_assigned_from_its_hold_to_its_release() {
+    let (world, vf) = (World::new(), bdf(VF));
+    let store = world.simulation.store(DomId::DOM0).unwrap();
+    let service = world.start_with_libxl();
+    assert_eq!(assigned(&world), None, "dom0 has it");
+    service.hold(vf).unwrap();
+    wait_for_assigned(&world, Some(b"0"));
+    // libxl removes the node when it has refused the function.
+    store.remove(ASSIGNED).unwrap();
+    wait_for_assigned(&world, Some(b"0"));
+    service.attach(WEB, vf).unwrap();
+    service.detach(WEB, vf).unwrap();
+    assert_eq!(assigned(&world).as_deref(), Some(b"0".as_slice()));
+    service.release(vf).unwrap();
+    wait_for_assigned(&world, None);
+    assert!(store.list("/libxl/pci").unwrap().is_empty());
+}
+
+#[test]
+fn what_libxl_notes_of_a_function_itself_is_left_as_it_is() {
+    let (world, vf) = (World::new(), bdf(VF));
+    let store = world.simulation.store(DomId::DOM0).unwrap();
+    let (driver, domain) = ("/libxl/pci/0000-01-10-0/driver_path", DB.to_string());
+    store.write(ASSIGNED, domain.as_bytes()).unwrap();
+    store.write(driver, b"/sys/bus/pci/drivers/igbvf").unwrap();
+    let service = world.start_with_libxl();
+    service.hold(vf).unwrap();
+    store.remove(ASSIGNED).unwrap();
+    wait_for_assigned(&world, Some(b"0"));
+    store.write(ASSIGNED, domain.as_bytes()).unwrap();
+    service.release(vf).unwrap();
+    service.call(Request::Sync { dry_run: true }).unwrap();
+    assert_eq!(assigned(&world).as_deref(), Some(domain.as_bytes()));
+    assert!(store.read(driver).unwrap().is_some());
+}
+
+#[test]
+fn a_node_that_could_not_be_written_is_written_later_and_a_restart_keeps_it() {
+    let (world, vf) = (World::new(), bdf(VF));
+    let service = world.start_with_libxl();
+    service.hold(vf).unwrap();
+    wait_for_assigned(&world, Some(b"0"));
+    world.fail("transaction", None, Errno::EIO, 0);
+    world.simulation.store(DomId::DOM0).unwrap().remove(ASSIGNED).unwrap();
+    wait_for_assigned(&world, Some(b"0"));
+    drop(service);
+    let service = world.start_with_libxl();
+    assert_eq!(assigned(&world).as_deref(), Some(b"0".as_slice()));
+    service.release(vf).unwrap();
+    wait_for_assigned(&world, None);
+}
+
+#[test]
+fn who_wants_to_use_xl_for_held_functions_can() {
+    let (world, vf) = (World::new(), bdf(VF));
+    let service = world.start_with_libxl();
+    service.hold(vf).unwrap();
+    wait_for_assigned(&world, Some(b"0"));
+    drop(service);
+    let _service = world.start();
+    wait_for_assigned(&world, None);
+}

@@ -136,6 +136,8 @@ impl World {
             guest_limit_seconds: 10,
             // xen-pciback prepares MSI-X by itself when it takes a function; this one leaves it to the service.
             holder: Holder::PciStub,
+            // Its thread would take failures and kills that are meant for others.
+            keep_from_libxl: false,
             run_directory: self.directory.join("run"),
             state_directory: self.directory.join("state"),
             policy_directories: vec![self.directory.join("policies")],
@@ -168,6 +170,11 @@ impl World {
             Settings { reset: ResetPlan { methods, ..ResetPlan::default() }, ..self.settings() },
             &[],
         )
+    }
+
+    /// Starts the service with libxl shown what it has.
+    pub fn start_with_libxl(&self) -> Service {
+        self.start_service_with(Settings { keep_from_libxl: true, ..self.settings() }, &[])
     }
 
     /// Starts the service with VFs in its settings.

@@ -75,6 +75,11 @@ impl Functions {
         &self.records
     }
 
+    /// The functions that got a record or lost it since the last call.
+    pub fn take_changed(&mut self) -> BTreeSet<Sbdf> {
+        self.records.take_changed()
+    }
+
     /// Takes over a record that the journal has.
     pub fn keep(&mut self, record: Record) {
         if record.state == FunctionState::Host && record.transaction.is_none() {

@@ -1,6 +1,6 @@
 //! The records of functions in memory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use pciback::{DomId, FunctionState, Sbdf};
 
@@ -10,12 +10,14 @@ use crate::journal::{GuestPlace, Record};
 #[derive(Debug, Clone)]
 pub(in crate::engine) struct Records {
     by_address: BTreeMap<Sbdf, Record>,
+    /// Functions that got a record or lost it.
+    changed: BTreeSet<Sbdf>,
     boot: String,
 }
 
 impl Records {
     pub fn new(boot: String) -> Self {
-        Self { by_address: BTreeMap::new(), boot }
+        Self { by_address: BTreeMap::new(), changed: BTreeSet::new(), boot }
     }
 
     /// The record of a function, if it has one.
@@ -58,11 +60,20 @@ impl Records {
     }
 
     pub(super) fn put(&mut self, record: Record) {
-        self.by_address.insert(record.address, record);
+        let address = record.address;
+        if self.by_address.insert(address, record).is_none() {
+            self.changed.insert(address);
+        }
     }
 
     pub(super) fn remove(&mut self, address: Sbdf) {
-        self.by_address.remove(&address);
+        if self.by_address.remove(&address).is_some() {
+            self.changed.insert(address);
+        }
+    }
+
+    pub(super) fn take_changed(&mut self) -> BTreeSet<Sbdf> {
+        std::mem::take(&mut self.changed)
     }
 
     pub(super) fn change(&mut self, address: Sbdf, change: impl FnOnce(&mut Record)) -> Option<Record> {
