@@ -103,9 +103,10 @@ const ENGINE: &[Layer] = &[
     ("vfs", &["problems", "functions", "tasks", "requests"]),
     ("saving", &["problems", "requests", "guests"]),
     ("policies", &["problems", "functions", "tasks", "guests"]),
+    ("libxl", &[]),
     ("mailbox", &[]),
     ("recover", &["problems", "functions", "tasks", "guests"]),
-    ("store_events", &[]),
+    ("store_events", &["libxl"]),
     ("succession", &[]),
 ];
 
