@@ -200,8 +200,13 @@ impl Kills<'_> {
             make_held(self.lab, vf)?;
         }
         for guest in &self.guests {
-            nothing_remains(self.lab, guest)?;
             guest.wait_for("its function to go", SOON, "[ ! -e /sys/bus/pci/devices/0000:00:00.0 ]")?;
+        }
+        for guest in &self.guests {
+            let nodes =
+                format!("[ -z \"$(xenstore-list /local/domain/0/backend/xpci/{})\" ]", guest.domid()?);
+            self.lab.wait_for("its nodes to go", SOON, &nodes)?;
+            nothing_remains(self.lab, guest)?;
         }
         for ((guest, vf), address) in self.guests.iter().zip(VFS).zip(ADDRESSES) {
             make_used(self.lab, guest, vf, address)?;

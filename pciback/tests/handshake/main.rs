@@ -76,6 +76,28 @@ fn a_guest_that_is_slow_to_see_its_directory_go_finds_the_next_one() {
 }
 
 #[test]
+fn accesses_of_a_guest_that_lost_its_last_function_are_answered_until_it_has_dropped_the_device() {
+    let mut world = connected(&[FIRST]);
+    world.remove_unasked(FIRST);
+    assert!(world.leaving.is_empty() && world.is_connected(), "its driver reads registers when it goes");
+    assert_eq!((world.backend("state"), world.backend("dev-0")), (Some("5"), None));
+    world.run();
+    assert!(world.found().is_empty() && world.stale().is_empty() && world.nothing_left());
+    assert!(world.handshake.is_empty());
+}
+
+#[test]
+fn a_guest_that_does_not_drop_the_device_or_has_ended_loses_its_ring() {
+    let mut world = connected(&[FIRST]);
+    world.remove_unasked(FIRST);
+    world.add(SECOND);
+    world.closing_over();
+    assert!(!world.is_connected());
+    world.run();
+    assert!(world.found().iter().eq(&[SECOND]) && world.stale().is_empty());
+}
+
+#[test]
 fn a_guest_that_looks_only_after_the_pause_finds_the_next_function() {
     for forced in [false, true] {
         let mut world = connected(&[FIRST]);
@@ -407,6 +429,7 @@ proptest! {
         for devfn in world.leaving.clone() {
             world.withdraw_unasked(devfn);
         }
+        world.closing_over();
         world.pause_over();
         prop_assert!(world.leaving.is_empty() && world.nothing_left() && world.handshake.is_empty());
     }

@@ -118,6 +118,12 @@ impl World {
         }
     }
 
+    /// The guest has had its time to drop the device.
+    pub fn closing_over(&mut self) {
+        let actions = self.handshake.closing_over();
+        self.act(actions);
+    }
+
     /// The guest has had its time to look at its device.
     pub fn notify_again(&mut self) {
         if self.handshake.awaits_frontend() {
@@ -142,6 +148,13 @@ impl World {
         // The process that waited for them was killed too.
         self.served.retain(|devfn, _| self.wanted.contains(devfn) || self.leaving.contains(devfn));
         self.added.extend(self.found());
+        if self.served.is_empty() {
+            // There is no guest to take over. What is left of its nodes is removed, and the service needs longer to start than a guest to see that.
+            self.handshake = Handshake::new(DomId(5));
+            self.change(&NodeChange::RemoveAll);
+            self.guest_sees_directory();
+            return;
+        }
         let functions: Vec<(Devfn, Sbdf)> =
             self.served.keys().map(|devfn| (*devfn, address(*devfn))).collect();
         let state = self.backend.get("state").map(|state| XenbusState(state.parse().unwrap()));
@@ -197,6 +210,7 @@ impl World {
                 }
                 Action::Report(text) => self.reports.push(text),
                 Action::Pause => self.paused = true,
+                Action::AwaitClosed => {}
                 Action::NotifyAgain => self.guest.directory_event = true,
             }
         }
@@ -425,6 +439,10 @@ impl World {
     pub fn stale(&self) -> BTreeSet<Devfn> {
         let found = self.found();
         self.guest.found.keys().filter(|devfn| !found.contains(devfn)).copied().collect()
+    }
+
+    pub fn is_connected(&self) -> bool {
+        self.connected.is_some()
     }
 
     pub fn backend(&self, key: &str) -> Option<&str> {

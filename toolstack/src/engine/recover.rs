@@ -34,6 +34,9 @@ impl Engine {
             self.forget_earlier_boot(record);
         }
         self.resume_guests(&current);
+        if let Err(error) = self.remove_leftover_nodes() {
+            warn!("nodes of guests that have lost their functions: {error}");
+        }
         for record in current.iter().filter(|record| record.guest.is_some() && !record.grants.is_empty()) {
             // Grants of a version that did not note former owners.
             if let Err(failure) = note_owner(&self.files.former_owners, &self.platform, record) {

@@ -41,6 +41,8 @@ pub enum Action {
     Pause,
     /// Notify the guest of its device once more.
     NotifyAgain,
+    /// Call [`Handshake::closing_over`] when the guest has had its time to drop the device.
+    AwaitClosed,
 }
 
 /// How far the two ends are.
@@ -296,7 +298,7 @@ impl Handshake {
         let mut actions = vec![Action::Removed(devfn)];
         if let Some(Function { index, phase, .. }) = self.functions.remove(&devfn) {
             if self.functions.is_empty() {
-                self.close(&mut actions);
+                self.drop_device(index, phase, &mut actions);
             } else if self.has_scanned() {
                 self.leave_undropped(devfn, index, phase, &mut actions);
             } else if phase != Phase::Wanted && !matches!(self.link, Link::Absent | Link::Pausing) {
@@ -307,6 +309,47 @@ impl Handshake {
         }
         self.advance(&mut actions);
         actions
+    }
+
+    /// The guest has no function any more, and still has a device for the last one. Its accesses to that are answered until it has dropped it: each
+    /// would take it two seconds otherwise.
+    fn drop_device(&mut self, index: u32, phase: Phase, actions: &mut Vec<Action>) {
+        match self.link {
+            Link::Connected { ring, scanned: true }
+                if self.frontend.state == Some(XenbusState::CONNECTED) =>
+            {
+                let closing = NodeChange::backend(key::STATE, XenbusState::CLOSING.0);
+                actions.push(Action::Nodes(vec![NodeChange::withdrawn_function(index), closing]));
+                actions.push(Action::AwaitClosed);
+                self.link = Link::Closing(ring);
+            }
+            // It is dropping the device already.
+            Link::Closing(_) if phase == Phase::Wanted => {}
+            _ => self.close(actions),
+        }
+    }
+
+    /// The guest has ended: the function is withdrawn at once, and nothing is left for the guest to do.
+    pub fn guest_ended(&mut self, devfn: Devfn) -> Vec<Action> {
+        let mut actions = self.withdraw_unasked(devfn);
+        actions.extend(self.closing_over());
+        actions
+    }
+
+    /// The guest has ended, or the time that [`Action::AwaitClosed`] gave it is over.
+    pub fn closing_over(&mut self) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if self.is_dropping() {
+            self.close(&mut actions);
+            self.advance(&mut actions);
+        }
+        actions
+    }
+
+    /// Whether the guest has lost its functions and drops its device.
+    pub fn is_dropping(&self) -> bool {
+        let asked = |function: &Function| matches!(function.phase, Phase::Unwanted | Phase::Removing);
+        matches!(self.link, Link::Closing(_)) && !self.functions.values().any(asked)
     }
 
     fn leave_undropped(&mut self, devfn: Devfn, index: u32, phase: Phase, actions: &mut Vec<Action>) {
@@ -333,7 +376,6 @@ impl Handshake {
 
     /// Gives up the ring and removes all nodes; what is still wanted is published again.
     fn close(&mut self, actions: &mut Vec<Action>) {
-        self.unseen |= !matches!(self.frontend.state, None | Some(XenbusState::INITIALISING));
         if self.ring().is_some() {
             actions.push(Action::Disconnect);
         }
@@ -341,6 +383,7 @@ impl Handshake {
             actions.push(Action::Nodes(vec![NodeChange::RemoveAll]));
             actions.push(Action::Pause);
             self.link = Link::Pausing;
+            self.unseen = true;
         }
         for function in self.functions.values_mut() {
             function.phase = Phase::Wanted;

@@ -57,6 +57,15 @@ impl Engine {
                 self.act(domain, actions);
             }
         }
+        let closing =
+            self.guests.by_domain.iter().filter(|(_, guest)| guest.closed_by.is_some_and(|by| by <= now));
+        for domain in closing.map(|(domain, _)| *domain).collect::<Vec<_>>() {
+            if let Some(guest) = self.guests.get_mut(domain) {
+                guest.closed_by = None;
+                let actions = guest.handshake.closing_over();
+                self.act(domain, actions);
+            }
+        }
         let limit = self.settings.guest_limit();
         let mut late = Vec::new();
         for (domain, Guest { waiting, counters, .. }) in &mut self.guests.by_domain {

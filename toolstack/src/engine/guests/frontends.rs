@@ -78,6 +78,12 @@ impl Engine {
                         guest.log_line(Level::Warn, &format!("domain {domain}: {text}"));
                     }
                 }
+                Action::AwaitClosed => {
+                    let by = Instant::now() + self.settings.guest_limit();
+                    if let Some(guest) = self.guests.get_mut(domain) {
+                        guest.closed_by = Some(by);
+                    }
+                }
                 Action::NotifyAgain => {
                     if let Err(error) = nodes::tell_again(self.platform.store.as_ref(), domain) {
                         warn!("domain {domain}: {error}");

@@ -38,6 +38,8 @@ pub(in crate::engine) struct Guest {
     pub(super) write_again: Option<Instant>,
     /// When the handshake may continue after the guest's nodes were removed.
     pub(super) pause: Option<Instant>,
+    /// When a guest that has lost its last function must have dropped its device.
+    pub(super) closed_by: Option<Instant>,
     /// When the guest is next notified again of its device, and the interval after that.
     pub(super) notify_again: Option<(Instant, Duration)>,
     log: LogLimit,
@@ -109,6 +111,7 @@ impl Guest {
             unwritten: Vec::new(),
             write_again: None,
             pause: None,
+            closed_by: None,
             notify_again: None,
             log: LogLimit::new(),
         }
@@ -117,7 +120,7 @@ impl Guest {
     /// The times at which something is due for the guest.
     pub(in crate::engine) fn due(&self) -> impl Iterator<Item = Instant> {
         let again = self.notify_again.map(|(when, _)| when);
-        self.pause.into_iter().chain(self.write_again).chain(again)
+        self.pause.into_iter().chain(self.closed_by).chain(self.write_again).chain(again)
     }
 
     /// Logs an action of the guest, within its log limit.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
+use pciback::platform::PlatformError;
 use pciback::serve::GuestFunction;
 use pciback::serve::pv::{Handshake, NodeChange, nodes};
 use pciback::{Devfn, DomId, FunctionState, Sbdf};
@@ -87,7 +88,8 @@ impl Engine {
         guest.waiting.insert(place.devfn, waiting);
         let actions = match withdrawal {
             Withdrawal::Ask => guest.handshake.remove(place.devfn),
-            Withdrawal::Force | Withdrawal::GuestEnded => guest.handshake.withdraw_unasked(place.devfn),
+            Withdrawal::Force => guest.handshake.withdraw_unasked(place.devfn),
+            Withdrawal::GuestEnded => guest.handshake.guest_ended(place.devfn),
         };
         self.act(place.domain, actions);
     }
@@ -192,7 +194,7 @@ impl Engine {
                 if let Some(place) = record.guest
                     && let Some(guest) = self.guests.get_mut(place.domain)
                 {
-                    let actions = guest.handshake.withdraw_unasked(place.devfn);
+                    let actions = guest.handshake.guest_ended(place.devfn);
                     self.act(place.domain, actions);
                 }
             } else if matches!(
@@ -203,7 +205,33 @@ impl Engine {
                 self.detach_from_ended(record);
             }
         }
+        self.end_dropping();
         self.return_managed_again();
+    }
+
+    /// Guests that had lost their functions, and have ended before they dropped the device.
+    fn end_dropping(&mut self) {
+        let dropping = self.guests.by_domain.iter().filter(|(_, guest)| guest.handshake.is_dropping());
+        let mut dead: Vec<DomId> = dropping.map(|(domain, _)| *domain).collect();
+        dead.retain(|domain| matches!(self.platform.store.domain_exists(*domain), Ok(false)));
+        for domain in dead {
+            if let Some(guest) = self.guests.get_mut(domain) {
+                let actions = guest.handshake.closing_over();
+                self.act(domain, actions);
+            }
+        }
+    }
+
+    /// Removes the nodes of guests without functions, for which an earlier run waited to drop their device.
+    pub(in crate::engine) fn remove_leftover_nodes(&self) -> Result<(), PlatformError> {
+        let store = self.platform.store.as_ref();
+        for domain in store.list(nodes::BACKENDS)?.iter().filter_map(|name| name.parse().ok().map(DomId)) {
+            let functions = nodes::read_backend_functions(store, domain)?;
+            if !self.guests.contains(domain) && functions.iter().all(|function| function.address.is_none()) {
+                nodes::apply(store, domain, &[NodeChange::RemoveAll])?;
+            }
+        }
+        Ok(())
     }
 
     /// Stops the serving threads at the end of the service. Guests keep their functions.
