@@ -80,6 +80,13 @@ pub enum Event {
         /// Where the answer is sent.
         reply: Reply,
     },
+    /// The same, with the address of each function, or of the PF whose VFs are meant.
+    Found {
+        /// The request.
+        request: Request<Target>,
+        /// Where the answer is sent.
+        reply: Reply,
+    },
     /// What concerns guests that have functions, or are about to get one.
     Guests(guests::Event),
     /// The result of background work for guests that have functions persistently.
@@ -299,6 +306,7 @@ impl Engine {
     fn handle(&mut self, event: Event) {
         match event {
             Event::Call { request, reply } => self.handle_call(request, reply),
+            Event::Found { request, reply } => self.handle_found(request, reply),
             Event::Guests(event) => self.handle_guests(event),
             Event::Persistent(event) => self.handle_persistent(event),
             Event::Tasks(event) => self.handle_tasks(event),

@@ -106,3 +106,31 @@ fn a_frontend_that_leaves_a_slow_function_delays_no_request() {
     service.detach(WEB, address).unwrap();
     world.assert_held(&service, address, "after the slow call");
 }
+
+#[test]
+fn a_slow_pf_delays_no_request_while_the_settings_are_asked_for_the_guest_of_its_vf() {
+    let (world, pf, address) = (World::new(), bdf("01:00.0"), bdf("01:10.0"));
+    let service = world.start_with_guest("absent", &["eth0:0"]);
+    service.hold(address).unwrap();
+    slow(&world, "function", pf);
+    thread::scope(|scope| {
+        let released = scope.spawn(|| service.release(address));
+        assert_answers_during_a_slow_call(&world, &service);
+        let failure = released.join().unwrap().unwrap_err();
+        assert!(failure.message.contains("reserved for guest 'absent' by the settings"), "{failure}");
+    });
+}
+
+#[test]
+fn a_slow_pf_delays_no_request_while_its_vf_becomes_persistent() {
+    let (world, pf, address) = (World::new(), bdf("01:00.0"), bdf("01:10.0"));
+    let service = world.start();
+    service.hold(address).unwrap();
+    slow(&world, "config_read", pf);
+    thread::scope(|scope| {
+        let attached = scope.spawn(|| service.persist(WEB, address));
+        assert_answers_during_a_slow_call(&world, &service);
+        attached.join().unwrap().unwrap();
+    });
+    assert_eq!(service.state(address), FunctionState::Attached);
+}

@@ -3,6 +3,7 @@
 //! Records here follow the journal, which transactions write. A function in a transaction or under repair is busy, and nothing else may
 //! begin with it.
 
+mod assignees;
 mod attachments;
 mod containment;
 mod filter;
@@ -15,6 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use pciback::serve::Attachment;
 use pciback::{FunctionState, Sbdf};
 
+use self::assignees::Assignees;
 use self::attachments::Attachments;
 use self::containment::Awaiting;
 pub use self::containment::Containment;
@@ -49,6 +51,8 @@ pub(super) struct Handover {
     pub fresh: Fresh,
     /// Functions to be contained when their transaction ends.
     pub awaiting: Awaiting,
+    /// To which guests the settings assign functions.
+    pub assignees: Assignees,
 }
 
 /// What the end of a transaction changes.

@@ -1,11 +1,12 @@
 //! Functions that the settings (`guests`) assign to guests. They are attached as with `pci-attach --persist`, from the next start of the
 //! guest.
 
-use pciback::platform::HostFunction;
+use pciback::platform::{Host, HostFunction};
 use pciback::policy::Reuse;
 use pciback::{DeviceNumber, DomId, Sbdf, Uuid};
 
 use super::Event;
+use crate::device::Device;
 use crate::domains;
 use crate::engine::problems::Problem;
 use crate::engine::tasks::TaskContext;
@@ -41,6 +42,17 @@ impl Settings {
         let name = name.map(str::to_owned);
         self.guests.keys().filter(move |key| name.as_ref() == Some(key) || key.parse() == Ok(uuid))
     }
+
+    /// The guest to which the settings assign a function, by its name in the settings. Names are looked up on the host.
+    pub(super) fn assignee(
+        &self,
+        host: &dyn Host,
+        function: &HostFunction,
+        device: &Device,
+    ) -> Option<&String> {
+        let means = |one: &Assigned| names::means_one(host, &self.names, &one.target, function, device);
+        self.guests.iter().find(|(_, functions)| functions.iter().any(means)).map(|(guest, _)| guest)
+    }
 }
 
 impl Engine {
@@ -55,15 +67,20 @@ impl Engine {
         if wanted.is_empty() {
             return;
         }
-        let (host, settings, inbox) = (self.platform.host.clone(), self.settings.clone(), self.inbox.clone());
+        let context = self.task_context();
         self.background("find", move || {
+            let (host, settings) = (context.platform.host.as_ref(), &context.settings);
             let find = |one: Assigned| {
-                let found = names::find(host.as_ref(), &settings.names, &one.target);
-                (one, found)
+                let found = names::find(host, &settings.names, &one.target);
+                (one, found.inspect(|found| context.look_up(found)))
             };
             let functions = wanted.into_iter().map(find).collect();
+            // The guest may have an assigned device at another address by now.
+            for known in context.files.reservations.of(guest) {
+                context.look_up(&known.address.into());
+            }
             let found = Assignments { domain, guest, name, functions };
-            inbox.send(engine::Event::Persistent(Event::AssignmentsFound(found)));
+            context.inbox.send(engine::Event::Persistent(Event::AssignmentsFound(found)));
         });
     }
 
@@ -210,34 +227,31 @@ impl Engine {
         let host = self.platform.host.as_ref();
         let function = crate::spec::existing(host, address)?;
         self.kept_for_others(address, guest.0)?;
-        if let Some(other) = self.assigned_to_others(&function, &guest) {
-            return Err(other);
-        }
+        self.not_assigned_to_others(&function, &guest)?;
         let devfn = super::reserved::free_devfn(address, guest.0, slot, kept)?;
         Ok(Reservation::new(self.devices.of(host, &function)?, guest.0, guest.1, devfn))
     }
 
     /// Refuses a function that the settings assign to another guest.
-    pub(super) fn assigned_to_others(
+    pub(super) fn not_assigned_to_others(
         &self,
         function: &HostFunction,
         (uuid, name): &(Uuid, Option<String>),
-    ) -> Option<Failure> {
-        let own: Vec<&String> = self.settings.guest(name.as_deref(), *uuid).collect();
-        let other = self.assigned_to(function).filter(|guest| !own.contains(guest))?;
-        let refusal = kept_by_settings(function.address, other);
-        Some(refusal.hint("change 'guests' in xpcid.yaml, then restart xpcid"))
+    ) -> Result<(), Failure> {
+        let is_own = |guest: &String| self.settings.guest(name.as_deref(), *uuid).any(|own| own == guest);
+        match self.assigned_to(function)?.filter(|guest| !is_own(guest)) {
+            Some(other) => Err(kept_by_settings(function.address, &other)
+                .hint("change 'guests' in xpcid.yaml, then restart xpcid")),
+            None => Ok(()),
+        }
     }
 
-    /// The guest to which the settings assign a function, by its name in the settings.
-    pub(in crate::engine) fn assigned_to(&self, function: &HostFunction) -> Option<&String> {
-        let (host, names) = (self.platform.host.as_ref(), &self.settings.names);
-        if self.settings.guests.is_empty() {
-            return None;
+    /// The guest to which the settings assign a function, by its name in the settings; a thread has looked it up.
+    pub(in crate::engine) fn assigned_to(&self, function: &HostFunction) -> Result<Option<String>, Failure> {
+        match self.settings.guests.is_empty() {
+            true => Ok(None),
+            false => self.functions.handover().assignees.of(function),
         }
-        let device = self.devices.of(host, function).ok()?;
-        let means = |one: &Assigned| names::means_one(host, names, &one.target, function, &device);
-        self.settings.guests.iter().find(|(_, functions)| functions.iter().any(means)).map(|(guest, _)| guest)
     }
 }
 

@@ -1,14 +1,17 @@
 //! Identifies devices: persistent assignments follow the device, not the address.
 //!
-//! Identifying a device reads its config space. The thread that examines a function does this, and the engine uses the result.
+//! Identifying a device reads its config space. The thread that examines a function, or resolves those of a request, does this, and the
+//! engine uses the result.
 
 use log::warn;
 use pciback::Sbdf;
 use pciback::platform::HostFunction;
 
+use crate::device::Device;
 use crate::engine::Engine;
 use crate::engine::tasks::TaskContext;
 use crate::reservations::Followed;
+use crate::target::{Parent, Target};
 
 impl TaskContext {
     /// Whether device identities are needed.
@@ -36,6 +39,30 @@ impl TaskContext {
             None
         })
     }
+
+    /// Finds out what the engine has to know of a function, or of all VFs of a PF, before it decides about a request: which device it is,
+    /// and to which guest the settings assign it. The engine does not read this itself.
+    pub(in crate::engine) fn look_up(&self, target: &Target) {
+        let host = self.platform.host.as_ref();
+        let meant = match target {
+            Target::Any(Parent::At(pf)) => {
+                host.function(*pf).map(|pf| pf.virtual_functions).unwrap_or_default()
+            }
+            other => other.address().into_iter().collect(),
+        };
+        for function in meant.into_iter().filter_map(|address| host.function(address).ok()) {
+            self.look_at(&function);
+        }
+    }
+
+    /// [`Self::look_up`] for a function that was read. Returns its device.
+    fn look_at(&self, function: &HostFunction) -> Option<Device> {
+        let host = self.platform.host.as_ref();
+        let device = self.devices.of(host, function).ok();
+        let guest = device.as_ref().and_then(|device| self.settings.assignee(host, function, device));
+        self.handover.assignees.note(function, guest.cloned());
+        device
+    }
 }
 
 impl Engine {
@@ -51,7 +78,7 @@ impl Engine {
             Vec::new()
         });
         let functions = functions.into_iter().filter_map(|address| host.function(address).ok());
-        let devices = functions.filter_map(|function| self.devices.of(host, &function).ok()).collect();
+        let devices = functions.filter_map(|function| context.look_at(&function)).collect();
         if let Err(failure) = self.files.reservations.found_all(devices) {
             warn!("{failure}");
         }

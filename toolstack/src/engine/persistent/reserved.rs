@@ -39,9 +39,7 @@ impl Engine {
             }
             let uuid = self.platform.hypervisor.domain(domain)?.uuid;
             let name = domains::name(self.platform.store.as_ref(), domain)?;
-            return self
-                .assigned_to_others(function, &(uuid, name))
-                .map_or(Ok(()), |other| Err(other.of(domain)));
+            return self.not_assigned_to_others(function, &(uuid, name)).map_err(|other| other.of(domain));
         };
         let is_guest = self.platform.hypervisor.domain(domain)?.uuid == reservation.guest;
         let is_same = reservation.is_of(&self.devices.of(self.platform.host.as_ref(), function)?);
@@ -70,8 +68,8 @@ impl Engine {
             }
             None => {
                 let function = existing(self.platform.host.as_ref(), address)?;
-                let Some(guest) = self.assigned_to(&function) else { return Ok(()) };
-                Err(kept_by_settings(address, guest).hint("change 'guests' in xpcid.yaml, or use --force"))
+                let Some(guest) = self.assigned_to(&function)? else { return Ok(()) };
+                Err(kept_by_settings(address, &guest).hint("change 'guests' in xpcid.yaml, or use --force"))
             }
         }
     }
@@ -219,7 +217,7 @@ impl Engine {
         let mut found = self.attach_obstacles(&function, None, Reuse::Trusted);
         let known = self.reserved(address);
         found.extend(self.kept_for_others(address, guest).err());
-        found.extend(self.assigned_to_others(&function, &(guest, name.clone())));
+        found.extend(self.not_assigned_to_others(&function, &(guest, name.clone())).err());
         Failure::refuse_for(&format!("keep {address} for guest {guest}"), found)?;
         let own = known.filter(|known| slot.is_none_or(|slot| slot == known.devfn.device()));
         if let Some(own) = own {

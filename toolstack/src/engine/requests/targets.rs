@@ -24,26 +24,44 @@ fn is_found(request: &Request<Target>) -> bool {
 }
 
 impl Engine {
-    /// Handles a request of a client. Names that need a scan of the host are resolved on a background thread, which sends the request
-    /// again with an address.
+    /// Handles a request of a client. A background thread resolves names that need a scan of the host, looks up what the engine has to
+    /// know of the functions, and sends the request again with their addresses.
     pub(in crate::engine) fn handle_call(&mut self, request: Request<Target>, reply: Reply) {
-        match request.clone().map(|target| target.address().ok_or(target)) {
-            Ok(request) => self.handle_request(request, reply),
-            Err(_) if is_found(&request) => match self.choose_each(request) {
-                Ok(request) => self.handle_request(request, reply),
+        let is_to_look_up = self.is_to_look_up(&request);
+        if is_found(&request) && !is_to_look_up {
+            return self.handle_found(request, reply);
+        }
+        let context = self.task_context();
+        self.background("find", move || {
+            let (host, settings) = (context.platform.host.as_ref(), &context.settings);
+            let look_up = |found: &Target| {
+                if is_to_look_up {
+                    context.look_up(found);
+                }
+            };
+            let find = |target| names::find(host, &settings.names, &target).inspect(look_up);
+            match request.map(find) {
+                Ok(request) => context.inbox.send(Event::Found { request, reply }),
                 Err(failure) => reply.done(Err(failure)),
-            },
-            Err(_) => {
-                let (host, settings) = (self.platform.host.clone(), self.settings.clone());
-                let inbox = self.inbox.clone();
-                self.background("find", move || {
-                    let find = |target| names::find(host.as_ref(), &settings.names, &target);
-                    match request.map(find) {
-                        Ok(request) => inbox.send(Event::Call { request, reply }),
-                        Err(failure) => reply.done(Err(failure)),
-                    }
-                });
             }
+        });
+    }
+
+    /// Whether the engine has to know the devices of a request's functions, or to which guests the settings assign them.
+    fn is_to_look_up(&self, request: &Request<Target>) -> bool {
+        let is_assigned = !self.settings.guests.is_empty();
+        match request {
+            Request::PciAttach { persist, .. } => *persist || is_assigned,
+            Request::PciAttachAll { .. } | Request::PciAssignableRemove { .. } => is_assigned,
+            _ => false,
+        }
+    }
+
+    /// Handles a request with the addresses of its functions.
+    pub(in crate::engine) fn handle_found(&mut self, request: Request<Target>, reply: Reply) {
+        match self.choose_each(request) {
+            Ok(request) => self.handle_request(request, reply),
+            Err(failure) => reply.done(Err(failure)),
         }
     }
 
@@ -139,11 +157,15 @@ impl Engine {
             return Some(Failure::refused(kept_for(&kept)).on(vf).hint(how_to_forget(&kept)));
         }
         let domain = domains::find(self.platform.store.as_ref(), guest).ok();
-        match existing(self.platform.host.as_ref(), vf) {
-            Ok(function) if self.assigned_to(&function).is_some() => {
+        let function = match existing(self.platform.host.as_ref(), vf) {
+            Ok(function) => function,
+            Err(failure) => return Some(failure),
+        };
+        match self.assigned_to(&function) {
+            Ok(None) => self.attach_obstacles(&function, domain, reuse).into_iter().next(),
+            Ok(Some(_)) => {
                 Some(Failure::refused(format!("{vf} is reserved for a guest by the settings")).on(vf))
             }
-            Ok(function) => self.attach_obstacles(&function, domain, reuse).into_iter().next(),
             Err(failure) => Some(failure),
         }
     }
