@@ -77,6 +77,12 @@ pub fn name(store: &dyn StoreOps, domain: DomId) -> Result<Option<String>, Platf
     read_text(store, &format!("/local/domain/{domain}/name"))
 }
 
+/// The name and number of a domain, or only its number, for messages.
+pub fn called(store: &dyn StoreOps, domain: DomId) -> String {
+    let name = name(store, domain).ok().flatten();
+    name.map_or_else(|| format!("domain {domain}"), |name| format!("'{name}' (domain {domain})"))
+}
+
 /// The type of a domain, as libxl noted it.
 pub fn kind(store: &dyn StoreOps, domain: DomId) -> Result<DomainType, PlatformError> {
     Ok(match read_text(store, &format!("/libxl/{domain}/type"))?.as_deref() {

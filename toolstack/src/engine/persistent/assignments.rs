@@ -5,7 +5,7 @@ use pciback::platform::{Host, HostFunction};
 use pciback::policy::Reuse;
 use pciback::{DeviceNumber, DomId, Sbdf, Uuid};
 
-use super::Event;
+use super::{Context, Event};
 use crate::device::Device;
 use crate::domains;
 use crate::engine::problems::Problem;
@@ -226,14 +226,17 @@ impl Engine {
     ) -> Result<Reservation, Failure> {
         let host = self.platform.host.as_ref();
         let function = crate::spec::existing(host, address)?;
-        self.kept_for_others(address, guest.0)?;
-        self.not_assigned_to_others(&function, &guest)?;
+        let context = self.persistent_context();
+        context.kept_for_others(address, guest.0)?;
+        context.not_assigned_to_others(&function, &guest)?;
         let devfn = super::reserved::free_devfn(address, guest.0, slot, kept)?;
         Ok(Reservation::new(self.devices.of(host, &function)?, guest.0, guest.1, devfn))
     }
+}
 
+impl Context<'_> {
     /// Refuses a function that the settings assign to another guest.
-    pub(super) fn not_assigned_to_others(
+    pub fn not_assigned_to_others(
         &self,
         function: &HostFunction,
         (uuid, name): &(Uuid, Option<String>),
@@ -247,7 +250,7 @@ impl Engine {
     }
 
     /// The guest to which the settings assign a function, by its name in the settings; a thread has looked it up.
-    pub(in crate::engine) fn assigned_to(&self, function: &HostFunction) -> Result<Option<String>, Failure> {
+    pub fn assigned_to(&self, function: &HostFunction) -> Result<Option<String>, Failure> {
         match self.settings.guests.is_empty() {
             true => Ok(None),
             false => self.functions.handover().assignees.of(function),

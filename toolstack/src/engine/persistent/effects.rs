@@ -4,21 +4,31 @@ use std::time::Instant;
 
 use log::info;
 use pciback::policy::Reuse;
-use pciback::{DomId, Sbdf};
+use pciback::{DomId, Sbdf, Uuid};
 
+use super::updates::changed;
 use super::{Context, Effect, Event, Persistent};
 use crate::engine::Engine;
+use crate::engine::requests::{AttachOptions, persistent_view};
 use crate::engine::tasks::Course;
 use crate::journal::{GuestPlace, Record};
 use crate::outcome::Failure;
-use crate::protocol::Cause;
-use crate::reservations::Followed;
+use crate::protocol::{Cause, DomainName, FunctionView, Placed, Success};
+use crate::reply::Reply;
+use crate::reservations::{Followed, Reservation};
+use crate::spec::existing;
 use crate::transaction::{Finished, Kind};
 
 impl Engine {
     fn persistent_in_context(&mut self) -> (&mut Persistent, Context<'_>) {
-        let Self { persistent, platform, settings, files, functions, boot, inbox, .. } = self;
-        (persistent, Context { platform, settings, files, functions, boot, inbox })
+        let Self { persistent, platform, settings, files, functions, devices, boot, inbox, .. } = self;
+        (persistent, Context { platform, settings, files, functions, devices, boot, inbox })
+    }
+
+    /// What decides about functions that guests have persistently.
+    pub(in crate::engine) fn persistent_context(&self) -> Context<'_> {
+        let Self { platform, settings, files, functions, devices, boot, inbox, .. } = self;
+        Context { platform, settings, files, functions, devices, boot, inbox }
     }
 
     fn persistent_step<T>(&mut self, step: impl FnOnce(&mut Persistent, &Context<'_>) -> T) -> T {
@@ -28,6 +38,7 @@ impl Engine {
             match effect {
                 Effect::Attach(address, domain) => self.attach_again(address, domain),
                 Effect::FindAssignments(domain, guest) => self.find_assignments(domain, guest),
+                Effect::Forget(reservation, reply) => self.end_reservation(*reservation, reply),
                 Effect::DomainsFound => self.problems.resolve(Cause::Starts),
                 Effect::Problem(problem) => self.problems.push(problem),
             }
@@ -76,7 +87,7 @@ impl Engine {
     }
 
     /// Stops waiting for a function.
-    pub(super) fn stop_waiting_for(&mut self, address: Sbdf) {
+    fn stop_waiting_for(&mut self, address: Sbdf) {
         self.persistent_step(|persistent, context| persistent.stop_waiting_for(address, context));
     }
 
@@ -98,6 +109,62 @@ impl Engine {
     /// Lets guests run whose time limit has expired.
     pub(in crate::engine) fn check_starts(&mut self, now: Instant) {
         self.persistent_step(|persistent, context| persistent.check_starts(now, context));
+    }
+
+    /// Reserves a function for a guest that does not run.
+    pub(in crate::engine) fn reserve_for_absent(
+        &self,
+        guest: Result<(Uuid, Option<String>), Failure>,
+        function: Placed,
+        options: AttachOptions,
+        reply: Reply,
+    ) {
+        let context = self.persistent_context();
+        let wanted = guest.and_then(|guest| {
+            let Placed { address, slot } = function;
+            let function = existing(self.platform.host.as_ref(), address)?;
+            self.idle(address)?;
+            // Former owners that may still reach the function are checked when the guest starts.
+            let found = self.attach_obstacles(&function, None, Reuse::Trusted);
+            context.absent_reservation(guest, &function, slot, found)
+        });
+        match wanted {
+            Ok(wanted) => context.reserve(wanted, options.dry_run, reply),
+            Err(failure) => reply.done(Err(failure)),
+        }
+    }
+
+    /// Removes a function from those that the guest has persistently.
+    pub(in crate::engine) fn forget_reservation(&mut self, guest: &DomainName, address: Sbdf, reply: Reply) {
+        self.persistent_step(|persistent, context| persistent.forget(guest, address, reply, context));
+    }
+
+    fn end_reservation(&self, reservation: Reservation, reply: Reply) {
+        let context = self.task_context();
+        self.background("forget", move || {
+            let address = reservation.address;
+            let again = context.assigned_again(&reservation).unwrap_or_default();
+            let message = format!("{address} is no longer persistent for {}{again}", reservation.who());
+            reply.done(context.files.reservations.forget(address).map(|()| changed(message)));
+        });
+    }
+
+    /// The reservation of a function that goes back to dom0, which ends it.
+    pub(in crate::engine) fn reservation_ends(&mut self, address: Sbdf) -> Option<Reservation> {
+        self.persistent_step(|persistent, context| persistent.ends(address, context))
+    }
+
+    /// Lists all reservations, or those of one guest.
+    pub(in crate::engine) fn reserved_list(&self, guest: Option<&DomainName>, reply: Reply) {
+        let listed = self.persistent_context().listed(guest);
+        self.show(reply, move |shown| {
+            let view = |reservation: &Reservation| {
+                let view = shown.view(reservation.address);
+                let guest_address = view.guest_address.or(Some(Sbdf::in_guest(reservation.devfn)));
+                FunctionView { guest_address, persistent: Some(persistent_view(reservation)), ..view }
+            };
+            Ok(Success::Functions { functions: listed.iter().map(view).collect() })
+        });
     }
 
     fn attach_again(&mut self, address: Sbdf, domain: DomId) {

@@ -2,7 +2,8 @@
 //!
 //! Domains are examined when xenstore reports that one was introduced. A PV guest gets its functions while it boots, as by `pci-attach`;
 //! an HVM guest is kept paused until it has them (`starts`). Both stand on [`Persistent`], which looks at other parts through a [`Context`] and
-//! leaves [`Effect`]s that the engine carries out (`effects`).
+//! leaves [`Effect`]s that the engine carries out (`effects`). What reservations say about requests of clients is in `reserved`, and how
+//! those change them in `updates`.
 //!
 //! A failure is shown in the status, and retried after events that may have removed its cause: the end of a transaction of the function,
 //! the loss of another function by the guest, a reload of policies, a start of the service.
@@ -14,6 +15,7 @@ mod missing;
 mod recognise;
 mod reserved;
 mod starts;
+mod updates;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -30,7 +32,10 @@ use super::functions::Functions;
 use super::inbox::Inbox;
 use super::notes::Notes;
 use super::problems::Problem;
+use crate::device::Devices;
 use crate::outcome::Failure;
+use crate::reply::Reply;
+use crate::reservations::Reservation;
 use crate::settings::Settings;
 
 /// The state of guests that have functions persistently.
@@ -53,6 +58,7 @@ pub(super) struct Context<'a> {
     pub settings: &'a Settings,
     pub files: &'a StateFiles,
     pub functions: &'a Functions,
+    pub devices: &'a Devices,
     pub boot: &'a str,
     pub inbox: &'a Inbox,
 }
@@ -70,6 +76,8 @@ pub(super) enum Effect {
     Attach(Sbdf, DomId),
     /// The functions that the settings assign to a new domain are searched for; with its UUID.
     FindAssignments(DomId, Uuid),
+    /// A reservation is removed, at the request of a client.
+    Forget(Box<Reservation>, Reply),
     /// The domains that run are known: an earlier problem with that is resolved.
     DomainsFound,
     /// A problem for the status.

@@ -59,14 +59,14 @@ impl Engine {
         if let Some(record) = self.attached_already(&domain, address, slot) {
             if options.persist && !options.dry_run {
                 self.keep_held(address);
-                return self.make_persistent(&record, reply);
+                return self.persistent_context().make_persistent(&record, reply);
             }
             return reply.done(Ok(self.has_it(&record)));
         }
         match domains::find(self.platform.store.as_ref(), &domain) {
             Ok(domain) => self.attach(Wanted { domain, address, slot, options }, reply),
             Err(failure) if options.persist && failure.code == ErrorCode::NotFound => {
-                let absent = self.absent_guest(&domain, failure);
+                let absent = self.persistent_context().absent_guest(&domain, failure);
                 self.reserve_for_absent(absent, function, options, reply);
             }
             Err(failure) => reply.done(Err(failure)),
@@ -183,7 +183,8 @@ impl Engine {
             true => {
                 record.managed = false;
                 message.push_str(" and gets it again whenever it starts");
-                Some(Change::Reserve(Box::new(self.reservation(address, domain, devfn)?)))
+                let reservation = self.persistent_context().reservation(address, domain, devfn)?;
+                Some(Change::Reserve(Box::new(reservation)))
             }
             false => {
                 if record.managed {
@@ -256,7 +257,7 @@ impl Engine {
         for slot in others {
             taken.insert(*slot, "an emulated device".to_owned());
         }
-        for reservation in self.reserved_in(domain)? {
+        for reservation in self.persistent_context().reserved_in(domain)? {
             if reservation.address != address {
                 let kept = format!("{}, which is reserved for it,", reservation.address);
                 taken.insert(reservation.devfn.device(), kept);
@@ -289,7 +290,7 @@ impl Engine {
         scope: Scope,
         reply: Reply,
     ) {
-        if scope == Scope::Persistent || self.is_only_reserved(domain, address, scope) {
+        if scope == Scope::Persistent || self.persistent_context().is_only_reserved(domain, address, scope) {
             return self.forget_reservation(domain, address, reply);
         }
         let plan = self.plan_detach(domain, address, withdrawal, scope);
@@ -306,7 +307,8 @@ impl Engine {
         let domain = domains::find(self.platform.store.as_ref(), name)?;
         self.idle(address)?;
         let record = self.functions.records().get_or_new(address);
-        if record.guest.is_none() && self.reservation_of(name, address).is_none() {
+        let reservation = self.persistent_context().reservation_of(name, address);
+        if record.guest.is_none() && reservation.is_none() {
             existing(self.platform.host.as_ref(), address)?;
             let message = format!("{address} is attached to no guest; its state is '{}'", record.state);
             return Ok(Plan::Answer(Success::Already { message }));
@@ -321,7 +323,6 @@ impl Engine {
         if withdrawal == Withdrawal::Ask {
             self.may_lose(domain, &record)?;
         }
-        let reservation = self.reservation_of(name, address);
         let message = Message::from(format!("{address} is detached from domain {domain}{ASSIGNABLE_AGAIN}"));
         let (message, change) = match (reservation, scope) {
             (None, _) if record.managed => {

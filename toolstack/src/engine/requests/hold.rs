@@ -12,6 +12,7 @@ use crate::journal::Record;
 use crate::outcome::Failure;
 use crate::protocol::Success;
 use crate::reply::Reply;
+use crate::reservations::Change;
 use crate::spec::existing;
 use crate::transaction::{Kind, guest_owned, holder_of, refuse_in_use};
 
@@ -113,7 +114,7 @@ impl Engine {
             FunctionState::Held => {
                 self.has_no_vfs(address)?;
                 if reserved == Reserved::Refused {
-                    self.may_be_released(address)?;
+                    self.persistent_context().may_be_released(address)?;
                 }
                 self.out_of_reach(address, None, &format!("give {address} back to dom0"), reuse)?;
                 let driver = record.original_driver.as_deref().unwrap_or("no driver").to_owned();
@@ -122,6 +123,21 @@ impl Engine {
             }
             other => Err(not_in_state(&record, other, "given back to dom0")),
         }
+    }
+
+    /// Plans to give a function back to dom0; its reservation and its persistent settings end with that.
+    fn release_of(&mut self, record: Record, mut message: String) -> Plan {
+        let reservation = self.reservation_ends(record.address);
+        if let Some(reservation) = &reservation {
+            message.push_str(&format!("; it is no longer persistent for {}", reservation.who()));
+        }
+        let host = self.platform.host.as_ref();
+        let function = host.function(record.address).ok();
+        if function.is_some_and(|function| self.files.persistent_settings.of(host, &function).is_some()) {
+            message.push_str("; its persistent settings are deleted");
+        }
+        let change = reservation.map(|reservation| Change::Forget(reservation.address));
+        Plan::Transaction(Course::GiveBack, Box::new(record), message.into(), change)
     }
 
     /// Refuses to take a PF with VFs from the driver that alone can remove them.

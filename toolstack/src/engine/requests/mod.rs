@@ -1,5 +1,6 @@
 //! Requests of clients: checked against the current state before anything is changed.
 
+mod already;
 mod attach;
 mod deferred;
 mod hold;

@@ -169,7 +169,8 @@ impl Engine {
     /// Obstacles that do not depend on whether the function is held.
     fn held_obstacles(&self, function: &HostFunction, domain: Option<DomId>, reuse: Reuse) -> Vec<Failure> {
         let address = function.address;
-        let reserved = domain.map_or(Ok(()), |domain| self.not_reserved(function, domain));
+        let not_reserved = |domain| self.persistent_context().not_reserved(function, domain);
+        let reserved = domain.map_or(Ok(()), not_reserved);
         let action = match domain {
             Some(domain) => attaching(address, domain),
             None => format!("attach {address}"),

@@ -216,8 +216,7 @@ impl Engine {
 
     /// The name and number of a domain, or only its number.
     pub(in crate::engine) fn called(&self, domain: DomId) -> String {
-        let name = domains::name(self.platform.store.as_ref(), domain).ok().flatten();
-        name.map_or_else(|| format!("domain {domain}"), |name| format!("'{name}' (domain {domain})"))
+        domains::called(self.platform.store.as_ref(), domain)
     }
 }
 

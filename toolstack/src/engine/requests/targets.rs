@@ -161,7 +161,7 @@ impl Engine {
             Ok(function) => function,
             Err(failure) => return Some(failure),
         };
-        match self.assigned_to(&function) {
+        match self.persistent_context().assigned_to(&function) {
             Ok(None) => self.attach_obstacles(&function, domain, reuse).into_iter().next(),
             Ok(Some(_)) => {
                 Some(Failure::refused(format!("{vf} is reserved for a guest by the settings")).on(vf))

@@ -40,7 +40,9 @@ impl Engine {
             return reply.done(Err(Failure::new(ErrorCode::Usage, text)));
         }
         let by_uuid = DomainName(saved.guest.to_string());
-        if let Err(failure) = self.absent_guest(&by_uuid, Failure::not_found("no such guest")) {
+        if let Err(failure) =
+            self.persistent_context().absent_guest(&by_uuid, Failure::not_found("no such guest"))
+        {
             return reply.done(Err(failure.hint("a guest is restored once: destroy or rename what runs")));
         }
         let states = self.functions.records().all().map(|record| (record.address, record.state)).collect();
