@@ -1,7 +1,8 @@
 //! Functions that were held for one guest (`pci-attach --managed`): they go back to dom0 and to their drivers when the guest has
 //! released them.
 //!
-//! A PV guest may still have the BARs mapped then, so that the function stays held until that guest has ended.
+//! A PV guest may still have the BARs mapped then, so that the function stays held until that guest has ended. [`Managed`] decides which
+//! functions go back; the engine tries that, as if an administrator had asked for it.
 
 use std::collections::BTreeSet;
 
@@ -10,6 +11,7 @@ use pciback::policy::Reuse;
 use pciback::{FunctionState, Sbdf};
 
 use crate::engine::Engine;
+use crate::engine::functions::{Functions, Records};
 use crate::engine::problems::Problem;
 use crate::engine::requests::Reserved;
 use crate::journal::Record;
@@ -19,6 +21,33 @@ use crate::protocol::Cause;
 #[derive(Debug, Default)]
 pub(super) struct Managed {
     waiting: BTreeSet<Sbdf>,
+}
+
+impl Managed {
+    /// Whether a function goes back to dom0 that a transaction has left held. `during`: its state in the transaction.
+    fn goes_back(&mut self, address: Sbdf, during: Option<FunctionState>, functions: &Functions) -> bool {
+        match during {
+            // It was held just now, for an attachment that follows.
+            Some(FunctionState::Host) | None => false,
+            // The return itself has failed.
+            Some(FunctionState::Held) => {
+                self.waiting.insert(address);
+                false
+            }
+            Some(_) => !functions.is_busy(address),
+        }
+    }
+
+    /// Those that waited for the end of a guest and that no guest has now.
+    fn take_waiting(&mut self, records: &Records) -> Vec<Sbdf> {
+        let waiting = std::mem::take(&mut self.waiting).into_iter();
+        waiting.filter(|address| records.get(*address).is_some_and(is_left)).collect()
+    }
+}
+
+/// Whether a function is held for a guest that does not have it.
+fn is_left(record: &Record) -> bool {
+    record.managed && record.state == FunctionState::Held
 }
 
 impl Engine {
@@ -37,24 +66,17 @@ impl Engine {
         self.carry_out(plan, reply);
     }
 
-    /// Returns a function that a transaction has left held, unless it was held just now, for an attachment that follows. `during`: its state
-    /// in the transaction.
+    /// Returns a function that a transaction has left held; `during`: its state in the transaction.
     pub(in crate::engine) fn managed_is_held(&mut self, address: Sbdf, during: Option<FunctionState>) {
-        match during {
-            Some(FunctionState::Host) | None => {}
-            // The return itself has failed.
-            Some(FunctionState::Held) => drop(self.holds.managed.waiting.insert(address)),
-            Some(_) if self.functions.is_busy(address) => {}
-            Some(_) => self.return_managed(address),
+        if self.holds.managed.goes_back(address, during, &self.functions) {
+            self.return_managed(address);
         }
     }
 
     /// Tries again for those that waited for the end of a guest.
     pub(in crate::engine) fn return_managed_again(&mut self) {
-        for address in std::mem::take(&mut self.holds.managed.waiting) {
-            if is_left(&self.functions.records().get_or_new(address)) {
-                self.return_managed(address);
-            }
+        for address in self.holds.managed.take_waiting(self.functions.records()) {
+            self.return_managed(address);
         }
     }
 
@@ -84,7 +106,34 @@ impl Engine {
     }
 }
 
-/// Whether a function is held for a guest that does not have it.
-fn is_left(record: &Record) -> bool {
-    record.managed && record.state == FunctionState::Held
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_function_goes_back_when_its_guest_has_released_it_and_a_failed_return_is_tried_again() {
+        let (mut managed, address) = (Managed::default(), Sbdf::from_devfn(0, 1, 0x80));
+        let mut functions = Functions::new("this boot".to_owned());
+        let mut record = functions.records().get_or_new(address);
+        (record.state, record.managed) = (FunctionState::Held, true);
+        functions.keep(record);
+        assert!(!managed.goes_back(address, Some(FunctionState::Host), &functions), "it is attached next");
+        assert!(managed.goes_back(address, Some(FunctionState::Detaching), &functions));
+        assert!(!managed.goes_back(address, Some(FunctionState::Held), &functions), "it cannot go back");
+        assert_eq!(managed.take_waiting(functions.records()), [address]);
+        assert_eq!(managed.take_waiting(functions.records()), [], "it is tried once");
+        functions.reserve(address);
+        assert!(!managed.goes_back(address, Some(FunctionState::Detaching), &functions), "it is busy");
+    }
+
+    #[test]
+    fn a_function_that_a_guest_has_meanwhile_stays_with_it() {
+        let (mut managed, address) = (Managed::default(), Sbdf::from_devfn(0, 1, 0x80));
+        let mut functions = Functions::new("this boot".to_owned());
+        managed.goes_back(address, Some(FunctionState::Held), &functions);
+        let mut record = functions.records().get_or_new(address);
+        (record.state, record.managed) = (FunctionState::Attached, true);
+        functions.keep(record);
+        assert_eq!(managed.take_waiting(functions.records()), []);
+    }
 }
