@@ -1,6 +1,8 @@
-//! Enabling and disabling VFs of PFs.
+//! VFs of PFs: changes that clients and the settings ask for (`by_request`) or the guests that have the PFs (`by_guest`), and network
+//! settings (`network`).
 
 mod by_guest;
+mod by_request;
 mod driver;
 mod for_guests;
 mod network;
@@ -9,21 +11,17 @@ mod unmanaged;
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use pciback::platform::HostFunction;
-use pciback::{FunctionState, Sbdf};
+use pciback::Sbdf;
 
 use self::by_guest::GuestVfs;
-use self::driver::{create, destroy};
+use self::by_request::{Change, Context, WantedPf};
 use self::network::NetworkChecks;
 use super::problems::Problem;
-use super::requests::{all_pfs, known_pf};
-use super::tasks::TaskContext;
 use super::{Engine, Event as EngineEvent};
 use crate::journal::NetworkRecord;
 use crate::outcome::Failure;
 use crate::protocol::{Cause, Success};
 use crate::reply::Reply;
-use crate::transaction::PF_STUB;
 
 /// The state of VFs and their PFs.
 #[derive(Default)]
@@ -85,55 +83,45 @@ impl Engine {
         }
     }
 
+    fn vf_changes(&self) -> Context<'_> {
+        let Self { platform, settings, functions, vfs, .. } = self;
+        Context { platform, settings, functions, changing: &vfs.changing }
+    }
+
     pub(super) fn create_vfs(&mut self, address: Sbdf, count: u16, unmanaged: bool, reply: Reply) {
-        let pf = self.physical_function(address);
-        if pf.as_ref().is_ok_and(|pf| pf.num_vfs == count && count > 0) {
-            let message = format!("{address} has {count} VFs already");
-            return reply.done(Ok(Success::Already { message }));
-        }
-        let checked = pf.and_then(|pf| {
-            if pf.num_vfs > 0 {
-                let text = format!("{address} has {} VFs enabled already", pf.num_vfs);
-                return Err(Failure::refused(text).on(address).hint("'xpci vf destroy' disables them first"));
+        match self.vf_changes().creation(address, count, unmanaged).transpose() {
+            Some(change) => self.change_vfs(address, change, reply),
+            None => {
+                let message = format!("{address} has {count} VFs already");
+                reply.done(Ok(Success::Already { message }));
             }
-            self.refuse_held_pf(address)?;
-            unmanaged::check(&pf, unmanaged)
-        });
-        self.change_vfs(address, reply, checked, move |context, progress| {
-            context.room_for(address, count)?;
-            create(context, address, count, unmanaged, progress)
-        });
+        }
     }
 
     pub(super) fn set_vf_count(&mut self, address: Sbdf, count: u16, reply: Reply) {
-        let (mut before, mut unmanaged) = (0, false);
-        let checked = self.physical_function(address).and_then(|pf| {
-            before = pf.num_vfs;
-            unmanaged = pf.driver.as_deref() == Some(PF_STUB);
-            if before == count {
-                return Ok(());
-            }
-            if count > 0 {
-                self.refuse_held_pf(address)?;
-                unmanaged::check(&pf, unmanaged)?;
-            }
-            self.none_in_use(&pf)
-        });
-        self.change_vfs(address, reply, checked, move |context, progress| {
-            if before == count {
-                return Ok(Success::Already { message: format!("{address} has {count} VFs") });
-            }
-            if count > 0 {
-                // Checked before the present VFs are disabled.
-                context.room_for(address, count)?;
-            }
-            if before > 0 {
-                let gone = destroy(context, address, progress)?;
-                if count == 0 {
-                    return Ok(gone);
-                }
-            }
-            create(context, address, count, unmanaged, progress)
+        let change = self.vf_changes().replacement(address, count);
+        self.change_vfs(address, change, reply);
+    }
+
+    pub(super) fn destroy_vfs(&mut self, address: Sbdf, reply: Reply) {
+        let change = self.vf_changes().removal(address);
+        self.change_vfs(address, change, reply);
+    }
+
+    /// Has a PF's driver change its VFs, on a thread.
+    fn change_vfs(&mut self, pf: Sbdf, change: Result<Change, Failure>, reply: Reply) {
+        let change = match change {
+            Ok(change) => change,
+            Err(failure) => return reply.done(Err(failure)),
+        };
+        self.vfs.changing.insert(pf);
+        self.inventory.touch(pf);
+        let (context, inbox, progress) = (self.task_context(), self.inbox.clone(), reply.clone());
+        let work = move || change.make(pf, &context, &|text| progress.progress(text));
+        self.inbox.background(&format!("vfs {pf}"), work, move |outcome| {
+            let succeeded = matches!(&outcome, Ok(Ok(_)));
+            inbox.send(EngineEvent::Vfs(Event::Changed(pf, succeeded)));
+            reply.done(outcome.and_then(|outcome| outcome).map_err(|failure| failure.on(pf)));
         });
     }
 
@@ -160,142 +148,19 @@ impl Engine {
 
     /// Unbinds PFs from pci-pf-stub that a killed earlier run bound to it and that have no VFs enabled.
     pub(super) fn take_back_stubs(&mut self) {
-        let host = std::sync::Arc::clone(&self.platform.host);
-        for address in unmanaged::noted(&self.settings.run_directory) {
-            let without_vfs = host.function(address).is_ok_and(|pf| {
-                let wanted = self
-                    .settings
-                    .virtual_functions
-                    .iter()
-                    .any(|entry| entry.means(host.as_ref(), &self.settings.names, &pf));
-                pf.num_vfs == 0 && !wanted
-            });
-            if without_vfs {
-                let reply = self.inbox.unasked_reply(Cause::VirtualFunctions);
-                self.change_vfs(address, reply, Ok(()), move |context, progress| {
-                    destroy(context, address, progress)
-                });
-            }
+        for pf in self.vf_changes().left_to_stub() {
+            let reply = self.inbox.unasked_reply(Cause::VirtualFunctions);
+            self.change_vfs(pf, Ok(Change::Destroy), reply);
         }
     }
 
-    /// Enables the VFs that the settings ask for, on PFs that have none. Other numbers of VFs are not changed.
+    /// Enables the VFs that the settings ask for.
     pub(super) fn create_wanted_vfs(&mut self) {
-        let wanted = self.settings.virtual_functions.clone();
-        if wanted.is_empty() {
-            return;
+        let (wanted, problems) = self.vf_changes().wanted_by_settings();
+        self.problems.extend(problems);
+        for WantedPf { pf, count, unmanaged } in wanted {
+            let reply = self.inbox.unasked_reply(Cause::VirtualFunctions);
+            self.create_vfs(pf, count, unmanaged, reply);
         }
-        let host = std::sync::Arc::clone(&self.platform.host);
-        let pfs = match all_pfs(host.as_ref()) {
-            Ok(pfs) => pfs,
-            Err(failure) => {
-                let text = format!("enable the VFs that the settings ask for: {failure}");
-                return self.problems.push(Problem::new(Cause::VirtualFunctions, text));
-            }
-        };
-        for entry in wanted {
-            let matching: Vec<&HostFunction> =
-                pfs.iter().filter(|pf| entry.means(host.as_ref(), &self.settings.names, pf)).collect();
-            if matching.is_empty() {
-                let text = format!("virtual-functions: no PF matches {entry}");
-                self.problems.push(Problem::new(Cause::VirtualFunctions, text));
-            }
-            for pf in matching {
-                if pf.num_vfs == entry.count {
-                    continue;
-                }
-                if pf.num_vfs != 0 {
-                    log::warn!(
-                        "{}: it has {} VFs already, not {}; they stay",
-                        pf.address,
-                        pf.num_vfs,
-                        entry.count
-                    );
-                    continue;
-                }
-                self.create_vfs(
-                    pf.address,
-                    entry.count,
-                    entry.unmanaged && pf.driver.is_none(),
-                    self.inbox.unasked_reply(Cause::VirtualFunctions),
-                );
-            }
-        }
-    }
-
-    pub(super) fn destroy_vfs(&mut self, address: Sbdf, reply: Reply) {
-        let checked = self.physical_function(address).and_then(|pf| self.none_in_use(&pf));
-        self.change_vfs(address, reply, checked, move |context, progress| {
-            destroy(context, address, progress)
-        });
-    }
-
-    fn physical_function(&self, address: Sbdf) -> Result<HostFunction, Failure> {
-        let function = known_pf(self.platform.host.as_ref(), address)?;
-        if self.vfs.is_changing(address) || self.functions.is_busy(address) {
-            return Err(Failure::refused(format!("{address} is being changed right now"))
-                .on(address)
-                .hint("try again"));
-        }
-        Ok(function)
-    }
-
-    /// Refuses a PF without its driver, which enables the VFs, because it is held or a guest has it.
-    fn refuse_held_pf(&self, address: Sbdf) -> Result<(), Failure> {
-        let record = self.functions.records().get_or_new(address);
-        if record.state == FunctionState::Host {
-            return Ok(());
-        }
-        let text = format!(
-            "cannot enable VFs of {address}: it is {}, so that no driver of dom0 has it",
-            record.state
-        );
-        Err(Failure::refused(text)
-            .on(address)
-            .hint(format!("'xpci pci-assignable-remove {address}' returns it to its driver")))
-    }
-
-    /// Refuses while a VF is held or attached, because the kernel would remove it.
-    fn none_in_use(&self, pf: &HostFunction) -> Result<(), Failure> {
-        let used = |address: &&Sbdf| self.functions.records().state(**address) != FunctionState::Host;
-        let users: Vec<String> =
-            pf.virtual_functions.iter().filter(used).map(|vf| self.describe_user(*vf)).collect();
-        if users.is_empty() {
-            return Ok(());
-        }
-        Err(Failure::refused(format!("VFs of {} are in use: {}", pf.address, users.join(", ")))
-            .on(pf.address)
-            .hint("detach them with 'xpci pci-detach', then 'xpci pci-assignable-remove'"))
-    }
-
-    fn describe_user(&self, vf: Sbdf) -> String {
-        let record = self.functions.records().get_or_new(vf);
-        match record.guest {
-            Some(guest) => format!("{vf} ({}, domain {})", record.state, guest.domain),
-            None => format!("{vf} ({})", record.state),
-        }
-    }
-
-    fn change_vfs(
-        &mut self,
-        address: Sbdf,
-        reply: Reply,
-        checked: Result<(), Failure>,
-        change: impl FnOnce(&TaskContext, &dyn Fn(&str)) -> Result<Success, Failure> + Send + 'static,
-    ) {
-        if let Err(failure) = checked {
-            return reply.done(Err(failure));
-        }
-        self.vfs.changing.insert(address);
-        self.inventory.touch(address);
-        let context = self.task_context();
-        let inbox = self.inbox.clone();
-        let progress = reply.clone();
-        let work = move || change(&context, &|text| progress.progress(text));
-        self.inbox.background(&format!("vfs {address}"), work, move |outcome| {
-            let succeeded = matches!(&outcome, Ok(Ok(_)));
-            inbox.send(EngineEvent::Vfs(Event::Changed(address, succeeded)));
-            reply.done(outcome.and_then(|outcome| outcome).map_err(|failure| failure.on(address)));
-        });
     }
 }

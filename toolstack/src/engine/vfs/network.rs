@@ -8,6 +8,7 @@ use pciback::platform::VfSettings;
 use pciback::{FunctionState, Sbdf};
 
 use super::Event;
+use crate::engine::functions::Records;
 use crate::engine::problems::{Deviations, Problem};
 use crate::engine::requests::not_in_state;
 use crate::engine::{self, Engine};
@@ -184,18 +185,39 @@ impl NetworkChecks {
     }
 
     /// Notes that a guest's driver has started. A guest that restarts its driver again and again causes no more comparisons.
-    fn driver_started(&mut self, address: Sbdf) {
-        self.due.entry(address).or_insert_with(|| (Instant::now() + LOOKS[0], 0));
+    fn driver_started(&mut self, address: Sbdf, records: &Records) {
+        let network = records.get(address).and_then(|record| record.network.as_ref());
+        if network.is_some_and(|network| !network.wanted().is_empty()) {
+            self.due.entry(address).or_insert_with(|| (Instant::now() + LOOKS[0], 0));
+        }
     }
 
-    /// The functions that are to be compared now; the next comparison of each is scheduled.
-    fn take_due(&mut self, now: Instant) -> Vec<Sbdf> {
+    /// The functions that are to be compared now, and the settings that are requested for them; the next comparison of each is scheduled.
+    fn take_due(&mut self, now: Instant, records: &Records) -> Vec<(Sbdf, VfSettings)> {
         let (due, later): (BTreeMap<_, _>, _) =
             std::mem::take(&mut self.due).into_iter().partition(|(_, (when, _))| *when <= now);
         self.due = later;
         let again = due.iter().filter(|(_, (_, done))| done + 1 < LOOKS.len());
         self.due.extend(again.map(|(address, (_, done))| (*address, (now + LOOKS[done + 1], done + 1))));
-        due.into_keys().collect()
+        let requested = |address| {
+            let record = records.get(address).filter(|record| record.state == FunctionState::Attached)?;
+            Some((address, record.network.as_ref()?.wanted()))
+        };
+        due.into_keys().filter_map(requested).collect()
+    }
+
+    /// Handles the result of a comparison.
+    fn compared(&mut self, address: Sbdf, differs: Option<String>, records: &Records) {
+        let attached = records.state(address) == FunctionState::Attached;
+        match differs.filter(|_| attached) {
+            Some(how) => {
+                warn!(
+                    "{address}: its guest's driver has started, and its network settings are not as requested: {how}"
+                );
+                self.differing.insert(address, how);
+            }
+            None => self.differing.remove(address),
+        }
     }
 
     /// Deviations from the requested settings, as problems for the status.
@@ -208,27 +230,17 @@ impl NetworkChecks {
 impl Engine {
     /// Schedules comparisons after a guest's driver has started.
     pub(in crate::engine) fn driver_started(&mut self, address: Sbdf) {
-        let network = self.functions.records().get(address).and_then(|record| record.network.as_ref());
-        if network.is_some_and(|network| !network.wanted().is_empty()) {
-            self.vfs.network_checks.driver_started(address);
-        }
+        self.vfs.network_checks.driver_started(address, self.functions.records());
     }
 
     /// Starts comparisons that are due.
     pub(in crate::engine) fn check_networks(&mut self, now: Instant) {
-        for address in self.vfs.network_checks.take_due(now) {
-            let attached = self
-                .functions
-                .records()
-                .get(address)
-                .filter(|record| record.state == FunctionState::Attached);
-            let Some(network) = attached.and_then(|record| record.network.clone()) else { continue };
+        for (address, wanted) in self.vfs.network_checks.take_due(now, self.functions.records()) {
             let context = self.task_context();
             self.background("look", move || {
                 // A failed read is ignored: the settings are read again by the next comparison or at detach.
                 if let Ok(seen) = read_network(&context.platform, address) {
-                    let differs =
-                        seen.settings.and_then(|settings| network_deviation(&network.wanted(), &settings));
+                    let differs = seen.settings.and_then(|settings| network_deviation(&wanted, &settings));
                     context.inbox.send(engine::Event::Vfs(Event::NetworkCompared(address, differs)));
                 }
             });
@@ -237,15 +249,6 @@ impl Engine {
 
     /// Handles the result of a comparison.
     pub(in crate::engine) fn network_compared(&mut self, address: Sbdf, differs: Option<String>) {
-        let attached = self.functions.records().state(address) == FunctionState::Attached;
-        match differs.filter(|_| attached) {
-            Some(how) => {
-                warn!(
-                    "{address}: its guest's driver has started, and its network settings are not as requested: {how}"
-                );
-                self.vfs.network_checks.differing.insert(address, how);
-            }
-            None => self.vfs.network_checks.differing.remove(address),
-        }
+        self.vfs.network_checks.compared(address, differs, self.functions.records());
     }
 }

@@ -1,0 +1,205 @@
+//! VFs that clients and the settings ask for: what is checked before the PF's driver changes them, on a thread.
+
+use std::collections::BTreeSet;
+
+use log::warn;
+use pciback::platform::{HostFunction, Platform};
+use pciback::{FunctionState, Sbdf};
+
+use super::driver::{create, destroy};
+use super::unmanaged;
+use crate::engine::functions::Functions;
+use crate::engine::problems::Problem;
+use crate::engine::requests::{all_pfs, known_pf};
+use crate::engine::tasks::TaskContext;
+use crate::outcome::Failure;
+use crate::protocol::{Cause, Success};
+use crate::settings::Settings;
+use crate::transaction::PF_STUB;
+
+/// A change of the VFs of a PF.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Change {
+    /// VFs are enabled on a PF that has none.
+    Create { count: u16, unmanaged: bool },
+    /// The VFs that a PF has are disabled, and as many as wanted are enabled.
+    Replace { before: u16, count: u16, unmanaged: bool },
+    /// All VFs are disabled.
+    Destroy,
+}
+
+impl Change {
+    /// Makes the change.
+    pub fn make(self, pf: Sbdf, context: &TaskContext, progress: &dyn Fn(&str)) -> Result<Success, Failure> {
+        match self {
+            Self::Create { count, unmanaged } => {
+                context.room_for(pf, count)?;
+                create(context, pf, count, unmanaged, progress)
+            }
+            Self::Replace { before, count, .. } if before == count => {
+                Ok(Success::Already { message: format!("{pf} has {count} VFs") })
+            }
+            Self::Replace { before, count, unmanaged } => {
+                if count > 0 {
+                    // Checked before the present VFs are disabled.
+                    context.room_for(pf, count)?;
+                }
+                if before > 0 {
+                    let gone = destroy(context, pf, progress)?;
+                    if count == 0 {
+                        return Ok(gone);
+                    }
+                }
+                create(context, pf, count, unmanaged, progress)
+            }
+            Self::Destroy => destroy(context, pf, progress),
+        }
+    }
+}
+
+/// A PF on which the settings ask for VFs.
+pub(super) struct WantedPf {
+    pub pf: Sbdf,
+    pub count: u16,
+    pub unmanaged: bool,
+}
+
+/// What decides about changes of VFs.
+pub(super) struct Context<'a> {
+    pub platform: &'a Platform,
+    pub settings: &'a Settings,
+    pub functions: &'a Functions,
+    /// PFs whose VFs are being changed.
+    pub changing: &'a BTreeSet<Sbdf>,
+}
+
+impl Context<'_> {
+    /// The change that enables this many VFs; `None`: the PF has them.
+    pub fn creation(&self, address: Sbdf, count: u16, unmanaged: bool) -> Result<Option<Change>, Failure> {
+        let pf = self.physical_function(address)?;
+        if pf.num_vfs == count && count > 0 {
+            return Ok(None);
+        }
+        if pf.num_vfs > 0 {
+            let text = format!("{address} has {} VFs enabled already", pf.num_vfs);
+            return Err(Failure::refused(text).on(address).hint("'xpci vf destroy' disables them first"));
+        }
+        self.refuse_held_pf(address)?;
+        unmanaged::check(&pf, unmanaged)?;
+        Ok(Some(Change::Create { count, unmanaged }))
+    }
+
+    /// The change to another number of VFs.
+    pub fn replacement(&self, address: Sbdf, count: u16) -> Result<Change, Failure> {
+        let pf = self.physical_function(address)?;
+        let (before, unmanaged) = (pf.num_vfs, pf.driver.as_deref() == Some(PF_STUB));
+        if before != count {
+            if count > 0 {
+                self.refuse_held_pf(address)?;
+                unmanaged::check(&pf, unmanaged)?;
+            }
+            self.none_in_use(&pf)?;
+        }
+        Ok(Change::Replace { before, count, unmanaged })
+    }
+
+    /// The change that disables all VFs.
+    pub fn removal(&self, address: Sbdf) -> Result<Change, Failure> {
+        let pf = self.physical_function(address)?;
+        self.none_in_use(&pf)?;
+        Ok(Change::Destroy)
+    }
+
+    /// PFs that a killed earlier run bound to pci-pf-stub and that have no VFs enabled.
+    pub fn left_to_stub(&self) -> Vec<Sbdf> {
+        let host = self.platform.host.as_ref();
+        let is_wanted = |pf: &HostFunction| {
+            let mut wanted = self.settings.virtual_functions.iter();
+            wanted.any(|entry| entry.means(host, &self.settings.names, pf))
+        };
+        let is_left =
+            |address: &Sbdf| host.function(*address).is_ok_and(|pf| pf.num_vfs == 0 && !is_wanted(&pf));
+        unmanaged::noted(&self.settings.run_directory).into_iter().filter(is_left).collect()
+    }
+
+    /// The VFs that the settings ask for, on PFs that have none. Other numbers of VFs are not changed.
+    pub fn wanted_by_settings(&self) -> (Vec<WantedPf>, Vec<Problem>) {
+        let (mut found, mut problems) = (Vec::new(), Vec::new());
+        if self.settings.virtual_functions.is_empty() {
+            return (found, problems);
+        }
+        let host = self.platform.host.as_ref();
+        let pfs = match all_pfs(host) {
+            Ok(pfs) => pfs,
+            Err(failure) => {
+                let text = format!("enable the VFs that the settings ask for: {failure}");
+                problems.push(Problem::new(Cause::VirtualFunctions, text));
+                return (found, problems);
+            }
+        };
+        for entry in &self.settings.virtual_functions {
+            let matching: Vec<&HostFunction> =
+                pfs.iter().filter(|pf| entry.means(host, &self.settings.names, pf)).collect();
+            if matching.is_empty() {
+                let text = format!("virtual-functions: no PF matches {entry}");
+                problems.push(Problem::new(Cause::VirtualFunctions, text));
+            }
+            for pf in matching {
+                let (address, there) = (pf.address, pf.num_vfs);
+                if there == entry.count {
+                    continue;
+                }
+                if there != 0 {
+                    warn!("{address}: it has {there} VFs already, not {}; they stay", entry.count);
+                    continue;
+                }
+                let unmanaged = entry.unmanaged && pf.driver.is_none();
+                found.push(WantedPf { pf: address, count: entry.count, unmanaged });
+            }
+        }
+        (found, problems)
+    }
+
+    fn physical_function(&self, address: Sbdf) -> Result<HostFunction, Failure> {
+        let function = known_pf(self.platform.host.as_ref(), address)?;
+        if self.changing.contains(&address) || self.functions.is_busy(address) {
+            return Err(Failure::refused(format!("{address} is being changed right now"))
+                .on(address)
+                .hint("try again"));
+        }
+        Ok(function)
+    }
+
+    /// Refuses a PF without its driver, which enables the VFs, because it is held or a guest has it.
+    fn refuse_held_pf(&self, address: Sbdf) -> Result<(), Failure> {
+        let state = self.functions.records().state(address);
+        if state == FunctionState::Host {
+            return Ok(());
+        }
+        let text = format!("cannot enable VFs of {address}: it is {state}, so that no driver of dom0 has it");
+        Err(Failure::refused(text)
+            .on(address)
+            .hint(format!("'xpci pci-assignable-remove {address}' returns it to its driver")))
+    }
+
+    /// Refuses while a VF is held or attached, because the kernel would remove it.
+    fn none_in_use(&self, pf: &HostFunction) -> Result<(), Failure> {
+        let used = |address: &&Sbdf| self.functions.records().state(**address) != FunctionState::Host;
+        let users: Vec<String> =
+            pf.virtual_functions.iter().filter(used).map(|vf| self.describe_user(*vf)).collect();
+        if users.is_empty() {
+            return Ok(());
+        }
+        Err(Failure::refused(format!("VFs of {} are in use: {}", pf.address, users.join(", ")))
+            .on(pf.address)
+            .hint("detach them with 'xpci pci-detach', then 'xpci pci-assignable-remove'"))
+    }
+
+    fn describe_user(&self, vf: Sbdf) -> String {
+        let record = self.functions.records().get_or_new(vf);
+        match record.guest {
+            Some(guest) => format!("{vf} ({}, domain {})", record.state, guest.domain),
+            None => format!("{vf} ({})", record.state),
+        }
+    }
+}
