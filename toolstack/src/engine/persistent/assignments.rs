@@ -61,26 +61,11 @@ impl Engine {
         if self.settings.guests.is_empty() {
             return;
         }
-        let name = domains::name(self.platform.store.as_ref(), domain).ok().flatten();
-        let wanted = self.settings.guest(name.as_deref(), guest).flat_map(|key| &self.settings.guests[key]);
-        let wanted: Vec<Assigned> = wanted.cloned().collect();
-        if wanted.is_empty() {
-            return;
-        }
         let context = self.task_context();
         self.background("find", move || {
-            let (host, settings) = (context.platform.host.as_ref(), &context.settings);
-            let find = |one: Assigned| {
-                let found = names::find(host, &settings.names, &one.target);
-                (one, found.inspect(|found| context.look_up(found)))
-            };
-            let functions = wanted.into_iter().map(find).collect();
-            // The guest may have an assigned device at another address by now.
-            for known in context.files.reservations.of(guest) {
-                context.look_up(&known.address.into());
+            if let Some(found) = context.assignments(domain, guest) {
+                context.inbox.send(engine::Event::Persistent(Event::AssignmentsFound(found)));
             }
-            let found = Assignments { domain, guest, name, functions };
-            context.inbox.send(engine::Event::Persistent(Event::AssignmentsFound(found)));
         });
     }
 
@@ -259,6 +244,26 @@ impl Context<'_> {
 }
 
 impl TaskContext {
+    /// What the settings assign to a new domain, if anything.
+    fn assignments(&self, domain: DomId, guest: Uuid) -> Option<Assignments> {
+        let (host, settings) = (self.platform.host.as_ref(), &self.settings);
+        let name = domains::name(self.platform.store.as_ref(), domain).ok().flatten();
+        let wanted = settings.guest(name.as_deref(), guest).flat_map(|key| &settings.guests[key]);
+        let find = |one: &Assigned| {
+            let found = names::find(host, &settings.names, &one.target);
+            (one.clone(), found.inspect(|found| self.look_up(found)))
+        };
+        let functions: Vec<_> = wanted.map(find).collect();
+        if functions.is_empty() {
+            return None;
+        }
+        // The guest may have an assigned device at another address by now.
+        for known in self.files.reservations.of(guest) {
+            self.look_up(&known.address.into());
+        }
+        Some(Assignments { domain, guest, name, functions })
+    }
+
     /// What the settings give back to the guest of a reservation after that has ended, in words that follow a sentence. Names are looked up
     /// on the host.
     pub(in crate::engine) fn assigned_again(&self, reservation: &Reservation) -> Option<String> {
