@@ -263,10 +263,15 @@ impl Settings {
     fn lay_over(&mut self, other: Self, keys: &BTreeSet<String>) {
         let has = |key: &str| keys.contains(key);
         macro_rules! take {
-            ($($key:literal => $field:ident),* $(,)?) => { $(if has($key) { self.$field = other.$field; })* };
+            ($($key:literal => $field:ident),* $(,)?) => {
+                // A setting that is missing below is a mistake that the compiler finds.
+                let Self { $($field),* } = other;
+                $(if has($key) { self.$field = $field; })*
+            };
         }
         take! {
             "holder" => holder,
+            "keep-from-libxl" => keep_from_libxl,
             "guest-limit-seconds" => guest_limit_seconds,
             "start-limit-seconds" => start_limit_seconds,
             "driver-limit-seconds" => driver_limit_seconds,
