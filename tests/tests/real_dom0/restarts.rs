@@ -138,5 +138,8 @@ pub fn a_purge_leaves_nothing(scene: &mut RealDom0<'_>) -> Result<()> {
         .dom0("ls -d /var/lib/xpci /run/xpci /usr/sbin/xpci* /usr/share/xpci /etc/xpci/xpcid.yaml; systemctl is-active xpcid; true")
         .ok()?;
     ensure!(left == "inactive\n", "{left}");
+    // What was held is xl's to give away.
+    let kept = lab.dom0("xenstore-ls -f /libxl/pci | grep 'domid = \"0\"'; true").ok()?;
+    ensure!(kept.is_empty(), "{kept}");
     Ok(())
 }
