@@ -2,6 +2,7 @@
 
 pub mod errors;
 pub mod events;
+pub mod frontend;
 pub mod pf;
 pub mod state;
 

@@ -11,6 +11,7 @@ mod script;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use xpci_tests::host::frontend::Step;
 use xpci_tests::host::state::{keep_running, make_held, no_problems};
 use xpci_tests::host::{PF, SOON, VFS, bring_up, guest, nothing_remains, ping, prepare, set_mac, xpci};
 use xpci_tests::scenes::{Check, Machine, Scene};
@@ -22,7 +23,7 @@ use nonsense::{
     a_page_full_of_nonsense_is_answered_by_what_is_in_it, frontends_that_die_leave_the_function_switched_off,
     nodes_with_nonsense_lead_to_a_line_in_the_log, states_that_do_not_follow_from_one_another_are_survived,
 };
-use script::{Frontend, Step};
+use script::Frontend;
 
 const VF: &str = VFS[0];
 

@@ -3,10 +3,11 @@
 
 use anyhow::{Context, Result, ensure};
 use xpci_tests::host::SOON;
+use xpci_tests::host::frontend::Step::{Await, Go, Publish};
+use xpci_tests::host::frontend::hex;
 
 use super::Ring;
-use super::script::Step::{Await, Go, Publish};
-use super::script::{Frontend, hex};
+use super::script::Frontend;
 
 /// The order that reads who the function is, and the answer.
 pub const IDENTITY: &str = "r 0 4";

@@ -9,41 +9,10 @@ use flate2::Compression;
 use flate2::read::GzDecoder;
 use flate2::write::GzEncoder;
 use xpci_tests::host::SOON;
+use xpci_tests::host::frontend::{CONNECT, PROGRAM, Step, hex};
 use xpci_tests::{Guest, Process};
 
-pub const PROGRAM: &str = "/lab/frontend";
-/// How long the backend may take to follow, in milliseconds.
-const FOLLOWS: u32 = 30_000;
-
-/// What a frontend does.
-#[derive(Clone, Copy)]
-pub enum Step {
-    /// It goes to a state.
-    Go(u8),
-    /// It waits for the backend's.
-    Await(u8),
-    /// It names its page, its port and the protocol.
-    Publish,
-}
-
-/// From whatever was before.
-const CONNECT: [Step; 6] =
-    [Step::Go(1), Step::Await(3), Step::Publish, Step::Go(3), Step::Await(4), Step::Go(4)];
 const LEAVE: [Step; 2] = [Step::Go(6), Step::Await(3)];
-
-/// The order for a step, and its answer.
-fn order(step: Step) -> (String, String) {
-    match step {
-        Step::Go(state) => (format!("node state {}", hex(state.to_string())), "ok".to_owned()),
-        Step::Await(state) => (format!("await {state} {FOLLOWS}"), state.to_string()),
-        Step::Publish => ("publish".to_owned(), "ok".to_owned()),
-    }
-}
-
-/// Text as the frontend takes it for a node.
-pub fn hex(text: impl AsRef<[u8]>) -> String {
-    text.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
-}
 
 /// A long list of orders for a frontend that connects, carries them out and leaves again.
 pub struct Script {
@@ -59,7 +28,7 @@ impl Script {
     }
 
     fn steps(&mut self, steps: &[Step]) {
-        for (order, answer) in steps.iter().copied().map(order) {
+        for (order, answer) in steps.iter().copied().map(Step::order) {
             self.say(order, answer);
         }
     }
@@ -144,7 +113,7 @@ impl Frontend {
     }
 
     pub fn steps(&mut self, steps: &[Step]) -> Result<()> {
-        let (orders, answers): (Vec<_>, Vec<_>) = steps.iter().copied().map(order).unzip();
+        let (orders, answers): (Vec<_>, Vec<_>) = steps.iter().copied().map(Step::order).unzip();
         self.insist(&orders.join("\n"), &answers.join("\n"))
     }
 
