@@ -5,8 +5,11 @@ mod figures;
 mod hvm;
 mod report;
 mod scene;
+mod storms;
 mod vfs;
 
+use std::ffi::OsStr;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -16,7 +19,7 @@ use figures::{Better, Comparison};
 use report::Report;
 use scene::{Peer, Scene};
 
-const USAGE: &str = "usage: bench [--rounds N] [--xen 4.17|4.20] [--only vfs|pv|errors|hvm]";
+const USAGE: &str = "usage: bench [--rounds N] [--xen 4.17|4.20] [--only vfs|pv|errors|storms|hvm]";
 
 struct Options {
     rounds: usize,
@@ -34,6 +37,8 @@ enum Part {
     Pv,
     /// Errors of functions that PV guests have.
     Errors,
+    /// Guests that ask for too much.
+    Storms,
     /// HVM guests.
     Hvm,
 }
@@ -58,13 +63,14 @@ impl Options {
 }
 
 impl Part {
-    const ALL: [Self; 4] = [Self::Vfs, Self::Pv, Self::Errors, Self::Hvm];
+    const ALL: [Self; 5] = [Self::Vfs, Self::Pv, Self::Errors, Self::Storms, Self::Hvm];
 
     const fn name(self) -> &'static str {
         match self {
             Self::Vfs => "vfs",
             Self::Pv => "pv",
             Self::Errors => "errors",
+            Self::Storms => "storms",
             Self::Hvm => "hvm",
         }
     }
@@ -80,13 +86,15 @@ impl Part {
             .xen(options.xen)
             .name(&format!("bench-{}", self.name()))
             .devices(Devices::none().igb("igb0").nvme("nvme0", 64).device("virtio-net-pci,id=e0,aer=on"))
-            .install("target/release/xpcid", "/usr/sbin/xpcid")
-            .install("target/release/xpci", "/usr/sbin/xpci");
-        if self == Self::Hvm {
-            lab = lab.hvm_guests();
+            .program("xpcid", "/usr/sbin/xpcid")
+            .program("xpci", "/usr/sbin/xpci");
+        match self {
+            Self::Hvm => lab = lab.hvm_guests(),
+            Self::Storms => lab = lab.guest_program("frontend"),
+            Self::Vfs | Self::Pv | Self::Errors => {}
         }
         let lab = lab.boot()?;
-        let _service = scene::serve(&lab)?;
+        let service = scene::serve(&lab)?;
         if self == Self::Vfs {
             return vfs::measure(&lab, report);
         }
@@ -94,6 +102,7 @@ impl Part {
         match self {
             Self::Vfs | Self::Pv => measure(&Scene::set(&lab)?, options.rounds, report),
             Self::Errors => errors::measure(&lab, &Scene::set(&lab)?, options.rounds, report),
+            Self::Storms => storms::measure(&lab, &Scene::set(&lab)?, &service, options.rounds, report),
             Self::Hvm => hvm::measure(&lab, options.rounds, report),
         }
     }
@@ -118,11 +127,16 @@ fn main() -> Result<()> {
     report.into_outcome()
 }
 
-/// What is measured is what the source says now.
+/// What is measured is what the source says now, in the profile of this program.
 fn build() -> Result<()> {
+    let me = std::env::current_exe().context("finding this program")?;
+    let folder = me.parent().and_then(Path::file_name).context("this program is in no folder")?;
+    // Cargo's name for the profile of the folder debug.
+    let profile = if folder == "debug" { OsStr::new("dev") } else { folder };
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(cargo)
-        .args(["build", "--quiet", "--release", "--bins", "-p", "toolstack", "-p", "xpci-tests"])
+        .args(["build", "--quiet", "--bins", "-p", "toolstack", "-p", "xpci-tests", "--profile"])
+        .arg(profile)
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
         .status()
         .context("running cargo")?;

@@ -46,7 +46,7 @@ impl fmt::Display for Report {
             f.write_str(&table(&self.comparisons))?;
         }
         if !self.notes.is_empty() {
-            writeln!(f, "\nerrors, xpci alone:\n{}", self.notes.join("\n"))?;
+            writeln!(f, "\nxpci alone:\n{}", self.notes.join("\n"))?;
         }
         self.failures.iter().try_for_each(|(part, error)| writeln!(f, "\n{part} FAILED: {error:#}"))
     }

@@ -146,7 +146,7 @@ impl<'a> Scene<'a> {
         Ok(bytes / 4.0 * f64::from(PASSES) / seconds)
     }
 
-    fn guest(&self, peer: Peer) -> &Guest<'a> {
+    pub fn guest(&self, peer: Peer) -> &Guest<'a> {
         &self.guests[peer as usize]
     }
 }
