@@ -124,11 +124,23 @@ impl<'a> Scene<'a> {
 
     /// How many dwords of config space the guest reads in a second.
     pub fn reads_per_second(&self, peer: Peer) -> Result<f64> {
+        self.copy_config(peer)?;
+        self.reads_per_second_in(peer, PASSES)
+    }
+
+    /// Has the guest keep what it reads of all of its config space.
+    pub fn copy_config(&self, peer: Peer) -> Result<()> {
+        let copy = self.guest(peer).run("cat /sys/bus/pci/devices/*/config > /tmp/copy");
+        copy.limit(BUSY_LIMIT).ok().map(drop)
+    }
+
+    /// The same when it reads its config space so often, and has a copy.
+    pub fn reads_per_second_in(&self, peer: Peer, passes: u32) -> Result<f64> {
         // One process reads everything, and reading as much from memory shows what of it is not config space. The kernel
         // reads the attribute in dwords, one request each.
         let script = format!(
-            "config=$(echo /sys/bus/pci/devices/*/config); cat $config > /tmp/copy; wc -c < /tmp/copy\n\
-             files=; copies=; for i in $(seq {PASSES}); do files=\"$files $config\"; copies=\"$copies /tmp/copy\"; done\n\
+            "config=$(echo /sys/bus/pci/devices/*/config); wc -c < /tmp/copy\n\
+             files=; copies=; for i in $(seq {passes}); do files=\"$files $config\"; copies=\"$copies /tmp/copy\"; done\n\
              read a rest < /proc/uptime; cat $copies > /dev/null; read b rest < /proc/uptime\n\
              cat $files > /dev/null; read c rest < /proc/uptime; echo $a $b $c"
         );
@@ -143,7 +155,7 @@ impl<'a> Scene<'a> {
         };
         let seconds = (ended - between) - (between - begun);
         ensure!(bytes >= 64.0 && seconds > 0.1, "too short to be measured: {output:?}");
-        Ok(bytes / 4.0 * f64::from(PASSES) / seconds)
+        Ok(bytes / 4.0 * f64::from(passes) / seconds)
     }
 
     pub fn guest(&self, peer: Peer) -> &Guest<'a> {

@@ -67,6 +67,7 @@ pub fn measure(
     let there = "[ -e /sys/bus/pci/devices/*/config ]";
     scene.guest(STORMING).wait_for("the function", SOON, there)?;
     let bench = Bench { lab, scene, service, computing: computing() };
+    scene.copy_config(MEASURED)?;
     // The first one warms caches and pages in programs; it does not count.
     bench.reads_during(&bench.computing)?;
     report.note(format!("{:<18}{:<20}{:<18}{:<7}{}", "storm", "reads, ratio", "xpcid, KiB", "lines", "done"));
@@ -202,7 +203,7 @@ impl Bench<'_> {
         let begun = format!("read n < {DONE} && [ $n -ge {} ]", storm.begun());
         guest.wait_for("the storm", SOON * 2, &begun)?;
         let before = self.done()?;
-        let reads = self.scene.reads_per_second(MEASURED)?;
+        let reads = self.scene.reads_per_second_in(MEASURED, 1)?;
         let done = self.done()? - before;
         ensure!(process.ended().is_none(), "the storm ended: {}", process.output_so_far());
         ensure!(done > 0, "the storm stood still while the other guest was measured");
