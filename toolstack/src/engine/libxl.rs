@@ -32,9 +32,14 @@ enum Change {
     Touched(Sbdf),
 }
 
-/// The thread that writes the nodes: there may be thousands. `None`: it has not started.
+/// The functions whose nodes the service has to do with.
 #[derive(Default)]
-pub(super) struct Marks(Option<mpsc::Sender<Change>>);
+pub(super) struct Marks {
+    /// Those with a node that is the service's, or may be.
+    shown: BTreeSet<Sbdf>,
+    /// The thread that writes the nodes: there may be thousands. `None`: it has not started.
+    writer: Option<mpsc::Sender<Change>>,
+}
 
 fn directory(address: Sbdf) -> String {
     format!("{DIRECTORY}/{}", address.to_string().replace([':', '.'], "-"))
@@ -118,16 +123,36 @@ impl Writer<'_> {
 }
 
 impl Engine {
+    /// Removes what an earlier run has shown libxl and this one does not.
+    pub(super) fn find_shown(&mut self) -> Result<(), PlatformError> {
+        let names = self.platform.store.list(DIRECTORY)?;
+        self.marks.shown =
+            names.iter().filter_map(|name| function_of(&format!("{DIRECTORY}/{name}"))).collect();
+        for address in self.marks.shown.clone() {
+            if !self.is_kept_from_libxl(address) {
+                self.mark(address);
+            }
+        }
+        Ok(())
+    }
+
     /// Shows libxl what has changed since the last call.
     pub(super) fn show_libxl(&mut self) {
-        let changed = self.functions.take_changed();
-        if changed.is_empty() {
-            return;
+        for address in self.functions.take_changed() {
+            self.mark(address);
         }
-        let shown = self.settings.keep_from_libxl;
-        for address in changed {
-            let taken = shown && self.functions.records().get(address).is_some();
-            self.change_mark(if taken { Change::Taken(address) } else { Change::Released(address) });
+    }
+
+    fn is_kept_from_libxl(&self, address: Sbdf) -> bool {
+        self.settings.keep_from_libxl && self.functions.records().get(address).is_some()
+    }
+
+    fn mark(&mut self, address: Sbdf) {
+        if self.is_kept_from_libxl(address) {
+            self.marks.shown.insert(address);
+            self.change_mark(Change::Taken(address));
+        } else if self.marks.shown.remove(&address) {
+            self.change_mark(Change::Released(address));
         }
     }
 
@@ -139,17 +164,17 @@ impl Engine {
     }
 
     fn change_mark(&mut self, change: Change) {
-        if self.marks.0.is_none() {
+        if self.marks.writer.is_none() {
             let (sender, changes) = mpsc::channel();
             let store = Arc::clone(&self.platform.store);
             self.inbox.run("libxl", move || {
                 let (taken, failed) = (BTreeSet::new(), BTreeSet::new());
                 Writer { store: store.as_ref(), taken, failed }.run(&changes);
             });
-            self.marks.0 = Some(sender);
+            self.marks.writer = Some(sender);
         }
         // Where the thread could not be started, that is a problem in the status.
-        let _ = self.marks.0.as_ref().map(|sender| sender.send(change));
+        let _ = self.marks.writer.as_ref().map(|sender| sender.send(change));
     }
 }
 

@@ -245,6 +245,7 @@ impl Engine {
         for event in ["@introduceDomain", "@releaseDomain", nodes::PCIBACK, libxl::DIRECTORY] {
             self.platform.store.watch(event, event).map_err(io::Error::other)?;
         }
+        self.find_shown().map_err(io::Error::other)?;
         let host = self.platform.host.events().map_err(io::Error::other)?;
         let errors = self.subscribe_to_errors();
         // Events before the subscription are not delivered: everything is examined once.

@@ -227,3 +227,11 @@ fn who_wants_to_use_xl_for_held_functions_can() {
     let _service = world.start();
     wait_for_assigned(&world, None);
 }
+
+#[test]
+fn what_a_killed_service_left_of_a_released_function_is_removed_by_the_next_one() {
+    let world = World::new();
+    world.simulation.store(DomId::DOM0).unwrap().write(ASSIGNED, b"0").unwrap();
+    let _service = world.start_with_libxl();
+    wait_for_assigned(&world, None);
+}

@@ -136,7 +136,7 @@ impl World {
             guest_limit_seconds: 10,
             // xen-pciback prepares MSI-X by itself when it takes a function; this one leaves it to the service.
             holder: Holder::PciStub,
-            // Its thread would take failures and kills that are meant for others.
+            // Its thread would take failures and kills that are meant for others; without it there is none.
             keep_from_libxl: false,
             run_directory: self.directory.join("run"),
             state_directory: self.directory.join("state"),
