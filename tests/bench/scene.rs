@@ -90,10 +90,7 @@ pub fn hold(lab: &Lab) -> Result<()> {
 impl<'a> Scene<'a> {
     /// Starts the guests.
     pub fn set(lab: &'a Lab) -> Result<Self> {
-        let guests = [
-            lab.guest(&GuestConfig::pv(Peer::Ours.guest()))?,
-            lab.guest(&GuestConfig::pv(Peer::Theirs.guest()))?,
-        ];
+        let guests = lab.guests(&[Peer::Ours, Peer::Theirs].map(|peer| GuestConfig::pv(peer.guest())))?;
         Ok(Self { lab, guests })
     }
 

@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use xpci_tests::host::pf::{self, DEVICE};
 use xpci_tests::host::state::kill_and_start;
-use xpci_tests::host::{PF, SOON, VFS, bring_up, builder, guest, owner, start_service};
+use xpci_tests::host::{PF, SOON, VFS, bring_up, builder, guest, guests, owner, start_service};
 use xpci_tests::{Guest, Lab};
 
 use crate::story::{chapter, say, show, show_in};
@@ -43,7 +43,7 @@ pub fn tell(begun: Instant) -> Result<()> {
     show(&lab, &format!("xpci vf list {PF}"))?;
 
     chapter(begun, "Two other guests get a VF each: their stock drivers talk to the card's in 'nic'");
-    let users = [guest(&lab, "web")?, guest(&lab, "db")?];
+    let users = guests(&lab, ["web", "db"])?;
     for ((user, vf), address) in users.iter().zip(VFS).zip(ADDRESSES) {
         show(&lab, &format!("xpci pci-attach {} {vf}", user.name()))?;
         bring_up(user, address)?;

@@ -194,6 +194,11 @@ pub fn guest<'a>(lab: &'a Lab, name: &str) -> Result<Guest<'a>> {
     lab.guest(&GuestConfig::pv(name))
 }
 
+/// Starts several, which boot side by side.
+pub fn guests<'a, const N: usize>(lab: &'a Lab, names: [&str; N]) -> Result<[Guest<'a>; N]> {
+    lab.guests(&names.map(GuestConfig::pv))
+}
+
 /// Loads igbvf in a guest and gives the interface of its first function an address.
 pub fn bring_up(guest: &Guest<'_>, address: &str) -> Result<()> {
     bring_up_at(guest, "0000:00:00.0", address)

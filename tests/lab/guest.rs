@@ -118,24 +118,33 @@ impl Drop for Console {
 const BOOT_LIMIT: Duration = Duration::from_secs(240);
 
 impl<'a> Guest<'a> {
-    /// Creates the domain and waits until its agent answers.
-    pub(crate) fn start(lab: &'a Lab, config: &GuestConfig) -> Result<Self> {
-        let guest = Self::create(lab, config, "")?;
-        guest.reconnect(BOOT_LIMIT)?;
-        Ok(guest)
+    /// Creates the domains and waits until their agents answer: one boots while the next is created.
+    pub(crate) fn start<const N: usize>(lab: &'a Lab, configs: &[GuestConfig; N]) -> Result<[Self; N]> {
+        let guests = configs.each_ref().map(|config| Self::of(lab, config));
+        for (guest, config) in guests.iter().zip(configs) {
+            guest.create(config, "")?;
+        }
+        for guest in &guests {
+            guest.reconnect(BOOT_LIMIT)?;
+        }
+        Ok(guests)
     }
 
     /// Creates the domain, paused: it is given functions before its firmware runs.
     pub(crate) fn start_paused(lab: &'a Lab, config: &GuestConfig) -> Result<Self> {
-        Self::create(lab, config, "-p")
+        let guest = Self::of(lab, config);
+        guest.create(config, "-p")?;
+        Ok(guest)
     }
 
-    fn create(lab: &'a Lab, config: &GuestConfig, options: &str) -> Result<Self> {
-        let name = config.name.clone();
-        let path = format!("/guest/{name}.cfg");
-        lab.push(config.text().as_bytes(), &path)?;
-        lab.dom0(&format!("xl create {options} {path}")).limit(BOOT_LIMIT).ok()?;
-        Ok(Self { lab, name, console: Mutex::new(None) })
+    fn of(lab: &'a Lab, config: &GuestConfig) -> Self {
+        Self { lab, name: config.name.clone(), console: Mutex::new(None) }
+    }
+
+    fn create(&self, config: &GuestConfig, options: &str) -> Result<()> {
+        let path = format!("/guest/{}.cfg", self.name);
+        self.lab.push(config.text().as_bytes(), &path)?;
+        self.lab.dom0(&format!("xl create {options} {path}")).limit(BOOT_LIMIT).ok().map(drop)
     }
 
     /// Lets a paused one run, and waits until its agent answers.

@@ -344,7 +344,13 @@ impl Lab {
 
     /// Starts a guest and waits until it runs commands.
     pub fn guest(&self, config: &GuestConfig) -> Result<Guest<'_>> {
-        Guest::start(self, config)
+        let [guest] = self.guests(std::array::from_ref(config))?;
+        Ok(guest)
+    }
+
+    /// Starts guests, which boot side by side, and waits until they run commands.
+    pub fn guests<const N: usize>(&self, configs: &[GuestConfig; N]) -> Result<[Guest<'_>; N]> {
+        Guest::start(self, configs)
     }
 
     /// Creates a guest that waits to be let run.

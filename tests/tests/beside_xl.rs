@@ -4,7 +4,7 @@
 use anyhow::{Result, ensure};
 use xpci_tests::host::state::{keep_running, make_held, stop};
 use xpci_tests::host::{
-    PF, SOON, VFS, guest, is_held, owner, prepare, start_service, state, wait_for_state, xpci, xpci_fails,
+    PF, SOON, VFS, guests, is_held, owner, prepare, start_service, state, wait_for_state, xpci, xpci_fails,
 };
 use xpci_tests::scenes::{Check, Machine, Scene};
 use xpci_tests::{Guest, Lab, Process, checks};
@@ -26,7 +26,7 @@ impl<'a> Scene<'a> for BesideXl<'a> {
         let service = prepare(lab)?;
         xpci(lab, &format!("vf create {PF} 2"))?;
         xpci(lab, &format!("pci-assignable-add {}", VFS[0]))?;
-        let (one, two) = (guest(lab, "one")?, guest(lab, "two")?);
+        let [one, two] = guests(lab, ["one", "two"])?;
         Ok(Self { lab, service, one, two })
     }
 

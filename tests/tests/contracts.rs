@@ -26,8 +26,9 @@ impl<'a> Scene<'a> for Contracts<'a> {
             "echo pci-stub > /sys/bus/pci/devices/{vf}/driver_override && echo {vf} > /sys/bus/pci/drivers_probe"
         ))
         .ok()?;
-        let open = lab.guest(&GuestConfig::pv("open"))?.domid()?;
-        let plain = lab.guest(&GuestConfig::pv("plain").passthrough(false))?.domid()?;
+        let [open, plain] =
+            lab.guests(&[GuestConfig::pv("open"), GuestConfig::pv("plain").passthrough(false)])?;
+        let (open, plain) = (open.domid()?, plain.domid()?);
         Ok(Self { lab, open, plain })
     }
 

@@ -10,7 +10,7 @@ use serde_json::Value;
 use xpci_tests::host::errors::{decision, history, raise, wait_for_history};
 use xpci_tests::host::state::{keep_running, make_attached, make_held, make_used, no_problems, stop};
 use xpci_tests::host::{
-    PF, SERVICE, SOON, VFS, bring_up, guest, inject_error, is_held, owner, ping, prepare, set_mac,
+    PF, SERVICE, SOON, VFS, bring_up, guests, inject_error, is_held, owner, ping, prepare, set_mac,
     start_service, state, status, wait_for_state, xpci, xpci_fails,
 };
 use xpci_tests::scenes::{Check, Machine, Scene};
@@ -48,7 +48,7 @@ impl<'a> Scene<'a> for Errors<'a> {
             set_mac(lab, index, mac)?;
         }
         xpci(lab, &format!("pci-assignable-add {} {} {VIRTIO}", VFS[0], VFS[1]))?;
-        let (one, two) = (guest(lab, "one")?, guest(lab, "two")?);
+        let [one, two] = guests(lab, ["one", "two"])?;
         xpci(lab, "pci-attach one 01:10.0@0")?;
         xpci(lab, "pci-attach two 01:10.2@0")?;
         bring_up(&one, "10.9.9.11")?;

@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, ensure};
 use xpci_tests::host::state::{keep_running, kill_and_start, make_held};
-use xpci_tests::host::{PF, SOON, VFS, guest, map_bar, prepare, state, wait_for_state, xpci, xpci_fails};
+use xpci_tests::host::{PF, SOON, VFS, guests, map_bar, prepare, state, wait_for_state, xpci, xpci_fails};
 use xpci_tests::scenes::{Check, Machine, Scene};
 use xpci_tests::{Guest, Lab, Process, checks};
 
@@ -32,7 +32,7 @@ impl<'a> Scene<'a> for FormerOwners<'a> {
         let service = prepare(lab)?;
         xpci(lab, &format!("vf create {PF} 2"))?;
         xpci(lab, "pci-assignable-add 01:10.0")?;
-        let (hostile, next) = (guest(lab, "hostile")?, guest(lab, "next")?);
+        let [hostile, next] = guests(lab, ["hostile", "next"])?;
         Ok(Self { lab, service, hostile, next, page: None, seen: None })
     }
 

@@ -22,7 +22,8 @@ impl<'a> Scene<'a> for LabSmoke<'a> {
     const MACHINE: &'static Machine = &HOST;
 
     fn set_up(lab: &'a Lab) -> Result<Self> {
-        Ok(Self { lab, one: lab.guest(&GuestConfig::pv("one"))?, two: lab.guest(&GuestConfig::pv("two"))? })
+        let [one, two] = lab.guests(&["one", "two"].map(GuestConfig::pv))?;
+        Ok(Self { lab, one, two })
     }
 
     fn checks() -> Vec<Check<Self>> {

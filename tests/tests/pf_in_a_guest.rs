@@ -5,7 +5,7 @@ use anyhow::{Result, ensure};
 use xpci_tests::host::pf::{DEVICE, create_vfs, load_igb};
 use xpci_tests::host::state::{keep_running, kill_and_start, no_problems};
 use xpci_tests::host::{
-    PF, SOON, VFS, bring_up, guest, owner, ping, start_service, state, wait_for_state, xpci, xpci_fails,
+    PF, SOON, VFS, bring_up, guests, owner, ping, start_service, state, wait_for_state, xpci, xpci_fails,
 };
 use xpci_tests::scenes::{Check, Machine, Scene};
 use xpci_tests::{Guest, Lab, Process, checks};
@@ -35,8 +35,8 @@ impl<'a> Scene<'a> for PfInAGuest<'a> {
         lab.push(POLICY.as_bytes(), "/etc/xpci/policies/pf.yaml")?;
         let service = start_service(lab)?;
         xpci(lab, "pci-assignable-add 01:00.0")?;
-        let (special, users) = (guest(lab, "special")?, [guest(lab, "user")?, guest(lab, "other")?]);
-        Ok(Self { lab, service, special, users })
+        let [special, user, other] = guests(lab, ["special", "user", "other"])?;
+        Ok(Self { lab, service, special, users: [user, other] })
     }
 
     fn checks() -> Vec<Check<Self>> {

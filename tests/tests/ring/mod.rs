@@ -13,7 +13,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use xpci_tests::host::frontend::Step;
 use xpci_tests::host::state::{keep_running, make_held, no_problems};
-use xpci_tests::host::{PF, SOON, VFS, bring_up, guest, nothing_remains, ping, prepare, set_mac, xpci};
+use xpci_tests::host::{PF, SOON, VFS, bring_up, guests, nothing_remains, ping, prepare, set_mac, xpci};
 use xpci_tests::scenes::{Check, Machine, Scene};
 use xpci_tests::{Guest, Lab, Process, checks};
 
@@ -52,9 +52,8 @@ impl<'a> Scene<'a> for Ring<'a> {
         let writable = vf::writable(lab, VFS[2])?;
         set_mac(lab, 1, "52:54:00:aa:bb:02")?;
         xpci(lab, "pci-assignable-add 01:10.0 01:10.2")?;
-        let one = guest(lab, "one")?;
+        let [one, two] = guests(lab, ["one", "two"])?;
         one.run("modprobe -r xen-pcifront && modprobe xen-gntalloc && modprobe xen-evtchn").ok()?;
-        let two = guest(lab, "two")?;
         xpci(lab, "pci-attach one 01:10.0")?;
         xpci(lab, "pci-attach two 01:10.2")?;
         bring_up(&two, "10.9.9.12")?;

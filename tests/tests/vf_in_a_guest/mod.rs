@@ -9,7 +9,7 @@ mod saving;
 use anyhow::{Context, Result, ensure};
 use xpci_tests::host::state::{keep_running, kill_and_start, make_held, make_used, no_problems, stop};
 use xpci_tests::host::{
-    PF, SOON, VFS, bring_up, guest, is_held, nothing_remains, owner, ping, prepare, set_mac, start_service,
+    PF, SOON, VFS, bring_up, guests, is_held, nothing_remains, owner, ping, prepare, set_mac, start_service,
     state, status, xpci, xpci_fails,
 };
 use xpci_tests::scenes::{Check, Machine, Scene};
@@ -46,7 +46,8 @@ impl<'a> Scene<'a> for VfInAGuest<'a> {
         for (index, mac) in MACS.iter().enumerate() {
             set_mac(lab, index, mac)?;
         }
-        Ok(Self { lab, service, one: guest(lab, "one")?, two: guest(lab, "two")? })
+        let [one, two] = guests(lab, ["one", "two"])?;
+        Ok(Self { lab, service, one, two })
     }
 
     fn checks() -> Vec<Check<Self>> {
