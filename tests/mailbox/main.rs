@@ -40,7 +40,7 @@ impl Mailbox {
         let path = format!("/sys/bus/pci/devices/{function}/config");
         let config = OpenOptions::new().read(true).write(true).open(&path).with_context(|| path.clone())?;
         let mut mailbox = Self { config, at: 0 };
-        let mut at = 0x100;
+        let (mut at, mut others) = (0x100, Vec::new());
         // Each capability takes at least 8 bytes.
         for _ in 0..0xf00 / 8 {
             let header = mailbox.read(at)?;
@@ -48,12 +48,13 @@ impl Mailbox {
                 mailbox.at = at;
                 return Ok(mailbox);
             }
+            others.push(format!("{header:08x} at {at:#x}"));
             at = u64::from(header >> 20);
             if at == 0 {
                 break;
             }
         }
-        bail!("{function} has no Data Object Exchange")
+        bail!("{function} has no Data Object Exchange, only {}", others.join(", "))
     }
 
     fn read(&self, register: u64) -> Result<u32> {

@@ -1,8 +1,9 @@
 //! The machines of the lab tests, and how a scene's machine is cleaned for the next one.
 
 use crate::lab_smoke::a_panic_leaves_logs_and_no_qemu;
+use crate::vf;
 use anyhow::Result;
-use xpci_tests::host::{SOON, builder, start_service};
+use xpci_tests::host::{SOON, VFS, builder, start_service};
 use xpci_tests::scenes::Machine;
 use xpci_tests::{Builder, Devices, Lab, XenVersion};
 
@@ -81,6 +82,7 @@ pub fn clean(lab: &Lab) -> Result<()> {
         .ok()?;
     service.signal(15)?;
     service.wait(SOON)?;
+    VFS.iter().try_for_each(|vf| vf::clear_unknown(lab, vf))?;
     lab.dom0(
         "for module in igbvf igb nvme 8021q aer_inject pci-stub pci-pf-stub; do modprobe -r $module; done",
     )

@@ -48,6 +48,22 @@ pub fn writable(lab: &Lab, sibling: &str) -> Result<Vec<u8>> {
     Ok(writable)
 }
 
+/// Clears what guests have written where no capability of a VF is, if there is the VF: QEMU's keep it over resets, and over their removal.
+pub fn clear_unknown(lab: &Lab, address: &str) -> Result<()> {
+    let config = format!("/sys/bus/pci/devices/{address}/config");
+    let ends = LISTED.iter().skip(1).map(|next| next.start).chain([4096]);
+    let gaps = LISTED.iter().map(|listed| listed.end).zip(ends);
+    let mut command = format!("[ ! -e {config} ] || {{ true");
+    for (start, end) in gaps.filter(|(start, end)| start < end) {
+        let (seek, count) = (start / 4, (end - start) / 4);
+        write!(
+            command,
+            " && dd status=none if=/dev/zero of={config} bs=4 seek={seek} count={count} conv=notrunc"
+        )?;
+    }
+    lab.dom0(&format!("{command}; }}")).ok().map(drop)
+}
+
 fn dword(bytes: &[u8], at: usize) -> u32 {
     bytes[at..].first_chunk().map_or(0, |bytes: &[u8; 4]| u32::from_le_bytes(*bytes))
 }
