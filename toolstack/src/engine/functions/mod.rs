@@ -25,6 +25,7 @@ use self::reachable::Reachable;
 pub(super) use self::records::Records;
 use self::resets::Resets;
 use crate::journal::{NetworkRecord, Record};
+use crate::outcome::Failure;
 use crate::transaction::Fresh;
 
 /// The functions that the service has to do with.
@@ -137,6 +138,15 @@ impl Functions {
 
     pub fn is_busy(&self, address: Sbdf) -> bool {
         self.busy.contains(&address)
+    }
+
+    /// Refuses a function that is in a transaction.
+    pub fn idle(&self, address: Sbdf) -> Result<(), Failure> {
+        if self.is_busy(address) {
+            let text = format!("{address} is {} right now", self.records.state(address));
+            return Err(Failure::refused(text).on(address).hint("try again"));
+        }
+        Ok(())
     }
 
     /// The functions in a transaction or under repair.

@@ -123,7 +123,7 @@ impl Engine {
         let wanted = guest.and_then(|guest| {
             let Placed { address, slot } = function;
             let function = existing(self.platform.host.as_ref(), address)?;
-            self.idle(address)?;
+            self.functions.idle(address)?;
             // Former owners that may still reach the function are checked when the guest starts.
             let found = self.attach_obstacles(&function, None, Reuse::Trusted);
             context.absent_reservation(guest, &function, slot, found)

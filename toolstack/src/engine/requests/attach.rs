@@ -113,7 +113,7 @@ impl Engine {
     ) -> Result<Option<Plan>, Failure> {
         let (address, domain) = (wanted.address, wanted.domain);
         let function = existing(self.platform.host.as_ref(), address)?;
-        self.idle(address)?;
+        self.functions.idle(address)?;
         let state = self.functions.records().state(address);
         let is_to_hold = wanted.options.managed && state == FunctionState::Host;
         let found = match is_to_hold {
@@ -162,7 +162,7 @@ impl Engine {
         reuse: Reuse,
     ) -> Result<Record, Failure> {
         let function = existing(self.platform.host.as_ref(), address)?;
-        self.idle(address)?;
+        self.functions.idle(address)?;
         let action = attaching(address, domain);
         Failure::refuse_for(&action, self.attach_obstacles(&function, Some(domain), reuse))?;
         Ok(self.functions.records().get_or_new(address))
@@ -305,7 +305,7 @@ impl Engine {
         scope: Scope,
     ) -> Result<Plan, Failure> {
         let domain = domains::find(self.platform.store.as_ref(), name)?;
-        self.idle(address)?;
+        self.functions.idle(address)?;
         let record = self.functions.records().get_or_new(address);
         let reservation = self.persistent_context().reservation_of(name, address);
         if record.guest.is_none() && reservation.is_none() {

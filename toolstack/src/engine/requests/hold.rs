@@ -55,7 +55,7 @@ impl Engine {
     fn plan_hold(&self, wanted: Hold) -> Result<Plan, Failure> {
         let Hold { address, force, managed, dry_run, .. } = wanted;
         let function = existing(self.platform.host.as_ref(), address)?;
-        self.idle(address)?;
+        self.functions.idle(address)?;
         let record = self.functions.records().get_or_new(address);
         match record.state {
             FunctionState::Held => {
@@ -104,7 +104,7 @@ impl Engine {
         reserved: Reserved,
         reuse: Reuse,
     ) -> Result<Plan, Failure> {
-        self.idle(address)?;
+        self.functions.idle(address)?;
         let record = self.functions.records().get_or_new(address);
         match record.state {
             FunctionState::Host => {
@@ -152,7 +152,7 @@ impl Engine {
 
     pub(super) fn clear_quarantine(&mut self, address: Sbdf, reuse: Reuse, reply: Reply) {
         let record = self.functions.records().get_or_new(address);
-        if let Err(failure) = self.idle(address) {
+        if let Err(failure) = self.functions.idle(address) {
             return reply.done(Err(failure));
         }
         if record.state == FunctionState::Host

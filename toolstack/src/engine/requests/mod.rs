@@ -12,7 +12,7 @@ mod several;
 mod survey;
 mod targets;
 
-use pciback::{DomId, FunctionState, Sbdf};
+use pciback::{DomId, FunctionState};
 
 pub(super) use self::attach::{AttachOptions, Wanted};
 pub(super) use self::deferred::Deferred;
@@ -185,16 +185,5 @@ impl Engine {
                 self.start_with(course, *record, change, Some(reply), done);
             }
         }
-    }
-
-    /// Refuses a function that is in a transaction.
-    pub(in crate::engine) fn idle(&self, address: Sbdf) -> Result<(), Failure> {
-        if self.functions.is_busy(address) {
-            let state = self.functions.records().state(address);
-            return Err(Failure::refused(format!("{address} is {state} right now"))
-                .on(address)
-                .hint("try again"));
-        }
-        Ok(())
     }
 }

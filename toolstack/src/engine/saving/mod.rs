@@ -75,7 +75,7 @@ impl Engine {
             return Err(Failure::refused(text).of(domain).hint(format!("'xl unpause {domain}' first")));
         }
         for (record, _) in &had {
-            self.idle(record.address)?;
+            self.functions.idle(record.address)?;
             if record.state != FunctionState::Attached {
                 let text = format!("{} of domain {domain} is {}", record.address, record.state);
                 return Err(Failure::refused(text).on(record.address).of(domain).hint("see 'xpci status'"));

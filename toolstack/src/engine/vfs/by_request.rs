@@ -64,7 +64,7 @@ pub(super) struct WantedPf {
     pub unmanaged: bool,
 }
 
-/// What decides about changes of VFs.
+/// What decides about VFs and their settings.
 pub(super) struct Context<'a> {
     pub platform: &'a Platform,
     pub settings: &'a Settings,

@@ -6,6 +6,7 @@ mod by_request;
 mod driver;
 mod for_guests;
 mod network;
+mod network_checks;
 mod unmanaged;
 
 use std::collections::BTreeSet;
@@ -15,7 +16,7 @@ use pciback::Sbdf;
 
 use self::by_guest::GuestVfs;
 use self::by_request::{Change, Context, WantedPf};
-use self::network::NetworkChecks;
+use self::network_checks::NetworkChecks;
 use super::problems::Problem;
 use super::{Engine, Event as EngineEvent};
 use crate::journal::NetworkRecord;
