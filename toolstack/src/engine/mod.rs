@@ -210,8 +210,7 @@ impl Engine {
         let mut sources = self.subscribe()?;
         info!("ready on {}", self.platform.description);
         supervisor::ready();
-        self.take_back_stubs();
-        self.create_wanted_vfs();
+        self.find_vfs_at_start();
         self.resume_returning();
         self.resume_guest_vfs();
         self.resume_mailboxes();

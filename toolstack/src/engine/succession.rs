@@ -141,6 +141,6 @@ impl Engine {
 
     /// Whether no operation is under way that changes functions, hardware or records.
     fn nothing_is_under_way(&self) -> bool {
-        self.functions.are_idle() && self.vfs.changing().is_empty() && !self.inventory.is_comparing()
+        self.functions.are_idle() && self.vfs.is_idle() && !self.inventory.is_comparing()
     }
 }

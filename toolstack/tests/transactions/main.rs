@@ -37,6 +37,7 @@ mod roms;
 mod saving;
 mod scale;
 mod sharing;
+mod starting;
 mod surprises;
 mod together;
 mod unproved;

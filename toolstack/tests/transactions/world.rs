@@ -195,6 +195,14 @@ impl World {
     }
 
     fn start_service_with(&self, settings: Settings, more: &[&str]) -> Service {
+        let service = self.start_at_once(settings, more);
+        // What it does by itself when it starts has ended when it has answered this; it may have been made to fail.
+        let _ = service.call(Request::Sync { dry_run: true });
+        service
+    }
+
+    /// Starts the service with these policy files besides, and does not wait for what it does by itself when it starts.
+    pub fn start_at_once(&self, settings: Settings, more: &[&str]) -> Service {
         let fuse = Fuse::default();
         let platform = self.simulation.platform_with("test", &fuse).unwrap();
         fs::create_dir_all(settings.run_directory.join("images")).unwrap();
@@ -213,10 +221,7 @@ impl World {
         let stop = Arc::new(EventFd::new().unwrap());
         let stopped = Arc::clone(&stop);
         let thread = thread::spawn(move || drop(engine.run(stopped.as_fd()).unwrap()));
-        let service = Service { socket, stop, fuse, inbox, thread: Some(thread) };
-        // What it does by itself when it starts has ended when it has answered this; it may have been made to fail.
-        let _ = service.call(Request::Sync { dry_run: true });
-        service
+        Service { socket, stop, fuse, inbox, thread: Some(thread) }
     }
 
     /// What the journal has of a function.

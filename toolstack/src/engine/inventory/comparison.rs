@@ -145,7 +145,10 @@ impl Engine {
     /// Starts a comparison if one is due and none runs.
     pub(in crate::engine) fn reconcile(&mut self) {
         // The examination under way may make a comparison unnecessary.
-        if self.inventory.comparisons.running || self.inventory.examinations.is_running() {
+        if self.inventory.comparisons.running
+            || self.inventory.examinations.is_running()
+            || self.vfs.is_starting()
+        {
             return;
         }
         let Comparisons { due, waiting, .. } = &mut self.inventory.comparisons;

@@ -126,8 +126,11 @@ impl Engine {
         }
     }
 
-    /// Starts an examination if one is due and none runs.
+    /// Starts an examination if one is due and none runs. At the start of the service, the VFs that the settings ask for go first.
     pub(in crate::engine) fn examine_functions(&mut self) {
+        if self.vfs.is_starting() {
+            return;
+        }
         let Examinations { addresses, all, others, running, begun_meanwhile, .. } =
             &mut self.inventory.examinations;
         if *running || (addresses.is_empty() && !*all && !*others) {

@@ -2,19 +2,17 @@
 
 use std::collections::BTreeSet;
 
-use log::warn;
 use pciback::platform::{HostFunction, Platform};
 use pciback::{FunctionState, Sbdf};
 
+use super::at_start::WantedPf;
 use super::driver::{create, destroy};
 use super::unmanaged;
 use crate::engine::functions::Functions;
-use crate::engine::problems::Problem;
-use crate::engine::requests::{all_pfs, known_pf};
+use crate::engine::requests::known_pf;
 use crate::engine::tasks::TaskContext;
 use crate::outcome::Failure;
-use crate::protocol::{Cause, Success};
-use crate::settings::Settings;
+use crate::protocol::Success;
 use crate::transaction::PF_STUB;
 
 /// A change of the VFs of a PF.
@@ -33,6 +31,8 @@ impl Change {
     pub fn make(self, pf: Sbdf, context: &TaskContext, progress: &dyn Fn(&str)) -> Result<Success, Failure> {
         match self {
             Self::Create { count, unmanaged } => {
+                // Another program may have enabled some since: a failure here would disable those.
+                refuse_present(&context.platform.host.function(pf)?)?;
                 context.room_for(pf, count)?;
                 create(context, pf, count, unmanaged, progress)
             }
@@ -57,17 +57,19 @@ impl Change {
     }
 }
 
-/// A PF on which the settings ask for VFs.
-pub(super) struct WantedPf {
-    pub pf: Sbdf,
-    pub count: u16,
-    pub unmanaged: bool,
+/// Refuses to enable VFs on a PF that has some.
+fn refuse_present(pf: &HostFunction) -> Result<(), Failure> {
+    match pf.num_vfs {
+        0 => Ok(()),
+        there => Err(Failure::refused(format!("{} has {there} VFs enabled already", pf.address))
+            .on(pf.address)
+            .hint("'xpci vf destroy' disables them first")),
+    }
 }
 
 /// What decides about VFs and their settings.
 pub(super) struct Context<'a> {
     pub platform: &'a Platform,
-    pub settings: &'a Settings,
     pub functions: &'a Functions,
     /// PFs whose VFs are being changed.
     pub changing: &'a BTreeSet<Sbdf>,
@@ -80,10 +82,7 @@ impl Context<'_> {
         if pf.num_vfs == count && count > 0 {
             return Ok(None);
         }
-        if pf.num_vfs > 0 {
-            let text = format!("{address} has {} VFs enabled already", pf.num_vfs);
-            return Err(Failure::refused(text).on(address).hint("'xpci vf destroy' disables them first"));
-        }
+        refuse_present(&pf)?;
         self.refuse_held_pf(address)?;
         unmanaged::check(&pf, unmanaged)?;
         Ok(Some(Change::Create { count, unmanaged }))
@@ -110,64 +109,33 @@ impl Context<'_> {
         Ok(Change::Destroy)
     }
 
-    /// PFs that a killed earlier run bound to pci-pf-stub and that have no VFs enabled.
-    pub fn left_to_stub(&self) -> Vec<Sbdf> {
-        let host = self.platform.host.as_ref();
-        let is_wanted = |pf: &HostFunction| {
-            let mut wanted = self.settings.virtual_functions.iter();
-            wanted.any(|entry| entry.means(host, &self.settings.names, pf))
-        };
-        let is_left =
-            |address: &Sbdf| host.function(*address).is_ok_and(|pf| pf.num_vfs == 0 && !is_wanted(&pf));
-        unmanaged::noted(&self.settings.run_directory).into_iter().filter(is_left).collect()
+    /// The change with which a PF gets the VFs that the settings ask for, as the PF was read at the start of the service.
+    pub fn wanted(&self, wanted: &WantedPf) -> Result<Change, Failure> {
+        let WantedPf { pf, count, unmanaged } = wanted;
+        self.refuse_changing(pf.address)?;
+        self.refuse_held_pf(pf.address)?;
+        unmanaged::check(pf, *unmanaged)?;
+        Ok(Change::Create { count: *count, unmanaged: *unmanaged })
     }
 
-    /// The VFs that the settings ask for, on PFs that have none. Other numbers of VFs are not changed.
-    pub fn wanted_by_settings(&self) -> (Vec<WantedPf>, Vec<Problem>) {
-        let (mut found, mut problems) = (Vec::new(), Vec::new());
-        if self.settings.virtual_functions.is_empty() {
-            return (found, problems);
-        }
-        let host = self.platform.host.as_ref();
-        let pfs = match all_pfs(host) {
-            Ok(pfs) => pfs,
-            Err(failure) => {
-                let text = format!("enable the VFs that the settings ask for: {failure}");
-                problems.push(Problem::new(Cause::VirtualFunctions, text));
-                return (found, problems);
-            }
-        };
-        for entry in &self.settings.virtual_functions {
-            let matching: Vec<&HostFunction> =
-                pfs.iter().filter(|pf| entry.means(host, &self.settings.names, pf)).collect();
-            if matching.is_empty() {
-                let text = format!("virtual-functions: no PF matches {entry}");
-                problems.push(Problem::new(Cause::VirtualFunctions, text));
-            }
-            for pf in matching {
-                let (address, there) = (pf.address, pf.num_vfs);
-                if there == entry.count {
-                    continue;
-                }
-                if there != 0 {
-                    warn!("{address}: it has {there} VFs already, not {}; they stay", entry.count);
-                    continue;
-                }
-                let unmanaged = entry.unmanaged && pf.driver.is_none();
-                found.push(WantedPf { pf: address, count: entry.count, unmanaged });
-            }
-        }
-        (found, problems)
+    /// Whether a PF that was left to pci-pf-stub can be taken back from it: nothing was begun with it since.
+    pub fn is_left(&self, pf: Sbdf) -> bool {
+        self.refuse_changing(pf).is_ok() && self.functions.records().state(pf) == FunctionState::Host
     }
 
     fn physical_function(&self, address: Sbdf) -> Result<HostFunction, Failure> {
         let function = known_pf(self.platform.host.as_ref(), address)?;
+        self.refuse_changing(address)?;
+        Ok(function)
+    }
+
+    fn refuse_changing(&self, address: Sbdf) -> Result<(), Failure> {
         if self.changing.contains(&address) || self.functions.is_busy(address) {
             return Err(Failure::refused(format!("{address} is being changed right now"))
                 .on(address)
                 .hint("try again"));
         }
-        Ok(function)
+        Ok(())
     }
 
     /// Refuses a PF without its driver, which enables the VFs, because it is held or a guest has it.

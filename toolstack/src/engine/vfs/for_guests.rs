@@ -1,12 +1,14 @@
 //! Carrying out what the guests with PFs want of their VFs (`by_guest`).
 
+use std::sync::Arc;
+
 use log::{Level, error};
 use pciback::Sbdf;
 use pciback::serve::GuestFunction;
 
 use super::by_guest::{Context, Effect, GuestVfs};
 use super::driver::{create_bare, disable};
-use super::{Event, Vfs};
+use super::{ChangedPf, Event, Vfs};
 use crate::engine::problems::Problem;
 use crate::engine::tasks::{self, Course, TaskContext};
 use crate::engine::{self, Answer, Engine};
@@ -64,8 +66,9 @@ impl Engine {
     }
 
     /// The driver has created or removed VFs, or failed to.
-    pub(super) fn guest_vfs_changed(&mut self, pf: Sbdf, outcome: Result<(), Failure>) {
-        self.vfs_changed(pf, outcome.is_ok());
+    pub(super) fn guest_vfs_changed(&mut self, changed: ChangedPf, outcome: Result<(), Failure>) {
+        let pf = changed.pf;
+        self.vfs_changed(changed, outcome.is_ok());
         self.guest_vfs_step(|vfs, context| vfs.changed(pf, outcome, context));
     }
 
@@ -103,13 +106,15 @@ impl Engine {
         pf: Sbdf,
         change: impl FnOnce(&TaskContext) -> Result<(), Failure> + Send + 'static,
     ) {
-        self.vfs.changing.insert(pf);
+        self.vfs.begin(pf);
         self.inventory.touch(pf);
         let (context, inbox) = (self.task_context(), self.inbox.clone());
+        let host = Arc::clone(&self.platform.host);
         let work = move || change(&context);
         self.inbox.background(&format!("vfs {pf}"), work, move |outcome| {
             let outcome = outcome.and_then(|outcome| outcome).map_err(|failure| failure.on(pf));
-            inbox.send(engine::Event::Vfs(Event::ChangedForGuest(pf, outcome)));
+            let changed = ChangedPf::read(host.as_ref(), pf);
+            inbox.send(engine::Event::Vfs(Event::ChangedForGuest(changed, outcome)));
         });
     }
 

@@ -1,6 +1,7 @@
-//! VFs of PFs: changes that clients and the settings ask for (`by_request`) or the guests that have the PFs (`by_guest`), and network
-//! settings (`network`).
+//! VFs of PFs: changes that clients and the settings ask for (`by_request`, `at_start`) or the guests that have the PFs (`by_guest`), and
+//! network settings (`network`).
 
+mod at_start;
 mod by_guest;
 mod by_request;
 mod driver;
@@ -10,12 +11,15 @@ mod network_checks;
 mod unmanaged;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Instant;
 
 use pciback::Sbdf;
+use pciback::platform::Host;
 
+pub use self::at_start::AtStart;
 use self::by_guest::GuestVfs;
-use self::by_request::{Change, Context, WantedPf};
+use self::by_request::{Change, Context};
 use self::network_checks::NetworkChecks;
 use super::problems::Problem;
 use super::{Engine, Event as EngineEvent};
@@ -29,6 +33,8 @@ use crate::reply::Reply;
 pub(super) struct Vfs {
     /// PFs whose VFs are being changed.
     changing: BTreeSet<Sbdf>,
+    /// PFs whose VFs were changed since the service started, while a thread finds out what is to be done about VFs at the start.
+    begun_at_start: Option<BTreeSet<Sbdf>>,
     /// PFs whose guests create VFs.
     by_guest: GuestVfs,
     /// Scheduled checks of whether guests' drivers changed the network settings of their VFs.
@@ -37,14 +43,31 @@ pub(super) struct Vfs {
 
 /// Results of background work on VFs.
 pub enum Event {
+    /// What is to be done about VFs when the service starts.
+    FoundAtStart(Result<AtStart, Failure>),
     /// The VFs of a PF were changed; whether that succeeded.
-    Changed(Sbdf, bool),
+    Changed(ChangedPf, bool),
     /// The driver of a PF has created or removed VFs for the guest that has it, or failed to.
-    ChangedForGuest(Sbdf, Result<(), Failure>),
+    ChangedForGuest(ChangedPf, Result<(), Failure>),
     /// The network settings of a VF were set.
     NetworkSet(Sbdf, Option<NetworkRecord>),
     /// The state of a VF was compared with its network settings: the difference, or `None`.
     NetworkCompared(Sbdf, Option<String>),
+}
+
+/// A PF whose VFs were changed, as the thread has found it after that.
+#[derive(Debug)]
+pub struct ChangedPf {
+    pf: Sbdf,
+    /// How many VFs it has, and which; `None`: it cannot be read.
+    vfs: Option<(u16, Vec<Sbdf>)>,
+}
+
+impl ChangedPf {
+    fn read(host: &dyn Host, pf: Sbdf) -> Self {
+        let found = host.function(pf).inspect_err(|error| log::warn!("{error}"));
+        Self { pf, vfs: found.ok().map(|found| (found.num_vfs, found.virtual_functions)) }
+    }
 }
 
 impl Vfs {
@@ -56,6 +79,34 @@ impl Vfs {
     /// Whether the VFs of a PF are being changed.
     pub fn is_changing(&self, pf: Sbdf) -> bool {
         self.changing.contains(&pf)
+    }
+
+    /// Whether no change of VFs is under way, nor looked for.
+    pub fn is_idle(&self) -> bool {
+        self.changing.is_empty() && !self.is_starting()
+    }
+
+    /// Whether a thread finds out what is to be done about VFs at the start of the service.
+    pub fn is_starting(&self) -> bool {
+        self.begun_at_start.is_some()
+    }
+
+    /// Such a thread starts.
+    fn starts(&mut self) {
+        self.begun_at_start = Some(BTreeSet::new());
+    }
+
+    /// It has ended. Returns the PFs whose VFs were changed meanwhile.
+    fn has_started(&mut self) -> BTreeSet<Sbdf> {
+        self.begun_at_start.take().unwrap_or_default()
+    }
+
+    /// A change of the VFs of a PF begins.
+    fn begin(&mut self, pf: Sbdf) {
+        self.changing.insert(pf);
+        if let Some(begun) = &mut self.begun_at_start {
+            begun.insert(pf);
+        }
     }
 
     /// When the next comparison of network settings is due.
@@ -77,16 +128,17 @@ impl Vfs {
 impl Engine {
     pub(super) fn handle_vfs(&mut self, event: Event) {
         match event {
-            Event::Changed(pf, succeeded) => self.vfs_changed(pf, succeeded),
-            Event::ChangedForGuest(pf, outcome) => self.guest_vfs_changed(pf, outcome),
+            Event::FoundAtStart(found) => self.found_at_start(found),
+            Event::Changed(changed, succeeded) => self.vfs_changed(changed, succeeded),
+            Event::ChangedForGuest(changed, outcome) => self.guest_vfs_changed(changed, outcome),
             Event::NetworkSet(address, network) => self.network_set(address, network),
             Event::NetworkCompared(address, differs) => self.network_compared(address, differs),
         }
     }
 
     fn vf_changes(&self) -> Context<'_> {
-        let Self { platform, settings, functions, vfs, .. } = self;
-        Context { platform, settings, functions, changing: &vfs.changing }
+        let Self { platform, functions, vfs, .. } = self;
+        Context { platform, functions, changing: &vfs.changing }
     }
 
     pub(super) fn create_vfs(&mut self, address: Sbdf, count: u16, unmanaged: bool, reply: Reply) {
@@ -115,19 +167,21 @@ impl Engine {
             Ok(change) => change,
             Err(failure) => return reply.done(Err(failure)),
         };
-        self.vfs.changing.insert(pf);
+        self.vfs.begin(pf);
         self.inventory.touch(pf);
         let (context, inbox, progress) = (self.task_context(), self.inbox.clone(), reply.clone());
+        let host = Arc::clone(&self.platform.host);
         let work = move || change.make(pf, &context, &|text| progress.progress(text));
         self.inbox.background(&format!("vfs {pf}"), work, move |outcome| {
             let succeeded = matches!(&outcome, Ok(Ok(_)));
-            inbox.send(EngineEvent::Vfs(Event::Changed(pf, succeeded)));
+            let changed = ChangedPf::read(host.as_ref(), pf);
+            inbox.send(EngineEvent::Vfs(Event::Changed(changed, succeeded)));
             reply.done(outcome.and_then(|outcome| outcome).map_err(|failure| failure.on(pf)));
         });
     }
 
     /// Handles the end of a change of a PF's VFs; events about them were not handled meanwhile.
-    fn vfs_changed(&mut self, address: Sbdf, succeeded: bool) {
+    fn vfs_changed(&mut self, ChangedPf { pf: address, vfs }: ChangedPf, succeeded: bool) {
         if succeeded {
             self.problems.resolve_of(address, &[Cause::VirtualFunctions]);
         }
@@ -137,31 +191,10 @@ impl Engine {
         // VFs that were removed,
         self.inventory.examine_vfs(address);
         // and VFs that appeared.
-        match self.platform.host.function(address) {
-            Ok(pf) => {
-                self.send_vfs_event(address, pf.num_vfs);
-                self.holds.vfs_enabled(&pf.virtual_functions);
-                self.inventory.examine_all_of(pf.virtual_functions);
-            }
-            Err(error) => log::warn!("{error}"),
-        }
-    }
-
-    /// Unbinds PFs from pci-pf-stub that a killed earlier run bound to it and that have no VFs enabled.
-    pub(super) fn take_back_stubs(&mut self) {
-        for pf in self.vf_changes().left_to_stub() {
-            let reply = self.inbox.unasked_reply(Cause::VirtualFunctions);
-            self.change_vfs(pf, Ok(Change::Destroy), reply);
-        }
-    }
-
-    /// Enables the VFs that the settings ask for.
-    pub(super) fn create_wanted_vfs(&mut self) {
-        let (wanted, problems) = self.vf_changes().wanted_by_settings();
-        self.problems.extend(problems);
-        for WantedPf { pf, count, unmanaged } in wanted {
-            let reply = self.inbox.unasked_reply(Cause::VirtualFunctions);
-            self.create_vfs(pf, count, unmanaged, reply);
+        if let Some((count, vfs)) = vfs {
+            self.send_vfs_event(address, count);
+            self.holds.vfs_enabled(&vfs);
+            self.inventory.examine_all_of(vfs);
         }
     }
 }
