@@ -1,7 +1,7 @@
 //! Identifies a device after bus numbers have changed, or its card has moved to another slot.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pciback::Sbdf;
 use pciback::inventory::Identity;
@@ -67,29 +67,81 @@ impl Device {
     }
 }
 
-/// The devices of functions, read once per incarnation, because this reads config space. Clones share them.
+/// What was read of a function.
+#[derive(Debug, Clone)]
+struct Read {
+    incarnation: u64,
+    device: Device,
+    /// Whether the function answered; otherwise it has not shown its serial number.
+    answered: bool,
+}
+
+/// The devices of functions, as threads that may block have read them. Clones share them.
 #[derive(Debug, Clone, Default)]
-pub struct Devices(Arc<Mutex<BTreeMap<Sbdf, (u64, Device)>>>);
+pub struct Devices(Arc<Mutex<BTreeMap<Sbdf, Read>>>);
 
 impl Devices {
-    /// The device of a function. If it is not known yet, it is read, which only threads that may block should do.
+    fn locked(&self) -> MutexGuard<'_, BTreeMap<Sbdf, Read>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What was read of a function, if it is not another one by now.
+    fn read(&self, function: &HostFunction) -> Option<Read> {
+        let known = self.locked().get(&function.address).cloned();
+        known.filter(|read| read.incarnation == function.incarnation)
+    }
+
+    /// The device of a function. It is read from config space, once if the function answers, and again each time if it does not.
     ///
     /// # Errors
     /// Those of [`Device::of`].
     pub fn of(&self, host: &dyn Host, function: &HostFunction) -> Result<Device, Failure> {
-        let key = |known: &BTreeMap<Sbdf, (u64, Device)>| {
-            let (incarnation, device) = known.get(&function.address)?;
-            (*incarnation == function.incarnation).then(|| device.clone())
-        };
-        if let Some(known) = key(&self.0.lock().unwrap_or_else(PoisonError::into_inner)) {
-            return Ok(known);
+        if let Some(read) = self.read(function).filter(|read| read.answered) {
+            return Ok(read.device);
         }
         let device = Device::of(host, function)?;
-        // A function that does not answer now has not shown its serial number, so it is read again the next time.
-        if answers(host, function.physical_function.unwrap_or(function.address)) {
-            let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            known.insert(function.address, (function.incarnation, device.clone()));
+        let answered = answers(host, function.physical_function.unwrap_or(function.address));
+        let read = Read { incarnation: function.incarnation, device, answered };
+        let mut known = self.locked();
+        // Another thread may have had an answer meanwhile.
+        let is_better = |other: &Read| other.incarnation == read.incarnation && other.answered;
+        if let Some(other) = known.get(&function.address).filter(|other| is_better(other)) {
+            return Ok(other.device.clone());
         }
-        Ok(device)
+        known.insert(function.address, read.clone());
+        Ok(read.device)
+    }
+
+    /// The device of a function, without reading it.
+    ///
+    /// # Errors
+    /// No thread could read the function since it appeared.
+    pub fn known(&self, function: &HostFunction) -> Result<Device, Failure> {
+        let address = function.address;
+        self.read(function).map(|read| read.device).ok_or_else(|| {
+            let text =
+                format!("it is not known which device {address} is: it was not read since it appeared");
+            Failure::refused(text).on(address).hint("try again; if that does not help, see xpcid's log")
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pciback::platform::sim::Simulation;
+
+    use super::*;
+
+    #[test]
+    fn what_was_read_of_one_function_says_nothing_of_another_at_its_address() {
+        let host = "drivers: []\nfunctions: [{address: 02:00.0, model: virtio-net}]\n";
+        let platform = Simulation::from_yaml(host).unwrap().platform("test").unwrap();
+        let function = platform.host.function("02:00.0".parse().unwrap()).unwrap();
+        let devices = Devices::default();
+        assert!(devices.known(&function).unwrap_err().message.contains("not known which device"));
+        let read = devices.of(platform.host.as_ref(), &function).unwrap();
+        assert_eq!(devices.known(&function).unwrap(), read);
+        let other = HostFunction { incarnation: function.incarnation + 1, ..function };
+        devices.known(&other).unwrap_err();
     }
 }

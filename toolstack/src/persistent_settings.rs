@@ -64,7 +64,7 @@ impl PersistentSettings {
 
     /// The settings of a function, if it has any.
     pub fn of(&self, host: &dyn Host, function: &HostFunction) -> Option<DeviceSettings> {
-        if self.known().as_ref().is_none_or(Vec::is_empty) {
+        if self.is_empty() {
             return None;
         }
         let device = match Device::of(host, function) {
@@ -74,7 +74,17 @@ impl PersistentSettings {
                 return None;
             }
         };
-        self.known().iter().flatten().find(|one| one.device.is(&device)).cloned()
+        self.of_device(&device)
+    }
+
+    /// The settings of a device, if it has any.
+    pub fn of_device(&self, device: &Device) -> Option<DeviceSettings> {
+        self.known().iter().flatten().find(|one| one.device.is(device)).cloned()
+    }
+
+    /// Whether no device has settings, as far as that is known.
+    pub fn is_empty(&self) -> bool {
+        self.known().as_ref().is_none_or(Vec::is_empty)
     }
 
     /// Changes the settings of a device, synced to the disk; returns those before.

@@ -284,6 +284,12 @@ impl Reservations {
         displaced.filter_map(|(file, since)| Some((known.files.get(file)?.clone(), *since))).collect()
     }
 
+    /// Whether one of the reservations may be this device's, or be at its address.
+    pub fn may_concern(&self, device: &Device) -> bool {
+        let known = self.known();
+        known.get(device.address).is_some() || known.files.values().any(|one| one.is_of(device))
+    }
+
     /// Notes devices that were found; first those at their noted path, so that no other file claims them.
     pub fn found_all(&self, mut devices: Vec<Device>) -> Result<(), Failure> {
         let known = self.known();

@@ -1,8 +1,9 @@
 //! The engine: one thread that owns all state of the service and handles one event after the other.
 //!
 //! Whatever may block runs elsewhere: transactions and other work on threads of their own (`background`), config accesses of guests on
-//! their serving threads. Those threads send events to the engine through its [`Inbox`]. Three things still run on the engine's thread:
-//! applying reloaded policies, setting up the first function of a guest, and pausing guests that reboot.
+//! their serving threads. Those threads send events to the engine through its [`Inbox`]. Some things still run on the engine's thread:
+//! opening the functions of guests that are served on after a restart, applying reloaded policies, setting up the first function of a
+//! guest, and pausing guests that reboot.
 
 mod background;
 mod changes;
@@ -211,7 +212,7 @@ impl Engine {
         info!("ready on {}", self.platform.description);
         supervisor::ready();
         self.find_vfs_at_start();
-        self.resume_returning();
+        self.recognise_all();
         self.resume_guest_vfs();
         self.resume_mailboxes();
         let ending = loop {
@@ -233,7 +234,7 @@ impl Engine {
         };
         // Ending the kernel's tracing takes long: the serving threads run until then.
         drop(sources);
-        self.inbox.end();
+        self.end();
         self.errors.unmask_all(self.platform.host.as_ref());
         self.stop_servers();
         Ok(ending)
@@ -332,8 +333,16 @@ impl Engine {
     }
 }
 
+impl Engine {
+    /// Nothing is handled any more; threads that wait for the engine end.
+    fn end(&self) {
+        self.inbox.end();
+        self.functions.handover().recognition.end();
+    }
+}
+
 impl Drop for Engine {
     fn drop(&mut self) {
-        self.inbox.end();
+        self.end();
     }
 }

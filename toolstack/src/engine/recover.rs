@@ -51,9 +51,7 @@ impl Engine {
         for error in errors {
             self.distrust_unknown(&error);
         }
-        self.recognise_all();
         self.take_over_states();
-        self.return_all_managed();
         Ok(())
     }
 

@@ -141,6 +141,9 @@ impl Engine {
 
     /// Whether no operation is under way that changes functions, hardware or records.
     fn nothing_is_under_way(&self) -> bool {
-        self.functions.are_idle() && self.vfs.is_idle() && !self.inventory.is_comparing()
+        self.functions.are_idle()
+            && self.functions.handover().recognition.has_ended()
+            && self.vfs.is_idle()
+            && !self.inventory.is_comparing()
     }
 }

@@ -8,6 +8,7 @@ mod attachments;
 mod containment;
 mod filter;
 mod reachable;
+mod recognition;
 mod records;
 mod resets;
 
@@ -22,6 +23,7 @@ use self::containment::Awaiting;
 pub use self::containment::Containment;
 pub use self::filter::CompiledFilter;
 use self::reachable::Reachable;
+use self::recognition::Recognition;
 pub(super) use self::records::Records;
 use self::resets::Resets;
 use crate::journal::{NetworkRecord, Record};
@@ -54,6 +56,8 @@ pub(super) struct Handover {
     pub awaiting: Awaiting,
     /// To which guests the settings assign functions.
     pub assignees: Assignees,
+    /// Whether the devices of the host were read.
+    pub recognition: Recognition,
 }
 
 /// What the end of a transaction changes.

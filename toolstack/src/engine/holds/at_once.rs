@@ -12,7 +12,7 @@ use pciback::platform::{HostFunction, Platform};
 use pciback::policy::{Holding, PolicySet, Subject};
 use pciback::{FunctionState, Sbdf};
 
-use crate::device::Device;
+use crate::device::{Device, Devices};
 use crate::engine::Engine;
 use crate::engine::files::StateFiles;
 use crate::engine::functions::Functions;
@@ -54,14 +54,29 @@ struct Context<'a> {
     policies: &'a PolicySet,
     files: &'a StateFiles,
     functions: &'a Functions,
+    devices: &'a Devices,
 }
 
 impl Context<'_> {
     fn belongs_to_guests(&self, function: &HostFunction) -> bool {
-        let settings = || self.files.persistent_settings.of(self.platform.host.as_ref(), function);
         !function.is_bridge()
             && (self.policies.merge(&Subject::of_host(function, None)).hold == Holding::AtOnce
-                || settings().is_some_and(|one| one.hold))
+                || self.is_held_persistently(function))
+    }
+
+    /// Whether a function is held persistently; the thread that examined it has read its device.
+    fn is_held_persistently(&self, function: &HostFunction) -> bool {
+        let settings = &self.files.persistent_settings;
+        if settings.is_empty() {
+            return false;
+        }
+        match self.devices.known(function) {
+            Ok(device) => settings.of_device(&device).is_some_and(|one| one.hold),
+            Err(failure) => {
+                warn!("{}: find out whether it is held persistently: {failure}", function.address);
+                false
+            }
+        }
     }
 }
 
@@ -175,8 +190,8 @@ impl Engine {
         if self.vfs.is_changing(function.physical_function.unwrap_or(function.address)) {
             return;
         }
-        let Self { holds, platform, policies, files, functions, .. } = self;
-        let context = Context { platform, policies, files, functions };
+        let Self { holds, platform, policies, files, functions, devices, .. } = self;
+        let context = Context { platform, policies, files, functions, devices };
         if let Some(record) = holds.at_once.due(function, appeared, &context) {
             self.start(Course::Forward(Kind::Hold), record, None, |record| {
                 format!("{}: held at once", record.address)

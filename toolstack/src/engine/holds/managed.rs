@@ -53,6 +53,11 @@ fn is_left(record: &Record) -> bool {
 impl Engine {
     /// Returns a function to dom0 that was held for the guest that has just released it.
     fn return_managed(&mut self, address: Sbdf) {
+        if !self.functions.handover().recognition.has_ended() {
+            // It is tried when it is known whether a guest has it persistently.
+            self.holds.managed.waiting.insert(address);
+            return;
+        }
         let plan = self.plan_release(address, Reserved::Refused, Reuse::AfterShutdown);
         if let Err(failure) = &plan {
             info!("{address}: it stays held for now: {failure}");

@@ -148,6 +148,8 @@ impl Engine {
         let (context, busy) = (self.task_context(), self.functions.busy().clone());
         let inbox = self.inbox.clone();
         let work = move || {
+            // All devices first: two of a kind may be told apart only by which of them is at its noted place.
+            context.handover.recognition.wait();
             if others {
                 match nodes::pciback_functions(context.platform.store.as_ref()) {
                     Ok(found) => addresses.extend(found.into_iter().map(|(address, _)| address)),

@@ -54,6 +54,7 @@ impl Engine {
                 });
             }
             Event::AssignmentsFound(assignments) => self.assignments_found(assignments),
+            Event::DevicesRead => self.devices_read(),
             Event::AssignmentsReserved(domain) => {
                 self.persistent_step(|persistent, context| persistent.examine_again(domain, context));
             }
@@ -62,13 +63,17 @@ impl Engine {
 
     /// Finds domains that have appeared, and forgets those that have ended.
     pub(in crate::engine) fn find_returning(&mut self) {
+        // They are found when it is known which devices are theirs.
+        if !self.functions.handover().recognition.has_ended() {
+            return;
+        }
         for domain in self.persistent_step(Persistent::new_domains) {
             self.persistent_step(|persistent, context| persistent.examine_new(domain, context));
         }
     }
 
     /// Takes over guests that an earlier run kept paused, and finds domains that appeared meanwhile.
-    pub(in crate::engine) fn resume_returning(&mut self) {
+    pub(super) fn resume_returning(&mut self) {
         self.persistent_step(Persistent::resume);
         self.find_returning();
         self.persistent_step(Persistent::unpause_those_ready);

@@ -92,6 +92,8 @@ pub enum Event {
     AssignmentsFound(Assignments),
     /// Those functions are now reserved for the guest.
     AssignmentsReserved(DomId),
+    /// The devices of the host were read after the start of the service.
+    DevicesRead,
 }
 
 impl Persistent {

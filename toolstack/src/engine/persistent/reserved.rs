@@ -33,7 +33,7 @@ impl Context<'_> {
             return self.not_assigned_to_others(function, &(uuid, name)).map_err(|other| other.of(domain));
         };
         let is_guest = self.platform.hypervisor.domain(domain)?.uuid == reservation.guest;
-        let is_same = reservation.is_of(&self.devices.of(self.platform.host.as_ref(), function)?);
+        let is_same = reservation.is_of(&self.devices.known(function)?);
         let text = match (is_guest, is_same) {
             // The reserved device is elsewhere; the device at its address is not reserved.
             (true, true) | (false, false) => return Ok(()),
@@ -68,15 +68,13 @@ impl Context<'_> {
     /// The reservation of a function, if its device is at the address.
     pub(super) fn reserved(&self, address: Sbdf) -> Option<Reservation> {
         let reservation = self.files.reservations.get(address)?;
-        let host = self.platform.host.as_ref();
-        let function = host.function(address).ok()?;
-        reservation.is_of(&self.devices.of(host, &function).ok()?).then_some(reservation)
+        let function = self.platform.host.function(address).ok()?;
+        reservation.is_of(&self.devices.known(&function).ok()?).then_some(reservation)
     }
 
     /// Makes a reservation of a function for the guest that runs as this domain.
     pub fn reservation(&self, address: Sbdf, domain: DomId, devfn: Devfn) -> Result<Reservation, Failure> {
-        let host = self.platform.host.as_ref();
-        let device = self.devices.of(host, &existing(host, address)?)?;
+        let device = self.devices.known(&existing(self.platform.host.as_ref(), address)?)?;
         let guest = self.platform.hypervisor.domain(domain)?.uuid;
         let name = domains::name(self.platform.store.as_ref(), domain)?;
         Ok(Reservation::new(device, guest, name, devfn))
@@ -124,7 +122,7 @@ impl Context<'_> {
             return Ok(own);
         }
         let devfn = free_devfn(address, guest, slot, &self.files.reservations.of(guest))?;
-        let device = self.devices.of(self.platform.host.as_ref(), function)?;
+        let device = self.devices.known(function)?;
         Ok(Reservation::new(device, guest, name, devfn))
     }
 

@@ -131,9 +131,9 @@ impl Engine {
         if let Some(reservation) = &reservation {
             message.push_str(&format!("; it is no longer persistent for {}", reservation.who()));
         }
-        let host = self.platform.host.as_ref();
-        let function = host.function(record.address).ok();
-        if function.is_some_and(|function| self.files.persistent_settings.of(host, &function).is_some()) {
+        let function = self.platform.host.function(record.address).ok();
+        let device = function.and_then(|function| self.devices.known(&function).ok());
+        if device.is_some_and(|device| self.files.persistent_settings.of_device(&device).is_some()) {
             message.push_str("; its persistent settings are deleted");
         }
         let change = reservation.map(|reservation| Change::Forget(reservation.address));

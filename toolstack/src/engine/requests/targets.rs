@@ -5,6 +5,7 @@ use pciback::{FunctionState, Sbdf};
 
 use super::obstacles::reuse_with;
 use crate::domains;
+use crate::engine::tasks::TaskContext;
 use crate::engine::{Engine, Event};
 use crate::names;
 use crate::outcome::{ErrorCode, Failure};
@@ -13,6 +14,29 @@ use crate::reply::Reply;
 use crate::reservations::Reservation;
 use crate::spec::existing;
 use crate::target::{Parent, Target};
+
+fn needed_for(request: &Request<Target>, context: &TaskContext) -> Needed {
+    let all_read = context.handover.recognition.has_ended();
+    match request {
+        Request::PciAttach { persist: true, .. } => Needed::Its,
+        Request::PciAttach { .. } | Request::PciAttachAll { .. } | Request::PciAssignableRemove { .. }
+            if context.needs_devices() =>
+        {
+            Needed::Its
+        }
+        // Otherwise the reservation of another device might end.
+        Request::PciDetach { .. } if !all_read => Needed::Its,
+        Request::PciListPersistent { .. }
+        | Request::Save { .. }
+        | Request::Restore { .. }
+        | Request::Restored { .. }
+            if !all_read =>
+        {
+            Needed::All
+        }
+        _ => Needed::None,
+    }
+}
 
 /// Whether all functions of a request are addresses, or any VF of a PF given by its address.
 fn is_found(request: &Request<Target>) -> bool {
@@ -23,38 +47,43 @@ fn is_found(request: &Request<Target>) -> bool {
     found.is_ok()
 }
 
+/// Which devices must be known before the engine decides about a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Needed {
+    None,
+    /// Those of its functions, and to which guests the settings assign them.
+    Its,
+    /// Those of all functions.
+    All,
+}
+
 impl Engine {
     /// Handles a request of a client. A background thread resolves names that need a scan of the host, looks up what the engine has to
     /// know of the functions, and sends the request again with their addresses.
     pub(in crate::engine) fn handle_call(&mut self, request: Request<Target>, reply: Reply) {
-        let is_to_look_up = self.is_to_look_up(&request);
-        if is_found(&request) && !is_to_look_up {
+        let context = self.task_context();
+        let needed = needed_for(&request, &context);
+        if is_found(&request) && needed == Needed::None {
             return self.handle_found(request, reply);
         }
-        let context = self.task_context();
         self.background("find", move || {
             let (host, settings) = (context.platform.host.as_ref(), &context.settings);
-            let look_up = |found: &Target| {
-                if is_to_look_up {
-                    context.look_up(found);
+            let find = |target| {
+                let found = names::find(host, &settings.names, &target)?;
+                if needed == Needed::Its {
+                    context.look_up_for_request(&found)?;
                 }
+                Ok(found)
             };
-            let find = |target| names::find(host, &settings.names, &target).inspect(look_up);
-            match request.map(find) {
+            let read = match needed {
+                Needed::All => context.all_devices_read("what guests have persistently"),
+                Needed::Its | Needed::None => Ok(()),
+            };
+            match read.and_then(|()| request.map(find)) {
                 Ok(request) => context.inbox.send(Event::Found { request, reply }),
                 Err(failure) => reply.done(Err(failure)),
             }
         });
-    }
-
-    /// Whether the engine has to know the devices of a request's functions, or to which guests the settings assign them.
-    fn is_to_look_up(&self, request: &Request<Target>) -> bool {
-        let is_assigned = !self.settings.guests.is_empty();
-        match request {
-            Request::PciAttach { persist, .. } => *persist || is_assigned,
-            Request::PciAttachAll { .. } | Request::PciAssignableRemove { .. } => is_assigned,
-            _ => false,
-        }
     }
 
     /// Handles a request with the addresses of its functions.

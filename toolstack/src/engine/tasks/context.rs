@@ -198,7 +198,7 @@ impl TaskContext {
 
     /// Notes that a guest now has the function that it has persistently.
     fn note_given(&self, record: &Record) -> Result<(), Failure> {
-        let Some((reservation, place)) = self.files.reservations.get(record.address).zip(record.guest) else {
+        let Some((reservation, place)) = self.reservation_of(record.address).zip(record.guest) else {
             return Ok(());
         };
         if self.platform.hypervisor.domain(place.domain)?.uuid != reservation.guest {

@@ -165,7 +165,7 @@ impl TaskContext {
 
     /// Whether the guest of a PF, or its next domain, has it persistently.
     pub(in crate::engine) fn keeps_guest_vfs(&self, record: &Record) -> bool {
-        let Some((reservation, place)) = self.files.reservations.get(record.address).zip(record.guest) else {
+        let Some((reservation, place)) = self.reservation_of(record.address).zip(record.guest) else {
             return false;
         };
         let is_that_guest = |uuid| reservation.guest == uuid;
