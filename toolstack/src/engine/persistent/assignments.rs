@@ -2,20 +2,21 @@
 //! guest.
 
 use pciback::platform::{Host, HostFunction};
-use pciback::policy::Reuse;
 use pciback::{DeviceNumber, DomId, Sbdf, Uuid};
 
-use super::{Context, Event};
+use super::reserved::free_devfn;
+use super::{Context, Effect, Event, Persistent};
 use crate::device::Device;
 use crate::domains;
+use crate::engine;
 use crate::engine::problems::Problem;
 use crate::engine::tasks::TaskContext;
-use crate::engine::{self, Engine};
 use crate::names;
 use crate::outcome::Failure;
-use crate::protocol::{Cause, DomainName};
+use crate::protocol::Cause;
 use crate::reservations::Reservation;
 use crate::settings::{Assigned, Settings};
+use crate::spec::existing;
 use crate::target::{Parent, Target};
 
 /// What the settings assign to a guest: functions, and pools of VFs by their PF.
@@ -55,53 +56,45 @@ impl Settings {
     }
 }
 
-impl Engine {
-    /// Finds, on a thread, the functions that the settings assign to a new domain.
-    pub(super) fn find_assignments(&self, domain: DomId, guest: Uuid) {
-        if self.settings.guests.is_empty() {
-            return;
-        }
-        let context = self.task_context();
-        self.background("find", move || {
-            if let Some(found) = context.assignments(domain, guest) {
-                context.inbox.send(engine::Event::Persistent(Event::AssignmentsFound(found)));
-            }
-        });
-    }
+/// A free VF of a PF for the domain, none of those that were chosen already.
+pub(super) type FreeVf<'a> = &'a dyn Fn(Sbdf, DomId, &[Sbdf]) -> Result<Sbdf, Failure>;
 
-    /// Reserves the functions that the settings assign to a guest, and has them attached.
-    pub(super) fn assignments_found(&mut self, assignments: Assignments) {
+/// What the settings assign to a guest, as far as it can be given to it.
+pub(super) struct Assigning {
+    pub domain: DomId,
+    /// The reservations that are to be made or changed.
+    pub new: Vec<Reservation>,
+    /// Functions that cannot be reserved.
+    pub unreserved: Vec<Problem>,
+}
+
+impl Context<'_> {
+    /// Decides which functions are reserved for a guest by what the settings assign to it.
+    pub(super) fn assigning(&self, assignments: Assignments, free_vf: FreeVf<'_>) -> Assigning {
         let Assignments { domain, guest, name, functions } = assignments;
-        let mut wanted = Reserving {
-            domain,
-            guest: (guest, name),
-            kept: self.files.reservations.of(guest),
-            taken: vec![],
-        };
-        let (mut new, mut unreserved) = (Vec::new(), Vec::new());
+        let kept = self.files.reservations.of(guest);
+        let mut wanted = Reserving { domain, guest: (guest, name), kept, taken: vec![] };
+        let mut assigning = Assigning { domain, new: Vec::new(), unreserved: Vec::new() };
         // Pools last, so that a VF that is named itself is not also taken from a pool.
         let (pools, certain): (Vec<_>, Vec<_>) =
             functions.into_iter().partition(|(one, _)| matches!(one.target, Target::Any(_)));
         for (one, found) in certain.into_iter().chain(pools) {
-            match self.reserve_one(&one, found, &mut wanted) {
+            match self.reserve_one(&one, found, &mut wanted, free_vf) {
                 Ok(None) => {}
                 Ok(Some(reservation)) => {
                     wanted.kept.push(reservation.clone());
-                    new.push(reservation);
+                    assigning.new.push(reservation);
                 }
                 Err(failure) => {
                     let text = format!(
                         "{} is missing in domain {domain}, to which the settings assign it: {failure}",
                         one.target
                     );
-                    unreserved.push(Problem::new(Cause::Persistent, text).of(domain));
+                    assigning.unreserved.push(Problem::new(Cause::Persistent, text).of(domain));
                 }
             }
         }
-        self.persistent.note_unreserved(domain, unreserved);
-        if !new.is_empty() {
-            self.keep_new(domain, new);
-        }
+        assigning
     }
 
     /// The reservation for an assigned function; `None`: the guest has it already.
@@ -110,10 +103,11 @@ impl Engine {
         one: &Assigned,
         found: Result<Target, Failure>,
         wanted: &mut Reserving,
+        free_vf: FreeVf<'_>,
     ) -> Result<Option<Reservation>, Failure> {
-        let Reserving { domain, guest, kept, taken } = wanted;
-        let found = self.assigned_at(one, guest.0).map_or(found, |known| known.map(Target::from))?;
-        let address = self.choose_assigned(&found, *domain, kept, taken)?;
+        let found = self.assigned_at(one, wanted.guest.0).map_or(found, |known| known.map(Target::from))?;
+        let address = self.choose_assigned(&found, wanted, free_vf)?;
+        let Reserving { guest, kept, taken, .. } = wanted;
         taken.push(address);
         let has_it = |known: &&Reservation| {
             known.address == address && one.slot.is_none_or(|slot| slot == known.devfn.device())
@@ -127,31 +121,6 @@ impl Engine {
                 Some(made.assigned_as(promised))
             }
         })
-    }
-
-    /// Writes new reservations, on a thread, and has the guest examined again.
-    fn keep_new(&self, domain: DomId, new: Vec<Reservation>) {
-        let (reservations, inbox) = (self.files.reservations.clone(), self.inbox.clone());
-        self.background("persist", move || {
-            for reservation in new {
-                let address = reservation.address;
-                if let Err(failure) = reservations.keep(reservation) {
-                    inbox.send(engine::Event::Problem(
-                        Problem::failed(Cause::StateFiles, &failure).on(address).of(domain),
-                    ));
-                }
-            }
-            inbox.send(engine::Event::Persistent(Event::AssignmentsReserved(domain)));
-        });
-    }
-
-    /// Searches again for functions that are assigned to running guests, because a function has appeared or become free.
-    pub(in crate::engine) fn retry_assignments(&self) {
-        for domain in self.persistent.unreserved.keys().copied() {
-            if let Ok(info) = self.platform.hypervisor.domain(domain) {
-                self.find_assignments(domain, info.uuid);
-            }
-        }
     }
 
     /// The address of the device that the guest first got for an assignment by address. Another device may have that address now, and it
@@ -172,20 +141,17 @@ impl Engine {
 
     /// Whether the device of a reservation is at its address.
     fn is_there(&self, reservation: &Reservation) -> bool {
-        let host = self.platform.host.as_ref();
-        let function = host.function(reservation.address).ok();
-        function
-            .and_then(|function| self.devices.of(host, &function).ok())
-            .is_some_and(|device| reservation.is_of(&device))
+        let function = self.platform.host.function(reservation.address).ok();
+        let device = function.and_then(|function| self.devices.known(&function).ok());
+        device.is_some_and(|device| reservation.is_of(&device))
     }
 
     /// The assigned function; for a pool, a VF that the guest has or else a free one.
     fn choose_assigned(
         &self,
         found: &Target,
-        domain: DomId,
-        kept: &[Reservation],
-        taken: &[Sbdf],
+        Reserving { domain, kept, taken, .. }: &Reserving,
+        free_vf: FreeVf<'_>,
     ) -> Result<Sbdf, Failure> {
         let pf = match found {
             Target::Any(Parent::At(pf)) => *pf,
@@ -193,13 +159,10 @@ impl Engine {
                 return other.address().ok_or_else(|| Failure::not_found(format!("{other} was not found")));
             }
         };
-        let vfs = crate::spec::existing(self.platform.host.as_ref(), pf)?.virtual_functions;
+        let vfs = existing(self.platform.host.as_ref(), pf)?.virtual_functions;
         let own = kept.iter().map(|known| known.address);
         let mut own = own.filter(|address| vfs.contains(address) && !taken.contains(address));
-        match own.next() {
-            Some(address) => Ok(address),
-            None => self.free_vf(pf, &DomainName(domain.0.to_string()), Reuse::AfterShutdown, taken),
-        }
+        own.next().map_or_else(|| free_vf(pf, *domain, taken), Ok)
     }
 
     fn reserve_assigned(
@@ -209,13 +172,47 @@ impl Engine {
         slot: Option<DeviceNumber>,
         kept: &[Reservation],
     ) -> Result<Reservation, Failure> {
-        let host = self.platform.host.as_ref();
-        let function = crate::spec::existing(host, address)?;
-        let context = self.persistent_context();
-        context.kept_for_others(address, guest.0)?;
-        context.not_assigned_to_others(&function, &guest)?;
-        let devfn = super::reserved::free_devfn(address, guest.0, slot, kept)?;
-        Ok(Reservation::new(self.devices.of(host, &function)?, guest.0, guest.1, devfn))
+        let function = existing(self.platform.host.as_ref(), address)?;
+        self.kept_for_others(address, guest.0)?;
+        self.not_assigned_to_others(&function, &guest)?;
+        let devfn = free_devfn(address, guest.0, slot, kept)?;
+        Ok(Reservation::new(self.devices.known(&function)?, guest.0, guest.1, devfn))
+    }
+
+    /// Writes new reservations, on a thread, and has the guest examined again.
+    fn keep_new(&self, domain: DomId, new: Vec<Reservation>) {
+        let (reservations, inbox) = (self.files.reservations.clone(), self.inbox.clone());
+        self.inbox.run("persist", move || {
+            for reservation in new {
+                let address = reservation.address;
+                if let Err(failure) = reservations.keep(reservation) {
+                    inbox.send(engine::Event::Problem(
+                        Problem::failed(Cause::StateFiles, &failure).on(address).of(domain),
+                    ));
+                }
+            }
+            inbox.send(engine::Event::Persistent(Event::AssignmentsReserved(domain)));
+        });
+    }
+}
+
+impl Persistent {
+    /// Has the functions reserved that the settings assign to a guest.
+    pub(super) fn assign(&mut self, assigning: Assigning, context: &Context<'_>) {
+        let Assigning { domain, new, unreserved } = assigning;
+        self.note_unreserved(domain, unreserved);
+        if !new.is_empty() {
+            context.keep_new(domain, new);
+        }
+    }
+
+    /// Searches again for functions that are assigned to running guests, because a function has appeared or become free.
+    pub(super) fn search_again(&mut self, context: &Context<'_>) {
+        for domain in self.unreserved.keys().copied() {
+            if let Ok(info) = context.platform.hypervisor.domain(domain) {
+                self.effects.push(Effect::FindAssignments(domain, info.uuid));
+            }
+        }
     }
 }
 
@@ -245,7 +242,7 @@ impl Context<'_> {
 
 impl TaskContext {
     /// What the settings assign to a new domain, if anything.
-    fn assignments(&self, domain: DomId, guest: Uuid) -> Option<Assignments> {
+    pub(super) fn assignments(&self, domain: DomId, guest: Uuid) -> Option<Assignments> {
         let (host, settings) = (self.platform.host.as_ref(), &self.settings);
         let name = domains::name(self.platform.store.as_ref(), domain).ok().flatten();
         let wanted = settings.guest(name.as_deref(), guest).flat_map(|key| &settings.guests[key]);
@@ -268,7 +265,7 @@ impl TaskContext {
     /// on the host.
     pub(in crate::engine) fn assigned_again(&self, reservation: &Reservation) -> Option<String> {
         let (host, names) = (self.platform.host.as_ref(), &self.settings.names);
-        let function = crate::spec::existing(host, reservation.address).ok()?;
+        let function = existing(host, reservation.address).ok()?;
         let keys = self.settings.guest(reservation.name.as_deref(), reservation.guest);
         let own: Vec<&Assigned> = keys.flat_map(|key| &self.settings.guests[key]).collect();
         let device = self.devices.of(host, &function).ok()?;

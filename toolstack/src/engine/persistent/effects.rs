@@ -6,11 +6,12 @@ use log::info;
 use pciback::policy::Reuse;
 use pciback::{DomId, Sbdf, Uuid};
 
+use super::assignments::Assignments;
 use super::updates::changed;
 use super::{Context, Effect, Event, Persistent};
-use crate::engine::Engine;
 use crate::engine::requests::{AttachOptions, persistent_view};
 use crate::engine::tasks::Course;
+use crate::engine::{self, Engine};
 use crate::journal::{GuestPlace, Record};
 use crate::outcome::Failure;
 use crate::protocol::{Cause, DomainName, FunctionView, Placed, Success};
@@ -170,6 +171,32 @@ impl Engine {
             };
             Ok(Success::Functions { functions: listed.iter().map(view).collect() })
         });
+    }
+
+    /// Finds, on a thread, the functions that the settings assign to a new domain.
+    fn find_assignments(&self, domain: DomId, guest: Uuid) {
+        if self.settings.guests.is_empty() {
+            return;
+        }
+        let context = self.task_context();
+        self.background("find", move || {
+            if let Some(found) = context.assignments(domain, guest) {
+                context.inbox.send(engine::Event::Persistent(Event::AssignmentsFound(found)));
+            }
+        });
+    }
+
+    fn assignments_found(&mut self, assignments: Assignments) {
+        let free_vf = |pf, domain: DomId, taken: &[Sbdf]| {
+            self.free_vf(pf, &DomainName(domain.0.to_string()), Reuse::AfterShutdown, taken)
+        };
+        let assigning = self.persistent_context().assigning(assignments, &free_vf);
+        self.persistent_step(|persistent, context| persistent.assign(assigning, context));
+    }
+
+    /// Searches again for functions that are assigned to running guests, because a function has appeared or become free.
+    pub(in crate::engine) fn retry_assignments(&mut self) {
+        self.persistent_step(Persistent::search_again);
     }
 
     fn attach_again(&mut self, address: Sbdf, domain: DomId) {
