@@ -141,7 +141,7 @@ const TYPES: &str = "xentoollog_logger|xc_interface|xencall_handle|xengnttab_han
 const CONSTANTS: &str = "__HYPERVISOR_physdev_op|PHYSDEVOP_pci_device_(add|remove)|PHYSDEVOP_(prepare|release)_msix|\
      PHYSDEVOP_restore_msi_ext|PHYSDEVOP_map_pirq|MAP_PIRQ_TYPE_MSI_SEG|XEN_DOMCTL_DEV_RDM_RELAXED|\
      XEN_PCI_DEV_.*|XEN_INVALID_.*|XENVER_version|XS_PERM_(NONE|READ)|XBT_NULL|\
-     XENMEM_resource_ioreq_server|XEN_DOMINF_(paused|dying|hap|hvm_guest)|__HYPERVISOR_hvm_op|HVMOP_get_mem_type";
+     XENMEM_resource_ioreq_server|XEN_DOMINF_(paused|dying|shutdown(mask|shift)?|hap|hvm_guest)|__HYPERVISOR_hvm_op|HVMOP_get_mem_type";
 
 const HEADER: &str = "xen.h";
 

@@ -85,6 +85,8 @@ pub struct DomainInfo {
     pub paused: bool,
     /// Whether it has been destroyed: it never runs again, although Xen still knows it.
     pub dying: bool,
+    /// Whether it has stopped to be saved: it keeps its memory, and runs on only if a toolstack resumes it.
+    pub suspended: bool,
     /// Whether a vCPU of it has run.
     pub has_run: bool,
     /// Whether it is an HVM or PVH guest without hardware-assisted paging (`hap=0`).

@@ -161,6 +161,7 @@ impl Hypervisor for SimHypervisor {
                 uuid: found.uuid,
                 paused: found.pauses > 0,
                 dying: false,
+                suspended: found.suspended,
                 has_run: found.has_run,
                 shadow_paging: found.shadow_paging,
             })

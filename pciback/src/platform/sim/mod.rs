@@ -263,6 +263,19 @@ impl Simulation {
         locked(&self.tree).release(domain);
     }
 
+    /// A domain stops to be saved, and watchers get the event of a domain that shuts down. `ESRCH`: there is none.
+    pub fn suspend_domain(&self, domain: DomId) -> std::result::Result<(), Errno> {
+        locked(&self.world).xen.domain(domain)?.suspended = true;
+        locked(&self.tree).domain_stopped();
+        Ok(())
+    }
+
+    /// The toolstack lets a suspended domain run on, of which xenstore sends no event. `ESRCH`: there is none.
+    pub fn resume_domain(&self, domain: DomId) -> std::result::Result<(), Errno> {
+        locked(&self.world).xen.domain(domain)?.suspended = false;
+        Ok(())
+    }
+
     /// Whether a domain exists, and whether it is paused.
     pub fn is_paused(&self, domain: DomId) -> Option<bool> {
         self.pauses(domain).map(|pauses| pauses > 0)

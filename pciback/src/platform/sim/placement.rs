@@ -245,6 +245,7 @@ impl From<&DomainText> for Domain {
             without_acpi: text.without_acpi,
             pauses: text.paused.into(),
             has_run: !text.paused,
+            suspended: false,
             frames: Default::default(),
             ports: Default::default(),
             lines: Default::default(),

@@ -124,6 +124,11 @@ impl Tree {
         self.fire(if alive { "@introduceDomain" } else { "@releaseDomain" }, false);
     }
 
+    /// A domain has shut down and is still there.
+    pub(super) fn domain_stopped(&mut self) {
+        self.fire("@releaseDomain", false);
+    }
+
     fn domain(&self, caller: Caller) -> DomId {
         self.connections.get(&caller.connection).map_or(DomId::DOM0, |connection| connection.domain)
     }

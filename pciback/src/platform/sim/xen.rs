@@ -61,6 +61,8 @@ pub(super) struct Domain {
     /// How often it is paused.
     pub pauses: u32,
     pub has_run: bool,
+    #[serde(default)]
+    pub suspended: bool,
     pub frames: Ranges,
     pub ports: Ranges,
     /// Interrupt lines that it may use and that are mapped to it, by their number.

@@ -14,7 +14,8 @@ use super::bindings::{
     __HYPERVISOR_physdev_op, Libraries, PHYSDEVOP_map_pirq, PHYSDEVOP_pci_device_add,
     PHYSDEVOP_pci_device_remove, PHYSDEVOP_prepare_msix, PHYSDEVOP_release_msix, PHYSDEVOP_restore_msi_ext,
     XEN_DOMCTL_DEV_RDM_RELAXED, XEN_DOMINF_dying, XEN_DOMINF_hap, XEN_DOMINF_hvm_guest, XEN_DOMINF_paused,
-    XEN_INVALID_DEV, XENVER_version, physdev_pci_device, xc_domaininfo_t, xc_interface,
+    XEN_DOMINF_shutdown, XEN_DOMINF_shutdownmask, XEN_DOMINF_shutdownshift, XEN_INVALID_DEV, XENVER_version,
+    physdev_pci_device, xc_domaininfo_t, xc_interface,
 };
 use super::msix::has_msix;
 use super::physdev::{DeviceAdd, PhysDev, map_msi};
@@ -26,6 +27,9 @@ use crate::{DomId, Sbdf, Uuid};
 
 /// `DOMID_INVALID` of `xen.h`: asks whether a function could be assigned to any domain.
 const DOMID_INVALID: u32 = 0x7ff4;
+
+/// `SHUTDOWN_suspend` of `sched.h`.
+const SHUTDOWN_SUSPEND: u32 = 2;
 
 /// How long the toolstack may take to destroy a domain.
 const DESTROY_LIMIT: Duration = Duration::from_secs(30);
@@ -334,6 +338,8 @@ impl Hypervisor for XenHypervisor {
             uuid: Uuid(info.handle),
             paused: info.flags & XEN_DOMINF_paused != 0,
             dying: info.flags & XEN_DOMINF_dying != 0,
+            suspended: info.flags & XEN_DOMINF_shutdown != 0
+                && info.flags >> XEN_DOMINF_shutdownshift & XEN_DOMINF_shutdownmask == SHUTDOWN_SUSPEND,
             has_run: info.cpu_time != 0,
             shadow_paging: info.flags & XEN_DOMINF_hvm_guest != 0 && info.flags & XEN_DOMINF_hap == 0,
         })
