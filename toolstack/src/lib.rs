@@ -30,6 +30,7 @@ pub mod spec;
 pub mod steps;
 pub mod successor;
 pub mod supervisor;
+pub mod suspensions;
 pub mod target;
 pub mod transaction;
 

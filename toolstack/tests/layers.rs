@@ -29,6 +29,7 @@ const ORDER: &[Layer] = &[
     ("ledger", &["durable", "journal"]),
     ("former_owners", &["durable", "outcome", "journal"]),
     ("reservations", &["durable", "outcome", "target", "journal", "device"]),
+    ("suspensions", &["durable", "outcome", "journal"]),
     ("persistent_settings", &["durable", "outcome", "journal", "device"]),
     (
         "transaction",
@@ -68,6 +69,7 @@ const ORDER: &[Layer] = &[
             "ledger",
             "former_owners",
             "reservations",
+            "suspensions",
             "device",
             "saved",
             "persistent_settings",

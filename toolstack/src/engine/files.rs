@@ -9,6 +9,7 @@ use crate::ledger::Ledger;
 use crate::persistent_settings::PersistentSettings;
 use crate::reservations::Reservations;
 use crate::settings::Settings;
+use crate::suspensions::Suspensions;
 
 /// What the service keeps on disk.
 #[derive(Clone)]
@@ -23,6 +24,8 @@ pub(super) struct StateFiles {
     pub reservations: Reservations,
     /// Functions that are held persistently, and persistent network settings of VFs.
     pub persistent_settings: PersistentSettings,
+    /// Guests that were suspended while they had functions.
+    pub suspensions: Suspensions,
 }
 
 impl StateFiles {
@@ -35,7 +38,11 @@ impl StateFiles {
         let reservations = Reservations::open(&directory.join("persistent"));
         let (reservations, unusable) = reservations.map_err(io::Error::other)?;
         let (persistent_settings, unreadable) = PersistentSettings::open(directory.join("wanted"));
-        let problems = damaged.iter().chain(&unusable).chain(&unreadable).map(Problem::unusable).collect();
-        Ok((Self { journal, ledger, former_owners, reservations, persistent_settings }, problems))
+        let suspensions = Suspensions::open(&directory.join("suspended"));
+        let (suspensions, unknown) = suspensions.map_err(io::Error::other)?;
+        let errors = damaged.iter().chain(&unusable).chain(&unreadable).chain(&unknown);
+        let problems = errors.map(Problem::unusable).collect();
+        let files = Self { journal, ledger, former_owners, reservations, persistent_settings, suspensions };
+        Ok((files, problems))
     }
 }

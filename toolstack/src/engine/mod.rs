@@ -68,6 +68,7 @@ use libxl::Marks;
 use persistent::Persistent;
 use problems::Problem;
 use requests::Deferred;
+use saving::SuspendedGuests;
 use succession::Succession;
 pub use succession::{Ending, ReadySuccessor};
 use vfs::Vfs;
@@ -139,6 +140,8 @@ pub struct Engine {
     devices: Devices,
     /// Guests that have functions persistently.
     persistent: Persistent,
+    /// Guests that another program suspends while they have functions.
+    suspended: SuspendedGuests,
     watchdog: Watchdog,
     succession: Succession,
     /// What libxl is shown of functions.
@@ -188,6 +191,7 @@ impl Engine {
             event_log: events::EventLog::new(audit),
             devices: Devices::default(),
             persistent: Persistent::default(),
+            suspended: SuspendedGuests::default(),
             watchdog: Watchdog::from_environment(),
             succession: Succession::default(),
             marks: Marks::default(),

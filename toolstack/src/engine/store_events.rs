@@ -20,7 +20,7 @@ const BURST: usize = 1024;
 struct Changed {
     /// A domain was introduced.
     introduced: bool,
-    /// A domain was released.
+    /// A domain was released, or has shut down.
     released: bool,
     /// Domains whose device model changed its state.
     device_models: BTreeSet<DomId>,
@@ -65,6 +65,10 @@ impl Engine {
     pub(super) fn take_store_events(&mut self) -> Result<bool, PlatformError> {
         let mut changed = Changed::default();
         let more = changed.take(self.platform.store.as_ref())?;
+        if changed.introduced || changed.released {
+            // Before guests that have ended lose their functions.
+            self.find_suspended();
+        }
         if changed.released {
             self.find_ended_guests();
         }

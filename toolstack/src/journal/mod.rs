@@ -226,7 +226,8 @@ pub(crate) fn read_unsynced<T: DeserializeOwned>(
     parse(path, &text, about).map(Some)
 }
 
-fn read_text(path: &Path, limit: u64) -> Result<String, JournalError> {
+/// Reads a text file, at most `limit` bytes.
+pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String, JournalError> {
     let error = |source| JournalError::Io { action: "read", path: path.to_owned(), source };
     let mut text = String::new();
     File::open(path).map_err(error)?.take(limit).read_to_string(&mut text).map_err(error)?;

@@ -39,6 +39,7 @@ mod scale;
 mod sharing;
 mod starting;
 mod surprises;
+mod suspended;
 mod together;
 mod unproved;
 mod vpd;

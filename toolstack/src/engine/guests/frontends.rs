@@ -63,6 +63,7 @@ impl Engine {
                         guest.actions.extend(next);
                         if connected {
                             self.problems.resolve_guest(domain);
+                            self.runs_again(domain);
                         }
                     }
                 }

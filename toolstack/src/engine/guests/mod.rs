@@ -145,7 +145,10 @@ impl Engine {
                 // The function may have left the host: sysfs is read before a decision.
                 self.inventory.examine_silent(address);
             }
-            ServerReport::DriverStarted(attachment) => self.driver_started(attachment.address()),
+            ServerReport::DriverStarted(attachment) => {
+                self.driver_started(attachment.address());
+                self.runs_again(domain);
+            }
             ServerReport::RestoreFailed(attachment, why) => {
                 self.quarantine(
                     attachment.address(),

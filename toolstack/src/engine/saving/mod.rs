@@ -4,6 +4,7 @@
 //! the domain that lost the function still exists, a problem is shown, because the command that was saving it may have been killed.
 
 mod restoring;
+mod suspended;
 
 use std::sync::mpsc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -12,6 +13,7 @@ use log::{info, warn};
 use pciback::platform::{VfSettings, network::MacAddress};
 use pciback::{DomId, FunctionState, Sbdf};
 
+pub(super) use self::suspended::SuspendedGuests;
 use super::guests;
 use super::problems::Problem;
 use super::requests::LocalClient;
