@@ -279,6 +279,8 @@ pub enum Vf {
     /// the host discards them, except those set with --persist.
     Set(SetArguments),
     /// Shows the network settings of a VF, or of all VFs of a PF: those in force, as the PF's driver reports them, and those requested.
+    ///
+    /// Of a PF, also what the registers of its SR-IOV capability have now, and which guest has each VF.
     Show {
         /// The VF or PF.
         #[arg(value_name = "VF|PF")]

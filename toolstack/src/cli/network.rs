@@ -6,7 +6,7 @@ use pciback::platform::VfSettings;
 use pciback::platform::network::{LinkState, MacAddress, Vlan};
 
 use super::table::table;
-use crate::protocol::{Request, VfNetworkView};
+use crate::protocol::{Request, SriovView, VfNetworkView};
 use crate::target::Target;
 
 /// The arguments of `vf set`.
@@ -121,10 +121,28 @@ pub(super) fn vf_network(view: &VfNetworkView) -> String {
 /// The settings in the order of the columns.
 const COLUMNS: [&str; 7] = ["mac", "vlan", "spoof-check", "trust", "max-rate", "min-rate", "link-state"];
 
-/// The settings of all VFs of a PF, as text, with requested values that differ.
-pub(super) fn vf_networks(physical_function: Sbdf, vfs: &[VfNetworkView]) -> String {
+/// The SR-IOV capability of a PF, as text.
+fn sriov_text(sriov: &SriovView) -> String {
+    let names = |names: &[String]| if names.is_empty() { "-".to_owned() } else { names.join(", ") };
+    let SriovView { num_vfs, initial_vfs, total_vfs, first_vf_offset, vf_stride, .. } = sriov;
+    format!(
+        "VFs:           NumVFs {num_vfs}, InitialVFs {initial_vfs}, TotalVFs {total_vfs}, First VF Offset {first_vf_offset}, VF Stride {vf_stride}\n\
+         Capabilities:  {}\nControl:       {}\nStatus:        {}\n",
+        names(&sriov.capabilities),
+        names(&sriov.control),
+        names(&sriov.status)
+    )
+}
+
+/// The SR-IOV capability of a PF and the settings of all its VFs, as text, with requested values that differ.
+pub(super) fn vf_networks(
+    physical_function: Sbdf,
+    sriov: Option<&SriovView>,
+    vfs: &[VfNetworkView],
+) -> String {
+    let sriov = sriov.map(sriov_text).unwrap_or_default();
     let Some(first) = vfs.first() else {
-        return format!("{physical_function} has no VFs enabled\n");
+        return format!("{physical_function} has no VFs enabled\n{sriov}");
     };
     let head = match &first.interface {
         Some(interface) => format!("VFs of {physical_function} ({interface})"),
@@ -132,7 +150,7 @@ pub(super) fn vf_networks(physical_function: Sbdf, vfs: &[VfNetworkView]) -> Str
             "VFs of {physical_function}, which has no network interface: there are no network settings"
         ),
     };
-    let mut titles = vec!["VF".to_owned(), "FUNCTION".to_owned(), "STATE".to_owned()];
+    let mut titles = ["VF", "FUNCTION", "STATE", "GUEST"].map(str::to_owned).to_vec();
     titles.extend(COLUMNS.map(str::to_uppercase));
     titles.push("REQUESTED INSTEAD".to_owned());
     let row = |view: &VfNetworkView| {
@@ -146,11 +164,13 @@ pub(super) fn vf_networks(physical_function: Sbdf, vfs: &[VfNetworkView]) -> Str
             .into_iter()
             .filter(|(name, _)| view.differing.iter().any(|other| other == name));
         let instead: Vec<String> = instead.map(|(name, value)| format!("{name} {value}")).collect();
-        let mut cells = vec![view.index.to_string(), view.address.to_string(), view.state.to_string()];
+        let number = || view.domain.map_or_else(|| "-".to_owned(), |domain| domain.to_string());
+        let guest = view.domain_name.clone().unwrap_or_else(number);
+        let mut cells = vec![view.index.to_string(), view.address.to_string(), view.state.to_string(), guest];
         cells.extend(COLUMNS.iter().map(|name| value(name)));
         cells.push(instead.join(", "));
         cells
     };
     let rows: Vec<_> = std::iter::once(titles).chain(vfs.iter().map(row)).collect();
-    format!("{head}\n{}", table(&rows))
+    format!("{head}\n{sriov}{}", table(&rows))
 }

@@ -41,7 +41,9 @@ pub fn render(success: &Success, look: Look) -> String {
         Success::AerStatus(view) => paths::aer_status(view),
         Success::BlastRadius(radius) => paths::blast_radius(radius),
         Success::VfNetwork(view) => network::vf_network(view),
-        Success::VfNetworks { physical_function, vfs } => network::vf_networks(*physical_function, vfs),
+        Success::VfNetworks { physical_function, sriov, vfs } => {
+            network::vf_networks(*physical_function, sriov.as_ref(), vfs)
+        }
         Success::Policy(view) => explained::policy(view),
         Success::Explained { devices, damage } => explained::explanations(devices, damage),
         Success::Learned { functions } => explained::learned(functions),

@@ -14,6 +14,7 @@ mod path_view;
 mod policy_view;
 mod problem;
 mod request;
+mod sriov_view;
 mod texts;
 mod view;
 mod xl_config_view;
@@ -36,6 +37,7 @@ pub use policy_view::{
 };
 pub use problem::{Cause, ProblemView};
 pub use request::{Placed, Request, Scope};
+pub use sriov_view::SriovView;
 pub use view::{
     DeviceErrorsView, FunctionView, GuestView, PersistentView, RequestTimes, StatusView, SyncView,
     TimeBucket, VfView,
@@ -127,6 +129,9 @@ pub enum Success {
     VfNetworks {
         /// The PF.
         physical_function: Sbdf,
+        /// Its SR-IOV capability; absent while the PF does not answer.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        sriov: Option<SriovView>,
         /// Its VFs, in order.
         vfs: Vec<VfNetworkView>,
     },

@@ -8,6 +8,7 @@ mod driver;
 mod for_guests;
 mod network;
 mod network_checks;
+mod sriov;
 mod unmanaged;
 
 use std::collections::BTreeSet;

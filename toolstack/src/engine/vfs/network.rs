@@ -4,8 +4,8 @@
 use pciback::platform::{HostFunction, VfSettings};
 use pciback::{FunctionState, Sbdf};
 
-use super::Event;
 use super::by_request::Context;
+use super::{Event, sriov};
 use crate::engine::problems::Problem;
 use crate::engine::requests::not_in_state;
 use crate::engine::tasks::TaskContext;
@@ -37,9 +37,10 @@ impl Shown {
                 Ok(Success::VfNetwork(view(&seen, record)))
             }
             Self::All(pf, records) => {
+                let sriov = sriov::read(platform.host.as_ref(), pf.address)?;
                 let seen = read_networks(platform, pf)?;
                 let vfs = seen.iter().zip(records).map(|(seen, record)| view(seen, record)).collect();
-                Ok(Success::VfNetworks { physical_function: pf.address, vfs })
+                Ok(Success::VfNetworks { physical_function: pf.address, sriov, vfs })
             }
         }
     }
@@ -120,7 +121,7 @@ impl Context<'_> {
 }
 
 impl Engine {
-    /// Shows the requested, current and previous settings of a VF, or of all VFs of a PF.
+    /// Shows the requested, current and previous settings of a VF, or of all VFs of a PF with its SR-IOV capability.
     pub(in crate::engine) fn show_network(&self, address: Sbdf, reply: Reply) {
         let shown = match self.vf_changes().shown(address) {
             Ok(shown) => shown,
