@@ -4,7 +4,7 @@
 use anyhow::{Result, ensure};
 use xpci_tests::host::state::{keep_running, make_attached, make_held, no_problems, stop};
 use xpci_tests::host::{
-    PF, SOON, VFS, bring_up, guest, guests, is_held, nothing_remains, owner, ping, prepare, start_service, state,
+    PF, SOON, VFS, bring_up, guests, is_held, nothing_remains, owner, ping, prepare, start_service, state,
     wait_for_state, xpci, xpci_fails,
 };
 use xpci_tests::scenes::{Check, Machine, Scene};

@@ -18,10 +18,11 @@ use crate::protocol::{EventView, Success};
 
 const DOMAIN: &str = "domain ";
 /// The beginnings of commands in hints that take a guest by its name as well as by its number.
-const COMMANDS: [&str; 6] = [
+const COMMANDS: [&str; 7] = [
     "xpci pci-attach ",
     "xpci pci-detach ",
     "xpci pci-list ",
+    "xpci save -c ",
     "xl unpause ",
     "xl destroy ",
     "xl pci-detach ",

@@ -2,11 +2,13 @@
 
 use std::fs;
 
+use pciback::serve::hvm::wire::xen::config;
 use pciback::{DomId, FunctionState, Sbdf, Uuid};
 use toolstack::protocol::{Happening, Request, Success};
 
 use crate::frontend::Frontend;
-use crate::world::{DB, Service, WEB, World, bdf, name, wait_until};
+use crate::hvm::{SLOT, WIN};
+use crate::world::{DB, LIMIT, Service, WEB, World, bdf, name, wait_until};
 
 /// The domain that the guest is afterwards.
 const AGAIN: DomId = DomId(11);
@@ -175,7 +177,10 @@ fn a_guest_that_runs_on_after_a_checkpoint_keeps_its_function_and_the_status_say
     world.simulation.resume_domain(WEB).unwrap();
     assert_eq!(frontend.read(0, 0, 4), 0x10ca_8086, "it is served as before");
     let said = problem(&service);
-    assert!(said.contains("runs on with its functions") && said.contains("'xpci save -c 1 FILE'"), "{said}");
+    assert!(
+        said.contains("runs on with its functions") && said.contains("'xpci save -c web FILE'"),
+        "{said}"
+    );
     // It does so: xl suspends the guest, which has no functions then.
     save(&service);
     world.simulation.suspend_domain(WEB).unwrap();
@@ -184,6 +189,31 @@ fn a_guest_that_runs_on_after_a_checkpoint_keeps_its_function_and_the_status_say
     });
     world.simulation.resume_domain(WEB).unwrap();
     service.attach(WEB, vf()).unwrap();
+    wait_for_no_problem(&service);
+}
+
+#[test]
+fn an_hvm_guest_has_lost_its_function_until_a_driver_starts_with_it() {
+    let world = World::new();
+    let guest = Uuid([5; 16]);
+    world.simulation.create_guest(WIN, "win", "hvm", guest).unwrap();
+    world.simulation.start_device_model(WIN);
+    let service = world.start();
+    service.hold(vf()).unwrap();
+    service.persist(WIN, vf()).unwrap();
+    world.simulation.suspend_domain(WIN).unwrap();
+    wait_for_problem(&service, "'win' (domain 7) was suspended with 0000:01:10.0");
+    assert!(problem(&service).contains("has lost them"), "{}", problem(&service));
+    world.simulation.destroy(WIN);
+    world.simulation.create_guest(AGAIN, "win", "hvm", guest).unwrap();
+    world.simulation.start_device_model(AGAIN);
+    wait_until("the guest has it again", || {
+        service.view(vf()).is_some_and(|view| view.domain == Some(AGAIN))
+    });
+    service.wait_for_state(vf(), FunctionState::Attached);
+    assert!(problem(&service).starts_with("'win' (domain 11) was suspended"), "{}", problem(&service));
+    let bus_master = config(SLOT, 4, 2, Some(0x6));
+    world.simulation.hvm_guest(AGAIN).begin(&bus_master).unwrap().answer(LIMIT).unwrap();
     wait_for_no_problem(&service);
 }
 
