@@ -1,19 +1,23 @@
 //! VFs that the guest with a PF creates: what it asks for, and what it finds where they would be.
 //!
-//! Linux's `pci_iov_add_virtfn` takes a VF's vendor and device from the PF, and reads class, header type and subsystem of the first one. Its
-//! first read waits for the host, which may need a part of a second to create VFs; a header that reads all ones makes Linux undo what it
-//! began. Vendor and device read all ones, as on hardware (PCI Express 6.0, section 9.3.4.1.1), so that a scan of the bus passes over VFs.
-//! The rest is a header without capabilities and BARs: other guests use the VFs.
+//! Linux's `pci_iov_add_virtfn` takes a VF's vendor and device from the PF, and reads class, header type and subsystem of the first one, in
+//! this order. Its first reads wait for the host, which may need a second or more to create many VFs; a header type that reads all ones makes
+//! Linux undo what it began, and a class does not: the class can be answered before the VFs are there. Vendor and device read all ones, as on
+//! hardware (PCI Express 6.0, section 9.3.4.1.1), so that a scan of the bus passes over VFs. The rest is a header without capabilities and
+//! BARs: other guests use the VFs.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::function::GuestFunction;
+use crate::Devfn;
 use crate::config::Access;
 use crate::spec::header;
 
-/// How long the first read of a VF waits for the host. Linux's frontend gives up after two seconds.
+/// How long a read of a VF waits for the host. Linux's frontend gives up after two seconds.
 const LIMIT: Duration = Duration::from_millis(1700);
+/// How many reads may wait for one request: the class of the first VF, and its header type.
+const WAITS: u8 = 2;
 /// Class and revision of a VF: of no defined class (PCI Code and ID Assignment 1.16, section 1), so that no driver binds by class.
 const CLASS: u32 = 0xff00_0000;
 
@@ -28,6 +32,8 @@ struct Requests {
     /// Which request that is.
     number: u64,
     state: State,
+    /// How many reads have waited for it in vain.
+    waited: u8,
     /// The engine was notified and has not looked yet.
     reported: bool,
 }
@@ -53,6 +59,7 @@ impl VfRequests {
         requests.wanted = wanted;
         requests.number += 1;
         requests.state = if wanted == 0 { State::Done } else { State::UnderWay };
+        requests.waited = 0;
         !std::mem::replace(&mut requests.reported, true)
     }
 
@@ -72,19 +79,22 @@ impl VfRequests {
         }
     }
 
-    /// Whether the VFs are there. The first who asks waits for the host.
-    fn are_there(&self) -> bool {
+    /// Whether the VFs are there. Who asks while they are being created waits for the host.
+    fn state(&self) -> State {
         let deadline = Instant::now() + LIMIT;
         let mut requests = self.lock();
         while requests.state == State::UnderWay {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                requests.state = State::Failed;
+                requests.waited += 1;
+                if requests.waited >= WAITS {
+                    requests.state = State::Failed;
+                }
                 break;
             }
             requests = self.0.1.wait_timeout(requests, left).unwrap_or_else(PoisonError::into_inner).0;
         }
-        requests.state == State::Done
+        requests.state
     }
 }
 
@@ -104,18 +114,23 @@ impl GuestFunction {
         self.space.guest_vfs().is_some_and(|vfs| vfs.enabled && vfs.count > 0)
     }
 
-    /// What the guest reads of its VF with this number, from 1; `None`: it has no such VF.
-    pub(super) fn read_vf(&self, number: u8, access: Access) -> Option<u32> {
-        let vfs = self.space.guest_vfs().filter(|vfs| vfs.enabled)?;
-        if !(1..=vfs.count).contains(&u16::from(number)) {
+    /// What the guest, which has this PF as `own`, reads of its VF with this Routing ID; `None`: it has no such VF.
+    pub(super) fn read_vf(&self, own: Devfn, routing_id: u16, access: Access) -> Option<u32> {
+        if !self.space.has_guest_vf(own, routing_id) {
             return None;
         }
         let dword = match access.dword() {
             header::VENDOR_ID => u32::MAX,
-            _ if self.is_silent() || !self.vfs.are_there() => u32::MAX,
-            header::REVISION_ID => CLASS,
-            header::SUBSYSTEM_VENDOR_ID => self.space.own_register(header::SUBSYSTEM_VENDOR_ID, 4),
-            _ => 0,
+            _ if self.is_silent() => u32::MAX,
+            register => match (self.vfs.state(), register) {
+                (State::Failed, _) => u32::MAX,
+                (_, header::REVISION_ID) => CLASS,
+                (State::UnderWay, _) => u32::MAX,
+                (State::Done, header::SUBSYSTEM_VENDOR_ID) => {
+                    self.space.own_register(header::SUBSYSTEM_VENDOR_ID, 4)
+                }
+                (State::Done, _) => 0,
+            },
         };
         Some(dword >> access.shift() & access.width().mask())
     }

@@ -82,22 +82,24 @@ pub fn aer(oracle: &mut Oracle, at: usize, prefixes: bool, header: u32) {
     }
 }
 
-/// SR-IOV, the last of its list, for a guest that creates up to so many VFs: none of it is hardware's.
-pub fn guest_vfs(oracle: &mut Oracle, at: usize, count: u8) {
+/// SR-IOV, the last of its list, for a guest that creates up to so many VFs, the first of them so many Routing IDs from the PF: none of it
+/// is hardware's.
+pub fn guest_vfs(oracle: &mut Oracle, at: usize, count: u16, first: u16) {
+    let ([low, high], [first, beyond]) = (count.to_le_bytes(), first.to_le_bytes());
     oracle
         .zero(at, 0x40)
         .constant(at, &[0x10, 0, 1, 0])
         // VF Enable, VF MSE.
         .own(at + 0x08, 2, 0x0009, 0)
         // InitialVFs, TotalVFs.
-        .constant(at + 0x0c, &[count, 0, count, 0])
+        .constant(at + 0x0c, &[low, high, low, high])
         // NumVFs, while VF Enable is 0.
         .own(at + 0x10, 2, 0xffff, 0)
         .lock(at + 0x08, 1, at + 0x10, 2)
         // Function Dependency Link: the PF itself.
         .frozen(at + 0x12, 1)
         // First VF Offset, VF Stride, a VF Device ID that no driver has.
-        .constant(at + 0x14, &[1, 0, 1, 0, 0, 0, 0xff, 0xff])
+        .constant(at + 0x14, &[first, beyond, 1, 0, 0, 0, 0xff, 0xff])
         // 4 KiB, 8 KiB, 64 KiB, 256 KiB, 1 MiB, 4 MiB; 4 KiB at first. No VF BARs.
         .constant(at + 0x1c, &[0x53, 5, 0, 0])
         .own(at + 0x20, 4, 0xffff_ffff, 1);

@@ -26,11 +26,12 @@ fn by_guest(count: u16) -> Policy {
     Policy { virtual_functions: Some(ByGuest { count, rule: rule() }), ..Policy::default() }
 }
 
-fn pf(count: u8) -> (Device, VirtualConfigSpace) {
+/// Where the first VF is, for a guest that has the PF as device 0: beside it, or on the next bus where more than seven are possible.
+fn pf(count: u16) -> (Device, VirtualConfigSpace) {
     let mut device = devices::network_pf();
-    let space = space_under(&device.spec, &by_guest(count.into()));
+    let space = space_under(&device.spec, &by_guest(count));
     device.oracle.constant(0x150, &[0x0e, 0, 1, 0x16]);
-    meaning::guest_vfs(&mut device.oracle, SRIOV as usize, count);
+    meaning::guest_vfs(&mut device.oracle, SRIOV as usize, count, if count > 7 { 0x100 } else { 1 });
     (device, space)
 }
 
@@ -38,16 +39,73 @@ fn write(space: &mut VirtualConfigSpace, device: &Device, offset: u32, value: u3
     space.write(Access::new(offset, 2).unwrap(), value, &device.hardware).unwrap()
 }
 
+fn read(space: &VirtualConfigSpace, device: &Device, offset: u32) -> u32 {
+    space.read(Access::new(offset, 2).unwrap(), &device.hardware).unwrap()
+}
+
 #[test]
 fn every_write_of_the_capability_does_what_the_model_says_and_never_reaches_hardware() {
-    let (mut device, mut space) = pf(3);
-    for size in [1u32, 2, 4] {
-        for offset in (0x150..0x1a0).step_by(size as usize) {
-            for value in [0, u32::MAX, 0x5555_5555, 0xaaaa_aaaa, 1, 8, 9, 0] {
-                check(&mut device, &mut space, offset, size, value);
+    for count in [3, 256] {
+        let (mut device, mut space) = pf(count);
+        for size in [1u32, 2, 4] {
+            for offset in (0x150..0x1a0).step_by(size as usize) {
+                for value in [0, u32::MAX, 0x5555_5555, 0xaaaa_aaaa, 1, 8, 9, 0] {
+                    check(&mut device, &mut space, offset, size, value);
+                }
             }
         }
     }
+}
+
+/// By what the guest reads and Linux computes: `pci_iov_virtfn_bus`, `pci_iov_virtfn_devfn`.
+#[test]
+fn vfs_are_where_the_capability_says_and_at_no_place_of_another_device_or_pf() {
+    for (own, total, enabled) in [
+        (0x00, 7, 7),
+        (0x18, 7, 3),
+        (0xf8, 7, 7),
+        (0x00, 8, 8),
+        (0x18, 31, 31),
+        (0x18, 256, 9),
+        (0x00, 256, 256),
+        (0xf8, 256, 256),
+    ] {
+        let (device, mut space) = pf(total);
+        space.show_own_number(Devfn(own));
+        write(&mut space, &device, NUM_VFS, enabled);
+        assert!((0..=u16::MAX).all(|id| !space.has_guest_vf(Devfn(own), id)), "before VF Enable");
+        write(&mut space, &device, CONTROL, 9);
+        let (first, stride) = (read(&space, &device, SRIOV + 0x14), read(&space, &device, SRIOV + 0x16));
+        let computed: Vec<u32> = (0..enabled).map(|index| u32::from(own) + first + stride * index).collect();
+        let found: Vec<u32> =
+            (0..=u16::MAX).filter(|id| space.has_guest_vf(Devfn(own), *id)).map(u32::from).collect();
+        assert_eq!(found, computed, "{own:#x}, {total}");
+        let place = |id: &u32| {
+            if total > 7 { id >> 8 == u32::from(own >> 3) + 1 } else { id >> 3 == u32::from(own >> 3) }
+        };
+        assert!(found.iter().all(place), "{own:#x}, {total}: {found:x?}");
+    }
+}
+
+#[test]
+fn vfs_beyond_total_vfs_are_nowhere() {
+    for total in [7, 64] {
+        let (device, mut space) = pf(total);
+        write(&mut space, &device, NUM_VFS, 0xffff);
+        write(&mut space, &device, CONTROL, 9);
+        let found = (0..=u16::MAX).filter(|id| space.has_guest_vf(Devfn(0), *id)).count();
+        assert_eq!(found, usize::from(total));
+    }
+}
+
+#[test]
+fn a_guest_finds_no_more_vfs_than_the_pf_has() {
+    let mut device = devices::network_pf();
+    device.spec.bytes[SRIOV as usize + 0x0e..][..2].copy_from_slice(&[8, 0]);
+    let space = space_under(&device.spec, &by_guest(31));
+    assert_eq!((read(&space, &device, SRIOV + 0x0c), read(&space, &device, SRIOV + 0x0e)), (8, 8));
+    let said = |rule: &Rule| rule.reason.starts_with("the PF has no more VFs");
+    assert!(space.filter().rules().iter().any(said));
 }
 
 proptest! {
@@ -55,8 +113,9 @@ proptest! {
     #[test]
     fn any_sequence_of_writes_does_what_the_model_says(
         writes in prop::collection::vec((0u32..0x40, 0u32..3, any::<u32>()), 1..100),
+        count in prop::sample::select(vec![7, 31]),
     ) {
-        let (mut device, mut space) = pf(7);
+        let (mut device, mut space) = pf(count);
         for (place, width, value) in writes {
             let size = 1 << width;
             check(&mut device, &mut space, SRIOV + (place & !(size - 1)), size, value);
@@ -112,10 +171,12 @@ fn a_guest_that_has_the_capability_keeps_its_numbers_under_another_policy() {
     write(&mut space, &device, NUM_VFS, 2);
     write(&mut space, &device, CONTROL, 9);
     let visible = space.image().visible_capabilities(device.spec.bytes.len());
-    for policy in [by_guest(1), Policy::default()] {
+    for policy in [by_guest(1), by_guest(64), Policy::default()] {
         let filter = Filter::compile_keeping(&device.spec, &policy, Some(&visible)).unwrap();
         space.replace_filter(Arc::new(filter), &device.hardware).unwrap();
-        let total = space.read(Access::new(SRIOV + 0x0e, 2).unwrap(), &device.hardware).unwrap();
+        space.show_own_number(Devfn(0x18));
+        assert_eq!(read(&space, &device, SRIOV + 0x14), 1, "its VFs stay where they are");
+        let total = read(&space, &device, SRIOV + 0x0e);
         assert_eq!((total, space.guest_vfs()), (3, Some(GuestVfs { enabled: true, count: 2 })));
         assert_eq!(write(&mut space, &device, CONTROL, 0), Some(SideEffect::VfEnable));
         write(&mut space, &device, CONTROL, 9);

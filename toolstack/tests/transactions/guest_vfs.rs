@@ -1,12 +1,15 @@
 //! VFs that the guest with their PF creates: the host carries out what it asks for, and other guests keep them.
 
+use std::time::Duration;
+
 use nix::errno::Errno;
-use pciback::platform::sim::Owner;
+use pciback::platform::sim::{self, Owner};
+use pciback::serve::pv::wire::Op;
 use pciback::{DomId, FunctionState, Sbdf};
 use toolstack::outcome::ErrorCode;
-use toolstack::protocol::{Request, Success, VfView};
+use toolstack::protocol::{FunctionView, Request, Success, VfView};
 
-use crate::frontend::{Frontend, write_op};
+use crate::frontend::{Frontend, read_op, write_op};
 use crate::world::{DB, Service, WEB, World, bdf, wait_until};
 
 const POLICY: &str =
@@ -64,10 +67,20 @@ fn disable(frontend: &Frontend) {
     frontend.ask(&write_op(0, CONTROL, 2, 0));
 }
 
-/// As `pci_iov_add_virtfn` reads it: whether Linux adds the VF.
-fn is_added(frontend: &Frontend, function: u32) -> bool {
-    assert_eq!(frontend.read(function, 0, 4), u32::MAX, "vendor and device");
-    frontend.read(function, 0x0e, 1) & 0x7f != 0x7f
+/// A read of the function with a Routing ID: error and value.
+fn read_at(frontend: &Frontend, routing_id: u32, offset: u32, size: u32) -> (i32, u32) {
+    let read = Op { bus: routing_id >> 8, ..read_op(routing_id & 0xff, offset, size) };
+    let (error, value, _) = frontend.ask(&read);
+    (error, value)
+}
+
+/// As `pci_iov_add_virtfn` reads it, the class before the header type: whether Linux adds the VF.
+fn is_added(frontend: &Frontend, routing_id: u32) -> bool {
+    assert_eq!(read_at(frontend, routing_id, 0, 4), (0, u32::MAX), "vendor and device");
+    assert_eq!(read_at(frontend, routing_id, 8, 4).0, 0);
+    let (error, header_type) = read_at(frontend, routing_id, 0x0e, 1);
+    assert_eq!(error, 0);
+    header_type & 0x7f != 0x7f
 }
 
 /// The guest has created two VFs, and another guest has the first.
@@ -98,7 +111,7 @@ fn vfs_that_the_guest_enables_are_created_held_and_listed_as_untrusted() {
     assert_eq!(present(&world), 2);
     assert!(is_added(&frontend, FIRST + 1));
     assert_eq!(frontend.read(FIRST, 8, 4) >> 24, 0xff, "a class that no driver has");
-    assert_eq!(frontend.ask(&crate::frontend::read_op(FIRST + 2, 0x0e, 1)).0, -1, "no third one");
+    assert_eq!(read_at(&frontend, FIRST + 2, 0x0e, 1).0, -1, "no third one");
     for vf in vfs() {
         service.wait_for_state(vf, FunctionState::Held);
         assert_eq!(world.simulation.owner(vf), Some(Owner::Quarantine));
@@ -107,6 +120,81 @@ fn vfs_that_the_guest_enables_are_created_held_and_listed_as_untrusted() {
     assert_eq!(vfs.len(), 2);
     assert_eq!(vfs[0].untrusted.as_deref(), Some("which domain 1 has"));
     assert_eq!(service.problems(), [""; 0]);
+}
+
+/// PFs that can have more VFs than fit beside them.
+const MANY: &str = r#"
+drivers: [i40e, iavf, pci-stub, pci-pf-stub]
+models:
+  most-vfs:
+    virtual-function: 82576-vf
+    reset-methods: [flr, pm, bus]
+    bars: {0: 20000, 3: 4000}
+    config: |
+      00: 86 80 72 15 00 00 10 00 01 00 00 02 00 00 00 00
+      10: 00 00 00 00 00 00 00 00 00 00 00 00 04 00 00 00
+      20: 00 00 00 00 00 00 00 00 00 00 00 00 f4 1a 00 11
+      30: 00 00 00 00 70 00 00 00 00 00 00 00 00 01 00 00
+      70: 11 a0 09 00 03 00 00 00 03 20 00 00 00 00 00 00
+      a0: 10 00 02 00 20 80 00 10 00 00 00 00 11 04 00 00
+      b0: 00 00 11 00 00 00 00 00 00 00 00 00 00 00 00 00
+      100: 10 00 01 00 00 00 00 00 00 00 00 00 00 01 00 01
+      110: 00 00 00 00 01 00 01 00 00 00 4c 15 53 05 00 00
+      120: 01 00 00 00 0c 00 00 00 00 00 00 00 00 00 00 00
+      130: 0c 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00
+functions:
+  - {address: "01:00.0", model: many-vfs}
+  - {address: "03:00.0", model: many-vfs}
+domains:
+  - {id: 1, name: web, type: pv, passthrough: true}
+"#;
+
+/// The largest number, and two PFs of one guest.
+#[test]
+fn more_vfs_than_fit_beside_their_pf_are_on_a_bus_for_each_pf() {
+    for (model, count) in [("many-vfs", 64), ("most-vfs", 256)] {
+        let world = World::of(&MANY.replace("model: many-vfs}", &format!("model: {model}}}")));
+        let frontend = Frontend::load(&world, WEB);
+        let service = world.start_with(&[&POLICY.replace("by-guest: 3", "by-guest: 256")]);
+        let sriov = if count == 64 { 0x160 } else { 0x100 };
+        for (own, pf) in [(0, bdf("01:00.0")), (8, bdf("03:00.0"))] {
+            service.hold(pf).unwrap();
+            service.attach(WEB, pf).unwrap();
+            assert_eq!(frontend.read(own, sriov + 0x0e, 2), count, "TotalVFs");
+            frontend.ask(&write_op(own, sriov + 0x10, 2, count));
+            frontend.ask(&write_op(own, sriov + 0x08, 2, VF_ENABLE));
+            let there = || world.host().function(pf).unwrap().num_vfs == count as u16;
+            wait_until("the VFs are created", there);
+            let offset = frontend.read(own, sriov + 0x14, 2);
+            let routing_id = |index: u32| own + offset + index;
+            assert_eq!((routing_id(0) >> 8, routing_id(count - 1) >> 8), (own / 8 + 1, own / 8 + 1));
+            for index in [0, 1, count - 1] {
+                assert!(is_added(&frontend, routing_id(index)), "{index}");
+            }
+            assert_eq!(read_at(&frontend, routing_id(count), 0x0e, 1).0, -1, "no other one");
+        }
+        let held = |view: &&FunctionView| view.state == FunctionState::Held;
+        wait_until("all are held", || {
+            service.status().functions.iter().filter(held).count() == 2 * count as usize
+        });
+        assert_eq!(service.problems(), [""; 0]);
+    }
+}
+
+#[test]
+fn a_host_that_takes_long_to_create_vfs_is_waited_for_by_two_reads() {
+    for (seconds, added) in [(2, true), (6, false)] {
+        let world = World::without_vfs();
+        let (frontend, _service) = guest_with_pf(&world);
+        world.simulation.fail(sim::Failure {
+            operation: "set_num_vfs".to_owned(),
+            delay: Duration::from_secs(seconds),
+            times: 1,
+            ..sim::Failure::default()
+        });
+        enable(&frontend, 2);
+        assert_eq!(is_added(&frontend, FIRST), added, "after {seconds} s");
+    }
 }
 
 #[test]

@@ -1,7 +1,12 @@
 //! SR-IOV for a guest that creates the VFs of its PF (PCI Express 6.0, section 9.3.3). Nothing of the capability is hardware's: the guest
-//! says what it wants, and the host decides and does it. The VFs have no BARs in that guest, since they go to other guests, and their
-//! Routing IDs there are functions 1 to 7 of the PF's own device, which need neither ARI nor another bus.
+//! says what it wants, and the host decides and does it. The VFs have no BARs in that guest, since they go to other guests.
+//!
+//! Up to seven VFs are functions 1 to 7 of the PF's own device, which need neither ARI nor another bus. More of them are on a bus of their
+//! own, one for each device number that a PF can have: there they meet neither other functions of the guest, which are all on bus 0, nor VFs
+//! of another PF. Linux makes such a bus without a bridge when it adds the first VF (`virtfn_add_bus`), as it does for PFs whose hardware
+//! places VFs beyond their bus; the root bus that xen-pcifront makes has the numbers 0 to 255, and only bus 0 is scanned for functions.
 
+use super::bytes::Bytes;
 use super::compile::{Compiler, Family, Known, Place};
 use super::filter::{Model, Segment};
 use super::list::Capability;
@@ -11,8 +16,11 @@ use super::space::VirtualConfigSpace;
 use crate::Devfn;
 use crate::spec::{AnyId, CapabilitySpec, ExtendedCapabilityId, Kind, sriov};
 
-/// The most VFs that a guest can create: what is left of the eight functions of its PF's device.
-pub const MOST_BY_GUEST: u16 = 7;
+/// The most VFs that a guest can create of a PF: a bus has no more functions.
+pub const MOST_BY_GUEST: u16 = 256;
+
+/// What is left of the eight functions of the PF's device. More VFs are on a bus of their own.
+const BESIDE_PF: u16 = 7;
 
 /// VF Device ID as the guest reads it: that of no device, so that no driver of its own binds to a VF that it cannot use.
 pub const NO_DRIVERS_ID: u16 = 0xffff;
@@ -21,7 +29,11 @@ pub const NO_DRIVERS_ID: u16 = 0xffff;
 const PAGE_SIZES: u32 = 0x553;
 
 const ENABLE: &str = "the guest enables VFs; the host creates and removes them in hardware";
-const PLACE: &str = "functions 1 to 7 of the guest's device: hardware's routing is the host's";
+const BESIDE: &str = "functions 1 to 7 of the guest's device: hardware's routing is the host's";
+const OWN_BUS: &str =
+    "a bus of their own in the guest, one beyond the PF's device number: hardware's routing is the host's";
+const ONE_BY_ONE: &str = "one after the other: hardware's routing is the host's";
+const NO_MORE: &str = "the PF has no more VFs, though a policy gives the guest more";
 
 const ROWS: &[Row] = &[
     row(
@@ -43,8 +55,7 @@ const ROWS: &[Row] = &[
         Treatment::Static,
         "the PF itself: VFs depend on no other function",
     ),
-    row(sriov::FIRST_VF_OFFSET, 0xffff, Treatment::Fixed(1), PLACE),
-    row(sriov::VF_STRIDE, 0xffff, Treatment::Fixed(1), PLACE),
+    row(sriov::VF_STRIDE, 0xffff, Treatment::Fixed(1), ONE_BY_ONE),
     row(
         sriov::VF_DEVICE_ID,
         0xffff,
@@ -89,6 +100,14 @@ pub struct GuestVfs {
     pub count: u16,
 }
 
+/// First VF Offset of a PF that its guest has at this number, with so many VFs.
+fn first_offset(own: Devfn, total: u16) -> u16 {
+    match total > BESIDE_PF {
+        true => (u16::from(own.device().get()) + 1) * 0x100 - u16::from(own.0),
+        false => 1,
+    }
+}
+
 impl Compiler<'_> {
     /// What is in force for VFs that the guest creates, if this is the SR-IOV capability of its PF. `action`: what a policy says of the
     /// capability, which hides it all the same. A guest that uses the capability keeps it until it releases the PF.
@@ -131,15 +150,26 @@ impl Compiler<'_> {
             self.register(register, &family);
         }
         let at = |offset: u16| capability.offset.saturating_add(offset);
-        let count = match self.kept {
-            Some(_) => Treatment::Static,
-            None => Treatment::Fixed(u32::from(by_guest.count)),
+        let total = self.spec.bytes.word(at(sriov::TOTAL_VFS)).min(by_guest.count);
+        let count_rule = match total < by_guest.count {
+            true => Rule::built_in(NO_MORE, spec.section),
+            false => by_guest.rule.clone(),
         };
-        for register in [sriov::INITIAL_VFS, sriov::TOTAL_VFS] {
+        // Where the guest has the PF is not known here: `show_own_number` corrects the offset.
+        let place_rule = Rule::built_in(if total > BESIDE_PF { OWN_BUS } else { BESIDE }, spec.section);
+        for (register, value, rule) in [
+            (sriov::INITIAL_VFS, total, &count_rule),
+            (sriov::TOTAL_VFS, total, &count_rule),
+            (sriov::FIRST_VF_OFFSET, first_offset(Devfn(0), total), &place_rule),
+        ] {
+            let treatment = match self.kept {
+                Some(_) => Treatment::Static,
+                None => Treatment::Fixed(u32::from(value)),
+            };
             let place = self.owned(Place { offset: at(register), width: 2, mask: 0xffff }, owner);
             for (Segment { register, field, .. }, _) in self.pieces(place) {
                 let known = Known { kind: Kind::Constant, register, field, guarded: true };
-                self.set(place, known, count, &by_guest.rule);
+                self.set(place, known, treatment, rule);
             }
         }
         for (register, model) in [(sriov::CONTROL, Model::VfEnable), (sriov::NUM_VFS, Model::NumVfs)] {
@@ -172,15 +202,29 @@ impl VirtualConfigSpace {
         })
     }
 
-    /// Shows the guest its device and function number of the PF as Function Dependency Link, where its VFs would need one.
+    /// Whether the guest has enabled a VF with this Routing ID; `own`: its device and function number of the PF.
+    pub fn has_guest_vf(&self, own: Devfn, routing_id: u16) -> bool {
+        let (Some(at), Some(vfs)) = (self.guests_sriov(), self.guest_vfs()) else { return false };
+        let register = |offset: u16| self.own_register(at + offset, 2) as u16;
+        let first = u16::from(own.0).checked_add(register(sriov::FIRST_VF_OFFSET));
+        let index = first.and_then(|first| routing_id.checked_sub(first));
+        vfs.enabled && index.is_some_and(|index| index < vfs.count.min(register(sriov::TOTAL_VFS)))
+    }
+
+    /// Shows the guest what depends on its device and function number of the PF: the Function Dependency Link, and where its VFs begin.
     pub fn show_own_number(&mut self, devfn: Devfn) {
         let Some(at) = self.guests_sriov() else { return };
-        let register = at + sriov::FUNCTION_DEPENDENCY_LINK;
-        let (dword, shift) = (usize::from(register / 4), 8 * u32::from(register & 3));
-        let with_number = |old: u32| old & !(0xff << shift) | u32::from(devfn.0) << shift;
-        let (reset, shadow) = (self.image().reset_value(dword), self.image().shadow(dword));
-        self.image_mut().set_reset_value(dword, with_number(reset));
-        self.image_mut().set_shadow(dword, with_number(shadow));
+        let offset = first_offset(devfn, self.own_register(at + sriov::TOTAL_VFS, 2) as u16);
+        for (register, mask, value) in [
+            (at + sriov::FUNCTION_DEPENDENCY_LINK, 0xff, u32::from(devfn.0)),
+            (at + sriov::FIRST_VF_OFFSET, 0xffff, u32::from(offset)),
+        ] {
+            let (dword, shift) = (usize::from(register / 4), 8 * u32::from(register & 3));
+            let with_value = |old: u32| old & !(mask << shift) | value << shift;
+            let (reset, shadow) = (self.image().reset_value(dword), self.image().shadow(dword));
+            self.image_mut().set_reset_value(dword, with_value(reset));
+            self.image_mut().set_shadow(dword, with_value(shadow));
+        }
     }
 
     /// The dwords of its SR-IOV capability if VFs of the guest's exist: a reset of the PF that the host emulates leaves them.

@@ -101,7 +101,8 @@ impl RingRequests {
             wire::claim(self.ring.page(), op.info);
         }
         let op = &op;
-        let devfn = u8::try_from(op.devfn).ok().filter(|_| op.domain == 0 && op.bus == 0).map(Devfn);
+        let routing_id = routing_id(op);
+        let devfn = routing_id.and_then(|id| u8::try_from(id).ok()).map(Devfn);
         let mut demand = None;
         let mut attachment = None;
         let answer = match devfn.and_then(|devfn| roster.functions.get_mut(&devfn)) {
@@ -111,8 +112,8 @@ impl RingRequests {
                 demand = wanted;
                 answer
             }
-            None => devfn
-                .and_then(|devfn| of_vf(roster, devfn, op))
+            None => routing_id
+                .and_then(|id| of_vf(roster, id, op))
                 .unwrap_or_else(|| OpAnswer::failed(WireError::NoDevice)),
         };
         // The frontend gives up after two seconds; an answer that comes later must not reach its next request.
@@ -137,11 +138,16 @@ impl RingRequests {
     }
 }
 
-/// Answers for a VF that the guest has created: a further function of its PF's device. Writes of it change nothing.
-fn of_vf(roster: &Roster, devfn: Devfn, op: &Op) -> Option<OpAnswer> {
-    let pf = roster.functions.get(&devfn.device().devfn())?;
+/// Bus, device and function number of a request; `None` where no function of the guest can be. What the service attaches is on bus 0.
+fn routing_id(op: &Op) -> Option<u16> {
+    let (bus, devfn) = (u8::try_from(op.bus).ok()?, u8::try_from(op.devfn).ok()?);
+    (op.domain == 0).then(|| u16::from_be_bytes([bus, devfn]))
+}
+
+/// Answers for a VF that the guest has created. Writes of it change nothing.
+fn of_vf(roster: &Roster, routing_id: u16, op: &Op) -> Option<OpAnswer> {
     let access = Access::new(op.offset, op.size).ok()?;
-    let read = pf.read_vf(devfn.function(), access)?;
+    let read = roster.functions.iter().find_map(|(own, pf)| pf.read_vf(*own, routing_id, access))?;
     match op.command {
         Command::CONF_READ => Some(OpAnswer::value(read)),
         Command::CONF_WRITE => Some(OpAnswer::value(op.value)),

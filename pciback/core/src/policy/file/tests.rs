@@ -344,19 +344,19 @@ fn a_mailbox_is_with_guests_dom0_both_or_nobody() {
 }
 
 #[test]
-fn vfs_by_guest_are_at_most_what_fits_beside_the_pf() {
-    for count in [1, 7] {
+fn vfs_by_guest_are_at_most_what_fits_on_a_bus() {
+    for count in [1, 256] {
         let text = format!("virtual-functions: {{by-guest: {count}}}\n");
         assert_eq!(parsed(&text).virtual_functions.map(|by_guest| by_guest.count), Some(count));
     }
     for (text, message) in [
         (
-            "virtual-functions: {by-guest: 8}\n",
-            "1:31: '8' is not a valid by-guest: a number from 1 to 7 is expected",
+            "virtual-functions: {by-guest: 257}\n",
+            "1:31: '257' is not a valid by-guest: a number from 1 to 256 is expected",
         ),
         (
             "virtual-functions: {by-guest: 0}\n",
-            "1:31: '0' is not a valid by-guest: a number from 1 to 7 is expected",
+            "1:31: '0' is not a valid by-guest: a number from 1 to 256 is expected",
         ),
         (
             "virtual-functions: {by-guests: 2}\n",
