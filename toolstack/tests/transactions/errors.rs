@@ -17,17 +17,17 @@ pub const SIBLING: &str = "01:10.2";
 pub const PORT: &str = "00:01.0";
 
 /// What Linux's drivers are asked and answer.
-const DETECTED: u32 = 6;
-const RESUME: u32 = 7;
+pub const DETECTED: u32 = 6;
+pub const RESUME: u32 = 7;
 const MMIO_ENABLED: u32 = 8;
-const SLOT_RESET: u32 = 9;
+pub const SLOT_RESET: u32 = 9;
 const NORMAL: u32 = 1;
-const FROZEN: u32 = 2;
-const NONE: u32 = 1;
-const CAN_RECOVER: u32 = 2;
+pub const FROZEN: u32 = 2;
+pub const NONE: u32 = 1;
+pub const CAN_RECOVER: u32 = 2;
 const NEED_RESET: u32 = 3;
 const DISCONNECT: u32 = 4;
-const RECOVERED: u32 = 5;
+pub const RECOVERED: u32 = 5;
 
 pub const COMPLETION_TIMEOUT: u32 = 1 << 14;
 

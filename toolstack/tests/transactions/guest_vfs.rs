@@ -7,8 +7,9 @@ use pciback::platform::sim::{self, Owner};
 use pciback::serve::pv::wire::Op;
 use pciback::{DomId, FunctionState, Sbdf};
 use toolstack::outcome::ErrorCode;
-use toolstack::protocol::{FunctionView, Request, Success, VfView};
+use toolstack::protocol::{FunctionView, Happening, Request, Success, VfView};
 
+use crate::errors::{CAN_RECOVER, DETECTED, FROZEN, NONE, RECOVERED, RESUME, SLOT_RESET};
 use crate::frontend::{Frontend, read_op, write_op};
 use crate::world::{DB, Service, WEB, World, bdf, wait_until};
 
@@ -37,8 +38,12 @@ fn present(world: &World) -> u16 {
 
 /// A guest that has the PF.
 fn guest_with_pf(world: &World) -> (Frontend, Service) {
+    guest_with_pf_under(world, &[POLICY])
+}
+
+fn guest_with_pf_under(world: &World, policies: &[&str]) -> (Frontend, Service) {
     let frontend = Frontend::load(world, WEB);
-    let service = world.start_with(&[POLICY]);
+    let service = world.start_with(policies);
     service.hold(pf()).unwrap();
     service.persist(WEB, pf()).unwrap();
     (frontend, service)
@@ -85,7 +90,11 @@ fn is_added(frontend: &Frontend, routing_id: u32) -> bool {
 
 /// The guest has created two VFs, and another guest has the first.
 fn with_a_vf_in_use(world: &World) -> (Frontend, Frontend, Service) {
-    let (frontend, service) = guest_with_pf(world);
+    with_a_vf_in_use_under(world, &[POLICY])
+}
+
+fn with_a_vf_in_use_under(world: &World, policies: &[&str]) -> (Frontend, Frontend, Service) {
+    let (frontend, service) = guest_with_pf_under(world, policies);
     enable(&frontend, 2);
     assert!(is_added(&frontend, FIRST));
     vfs().into_iter().for_each(|vf| service.wait_for_state(vf, FunctionState::Held));
@@ -319,20 +328,25 @@ fn a_killed_service_goes_on_with_the_vfs_that_there_are() {
     wait_until("the VFs are removed", || present(&world) == 0);
 }
 
+/// The guest with the PF reboots, and has it again.
+fn reboot(world: &World, service: &Service) -> Frontend {
+    world.simulation.destroy(WEB);
+    let uuid = "00000000-0000-0000-0000-000000000001".parse().unwrap();
+    world.simulation.create_guest(AGAIN, "web", "pv", uuid).unwrap();
+    let again = Frontend::load(world, AGAIN);
+    wait_until("the new domain has the PF", || {
+        let view = service.view(pf());
+        view.is_some_and(|view| view.state == FunctionState::Attached && view.domain == Some(AGAIN))
+    });
+    again
+}
+
 #[test]
 fn vfs_stay_with_their_guests_while_the_guest_with_their_pf_reboots() {
     let world = World::without_vfs();
     let (_frontend, user, service) = with_a_vf_in_use(&world);
     mark(&world);
-    world.simulation.destroy(WEB);
-    let uuid = "00000000-0000-0000-0000-000000000001".parse().unwrap();
-    world.simulation.create_guest(AGAIN, "web", "pv", uuid).unwrap();
-    let again = Frontend::load(&world, AGAIN);
-    let has_it = |service: &Service| {
-        let view = service.view(pf());
-        view.is_some_and(|view| view.state == FunctionState::Attached && view.domain == Some(AGAIN))
-    };
-    wait_until("the new domain has the PF", || has_it(&service));
+    let again = reboot(&world, &service);
     assert_eq!(again.read(0, CONTROL, 2), 0, "its driver finds no VFs enabled");
     service.kill();
     let service = world.start_with(&[POLICY]);
@@ -345,6 +359,60 @@ fn vfs_stay_with_their_guests_while_the_guest_with_their_pf_reboots() {
     assert_eq!(world.simulation.peek(pf(), 4, 1)[0] & 2, 2, "and decodes");
     disable(&again);
     wait_until("the VFs are removed", || present(&world) == 0);
+}
+
+/// What is said of a VF whose PF has started again.
+const STARTED_AGAIN: &str = "the driver of its PF has started again; its guest is notified";
+
+fn is_said(service: &Service, text: &str) -> bool {
+    let outcomes =
+        |what: &Happening| matches!(what, Happening::Outcome { text: found, .. } if found.contains(text));
+    service.error_history(vfs()[0]).iter().any(|event| outcomes(&event.what))
+}
+
+#[test]
+fn guests_with_vfs_are_notified_when_the_driver_of_the_pf_has_started_again() {
+    let world = World::without_vfs();
+    let (_frontend, user, service) = with_a_vf_in_use(&world);
+    user.receives_errors();
+    user.ask(&write_op(0, 4, 2, 4));
+    let again = reboot(&world, &service);
+    assert!(!is_said(&service, STARTED_AGAIN), "its driver has not asked for VFs yet");
+    enable(&again, 2);
+    assert!(is_added(&again, FIRST));
+    user.is_notified(DETECTED, FROZEN, 0, CAN_RECOVER);
+    user.is_notified(SLOT_RESET, FROZEN, 0, RECOVERED);
+    assert_eq!(world.simulation.peek(vfs()[0], 4, 1)[0] & 4, 0, "it was reset all the same");
+    user.is_notified(RESUME, FROZEN, 0, NONE);
+    wait_until("it has recovered", || is_said(&service, "was notified and has recovered"));
+    assert_eq!(service.state(vfs()[0]), FunctionState::Attached);
+    assert_eq!((present(&world), service.problems()), (2, vec![]));
+}
+
+#[test]
+fn a_guest_that_cannot_be_notified_of_that_keeps_its_vf() {
+    let world = World::without_vfs();
+    let (_frontend, user, service) = with_a_vf_in_use(&world);
+    let again = reboot(&world, &service);
+    enable(&again, 2);
+    wait_until("it cannot be notified", || {
+        is_said(&service, "its frontend cannot be notified of errors; log")
+    });
+    assert_eq!(service.state(vfs()[0]), FunctionState::Attached);
+    assert_ne!(user.read(0, 0, 4), u32::MAX);
+}
+
+#[test]
+fn a_guest_whose_policy_has_it_not_notified_of_lost_state_is_not() {
+    let world = World::without_vfs();
+    let policies = [POLICY, "errors: {link-reset: log}\n"];
+    let (_frontend, user, service) = with_a_vf_in_use_under(&world, &policies);
+    user.receives_errors();
+    let again = reboot(&world, &service);
+    enable(&again, 2);
+    assert!(is_added(&again, FIRST));
+    assert_eq!(service.state(vfs()[0]), FunctionState::Attached);
+    assert!(!is_said(&service, STARTED_AGAIN));
 }
 
 #[test]

@@ -119,6 +119,26 @@ impl Errors {
         effects
     }
 
+    /// The guest with the PF of a VF has started again, and so has the PF's driver. The VF's own guest is notified if its policy has it
+    /// notified of resets of the link, which take the VF's state just so.
+    pub(super) fn pf_started_again(&mut self, address: Sbdf, context: &Context<'_>) -> Vec<Effect> {
+        let record = context.functions.records().get(address);
+        let attached = record.filter(|record| record.state == FunctionState::Attached);
+        let Some(place) = attached.and_then(|record| record.guest) else { return Vec::new() };
+        let (domain, is_busy) = (place.domain, context.functions.is_busy(address));
+        let policy = error_policy(address, domain, context);
+        if is_busy || policy.link_reset != Action::TellGuest || !context.guests.is_connected(domain) {
+            return Vec::new();
+        }
+        if !self.responses.begin_lost_state(address, domain, policy) {
+            return Vec::new();
+        }
+        let text = "the driver of its PF has started again; its guest is notified";
+        info!("{address}: {text}");
+        let report = Effect::Report(address, Ok(text.to_owned()));
+        [report].into_iter().chain(self.responses.notify(address)).collect()
+    }
+
     fn decide(
         &mut self,
         address: Sbdf,

@@ -87,6 +87,13 @@ impl Engine {
         errors.check_deadlines(now, &context);
     }
 
+    /// The driver of a VF's PF has started again.
+    pub(in crate::engine) fn pf_started_again(&mut self, vf: Sbdf) {
+        let (errors, context) = self.errors_in_context();
+        let effects = errors.pf_started_again(vf, &context);
+        self.carry_out_for_errors(effects);
+    }
+
     /// Updates which functions are watched. Called when a guest gets a function, when a transaction ends, and when a guest of an earlier
     /// run is taken over.
     pub(in crate::engine) fn watch_errors_of(&mut self, address: Sbdf) -> Result<(), Failure> {

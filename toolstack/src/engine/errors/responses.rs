@@ -74,6 +74,18 @@ impl Responses {
         self.act(address, underway, &fault.to_string())
     }
 
+    /// Begins to notify the guest of a VF that has lost its state because its PF started again; `false`: a response is under way already.
+    pub fn begin_lost_state(&mut self, address: Sbdf, domain: DomId, policy: ErrorPolicy) -> bool {
+        if self.0.contains_key(&address) {
+            return false;
+        }
+        // As for a link that was reset: what the driver had set is gone, whatever it answers, so the VF is reset in any case.
+        let recovery = Some(Recovery::begin(ChannelState::Frozen, policy.mmio_enabled));
+        let (action, begun) = (Action::TellGuest, Instant::now());
+        self.0.insert(address, Underway { action, recovery, policy, domain, own: false, begun });
+        true
+    }
+
     /// What an action other than a notification means.
     fn act(&mut self, address: Sbdf, underway: Underway, why: &str) -> Option<Effect> {
         match underway.action {
@@ -90,7 +102,8 @@ impl Responses {
         }
     }
 
-    fn notify(&self, address: Sbdf) -> Option<Effect> {
+    /// What its guest is asked next.
+    pub fn notify(&self, address: Sbdf) -> Option<Effect> {
         let underway = self.0.get(&address)?;
         Some(Effect::Notify(address, underway.recovery?, underway.policy))
     }

@@ -56,6 +56,8 @@ pub(super) struct Context<'a> {
 /// What the engine does next, in this order.
 #[derive(Debug)]
 pub(super) enum Effect {
+    /// A VF stays that was created for an earlier domain of the guest with its PF: the PF's driver has started again since.
+    Keep(Sbdf),
     /// The guest of a PF has said what it wants: VFs of its earlier domain do not stay for longer.
     Asked(Sbdf),
     /// The driver of a PF creates VFs.
@@ -123,7 +125,10 @@ impl GuestVfs {
         let wanted = if leaving { 0 } else { wanted };
         let present = context.platform.host.function(address);
         let present = present.map(|function| function.virtual_functions).unwrap_or_default();
-        let mut effects = vec![Effect::Asked(address)];
+        // Before what ends `keeps_vfs`: a service that is killed in between looks at them once more.
+        let kept = present.iter().filter(|_| keeps_vfs && !leaving && present.len() == usize::from(wanted));
+        let mut effects: Vec<Effect> = kept.map(|vf| Effect::Keep(*vf)).collect();
+        effects.push(Effect::Asked(address));
         effects.extend(if present.len() == usize::from(wanted) {
             self.settled(address).into_iter().chain(present.into_iter().map(Effect::Hold)).collect()
         } else if let Err(failure) = may_create(address, wanted, context) {

@@ -27,6 +27,7 @@ impl Engine {
         let (vfs, context) = self.guest_vfs();
         for effect in step(vfs, &context) {
             match effect {
+                Effect::Keep(vf) => self.pf_started_again(vf),
                 Effect::Asked(pf) => self.note_vfs_asked(pf),
                 Effect::Create(pf, count) => {
                     self.change_by_driver(pf, move |context| create_bare(context, pf, count));
