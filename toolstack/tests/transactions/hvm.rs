@@ -90,6 +90,11 @@ impl Guest {
         self.0.reached().messages
     }
 
+    /// Interrupt lines with the device and the pin that they are delivered as.
+    pub fn lines(&self) -> Vec<(u32, u8, u8)> {
+        self.0.reached().lines.into_iter().map(|(line, slot, pin)| (line, slot.get(), pin)).collect()
+    }
+
     fn frames(&self) -> Vec<u64> {
         self.0.reached().frames.into_keys().collect()
     }

@@ -17,6 +17,7 @@ mod holding;
 mod hvm;
 mod hvm_events;
 mod hvm_hotplug;
+mod hvm_lines;
 mod hvm_vectors;
 mod mailbox;
 mod managed;

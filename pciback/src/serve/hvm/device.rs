@@ -85,16 +85,13 @@ impl Device {
     }
 
     fn bind_line(&self, function: &GuestFunction, edit: Edit) -> Result<()> {
-        let pin = Access::new(u32::from(header::INTERRUPT_PIN), 1)
-            .ok()
-            .and_then(|access| function.space.read(access, function.hardware.as_ref()).ok());
-        match pin {
-            Some(pin @ 1..=4) if function.line != 0 => {
-                let pirq = Pirq(function.line);
-                self.domains.bind_line(function.domain, pirq, self.slot, pin as u8 - 1, edit)
-            }
-            _ => Ok(()),
+        // The pin of the function's own registers: during a reset the guest reads all ones, and what was bound is still to be unbound.
+        let pin = function.space.own_register(header::INTERRUPT_PIN, 1);
+        if function.line == 0 || !(1..=4).contains(&pin) {
+            return Ok(());
         }
+        let pirq = Pirq(function.line);
+        self.domains.bind_line(function.domain, pirq, self.slot, pin as u8 - 1, edit)
     }
 
     /// Brings what is mapped into step with the guest's registers; `again`: what is noted as mapped may not be.
