@@ -2,8 +2,8 @@
 
 use nix::errno::Errno;
 use pciback::DomId;
-use pciback::platform::Edit;
 use pciback::platform::hypervisor::DeviceReport;
+use pciback::platform::{Edit, ResetReach};
 use pciback::policy::RdmPolicy;
 
 use crate::Needs::{Nothing, PlainGuest};
@@ -18,6 +18,7 @@ pub const CONTRACTS: &[Contract] = &[
     ("xen/ports-are-allowed-and-forbidden", Nothing, ports),
     ("xen/withdrawing-takes-a-function-from-its-guest", Nothing, withdrawn),
     ("xen/a-domain-that-is-not-there-cannot-be-stopped", Nothing, nobody_to_stop),
+    ("xen/is-told-of-resets-from-4.20-on", Nothing, resets),
     ("rings/what-no-guest-offers-is-refused", Nothing, rings),
 ];
 
@@ -53,6 +54,20 @@ fn known(fixture: &Fixture) -> Result<(), Broken> {
     let far = UNKNOWN.offset_by(1).ok_or("no address")?;
     refused("a VF of another", xen.device_add(far, orphan), &[Errno::ENODEV])?;
     same("version", xen.version() >= (4, 17), true)
+}
+
+fn resets(fixture: &Fixture) -> Result<(), Broken> {
+    let xen = &fixture.platform.hypervisor;
+    let has_call = xen.version() >= (4, 20);
+    for reach in [ResetReach::Function, ResetReach::Bus] {
+        same("noted", ok(xen.note_reset(fixture.vf, reach))?, has_call)?;
+        if has_call {
+            refused("of another", xen.note_reset(UNKNOWN, reach), &[Errno::ENODEV])?;
+        } else {
+            same("of another", ok(xen.note_reset(UNKNOWN, reach))?, false)?;
+        }
+    }
+    Ok(())
 }
 
 fn nobody_to_stop(fixture: &Fixture) -> Result<(), Broken> {

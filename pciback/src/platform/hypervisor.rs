@@ -65,6 +65,15 @@ impl Edit {
     }
 }
 
+/// What a reset reached (PCI Express 6.0, sections 6.6.1 and 6.6.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ResetReach {
+    /// The function alone: a function level reset, or a method of the device's own that has the same effect.
+    Function,
+    /// All that is on its bus: a hot reset.
+    Bus,
+}
+
 /// What dom0's kernel reports to Xen of a function (`PHYSDEVOP_pci_device_add`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceReport {
@@ -118,6 +127,9 @@ pub trait Hypervisor: Send + Sync {
     fn release_msix(&self, address: Sbdf) -> Result<()>;
     /// Writes the messages and masks of a guest's interrupts into the function again, as needed after a reset.
     fn restore_msi(&self, address: Sbdf) -> Result<()>;
+    /// Tells Xen that dom0 has reset the function, so that it drops what it has cached of its registers. `false`: Xen has no call for that, as
+    /// before 4.20. `ENODEV`: it does not know the function.
+    fn note_reset(&self, address: Sbdf, reach: ResetReach) -> Result<bool>;
     /// Lets a domain map `frames` pages from page frame `first` on, or not any more.
     fn iomem_permission(&self, domain: DomId, first: u64, frames: u64, edit: Edit) -> Result<()>;
     /// Lets a domain use `count` I/O ports from `first` on, or not any more.

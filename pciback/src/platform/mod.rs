@@ -32,7 +32,7 @@ pub use errors::{ErrorEvent, ErrorEvents, ErrorSource};
 pub use events::{HostEvent, HostEvents};
 pub use host::{BarMemory, Host, Use};
 pub use hvm::{HvmDomains, IoreqServer, MsiMessage, ServerId};
-pub use hypervisor::{DomainInfo, Edit, Hypervisor, MsiSource, Pirq};
+pub use hypervisor::{DomainInfo, Edit, Hypervisor, MsiSource, Pirq, ResetReach};
 pub use machine::{Machine, XlQuestion};
 pub use memory::SharedMemory;
 pub use network::{VfNetwork, VfPlace, VfSetting, VfSettings};

@@ -18,7 +18,8 @@ use crate::config::{
 };
 use crate::platform::hypervisor::DeviceReport;
 use crate::platform::{
-    DomainInfo, Edit, Hypervisor, MsiSource, Pirq, PlatformError, Resource, Result, Ring, SharedMemory,
+    DomainInfo, Edit, Hypervisor, MsiSource, Pirq, PlatformError, ResetReach, Resource, Result, Ring,
+    SharedMemory,
 };
 use crate::policy::RdmPolicy;
 use crate::{DomId, Sbdf};
@@ -366,6 +367,9 @@ impl Hypervisor for Machine {
         refuse(address)
     }
     fn release_msix(&self, address: Sbdf) -> Result<()> {
+        refuse(address)
+    }
+    fn note_reset(&self, address: Sbdf, _: ResetReach) -> Result<bool> {
         refuse(address)
     }
     fn restore_msi(&self, address: Sbdf) -> Result<()> {

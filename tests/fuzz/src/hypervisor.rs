@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 
 use pciback::platform::hypervisor::DeviceReport;
-use pciback::platform::{DomainInfo, Edit, Hypervisor, MsiSource, Pirq, PlatformError, Result};
+use pciback::platform::{DomainInfo, Edit, Hypervisor, MsiSource, Pirq, PlatformError, ResetReach, Result};
 use pciback::policy::RdmPolicy;
 use pciback::{DomId, Sbdf};
 
@@ -73,6 +73,7 @@ impl Hypervisor for Counting {
         assignable(address: Sbdf) -> bool;
         prepare_msix(address: Sbdf) -> bool;
         release_msix(address: Sbdf) -> ();
+        note_reset(address: Sbdf, reach: ResetReach) -> bool;
         iomem_permission(domain: DomId, first: u64, frames: u64, edit: Edit) -> ();
         ioport_permission(domain: DomId, first: u32, count: u32, edit: Edit) -> ();
         map_gsi(domain: DomId, gsi: u32) -> Pirq;

@@ -3,10 +3,11 @@
 use std::time::{Duration, Instant};
 
 use log::warn;
+use nix::errno::Errno;
 use pciback::Sbdf;
 use pciback::config::{Access, ConfigSpace};
 use pciback::live::{self, Canary, PlacedBar, Switch};
-use pciback::platform::{Host, HostFunction, Platform};
+use pciback::platform::{Host, HostFunction, Platform, ResetReach};
 use pciback::policy::{PolicySet, Subject};
 use pciback::spec::header;
 
@@ -76,10 +77,32 @@ fn reset_in_this_way(
     clear_mark(canary, config.as_ref(), address);
     verified?;
     place_bars(config.as_ref(), function)?;
+    let untold = match (&unreset, function.reset_methods.first()) {
+        (Some(_), _) => None,
+        (None, Some(method)) if method == BUS => tell_xen(platform, address, ResetReach::Bus),
+        (None, _) => tell_xen(platform, address, ResetReach::Function),
+    };
     // INTx stays disabled until a guest handles it. A driver of dom0 enables it itself. Not all hardware implements Interrupt Disable.
     live::set_intx(config.as_ref(), Switch::Off)
-        .map(|_| unreset)
+        .map(|_| unreset.or(untold))
         .map_err(|error| config_failure("disable INTx of", address, &error))
+}
+
+/// Tells Xen of a reset that was verified, once BARs are in place again. What Xen has cached concerns neither the guests of this service nor
+/// what the reset has cleared, so that a failure is only a warning.
+pub(super) fn tell_xen(platform: &Platform, address: Sbdf, reach: ResetReach) -> Option<String> {
+    match platform.hypervisor.note_reset(address, reach) {
+        Ok(_) => None,
+        // What it does not know it has not cached.
+        Err(error) if error.errno() == Some(Errno::ENODEV) => None,
+        Err(error) => {
+            let text = format!(
+                "{address} was reset, but Xen may still have cached its registers from before: {error}"
+            );
+            warn!("{text}");
+            Some(text)
+        }
+    }
 }
 
 /// Takes back the mark that a reset was verified by.

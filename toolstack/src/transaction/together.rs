@@ -12,12 +12,12 @@ use log::info;
 use pciback::config::ConfigSpace;
 use pciback::containment::radius::Bridge;
 use pciback::live::{self, Canary, KeptRegisters, Switch};
-use pciback::platform::{Host, HostFunction, Platform};
+use pciback::platform::{Host, HostFunction, Platform, ResetReach};
 use pciback::policy::{PolicySet, Subject};
 use pciback::{DomId, Sbdf};
 
 use super::hold::{holder_of, is_guest_owned};
-use super::reset::{Way, clear_mark, config_failure, place_bars, plan_for, verify_all, way};
+use super::reset::{Way, clear_mark, config_failure, place_bars, plan_for, tell_xen, verify_all, way};
 use super::{Context, guest_of};
 use crate::journal::{Journal, Owner, Record};
 use crate::outcome::{Failure, few};
@@ -378,6 +378,9 @@ fn reset_bus(context: &Context<'_>, plan: &ResetPlan, function: &HostFunction) -
             .write_back(config.as_ref())
             .map_err(|error| config_failure("restore the registers of", function.address, &error))
             .and_then(|()| place_bars(config.as_ref(), function));
+        if verified.is_ok() && put_back.is_ok() {
+            tell_xen(context.platform, function.address, ResetReach::Bus);
+        }
         let silenced = live::set_intx(config.as_ref(), Switch::Off)
             .map(drop)
             .map_err(|error| config_failure("disable INTx of", function.address, &error));

@@ -1,6 +1,8 @@
 //! S5: functions that Linux cannot reset, or only by their bus, and what policies make of them.
 
+use nix::errno::Errno;
 use pciback::FunctionState;
+use pciback::platform::ResetReach;
 use toolstack::outcome::{ErrorCode, Failure};
 use toolstack::protocol::{Request, Success};
 
@@ -111,4 +113,35 @@ fn a_reload_that_takes_the_reset_from_an_attached_function_says_so() {
     let said = functions[0].deferred.join("\n");
     assert!(said.contains("its guest's release quarantines it: reset 0000:00:14.0"), "{said}");
     assert_eq!(service.state(xhci), FunctionState::Attached);
+}
+
+#[test]
+fn xen_is_told_of_each_reset_and_how_far_it_reached() {
+    let function = bdf("02:00.0");
+    for (method, reach) in [("flr", ResetReach::Function), ("bus", ResetReach::Bus)] {
+        let host = HOST.replace("reset-methods: [bus]", &format!("reset-methods: [{method}]"));
+        let world = World::of(&format!("xen: 4.20\n{host}"));
+        let service = world.start_with_resets(&["flr", "bus"]);
+        service.hold(function).unwrap();
+        let before = world.simulation.noted_resets().len();
+        service.attach(WEB, function).unwrap();
+        let attached = world.simulation.noted_resets().len();
+        assert!(attached > before, "attached");
+        service.detach(WEB, function).unwrap();
+        let noted = world.simulation.noted_resets();
+        assert!(noted.len() > attached && noted.iter().all(|one| *one == (function, reach)), "{noted:?}");
+    }
+}
+
+#[test]
+fn a_reset_counts_although_xen_cannot_be_told_of_it() {
+    let world = World::on_xen("4.20");
+    let service = world.start();
+    let address = bdf("02:00.0");
+    service.hold(address).unwrap();
+    world.fail("note_reset", Some(address), Errno::ENOMEM, 0);
+    let warned = warnings(service.attach(WEB, address));
+    assert!(warned.contains("0000:02:00.0 was reset, but Xen may still"), "{warned}");
+    assert_eq!(service.state(address), FunctionState::Attached);
+    assert_eq!(service.problems(), [""; 0]);
 }

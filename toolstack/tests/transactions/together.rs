@@ -1,6 +1,7 @@
 //! P9, T4: functions that cannot be reset alone are reset with all others on their bus.
 
 use nix::errno::Errno;
+use pciback::platform::ResetReach;
 use pciback::platform::sim::Moment;
 use pciback::{DeviceNumber, DomId, FunctionState, Sbdf};
 use toolstack::outcome::{ErrorCode, Failure};
@@ -96,6 +97,15 @@ fn the_first_attachment_resets_all_functions_on_the_bus_and_keeps_their_register
     service.attach(WEB, audio).unwrap();
     assert!(has_trace(&world, gpu), "the guest's function is left alone");
     assert_eq!(service.state(audio), FunctionState::Attached);
+}
+
+#[test]
+fn xen_is_told_of_the_reset_of_each_function_on_the_bus() {
+    let (world, [gpu, audio]) = (World::of(&format!("xen: 4.20\n{HOST}")), both());
+    let service = held(&world);
+    service.attach(WEB, gpu).unwrap();
+    let noted = world.simulation.noted_resets();
+    assert_eq!(noted, [(gpu, ResetReach::Bus), (audio, ResetReach::Bus)]);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use super::Simulation;
 use super::failures::{Failures, Subject};
 use super::locked;
 use super::world::World;
-use crate::platform::hypervisor::DeviceReport;
+use crate::platform::hypervisor::{DeviceReport, ResetReach};
 use crate::platform::{DomainInfo, Edit, Hypervisor, MsiSource, Pirq, PlatformError, Result};
 use crate::policy::RdmPolicy;
 use crate::{DomId, Sbdf};
@@ -105,6 +105,12 @@ impl Hypervisor for SimHypervisor {
     fn restore_msi(&self, address: Sbdf) -> Result<()> {
         self.call(("restore_msi", "restore the interrupts of"), address, address, |world| {
             world.restore_msi(address)
+        })
+    }
+
+    fn note_reset(&self, address: Sbdf, reach: ResetReach) -> Result<bool> {
+        self.call(("note_reset", "tell Xen of the reset of"), address, address, |world| {
+            world.xen.note_reset(address, reach)
         })
     }
 

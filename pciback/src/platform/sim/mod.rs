@@ -39,7 +39,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 
-use super::{Cause, ErrorEvent, HostEvent, Platform, PlatformError, Result, Use, VfSetting, VfSettings};
+use super::{
+    Cause, ErrorEvent, HostEvent, Platform, PlatformError, ResetReach, Result, Use, VfSetting, VfSettings,
+};
 use crate::fault::{Detection, Fault, Severity};
 use crate::{DomId, Sbdf, Uuid};
 
@@ -402,6 +404,11 @@ impl Simulation {
             lines: domain.lines.iter().copied().collect(),
             vectors: domain.vectors.clone(),
         })
+    }
+
+    /// The resets that Xen was told of, in order.
+    pub fn noted_resets(&self) -> Vec<(Sbdf, ResetReach)> {
+        locked(&self.world).xen.resets.clone()
     }
 
     /// How many interrupts of the host were mapped to numbers that had one: they cannot be unmapped any more.

@@ -88,6 +88,7 @@ impl World {
                     .filter(|irq| *irq != 0)
                     .collect(),
                 lost: 0,
+                resets: Vec::new(),
             },
             reporting: true,
             listeners: Listeners::default(),

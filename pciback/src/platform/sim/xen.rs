@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::Answer;
 use super::model::ReservedMemory;
 use super::ranges::Ranges;
-use crate::platform::{Edit, MsiSource};
+use crate::platform::{Edit, MsiSource, ResetReach};
 use crate::policy::RdmPolicy;
 use crate::{DomId, Sbdf, Uuid};
 
@@ -80,10 +80,14 @@ pub(super) struct Xen {
     pub lines: BTreeSet<u32>,
     /// Interrupts of the host that were mapped to a number that had one already, and that cannot be unmapped any more.
     pub lost: u32,
+    /// The resets that dom0 has told of, in order.
+    pub resets: Vec<(Sbdf, ResetReach)>,
 }
 
 /// Interrupt lines of the host; a guest's pirqs lie behind them.
 const LINES: u32 = 24;
+/// The first version with `PHYSDEVOP_pci_device_reset`.
+const NOTES_RESETS: (u32, u32) = (4, 20);
 /// Page frames of 52 bits of address, and ports.
 const FRAMES: u64 = 1 << 40;
 const PORTS: u64 = 1 << 16;
@@ -98,6 +102,16 @@ impl Xen {
 
     pub fn domain(&mut self, id: DomId) -> Answer<&mut Domain> {
         self.domains.get_mut(&id).ok_or(Errno::ESRCH)
+    }
+
+    /// `false`: this version has no such call.
+    pub fn note_reset(&mut self, address: Sbdf, reach: ResetReach) -> Answer<bool> {
+        if self.version < NOTES_RESETS {
+            return Ok(false);
+        }
+        self.device(address)?;
+        self.resets.push((address, reach));
+        Ok(true)
     }
 
     /// A domain for assignment; dom0 cannot be one.

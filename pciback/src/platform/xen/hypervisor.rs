@@ -18,8 +18,8 @@ use super::bindings::{
     physdev_pci_device, xc_domaininfo_t, xc_interface,
 };
 use super::msix::has_msix;
-use super::physdev::{DeviceAdd, PhysDev, map_msi};
-use crate::platform::hypervisor::DeviceReport;
+use super::physdev::{DeviceAdd, DeviceReset, NOTE_RESET, OptionalCommand, PhysDev, map_msi};
+use crate::platform::hypervisor::{DeviceReport, ResetReach};
 use crate::platform::linux::programs;
 use crate::platform::{Cause, DomainInfo, Edit, Host, Hypervisor, MsiSource, Pirq, PlatformError, Result};
 use crate::policy::RdmPolicy;
@@ -37,6 +37,7 @@ const DESTROY_LIMIT: Duration = Duration::from_secs(30);
 /// The running hypervisor.
 pub struct XenHypervisor {
     physdev: PhysDev,
+    resets: OptionalCommand,
     handle: NonNull<xc_interface>,
     libraries: Arc<Libraries>,
     version: (u32, u32),
@@ -61,7 +62,14 @@ impl XenHypervisor {
         let opened = unsafe { libraries.ctrl.xc_interface_open(libraries.logger, libraries.logger, 0) };
         let handle = NonNull::new(opened)
             .ok_or_else(|| PlatformError::new("open", "Xen's control interface", Errno::last()))?;
-        let mut xen = Self { physdev, handle, libraries: Arc::clone(libraries), version: (0, 0), host };
+        let mut xen = Self {
+            physdev,
+            resets: OptionalCommand::default(),
+            handle,
+            libraries: Arc::clone(libraries),
+            version: (0, 0),
+            host,
+        };
         // SAFETY: the handle is open, and this command takes no argument.
         let answer =
             unsafe { libraries.ctrl.xc_version(xen.handle(), XENVER_version as i32, ptr::null_mut()) };
@@ -205,6 +213,11 @@ impl Hypervisor for XenHypervisor {
         self.physdev
             .call(PHYSDEVOP_restore_msi_ext, device(address))
             .map_err(|errno| PlatformError::new("restore the interrupts of", address, errno))
+    }
+
+    fn note_reset(&self, address: Sbdf, reach: ResetReach) -> Result<bool> {
+        let noted = self.resets.ask(|| self.physdev.call(NOTE_RESET, DeviceReset::new(address, reach)));
+        noted.map_err(|errno| PlatformError::new("tell Xen of the reset of", address, errno))
     }
 
     fn iomem_permission(&self, domain: DomId, first: u64, frames: u64, edit: Edit) -> Result<()> {

@@ -3,6 +3,7 @@
 use std::mem::offset_of;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 
@@ -13,7 +14,7 @@ use super::bindings::{
 };
 use super::hypervisor::check;
 use crate::platform::MsiSource;
-use crate::platform::hypervisor::DeviceReport;
+use crate::platform::hypervisor::{DeviceReport, ResetReach};
 use crate::platform::{PlatformError, Result};
 use crate::{DomId, Sbdf};
 
@@ -77,6 +78,62 @@ impl DeviceAdd {
             physical_bus: report.physical_function.map_or(0, Sbdf::bus),
             physical_devfn: report.physical_function.map_or(0, |pf| pf.devfn().0),
             proximity: [report.proximity.unwrap_or(0)],
+        }
+    }
+}
+
+/// `PHYSDEVOP_pci_device_reset`, which the headers have from Xen 4.20 on. Older ones are built with, too.
+pub const NOTE_RESET: u32 = 32;
+
+/// The argument of command 32, `struct pci_device_reset`: the function, then what kind of reset it was.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct DeviceReset {
+    device: physdev_pci_device,
+    flags: u32,
+}
+
+// Bytes 0 to 3 are the function, as in the commands about nothing else.
+const _: () = assert!(size_of::<physdev_pci_device>() == 4 && size_of::<DeviceReset>() == 8);
+
+// SAFETY: it is laid out as the structure of command 32, as checked above.
+unsafe impl Argument for DeviceReset {}
+
+impl DeviceReset {
+    /// `PCI_DEVICE_RESET_HOT` and `PCI_DEVICE_RESET_FLR`.
+    pub fn new(address: Sbdf, reach: ResetReach) -> Self {
+        let flags = match reach {
+            ResetReach::Bus => 2,
+            ResetReach::Function => 3,
+        };
+        let device =
+            physdev_pci_device { seg: address.segment(), bus: address.bus(), devfn: address.devfn().0 };
+        Self { device, flags }
+    }
+}
+
+/// A command that not every Xen has.
+#[derive(Debug, Default)]
+pub struct OptionalCommand(AtomicBool);
+
+impl OptionalCommand {
+    /// Asks Xen by `call`, but not again once it has said that it does not have the command; whether it was carried out.
+    pub fn ask(
+        &self,
+        call: impl FnOnce() -> std::result::Result<(), Errno>,
+    ) -> std::result::Result<bool, Errno> {
+        let Self(absent) = self;
+        if absent.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
+        match call() {
+            Ok(()) => Ok(true),
+            // EINVAL: it has the command, but not for such an argument.
+            Err(Errno::ENOSYS | Errno::EOPNOTSUPP | Errno::EINVAL) => {
+                absent.store(true, Ordering::Relaxed);
+                Ok(false)
+            }
+            Err(errno) => Err(errno),
         }
     }
 }
@@ -177,6 +234,27 @@ mod tests {
             assert_eq!((msix.type_, msix.bus), (3, bus));
             assert_eq!((msix.index, msix.pirq, msix.entry_nr, msix.table_base), (-1, -1, 5, 0xfe40_0000));
         }
+    }
+
+    #[test]
+    fn a_reset_is_noted_with_the_function_and_its_kind() {
+        for (reach, flags) in [(ResetReach::Bus, 2), (ResetReach::Function, 3)] {
+            let DeviceReset { device, flags: found } = DeviceReset::new(Sbdf::from_devfn(2, 1, 0x80), reach);
+            assert_eq!((device.seg, device.bus, device.devfn, found), (2, 1, 0x80, flags));
+        }
+        assert_eq!(offset_of!(DeviceReset, flags), 4);
+    }
+
+    #[test]
+    fn a_command_that_xen_does_not_have_is_asked_for_once() {
+        for errno in [Errno::ENOSYS, Errno::EOPNOTSUPP, Errno::EINVAL] {
+            let command = OptionalCommand::default();
+            assert_eq!(command.ask(|| Err(errno)), Ok(false));
+            assert_eq!(command.ask(|| panic!("asked again after {errno}")), Ok(false));
+        }
+        let command = OptionalCommand::default();
+        assert_eq!(command.ask(|| Err(Errno::ENODEV)), Err(Errno::ENODEV));
+        assert_eq!(command.ask(|| Ok(())), Ok(true));
     }
 
     #[test]
