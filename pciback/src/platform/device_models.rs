@@ -7,7 +7,8 @@
 use std::time::Duration;
 
 use super::Result;
-use crate::{DeviceNumber, DomId};
+use crate::config::Access;
+use crate::{Devfn, DeviceNumber, DomId};
 
 /// The device models of the host's HVM guests. A guest may have taken its own over: each call has a limit in time and in what it reads.
 pub trait DeviceModels: Send + Sync {
@@ -21,4 +22,19 @@ pub trait DeviceModels: Send + Sync {
     fn request_eject(&self, domain: DomId, slot: DeviceNumber, limit: Duration) -> Result<bool>;
     /// Removes the placeholder, if there is one, without asking the guest.
     fn eject(&self, domain: DomId, slot: DeviceNumber) -> Result<()>;
+
+    /// The functions that the device model has itself on bus 0, without placeholders, asked for within a limit.
+    fn functions(&self, domain: DomId, limit: Duration) -> Result<Vec<Devfn>>;
+    /// Reads a register of a function of its own, in the first 256 bytes, as the guest does through ports CF8 and CFC. What the guest has
+    /// selected through these ports stays selected.
+    fn read_config(&self, domain: DomId, function: Devfn, access: Access, limit: Duration) -> Result<u32>;
+    /// Writes one likewise.
+    fn write_config(
+        &self,
+        domain: DomId,
+        function: Devfn,
+        access: Access,
+        value: u32,
+        limit: Duration,
+    ) -> Result<()>;
 }

@@ -6,24 +6,60 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use super::failures::Failures;
+use super::failures::{Failures, Subject};
 use super::locked;
 use super::world::World;
+use crate::config::{Access, CONVENTIONAL_SIZE};
 use crate::platform::{Cause, DeviceModels, PlatformError, Result};
-use crate::{DeviceNumber, DomId};
+use crate::{Devfn, DeviceNumber, DomId};
 
-/// The devices of every guest's device model.
-const OWN: [u8; 3] = [0, 1, 2];
+/// The functions of every guest's device model, with the first registers of their config space: host bridge, ISA bridge with IDE and power
+/// management, Xen's platform device.
+const OWN: [(Devfn, u32); 5] = [
+    (Devfn(0), 0x1237_8086),
+    (Devfn(0x08), 0x7000_8086),
+    (Devfn(0x09), 0x7010_8086),
+    (Devfn(0x0b), 0x7113_8086),
+    (Devfn(0x10), 0x0001_5853),
+];
+/// One that another toolstack plugs.
+const PLUGGED: u32 = 0x100e_8086;
+
+fn config_space(ids: u32) -> Vec<u8> {
+    let mut bytes = vec![0; usize::from(CONVENTIONAL_SIZE)];
+    bytes[..4].copy_from_slice(&ids.to_le_bytes());
+    bytes
+}
 
 /// One device model.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Model {
-    /// Device numbers that other toolstacks have had devices plugged at.
-    others: BTreeSet<u8>,
+    /// Config space of its functions, bytes that remember what is written.
+    functions: BTreeMap<Devfn, Vec<u8>>,
     /// Placeholders by device number, and whether the guest was asked to release the device.
     placeholders: BTreeMap<u8, bool>,
     /// How many times the guest was notified of a device.
     notified: usize,
+}
+
+impl Default for Model {
+    fn default() -> Self {
+        let functions = OWN.into_iter().map(|(function, ids)| (function, config_space(ids))).collect();
+        Self { functions, placeholders: BTreeMap::new(), notified: 0 }
+    }
+}
+
+impl Model {
+    fn uses(&self, slot: DeviceNumber) -> bool {
+        self.functions.keys().any(|function| function.device() == slot)
+    }
+
+    /// The bytes of a register.
+    fn register(&mut self, function: Devfn, access: Access) -> std::result::Result<&mut [u8], Errno> {
+        let start = usize::from(access.offset());
+        let bytes = self.functions.get_mut(&function).ok_or(Errno::ENODEV)?;
+        bytes.get_mut(start..start + usize::from(access.width().bytes())).ok_or(Errno::EINVAL)
+    }
 }
 
 #[derive(Default)]
@@ -81,6 +117,7 @@ impl SimDeviceModels {
         &self,
         (operation, action): (&str, &'static str),
         domain: DomId,
+        limit: Option<Duration>,
         body: impl FnOnce(&mut Model) -> std::result::Result<T, Errno>,
     ) -> Result<T> {
         let run = || {
@@ -93,7 +130,7 @@ impl SimDeviceModels {
         };
         let answer = self
             .failures
-            .check(operation, domain.into())
+            .check(operation, Subject { limit, ..domain.into() })
             .and_then(|()| self.failures.fuse.change(run).map_err(Cause::from));
         answer.map_err(|cause| PlatformError::new(action, domain, cause))
     }
@@ -102,15 +139,16 @@ impl SimDeviceModels {
 impl DeviceModels for SimDeviceModels {
     fn slots(&self, domain: DomId) -> Result<Vec<DeviceNumber>> {
         let what = ("device_model_slots", "ask for its devices the device model of domain");
-        self.call(what, domain, |model| {
-            let all = OWN.into_iter().chain(model.others.iter().copied());
-            Ok(all.filter_map(DeviceNumber::new).collect())
+        self.call(what, domain, None, |model| {
+            let slots: BTreeSet<_> = model.functions.keys().map(|function| function.device()).collect();
+            Ok(slots.into_iter().collect())
         })
     }
 
     fn announce(&self, domain: DomId, slot: DeviceNumber) -> Result<()> {
-        self.call(("announce", "plug a placeholder into the device model of domain"), domain, |model| {
-            if OWN.contains(&slot.get()) || model.others.contains(&slot.get()) {
+        let what = ("announce", "plug a placeholder into the device model of domain");
+        self.call(what, domain, None, |model| {
+            if model.uses(slot) {
                 return Err(Errno::EBUSY);
             }
             model.placeholders.insert(slot.get(), false);
@@ -121,7 +159,7 @@ impl DeviceModels for SimDeviceModels {
 
     fn request_eject(&self, domain: DomId, slot: DeviceNumber, limit: Duration) -> Result<bool> {
         let what = ("request_eject", "ask to release a device domain");
-        self.call(what, domain, |model| {
+        self.call(what, domain, None, |model| {
             model.placeholders.entry(slot.get()).and_modify(|asked| *asked = true);
             Ok(())
         })?;
@@ -148,8 +186,37 @@ impl DeviceModels for SimDeviceModels {
 
     fn eject(&self, domain: DomId, slot: DeviceNumber) -> Result<()> {
         let what = ("eject", "remove a placeholder from the device model of domain");
-        self.call(what, domain, |model| {
+        self.call(what, domain, None, |model| {
             model.placeholders.remove(&slot.get());
+            Ok(())
+        })
+    }
+
+    fn functions(&self, domain: DomId, limit: Duration) -> Result<Vec<Devfn>> {
+        let what = ("functions_of_model", "ask for its functions the device model of domain");
+        self.call(what, domain, Some(limit), |model| Ok(model.functions.keys().copied().collect()))
+    }
+
+    fn read_config(&self, domain: DomId, function: Devfn, access: Access, limit: Duration) -> Result<u32> {
+        let what = ("read_config_of_model", "read config space of the device model of domain");
+        self.call(what, domain, Some(limit), |model| {
+            let bytes = model.register(function, access)?;
+            Ok(bytes.iter().rev().fold(0, |value, byte| value << 8 | u32::from(*byte)))
+        })
+    }
+
+    fn write_config(
+        &self,
+        domain: DomId,
+        function: Devfn,
+        access: Access,
+        value: u32,
+        limit: Duration,
+    ) -> Result<()> {
+        let what = ("write_config_of_model", "write config space of the device model of domain");
+        self.call(what, domain, Some(limit), |model| {
+            let bytes = model.register(function, access)?;
+            bytes.copy_from_slice(&value.to_le_bytes()[..bytes.len()]);
             Ok(())
         })
     }
@@ -204,6 +271,7 @@ impl SimHotplug {
 
     /// Another toolstack has a device plugged at this device number.
     pub fn plug_other(&self, slot: u8) {
-        self.models.with(self.domain, |model| model.others.insert(slot));
+        let function = Devfn(slot << 3);
+        self.models.with(self.domain, |model| model.functions.insert(function, config_space(PLUGGED)));
     }
 }

@@ -24,11 +24,48 @@ const SIZE_LIMIT: usize = 1 << 20;
 /// How much of a refusal is repeated, in characters.
 const REASON: usize = 200;
 
+/// Where the device model of a domain listens. The first is for statistics and nearly always free; at the second libxl itself connects, for
+/// each of its commands.
+fn sockets(domain: DomId) -> [String; 2] {
+    ["qmp-libxenstat", "qmp-libxl"].map(|name| format!("/run/xen/{name}-{domain}"))
+}
+
 /// Connects to the device model of a domain.
 pub fn connect_to(domain: DomId) -> Result<Conversation, Cause> {
-    // The first is for statistics and nearly always free; at the second libxl itself connects, for each of its commands.
-    let paths = ["qmp-libxenstat", "qmp-libxl"].map(|name| format!("/run/xen/{name}-{domain}"));
-    connect_at(&paths, LIMIT)
+    connect_at(&sockets(domain), LIMIT)
+}
+
+/// Connects to the device model of a domain, for a conversation that ends within this limit, connecting included.
+pub fn connect_within(domain: DomId, limit: Duration) -> Result<Conversation, Cause> {
+    connect_until(&sockets(domain), limit)
+}
+
+/// The same at these sockets. To be greeted, each gets an equal share of what is left of the time, the conversation all of it.
+fn connect_until(paths: &[String], limit: Duration) -> Result<Conversation, Cause> {
+    let deadline = Instant::now() + limit;
+    let mut outcome = Err(Cause::TimedOut(limit));
+    for (path, sockets) in paths.iter().zip((1..=paths.len() as u32).rev()) {
+        let begun = begin_at(
+            Path::new(path),
+            Instant::now() + deadline.saturating_duration_since(Instant::now()) / sockets,
+        );
+        outcome = begun.map(|begun| Conversation { limit, deadline, ..begun });
+        if outcome.is_ok() {
+            break;
+        }
+    }
+    outcome
+}
+
+fn begin_at(path: &Path, deadline: Instant) -> Result<Conversation, Cause> {
+    let left = || deadline.saturating_duration_since(Instant::now());
+    let limit = left();
+    // To the kernel, 0 is no limit.
+    if limit.as_millis() == 0 {
+        return Err(Cause::TimedOut(limit));
+    }
+    let stream = open(path, limit)?;
+    Conversation::begin(stream, left())
 }
 
 /// Connects to the first of these sockets at which QEMU is free to talk.
@@ -259,6 +296,37 @@ mod tests {
         });
         // The first never answers; what that costs is the limit.
         assert!(connect_at(&paths, Duration::from_secs(1)).is_ok());
+        model.join().unwrap();
+    }
+
+    #[test]
+    fn a_short_conversation_ends_in_time_however_many_sockets_are_busy() {
+        let directory = tempfile::tempdir().unwrap();
+        let paths = ["one", "two"].map(|name| directory.path().join(name).display().to_string());
+        let limit = Duration::from_secs(2);
+        let _busy = paths.each_ref().map(|path| UnixListener::bind(path).unwrap());
+        let begun = Instant::now();
+        assert!(matches!(connect_until(&paths, limit), Err(Cause::TimedOut(_))));
+        // Each socket alone would take that long.
+        assert!(begun.elapsed() < limit * 3 / 2, "{:?}", begun.elapsed());
+    }
+
+    #[test]
+    fn a_short_conversation_has_the_time_that_connecting_has_left() {
+        let directory = tempfile::tempdir().unwrap();
+        let paths = ["one", "two"].map(|name| directory.path().join(name).display().to_string());
+        let (_busy, free) = (UnixListener::bind(&paths[0]).unwrap(), UnixListener::bind(&paths[1]).unwrap());
+        let model = thread::spawn(move || {
+            let (mut stream, _) = free.accept().unwrap();
+            stream.write_all(GREETING.as_bytes()).unwrap();
+            let _ = stream.read_to_end(&mut Vec::new());
+        });
+        let limit = Duration::from_secs(4);
+        let begun = Instant::now();
+        let mut conversation = connect_until(&paths, limit).unwrap();
+        assert!(matches!(conversation.ask("query-pci", &json!({})), Err(Cause::TimedOut(_))));
+        assert!((limit..limit * 2).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+        drop(conversation);
         model.join().unwrap();
     }
 
