@@ -47,6 +47,7 @@ const SLOT: u32 = 0x1f;
 /// Where the second one is put.
 const SECOND: u32 = 5;
 const ECAM: u32 = 0xfe00_0000;
+const INTERRUPT_LINE: u32 = 0x3c;
 const BAR0: u32 = 0x10;
 const BAR3: u32 = 0x1c;
 /// The VF's status register in BAR 0: the state of the link, as the PF has it.
@@ -86,6 +87,7 @@ impl<'a> Scene<'a> for Hvm<'a> {
             bars_decode_where_they_are_put_and_nowhere_else,
             the_msix_table_is_the_services,
             the_acpi_window_shows_extended_config_space_of_our_functions_alone,
+            qemus_functions_answer_in_the_acpi_window_as_at_port_cfc,
             an_hvm_and_a_pv_guest_read_the_same,
             every_access_does_what_the_oracle_says_both_ways,
             the_vfs_mailbox_interrupts_the_guest,
@@ -328,7 +330,7 @@ fn the_msix_table_is_the_services(scene: &mut Hvm<'_>) -> Result<()> {
     Ok(())
 }
 
-/// The window shows our functions as CF8 does, with the capabilities that CF8 cannot reach; of others nothing.
+/// The window shows our functions as CF8 does, with the capabilities that CF8 cannot reach; of others nothing more than CF8.
 fn the_acpi_window_shows_extended_config_space_of_our_functions_alone(scene: &mut Hvm<'_>) -> Result<()> {
     let one = scene.one()?;
     one.tell(&format!("ecam {ECAM:x}"))?;
@@ -340,7 +342,37 @@ fn the_acpi_window_shows_extended_config_space_of_our_functions_alone(scene: &mu
         ensure!(one.number("e 150 2")? == 0x000e, "{}", one.tell("e 150 4")?);
     }
     one.tell("slot 2")?;
-    ensure!(one.number("e 0 4")? == u32::MAX, "a device of QEMU's answers there");
+    ensure!(one.number("e 100 4")? == u32::MAX, "{}", one.tell("e 100 4")?);
+    Ok(())
+}
+
+/// Host bridge, ISA bridge with its functions, Xen's platform device; a register that is written; and device numbers without a device. What
+/// the guest has selected by port CF8 stays selected.
+fn qemus_functions_answer_in_the_acpi_window_as_at_port_cfc(scene: &mut Hvm<'_>) -> Result<()> {
+    let one = scene.one()?;
+    one.tell(&format!("ecam {ECAM:x}"))?;
+    one.tell("slot 0")?;
+    let host_bridge = one.number("r 0 4")?;
+    ensure!(host_bridge & 0xffff == 0x8086, "the host bridge is {host_bridge:x} at port CFC");
+    for slot in 0..4u32 {
+        one.tell(&format!("slot {slot:x}"))?;
+        for function in 0..8u32 {
+            one.tell(&format!("o cf8 4 {:x}", 0x8000_0000 | slot << 11 | function << 8))?;
+            let by_ports = one.number("i cfc 4")?;
+            let by_window = one.number(&format!("e {:x} 4", function << 12))?;
+            ensure!(by_window == by_ports, "{slot:x}.{function:x}: {by_window:x}, not {by_ports:x}");
+            ensure!(one.number("i cfc 4")? == by_ports, "{slot:x}.{function:x} is not selected any more");
+        }
+    }
+    // Interrupt Line is software's to write.
+    one.tell("slot 2")?;
+    let line = one.number(&format!("r {INTERRUPT_LINE:x} 1"))?;
+    one.tell(&format!("f {INTERRUPT_LINE:x} 1 {:x}", line ^ 1))?;
+    ensure!(one.number(&format!("r {INTERRUPT_LINE:x} 1"))? == line ^ 1, "a write in the window is lost");
+    one.tell(&format!("f {INTERRUPT_LINE:x} 1 {line:x}"))?;
+    println!("  nothing is selected in QEMU, where port CFC leads while the guest has selected nothing");
+    one.tell("o cf8 4 0")?;
+    ensure!(one.number("i cfc 4")? == u32::MAX, "port CFC reaches {}", one.tell("i cfc 4")?);
     Ok(())
 }
 

@@ -19,6 +19,7 @@ mod hvm_events;
 mod hvm_hotplug;
 mod hvm_lines;
 mod hvm_vectors;
+mod hvm_window;
 mod mailbox;
 mod managed;
 mod network;

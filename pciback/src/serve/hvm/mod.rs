@@ -4,6 +4,7 @@ mod acpi;
 mod addresses;
 mod bars;
 mod device;
+mod emulated;
 mod frames;
 mod interrupts;
 mod numbers;

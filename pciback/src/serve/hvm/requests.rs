@@ -7,13 +7,14 @@ use std::sync::Arc;
 
 use log::warn;
 
+use super::emulated::Emulated;
 use super::ports::ConfigPorts;
 use super::recovery::recover_interrupted;
 use super::wire::{self, IoRequest, Place, VCPUS};
 use super::{ECAM_BASE, ECAM_BYTES, Taken};
 use crate::config::Width;
 use crate::fault::AerAnswer;
-use crate::platform::{HvmDomains, IoreqServer, PlatformError};
+use crate::platform::{DeviceModels, HvmDomains, IoreqServer, PlatformError};
 use crate::serve::worker::{EVENTS, RequestSource, Turn};
 use crate::serve::{
     Attachment, Counters, Demand, GuestFunction, NotNotified, Notification, Roster, Server, ServerReport,
@@ -30,6 +31,8 @@ pub struct Connection {
     pub taken: Arc<Taken>,
     /// Where the guest's physical interrupts are looked up.
     pub domains: Arc<dyn HvmDomains>,
+    /// Where the guest's other functions are.
+    pub models: Arc<dyn DeviceModels>,
     /// Whether the guest has functions from another toolstack, too.
     pub shared: bool,
 }
@@ -43,8 +46,9 @@ pub fn start(
     counters: Arc<Counters>,
     report: Box<dyn Fn(ServerReport) + Send>,
 ) -> io::Result<Server> {
-    let Connection { server, ports, taken, domains, shared } = connection;
-    let source = IoreqRequests { server, ports, taken, domains, shared, resumes: true };
+    let Connection { server, ports, taken, domains, models, shared } = connection;
+    let emulated = Emulated::new(domain, models);
+    let source = IoreqRequests { server, ports, taken, domains, emulated, shared, resumes: true };
     Server::start(domain, source, functions, counters, report)
 }
 
@@ -54,6 +58,7 @@ struct IoreqRequests {
     ports: ConfigPorts,
     taken: Arc<Taken>,
     domains: Arc<dyn HvmDomains>,
+    emulated: Emulated,
     shared: bool,
     /// Requests that an earlier thread took and did not answer are answered, too.
     resumes: bool,
@@ -114,25 +119,48 @@ impl RequestSource for IoreqRequests {
     fn withdraw(&mut self) {}
 }
 
+/// What a request has come to.
+struct Done {
+    /// What is read.
+    value: u64,
+    /// Whether the request made sense.
+    known: bool,
+    /// What it asks of the service, and for which function.
+    demand: Option<Demand>,
+    attachment: Option<Attachment>,
+    /// What went wrong.
+    trouble: Option<String>,
+}
+
+impl Done {
+    fn value(value: u64) -> Self {
+        Self { value, known: true, demand: None, attachment: None, trouble: None }
+    }
+
+    /// The request is one that nothing answers.
+    fn nonsense() -> Self {
+        Self { known: false, ..Self::value(u64::MAX) }
+    }
+}
+
 impl IoreqRequests {
     /// Carries a request out and answers it; `true`: the thread was ordered to stop before it was done, and the next one does it again.
     fn answer(&mut self, roster: &mut Roster, vcpu: u16, request: &IoRequest) -> bool {
         let taken = roster.counters.taken();
-        let (mut known, mut demand, mut attachment, mut trouble) = (true, None, None, None);
-        let data = match request.place {
+        let (data, done) = match request.place {
             // What is read is in the guest's memory then.
             Place::Items { address, to, count, down } if request.bytes != 0 => {
                 let items = items(roster, address, (count, request.bytes), down);
                 let lowest = if down { to.wrapping_sub(distance(count - 1, request.bytes)) } else { to };
-                trouble = self.server.write_memory(lowest, &items).err().map(|error| error.to_string());
-                None
+                let trouble = self.server.write_memory(lowest, &items).err().map(|error| error.to_string());
+                (None, Done { trouble, ..Done::value(u64::MAX) })
             }
             _ => {
-                let data;
-                (data, known, demand, attachment) = self.execute(roster, request);
-                request.write.is_none().then(|| data & value_mask(request.bytes))
+                let done = self.execute(roster, request);
+                (request.write.is_none().then(|| done.value & value_mask(request.bytes)), done)
             }
         };
+        let Done { known, demand, attachment, trouble, .. } = done;
         // The guest goes on when its BAR is there.
         if finish_placing(roster) {
             return true;
@@ -154,42 +182,40 @@ impl IoreqRequests {
         false
     }
 
-    /// What is read, whether the request made sense, and what it asks of the service.
-    fn execute(
-        &mut self,
-        roster: &mut Roster,
-        request: &IoRequest,
-    ) -> (u64, bool, Option<Demand>, Option<Attachment>) {
+    fn execute(&mut self, roster: &mut Roster, request: &IoRequest) -> Done {
         if request.bytes == 0 {
-            return (u64::MAX, false, None, None);
+            return Done::nonsense();
         }
         match request.place {
             Place::Config { slot, offset } => {
                 let bytes = wire::reached_by_ports(offset, request.bytes);
-                self.config(roster, slot.devfn(), offset, bytes, request.write)
+                // Where there is no function of ours, nothing answers: Xen sends what is the device model's to that.
+                let done = self.config(roster, slot.devfn(), offset, bytes, request.write);
+                done.unwrap_or(Done::value(u64::MAX))
             }
             Place::Memory { address } => match address.checked_sub(ECAM_BASE) {
-                Some(at) if at < ECAM_BYTES => self.config(
-                    roster,
-                    Devfn((at >> 12) as u8),
-                    at as u16 & 0xfff,
-                    request.bytes,
-                    request.write,
-                ),
-                _ => (access_memory(roster, address, request.bytes, request.write), true, None, None),
+                Some(at) if at < ECAM_BYTES => {
+                    let (devfn, offset) = (Devfn((at >> 12) as u8), at as u16 & 0xfff);
+                    self.config(roster, devfn, offset, request.bytes, request.write).unwrap_or_else(|| {
+                        let (value, trouble) =
+                            self.emulated.access(devfn, offset, request.bytes, request.write);
+                        Done { trouble, ..Done::value(value) }
+                    })
+                }
+                _ => Done::value(access_memory(roster, address, request.bytes, request.write)),
             },
             Place::Port { port } => {
                 let (value, resets) = self.ports.access(port, request.bytes, request.write);
                 if resets {
                     (roster.report)(ServerReport::RestartWanted);
                 }
-                (value, true, None, None)
+                Done::value(value)
             }
-            Place::Items { .. } | Place::Other => (u64::MAX, false, None, None),
+            Place::Items { .. } | Place::Other => Done::nonsense(),
         }
     }
 
-    /// Config space; where there is no function of ours, nothing answers.
+    /// Config space of a function of ours, if there is one.
     fn config(
         &mut self,
         roster: &mut Roster,
@@ -197,25 +223,21 @@ impl IoreqRequests {
         offset: u16,
         bytes: u8,
         write: Option<u64>,
-    ) -> (u64, bool, Option<Demand>, Option<Attachment>) {
-        let Some(function) = roster.functions.get_mut(&devfn) else {
-            return (u64::MAX, true, None, None);
-        };
+    ) -> Option<Done> {
+        let function = roster.functions.get_mut(&devfn)?;
         let attachment = Some(function.attachment());
-        match write {
-            None => {
-                let (value, demand) = config_read(function, offset, bytes);
-                (value, true, demand, attachment)
-            }
+        let (value, demand) = match write {
+            None => config_read(function, offset, bytes),
             Some(value) => {
                 let before = self.taken.addresses.released();
                 let demand = config_write(function, offset, bytes, value);
                 if self.taken.addresses.released() != before {
                     place_others(roster);
                 }
-                (value, true, demand, attachment)
+                (value, demand)
             }
-        }
+        };
+        Some(Done { demand, attachment, ..Done::value(value) })
     }
 }
 

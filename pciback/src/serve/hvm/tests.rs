@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -11,8 +12,10 @@ use super::frames::AT_ONCE;
 use super::requests::{Connection, start};
 use super::{ConfigPorts, wire};
 use crate::abi::ioreq::xen::{self, config};
+use crate::config::Access;
 use crate::platform::{
-    Edit, HvmDomains, IoreqServer, MsiMessage, PAGE, Pirq, Result, ServerId, SharedMemory,
+    Cause, DeviceModels, Edit, HvmDomains, IoreqServer, MsiMessage, PAGE, Pirq, PlatformError, Result,
+    ServerId, SharedMemory,
 };
 use crate::serve::revocation::Revocation;
 use crate::serve::test_machine::{DOMAIN, Machine};
@@ -62,7 +65,7 @@ impl HvmDomains for Xen {
         Ok(())
     }
     fn connect(&self, domain: DomId, _: ServerId) -> Result<Box<dyn IoreqServer>> {
-        Err(crate::platform::PlatformError::new("connect to", domain, nix::errno::Errno::ENOSYS))
+        Err(PlatformError::new("connect to", domain, nix::errno::Errno::ENOSYS))
     }
     fn claim_slot(&self, _: DomId, _: ServerId, _: DeviceNumber, _: Edit) -> Result<()> {
         Ok(())
@@ -131,6 +134,37 @@ impl IoreqServer for Page {
     }
 }
 
+/// Nothing listens where the device model would.
+struct NoModels;
+
+fn no_model<T>(domain: DomId) -> Result<T> {
+    Err(PlatformError::new("ask the device model of", domain, Cause::Missing))
+}
+
+impl DeviceModels for NoModels {
+    fn slots(&self, domain: DomId) -> Result<Vec<DeviceNumber>> {
+        no_model(domain)
+    }
+    fn announce(&self, domain: DomId, _: DeviceNumber) -> Result<()> {
+        no_model(domain)
+    }
+    fn request_eject(&self, domain: DomId, _: DeviceNumber, _: Duration) -> Result<bool> {
+        no_model(domain)
+    }
+    fn eject(&self, domain: DomId, _: DeviceNumber) -> Result<()> {
+        no_model(domain)
+    }
+    fn functions(&self, domain: DomId, _: Duration) -> Result<Vec<Devfn>> {
+        no_model(domain)
+    }
+    fn read_config(&self, domain: DomId, _: Devfn, _: Access, _: Duration) -> Result<u32> {
+        no_model(domain)
+    }
+    fn write_config(&self, domain: DomId, _: Devfn, _: Access, _: u32, _: Duration) -> Result<()> {
+        no_model(domain)
+    }
+}
+
 struct Guest {
     xen: Arc<Xen>,
     page: Page,
@@ -143,7 +177,7 @@ fn begin() -> (Guest, Server) {
     let mut function = Machine::new().open_large(ADDRESS, BYTES);
     enter(&xen, &mut function, false);
     for (offset, value) in [(0x10, PLACE as u32), (0x14, (PLACE >> 32) as u32)] {
-        let access = crate::config::Access::new(offset, 4).unwrap();
+        let access = Access::new(offset, 4).unwrap();
         assert!(!function.write_config(access, value).failed);
     }
     let memory = SharedMemory::anonymous(wire::PAGE_BYTES).unwrap();
@@ -169,6 +203,7 @@ impl Guest {
             ports: ConfigPorts::new(SharedMemory::anonymous(ConfigPorts::BYTES).unwrap()),
             taken: Arc::default(),
             domains: Arc::clone(&self.xen) as Arc<dyn HvmDomains>,
+            models: Arc::new(NoModels),
             shared: false,
         };
         start(DOMAIN, connection, functions, Arc::new(Counters::default()), Box::new(drop)).unwrap()

@@ -217,8 +217,8 @@ impl Engine {
         let report =
             Box::new(move |report| inbox.send(engine::Event::Guests(Event::Reported(domain, report))));
         let shared = self.has_functions_of_others(domain);
-        let connection =
-            Connection { server: connected, ports, taken, domains: Arc::clone(&self.platform.hvm), shared };
+        let (domains, models) = (Arc::clone(&self.platform.hvm), Arc::clone(&self.platform.device_models));
+        let connection = Connection { server: connected, ports, taken, domains, models, shared };
         let started = hvm::start(domain, connection, functions, Arc::clone(&guest.counters), report);
         let failed = |error: io::Error| {
             Failure::new(ErrorCode::Failed, format!("cannot start the thread of domain {domain}: {error}"))
