@@ -85,7 +85,8 @@ enum Action {
     Attach,
     Detach,
     DetachByForce,
-    /// The guest asks for a Function Level Reset.
+    /// The guest asks for a Function Level Reset. While a driver uses MSI-X, Linux would write its vectors to the table after that, which is
+    /// read-only for a PV guest: its kernel crashes, with each backend.
     Reset,
     /// The guest's driver gives its MSI-X vectors back and sets them up again.
     Driver,
@@ -125,7 +126,9 @@ impl Action {
             Self::Attach => lab.spawn(&format!("xpci pci-attach {name} {vf}"))?,
             Self::Detach => lab.spawn(&format!("xpci pci-detach {name} {vf}"))?,
             Self::DetachByForce => lab.spawn(&format!("xpci pci-detach --force {name} {vf}"))?,
-            Self::Reset => guest.spawn(&format!("echo 1 > {device}/reset"))?,
+            Self::Reset => {
+                guest.spawn(&format!("modprobe -r igbvf; echo 1 > {device}/reset; modprobe igbvf"))?
+            }
             Self::Driver => guest.spawn("modprobe -r igbvf; modprobe igbvf")?,
             Self::CorrectableError => return inject_error(lab, vf, 0, BAD_TLP).map(|()| None),
             Self::UncorrectableError => return inject_error(lab, vf, COMPLETION_TIMEOUT, 0).map(|()| None),
