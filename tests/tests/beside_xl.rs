@@ -121,14 +121,17 @@ fn a_guest_that_xl_saves_with_its_vf_is_named_until_it_is_started_anew(
 
 fn a_guest_that_runs_on_after_a_checkpoint_by_xl_keeps_its_vf(scene: &mut BesideXl<'_>) -> Result<()> {
     one_uses_it(scene)?;
+    // With MSI-X in use Linux would crash: it writes to the table, which Xen makes read-only for it.
+    scene.one.run("modprobe -r igbvf").ok()?;
     let (lab, one) = (scene.lab, scene.one.domid()?);
     with_room(lab, |checkpoint| {
         lab.dom0(&format!("xl save -c one {checkpoint}")).limit(SOON * 4).ok()?;
         ensure!(scene.one.domid()? == one, "it is another domain");
         the_status_says(lab, "and runs on with its functions")?;
         ensure!(owner(lab, VFS[0])? == format!("d{one}"), "{}", owner(lab, VFS[0])?);
-        // It answers, and releases the function as ever.
-        scene.one.run("true").ok()?;
+        // Its driver starts again, and it releases the function as ever.
+        bring_up(&scene.one, ADDRESS)?;
+        ping(&scene.one, "10.9.9.1")?;
         xpci(lab, &format!("pci-detach one {}", VFS[0]))?;
         nothing_remains(lab, &scene.one)?;
         // This is a checkpoint without functions, and takes the place of the other.

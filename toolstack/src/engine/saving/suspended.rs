@@ -199,6 +199,9 @@ impl Engine {
         let functions = few(&functions, SHOWN);
         let was = format!("was suspended with {functions}, not by 'xpci save'");
         let fate = if suspension.hvm { "has lost them" } else { "hangs" };
+        // A PV guest may only read the MSI-X table.
+        let unless =
+            if suspension.hvm { "" } else { ", unless it crashed, as Linux does whose driver uses MSI-X" };
         let path = self.files.suspensions.path(suspension.guest);
         let end = format!("'rm {}' ends this message", path.display());
         match whereabouts {
@@ -207,7 +210,7 @@ impl Engine {
                 self.called(domain)
             ),
             Whereabouts::RunsOn(domain) => format!(
-                "{} {was}, and runs on with its functions: what is restored from that checkpoint {fate}; 'xpci save -c {domain} FILE' makes one that can be restored; {end}",
+                "{} {was}, and runs on with its functions{unless}: what is restored from that checkpoint {fate}; 'xpci save -c {domain} FILE' makes one that can be restored; {end}",
                 self.called(domain)
             ),
             Whereabouts::Another(domain) => format!(
