@@ -22,6 +22,13 @@ use crate::outcome::Failure;
 use crate::protocol::Cause;
 use crate::transaction::{Kind, Step, Withdrawal, note_owner};
 
+/// What an earlier run may have been doing with a function of a guest.
+struct Unfinished {
+    address: Sbdf,
+    /// The function was being reset.
+    resetting: bool,
+}
+
 impl Engine {
     /// Reads the journal and takes over what still applies.
     pub fn recover(&mut self) -> Result<(), Failure> {
@@ -33,7 +40,7 @@ impl Engine {
         for record in earlier {
             self.forget_earlier_boot(record);
         }
-        self.resume_guests(&current);
+        let unfinished = self.resume_guests(&current);
         if let Err(error) = self.remove_leftover_nodes() {
             warn!("nodes of guests that have lost their functions: {error}");
         }
@@ -52,7 +59,22 @@ impl Engine {
             self.distrust_unknown(&error);
         }
         self.take_over_states();
+        self.finish(unfinished);
         Ok(())
+    }
+
+    /// Goes on with resets that were under way. Their functions are known by now, and those that their guests lose are busy.
+    fn finish(&mut self, unfinished: Vec<Unfinished>) {
+        for Unfinished { address, resetting } in unfinished {
+            let record = self.functions.records().get(address);
+            let stays = record.is_some_and(|record| {
+                record.state == FunctionState::Attached && record.quarantine.is_none()
+            });
+            if resetting && stays && !self.functions.is_busy(address) {
+                // The earlier run may have been killed before, during or after the reset.
+                self.reset_for_guest(address);
+            }
+        }
     }
 
     /// Quarantines a function whose record cannot be read, because it is unknown what an earlier run did with it.
@@ -100,7 +122,8 @@ impl Engine {
         self.functions.keep(kept);
     }
 
-    fn resume_guests(&mut self, records: &[Record]) {
+    fn resume_guests(&mut self, records: &[Record]) -> Vec<Unfinished> {
+        let mut unfinished = Vec::new();
         let mut guests: BTreeMap<DomId, Vec<(Devfn, Sbdf, Box<GuestFunction>)>> = BTreeMap::new();
         let mut hvm_guests: BTreeMap<DomId, Vec<Resumed>> = BTreeMap::new();
         for record in records {
@@ -119,6 +142,8 @@ impl Engine {
                         function.set_gone();
                     }
                     self.note_vf_requests(&function);
+                    let resetting = function.resetting();
+                    unfinished.push(Unfinished { address: record.address, resetting });
                     self.functions.serve(function.attachment(), filter);
                     match memory {
                         Some(memory) => {
@@ -152,6 +177,7 @@ impl Engine {
                 }
             }
         }
+        unfinished
     }
 
     fn note_lacking(&mut self, address: Sbdf, domain: DomId, text: String) {

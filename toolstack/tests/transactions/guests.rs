@@ -5,6 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use pciback::platform::sim::Moment;
 use pciback::platform::{StoreOps, sim};
 use pciback::serve::pv::nodes;
 use pciback::serve::pv::wire::{Command, WireError};
@@ -200,6 +201,24 @@ fn a_function_level_reset_reads_all_ones_and_ends_with_the_interrupts_in_place()
     assert_eq!(frontend.read(0, COMMAND, 2) & BUS_MASTER, 0, "the reset clears it");
     assert_eq!(world.simulation.grants(WEB).vectors, before);
     assert_ne!(world.simulation.peek(bdf("01:10.0"), 0x73, 1)[0] & 0x80, 0, "MSI-X Enable is set again");
+}
+
+#[test]
+fn a_guests_reset_that_a_killed_service_began_is_done_by_the_next_one() {
+    for change in 0..6 {
+        let world = World::new();
+        let (frontend, service) = attached(&world, WEB, &[bdf("01:10.0")]);
+        service.fuse.arm(change, Moment::Before);
+        frontend.put(&write_op(0, DEVICE_CONTROL, 2, INITIATE_FLR));
+        wait_until("it is killed or answers", || frontend.has_answer() || service.fuse.is_blown());
+        service.kill();
+        let service = world.start();
+        frontend.take(0);
+        wait_until(&format!("change {change}: the function answers"), || {
+            frontend.read(0, VENDOR, 2) == 0x8086
+        });
+        service.wait_for_state(bdf("01:10.0"), FunctionState::Attached);
+    }
 }
 
 #[test]

@@ -278,7 +278,6 @@ impl Engine {
         };
         let taken: Arc<Taken> = Arc::default();
         let mut functions = BTreeMap::new();
-        let mut resetting = Vec::new();
         for Resumed { devfn, mut function, memory } in resumed {
             let platform = Arc::clone(&self.platform.hvm);
             let device = Device::new(platform, server, devfn.device(), Arc::clone(&taken), memory);
@@ -287,17 +286,9 @@ impl Engine {
                 let text = format!("{}: {error}", function.address());
                 self.problems.push(Problem::new(Cause::Guest, text).on(function.address()).of(domain));
             }
-            if function.resetting() {
-                resetting.push(function.address());
-            }
             functions.insert(devfn, function);
         }
-        self.start_server(domain, server, taken, functions)?;
-        for address in resetting {
-            // The earlier run may have been killed before, during or after the reset.
-            self.reset_for_guest(address);
-        }
-        Ok(())
+        self.start_server(domain, server, taken, functions)
     }
 
     /// Destroys the server of a guest that has lost its last function.

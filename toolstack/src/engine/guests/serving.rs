@@ -255,11 +255,6 @@ impl Engine {
         let frontend = nodes::read_frontend(store.as_ref(), domain)?;
         let places: Vec<(Devfn, Sbdf)> =
             functions.iter().map(|(devfn, address, _)| (*devfn, *address)).collect();
-        let resetting: Vec<Sbdf> = functions
-            .iter()
-            .filter(|(_, _, function)| function.resetting())
-            .map(|(_, address, _)| *address)
-            .collect();
         let (handshake, actions) = Handshake::resume(domain, state, &left, &places, frontend);
         let mut guest = Guest::new(handshake);
         guest.parked = functions.into_iter().map(|(devfn, _, function)| (devfn, function)).collect();
@@ -268,10 +263,6 @@ impl Engine {
         }
         self.guests.add(domain, guest);
         self.act(domain, actions);
-        for address in resetting {
-            // The earlier run may have been killed before, during or after the reset.
-            self.reset_for_guest(address);
-        }
         Ok(())
     }
 }
