@@ -65,11 +65,13 @@ fn a_restarted_service_finds_everything_as_it_was() {
     assert!(space.image_mut().set_vectors(&vectors));
     space.image_mut().begin_request(&request());
     space.image_mut().set_resetting(true);
+    space.image_mut().set_conversation(0xfedc_0041);
     drop(space);
     let mut space = resumed(&file).unwrap();
     assert_eq!(space.image().vectors(), vectors);
     assert_eq!(space.image().request(), Some(request()));
     assert!(space.image().resetting());
+    assert_eq!(space.image().conversation(), 0xfedc_0041);
     space.image_mut().set_resetting(false);
     let read = |space: &VirtualConfigSpace, offset| {
         space.read(Access::new(offset, 4).unwrap(), &device.hardware).unwrap()

@@ -224,6 +224,9 @@ const fn channel_number(state: ChannelState) -> u32 {
     }
 }
 
+/// No operation: what stands on the page before one is put there.
+const NO_AER: u32 = u32::MAX;
+
 /// Whether the frontend says that it can be notified of errors.
 pub fn has_aer_handler(page: &[AtomicU32]) -> bool {
     page[word::FLAGS].load(Ordering::Acquire) & AER_HANDLER != 0
@@ -232,13 +235,26 @@ pub fn has_aer_handler(page: &[AtomicU32]) -> bool {
 /// Notifies the frontend of an error of the function that it sees at `devfn`; the caller then sends an event.
 pub fn put_aer(page: &[AtomicU32], devfn: Devfn, request: AerRequest, state: ChannelState) {
     let store = |index: usize, value: u32| page[index].store(value, Ordering::Relaxed);
-    store(word::AER_COMMAND, aer_number(request));
     store(word::AER_ERROR, channel_number(state));
     store(word::AER_DOMAIN, 0);
     store(word::AER_BUS, 0);
     store(word::AER_DEVFN, u32::from(devfn.0));
+    // Directly before the flag: by this word a later run of the service knows that the operation was put, see `was_aer_put`.
+    page[word::AER_COMMAND].store(aer_number(request), Ordering::Release);
     // Release: the guest sees the operation once it sees the flag. Atomic: the guest may change the other flags at the same time.
     page[word::FLAGS].fetch_or(AER_ACTIVE, Ordering::Release);
+}
+
+/// Makes the page say that the next operation is not put yet. No operation may be unanswered.
+pub fn clear_aer(page: &[AtomicU32]) {
+    // Release: not after what the caller notes next.
+    page[word::AER_COMMAND].store(NO_AER, Ordering::Release);
+}
+
+/// Whether this operation is the one that was put last, after [`clear_aer`], answered or not: frontends leave its words as they are.
+pub fn was_aer_put(page: &[AtomicU32], devfn: Devfn, request: AerRequest) -> bool {
+    page[word::AER_COMMAND].load(Ordering::Acquire) == aer_number(request)
+        && page[word::AER_DEVFN].load(Ordering::Relaxed) == u32::from(devfn.0)
 }
 
 /// What the frontend answered; `None` while it is awaited. `Err`: a number that is no answer.

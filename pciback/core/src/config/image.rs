@@ -29,6 +29,7 @@ mod word {
     pub const RESETTING: usize = 8;
     pub const VECTORS_GENERATION: usize = 9;
     pub const REQUEST_GENERATION: usize = 10;
+    pub const CONVERSATION: usize = 11;
     /// Where an HVM guest has each BAR: two words for each of seven.
     pub const PLACED: usize = 16;
     /// How many page frames of each of these are mapped, from the first on.
@@ -352,6 +353,17 @@ impl FunctionImage {
     /// Begins or ends the time in which every access reads all ones.
     pub fn set_resetting(&mut self, resetting: bool) {
         self.words.publish(word::RESETTING, u32::from(resetting));
+    }
+
+    /// The note of a conversation with the guest's driver about an error; 0 where there is none, and in images of versions that did not
+    /// note it.
+    pub fn conversation(&self) -> u32 {
+        self.words.latest(word::CONVERSATION)
+    }
+
+    /// Replaces that note, after everything that was stored before.
+    pub fn set_conversation(&mut self, note: u32) {
+        self.words.publish(word::CONVERSATION, note);
     }
 
     fn vector_slot(&self) -> usize {

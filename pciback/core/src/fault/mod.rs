@@ -1,9 +1,10 @@
 //! Errors that functions report, and what follows from them: pure, so that every case stands in a table.
 //!
 //! [`decide`] makes an action of an error, its owner, the policy and what happened before; [`Recovery`] is the conversation with a
-//! guest that is notified; [`Account`] makes one error of its event and its count.
+//! guest that is notified, [`Conversation`] what is noted of it; [`Account`] makes one error of its event and its count.
 
 mod account;
+mod conversation;
 mod counters;
 mod decision;
 mod history;
@@ -19,6 +20,7 @@ use crate::Sbdf;
 use crate::spec;
 
 pub use account::Account;
+pub use conversation::{Conversation, Heard};
 pub use counters::ErrorCounters;
 pub use decision::{Decision, Owner, Relation, Response, decide};
 pub use history::{History, Storms};

@@ -53,6 +53,17 @@ impl AerAnswer {
             other => Err(other),
         }
     }
+
+    /// The number on the page.
+    pub const fn number(self) -> u32 {
+        match self {
+            Self::None => 1,
+            Self::CanRecover => 2,
+            Self::NeedReset => 3,
+            Self::Disconnect => 4,
+            Self::Recovered => 5,
+        }
+    }
 }
 
 /// What comes next.
@@ -80,7 +91,12 @@ pub struct Recovery {
 impl Recovery {
     /// Begins with [`AerRequest::Detected`]; `mmio_enabled`: the driver may be asked to look at the function.
     pub const fn begin(state: ChannelState, mmio_enabled: bool) -> Self {
-        Self { state, mmio_enabled, asked: AerRequest::Detected }
+        Self::at(AerRequest::Detected, state, mmio_enabled)
+    }
+
+    /// One in which this was asked last.
+    pub const fn at(asked: AerRequest, state: ChannelState, mmio_enabled: bool) -> Self {
+        Self { state, mmio_enabled, asked }
     }
 
     /// The next question to the guest.
@@ -91,6 +107,11 @@ impl Recovery {
     /// The state of the link that goes with it.
     pub const fn state(&self) -> ChannelState {
         self.state
+    }
+
+    /// Whether the driver may be asked to look at the function.
+    pub const fn mmio_enabled(&self) -> bool {
+        self.mmio_enabled
     }
 
     fn ask(&mut self, request: AerRequest) -> Next {
