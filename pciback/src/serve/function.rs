@@ -16,6 +16,7 @@ use super::revocation::{Revocable, Revocation};
 use crate::config::{
     Access, ConfigSpace, Filter, InterruptMode, MaskedWrite, SideEffect, VirtualConfigSpace,
 };
+use crate::fault::{Conversation, Heard};
 use crate::live::{self, Switch};
 use crate::platform::Hypervisor;
 use crate::spec::header::COMMAND_BUS_MASTER;
@@ -100,6 +101,10 @@ impl GuestFunction {
         line: u32,
     ) -> Self {
         let revocation = Revocation::default();
+        // The reset that a killed process had under way was the host's, if the guest's driver had answered that it needs one.
+        let conversation = Conversation::from_word(space.image().conversation());
+        let is_answered = |conversation: Conversation| matches!(conversation.heard, Heard::Answer(_));
+        let keeps_registers = space.image().resetting() && conversation.is_some_and(is_answered);
         let function = Self {
             domain,
             address,
@@ -112,7 +117,7 @@ impl GuestFunction {
             device: Arc::new(Unplaced),
             gone: false,
             leaving: false,
-            keeps_registers: false,
+            keeps_registers,
             trouble: None,
             driver_started: None,
             vfs: VfRequests::default(),
@@ -153,6 +158,17 @@ impl GuestFunction {
     /// Whether a reset of the guest's was under way when a previous process of the service ended.
     pub fn resetting(&self) -> bool {
         self.space.image().resetting()
+    }
+
+    /// The conversation with the guest's driver about an error, as it was noted last.
+    pub fn conversation(&self) -> Option<Conversation> {
+        Conversation::from_word(self.space.image().conversation())
+    }
+
+    /// Notes how far the conversation has come, or that it has ended.
+    pub fn note_conversation(&mut self, conversation: Option<Conversation>) {
+        let note = conversation.map_or(0, |conversation| conversation.to_word());
+        self.space.image_mut().set_conversation(note);
     }
 
     /// From now on every access reads all ones and no hardware is touched.
@@ -372,6 +388,7 @@ impl GuestFunction {
     /// Makes the function harmless before the guest loses it: bus mastering off, interrupts off and unmapped.
     pub fn quiesce(&mut self) -> Result<(), interrupts::InterruptError> {
         self.leaving = true;
+        self.note_conversation(None);
         self.reset_mailbox();
         // While it is being reset nothing reaches it, and what the guest set is gone; the reset that detach ends with counts.
         let quiet = if self.is_silent() { Ok(()) } else { self.silence() };

@@ -10,7 +10,7 @@ use super::function::GuestFunction;
 use super::interrupts::InterruptError;
 use crate::Devfn;
 use crate::config::{Filter, MaskedWrite};
-use crate::fault::{AerAnswer, AerRequest, ChannelState};
+use crate::fault::{AerAnswer, Conversation};
 use crate::platform::PlatformError;
 
 /// What the thread reports to the engine.
@@ -91,6 +91,8 @@ pub(super) enum Order {
     ReplaceFilter(Devfn, Arc<Filter>, mpsc::Sender<io::Result<()>>),
     MaskedWrites(Devfn, mpsc::Sender<Vec<MaskedWrite>>),
     Notify(Notification),
+    /// The conversation with the guest's driver about an error has ended.
+    EndConversation(Devfn),
     BeginReset(Devfn, mpsc::Sender<Result<(), PlatformError>>),
     /// Stops; the functions come back as they are.
     Stop(mpsc::Sender<BTreeMap<Devfn, Box<GuestFunction>>>),
@@ -101,10 +103,10 @@ pub(super) enum Order {
 pub struct Notification {
     /// The function, as the guest sees it.
     pub devfn: Devfn,
-    /// What the guest's driver is asked.
-    pub request: AerRequest,
-    /// In which state the link is.
-    pub state: ChannelState,
+    /// What the guest's driver is asked; nothing is heard yet.
+    pub conversation: Conversation,
     /// How long the answer is waited for.
     pub limit: Duration,
+    /// Whether an earlier process may have asked already: then it is not asked again.
+    pub resumed: bool,
 }

@@ -164,6 +164,11 @@ impl Roster {
                 }
             }
             Order::Notify(notification) => self.to_notify.push_back(notification),
+            Order::EndConversation(devfn) => {
+                if let Some(function) = self.functions.get_mut(&devfn) {
+                    function.note_conversation(None);
+                }
+            }
             Order::BeginReset(devfn, begun) => {
                 if let Some(function) = self.functions.get_mut(&devfn) {
                     let _ = begun.send(function.begin_reset());

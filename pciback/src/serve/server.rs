@@ -128,6 +128,11 @@ impl Server {
         self.ask(|sender| Order::BeginReset(devfn, sender))
     }
 
+    /// The conversation of which notifications were part has ended: no later process of the service goes on with it.
+    pub fn end_conversation(&self, devfn: Devfn) {
+        self.order(Order::EndConversation(devfn));
+    }
+
     fn ask<T>(&self, order: impl FnOnce(mpsc::Sender<T>) -> Order) -> Result<Option<T>, ServerStuck> {
         let (sender, answer) = mpsc::channel();
         self.order(order(sender));

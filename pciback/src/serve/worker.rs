@@ -3,10 +3,11 @@
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
+use super::function::GuestFunction;
 use super::orders::{NotNotified, Notification};
 use super::pace::Pace;
 use super::roster::Roster;
-use crate::fault::AerAnswer;
+use crate::fault::{AerAnswer, Conversation, Heard};
 use crate::platform::PlatformError;
 
 /// How many looks for a request come between two looks at the clock, which under Xen may be a system call.
@@ -30,8 +31,8 @@ pub(super) trait RequestSource: Send {
     /// Takes events that the guest has sent, without waiting, and at most [`EVENTS`]: where more have come, the thread wakes again.
     fn take_events(&mut self) -> Result<(), PlatformError>;
 
-    /// Notifies the guest's driver of an error; no other notification may be unanswered.
-    fn tell(&mut self, notification: &Notification) -> Result<(), NotNotified>;
+    /// Notifies the guest's driver of an error of a function and notes that there; no other notification may be unanswered.
+    fn tell(&mut self, notification: &Notification, function: &mut GuestFunction) -> Result<(), NotNotified>;
     /// Takes the driver's answer; `Err`: a number that means nothing.
     fn take_answer(&mut self) -> Option<Result<AerAnswer, u32>>;
     /// Takes back a notification that was not answered.
@@ -73,10 +74,7 @@ impl<S: RequestSource> Worker<S> {
         let mut turn = self.serve_while_busy();
         loop {
             if turn == Turn::Stopped || self.roster.take_orders() {
-                if self.pending.take().is_some() {
-                    // Another run, or another thread, begins with a guest that has no notification to answer.
-                    self.source.withdraw();
-                }
+                // A notification that is not answered stays on the page: the next process awaits the answer.
                 return;
             }
             self.hear();
@@ -84,7 +82,7 @@ impl<S: RequestSource> Worker<S> {
                 && let Err(error) = self.wait(wake)
             {
                 if let Some((notification, _)) = self.pending.take() {
-                    self.roster.report_notified(notification, Err(NotNotified::Unreachable));
+                    self.conclude(notification, Err(NotNotified::Unreachable));
                 }
                 return self.roster.fail(&error);
             }
@@ -94,31 +92,38 @@ impl<S: RequestSource> Worker<S> {
 
     /// Takes the guest's answer to a notification of an error, or gives up waiting for it, and sends the next one.
     pub fn hear(&mut self) {
-        if let Some((notification, until)) = self.pending {
-            let heard = match self.source.take_answer() {
-                Some(answer) => Ok(answer),
-                None if Instant::now() >= until => {
+        loop {
+            if let Some((notification, until)) = self.pending {
+                let heard = match self.source.take_answer() {
+                    Some(answer) => Ok(answer),
+                    None if Instant::now() >= until => Err(NotNotified::Silent),
+                    None => return,
+                };
+                self.pending = None;
+                self.conclude(notification, heard);
+                if heard.is_err() {
                     self.source.withdraw();
-                    Err(NotNotified::Silent)
                 }
-                None => return,
+            }
+            let Some(notification) = self.roster.to_notify.pop_front() else { return };
+            let told = match self.roster.functions.get_mut(&notification.devfn) {
+                Some(function) => self.source.tell(&notification, function),
+                None => Err(NotNotified::Unreachable),
             };
-            self.pending = None;
-            self.roster.report_notified(notification, heard);
-        }
-        while let Some(notification) = self.roster.to_notify.pop_front() {
-            let notified = match self.roster.functions.contains_key(&notification.devfn) {
-                true => self.source.tell(&notification),
-                false => Err(NotNotified::Unreachable),
-            };
-            match notified {
-                Ok(()) => {
-                    self.pending = Some((notification, Instant::now() + notification.limit));
-                    return;
-                }
-                Err(why) => self.roster.report_notified(notification, Err(why)),
+            match told {
+                Ok(()) => self.pending = Some((notification, Instant::now() + notification.limit)),
+                Err(why) => self.conclude(notification, Err(why)),
             }
         }
+    }
+
+    /// Notes and reports what became of a notification. Noted first: the page has room for one answer, which the next one takes.
+    fn conclude(&mut self, notification: Notification, heard: Result<Result<AerAnswer, u32>, NotNotified>) {
+        if let Some(function) = self.roster.functions.get_mut(&notification.devfn) {
+            let heard = heard.map_or(Heard::Silence, Heard::Answer);
+            function.note_conversation(Some(Conversation { heard, ..notification.conversation }));
+        }
+        self.roster.report_notified(notification, heard);
     }
 
     /// Sleeps until the guest has sent an event or the engine an order.

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 use log::{error, info, warn};
 use nix::errno::Errno;
+use pciback::fault::{Conversation, Heard};
 use pciback::serve::GuestFunction;
 use pciback::{Devfn, DomId, FunctionState, Sbdf};
 
@@ -27,6 +28,8 @@ struct Unfinished {
     address: Sbdf,
     /// The function was being reset.
     resetting: bool,
+    /// Its guest was being notified of an error.
+    conversation: Option<Conversation>,
 }
 
 impl Engine {
@@ -63,16 +66,23 @@ impl Engine {
         Ok(())
     }
 
-    /// Goes on with resets that were under way. Their functions are known by now, and those that their guests lose are busy.
-    fn finish(&mut self, unfinished: Vec<Unfinished>) {
-        for Unfinished { address, resetting } in unfinished {
+    /// Goes on with resets and conversations that were under way. Their functions are known by now, and those that their guests lose are busy.
+    fn finish(&mut self, mut unfinished: Vec<Unfinished>) {
+        // What a guest has not answered may still be on its page, which has room for one request.
+        unfinished.sort_by_key(|unfinished| {
+            unfinished.conversation.is_none_or(|conversation| conversation.heard != Heard::Nothing)
+        });
+        for Unfinished { address, resetting, conversation } in unfinished {
             let record = self.functions.records().get(address);
-            let stays = record.is_some_and(|record| {
-                record.state == FunctionState::Attached && record.quarantine.is_none()
-            });
-            if resetting && stays && !self.functions.is_busy(address) {
+            let stays = record
+                .is_some_and(|record| record.state == FunctionState::Attached && record.quarantine.is_none());
+            let resets = resetting && stays && !self.functions.is_busy(address);
+            if resets {
                 // The earlier run may have been killed before, during or after the reset.
                 self.reset_for_guest(address);
+            }
+            if let Some(conversation) = conversation {
+                self.resume_conversation(address, conversation, resets);
             }
         }
     }
@@ -142,8 +152,8 @@ impl Engine {
                         function.set_gone();
                     }
                     self.note_vf_requests(&function);
-                    let resetting = function.resetting();
-                    unfinished.push(Unfinished { address: record.address, resetting });
+                    let (resetting, conversation) = (function.resetting(), function.conversation());
+                    unfinished.push(Unfinished { address: record.address, resetting, conversation });
                     self.functions.serve(function.attachment(), filter);
                     match memory {
                         Some(memory) => {

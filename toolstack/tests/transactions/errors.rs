@@ -21,11 +21,11 @@ pub const DETECTED: u32 = 6;
 pub const RESUME: u32 = 7;
 const MMIO_ENABLED: u32 = 8;
 pub const SLOT_RESET: u32 = 9;
-const NORMAL: u32 = 1;
+pub const NORMAL: u32 = 1;
 pub const FROZEN: u32 = 2;
 pub const NONE: u32 = 1;
 pub const CAN_RECOVER: u32 = 2;
-const NEED_RESET: u32 = 3;
+pub const NEED_RESET: u32 = 3;
 const DISCONNECT: u32 = 4;
 pub const RECOVERED: u32 = 5;
 
@@ -58,14 +58,14 @@ fn decided(service: &Service, address: Sbdf, severity: Severity) -> (Action, Det
 }
 
 /// Waits for what came of an action.
-fn outcome(service: &Service, address: Sbdf) -> (bool, String) {
+pub fn outcome(service: &Service, address: Sbdf) -> (bool, String) {
     service.wait_for_event(address, "an outcome", |what| match what {
         Happening::Outcome { ok, text } => Some((*ok, text.clone())),
         _ => None,
     })
 }
 
-fn quarantined(world: &World, service: &Service, address: Sbdf) {
+pub fn quarantined(world: &World, service: &Service, address: Sbdf) {
     service.wait_for_state(address, FunctionState::Quarantined);
     wait_until("no guest has it", || service.view(address).is_some_and(|view| view.domain.is_none()));
     assert_eq!(world.simulation.owner(address), Some(Owner::Quarantine));

@@ -169,6 +169,18 @@ impl Frontend {
         guest.notify().unwrap();
     }
 
+    /// The notification of an error that waits for its answer, if one does.
+    pub fn notification(&self) -> Option<u32> {
+        locked(&self.guest).page().and_then(|page| frontend::take_aer(page)).map(|(command, ..)| command)
+    }
+
+    /// Answers a notification.
+    pub fn answers(&self, answer: u32) {
+        let guest = locked(&self.guest);
+        frontend::answer_aer(guest.page().unwrap(), answer);
+        guest.notify().unwrap();
+    }
+
     /// Waits until it is notified of an error, and says nothing.
     pub fn ignores(&self) {
         locked(&self.guest).wait_for_answer(LIMIT, |page| frontend::take_aer(page)).unwrap();

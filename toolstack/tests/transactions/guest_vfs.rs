@@ -390,6 +390,24 @@ fn guests_with_vfs_are_notified_when_the_driver_of_the_pf_has_started_again() {
 }
 
 #[test]
+fn a_service_that_is_killed_goes_on_notifying_them() {
+    let world = World::without_vfs();
+    let (_frontend, user, service) = with_a_vf_in_use(&world);
+    user.receives_errors();
+    let again = reboot(&world, &service);
+    enable(&again, 2);
+    assert!(is_added(&again, FIRST));
+    user.ignores();
+    service.kill();
+    let service = world.start_with(&[POLICY]);
+    user.is_notified(DETECTED, FROZEN, 0, CAN_RECOVER);
+    user.is_notified(SLOT_RESET, FROZEN, 0, RECOVERED);
+    user.is_notified(RESUME, FROZEN, 0, NONE);
+    wait_until("it has recovered", || is_said(&service, "was notified and has recovered"));
+    assert_eq!(service.state(vfs()[0]), FunctionState::Attached);
+}
+
+#[test]
 fn a_guest_that_cannot_be_notified_of_that_keeps_its_vf() {
     let world = World::without_vfs();
     let (_frontend, user, service) = with_a_vf_in_use(&world);

@@ -5,6 +5,7 @@
 mod accounts;
 mod addresses;
 mod advisories;
+mod conversations;
 mod crashes;
 mod errors;
 mod failures;

@@ -160,7 +160,8 @@ impl Ring for SimRing {
     }
 
     fn notify(&self) -> Result<()> {
-        self.channel.send(false).map_err(|errno| PlatformError::new("notify domain", self.domain, errno))
+        let sent = self.fuse.change(|| self.channel.send(false));
+        sent.map_err(|errno| PlatformError::new("notify domain", self.domain, errno))
     }
 }
 

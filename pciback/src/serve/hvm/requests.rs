@@ -108,7 +108,7 @@ impl RequestSource for IoreqRequests {
     }
 
     /// There is no protocol for it.
-    fn tell(&mut self, _: &Notification) -> Result<(), NotNotified> {
+    fn tell(&mut self, _: &Notification, _: &mut GuestFunction) -> Result<(), NotNotified> {
         Err(NotNotified::NoHandler)
     }
 

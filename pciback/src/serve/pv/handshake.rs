@@ -209,6 +209,12 @@ impl Handshake {
         (handshake, actions)
     }
 
+    /// Whether the frontend is the one that our end is or was connected to, and not a later one that has begun anew.
+    pub fn is_joined(&self) -> bool {
+        let joined = [XenbusState::CONNECTED, XenbusState::RECONFIGURING];
+        self.frontend.state.is_some_and(|state| joined.contains(&state))
+    }
+
     /// Whether there is a function that the guest has, gets or loses.
     pub fn has_functions(&self) -> bool {
         !self.functions.is_empty()

@@ -66,11 +66,20 @@ impl RequestSource for RingRequests {
         self.ring.take_event().map(drop)
     }
 
-    fn tell(&mut self, notification: &Notification) -> Result<(), NotNotified> {
+    fn tell(&mut self, notification: &Notification, function: &mut GuestFunction) -> Result<(), NotNotified> {
         if !wire::has_aer_handler(self.ring.page()) {
             return Err(NotNotified::NoHandler);
         }
-        wire::put_aer(self.ring.page(), notification.devfn, notification.request, notification.state);
+        let Notification { devfn, conversation, .. } = *notification;
+        let (request, state) = (conversation.recovery.asks(), conversation.recovery.state());
+        // A driver that is told twice of an error is taken down twice, and one that resumes twice is started twice.
+        if !(notification.resumed && wire::was_aer_put(self.ring.page(), devfn, request)) {
+            // In this order: whoever finds the note sees by the page whether the request was put there, too.
+            wire::clear_aer(self.ring.page());
+            function.note_conversation(Some(conversation));
+            wire::put_aer(self.ring.page(), devfn, request, state);
+        }
+        // Also for a request that is there: an earlier process may have been killed before the event. One too many does nothing.
         self.ring.notify().map_err(|error| {
             warn!("domain {}: tell it of an error: {error}", self.domain);
             self.withdraw();

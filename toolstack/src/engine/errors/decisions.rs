@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 use nix::errno::Errno;
 use pciback::config::Identity;
-use pciback::fault::{self, Action, Decision, ErrorPolicy, Fault, Owner, Relation, Severity};
+use pciback::fault::{self, Action, Conversation, Decision, ErrorPolicy, Fault, Owner, Relation, Severity};
 use pciback::policy::{self, Subject};
 use pciback::{DomId, FunctionState, Sbdf};
 
@@ -137,6 +137,26 @@ impl Errors {
         info!("{address}: {text}");
         let report = Effect::Report(address, Ok(text.to_owned()));
         [report].into_iter().chain(self.responses.notify(address)).collect()
+    }
+
+    /// Goes on with a conversation of an earlier run; `None`: its guest is not there to go on with it.
+    pub(super) fn resume_conversation(
+        &mut self,
+        address: Sbdf,
+        conversation: Conversation,
+        is_reset: bool,
+        context: &Context<'_>,
+    ) -> Option<Vec<Effect>> {
+        let given = [FunctionState::Attached, FunctionState::Resetting];
+        let record = context.functions.records().get(address);
+        let record = record.filter(|record| given.contains(&record.state) && record.quarantine.is_none())?;
+        let domain = record.guest?.domain;
+        if context.functions.is_busy(address) || !context.guests.has_same_frontend(domain) {
+            return None;
+        }
+        info!("{address}: going on with what the guest was notified of by the previous xpcid");
+        let policy = error_policy(address, domain, context);
+        Some(self.responses.resume(address, domain, conversation, policy, is_reset))
     }
 
     fn decide(

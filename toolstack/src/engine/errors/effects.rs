@@ -3,12 +3,13 @@
 use std::time::Instant;
 
 use log::{error, warn};
-use pciback::fault::{AerAnswer, ErrorPolicy, Recovery};
+use pciback::fault::{AerAnswer, Conversation};
 use pciback::platform::ErrorEvents;
 use pciback::serve::{NotNotified, Notification};
 use pciback::{FunctionState, Sbdf};
 
-use super::{Context, Effect, Errors, Event, responses};
+use super::responses::{self, Question};
+use super::{Context, Effect, Errors, Event};
 use crate::engine::Engine;
 use crate::engine::functions::Containment;
 use crate::engine::problems::Problem;
@@ -42,7 +43,8 @@ impl Engine {
                 Effect::Report(address, outcome) => self.note_outcome(address, outcome),
                 Effect::Problem(problem) => self.problems.push(problem),
                 Effect::Resolved(address) => self.problems.resolve_of(address, &[Cause::ErrorReporting]),
-                Effect::Notify(address, recovery, policy) => self.notify_guest(address, recovery, &policy),
+                Effect::Notify(address, question) => self.notify_guest(address, question),
+                Effect::Ended(address) => self.end_conversation(address),
                 Effect::Reset(address) => self.reset_for_error(address),
                 Effect::Contain(address, containment, why) => self.contain(address, containment, &why),
                 Effect::Stop(address, domain, action) => {
@@ -126,13 +128,37 @@ impl Engine {
         self.carry_out_for_errors(effects);
     }
 
-    fn notify_guest(&mut self, address: Sbdf, recovery: Recovery, policy: &ErrorPolicy) {
+    /// Goes on with a conversation that an earlier run had with the guest of a function, where that is still so. `is_reset`: the function is being
+    /// reset again.
+    pub(in crate::engine) fn resume_conversation(
+        &mut self,
+        address: Sbdf,
+        conversation: Conversation,
+        is_reset: bool,
+    ) {
+        let (errors, context) = self.errors_in_context();
+        let effects = errors.resume_conversation(address, conversation, is_reset, &context);
+        match effects {
+            Some(effects) => self.carry_out_for_errors(effects),
+            None => self.end_conversation(address),
+        }
+    }
+
+    fn notify_guest(&mut self, address: Sbdf, question: Question) {
         let Some(place) = self.functions.records().place(address) else { return };
-        let (request, state, limit) = (recovery.asks(), recovery.state(), policy.answer_limit());
-        let notification = Notification { devfn: place.devfn, request, state, limit };
+        let Question { conversation, limit, resumed } = question;
+        let notification = Notification { devfn: place.devfn, conversation, limit, resumed };
         let notified = self.guests.get(place.domain).is_some_and(|guest| guest.notify(notification));
         if !notified {
             self.guest_answered(address, Err(NotNotified::Unreachable));
+        }
+    }
+
+    fn end_conversation(&mut self, address: Sbdf) {
+        if let Some(place) = self.functions.records().place(address)
+            && let Some(guest) = self.guests.get_mut(place.domain)
+        {
+            guest.end_conversation(place.devfn);
         }
     }
 
@@ -147,6 +173,7 @@ impl Engine {
         if self.functions.is_busy(address) || state != FunctionState::Attached {
             // The guest requested a reset itself, or the function is being withdrawn.
             self.errors.responses.end(address);
+            self.end_conversation(address);
             return;
         }
         let place = self.functions.records().place(address);

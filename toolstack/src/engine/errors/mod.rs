@@ -17,7 +17,7 @@ mod watched;
 use std::time::Instant;
 
 use log::warn;
-use pciback::fault::{Action, ErrorPolicy, Fault, Recovery};
+use pciback::fault::{Action, Fault};
 use pciback::live::errors::Masked;
 use pciback::platform::{ErrorEvent, Platform};
 use pciback::policy::PolicySet;
@@ -26,7 +26,7 @@ use pciback::{DomId, Sbdf};
 use self::masks::Masks;
 use self::polls::{Polls, PortPolls};
 use self::registers::Reading;
-use self::responses::Responses;
+use self::responses::{Question, Responses};
 use self::watched::Watched;
 use super::functions::{Containment, Functions};
 use super::inbox::Inbox;
@@ -64,6 +64,9 @@ pub(super) trait Connected {
     /// Whether the guest's frontend is connected, so that it can be notified of errors. Whether it handles them is in a flag on its
     /// shared page.
     fn is_connected(&self, domain: DomId) -> bool;
+
+    /// Whether it is, and is the one that an earlier run notified, when that is taken over.
+    fn has_same_frontend(&self, domain: DomId) -> bool;
 }
 
 /// What error handling has the engine do, in this order.
@@ -80,7 +83,9 @@ pub(super) enum Effect {
     /// Earlier problems with the errors of a function are resolved.
     Resolved(Sbdf),
     /// The next request of the recovery protocol goes to the guest of a function.
-    Notify(Sbdf, Recovery, ErrorPolicy),
+    Notify(Sbdf, Question),
+    /// The conversation with the guest of a function has ended: a later run does not go on with it.
+    Ended(Sbdf),
     /// A function is reset while its guest keeps it.
     Reset(Sbdf),
     /// A function is taken from its guest.

@@ -4,11 +4,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use log::{info, warn};
 use pciback::fault::{
-    Action, AerAnswer, ChannelState, ErrorPolicy, Fault, Next, Recovery, Relation, Severity,
+    Action, AerAnswer, ChannelState, Conversation, ErrorPolicy, Fault, Heard, Next, Recovery, Relation,
+    Severity,
 };
 use pciback::platform::Platform;
 use pciback::serve::NotNotified;
@@ -41,6 +42,16 @@ struct Underway {
     /// Whether the error is the function's own. For an error elsewhere on its path the guest is only notified.
     own: bool,
     begun: Instant,
+}
+
+/// What the guest of a function is asked.
+#[derive(Debug)]
+pub(in crate::engine) struct Question {
+    pub conversation: Conversation,
+    /// How long the answer is waited for.
+    pub limit: Duration,
+    /// Whether an earlier run may have asked already.
+    pub resumed: bool,
 }
 
 /// The responses that are under way, by function.
@@ -105,7 +116,34 @@ impl Responses {
     /// What its guest is asked next.
     pub fn notify(&self, address: Sbdf) -> Option<Effect> {
         let underway = self.0.get(&address)?;
-        Some(Effect::Notify(address, underway.recovery?, underway.policy))
+        let conversation =
+            Conversation { recovery: underway.recovery?, own: underway.own, heard: Heard::Nothing };
+        let limit = underway.policy.answer_limit();
+        Some(Effect::Notify(address, Question { conversation, limit, resumed: false }))
+    }
+
+    /// Goes on with a conversation of an earlier run. `is_reset`: its reset was begun, and is done again already.
+    pub fn resume(
+        &mut self,
+        address: Sbdf,
+        domain: DomId,
+        conversation: Conversation,
+        policy: ErrorPolicy,
+        is_reset: bool,
+    ) -> Vec<Effect> {
+        let Conversation { recovery, own, heard } = conversation;
+        let (action, begun) = (Action::TellGuest, Instant::now());
+        self.0.insert(address, Underway { action, recovery: Some(recovery), policy, domain, own, begun });
+        match heard {
+            Heard::Nothing => {
+                let limit = policy.answer_limit();
+                vec![Effect::Notify(address, Question { conversation, limit, resumed: true })]
+            }
+            // Its end continues the conversation.
+            Heard::Answer(_) if is_reset => Vec::new(),
+            Heard::Answer(answer) => self.answered(address, Ok(answer)),
+            Heard::Silence => self.answered(address, Err(NotNotified::Silent)),
+        }
     }
 
     /// Takes the guest's answer, or the lack of one.
@@ -149,7 +187,7 @@ impl Responses {
                 let took = underway.begun.elapsed().as_millis();
                 info!("{address}: domain {} has recovered, {took} ms", underway.domain);
                 let text = format!("its guest was notified and has recovered, {took} ms");
-                vec![Effect::Report(address, Ok(text))]
+                vec![Effect::Report(address, Ok(text)), Effect::Ended(address)]
             }
             Next::Failed(why) => {
                 let Some(failed) = self.0.remove(&address) else { return Vec::new() };
@@ -161,7 +199,10 @@ impl Responses {
                     Underway { action, recovery: None, own: true, begun: Instant::now(), ..failed };
                 let why = format!("an error that its guest did not recover from: {why}");
                 let effect = self.act(address, underway, &why);
-                [Effect::Report(address, Err(text))].into_iter().chain(effect).collect()
+                // A function that is taken from its guest takes the note with it: until that has begun, a later run does it.
+                let ended = !matches!(effect, Some(Effect::Contain(..)));
+                let ended = ended.then_some(Effect::Ended(address));
+                [Effect::Report(address, Err(text))].into_iter().chain(effect).chain(ended).collect()
             }
         }
     }
@@ -244,7 +285,7 @@ mod tests {
         let mut responses = Responses::default();
         begin(&mut responses, Action::TellGuest, Relation::Above);
         let effects = responses.answered(address(), Err(NotNotified::Unreachable));
-        assert!(matches!(effects[..], [Effect::Report(_, Err(_))]), "{effects:?}");
+        assert!(matches!(effects[..], [Effect::Report(_, Err(_)), Effect::Ended(_)]), "{effects:?}");
     }
 
     #[test]

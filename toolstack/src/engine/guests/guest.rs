@@ -168,6 +168,21 @@ impl Guest {
         self.server.is_some()
     }
 
+    /// Has a later run not go on with a conversation about an error of one of its functions.
+    pub fn end_conversation(&mut self, devfn: Devfn) {
+        match (&self.server, self.parked.get_mut(&devfn)) {
+            (_, Some(function)) => function.note_conversation(None),
+            (Some(server), None) => server.end_conversation(devfn),
+            // What has its functions switches them off, which ends it too.
+            (None, None) => {}
+        }
+    }
+
+    /// Whether its frontend is still the one that an earlier run was connected to. An HVM guest has none.
+    pub fn has_same_frontend(&self) -> bool {
+        self.is_connected() && (self.hvm.is_some() || self.handshake.is_joined())
+    }
+
     /// Prepares a reset that the guest did not request, of one of its functions. If a thread serves the function, it is returned, and
     /// must get the order before the reset. An error: the guest may still reach the function.
     pub fn begin_reset(&mut self, devfn: Devfn) -> Result<Option<(Arc<Server>, Devfn)>, String> {

@@ -62,6 +62,10 @@ impl Connected for Guests {
     fn is_connected(&self, domain: DomId) -> bool {
         self.get(domain).is_some_and(Guest::is_connected)
     }
+
+    fn has_same_frontend(&self, domain: DomId) -> bool {
+        self.get(domain).is_some_and(Guest::has_same_frontend)
+    }
 }
 
 impl Guests {

@@ -16,7 +16,7 @@ use super::super::wire::frontend;
 use super::*;
 use crate::Sbdf;
 use crate::config::InterruptMode;
-use crate::fault::{AerRequest, ChannelState};
+use crate::fault::{AerRequest, ChannelState, Conversation, Heard, Recovery};
 use crate::serve::orders::Order;
 use crate::serve::test_machine::{DEVICE_CONTROL, DOMAIN, Killed, MSI, MSIX, Machine, TABLE_SIZE, msix, op};
 use crate::serve::worker::Worker;

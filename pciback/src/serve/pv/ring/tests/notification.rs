@@ -13,7 +13,9 @@ fn serving(machine: &Machine) -> (Serving, Receiver<ServerReport>) {
 }
 
 fn notification(request: AerRequest, limit: Duration) -> Notification {
-    Notification { devfn: Devfn(0), request, state: ChannelState::Normal, limit }
+    let recovery = Recovery::at(request, ChannelState::Normal, false);
+    let conversation = Conversation { recovery, own: true, heard: Heard::Nothing };
+    Notification { devfn: Devfn(0), conversation, limit, resumed: false }
 }
 
 fn heard(reports: &Receiver<ServerReport>) -> Option<Result<Result<AerAnswer, u32>, NotNotified>> {
@@ -91,4 +93,50 @@ fn a_reset_by_the_host_keeps_what_the_guest_wrote_and_one_by_the_guest_does_not(
     serving.roster.obey(Order::ResetEnded(Devfn(0), true));
     assert_eq!(bar(&mut serving), written);
     assert!(reports.try_recv().is_err());
+}
+
+/// The service is killed at each step of telling the guest, and the next run goes on from the note: the driver is told once, at once or by it.
+#[test]
+fn a_request_is_told_once_by_a_service_that_is_killed_anywhere() {
+    let asked = notification(AerRequest::Detected, LONG);
+    for answers_meanwhile in [false, true] {
+        for steps in 0.. {
+            let machine = Machine::new();
+            // Of the conversation before.
+            frontend::set_aer_handler(machine.page(), true);
+            wire::put_aer(machine.page(), Devfn(0), AerRequest::Detected, ChannelState::Normal);
+            frontend::answer_aer(machine.page(), 5);
+            let (mut first, _reports) = serving(&machine);
+            first.roster.obey(Order::Notify(asked));
+            machine.kill_after(Some(steps));
+            let killed = catch_unwind(AssertUnwindSafe(|| first.hear())).is_err();
+            machine.kill_after(None);
+            let mut told = 0;
+            let mut drive = || {
+                if frontend::take_aer(machine.page()).is_some() {
+                    told += 1;
+                    frontend::answer_aer(machine.page(), 3);
+                }
+            };
+            if answers_meanwhile {
+                drive();
+            }
+            let (mut second, reports) = serving(&machine);
+            let noted = second.roster.functions[&Devfn(0)].conversation();
+            if let Some(conversation) = noted {
+                second.roster.obey(Order::Notify(Notification { conversation, resumed: true, ..asked }));
+            }
+            second.hear();
+            drive();
+            second.hear();
+            let expected = noted.map(|_| Ok(Ok(AerAnswer::NeedReset)));
+            assert_eq!((told, heard(&reports)), (i32::from(noted.is_some()), expected), "{steps} steps");
+            let noted = second.roster.functions[&Devfn(0)].conversation();
+            assert!(noted.is_none_or(|noted| noted.heard == Heard::Answer(Ok(AerAnswer::NeedReset))));
+            if !killed {
+                assert!(steps > 3, "hardly a step");
+                break;
+            }
+        }
+    }
 }

@@ -1,0 +1,150 @@
+//! The service ends while a guest is notified of an error: the next process goes on, so that the guest's driver ends working.
+
+use pciback::FunctionState;
+use pciback::fault::Severity;
+use toolstack::protocol::Happening;
+
+use crate::crashes::at_each_change;
+use crate::errors::{
+    COMPLETION_TIMEOUT, DETECTED, NEED_RESET, NONE, NORMAL, RECOVERED, RESUME, SLOT_RESET, VF, attached,
+    outcome, quarantined,
+};
+use crate::frontend::{Frontend, msix_op, write_op};
+use crate::world::{Service, WEB, World, bdf, wait_until};
+
+/// More changes than a conversation with a reset makes.
+const CHANGES: u32 = 100;
+const BAR: u32 = 0x10;
+
+/// What a driver answers that needs a reset.
+fn answer_to(command: u32) -> u32 {
+    match command {
+        DETECTED => NEED_RESET,
+        SLOT_RESET => RECOVERED,
+        _ => NONE,
+    }
+}
+
+/// What the guest's driver was told, in order.
+#[derive(Default)]
+struct Driver(Vec<u32>);
+
+impl Driver {
+    /// Answers what waits.
+    fn answer(&mut self, frontend: &Frontend) {
+        if let Some(command) = frontend.notification() {
+            self.0.push(command);
+            frontend.answers(answer_to(command));
+        }
+    }
+
+    fn is_resumed(&self) -> bool {
+        self.0.last() == Some(&RESUME)
+    }
+}
+
+fn report(world: &World) {
+    world.simulation.report_error(bdf(VF), Severity::NonFatal, COMPLETION_TIMEOUT);
+}
+
+/// Kills the service at each change of a conversation.
+fn killed_anywhere(meanwhile: impl Fn(&mut Driver, &Frontend)) {
+    at_each_change(5..CHANGES, |change, moment, why| {
+        let world = World::new();
+        let (frontend, service) = attached(&world, "");
+        assert_eq!(frontend.ask(&msix_op(0, 2)).0, 0);
+        let vectors = world.simulation.grants(WEB).vectors;
+        let unset = frontend.read(0, BAR, 4);
+        frontend.ask(&write_op(0, BAR, 4, 0xfd00_0000));
+        let set = frontend.read(0, BAR, 4);
+        assert_ne!(set, unset);
+        let mut driver = Driver::default();
+        service.fuse.arm(change, moment);
+        report(&world);
+        wait_until(&format!("{why}: it resumes or the service is killed"), || {
+            driver.answer(&frontend);
+            driver.is_resumed() || service.fuse.is_blown()
+        });
+        let killed = service.fuse.is_blown();
+        service.kill();
+        meanwhile(&mut driver, &frontend);
+        let service = world.start();
+        driver.answer(&frontend);
+        if driver.0.is_empty() {
+            // The service was killed before its guest was to be told.
+            report(&world);
+        }
+        wait_until(&format!("{why}: the driver resumes"), || {
+            driver.answer(&frontend);
+            driver.is_resumed()
+        });
+        assert_eq!(driver.0, [DETECTED, SLOT_RESET, RESUME], "{why}");
+        assert_eq!(service.state(bdf(VF)), FunctionState::Attached, "{why}");
+        assert_eq!(frontend.read(0, 0, 4), 0x10ca_8086, "{why}");
+        assert_eq!(frontend.read(0, BAR, 4), set, "{why}: the reset was the host's");
+        assert_eq!(world.simulation.grants(WEB).vectors, vectors, "{why}");
+        killed
+    });
+}
+
+#[test]
+fn a_driver_resumes_whose_service_is_killed_anywhere() {
+    killed_anywhere(|_, _| ());
+}
+
+#[test]
+fn a_driver_that_answers_while_no_service_runs_resumes_whose_service_is_killed_anywhere() {
+    killed_anywhere(|driver, frontend| driver.answer(frontend));
+}
+
+fn end(service: Service, orderly: bool) {
+    if orderly { service.stop() } else { service.kill() }
+}
+
+#[test]
+fn each_request_that_is_not_answered_when_the_service_ends_is_awaited_by_the_next_one() {
+    let requests = [DETECTED, SLOT_RESET, RESUME];
+    for (place, open) in requests.into_iter().enumerate() {
+        for (orderly, meanwhile) in [(false, false), (false, true), (true, false), (true, true)] {
+            let world = World::new();
+            let (frontend, service) = attached(&world, "");
+            report(&world);
+            for command in &requests[..place] {
+                frontend.is_notified(*command, NORMAL, 0, answer_to(*command));
+            }
+            wait_until("it is notified", || frontend.notification() == Some(open));
+            end(service, orderly);
+            assert_eq!(frontend.notification(), Some(open), "it stays on the page");
+            if meanwhile {
+                frontend.answers(answer_to(open));
+            }
+            let service = world.start();
+            for command in &requests[place + usize::from(meanwhile)..] {
+                frontend.is_notified(*command, NORMAL, 0, answer_to(*command));
+            }
+            service.wait_for_event(bdf(VF), "its recovery", |what| match what {
+                Happening::Outcome { ok: true, text } => text.contains("has recovered").then_some(()),
+                _ => None,
+            });
+            assert_eq!(service.state(bdf(VF)), FunctionState::Attached);
+            // It has ended for the next process, too.
+            end(service, orderly);
+            let _service = world.start();
+            report(&world);
+            frontend.is_notified(DETECTED, NORMAL, 0, NEED_RESET);
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_does_not_answer_the_next_process_either_loses_its_function() {
+    let world = World::new();
+    let (frontend, service) = attached(&world, "");
+    report(&world);
+    frontend.ignores();
+    service.kill();
+    let service = world.start_with_errors("answer-seconds: 1");
+    let (ok, text) = outcome(&service, bdf(VF));
+    assert!(!ok && text.contains("did not answer in time") && text.ends_with("; quarantine"), "{text}");
+    quarantined(&world, &service, bdf(VF));
+}
