@@ -168,6 +168,10 @@ impl Kills<'_> {
         let (guest, vf) = (&self.guests[which], VFS[which]);
         let action = random.of(Action::possible(&state(self.lab, vf)?))?;
         let begun = action.begin(self.lab, guest, vf).with_context(|| format!("{action:?} of {vf}"))?;
+        if let (Action::Attach, Some(begun), 0) = (action, &begun, random.below(2)) {
+            // Else most attachments are undone, and little else is possible.
+            begun.wait(SOON * 2).with_context(|| format!("{action:?} of {vf}"))?;
+        }
         sleep(Duration::from_millis(random.below(MOMENTS)));
         kill_and_start(self.lab, &mut self.service)?;
         if let Some(begun) = begun {
