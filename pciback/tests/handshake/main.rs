@@ -86,6 +86,29 @@ fn accesses_of_a_guest_that_lost_its_last_function_are_answered_until_it_has_dro
     assert!(world.handshake.is_empty());
 }
 
+/// Its accesses take two seconds each, and its driver makes hundreds, where nothing answers.
+#[test]
+fn accesses_of_a_guest_that_loses_its_last_function_while_it_scans_are_answered_too() {
+    for restarted in [false, true] {
+        let mut world = World::new();
+        world.add(FIRST);
+        world.guest_sees_directory();
+        world.look();
+        assert_eq!(world.backend("state"), Some("4"), "the guest scans");
+        world.remove_unasked(FIRST);
+        assert!(world.leaving.is_empty() && world.is_connected(), "its accesses are answered");
+        if restarted {
+            world.restart();
+        }
+        // It has scanned, and says so before it looks at our state again.
+        world.guest_has_scanned();
+        world.look();
+        assert_eq!(world.is_connected(), !restarted, "its driver reads registers when it goes");
+        world.run();
+        assert!(world.found().is_empty() && world.stale().is_empty() && world.nothing_left());
+    }
+}
+
 #[test]
 fn a_guest_that_does_not_drop_the_device_or_has_ended_loses_its_ring() {
     let mut world = connected(&[FIRST]);

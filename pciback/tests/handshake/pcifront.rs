@@ -345,6 +345,14 @@ impl World {
         self.guest_finishes_dropping();
     }
 
+    /// What had begun when our end was Connected comes to its end, whatever our end says by now.
+    pub fn guest_has_scanned(&mut self) {
+        if self.guest.ring.is_some() && self.guest.state == 3 {
+            self.scan();
+            self.set_frontend_state(4);
+        }
+    }
+
     /// As [`World::guest_sees_state`], but where it is to drop functions it has only begun: their drivers take their time.
     pub fn guest_begins(&mut self) {
         self.guest_finishes_dropping();

@@ -321,9 +321,8 @@ impl Handshake {
     /// would take it two seconds otherwise.
     fn drop_device(&mut self, index: u32, phase: Phase, actions: &mut Vec<Action>) {
         match self.link {
-            Link::Connected { ring, scanned: true }
-                if self.frontend.state == Some(XenbusState::CONNECTED) =>
-            {
+            // One that scans drops it afterwards: `pcifront_backend_changed` runs in the thread that scans.
+            Link::Connected { ring, .. } if self.may_be_connected(ring) => {
                 let closing = NodeChange::backend(key::STATE, XenbusState::CLOSING.0);
                 actions.push(Action::Nodes(vec![NodeChange::withdrawn_function(index), closing]));
                 actions.push(Action::AwaitClosed);
@@ -332,6 +331,15 @@ impl Handshake {
             // It is dropping the device already.
             Link::Closing(_) if phase == Phase::Wanted => {}
             _ => self.close(actions),
+        }
+    }
+
+    /// Whether the frontend has a device on this ring, or scans for one.
+    fn may_be_connected(&self, ring: RingPlace) -> bool {
+        match self.frontend.state {
+            Some(XenbusState::CONNECTED) => true,
+            Some(XenbusState::INITIALISED) => self.frontend.ring == Some(Ok(ring)),
+            _ => false,
         }
     }
 

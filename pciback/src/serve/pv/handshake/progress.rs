@@ -19,7 +19,7 @@ impl Handshake {
                 Link::Connected { ring, scanned } => self.connected(ring, scanned, actions),
                 Link::Reconfiguring(ring) => self.reconfiguring(ring, actions),
                 Link::Reconfigured(ring) => self.reconfigured(ring, actions),
-                Link::Closing(_) => self.closing(actions),
+                Link::Closing(ring) => self.closing(ring, actions),
             }
             if self.link == before {
                 return;
@@ -238,8 +238,8 @@ impl Handshake {
         }
     }
 
-    fn closing(&mut self, actions: &mut Vec<Action>) {
-        if matches!(self.frontend.state, Some(XenbusState::CONNECTED | XenbusState::CLOSING)) {
+    fn closing(&mut self, ring: RingPlace, actions: &mut Vec<Action>) {
+        if self.may_be_connected(ring) || self.frontend.state == Some(XenbusState::CLOSING) {
             return;
         }
         let gone = |function: &Function| matches!(function.phase, Phase::Unwanted | Phase::Removing);
