@@ -103,7 +103,7 @@ fn accesses_of_a_guest_that_loses_its_last_function_while_it_scans_are_answered_
         // It has scanned, and says so before it looks at our state again.
         world.guest_has_scanned();
         world.look();
-        assert_eq!(world.is_connected(), !restarted, "its driver reads registers when it goes");
+        assert!(world.is_connected(), "its driver reads registers when it goes");
         world.run();
         assert!(world.found().is_empty() && world.stale().is_empty() && world.nothing_left());
     }

@@ -148,7 +148,7 @@ impl World {
         // The process that waited for them was killed too.
         self.served.retain(|devfn, _| self.wanted.contains(devfn) || self.leaving.contains(devfn));
         self.added.extend(self.found());
-        if self.served.is_empty() {
+        if self.served.is_empty() && self.backend.get("state").is_none_or(|state| state != "5") {
             // There is no guest to take over. What is left of its nodes is removed, and the service needs longer to start than a guest to see that.
             self.handshake = Handshake::new(DomId(5));
             self.change(&NodeChange::RemoveAll);

@@ -44,7 +44,7 @@ impl Engine {
             self.forget_earlier_boot(record);
         }
         let unfinished = self.resume_guests(&current);
-        if let Err(error) = self.remove_leftover_nodes() {
+        if let Err(error) = self.take_over_dropping() {
             warn!("nodes of guests that have lost their functions: {error}");
         }
         for record in current.iter().filter(|record| record.guest.is_some() && !record.grants.is_empty()) {

@@ -11,9 +11,10 @@ use pciback::serve::pv::nodes;
 use pciback::serve::pv::wire::{Command, WireError};
 use pciback::{DomId, FunctionState, Sbdf};
 use toolstack::outcome::ErrorCode;
+use toolstack::protocol::{Request, Scope};
 
 use crate::frontend::{Frontend, msix_op, op, read_op, write_op};
-use crate::world::{DB, LIMIT, Service, WEB, World, bdf, wait_until};
+use crate::world::{DB, LIMIT, Service, WEB, World, bdf, name, wait_until};
 
 const VENDOR: u32 = 0;
 const COMMAND: u32 = 4;
@@ -432,4 +433,30 @@ fn a_guest_that_never_releases_a_function_loses_it() {
     frontend.freeze();
     service.detach(WEB, bdf("01:10.0")).unwrap();
     world.assert_held(&service, bdf("01:10.0"), "it lost it");
+}
+
+/// Else each of its accesses takes two seconds, until its driver has given up.
+#[test]
+fn a_guest_that_is_slow_to_drop_its_device_is_answered_over_a_kill_of_the_service() {
+    let world = World::new();
+    let (frontend, service) = attached(&world, WEB, &[bdf("01:10.0")]);
+    frontend.freeze();
+    service
+        .call(Request::PciDetach {
+            domain: name(WEB),
+            address: bdf("01:10.0"),
+            force: true,
+            scope: Scope::All,
+        })
+        .unwrap();
+    assert_eq!(frontend.ask(&read_op(0, VENDOR, 4)).0, WireError::NoDevice.number());
+    service.kill();
+    let service = world.start();
+    assert_eq!(frontend.ask(&read_op(0, VENDOR, 4)).0, WireError::NoDevice.number());
+    frontend.unload();
+    let store = world.simulation.store(DomId::DOM0).unwrap();
+    wait_until("its nodes are removed", || nodes::read_backend_state(&store, WEB).unwrap().is_none());
+    let _again = Frontend::load(&world, WEB);
+    service.attach(WEB, bdf("01:10.0")).unwrap();
+    assert_eq!(service.state(bdf("01:10.0")), FunctionState::Attached);
 }

@@ -187,6 +187,9 @@ impl Handshake {
             // Before anything else: the guest may be waiting for an answer.
             actions.push(Action::Connect(ring));
         }
+        if handshake.is_dropping() {
+            actions.push(Action::AwaitClosed);
+        }
         let mut changes = Vec::new();
         for PublishedFunction { index, devfn, .. } in unknown {
             match handshake.undropped.contains_key(&devfn) {

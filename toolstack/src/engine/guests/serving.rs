@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 use pciback::platform::PlatformError;
 use pciback::serve::GuestFunction;
+use pciback::serve::pv::nodes::XenbusState;
 use pciback::serve::pv::{Handshake, NodeChange, nodes};
 use pciback::{Devfn, DomId, FunctionState, Sbdf};
 
@@ -222,14 +223,21 @@ impl Engine {
         }
     }
 
-    /// Removes the nodes of guests without functions, for which an earlier run waited to drop their device.
-    pub(in crate::engine) fn remove_leftover_nodes(&self) -> Result<(), PlatformError> {
-        let store = self.platform.store.as_ref();
+    /// Takes over guests without functions for which an earlier run waited to drop their device, and removes the nodes of the others.
+    pub(in crate::engine) fn take_over_dropping(&mut self) -> Result<(), PlatformError> {
+        let store = Arc::clone(&self.platform.store);
         for domain in store.list(nodes::BACKENDS)?.iter().filter_map(|name| name.parse().ok().map(DomId)) {
-            let functions = nodes::read_backend_functions(store, domain)?;
-            if !self.guests.contains(domain) && functions.iter().all(|function| function.address.is_none()) {
-                nodes::apply(store, domain, &[NodeChange::RemoveAll])?;
+            let functions = nodes::read_backend_functions(store.as_ref(), domain)?;
+            if self.guests.contains(domain) || functions.iter().any(|function| function.address.is_some()) {
+                continue;
             }
+            if nodes::read_backend_state(store.as_ref(), domain)? == Some(XenbusState::CLOSING) {
+                match self.resume_guest(domain, Vec::new()) {
+                    Ok(()) => continue,
+                    Err(failure) => warn!("domain {domain}: {failure}"),
+                }
+            }
+            nodes::apply(store.as_ref(), domain, &[NodeChange::RemoveAll])?;
         }
         Ok(())
     }
