@@ -223,7 +223,8 @@ fn who_wants_to_use_xl_for_held_functions_can() {
     let service = world.start_with_libxl();
     service.hold(vf).unwrap();
     wait_for_assigned(&world, Some(b"0"));
-    drop(service);
+    // Its thread would write the node once more, if it still ran.
+    service.kill();
     let _service = world.start();
     wait_for_assigned(&world, None);
 }
