@@ -18,7 +18,7 @@ ONLY ?=
 LAB = --locked --profile lab --workspace
 STAGE = @tests/setup/stage.sh
 
-.PHONY: all deps fresh binaries demo demo-pf test check unit lab-test test-long lab bench dumps fuzz fuzz-short deb install uninstall stages-begin
+.PHONY: all deps fresh binaries demo demo-pf test check unit emulator lab-test test-long lab bench dumps fuzz fuzz-short deb install uninstall stages-begin
 
 all: binaries
 
@@ -66,17 +66,20 @@ fuzz-short: deps
 	$(STAGE) "fuzz targets, 10 s each" env CARGO="$(CARGO)" tests/fuzz/run.sh 10
 
 # 'make lab-test ONLY=word' runs the checks with this word in their names, and those that they need.
-lab-test: deps
+lab-test: emulator
 	$(STAGE) "building programs for the lab" $(CARGO) build $(LAB) --bins --examples
+	$(STAGE) "QEMU with corrections" target/lab/lab qemu
 	$(STAGE) "machines that do not come up" $(CARGO) test $(LAB) --test failures -- --test-threads=1
 	$(STAGE) "lab tests" $(CARGO) test $(LAB) --test lab -- $(ONLY)
 
-# What needs a QEMU of the lab's own, which is built once, in 10 to 30 minutes, and kept in the cache. ONLY as above.
-test-long:
-	@tests/setup/host.sh ninja-build libglib2.0-dev libpixman-1-dev libslirp-dev python3-venv
+# An hour or more; ONLY as above, and XPCI_ROUNDS=50 makes the test with kills shorter.
+test-long: emulator
 	$(STAGE) "building programs for the lab" $(CARGO) build $(LAB) --bins --examples
-	$(STAGE) "QEMU of the lab's own" target/lab/lab qemu
 	$(STAGE) "long lab tests" $(CARGO) test $(LAB) --test long -- $(ONLY)
+
+# What building a QEMU with corrections takes; that is done once and kept in the cache.
+emulator:
+	@tests/setup/host.sh ninja-build libglib2.0-dev libpixman-1-dev libslirp-dev python3-venv
 
 # What make test does for seconds, for FUZZ_SECONDS each. A finding stays in tests/fuzz/regressions, to be replayed ever after.
 fuzz: deps
@@ -89,7 +92,7 @@ lab: binaries
 	    $(foreach policy,$(wildcard configs/policies/*.yaml),$(policy)=/usr/share/xpci/policies/$(notdir $(policy)))
 
 # Each program runs, whatever becomes of the others; BENCH_OPTIONS are for the lab's, such as '--only pv --rounds 2'.
-bench: binaries
+bench: emulator binaries
 	@failed=; run() { name=$$1; shift; echo "== $$name"; "$$@" || failed="$$failed $$name"; }; \
 	run filter $(CARGO) bench --locked -p toolstack --bench filter; \
 	run inventory $(CARGO) bench --locked -p xpci-core --bench inventory; \

@@ -47,7 +47,7 @@ impl GuestConfig {
     }
 
     /// An HVM guest with Xen's PV drivers, of the same size, from the same kernel. For machines with
-    /// [`Builder::linux_as_hvm_guest`](crate::Builder::linux_as_hvm_guest).
+    /// [`Builder::hvm_guests`](crate::Builder::hvm_guests) and [`Builder::corrected_qemu`](crate::Builder::corrected_qemu).
     pub fn hvm(name: &str) -> Self {
         Self::new(name, Mode::Hvm)
     }

@@ -34,9 +34,9 @@ pub struct Builder {
     programs: Vec<(String, String)>,
     guest_programs: Vec<String>,
     hvm_guests: bool,
+    corrected_qemu: bool,
     udev: bool,
     debian: bool,
-    linux_as_hvm_guest: bool,
     name: String,
     time_limit: Duration,
 }
@@ -79,6 +79,12 @@ impl Builder {
         self
     }
 
+    /// Has the machine made by a QEMU of the lab's own, which is built the first time, instead of the host's.
+    pub fn corrected_qemu(mut self) -> Self {
+        self.corrected_qemu = true;
+        self
+    }
+
     /// Puts udev with the product's rules into dom0, where a test can start it.
     pub fn udev(mut self) -> Self {
         self.udev = true;
@@ -89,12 +95,6 @@ impl Builder {
     /// rebooted, and keeps its disk then.
     pub fn debian(mut self) -> Self {
         self.debian = true;
-        self
-    }
-
-    /// Makes it a machine in which Linux boots as an HVM guest: with a QEMU of the lab's own, which is built the first time.
-    pub fn linux_as_hvm_guest(mut self) -> Self {
-        self.linux_as_hvm_guest = true;
         self
     }
 
@@ -113,8 +113,8 @@ impl Builder {
     /// Boots, and waits until dom0 runs commands and Xen's services are up.
     pub fn boot(self) -> Result<Lab> {
         let begun = Instant::now();
-        let emulator = if self.linux_as_hvm_guest {
-            Emulator::for_linux_as_hvm_guest().context("preparing a QEMU for Linux as an HVM guest")?
+        let emulator = if self.corrected_qemu {
+            Emulator::corrected().context("preparing a QEMU with corrections")?
         } else {
             Emulator::of_the_host()
         };
@@ -309,9 +309,9 @@ impl Lab {
             programs: Vec::new(),
             guest_programs: Vec::new(),
             hvm_guests: false,
+            corrected_qemu: false,
             udev: false,
             debian: false,
-            linux_as_hvm_guest: false,
             name: thread::current().name().unwrap_or("lab").replace("::", "-"),
             time_limit: Duration::from_secs(1800),
         }
@@ -402,7 +402,10 @@ impl Lab {
     /// What QEMU and Xen know of a machine whose dom0 does not answer: what its processors do and what waits for them.
     pub fn processors(&self) -> String {
         let lines = ["info status", "info registers -a", "info lapic 0", "info lapic 1"];
-        let said = lines.map(|line| self.monitor(line).unwrap_or_else(|error| format!("{line}: {error:#}")));
+        let said = lines.map(|line| {
+            let answer = self.monitor(line).unwrap_or_else(|error| format!("{line}: {error:#}"));
+            answer.lines().filter(|line| tells_why_it_waits(line)).collect::<Vec<_>>().join("\n")
+        });
         let console = || fs::read(self.logs().join("console.log")).unwrap_or_default();
         let before = console().len();
         // Domains, event channels, run queues and timers. Xen writes a line for each key first, and 's' comes last.
@@ -487,4 +490,10 @@ impl Drop for Lab {
             println!("lab: logs are in {}", self.logs.display());
         }
     }
+}
+
+/// Whether this line of QEMU's about a processor says where it is and what it waits for, not what else its registers hold.
+fn tells_why_it_waits(line: &str) -> bool {
+    let beginnings = ["XMM", "YMM", "FPR", "FCW", "ES =", "DS =", "FS =", "LDT", "GDT", "IDT", "DR", "CCS"];
+    !line.trim().is_empty() && !beginnings.iter().any(|beginning| line.starts_with(beginning))
 }

@@ -89,7 +89,6 @@ impl Devices {
 #[derive(Debug)]
 pub struct Emulator {
     program: OsString,
-    cpu: &'static str,
 }
 
 /// Names another QEMU than the host's, for all machines.
@@ -98,13 +97,13 @@ const OWN: &str = "XPCI_LAB_QEMU";
 impl Emulator {
     /// The host's, or the one that the environment names.
     pub fn of_the_host() -> Self {
-        Self { program: own().unwrap_or_else(|| "qemu-system-x86_64".into()), cpu: CPU }
+        Self { program: own().unwrap_or_else(|| "qemu-system-x86_64".into()) }
     }
 
-    /// One with which Linux boots as an HVM guest, or the one that the environment names.
-    pub fn for_linux_as_hvm_guest() -> Result<Self> {
+    /// The one with corrections, or the one that the environment names.
+    pub fn corrected() -> Result<Self> {
         let program = own().map_or_else(|| patched::qemu().map(PathBuf::into_os_string), Ok)?;
-        Ok(Self { program, cpu: CPU_FOR_LINUX_AS_HVM_GUEST })
+        Ok(Self { program })
     }
 }
 
@@ -114,10 +113,9 @@ fn own() -> Option<OsString> {
 
 /// `-cpu EPYC` makes Xen fault. Without XSAVE (and so AVX) and FSGSBASE Xen switches the older, simpler register state: with them, programs
 /// in dom0 and guests crashed now and then (seen: shells that faulted at their thread's own data, a kernel that failed to decompress).
-const CPU: &str = "max,xsave=off,fsgsbase=off";
 /// Linux as an HVM guest dies when it switches to page tables of five levels, and when it executes RDTSCP, whose interception QEMU reports
 /// as that of RDTSC.
-const CPU_FOR_LINUX_AS_HVM_GUEST: &str = "max,xsave=off,fsgsbase=off,la57=off,rdtscp=off";
+const CPU: &str = "max,xsave=off,fsgsbase=off,la57=off,rdtscp=off";
 
 /// QEMU, ready to start. Its sockets and the initramfs are in `folder`. `root` is the image of dom0's root file system, if it has one: such a
 /// machine can be rebooted, and what it writes is in a file of QEMU's own that ends with it.
@@ -134,7 +132,7 @@ pub fn command(
         "QEMU cannot take commas or blanks in {folder}, {kernel}"
     );
     let mut qemu = Command::new(&emulator.program);
-    qemu.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", emulator.cpu, "-smp", "2"]);
+    qemu.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", CPU, "-smp", "2"]);
     qemu.args(["-m", &MEMORY_MIB.to_string(), "-display", "none", "-nodefaults", "-serial", "stdio"]);
     match root {
         Some(root) => {

@@ -1,12 +1,13 @@
-//! A QEMU in which Linux boots as an HVM guest: Debian's sources with corrections of the mistakes that prevent it, built once and kept
-//! in the cache. CONTRIBUTING.md has what is wrong there.
+//! A QEMU in which a guest's processors do what processors do: Debian's sources with corrections, built once and kept in the cache.
+//! CONTRIBUTING.md has what is wrong there.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 
 use crate::apt::Apt;
 use crate::packages::{self, run};
@@ -14,17 +15,84 @@ use crate::packages::{self, run};
 /// The release whose sources are taken, on any host. Its meson is taken with them: an older release's is too old for them, and it is Python.
 const SUITE: &str = "trixie";
 
-/// What stands in which file how often, and what takes its place.
-const PATCHES: [(&str, &str, usize, &str); 2] = [
-    // A read of CR2 is looked up among intercepts as such, not as one of CR0, whose exit code is 0.
-    ("target/i386/tcg/decode-new.c.inc", "if (decode->e.intercept) {", 2, "if (decode->e.has_intercept) {"),
-    // An injected interrupt that has been delivered is no longer noted as one to be delivered.
-    (
-        "target/i386/tcg/system/svm_helper.c",
-        "do_interrupt_x86_hardirq(env, vector, 1);\n",
-        1,
-        "do_interrupt_x86_hardirq(env, vector, 1);\n            cs->exception_index = -1;\n",
-    ),
+/// A mistake and its correction, which is made as a whole or not at all.
+struct Correction {
+    mistake: &'static str,
+    changes: &'static [Change],
+}
+
+/// A file, what stands there and how often, and what takes its place.
+type Change = (&'static str, &'static str, usize, &'static str);
+
+const SVM: &str = "target/i386/tcg/system/svm_helper.c";
+const TLB: &str = "accel/tcg/cputlb.c";
+
+const CORRECTIONS: [Correction; 4] = [
+    Correction {
+        mistake: "a read of CR2 is looked up among intercepts as one of CR0, whose exit code is 0",
+        changes: &[(
+            "target/i386/tcg/decode-new.c.inc",
+            "if (decode->e.intercept) {",
+            2,
+            "if (decode->e.has_intercept) {",
+        )],
+    },
+    Correction {
+        mistake: "an injected interrupt that has been delivered is noted as one to be delivered",
+        changes: &[(
+            SVM,
+            "do_interrupt_x86_hardirq(env, vector, 1);\n",
+            1,
+            "do_interrupt_x86_hardirq(env, vector, 1);\n            cs->exception_index = -1;\n",
+        )],
+    },
+    Correction {
+        mistake: "interrupts that another thread requests while a vCPU enters a guest are lost",
+        changes: &[
+            (
+                SVM,
+                "cs->interrupt_request |= CPU_INTERRUPT_VIRQ;\n",
+                1,
+                "bql_lock();\n        cs->interrupt_request |= CPU_INTERRUPT_VIRQ;\n        bql_unlock();\n",
+            ),
+            (SVM, "#include \"qemu/log.h\"\n", 1, "#include \"qemu/log.h\"\n#include \"qemu/main-loop.h\"\n"),
+        ],
+    },
+    Correction {
+        mistake: "an access goes to another device when the memory map is being changed",
+        changes: &[
+            (
+                "include/hw/core/cpu.h",
+                "    hwaddr xlat_section;\n",
+                1,
+                "    hwaddr xlat_section;\n    struct MemoryRegionSection *section;\n",
+            ),
+            (
+                TLB,
+                "    full->xlat_section = iotlb - addr_page;\n",
+                1,
+                "    full->xlat_section = iotlb - addr_page;\n    full->section = section;\n",
+            ),
+            (
+                TLB,
+                "*out_offset, CPUState *cpu, hwaddr xlat,",
+                1,
+                "*out_offset, CPUState *cpu, CPUTLBEntryFull *full,",
+            ),
+            (
+                TLB,
+                "section = iotlb_to_section(cpu, xlat, attrs);\n    mr_offset = (xlat & TARGET_PAGE_MASK) + addr;",
+                1,
+                "section = full->section;\n    mr_offset = (full->xlat_section & TARGET_PAGE_MASK) + addr;",
+            ),
+            (
+                TLB,
+                "io_prepare(&mr_offset, cpu, full->xlat_section, attrs",
+                4,
+                "io_prepare(&mr_offset, cpu, full, attrs",
+            ),
+        ],
+    },
 ];
 
 /// What the lab's machines use of QEMU; the devices are QEMU's usual ones.
@@ -57,12 +125,12 @@ pub fn qemu() -> Result<PathBuf> {
     if fs::read_to_string(folder.join("key")).is_ok_and(|found| found == THIS_FILE) {
         return Ok(program);
     }
-    println!("lab: building a QEMU in which Linux boots as an HVM guest; this takes 10 to 30 minutes");
+    println!("lab: building a QEMU with corrections, which takes 3 to 15 minutes");
     let work = tempfile::Builder::new().prefix("qemu-new-").tempdir_in(&cache)?;
     let new = work.path().join("new");
     fs::create_dir(&new)?;
     let sources = sources(&cache, work.path())?;
-    patch(&sources)?;
+    correct(&sources)?;
     let built = build(&sources, work.path(), &cache.join("qemu-patched.log"))?;
     fs::copy(built, new.join(PROGRAM))?;
     fs::write(new.join("key"), THIS_FILE)?;
@@ -95,13 +163,30 @@ fn sources(cache: &Path, work: &Path) -> Result<PathBuf> {
     Ok(sources)
 }
 
-fn patch(sources: &Path) -> Result<()> {
-    for (file, mistake, count, correction) in PATCHES {
-        let path = sources.join(file);
-        let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-        let found = text.matches(mistake).count();
-        ensure!(found == count, "{file} of QEMU has {mistake:?} {found} times, not {count}: look at PATCHES");
-        fs::write(&path, text.replace(mistake, correction))?;
+/// Makes the corrections. What a newer version of Debian's has otherwise stays as it is, and is named: it may have been corrected there.
+fn correct(sources: &Path) -> Result<()> {
+    for correction in &CORRECTIONS {
+        let mut files: BTreeMap<PathBuf, String> = BTreeMap::new();
+        let mut fits = true;
+        for (file, before, count, after) in correction.changes {
+            let path = sources.join(file);
+            let text = match files.remove(&path) {
+                Some(text) => text,
+                None => fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?,
+            };
+            fits &= text.matches(before).count() == *count;
+            files.insert(path, text.replace(before, after));
+        }
+        if !fits {
+            println!(
+                "lab: QEMU's sources are others than was expected where {}: not corrected",
+                correction.mistake
+            );
+            continue;
+        }
+        for (path, text) in files {
+            fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+        }
     }
     Ok(())
 }
@@ -132,7 +217,7 @@ fn logged(command: &mut Command, log: &Path, what: &str) -> Result<()> {
     let output = File::create(log).with_context(|| format!("creating {}", log.display()))?;
     let errors = output.try_clone()?;
     let status = command.stdin(Stdio::null()).stdout(output).stderr(errors).status();
-    let status = status.with_context(|| format!("{what}: `make test-long` installs what this needs"))?;
+    let status = status.with_context(|| format!("{what}: `make lab-test` installs what this needs"))?;
     if !status.success() {
         let said = fs::read_to_string(log).unwrap_or_default();
         let lines: Vec<&str> = said.lines().collect();

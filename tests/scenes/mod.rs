@@ -159,7 +159,7 @@ pub fn run(entries: &[Entry], arguments: &Arguments) -> Result<bool> {
 const TIME_LIMIT: Duration = Duration::from_secs(3600);
 
 fn boot(machine: &Machine) -> Result<Lab> {
-    (machine.builder)()?.name(machine.name).time_limit(TIME_LIMIT).boot()
+    (machine.builder)()?.name(machine.name).time_limit(TIME_LIMIT).corrected_qemu().boot()
 }
 
 /// Plays scenes that share a boot. After a failure the next one gets a new boot: the state of the machine is unknown.

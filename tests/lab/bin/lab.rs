@@ -1,5 +1,5 @@
 //! `lab shell [4.17|4.20|debian] [FILE=PATH]...` boots the lab for a person; `lab fetch` only fills the cache; `lab qemu` builds
-//! the QEMU of `make test-long` and says where it is.
+//! the QEMU with corrections and says where it is.
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;

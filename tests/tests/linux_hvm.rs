@@ -1,15 +1,19 @@
 //! A VF of the 82576 in a stock Linux that is an HVM guest: Debian's own kernel with its igbvf, served by xpcid.
 
+use std::marker::PhantomData;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use xpci_tests::host::state::{keep_running, kill_and_start, make_attached, make_held, no_problems};
-use xpci_tests::host::{PF, SOON, VFS, bring_up_at, builder, guest, owner, ping, prepare, set_mac, xpci};
+use xpci_tests::host::{PF, SOON, VFS, bring_up_at, guest, owner, ping, prepare, set_mac, xpci};
 use xpci_tests::scenes::{Check, Machine, Scene};
-use xpci_tests::{BareGuest, Builder, Guest, GuestConfig, Lab, Process, checks};
+use xpci_tests::{BareGuest, Guest, GuestConfig, Lab, Process, checks};
 
 /// Through decompression, the firmware's tables and all drivers, under an emulated Xen.
 const BOOT_LIMIT: Duration = Duration::from_secs(400);
+/// How many interrupts a guest sends itself, which takes some seconds.
+const INTERRUPTS: u32 = 50_000;
+const INTERRUPTS_LIMIT: Duration = Duration::from_secs(120);
 /// Where the VF is in its guest.
 const SLOT: u32 = 5;
 const FUNCTION: &str = "0000:00:05.0";
@@ -18,21 +22,23 @@ const ADDRESS: &str = "10.9.9.11";
 const DOM0: &str = "10.9.9.1";
 const MAC: &str = "52:54:00:aa:bb:01";
 
-static MACHINE: Machine = Machine { name: "linux-hvm", builder: machine, clean: |_| Ok(()), end: None };
-
-fn machine() -> Result<Builder> {
-    Ok(builder().hvm_guests().linux_as_hvm_guest())
+/// Where the guest runs, and what its xl.cfg has besides.
+pub trait Variant {
+    const NAME: &'static str;
+    const MACHINE: &'static Machine;
+    const LINE: Option<&'static str>;
 }
 
-pub struct LinuxHvm<'a> {
+pub struct LinuxHvm<'a, V> {
     lab: &'a Lab,
     service: Process,
     linux: Option<Guest<'a>>,
+    variant: PhantomData<V>,
 }
 
-impl<'a> Scene<'a> for LinuxHvm<'a> {
-    const NAME: &'static str = "linux_hvm";
-    const MACHINE: &'static Machine = &MACHINE;
+impl<'a, V: Variant> Scene<'a> for LinuxHvm<'a, V> {
+    const NAME: &'static str = V::NAME;
+    const MACHINE: &'static Machine = V::MACHINE;
 
     fn set_up(lab: &'a Lab) -> Result<Self> {
         let service = prepare(lab)?;
@@ -40,12 +46,13 @@ impl<'a> Scene<'a> for LinuxHvm<'a> {
         set_mac(lab, 0, MAC)?;
         xpci(lab, "pci-assignable-add 01:10.0 01:10.2")?;
         xpci(lab, "hvm acpi-table /guest/mcfg.bin")?;
-        Ok(Self { lab, service, linux: None })
+        Ok(Self { lab, service, linux: None, variant: PhantomData })
     }
 
     fn checks() -> Vec<Check<Self>> {
         checks![
             a_guest_reads_from_cr2_what_it_wrote,
+            a_guest_has_each_interrupt_once_while_the_memory_map_changes,
             a_stock_linux_boots_with_its_vf,
             it_reads_what_a_pv_guest_reads needs a_stock_linux_boots_with_its_vf,
             extended_config_space_is_there_by_the_acpi_table needs a_stock_linux_boots_with_its_vf,
@@ -67,14 +74,14 @@ impl<'a> Scene<'a> for LinuxHvm<'a> {
     }
 }
 
-impl<'a> LinuxHvm<'a> {
+impl<'a, V> LinuxHvm<'a, V> {
     fn linux(&self) -> Result<&Guest<'a>> {
         self.linux.as_ref().context("the guest is gone")
     }
 }
 
 /// The smallest case of what keeps Linux from booting under QEMU's own emulation, which takes a guest's read of CR2 for one of CR0.
-fn a_guest_reads_from_cr2_what_it_wrote(scene: &mut LinuxHvm<'_>) -> Result<()> {
+fn a_guest_reads_from_cr2_what_it_wrote<V: Variant>(scene: &mut LinuxHvm<'_, V>) -> Result<()> {
     let mut bare = BareGuest::create(scene.lab, "bare", &[])?;
     bare.start()?;
     let read = bare.number("cr2 12345678")?;
@@ -82,9 +89,28 @@ fn a_guest_reads_from_cr2_what_it_wrote(scene: &mut LinuxHvm<'_>) -> Result<()> 
     bare.destroy()
 }
 
-fn a_stock_linux_boots_with_its_vf(scene: &mut LinuxHvm<'_>) -> Result<()> {
+/// What else the emulator must do right: each change of the machine's memory map stops its processors, which then look addresses up anew.
+fn a_guest_has_each_interrupt_once_while_the_memory_map_changes<V: Variant>(
+    scene: &mut LinuxHvm<'_, V>,
+) -> Result<()> {
+    const DECODING: &str = "setpci -s 02:00.0 COMMAND";
+    let mut bare = BareGuest::create(scene.lab, "bare", &[])?;
+    bare.start()?;
+    let changes = scene.lab.spawn(&format!("sh -c 'while {DECODING}=2:2 && {DECODING}=0:2; do :; done'"))?;
+    let came = bare.begin(&[format!("ipi 41 {INTERRUPTS:x}")])?.answers(INTERRUPTS_LIMIT)?;
+    ensure!(changes.ended().is_none(), "{}", changes.output_so_far());
+    changes.signal(9)?;
+    changes.wait(SOON)?;
+    ensure!(came == [format!("{INTERRUPTS:x}")], "{came:?} of {INTERRUPTS:x} came");
+    let again = bare.number("twice")?;
+    ensure!(again == 0, "{again} were delivered twice");
+    bare.destroy()
+}
+
+fn a_stock_linux_boots_with_its_vf<V: Variant>(scene: &mut LinuxHvm<'_, V>) -> Result<()> {
     let lab = scene.lab;
     let config = GuestConfig::hvm("linux").line("acpi_firmware=\"/guest/mcfg.bin\"");
+    let config = V::LINE.into_iter().fold(config, |config, line| config.line(line));
     let linux = lab.paused_guest(&config)?;
     xpci(lab, &format!("pci-attach linux 01:10.0@{SLOT:x}"))?;
     linux.unpause(BOOT_LIMIT)?;
@@ -96,7 +122,7 @@ fn a_stock_linux_boots_with_its_vf(scene: &mut LinuxHvm<'_>) -> Result<()> {
 }
 
 /// Another VF of the same PF in a PV guest, before any driver has it: lspci says the same of both, but for what is each guest's own.
-fn it_reads_what_a_pv_guest_reads(scene: &mut LinuxHvm<'_>) -> Result<()> {
+fn it_reads_what_a_pv_guest_reads<V: Variant>(scene: &mut LinuxHvm<'_, V>) -> Result<()> {
     let lab = scene.lab;
     let pv = guest(lab, "pv")?;
     make_attached(lab, &pv, VFS[1], Some(SLOT))?;
@@ -127,7 +153,7 @@ fn described(guest: &Guest<'_>, function: &str) -> Result<Vec<String>> {
     Ok(lines.filter(|line| OWN.iter().all(|own| !line.starts_with(own))).map(str::to_owned).collect())
 }
 
-fn extended_config_space_is_there_by_the_acpi_table(scene: &mut LinuxHvm<'_>) -> Result<()> {
+fn extended_config_space_is_there_by_the_acpi_table<V: Variant>(scene: &mut LinuxHvm<'_, V>) -> Result<()> {
     let linux = scene.linux()?;
     let size = linux.run(&format!("stat -c %s {DEVICE}/config")).ok()?;
     ensure!(size.trim() == "4096", "{size}");
@@ -139,7 +165,9 @@ fn extended_config_space_is_there_by_the_acpi_table(scene: &mut LinuxHvm<'_>) ->
     Ok(())
 }
 
-fn the_stock_driver_uses_the_vf_with_its_mac_traffic_and_interrupts(scene: &mut LinuxHvm<'_>) -> Result<()> {
+fn the_stock_driver_uses_the_vf_with_its_mac_traffic_and_interrupts<V: Variant>(
+    scene: &mut LinuxHvm<'_, V>,
+) -> Result<()> {
     let linux = scene.linux()?;
     bring_up_at(linux, FUNCTION, ADDRESS)?;
     let mac = linux.run(&format!("cat {DEVICE}/net/*/address")).ok()?;
@@ -160,7 +188,7 @@ fn interrupts(linux: &Guest<'_>) -> Result<Vec<u64>> {
     text.lines().map(|line| counted(line).with_context(|| text.clone())).collect()
 }
 
-fn a_killed_service_is_not_noticed_under_traffic(scene: &mut LinuxHvm<'_>) -> Result<()> {
+fn a_killed_service_is_not_noticed_under_traffic<V: Variant>(scene: &mut LinuxHvm<'_, V>) -> Result<()> {
     let traffic = scene.linux()?.spawn(&format!("exec ping -i 0.2 {DOM0}"))?;
     for round in 0..3 {
         kill_and_start(scene.lab, &mut scene.service)?;
@@ -177,7 +205,7 @@ fn a_killed_service_is_not_noticed_under_traffic(scene: &mut LinuxHvm<'_>) -> Re
     Ok(())
 }
 
-fn a_reset_through_sysfs_leaves_a_usable_vf(scene: &mut LinuxHvm<'_>) -> Result<()> {
+fn a_reset_through_sysfs_leaves_a_usable_vf<V: Variant>(scene: &mut LinuxHvm<'_, V>) -> Result<()> {
     let linux = scene.linux()?;
     linux.run("modprobe -r igbvf").ok()?;
     let method = linux.run(&format!("cat {DEVICE}/reset_method")).ok()?;
@@ -188,7 +216,9 @@ fn a_reset_through_sysfs_leaves_a_usable_vf(scene: &mut LinuxHvm<'_>) -> Result<
 }
 
 /// Linux's own hotplug driver finds the function, places its BARs, and ejects it when it is asked to; igbvf uses it in between.
-fn another_vf_comes_while_it_runs_is_used_and_let_go_twice(scene: &mut LinuxHvm<'_>) -> Result<()> {
+fn another_vf_comes_while_it_runs_is_used_and_let_go_twice<V: Variant>(
+    scene: &mut LinuxHvm<'_, V>,
+) -> Result<()> {
     const FUNCTION: &str = "0000:00:1e.0";
     let (lab, linux) = (scene.lab, scene.linux()?);
     let there = format!("[ -e /sys/bus/pci/devices/{FUNCTION} ]");
@@ -207,6 +237,6 @@ fn another_vf_comes_while_it_runs_is_used_and_let_go_twice(scene: &mut LinuxHvm<
     ping(linux, DOM0)
 }
 
-fn the_service_knows_of_no_problem(scene: &mut LinuxHvm<'_>) -> Result<()> {
+fn the_service_knows_of_no_problem<V: Variant>(scene: &mut LinuxHvm<'_, V>) -> Result<()> {
     no_problems(scene.lab)
 }
