@@ -1,4 +1,4 @@
-//! What an access to config space costs an HVM guest: through xpcid's ioreq server, and through QEMU's own passthrough.
+//! What an access to config space costs an HVM guest, and hotplug: through xpcid's ioreq server, and through QEMU's own passthrough.
 //!
 //! Both guests run the same program (`tests/guests`), each with a VF of the same PF, and are measured in turns in one boot.
 
@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use xpci_tests::{BareGuest, Lab};
 
 use crate::figures::{Better, Comparison};
+use crate::hotplug;
 use crate::report::Report;
 use crate::scene::Peer;
 
@@ -32,7 +33,7 @@ pub fn measure(lab: &Lab, rounds: usize, report: &mut Report) -> Result<()> {
         guest.pause()?;
     }
     let mut figures = FIGURES.map(|(name, ..)| Comparison::new(name, Better::Less));
-    let outcome = (0..=rounds).try_for_each(|round| {
+    let outcome: Result<()> = (0..=rounds).try_for_each(|round| {
         for (figure, (name, order)) in figures.iter_mut().zip(FIGURES) {
             let mut seen = [0.0; 2];
             for peer in Peer::in_turns(round) {
@@ -47,7 +48,8 @@ pub fn measure(lab: &Lab, rounds: usize, report: &mut Report) -> Result<()> {
         Ok(())
     });
     report.add(figures);
-    outcome
+    outcome?;
+    hotplug::measure(lab, [&ours, &theirs], rounds, report)
 }
 
 /// A bare guest with its VF, not started yet.

@@ -2,6 +2,7 @@
 
 mod errors;
 mod figures;
+mod hotplug;
 mod hvm;
 mod report;
 mod scene;
@@ -84,6 +85,7 @@ impl Part {
     fn measure(self, options: &Options, report: &mut Report) -> Result<()> {
         let mut lab = Lab::builder()
             .xen(options.xen)
+            .corrected_qemu()
             .name(&format!("bench-{}", self.name()))
             .devices(Devices::none().igb("igb0").nvme("nvme0", 64).device("virtio-net-pci,id=e0,aer=on"))
             .program("xpcid", "/usr/sbin/xpcid")

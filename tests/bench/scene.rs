@@ -22,7 +22,7 @@ pub enum Peer {
 }
 
 impl Peer {
-    const fn command(self) -> &'static str {
+    pub const fn command(self) -> &'static str {
         match self {
             Self::Ours => "xpci",
             Self::Theirs => "xl",
@@ -79,8 +79,8 @@ pub fn hold(lab: &Lab) -> Result<()> {
     lab.dom0("modprobe igb").ok()?;
     let vfs = format!("/sys/bus/pci/devices/{PF}");
     lab.wait_for("the PF's driver", SOON, &format!("[ -e {vfs}/driver ]"))?;
-    lab.dom0(&format!("echo 3 > {vfs}/sriov_numvfs")).ok()?;
-    lab.wait_for("its VFs", SOON, &format!("[ -e {vfs}/virtfn2 ]"))?;
+    lab.dom0(&format!("echo 4 > {vfs}/sriov_numvfs")).ok()?;
+    lab.wait_for("its VFs", SOON, &format!("[ -e {vfs}/virtfn3 ]"))?;
     for peer in [Peer::Ours, Peer::Theirs] {
         lab.dom0(&format!("{} pci-assignable-add {}", peer.command(), peer.function())).ok()?;
     }

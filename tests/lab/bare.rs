@@ -124,6 +124,11 @@ impl<'a> BareGuest<'a> {
         self.tell("slot 0").map(drop)
     }
 
+    /// Its name in xl's commands.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Keeps it from running: while it waits for orders it looks at its serial port without a rest.
     pub fn pause(&self) -> Result<()> {
         self.lab.dom0(&format!("xl pause {}", self.name)).ok().map(drop)
