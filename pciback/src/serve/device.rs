@@ -30,7 +30,8 @@ pub(super) trait GuestDevice: Send + Sync {
 
     /// Brings what is mapped into step with the BARs and with Command.
     fn place_bars(&self, function: &mut GuestFunction) -> platform::Result<()>;
-    /// The same of what an earlier process has placed: it may have been killed before anything that its notes say.
+    /// Takes over what an earlier process has placed, which may have been killed before anything that its notes say: it stays there, or
+    /// is taken out of the guest. Nothing is placed anywhere else.
     fn take_over_bars(&self, function: &mut GuestFunction) -> platform::Result<()>;
     /// Takes all BARs out of the guest's address space.
     fn unmap_bars(&self, function: &mut GuestFunction) -> platform::Result<()>;

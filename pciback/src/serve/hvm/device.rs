@@ -73,7 +73,7 @@ impl Device {
         device.domains.claim_slot(function.domain, device.server, device.slot, Edit::Add)?;
         if !again {
             device.bind_line(function, Edit::Add)?;
-            device.place_all(function, false)?;
+            device.place_bars(function)?;
         }
         Ok(())
     }
@@ -94,22 +94,17 @@ impl Device {
         self.domains.bind_line(function.domain, pirq, self.slot, pin as u8 - 1, edit)
     }
 
-    /// Brings what is mapped into step with the guest's registers; `again`: what is noted as mapped may not be.
-    fn place_all(&self, function: &mut GuestFunction, again: bool) -> Result<()> {
+    /// The BARs of a function, each with the address at which the guest wants it. An absent function decodes nothing.
+    fn wanted(function: &GuestFunction) -> Vec<(Bar, Option<u64>)> {
         let access = Access::new(u32::from(header::COMMAND), 2).ok();
         let command = access
             .and_then(|access| function.space.read(access, function.hardware.as_ref()).ok())
             .filter(|_| !function.is_silent());
-        let mut outcome = Ok(());
-        for bar in function.space.bars().to_vec() {
-            let register = function.space.bar_register(&bar);
-            // An absent function decodes nothing.
-            let wanted = command.and_then(|command| bars::placed(&bar, register, command as u16));
-            outcome = outcome.and(self.place(function, &bar, wanted, again));
-        }
-        outcome
+        let placed = |bar: &Bar| bars::placed(bar, function.space.bar_register(bar), command? as u16);
+        function.space.bars().iter().map(|bar| (*bar, placed(bar))).collect()
     }
 
+    /// Brings one BAR into step with the guest's register; `again`: what is noted as mapped may not be.
     fn place(&self, function: &mut GuestFunction, bar: &Bar, wanted: Option<u64>, again: bool) -> Result<()> {
         let current = function.space.image().placed(bar.index);
         if let Some(address) = current.filter(|_| current != wanted) {
@@ -275,11 +270,21 @@ impl GuestDevice for Device {
     }
 
     fn place_bars(&self, function: &mut GuestFunction) -> Result<()> {
-        self.place_all(function, false)
+        let mut outcome = Ok(());
+        for (bar, wanted) in Self::wanted(function) {
+            outcome = outcome.and(self.place(function, &bar, wanted, false));
+        }
+        outcome
     }
 
     fn take_over_bars(&self, function: &mut GuestFunction) -> Result<()> {
-        self.place_all(function, true)
+        let mut outcome = Ok(());
+        for (bar, wanted) in Self::wanted(function) {
+            let Some(current) = function.space.image().placed(bar.index) else { continue };
+            let stays = wanted.filter(|wanted| *wanted == current);
+            outcome = outcome.and(self.place(function, &bar, stays, true));
+        }
+        outcome
     }
 
     fn unmap_bars(&self, function: &mut GuestFunction) -> Result<()> {

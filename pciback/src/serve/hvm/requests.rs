@@ -14,7 +14,8 @@ use super::wire::{self, IoRequest, Place, VCPUS};
 use super::{ECAM_BASE, ECAM_BYTES, Taken};
 use crate::config::Width;
 use crate::fault::AerAnswer;
-use crate::platform::{DeviceModels, HvmDomains, IoreqServer, PlatformError};
+use crate::platform::{self, DeviceModels, HvmDomains, IoreqServer, PlatformError};
+use crate::serve::device::GuestDevice;
 use crate::serve::worker::{EVENTS, RequestSource, Turn};
 use crate::serve::{
     Attachment, Counters, Demand, GuestFunction, NotNotified, Notification, Roster, Server, ServerReport,
@@ -67,11 +68,9 @@ struct IoreqRequests {
 impl RequestSource for IoreqRequests {
     fn recover(&mut self, roster: &mut Roster) {
         recover_interrupted(roster, self.domains.as_ref(), self.shared);
-        for function in roster.functions.values_mut() {
-            if let Err(error) = function.device().take_over_bars(function) {
-                (roster.report)(ServerReport::NotPlaced(function.attachment(), error.to_string()));
-            }
-        }
+        // What is mapped comes first, of all functions: a BAR that waits for its place would otherwise be mapped over the one that has it.
+        on_each(roster, |device, function| device.take_over_bars(function));
+        on_each(roster, |device, function| device.place_bars(function));
     }
 
     fn serve(&mut self, roster: &mut Roster) -> Turn {
@@ -117,6 +116,15 @@ impl RequestSource for IoreqRequests {
     }
 
     fn withdraw(&mut self) {}
+}
+
+/// Maps something of each function, and reports what cannot be mapped.
+fn on_each(roster: &mut Roster, map: impl Fn(&dyn GuestDevice, &mut GuestFunction) -> platform::Result<()>) {
+    for function in roster.functions.values_mut() {
+        if let Err(error) = map(function.device().as_ref(), function) {
+            (roster.report)(ServerReport::NotPlaced(function.attachment(), error.to_string()));
+        }
+    }
 }
 
 /// What a request has come to.

@@ -10,7 +10,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::Device;
 use super::frames::AT_ONCE;
 use super::requests::{Connection, start};
-use super::{ConfigPorts, wire};
+use super::{ConfigPorts, Taken, wire};
 use crate::abi::ioreq::xen::{self, config};
 use crate::config::Access;
 use crate::platform::{
@@ -23,6 +23,7 @@ use crate::serve::{Counters, GuestFunction, Server};
 use crate::{Devfn, DeviceNumber, DomId, Sbdf};
 
 const ADDRESS: Sbdf = Sbdf::from_devfn(0, 1, 0x10);
+const OTHER: Sbdf = Sbdf::from_devfn(0, 1, 0x11);
 const SLOT: u8 = 9;
 const DEVFN: Devfn = Devfn(SLOT << 3);
 const BYTES: u64 = 4 << 30;
@@ -198,10 +199,14 @@ fn enter(xen: &Arc<Xen>, function: &mut GuestFunction, again: bool) {
 
 impl Guest {
     fn serve(&self, functions: BTreeMap<Devfn, Box<GuestFunction>>) -> Server {
+        self.serve_with(functions, Arc::default())
+    }
+
+    fn serve_with(&self, functions: BTreeMap<Devfn, Box<GuestFunction>>, taken: Arc<Taken>) -> Server {
         let connection = Connection {
             server: Box::new(self.page.clone()),
             ports: ConfigPorts::new(SharedMemory::anonymous(ConfigPorts::BYTES).unwrap()),
-            taken: Arc::default(),
+            taken,
             domains: Arc::clone(&self.xen) as Arc<dyn HvmDomains>,
             models: Arc::new(NoModels),
             shared: false,
@@ -288,5 +293,44 @@ fn the_next_thread_maps_what_is_left_and_nothing_again() {
     guest.page.1.write(1).unwrap();
     guest.wait_for_answer();
     assert_eq!(guest.xen.calls().len(), PARTS, "what is mapped stays");
+    server.stop().unwrap();
+}
+
+#[test]
+fn a_bar_that_waits_for_a_place_does_not_get_it_from_another_one_by_a_restart() {
+    let (guest, server) = begin();
+    guest.decode();
+    guest.wait_for_answer();
+    let enter = |function: &mut GuestFunction, slot: u8, taken: &Arc<Taken>, again| {
+        let (domains, slot) = (Arc::clone(&guest.xen) as Arc<dyn HvmDomains>, Devfn(slot << 3).device());
+        let device = Device::new(domains, ServerId(1), slot, Arc::clone(taken), BTreeMap::new());
+        device.enter(function, again).unwrap();
+    };
+    let ask = |access| {
+        xen::put_request(&guest.page.0, 0, &access);
+        guest.page.1.write(1).unwrap();
+        guest.wait_for_answer();
+    };
+    // Another function of the guest, which comes first when a service starts, is placed there, too.
+    let (mut functions, mut other) = (server.stop().unwrap(), Machine::new().open_large(OTHER, BYTES));
+    let taken = Arc::default();
+    enter(functions.get_mut(&DEVFN).unwrap(), SLOT, &taken, true);
+    enter(&mut other, SLOT - 1, &taken, false);
+    functions.insert(Devfn((SLOT - 1) << 3), other);
+    let server = guest.serve_with(functions, taken);
+    for (offset, value) in [(0x10, PLACE as u32), (0x14, (PLACE >> 32) as u32), (COMMAND, 2)] {
+        ask(config(SLOT - 1, offset, 4, Some(value)));
+    }
+    assert_eq!(guest.xen.calls().len(), PARTS, "it is mapped over the other one");
+    let (mut functions, taken) = (server.stop().unwrap(), Arc::default());
+    for (devfn, function) in &mut functions {
+        enter(function, devfn.device().get(), &taken, true);
+    }
+    let server = guest.serve_with(functions, taken);
+    ask(config(SLOT, 0, 2, None));
+    assert_eq!(guest.xen.calls().len(), PARTS, "it is mapped over the other one by the restart");
+    // When the place is free it gets it.
+    ask(config(SLOT, COMMAND, 2, Some(0)));
+    assert_eq!((guest.xen.calls().len(), guest.xen.frames()), (2 * PARTS, FRAMES));
     server.stop().unwrap();
 }
