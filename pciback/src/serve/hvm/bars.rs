@@ -1,13 +1,17 @@
 //! Where an HVM guest has placed a function's BARs, and which of their pages it reaches directly. Pure.
 
+use std::ops::Range;
+
+use super::{ECAM_BASE, ECAM_BYTES};
 use crate::config::{Bar, BarKind, BarPart, MsixCapability};
 use crate::platform::PAGE;
 use crate::spec::header;
 
 /// The guest's addresses end here: no guest has more, and a BAR that is being sized lies beyond it.
 const GUEST_END: u64 = 1 << 39;
-/// What lies from here up to 4 GiB is the guest's interrupt controllers, Xen's own pages and the BIOS.
-const RESERVED: std::ops::Range<u64> = 0xfec0_0000..0x1_0000_0000;
+/// The guest's interrupt controllers, Xen's own pages and the BIOS; and the window to extended config space, which the service answers.
+const RESERVED: [Range<u64>; 2] = [0xfec0_0000..0x1_0000_0000, ECAM_BASE..ECAM_BASE + ECAM_BYTES];
+
 /// The address at which the guest wants a BAR, by the values of its register (pair) and of Command; `None` where it does not decode.
 /// A register that holds the result of sizing places nothing, nor does 0.
 pub fn placed(bar: &Bar, register: u64, command: u16) -> Option<u64> {
@@ -20,7 +24,7 @@ pub fn placed(bar: &Bar, register: u64, command: u16) -> Option<u64> {
     let possible = match bar.kind {
         BarKind::Io => end <= 0x1_0000,
         BarKind::Memory32 | BarKind::Memory64 | BarKind::Rom => {
-            end <= GUEST_END && (end <= RESERVED.start || address >= RESERVED.end)
+            end <= GUEST_END && RESERVED.iter().all(|range| end <= range.start || address >= range.end)
         }
     };
     (command & enable != 0 && address != 0 && possible).then_some(address)
@@ -106,7 +110,8 @@ mod tests {
         for register in [0xffff_c00c, 0xffff_ffff_f305_000c, 0xffff_ffff_ffff_c00c, 0xffff_ffff_0000_000c] {
             assert_eq!(placed(&wide, register, 2), None, "{register:#x}");
         }
-        for register in [0xfee0_000c, 0xfec0_000c] {
+        assert_eq!(placed(&wide, 0xfdff_c00c, 2), Some(0xfdff_c000));
+        for register in [0xfee0_000c, 0xfec0_000c, 0xfe00_000c, 0xfe0f_c00c] {
             assert_eq!(placed(&wide, register, 2), None, "{register:#x}");
         }
         let port = bar(BarKind::Io, 0xc000, 0x20);
