@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use pciback::config::{
-    Access, ConfigError, Filter, FunctionImage, ImageError, ImageOwner, InterruptMode, Policy, RequestRecord,
-    RequestStage, VectorState, VirtualConfigSpace,
+    Access, ConfigError, Filter, FunctionImage, GUEST_END, ImageError, ImageOwner, InterruptMode, Policy,
+    RequestRecord, RequestStage, VectorState, VirtualConfigSpace,
 };
 use pciback::platform::SharedMemory;
 use pciback::{DomId, Sbdf};
@@ -181,6 +181,21 @@ fn an_image_of_something_else_is_refused() {
     let short = FunctionImage::new(SharedMemory::anonymous(4096).unwrap(), OWNER);
     let refused = VirtualConfigSpace::create(&spec, filter(), short);
     assert!(matches!(refused, Err(ConfigError::Image(ImageError::Size { bytes: 4096, .. }))));
+}
+
+#[test]
+fn an_image_with_a_bar_at_an_address_that_no_guest_has_is_refused() {
+    let file = file();
+    created(&file).image_mut().set_placed(3, Some(GUEST_END - 0x1000));
+    assert!(resumed(&file).is_ok());
+    for address in [GUEST_END, !0xfff] {
+        let memory = SharedMemory::map_file(&file, FunctionImage::BYTES).unwrap();
+        FunctionImage::new(memory, OWNER).set_placed(3, Some(address));
+        assert!(
+            matches!(resumed(&file), Err(ConfigError::Image(ImageError::Damaged { .. }))),
+            "{address:#x}"
+        );
+    }
 }
 
 #[test]

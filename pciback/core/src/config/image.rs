@@ -17,6 +17,8 @@ const MAGIC: u32 = u32::from_le_bytes(*b"xpci");
 /// Changes whenever the meaning of a word does.
 pub(super) const VERSION: u32 = 2;
 const PAGE: usize = 1024;
+/// No guest has an address from here on: a BAR that is being sized lies beyond it.
+pub const GUEST_END: u64 = 1 << 39;
 
 mod word {
     //! Where each word of the header page is.
@@ -121,6 +123,11 @@ impl FunctionImage {
             }
         }
         let damaged = |what, found| Err(ImageError::Damaged { address, what, found });
+        // Both halves of a note that was half written are of addresses before the end.
+        let beyond = (0..7).filter_map(|bar| self.placed(bar)).find(|address| *address >= GUEST_END);
+        if let Some(address) = beyond {
+            return damaged("the upper half of a BAR's address", (address >> 32) as u32);
+        }
         if self.words.get(word::RESETTING) > 1 {
             return damaged("the reset flag", self.words.get(word::RESETTING));
         }

@@ -30,7 +30,7 @@ pub use controls::ControlRegister;
 pub use error::ConfigError;
 pub use filter::{Bits, Deferred, Filter, Model, NamedRegister, RefusedOverride, Segment};
 pub use function::{FunctionKind, FunctionSpec, GuestRom, Identity};
-pub use image::FunctionImage;
+pub use image::{FunctionImage, GUEST_END};
 pub use interrupts::{BarPart, MsiCapability, MsixCapability};
 pub use list::{Capability, CapabilityList, ListProblem, MsixFault};
 pub use mailbox::MailboxPlace;

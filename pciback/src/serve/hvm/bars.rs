@@ -3,12 +3,10 @@
 use std::ops::Range;
 
 use super::{ECAM_BASE, ECAM_BYTES};
-use crate::config::{Bar, BarKind, BarPart, MsixCapability};
+use crate::config::{Bar, BarKind, BarPart, GUEST_END, MsixCapability};
 use crate::platform::PAGE;
 use crate::spec::header;
 
-/// The guest's addresses end here: no guest has more, and a BAR that is being sized lies beyond it.
-const GUEST_END: u64 = 1 << 39;
 /// The guest's interrupt controllers, Xen's own pages and the BIOS; and the window to extended config space, which the service answers.
 const RESERVED: [Range<u64>; 2] = [0xfec0_0000..0x1_0000_0000, ECAM_BASE..ECAM_BASE + ECAM_BYTES];
 
