@@ -10,7 +10,7 @@ use thiserror::Error;
 
 use super::function::GuestFunction;
 use crate::Sbdf;
-use crate::config::{InterruptMode, MsixCapability, VectorState};
+use crate::config::{FunctionImage, InterruptMode, MsixCapability, VectorState};
 use crate::live::{self, Changed, Switch};
 use crate::platform::{MsiSource, Pirq, PlatformError, Revoked};
 use crate::spec::legacy::MESSAGE_CONTROL;
@@ -138,6 +138,10 @@ impl GuestFunction {
     pub(super) fn map(&mut self, vectors: &mut VectorState, source: MsiSource) -> Result<Pirq> {
         let entry = source.entry();
         self.revocation.check().map_err(io::Error::from)?;
+        if vectors.entries.len() >= FunctionImage::MAX_VECTORS {
+            // Mapped, it could not be noted, and nobody would unmap it.
+            return Err(InterruptError::Entries("more than can be noted"));
+        }
         vectors.pending = Some(entry);
         self.note(vectors)?;
         let pirq = self.hypervisor.map_msi(self.domain, self.address, source)?;
@@ -283,4 +287,23 @@ pub(super) fn release_all(function: &mut GuestFunction) -> Result<()> {
         function.note(&VectorState::default())?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::serve::test_machine::Machine;
+
+    #[test]
+    fn a_vector_that_cannot_be_noted_is_not_mapped() {
+        let machine = Machine::new();
+        let mut function = machine.open(Sbdf::from_devfn(0, 1, 0x10));
+        let entries = (10u16..).zip(100..).take(FunctionImage::MAX_VECTORS).collect();
+        let mut vectors = VectorState { mode: InterruptMode::MsiX, entries, ..VectorState::default() };
+        function.note(&vectors).unwrap();
+        let table = function.msix_table(&function.space.msix().unwrap()).unwrap();
+        let refused = function.map(&mut vectors, MsiSource::MsiX { entry: 0, table });
+        assert!(matches!(refused, Err(InterruptError::Entries(_))), "{refused:?}");
+        assert!(machine.pirqs().is_empty(), "it is mapped, and nobody knows it");
+    }
 }
