@@ -4,7 +4,9 @@
 
 mod pcifront;
 
-use pciback::Devfn;
+use pciback::serve::pv::nodes::End;
+use pciback::serve::pv::{Action, FrontendView, Handshake, NodeChange, RingPlace, XenbusState};
+use pciback::{Devfn, DomId};
 use pcifront::World;
 use proptest::prelude::*;
 
@@ -118,6 +120,25 @@ fn a_guest_that_does_not_drop_the_device_or_has_ended_loses_its_ring() {
     assert!(!world.is_connected());
     world.run();
     assert!(world.found().iter().eq(&[SECOND]) && world.stale().is_empty());
+}
+
+#[test]
+fn a_ring_that_fails_after_the_device_was_removed_does_not_bring_back_a_part_of_it() {
+    let ring = RingPlace { grant: 8, port: 9 };
+    let frontend = FrontendView { state: Some(XenbusState::INITIALISED), ring: Some(Ok(ring)) };
+    let mut handshake = Handshake::new(DomId(5));
+    handshake.add(FIRST, pcifront::address(FIRST));
+    assert_eq!(handshake.frontend_changed(frontend), [Action::Connect(ring)]);
+    // Before that is done the guest loses the function, and gets another one.
+    let actions = handshake.withdraw_unasked(FIRST);
+    assert!(actions.contains(&Action::Nodes(vec![NodeChange::RemoveAll])), "{actions:?}");
+    assert_eq!(handshake.add(SECOND, pcifront::address(SECOND)), []);
+    assert_eq!(handshake.ring_connected(Err("no such grant".to_owned())), []);
+    let published = handshake.pause_over();
+    let backend =
+        |change: &NodeChange| matches!(change, NodeChange::Write(End::Frontend, key, _) if key == "backend");
+    let whole = |action: &Action| matches!(action, Action::Nodes(changes) if changes.iter().any(backend));
+    assert!(published.iter().any(whole), "the guest does not find the device: {published:?}");
 }
 
 #[test]

@@ -433,10 +433,12 @@ impl Handshake {
             }
             (_, Ok(())) => {}
             (_, Err(why)) => {
-                let ring = self.ring();
-                actions.push(Action::Report(format!("its ring cannot be used: {why}")));
-                self.refused = ring.map(Ok);
-                self.back_to_published(&mut actions);
+                // Without a ring there is none to give up: all nodes were removed while this one waited to be connected to.
+                if let Some(ring) = self.ring() {
+                    actions.push(Action::Report(format!("its ring cannot be used: {why}")));
+                    self.refused = Some(Ok(ring));
+                    self.back_to_published(&mut actions);
+                }
             }
         }
         self.advance(&mut actions);
