@@ -5,6 +5,7 @@ use nix::errno::Errno;
 use pciback::platform::sim::{self, Owner};
 use pciback::platform::{Hypervisor, StoreOps};
 use pciback::policy::RdmPolicy;
+use pciback::serve::pv::nodes;
 use pciback::{DomId, FunctionState, Sbdf};
 use toolstack::engine::Containment;
 use toolstack::outcome::{ErrorCode, Failure};
@@ -151,6 +152,25 @@ fn a_function_can_be_cleared_after_its_guest_of_xl_is_destroyed() {
     world.simulation.store(DomId::DOM0).unwrap().remove(&Xl::nodes(DB)).unwrap();
     service.clear(vf).unwrap();
     world.assert_held(&service, vf, "its guest has ended");
+}
+
+#[test]
+fn the_backend_that_a_guest_names_is_shown_short_and_printable() {
+    let (world, vf) = (World::new(), bdf(VF));
+    let service = world.start();
+    service.hold(vf).unwrap();
+    let store = world.simulation.store(DomId::DOM0).unwrap();
+    let node = format!("{}/backend", nodes::frontend_directory(WEB));
+    let refusal = |backend: &[u8]| {
+        store.write(&node, backend).unwrap();
+        service.attach(WEB, vf).unwrap_err().message
+    };
+    let of_pciback = Xl::nodes(WEB);
+    assert!(refusal(of_pciback.as_bytes()).ends_with(&of_pciback), "it is not named");
+    for hostile in [[b"\x1b[2J\n".as_slice(), &[b'a'; 4000]].concat(), vec![0xff; 4000], vec![b'\n'; 4000]] {
+        let said = refusal(&hostile);
+        assert!(said.len() < 200 && !said.contains(char::is_control), "{said:?}");
+    }
 }
 
 /// Where libxl notes which domain has the function.

@@ -232,9 +232,12 @@ fn parse_ring(
 
 /// A guest's text for the log: short and without control characters.
 fn shown(value: &[u8]) -> String {
-    let text: String =
-        String::from_utf8_lossy(value).chars().take(24).flat_map(char::escape_default).collect();
-    format!("'{text}'")
+    format!("'{}'", printable(value, 24))
+}
+
+/// The beginning of a guest's text, at most so many characters, those that cannot be printed as escapes.
+fn printable(value: &[u8], characters: usize) -> String {
+    String::from_utf8_lossy(value).chars().flat_map(char::escape_default).take(characters).collect()
 }
 
 /// A decimal number of at most ten digits and nothing else.
@@ -244,11 +247,12 @@ fn number(value: &[u8]) -> Option<u32> {
     plain.then(|| std::str::from_utf8(digits).ok()?.parse().ok()).flatten()
 }
 
-/// The backend directory that the guest's PCI device points to, when it is not ours: xen-pciback's, for example.
+/// The backend directory that the guest's PCI device points to, when it is not ours: xen-pciback's, for example. For messages only: the guest
+/// can write anything there.
 pub fn foreign_backend(store: &dyn StoreOps, domain: DomId) -> Result<Option<String>> {
-    let path = format!("{}/backend", frontend_directory(domain));
-    let backend = store.read(&path)?.map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-    Ok(backend.filter(|backend| !backend.is_empty() && *backend != backend_directory(domain)))
+    let backend = store.read(&format!("{}/backend", frontend_directory(domain)))?.unwrap_or_default();
+    let is_foreign = !backend.is_empty() && backend != backend_directory(domain).as_bytes();
+    Ok(is_foreign.then(|| printable(&backend, 64)))
 }
 
 /// Where xl keeps what xen-pciback gives to guests.
