@@ -73,8 +73,12 @@ pub fn set_request(interface: u32, index: u16, setting: VfSetting) -> Vec<u8> {
     request(RouteNetlinkMessage::SetLink(link), NLM_F_REQUEST | NLM_F_ACK)
 }
 
+/// How much is said of what cannot be read, in characters: an attribute has up to 64 KiB.
+const REASON: usize = 200;
+
 fn malformed(error: impl std::fmt::Display) -> Cause {
-    Cause::Malformed(format!("the kernel's answer about the interface: {error}"))
+    let why: String = error.to_string().chars().take(REASON).collect();
+    Cause::Malformed(format!("the kernel's answer about the interface: {why}"))
 }
 
 /// The error number of an answer that is one; 0 acknowledges.
@@ -306,6 +310,10 @@ mod tests {
         for length in 0..whole.len() - 1 {
             assert!(matches!(vfs(&whole[..length]), Err(Cause::Malformed(_))), "{length}");
         }
+        // A list of VLANs that is none, of which the crate repeats each byte.
+        let long = link(&[attribute(22, &attribute(1, &attribute(12, &[0xff; 1000])))]);
+        let error = vfs(&long).unwrap_err().to_string();
+        assert!(error.len() < 300, "{error}");
         assert!(matches!(acknowledged(&whole), Err(Cause::Malformed(_))));
         assert!(matches!(vfs(&message(3, &[0; 4])), Err(Cause::Malformed(_))));
     }
