@@ -201,6 +201,7 @@ impl Settings {
             ("start-limit-seconds", settings.start_limit_seconds),
             ("driver-limit-seconds", settings.driver_limit_seconds),
             ("reset: limit-seconds", settings.reset.limit_seconds),
+            ("reset: answer-seconds", settings.reset.answer_seconds),
         ] {
             if !(1..=600).contains(&seconds) {
                 return Err(format!("{key} is {seconds}; it must be 1 to 600"));
@@ -355,6 +356,8 @@ mod tests {
             ("guest-limit-seconds: 0", "guest-limit-seconds"),
             ("guest-limit-seconds: 601", "601"),
             ("function-limit: 0", "function-limit"),
+            ("reset: {answer-seconds: 0}", "reset: answer-seconds is 0"),
+            ("reset: {answer-seconds: 18446744073709551615}", "it must be 1 to 600"),
             ("virtual-functions: [{pf: 01:00.0, count: 0}]", "at least 1"),
             ("virtual-functions: [{id: 8086, count: 1}]", "VVVV:DDDD"),
             ("virtual-functions: [{pf: 01:00.0, id: '8086:10c9', count: 1}]", "one of pf, id, serial"),
