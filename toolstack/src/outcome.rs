@@ -75,6 +75,20 @@ pub fn refused_to(action: &str) -> String {
     format!("refused to {action}: ")
 }
 
+/// The beginning of a text for messages, with control characters as escapes: what cannot be read in a file may have any, and be as long as
+/// the file.
+pub fn excerpt(text: &str) -> String {
+    const CHARACTERS: usize = 500;
+    let mut shown = String::new();
+    for letter in text.chars().take(CHARACTERS) {
+        match letter.is_control() {
+            true => shown.extend(letter.escape_default()),
+            false => shown.push(letter),
+        }
+    }
+    shown
+}
+
 /// The first `shown` entries of a list, and the number of further ones.
 pub fn few(names: &[String], shown: usize) -> String {
     let first = names[..shown.min(names.len())].join(", ");
@@ -185,5 +199,16 @@ impl std::error::Error for Failure {}
 impl From<PlatformError> for Failure {
     fn from(error: PlatformError) -> Self {
         Self::new(ErrorCode::Failed, error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::excerpt;
+
+    #[test]
+    fn of_a_text_from_a_file_a_printable_beginning_is_shown() {
+        assert_eq!(excerpt("\u{1b}[2J\nnaïve"), "\\u{1b}[2J\\nnaïve");
+        assert_eq!(excerpt(&"x".repeat(1 << 20)).len(), 500);
     }
 }

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::Device;
 use crate::durable;
-use crate::outcome::{ErrorCode, Failure};
+use crate::outcome::{ErrorCode, Failure, excerpt};
 use crate::spec::function_spec;
 
 /// The format version of the file; others are refused.
@@ -224,7 +224,7 @@ impl SavedGuest {
             _ => failed("open", &path, &error),
         })?;
         file.take(SIZE_LIMIT).read_to_string(&mut text).map_err(|error| failed("read", &path, &error))?;
-        let saved = serde_json::from_str::<Self>(&text).map_err(|error| error.to_string());
+        let saved = serde_json::from_str::<Self>(&text).map_err(|error| excerpt(&error.to_string()));
         saved.and_then(|saved| saved.check().map(|()| saved)).map_err(|why| {
             Failure::new(ErrorCode::Failed, format!("{} cannot be used: {why}", path.display()))
                 .hint(format!("'xl restore {shown}' restores the guest, without functions"))

@@ -24,7 +24,7 @@ const ORDER: &[Layer] = &[
     ("saved", &["outcome", "durable", "spec", "device"]),
     ("protocol", &["outcome", "domains", "target", "saved"]),
     ("audit", &["protocol"]),
-    ("settings", &["durable", "drop_ins", "reset_plan", "spec", "names", "target", "protocol"]),
+    ("settings", &["outcome", "durable", "drop_ins", "reset_plan", "spec", "names", "target", "protocol"]),
     ("journal", &["durable", "outcome", "steps"]),
     ("ledger", &["durable", "journal"]),
     ("former_owners", &["durable", "outcome", "journal"]),

@@ -21,7 +21,7 @@ pub(crate) use record::Owner;
 pub use record::{Grant, GuestPlace, NetworkRecord, Pristine, Progress, Record, RomRecord};
 
 use crate::durable::{self, Survives};
-use crate::outcome::{ErrorCode, Failure};
+use crate::outcome::{ErrorCode, Failure, excerpt};
 
 /// The format version of records; others are refused.
 pub const VERSION: u32 = 1;
@@ -255,7 +255,7 @@ pub(crate) fn parse_versioned<T: DeserializeOwned>(
     version: impl FnOnce(&T) -> u32,
 ) -> Result<T, JournalError> {
     let malformed = |reason: String| JournalError::Malformed { path: path.to_owned(), reason };
-    let entry: T = serde_json::from_str(text).map_err(|error| malformed(error.to_string()))?;
+    let entry: T = serde_json::from_str(text).map_err(|error| malformed(excerpt(&error.to_string())))?;
     match version(&entry) {
         VERSION => Ok(entry),
         other => Err(malformed(format!("it has version {other}, this xpcid reads {VERSION}"))),

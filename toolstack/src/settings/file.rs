@@ -10,6 +10,7 @@ use serde::de::IgnoredAny;
 use thiserror::Error;
 
 use super::Settings;
+use crate::outcome::excerpt;
 use crate::{drop_ins, durable};
 
 /// The settings file, unless the command line names another one.
@@ -129,6 +130,7 @@ pub(super) fn parse(name: &str, text: &str) -> Result<(Settings, BTreeSet<String
         let line =
             text.lines().position(|line| line.trim_start().starts_with(key)).map_or(1, |index| index + 1);
         let at = Spot { line: line as u32, column: 1 };
+        let message = excerpt(&message);
         SettingsError::Invalid(Box::new(Diagnostic { file: name.to_owned(), at, message, suggestion: None }))
     })?;
     Ok((settings, keys))
@@ -161,7 +163,7 @@ fn mistake(name: &str, error: &serde_saphyr::Error) -> Diagnostic {
             (text.strip_suffix(&after).unwrap_or(text).to_owned(), None)
         }
     };
-    Diagnostic { file: name.to_owned(), at, message, suggestion }
+    Diagnostic { file: name.to_owned(), at, message: excerpt(&message), suggestion }
 }
 
 /// What the parser expects, in the words of YAML instead of those of the parser.

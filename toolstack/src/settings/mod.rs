@@ -358,6 +358,7 @@ mod tests {
             ("function-limit: 0", "function-limit"),
             ("reset: {answer-seconds: 0}", "reset: answer-seconds is 0"),
             ("reset: {answer-seconds: 18446744073709551615}", "it must be 1 to 600"),
+            ("holder: \"pci-\\tstub\"", "'pci-\\tstub' is not a valid value"),
             ("virtual-functions: [{pf: 01:00.0, count: 0}]", "at least 1"),
             ("virtual-functions: [{id: 8086, count: 1}]", "VVVV:DDDD"),
             ("virtual-functions: [{pf: 01:00.0, id: '8086:10c9', count: 1}]", "one of pf, id, serial"),
