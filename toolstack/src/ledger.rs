@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pciback::Sbdf;
+use pciback::config::Access;
 use pciback::containment::Role;
 use serde::{Deserialize, Serialize};
 
@@ -131,7 +132,15 @@ impl Ledger {
 }
 
 fn read(path: &Path) -> Result<Option<Entry>, JournalError> {
-    read_unsynced(path, SIZE_LIMIT, |entry: &Entry| (entry.version, entry.address))
+    let entry = read_unsynced(path, SIZE_LIMIT, |entry: &Entry| (entry.version, entry.address))?;
+    let is_register = |before: &&Before| Access::new(before.offset.into(), before.width.into()).is_ok();
+    match entry.iter().flat_map(|entry| &entry.before).find(|before| !is_register(before)) {
+        Some(Before { offset, width, .. }) => {
+            let reason = format!("it has a register of {width} bytes at {offset:#x}");
+            Err(JournalError::Malformed { path: path.to_owned(), reason })
+        }
+        None => Ok(entry),
+    }
 }
 
 #[cfg(test)]
@@ -169,8 +178,12 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(directory.path(), "one").unwrap();
         let path = directory.path().join(format!("{PORT}.json"));
-        fs::write(&path, "{").unwrap();
-        assert!(ledger.entry(PORT).is_err() && ledger.entries().is_err());
+        let mut nowhere = with_a_user(&ledger);
+        nowhere.before.push(Before { offset: 0x1000, width: 4, mask: 1, value: 1 });
+        for text in ["{".to_owned(), serde_json::to_string(&nowhere).unwrap()] {
+            fs::write(&path, text).unwrap();
+            assert!(ledger.entry(PORT).is_err() && ledger.entries().is_err());
+        }
         assert!(Ledger::open(directory.path(), "one").is_ok() && path.exists());
     }
 }

@@ -9,7 +9,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use pciback::inventory::Identity;
 use pciback::{Devfn, DomId, Sbdf, Uuid};
@@ -109,6 +109,11 @@ impl Reservation {
         self.given.as_ref().filter(|given| given.boot == boot).map(|given| given.domain)
     }
 
+    /// When it was made, for a saved guest.
+    pub fn saved_at(&self) -> Option<SystemTime> {
+        UNIX_EPOCH.checked_add(Duration::from_secs(self.saved?))
+    }
+
     /// The guest, for messages.
     pub fn who(&self) -> String {
         match &self.name {
@@ -120,6 +125,17 @@ impl Reservation {
     /// The guest's name or UUID, as commands accept it.
     pub fn called(&self) -> String {
         self.name.clone().unwrap_or_else(|| self.guest.to_string())
+    }
+}
+
+/// Refuses a reservation that was made at a time that cannot be.
+fn checked(path: &Path, reservation: Reservation) -> Result<Reservation, JournalError> {
+    match reservation.saved {
+        Some(seconds) if reservation.saved_at().is_none() => {
+            let reason = format!("its guest was saved {seconds} s after 1970");
+            Err(JournalError::Malformed { path: path.to_owned(), reason })
+        }
+        _ => Ok(reservation),
     }
 }
 
@@ -230,7 +246,8 @@ impl Reservations {
         fs::create_dir_all(directory).map_err(error)?;
         let (mut known, mut damaged, mut errors) = (Known::default(), BTreeMap::new(), Vec::new());
         for path in entries(directory)? {
-            match read_entry(&path, SIZE_LIMIT, |one: &Reservation| (one.version, one.address)) {
+            let read = read_entry(&path, SIZE_LIMIT, |one: &Reservation| (one.version, one.address));
+            match read.and_then(|reservation| checked(&path, reservation)) {
                 Ok(reservation) => known.set(reservation.address, reservation),
                 Err(error) => {
                     damaged.extend(error.address().map(|address| (address, path)));
@@ -423,6 +440,20 @@ mod tests {
         first.forget(VF).unwrap();
         first.forget(VF).unwrap();
         assert!(first.is_empty() && open().0.is_empty());
+    }
+
+    #[test]
+    fn a_reservation_of_a_guest_that_was_saved_at_no_time_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut reservation = Reservation::new(device(VF, "0000:00:01.0/00.0"), WEB, None, Devfn(8));
+        for (seconds, usable) in [(1_700_000_000, true), (u64::MAX, false)] {
+            reservation.saved = Some(seconds);
+            let (first, _) = Reservations::open(directory.path()).unwrap();
+            first.keep(reservation.clone()).unwrap();
+            let (found, errors) = Reservations::open(directory.path()).unwrap();
+            assert_eq!((found.get(VF).is_some(), errors.is_empty()), (usable, usable), "{seconds}");
+            assert_eq!(found.damaged(VF).is_none(), usable, "{seconds}");
+        }
     }
 
     fn device(address: Sbdf, path: &str) -> Device {

@@ -166,7 +166,8 @@ impl Journal {
     pub fn read_all(&self) -> Result<(Vec<Record>, Vec<JournalError>), JournalError> {
         let (mut records, mut errors) = (Vec::new(), Vec::new());
         for path in entries(&self.directory)? {
-            match read_unsynced(&path, SIZE_LIMIT, |record: &Record| (record.version, record.address)) {
+            let read = read_unsynced(&path, SIZE_LIMIT, |record: &Record| (record.version, record.address));
+            match read.and_then(|record| record.map(|record| checked(&path, record)).transpose()) {
                 Ok(record) => records.extend(record),
                 Err(error) => errors.push(error),
             }
@@ -181,6 +182,14 @@ impl Journal {
         self.granted().extend(records.iter().filter_map(given));
         self.owners().extend(records.iter().map(|record| (record.address, record.owner())));
         Ok((records, errors))
+    }
+}
+
+/// Refuses a record that no version of the service has written.
+fn checked(path: &Path, record: Record) -> Result<Record, JournalError> {
+    match record.check() {
+        Ok(()) => Ok(record),
+        Err(reason) => Err(JournalError::Malformed { path: path.to_owned(), reason }),
     }
 }
 
@@ -304,6 +313,30 @@ mod tests {
         record.pristine = Some((0..4096).map(register).collect());
         journal.write(&record).unwrap();
         assert_eq!(journal.read_all().unwrap().0, [record]);
+    }
+
+    #[test]
+    fn a_record_with_grants_or_registers_that_cannot_be_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = Journal::open(directory.path()).unwrap();
+        let refused = |change: &dyn Fn(&mut Record)| {
+            let mut record = sample();
+            change(&mut record);
+            journal.write(&record).unwrap();
+            let (records, errors) = journal.read_all().unwrap();
+            assert!(records.is_empty(), "{records:?}");
+            assert_eq!(errors[0].address(), Some(record.address));
+        };
+        for (first, frames) in [(u64::MAX, 2), (1 << 52, 1), (1, 0)] {
+            refused(&|record| record.grants.push(Grant::Iomem { first, frames }));
+        }
+        for (first, count) in [(u32::MAX, 2), (0xfff0, 0x20), (1, 0)] {
+            refused(&|record| record.grants.push(Grant::Ioport { first, count }));
+        }
+        for (offset, width) in [(0x1000, 4), (4, 3), (6, 4), (u16::MAX, 1)] {
+            let register = Pristine { offset, width, mask: 1, value: 1, reached: 1 };
+            refused(&|record| record.pristine = Some(vec![register]));
+        }
     }
 
     #[test]

@@ -1,11 +1,15 @@
 //! The contents of a journal record.
 
-use pciback::platform::VfSettings;
+use pciback::config::Access;
+use pciback::platform::{PAGE, VfSettings};
 use pciback::{Devfn, DomId, FunctionState, Sbdf};
 use serde::{Deserialize, Serialize};
 
 use super::VERSION;
 use crate::steps::{Kind, Step};
+
+/// The number of I/O ports.
+const PORTS: u32 = 0x1_0000;
 
 /// What the service knows about one function, and intends with it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -125,6 +129,22 @@ pub enum Grant {
     },
 }
 
+impl Grant {
+    /// Whether a host can have that.
+    fn is_possible(&self) -> bool {
+        match *self {
+            Self::Iomem { first, frames } => {
+                let end = first.checked_add(frames).and_then(|end| end.checked_mul(PAGE));
+                frames > 0 && end.is_some()
+            }
+            Self::Ioport { first, count } => {
+                count > 0 && first.checked_add(count).is_some_and(|end| end <= PORTS)
+            }
+            Self::Gsi { .. } => true,
+        }
+    }
+}
+
 /// The progress of a transaction.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -166,6 +186,21 @@ impl Record {
             pristine: None,
             transaction: None,
             quarantine: None,
+        }
+    }
+
+    /// Refuses contents that this program never writes.
+    pub(super) fn check(&self) -> Result<(), String> {
+        if let Some(grant) = self.grants.iter().find(|grant| !grant.is_possible()) {
+            return Err(format!("it has the grant {grant:?}"));
+        }
+        let is_register =
+            |register: &&Pristine| Access::new(register.offset.into(), register.width.into()).is_ok();
+        match self.pristine.iter().flatten().find(|register| !is_register(register)) {
+            Some(Pristine { offset, width, .. }) => {
+                Err(format!("it has a register of {width} bytes at {offset:#x}"))
+            }
+            None => Ok(()),
         }
     }
 

@@ -92,7 +92,7 @@ impl Engine {
     /// Problems for guests that run without the functions that were taken to save them.
     pub(super) fn saving_problems(&self) -> impl Iterator<Item = Problem> {
         self.files.reservations.all().into_iter().filter_map(|reservation| {
-            let (address, since) = (reservation.address, reservation.saved?);
+            let (address, since) = (reservation.address, reservation.saved_at()?);
             let domain = reservation.given_in(&self.boot)?;
             let info = self.platform.hypervisor.domain(domain).ok()?;
             let has_it = self.functions.records().get_or_new(address).guest.is_some_and(|place| place.domain == domain);
@@ -104,7 +104,6 @@ impl Engine {
                 "{address} was taken from {} to save it: unless 'xpci save' still runs, 'xpci pci-attach {domain} {address}@{place:x}' gives it back",
                 self.called(domain)
             );
-            let since = UNIX_EPOCH + Duration::from_secs(since);
             Some(Problem::new(Cause::Guest, text).on(address).of(domain).since(since))
         })
     }
