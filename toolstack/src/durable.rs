@@ -1,7 +1,7 @@
 //! Files that are replaced atomically: a reader finds either the old contents or the new ones.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -43,6 +43,16 @@ pub(crate) fn keep(path: &Path, content: &impl Serialize) -> io::Result<()> {
         return Ok(());
     }
     write(path, &text, Survives::PowerFailure)
+}
+
+/// Reads a file, at most `limit` bytes: a longer one is an error.
+pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(limit + 1).read_to_end(&mut bytes)?;
+    match bytes.len() as u64 > limit {
+        true => Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("it has more than {limit} bytes"))),
+        false => Ok(bytes),
+    }
 }
 
 /// Removes a file and the rest of its last write; succeeds if there is none.
@@ -103,6 +113,18 @@ mod tests {
         });
         let written: [u32; 2] = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
         assert_eq!(written[1], 199);
+    }
+
+    #[test]
+    fn a_file_is_read_up_to_its_limit() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("record");
+        fs::write(&path, [7; 10]).unwrap();
+        assert_eq!(read(&path, 10).unwrap(), [7; 10]);
+        assert_eq!(read(&path, 9).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
+        // A hole of a file costs nothing to make.
+        File::create(&path).unwrap().set_len(1 << 40).unwrap();
+        assert!(read(&path, 10).is_err());
     }
 
     #[test]

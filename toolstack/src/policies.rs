@@ -17,6 +17,8 @@ use crate::{drop_ins, durable};
 const MAX_FILES: usize = 1000;
 /// The copy of the policies in force, in the state directory.
 const COPY: &str = "policies-in-force";
+/// The largest size of the copy, in bytes.
+const COPY_LIMIT: u64 = 64 << 20;
 
 /// Why policies cannot be used. No file is used then, because the unusable one might forbid something.
 #[derive(Debug, Error)]
@@ -140,7 +142,7 @@ pub fn keep_copy(state_directory: &Path, sources: &[Source]) -> io::Result<()> {
 
 /// The copy of the policies in force; `None` if there is no usable one.
 pub fn read_copy(state_directory: &Path) -> Option<PolicySet> {
-    let text = fs::read(state_directory.join(COPY)).ok()?;
+    let text = durable::read(&state_directory.join(COPY), COPY_LIMIT).ok()?;
     let sources: Vec<Source> = serde_json::from_slice(&text).ok()?;
     parse(&sources).ok()
 }

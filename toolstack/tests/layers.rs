@@ -53,6 +53,7 @@ const ORDER: &[Layer] = &[
         "engine",
         &[
             "outcome",
+            "durable",
             "reset_plan",
             "supervisor",
             "successor",

@@ -10,8 +10,12 @@ use pciback::platform::ServerId;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::durable;
 use crate::outcome::{ErrorCode, Failure};
 use crate::settings::Settings;
+
+/// The largest size of a note, in bytes.
+const SIZE_LIMIT: u64 = 64 << 10;
 
 /// Notes of one kind.
 pub(super) struct Notes(PathBuf);
@@ -35,7 +39,7 @@ impl Notes {
     }
 
     pub fn read<T: DeserializeOwned>(&self, domain: DomId) -> Option<T> {
-        let text = fs::read(self.path(domain)).ok()?;
+        let text = durable::read(&self.path(domain), SIZE_LIMIT).ok()?;
         serde_json::from_slice(&text).map_err(|error| warn!("domain {domain}: its note: {error}")).ok()
     }
 

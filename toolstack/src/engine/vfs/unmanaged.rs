@@ -11,9 +11,13 @@ use pciback::Sbdf;
 use pciback::platform::{Host, HostFunction};
 use serde::{Deserialize, Serialize};
 
+use crate::durable;
 use crate::engine::tasks::TaskContext;
 use crate::outcome::{ErrorCode, Failure};
 use crate::transaction::PF_STUB;
+
+/// The largest size of a note, in bytes.
+const SIZE_LIMIT: u64 = 64 << 10;
 
 /// The state of a PF before it was bound to the stub.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,9 +93,9 @@ impl TaskContext {
     /// Unbinds a PF from the stub if the service bound it; returns whether it did.
     pub fn take_from_stub(&self, address: Sbdf) -> Result<bool, Failure> {
         let path = self.note_path(address);
-        let note: Note = match fs::read_to_string(&path) {
+        let note: Note = match durable::read(&path, SIZE_LIMIT) {
             Ok(text) => {
-                serde_json::from_str(&text).map_err(|error| note_failure("read", address, &error.into()))?
+                serde_json::from_slice(&text).map_err(|error| note_failure("read", address, &error.into()))?
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
             Err(error) => return Err(note_failure("read", address, &error)),
