@@ -25,7 +25,7 @@ use nix::unistd::{Group, geteuid};
 use crate::engine::{Event, Inbox};
 use crate::guest_names::GuestNames;
 use crate::outcome::{ErrorCode, Failure};
-use crate::protocol::{Call, Envelope, LINE_LIMIT, VERSION};
+use crate::protocol::{Call, Envelope, LINE_LIMIT};
 use crate::reply::{Line, Reply};
 
 /// The largest number of clients; further ones are refused.
@@ -205,7 +205,7 @@ fn converse(
                 Failure::new(ErrorCode::Usage, format!("a request is longer than {LINE_LIMIT} bytes"));
             return send(stream, &Envelope::done(0, "", Err(failure)));
         }
-        match parse(&line) {
+        match Call::parse(&line) {
             Ok(call) => {
                 let (name, user, process) = (call.request.name(), peer.uid(), peer.pid());
                 debug!("{name}: asked by user {user}, process {process}");
@@ -219,24 +219,6 @@ fn converse(
             Err((id, failure)) => send(stream, &Envelope::done(id, "", Err(failure)))?,
         }
     }
-}
-
-/// Parses a call; an error has the id for the answer.
-fn parse(line: &[u8]) -> Result<Call, (u64, Failure)> {
-    let usage = |id, message: String| (id, Failure::new(ErrorCode::Usage, message));
-    let value: serde_json::Value = serde_json::from_slice(line)
-        .map_err(|error| usage(0, format!("the request is not JSON: {error}")))?;
-    let id = value.get("id").and_then(serde_json::Value::as_u64).unwrap_or(0);
-    let version = value.get("version").and_then(serde_json::Value::as_u64);
-    if version != Some(u64::from(VERSION)) {
-        let text = format!("xpcid speaks version {VERSION} of the control protocol");
-        return Err((
-            id,
-            Failure::new(ErrorCode::Usage, text).hint("xpci and xpcid must be of the same version"),
-        ));
-    }
-    serde_json::from_value(value)
-        .map_err(|error| usage(id, format!("the request is not understood: {error}")))
 }
 
 fn answer(stream: &UnixStream, inbox: &Inbox, names: &GuestNames, call: Call) -> io::Result<()> {
@@ -280,24 +262,4 @@ fn send(mut stream: &UnixStream, envelope: &Envelope) -> io::Result<()> {
     let mut line = serde_json::to_vec(envelope)?;
     line.push(b'\n');
     stream.write_all(&line)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_invalid_call_is_answered_with_its_id_and_an_error() {
-        for (line, id, said) in [
-            (&b"\xff\n"[..], 0, "not JSON"),
-            (b"{\"id\":3}\n", 3, "version 1"),
-            (b"{\"version\":2,\"id\":4,\"command\":\"status\"}\n", 4, "version 1"),
-            (b"{\"version\":1,\"id\":5,\"command\":\"dance\"}\n", 5, "dance"),
-        ] {
-            let (found, failure) = parse(line).unwrap_err();
-            assert_eq!(found, id);
-            assert!(failure.message.contains(said), "{failure}");
-        }
-        assert!(parse(b"{\"version\":1,\"id\":5,\"command\":\"status\"}\n").is_ok());
-    }
 }

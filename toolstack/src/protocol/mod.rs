@@ -71,6 +71,26 @@ pub struct Call {
     pub request: Request<Target>,
 }
 
+impl Call {
+    /// Parses a line of a client; an error has the id for the answer.
+    pub fn parse(line: &[u8]) -> Result<Self, (u64, Failure)> {
+        let usage = |id, message: String| (id, Failure::new(ErrorCode::Usage, message));
+        let value: serde_json::Value = serde_json::from_slice(line)
+            .map_err(|error| usage(0, format!("the request is not JSON: {error}")))?;
+        let id = value.get("id").and_then(serde_json::Value::as_u64).unwrap_or(0);
+        let version = value.get("version").and_then(serde_json::Value::as_u64);
+        if version != Some(u64::from(VERSION)) {
+            let text = format!("xpcid speaks version {VERSION} of the control protocol");
+            return Err((
+                id,
+                Failure::new(ErrorCode::Usage, text).hint("xpci and xpcid must be of the same version"),
+            ));
+        }
+        serde_json::from_value(value)
+            .map_err(|error| usage(id, format!("the request is not understood: {error}")))
+    }
+}
+
 /// The result of a successful request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "kebab-case", rename_all_fields = "kebab-case")]
@@ -333,6 +353,21 @@ mod tests {
             panic!("{call:?}")
         };
         assert_eq!((domain.0.as_str(), address.to_string().as_str()), ("web", "0000:01:10.0"));
+    }
+
+    #[test]
+    fn an_invalid_call_is_answered_with_its_id_and_an_error() {
+        for (line, id, said) in [
+            (&b"\xff\n"[..], 0, "not JSON"),
+            (b"{\"id\":3}\n", 3, "version 1"),
+            (b"{\"version\":2,\"id\":4,\"command\":\"status\"}\n", 4, "version 1"),
+            (b"{\"version\":1,\"id\":5,\"command\":\"dance\"}\n", 5, "dance"),
+        ] {
+            let (found, failure) = Call::parse(line).unwrap_err();
+            assert_eq!(found, id);
+            assert!(failure.message.contains(said), "{failure}");
+        }
+        assert!(Call::parse(b"{\"version\":1,\"id\":5,\"command\":\"status\"}\n").is_ok());
     }
 
     #[test]
