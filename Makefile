@@ -51,7 +51,7 @@ stages-begin:
 check: deps
 	$(STAGE) "format" $(CARGO) fmt --all --check
 	$(STAGE) "format of fuzz targets" $(CARGO) fmt --manifest-path tests/fuzz/Cargo.toml --check
-	@# Its lock file is its own: 'cd tests/fuzz && cargo update -w' follows a change of pciback's dependencies.
+	@# Its lock file is its own: 'cd tests/fuzz && cargo update -w' follows a change of the crates' dependencies.
 	@$(CARGO) metadata --locked --format-version 1 --manifest-path tests/fuzz/Cargo.toml >/dev/null
 	$(STAGE) "clippy" $(CARGO) clippy $(LAB) --all-targets -- -D warnings
 
@@ -63,7 +63,7 @@ unit: deps
 	$(STAGE) "4,096 VFs" $(CARGO) test $(LAB) --test transactions 4096_vfs -- --nocapture
 
 fuzz-short: deps
-	$(STAGE) "fuzz targets, 10 s each" env CARGO="$(CARGO)" tests/fuzz/run.sh 10
+	$(STAGE) "fuzz targets, 5 s each" env CARGO="$(CARGO)" tests/fuzz/run.sh 5
 
 # 'make lab-test ONLY=word' runs the checks with this word in their names, and those that they need.
 lab-test: emulator

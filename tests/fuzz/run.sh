@@ -19,45 +19,25 @@ RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-
 -Cllvm-args=-sanitizer-coverage-trace-compares" \
     ${CARGO:-cargo} build --locked --release --target "$host" --target-dir "$target_folder"
 
-# The dumps as bytes, each behind a byte that chooses the default policy.
 seeds=$work/seeds
-rm -rf "$seeds"
-for target in capability_walk dump_parser policy_parser ring_request rom "$@"; do mkdir -p "$seeds/$target"; done
-for dump in ../../pciback/tests/dumps/*.txt; do
-    cp "$dump" "$seeds/dump_parser/"
-    perl -ne 'BEGIN { print "\0" } if (s/^[0-9a-f]{2,3}: //) { s/\s//g; print pack("H*", $_) }' "$dump" \
-        > "$seeds/capability_walk/$(basename "$dump" .txt)"
-done
-
-cp ../../configs/policies/*.yaml "$seeds/policy_parser/"
-
-# Requests on each of the devices: ones and zeros all over its config space, interrupts on and off.
-perl -e 'for my $device (0 .. 12) {
-    open my $file, ">", "$ARGV[0]/$device" or die;
-    my $request = sub { print $file pack("CCvVVCCCC", @_) };
-    print $file chr $device;
-    for my $at (0 .. 11) {
-        $request->(1, 4, 4 * $at, 0xffffffff, 0, 0, 0, 0, 0);
-        $request->(0, 4, 4 * $at, 0, 0, 0, 0, 0, 0);
-    }
-    for my $command (2, 3, 4, 5, 6) { $request->($command, 0, 0, 5, 0, 1, 0, 0, 0) for 0 .. 1 }
-    $request->(1, 2, 0x40 + 2 * $_, 0x8003, 0, 0, 0, 0, 0) for 0 .. 20;
-}' "$seeds/ring_request"
-
-# A ROM of two images, of one unit each.
-perl -e 'for my $last (0, 0x80) {
-    print pack("a24 v x2 a4 x12 v x3 C x2", "\x55\xaa", 0x1c, "PCIR", 1, $last), "\0" x 460;
-}' > "$seeds/rom/two"
+./seeds.sh "$seeds"
+# Where targets put the files that they have read.
+XPCI_FUZZ_FILES=$work/files
+export XPCI_FUZZ_FILES
 
 for target; do
     case $target in
         capability_walk) longest=4097 ;;
-        ring_request) longest=1025 ;;
+        ring_request | ioreq) longest=1025 ;;
+        image | netlink | xenstore) longest=2048 ;;
         *) longest=16384 ;;
     esac
     program=$target_folder/$host/release/$target
     found=regressions/$target
-    mkdir -p "$found" "$work/corpus/$target"
+    rm -rf "$XPCI_FUZZ_FILES"
+    mkdir -p "$found" "$work/corpus/$target" "$XPCI_FUZZ_FILES"
+    words=
+    [ ! -e "$seeds/$target.words" ] || words=-dict=$seeds/$target.words
     echo "fuzz: $target: replaying $(find "$found" -type f | wc -l) findings, then $seconds s"
     find "$found" -type f -exec "$program" -timeout=10 {} + >"$work/$target.log" 2>&1 || {
         tail -n 30 "$work/$target.log" >&2
@@ -65,7 +45,7 @@ for target; do
         exit 1
     }
     "$program" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -max_len=$longest -use_value_profile=1 \
-        -print_final_stats=1 -artifact_prefix="$found/" "$work/corpus/$target" "$seeds/$target" \
+        -print_final_stats=1 ${words:+"$words"} -artifact_prefix="$found/" "$work/corpus/$target" "$seeds/$target" \
         >"$work/$target.log" 2>&1 || {
         grep -vE '^#[0-9]+' "$work/$target.log" | tail -n 40 >&2
         echo "fuzz: $target: found something; the input is in tests/fuzz/$found, the log is $work/$target.log" >&2

@@ -199,7 +199,7 @@ fn check_interrupts(hypervisor: &Counting, bytes: &[u8]) {
     let list = CapabilityList::walk(bytes);
     let has = |id: u8| list.capabilities.iter().find(|one| one.id == AnyId::Legacy(CapabilityId(id)));
     let mut kinds = Vec::new();
-    for source in hypervisor.mapped().values() {
+    for (_, source) in hypervisor.mapped().values() {
         kinds.push(match *source {
             MsiSource::Msi => {
                 assert!(has(5).is_some());

@@ -8,18 +8,26 @@ use pciback::platform::{DomainInfo, Edit, Hypervisor, MsiSource, Pirq, PlatformE
 use pciback::policy::RdmPolicy;
 use pciback::{DomId, Sbdf};
 
-/// Interrupts that one guest can have.
+/// Interrupts that one guest can have, as long as nothing else is said.
 const LIMIT: usize = 12;
+/// The numbers of a guest's physical interrupts end here.
+const NUMBERS: u32 = 4096;
 
-#[derive(Default)]
 pub struct Counting {
     state: Mutex<State>,
 }
 
-#[derive(Default)]
 struct State {
-    mapped: BTreeMap<u32, MsiSource>,
+    mapped: BTreeMap<u32, (Sbdf, MsiSource)>,
+    limit: usize,
     refuses: bool,
+    forgives: bool,
+}
+
+impl Default for Counting {
+    fn default() -> Self {
+        Self::with_limit(LIMIT)
+    }
 }
 
 impl Counting {
@@ -27,9 +35,19 @@ impl Counting {
         action(&mut self.state.lock().expect("no panic holds it"))
     }
 
-    /// What is mapped.
-    pub fn mapped(&self) -> BTreeMap<u32, MsiSource> {
+    /// One whose guests can have so many interrupts.
+    pub fn with_limit(limit: usize) -> Self {
+        Self { state: Mutex::new(State { mapped: BTreeMap::new(), limit, refuses: false, forgives: false }) }
+    }
+
+    /// What is mapped, by number.
+    pub fn mapped(&self) -> BTreeMap<u32, (Sbdf, MsiSource)> {
         self.with(|state| state.mapped.clone())
+    }
+
+    /// From now on what is mapped again is only refused: the notes of what is mapped are damaged.
+    pub fn forgive(&self) {
+        self.with(|state| state.forgives = true);
     }
 
     /// Whether new mappings are refused.
@@ -38,13 +56,29 @@ impl Counting {
     }
 }
 
-fn refused<T>(action: &'static str, address: impl std::fmt::Display) -> Result<T> {
-    Err(PlatformError::new(action, address, nix_errno()))
+impl State {
+    fn map(&mut self, address: Sbdf, source: MsiSource, pirq: u32) -> Result<()> {
+        let twice = self.mapped.values().any(|mapped| *mapped == (address, source));
+        assert!(!twice || self.forgives, "{source:?} of {address} is mapped twice");
+        let refuses = self.refuses || twice || self.mapped.len() >= self.limit || pirq >= NUMBERS;
+        if refuses {
+            return refused("map an interrupt of", address, ENOSPC);
+        }
+        let before = self.mapped.insert(pirq, (address, source));
+        let is_free = before.is_none() || self.forgives;
+        assert!(is_free, "interrupt {pirq} is another's already, of which Xen says nothing");
+        Ok(())
+    }
 }
 
-/// ENOSPC.
-fn nix_errno() -> std::io::Error {
-    std::io::Error::from_raw_os_error(28)
+/// Error numbers.
+pub const ENOENT: i32 = 2;
+pub const EEXIST: i32 = 17;
+pub const EINVAL: i32 = 22;
+pub const ENOSPC: i32 = 28;
+
+pub fn refused<T>(action: &'static str, subject: impl std::fmt::Display, errno: i32) -> Result<T> {
+    Err(PlatformError::new(action, subject, std::io::Error::from_raw_os_error(errno)))
 }
 
 /// Serving a guest's requests never asks for these.
@@ -78,7 +112,6 @@ impl Hypervisor for Counting {
         ioport_permission(domain: DomId, first: u32, count: u32, edit: Edit) -> ();
         map_gsi(domain: DomId, gsi: u32) -> Pirq;
         unmap_gsi(domain: DomId, gsi: u32, pirq: Pirq) -> ();
-        map_msi_as(domain: DomId, address: Sbdf, source: MsiSource, pirq: Pirq) -> ();
         domain(domain: DomId) -> DomainInfo;
         pause(domain: DomId) -> ();
         unpause(domain: DomId) -> ();
@@ -91,20 +124,20 @@ impl Hypervisor for Counting {
 
     fn map_msi(&self, _: DomId, address: Sbdf, source: MsiSource) -> Result<Pirq> {
         self.with(|state| {
-            if state.refuses || state.mapped.len() == LIMIT {
-                return refused("map an interrupt of", address);
-            }
-            assert!(!state.mapped.values().any(|mapped| *mapped == source), "{source:?} is mapped twice");
-            let pirq = (16..).find(|pirq| !state.mapped.contains_key(pirq)).expect("one is free");
-            state.mapped.insert(pirq, source);
-            Ok(Pirq(pirq))
+            let pirq = (24..).find(|pirq| !state.mapped.contains_key(pirq)).expect("one is free");
+            state.map(address, source, pirq).map(|()| Pirq(pirq))
         })
+    }
+
+    fn map_msi_as(&self, _: DomId, address: Sbdf, source: MsiSource, pirq: Pirq) -> Result<()> {
+        assert!(pirq.0 >= 24, "{source:?} is mapped to a line's number");
+        self.with(|state| state.map(address, source, pirq.0))
     }
 
     fn unmap_pirq(&self, domain: DomId, pirq: Pirq) -> Result<()> {
         self.with(|state| match state.mapped.remove(&pirq.0) {
             Some(_) => Ok(()),
-            None => refused("unmap an interrupt of domain", domain),
+            None => refused("unmap an interrupt of domain", domain, EINVAL),
         })
     }
 }

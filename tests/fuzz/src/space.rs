@@ -1,12 +1,14 @@
 //! A function made of bytes, all of which can be written, and its virtual config space.
 
 use std::io;
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex};
 
 use pciback::config::{
     Access, ConfigSpace, Filter, FunctionImage, FunctionKind, FunctionSpec, Identity, ImageOwner,
     VirtualConfigSpace,
 };
+use pciback::memory::SharedWords;
 use pciback::platform::{Resource, SharedMemory};
 use pciback::{DomId, Sbdf};
 
@@ -97,6 +99,28 @@ pub fn place_bars(spec: &mut FunctionSpec) {
         let length = if wide { 8 } else { 4 };
         spec.bytes[at..at + length].copy_from_slice(&value.to_le_bytes()[..length]);
         index += length / 4;
+    }
+}
+
+/// Words of a file that outlives a service. Clones share them.
+#[derive(Debug, Clone)]
+pub struct Kept(Arc<[AtomicU32]>);
+
+impl Kept {
+    /// A file of so many bytes, zeros at first.
+    pub fn new(bytes: usize) -> Self {
+        Self((0..bytes / 4).map(|_| AtomicU32::new(0)).collect())
+    }
+
+    /// An image over it.
+    pub fn image(&self) -> FunctionImage {
+        FunctionImage::new(self.clone(), ImageOwner { boot: 1, domain: DOMAIN })
+    }
+}
+
+impl SharedWords for Kept {
+    fn words(&self) -> &[AtomicU32] {
+        &self.0
     }
 }
 

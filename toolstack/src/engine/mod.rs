@@ -73,6 +73,12 @@ use succession::Succession;
 pub use succession::{Ending, ReadySuccessor};
 use vfs::Vfs;
 
+/// What an earlier run has noted of its ioreq server in a domain, for the fuzz targets.
+#[cfg(fuzzing)]
+pub fn noted_server(settings: &Settings, domain: pciback::DomId) -> Option<pciback::platform::ServerId> {
+    notes::noted_server(settings, domain)
+}
+
 /// An event that the engine handles.
 pub enum Event {
     /// A request of a client.

@@ -17,3 +17,5 @@ pub use errors::LinuxErrors;
 pub use host::LinuxHost;
 pub use machine::LinuxMachine;
 pub use network::LinuxVfNetwork;
+#[cfg(fuzzing)]
+pub use vf_messages::{acknowledged, set_request, vfs};

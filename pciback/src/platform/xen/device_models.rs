@@ -236,6 +236,27 @@ fn holds_within(
     }
 }
 
+/// Has one of the conversations with the device model at the other end of a stream, for the fuzz targets. The text says what came of it.
+#[cfg(fuzzing)]
+pub fn converse(
+    stream: std::os::unix::net::UnixStream,
+    limit: Duration,
+    what: u8,
+    function: Devfn,
+    access: Access,
+) -> std::result::Result<String, Cause> {
+    let mut model = Conversation::begin(stream, limit)?;
+    let slot = function.device();
+    match what % 6 {
+        0 => model.own_functions().map(|own| format!("{} functions", own.len())),
+        1 => model.plug(slot).map(|()| "plugged".to_owned()),
+        2 => model.request_eject(slot).map(|released| released.to_string()),
+        3 => model.eject(slot).map(|()| "ejected".to_owned()),
+        4 => model.read_config(function, access).map(|value| format!("{value:#x}")),
+        _ => model.write_config(function, access, u32::MAX).map(|()| "written".to_owned()),
+    }
+}
+
 fn devices_of(buses: &Value) -> Option<Vec<OnBus>> {
     let root = buses.as_array()?.iter().find(|bus| bus["bus"] == 0)?;
     let devices = root["devices"].as_array()?.iter().map(|device| {

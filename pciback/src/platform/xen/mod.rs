@@ -19,6 +19,9 @@ mod qmp;
 mod rings;
 mod store;
 
+#[cfg(fuzzing)]
+pub use device_models::converse;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::{fs, io};

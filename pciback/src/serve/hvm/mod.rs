@@ -18,6 +18,8 @@ pub use crate::abi::ioreq as wire;
 pub use acpi::mcfg;
 pub use device::{Device, trapped_bars};
 pub use ports::{CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts};
+#[cfg(fuzzing)]
+pub use requests::Unthreaded;
 pub use requests::{Connection, start};
 pub use rom::RomCopy;
 

@@ -47,10 +47,46 @@ pub fn start(
     counters: Arc<Counters>,
     report: Box<dyn Fn(ServerReport) + Send>,
 ) -> io::Result<Server> {
-    let Connection { server, ports, taken, domains, models, shared } = connection;
-    let emulated = Emulated::new(domain, models);
-    let source = IoreqRequests { server, ports, taken, domains, emulated, shared, resumes: true };
-    Server::start(domain, source, functions, counters, report)
+    Server::start(domain, IoreqRequests::new(domain, connection), functions, counters, report)
+}
+
+/// A guest that is served by the caller's thread and not by one of its own, for the fuzz targets: what happens depends on their input alone.
+#[cfg(fuzzing)]
+pub struct Unthreaded {
+    roster: Roster,
+    source: IoreqRequests,
+}
+
+#[cfg(fuzzing)]
+impl Unthreaded {
+    /// As [`start`], and what the thread does first.
+    pub fn start(
+        domain: DomId,
+        connection: Connection,
+        functions: BTreeMap<Devfn, Box<GuestFunction>>,
+        report: Box<dyn Fn(ServerReport) + Send>,
+    ) -> Self {
+        let (_, orders) = std::sync::mpsc::channel();
+        let mut roster = Roster::new(domain, functions, &Arc::default(), report, orders);
+        let mut source = IoreqRequests::new(domain, connection);
+        source.recover(&mut roster);
+        Self { roster, source }
+    }
+
+    /// Answers each vCPU that has a request.
+    pub fn serve(&mut self) {
+        while matches!(self.source.serve(&mut self.roster), Turn::Busy) {}
+    }
+
+    /// The reset that a guest asked for has ended.
+    pub fn reset_ended(&mut self, devfn: Devfn, verified: bool) {
+        self.roster.reset_ended(devfn, verified);
+    }
+
+    /// The functions, as the thread gives them back.
+    pub fn stop(self) -> BTreeMap<Devfn, Box<GuestFunction>> {
+        self.roster.functions
+    }
 }
 
 /// The requests to an ioreq server.
@@ -152,6 +188,12 @@ impl Done {
 }
 
 impl IoreqRequests {
+    fn new(domain: DomId, connection: Connection) -> Self {
+        let Connection { server, ports, taken, domains, models, shared } = connection;
+        let emulated = Emulated::new(domain, models);
+        Self { server, ports, taken, domains, emulated, shared, resumes: true }
+    }
+
     /// Carries a request out and answers it; `true`: the thread was ordered to stop before it was done, and the next one does it again.
     fn answer(&mut self, roster: &mut Roster, vcpu: u16, request: &IoRequest) -> bool {
         let taken = roster.counters.taken();
