@@ -27,7 +27,7 @@ type Change = (&'static str, &'static str, usize, &'static str);
 const SVM: &str = "target/i386/tcg/system/svm_helper.c";
 const TLB: &str = "accel/tcg/cputlb.c";
 
-const CORRECTIONS: [Correction; 4] = [
+const CORRECTIONS: [Correction; 5] = [
     Correction {
         mistake: "a read of CR2 is looked up among intercepts as one of CR0, whose exit code is 0",
         changes: &[(
@@ -57,6 +57,15 @@ const CORRECTIONS: [Correction; 4] = [
             ),
             (SVM, "#include \"qemu/log.h\"\n", 1, "#include \"qemu/log.h\"\n#include \"qemu/main-loop.h\"\n"),
         ],
+    },
+    Correction {
+        mistake: "a vCPU that loads the FPU's state writes to flags of the first vCPU, which may be changing them",
+        changes: &[(
+            "target/i386/tcg/system/fpu_helper.c",
+            "    env->hflags2 &= ~HF2_IGNNE_MASK;\n",
+            1,
+            "    if (env->hflags2 & HF2_IGNNE_MASK) {\n        env->hflags2 &= ~HF2_IGNNE_MASK;\n    }\n",
+        )],
     },
     Correction {
         mistake: "an access goes to another device when the memory map is being changed",
