@@ -3,7 +3,7 @@
 use std::os::fd::BorrowedFd;
 
 use super::{Edit, Pirq, Result, SharedMemory};
-use crate::{DeviceNumber, DomId};
+use crate::{Devfn, DeviceNumber, DomId};
 
 /// The number of an ioreq server in its domain. Xen asks the server with the highest number first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -40,8 +40,8 @@ pub trait HvmDomains: Send + Sync {
     fn destroy_server(&self, domain: DomId, server: ServerId) -> Result<()>;
     /// Maps the server's page, binds the event channels of the guest's vCPUs and lets requests come.
     fn connect(&self, domain: DomId, server: ServerId) -> Result<Box<dyn IoreqServer>>;
-    /// Takes or gives up the config space at a device number of bus 0, function 0.
-    fn claim_slot(&self, domain: DomId, server: ServerId, slot: DeviceNumber, edit: Edit) -> Result<()>;
+    /// Takes or gives up the config space of a function on bus 0, of which there need not be any device.
+    fn claim_function(&self, domain: DomId, server: ServerId, function: Devfn, edit: Edit) -> Result<()>;
     /// Takes or gives up `bytes` of the guest's physical memory from `start` on, where the guest has no memory.
     fn claim_memory(&self, domain: DomId, server: ServerId, start: u64, bytes: u64, edit: Edit)
     -> Result<()>;

@@ -5,17 +5,19 @@
 //! Linux undo what it began, and a class does not: the class can be answered before the VFs are there. Vendor and device read all ones, as on
 //! hardware (PCI Express 6.0, section 9.3.4.1.1), so that a scan of the bus passes over VFs. The rest is a header without capabilities and
 //! BARs: other guests use the VFs.
+//!
+//! How long a read waits is a matter of how requests come: see `pv` and `hvm`.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use nix::sys::eventfd::EventFd;
 
 use super::function::GuestFunction;
-use crate::Devfn;
+use super::roster::Roster;
 use crate::config::Access;
 use crate::spec::header;
 
-/// How long a read of a VF waits for the host. Linux's frontend gives up after two seconds.
-const LIMIT: Duration = Duration::from_millis(1700);
 /// How many reads may wait for one request: the class of the first VF, and its header type.
 const WAITS: u8 = 2;
 /// Class and revision of a VF: of no defined class (PCI Code and ID Assignment 1.16, section 1), so that no driver binds by class.
@@ -36,6 +38,8 @@ struct Requests {
     waited: u8,
     /// The engine was notified and has not looked yet.
     reported: bool,
+    /// What wakes the serving thread, which may sleep while reads wait.
+    wake: Option<Arc<EventFd>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -76,25 +80,51 @@ impl VfRequests {
         if requests.number == number {
             requests.state = if done { State::Done } else { State::Failed };
             self.0.1.notify_all();
+            if let Some(wake) = &requests.wake {
+                // A thread that cannot be woken any more is as awake as can be.
+                let _ = wake.write(1);
+            }
         }
     }
 
-    /// Whether the VFs are there. Who asks while they are being created waits for the host.
-    fn state(&self) -> State {
-        let deadline = Instant::now() + LIMIT;
+    /// From now on this wakes the thread that serves the PF.
+    pub(super) fn set_wake(&self, wake: &Arc<EventFd>) {
+        self.lock().wake = Some(Arc::clone(wake));
+    }
+
+    /// Waits until the host has created the VFs or has failed to, at most so long.
+    fn wait(&self, limit: Duration) {
+        let under_way = |requests: &mut Requests| requests.state == State::UnderWay;
+        let waited = self.0.1.wait_timeout_while(self.lock(), limit, under_way);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Whether the VFs are there, for a read that has waited or has not.
+    fn state(&self, patience: Patience) -> State {
         let mut requests = self.lock();
-        while requests.state == State::UnderWay {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                requests.waited += 1;
-                if requests.waited >= WAITS {
-                    requests.state = State::Failed;
-                }
-                break;
+        if requests.state == State::UnderWay && patience == Patience::Over {
+            requests.waited += 1;
+            if requests.waited >= WAITS {
+                requests.state = State::Failed;
             }
-            requests = self.0.1.wait_timeout(requests, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         requests.state
+    }
+}
+
+/// Whether a read of a VF may still wait for the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Patience {
+    Left,
+    Over,
+}
+
+impl Roster {
+    /// The PF whose VF the guest finds at this Routing ID.
+    pub(super) fn pf_of_vf(&self, routing_id: u16) -> Option<&GuestFunction> {
+        let mut functions = self.functions.iter();
+        let found = functions.find(|(own, function)| function.space.has_guest_vf(**own, routing_id));
+        found.map(|(_, function)| function.as_ref())
     }
 }
 
@@ -114,15 +144,13 @@ impl GuestFunction {
         self.space.guest_vfs().is_some_and(|vfs| vfs.enabled && vfs.count > 0)
     }
 
-    /// What the guest, which has this PF as `own`, reads of its VF with this Routing ID; `None`: it has no such VF.
-    pub(super) fn read_vf(&self, own: Devfn, routing_id: u16, access: Access) -> Option<u32> {
-        if !self.space.has_guest_vf(own, routing_id) {
-            return None;
-        }
+    /// What the guest reads of a VF of this PF; `None`: the host is creating it, and the read has to wait.
+    pub(super) fn read_vf(&self, access: Access, patience: Patience) -> Option<u32> {
         let dword = match access.dword() {
             header::VENDOR_ID => u32::MAX,
             _ if self.is_silent() => u32::MAX,
-            register => match (self.vfs.state(), register) {
+            register => match (self.vfs.state(patience), register) {
+                (State::UnderWay, _) if patience == Patience::Left => return None,
                 (State::Failed, _) => u32::MAX,
                 (_, header::REVISION_ID) => CLASS,
                 (State::UnderWay, _) => u32::MAX,
@@ -133,5 +161,14 @@ impl GuestFunction {
             },
         };
         Some(dword >> access.shift() & access.width().mask())
+    }
+
+    /// The same for a thread that does nothing else while the host creates the VF, at most so long.
+    pub(super) fn read_vf_within(&self, access: Access, limit: Duration) -> u32 {
+        let waited = || {
+            self.vfs.wait(limit);
+            self.read_vf(access, Patience::Over)
+        };
+        self.read_vf(access, Patience::Left).or_else(waited).unwrap_or(access.width().mask())
     }
 }

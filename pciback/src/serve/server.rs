@@ -49,6 +49,7 @@ impl Server {
         let (sender, orders) = mpsc::channel();
         let revocations: BTreeMap<Devfn, Revocation> =
             functions.iter().map(|(devfn, function)| (*devfn, function.revocation.clone())).collect();
+        functions.values().for_each(|function| function.vfs.set_wake(&wake));
         let roster = Roster::new(domain, functions, &counters, report, orders);
         let mut worker = Worker::new(roster, source);
         let thread_wake = Arc::clone(&wake);
@@ -78,6 +79,7 @@ impl Server {
     /// Serves one more function.
     pub fn add(&self, devfn: Devfn, function: Box<GuestFunction>) {
         self.revocations().insert(devfn, function.revocation.clone());
+        function.vfs.set_wake(&self.wake);
         self.order(Order::Add(devfn, function));
     }
 

@@ -13,8 +13,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::function::GuestFunction;
 use crate::abi::pciif::{self as wire, MSIX_ENTRIES, MsixEntry, Op};
 use crate::config::{
-    Access, ConfigSpace, Filter, FunctionImage, FunctionKind, FunctionSpec, Identity, ImageOwner, Policy,
-    VirtualConfigSpace,
+    Access, ByGuest, ConfigSpace, Filter, FunctionImage, FunctionKind, FunctionSpec, Identity, ImageOwner,
+    Policy, Rule, VirtualConfigSpace,
 };
 use crate::platform::hypervisor::DeviceReport;
 use crate::platform::{
@@ -22,12 +22,14 @@ use crate::platform::{
     SharedMemory,
 };
 use crate::policy::RdmPolicy;
+use crate::spec::sriov;
 use crate::{DomId, Sbdf};
 
 pub(super) const DOMAIN: DomId = DomId(5);
 pub(super) const MSI: u16 = 0x40;
 pub(super) const MSIX: u16 = 0x50;
 pub(super) const DEVICE_CONTROL: u16 = 0x68;
+pub(super) const SRIOV: u16 = 0x100;
 pub(super) const TABLE_SIZE: u16 = 10;
 const TABLE_BAR: u64 = 0xfe00_0000;
 /// Where the host has a BAR of gigabytes.
@@ -192,7 +194,7 @@ impl Machine {
     /// The same with an interrupt line.
     pub fn open_with_line(&self, address: Sbdf, line: u32) -> Box<GuestFunction> {
         let bar = Resource { start: TABLE_BAR, size: 0x4000, flags: Resource::MEMORY };
-        self.open_as(address, line, config_bytes(), bar, FunctionImage::BYTES)
+        self.open_as(address, line, config_bytes(), bar, FunctionImage::BYTES, &Policy::default())
     }
 
     /// One with a BAR of gigabytes, for an HVM guest.
@@ -200,7 +202,21 @@ impl Machine {
         let mut bytes = config_bytes();
         bytes[0x10..0x18].copy_from_slice(&(LARGE_BAR | 4).to_le_bytes());
         let bar = Resource { start: LARGE_BAR, size, flags: Resource::MEMORY | Resource::MEMORY_64 };
-        self.open_as(address, 0, bytes, bar, FunctionImage::HVM_BYTES)
+        self.open_as(address, 0, bytes, bar, FunctionImage::HVM_BYTES, &Policy::default())
+    }
+
+    /// A PF whose VFs its HVM guest creates: seven.
+    pub fn open_pf(&self, address: Sbdf) -> Box<GuestFunction> {
+        let mut bytes = config_bytes();
+        bytes.resize(4096, 0);
+        for (at, value) in [(0, 0x0001_0010u32), (sriov::INITIAL_VFS, 7 << 16 | 7)] {
+            let at = usize::from(SRIOV + at);
+            bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        }
+        let by_guest = ByGuest { count: 7, rule: Rule::built_in("tested", "xpci") };
+        let policy = Policy { virtual_functions: Some(by_guest), ..Policy::default() };
+        let bar = Resource { start: TABLE_BAR, size: 0x4000, flags: Resource::MEMORY };
+        self.open_as(address, 0, bytes, bar, FunctionImage::HVM_BYTES, &policy)
     }
 
     fn open_as(
@@ -210,6 +226,7 @@ impl Machine {
         bytes: Vec<u8>,
         bar: Resource,
         image: usize,
+        policy: &Policy,
     ) -> Box<GuestFunction> {
         self.with(|state| {
             state.config.entry(address).or_insert_with(|| bytes.clone());
@@ -219,7 +236,7 @@ impl Machine {
         let identity = Identity { vendor: 0x8086, device: 0x10ca, class: 0x02_0000, ..Identity::default() };
         let kind = FunctionKind::Physical;
         let spec = FunctionSpec { address, bytes, resources, identity, kind, gsi: line, rom: None };
-        let filter = Arc::new(Filter::compile(&spec, &Policy::default()).unwrap());
+        let filter = Arc::new(Filter::compile(&spec, policy).unwrap());
         let owner = ImageOwner { boot: 1, domain: DOMAIN };
         let mut images = self.images.lock().unwrap();
         let known = images.contains_key(&address);
@@ -292,7 +309,7 @@ struct Hardware {
 
 impl ConfigSpace for Hardware {
     fn size(&self) -> u16 {
-        256
+        self.machine.with(|state| state.config[&self.address].len() as u16)
     }
 
     fn read(&self, access: Access) -> io::Result<u32> {

@@ -25,6 +25,10 @@ pub(super) trait RequestSource: Send {
     /// Answers what waits, each vCPU that has a request once. [`Roster::take_orders`] comes after a request was found and before it is
     /// carried out: a guest asks for a function as soon as that is published, and must not reach one that is taken from it.
     fn serve(&mut self, roster: &mut Roster) -> Turn;
+    /// When a request that waits for the host is answered all the same, if one does: the thread serves others meanwhile.
+    fn due(&self) -> Option<Instant> {
+        None
+    }
 
     /// Readable when the guest has sent an event.
     fn event_fd(&self) -> BorrowedFd<'_>;
@@ -126,7 +130,7 @@ impl<S: RequestSource> Worker<S> {
         self.roster.report_notified(notification, heard);
     }
 
-    /// Sleeps until the guest has sent an event or the engine an order.
+    /// Sleeps until the guest has sent an event or the engine an order, or a limit is over.
     ///
     /// An event is taken at the end of what it brought: until then its port is masked, and others would only interrupt. What came between
     /// the last look and the taking has no event any more, so the caller looks again before the next call sleeps.
@@ -134,7 +138,8 @@ impl<S: RequestSource> Worker<S> {
         if std::mem::take(&mut self.event) {
             return self.source.take_events();
         }
-        let until = self.pending.map(|(_, until)| until);
+        let notified = self.pending.map(|(_, until)| until);
+        let until = notified.into_iter().chain(self.source.due()).min();
         self.event = self.roster.sleep(self.source.event_fd(), wake, until)?;
         Ok(())
     }

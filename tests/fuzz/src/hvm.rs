@@ -39,7 +39,7 @@ struct State {
     ports: BTreeMap<u32, u32>,
     /// What our server answers for: first address and bytes.
     claimed: BTreeMap<u64, u64>,
-    slots: BTreeSet<DeviceNumber>,
+    functions: BTreeSet<Devfn>,
     lines: BTreeSet<(u32, DeviceNumber, u8)>,
     bound: BTreeMap<u32, MsiMessage>,
     refuses: bool,
@@ -90,7 +90,7 @@ impl Xen {
             assert!(state.mapped.is_empty(), "mapped: {:x?}", state.mapped);
             assert!(state.ports.is_empty(), "ports: {:x?}", state.ports);
             assert_eq!(state.claimed, BTreeMap::from([(ECAM_BASE, ECAM_BYTES)]));
-            assert!(state.slots.is_empty(), "slots: {:x?}", state.slots);
+            assert!(state.functions.is_empty(), "functions: {:x?}", state.functions);
             assert!(state.lines.is_empty(), "lines: {:x?}", state.lines);
             assert!(state.bound.is_empty(), "bound: {:x?}", state.bound);
         });
@@ -142,10 +142,10 @@ impl HvmDomains for Xen {
         unreachable!("only the engine does")
     }
 
-    fn claim_slot(&self, _: DomId, _: ServerId, slot: DeviceNumber, edit: Edit) -> Result<()> {
+    fn claim_function(&self, _: DomId, _: ServerId, function: Devfn, edit: Edit) -> Result<()> {
         self.with(|state| match edit {
-            Edit::Add => drop(state.slots.insert(slot)),
-            Edit::Remove => drop(state.slots.remove(&slot)),
+            Edit::Add => drop(state.functions.insert(function)),
+            Edit::Remove => drop(state.functions.remove(&function)),
         });
         Ok(())
     }

@@ -6,8 +6,8 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::Devfn;
 use crate::config::{Access, Width};
-use crate::{Devfn, DeviceNumber};
 
 /// Bytes of the page.
 pub const PAGE_BYTES: usize = 4096;
@@ -63,10 +63,10 @@ pub const fn port_word(vcpu: u16) -> usize {
 /// What a request is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
-    /// Config space of function 0 of a device on bus 0 of segment 0, reached through ports CF8 and CFC.
+    /// Config space of a function on bus 0 of segment 0, reached through ports CF8 and CFC.
     Config {
-        /// The device number.
-        slot: DeviceNumber,
+        /// Its device and function number.
+        function: Devfn,
         /// Where in its config space; not aligned.
         offset: u16,
     },
@@ -156,9 +156,7 @@ pub fn take_request(page: &[AtomicU32], vcpu: u16, resumed: bool) -> Option<IoRe
 fn config_place(address: u64) -> Place {
     let (sbdf, offset) = ((address >> 32) as u32, address as u32);
     match (u8::try_from(sbdf), u16::try_from(offset)) {
-        (Ok(devfn), Ok(offset)) if Devfn(devfn).function() == 0 && offset < 0x1000 => {
-            Place::Config { slot: Devfn(devfn).device(), offset }
-        }
+        (Ok(devfn), Ok(offset)) if offset < 0x1000 => Place::Config { function: Devfn(devfn), offset },
         _ => Place::Other,
     }
 }
@@ -233,9 +231,14 @@ pub mod xen {
         pub down: bool,
     }
 
-    /// An access to config space of a device on bus 0.
+    /// An access to config space of function 0 of a device on bus 0.
     pub fn config(slot: u8, offset: u16, size: u32, write: Option<u32>) -> Access {
-        let address = u64::from(slot) << 35 | u64::from(offset);
+        config_of(Devfn(slot << 3), offset, size, write)
+    }
+
+    /// An access to config space of a function on bus 0.
+    pub fn config_of(function: Devfn, offset: u16, size: u32, write: Option<u32>) -> Access {
+        let address = u64::from(function.0) << 32 | u64::from(offset);
         Access { kind: TYPE_CONFIG, address, size, write: write.map(u64::from), items: None }
     }
 
@@ -304,14 +307,14 @@ mod tests {
     fn requests_lie_where_the_header_says_and_states_only_move_forward() {
         let page = page();
         let base = 5 * 8;
-        // 0000:00:06.0, register 41h, 4 bytes, a write.
-        for (index, value) in [(0, 0x41u32), (1, 6 << 3), (2, 0x1234_5678), (4, 1), (5, 4), (6, 77)] {
+        // 0000:00:06.3, register 41h, 4 bytes, a write.
+        for (index, value) in [(0, 0x41u32), (1, 6 << 3 | 3), (2, 0x1234_5678), (4, 1), (5, 4), (6, 77)] {
             page[base + index].store(value, Ordering::Relaxed);
         }
         assert_eq!(take_request(&page, 5, true), None);
         page[base + 7].store(2 << 24 | 1 << 16 | 0xabcd, Ordering::Relaxed);
         let request = take_request(&page, 5, false).unwrap();
-        let place = Place::Config { slot: Devfn(6 << 3).device(), offset: 0x41 };
+        let place = Place::Config { function: Devfn(6 << 3 | 3), offset: 0x41 };
         assert_eq!(request, IoRequest { place, bytes: 4, write: Some(0x1234_5678), again: false });
         assert_eq!(page[base + 7].load(Ordering::Relaxed), 2 << 24 | 2 << 16 | 0xabcd);
         assert_eq!(take_request(&page, 5, false), None);
@@ -334,7 +337,6 @@ mod tests {
         let cases = [
             xen::Access { kind: 2, address: 1 << 48, size: 4, write: None, items: None },
             xen::Access { kind: 2, address: 1 << 40, size: 4, write: None, items: None },
-            xen::Access { kind: 2, address: 1 << 32, size: 4, write: None, items: None },
             xen::Access { kind: 2, address: 0x1000, size: 4, write: None, items: None },
             xen::Access { kind: 2, address: 0xffff_ffff, size: 4, write: None, items: None },
             xen::Access { kind: 0, address: 0x1_0cf8, size: 4, write: None, items: None },

@@ -44,4 +44,4 @@ pub use rom::{ROM_LIMIT, RomError, rom_contents};
 pub use rules::is_guarded;
 pub use space::{SideEffect, VirtualConfigSpace};
 pub use vf_routing::{PortAbove, Unroutable, VfRouting};
-pub use virtual_functions::{GuestVfs, MOST_BY_GUEST, NO_DRIVERS_ID};
+pub use virtual_functions::{GuestVfs, MOST_BESIDE_PF, MOST_BY_GUEST, NO_DRIVERS_ID};

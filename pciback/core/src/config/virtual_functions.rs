@@ -5,12 +5,15 @@
 //! own, one for each device number that a PF can have: there they meet neither other functions of the guest, which are all on bus 0, nor VFs
 //! of another PF. Linux makes such a bus without a bridge when it adds the first VF (`virtfn_add_bus`), as it does for PFs whose hardware
 //! places VFs beyond their bus; the root bus that xen-pcifront makes has the numbers 0 to 255, and only bus 0 is scanned for functions.
+//! HVM guests have no such bus: the window to extended config space, and what their firmware reports, is bus 0.
+
+use std::ops::Range;
 
 use super::bytes::Bytes;
 use super::compile::{Compiler, Family, Known, Place};
 use super::filter::{Model, Segment};
 use super::list::Capability;
-use super::policy::{ByGuest, CapabilityAction, Initial, Rule, Treatment};
+use super::policy::{ByGuest, CapabilityAction, Initial, Policy, Rule, Treatment};
 use super::rules::{Row, row};
 use super::space::VirtualConfigSpace;
 use crate::Devfn;
@@ -19,8 +22,8 @@ use crate::spec::{AnyId, CapabilitySpec, ExtendedCapabilityId, Kind, sriov};
 /// The most VFs that a guest can create of a PF: a bus has no more functions.
 pub const MOST_BY_GUEST: u16 = 256;
 
-/// What is left of the eight functions of the PF's device. More VFs are on a bus of their own.
-const BESIDE_PF: u16 = 7;
+/// The most VFs that are functions of their PF's device: what is left of its eight. More VFs are on a bus of their own.
+pub const MOST_BESIDE_PF: u16 = 7;
 
 /// VF Device ID as the guest reads it: that of no device, so that no driver of its own binds to a VF that it cannot use.
 pub const NO_DRIVERS_ID: u16 = 0xffff;
@@ -34,6 +37,8 @@ const OWN_BUS: &str =
     "a bus of their own in the guest, one beyond the PF's device number: hardware's routing is the host's";
 const ONE_BY_ONE: &str = "one after the other: hardware's routing is the host's";
 const NO_MORE: &str = "the PF has no more VFs, though a policy gives the guest more";
+const BUS_0_ONLY: &str =
+    "an HVM guest has its VFs as functions 1 to 7 of the PF's device, though a policy gives it more";
 
 const ROWS: &[Row] = &[
     row(
@@ -102,9 +107,18 @@ pub struct GuestVfs {
 
 /// First VF Offset of a PF that its guest has at this number, with so many VFs.
 fn first_offset(own: Devfn, total: u16) -> u16 {
-    match total > BESIDE_PF {
+    match total > MOST_BESIDE_PF {
         true => (u16::from(own.device().get()) + 1) * 0x100 - u16::from(own.0),
         false => 1,
+    }
+}
+
+impl Policy {
+    /// For guests whose only bus is bus 0: there are at most [`MOST_BESIDE_PF`] VFs, however many a policy gives.
+    pub fn keep_vfs_beside_pf(&mut self) {
+        if let Some(by_guest) = self.virtual_functions.as_mut().filter(|given| given.count > MOST_BESIDE_PF) {
+            *by_guest = ByGuest { count: MOST_BESIDE_PF, rule: Rule::built_in(BUS_0_ONLY, "xpci") };
+        }
     }
 }
 
@@ -156,7 +170,7 @@ impl Compiler<'_> {
             false => by_guest.rule.clone(),
         };
         // Where the guest has the PF is not known here: `show_own_number` corrects the offset.
-        let place_rule = Rule::built_in(if total > BESIDE_PF { OWN_BUS } else { BESIDE }, spec.section);
+        let place_rule = Rule::built_in(if total > MOST_BESIDE_PF { OWN_BUS } else { BESIDE }, spec.section);
         for (register, value, rule) in [
             (sriov::INITIAL_VFS, total, &count_rule),
             (sriov::TOTAL_VFS, total, &count_rule),
@@ -202,13 +216,19 @@ impl VirtualConfigSpace {
         })
     }
 
-    /// Whether the guest has enabled a VF with this Routing ID; `own`: its device and function number of the PF.
-    pub fn has_guest_vf(&self, own: Devfn, routing_id: u16) -> bool {
-        let (Some(at), Some(vfs)) = (self.guests_sriov(), self.guest_vfs()) else { return false };
+    /// The Routing IDs that VFs of its guest have or can have; `own`: its device and function number of the PF. Empty: it creates none.
+    pub fn guest_vf_ids(&self, own: Devfn) -> Range<u16> {
+        let Some(at) = self.guests_sriov() else { return 0..0 };
         let register = |offset: u16| self.own_register(at + offset, 2) as u16;
-        let first = u16::from(own.0).checked_add(register(sriov::FIRST_VF_OFFSET));
-        let index = first.and_then(|first| routing_id.checked_sub(first));
-        vfs.enabled && index.is_some_and(|index| index < vfs.count.min(register(sriov::TOTAL_VFS)))
+        let first = u16::from(own.0).saturating_add(register(sriov::FIRST_VF_OFFSET));
+        first..first.saturating_add(register(sriov::TOTAL_VFS))
+    }
+
+    /// Whether the guest has enabled a VF with this Routing ID; `own` as above.
+    pub fn has_guest_vf(&self, own: Devfn, routing_id: u16) -> bool {
+        let ids = self.guest_vf_ids(own);
+        let is_enabled = |vfs: GuestVfs| vfs.enabled && routing_id - ids.start < vfs.count;
+        ids.contains(&routing_id) && self.guest_vfs().is_some_and(is_enabled)
     }
 
     /// Shows the guest what depends on its device and function number of the PF: the Function Dependency Link, and where its VFs begin.
@@ -228,7 +248,7 @@ impl VirtualConfigSpace {
     }
 
     /// The dwords of its SR-IOV capability if VFs of the guest's exist: a reset of the PF that the host emulates leaves them.
-    pub(super) fn kept_over_reset(&self) -> std::ops::Range<usize> {
+    pub(super) fn kept_over_reset(&self) -> Range<usize> {
         match (self.guests_sriov(), self.guest_vfs()) {
             (Some(at), Some(GuestVfs { enabled: true, .. })) => {
                 usize::from(at / 4)..usize::from((at + sriov::VF_MIGRATION_STATE) / 4) + 1

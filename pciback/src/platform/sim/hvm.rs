@@ -18,7 +18,7 @@ use crate::abi::ioreq as wire;
 use crate::platform::{
     Cause, Edit, HvmDomains, IoreqServer, MsiMessage, Pirq, PlatformError, Result, ServerId, SharedMemory,
 };
-use crate::{DeviceNumber, DomId};
+use crate::{Devfn, DeviceNumber, DomId};
 
 /// The server of every guest's device model.
 const DEVICE_MODEL: u16 = 0;
@@ -30,7 +30,7 @@ struct Server {
     to_server: Arc<EventFd>,
     to_guest: Arc<EventFd>,
     enabled: bool,
-    slots: BTreeSet<DeviceNumber>,
+    functions: BTreeSet<Devfn>,
     memory: BTreeSet<(u64, u64)>,
     ports: BTreeSet<(u16, u16)>,
     /// What was written of the guest's memory.
@@ -158,7 +158,7 @@ impl HvmDomains for SimHvmDomains {
                 to_server: event()?,
                 to_guest: event()?,
                 enabled: false,
-                slots: BTreeSet::new(),
+                functions: BTreeSet::new(),
                 memory: BTreeSet::new(),
                 ports: BTreeSet::new(),
                 written: Arc::default(),
@@ -190,9 +190,9 @@ impl HvmDomains for SimHvmDomains {
         })
     }
 
-    fn claim_slot(&self, domain: DomId, server: ServerId, slot: DeviceNumber, edit: Edit) -> Result<()> {
-        self.server(("claim_slot", "take over config space of"), domain, server, |server| {
-            claimed(&mut server.slots, slot, edit);
+    fn claim_function(&self, domain: DomId, server: ServerId, function: Devfn, edit: Edit) -> Result<()> {
+        self.server(("claim_function", "take over config space of"), domain, server, |server| {
+            claimed(&mut server.functions, function, edit);
             Ok(())
         })
     }
@@ -393,8 +393,8 @@ impl SimHvmGuest {
         };
         let server = servers.find(|server| match access.kind {
             wire::TYPE_CONFIG => {
-                let number = u8::try_from(access.address >> 35).ok();
-                number.and_then(DeviceNumber::new).is_some_and(|slot| server.slots.contains(&slot))
+                let number = u8::try_from(access.address >> 32).ok();
+                number.is_some_and(|number| server.functions.contains(&Devfn(number)))
             }
             wire::TYPE_PORT => {
                 server.ports.iter().any(|(first, count)| within((*first).into(), (*count).into()))

@@ -14,7 +14,7 @@ use super::hypervisor::check;
 use super::ioreq::{RequestPage, XenIoreqServer};
 use super::physdev::PhysDev;
 use crate::platform::{Edit, HvmDomains, IoreqServer, MsiMessage, Pirq, PlatformError, Result, ServerId};
-use crate::{DeviceNumber, DomId};
+use crate::{Devfn, DeviceNumber, DomId};
 
 /// Servers that a domain can have (`MAX_NR_IOREQ_SERVERS` of Xen).
 const SERVERS: u16 = 8;
@@ -216,8 +216,9 @@ impl HvmDomains for XenHvmDomains {
         Ok(Box::new(XenIoreqServer::open(&self.libraries, domain, page)?))
     }
 
-    fn claim_slot(&self, domain: DomId, server: ServerId, slot: DeviceNumber, edit: Edit) -> Result<()> {
+    fn claim_function(&self, domain: DomId, server: ServerId, function: Devfn, edit: Edit) -> Result<()> {
         let model = &self.libraries.devicemodel;
+        let (device, number) = (function.device().get(), function.function());
         let call = if edit == Edit::Add {
             // SAFETY: the handle is open; the other arguments are numbers.
             unsafe {
@@ -227,8 +228,8 @@ impl HvmDomains for XenHvmDomains {
                     server.0,
                     0,
                     0,
-                    slot.get(),
-                    0,
+                    device,
+                    number,
                 )
             }
         } else {
@@ -240,12 +241,12 @@ impl HvmDomains for XenHvmDomains {
                     server.0,
                     0,
                     0,
-                    slot.get(),
-                    0,
+                    device,
+                    number,
                 )
             }
         };
-        already(call, edit, || format!("config space of device {slot:x} of domain {domain}"))
+        already(call, edit, || format!("config space of 00:{function} of domain {domain}"))
     }
 
     fn claim_memory(

@@ -13,12 +13,12 @@ use super::bars::{self, Part};
 use super::frames::{Frames, Run};
 use super::numbers::Use;
 use super::table::mask_table;
-use crate::DeviceNumber;
 use crate::config::{Access, Bar, BarKind, SideEffect};
 use crate::platform::{BarMemory, Edit, HvmDomains, PAGE, Pirq, PlatformError, Result, Revoked, ServerId};
 use crate::serve::device::GuestDevice;
 use crate::serve::{GuestFunction, InterruptError};
 use crate::spec::header;
+use crate::{Devfn, DeviceNumber};
 
 /// What a function is in an HVM guest.
 pub struct Device {
@@ -70,7 +70,7 @@ impl Device {
             function.space.unplace();
             mask_table(function);
         }
-        device.domains.claim_slot(function.domain, device.server, device.slot, Edit::Add)?;
+        device.claim_config(function, Edit::Add)?;
         if !again {
             device.bind_line(function, Edit::Add)?;
             device.place_bars(function)?;
@@ -82,6 +82,19 @@ impl Device {
     pub fn was_entered(self, function: &mut GuestFunction) {
         self.vectors_noted(function);
         function.set_device(Arc::new(self));
+    }
+
+    /// Takes the guest's accesses to config space of the function and of the VFs that the guest can create of it, or gives them up; all of it
+    /// is tried. Nothing else is at the VFs' numbers: the guest's device model has no device there.
+    fn claim_config(&self, function: &GuestFunction, edit: Edit) -> Result<()> {
+        let own = self.slot.devfn();
+        let vfs = function.space.guest_vf_ids(own).filter_map(|id| u8::try_from(id).ok()).map(Devfn);
+        let mut outcome = Ok(());
+        for devfn in std::iter::once(own).chain(vfs) {
+            let answer = self.domains.claim_function(function.domain, self.server, devfn, edit);
+            outcome = outcome.and(undone(edit, answer));
+        }
+        outcome
     }
 
     fn bind_line(&self, function: &GuestFunction, edit: Edit) -> Result<()> {
@@ -321,11 +334,10 @@ impl GuestDevice for Device {
     }
 
     fn leave(&self, function: &mut GuestFunction) -> std::result::Result<(), InterruptError> {
-        let slot = self.domains.claim_slot(function.domain, self.server, self.slot, Edit::Remove);
-        let slot = Revoked::Reach.outcome(slot);
+        let config = self.claim_config(function, Edit::Remove);
         let line = Revoked::Interrupt.outcome(self.bind_line(function, Edit::Remove));
         let unmapped = self.unmap_bars(function);
-        Ok(slot.and(line).and(unmapped)?)
+        Ok(config.and(line).and(unmapped)?)
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use log::warn;
 
@@ -16,11 +17,16 @@ use crate::config::Width;
 use crate::fault::AerAnswer;
 use crate::platform::{self, DeviceModels, HvmDomains, IoreqServer, PlatformError};
 use crate::serve::device::GuestDevice;
+use crate::serve::guest_vfs::Patience;
 use crate::serve::worker::{EVENTS, RequestSource, Turn};
 use crate::serve::{
     Attachment, Counters, Demand, GuestFunction, NotNotified, Notification, Roster, Server, ServerReport,
 };
 use crate::{Devfn, DomId};
+
+/// How long a read of a VF that the host is creating waits, while the thread answers other vCPUs. Linux has interrupts off meanwhile, and takes
+/// a processor for stuck after 10 seconds of that.
+const VF_LIMIT: Duration = Duration::from_secs(3);
 
 /// A connected server of an HVM guest, and what the guest has besides its functions.
 pub struct Connection {
@@ -99,6 +105,26 @@ struct IoreqRequests {
     shared: bool,
     /// Requests that an earlier thread took and did not answer are answered, too.
     resumes: bool,
+    /// Reads of VFs that the host is creating, by vCPU. On the page they are marked as begun: the next thread finds them there.
+    waiting: BTreeMap<u16, Begun>,
+}
+
+/// A request that was taken from the page.
+struct Begun {
+    request: IoRequest,
+    /// When that was, if it is timed.
+    taken: Option<Instant>,
+    /// When it is answered all the same, if it waits for the host.
+    due: Option<Instant>,
+}
+
+impl Begun {
+    fn patience(&self) -> Patience {
+        match self.due {
+            Some(due) if due <= Instant::now() => Patience::Over,
+            _ => Patience::Left,
+        }
+    }
 }
 
 impl RequestSource for IoreqRequests {
@@ -119,14 +145,31 @@ impl RequestSource for IoreqRequests {
                 if roster.take_orders() {
                     return Turn::Stopped;
                 }
-                if self.answer(roster, vcpu, &request) {
-                    return Turn::Stopped;
+                let begun = Begun { request, taken: roster.counters.taken(), due: None };
+                match self.answer(roster, vcpu, begun) {
+                    Turn::Stopped => return Turn::Stopped,
+                    _ => turn = Turn::Busy,
                 }
-                turn = Turn::Busy;
             }
         }
         self.resumes = false;
+        if !self.waiting.is_empty() && roster.take_orders() {
+            return Turn::Stopped;
+        }
+        for (vcpu, begun) in std::mem::take(&mut self.waiting) {
+            match self.answer(roster, vcpu, begun) {
+                Turn::Idle => {}
+                other => turn = other,
+            }
+            if turn == Turn::Stopped {
+                break;
+            }
+        }
         turn
+    }
+
+    fn due(&self) -> Option<Instant> {
+        self.waiting.values().filter_map(|begun| begun.due).min()
     }
 
     fn event_fd(&self) -> BorrowedFd<'_> {
@@ -174,11 +217,17 @@ struct Done {
     attachment: Option<Attachment>,
     /// What went wrong.
     trouble: Option<String>,
+    /// It is not done: the host is creating the VF that it reads.
+    waits: bool,
 }
 
 impl Done {
     fn value(value: u64) -> Self {
-        Self { value, known: true, demand: None, attachment: None, trouble: None }
+        Self { value, known: true, demand: None, attachment: None, trouble: None, waits: false }
+    }
+
+    fn waits() -> Self {
+        Self { waits: true, ..Self::value(u64::MAX) }
     }
 
     /// The request is one that nothing answers.
@@ -191,12 +240,14 @@ impl IoreqRequests {
     fn new(domain: DomId, connection: Connection) -> Self {
         let Connection { server, ports, taken, domains, models, shared } = connection;
         let emulated = Emulated::new(domain, models);
-        Self { server, ports, taken, domains, emulated, shared, resumes: true }
+        let waiting = BTreeMap::new();
+        Self { server, ports, taken, domains, emulated, shared, resumes: true, waiting }
     }
 
-    /// Carries a request out and answers it; `true`: the thread was ordered to stop before it was done, and the next one does it again.
-    fn answer(&mut self, roster: &mut Roster, vcpu: u16, request: &IoRequest) -> bool {
-        let taken = roster.counters.taken();
+    /// Carries a request out and answers it. Idle: it waits. Stopped: the thread was ordered to stop before it was done, and the next one does
+    /// it again.
+    fn answer(&mut self, roster: &mut Roster, vcpu: u16, begun: Begun) -> Turn {
+        let request = &begun.request;
         let (data, done) = match request.place {
             // What is read is in the guest's memory then.
             Place::Items { address, to, count, down } if request.bytes != 0 => {
@@ -206,20 +257,25 @@ impl IoreqRequests {
                 (None, Done { trouble, ..Done::value(u64::MAX) })
             }
             _ => {
-                let done = self.execute(roster, request);
+                let done = self.execute(roster, request, begun.patience());
                 (request.write.is_none().then(|| done.value & value_mask(request.bytes)), done)
             }
         };
+        if done.waits {
+            let due = begun.due.or_else(|| Some(Instant::now() + VF_LIMIT));
+            self.waiting.insert(vcpu, Begun { due, ..begun });
+            return Turn::Idle;
+        }
         let Done { known, demand, attachment, trouble, .. } = done;
         // The guest goes on when its BAR is there.
         if finish_placing(roster) {
-            return true;
+            return Turn::Stopped;
         }
         wire::put_answer(self.server.page(), vcpu, data);
         if let Err(error) = self.server.notify(vcpu) {
             warn!("domain {}: {error}", roster.domain);
         }
-        let took = taken.map(|taken| taken.elapsed());
+        let took = begun.taken.map(|taken| taken.elapsed());
         // A BAR that has moved concerns the guest's other functions, too: what fails for them fails for this request.
         let troubles = roster.functions.values_mut().filter_map(|function| function.take_trouble());
         let troubles: Vec<String> = troubles.chain(trouble).collect();
@@ -229,24 +285,25 @@ impl IoreqRequests {
             complain(roster, request, trouble);
         }
         roster.tell(demand, attachment);
-        false
+        Turn::Busy
     }
 
-    fn execute(&mut self, roster: &mut Roster, request: &IoRequest) -> Done {
+    fn execute(&mut self, roster: &mut Roster, request: &IoRequest, patience: Patience) -> Done {
         if request.bytes == 0 {
             return Done::nonsense();
         }
         match request.place {
-            Place::Config { slot, offset } => {
+            Place::Config { function, offset } => {
                 let bytes = wire::reached_by_ports(offset, request.bytes);
                 // Where there is no function of ours, nothing answers: Xen sends what is the device model's to that.
-                let done = self.config(roster, slot.devfn(), offset, bytes, request.write);
+                let done = self.config(roster, function, offset, bytes, request.write, patience);
                 done.unwrap_or(Done::value(u64::MAX))
             }
             Place::Memory { address } => match address.checked_sub(ECAM_BASE) {
                 Some(at) if at < ECAM_BYTES => {
                     let (devfn, offset) = (Devfn((at >> 12) as u8), at as u16 & 0xfff);
-                    self.config(roster, devfn, offset, request.bytes, request.write).unwrap_or_else(|| {
+                    let done = self.config(roster, devfn, offset, request.bytes, request.write, patience);
+                    done.unwrap_or_else(|| {
                         let (value, trouble) =
                             self.emulated.access(devfn, offset, request.bytes, request.write);
                         Done { trouble, ..Done::value(value) }
@@ -265,7 +322,7 @@ impl IoreqRequests {
         }
     }
 
-    /// Config space of a function of ours, if there is one.
+    /// Config space of a function of ours, or of a VF that the guest has created, if there is one.
     fn config(
         &mut self,
         roster: &mut Roster,
@@ -273,8 +330,11 @@ impl IoreqRequests {
         offset: u16,
         bytes: u8,
         write: Option<u64>,
+        patience: Patience,
     ) -> Option<Done> {
-        let function = roster.functions.get_mut(&devfn)?;
+        let Some(function) = roster.functions.get_mut(&devfn) else {
+            return of_vf(roster, devfn, offset, bytes, write, patience);
+        };
         let attachment = Some(function.attachment());
         let (value, demand) = match write {
             None => config_read(function, offset, bytes),
@@ -289,6 +349,24 @@ impl IoreqRequests {
         };
         Some(Done { demand, attachment, ..Done::value(value) })
     }
+}
+
+/// A VF that the guest has created. Writes of it change nothing.
+fn of_vf(
+    roster: &Roster,
+    devfn: Devfn,
+    offset: u16,
+    bytes: u8,
+    write: Option<u64>,
+    patience: Patience,
+) -> Option<Done> {
+    let pf = roster.pf_of_vf(devfn.0.into())?;
+    let mut value = write.unwrap_or(u64::MAX);
+    for (access, distance) in wire::pieces(offset, bytes).filter(|_| write.is_none()) {
+        let Some(piece) = pf.read_vf(access, patience) else { return Some(Done::waits()) };
+        value = with_piece(value, access.width(), distance, piece);
+    }
+    Some(Done::value(value))
 }
 
 /// Reads config space as a request of any alignment does; `bytes` of it, at most four.

@@ -1,5 +1,7 @@
 //! Mapping a BAR of gigabytes, and orders that come meanwhile.
 
+mod vfs;
+
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, mpsc};
@@ -68,7 +70,7 @@ impl HvmDomains for Xen {
     fn connect(&self, domain: DomId, _: ServerId) -> Result<Box<dyn IoreqServer>> {
         Err(PlatformError::new("connect to", domain, nix::errno::Errno::ENOSYS))
     }
-    fn claim_slot(&self, _: DomId, _: ServerId, _: DeviceNumber, _: Edit) -> Result<()> {
+    fn claim_function(&self, _: DomId, _: ServerId, _: Devfn, _: Edit) -> Result<()> {
         Ok(())
     }
     fn claim_memory(&self, _: DomId, _: ServerId, _: u64, _: u64, _: Edit) -> Result<()> {
@@ -174,13 +176,19 @@ struct Guest {
 
 /// A guest with a BAR of 4 GiB that is placed and does not decode yet, and the thread that serves it.
 fn begin() -> (Guest, Server) {
+    begin_with(Machine::new().open_large(ADDRESS, BYTES), |function| {
+        for (offset, value) in [(0x10, PLACE as u32), (0x14, (PLACE >> 32) as u32)] {
+            let access = Access::new(offset, 4).unwrap();
+            assert!(!function.write_config(access, value).failed);
+        }
+    })
+}
+
+/// A guest with a function that something is done with before it is served.
+fn begin_with(mut function: Box<GuestFunction>, prepare: impl FnOnce(&mut GuestFunction)) -> (Guest, Server) {
     let xen = Arc::new(Xen::default());
-    let mut function = Machine::new().open_large(ADDRESS, BYTES);
     enter(&xen, &mut function, false);
-    for (offset, value) in [(0x10, PLACE as u32), (0x14, (PLACE >> 32) as u32)] {
-        let access = Access::new(offset, 4).unwrap();
-        assert!(!function.write_config(access, value).failed);
-    }
+    prepare(&mut function);
     let memory = SharedMemory::anonymous(wire::PAGE_BYTES).unwrap();
     let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK).unwrap();
     let guest =
@@ -216,7 +224,12 @@ impl Guest {
 
     /// Switches decoding on, without waiting for the answer.
     fn decode(&self) {
-        xen::put_request(&self.page.0, 0, &config(SLOT, COMMAND, 2, Some(2)));
+        self.ask(0, &config(SLOT, COMMAND, 2, Some(2)));
+    }
+
+    /// A vCPU makes an access, and does not wait for the answer.
+    fn ask(&self, vcpu: u16, access: &xen::Access) {
+        xen::put_request(&self.page.0, vcpu, access);
         self.page.1.write(1).unwrap();
     }
 
@@ -289,8 +302,7 @@ fn the_next_thread_maps_what_is_left_and_nothing_again() {
     let mut functions = server.stop().unwrap();
     functions.values_mut().for_each(|function| enter(&guest.xen, function, true));
     let server = guest.serve(functions);
-    xen::put_request(&guest.page.0, 0, &config(SLOT, 0, 2, None));
-    guest.page.1.write(1).unwrap();
+    guest.ask(0, &config(SLOT, 0, 2, None));
     guest.wait_for_answer();
     assert_eq!(guest.xen.calls().len(), PARTS, "what is mapped stays");
     server.stop().unwrap();

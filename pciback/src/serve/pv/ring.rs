@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use log::warn;
 
@@ -16,6 +16,9 @@ use crate::platform::{PlatformError, Ring};
 use crate::serve::worker::{RequestSource, Turn};
 use crate::serve::{Counters, GuestFunction, NotNotified, Notification, Roster, Server, ServerReport};
 use crate::{Devfn, DomId};
+
+/// How long a read of a VF that the host is creating waits. Linux's frontend gives up after two seconds.
+const VF_LIMIT: Duration = Duration::from_millis(1700);
 
 /// Starts to serve a PV guest over its connected ring; `functions` by device and function number. A request that has waited since is
 /// answered first. Reports go to `report`, which must not block.
@@ -156,9 +159,9 @@ fn routing_id(op: &Op) -> Option<u16> {
 /// Answers for a VF that the guest has created. Writes of it change nothing.
 fn of_vf(roster: &Roster, routing_id: u16, op: &Op) -> Option<OpAnswer> {
     let access = Access::new(op.offset, op.size).ok()?;
-    let read = roster.functions.iter().find_map(|(own, pf)| pf.read_vf(*own, routing_id, access))?;
+    let pf = roster.pf_of_vf(routing_id)?;
     match op.command {
-        Command::CONF_READ => Some(OpAnswer::value(read)),
+        Command::CONF_READ => Some(OpAnswer::value(pf.read_vf_within(access, VF_LIMIT))),
         Command::CONF_WRITE => Some(OpAnswer::value(op.value)),
         _ => None,
     }
