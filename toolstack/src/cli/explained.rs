@@ -210,7 +210,7 @@ pub fn policy(view: &PolicyView) -> String {
         file => _ = writeln!(text, "expansion ROM of HVM guests (rom): {file}"),
     }
     if let Some(count) = view.vfs_by_guest {
-        let _ = writeln!(text, "VFs that a PV guest with the PF can create (virtual-functions): {count}");
+        let _ = writeln!(text, "VFs that a guest with the PF can create (virtual-functions): {count}");
     }
     if let Some(peers) = &view.mailbox {
         let _ = writeln!(text, "mailbox in a PV guest, with (mailbox): {peers}");

@@ -30,7 +30,7 @@ pub struct PolicyView {
     /// file (for an HVM guest).
     #[serde(default)]
     pub rom: String,
-    /// How many VFs a PV guest that gets the PF can create; absent if none.
+    /// How many VFs a guest that gets the PF can create, an HVM guest at most 7; absent if none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vfs_by_guest: Option<u16>,
     /// Who may be on the other side of its mailbox; absent if it has none.

@@ -13,26 +13,26 @@ use crate::errors::{CAN_RECOVER, DETECTED, FROZEN, NONE, RECOVERED, RESUME, SLOT
 use crate::frontend::{Frontend, read_op, write_op};
 use crate::world::{DB, Service, WEB, World, bdf, wait_until};
 
-const POLICY: &str =
+pub const POLICY: &str =
     "match: {vendor: 8086}\npermit: [physical-function, untrusted-vf]\nvirtual-functions: {by-guest: 3}\n";
 /// The PF's SR-IOV capability.
-const CONTROL: u32 = 0x168;
-const NUM_VFS: u32 = 0x170;
-const VF_ENABLE: u32 = 9;
+pub const CONTROL: u32 = 0x168;
+pub const NUM_VFS: u32 = 0x170;
+pub const VF_ENABLE: u32 = 9;
 /// The guest's first VF: function 1 of the PF's device.
 const FIRST: u32 = 1;
 /// Function Mask, in the upper byte of MSI-X's Message Control of the PF: a reset clears it, and Linux does not put it back.
 const MARK: (u16, u8) = (0x73, 0x40);
 
-fn pf() -> Sbdf {
+pub fn pf() -> Sbdf {
     bdf("01:00.0")
 }
 
-fn vfs() -> [Sbdf; 2] {
+pub fn vfs() -> [Sbdf; 2] {
     [bdf("01:10.0"), bdf("01:10.2")]
 }
 
-fn present(world: &World) -> u16 {
+pub fn present(world: &World) -> u16 {
     world.host().function(pf()).unwrap().num_vfs
 }
 
@@ -50,17 +50,17 @@ fn guest_with_pf_under(world: &World, policies: &[&str]) -> (Frontend, Service) 
 }
 
 /// Marks the PF's hardware, to see whether it is reset.
-fn mark(world: &World) {
+pub fn mark(world: &World) {
     let control = world.simulation.peek(pf(), MARK.0, 1)[0];
     world.simulation.poke(pf(), MARK.0, &[control | MARK.1]);
 }
 
-fn was_reset(world: &World) -> bool {
+pub fn was_reset(world: &World) -> bool {
     world.simulation.peek(pf(), MARK.0, 1)[0] & MARK.1 == 0
 }
 
 /// The domain that the guest with the PF is after its reboot.
-const AGAIN: DomId = DomId(11);
+pub const AGAIN: DomId = DomId(11);
 
 /// What Linux writes to enable or disable VFs.
 fn enable(frontend: &Frontend, count: u32) {
@@ -132,7 +132,7 @@ fn vfs_that_the_guest_enables_are_created_held_and_listed_as_untrusted() {
 }
 
 /// PFs that can have more VFs than fit beside them.
-const MANY: &str = r#"
+pub const MANY: &str = r#"
 drivers: [i40e, iavf, pci-stub, pci-pf-stub]
 models:
   most-vfs:
@@ -364,7 +364,7 @@ fn vfs_stay_with_their_guests_while_the_guest_with_their_pf_reboots() {
 /// What is said of a VF whose PF has started again.
 const STARTED_AGAIN: &str = "the driver of its PF has started again; its guest is notified";
 
-fn is_said(service: &Service, text: &str) -> bool {
+pub fn is_said(service: &Service, text: &str) -> bool {
     let outcomes =
         |what: &Happening| matches!(what, Happening::Outcome { text: found, .. } if found.contains(text));
     service.error_history(vfs()[0]).iter().any(|event| outcomes(&event.what))

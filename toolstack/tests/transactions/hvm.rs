@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use pciback::platform::sim::{self, Delivery, Owner, SimHvmGuest, SimRequest};
-use pciback::serve::hvm::wire::xen::{config, memory, port};
+use pciback::serve::hvm::wire::xen::{config, config_of, memory, port};
 use pciback::serve::hvm::{ECAM_BASE, wire};
-use pciback::{DeviceNumber, DomId, FunctionState, Sbdf};
+use pciback::{Devfn, DeviceNumber, DomId, FunctionState, Sbdf};
 use toolstack::outcome::{ErrorCode, Failure};
 use toolstack::protocol::{Request, Success};
 
@@ -51,7 +51,12 @@ impl Guest {
     /// A paused guest.
     pub fn new(world: &World) -> Self {
         world.simulation.create_hvm(WIN, "win").unwrap();
-        Self(world.simulation.hvm_guest(WIN))
+        Self::of(world, WIN)
+    }
+
+    /// A guest that was made.
+    pub fn of(world: &World, domain: DomId) -> Self {
+        Self(world.simulation.hvm_guest(domain))
     }
 
     pub fn ask(&self, access: &wire::xen::Access) -> u64 {
@@ -78,7 +83,13 @@ impl Guest {
 
     /// Whether anybody but its device model answers at a device number.
     pub fn is_served(&self, slot: u8) -> bool {
-        self.0.begin(&config(slot, VENDOR, 4, None)).map(|request| request.answer(LIMIT).unwrap()).is_some()
+        self.is_function_served(Devfn(slot << 3))
+    }
+
+    /// The same of one function.
+    pub fn is_function_served(&self, function: Devfn) -> bool {
+        let read = self.0.begin(&config_of(function, VENDOR, 4, None));
+        read.map(|request| request.answer(LIMIT).unwrap()).is_some()
     }
 
     /// What was written to its memory.
@@ -95,7 +106,7 @@ impl Guest {
         self.0.reached().lines.into_iter().map(|(line, slot, pin)| (line, slot.get(), pin)).collect()
     }
 
-    fn frames(&self) -> Vec<u64> {
+    pub fn frames(&self) -> Vec<u64> {
         self.0.reached().frames.into_keys().collect()
     }
 }

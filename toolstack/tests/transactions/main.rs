@@ -17,6 +17,7 @@ mod handing_over;
 mod holding;
 mod hvm;
 mod hvm_events;
+mod hvm_guest_vfs;
 mod hvm_hotplug;
 mod hvm_lines;
 mod hvm_vectors;

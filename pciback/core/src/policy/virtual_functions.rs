@@ -8,7 +8,7 @@ use crate::config::{ByGuest, MOST_BY_GUEST};
 
 pub(super) const VIRTUAL_FUNCTION_KEYS: &[KeyWord] = &[key(
     "by-guest",
-    "How many VFs the PV guest that has the PF can create, 1-256: it finds an SR-IOV capability, and xpci creates what it asks for.",
+    "How many VFs the guest that has the PF can create, 1-256 (an HVM guest at most 7): it finds an SR-IOV capability, and xpci creates what it asks for.",
 )];
 
 pub(super) fn read(node: &Node, file: &str, diagnostics: &mut Diagnostics) -> Option<ByGuest> {

@@ -181,7 +181,7 @@ impl TaskContext {
         let mut policy = self.policies.merge(&Subject::of(spec, name.as_deref())).policy;
         if domains::kind(self.platform.store.as_ref(), domain)? == DomainType::Hvm {
             policy.hide_enhanced_allocation();
-            policy.virtual_functions = None;
+            policy.keep_vfs_beside_pf();
             // It does not reach extended config space.
             policy.mailbox = None;
         }

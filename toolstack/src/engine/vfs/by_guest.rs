@@ -8,12 +8,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use pciback::config::MOST_BESIDE_PF;
 use pciback::platform::Platform;
 use pciback::policy::{PolicySet, Subject};
 use pciback::serve::{GuestFunction, VfRequests};
 use pciback::{FunctionState, Sbdf};
 
-use crate::domains;
+use crate::domains::{self, DomainType};
 use crate::engine::Answer;
 use crate::engine::functions::Functions;
 use crate::journal::Record;
@@ -248,9 +249,19 @@ fn may_create(address: Sbdf, wanted: u16, context: &Context<'_>) -> Result<(), F
     let name = domains::name(context.platform.store.as_ref(), guest.domain)?;
     let merged = context.policies.merge(&Subject::of_host(&function, name));
     let limit = merged.policy.virtual_functions.map_or(0, |by_guest| by_guest.count);
+    let refuses = |why: &str| {
+        let text = format!("domain {} asks for {wanted} VFs, and {why}", guest.domain);
+        Err(refused(text).of(guest.domain))
+    };
     if wanted > limit {
-        let text = format!("domain {} asks for {wanted} VFs, and policies give it {limit}", guest.domain);
-        return Err(refused(text).of(guest.domain));
+        return refuses(&format!("policies give it {limit}"));
+    }
+    if wanted > MOST_BESIDE_PF
+        && domains::kind(context.platform.store.as_ref(), guest.domain)? == DomainType::Hvm
+    {
+        return refuses(&format!(
+            "an HVM guest can have {MOST_BESIDE_PF}, which are functions of the PF's device"
+        ));
     }
     if function.driver.as_deref() != Some(PF_STUB) {
         let text = format!(
