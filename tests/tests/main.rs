@@ -15,6 +15,7 @@ mod linux_hvm;
 mod machines;
 mod other_devices;
 mod pf_in_a_guest;
+mod pf_in_an_hvm_guest;
 mod real_dom0;
 mod ring;
 mod vf;
@@ -56,6 +57,7 @@ fn main() -> Result<ExitCode> {
         LinuxHvm,
         vfs::Vfs,
         pf_in_a_guest::PfInAGuest,
+        pf_in_an_hvm_guest::PfInAnHvmGuest,
         holding::Holding,
         hvm_devices::HvmDevices,
         vf_in_a_guest::newer_xen::NewerXen,
