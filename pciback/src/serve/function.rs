@@ -73,7 +73,7 @@ pub struct GuestFunction {
     pub(super) line: u32,
     device: Arc<dyn GuestDevice>,
     gone: bool,
-    /// The guest loses it: its INTx is no longer delivered.
+    /// The guest loses it, or has left its ring: until it is served again its INTx is not delivered.
     leaving: bool,
     /// The reset under way is the host's.
     keeps_registers: bool,
@@ -138,6 +138,12 @@ impl GuestFunction {
     /// Whether its guest is about to lose it.
     pub(super) fn is_leaving(&self) -> bool {
         self.leaving
+    }
+
+    /// A thread serves it from now on. A guest that has left its ring and comes back starts its driver, which switches INTx on by its
+    /// next write of Command.
+    pub(super) fn begin_service(&mut self) {
+        self.leaving = false;
     }
 
     /// Notes why something failed.

@@ -30,11 +30,12 @@ pub(super) struct Roster {
 impl Roster {
     pub fn new(
         domain: DomId,
-        functions: BTreeMap<Devfn, Box<GuestFunction>>,
+        mut functions: BTreeMap<Devfn, Box<GuestFunction>>,
         counters: &Arc<Counters>,
         report: Box<dyn Fn(ServerReport) + Send>,
         orders: mpsc::Receiver<Order>,
     ) -> Self {
+        functions.values_mut().for_each(|function| function.begin_service());
         let counters = Arc::clone(counters);
         Self { domain, functions, counters, report, to_notify: VecDeque::new(), orders }
     }
@@ -132,7 +133,8 @@ impl Roster {
 
     pub fn obey(&mut self, order: Order) -> Option<mpsc::Sender<BTreeMap<Devfn, Box<GuestFunction>>>> {
         match order {
-            Order::Add(devfn, function) => {
+            Order::Add(devfn, mut function) => {
+                function.begin_service();
                 self.functions.insert(devfn, function);
             }
             Order::Take(devfn, taken) => {

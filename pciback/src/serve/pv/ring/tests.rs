@@ -415,6 +415,25 @@ fn quiescing_leaves_nothing_mapped_and_nothing_enabled() {
     assert_eq!(function.space.image().vectors().mode, InterruptMode::Off);
 }
 
+/// A guest that unloads xen-pcifront and loads it again: its functions are quiesced in between, and served by another thread then.
+#[test]
+fn intx_is_delivered_again_to_a_guest_that_has_left_its_ring_and_come_back() {
+    const INTX_OFF: u16 = 0x400;
+    let machine = Machine::new();
+    let functions = BTreeMap::from([(Devfn(0), machine.open_with_line(FIRST, 17))]);
+    let mut first = serving(&machine, functions, Box::new(|_| {}));
+    first.ask(&machine, &op(1, 4, 2, 6));
+    assert_eq!(machine.word(FIRST, 4) & INTX_OFF, 0);
+    let mut functions = std::mem::take(&mut first.roster.functions);
+    functions.get_mut(&Devfn(0)).unwrap().quiesce().unwrap();
+    assert_eq!(machine.word(FIRST, 4) & INTX_OFF, INTX_OFF);
+    let mut second = serving(&machine, functions, Box::new(|_| {}));
+    second.ask(&machine, &op(0, 4, 2, 0));
+    assert_eq!(machine.word(FIRST, 4) & INTX_OFF, INTX_OFF, "not before its driver starts");
+    second.ask(&machine, &op(1, 4, 2, 6));
+    assert_eq!(machine.word(FIRST, 4) & INTX_OFF, 0);
+}
+
 #[test]
 fn a_guest_that_never_pauses_does_not_keep_its_function() {
     let machine = Machine::new();
