@@ -103,6 +103,8 @@ pub(super) enum Order {
 pub struct Notification {
     /// The function, as the guest sees it.
     pub devfn: Devfn,
+    /// Which attachment of it: the guest may get another function at the same place before it has answered.
+    pub attachment: Attachment,
     /// What the guest's driver is asked; nothing is heard yet.
     pub conversation: Conversation,
     /// How long the answer is waited for.

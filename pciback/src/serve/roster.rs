@@ -56,15 +56,21 @@ impl Roster {
         }
     }
 
+    /// The function that a notification is about; `None`: it was taken from the guest, which may have another one in its place.
+    pub fn notified(&mut self, notification: &Notification) -> Option<&mut GuestFunction> {
+        let function = self.functions.get_mut(&notification.devfn)?;
+        (function.attachment() == notification.attachment).then_some(function)
+    }
+
     /// Reports the result of a notification of the guest.
     pub fn report_notified(
-        &self,
+        &mut self,
         notification: Notification,
         heard: Result<Result<AerAnswer, u32>, NotNotified>,
     ) {
         // A function that was taken in between needs no report.
-        if let Some(function) = self.functions.get(&notification.devfn) {
-            (self.report)(ServerReport::Notified(function.attachment(), heard));
+        if self.notified(&notification).is_some() {
+            (self.report)(ServerReport::Notified(notification.attachment, heard));
         }
     }
 

@@ -110,7 +110,7 @@ impl<S: RequestSource> Worker<S> {
                 }
             }
             let Some(notification) = self.roster.to_notify.pop_front() else { return };
-            let told = match self.roster.functions.get_mut(&notification.devfn) {
+            let told = match self.roster.notified(&notification) {
                 Some(function) => self.source.tell(&notification, function),
                 None => Err(NotNotified::Unreachable),
             };
@@ -123,7 +123,7 @@ impl<S: RequestSource> Worker<S> {
 
     /// Notes and reports what became of a notification. Noted first: the page has room for one answer, which the next one takes.
     fn conclude(&mut self, notification: Notification, heard: Result<Result<AerAnswer, u32>, NotNotified>) {
-        if let Some(function) = self.roster.functions.get_mut(&notification.devfn) {
+        if let Some(function) = self.roster.notified(&notification) {
             let heard = heard.map_or(Heard::Silence, Heard::Answer);
             function.note_conversation(Some(Conversation { heard, ..notification.conversation }));
         }

@@ -6,8 +6,8 @@ use toolstack::protocol::Happening;
 
 use crate::crashes::at_each_change;
 use crate::errors::{
-    COMPLETION_TIMEOUT, DETECTED, NEED_RESET, NONE, NORMAL, RECOVERED, RESUME, SLOT_RESET, VF, attached,
-    outcome, quarantined,
+    CAN_RECOVER, COMPLETION_TIMEOUT, DETECTED, DISCONNECT, NEED_RESET, NONE, NORMAL, RECOVERED, RESUME,
+    SIBLING, SLOT_RESET, VF, attach, attached, outcome, quarantined,
 };
 use crate::frontend::{Frontend, msix_op, write_op};
 use crate::world::{Service, WEB, World, bdf, wait_until};
@@ -97,6 +97,13 @@ fn a_driver_that_answers_while_no_service_runs_resumes_whose_service_is_killed_a
     killed_anywhere(|driver, frontend| driver.answer(frontend));
 }
 
+fn recovered(what: &Happening) -> Option<()> {
+    match what {
+        Happening::Outcome { ok: true, text } => text.contains("has recovered").then_some(()),
+        _ => None,
+    }
+}
+
 fn end(service: Service, orderly: bool) {
     if orderly { service.stop() } else { service.kill() }
 }
@@ -122,10 +129,7 @@ fn each_request_that_is_not_answered_when_the_service_ends_is_awaited_by_the_nex
             for command in &requests[place + usize::from(meanwhile)..] {
                 frontend.is_notified(*command, NORMAL, 0, answer_to(*command));
             }
-            service.wait_for_event(bdf(VF), "its recovery", |what| match what {
-                Happening::Outcome { ok: true, text } => text.contains("has recovered").then_some(()),
-                _ => None,
-            });
+            service.wait_for_event(bdf(VF), "its recovery", recovered);
             assert_eq!(service.state(bdf(VF)), FunctionState::Attached);
             // It has ended for the next process, too.
             end(service, orderly);
@@ -147,4 +151,24 @@ fn a_guest_that_does_not_answer_the_next_process_either_loses_its_function() {
     let (ok, text) = outcome(&service, bdf(VF));
     assert!(!ok && text.contains("did not answer in time") && text.ends_with("; quarantine"), "{text}");
     quarantined(&world, &service, bdf(VF));
+}
+
+#[test]
+fn what_a_guest_says_of_a_function_that_it_has_lost_is_not_taken_for_that_of_the_next_one_in_its_place() {
+    let third = bdf("01:10.4");
+    let world = World::new();
+    let (frontend, service) = attached(&world, "");
+    // Keeps the device of the guest.
+    attach(&service, &frontend, WEB, bdf(SIBLING));
+    report(&world);
+    frontend.ignores();
+    service.detach(WEB, bdf(VF)).unwrap();
+    attach(&service, &frontend, WEB, third);
+    world.simulation.report_error(third, Severity::NonFatal, COMPLETION_TIMEOUT);
+    frontend.is_notified(DETECTED, NORMAL, 0, DISCONNECT);
+    frontend.is_notified(DETECTED, NORMAL, 0, CAN_RECOVER);
+    frontend.is_notified(RESUME, NORMAL, 0, NONE);
+    let (ok, text) = outcome(&service, third);
+    assert!(ok && text.contains("has recovered"), "{text}");
+    assert_eq!(service.state(third), FunctionState::Attached);
 }

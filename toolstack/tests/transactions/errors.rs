@@ -26,7 +26,7 @@ pub const FROZEN: u32 = 2;
 pub const NONE: u32 = 1;
 pub const CAN_RECOVER: u32 = 2;
 pub const NEED_RESET: u32 = 3;
-const DISCONNECT: u32 = 4;
+pub const DISCONNECT: u32 = 4;
 pub const RECOVERED: u32 = 5;
 
 pub const COMPLETION_TIMEOUT: u32 = 1 << 14;

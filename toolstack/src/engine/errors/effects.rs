@@ -145,9 +145,10 @@ impl Engine {
     }
 
     fn notify_guest(&mut self, address: Sbdf, question: Question) {
-        let Some(place) = self.functions.records().place(address) else { return };
+        let place = self.functions.records().place(address);
+        let Some((place, attachment)) = place.zip(self.functions.attachment(address)) else { return };
         let Question { conversation, limit, resumed } = question;
-        let notification = Notification { devfn: place.devfn, conversation, limit, resumed };
+        let notification = Notification { devfn: place.devfn, attachment, conversation, limit, resumed };
         let notified = self.guests.get(place.domain).is_some_and(|guest| guest.notify(notification));
         if !notified {
             self.guest_answered(address, Err(NotNotified::Unreachable));

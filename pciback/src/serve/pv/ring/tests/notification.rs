@@ -12,10 +12,18 @@ fn serving(machine: &Machine) -> (Serving, Receiver<ServerReport>) {
     (super::serving(machine, functions, report), reports)
 }
 
-fn notification(request: AerRequest, limit: Duration) -> Notification {
+fn notification(serving: &Serving, request: AerRequest, limit: Duration) -> Notification {
     let recovery = Recovery::at(request, ChannelState::Normal, false);
     let conversation = Conversation { recovery, own: true, heard: Heard::Nothing };
-    Notification { devfn: Devfn(0), conversation, limit, resumed: false }
+    let attachment = serving.roster.functions[&Devfn(0)].attachment();
+    Notification { devfn: Devfn(0), attachment, conversation, limit, resumed: false }
+}
+
+impl Serving {
+    fn tell(&mut self, request: AerRequest, limit: Duration) {
+        let notification = notification(self, request, limit);
+        self.roster.obey(Order::Notify(notification));
+    }
 }
 
 fn heard(reports: &Receiver<ServerReport>) -> Option<Result<Result<AerAnswer, u32>, NotNotified>> {
@@ -34,7 +42,8 @@ fn answers_arrive_one_after_the_other_while_requests_are_served() {
     let (mut serving, reports) = serving(&machine);
     frontend::set_aer_handler(machine.page(), true);
     for request in [AerRequest::Detected, AerRequest::Resume] {
-        assert!(serving.roster.obey(Order::Notify(notification(request, LONG))).is_none());
+        let notification = notification(&serving, request, LONG);
+        assert!(serving.roster.obey(Order::Notify(notification)).is_none());
     }
     serving.hear();
     assert_eq!(frontend::take_aer(machine.page()), Some((6, 1, 0)));
@@ -56,11 +65,11 @@ fn answers_arrive_one_after_the_other_while_requests_are_served() {
 fn a_guest_that_is_silent_cannot_be_told_or_is_gone_is_reported_once() {
     let machine = Machine::new();
     let (mut serving, reports) = serving(&machine);
-    serving.roster.obey(Order::Notify(notification(AerRequest::Detected, LONG)));
+    serving.tell(AerRequest::Detected, LONG);
     serving.hear();
     assert_eq!(heard(&reports), Some(Err(NotNotified::NoHandler)));
     frontend::set_aer_handler(machine.page(), true);
-    serving.roster.obey(Order::Notify(notification(AerRequest::Detected, Duration::ZERO)));
+    serving.tell(AerRequest::Detected, Duration::ZERO);
     serving.hear();
     serving.hear();
     assert_eq!(heard(&reports), Some(Err(NotNotified::Silent)));
@@ -69,13 +78,34 @@ fn a_guest_that_is_silent_cannot_be_told_or_is_gone_is_reported_once() {
     serving.hear();
     assert_eq!(heard(&reports), None);
     // A function that the guest does not have any more.
-    serving.roster.obey(Order::Notify(notification(AerRequest::Detected, LONG)));
+    serving.tell(AerRequest::Detected, LONG);
     serving.hear();
     let (taken, _taken) = channel();
     serving.roster.obey(Order::Take(Devfn(0), taken));
     frontend::answer_aer(machine.page(), 5);
     serving.hear();
     assert_eq!(heard(&reports), None);
+}
+
+/// The guest is asked about a function, and another question about it waits, when it gets another function in that place.
+#[test]
+fn an_answer_is_not_taken_for_that_of_the_next_function_in_the_same_place() {
+    let machine = Machine::new();
+    let (mut serving, reports) = serving(&machine);
+    frontend::set_aer_handler(machine.page(), true);
+    serving.tell(AerRequest::Detected, LONG);
+    serving.tell(AerRequest::Resume, LONG);
+    serving.hear();
+    serving.roster.obey(Order::Take(Devfn(0), channel().0));
+    serving.roster.obey(Order::Add(Devfn(0), machine.open(SECOND)));
+    serving.tell(AerRequest::SlotReset, LONG);
+    frontend::answer_aer(machine.page(), 4);
+    serving.hear();
+    assert_eq!(heard(&reports), None);
+    assert_eq!(frontend::take_aer(machine.page()), Some((9, 1, 0)), "what waited was about the first one");
+    frontend::answer_aer(machine.page(), 5);
+    serving.hear();
+    assert_eq!(heard(&reports), Some(Ok(Ok(AerAnswer::Recovered))));
 }
 
 #[test]
@@ -98,7 +128,6 @@ fn a_reset_by_the_host_keeps_what_the_guest_wrote_and_one_by_the_guest_does_not(
 /// The service is killed at each step of telling the guest, and the next run goes on from the note: the driver is told once, at once or by it.
 #[test]
 fn a_request_is_told_once_by_a_service_that_is_killed_anywhere() {
-    let asked = notification(AerRequest::Detected, LONG);
     for answers_meanwhile in [false, true] {
         for steps in 0.. {
             let machine = Machine::new();
@@ -107,7 +136,7 @@ fn a_request_is_told_once_by_a_service_that_is_killed_anywhere() {
             wire::put_aer(machine.page(), Devfn(0), AerRequest::Detected, ChannelState::Normal);
             frontend::answer_aer(machine.page(), 5);
             let (mut first, _reports) = serving(&machine);
-            first.roster.obey(Order::Notify(asked));
+            first.tell(AerRequest::Detected, LONG);
             machine.kill_after(Some(steps));
             let killed = catch_unwind(AssertUnwindSafe(|| first.hear())).is_err();
             machine.kill_after(None);
@@ -124,6 +153,7 @@ fn a_request_is_told_once_by_a_service_that_is_killed_anywhere() {
             let (mut second, reports) = serving(&machine);
             let noted = second.roster.functions[&Devfn(0)].conversation();
             if let Some(conversation) = noted {
+                let asked = notification(&second, AerRequest::Detected, LONG);
                 second.roster.obey(Order::Notify(Notification { conversation, resumed: true, ..asked }));
             }
             second.hear();
