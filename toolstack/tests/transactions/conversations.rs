@@ -1,7 +1,8 @@
 //! The service ends while a guest is notified of an error: the next process goes on, so that the guest's driver ends working.
 
-use pciback::FunctionState;
 use pciback::fault::Severity;
+use pciback::serve::pv::nodes::{self, XenbusState};
+use pciback::{DomId, FunctionState};
 use toolstack::protocol::Happening;
 
 use crate::crashes::at_each_change;
@@ -171,4 +172,31 @@ fn what_a_guest_says_of_a_function_that_it_has_lost_is_not_taken_for_that_of_the
     let (ok, text) = outcome(&service, third);
     assert!(ok && text.contains("has recovered"), "{text}");
     assert_eq!(service.state(third), FunctionState::Attached);
+}
+
+/// Its xen-pcifront is unloaded while it is asked, and loaded again: its driver begins anew, and does not answer what the earlier one was asked.
+#[test]
+fn a_guest_that_comes_back_on_another_ring_is_notified_of_the_next_error() {
+    for (asked, answer) in [(DETECTED, None), (SLOT_RESET, Some(NEED_RESET))] {
+        let world = World::new();
+        let (frontend, service) = attached(&world, "");
+        report(&world);
+        if let Some(answer) = answer {
+            frontend.is_notified(DETECTED, NORMAL, 0, answer);
+        }
+        wait_until("it is notified", || frontend.notification() == Some(asked));
+        frontend.unload();
+        let store = world.simulation.store(DomId::DOM0).unwrap();
+        wait_until("its ring is given up", || {
+            nodes::read_backend_state(&store, WEB).unwrap() == Some(XenbusState::INITIALISED)
+        });
+        let frontend = Frontend::load_again(&world, WEB);
+        wait_until("it is back", || frontend.is_connected());
+        frontend.receives_errors();
+        report(&world);
+        frontend.is_notified(DETECTED, NORMAL, 0, CAN_RECOVER);
+        frontend.is_notified(RESUME, NORMAL, 0, NONE);
+        service.wait_for_event(bdf(VF), "its recovery", recovered);
+        assert_eq!(service.state(bdf(VF)), FunctionState::Attached);
+    }
 }

@@ -95,6 +95,12 @@ impl Frontend {
         Self { domain, guest, stop, thread: Some(thread) }
     }
 
+    /// Loads the module again in a guest in which it was unloaded.
+    pub fn load_again(world: &World, domain: DomId) -> Self {
+        publish(&world.simulation.guest(domain).unwrap(), domain, "state", XenbusState::INITIALISING.0);
+        Self::load(world, domain)
+    }
+
     pub fn ask(&self, op: &Op) -> (i32, u32, Vec<MsixEntry>) {
         ask(&locked(&self.guest), op)
     }

@@ -6,7 +6,7 @@ use log::{error, warn};
 use pciback::fault::{AerAnswer, Conversation};
 use pciback::platform::ErrorEvents;
 use pciback::serve::{NotNotified, Notification};
-use pciback::{FunctionState, Sbdf};
+use pciback::{DomId, FunctionState, Sbdf};
 
 use super::responses::{self, Question};
 use super::{Context, Effect, Errors, Event};
@@ -120,6 +120,16 @@ impl Engine {
     ) {
         let effects = self.errors.responses.answered(address, answer);
         self.carry_out_for_errors(effects);
+    }
+
+    /// A guest has left its ring, and its functions are being switched off.
+    pub(in crate::engine) fn guest_left_ring(&mut self, domain: DomId) {
+        let functions: Vec<Sbdf> =
+            self.functions.records().of(domain).map(|(record, _)| record.address).collect();
+        for address in functions {
+            let effect = self.errors.responses.guest_left(address);
+            self.carry_out_for_errors(effect);
+        }
     }
 
     /// Continues the response after a reset. The caller has quarantined the function if it failed.

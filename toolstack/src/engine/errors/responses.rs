@@ -64,6 +64,15 @@ impl Responses {
         self.0.remove(&address);
     }
 
+    /// The guest of a function has left its ring: what it was asked has no answer any more, and its driver begins anew.
+    pub fn guest_left(&mut self, address: Sbdf) -> Option<Effect> {
+        self.0.get(&address).filter(|underway| underway.recovery.is_some())?;
+        self.end(address);
+        let text = "its guest was notified, and has disconnected its frontend before \
+                    it had recovered; its driver begins anew";
+        Some(Effect::Report(address, Err(text.to_owned())))
+    }
+
     pub fn action(&self, address: Sbdf) -> Option<Action> {
         self.0.get(&address).map(|underway| underway.action)
     }

@@ -105,6 +105,7 @@ impl Engine {
         if server.is_none() && parked.is_empty() {
             return;
         }
+        self.guest_left_ring(domain);
         let work = move || {
             let mut functions = match server.map(|server| server.stop()) {
                 Some(Err(stuck)) => return WorkDone::GaveUpRing(Err(stuck.to_string())),
