@@ -1,6 +1,9 @@
 //! The service ends while a guest is notified of an error: the next process goes on, so that the guest's driver ends working.
 
+use std::time::Duration;
+
 use pciback::fault::Severity;
+use pciback::platform::sim::Failure;
 use pciback::serve::pv::nodes::{self, XenbusState};
 use pciback::{DomId, FunctionState};
 use toolstack::protocol::Happening;
@@ -16,6 +19,8 @@ use crate::world::{Service, WEB, World, bdf, wait_until};
 /// More changes than a conversation with a reset makes.
 const CHANGES: u32 = 100;
 const BAR: u32 = 0x10;
+const DEVICE_CONTROL: u32 = 0xa8;
+const INITIATE_FLR: u32 = 1 << 15;
 
 /// What a driver answers that needs a reset.
 fn answer_to(command: u32) -> u32 {
@@ -195,6 +200,29 @@ fn a_guest_that_comes_back_on_another_ring_is_notified_of_the_next_error() {
         frontend.receives_errors();
         report(&world);
         frontend.is_notified(DETECTED, NORMAL, 0, CAN_RECOVER);
+        frontend.is_notified(RESUME, NORMAL, 0, NONE);
+        service.wait_for_event(bdf(VF), "its recovery", recovered);
+        assert_eq!(service.state(bdf(VF)), FunctionState::Attached);
+    }
+}
+
+/// It resets its function by itself, as some drivers do when they are told of an error: before it answers, or in the middle of that reset.
+#[test]
+fn a_guest_that_resets_its_function_while_it_is_asked_is_told_of_a_reset_once() {
+    for answers_during_reset in [false, true] {
+        let world = World::new();
+        let (frontend, service) = attached(&world, "");
+        let delay = Duration::from_millis(if answers_during_reset { 300 } else { 0 });
+        world.simulation.fail(Failure { operation: "reset".into(), delay, times: 1, ..Failure::default() });
+        report(&world);
+        frontend.ignores();
+        frontend.ask(&write_op(0, DEVICE_CONTROL, 2, INITIATE_FLR));
+        if !answers_during_reset {
+            wait_until("it is reset", || frontend.read(0, 0, 2) == 0x8086);
+            service.wait_for_state(bdf(VF), FunctionState::Attached);
+        }
+        frontend.is_notified(DETECTED, NORMAL, 0, NEED_RESET);
+        frontend.is_notified(SLOT_RESET, NORMAL, 0, RECOVERED);
         frontend.is_notified(RESUME, NORMAL, 0, NONE);
         service.wait_for_event(bdf(VF), "its recovery", recovered);
         assert_eq!(service.state(bdf(VF)), FunctionState::Attached);

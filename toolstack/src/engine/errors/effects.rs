@@ -181,8 +181,13 @@ impl Engine {
             self.contain(address, Containment::Quarantine, "an error while it was being attached");
             return;
         }
-        if self.functions.is_busy(address) || state != FunctionState::Attached {
-            // The guest requested a reset itself, or the function is being withdrawn.
+        let is_busy = self.functions.is_busy(address);
+        if state == FunctionState::Resetting && !is_busy {
+            // The guest has requested a reset itself, whose end serves as well.
+            return;
+        }
+        if is_busy || state != FunctionState::Attached {
+            // The function is being withdrawn.
             self.errors.responses.end(address);
             self.end_conversation(address);
             return;

@@ -41,6 +41,8 @@ struct Underway {
     domain: DomId,
     /// Whether the error is the function's own. For an error elsewhere on its path the guest is only notified.
     own: bool,
+    /// Whether the end of a reset is awaited. Another one is the guest's own, in the middle of what it is asked.
+    resetting: bool,
     begun: Instant,
 }
 
@@ -81,7 +83,8 @@ impl Responses {
     pub fn begin(&mut self, address: Sbdf, response: Response<'_>) -> Option<Effect> {
         let Response { domain, action, fault, relation, policy } = response;
         let own = relation == Relation::Own;
-        let underway = Underway { action, recovery: None, policy, domain, own, begun: Instant::now() };
+        let (resetting, begun) = (action == Action::Reset, Instant::now());
+        let underway = Underway { action, recovery: None, policy, domain, own, resetting, begun };
         if action == Action::TellGuest {
             let state = match fault.severity {
                 Severity::Fatal => ChannelState::Frozen,
@@ -102,7 +105,8 @@ impl Responses {
         // As for a link that was reset: what the driver had set is gone, whatever it answers, so the VF is reset in any case.
         let recovery = Some(Recovery::begin(ChannelState::Frozen, policy.mmio_enabled));
         let (action, begun) = (Action::TellGuest, Instant::now());
-        self.0.insert(address, Underway { action, recovery, policy, domain, own: false, begun });
+        let underway = Underway { action, recovery, policy, domain, own: false, resetting: false, begun };
+        self.0.insert(address, underway);
         true
     }
 
@@ -142,14 +146,16 @@ impl Responses {
     ) -> Vec<Effect> {
         let Conversation { recovery, own, heard } = conversation;
         let (action, begun) = (Action::TellGuest, Instant::now());
-        self.0.insert(address, Underway { action, recovery: Some(recovery), policy, domain, own, begun });
+        let resetting = is_reset && matches!(heard, Heard::Answer(_));
+        let recovery = Some(recovery);
+        self.0.insert(address, Underway { action, recovery, policy, domain, own, resetting, begun });
         match heard {
             Heard::Nothing => {
                 let limit = policy.answer_limit();
                 vec![Effect::Notify(address, Question { conversation, limit, resumed: true })]
             }
             // Its end continues the conversation.
-            Heard::Answer(_) if is_reset => Vec::new(),
+            Heard::Answer(_) if resetting => Vec::new(),
             Heard::Answer(answer) => self.answered(address, Ok(answer)),
             Heard::Silence => self.answered(address, Err(NotNotified::Silent)),
         }
@@ -176,7 +182,9 @@ impl Responses {
     pub fn reset_ended(&mut self, address: Sbdf, done: bool) -> Vec<Effect> {
         let Some(underway) = self.0.get_mut(&address) else { return Vec::new() };
         let outcome = match (&mut underway.recovery, done) {
+            (Some(_), true) if !underway.resetting => return Vec::new(),
             (Some(recovery), true) => {
+                underway.resetting = false;
                 let next = recovery.was_reset();
                 return self.go_on(address, next);
             }
@@ -190,7 +198,12 @@ impl Responses {
     fn go_on(&mut self, address: Sbdf, next: Next) -> Vec<Effect> {
         match next {
             Next::Ask(_) => self.notify(address).into_iter().collect(),
-            Next::Reset => vec![Effect::Reset(address)],
+            Next::Reset => {
+                if let Some(underway) = self.0.get_mut(&address) {
+                    underway.resetting = true;
+                }
+                vec![Effect::Reset(address)]
+            }
             Next::Done => {
                 let Some(underway) = self.0.remove(&address) else { return Vec::new() };
                 let took = underway.begun.elapsed().as_millis();
@@ -204,8 +217,8 @@ impl Responses {
                 let action = if failed.own { failed.policy.unanswered } else { Action::Log };
                 let text = format!("its guest was notified: {why}; {action}");
                 warn!("{address}: {text}");
-                let underway =
-                    Underway { action, recovery: None, own: true, begun: Instant::now(), ..failed };
+                let (resetting, begun) = (action == Action::Reset, Instant::now());
+                let underway = Underway { action, recovery: None, own: true, resetting, begun, ..failed };
                 let why = format!("an error that its guest did not recover from: {why}");
                 let effect = self.act(address, underway, &why);
                 // A function that is taken from its guest takes the note with it: until that has begun, a later run does it.
