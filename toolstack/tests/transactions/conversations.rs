@@ -10,8 +10,8 @@ use toolstack::protocol::Happening;
 
 use crate::crashes::at_each_change;
 use crate::errors::{
-    CAN_RECOVER, COMPLETION_TIMEOUT, DETECTED, DISCONNECT, NEED_RESET, NONE, NORMAL, RECOVERED, RESUME,
-    SIBLING, SLOT_RESET, VF, attach, attached, outcome, quarantined,
+    CAN_RECOVER, COMPLETION_TIMEOUT, DETECTED, DISCONNECT, FROZEN, NEED_RESET, NONE, NORMAL, PF, RECOVERED,
+    RESUME, SIBLING, SLOT_RESET, VF, attach, attached, decided, outcome, quarantined,
 };
 use crate::frontend::{Frontend, msix_op, write_op};
 use crate::world::{Service, WEB, World, bdf, wait_until};
@@ -21,6 +21,8 @@ const CHANGES: u32 = 100;
 const BAR: u32 = 0x10;
 const DEVICE_CONTROL: u32 = 0xa8;
 const INITIATE_FLR: u32 = 1 << 15;
+/// Data Link Protocol Error.
+const FATAL: u32 = 1 << 4;
 
 /// What a driver answers that needs a reset.
 fn answer_to(command: u32) -> u32 {
@@ -227,4 +229,44 @@ fn a_guest_that_resets_its_function_while_it_is_asked_is_told_of_a_reset_once() 
         service.wait_for_event(bdf(VF), "its recovery", recovered);
         assert_eq!(service.state(bdf(VF)), FunctionState::Attached);
     }
+}
+
+/// The driver can do without a reset after the error that it is told of, but the one that comes then takes the function's state.
+#[test]
+fn a_guest_whose_function_loses_its_state_while_it_is_asked_gets_a_reset() {
+    for (errors, of) in [("", PF), ("fatal: reset", VF)] {
+        let world = World::new();
+        let (frontend, service) = attached(&world, errors);
+        report(&world);
+        frontend.ignores();
+        world.simulation.report_error(bdf(of), Severity::Fatal, FATAL);
+        decided(&service, bdf(VF), Severity::Fatal);
+        frontend.is_notified(DETECTED, NORMAL, 0, CAN_RECOVER);
+        frontend.is_notified(SLOT_RESET, FROZEN, 0, RECOVERED);
+        frontend.is_notified(RESUME, FROZEN, 0, NONE);
+        service.wait_for_event(bdf(VF), "its recovery", recovered);
+        // It has ended for the next process, too.
+        service.kill();
+        let service = world.start_with_errors(errors);
+        assert_eq!(service.state(bdf(VF)), FunctionState::Attached);
+        report(&world);
+        frontend.is_notified(DETECTED, NORMAL, 0, NEED_RESET);
+    }
+}
+
+#[test]
+fn a_guest_whose_function_loses_its_state_while_its_driver_resumes_is_notified_of_that_afterwards() {
+    let world = World::new();
+    let (frontend, service) = attached(&world, "");
+    report(&world);
+    frontend.is_notified(DETECTED, NORMAL, 0, CAN_RECOVER);
+    wait_until("it is to resume", || frontend.notification() == Some(RESUME));
+    world.simulation.report_error(bdf(PF), Severity::Fatal, FATAL);
+    decided(&service, bdf(VF), Severity::Fatal);
+    frontend.is_notified(RESUME, NORMAL, 0, NONE);
+    frontend.is_notified(DETECTED, FROZEN, 0, CAN_RECOVER);
+    frontend.is_notified(SLOT_RESET, FROZEN, 0, RECOVERED);
+    frontend.is_notified(RESUME, FROZEN, 0, NONE);
+    service.wait_for_event(bdf(VF), "its recovery", recovered);
+    assert_eq!(service.state(bdf(VF)), FunctionState::Attached);
 }

@@ -11,7 +11,7 @@ use toolstack::protocol::Happening;
 use crate::frontend::{Frontend, write_op};
 use crate::world::{DB, Service, WEB, World, bdf, wait_until};
 
-const PF: &str = "01:00.0";
+pub const PF: &str = "01:00.0";
 pub const VF: &str = "01:10.0";
 pub const SIBLING: &str = "01:10.2";
 pub const PORT: &str = "00:01.0";
@@ -48,7 +48,7 @@ pub fn attach(service: &Service, frontend: &Frontend, domain: DomId, address: Sb
 }
 
 /// Waits for a decision about a function.
-fn decided(service: &Service, address: Sbdf, severity: Severity) -> (Action, Detection, String) {
+pub fn decided(service: &Service, address: Sbdf, severity: Severity) -> (Action, Detection, String) {
     service.wait_for_event(address, "a decision", |what| match what {
         Happening::Error { severity: found, action, detection, reason, .. } if *found == severity => {
             Some((*action, *detection, reason.clone()))

@@ -109,6 +109,11 @@ impl Recovery {
         self.state
     }
 
+    /// The function has lost its state, by a reset of the link or another error: it is reset, whatever the driver answers next.
+    pub const fn freeze(&mut self) {
+        self.state = ChannelState::Frozen;
+    }
+
     /// Whether the driver may be asked to look at the function.
     pub const fn mmio_enabled(&self) -> bool {
         self.mmio_enabled
@@ -134,7 +139,9 @@ impl Recovery {
             (_, None) => Next::Failed("its driver has no error handlers, or there is no driver".to_owned()),
             (_, Disconnect) => Next::Failed("its driver gives up".to_owned()),
             // A link that was stopped and a driver that says it can do without a reset: the state behind the link is gone all the same.
-            (AerRequest::Detected, CanRecover | Recovered) if self.state == ChannelState::Frozen => {
+            (AerRequest::Detected | AerRequest::MmioEnabled, CanRecover | Recovered)
+                if self.state == ChannelState::Frozen =>
+            {
                 Next::Reset
             }
             (AerRequest::Detected, CanRecover) if self.mmio_enabled => self.ask(AerRequest::MmioEnabled),
@@ -203,6 +210,21 @@ mod tests {
                     assert!(!looked || (mmio && answers[0] == 2 && state == ChannelState::Normal));
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_function_that_loses_its_state_in_the_middle_is_reset_whatever_its_driver_answers() {
+        for (before, answer) in [(None, 2), (None, 5), (Some(2), 2), (Some(2), 5)] {
+            let mut recovery = Recovery::begin(ChannelState::Normal, true);
+            if let Some(answer) = before {
+                assert_eq!(
+                    recovery.answered(AerAnswer::from_number(answer)),
+                    Next::Ask(AerRequest::MmioEnabled)
+                );
+            }
+            recovery.freeze();
+            assert_eq!(recovery.answered(AerAnswer::from_number(answer)), Next::Reset);
         }
     }
 

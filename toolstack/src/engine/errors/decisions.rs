@@ -6,11 +6,13 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 use nix::errno::Errno;
 use pciback::config::Identity;
-use pciback::fault::{self, Action, Conversation, Decision, ErrorPolicy, Fault, Owner, Relation, Severity};
+use pciback::fault::{
+    self, Action, ChannelState, Conversation, Decision, ErrorPolicy, Fault, Owner, Relation, Severity,
+};
 use pciback::policy::{self, Subject};
 use pciback::{DomId, FunctionState, Sbdf};
 
-use super::responses::Response;
+use super::responses::{self, Response};
 use super::watched::Position;
 use super::{Context, Effect, Errors};
 use crate::domains;
@@ -90,9 +92,18 @@ impl Errors {
         let owned = guest.filter(|_| self.watched.position(address).is_some());
         let policy = owned.map_or_else(ErrorPolicy::default, |domain| error_policy(address, domain, context));
         let mut decision = self.decide(address, owned, relation, fault, &policy, context);
-        if let Some(doing) = self.under_way(address, context)
-            && decision.response.action > Action::Log
-            && decision.response.action <= doing
+        let wanted = decision.response.action;
+        let joined = match wanted {
+            Action::TellGuest | Action::Reset => {
+                self.responses.join(address, wanted, responses::link_state(fault), relation)
+            }
+            _ => None,
+        };
+        if let Some(text) = joined {
+            decision.reason = format!("{}; {text}", decision.reason);
+        } else if let Some(doing) = self.under_way(address, context)
+            && wanted > Action::Log
+            && wanted <= doing
         {
             decision.response.action = Action::Log;
             decision.reason = format!("{doing} is under way");
@@ -112,7 +123,7 @@ impl Errors {
         if mask {
             self.mask(address, Duration::from_secs(u64::from(policy.mask_seconds)), context);
         }
-        if let Some(domain) = owned {
+        if let Some(domain) = owned.filter(|_| joined.is_none()) {
             effects
                 .extend(self.responses.begin(address, Response { domain, action, fault, relation, policy }));
         }
@@ -130,13 +141,19 @@ impl Errors {
         if is_busy || policy.link_reset != Action::TellGuest || !context.guests.is_connected(domain) {
             return Vec::new();
         }
+        let text = "the driver of its PF has started again";
+        let report = |what: &str| {
+            info!("{address}: {text}; {what}");
+            Effect::Report(address, Ok(format!("{text}; {what}")))
+        };
+        let (action, state) = (Action::TellGuest, ChannelState::Frozen);
+        if let Some(joined) = self.responses.join(address, action, state, Relation::Above) {
+            return vec![report(joined)];
+        }
         if !self.responses.begin_lost_state(address, domain, policy) {
             return Vec::new();
         }
-        let text = "the driver of its PF has started again; its guest is notified";
-        info!("{address}: {text}");
-        let report = Effect::Report(address, Ok(text.to_owned()));
-        [report].into_iter().chain(self.responses.notify(address)).collect()
+        [report("its guest is notified")].into_iter().chain(self.responses.notify(address)).collect()
     }
 
     /// Goes on with a conversation of an earlier run; `None`: its guest is not there to go on with it.

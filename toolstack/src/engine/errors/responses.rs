@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use log::{info, warn};
 use pciback::fault::{
-    Action, AerAnswer, ChannelState, Conversation, ErrorPolicy, Fault, Heard, Next, Recovery, Relation,
-    Severity,
+    Action, AerAnswer, AerRequest, ChannelState, Conversation, ErrorPolicy, Fault, Heard, Next, Recovery,
+    Relation, Severity,
 };
 use pciback::platform::Platform;
 use pciback::serve::NotNotified;
@@ -43,6 +43,8 @@ struct Underway {
     own: bool,
     /// Whether the end of a reset is awaited. Another one is the guest's own, in the middle of what it is asked.
     resetting: bool,
+    /// Another error, of which the guest is notified when it has recovered from this one: the state of the link.
+    next: Option<ChannelState>,
     begun: Instant,
 }
 
@@ -84,17 +86,44 @@ impl Responses {
         let Response { domain, action, fault, relation, policy } = response;
         let own = relation == Relation::Own;
         let (resetting, begun) = (action == Action::Reset, Instant::now());
-        let underway = Underway { action, recovery: None, policy, domain, own, resetting, begun };
+        let underway = Underway { action, recovery: None, policy, domain, own, resetting, next: None, begun };
         if action == Action::TellGuest {
-            let state = match fault.severity {
-                Severity::Fatal => ChannelState::Frozen,
-                _ => ChannelState::Normal,
-            };
-            let recovery = Recovery::begin(state, underway.policy.mmio_enabled);
+            let recovery = Recovery::begin(link_state(fault), underway.policy.mmio_enabled);
             self.0.insert(address, Underway { recovery: Some(recovery), ..underway });
             return self.notify(address);
         }
         self.act(address, underway, &fault.to_string())
+    }
+
+    /// Has a conversation that is under way cover another error for which the guest is to be notified, or the function reset. Returns
+    /// what that means; `None`: there is no conversation, or it covers this error as it is.
+    pub fn join(
+        &mut self,
+        address: Sbdf,
+        action: Action,
+        state: ChannelState,
+        relation: Relation,
+    ) -> Option<&'static str> {
+        let underway = self.0.get_mut(&address).filter(|_| action <= Action::Reset)?;
+        let recovery = underway.recovery.as_mut()?;
+        let loses_state = action == Action::Reset || state == ChannelState::Frozen;
+        let text = match recovery.asks() {
+            _ if underway.resetting => loses_state.then_some("a reset is under way")?,
+            AerRequest::Detected | AerRequest::MmioEnabled if loses_state => {
+                recovery.freeze();
+                "its guest is being notified of another error, and it is reset in the course of that"
+            }
+            AerRequest::Detected | AerRequest::MmioEnabled => return None,
+            // The driver begins to use the function again: it has to stop once more.
+            AerRequest::SlotReset | AerRequest::Resume => {
+                let state = if loses_state { ChannelState::Frozen } else { state };
+                underway.next = underway.next.filter(|next| *next == ChannelState::Frozen).or(Some(state));
+                "its guest is notified of it when it has recovered from another error"
+            }
+        };
+        underway.action = underway.action.max(action);
+        underway.own |= relation == Relation::Own;
+        Some(text)
     }
 
     /// Begins to notify the guest of a VF that has lost its state because its PF started again; `false`: a response is under way already.
@@ -148,7 +177,8 @@ impl Responses {
         let (action, begun) = (Action::TellGuest, Instant::now());
         let resetting = is_reset && matches!(heard, Heard::Answer(_));
         let recovery = Some(recovery);
-        self.0.insert(address, Underway { action, recovery, policy, domain, own, resetting, begun });
+        let next = None;
+        self.0.insert(address, Underway { action, recovery, policy, domain, own, resetting, next, begun });
         match heard {
             Heard::Nothing => {
                 let limit = policy.answer_limit();
@@ -209,16 +239,23 @@ impl Responses {
                 let took = underway.begun.elapsed().as_millis();
                 info!("{address}: domain {} has recovered, {took} ms", underway.domain);
                 let text = format!("its guest was notified and has recovered, {took} ms");
-                vec![Effect::Report(address, Ok(text)), Effect::Ended(address)]
+                let report = Effect::Report(address, Ok(text));
+                let Some(state) = underway.next else { return vec![report, Effect::Ended(address)] };
+                let recovery = Some(Recovery::begin(state, underway.policy.mmio_enabled));
+                self.0.insert(address, Underway { recovery, next: None, begun: Instant::now(), ..underway });
+                [report].into_iter().chain(self.notify(address)).collect()
             }
             Next::Failed(why) => {
                 let Some(failed) = self.0.remove(&address) else { return Vec::new() };
                 // For an error that is not the function's own, a failed notification has no consequences for the guest.
                 let action = if failed.own { failed.policy.unanswered } else { Action::Log };
+                // Also a function that was to be reset for another error.
+                let action = if failed.action == Action::Reset { action.max(Action::Reset) } else { action };
                 let text = format!("its guest was notified: {why}; {action}");
                 warn!("{address}: {text}");
                 let (resetting, begun) = (action == Action::Reset, Instant::now());
-                let underway = Underway { action, recovery: None, own: true, resetting, begun, ..failed };
+                let underway =
+                    Underway { action, recovery: None, own: true, resetting, next: None, begun, ..failed };
                 let why = format!("an error that its guest did not recover from: {why}");
                 let effect = self.act(address, underway, &why);
                 // A function that is taken from its guest takes the note with it: until that has begun, a later run does it.
@@ -227,6 +264,14 @@ impl Responses {
                 [Effect::Report(address, Err(text))].into_iter().chain(effect).chain(ended).collect()
             }
         }
+    }
+}
+
+/// In which state an error leaves the link.
+pub(super) fn link_state(fault: &Fault) -> ChannelState {
+    match fault.severity {
+        Severity::Fatal => ChannelState::Frozen,
+        _ => ChannelState::Normal,
     }
 }
 
@@ -308,6 +353,21 @@ mod tests {
         begin(&mut responses, Action::TellGuest, Relation::Above);
         let effects = responses.answered(address(), Err(NotNotified::Unreachable));
         assert!(matches!(effects[..], [Effect::Report(_, Err(_)), Effect::Ended(_)]), "{effects:?}");
+    }
+
+    #[test]
+    fn a_function_that_is_to_be_reset_for_another_error_is_whatever_its_guest_answers() {
+        let policy = ErrorPolicy { unanswered: Action::Log, ..ErrorPolicy::default() };
+        let mut responses = Responses::default();
+        let fault = Fault { severity: Severity::NonFatal, ..fatal() };
+        let (domain, action, relation) = (DOMAIN, Action::TellGuest, Relation::Own);
+        responses.begin(address(), Response { domain, action, fault: &fault, relation, policy });
+        let joined = responses.join(address(), Action::Reset, ChannelState::Normal, relation);
+        assert!(joined.is_some());
+        let effects = responses.answered(address(), Err(NotNotified::Silent));
+        assert!(effects.iter().any(|effect| matches!(effect, Effect::Reset(_))), "{effects:?}");
+        let effects = responses.reset_ended(address(), true);
+        assert!(matches!(effects[..], [Effect::Report(_, Ok(_))]), "{effects:?}");
     }
 
     #[test]
