@@ -309,6 +309,45 @@ fn a_reset_that_the_guest_asks_for_leaves_hardware_and_vfs_alone() {
     assert_eq!((present(&world), service.state(vfs()[0])), (2, FunctionState::Attached));
 }
 
+/// A function level reset, as drivers do one when they start or end.
+fn ask_for_reset(frontend: &Frontend) {
+    frontend.ask(&write_op(0, 4, 2, 6));
+    frontend.ask(&write_op(0, 0xa8, 2, 1 << 15));
+}
+
+fn is_reset(frontend: &Frontend) -> bool {
+    frontend.read(0, 0, 2) == 0x8086 && frontend.read(0, 4, 2) & 6 == 0
+}
+
+#[test]
+fn a_guest_that_resets_its_pf_after_a_reboot_leaves_the_vfs_that_stay_for_it() {
+    let world = World::without_vfs();
+    let (_frontend, _user, service) = with_a_vf_in_use(&world);
+    mark(&world);
+    let again = reboot(&world, &service);
+    ask_for_reset(&again);
+    wait_until("the PF answers again", || is_reset(&again));
+    assert_eq!((present(&world), was_reset(&world)), (2, false));
+    enable(&again, 2);
+    assert!(is_added(&again, FIRST));
+    assert_eq!((present(&world), service.state(vfs()[0])), (2, FunctionState::Attached));
+}
+
+#[test]
+fn a_reset_of_a_pf_whose_vfs_cannot_be_removed_ends_all_the_same() {
+    let world = World::without_vfs();
+    let (frontend, service) = guest_with_pf(&world);
+    enable(&frontend, 1);
+    assert!(is_added(&frontend, FIRST));
+    service.wait_for_state(vfs()[0], FunctionState::Held);
+    // The reset tries once more.
+    (0..2).for_each(|_| world.fail("set_num_vfs", Some(pf()), Errno::EBUSY, 0));
+    disable(&frontend);
+    ask_for_reset(&frontend);
+    wait_until("the PF answers again", || is_reset(&frontend));
+    assert_eq!(present(&world), 1);
+}
+
 #[test]
 fn a_killed_service_goes_on_with_the_vfs_that_there_are() {
     let world = World::without_vfs();

@@ -9,6 +9,7 @@ use pciback::{Devfn, Sbdf};
 
 use super::Event;
 use crate::engine::{self, Engine};
+use crate::journal::Record;
 use crate::outcome::{ErrorCode, Failure};
 use crate::reset_plan::ResetPlan;
 use crate::transaction::{plan_for, reapply_network, renew_path, reset_and_verify};
@@ -65,23 +66,37 @@ impl Engine {
             return;
         }
         let Some(record) = self.functions.end_reset(address) else { return };
-        if let Some(place) = record.guest
+        let done = outcome.is_ok();
+        if done
+            && let Some(place) = record.guest
             && let Some(guest) = self.guests.get_mut(place.domain)
         {
-            if outcome.is_ok() {
-                guest.log_line(Level::Info, &format!("{address}: reset for its guest"));
-            }
-            match &guest.server {
-                Some(server) => server.reset_ended(place.devfn, outcome.is_ok()),
-                None if outcome.is_ok() => self.restore_parked(place.domain, place.devfn),
-                None => {}
-            }
+            guest.log_line(Level::Info, &format!("{address}: reset for its guest"));
         }
-        let done = outcome.is_ok();
+        self.end_silence(&record, done);
         if let Err(failure) = outcome {
             self.quarantine(address, &format!("its reset under its guest failed: {failure}"));
         }
         self.reset_for_error_ended(address, done);
+    }
+
+    /// Hardware is not reset, but what the guest sees of the function is.
+    pub(in crate::engine) fn end_reset_of_view(&mut self, address: Sbdf) {
+        if let Some(record) = self.functions.records().get(address).cloned() {
+            self.end_silence(&record, true);
+        }
+        self.reset_for_error_ended(address, true);
+    }
+
+    /// Has a function answer its guest again after a reset, or never if that failed.
+    fn end_silence(&mut self, record: &Record, done: bool) {
+        let Some(place) = record.guest else { return };
+        let Some(guest) = self.guests.get(place.domain) else { return };
+        match &guest.server {
+            Some(server) => server.reset_ended(place.devfn, done),
+            None if done => self.restore_parked(place.domain, place.devfn),
+            None => {}
+        }
     }
 }
 

@@ -33,7 +33,7 @@ struct Pf {
     number: u64,
     /// What is being done.
     change: Option<Change>,
-    /// The guest asked for a reset of the PF while VFs that it does not want any more are still there.
+    /// The guest asked for a reset of the PF while VFs are there that it has not enabled.
     reset: bool,
     /// Transactions that wait until the PF has no VFs, to take it from its guest.
     leaving: Vec<Answer>,
@@ -77,6 +77,8 @@ pub(super) enum Effect {
     Settled(Sbdf),
     /// The reset of a PF for which its guest waits.
     Reset(Sbdf),
+    /// The guest's view of a PF is reset, for a reset that would remove VFs that stay.
+    ResetView(Sbdf),
 }
 
 impl GuestVfs {
@@ -98,15 +100,29 @@ impl GuestVfs {
         self.wanted(pf, context)
     }
 
-    /// Whether VFs prevent a reset of a PF, which would remove them. With `wait`, the reset follows when they are gone.
-    pub fn prevent_reset(&mut self, address: Sbdf, context: &Context<'_>, wait: bool) -> bool {
-        let Some(pf) = self.0.get_mut(&address) else { return false };
-        let vfs = context.platform.host.function(address).map_or(0, |function| function.num_vfs);
-        if vfs == 0 && pf.change.is_none() {
-            return false;
+    /// Whether VFs are there, or are being changed, that a reset of a PF would remove.
+    pub fn prevent_reset(&self, address: Sbdf, context: &Context<'_>) -> bool {
+        let vfs = || context.platform.host.function(address).map_or(0, |function| function.num_vfs);
+        self.0.get(&address).is_some_and(|pf| pf.change.is_some() || vfs() > 0)
+    }
+
+    /// The guest of a PF waits for a reset that VFs prevent. It is done when they are gone; where they stay, the guest does not wait.
+    pub fn reset_waits(&mut self, address: Sbdf, context: &Context<'_>) -> Vec<Effect> {
+        if let Some(pf) = self.0.get_mut(&address) {
+            pf.reset = true;
         }
-        pf.reset |= wait;
-        true
+        // Another one than the service may be removing or creating them: then there is nothing to be done here.
+        let present =
+            context.platform.host.function(address).is_ok_and(|pf| !pf.virtual_functions.is_empty());
+        let mut effects = if present { self.wanted(address, context) } else { Vec::new() };
+        effects.extend(self.vfs_stay(address));
+        effects
+    }
+
+    /// Ends a reset that waits for VFs to go, if nothing removes them.
+    fn vfs_stay(&mut self, address: Sbdf) -> Option<Effect> {
+        let pf = self.0.get_mut(&address).filter(|pf| pf.change.is_none())?;
+        std::mem::take(&mut pf.reset).then_some(Effect::ResetView(address))
     }
 
     /// Brings the VFs of a PF to what its guest wants: to none, if it has lost the PF.
@@ -131,7 +147,7 @@ impl GuestVfs {
         let mut effects: Vec<Effect> = kept.map(|vf| Effect::Keep(*vf)).collect();
         effects.push(Effect::Asked(address));
         effects.extend(if present.len() == usize::from(wanted) {
-            self.settled(address).into_iter().chain(present.into_iter().map(Effect::Hold)).collect()
+            self.settled(address, wanted).into_iter().chain(present.into_iter().map(Effect::Hold)).collect()
         } else if let Err(failure) = may_create(address, wanted, context) {
             self.refused(address, failure, context)
         } else if present.is_empty() {
@@ -183,11 +199,12 @@ impl GuestVfs {
         if asked_again {
             effects.extend(self.wanted(address, context));
         }
+        effects.extend(self.vfs_stay(address));
         effects
     }
 
     /// The PF has as many VFs as its guest wants.
-    fn settled(&mut self, address: Sbdf) -> Vec<Effect> {
+    fn settled(&mut self, address: Sbdf, wanted: u16) -> Vec<Effect> {
         let Some(pf) = self.0.get_mut(&address) else { return Vec::new() };
         if let Some(requests) = &pf.requests {
             requests.answer(pf.number, true);
@@ -196,7 +213,8 @@ impl GuestVfs {
             pf.requests = None;
             answer.send(Ok(None));
         }
-        let reset = std::mem::take(&mut pf.reset).then_some(Effect::Reset(address));
+        let reset = if wanted == 0 { Effect::Reset(address) } else { Effect::ResetView(address) };
+        let reset = std::mem::take(&mut pf.reset).then_some(reset);
         [Effect::Settled(address)].into_iter().chain(reset).collect()
     }
 

@@ -45,6 +45,7 @@ impl Engine {
                 Effect::Refused(pf, failure) => self.vfs_refused(pf, &failure),
                 Effect::Settled(pf) => self.problems.resolve_of(pf, &[Cause::VirtualFunctions]),
                 Effect::Reset(pf) => self.reset_for_guest(pf),
+                Effect::ResetView(pf) => self.end_reset_of_view(pf),
             }
         }
     }
@@ -86,8 +87,10 @@ impl Engine {
     /// Whether a reset of a PF has to wait, because VFs are there that it would remove; `by_guest`: its guest asked for it.
     pub(in crate::engine) fn vfs_prevent_reset(&mut self, pf: Sbdf, by_guest: bool) -> bool {
         let (vfs, context) = self.guest_vfs();
-        let prevented = vfs.prevent_reset(pf, &context, by_guest);
-        if prevented && !by_guest {
+        let prevented = vfs.prevent_reset(pf, &context);
+        if prevented && by_guest {
+            self.guest_vfs_step(|vfs, context| vfs.reset_waits(pf, context));
+        } else if prevented {
             self.quarantine(pf, "a reset would remove its VFs under their guests");
         }
         prevented
