@@ -503,6 +503,41 @@ fn the_ports_above_are_never_a_guests() {
     }
 }
 
+/// The guest has asked for VFs that the host is creating, which its count of VFs does not show before it is done.
+fn create_slowly(world: &World, frontend: &Frontend, count: u32) {
+    let delay = Duration::from_millis(500);
+    let operation = "set_num_vfs".to_owned();
+    world.simulation.fail(sim::Failure { operation, delay, times: 1, ..sim::Failure::default() });
+    enable(frontend, count);
+    wait_until("the host has begun", || world.simulation.pending_failures() == 0);
+}
+
+#[test]
+fn vfs_that_are_being_created_when_their_pf_is_detached_are_removed_before_it_goes() {
+    let world = World::without_vfs();
+    let (frontend, service) = guest_with_pf(&world);
+    create_slowly(&world, &frontend, 2);
+    // The next change takes no longer, and is counted.
+    let operation = "set_num_vfs".to_owned();
+    world.simulation.fail(sim::Failure { operation, times: 1, ..sim::Failure::default() });
+    service.detach(WEB, pf()).unwrap();
+    assert_eq!(world.simulation.pending_failures(), 0, "they were created and removed");
+    assert_eq!((present(&world), service.state(pf())), (0, FunctionState::Held));
+    assert_eq!(service.problems(), [""; 0]);
+}
+
+#[test]
+fn a_pf_is_not_reset_under_vfs_that_are_being_created_when_its_guest_reboots() {
+    let world = World::without_vfs();
+    let (frontend, service) = guest_with_pf(&world);
+    mark(&world);
+    create_slowly(&world, &frontend, 2);
+    let again = reboot(&world, &service);
+    assert_eq!((present(&world), was_reset(&world)), (2, false));
+    enable(&again, 2);
+    assert!(is_added(&again, FIRST));
+}
+
 #[test]
 fn a_pf_with_vfs_goes_to_nobody_before_they_are_gone() {
     let world = World::without_vfs();

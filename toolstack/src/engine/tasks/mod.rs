@@ -84,6 +84,8 @@ pub enum Event {
     },
     /// A transaction that takes a PF from its guest asks to remove the VFs that the guest has created.
     RemoveVfs(Sbdf, Answer),
+    /// One that takes a PF whose VFs may stay asks to wait for the end of a change of them.
+    AwaitVfs(Sbdf, Answer),
     /// A transaction ended.
     Finished(Box<Finished>),
 }
@@ -98,6 +100,7 @@ impl Engine {
             Event::Serve { record, opened, answer } => self.serve(&record, *opened, answer),
             Event::Withdraw { record, withdrawal, answer } => self.withdraw(&record, withdrawal, answer),
             Event::RemoveVfs(address, answer) => self.remove_guest_vfs(address, answer),
+            Event::AwaitVfs(address, answer) => self.await_guest_vfs(address, answer),
             Event::Finished(finished) => self.transaction_finished(*finished),
         }
     }

@@ -37,6 +37,8 @@ struct Pf {
     reset: bool,
     /// Transactions that wait until the PF has no VFs, to take it from its guest.
     leaving: Vec<Answer>,
+    /// Those that wait only for the end of the change.
+    awaiting: Vec<Answer>,
 }
 
 /// A change of the VFs of a PF.
@@ -100,6 +102,14 @@ impl GuestVfs {
         self.wanted(pf, context)
     }
 
+    /// A PF is about to be taken from its guest, and its VFs may stay: what is being done to them ends first.
+    pub fn await_change(&mut self, pf: Sbdf, answer: Answer) {
+        match self.0.get_mut(&pf).filter(|pf| pf.change.is_some()) {
+            Some(pf) => pf.awaiting.push(answer),
+            None => answer.send(Ok(None)),
+        }
+    }
+
     /// Whether VFs are there, or are being changed, that a reset of a PF would remove.
     pub fn prevent_reset(&self, address: Sbdf, context: &Context<'_>) -> bool {
         let vfs = || context.platform.host.function(address).map_or(0, |function| function.num_vfs);
@@ -119,9 +129,10 @@ impl GuestVfs {
         effects
     }
 
-    /// Ends a reset that waits for VFs to go, if nothing removes them.
+    /// Where no change is under way: ends a reset that waits for VFs to go, and what waits for the end of a change.
     fn vfs_stay(&mut self, address: Sbdf) -> Option<Effect> {
         let pf = self.0.get_mut(&address).filter(|pf| pf.change.is_none())?;
+        pf.awaiting.drain(..).for_each(|answer| answer.send(Ok(None)));
         std::mem::take(&mut pf.reset).then_some(Effect::ResetView(address))
     }
 
@@ -170,10 +181,12 @@ impl GuestVfs {
         if let Some(pf) = self.0.get_mut(&address) {
             pf.change = None;
         }
-        match outcome {
+        let mut effects = match outcome {
             Ok(()) => self.wanted(address, context),
             Err(failure) => self.refused(address, failure, context),
-        }
+        };
+        effects.extend(self.vfs_stay(address));
+        effects
     }
 
     /// A transaction of a function has ended.

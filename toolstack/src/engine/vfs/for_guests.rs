@@ -84,6 +84,11 @@ impl Engine {
         self.guest_vfs_step(|vfs, context| vfs.leaves(pf, answer, context));
     }
 
+    /// A PF is about to be taken from its guest: a change of its VFs ends first.
+    pub(in crate::engine) fn await_guest_vfs(&mut self, pf: Sbdf, answer: Answer) {
+        self.vfs.by_guest.await_change(pf, answer);
+    }
+
     /// Whether a reset of a PF has to wait, because VFs are there that it would remove; `by_guest`: its guest asked for it.
     pub(in crate::engine) fn vfs_prevent_reset(&mut self, pf: Sbdf, by_guest: bool) -> bool {
         let (vfs, context) = self.guest_vfs();
@@ -160,9 +165,13 @@ impl TaskContext {
         withdrawal: Withdrawal,
     ) -> Result<(), Failure> {
         let address = record.address;
-        let has_vfs = self.platform.host.function(address).is_ok_and(|function| function.num_vfs > 0);
-        if !has_vfs || withdrawal == Withdrawal::GuestEnded && self.keeps_guest_vfs(record) {
+        // Not NumVFs: the kernel counts VFs when it has created them all, and the guest can still ask for them.
+        let may_have_vfs = self.platform.host.function(address).is_ok_and(|function| function.total_vfs > 0);
+        if !may_have_vfs {
             return Ok(());
+        }
+        if withdrawal == Withdrawal::GuestEnded && self.keeps_guest_vfs(record) {
+            return self.ask(|answer| tasks::Event::AwaitVfs(address, answer)).map(drop);
         }
         self.ask(|answer| tasks::Event::RemoveVfs(address, answer)).map(drop)
     }
