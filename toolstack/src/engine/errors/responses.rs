@@ -134,7 +134,8 @@ impl Responses {
         // As for a link that was reset: what the driver had set is gone, whatever it answers, so the VF is reset in any case.
         let recovery = Some(Recovery::begin(ChannelState::Frozen, policy.mmio_enabled));
         let (action, begun) = (Action::TellGuest, Instant::now());
-        let underway = Underway { action, recovery, policy, domain, own: false, resetting: false, begun };
+        let underway =
+            Underway { action, recovery, policy, domain, own: false, resetting: false, next: None, begun };
         self.0.insert(address, underway);
         true
     }

@@ -33,6 +33,8 @@ struct Pf {
     number: u64,
     /// What is being done.
     change: Option<Change>,
+    /// The VF that could not be taken from its guest for the last request.
+    blocked: Option<Sbdf>,
     /// The guest asked for a reset of the PF while VFs are there that it has not enabled.
     reset: bool,
     /// Transactions that wait until the PF has no VFs, to take it from its guest.
@@ -192,8 +194,15 @@ impl GuestVfs {
     /// A transaction of a function has ended.
     pub fn go_on(&mut self, vf: Sbdf, context: &Context<'_>) -> Vec<Effect> {
         let clears = |pf: &Pf| matches!(&pf.change, Some(Change::Clearing(vfs)) if vfs.contains(&vf));
-        let pf = self.0.iter().find(|(_, pf)| clears(pf)).map(|(address, _)| *address);
-        pf.map(|pf| self.clear(pf, context)).unwrap_or_default()
+        if let Some(pf) = self.0.iter().find(|(_, pf)| clears(pf)).map(|(address, _)| *address) {
+            return self.clear(pf, context);
+        }
+        // Its quarantine may have been cleared.
+        let blocked = |(_, pf): &(&Sbdf, &mut Pf)| pf.blocked == Some(vf) && !has_quarantined(vf, context);
+        let Some((address, pf)) = self.0.iter_mut().find(blocked) else { return Vec::new() };
+        let address = *address;
+        pf.blocked = None;
+        self.wanted(address, context)
     }
 
     fn refused(&mut self, address: Sbdf, failure: Failure, context: &Context<'_>) -> Vec<Effect> {
@@ -248,7 +257,7 @@ impl GuestVfs {
                         "{vf} cannot be taken from its guest, see its quarantine; VFs stay until that is cleared"
                     );
                     let failure = Failure::new(ErrorCode::Quarantined, text).on(*vf);
-                    pf.change = None;
+                    (pf.change, pf.blocked) = (None, Some(*vf));
                     effects.extend(self.refused(address, failure, context));
                     return effects;
                 }
@@ -264,6 +273,12 @@ impl GuestVfs {
         }
         effects
     }
+}
+
+/// Whether a guest has a function that is quarantined.
+fn has_quarantined(address: Sbdf, context: &Context<'_>) -> bool {
+    let record = context.functions.records().get(address);
+    record.is_some_and(|record| record.state == FunctionState::Quarantined && record.guest.is_some())
 }
 
 /// Refuses more VFs than a policy gives the guest, and those of a PF that another driver holds.
@@ -323,6 +338,27 @@ mod tests {
     fn record(address: Sbdf, state: FunctionState, guest: Option<DomId>) -> Record {
         let guest = guest.map(|domain| GuestPlace { domain, devfn: pciback::Devfn(0) });
         Record { state, guest, ..Record::new(address, "boot") }
+    }
+
+    #[test]
+    fn vfs_that_a_quarantine_kept_are_removed_when_it_is_cleared() {
+        let pf: Sbdf = "01:00.0".parse().unwrap();
+        let platform = Simulation::from_yaml(HOST).unwrap().platform("test").unwrap();
+        platform.host.set_num_vfs(pf, 2, LIMIT).unwrap();
+        let vf = platform.host.function(pf).unwrap().virtual_functions[0];
+        let (mut functions, policies) = (Functions::new("boot".to_owned()), PolicySet::default());
+        functions.keep(record(vf, FunctionState::Quarantined, Some(DomId(1))));
+        let mut guests = GuestVfs::default();
+        guests.0.insert(pf, Pf::default());
+        let context = Context { platform: &platform, functions: &functions, policies: &policies };
+        let effects = guests.wanted(pf, &context);
+        assert!(matches!(effects[..], [Effect::Asked(_), Effect::Refused(..)]), "{effects:?}");
+        assert!(guests.go_on(vf, &context).is_empty(), "it is quarantined still");
+
+        functions.forget(vf);
+        let context = Context { platform: &platform, functions: &functions, policies: &policies };
+        let effects = guests.go_on(vf, &context);
+        assert!(matches!(effects[..], [Effect::Asked(_), Effect::Remove(_)]), "{effects:?}");
     }
 
     #[test]
