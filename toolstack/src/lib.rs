@@ -15,6 +15,7 @@ pub mod former_owners;
 pub mod guest_names;
 pub mod journal;
 pub mod ledger;
+pub mod moves;
 pub mod names;
 pub mod outcome;
 pub mod pci_path;

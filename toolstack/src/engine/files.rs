@@ -6,6 +6,7 @@ use super::problems::Problem;
 use crate::former_owners::FormerOwners;
 use crate::journal::Journal;
 use crate::ledger::Ledger;
+use crate::moves::Moves;
 use crate::persistent_settings::PersistentSettings;
 use crate::reservations::Reservations;
 use crate::settings::Settings;
@@ -26,6 +27,10 @@ pub(super) struct StateFiles {
     pub persistent_settings: PersistentSettings,
     /// Guests that were suspended while they had functions.
     pub suspensions: Suspensions,
+    /// Guests that leave this host for another one.
+    pub leaving: Moves,
+    /// Guests that come here from another host.
+    pub arriving: Moves,
 }
 
 impl StateFiles {
@@ -40,9 +45,23 @@ impl StateFiles {
         let (persistent_settings, unreadable) = PersistentSettings::open(directory.join("wanted"));
         let suspensions = Suspensions::open(&directory.join("suspended"));
         let (suspensions, unknown) = suspensions.map_err(io::Error::other)?;
+        let leaving = Moves::open(&directory.join("leaving"));
+        let (leaving, unknown_leaving) = leaving.map_err(io::Error::other)?;
+        let arriving = Moves::open(&directory.join("arriving"));
+        let (arriving, unknown_arriving) = arriving.map_err(io::Error::other)?;
         let errors = damaged.iter().chain(&unusable).chain(&unreadable).chain(&unknown);
+        let errors = errors.chain(&unknown_leaving).chain(&unknown_arriving);
         let problems = errors.map(Problem::unusable).collect();
-        let files = Self { journal, ledger, former_owners, reservations, persistent_settings, suspensions };
+        let files = Self {
+            journal,
+            ledger,
+            former_owners,
+            reservations,
+            persistent_settings,
+            suspensions,
+            leaving,
+            arriving,
+        };
         Ok((files, problems))
     }
 }

@@ -29,7 +29,7 @@ pub use event_view::{EventView, Happening, RegisterValue, utc_of};
 pub use finding::{Finding, Verdict, all_good};
 pub use list_view::{ListFilter, ListedView, ShownView};
 pub use message_view::{MessageView, message_data};
-pub use moving_view::ReservedFunction;
+pub use moving_view::{ReservedFunction, Side};
 pub use network_view::VfNetworkView;
 pub use path_view::{AerOwner, AerStatusView, CountersView, MemberView, PathRegisterView, PathView};
 pub use policy_view::{
@@ -417,6 +417,9 @@ mod tests {
             Request::PciList { domain: domain.clone() },
             Request::Save { domain: domain.clone() },
             Request::Restored { guest: Uuid([7; 16]), functions: Vec::new() },
+            Request::Migrate { domain: domain.clone(), to: "other".into(), process: 7 },
+            Request::MigrateHandOver { guest: Uuid([7; 16]) },
+            Request::MigrateEnd { guest: Uuid([7; 16]), side: Side::Arriving },
             Request::PciListPersistent { guest: Some(domain) },
             Request::VfCreate { address, count: 3, unmanaged: true },
             Request::VfSetCount { address, count: 0 },

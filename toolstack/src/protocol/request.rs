@@ -5,7 +5,7 @@ use pciback::{DeviceNumber, Sbdf, Uuid};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{DomainName, ListFilter, ReservedFunction};
+use super::{DomainName, ListFilter, ReservedFunction, Side};
 use crate::saved::SavedGuest;
 use crate::target::Target;
 
@@ -170,6 +170,36 @@ pub enum Request<A = Sbdf> {
         /// The reserved functions.
         functions: Vec<ReservedFunction>,
     },
+    /// Describes a guest that is to move to another host, and notes that it leaves. It keeps its functions.
+    Migrate {
+        /// The guest.
+        domain: DomainName,
+        /// The other host, for messages.
+        to: String,
+        /// The process that moves it: there is one at a time, and problems are shown only when it has ended.
+        process: u32,
+    },
+    /// Notes that only the other host may let a guest run from now on. The guest must be paused.
+    MigrateHandOver {
+        /// The guest.
+        guest: Uuid,
+    },
+    /// Reserves functions for a guest that comes from another host, as `restore` does, and notes that it comes.
+    MigrateReceive {
+        /// The guest.
+        guest: SavedGuest,
+        /// The other host, for messages.
+        from: String,
+        /// The process that receives it.
+        process: u32,
+    },
+    /// Ends this host's part of a move. A guest that was handed over has nothing on the host that it leaves any more.
+    MigrateEnd {
+        /// The guest.
+        guest: Uuid,
+        /// Which part.
+        side: Side,
+    },
     /// Enables VFs.
     VfCreate {
         /// The PF.
@@ -313,6 +343,10 @@ impl<A> Request<A> {
             Self::Save { .. } => "save",
             Self::Restore { .. } => "restore",
             Self::Restored { .. } => "restored",
+            Self::Migrate { .. } => "migrate",
+            Self::MigrateHandOver { .. } => "migrate-hand-over",
+            Self::MigrateReceive { .. } => "migrate-receive",
+            Self::MigrateEnd { .. } => "migrate-end",
             Self::VfCreate { .. } => "vf-create",
             Self::VfSetCount { .. } => "vf-set-count",
             Self::VfDestroy { .. } => "vf-destroy",
@@ -365,6 +399,10 @@ impl<A> Request<A> {
             | Self::Save { .. }
             | Self::Restore { .. }
             | Self::Restored { .. }
+            | Self::Migrate { .. }
+            | Self::MigrateHandOver { .. }
+            | Self::MigrateReceive { .. }
+            | Self::MigrateEnd { .. }
             | Self::VfCreate { .. }
             | Self::VfSetCount { .. }
             | Self::VfDestroy { .. }
@@ -417,6 +455,10 @@ impl<A> Request<A> {
             Self::Save { domain } => Request::Save { domain },
             Self::Restore { guest } => Request::Restore { guest },
             Self::Restored { guest, functions } => Request::Restored { guest, functions },
+            Self::Migrate { domain, to, process } => Request::Migrate { domain, to, process },
+            Self::MigrateHandOver { guest } => Request::MigrateHandOver { guest },
+            Self::MigrateReceive { guest, from, process } => Request::MigrateReceive { guest, from, process },
+            Self::MigrateEnd { guest, side } => Request::MigrateEnd { guest, side },
             Self::VfCreate { address, count, unmanaged } => {
                 Request::VfCreate { address: of(address)?, count, unmanaged }
             }

@@ -77,6 +77,11 @@ impl Persistent {
                 return None;
             }
         };
+        if context.is_moving(guest, domain) {
+            // It is examined when the move has ended.
+            self.known.remove(&domain);
+            return None;
+        }
         let mut found = false;
         for reservation in context.files.reservations.of(guest) {
             let address = reservation.address;

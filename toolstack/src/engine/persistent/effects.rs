@@ -56,6 +56,7 @@ impl Engine {
             }
             Event::AssignmentsFound(assignments) => self.assignments_found(assignments),
             Event::DevicesRead => self.devices_read(),
+            Event::MoveEnded => self.find_returning(),
             Event::AssignmentsReserved(domain) => {
                 self.persistent_step(|persistent, context| persistent.examine_again(domain, context));
             }

@@ -94,6 +94,8 @@ pub enum Event {
     AssignmentsReserved(DomId),
     /// The devices of the host were read after the start of the service.
     DevicesRead,
+    /// A guest no longer moves: what it has persistently besides is attached.
+    MoveEnded,
 }
 
 impl Persistent {

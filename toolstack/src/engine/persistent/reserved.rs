@@ -6,6 +6,7 @@ use pciback::{Devfn, DeviceNumber, DomId, Sbdf, Uuid};
 use super::{Context, kept_by_settings};
 use crate::domains;
 use crate::engine::requests::{how_to_forget, kept_for};
+use crate::moves::Move;
 use crate::outcome::Failure;
 use crate::protocol::{DomainName, Scope};
 use crate::reservations::Reservation;
@@ -94,8 +95,11 @@ impl Context<'_> {
                 return Err(not_found.hint("name a guest that does not run by its UUID, as in its xl.cfg"));
             }
         };
+        let leaving = self.leaving(uuid).map(|(domain, _)| domain);
         for domain in domains::present(self.platform.store.as_ref())? {
-            if self.platform.hypervisor.domain(domain).is_ok_and(|info| info.uuid == uuid) {
+            if Some(domain) != leaving
+                && self.platform.hypervisor.domain(domain).is_ok_and(|info| info.uuid == uuid)
+            {
                 let called = domains::called(self.platform.store.as_ref(), domain);
                 let text = format!("guest {uuid} runs, as {called}");
                 return Err(Failure::refused(text).of(domain).hint("name it by name or number"));
@@ -121,7 +125,7 @@ impl Context<'_> {
         if let Some(own) = own {
             return Ok(own);
         }
-        let devfn = free_devfn(address, guest, slot, &self.files.reservations.of(guest))?;
+        let devfn = free_devfn(address, guest, slot, &self.reserved_for(guest, None))?;
         let device = self.devices.known(function)?;
         Ok(Reservation::new(device, guest, name, devfn))
     }
@@ -145,7 +149,34 @@ impl Context<'_> {
         if self.files.reservations.is_empty() {
             return Ok(Vec::new());
         }
-        Ok(self.files.reservations.of(self.platform.hypervisor.domain(domain)?.uuid))
+        Ok(self.reserved_for(self.platform.hypervisor.domain(domain)?.uuid, Some(domain)))
+    }
+
+    /// The domain of a guest that leaves this host, as long as it exists, and what is noted of it.
+    pub fn leaving(&self, guest: Uuid) -> Option<(DomId, Move)> {
+        let noted = self.files.leaving.of(guest)?;
+        let domain = noted.leaving_in(self.boot)?;
+        let info = self.platform.hypervisor.domain(domain).ok()?;
+        (info.uuid == guest).then_some((domain, noted))
+    }
+
+    /// The reservations of a guest for a domain of it; `None`: for one that is yet to come. While a guest moves within this host, they
+    /// differ from those of the domain that leaves.
+    pub fn reserved_for(&self, guest: Uuid, domain: Option<DomId>) -> Vec<Reservation> {
+        let mut all = self.files.reservations.of(guest);
+        if let Some((leaving, noted)) = self.leaving(guest) {
+            let leaves = domain == Some(leaving);
+            all.retain(|one| noted.functions.contains(&one.address) == leaves);
+        }
+        all
+    }
+
+    /// Whether a domain gets its functions by requests only, because its guest moves.
+    pub(super) fn is_moving(&self, guest: Uuid, domain: DomId) -> bool {
+        self.leaving(guest).is_some_and(|(leaving, _)| leaving == domain)
+            || [&self.files.leaving, &self.files.arriving]
+                .iter()
+                .any(|notes| notes.of(guest).is_some_and(|noted| noted.is_under_way(self.boot)))
     }
 
     /// Whether a guest has a function persistently that is not attached to it now.

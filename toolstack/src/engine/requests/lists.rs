@@ -170,6 +170,7 @@ impl Engine {
             .chain(self.persistent.problems())
             .chain(self.files.reservations.displaced().into_iter().map(displaced))
             .chain(self.saving_problems())
+            .chain(self.moving_problems())
             .chain(self.suspension_problems())
             .collect()
     }

@@ -169,6 +169,10 @@ impl Engine {
             Request::Save { domain } => self.save(&domain, reply),
             Request::Restore { guest } => self.restore(guest, reply),
             Request::Restored { guest, functions } => self.restored(guest, functions, reply),
+            Request::Migrate { domain, to, process } => self.migrate(&domain, to, process, reply),
+            Request::MigrateHandOver { guest } => self.hand_over(guest, reply),
+            Request::MigrateReceive { guest, from, process } => self.receive(guest, from, process, reply),
+            Request::MigrateEnd { guest, side } => self.end_move(guest, side, reply),
         }
     }
 

@@ -30,6 +30,9 @@ fn needed_for(request: &Request<Target>, context: &TaskContext) -> Needed {
         | Request::Save { .. }
         | Request::Restore { .. }
         | Request::Restored { .. }
+        | Request::Migrate { .. }
+        | Request::MigrateReceive { .. }
+        | Request::MigrateEnd { .. }
             if !all_read =>
         {
             Needed::All

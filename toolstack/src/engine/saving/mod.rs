@@ -3,6 +3,7 @@
 //! The functions stay reserved for the guest, by its UUID. Such a reservation ends when the restored guest has the function. As long as
 //! the domain that lost the function still exists, a problem is shown, because the command that was saving it may have been killed.
 
+mod moving;
 mod restoring;
 mod suspended;
 
@@ -92,11 +93,17 @@ impl Engine {
     /// Problems for guests that run without the functions that were taken to save them.
     pub(super) fn saving_problems(&self) -> impl Iterator<Item = Problem> {
         self.files.reservations.all().into_iter().filter_map(|reservation| {
-            let (address, since) = (reservation.address, reservation.saved_at()?);
+            let (address, guest) = (reservation.address, reservation.guest);
+            let leaving = self.files.leaving.of(guest).filter(|noted| noted.functions.contains(&address));
+            if leaving.as_ref().is_some_and(|noted| noted.handed_over || noted.is_under_way(&self.boot)) {
+                return None;
+            }
+            // What it has persistently is not reserved anew when it moves.
+            let since = reservation.saved_at().or(leaving.map(|noted| noted.at()))?;
             let domain = reservation.given_in(&self.boot)?;
             let info = self.platform.hypervisor.domain(domain).ok()?;
             let has_it = self.functions.records().get_or_new(address).guest.is_some_and(|place| place.domain == domain);
-            if info.uuid != reservation.guest || has_it {
+            if info.uuid != guest || has_it {
                 return None;
             }
             let place = reservation.devfn.device();

@@ -18,9 +18,11 @@ use crate::spec::existing;
 use crate::transaction::read_network;
 
 /// The state of the thread that chooses functions for a restored guest.
-struct Restoring {
+pub(super) struct Restoring {
     client: LocalClient,
-    saved: SavedGuest,
+    pub(super) saved: SavedGuest,
+    /// What the guest has on this host, which it leaves.
+    left: Vec<Sbdf>,
     states: BTreeMap<Sbdf, FunctionState>,
     reply: Reply,
 }
@@ -35,21 +37,28 @@ struct Chosen<'a> {
 impl Engine {
     /// Reserves the functions of a saved guest before it is restored, or refuses with the differences.
     pub(in crate::engine) fn restore(&self, saved: SavedGuest, reply: Reply) {
-        if let Err(why) = saved.check() {
-            let text = format!("the request to restore a guest cannot be used: {why}");
-            return reply.done(Err(Failure::new(ErrorCode::Usage, text)));
-        }
-        let by_uuid = DomainName(saved.guest.to_string());
-        if let Err(failure) =
-            self.persistent_context().absent_guest(&by_uuid, Failure::not_found("no such guest"))
-        {
-            return reply.done(Err(failure.hint("a guest is restored once: destroy or rename what runs")));
-        }
-        let states = self.functions.records().all().map(|record| (record.address, record.state)).collect();
-        let client = LocalClient::new(self.task_context());
-        let restoring = Restoring { client, saved, states, reply: reply.clone() };
+        let restoring = match self.restoring(saved, &reply) {
+            Ok(restoring) => restoring,
+            Err(failure) => return reply.done(Err(failure)),
+        };
         let done = move |outcome: Result<_, Failure>| reply.done(outcome.and_then(|outcome| outcome));
         self.inbox.background("restore", move || restoring.run(), done);
+    }
+
+    /// Refuses a guest that cannot be restored now, whatever functions it had.
+    pub(super) fn restoring(&self, saved: SavedGuest, reply: &Reply) -> Result<Restoring, Failure> {
+        if let Err(why) = saved.check() {
+            let text = format!("the request to restore a guest cannot be used: {why}");
+            return Err(Failure::new(ErrorCode::Usage, text));
+        }
+        let (by_uuid, context) = (DomainName(saved.guest.to_string()), self.persistent_context());
+        context
+            .absent_guest(&by_uuid, Failure::not_found("no such guest"))
+            .map_err(|failure| failure.hint("a guest is restored once: destroy or rename what runs"))?;
+        let left = context.leaving(saved.guest).map(|(_, noted)| noted.functions).unwrap_or_default();
+        let states = self.functions.records().all().map(|record| (record.address, record.state)).collect();
+        let client = LocalClient::new(self.task_context());
+        Ok(Restoring { client, saved, left, states, reply: reply.clone() })
     }
 
     /// Makes sure that a restored guest, which has not run yet, has the functions that were reserved for it.
@@ -77,11 +86,19 @@ impl Engine {
     }
 
     fn domain_of(&self, guest: Uuid) -> Result<DomId, Failure> {
-        let is_it =
-            |domain: &DomId| self.platform.hypervisor.domain(*domain).is_ok_and(|info| info.uuid == guest);
+        self.newest_domain(guest)?
+            .ok_or_else(|| Failure::not_found(format!("there is no domain of guest {guest}")))
+    }
+
+    /// The domain that a guest is, without one that leaves this host.
+    pub(super) fn newest_domain(&self, guest: Uuid) -> Result<Option<DomId>, Failure> {
+        let leaving = self.leaving_domain(guest);
+        let is_it = |domain: &DomId| {
+            Some(*domain) != leaving
+                && self.platform.hypervisor.domain(*domain).is_ok_and(|info| info.uuid == guest)
+        };
         // The highest number is the newest domain; an older one with this UUID is shutting down.
-        let found = domains::present(self.platform.store.as_ref())?.into_iter().filter(is_it).max();
-        found.ok_or_else(|| Failure::not_found(format!("there is no domain of guest {guest}")))
+        Ok(domains::present(self.platform.store.as_ref())?.into_iter().filter(is_it).max())
     }
 }
 
@@ -99,7 +116,7 @@ fn attachment(domain: String, address: Sbdf, slot: DeviceNumber, persist: bool, 
 }
 
 impl Restoring {
-    fn run(&self) -> Result<Success, Failure> {
+    pub(super) fn run(&self) -> Result<Success, Failure> {
         let chosen = self.choose()?;
         let mut done = Vec::new();
         for Chosen { function, wanted, is_held } in &chosen {
@@ -107,7 +124,7 @@ impl Restoring {
             self.reply.progress(&format!("reserving {} for {}", function.address, self.saved.called()));
             let last = done.len() - 1;
             let reserved = self.reserve(&mut done[last], *is_held, wanted);
-            if let Err(failure) = reserved.and_then(|()| self.set_network(function.address, wanted)) {
+            if let Err(failure) = reserved.and_then(|()| self.set_network(&mut done[last], wanted)) {
                 self.undo(&done);
                 return Err(failure);
             }
@@ -127,7 +144,8 @@ impl Restoring {
         let (mut chosen, mut missing) = (Vec::<Chosen<'_>>::new(), Vec::new());
         for wanted in &self.saved.functions {
             let free = |function: &&HostFunction| {
-                chosen.iter().all(|other| other.function.address != function.address)
+                !self.left.contains(&function.address)
+                    && chosen.iter().all(|other| other.function.address != function.address)
                     && wanted.device.is_kind_of(function)
             };
             match self.choose_for(wanted, all.iter().filter(free)) {
@@ -172,7 +190,9 @@ impl Restoring {
             match self.check_candidate(wanted, function, is_held) {
                 Ok(()) => {
                     let (address, slot) = (function.address, wanted.slot);
-                    let function = ReservedFunction { address, slot, is_new: false, newly_held: false };
+                    let network_before = VfSettings::default();
+                    let (is_new, newly_held) = (false, false);
+                    let function = ReservedFunction { address, slot, is_new, newly_held, network_before };
                     return Ok(Chosen { function, wanted, is_held });
                 }
                 // The first candidate is the guest's own device, if there; its failure is the most useful one.
@@ -238,17 +258,20 @@ impl Restoring {
     }
 
     /// Applies those network settings of the saved guest that the VF does not have.
-    fn set_network(&self, address: Sbdf, wanted: &SavedFunction) -> Result<(), Failure> {
+    fn set_network(&self, done: &mut ReservedFunction, wanted: &SavedFunction) -> Result<(), Failure> {
+        let address = done.address;
         if wanted.network.is_empty() {
             return Ok(());
         }
         let platform = &self.client.context.platform;
         existing(platform.host.as_ref(), address)?;
         let present = read_network(platform, address)?.settings.unwrap_or_default();
-        let settings = missing_settings(wanted.network, present);
+        let settings = wanted.network.unlike(&present);
         if settings.is_empty() {
             return Ok(());
         }
+        // Before the attempt: it may have set some of them.
+        done.network_before = present.only(&settings);
         self.ask(Request::VfSet { address, settings, persist: false }).map(drop)
     }
 
@@ -261,21 +284,5 @@ impl Restoring {
                 warn!("undo what was reserved for {}: {failure}", self.saved.called());
             }
         }
-    }
-}
-
-/// The wanted settings that differ from the present ones.
-fn missing_settings(wanted: VfSettings, present: VfSettings) -> VfSettings {
-    fn missing<T: PartialEq>(wanted: Option<T>, present: Option<T>) -> Option<T> {
-        wanted.filter(|wanted| present.as_ref() != Some(wanted))
-    }
-    VfSettings {
-        mac: missing(wanted.mac, present.mac),
-        vlan: missing(wanted.vlan, present.vlan),
-        spoof_check: missing(wanted.spoof_check, present.spoof_check),
-        trust: missing(wanted.trust, present.trust),
-        max_rate: missing(wanted.max_rate, present.max_rate),
-        min_rate: missing(wanted.min_rate, present.min_rate),
-        link_state: missing(wanted.link_state, present.link_state),
     }
 }
