@@ -37,7 +37,7 @@ pub use list::ListArguments;
 pub use mailbox::Mailbox;
 pub use metrics::gather;
 pub use moving::Moving;
-use moving::{RestoreArguments, SaveArguments};
+use moving::{MigrateArguments, RestoreArguments, SaveArguments};
 pub use network::SetArguments;
 pub use policy::{As, ExplainArguments, Local, Policy};
 pub use service::{Choice, ServiceArguments};
@@ -171,6 +171,11 @@ pub enum Command {
     /// Restores a guest with 'xl restore' and gives it the functions that it was saved with, or equal ones, before it runs on.
     #[command(after_long_help = texts::RESTORE)]
     Restore(RestoreArguments),
+    /// Moves a PV guest to another host, where it gets functions equal to those that it has here.
+    #[command(after_long_help = texts::MIGRATE)]
+    Migrate(MigrateArguments),
+    /// Receives a guest from 'xpci migrate' on another host, which runs this command over ssh.
+    MigrateReceive,
     /// Enables, disables and lists the VFs of a PF.
     #[command(subcommand)]
     Vf(Vf),
@@ -381,7 +386,9 @@ impl Command {
     /// Blocking the signals failed.
     pub fn block_interrupts(&self) -> Result<(), Failure> {
         match self {
-            Self::Save(_) | Self::Restore(_) => moving::block_interrupts(),
+            Self::Save(_) | Self::Restore(_) | Self::Migrate(_) | Self::MigrateReceive => {
+                moving::block_interrupts()
+            }
             _ => Ok(()),
         }
     }
@@ -406,6 +413,8 @@ impl Command {
             Self::Mailbox(mailbox) => vec![mailbox.step()?],
             Self::Save(arguments) => vec![Step::Moving(Moving::Save(arguments))],
             Self::Restore(arguments) => vec![Step::Moving(Moving::Restore(arguments))],
+            Self::Migrate(arguments) => vec![Step::Moving(Moving::Migrate(arguments))],
+            Self::MigrateReceive => vec![Step::Moving(Moving::Receive)],
             Self::Metrics { write } => vec![Step::Metrics(write)],
             Self::XlConfig { file } => vec![Step::Local(Local::XlConfig(file))],
             Self::Documents { directory } => vec![Step::Local(Local::Documents(directory))],

@@ -80,6 +80,8 @@ impl Command {
             | Self::Hvm(_)
             | Self::XlConfig { .. }
             | Self::Save(_)
+            | Self::Migrate(_)
+            | Self::MigrateReceive
             | Self::Restore(_)
             | Self::Mailbox(_)
             | Self::Metrics { .. }

@@ -54,6 +54,17 @@ there is none, or another guest has it, the command is refused before 'xl restor
 
 If the functions cannot be attached to the restored guest, that guest is ended before it runs. FILE stays as it is.";
 
+pub(super) const MIGRATE: &str = "\
+The guest does not run while its memory is sent: PV guests cannot move live. First the other host reserves a function for each that the \
+guest has, by the rules of 'restore', or refuses and says what differs; the guest runs on meanwhile. Then the guest's drivers release its functions, \
+'xl save' sends the guest, 'xl restore' restores it there, paused, and its functions are attached. When all that is done, the guest is handed over: it \
+is ended here and runs there.
+
+If anything fails before, the guest runs on here and has its functions again. If the connection ends after that, the guest stays paused there, \
+and 'xpci status' on both hosts says what to do. The guest never runs on both.
+
+The disks of the guest must be reachable on both hosts under the same names, and both need the same version of xpci.";
+
 pub(super) const STATUS: &str = "\
 The states of a function:
 

@@ -24,6 +24,7 @@ mod hvm_vectors;
 mod hvm_window;
 mod mailbox;
 mod managed;
+mod migrating;
 mod network;
 mod operators;
 mod other_toolstacks;

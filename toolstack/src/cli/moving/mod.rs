@@ -1,23 +1,27 @@
-//! `xpci save` and `xpci restore`: xl's commands, between requests to the service.
+//! `xpci save`, `xpci restore` and `xpci migrate`: xl's commands, between requests to the service.
 //!
 //! xl runs here, because the service's sandbox does not permit what xl does. So this program may be killed between any two steps, and the
 //! service must leave nothing that needs a further step: functions that it took from a guest are reserved for that guest, and a problem
 //! is shown as long as the domain that lost them exists.
 
+mod messages;
+mod migrate;
+mod receive;
+mod xl;
+
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, OpenOptions};
-use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use clap::Args;
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
 use pciback::DomId;
 
+pub use self::migrate::MigrateArguments;
+pub(super) use self::xl::block_interrupts;
+use self::xl::{xl, xl_anyway};
 use crate::client;
 use crate::outcome::{ErrorCode, Failure};
-use crate::protocol::{DomainName, Request, ReservedFunction, Success};
+use crate::protocol::{DomainName, Request, ReservedFunction, Scope, Success};
 use crate::saved::SavedGuest;
 
 /// The arguments of `save`.
@@ -50,13 +54,17 @@ pub struct RestoreArguments {
     files: Vec<PathBuf>,
 }
 
-/// A save or restore command.
+/// A command that runs xl.
 #[derive(Debug)]
 pub enum Moving {
     /// Save a guest.
     Save(SaveArguments),
     /// Restore a guest.
     Restore(RestoreArguments),
+    /// Move a guest to another host.
+    Migrate(MigrateArguments),
+    /// Receive a guest from another host.
+    Receive,
 }
 
 /// Sends requests to the service, and reports progress.
@@ -88,33 +96,14 @@ fn changed(message: String, warnings: Vec<String>) -> Success {
     Success::Changed { message, warnings, functions: Vec::new() }
 }
 
-/// Runs xl, which reports progress on standard error.
-fn xl(arguments: &[&OsStr]) -> Result<(), Failure> {
-    let shown = arguments.join(OsStr::new(" "));
-    let failed = |why: String| failed(format!("'xl {}' {why}", shown.to_string_lossy()));
-    let mut command = Command::new("xl");
-    // Standard output is reserved for this program's answer.
-    command.args(arguments).stdin(Stdio::null()).stdout(io::stderr());
-    fail_if_interrupted()?;
-    // xl inherits blocked signals, and leaves a process behind that waits for the guest's end: no signal may be blocked in it.
-    let unblocked = interrupts().thread_unblock();
-    let child = command.spawn();
-    let blocked = unblocked.and_then(|()| interrupts().thread_block());
-    blocked.map_err(|errno| failed(format!("is run with signals blocked: {errno}")))?;
-    let status = child.and_then(|mut child| child.wait());
-    let status = status.map_err(|error| failed(format!("cannot be run: {error}")))?;
-    match status.success() {
-        true => Ok(()),
-        false => Err(failed(format!("failed ({status})"))),
-    }
-}
-
 impl Moving {
     /// The command's name in the envelope.
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Save(_) => "save",
             Self::Restore(_) => "restore",
+            Self::Migrate(_) => "migrate",
+            Self::Receive => "migrate-receive",
         }
     }
 
@@ -127,31 +116,9 @@ impl Moving {
         match self {
             Self::Save(arguments) => save(&arguments, &mut service),
             Self::Restore(arguments) => restore(&arguments, &mut service),
+            Self::Migrate(arguments) => migrate::migrate(&arguments, &mut service),
+            Self::Receive => receive::receive(&mut service),
         }
-    }
-}
-
-/// The signals that must not end this program between two steps.
-fn interrupts() -> SigSet {
-    [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect()
-}
-
-/// Blocks these signals. To be called by the first thread, before others exist.
-///
-/// # Errors
-/// Blocking the signals failed.
-pub(super) fn block_interrupts() -> Result<(), Failure> {
-    interrupts().thread_block().map_err(|errno| failed(format!("block signals: {errno}")))
-}
-
-/// Fails if one of these signals is pending.
-fn fail_if_interrupted() -> Result<(), Failure> {
-    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
-    let held_back = SignalFd::with_flags(&interrupts(), flags).and_then(|signals| signals.read_signal());
-    match held_back {
-        Ok(None) => Ok(()),
-        Ok(Some(_)) => Err(failed("interrupted".to_owned())),
-        Err(errno) => Err(failed(format!("look for signals: {errno}"))),
     }
 }
 
@@ -296,7 +263,8 @@ fn end(
         return failure.hint(hint);
     };
     let number = OsString::from(domain.to_string());
-    if let Err(second) = xl(&[OsStr::new("destroy"), &number]) {
+    take_back(domain, reserved, service);
+    if let Err(second) = xl_anyway(&[OsStr::new("destroy"), &number]) {
         let message = format!("{}; {}", failure.message, second.message);
         let hint = format!("the restored guest is paused: 'xl destroy {domain}', then restore {shown} again");
         return Failure { message, ..failure }.hint(hint);
@@ -306,6 +274,21 @@ fn end(
     failed(message).of(domain).hint(format!(
         "{shown} is unchanged: 'xpci restore' restores the guest when that is corrected, 'xl restore {shown}' without functions"
     ))
+}
+
+/// Takes the functions from a restored guest that is to be destroyed before it runs: they are held then, and can be given back.
+fn take_back(domain: DomId, reserved: &[ReservedFunction], service: &mut Service<'_>) {
+    for ReservedFunction { address, .. } in reserved {
+        let domain = DomainName(domain.to_string());
+        let detach = Request::PciDetach { domain, address: *address, force: true, scope: Scope::Live };
+        match service.ask(detach) {
+            Err(failure) if failure.code != ErrorCode::NotFound => {
+                (service.progress)(&format!("take {address} back: {failure}"));
+            }
+            // It may not have got this one.
+            _ => {}
+        }
+    }
 }
 
 /// Removes the reservations of a guest that was not restored, except those made when it was saved.
