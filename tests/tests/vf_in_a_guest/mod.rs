@@ -23,6 +23,7 @@ use policies::{
     the_shipped_policy_of_the_82576s_vfs_applies, what_the_guest_has_seen_stays_until_detach,
 };
 use saving::{
+    a_guest_moves_to_another_vf_and_leaves_its_own, a_guest_whose_move_fails_runs_on_with_its_vf,
     a_guest_whose_save_fails_runs_on_with_its_vf, a_saved_guest_is_restored_with_its_vf_and_its_traffic,
 };
 
@@ -72,6 +73,8 @@ impl<'a> Scene<'a> for VfInAGuest<'a> {
             dom0_exchanges_data_objects_with_the_guest_across_a_kill_of_the_service,
             a_guest_whose_save_fails_runs_on_with_its_vf,
             a_saved_guest_is_restored_with_its_vf_and_its_traffic,
+            a_guest_whose_move_fails_runs_on_with_its_vf,
+            a_guest_moves_to_another_vf_and_leaves_its_own,
             the_function_of_a_destroyed_guest_is_held_again,
             a_rebooted_guest_has_its_persistent_function_again,
             a_function_goes_back_to_the_driver_it_came_from,
