@@ -19,7 +19,7 @@ pub fn load_igb_at(guest: &Guest<'_>, device: &str, address: &str) -> Result<()>
     guest.run("modprobe igb").limit(SOON).ok()?;
     guest.wait_for("its interface", SOON, &format!("[ -d {device}/net ]"))?;
     let interface = format!("$(ls {device}/net)");
-    guest.run(&format!("ip addr add {address}/24 dev {interface} && ip link set {interface} up")).ok()?;
+    guest.run(&format!("ip addr replace {address}/24 dev {interface} && ip link set {interface} up")).ok()?;
     guest.wait_for("its link", SOON, &format!("[ \"$(cat /sys/class/net/{interface}/carrier)\" = 1 ]"))
 }
 

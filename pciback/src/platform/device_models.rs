@@ -20,6 +20,11 @@ pub trait DeviceModels: Send + Sync {
     /// Asks the guest to release the device, and waits until it has ejected it, which removes the placeholder; `false`: it did not within
     /// the limit. Without a placeholder, the guest has ejected the device before.
     fn request_eject(&self, domain: DomId, slot: DeviceNumber, limit: Duration) -> Result<bool>;
+    /// Whether the guest, which was asked to release the device since it was announced, has ejected it; `false` at once where it was not
+    /// asked. Its placeholder is gone then, and the guest must find nothing there, however late [`request_eject`](Self::request_eject) sees it.
+    fn has_ejected(&self, domain: DomId, slot: DeviceNumber, limit: Duration) -> Result<bool>;
+    /// Forgets that a guest was asked to release the device: it is served no more.
+    fn forget(&self, domain: DomId, slot: DeviceNumber);
     /// Removes the placeholder, if there is one, without asking the guest.
     fn eject(&self, domain: DomId, slot: DeviceNumber) -> Result<()>;
 

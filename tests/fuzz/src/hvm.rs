@@ -313,6 +313,12 @@ impl DeviceModels for Model {
     fn request_eject(&self, _: DomId, _: DeviceNumber, _: Duration) -> Result<bool> {
         unreachable!("only transactions do")
     }
+    fn has_ejected(&self, _: DomId, _: DeviceNumber, _: Duration) -> Result<bool> {
+        Ok(false)
+    }
+    fn forget(&self, _: DomId, _: DeviceNumber) {
+        unreachable!("only transactions do")
+    }
     fn eject(&self, _: DomId, _: DeviceNumber) -> Result<()> {
         unreachable!("only transactions do")
     }

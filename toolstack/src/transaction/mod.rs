@@ -346,6 +346,8 @@ impl Context<'_> {
             Step::Serve => {
                 let unreleased = hotplug::take_back(self, record)?;
                 let warning = self.serving.withdraw(record, self.withdrawal)?;
+                let place = place_of(record)?;
+                self.platform.device_models.forget(place.domain, place.devfn.device());
                 Ok(hold::joined(unreleased.into_iter().chain(warning)))
             }
         }

@@ -38,6 +38,8 @@ struct Model {
     functions: BTreeMap<Devfn, Vec<u8>>,
     /// Placeholders by device number, and whether the guest was asked to release the device.
     placeholders: BTreeMap<u8, bool>,
+    /// Device numbers that the guest was asked to release since they were announced.
+    was_asked: BTreeSet<u8>,
     /// How many times the guest was notified of a device.
     notified: usize,
 }
@@ -45,7 +47,7 @@ struct Model {
 impl Default for Model {
     fn default() -> Self {
         let functions = OWN.into_iter().map(|(function, ids)| (function, config_space(ids))).collect();
-        Self { functions, placeholders: BTreeMap::new(), notified: 0 }
+        Self { functions, placeholders: BTreeMap::new(), was_asked: BTreeSet::new(), notified: 0 }
     }
 }
 
@@ -152,6 +154,7 @@ impl DeviceModels for SimDeviceModels {
                 return Err(Errno::EBUSY);
             }
             model.placeholders.insert(slot.get(), false);
+            model.was_asked.remove(&slot.get());
             model.notified += 1;
             Ok(())
         })
@@ -161,6 +164,7 @@ impl DeviceModels for SimDeviceModels {
         let what = ("request_eject", "ask to release a device domain");
         self.call(what, domain, None, |model| {
             model.placeholders.entry(slot.get()).and_modify(|asked| *asked = true);
+            model.was_asked.insert(slot.get());
             Ok(())
         })?;
         let deadline = Instant::now() + limit;
@@ -181,6 +185,23 @@ impl DeviceModels for SimDeviceModels {
                 return Ok(false);
             }
             models = self.models.wait(models, left);
+        }
+    }
+
+    fn has_ejected(&self, domain: DomId, slot: DeviceNumber, limit: Duration) -> Result<bool> {
+        let what = ("has_ejected", "find out whether the guest has released a device of domain");
+        let was_asked = |model: &Model| model.was_asked.contains(&slot.get());
+        if !locked(&self.models.by_domain).get(&domain).is_some_and(was_asked) {
+            return Ok(false);
+        }
+        self.call(what, domain, Some(limit), |model| {
+            Ok(model.was_asked.contains(&slot.get()) && !model.placeholders.contains_key(&slot.get()))
+        })
+    }
+
+    fn forget(&self, domain: DomId, slot: DeviceNumber) {
+        if let Some(model) = locked(&self.models.by_domain).get_mut(&domain) {
+            model.was_asked.remove(&slot.get());
         }
     }
 

@@ -3,6 +3,8 @@
 //! QEMU's ACPI hotplug controller notifies the guest when `device_add` and `device_del` are executed, and deletes a device when the guest
 //! writes its number to the eject register. That register is written here as well, where the guest is not asked.
 
+use std::collections::BTreeSet;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -35,7 +37,17 @@ const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
 const ASKED_BEFORE: &str = "already in the process of unplug";
 
 /// QEMU processes in dom0.
-pub struct QemuDeviceModels;
+#[derive(Default)]
+pub struct QemuDeviceModels {
+    /// What guests were asked to release, and may have ejected since.
+    asked: Mutex<BTreeSet<(DomId, DeviceNumber)>>,
+}
+
+impl QemuDeviceModels {
+    fn asked(&self) -> MutexGuard<'_, BTreeSet<(DomId, DeviceNumber)>> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 impl DeviceModels for QemuDeviceModels {
     fn slots(&self, domain: DomId) -> Result<Vec<DeviceNumber>> {
@@ -48,6 +60,7 @@ impl DeviceModels for QemuDeviceModels {
     }
 
     fn announce(&self, domain: DomId, slot: DeviceNumber) -> Result<()> {
+        self.asked().remove(&(domain, slot));
         let plugged = connect_to(domain).and_then(|mut model| model.plug(slot));
         plugged.map_err(|cause| {
             let subject = format!("device {slot:x} of domain {domain}");
@@ -57,6 +70,7 @@ impl DeviceModels for QemuDeviceModels {
 
     fn request_eject(&self, domain: DomId, slot: DeviceNumber, limit: Duration) -> Result<bool> {
         let look = || Ok(!connect_to(domain)?.has_placeholder(slot)?);
+        self.asked().insert((domain, slot));
         let released = connect_to(domain)
             .and_then(|mut model| model.request_eject(slot))
             .and_then(|released| if released { Ok(true) } else { holds_within(limit, look) });
@@ -64,6 +78,21 @@ impl DeviceModels for QemuDeviceModels {
             let subject = format!("device {slot:x} of domain {domain}");
             PlatformError::new("ask for the release of", subject, cause)
         })
+    }
+
+    fn has_ejected(&self, domain: DomId, slot: DeviceNumber, limit: Duration) -> Result<bool> {
+        if !self.asked().contains(&(domain, slot)) {
+            return Ok(false);
+        }
+        let there = connect_within(domain, limit).and_then(|mut model| model.has_placeholder(slot));
+        there.map(|there| !there).map_err(|cause| {
+            let subject = format!("device {slot:x} of domain {domain}");
+            PlatformError::new("find out whether its guest has released", subject, cause)
+        })
+    }
+
+    fn forget(&self, domain: DomId, slot: DeviceNumber) {
+        self.asked().remove(&(domain, slot));
     }
 
     fn eject(&self, domain: DomId, slot: DeviceNumber) -> Result<()> {

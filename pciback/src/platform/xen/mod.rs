@@ -50,7 +50,7 @@ pub fn open() -> Result<Platform> {
         store: Arc::new(store::XenStoreConnection::open(&libraries)?),
         rings: Arc::new(rings::XenRings::new(&libraries)),
         hvm: Arc::new(hvm::XenHvmDomains::open(&libraries)?),
-        device_models: Arc::new(device_models::QemuDeviceModels),
+        device_models: Arc::new(device_models::QemuDeviceModels::default()),
         network: Arc::new(LinuxVfNetwork::new(SYSFS.into())),
         errors: Arc::new(LinuxErrors::new(SYSFS.into())),
         machine: Arc::new(LinuxMachine::new("/".into())),

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::wire;
 use crate::config::{Access, CONVENTIONAL_SIZE};
 use crate::platform::{DeviceModels, Result};
-use crate::{Devfn, DomId};
+use crate::{Devfn, DeviceNumber, DomId};
 
 /// How long an access may take: half of the time after which a thread that does not obey counts as stuck.
 const LIMIT: Duration = Duration::from_secs(1);
@@ -55,6 +55,17 @@ impl Emulated {
                 (u64::MAX, Some(trouble))
             }
         }
+    }
+
+    /// Whether the guest has ejected the device, which it was asked to release.
+    pub fn has_ejected(&mut self, slot: DeviceNumber) -> bool {
+        if self.rests_until.is_some_and(|until| Instant::now() < until) {
+            return false;
+        }
+        self.models.has_ejected(self.domain, slot, LIMIT).unwrap_or_else(|_| {
+            self.rests_until = Some(Instant::now() + REST);
+            false
+        })
     }
 
     fn pass_on(
@@ -147,6 +158,12 @@ mod tests {
         }
         fn request_eject(&self, _: DomId, _: DeviceNumber, _: Duration) -> Result<bool> {
             panic!("an access ejects nothing")
+        }
+        fn has_ejected(&self, _: DomId, slot: DeviceNumber, limit: Duration) -> Result<bool> {
+            self.ask(format!("ejected {slot:x}"), limit, true)
+        }
+        fn forget(&self, _: DomId, _: DeviceNumber) {
+            panic!("an access forgets nothing")
         }
         fn eject(&self, _: DomId, _: DeviceNumber) -> Result<()> {
             panic!("an access ejects nothing")

@@ -332,6 +332,11 @@ impl IoreqRequests {
         write: Option<u64>,
         patience: Patience,
     ) -> Option<Done> {
+        // A guest that looks for devices reads these first (PCI 3.0, section 6.1). What it has ejected is not there, also before the service
+        // has seen that.
+        if offset < 4 && write.is_none() && self.emulated.has_ejected(devfn.device()) {
+            return Some(Done::value(u64::MAX));
+        }
         let Some(function) = roster.functions.get_mut(&devfn) else {
             return of_vf(roster, devfn, offset, bytes, write, patience);
         };

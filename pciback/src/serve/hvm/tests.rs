@@ -4,6 +4,7 @@ mod vfs;
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
@@ -137,8 +138,11 @@ impl IoreqServer for Page {
     }
 }
 
-/// Nothing listens where the device model would.
-struct NoModels;
+/// Nothing listens where the device model would; the guest may have ejected all that it was given.
+#[derive(Default)]
+struct NoModels {
+    ejected: AtomicBool,
+}
 
 fn no_model<T>(domain: DomId) -> Result<T> {
     Err(PlatformError::new("ask the device model of", domain, Cause::Missing))
@@ -154,6 +158,10 @@ impl DeviceModels for NoModels {
     fn request_eject(&self, domain: DomId, _: DeviceNumber, _: Duration) -> Result<bool> {
         no_model(domain)
     }
+    fn has_ejected(&self, _: DomId, _: DeviceNumber, _: Duration) -> Result<bool> {
+        Ok(self.ejected.load(Ordering::SeqCst))
+    }
+    fn forget(&self, _: DomId, _: DeviceNumber) {}
     fn eject(&self, domain: DomId, _: DeviceNumber) -> Result<()> {
         no_model(domain)
     }
@@ -170,6 +178,7 @@ impl DeviceModels for NoModels {
 
 struct Guest {
     xen: Arc<Xen>,
+    models: Arc<NoModels>,
     page: Page,
     revocation: Revocation,
 }
@@ -191,8 +200,12 @@ fn begin_with(mut function: Box<GuestFunction>, prepare: impl FnOnce(&mut GuestF
     prepare(&mut function);
     let memory = SharedMemory::anonymous(wire::PAGE_BYTES).unwrap();
     let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK).unwrap();
-    let guest =
-        Guest { xen, page: Page(Arc::new(memory), Arc::new(event)), revocation: function.revocation.clone() };
+    let guest = Guest {
+        xen,
+        models: Arc::default(),
+        page: Page(Arc::new(memory), Arc::new(event)),
+        revocation: function.revocation.clone(),
+    };
     let server = guest.serve(BTreeMap::new());
     server.add(DEVFN, function);
     (guest, server)
@@ -216,7 +229,7 @@ impl Guest {
             ports: ConfigPorts::new(SharedMemory::anonymous(ConfigPorts::BYTES).unwrap()),
             taken,
             domains: Arc::clone(&self.xen) as Arc<dyn HvmDomains>,
-            models: Arc::new(NoModels),
+            models: Arc::clone(&self.models) as Arc<dyn DeviceModels>,
             shared: false,
         };
         start(DOMAIN, connection, functions, Arc::new(Counters::default()), Box::new(drop)).unwrap()
@@ -239,6 +252,17 @@ impl Guest {
 
     fn wait_for_answer(&self) {
         while !self.is_answered() {
+            std::thread::yield_now();
+        }
+    }
+
+    /// What the guest reads of its function.
+    fn read(&self, offset: u16, bytes: u32) -> u64 {
+        self.ask(0, &config(SLOT, offset, bytes, None));
+        loop {
+            if let Some(answer) = xen::take_answer(&self.page.0, 0) {
+                return answer;
+            }
             std::thread::yield_now();
         }
     }
@@ -281,6 +305,22 @@ fn mapping_goes_on_after_an_order_and_the_guest_waits_for_all_of_it() {
     assert!(server.masked_writes(DEVFN).unwrap().is_some());
     guest.wait_for_answer();
     assert_eq!((guest.xen.calls().len(), guest.xen.frames()), (PARTS, FRAMES));
+    server.stop().unwrap();
+}
+
+#[test]
+fn a_guest_that_looks_for_devices_does_not_find_what_it_has_ejected() {
+    let (guest, server) = begin();
+    let (id, class) = (guest.read(0, 4), guest.read(8, 4));
+    guest.models.ejected.store(true, Ordering::SeqCst);
+    // As its reader sees it, by dword, word or byte, before the service has taken the function from the guest.
+    assert_eq!(
+        [guest.read(0, 4), guest.read(0, 2), guest.read(2, 2), guest.read(0, 1)],
+        [u64::from(u32::MAX), 0xffff, 0xffff, 0xff]
+    );
+    guest.models.ejected.store(false, Ordering::SeqCst);
+    assert_eq!((guest.read(0, 4), guest.read(8, 4)), (id, class));
+    assert_ne!(id, u64::from(u32::MAX));
     server.stop().unwrap();
 }
 
