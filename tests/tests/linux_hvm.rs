@@ -61,7 +61,8 @@ impl<'a, V: Variant> Scene<'a> for LinuxHvm<'a, V> {
                 needs the_stock_driver_uses_the_vf_with_its_mac_traffic_and_interrupts,
             a_reset_through_sysfs_leaves_a_usable_vf
                 needs the_stock_driver_uses_the_vf_with_its_mac_traffic_and_interrupts,
-            another_vf_comes_while_it_runs_is_used_and_let_go_twice needs a_stock_linux_boots_with_its_vf,
+            another_vf_comes_while_it_runs_is_used_and_let_go_twice
+                needs the_stock_driver_uses_the_vf_with_its_mac_traffic_and_interrupts,
             the_service_knows_of_no_problem,
         ]
     }
